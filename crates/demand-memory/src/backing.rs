@@ -1,0 +1,288 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The memory object behind a region.
+
+use std::ffi::CStr;
+use std::fmt;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd};
+use std::str::FromStr;
+use std::sync::Arc;
+
+use crate::{Mapping, PAGE_SIZE, PageRange};
+
+/// The kind of memory behind a region.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum BackingKind {
+    /// Ordinary shared memory, in pages of 4096 bytes.
+    Shmem,
+    /// Huge pages of 2 MiB.
+    Hugetlb2M,
+    /// Huge pages of 1 GiB.
+    Hugetlb1G,
+}
+
+impl BackingKind {
+    /// All kinds.
+    pub const ALL: [BackingKind; 3] =
+        [BackingKind::Shmem, BackingKind::Hugetlb2M, BackingKind::Hugetlb1G];
+
+    /// The kind's unit: the page size of the backing, in bytes.
+    pub const fn unit(self) -> u64 {
+        match self {
+            BackingKind::Shmem => PAGE_SIZE,
+            BackingKind::Hugetlb2M => 2 << 20,
+            BackingKind::Hugetlb1G => 1 << 30,
+        }
+    }
+
+    /// The kind's name on command lines and in reports.
+    pub const fn name(self) -> &'static str {
+        match self {
+            BackingKind::Shmem => "shmem",
+            BackingKind::Hugetlb2M => "hugetlb-2m",
+            BackingKind::Hugetlb1G => "hugetlb-1g",
+        }
+    }
+
+    fn is_hugetlb(self) -> bool {
+        self != BackingKind::Shmem
+    }
+
+    fn memfd_flags(self) -> libc::c_uint {
+        match self {
+            BackingKind::Shmem => 0,
+            BackingKind::Hugetlb2M => libc::MFD_HUGETLB | libc::MFD_HUGE_2MB,
+            BackingKind::Hugetlb1G => libc::MFD_HUGETLB | libc::MFD_HUGE_1GB,
+        }
+    }
+}
+
+impl fmt::Display for BackingKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for BackingKind {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        BackingKind::ALL.into_iter().find(|kind| kind.name() == name).ok_or_else(|| {
+            let names = BackingKind::ALL.map(BackingKind::name).join(", ");
+            format!("there is no backing '{name}'; choose one of {names}")
+        })
+    }
+}
+
+/// Why memory could not be had.
+#[derive(Debug, thiserror::Error)]
+pub enum BackingError {
+    /// The size is no multiple of the unit.
+    #[error(
+        "back {size} bytes with {kind}: the size is no multiple of {} bytes; round it to one",
+        kind.unit()
+    )]
+    Size {
+        /// The size that was asked for, in bytes.
+        size: u64,
+        /// The kind that was asked for.
+        kind: BackingKind,
+    },
+    /// The memory object could not be made.
+    #[error("back {size} bytes with {kind}: {error}; {}", advice(*kind))]
+    Create {
+        /// The size that was asked for, in bytes.
+        size: u64,
+        /// The kind that was asked for.
+        kind: BackingKind,
+        /// What the system said.
+        error: io::Error,
+    },
+    /// Memory ran out while a page was brought in.
+    #[error("allocate {len} bytes of {kind} at offset {offset}: {error}; {}", advice(*kind))]
+    Allocate {
+        /// Offset in the region, in bytes.
+        offset: u64,
+        /// Length, in bytes.
+        len: u64,
+        /// The region's kind.
+        kind: BackingKind,
+        /// What the system said.
+        error: io::Error,
+    },
+}
+
+fn advice(kind: BackingKind) -> &'static str {
+    match kind {
+        BackingKind::Shmem => "free memory, or ask for less",
+        BackingKind::Hugetlb2M => {
+            "free or add huge pages of 2 MiB: sysctl vm.nr_hugepages, and HugePages_Free in \
+             /proc/meminfo"
+        }
+        BackingKind::Hugetlb1G => {
+            "free or add huge pages of 1 GiB: nr_hugepages and free_hugepages in \
+             /sys/kernel/mm/hugepages/hugepages-1048576kB"
+        }
+    }
+}
+
+/// A memory object that a region can be made of.
+///
+/// Nothing outside an implementation assumes that the object is a plain memfd, so that others
+/// (guest_memfd, say) can be added.
+pub trait Backing: Send + Sync + fmt::Debug {
+    /// The kind of memory.
+    fn kind(&self) -> BackingKind;
+
+    /// Size of the object, in bytes: a multiple of the kind's unit.
+    fn size(&self) -> u64;
+
+    /// Maps the whole object, shared and writable. Each role has a mapping of its own.
+    ///
+    /// # Errors
+    ///
+    /// [`BackingError::Create`] with the system's error.
+    fn map(&self) -> Result<Mapping, BackingError>;
+
+    /// Makes sure that the units of `pages` exist, zeroed if they are new, so that neither a
+    /// write to them nor a mapping of them can fail for want of memory.
+    ///
+    /// # Errors
+    ///
+    /// [`BackingError::Allocate`] with the system's error.
+    fn allocate(&self, pages: PageRange) -> Result<(), BackingError>;
+
+    /// The file through which other processes map the object, from its first byte on.
+    fn file(&self) -> Option<&Arc<File>>;
+}
+
+/// Shared or huge-page memory in a memfd.
+///
+/// # Examples
+///
+/// ```
+/// use demand_memory::{Backing, BackingKind, MemfdBacking};
+///
+/// let backing = MemfdBacking::new(BackingKind::Shmem, 1 << 20, true).unwrap();
+/// assert_eq!(backing.size(), 1 << 20);
+/// // 3 MiB are no multiple of 2 MiB.
+/// assert!(MemfdBacking::new(BackingKind::Hugetlb2M, 3 << 20, true).is_err());
+/// ```
+#[derive(Debug)]
+pub struct MemfdBacking {
+    file: Arc<File>,
+    kind: BackingKind,
+    size: u64,
+    reserve: bool,
+}
+
+impl MemfdBacking {
+    /// Makes a memory object of `size` bytes. With `reserve`, huge pages for all of it are set
+    /// aside by the first mapping, which fails if they are not there; without, an empty pool
+    /// shows when a page is brought in.
+    ///
+    /// # Errors
+    ///
+    /// [`BackingError::Size`] and [`BackingError::Create`].
+    pub fn new(kind: BackingKind, size: u64, reserve: bool) -> Result<Self, BackingError> {
+        if size == 0 || !size.is_multiple_of(kind.unit()) {
+            return Err(BackingError::Size { size, kind });
+        }
+        let refused = |error| BackingError::Create { size, kind, error };
+        let file = memfd(c"guest-memory", kind.memfd_flags()).map_err(refused)?;
+        file.set_len(size).map_err(refused)?;
+        Ok(MemfdBacking { file: Arc::new(file), kind, size, reserve })
+    }
+}
+
+impl Backing for MemfdBacking {
+    fn kind(&self) -> BackingKind {
+        self.kind
+    }
+
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn map(&self) -> Result<Mapping, BackingError> {
+        let refused = |error| BackingError::Create { size: self.size, kind: self.kind, error };
+        let no_reserve = self.kind.is_hugetlb() && !self.reserve;
+        let mapping = Mapping::shared(&self.file, self.size, no_reserve).map_err(refused)?;
+        if !self.kind.is_hugetlb() {
+            // Pages that stand alone are what the traps are armed for; kernels built without
+            // huge pages for shared memory refuse the advice, and need none.
+            let _ = mapping.advise(libc::MADV_NOHUGEPAGE);
+        }
+        Ok(mapping)
+    }
+
+    fn allocate(&self, pages: PageRange) -> Result<(), BackingError> {
+        let unit = self.kind.unit();
+        let units = pages.grow_to_units(unit / PAGE_SIZE, self.size / PAGE_SIZE);
+        let (offset, len) = (units.offset(), units.bytes());
+        loop {
+            // SAFETY: fallocate without flags makes pages that were not there; it changes no
+            // byte of those that were.
+            let result =
+                unsafe { libc::fallocate64(self.file.as_raw_fd(), 0, offset as i64, len as i64) };
+            if result == 0 {
+                return Ok(());
+            }
+            let error = io::Error::last_os_error();
+            if error.kind() != io::ErrorKind::Interrupted {
+                return Err(BackingError::Allocate { offset, len, kind: self.kind, error });
+            }
+        }
+    }
+
+    fn file(&self) -> Option<&Arc<File>> {
+        Some(&self.file)
+    }
+}
+
+/// Makes a memfd.
+pub(crate) fn memfd(name: &CStr, flags: libc::c_uint) -> io::Result<File> {
+    // SAFETY: the name is a C string that outlives the call.
+    let fd = unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC | flags) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just given us this descriptor; nobody else owns it.
+    Ok(unsafe { File::from_raw_fd(fd) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_that_are_no_multiple_of_the_unit_are_refused() {
+        for (kind, size) in [
+            (BackingKind::Shmem, 0),
+            (BackingKind::Shmem, 4097),
+            (BackingKind::Hugetlb2M, 4096),
+            (BackingKind::Hugetlb1G, 3 << 29),
+        ] {
+            let error = MemfdBacking::new(kind, size, true).unwrap_err();
+            assert!(matches!(error, BackingError::Size { .. }), "{error}");
+        }
+    }
+
+    #[test]
+    fn names_are_read_back() {
+        for kind in BackingKind::ALL {
+            assert_eq!(kind.name().parse(), Ok(kind));
+        }
+        assert!("tmpfs".parse::<BackingKind>().unwrap_err().contains("hugetlb-2m"));
+    }
+
+    #[test]
+    fn an_empty_pool_is_an_error() {
+        // 1 PiB of huge pages is nowhere to be had.
+        let backing = MemfdBacking::new(BackingKind::Hugetlb2M, 1 << 50, true).unwrap();
+        let error = backing.map().unwrap_err();
+        assert!(error.to_string().contains("vm.nr_hugepages"), "{error}");
+    }
+}

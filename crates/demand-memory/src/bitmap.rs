@@ -1,0 +1,333 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Which pages are missing, and who may fetch them.
+
+use std::fmt;
+use std::io;
+
+use smallvec::SmallVec;
+
+use crate::sync::{Arc, AtomicU64, Ordering};
+use crate::wait::WaitTable;
+use crate::{PageRange, Wait, Waiter, Words};
+
+/// Words of which one counter keeps the number that are not yet zero.
+#[cfg(not(loom))]
+const GROUP: usize = 64;
+#[cfg(loom)]
+const GROUP: usize = 1;
+
+/// What publishing some pages has led to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Published {
+    /// Other pages of the bitmap are still missing.
+    Some,
+    /// These were the last: no page is missing any more. Told once, to one thread.
+    Last,
+}
+
+/// The missing bitmap of a region, and the claims on its pages.
+///
+/// Bit i of the words is page i: 1 while its content has not arrived. This is the memory that KVM
+/// reads (`userfault_bitmap` of `KVM_SET_USER_MEMORY_REGION2`). Beside it lies a bitmap of claims
+/// that nobody else sees: whoever sets a page's bit there may populate the page, and nobody else
+/// ever does. A page goes from missing to claimed to present and never back.
+///
+/// # Examples
+///
+/// ```
+/// use demand_memory::{MissingBitmap, PageRange, Published};
+///
+/// let bitmap = MissingBitmap::new(100).unwrap();
+/// // Two want page 7; one gets it.
+/// assert_eq!(bitmap.claim(PageRange::page(7))[..], [PageRange::page(7)]);
+/// assert!(bitmap.claim(PageRange::page(7)).is_empty());
+/// // ... here the content is written ...
+/// assert_eq!(bitmap.publish(PageRange::page(7)), Published::Some);
+/// assert!(!bitmap.is_missing(7));
+/// ```
+pub struct MissingBitmap {
+    pages: u64,
+    missing: Words,
+    claimed: Words,
+    /// For each group of words, how many are not zero; written once per word, so that threads on
+    /// disjoint pages share no written line but the word's.
+    groups: Box<[AtomicU64]>,
+    /// How many groups are not zero.
+    groups_left: AtomicU64,
+    waiting: WaitTable,
+}
+
+/// Runs of pages that a claim has given.
+pub type Claimed = SmallVec<[PageRange; 2]>;
+
+impl MissingBitmap {
+    /// A bitmap in which all of `pages` pages are missing, and nobody has claimed one.
+    ///
+    /// # Errors
+    ///
+    /// The system's, if the memory for it cannot be had; `InvalidInput` for no pages at all.
+    pub fn new(pages: u64) -> io::Result<Self> {
+        let words = usize::try_from(pages.div_ceil(64)).ok().filter(|words| *words > 0);
+        let words = words.ok_or_else(|| {
+            io::Error::new(io::ErrorKind::InvalidInput, "a bitmap needs at least one page")
+        })?;
+        let (missing, claimed) = (Words::new(words)?, Words::new(words)?);
+        for (word, mask) in PageRange::new(0, pages).words() {
+            missing[word].store(mask, Ordering::Relaxed);
+        }
+        let groups: Box<[AtomicU64]> = (0..words.div_ceil(GROUP))
+            .map(|group| AtomicU64::new(GROUP.min(words - group * GROUP) as u64))
+            .collect();
+        let groups_left = AtomicU64::new(groups.len() as u64);
+        Ok(MissingBitmap {
+            pages,
+            missing,
+            claimed,
+            groups,
+            groups_left,
+            waiting: WaitTable::new(),
+        })
+    }
+
+    /// Number of pages.
+    pub fn pages(&self) -> u64 {
+        self.pages
+    }
+
+    /// The missing bitmap's words, as KVM reads them.
+    pub fn words(&self) -> &Words {
+        &self.missing
+    }
+
+    /// Whether the page's content has not arrived.
+    ///
+    /// # Panics
+    ///
+    /// If there is no such page.
+    pub fn is_missing(&self, page: u64) -> bool {
+        // Acquire: who sees the bit cleared sees the content.
+        self.missing[(page / 64) as usize].load(Ordering::Acquire) >> (page % 64) & 1 == 1
+    }
+
+    /// The first missing page of the range.
+    pub fn first_missing(&self, range: PageRange) -> Option<u64> {
+        range.words().find_map(|(word, mask)| {
+            let bits = self.missing[word].load(Ordering::Acquire) & mask;
+            (bits != 0).then(|| word as u64 * 64 + u64::from(bits.trailing_zeros()))
+        })
+    }
+
+    /// Number of missing pages in the range.
+    pub fn count_missing(&self, range: PageRange) -> u64 {
+        let count = |(word, mask): (usize, u64)| {
+            u64::from((self.missing[word].load(Ordering::Acquire) & mask).count_ones())
+        };
+        range.words().map(count).sum()
+    }
+
+    /// Whether no page is missing any more.
+    pub fn is_complete(&self) -> bool {
+        self.groups_left.load(Ordering::Acquire) == 0
+    }
+
+    /// Claims all pages of the range that are missing and that nobody has claimed, and returns
+    /// them as runs in ascending order. The caller must populate and
+    /// [`publish`](Self::publish) each of them.
+    pub fn claim(&self, range: PageRange) -> Claimed {
+        let mut runs = Claimed::new();
+        for (word, mask) in range.words() {
+            // A page that is missing here and claimed below cannot have become present between
+            // the two: only its claimant publishes it, and claims stay set for ever.
+            let wanted = self.missing[word].load(Ordering::Acquire) & mask;
+            if wanted == 0 {
+                continue;
+            }
+            let mut ours = wanted & !self.claimed[word].fetch_or(wanted, Ordering::AcqRel);
+            while ours != 0 {
+                let low = ours.trailing_zeros();
+                let count = (ours >> low).trailing_ones();
+                let first = word as u64 * 64 + u64::from(low);
+                match runs.last_mut() {
+                    Some(last) if last.end() == first => last.count += u64::from(count),
+                    _ => runs.push(PageRange::new(first, u64::from(count))),
+                }
+                ours &= u64::MAX.checked_shl(low + count).unwrap_or(0);
+            }
+        }
+        runs
+    }
+
+    /// Makes claimed pages present and lets those go on that wait for them. Their content must be
+    /// complete, and mapped where an armed mapping of the guest's needs it.
+    ///
+    /// # Panics
+    ///
+    /// If one of the pages was not claimed or is present already, in builds with debug
+    /// assertions.
+    pub fn publish(&self, range: PageRange) -> Published {
+        let mut published = Published::Some;
+        for (word, mask) in range.words() {
+            debug_assert_eq!(self.claimed[word].load(Ordering::Relaxed) & mask, mask);
+            // Release: the content, written before, is visible to whoever sees the bit cleared.
+            // Acquire: the thread that clears the last bit has seen all that others published.
+            let before = self.missing[word].fetch_and(!mask, Ordering::AcqRel);
+            debug_assert_eq!(before & mask, mask, "a page is published once");
+            if before & !mask == 0
+                && self.groups[word / GROUP].fetch_sub(1, Ordering::AcqRel) == 1
+                && self.groups_left.fetch_sub(1, Ordering::AcqRel) == 1
+            {
+                published = Published::Last;
+            }
+        }
+        self.waiting.wake(range, &|range| self.first_missing(range));
+        published
+    }
+
+    /// Waits until no page of the range is missing. Somebody must have claimed those that are.
+    pub fn wait(&self, range: PageRange, waiter: &Arc<Waiter>) -> Wait {
+        if self.first_missing(range).is_none() {
+            return Wait::Present;
+        }
+        self.waiting.wait(range, waiter, &|range| self.first_missing(range))
+    }
+
+    /// Calls `callback` when no page of the range is missing: at once on this thread, or later on
+    /// the thread that publishes the last of them; it must not wait. If the bitmap is
+    /// [stopped](Self::stop) before, it is dropped uncalled.
+    pub fn when_present(&self, range: PageRange, callback: impl FnOnce() + Send + 'static) {
+        self.waiting.when_present(range, Box::new(callback), &|range| self.first_missing(range));
+    }
+
+    /// Ends all waiting, now and in the future: the VM is going away.
+    pub fn stop(&self) {
+        self.waiting.stop();
+    }
+
+    /// Whether [`stop`](Self::stop) was called.
+    pub fn is_stopped(&self) -> bool {
+        self.waiting.is_stopped()
+    }
+}
+
+impl fmt::Debug for MissingBitmap {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("MissingBitmap").field("pages", &self.pages).finish_non_exhaustive()
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+    use std::sync::atomic::AtomicUsize;
+    use std::thread;
+    use std::time::Duration;
+
+    #[test]
+    fn all_pages_are_missing_at_first_and_no_more() {
+        let bitmap = MissingBitmap::new(130).unwrap();
+        assert_eq!(bitmap.count_missing(PageRange::new(0, 130)), 130);
+        assert_eq!(bitmap.words()[2].load(Ordering::Relaxed), 3);
+        assert!(MissingBitmap::new(0).is_err());
+    }
+
+    #[test]
+    fn a_claim_gives_runs_across_words_and_leaves_out_what_others_have() {
+        let bitmap = MissingBitmap::new(512).unwrap();
+        assert_eq!(bitmap.claim(PageRange::new(100, 2))[..], [PageRange::new(100, 2)]);
+        let runs = bitmap.claim(PageRange::new(0, 512));
+        assert_eq!(runs[..], [PageRange::new(0, 100), PageRange::new(102, 410)]);
+        assert!(bitmap.claim(PageRange::new(0, 512)).is_empty());
+    }
+
+    #[test]
+    fn present_pages_are_not_claimed_again() {
+        let bitmap = MissingBitmap::new(64).unwrap();
+        bitmap.claim(PageRange::page(63));
+        bitmap.publish(PageRange::page(63));
+        assert_eq!(bitmap.claim(PageRange::new(0, 64))[..], [PageRange::new(0, 63)]);
+    }
+
+    #[test]
+    fn the_last_page_is_told_once() {
+        let bitmap = MissingBitmap::new(5000).unwrap();
+        let last = AtomicUsize::new(0);
+        thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for page in 0..5000 {
+                        for run in bitmap.claim(PageRange::page(page)) {
+                            if bitmap.publish(run) == Published::Last {
+                                last.fetch_add(1, Ordering::Relaxed);
+                            }
+                        }
+                    }
+                });
+            }
+        });
+        assert!(bitmap.is_complete());
+        assert_eq!(last.into_inner(), 1);
+        assert_eq!(bitmap.first_missing(PageRange::new(0, 5000)), None);
+    }
+
+    #[test]
+    fn a_waiter_goes_on_when_its_range_is_whole() {
+        let bitmap = MissingBitmap::new(512).unwrap();
+        let waiter = Waiter::new();
+        thread::scope(|scope| {
+            let waiting = scope.spawn(|| bitmap.wait(PageRange::new(0, 512), &waiter));
+            for run in bitmap.claim(PageRange::new(0, 512)) {
+                for page in (run.first..run.end()).rev() {
+                    bitmap.publish(PageRange::page(page));
+                }
+            }
+            assert_eq!(waiting.join().unwrap(), Wait::Present);
+        });
+    }
+
+    #[test]
+    fn a_waiter_can_be_kicked_and_waits_again() {
+        let bitmap = MissingBitmap::new(64).unwrap();
+        bitmap.claim(PageRange::page(1));
+        let waiter = Waiter::new();
+        thread::scope(|scope| {
+            let waiting = scope.spawn(|| bitmap.wait(PageRange::page(1), &waiter));
+            thread::sleep(Duration::from_millis(20));
+            waiter.kick();
+            assert_eq!(waiting.join().unwrap(), Wait::Kicked);
+            waiter.clear_kick();
+            let waiting = scope.spawn(|| bitmap.wait(PageRange::page(1), &waiter));
+            bitmap.publish(PageRange::page(1));
+            assert_eq!(waiting.join().unwrap(), Wait::Present);
+        });
+    }
+
+    #[test]
+    fn stopping_ends_all_waits_and_drops_callbacks() {
+        let bitmap = MissingBitmap::new(64).unwrap();
+        let waiter = Waiter::new();
+        let kept = std::sync::Arc::new(());
+        let in_callback = kept.clone();
+        bitmap.when_present(PageRange::page(0), move || panic!("{in_callback:?} never came"));
+        thread::scope(|scope| {
+            let waiting = scope.spawn(|| bitmap.wait(PageRange::page(1), &waiter));
+            thread::sleep(Duration::from_millis(20));
+            bitmap.stop();
+            assert_eq!(waiting.join().unwrap(), Wait::Stopped);
+        });
+        assert_eq!(bitmap.wait(PageRange::page(1), &waiter), Wait::Stopped);
+        assert_eq!(std::sync::Arc::strong_count(&kept), 1);
+    }
+
+    #[test]
+    fn a_callback_runs_when_its_unit_is_whole() {
+        let bitmap = MissingBitmap::new(1024).unwrap();
+        let (sender, receiver) = std::sync::mpsc::channel();
+        bitmap.when_present(PageRange::new(512, 512), move || sender.send(()).unwrap());
+        bitmap.claim(PageRange::new(0, 1024));
+        for page in (512..1024).rev() {
+            assert!(receiver.try_recv().is_err());
+            bitmap.publish(PageRange::page(page));
+        }
+        receiver.try_recv().unwrap();
+    }
+}

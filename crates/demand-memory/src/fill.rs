@@ -1,0 +1,113 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Background fill: brings in what nobody has asked for yet.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use crate::{FetchError, PageRange, Pager, Path, Waiter};
+
+/// Pages of one step: 256 KiB, so that a demand fault never waits long behind one.
+const CHUNK: u64 = 64;
+
+/// How fast background fill goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FillRate {
+    /// As fast as the source.
+    Unlimited,
+    /// At most this many bytes per second on average.
+    BytesPerSecond(u64),
+}
+
+/// A thread that makes all pages of some regions present, in ascending order. It ends when they
+/// are, when the memory is stopped, or when this is dropped.
+#[derive(Debug)]
+pub struct Fill {
+    stop: Arc<AtomicBool>,
+    waiter: Arc<Waiter>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Fill {
+    /// Starts filling the regions of these pagers, one after the other.
+    ///
+    /// # Errors
+    ///
+    /// The system's, if the thread cannot be started.
+    pub fn start(pagers: Vec<Arc<Pager>>, rate: FillRate) -> io::Result<Self> {
+        let stop = Arc::new(AtomicBool::new(false));
+        let waiter = Waiter::new();
+        let thread = {
+            let (stop, waiter) = (stop.clone(), waiter.clone());
+            thread::Builder::new().name("fill".into()).spawn(move || {
+                let mut pace = Pace { rate, begun: Instant::now(), bytes: 0 };
+                for pager in &pagers {
+                    if fill(pager, &waiter, &stop, &mut pace).is_err() {
+                        return;
+                    }
+                }
+            })?
+        };
+        Ok(Fill { stop, waiter, thread: Some(thread) })
+    }
+}
+
+struct Pace {
+    rate: FillRate,
+    begun: Instant,
+    bytes: u64,
+}
+
+impl Pace {
+    /// Sleeps for as long as the bytes so far are ahead of the rate.
+    fn keep(&mut self, bytes: u64, stop: &AtomicBool) {
+        self.bytes += bytes;
+        let FillRate::BytesPerSecond(rate) = self.rate else { return };
+        let due = Duration::from_secs_f64(self.bytes as f64 / rate.max(1) as f64);
+        while !stop.load(Ordering::Relaxed) {
+            let ahead = due.saturating_sub(self.begun.elapsed());
+            if ahead.is_zero() {
+                return;
+            }
+            thread::sleep(ahead.min(Duration::from_millis(50)));
+        }
+    }
+}
+
+fn fill(
+    pager: &Arc<Pager>,
+    waiter: &Arc<Waiter>,
+    stop: &AtomicBool,
+    pace: &mut Pace,
+) -> Result<(), FetchError> {
+    let pages = pager.pages();
+    let mut next = 0;
+    // The pages asked for last: the source works on them while the next are looked for.
+    let mut before = PageRange::new(0, 0);
+    while let Some(first) = pager.bitmap().first_missing(PageRange::new(next, pages - next)) {
+        if stop.load(Ordering::Relaxed) {
+            return Err(FetchError::Stopped);
+        }
+        let end = (first / CHUNK + 1) * CHUNK;
+        let chunk = PageRange::new(first, end.min(pages) - first);
+        let missing = pager.bitmap().count_missing(chunk) * crate::PAGE_SIZE;
+        pager.fetch(chunk, Path::Fill)?;
+        pager.ensure(before, Path::Fill, waiter)?;
+        pace.keep(missing, stop);
+        (next, before) = (chunk.end(), chunk);
+    }
+    pager.ensure(PageRange::new(0, pages), Path::Fill, waiter)
+}
+
+impl Drop for Fill {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        self.waiter.kick();
+        if let Some(thread) = self.thread.take() {
+            // A panic there is reported by the thread itself.
+            let _ = thread.join();
+        }
+    }
+}

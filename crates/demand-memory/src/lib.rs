@@ -1,0 +1,46 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+#![doc = include_str!("../README.md")]
+
+mod bitmap;
+mod page;
+mod sync;
+mod wait;
+mod words;
+
+// The model checker looks at the words, the claims and the waiting; the rest needs a kernel.
+#[cfg(not(loom))]
+mod backing;
+#[cfg(not(loom))]
+mod fill;
+#[cfg(not(loom))]
+mod mapping;
+#[cfg(not(loom))]
+mod memory;
+#[cfg(not(loom))]
+mod pager;
+#[cfg(not(loom))]
+mod region;
+#[cfg(not(loom))]
+mod retry;
+#[cfg(not(loom))]
+mod stats;
+#[cfg(not(loom))]
+mod trap;
+
+pub use bitmap::{Claimed, MissingBitmap, Published};
+pub use page::{PAGE_SIZE, PageRange};
+pub use wait::{Wait, Waiter};
+pub use words::Words;
+
+#[cfg(not(loom))]
+pub use self::{
+    backing::{Backing, BackingError, BackingKind, MemfdBacking},
+    fill::{Fill, FillRate},
+    mapping::Mapping,
+    memory::DemandMemory,
+    pager::{FetchError, Pager, PagerError},
+    region::{DemandRegion, RegionConfig},
+    retry::{Failure, Retrier, RetryPolicy},
+    stats::{LatencyMicros, Path, PathReport, SourceReport, Stats, TimelineEvent},
+    trap::Trap,
+};

@@ -1,0 +1,102 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Memory mappings that unmap themselves.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::ptr::NonNull;
+
+/// A shared, writable mapping of a file from its first byte on.
+///
+/// It is only an address range: what may be done with the bytes, and what traps an access, is
+/// said by whoever made it.
+#[derive(Debug)]
+pub struct Mapping {
+    address: NonNull<u8>,
+    len: u64,
+}
+
+// SAFETY: a mapping is an address range of the process, which belongs to no thread, and this type
+// gives no access to the bytes.
+unsafe impl Send for Mapping {}
+// SAFETY: as above; all methods only tell where the mapping is.
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    /// Maps `len` bytes of `file`, shared and writable. With `no_reserve` the kernel sets no huge
+    /// pages aside for it.
+    ///
+    /// # Errors
+    ///
+    /// The system's: `ENOMEM` where the huge pages that had to be set aside are not there.
+    pub fn shared(file: &File, len: u64, no_reserve: bool) -> io::Result<Self> {
+        let bytes =
+            usize::try_from(len).map_err(|_| io::Error::from_raw_os_error(libc::EOVERFLOW))?;
+        let flags = libc::MAP_SHARED | if no_reserve { libc::MAP_NORESERVE } else { 0 };
+        // SAFETY: a new mapping at an address of the kernel's choice changes no memory that
+        // anything in this process refers to.
+        let address = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                bytes,
+                libc::PROT_READ | libc::PROT_WRITE,
+                flags,
+                file.as_raw_fd(),
+                0,
+            )
+        };
+        if address == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let address = NonNull::new(address.cast()).expect("mmap gives no null address");
+        Ok(Mapping { address, len })
+    }
+
+    /// Where the mapping begins.
+    pub fn address(&self) -> NonNull<u8> {
+        self.address
+    }
+
+    /// Length of the mapping, in bytes.
+    pub fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// Whether the mapping has no bytes; never, as the kernel refuses to make one.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The address of the byte at `offset`.
+    ///
+    /// # Panics
+    ///
+    /// If `offset` lies past the end.
+    pub fn at(&self, offset: u64) -> NonNull<u8> {
+        assert!(offset <= self.len, "byte {offset} lies past a mapping of {} bytes", self.len);
+        // SAFETY: the assertion keeps the pointer within the mapping or one past its end, and a
+        // mapping is smaller than `isize::MAX`.
+        unsafe { self.address.add(offset as usize) }
+    }
+
+    /// Gives the kernel an advice about the mapping, say `MADV_HUGEPAGE`.
+    ///
+    /// # Errors
+    ///
+    /// The system's.
+    pub(crate) fn advise(&self, advice: libc::c_int) -> io::Result<()> {
+        // SAFETY: the range is this mapping. The advices that this crate gives are about page
+        // sizes; none of them changes content.
+        let result =
+            unsafe { libc::madvise(self.address.as_ptr().cast(), self.len as usize, advice) };
+        if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: the range was mapped by `shared` and is unmapped once. Whoever was given its
+        // address keeps the mapping alive while using it.
+        unsafe { libc::munmap(self.address.as_ptr().cast(), self.len as usize) };
+    }
+}

@@ -1,0 +1,122 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The regions of a guest, together.
+
+use std::sync::Arc;
+
+use vm_memory::bitmap::Bitmap;
+use vm_memory::{
+    GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionCollection,
+    GuestRegionCollectionError,
+};
+
+use crate::{DemandRegion, Pager};
+
+/// All memory of a guest, as linux-loader, virtio-queue and every other user of vm-memory takes
+/// it.
+///
+/// It differs from a plain collection of regions in one point: checking a range does not bring
+/// its pages in.
+///
+/// # Examples
+///
+/// ```
+/// use std::sync::Arc;
+/// use demand_memory::{
+///     BackingKind, DemandMemory, DemandRegion, MemfdBacking, PageRange, RegionConfig, Retrier,
+///     RetryPolicy, Stats,
+/// };
+/// use demand_source::LocalFile;
+/// use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+///
+/// let image = tempfile::NamedTempFile::new().unwrap();
+/// std::os::unix::fs::FileExt::write_all_at(image.as_file(), b"hello", 0x5000).unwrap();
+/// image.as_file().set_len(1 << 20).unwrap();
+///
+/// let region = DemandRegion::new(
+///     RegionConfig {
+///         start: GuestAddress(0),
+///         backing: Arc::new(MemfdBacking::new(BackingKind::Shmem, 1 << 20, true).unwrap()),
+///         source: Arc::new(LocalFile::open(image.path()).unwrap()),
+///         image_offset: 0,
+///         stats: Arc::new(Stats::new()),
+///         retrier: Retrier::new(RetryPolicy::default(), |failure| eprintln!("{}", failure.error)),
+///     },
+///     (),
+/// )
+/// .unwrap();
+/// let memory = DemandMemory::new(vec![region]).unwrap();
+///
+/// assert!(memory.check_range(GuestAddress(0), 1 << 20));
+/// let mut word = [0; 5];
+/// memory.read_slice(&mut word, GuestAddress(0x5000)).unwrap();
+/// assert_eq!(&word, b"hello");
+///
+/// // Only the page that was read has come in.
+/// let pager = memory.pagers().next().unwrap();
+/// assert_eq!(pager.bitmap().count_missing(PageRange::new(0, 256)), 255);
+/// assert!(!pager.bitmap().is_missing(5));
+/// ```
+#[derive(Debug, Default)]
+pub struct DemandMemory<B: Bitmap = ()> {
+    regions: GuestRegionCollection<DemandRegion<B>>,
+}
+
+impl<B: Bitmap> DemandMemory<B> {
+    /// The memory that consists of these regions.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`GuestRegionCollection::from_regions`]: regions overlap, are not sorted, or there
+    /// are none.
+    pub fn new(regions: Vec<DemandRegion<B>>) -> Result<Self, GuestRegionCollectionError> {
+        Ok(DemandMemory { regions: GuestRegionCollection::from_regions(regions)? })
+    }
+
+    /// The regions' pagers, by guest address.
+    pub fn pagers(&self) -> impl Iterator<Item = &Arc<Pager>> {
+        self.regions.iter().map(DemandRegion::pager)
+    }
+
+    /// Ends all waiting for pages: the VM is going away.
+    pub fn stop(&self) {
+        self.pagers().for_each(|pager| pager.stop());
+    }
+}
+
+impl<B: Bitmap> Clone for DemandMemory<B> {
+    fn clone(&self) -> Self {
+        DemandMemory { regions: self.regions.clone() }
+    }
+}
+
+impl<B: Bitmap> GuestMemoryBackend for DemandMemory<B> {
+    type R = DemandRegion<B>;
+
+    fn num_regions(&self) -> usize {
+        self.regions.num_regions()
+    }
+
+    fn find_region(&self, addr: GuestAddress) -> Option<&Self::R> {
+        self.regions.find_region(addr)
+    }
+
+    fn iter(&self) -> impl Iterator<Item = &Self::R> {
+        self.regions.iter()
+    }
+
+    fn check_range(&self, base: GuestAddress, len: usize) -> bool {
+        let mut address = base;
+        let mut left = len as u64;
+        while left > 0 {
+            let Some(region) = self.find_region(address) else { return false };
+            // `find_region` found the address in the region.
+            let here = region.last_addr().0 - address.0 + 1;
+            left = left.saturating_sub(here);
+            if left > 0 {
+                let Some(next) = address.0.checked_add(here) else { return false };
+                address = GuestAddress(next);
+            }
+        }
+        true
+    }
+}

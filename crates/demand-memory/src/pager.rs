@@ -1,0 +1,387 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Brings a region's pages in: claim, populate, map, publish.
+
+use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::Instant;
+
+use demand_source::{Chunk, Destination, Extent, PageSource, Priority, Request, SourceError};
+
+use crate::retry::{Attempts, Retrier};
+use crate::{
+    Backing, BackingError, Mapping, MissingBitmap, PAGE_SIZE, PageRange, Path, Published, Stats,
+    Trap, Wait, Waiter,
+};
+
+/// Why a pager could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum PagerError {
+    /// The memory could not be had.
+    #[error(transparent)]
+    Backing(#[from] BackingError),
+    /// The missing bitmap could not be had.
+    #[error("make a missing bitmap for {pages} pages: {error}; free memory, or ask for less")]
+    Bitmap {
+        /// Pages of the region.
+        pages: u64,
+        /// What the system said.
+        error: std::io::Error,
+    },
+    /// The image ends before the region does.
+    #[error(
+        "fill {size} bytes of memory from byte {image_offset} of the image: the image has only \
+         {image_size} bytes; use an image of at least {} bytes, or less memory",
+        image_offset.saturating_add(*size)
+    )]
+    ImageShort {
+        /// Size of the region, in bytes.
+        size: u64,
+        /// Where the region begins in the image, in bytes.
+        image_offset: u64,
+        /// Size of the image, in bytes.
+        image_size: u64,
+    },
+    /// The region's first page does not begin at a multiple of a page in the image.
+    #[error("fill memory from byte {0} of the image: that is no multiple of 4096 bytes")]
+    Unaligned(u64),
+}
+
+/// Why pages did not become present.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum FetchError {
+    /// The waiting thread was called away; it may ask again.
+    #[error("the wait for a page was interrupted; ask again to go on")]
+    Kicked,
+    /// The VM is going away, and the pages with it.
+    #[error("the memory was stopped while pages were missing; they will not arrive")]
+    Stopped,
+    /// There are no such pages.
+    #[error("page {first} and the {count} from there on do not lie in a region of {pages} pages")]
+    OutOfRange {
+        /// First page asked for.
+        first: u64,
+        /// Pages asked for.
+        count: u64,
+        /// Pages of the region.
+        pages: u64,
+    },
+}
+
+type Callback = Box<dyn FnOnce() + Send>;
+
+/// The pager of one region.
+///
+/// All paths ask it for pages: vCPUs, the VMM, back-ends and background fill. Whoever claims a
+/// page brings it in; others wait on the page. A failed fetch is tried again and is never
+/// answered with zeros.
+pub struct Pager {
+    bitmap: MissingBitmap,
+    backing: Arc<dyn Backing>,
+    /// Where content is written. Nothing traps here, so no address of it leaves the crate but for
+    /// present pages.
+    populate: Arc<Mapping>,
+    source: Arc<dyn PageSource>,
+    image_offset: u64,
+    /// One bit for each unit that is known to exist; only for units larger than a page.
+    allocated: Option<Box<[AtomicU64]>>,
+    guest_trap: OnceLock<Arc<dyn Trap>>,
+    on_complete: Mutex<Vec<Callback>>,
+    stats: Arc<Stats>,
+    retrier: Arc<Retrier>,
+}
+
+impl Pager {
+    /// A pager that fills `backing` from `source`, whose byte `image_offset` is the region's
+    /// first.
+    ///
+    /// # Errors
+    ///
+    /// [`PagerError`] tells which part could not be had.
+    pub fn new(
+        backing: Arc<dyn Backing>,
+        source: Arc<dyn PageSource>,
+        image_offset: u64,
+        stats: Arc<Stats>,
+        retrier: Arc<Retrier>,
+    ) -> Result<Arc<Self>, PagerError> {
+        let (size, image_size) = (backing.size(), source.size());
+        if !image_offset.is_multiple_of(PAGE_SIZE) {
+            return Err(PagerError::Unaligned(image_offset));
+        }
+        if image_offset.checked_add(size).is_none_or(|end| end > image_size) {
+            return Err(PagerError::ImageShort { size, image_offset, image_size });
+        }
+        let pages = size / PAGE_SIZE;
+        let bitmap =
+            MissingBitmap::new(pages).map_err(|error| PagerError::Bitmap { pages, error })?;
+        let populate = Arc::new(backing.map()?);
+        let unit = backing.kind().unit();
+        let allocated = (unit > PAGE_SIZE)
+            .then(|| (0..(size / unit).div_ceil(64)).map(|_| AtomicU64::new(0)).collect());
+        Ok(Arc::new(Pager {
+            bitmap,
+            backing,
+            populate,
+            source,
+            image_offset,
+            allocated,
+            guest_trap: OnceLock::new(),
+            on_complete: Mutex::default(),
+            stats,
+            retrier,
+        }))
+    }
+
+    /// The missing bitmap.
+    pub fn bitmap(&self) -> &MissingBitmap {
+        &self.bitmap
+    }
+
+    /// The memory object.
+    pub fn backing(&self) -> &Arc<dyn Backing> {
+        &self.backing
+    }
+
+    /// The statistics that this pager counts in.
+    pub fn stats(&self) -> &Arc<Stats> {
+        &self.stats
+    }
+
+    /// Number of pages of the region.
+    pub fn pages(&self) -> u64 {
+        self.bitmap.pages()
+    }
+
+    /// Pages of one unit of the backing.
+    pub fn unit_pages(&self) -> u64 {
+        self.backing.kind().unit() / PAGE_SIZE
+    }
+
+    /// Says that the guest's mapping is armed: pages are mapped there before their bits are
+    /// cleared. Must be called before the first page is fetched, and once.
+    ///
+    /// # Panics
+    ///
+    /// If it was called before, or a page is present already.
+    pub fn set_guest_trap(&self, trap: Arc<dyn Trap>) {
+        let all = PageRange::new(0, self.pages());
+        assert_eq!(self.bitmap.count_missing(all), self.pages(), "the guest is armed first");
+        assert!(self.guest_trap.set(trap).is_ok(), "a region has one guest mapping");
+    }
+
+    /// Calls `callback` when the last page is present: at once if it is, else on the thread that
+    /// publishes it. The callback must not wait.
+    pub fn on_complete(&self, callback: impl FnOnce() + Send + 'static) {
+        let mut callbacks = self.on_complete.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.bitmap.is_complete() {
+            drop(callbacks);
+            callback();
+        } else {
+            callbacks.push(Box::new(callback));
+        }
+    }
+
+    /// Ends all waiting: the VM is going away. Nothing arrives after this.
+    pub fn stop(&self) {
+        self.bitmap.stop();
+        self.retrier.stop();
+    }
+
+    /// Starts bringing in the pages of `range` that are missing and that nobody has claimed. With
+    /// a source that answers at once they are present when this returns; with others they arrive
+    /// later, on the source's threads. Returns the number of pages that became present through
+    /// this very call.
+    ///
+    /// # Errors
+    ///
+    /// [`FetchError::OutOfRange`] and [`FetchError::Stopped`].
+    pub fn fetch(self: &Arc<Self>, range: PageRange, path: Path) -> Result<u64, FetchError> {
+        let pages = self.pages();
+        if range.first.checked_add(range.count).is_none_or(|end| end > pages) {
+            return Err(FetchError::OutOfRange { first: range.first, count: range.count, pages });
+        }
+        if self.bitmap.is_stopped() {
+            return Err(FetchError::Stopped);
+        }
+        // Claims of the whole range are taken before the first byte is read, so that nobody
+        // else's page can be touched by what is written for this range.
+        let claimed = self.bitmap.claim(range);
+        Ok(claimed.iter().map(|run| self.populate(*run, path, None)).sum())
+    }
+
+    /// Makes all pages of `range` present: fetches those that nobody has claimed, and waits for
+    /// the others. The wait lasts as long as the source is away.
+    ///
+    /// # Errors
+    ///
+    /// [`FetchError::Kicked`] if `waiter` was kicked meanwhile (pages that were asked for still
+    /// arrive), and the errors of [`fetch`](Self::fetch).
+    pub fn ensure(
+        self: &Arc<Self>,
+        range: PageRange,
+        path: Path,
+        waiter: &Arc<Waiter>,
+    ) -> Result<(), FetchError> {
+        if self.fetch(range, path)? == range.count {
+            return Ok(());
+        }
+        match self.bitmap.wait(range, waiter) {
+            Wait::Present => Ok(()),
+            Wait::Kicked => Err(FetchError::Kicked),
+            Wait::Stopped => Err(FetchError::Stopped),
+        }
+    }
+
+    /// Brings in claimed pages; returns how many became present before it returned. The rest is
+    /// with the source, or will be tried again.
+    fn populate(self: &Arc<Self>, run: PageRange, path: Path, tried: Option<Attempts>) -> u64 {
+        let mut left = run;
+        let mut present = 0;
+        while !left.is_empty() {
+            match self.populate_extent(left, path, tried) {
+                Ok((done, arrived)) => {
+                    left = PageRange::new(left.first + done, left.count - done);
+                    present += if arrived { done } else { 0 };
+                }
+                Err(error) => {
+                    self.retry(left, path, &error, tried);
+                    break;
+                }
+            }
+        }
+        present
+    }
+
+    /// Brings in the pages at the beginning of `run` that lie in one extent of the image; returns
+    /// their number and whether they are present already.
+    fn populate_extent(
+        self: &Arc<Self>,
+        run: PageRange,
+        path: Path,
+        tried: Option<Attempts>,
+    ) -> Result<(u64, bool), PopulateError> {
+        let offset = self.image_offset + run.offset();
+        let extent = self.source.extent(offset)?;
+        // An extent that ends within a page: the page is data, read as a whole.
+        let pages = (extent.end().saturating_sub(offset) / PAGE_SIZE).clamp(1, run.count);
+        let run = PageRange::new(run.first, pages);
+        match extent {
+            Extent::Hole { end } if end - offset >= PAGE_SIZE => {
+                // New memory is zero, which is what the image says.
+                self.allocate(run, true)?;
+                self.publish(run, path, 0)?;
+                return Ok((pages, true));
+            }
+            _ => self.allocate(run, false)?,
+        }
+        let (address, len) = (self.populate.at(run.offset()), run.bytes() as usize);
+        // SAFETY: `at` and the range check in `fetch` keep the loan within the populate mapping,
+        // which `self` keeps mapped writable during this call. No Rust reference to guest memory
+        // is ever made, and the pages are claimed by this call, so nobody else writes them.
+        let mut destination = unsafe { Destination::new(address, len, None) };
+        if let Some(read) = self.source.read_now(offset, &mut destination) {
+            read?;
+            self.publish(run, path, run.bytes())?;
+            return Ok((pages, true));
+        }
+        // A page that cannot be allocated must fail here, not as a signal in a source's thread.
+        self.allocate(run, true)?;
+        let owner = self.populate.clone();
+        // SAFETY: as above; `owner` keeps the mapping while the source holds the loan, and the
+        // claim stays until the completion below has published the pages.
+        let destination = unsafe { Destination::new(address, len, Some(owner)) };
+        let priority = if path == Path::Fill { Priority::Fill } else { Priority::Demand };
+        let request = Request { priority, chunks: vec![Chunk { offset, destination }] };
+        let pager = self.clone();
+        self.source.submit(request).then(move |outcome| {
+            let published = outcome
+                .map_err(PopulateError::from)
+                .and_then(|()| pager.publish(run, path, run.bytes()));
+            if let Err(error) = published {
+                pager.retry(run, path, &error, tried);
+            }
+        });
+        Ok((pages, false))
+    }
+
+    /// Makes sure that memory for `run` exists. Pages of shared memory come into being when they
+    /// are written, unless `always`.
+    fn allocate(&self, run: PageRange, always: bool) -> Result<(), BackingError> {
+        let Some(allocated) = &self.allocated else {
+            return if always { self.backing.allocate(run) } else { Ok(()) };
+        };
+        let unit = self.unit_pages();
+        for index in run.first / unit..run.end().div_ceil(unit) {
+            let (word, bit) = (&allocated[(index / 64) as usize], 1 << (index % 64));
+            if word.load(Ordering::Relaxed) & bit == 0 {
+                // Two threads may both get here: allocating what exists changes nothing.
+                self.backing.allocate(PageRange::new(index * unit, unit))?;
+                word.fetch_or(bit, Ordering::Relaxed);
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes pages present whose content is complete. The order is what keeps readers from
+    /// seeing anything else: content; the guest's armed mapping; the bit; those who wait.
+    fn publish(&self, run: PageRange, path: Path, bytes_read: u64) -> Result<(), PopulateError> {
+        if let Some(trap) = self.guest_trap.get() {
+            trap.map_present(run).map_err(PopulateError::Map)?;
+        }
+        self.stats.arrived(path, run.count, bytes_read);
+        if self.bitmap.publish(run) == Published::Last {
+            let callbacks = std::mem::take(
+                &mut *self.on_complete.lock().unwrap_or_else(PoisonError::into_inner),
+            );
+            for callback in callbacks {
+                callback();
+            }
+        }
+        Ok(())
+    }
+
+    /// Leaves claimed pages to the retrier. They stay missing and claimed, and faults on them
+    /// stay open.
+    fn retry(
+        self: &Arc<Self>,
+        run: PageRange,
+        path: Path,
+        error: &PopulateError,
+        tried: Option<Attempts>,
+    ) {
+        self.stats.failed();
+        let mut attempts = tried.unwrap_or(Attempts { count: 0, since: Instant::now() });
+        attempts.count = attempts.count.saturating_add(1);
+        let pager = self.clone();
+        self.retrier.failed(error, run, self.image_offset + run.offset(), attempts, move || {
+            pager.stats.retried();
+            pager.populate(run, path, Some(attempts));
+        });
+    }
+
+    /// The address of a byte in the populate mapping. The caller must look only at present pages.
+    pub(crate) fn populate_mapping(&self) -> &Arc<Mapping> {
+        &self.populate
+    }
+}
+
+impl fmt::Debug for Pager {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Pager")
+            .field("backing", &self.backing)
+            .field("bitmap", &self.bitmap)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Why claimed pages could not be populated.
+#[derive(Debug, thiserror::Error)]
+enum PopulateError {
+    #[error(transparent)]
+    Source(#[from] SourceError),
+    #[error(transparent)]
+    Backing(#[from] BackingError),
+    #[error("map pages that have arrived where the guest looks: {0}; it is tried again")]
+    Map(std::io::Error),
+}

@@ -1,0 +1,254 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! A region of guest memory as vm-memory sees it.
+
+use std::io;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, OnceLock};
+use std::time::Instant;
+
+use demand_source::PageSource;
+use vm_memory::bitmap::{BS, Bitmap};
+use vm_memory::{
+    AtomicAccess, Bytes, GuestAddress, GuestMemoryError, GuestMemoryRegion, GuestUsize,
+    MemoryRegionAddress, ReadVolatile, VolatileSlice, WriteVolatile, guest_memory,
+};
+
+use crate::retry::Retrier;
+use crate::{
+    Backing, FetchError, Mapping, PAGE_SIZE, PageRange, Pager, PagerError, Path, Stats, Waiter,
+};
+
+thread_local! {
+    // Waits through vm-memory end with the page or with the VM: nobody kicks this waiter.
+    static WAITER: Arc<Waiter> = Waiter::new();
+}
+
+/// What a region is made of.
+#[derive(Clone)]
+pub struct RegionConfig {
+    /// Where the region begins in guest physical memory.
+    pub start: GuestAddress,
+    /// The memory object.
+    pub backing: Arc<dyn Backing>,
+    /// Where its pages come from.
+    pub source: Arc<dyn PageSource>,
+    /// Offset of the region's first byte in the source's image, in bytes: a multiple of 4096.
+    pub image_offset: u64,
+    /// Where the pager counts; one for the whole VM.
+    pub stats: Arc<Stats>,
+    /// Who tries failed fetches again; one for the whole VM.
+    pub retrier: Arc<Retrier>,
+}
+
+/// A region of guest memory whose pages arrive when they are first used.
+///
+/// Every access through vm-memory's traits asks the pager for exactly the pages that it touches,
+/// so it neither faults nor sees anything that has not arrived. It waits while the source is
+/// away, and fails only once the memory is stopped.
+///
+/// There is no [`file_offset`](GuestMemoryRegion::file_offset): whoever mapped that file without
+/// a trap would read zeros where pages are missing. Those who do have a trap find the file
+/// through [`Pager::backing`].
+#[derive(Debug)]
+pub struct DemandRegion<B = ()> {
+    start: GuestAddress,
+    pager: Arc<Pager>,
+    access: OnceLock<Arc<Mapping>>,
+    bitmap: B,
+}
+
+impl<B: Bitmap> DemandRegion<B> {
+    /// Makes a region; `bitmap` tracks what the VMM writes (`()` where nobody wants to know).
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Pager::new`].
+    pub fn new(config: RegionConfig, bitmap: B) -> Result<Self, PagerError> {
+        let RegionConfig { start, backing, source, image_offset, stats, retrier } = config;
+        let pager = Pager::new(backing, source, image_offset, stats, retrier)?;
+        Ok(DemandRegion { start, pager, access: OnceLock::new(), bitmap })
+    }
+
+    /// The region's pager.
+    pub fn pager(&self) -> &Arc<Pager> {
+        &self.pager
+    }
+
+    /// Gives the region a mapping for raw pointers. It must be armed: a touch of a missing page
+    /// there must wait until the page is present.
+    ///
+    /// # Panics
+    ///
+    /// If the region has one, or its size is not the region's.
+    pub fn set_access_mapping(&self, mapping: Arc<Mapping>) {
+        assert_eq!(mapping.len(), self.len(), "the access mapping is as long as the region");
+        assert!(self.access.set(mapping).is_ok(), "a region has one access mapping");
+    }
+
+    fn ensure(&self, offset: u64, len: u64) -> Result<(), GuestMemoryError> {
+        let pages = PageRange::of_bytes(offset, len);
+        let bitmap = self.pager.bitmap();
+        if bitmap.first_missing(pages).is_none() {
+            return Ok(());
+        }
+        let begun = Instant::now();
+        let missing = bitmap.count_missing(pages);
+        WAITER
+            .with(|waiter| self.pager.ensure(pages, Path::Vmm, waiter))
+            .map_err(|error| GuestMemoryError::IOError(io::Error::other(error)))?;
+        self.pager.stats().fault(Path::Vmm, missing.max(1) * PAGE_SIZE, begun.elapsed());
+        Ok(())
+    }
+
+    /// The slice of at most `len` bytes at `address`, cut at the region's end.
+    fn slice_up_to(
+        &self,
+        address: MemoryRegionAddress,
+        len: usize,
+    ) -> guest_memory::Result<VolatileSlice<'_, BS<'_, B>>> {
+        let left = self
+            .len()
+            .checked_sub(address.0)
+            .filter(|left| *left > 0)
+            .ok_or(GuestMemoryError::InvalidBackendAddress)?;
+        self.get_slice(address, usize::try_from(left).map_or(len, |left| len.min(left)))
+    }
+}
+
+impl<B: Bitmap> GuestMemoryRegion for DemandRegion<B> {
+    type B = B;
+
+    fn len(&self) -> GuestUsize {
+        self.pager.pages() * PAGE_SIZE
+    }
+
+    fn start_addr(&self) -> GuestAddress {
+        self.start
+    }
+
+    fn bitmap(&self) -> BS<'_, B> {
+        self.bitmap.slice_at(0)
+    }
+
+    fn get_host_address(&self, addr: MemoryRegionAddress) -> guest_memory::Result<*mut u8> {
+        let mapping = self.access.get().ok_or(GuestMemoryError::HostAddressNotAvailable)?;
+        let addr = self.check_address(addr).ok_or(GuestMemoryError::InvalidBackendAddress)?;
+        Ok(mapping.at(addr.0).as_ptr())
+    }
+
+    fn get_slice(
+        &self,
+        offset: MemoryRegionAddress,
+        count: usize,
+    ) -> guest_memory::Result<VolatileSlice<'_, BS<'_, B>>> {
+        let end = offset.0.checked_add(count as u64);
+        if end.is_none_or(|end| end > self.len()) {
+            return Err(GuestMemoryError::InvalidBackendAddress);
+        }
+        self.ensure(offset.0, count as u64)?;
+        let address = self.pager.populate_mapping().at(offset.0).as_ptr();
+        // SAFETY: the range lies in the populate mapping, which lives as long as the pager, and
+        // so longer than the borrow of `self`. Its pages are present, and present is final: the
+        // pager never writes them again. All others who reach the bytes are other processes, the
+        // guest, and slices like this one, which access them volatilely.
+        Ok(unsafe {
+            VolatileSlice::with_bitmap(
+                address,
+                count,
+                self.bitmap.slice_at(offset.0 as usize),
+                None,
+            )
+        })
+    }
+
+    fn is_hugetlbfs(&self) -> Option<bool> {
+        Some(self.pager.unit_pages() > 1)
+    }
+}
+
+// By hand: vm-memory's own implementation asks for a slice of the whole region for 8 bytes.
+impl<B: Bitmap> Bytes<MemoryRegionAddress> for DemandRegion<B> {
+    type E = GuestMemoryError;
+
+    fn write(&self, buf: &[u8], addr: MemoryRegionAddress) -> guest_memory::Result<usize> {
+        Ok(self.slice_up_to(addr, buf.len())?.write(buf, 0)?)
+    }
+
+    fn read(&self, buf: &mut [u8], addr: MemoryRegionAddress) -> guest_memory::Result<usize> {
+        Ok(self.slice_up_to(addr, buf.len())?.read(buf, 0)?)
+    }
+
+    fn write_slice(&self, buf: &[u8], addr: MemoryRegionAddress) -> guest_memory::Result<()> {
+        Ok(self.get_slice(addr, buf.len())?.write_slice(buf, 0)?)
+    }
+
+    fn read_slice(&self, buf: &mut [u8], addr: MemoryRegionAddress) -> guest_memory::Result<()> {
+        Ok(self.get_slice(addr, buf.len())?.read_slice(buf, 0)?)
+    }
+
+    fn read_volatile_from<F: ReadVolatile>(
+        &self,
+        addr: MemoryRegionAddress,
+        src: &mut F,
+        count: usize,
+    ) -> guest_memory::Result<usize> {
+        Ok(self.slice_up_to(addr, count)?.read_volatile_from(0, src, count)?)
+    }
+
+    fn read_exact_volatile_from<F: ReadVolatile>(
+        &self,
+        addr: MemoryRegionAddress,
+        src: &mut F,
+        count: usize,
+    ) -> guest_memory::Result<()> {
+        Ok(self.get_slice(addr, count)?.read_exact_volatile_from(0, src, count)?)
+    }
+
+    fn write_volatile_to<F: WriteVolatile>(
+        &self,
+        addr: MemoryRegionAddress,
+        dst: &mut F,
+        count: usize,
+    ) -> guest_memory::Result<usize> {
+        Ok(self.slice_up_to(addr, count)?.write_volatile_to(0, dst, count)?)
+    }
+
+    fn write_all_volatile_to<F: WriteVolatile>(
+        &self,
+        addr: MemoryRegionAddress,
+        dst: &mut F,
+        count: usize,
+    ) -> guest_memory::Result<()> {
+        Ok(self.get_slice(addr, count)?.write_all_volatile_to(0, dst, count)?)
+    }
+
+    fn store<T: AtomicAccess>(
+        &self,
+        val: T,
+        addr: MemoryRegionAddress,
+        order: Ordering,
+    ) -> guest_memory::Result<()> {
+        Ok(self.get_slice(addr, size_of::<T>())?.store(val, 0, order)?)
+    }
+
+    fn load<T: AtomicAccess>(
+        &self,
+        addr: MemoryRegionAddress,
+        order: Ordering,
+    ) -> guest_memory::Result<T> {
+        Ok(self.get_slice(addr, size_of::<T>())?.load(0, order)?)
+    }
+}
+
+impl<B> Drop for DemandRegion<B> {
+    fn drop(&mut self) {
+        // Fetches under way hold the pager; nobody is left to want their pages.
+        self.pager.stop();
+    }
+}
+
+impl From<FetchError> for io::Error {
+    fn from(error: FetchError) -> Self {
+        io::Error::other(error)
+    }
+}

@@ -1,0 +1,204 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What happens to pages that could not be fetched: they stay claimed, and are tried again.
+
+use std::collections::BTreeMap;
+use std::error::Error;
+use std::fmt;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::PageRange;
+
+/// How often, and for how long, a page that could not be fetched is tried again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RetryPolicy {
+    /// Pause before the second attempt; it doubles with each further one.
+    pub first: Duration,
+    /// The longest pause.
+    pub longest: Duration,
+    /// After this time a failure is reported as given up, so that the VM can be paused. The
+    /// attempts go on: should the source come back, the VM can be resumed.
+    pub limit: Option<Duration>,
+}
+
+impl Default for RetryPolicy {
+    /// 10 ms, doubling up to one second, without a limit.
+    fn default() -> Self {
+        RetryPolicy {
+            first: Duration::from_millis(10),
+            longest: Duration::from_secs(1),
+            limit: None,
+        }
+    }
+}
+
+impl RetryPolicy {
+    fn pause(&self, attempts: u32) -> Duration {
+        self.first.saturating_mul(1 << (attempts - 1).min(20)).min(self.longest)
+    }
+}
+
+/// An attempt that failed.
+#[derive(Debug)]
+pub struct Failure<'a> {
+    /// Why.
+    pub error: &'a (dyn Error + 'a),
+    /// Offset of the pages in the image, in bytes.
+    pub image_offset: u64,
+    /// The pages, by their index in the region.
+    pub pages: PageRange,
+    /// Attempts so far.
+    pub attempts: u32,
+    /// Time since the first attempt.
+    pub waiting: Duration,
+    /// Whether the policy's limit has passed.
+    pub given_up: bool,
+}
+
+type Observer = Box<dyn Fn(&Failure<'_>) + Send + Sync>;
+type Job = Box<dyn FnOnce() + Send>;
+
+#[derive(Default)]
+struct Queue {
+    jobs: BTreeMap<(Instant, u64), Job>,
+    next: u64,
+    running: bool,
+    closed: bool,
+}
+
+struct Inner {
+    queue: Mutex<Queue>,
+    changed: Condvar,
+}
+
+impl Inner {
+    fn lock(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The state of one fetch that has failed at least once.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Attempts {
+    pub(crate) count: u32,
+    pub(crate) since: Instant,
+}
+
+/// Tries failed fetches again, on a thread that exists while there are any.
+pub struct Retrier {
+    inner: Arc<Inner>,
+    policy: RetryPolicy,
+    observer: Observer,
+}
+
+impl Retrier {
+    /// A retrier that tells `observer` of each failed attempt. The observer is called on threads
+    /// that serve faults: it must not wait.
+    pub fn new(
+        policy: RetryPolicy,
+        observer: impl Fn(&Failure<'_>) + Send + Sync + 'static,
+    ) -> Arc<Self> {
+        let inner = Arc::new(Inner { queue: Mutex::default(), changed: Condvar::new() });
+        Arc::new(Retrier { inner, policy, observer: Box::new(observer) })
+    }
+
+    /// Reports a failure and runs `job` when it is time for the next attempt.
+    pub(crate) fn failed(
+        &self,
+        error: &dyn Error,
+        pages: PageRange,
+        image_offset: u64,
+        attempts: Attempts,
+        job: impl FnOnce() + Send + 'static,
+    ) {
+        let waiting = attempts.since.elapsed();
+        let given_up = self.policy.limit.is_some_and(|limit| waiting >= limit);
+        let count = attempts.count;
+        (self.observer)(&Failure {
+            error,
+            image_offset,
+            pages,
+            attempts: count,
+            waiting,
+            given_up,
+        });
+        let mut queue = self.inner.lock();
+        if queue.closed {
+            return;
+        }
+        let key = (Instant::now() + self.policy.pause(count), queue.next);
+        queue.next += 1;
+        queue.jobs.insert(key, Box::new(job));
+        if !queue.running {
+            let inner = self.inner.clone();
+            let spawned = thread::Builder::new().name("retry".into()).spawn(move || run(&inner));
+            // Without a thread the jobs wait for the next failure to start one.
+            queue.running = spawned.is_ok();
+            if let Err(error) = spawned {
+                log::error!("start a thread that tries failed fetches again: {error}");
+            }
+        }
+        drop(queue);
+        self.inner.changed.notify_all();
+    }
+
+    /// Forgets all jobs: the VM is going away.
+    pub(crate) fn stop(&self) {
+        let jobs = {
+            let mut queue = self.inner.lock();
+            queue.closed = true;
+            std::mem::take(&mut queue.jobs)
+        };
+        self.inner.changed.notify_all();
+        // A job may hold the last reference to what owns this retrier: not under the lock.
+        drop(jobs);
+    }
+}
+
+fn run(inner: &Inner) {
+    let mut queue = inner.lock();
+    while let Some((&(due, _), _)) = queue.jobs.first_key_value() {
+        let now = Instant::now();
+        if due > now {
+            queue = inner
+                .changed
+                .wait_timeout(queue, due - now)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+            continue;
+        }
+        let job = queue.jobs.pop_first().map(|(_, job)| job);
+        drop(queue);
+        if let Some(job) = job {
+            job();
+        }
+        queue = inner.lock();
+    }
+    queue.running = false;
+}
+
+impl Drop for Retrier {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+impl fmt::Debug for Retrier {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Retrier").field("policy", &self.policy).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pauses_double_up_to_the_longest() {
+        let policy = RetryPolicy::default();
+        let pauses: Vec<_> = (1..10).map(|n| policy.pause(n).as_millis()).collect();
+        assert_eq!(pauses, [10, 20, 40, 80, 160, 320, 640, 1000, 1000]);
+        assert_eq!(policy.pause(u32::MAX), policy.longest);
+    }
+}

@@ -1,0 +1,34 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What a pager asks of a mapping whose readers are trapped.
+
+use std::io;
+
+use crate::PageRange;
+
+/// An armed mapping of a region: whoever touches a page of it that is not mapped there waits.
+///
+/// It is how the fault paths meet without knowing each other: the userfaultfd side implements it
+/// for each mapping that it has armed, and the pager calls it as pages arrive.
+pub trait Trap: Send + Sync {
+    /// Bytes that one resolution maps, a power of two of at least one page.
+    fn granularity(&self) -> u64;
+
+    /// Maps these pages where the mapping's readers look, and lets those go on that wait for
+    /// them. The pager calls it with pages whose content is complete, before their bits are
+    /// cleared, on the thread that brought them in. Pages that are mapped already are no error.
+    ///
+    /// A trap whose granularity is more than a page may leave pages alone whose unit is not
+    /// whole; it learns from the bitmap when it is.
+    ///
+    /// # Errors
+    ///
+    /// The system's. The pages then stay missing and the pager tries again.
+    fn map_present(&self, pages: PageRange) -> io::Result<()>;
+
+    /// Stops trapping these pages. Called when all pages of the region are present.
+    ///
+    /// # Errors
+    ///
+    /// The system's.
+    fn release(&self, pages: PageRange) -> io::Result<()>;
+}

@@ -1,0 +1,290 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Waiting for pages that somebody else brings in.
+
+use std::fmt;
+
+use crossbeam_utils::CachePadded;
+use smallvec::SmallVec;
+
+use crate::PageRange;
+use crate::sync::{Arc, AtomicBool, AtomicUsize, Condvar, Mutex, MutexGuard, Ordering, fence};
+
+/// How a wait ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wait {
+    /// All pages are present.
+    Present,
+    /// The waiter was kicked: the pages may still be missing.
+    Kicked,
+    /// The memory was stopped: the pages will not come.
+    Stopped,
+}
+
+#[derive(Default)]
+struct State {
+    woken: bool,
+    kicked: bool,
+}
+
+/// A thread that may wait for pages, and through which others can call it away.
+///
+/// Each thread has its own; a clone of the `Arc` is what a kicker holds.
+///
+/// # Examples
+///
+/// ```
+/// use demand_memory::{MissingBitmap, PageRange, Wait, Waiter};
+///
+/// let bitmap = MissingBitmap::new(64).unwrap();
+/// let waiter = Waiter::new();
+/// waiter.kick();
+/// assert_eq!(bitmap.wait(PageRange::page(3), &waiter), Wait::Kicked);
+/// waiter.clear_kick();
+/// ```
+pub struct Waiter {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+impl Waiter {
+    /// A waiter that has not been kicked.
+    #[allow(clippy::new_ret_no_self)] // It is only ever used behind an `Arc`.
+    pub fn new() -> Arc<Waiter> {
+        Arc::new(Waiter { state: Mutex::new(State::default()), changed: Condvar::new() })
+    }
+
+    /// Ends the wait under way, and every later one until [`clear_kick`](Self::clear_kick).
+    pub fn kick(&self) {
+        self.lock().kicked = true;
+        self.changed.notify_all();
+    }
+
+    /// Lets the thread wait again.
+    pub fn clear_kick(&self) {
+        self.lock().kicked = false;
+    }
+
+    fn wake(&self) {
+        self.lock().woken = true;
+        self.changed.notify_all();
+    }
+
+    /// Sleeps until woken or kicked.
+    fn sleep(&self) {
+        let mut state = self.lock();
+        while !state.woken && !state.kicked {
+            state = self.changed.wait(state).unwrap_or_else(|error| error.into_inner());
+        }
+        state.woken = false;
+    }
+
+    fn is_kicked(&self) -> bool {
+        self.lock().kicked
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(|error| error.into_inner())
+    }
+}
+
+impl fmt::Debug for Waiter {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Waiter").finish_non_exhaustive()
+    }
+}
+
+/// Who is to be told.
+enum Told {
+    Thread(Arc<Waiter>),
+    Callback(Box<dyn FnOnce() + Send>),
+}
+
+struct Entry {
+    /// The page that the entry waits for just now: the first of `range` that is missing.
+    page: u64,
+    range: PageRange,
+    told: Told,
+}
+
+#[derive(Default)]
+struct Bucket {
+    /// Entries that are in the list or about to be. Publishers read it and, as long as nobody
+    /// waits, touch nothing else here.
+    waiting: AtomicUsize,
+    entries: Mutex<Vec<Entry>>,
+}
+
+impl Bucket {
+    fn lock(&self) -> MutexGuard<'_, Vec<Entry>> {
+        self.entries.lock().unwrap_or_else(|error| error.into_inner())
+    }
+}
+
+#[cfg(not(loom))]
+const BUCKETS: usize = 64;
+#[cfg(loom)]
+const BUCKETS: usize = 2;
+
+/// All who wait for pages of one bitmap, in lists chosen by the page's word, so that waiters for
+/// different words hardly ever meet.
+pub(crate) struct WaitTable {
+    buckets: [CachePadded<Bucket>; BUCKETS],
+    stopped: AtomicBool,
+}
+
+impl WaitTable {
+    pub(crate) fn new() -> Self {
+        WaitTable {
+            buckets: std::array::from_fn(|_| CachePadded::new(Bucket::default())),
+            stopped: AtomicBool::new(false),
+        }
+    }
+
+    fn bucket(&self, word: u64) -> &Bucket {
+        &self.buckets[(word % BUCKETS as u64) as usize]
+    }
+
+    pub(crate) fn is_stopped(&self) -> bool {
+        self.stopped.load(Ordering::Acquire)
+    }
+
+    /// Wakes everybody for good. Callbacks are dropped: their pages will not come.
+    pub(crate) fn stop(&self) {
+        self.stopped.store(true, Ordering::Release);
+        // Pairs with the fence in `enter`: whoever this does not find in a list sees the flag.
+        fence(Ordering::SeqCst);
+        for bucket in &self.buckets {
+            let entries = std::mem::take(&mut *bucket.lock());
+            bucket.waiting.fetch_sub(entries.len(), Ordering::Relaxed);
+            for entry in entries {
+                if let Told::Thread(waiter) = entry.told {
+                    waiter.wake();
+                }
+            }
+        }
+    }
+
+    /// Puts the entry into the list of the first page of its range that is missing, or gives it
+    /// back if there is none, or the table was stopped.
+    fn enter(&self, mut entry: Entry, first_missing: &FirstMissing<'_>) -> Result<(), Entry> {
+        loop {
+            let Some(page) = first_missing(entry.range) else { return Err(entry) };
+            let bucket = self.bucket(page / 64);
+            bucket.waiting.fetch_add(1, Ordering::Relaxed);
+            // Pairs with the fences in `wake` and `stop`: either they see this entry's count, and
+            // then wait for the lock, or the look below sees what they have changed.
+            fence(Ordering::SeqCst);
+            let mut entries = bucket.lock();
+            if !self.is_stopped() && first_missing(PageRange::page(page)).is_some() {
+                entry.page = page;
+                entries.push(entry);
+                return Ok(());
+            }
+            drop(entries);
+            bucket.waiting.fetch_sub(1, Ordering::Relaxed);
+            if self.is_stopped() {
+                return Err(entry);
+            }
+        }
+    }
+
+    /// Waits until no page of `range` is missing.
+    pub(crate) fn wait(
+        &self,
+        range: PageRange,
+        waiter: &Arc<Waiter>,
+        first_missing: &FirstMissing<'_>,
+    ) -> Wait {
+        loop {
+            if first_missing(range).is_none() {
+                return Wait::Present;
+            }
+            if waiter.is_kicked() {
+                return Wait::Kicked;
+            }
+            let entry = Entry { page: 0, range, told: Told::Thread(waiter.clone()) };
+            match self.enter(entry, first_missing) {
+                Ok(()) => {
+                    waiter.sleep();
+                    // Kicked, or woken late by an earlier wait: the entry may still be listed.
+                    self.leave(range, waiter);
+                }
+                Err(_) if first_missing(range).is_none() => return Wait::Present,
+                Err(_) => return Wait::Stopped,
+            }
+        }
+    }
+
+    /// Takes a thread's entry out, wherever in its range it waits.
+    fn leave(&self, range: PageRange, waiter: &Arc<Waiter>) {
+        let others = |entry: &Entry| !matches!(&entry.told, Told::Thread(other) if Arc::ptr_eq(other, waiter));
+        for bucket in self.buckets_of(range) {
+            let mut entries = bucket.lock();
+            let before = entries.len();
+            entries.retain(others);
+            bucket.waiting.fetch_sub(before - entries.len(), Ordering::Relaxed);
+        }
+    }
+
+    /// Calls `callback` when no page of `range` is missing: now, on this thread, or on the thread
+    /// that publishes the last of them. It is dropped uncalled if the table is stopped.
+    pub(crate) fn when_present(
+        &self,
+        range: PageRange,
+        callback: Box<dyn FnOnce() + Send>,
+        first_missing: &FirstMissing<'_>,
+    ) {
+        let entry = Entry { page: 0, range, told: Told::Callback(callback) };
+        self.enter_or_tell(entry, first_missing);
+    }
+
+    fn enter_or_tell(&self, entry: Entry, first_missing: &FirstMissing<'_>) {
+        let Err(entry) = self.enter(entry, first_missing) else { return };
+        match entry.told {
+            Told::Callback(callback) => {
+                if first_missing(entry.range).is_none() {
+                    callback();
+                }
+            }
+            Told::Thread(waiter) => waiter.wake(),
+        }
+    }
+
+    /// Tells those who waited for one of these pages. Called after their bits were cleared.
+    pub(crate) fn wake(&self, range: PageRange, first_missing: &FirstMissing<'_>) {
+        // Pairs with the fence in `enter`.
+        fence(Ordering::SeqCst);
+        for bucket in self.buckets_of(range) {
+            if bucket.waiting.load(Ordering::Relaxed) == 0 {
+                continue;
+            }
+            let mut arrived = SmallVec::<[Entry; 4]>::new();
+            {
+                let mut entries = bucket.lock();
+                let mut index = 0;
+                while index < entries.len() {
+                    if first_missing(PageRange::page(entries[index].page)).is_none() {
+                        arrived.push(entries.swap_remove(index));
+                    } else {
+                        index += 1;
+                    }
+                }
+                bucket.waiting.fetch_sub(arrived.len(), Ordering::Relaxed);
+            }
+            // Not under the lock: an entry may move on to another list, and a callback may do
+            // anything but wait.
+            for entry in arrived {
+                self.enter_or_tell(entry, first_missing);
+            }
+        }
+    }
+
+    fn buckets_of(&self, range: PageRange) -> impl Iterator<Item = &Bucket> {
+        let words = range.first / 64..range.end().div_ceil(64);
+        let words = words.start..words.end.min(words.start + BUCKETS as u64);
+        words.map(|word| self.bucket(word))
+    }
+}
+
+/// The first page of a range that is missing.
+pub(crate) type FirstMissing<'a> = dyn Fn(PageRange) -> Option<u64> + 'a;

@@ -1,0 +1,73 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The words of a bitmap, in memory that can be shared.
+
+use std::ops::Deref;
+
+use crate::sync::AtomicU64;
+
+/// An array of 64-bit words, zero at first.
+///
+/// It lies in a memfd, so that KVM reads it and another process may map it read-only; pages of it
+/// that nobody wrote cost nothing.
+#[cfg(not(loom))]
+#[derive(Debug)]
+pub struct Words {
+    mapping: crate::mapping::Mapping,
+    file: std::sync::Arc<std::fs::File>,
+    len: usize,
+}
+
+#[cfg(not(loom))]
+impl Words {
+    /// Makes `len` words.
+    ///
+    /// # Errors
+    ///
+    /// The system's, if the memory cannot be had.
+    pub fn new(len: usize) -> std::io::Result<Self> {
+        let bytes = (len.max(1) * 8) as u64;
+        let file = crate::backing::memfd(c"missing-bitmap", 0)?;
+        file.set_len(bytes)?;
+        let mapping = crate::mapping::Mapping::shared(&file, bytes, false)?;
+        Ok(Words { mapping, file: std::sync::Arc::new(file), len })
+    }
+
+    /// The memfd that holds the words, from its first byte on.
+    pub fn file(&self) -> &std::sync::Arc<std::fs::File> {
+        &self.file
+    }
+}
+
+#[cfg(not(loom))]
+impl Deref for Words {
+    type Target = [AtomicU64];
+
+    fn deref(&self) -> &[AtomicU64] {
+        // SAFETY: the mapping holds `len` words, is aligned to a page, was zeroed by the kernel
+        // and lives as long as `self`. All accesses to it are atomic: ours go through the slice,
+        // KVM only reads, and the memfd is given to others for reading only.
+        unsafe { std::slice::from_raw_parts(self.mapping.address().cast().as_ptr(), self.len) }
+    }
+}
+
+/// The words as the model checker sees them.
+#[cfg(loom)]
+#[derive(Debug)]
+pub struct Words(Box<[AtomicU64]>);
+
+#[cfg(loom)]
+impl Words {
+    /// Makes `len` words.
+    pub fn new(len: usize) -> std::io::Result<Self> {
+        Ok(Words((0..len).map(|_| AtomicU64::new(0)).collect()))
+    }
+}
+
+#[cfg(loom)]
+impl Deref for Words {
+    type Target = [AtomicU64];
+
+    fn deref(&self) -> &[AtomicU64] {
+        &self.0
+    }
+}

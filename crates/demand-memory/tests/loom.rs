@@ -1,0 +1,204 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Every interleaving of claiming, publishing and waiting, explored by loom.
+//!
+//! Run with `RUSTFLAGS="--cfg loom" cargo test --release -p demand-memory --test loom`.
+#![cfg(loom)]
+
+use demand_memory::{MissingBitmap, PageRange, Published, Wait, Waiter};
+use loom::cell::UnsafeCell;
+use loom::sync::Arc;
+use loom::sync::atomic::{AtomicUsize, Ordering};
+use loom::thread;
+
+/// A page whose content loom watches: a read that is not ordered after the write is an error.
+struct Page(UnsafeCell<u64>);
+
+// SAFETY: that access is ordered is what loom checks.
+unsafe impl Sync for Page {}
+
+impl Page {
+    fn populate(&self) {
+        // SAFETY: loom reports it if anybody else is at the cell.
+        self.0.with_mut(|content| unsafe { *content += 1 });
+    }
+
+    /// How often the page was populated.
+    fn read(&self) -> u64 {
+        // SAFETY: loom reports it if anybody writes the cell.
+        self.0.with(|content| unsafe { *content })
+    }
+}
+
+struct Memory {
+    bitmap: MissingBitmap,
+    pages: Vec<Page>,
+}
+
+impl Memory {
+    fn new(pages: u64) -> Arc<Self> {
+        Arc::new(Memory {
+            bitmap: MissingBitmap::new(pages).unwrap(),
+            pages: (0..pages).map(|_| Page(UnsafeCell::new(0))).collect(),
+        })
+    }
+
+    /// What a pager does for a fault.
+    fn fetch(&self, range: PageRange) -> usize {
+        let mut last = 0;
+        for run in self.bitmap.claim(range) {
+            for page in run.first..run.end() {
+                self.pages[page as usize].populate();
+            }
+            last += usize::from(self.bitmap.publish(run) == Published::Last);
+        }
+        last
+    }
+
+    fn check(&self, range: PageRange) {
+        for page in range.first..range.end() {
+            assert_eq!(self.pages[page as usize].read(), 1, "page {page} is populated once");
+        }
+    }
+}
+
+#[test]
+fn two_faulters_on_one_page_populate_it_once_and_both_see_it() {
+    loom::model(|| {
+        let memory = Memory::new(1);
+        let fault = |memory: &Memory| {
+            memory.fetch(PageRange::page(0));
+            assert_eq!(memory.bitmap.wait(PageRange::page(0), &Waiter::new()), Wait::Present);
+            memory.check(PageRange::page(0));
+        };
+        let other = {
+            let memory = memory.clone();
+            thread::spawn(move || fault(&memory))
+        };
+        fault(&memory);
+        other.join().unwrap();
+    });
+}
+
+#[test]
+fn a_unit_and_one_of_its_pages_meet() {
+    loom::model(|| {
+        let memory = Memory::new(3);
+        let unit = PageRange::new(0, 3);
+        let other = {
+            let memory = memory.clone();
+            thread::spawn(move || {
+                memory.fetch(PageRange::page(1));
+            })
+        };
+        memory.fetch(unit);
+        assert_eq!(memory.bitmap.wait(unit, &Waiter::new()), Wait::Present);
+        memory.check(unit);
+        other.join().unwrap();
+    });
+}
+
+#[test]
+fn a_reader_of_the_bitmap_never_sees_a_page_before_its_content() {
+    loom::model(|| {
+        let memory = Memory::new(1);
+        let vcpu = {
+            let memory = memory.clone();
+            thread::spawn(move || {
+                // A vCPU that finds the bit cleared goes on without another word.
+                if !memory.bitmap.is_missing(0) {
+                    memory.check(PageRange::page(0));
+                }
+            })
+        };
+        memory.fetch(PageRange::page(0));
+        vcpu.join().unwrap();
+    });
+}
+
+#[test]
+fn the_last_page_is_told_once_and_everything_is_there_by_then() {
+    loom::model(|| {
+        // Two words, so that two counters have to agree.
+        let memory = Memory::new(65);
+        for run in memory.bitmap.claim(PageRange::new(0, 63)) {
+            memory.bitmap.publish(run);
+        }
+        let told = Arc::new(AtomicUsize::new(0));
+        let fault = |memory: &Memory, told: &AtomicUsize, page| {
+            if memory.fetch(PageRange::page(page)) == 1 {
+                told.fetch_add(1, Ordering::Relaxed);
+                memory.check(PageRange::new(63, 2));
+            }
+        };
+        let other = {
+            let (memory, told) = (memory.clone(), told.clone());
+            thread::spawn(move || fault(&memory, &told, 63))
+        };
+        fault(&memory, &told, 64);
+        other.join().unwrap();
+        assert_eq!(told.load(Ordering::Relaxed), 1);
+        assert!(memory.bitmap.is_complete());
+    });
+}
+
+#[test]
+fn a_callback_for_a_unit_runs_once_when_all_of_it_is_there() {
+    loom::model(|| {
+        let memory = Memory::new(2);
+        let unit = PageRange::new(0, 2);
+        let called = Arc::new(AtomicUsize::new(0));
+        let other = {
+            let memory = memory.clone();
+            thread::spawn(move || {
+                memory.fetch(PageRange::page(1));
+            })
+        };
+        {
+            let (in_callback, called) = (memory.clone(), called.clone());
+            memory.bitmap.when_present(unit, move || {
+                in_callback.check(unit);
+                called.fetch_add(1, Ordering::Relaxed);
+            });
+        }
+        memory.fetch(PageRange::page(0));
+        other.join().unwrap();
+        assert_eq!(called.load(Ordering::Relaxed), 1);
+    });
+}
+
+#[test]
+fn a_kick_ends_a_wait_and_the_next_wait_is_whole() {
+    loom::model(|| {
+        let memory = Memory::new(1);
+        let waiter = Waiter::new();
+        assert_eq!(memory.bitmap.claim(PageRange::page(0)).len(), 1);
+        let vcpu = {
+            let (memory, waiter) = (memory.clone(), waiter.clone());
+            thread::spawn(move || {
+                if memory.bitmap.wait(PageRange::page(0), &waiter) == Wait::Kicked {
+                    waiter.clear_kick();
+                    assert_eq!(memory.bitmap.wait(PageRange::page(0), &waiter), Wait::Present);
+                }
+                memory.check(PageRange::page(0));
+            })
+        };
+        waiter.kick();
+        memory.pages[0].populate();
+        memory.bitmap.publish(PageRange::page(0));
+        vcpu.join().unwrap();
+    });
+}
+
+#[test]
+fn stopping_leaves_nobody_waiting() {
+    loom::model(|| {
+        let memory = Memory::new(1);
+        memory.bitmap.claim(PageRange::page(0));
+        let vcpu = {
+            let memory = memory.clone();
+            thread::spawn(move || memory.bitmap.wait(PageRange::page(0), &Waiter::new()))
+        };
+        memory.bitmap.stop();
+        assert_eq!(vcpu.join().unwrap(), Wait::Stopped);
+    });
+}

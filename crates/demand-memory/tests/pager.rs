@@ -1,0 +1,395 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The pager and vm-memory's view of it, on real shared memory and real images.
+
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::Duration;
+
+use demand_memory::{
+    BackingKind, DemandMemory, DemandRegion, FetchError, Fill, FillRate, MemfdBacking, PAGE_SIZE,
+    PageRange, PagerError, Path, RegionConfig, Retrier, RetryPolicy, Stats, Trap, Waiter,
+};
+use demand_source::{
+    BlockingSource, Destination, Extent, LocalFile, PageSource, SourceError, Threaded,
+};
+use vm_memory::{
+    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryRegion,
+    MemoryRegionAddress,
+};
+
+const PAGES: u64 = 1024;
+const SIZE: u64 = PAGES * PAGE_SIZE;
+
+/// Page p holds p + 1 in each byte's place; every fifth page is a hole.
+fn byte_of(page: u64) -> u8 {
+    if page.is_multiple_of(5) { 0 } else { (page + 1) as u8 }
+}
+
+fn image() -> tempfile::NamedTempFile {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    file.as_file().set_len(SIZE).unwrap();
+    for page in (0..PAGES).filter(|page| !page.is_multiple_of(5)) {
+        let content = [byte_of(page); PAGE_SIZE as usize];
+        std::os::unix::fs::FileExt::write_all_at(file.as_file(), &content, page * PAGE_SIZE)
+            .unwrap();
+    }
+    file
+}
+
+fn config(source: Arc<dyn PageSource>) -> RegionConfig {
+    RegionConfig {
+        start: GuestAddress(0x10000),
+        backing: Arc::new(MemfdBacking::new(BackingKind::Shmem, SIZE, true).unwrap()),
+        source,
+        image_offset: 0,
+        stats: Arc::new(Stats::new()),
+        retrier: Retrier::new(RetryPolicy::default(), |_| {}),
+    }
+}
+
+fn region(source: impl PageSource + 'static) -> DemandRegion {
+    DemandRegion::new(config(Arc::new(source)), ()).unwrap()
+}
+
+fn check(region: &DemandRegion, pages: impl Iterator<Item = u64>) {
+    let mut content = [0xaa; PAGE_SIZE as usize];
+    for page in pages {
+        region.read_slice(&mut content, MemoryRegionAddress(page * PAGE_SIZE)).unwrap();
+        assert!(content.iter().all(|byte| *byte == byte_of(page)), "page {page}");
+    }
+}
+
+/// A source that does what a test tells it.
+struct Fickle {
+    image: Arc<LocalFile>,
+    failing: Arc<AtomicBool>,
+    delay: Duration,
+    reads: Arc<AtomicUsize>,
+}
+
+impl BlockingSource for Fickle {
+    fn size(&self) -> u64 {
+        self.image.size()
+    }
+    fn extent(&self, offset: u64) -> Result<Extent, SourceError> {
+        self.image.extent(offset)
+    }
+    fn read(&self, offset: u64, destination: &mut Destination<'_>) -> Result<(), SourceError> {
+        self.reads.fetch_add(1, Ordering::Relaxed);
+        thread::sleep(self.delay);
+        if self.failing.load(Ordering::Relaxed) {
+            // Whatever a failed read leaves behind must not be seen.
+            destination.write_at(0, &[0xee; 64]);
+            return Err(SourceError::Abandoned);
+        }
+        self.image.read_through(offset, destination)
+    }
+}
+
+fn fickle(file: &tempfile::NamedTempFile, delay: Duration) -> Fickle {
+    Fickle {
+        image: Arc::new(LocalFile::open(file.path()).unwrap()),
+        failing: Arc::default(),
+        delay,
+        reads: Arc::default(),
+    }
+}
+
+#[test]
+fn every_access_sees_what_the_image_holds() {
+    let file = image();
+    let region = region(LocalFile::open(file.path()).unwrap());
+    check(&region, (0..PAGES).rev().step_by(3));
+    check(&region, 0..PAGES);
+    let stats = region.pager().stats();
+    let (vmm, source) = (stats.path(Path::Vmm), stats.source());
+    assert_eq!(vmm.pages, PAGES);
+    // Holes were not read.
+    assert_eq!(source.bytes, (0..PAGES).filter(|page| page % 5 != 0).count() as u64 * PAGE_SIZE);
+    assert_eq!(vmm.granularity_bytes, PAGE_SIZE);
+}
+
+#[test]
+fn accesses_bring_in_exactly_what_they_touch() {
+    let file = image();
+    let memory = DemandMemory::new(vec![region(LocalFile::open(file.path()).unwrap())]).unwrap();
+    let pager = memory.pagers().next().unwrap().clone();
+    let missing = || pager.bitmap().count_missing(PageRange::new(0, PAGES));
+    let base = 0x10000;
+
+    assert!(memory.check_range(GuestAddress(base), SIZE as usize));
+    assert!(!memory.check_range(GuestAddress(base), SIZE as usize + 1));
+    assert!(!memory.check_range(GuestAddress(base - 1), 1));
+    assert_eq!(missing(), PAGES, "a check fetches nothing");
+
+    let word: u64 = memory.read_obj(GuestAddress(base + 4096 - 4)).unwrap();
+    assert_eq!(word, u64::from(u32::from_ne_bytes([byte_of(1); 4])) << 32);
+    assert_eq!(missing(), PAGES - 2);
+    memory.write_obj(7u8, GuestAddress(base + 9 * 4096)).unwrap();
+    assert_eq!(missing(), PAGES - 3);
+    memory.store(1u32, GuestAddress(base + 11 * 4096), Ordering::SeqCst).unwrap();
+    assert_eq!(memory.load::<u32>(GuestAddress(base + 11 * 4096), Ordering::SeqCst).unwrap(), 1);
+    assert_eq!(missing(), PAGES - 4);
+    let mut end = [0; 8];
+    assert_eq!(memory.read(&mut end, GuestAddress(base + SIZE - 4)).unwrap(), 4);
+    assert!(memory.read_slice(&mut end, GuestAddress(base + SIZE - 4)).is_err());
+
+    // No trap, no raw pointer.
+    let region = memory.iter().next().unwrap();
+    assert!(matches!(
+        region.get_host_address(MemoryRegionAddress(0)),
+        Err(GuestMemoryError::HostAddressNotAvailable)
+    ));
+}
+
+#[test]
+fn what_the_guest_wrote_is_never_overwritten() {
+    let file = image();
+    let region = region(LocalFile::open(file.path()).unwrap());
+    for page in (1..PAGES).step_by(7) {
+        region.write_obj(0xd1u8, MemoryRegionAddress(page * PAGE_SIZE + 8)).unwrap();
+    }
+    // A unit's fetch and background fill go over the same pages.
+    region.pager().fetch(PageRange::new(0, 512), Path::BackEnd).unwrap();
+    let fill = Fill::start(vec![region.pager().clone()], FillRate::Unlimited).unwrap();
+    while !region.pager().bitmap().is_complete() {
+        thread::sleep(Duration::from_millis(1));
+    }
+    drop(fill);
+    for page in 0..PAGES {
+        let mut content = [0; PAGE_SIZE as usize];
+        region.read_slice(&mut content, MemoryRegionAddress(page * PAGE_SIZE)).unwrap();
+        let mut expected = [byte_of(page); PAGE_SIZE as usize];
+        if page % 7 == 1 {
+            expected[8] = 0xd1;
+        }
+        assert!(content == expected, "page {page}");
+    }
+}
+
+#[test]
+fn many_threads_read_one_slow_source() {
+    let file = image();
+    let source = fickle(&file, Duration::from_micros(50));
+    let reads = source.reads.clone();
+    let region = region(Threaded::new(source, 8).unwrap());
+    thread::scope(|scope| {
+        for seed in 0..8 {
+            let region = &region;
+            scope.spawn(move || check(region, (0..PAGES).map(|i| (i * 389 + seed * 101) % PAGES)));
+        }
+    });
+    // Each page was read once, whoever came first.
+    assert_eq!(reads.load(Ordering::Relaxed), (0..PAGES).filter(|page| page % 5 != 0).count());
+}
+
+#[test]
+fn a_failing_source_is_never_zeros_and_the_wait_outlasts_it() {
+    let file = image();
+    for threads in [0, 2] {
+        let fickle = fickle(&file, Duration::ZERO);
+        let failing = fickle.failing.clone();
+        failing.store(true, Ordering::Relaxed);
+        let failures = Arc::new(Mutex::new(Vec::new()));
+        let seen = failures.clone();
+        let policy =
+            RetryPolicy { limit: Some(Duration::from_millis(60)), ..RetryPolicy::default() };
+        // With threads, the failure arrives later; without, the call itself fails.
+        struct AtOnce(Fickle);
+        impl PageSource for AtOnce {
+            fn size(&self) -> u64 {
+                self.0.size()
+            }
+            fn extent(&self, offset: u64) -> Result<Extent, SourceError> {
+                self.0.extent(offset)
+            }
+            fn submit(&self, _: demand_source::Request) -> demand_source::Completion {
+                unreachable!("it answers at once")
+            }
+            fn read_now(
+                &self,
+                offset: u64,
+                destination: &mut Destination<'_>,
+            ) -> Option<Result<(), SourceError>> {
+                Some(self.0.read(offset, destination))
+            }
+        }
+        let source: Arc<dyn PageSource> = if threads == 0 {
+            Arc::new(AtOnce(fickle))
+        } else {
+            Arc::new(Threaded::new(fickle, threads).unwrap())
+        };
+        let mut config = config(source);
+        config.retrier = Retrier::new(policy, move |failure| {
+            seen.lock().unwrap().push((failure.attempts, failure.given_up));
+        });
+        let region = DemandRegion::<()>::new(config, ()).unwrap();
+        thread::scope(|scope| {
+            let reader = scope.spawn(|| check(&region, 1..2));
+            thread::sleep(Duration::from_millis(150));
+            assert!(!reader.is_finished(), "the fault stays open");
+            assert!(region.pager().bitmap().is_missing(1));
+            failing.store(false, Ordering::Relaxed);
+            reader.join().unwrap();
+        });
+        let failures = failures.lock().unwrap();
+        assert!(failures.len() >= 3, "{failures:?}");
+        assert_eq!(failures[0], (1, false));
+        assert!(failures.last().unwrap().1, "given up after the limit: {failures:?}");
+        let source = region.pager().stats().source();
+        assert_eq!(source.errors, failures.len() as u64);
+        assert!(source.retries >= 3);
+    }
+}
+
+#[test]
+fn a_wait_for_a_slow_source_can_be_kicked_and_stopped() {
+    let file = image();
+    let region = region(Threaded::new(fickle(&file, Duration::from_millis(300)), 1).unwrap());
+    let (pager, waiter) = (region.pager(), Waiter::new());
+    thread::scope(|scope| {
+        let vcpu = scope.spawn(|| pager.ensure(PageRange::page(1), Path::Guest, &waiter));
+        thread::sleep(Duration::from_millis(50));
+        waiter.kick();
+        assert_eq!(vcpu.join().unwrap(), Err(FetchError::Kicked));
+        waiter.clear_kick();
+        // The page was asked for, and comes.
+        assert_eq!(pager.ensure(PageRange::page(1), Path::Guest, &waiter), Ok(()));
+        let vcpu = scope.spawn(|| pager.ensure(PageRange::page(2), Path::Guest, &waiter));
+        thread::sleep(Duration::from_millis(50));
+        pager.stop();
+        assert_eq!(vcpu.join().unwrap(), Err(FetchError::Stopped));
+    });
+    let error = region.read_obj::<u8>(MemoryRegionAddress(3 * PAGE_SIZE)).unwrap_err();
+    assert!(error.to_string().contains("stopped"), "{error}");
+}
+
+#[test]
+fn an_image_shorter_than_the_memory_is_refused() {
+    let file = image();
+    file.as_file().set_len(SIZE - 1).unwrap();
+    let config = config(Arc::new(LocalFile::open(file.path()).unwrap()));
+    let error = DemandRegion::<()>::new(config, ()).unwrap_err();
+    assert!(matches!(error, PagerError::ImageShort { .. }));
+    assert!(error.to_string().contains(&SIZE.to_string()), "{error}");
+}
+
+#[test]
+fn pages_out_of_range_are_refused() {
+    let file = image();
+    let region = region(LocalFile::open(file.path()).unwrap());
+    for range in
+        [PageRange::new(PAGES, 1), PageRange::new(u64::MAX, 2), PageRange::new(0, PAGES + 1)]
+    {
+        let error = region.pager().fetch(range, Path::Guest).unwrap_err();
+        assert!(matches!(error, FetchError::OutOfRange { .. }), "{error}");
+    }
+}
+
+/// Records what a pager asks of an armed mapping, and how the bitmap stood then.
+struct Recorder {
+    region: std::sync::OnceLock<Arc<demand_memory::Pager>>,
+    failures: AtomicUsize,
+    mapped: AtomicUsize,
+}
+
+impl Trap for Recorder {
+    fn granularity(&self) -> u64 {
+        PAGE_SIZE
+    }
+    fn map_present(&self, pages: PageRange) -> std::io::Result<()> {
+        let pager = self.region.get().unwrap();
+        for page in pages.first..pages.end() {
+            assert!(pager.bitmap().is_missing(page), "mapped before the bit is cleared");
+        }
+        if self
+            .failures
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| n.checked_sub(1))
+            .is_ok()
+        {
+            return Err(std::io::Error::from_raw_os_error(libc::ENOMEM));
+        }
+        self.mapped.fetch_add(pages.count as usize, Ordering::Relaxed);
+        Ok(())
+    }
+    fn release(&self, _: PageRange) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn pages_are_mapped_for_the_guest_before_their_bits_are_cleared() {
+    let file = image();
+    let region = region(LocalFile::open(file.path()).unwrap());
+    let trap = Arc::new(Recorder {
+        region: Default::default(),
+        failures: AtomicUsize::new(2),
+        mapped: AtomicUsize::new(0),
+    });
+    trap.region.set(region.pager().clone()).unwrap();
+    region.pager().set_guest_trap(trap.clone());
+    check(&region, 0..PAGES);
+    assert_eq!(trap.mapped.load(Ordering::Relaxed) as u64, PAGES);
+    assert_eq!(region.pager().stats().source().errors, 2, "a failed mapping is tried again");
+}
+
+#[test]
+fn the_end_is_told_once() {
+    let file = image();
+    let region = region(LocalFile::open(file.path()).unwrap());
+    let told = Arc::new(AtomicUsize::new(0));
+    let count = told.clone();
+    region.pager().on_complete(move || {
+        count.fetch_add(1, Ordering::Relaxed);
+    });
+    check(&region, 0..PAGES - 1);
+    assert_eq!(told.load(Ordering::Relaxed), 0);
+    check(&region, PAGES - 1..PAGES);
+    assert_eq!(told.load(Ordering::Relaxed), 1);
+    let count = told.clone();
+    region.pager().on_complete(move || {
+        count.fetch_add(1, Ordering::Relaxed);
+    });
+    assert_eq!(told.load(Ordering::Relaxed), 2, "at once if it is complete");
+}
+
+#[test]
+fn a_virtqueue_works_on_missing_memory() {
+    use virtio_queue::desc::{RawDescriptor, split::Descriptor};
+    use virtio_queue::{Queue, QueueOwnedT, QueueT};
+    let file = image();
+    let memory = DemandMemory::new(vec![region(LocalFile::open(file.path()).unwrap())]).unwrap();
+    let base = 0x10000u64;
+    let mut queue = Queue::new(16).unwrap();
+    queue.set_desc_table_address(Some(base as u32), None);
+    queue.set_avail_ring_address(Some(base as u32 + 0x5000), None);
+    queue.set_used_ring_address(Some(base as u32 + 0xa000), None);
+    queue.set_ready(true);
+    assert!(queue.is_valid(&memory));
+    let descriptor = Descriptor::new(base + 0x20ffe, 4, 0, 0);
+    memory.write_obj(RawDescriptor::from(descriptor), GuestAddress(base)).unwrap();
+    memory.write_obj(0u16, GuestAddress(base + 0x5004)).unwrap();
+    memory.write_obj(1u16, GuestAddress(base + 0x5002)).unwrap();
+    let chain = queue.iter(&memory).unwrap().next().unwrap();
+    let head = chain.head_index();
+    let mut bytes = [0; 4];
+    std::io::Read::read_exact(&mut chain.reader(&memory).unwrap(), &mut bytes).unwrap();
+    assert_eq!(bytes, [byte_of(32), byte_of(32), byte_of(33), byte_of(33)]);
+    queue.add_used(&memory, head, 0).unwrap();
+}
+
+#[test]
+fn fill_keeps_its_rate() {
+    let file = image();
+    let region = region(LocalFile::open(file.path()).unwrap());
+    let begun = std::time::Instant::now();
+    // 4 MiB at 16 MiB/s.
+    let fill =
+        Fill::start(vec![region.pager().clone()], FillRate::BytesPerSecond(16 << 20)).unwrap();
+    while !region.pager().bitmap().is_complete() {
+        thread::sleep(Duration::from_millis(1));
+    }
+    drop(fill);
+    assert!(begun.elapsed() >= Duration::from_millis(200), "{:?}", begun.elapsed());
+}

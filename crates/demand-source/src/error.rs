@@ -1,0 +1,68 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What can go wrong between a page and its source.
+
+use std::io;
+
+/// Why a source could not deliver what was asked of it.
+///
+/// None of these is ever answered with zeros: whoever asked keeps waiting, and the request is
+/// tried again or given up in the open.
+#[derive(Debug, thiserror::Error)]
+pub enum SourceError {
+    /// The image could not be opened, or is not something that pages can be read from.
+    #[error("open image {image}: {error}; name a readable regular file or block device")]
+    Open {
+        /// The image, as the user named it.
+        image: String,
+        /// What the system said.
+        error: io::Error,
+    },
+    /// The system refused a read.
+    #[error("read {len} bytes at offset {offset} of {image}: {error}; the read is tried again")]
+    Read {
+        /// The image, as the user named it.
+        image: String,
+        /// Offset in the image, in bytes.
+        offset: u64,
+        /// Length of the read, in bytes.
+        len: u64,
+        /// What the system said.
+        error: io::Error,
+    },
+    /// The image ended before the bytes that were asked for: it is shorter than it was when it
+    /// was opened.
+    #[error(
+        "read {len} bytes at offset {offset} of {image}: the image ends at byte {end}, it had \
+         {size} bytes when it was opened; restore the file to its full length"
+    )]
+    Shrunk {
+        /// The image, as the user named it.
+        image: String,
+        /// Offset in the image, in bytes.
+        offset: u64,
+        /// Length of the read, in bytes.
+        len: u64,
+        /// Where the image ends now, in bytes.
+        end: u64,
+        /// Its size when it was opened, in bytes.
+        size: u64,
+    },
+    /// The range was never part of the image.
+    #[error(
+        "read {len} bytes at offset {offset} of {image}: the image has {size} bytes; use an \
+         image that is at least as long as the memory it fills"
+    )]
+    OutOfRange {
+        /// The image, as the user named it.
+        image: String,
+        /// Offset in the image, in bytes.
+        offset: u64,
+        /// Length of the read, in bytes.
+        len: u64,
+        /// The image's size, in bytes.
+        size: u64,
+    },
+    /// The source was taken down before it had answered.
+    #[error("the page source ended before it answered a request; start it again")]
+    Abandoned,
+}

@@ -1,0 +1,261 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! A raw image in a local file.
+
+use std::cell::Cell;
+use std::fs::File;
+use std::io::{self, Seek, SeekFrom};
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::{Completion, Destination, Extent, PageSource, Request, SourceError};
+
+/// A raw image in a local file or block device: byte i of the file is byte i of the image.
+///
+/// Reads go straight into the destination, on the calling thread. Holes are found as they are
+/// met, so opening an image costs the same whatever its size.
+///
+/// # Examples
+///
+/// ```
+/// use demand_source::{Destination, LocalFile, PageSource};
+///
+/// let file = tempfile::NamedTempFile::new().unwrap();
+/// file.as_file().set_len(8192).unwrap();
+/// let image = LocalFile::open(file.path()).unwrap();
+/// assert_eq!(image.size(), 8192);
+/// let mut page = [1u8; 4096];
+/// image.read_through(4096, &mut Destination::from(&mut page[..])).unwrap();
+/// assert_eq!(page, [0; 4096]);
+/// ```
+#[derive(Debug)]
+pub struct LocalFile {
+    file: File,
+    path: PathBuf,
+    size: u64,
+    // Tells images apart in the memory of the last extent that each thread keeps.
+    id: u64,
+}
+
+#[derive(Clone, Copy)]
+struct LastExtent {
+    id: u64,
+    start: u64,
+    extent: Extent,
+}
+
+thread_local! {
+    // Asking the file system costs a system call; neighbours mostly lie in the extent that was
+    // asked for last. One for each thread, so that threads share no written cache line.
+    static LAST: Cell<LastExtent> =
+        const { Cell::new(LastExtent { id: 0, start: 0, extent: Extent::Hole { end: 0 } }) };
+}
+
+static NEXT_ID: AtomicU64 = AtomicU64::new(1);
+
+impl LocalFile {
+    /// Opens an image.
+    ///
+    /// # Errors
+    ///
+    /// [`SourceError::Open`] if it cannot be opened, or is neither a regular file nor a block
+    /// device.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self, SourceError> {
+        let path = path.as_ref();
+        let refused = |error| SourceError::Open { image: path.display().to_string(), error };
+        let mut file = File::open(path).map_err(refused)?;
+        let kind = file.metadata().map_err(refused)?.file_type();
+        let seekable = {
+            use std::os::unix::fs::FileTypeExt;
+            kind.is_file() || kind.is_block_device()
+        };
+        if !seekable {
+            let what = if kind.is_dir() { "it is a directory" } else { "it is a special file" };
+            return Err(refused(io::Error::new(io::ErrorKind::InvalidInput, what)));
+        }
+        // A block device has no length in its metadata, but an end.
+        let size = file.seek(SeekFrom::End(0)).map_err(refused)?;
+        Ok(LocalFile {
+            file,
+            path: path.to_owned(),
+            size,
+            id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
+        })
+    }
+
+    fn image(&self) -> String {
+        self.path.display().to_string()
+    }
+
+    fn shrunk(&self, offset: u64, len: u64) -> SourceError {
+        let end = (&self.file).seek(SeekFrom::End(0)).unwrap_or(0);
+        SourceError::Shrunk { image: self.image(), offset, len, end, size: self.size }
+    }
+
+    fn read(&self, offset: u64, destination: &mut Destination<'_>) -> Result<(), SourceError> {
+        let len = destination.len() as u64;
+        if offset.checked_add(len).is_none_or(|end| end > self.size) {
+            return Err(SourceError::OutOfRange {
+                image: self.image(),
+                offset,
+                len,
+                size: self.size,
+            });
+        }
+        let mut done = 0;
+        while done < destination.len() {
+            match destination.read_from(done, &self.file, offset + done as u64) {
+                Ok(0) => return Err(self.shrunk(offset, len)),
+                Ok(read) => done += read,
+                Err(error) => {
+                    return Err(SourceError::Read { image: self.image(), offset, len, error });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Asks the file system where the next byte of a kind is.
+    fn seek(&self, offset: u64, whence: libc::c_int) -> io::Result<u64> {
+        let offset = libc::off64_t::try_from(offset)
+            .map_err(|_| io::Error::from_raw_os_error(libc::EOVERFLOW))?;
+        // SAFETY: lseek touches no memory; the file's position, which it moves, is used by
+        // nobody: all reads name their offset.
+        let found = unsafe { libc::lseek64(self.file.as_raw_fd(), offset, whence) };
+        u64::try_from(found).map_err(|_| io::Error::last_os_error())
+    }
+
+    fn find_extent(&self, offset: u64) -> Result<Extent, SourceError> {
+        let data = match self.seek(offset, libc::SEEK_DATA) {
+            Ok(data) => data,
+            Err(error) => {
+                // ENXIO: no data from here on, which is a hole only as long as the image is.
+                let end = (&self.file).seek(SeekFrom::End(0)).unwrap_or(0);
+                return match error.raw_os_error() {
+                    Some(libc::ENXIO) if end >= self.size => Ok(Extent::Hole { end: self.size }),
+                    Some(libc::ENXIO) => Err(self.shrunk(offset, self.size - offset)),
+                    // A file system that knows no holes has data everywhere.
+                    Some(libc::EINVAL) => Ok(Extent::Data { end: self.size }),
+                    _ => Err(SourceError::Read { image: self.image(), offset, len: 0, error }),
+                };
+            }
+        };
+        if data > offset {
+            return Ok(Extent::Hole { end: data.min(self.size) });
+        }
+        let end = self.seek(offset, libc::SEEK_HOLE).unwrap_or(self.size);
+        Ok(Extent::Data { end: end.min(self.size) })
+    }
+}
+
+impl PageSource for LocalFile {
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn extent(&self, offset: u64) -> Result<Extent, SourceError> {
+        if offset >= self.size {
+            return Err(SourceError::OutOfRange {
+                image: self.image(),
+                offset,
+                len: 1,
+                size: self.size,
+            });
+        }
+        let last = LAST.get();
+        if last.id == self.id && last.start <= offset && offset < last.extent.end() {
+            return Ok(last.extent);
+        }
+        let extent = self.find_extent(offset)?;
+        LAST.set(LastExtent { id: self.id, start: offset, extent });
+        Ok(extent)
+    }
+
+    fn submit(&self, request: Request) -> Completion {
+        let mut outcome = Ok(());
+        for mut chunk in request.chunks {
+            outcome = outcome.and_then(|()| self.read(chunk.offset, &mut chunk.destination));
+        }
+        Completion::ready(outcome)
+    }
+
+    fn read_now(
+        &self,
+        offset: u64,
+        destination: &mut Destination<'_>,
+    ) -> Option<Result<(), SourceError>> {
+        Some(self.read(offset, destination))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::FileExt;
+
+    /// 3 MiB: data in the first page, a hole, data in the last page.
+    fn image() -> (tempfile::NamedTempFile, LocalFile) {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(3 << 20).unwrap();
+        file.as_file().write_all_at(&[7; 4096], 0).unwrap();
+        file.as_file().write_all_at(&[9; 4096], (3 << 20) - 4096).unwrap();
+        let image = LocalFile::open(file.path()).unwrap();
+        (file, image)
+    }
+
+    #[test]
+    fn holes_and_data_are_told_apart() {
+        let (_file, image) = image();
+        assert_eq!(image.extent(0).unwrap(), Extent::Data { end: 4096 });
+        assert_eq!(image.extent(4096).unwrap(), Extent::Hole { end: (3 << 20) - 4096 });
+        assert_eq!(image.extent(1 << 20).unwrap(), Extent::Hole { end: (3 << 20) - 4096 });
+        assert_eq!(image.extent((3 << 20) - 1).unwrap(), Extent::Data { end: 3 << 20 });
+    }
+
+    #[test]
+    fn a_trailing_hole_is_a_hole() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(1 << 20).unwrap();
+        let image = LocalFile::open(file.path()).unwrap();
+        assert_eq!(image.extent(4096).unwrap(), Extent::Hole { end: 1 << 20 });
+    }
+
+    #[test]
+    fn content_arrives() {
+        let (_file, image) = image();
+        let mut bytes = [0; 8192];
+        image.read_through((3 << 20) - 8192, &mut Destination::from(&mut bytes[..])).unwrap();
+        assert_eq!(bytes[..4096], [0; 4096]);
+        assert_eq!(bytes[4096..], [9; 4096]);
+    }
+
+    #[test]
+    fn past_the_end_is_an_error() {
+        let (_file, image) = image();
+        let mut bytes = [0; 8192];
+        let error = image
+            .read_through((3 << 20) - 4096, &mut Destination::from(&mut bytes[..]))
+            .unwrap_err();
+        assert!(matches!(error, SourceError::OutOfRange { .. }), "{error}");
+        assert!(matches!(image.extent(3 << 20), Err(SourceError::OutOfRange { .. })));
+    }
+
+    #[test]
+    fn a_file_that_shrinks_is_an_error_and_not_zeros() {
+        let (file, image) = image();
+        file.as_file().set_len(1 << 20).unwrap();
+        let mut bytes = [0; 4096];
+        let error =
+            image.read_through(2 << 20, &mut Destination::from(&mut bytes[..])).unwrap_err();
+        assert!(matches!(error, SourceError::Shrunk { end, .. } if end == 1 << 20), "{error}");
+        // Where a hole was, the end of the file must not pass for one.
+        assert!(matches!(image.extent(2 << 20), Err(SourceError::Shrunk { .. })));
+    }
+
+    #[test]
+    fn a_directory_and_a_missing_file_are_refused() {
+        for path in ["/", "/nonexistent/image"] {
+            assert!(matches!(LocalFile::open(path), Err(SourceError::Open { .. })));
+        }
+    }
+}

@@ -1,0 +1,144 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The trait that every source of pages implements.
+
+use crate::{Completion, Destination, SourceError};
+
+/// How urgent a request is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Priority {
+    /// Background fill: nobody waits for it.
+    Fill,
+    /// Somebody waits: a demand request overtakes all queued fill.
+    Demand,
+}
+
+/// A stretch of an image with one nature.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Extent {
+    /// Bytes that must be read, up to this offset in the image (bytes, exclusive).
+    Data {
+        /// First byte after the extent.
+        end: u64,
+    },
+    /// Bytes known to be zero without reading them, up to this offset (bytes, exclusive).
+    Hole {
+        /// First byte after the extent.
+        end: u64,
+    },
+}
+
+impl Extent {
+    /// First byte after the extent, as an offset in the image.
+    pub fn end(&self) -> u64 {
+        match *self {
+            Extent::Data { end } | Extent::Hole { end } => end,
+        }
+    }
+
+    /// Whether the extent is known to be zero.
+    pub fn is_hole(&self) -> bool {
+        matches!(self, Extent::Hole { .. })
+    }
+}
+
+/// One range of the image, and where its bytes go.
+#[derive(Debug)]
+pub struct Chunk {
+    /// Offset in the image, in bytes. The length is the destination's.
+    pub offset: u64,
+    /// The memory that receives the bytes.
+    pub destination: Destination<'static>,
+}
+
+/// What a pager asks of a source: some ranges, all or nothing.
+#[derive(Debug)]
+pub struct Request {
+    /// How urgent the request is.
+    pub priority: Priority,
+    /// The ranges to read.
+    pub chunks: Vec<Chunk>,
+}
+
+/// Where pages come from.
+///
+/// An image is an immutable array of bytes: nobody writes to it while a source serves it.
+///
+/// Implement [`submit`](Self::submit) so that it returns quickly: it is called by the threads
+/// that serve faults. A source that can only block is wrapped in [`Threaded`](crate::Threaded).
+///
+/// # Examples
+///
+/// A source that invents its content:
+///
+/// ```
+/// use demand_source::{Completion, Destination, Extent, PageSource, Request, SourceError};
+///
+/// struct Ones(u64);
+///
+/// impl PageSource for Ones {
+///     fn size(&self) -> u64 {
+///         self.0
+///     }
+///     fn extent(&self, _offset: u64) -> Result<Extent, SourceError> {
+///         Ok(Extent::Data { end: self.0 })
+///     }
+///     fn submit(&self, request: Request) -> Completion {
+///         for mut chunk in request.chunks {
+///             let ones = vec![1; chunk.destination.len()];
+///             chunk.destination.write_at(0, &ones);
+///         }
+///         Completion::ready(Ok(()))
+///     }
+/// }
+///
+/// let mut page = [0u8; 4096];
+/// let source = Ones(1 << 20);
+/// source.read_through(0, &mut Destination::from(&mut page[..])).unwrap();
+/// assert_eq!(page, [1; 4096]);
+/// ```
+pub trait PageSource: Send + Sync {
+    /// The image's size, in bytes.
+    fn size(&self) -> u64;
+
+    /// What the image holds at `offset` (bytes), and how far that goes.
+    ///
+    /// # Errors
+    ///
+    /// Those of the source; the caller treats them like a failed read.
+    fn extent(&self, offset: u64) -> Result<Extent, SourceError>;
+
+    /// Starts a request. Its outcome arrives through the completion, from any thread, once every
+    /// destination has been filled and dropped, or has failed.
+    fn submit(&self, request: Request) -> Completion;
+
+    /// Reads on the calling thread, for sources whose answer is as near as a function call;
+    /// `None` (as here) from all others. It spares the near ones the bookkeeping of a request.
+    fn read_now(
+        &self,
+        _offset: u64,
+        _destination: &mut Destination<'_>,
+    ) -> Option<Result<(), SourceError>> {
+        None
+    }
+
+    /// Reads `destination.len()` bytes at `offset` and waits for them: for checks and tools, not
+    /// for threads that serve faults.
+    ///
+    /// # Errors
+    ///
+    /// Those of the source.
+    fn read_through(
+        &self,
+        offset: u64,
+        destination: &mut Destination<'_>,
+    ) -> Result<(), SourceError> {
+        if let Some(result) = self.read_now(offset, destination) {
+            return result;
+        }
+        let (bounce, bytes) = Destination::owned(destination.len());
+        let chunks = vec![Chunk { offset, destination: bounce }];
+        self.submit(Request { priority: Priority::Demand, chunks }).wait()?;
+        destination.write_at(0, &bytes.take().ok_or(SourceError::Abandoned)?);
+        Ok(())
+    }
+}
