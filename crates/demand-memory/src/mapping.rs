@@ -6,7 +6,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::ptr::NonNull;
 
-/// A shared, writable mapping of a file from its first byte on.
+/// A shared, writable mapping of a file from its first byte on, or of no file.
 ///
 /// It is only an address range: what may be done with the bytes, and what traps an access, is
 /// said by whoever made it.
@@ -30,9 +30,21 @@ impl Mapping {
     ///
     /// The system's: `ENOMEM` where the huge pages that had to be set aside are not there.
     pub fn shared(file: &File, len: u64, no_reserve: bool) -> io::Result<Self> {
+        Self::map(len, if no_reserve { libc::MAP_NORESERVE } else { 0 }, file.as_raw_fd())
+    }
+
+    /// Maps `len` bytes of zeros that belong to no file.
+    ///
+    /// # Errors
+    ///
+    /// The system's.
+    pub fn anonymous(len: u64) -> io::Result<Self> {
+        Self::map(len, libc::MAP_ANONYMOUS, -1)
+    }
+
+    fn map(len: u64, flags: libc::c_int, fd: libc::c_int) -> io::Result<Self> {
         let bytes =
             usize::try_from(len).map_err(|_| io::Error::from_raw_os_error(libc::EOVERFLOW))?;
-        let flags = libc::MAP_SHARED | if no_reserve { libc::MAP_NORESERVE } else { 0 };
         // SAFETY: a new mapping at an address of the kernel's choice changes no memory that
         // anything in this process refers to.
         let address = unsafe {
@@ -40,8 +52,8 @@ impl Mapping {
                 std::ptr::null_mut(),
                 bytes,
                 libc::PROT_READ | libc::PROT_WRITE,
-                flags,
-                file.as_raw_fd(),
+                libc::MAP_SHARED | flags,
+                fd,
                 0,
             )
         };
@@ -95,7 +107,7 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY: the range was mapped by `shared` and is unmapped once. Whoever was given its
+        // SAFETY: the range was mapped by `map` and is unmapped once. Whoever was given its
         // address keeps the mapping alive while using it.
         unsafe { libc::munmap(self.address.as_ptr().cast(), self.len as usize) };
     }

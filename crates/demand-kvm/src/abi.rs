@@ -1,0 +1,39 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The parts of KVM Userfault's interface that kvm-bindings has no names for.
+//!
+//! Source: the series "KVM: Introduce KVM Userfault" of 2025-06-18 (message id
+//! 20250618042424.330664-1), `Documentation/virt/kvm/api.rst`, sections
+//! `KVM_SET_USER_MEMORY_REGION2` and `KVM_EXIT_MEMORY_FAULT`.
+
+use kvm_bindings::kvm_userspace_memory_region2;
+
+/// Flag of a memslot: pages whose bit is set in the slot's userfault bitmap make a vCPU that
+/// touches them leave `KVM_RUN`. Only `KVM_SET_USER_MEMORY_REGION2` takes it.
+pub const KVM_MEM_USERFAULT: u32 = 1 << 3;
+
+/// Flag of the exit `KVM_EXIT_MEMORY_FAULT`: the page's bit is set in the userfault bitmap.
+pub const KVM_MEMORY_EXIT_FLAG_USERFAULT: u64 = 1 << 4;
+
+/// The version that `KVM_GET_API_VERSION` must answer (same document, section 4.1).
+pub(crate) const KVM_API_VERSION: i32 = 12;
+
+/// `KVM_CAP_GUEST_MEMFD_FLAGS`: which flags `KVM_CREATE_GUEST_MEMFD` takes.
+pub(crate) const KVM_CAP_GUEST_MEMFD_FLAGS: u32 = 244;
+
+/// Writes the address of the bitmap into its field, `userfault_bitmap`: the first word of what
+/// kvm-bindings calls padding.
+pub(crate) fn set_userfault_bitmap(region: &mut kvm_userspace_memory_region2, address: u64) {
+    region.pad2[0] = address;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::mem::offset_of;
+
+    #[test]
+    fn the_bitmap_field_lies_where_the_kernel_has_it() {
+        assert_eq!(offset_of!(kvm_userspace_memory_region2, pad2), 48);
+        assert_eq!(size_of::<kvm_userspace_memory_region2>(), 160);
+    }
+}

@@ -1,0 +1,273 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! A memslot of KVM's, and the memory that KVM uses through it.
+
+use std::any::Any;
+use std::fmt;
+use std::mem::ManuallyDrop;
+use std::sync::Arc;
+
+use demand_memory::{Mapping, PAGE_SIZE, Pager, Words};
+use kvm_bindings::{kvm_userspace_memory_region, kvm_userspace_memory_region2};
+use kvm_ioctls::VmFd;
+use vm_memory::GuestAddress;
+
+use crate::abi::{KVM_MEM_USERFAULT, set_userfault_bitmap};
+
+/// Why a memslot could not be made or changed.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum SlotError {
+    /// The slot would not begin at a page.
+    #[error(
+        "make memslot {number} at guest address {start:#x}: that is no multiple of 4096 bytes; \
+         move it to one"
+    )]
+    Unaligned {
+        /// Number of the slot.
+        number: u32,
+        /// Guest physical address that was asked for.
+        start: u64,
+    },
+    /// The guest's mapping is not as long as the region.
+    #[error(
+        "make memslot {number}: its mapping has {mapping} bytes and its region {region}; give it \
+         a mapping of the region's backing"
+    )]
+    Size {
+        /// Number of the slot.
+        number: u32,
+        /// Length of the mapping, in bytes.
+        mapping: u64,
+        /// Length of the region, in bytes.
+        region: u64,
+    },
+    /// KVM refused the slot.
+    #[error(
+        "make memslot {number} of {size} bytes at guest address {start:#x}, flags {flags:#x}: \
+         {error}; {}",
+        create_advice(*.error, *.flags)
+    )]
+    Create {
+        /// Number of the slot.
+        number: u32,
+        /// Guest physical address of its first byte.
+        start: u64,
+        /// Its length, in bytes.
+        size: u64,
+        /// Its `KVM_MEM_` flags.
+        flags: u32,
+        /// What KVM said.
+        error: kvm_ioctls::Error,
+    },
+    /// KVM refused other flags for a slot.
+    #[error("set the flags of memslot {number} to {flags:#x}: {error}; the slot is as it was")]
+    Flags {
+        /// Number of the slot.
+        number: u32,
+        /// The `KVM_MEM_` flags that were asked for.
+        flags: u32,
+        /// What KVM said.
+        error: kvm_ioctls::Error,
+    },
+    /// The slot's dirty log could not be read.
+    #[error("read the dirty log of memslot {number}: {error}; is dirty logging on?")]
+    DirtyLog {
+        /// Number of the slot.
+        number: u32,
+        /// What KVM said.
+        error: kvm_ioctls::Error,
+    },
+    /// Pages are missing, so KVM must go on looking at the bitmap.
+    #[error("finish memslot {number}: {missing} of its pages are missing; finish it when none is")]
+    PagesMissing {
+        /// Number of the slot.
+        number: u32,
+        /// Pages that are missing.
+        missing: u64,
+    },
+    /// Dirty logging stays on while pages are missing: on switching it off KVM may map huge
+    /// pages, and missing pages with them.
+    #[error(
+        "switch dirty logging of memslot {number} off: {missing} of its pages are missing, and \
+         KVM may map them as it brings huge pages back; switch it off when none is"
+    )]
+    LoggingStaysOn {
+        /// Number of the slot.
+        number: u32,
+        /// Pages that are missing.
+        missing: u64,
+    },
+}
+
+fn create_advice(error: kvm_ioctls::Error, flags: u32) -> &'static str {
+    match error.errno() {
+        libc::EEXIST => "it overlaps another slot: move it",
+        libc::EINVAL if flags & KVM_MEM_USERFAULT != 0 => {
+            "does this kernel have KVM Userfault? If not, choose engine uffd"
+        }
+        libc::EINVAL => "is the number in use, or past what KVM_CAP_NR_MEMSLOTS says?",
+        libc::ENOMEM => "free memory, or ask for less",
+        libc::ENOTTY => "this kernel is older than 6.8: choose engine uffd",
+        _ => "the kernel's log may say more",
+    }
+}
+
+/// The missing bitmap that KVM reads for a slot, and what keeps it in memory.
+#[derive(Clone)]
+pub(crate) struct Bitmap {
+    address: u64,
+    words: usize,
+    _owner: Arc<dyn Any + Send + Sync>,
+}
+
+impl Bitmap {
+    pub(crate) fn of_pager(pager: &Arc<Pager>) -> Self {
+        let words = pager.bitmap().words();
+        Bitmap { address: words.as_ptr() as u64, words: words.len(), _owner: pager.clone() }
+    }
+
+    pub(crate) fn of_words(words: &Arc<Words>) -> Self {
+        Bitmap { address: words.as_ptr() as u64, words: words.len(), _owner: words.clone() }
+    }
+}
+
+/// What KVM uses while a slot exists.
+struct Used {
+    mapping: Arc<Mapping>,
+    bitmap: Option<Bitmap>,
+}
+
+/// A memslot, deleted when it is dropped.
+///
+/// KVM reads and writes the mapping, and reads the bitmap, for as long as the slot exists, which
+/// may be longer than the VM's descriptor is open: each vCPU's keeps the VM. So the slot holds
+/// both, and lets them go only once KVM has answered that the slot is gone; it waits for the
+/// slot's last users before it does. Where KVM does not say so they are kept for ever. A slot
+/// that is leaked leaks what it holds with it.
+pub(crate) struct Memslot {
+    vm: Arc<VmFd>,
+    number: u32,
+    start: GuestAddress,
+    used: ManuallyDrop<Used>,
+}
+
+impl Memslot {
+    /// Makes a slot. With [`KVM_MEM_USERFAULT`] in `flags` KVM looks at `bitmap`, which must be
+    /// there.
+    pub(crate) fn new(
+        vm: Arc<VmFd>,
+        number: u32,
+        start: GuestAddress,
+        mapping: Arc<Mapping>,
+        bitmap: Option<Bitmap>,
+        flags: u32,
+    ) -> Result<Self, SlotError> {
+        if !start.0.is_multiple_of(PAGE_SIZE) {
+            return Err(SlotError::Unaligned { number, start: start.0 });
+        }
+        if let Some(bitmap) = &bitmap {
+            let pages = mapping.len().div_ceil(PAGE_SIZE);
+            assert!(bitmap.words as u64 >= pages.div_ceil(64), "a bit for each page of the slot");
+        }
+        let size = mapping.len();
+        let used = Used { mapping, bitmap };
+        set(&vm, number, start, &used, flags, size).map_err(|error| SlotError::Create {
+            number,
+            start: start.0,
+            size,
+            flags,
+            error,
+        })?;
+        Ok(Memslot { vm, number, start, used: ManuallyDrop::new(used) })
+    }
+
+    pub(crate) fn vm(&self) -> &Arc<VmFd> {
+        &self.vm
+    }
+
+    pub(crate) fn number(&self) -> u32 {
+        self.number
+    }
+
+    pub(crate) fn start(&self) -> GuestAddress {
+        self.start
+    }
+
+    pub(crate) fn mapping(&self) -> &Arc<Mapping> {
+        &self.used.mapping
+    }
+
+    /// Gives the slot other flags. The bitmap's address goes along with
+    /// [`KVM_MEM_USERFAULT`]: KVM takes it anew at each change.
+    pub(crate) fn set_flags(&self, flags: u32) -> Result<(), SlotError> {
+        let number = self.number;
+        set(&self.vm, number, self.start, &self.used, flags, self.used.mapping.len())
+            .map_err(|error| SlotError::Flags { number, flags, error })
+    }
+}
+
+/// Makes, changes or (with a `memory_size` of 0) deletes a slot.
+fn set(
+    vm: &VmFd,
+    slot: u32,
+    start: GuestAddress,
+    used: &Used,
+    flags: u32,
+    memory_size: u64,
+) -> Result<(), kvm_ioctls::Error> {
+    let guest_phys_addr = start.0;
+    let userspace_addr = used.mapping.address().as_ptr() as u64;
+    if flags & KVM_MEM_USERFAULT == 0 {
+        let region = kvm_userspace_memory_region {
+            slot,
+            flags,
+            guest_phys_addr,
+            memory_size,
+            userspace_addr,
+        };
+        // SAFETY: the mapping is `memory_size` bytes long, or the slot is deleted. It stays
+        // mapped until KVM has said that the slot is gone: see `Memslot`. Nobody in this process
+        // has a Rust reference to its bytes, so the guest may write them. KVM refuses slots that
+        // overlap.
+        return unsafe { vm.set_user_memory_region(region) };
+    }
+    let bitmap = used.bitmap.as_ref().expect("KVM Userfault needs a bitmap");
+    let mut region = kvm_userspace_memory_region2 {
+        slot,
+        flags,
+        guest_phys_addr,
+        memory_size,
+        userspace_addr,
+        ..Default::default()
+    };
+    set_userfault_bitmap(&mut region, bitmap.address);
+    // SAFETY: as above for the mapping; there is no guest_memfd. The bitmap has a bit for each
+    // page, which `Memslot::new` has checked; KVM only reads it, and its owner too is kept until
+    // the slot is gone.
+    unsafe { vm.set_user_memory_region2(region) }
+}
+
+impl Drop for Memslot {
+    fn drop(&mut self) {
+        match set(&self.vm, self.number, self.start, &self.used, 0, 0) {
+            // SAFETY: the slot is gone and nobody in KVM uses what it held. `used` is not looked
+            // at again.
+            Ok(()) => unsafe { ManuallyDrop::drop(&mut self.used) },
+            Err(error) => log::error!(
+                "delete memslot {}: {error}; its {} bytes stay mapped",
+                self.number,
+                self.used.mapping.len()
+            ),
+        }
+    }
+}
+
+impl fmt::Debug for Memslot {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Memslot")
+            .field("number", &self.number)
+            .field("start", &self.start)
+            .field("mapping", &self.used.mapping)
+            .finish_non_exhaustive()
+    }
+}

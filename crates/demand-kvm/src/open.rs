@@ -1,0 +1,81 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Opening KVM.
+
+use kvm_ioctls::Kvm;
+
+use crate::abi::KVM_API_VERSION;
+
+/// Why KVM cannot be used on this host.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum KvmError {
+    /// There is no KVM.
+    #[error(
+        "open /dev/kvm: {0}; load the module kvm_intel or kvm_amd, or give this container or \
+         machine a KVM"
+    )]
+    NotThere(kvm_ioctls::Error),
+    /// KVM is there, but not for this user.
+    #[error("open /dev/kvm: {0}; join the group that owns /dev/kvm, mostly 'kvm'")]
+    Permission(kvm_ioctls::Error),
+    /// KVM cannot be opened for another reason.
+    #[error("open /dev/kvm: {0}; the kernel's log may say more")]
+    Open(kvm_ioctls::Error),
+    /// KVM speaks another version of its interface.
+    #[error(
+        "ask KVM for its version: it said {0}, where every kernel since 2.6.22 says 12; use such \
+         a kernel"
+    )]
+    ApiVersion(i32),
+    /// KVM is open, but gives no virtual machine.
+    #[error("make a virtual machine: {0}; is another hypervisor using the hardware?")]
+    CreateVm(kvm_ioctls::Error),
+}
+
+/// Opens `/dev/kvm` and checks the version of its interface.
+///
+/// # Errors
+///
+/// [`KvmError`] tells whether KVM is not there, not for this user, or broken, and what to do.
+///
+/// # Examples
+///
+/// ```
+/// match demand_kvm::open_kvm() {
+///     Ok(kvm) => assert_eq!(kvm.get_api_version(), 12),
+///     Err(error) => eprintln!("{error}"),
+/// }
+/// ```
+pub fn open_kvm() -> Result<Kvm, KvmError> {
+    let kvm = Kvm::new().map_err(refused)?;
+    match kvm.get_api_version() {
+        KVM_API_VERSION => Ok(kvm),
+        other => Err(KvmError::ApiVersion(other)),
+    }
+}
+
+fn refused(error: kvm_ioctls::Error) -> KvmError {
+    match error.errno() {
+        libc::ENOENT | libc::ENODEV | libc::ENXIO => KvmError::NotThere(error),
+        libc::EACCES | libc::EPERM => KvmError::Permission(error),
+        _ => KvmError::Open(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_reason_says_what_to_do() {
+        for (errno, advice) in [
+            (libc::ENOENT, "load the module"),
+            (libc::EACCES, "join the group"),
+            (libc::EMFILE, "kernel's log"),
+        ] {
+            let text = refused(kvm_ioctls::Error::new(errno)).to_string();
+            assert!(text.contains(advice) && text.contains("/dev/kvm"), "{text}");
+            assert!(!text.contains('\n'), "{text}");
+        }
+    }
+}

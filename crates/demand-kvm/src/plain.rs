@@ -1,0 +1,71 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Memslots over memory that is all there.
+
+use std::sync::Arc;
+
+use demand_memory::Mapping;
+use kvm_bindings::KVM_MEM_READONLY;
+use kvm_ioctls::VmFd;
+use vm_memory::GuestAddress;
+
+use crate::SlotError;
+use crate::memslot::Memslot;
+
+/// A memslot over ordinary memory: firmware, a control page, anything that never was missing.
+///
+/// The slot is deleted when this is dropped; until then it keeps its mapping and its VM.
+///
+/// # Examples
+///
+/// ```
+/// use demand_kvm::{PlainSlot, open_kvm};
+/// use demand_memory::Mapping;
+/// use std::sync::Arc;
+/// use vm_memory::GuestAddress;
+///
+/// let Ok(kvm) = open_kvm() else { return };
+/// let vm = Arc::new(kvm.create_vm().unwrap());
+/// let file = tempfile::tempfile().unwrap();
+/// file.set_len(8192).unwrap();
+/// let mapping = Arc::new(Mapping::shared(&file, 8192, false).unwrap());
+/// let _slot = PlainSlot::new(vm, 0, GuestAddress(0x10_0000), mapping, false).unwrap();
+/// ```
+#[derive(Debug)]
+pub struct PlainSlot {
+    memslot: Memslot,
+}
+
+impl PlainSlot {
+    /// Makes memslot `number`, whose first byte is at guest physical address `start`, over
+    /// `mapping`. The number must not be in use. The guest's writes to a `read_only` slot are
+    /// MMIO exits.
+    ///
+    /// # Errors
+    ///
+    /// [`SlotError::Unaligned`] and [`SlotError::Create`].
+    pub fn new(
+        vm: Arc<VmFd>,
+        number: u32,
+        start: GuestAddress,
+        mapping: Arc<Mapping>,
+        read_only: bool,
+    ) -> Result<Self, SlotError> {
+        let flags = if read_only { KVM_MEM_READONLY } else { 0 };
+        Ok(PlainSlot { memslot: Memslot::new(vm, number, start, mapping, None, flags)? })
+    }
+
+    /// Number of the memslot.
+    pub fn number(&self) -> u32 {
+        self.memslot.number()
+    }
+
+    /// Guest physical address of the slot's first byte.
+    pub fn start(&self) -> GuestAddress {
+        self.memslot.start()
+    }
+
+    /// Where the slot's memory lies in this process.
+    pub fn mapping(&self) -> &Arc<Mapping> {
+        self.memslot.mapping()
+    }
+}

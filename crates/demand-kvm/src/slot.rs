@@ -1,0 +1,243 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Memslots over memory whose pages arrive when the guest first uses them.
+
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use demand_memory::{Mapping, PAGE_SIZE, PageRange, Pager};
+use kvm_bindings::KVM_MEM_LOG_DIRTY_PAGES;
+use kvm_ioctls::VmFd;
+use vm_memory::GuestAddress;
+
+use crate::abi::KVM_MEM_USERFAULT;
+use crate::memslot::{Bitmap, Memslot};
+use crate::{Engine, SlotError};
+
+/// What [`DemandSlot::finish`] has led to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Finished {
+    /// The slot is like any other now.
+    Now,
+    /// KVM stops looking at the bitmap, which has no bit set any more, when dirty logging is
+    /// switched off: the posted series warns where the flag goes before that, and no huge page
+    /// could come back earlier anyway.
+    WithLogging,
+}
+
+struct State {
+    /// The slot's `KVM_MEM_` flags, as KVM has them.
+    flags: u32,
+    finish: bool,
+}
+
+/// A memslot over a demand-paged region.
+///
+/// With [`Engine::KvmUserfault`] KVM reads the pager's missing bitmap: a vCPU that touches a
+/// missing page leaves `KVM_RUN` with `KVM_EXIT_MEMORY_FAULT`, and goes on once a
+/// [`FaultHandler`](crate::FaultHandler) has brought the page in. With [`Engine::Uffd`] the slot
+/// is an ordinary one, and `mapping` must be armed by a userfaultfd **before** the slot is made:
+/// nothing else keeps the guest from reading zeros.
+///
+/// The methods that change flags are for control threads: KVM waits for all vCPUs in them, so a
+/// thread that serves faults must never call them.
+///
+/// The slot is deleted when this is dropped. Until then it keeps the mapping, the pager (whose
+/// bitmap KVM reads) and the VM.
+///
+/// # Examples
+///
+/// ```
+/// use demand_kvm::{DemandSlot, Engine, EngineChoice, FaultHandler, open_kvm, probe, resolve};
+/// use demand_memory::{
+///     BackingKind, MemfdBacking, PageRange, Pager, Path, Retrier, RetryPolicy, Stats, Waiter,
+/// };
+/// use demand_source::LocalFile;
+/// use std::sync::Arc;
+/// use vm_memory::GuestAddress;
+///
+/// let Ok(kvm) = open_kvm() else { return };
+/// let vm = Arc::new(kvm.create_vm().unwrap());
+/// let engine = resolve(EngineChoice::Auto, &probe()).unwrap();
+///
+/// let image = tempfile::NamedTempFile::new().unwrap();
+/// image.as_file().set_len(1 << 20).unwrap();
+/// let backing = Arc::new(MemfdBacking::new(BackingKind::Shmem, 1 << 20, true).unwrap());
+/// let pager = Pager::new(
+///     backing,
+///     Arc::new(LocalFile::open(image.path()).unwrap()),
+///     0,
+///     Arc::new(Stats::new()),
+///     Retrier::new(RetryPolicy::default(), |failure| eprintln!("{}", failure.error)),
+/// )
+/// .unwrap();
+/// let mapping = Arc::new(pager.backing().map().unwrap());
+/// // With `Engine::Uffd`, here is where a VMM arms the mapping.
+/// let slot = DemandSlot::new(vm, 0, GuestAddress(0), mapping, pager.clone(), engine).unwrap();
+/// let handler = FaultHandler::for_slots([&slot]).unwrap();
+///
+/// // ... the guest runs, its faults go to `handler` ...
+///
+/// pager.ensure(PageRange::new(0, 256), Path::Fill, &Waiter::new()).unwrap();
+/// slot.finish().unwrap();
+/// ```
+pub struct DemandSlot {
+    memslot: Memslot,
+    pager: Arc<Pager>,
+    engine: Engine,
+    state: Mutex<State>,
+}
+
+impl DemandSlot {
+    /// Makes memslot `number`, whose first byte is at guest physical address `start`, over
+    /// `mapping`, a mapping of the pager's backing made for the guest alone. The number must not
+    /// be in use: to KVM the call would change that slot.
+    ///
+    /// # Errors
+    ///
+    /// [`SlotError::Unaligned`], [`SlotError::Size`] if the mapping is not as long as the
+    /// pager's region, and [`SlotError::Create`] if KVM refuses the slot, as it does under
+    /// [`Engine::KvmUserfault`] where the kernel does not have that.
+    pub fn new(
+        vm: Arc<VmFd>,
+        number: u32,
+        start: GuestAddress,
+        mapping: Arc<Mapping>,
+        pager: Arc<Pager>,
+        engine: Engine,
+    ) -> Result<Self, SlotError> {
+        let region = pager.pages() * PAGE_SIZE;
+        if mapping.len() != region {
+            return Err(SlotError::Size { number, mapping: mapping.len(), region });
+        }
+        let (flags, bitmap) = match engine {
+            Engine::KvmUserfault => (KVM_MEM_USERFAULT, Some(Bitmap::of_pager(&pager))),
+            Engine::Uffd => (0, None),
+        };
+        let memslot = Memslot::new(vm, number, start, mapping, bitmap, flags)?;
+        let state = Mutex::new(State { flags, finish: false });
+        Ok(DemandSlot { memslot, pager, engine, state })
+    }
+
+    /// Number of the memslot.
+    pub fn number(&self) -> u32 {
+        self.memslot.number()
+    }
+
+    /// Guest physical address of the slot's first byte.
+    pub fn start(&self) -> GuestAddress {
+        self.memslot.start()
+    }
+
+    /// Length of the slot, in bytes.
+    pub fn size(&self) -> u64 {
+        self.memslot.mapping().len()
+    }
+
+    /// The guest's mapping. Its bytes are the guest's: a page may be missing, and is not fetched
+    /// by a look at it from here.
+    pub fn mapping(&self) -> &Arc<Mapping> {
+        self.memslot.mapping()
+    }
+
+    /// The pager of the region behind the slot.
+    pub fn pager(&self) -> &Arc<Pager> {
+        &self.pager
+    }
+
+    /// How the guest's accesses to missing pages are caught.
+    pub fn engine(&self) -> Engine {
+        self.engine
+    }
+
+    /// Whether KVM looks at the missing bitmap.
+    pub fn is_trapping(&self) -> bool {
+        self.lock().flags & KVM_MEM_USERFAULT != 0
+    }
+
+    /// Switches KVM's dirty logging for this slot on or off.
+    ///
+    /// Under [`Engine::KvmUserfault`] it cannot be switched off while pages are missing: KVM
+    /// brings huge pages back then, and a kernel that does not look at the bitmap as it does maps
+    /// pages that have not arrived.
+    ///
+    /// # Errors
+    ///
+    /// [`SlotError::LoggingStaysOn`] in the case above, [`SlotError::Flags`] if KVM refuses.
+    pub fn set_dirty_logging(&self, on: bool) -> Result<(), SlotError> {
+        let mut state = self.lock();
+        if on {
+            return self.set_flags(&mut state, KVM_MEM_LOG_DIRTY_PAGES, 0);
+        }
+        let trapping = state.flags & KVM_MEM_USERFAULT != 0;
+        if trapping && !self.pager.bitmap().is_complete() {
+            let (number, missing) = (self.number(), self.missing());
+            return Err(SlotError::LoggingStaysOn { number, missing });
+        }
+        self.set_flags(&mut state, 0, KVM_MEM_LOG_DIRTY_PAGES)?;
+        // One after the other: kernels of the series warn about both at once.
+        if state.finish { self.set_flags(&mut state, 0, KVM_MEM_USERFAULT) } else { Ok(()) }
+    }
+
+    /// Reads and clears KVM's dirty log: bit i of the words is page i of the slot, 1 if the guest
+    /// or KVM wrote it since the last call. Pages that arrive are not written in this sense.
+    /// Source: `KVM_GET_DIRTY_LOG`, `Documentation/virt/kvm/api.rst`, section 4.8.
+    ///
+    /// # Errors
+    ///
+    /// [`SlotError::DirtyLog`], as long as dirty logging is off or KVM refuses.
+    pub fn dirty_log(&self) -> Result<Vec<u64>, SlotError> {
+        let number = self.number();
+        let size = usize::try_from(self.size()).expect("a mapping's length is a usize");
+        self.memslot
+            .vm()
+            .get_dirty_log(number, size)
+            .map_err(|error| SlotError::DirtyLog { number, error })
+    }
+
+    /// Makes the slot like any other: KVM stops looking at the bitmap and is free to use huge
+    /// pages again. To be called when no page is missing; calling it again changes nothing.
+    ///
+    /// # Errors
+    ///
+    /// [`SlotError::PagesMissing`], and [`SlotError::Flags`] if KVM refuses.
+    pub fn finish(&self) -> Result<Finished, SlotError> {
+        let mut state = self.lock();
+        if !self.pager.bitmap().is_complete() {
+            let (number, missing) = (self.number(), self.missing());
+            return Err(SlotError::PagesMissing { number, missing });
+        }
+        state.finish = true;
+        let both = KVM_MEM_USERFAULT | KVM_MEM_LOG_DIRTY_PAGES;
+        if state.flags & both == both {
+            return Ok(Finished::WithLogging);
+        }
+        self.set_flags(&mut state, 0, KVM_MEM_USERFAULT)?;
+        Ok(Finished::Now)
+    }
+
+    fn missing(&self) -> u64 {
+        self.pager.bitmap().count_missing(PageRange::new(0, self.pager.pages()))
+    }
+
+    fn set_flags(&self, state: &mut State, on: u32, off: u32) -> Result<(), SlotError> {
+        let flags = (state.flags | on) & !off;
+        if flags != state.flags {
+            self.memslot.set_flags(flags)?;
+            state.flags = flags;
+        }
+        Ok(())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl fmt::Debug for DemandSlot {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("DemandSlot")
+            .field("memslot", &self.memslot)
+            .field("engine", &self.engine)
+            .finish_non_exhaustive()
+    }
+}

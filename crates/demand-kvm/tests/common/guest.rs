@@ -1,0 +1,277 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! A guest in 32-bit protected mode, without paging: guest virtual is guest physical.
+
+use super::*;
+
+/// Guest physical address of the code.
+const CODE: u64 = 0x1000;
+/// Guest physical address of the memory that guests copy pages to.
+const OUT: u64 = 0x1000_0000;
+/// Pages that fit there.
+pub const OUT_PAGES: u64 = 512;
+/// The port that tells of a word that is not the image's.
+const WRONG: u8 = 0x10;
+
+/// What a guest does.
+#[derive(Clone, Copy)]
+pub enum Program {
+    /// Copies `count` pages from `first` on, `stride` pages apart, to its part of OUT, page
+    /// `out` and following.
+    Copy { out: u64 },
+    /// Writes `value`, `value + 1`, ... to byte 16 of the pages.
+    Write { value: u32 },
+    /// Reads every word of the pages and compares it with the image's (without holes).
+    Check,
+    /// Does nothing for ever.
+    Spin,
+}
+
+/// Which pages a program works on.
+#[derive(Clone, Copy)]
+pub struct Pages {
+    pub first: u64,
+    pub count: u64,
+    pub stride: i64,
+}
+
+impl Pages {
+    pub fn run(first: u64, count: u64) -> Self {
+        Pages { first, count, stride: 1 }
+    }
+
+    pub fn iter(self) -> impl Iterator<Item = u64> {
+        (0..self.count as i64).map(move |index| (self.first as i64 + index * self.stride) as u64)
+    }
+}
+
+struct Entries {
+    code: Vec<u8>,
+    copy: u64,
+    write: u64,
+    check: u64,
+    spin: u64,
+}
+
+/// The programs, one after another. All of them take the address of the first page in esi, the
+/// number of pages in ebx, and the bytes from one to the next in edx.
+fn assemble() -> Entries {
+    let mut code = Vec::new();
+    let mut program = |build: &dyn Fn(&mut CodeAssembler)| {
+        let start = CODE + code.len() as u64;
+        let mut asm = CodeAssembler::new(32).unwrap();
+        build(&mut asm);
+        code.extend(asm.assemble(start).unwrap());
+        start
+    };
+    let copy = program(&|asm| {
+        let mut next = asm.create_label();
+        asm.cld().unwrap();
+        asm.set_label(&mut next).unwrap();
+        asm.mov(ebp, esi).unwrap();
+        asm.mov(ecx, 1024u32).unwrap();
+        asm.rep().movsd().unwrap();
+        asm.lea(esi, ebp + edx).unwrap();
+        asm.dec(ebx).unwrap();
+        asm.jne(next).unwrap();
+        asm.hlt().unwrap();
+    });
+    let write = program(&|asm| {
+        let mut next = asm.create_label();
+        asm.set_label(&mut next).unwrap();
+        asm.mov(dword_ptr(esi + 16), eax).unwrap();
+        asm.inc(eax).unwrap();
+        asm.add(esi, edx).unwrap();
+        asm.dec(ebx).unwrap();
+        asm.jne(next).unwrap();
+        asm.hlt().unwrap();
+    });
+    let check = program(&|asm| {
+        let (mut next, mut within, mut right) =
+            (asm.create_label(), asm.create_label(), asm.create_label());
+        asm.set_label(&mut next).unwrap();
+        asm.mov(ebp, esi).unwrap();
+        asm.mov(ecx, 1024u32).unwrap();
+        asm.set_label(&mut within).unwrap();
+        asm.mov(eax, dword_ptr(esi)).unwrap();
+        asm.xor(eax, MIX).unwrap();
+        asm.cmp(eax, esi).unwrap();
+        asm.je(right).unwrap();
+        asm.out(u32::from(WRONG), al).unwrap();
+        asm.set_label(&mut right).unwrap();
+        asm.add(esi, 4).unwrap();
+        asm.dec(ecx).unwrap();
+        asm.jne(within).unwrap();
+        asm.lea(esi, ebp + edx).unwrap();
+        asm.dec(ebx).unwrap();
+        asm.jne(next).unwrap();
+        asm.hlt().unwrap();
+    });
+    let spin = program(&|asm| {
+        let mut here = asm.create_label();
+        asm.set_label(&mut here).unwrap();
+        asm.jmp(here).unwrap();
+    });
+    Entries { code, copy, write, check, spin }
+}
+
+/// A VM with code and a place for copies.
+pub struct Machine {
+    pub vm: Arc<VmFd>,
+    _code: PlainSlot,
+    out: PlainSlot,
+    entries: Entries,
+}
+
+fn plain_memory(size: u64) -> (File, Arc<Mapping>) {
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(size).unwrap();
+    let mapping = Arc::new(Mapping::shared(&file, size, false).unwrap());
+    (file, mapping)
+}
+
+impl Machine {
+    pub fn new(kvm: &Kvm) -> Self {
+        let vm = Arc::new(kvm.create_vm().unwrap());
+        let entries = assemble();
+        let (file, mapping) = plain_memory(PAGE_SIZE);
+        file.write_all_at(&entries.code, 0).unwrap();
+        let code = PlainSlot::new(vm.clone(), 0, GuestAddress(CODE), mapping, true).unwrap();
+        let (_, mapping) = plain_memory(OUT_PAGES * PAGE_SIZE);
+        let out = PlainSlot::new(vm.clone(), 1, GuestAddress(OUT), mapping, false).unwrap();
+        Machine { vm, _code: code, out, entries }
+    }
+
+    /// A demand-paged slot at [`REGION`].
+    pub fn slot(&self, pager: &Arc<Pager>, engine: Engine) -> DemandSlot {
+        let mapping = Arc::new(pager.backing().map().unwrap());
+        DemandSlot::new(self.vm.clone(), 2, GuestAddress(REGION), mapping, pager.clone(), engine)
+            .unwrap()
+    }
+
+    /// A vCPU at rest.
+    pub fn vcpu(&self, id: u64) -> Cpu {
+        let vcpu = self.vm.create_vcpu(id).unwrap();
+        let mut sregs = vcpu.get_sregs().unwrap();
+        sregs.cr0 = 0x11; // PE, ET
+        let flat = |type_| kvm_bindings::kvm_segment {
+            base: 0,
+            limit: 0xffff_ffff,
+            selector: 8,
+            type_,
+            present: 1,
+            db: 1,
+            s: 1,
+            g: 1,
+            ..Default::default()
+        };
+        sregs.cs = flat(0xb);
+        (sregs.ds, sregs.es, sregs.ss) = (flat(3), flat(3), flat(3));
+        vcpu.set_sregs(&sregs).unwrap();
+        let kick = VcpuKick::new(&vcpu).unwrap();
+        Cpu { vcpu, kick }
+    }
+
+    /// Makes a vCPU run a program next.
+    pub fn load(&self, cpu: &mut Cpu, program: Program, pages: Pages) {
+        let mut regs = kvm_bindings::kvm_regs {
+            rsi: REGION + pages.first * PAGE_SIZE,
+            rbx: pages.count,
+            rdx: u64::from((pages.stride * PAGE_SIZE as i64) as u32),
+            rflags: 2,
+            ..Default::default()
+        };
+        regs.rip = match program {
+            Program::Copy { out } => {
+                assert!(out + pages.count <= OUT_PAGES);
+                regs.rdi = OUT + out * PAGE_SIZE;
+                self.entries.copy
+            }
+            Program::Write { value } => {
+                regs.rax = u64::from(value);
+                self.entries.write
+            }
+            Program::Check => self.entries.check,
+            Program::Spin => self.entries.spin,
+        };
+        cpu.vcpu.set_regs(&regs).unwrap();
+    }
+
+    /// A page that a guest has copied.
+    pub fn copied(&self, out: u64) -> Vec<u8> {
+        look(self.out.mapping(), out * PAGE_SIZE, PAGE_SIZE)
+    }
+
+    /// Has a vCPU copy pages, and compares each byte with what `expected` says.
+    pub fn copy_and_compare(
+        &self,
+        cpu: &mut Cpu,
+        handler: &FaultHandler,
+        pages: Pages,
+        out: u64,
+        expected: impl Fn(u64) -> Vec<u8>,
+    ) {
+        self.load(cpu, Program::Copy { out }, pages);
+        cpu.run(handler).unwrap();
+        for (index, page) in pages.iter().enumerate() {
+            let copied = self.copied(out + index as u64);
+            let wrong = copied.iter().zip(expected(page)).position(|(a, b)| *a != b);
+            assert_eq!(wrong, None, "byte of page {page} that is not what it should be");
+        }
+    }
+}
+
+/// A vCPU, and what calls it away.
+pub struct Cpu {
+    pub vcpu: VcpuFd,
+    pub kick: VcpuKick,
+}
+
+/// Why a vCPU stopped before it halted.
+#[derive(Debug, PartialEq)]
+pub enum Stopped {
+    /// It was kicked out of `KVM_RUN`.
+    Kicked,
+    /// Its fault was not resolved.
+    Fault(FaultError),
+    /// It read or wrote where there is no memory.
+    Mmio(u64),
+}
+
+impl Cpu {
+    /// Runs the vCPU until it halts, as a VMM does.
+    pub fn run(&mut self, handler: &FaultHandler) -> Result<(), Stopped> {
+        self.kick.attach();
+        loop {
+            match self.vcpu.run() {
+                Ok(VcpuExit::Hlt) => return Ok(()),
+                Ok(VcpuExit::MemoryFault { flags, gpa, size }) => {
+                    handler.handle(gpa, size, flags, self.kick.waiter()).map_err(Stopped::Fault)?;
+                }
+                Ok(VcpuExit::IoOut(port, _)) if port == u16::from(WRONG) => {
+                    let regs = self.vcpu.get_regs().unwrap();
+                    panic!("the word at {:#x} reads {:#x}", regs.rsi, regs.rax as u32 ^ MIX);
+                }
+                Ok(VcpuExit::MmioRead(address, _)) => return Err(Stopped::Mmio(address)),
+                Ok(other) => panic!("{other:?}"),
+                Err(error) if error.errno() == libc::EINTR => return Err(Stopped::Kicked),
+                Err(error) => panic!("{error}"),
+            }
+        }
+    }
+}
+
+/// A handler for one slot's region.
+pub fn handler(slot: &DemandSlot) -> FaultHandler {
+    FaultHandler::for_slots([slot]).unwrap()
+}
+
+/// Brings all pages in.
+pub fn fill(pager: &Arc<Pager>) {
+    let all = PageRange::new(0, pager.pages());
+    pager.ensure(all, demand_memory::Path::Fill, &demand_memory::Waiter::new()).unwrap();
+}
+
+/// Long enough for a thread that is not held up to get where it is going.
+pub fn a_while() {
+    thread::sleep(Duration::from_millis(50));
+}

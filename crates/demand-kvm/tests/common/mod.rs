@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! An image whose every word tells where it belongs, and a small guest that reads and writes it.
+#![allow(dead_code, unused_imports)] // Each test binary uses its part.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::sync::{Arc, Condvar, Mutex};
+use std::thread;
+use std::time::Duration;
+
+use demand_kvm::{DemandSlot, Engine, FaultError, FaultHandler, PlainSlot, VcpuKick, open_kvm};
+use demand_memory::{
+    BackingKind, Mapping, MemfdBacking, PAGE_SIZE, PageRange, Pager, Retrier, RetryPolicy, Stats,
+};
+use demand_source::{
+    BlockingSource, Completion, Destination, Extent, LocalFile, PageSource, Request, SourceError,
+};
+use iced_x86::code_asm::{CodeAssembler, al, dword_ptr, eax, ebp, ebx, ecx, edx, esi};
+use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
+use vm_memory::GuestAddress;
+
+mod guest;
+mod image;
+
+pub use guest::*;
+pub use image::*;
+
+/// Leaves a test that this host cannot run; in the lab, where it can, that is a failure.
+pub fn skip(reason: &str) {
+    assert!(std::env::var_os("LAB").is_none_or(|lab| lab != "1"), "skipped in the lab: {reason}");
+    println!("SKIPPED: {reason}");
+}
+
+/// KVM, if there is one that can be used.
+pub fn kvm() -> Option<Kvm> {
+    open_kvm().map_err(|error| skip(&error.to_string())).ok()
+}
+
+/// KVM, if it has KVM Userfault.
+pub fn userfault_kvm() -> Option<Kvm> {
+    let probe = demand_kvm::probe();
+    let choice = demand_kvm::EngineChoice::Only(Engine::KvmUserfault);
+    match demand_kvm::resolve(choice, &probe) {
+        Ok(_) => kvm(),
+        Err(error) => {
+            skip(&error.to_string());
+            None
+        }
+    }
+}
+
+/// The backings that this host has memory for.
+pub fn backings(size: u64) -> Vec<BackingKind> {
+    let there = |kind: &BackingKind| match MemfdBacking::new(*kind, size, true)
+        .and_then(|backing| demand_memory::Backing::map(&backing))
+    {
+        Ok(_) => true,
+        Err(error) => {
+            skip(&error.to_string());
+            false
+        }
+    };
+    [BackingKind::Shmem, BackingKind::Hugetlb2M].into_iter().filter(there).collect()
+}

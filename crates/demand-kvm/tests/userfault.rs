@@ -1,0 +1,262 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! KVM Userfault with real guests. Skipped where the kernel lacks it; in the lab (LAB=1) that is
+//! a failure.
+
+mod common;
+
+use std::sync::Arc;
+use std::thread;
+
+use common::*;
+use demand_kvm::{Engine, FaultError, FaultHandler, Finished, SlotError};
+use demand_memory::{BackingKind, Fill, FillRate, PAGE_SIZE, PageRange, Pager, Path, Waiter};
+use demand_source::Threaded;
+
+/// 4 MiB: two units of 2 MiB.
+const PAGES: u64 = 1024;
+
+/// Runs a test on a machine with a missing region, for each backing.
+fn on_each_backing(
+    source: impl Fn(BackingKind) -> Arc<Pager>,
+    test: impl Fn(&Machine, &Arc<Pager>, demand_kvm::DemandSlot, &FaultHandler),
+) {
+    let Some(kvm) = userfault_kvm() else { return };
+    for kind in backings(PAGES * PAGE_SIZE) {
+        println!("on {kind}");
+        let machine = Machine::new(&kvm);
+        let pager = source(kind);
+        let slot = machine.slot(&pager, Engine::KvmUserfault);
+        let handler = handler(&slot);
+        test(&machine, &pager, slot, &handler);
+    }
+}
+
+fn from_file(kind: BackingKind) -> Arc<Pager> {
+    file_pager(kind, PAGES)
+}
+
+fn missing(pager: &Pager) -> u64 {
+    pager.bitmap().count_missing(PageRange::new(0, PAGES))
+}
+
+#[test]
+fn a_guest_sees_every_byte_of_the_image_and_fetches_what_it_touches() {
+    on_each_backing(from_file, |machine, pager, _slot, handler| {
+        let mut cpu = machine.vcpu(0);
+        let touched = [
+            Pages::run(0, 100),
+            Pages { first: 1023, count: 60, stride: -8 },
+            Pages { first: 110, count: 100, stride: 3 },
+        ];
+        let mut count = 0;
+        for pages in touched {
+            machine.copy_and_compare(&mut cpu, handler, pages, 0, page);
+            count += pages.count;
+        }
+        let guest = pager.stats().path(Path::Guest);
+        assert_eq!((guest.faults, guest.pages), (count, count));
+        assert_eq!(guest.granularity_histogram.into_iter().collect::<Vec<_>>(), [(4096, count)]);
+        assert_eq!(missing(pager), PAGES - count);
+        let holes = touched.iter().flat_map(|pages| pages.iter()).filter(|page| is_hole(*page));
+        assert_eq!(guest.bytes_fetched, (count - holes.count() as u64) * PAGE_SIZE);
+        // Once more: nothing is missing there.
+        machine.copy_and_compare(&mut cpu, handler, touched[1], 0, page);
+        assert_eq!(pager.stats().path(Path::Guest).faults, count);
+    });
+}
+
+#[test]
+fn what_the_guest_wrote_is_never_overwritten() {
+    on_each_backing(from_file, |machine, pager, slot, handler| {
+        let mut cpu = machine.vcpu(0);
+        // Among them holes, and neighbours of pages that stay missing.
+        let written = Pages { first: 3, count: 200, stride: 5 };
+        let value = 0xabcd_0000;
+        machine.load(&mut cpu, Program::Write { value }, written);
+        cpu.run(handler).unwrap();
+        assert_eq!(missing(pager), PAGES - 200);
+        fill(pager);
+        fill(pager);
+        let expected = |index: u64| {
+            let mut bytes = page(index);
+            if index % 5 == 3 && index < 3 + 5 * 200 {
+                let value = value + ((index - 3) / 5) as u32;
+                bytes[16..20].copy_from_slice(&value.to_le_bytes());
+            }
+            bytes
+        };
+        for half in [0, 512] {
+            let pages = Pages::run(half, 512);
+            machine.copy_and_compare(&mut cpu, handler, pages, 0, expected);
+        }
+        for index in 0..PAGES {
+            let bytes = look(slot.mapping(), index * PAGE_SIZE, PAGE_SIZE);
+            assert!(bytes == expected(index), "page {index}");
+        }
+        assert_eq!(pager.stats().pages_arrived(), PAGES);
+    });
+}
+
+#[test]
+fn two_vcpus_on_disjoint_and_on_the_same_pages() {
+    on_each_backing(from_file, |machine, pager, _slot, handler| {
+        let mut cpus = [machine.vcpu(0), machine.vcpu(1)];
+        let round = |cpus: &mut [Cpu; 2], pages: [Pages; 2]| {
+            thread::scope(|scope| {
+                for (index, (cpu, pages)) in cpus.iter_mut().zip(pages).enumerate() {
+                    scope.spawn(move || {
+                        let out = index as u64 * 256;
+                        machine.copy_and_compare(cpu, handler, pages, out, page);
+                    });
+                }
+            });
+        };
+        let even = Pages { first: 0, count: 200, stride: 2 };
+        round(&mut cpus, [even, Pages { first: 1, ..even }]);
+        let guest = pager.stats().path(Path::Guest);
+        assert_eq!((guest.faults, guest.pages), (400, 400));
+        let same = Pages::run(600, 250);
+        round(&mut cpus, [same, same]);
+        let guest = pager.stats().path(Path::Guest);
+        // Where both were stopped at a page, one fetched it.
+        assert!((650..=900).contains(&guest.faults), "{guest:?}");
+        assert_eq!(guest.pages, 650);
+        assert_eq!(missing(pager), PAGES - 650);
+    });
+}
+
+#[test]
+fn a_vcpu_that_waits_for_its_page_can_be_kicked() {
+    let gates = std::cell::RefCell::new(Vec::new());
+    let source = |kind| {
+        let gate = Gate::new(PAGES);
+        gates.borrow_mut().push(gate.clone());
+        pager(kind, PAGES, Arc::new(Threaded::new(gate, 2).unwrap()))
+    };
+    on_each_backing(source, |machine, pager, _slot, handler| {
+        let gate = gates.borrow().last().unwrap().clone();
+        let mut cpu = machine.vcpu(0);
+        let kick = cpu.kick.clone();
+        machine.load(&mut cpu, Program::Copy { out: 0 }, Pages::run(7, 3));
+        let kicked = Err(Stopped::Fault(FaultError::Kicked { gpa: REGION + 7 * PAGE_SIZE }));
+        thread::scope(|scope| {
+            let vcpu = scope.spawn(|| cpu.run(handler));
+            a_while();
+            assert!(!vcpu.is_finished());
+            kick.kick();
+            assert_eq!(vcpu.join().unwrap(), kicked);
+        });
+        // Paused: its state can be looked at. Then it goes on to wait for the same page.
+        assert!(cpu.vcpu.get_regs().is_ok() && pager.bitmap().is_missing(7));
+        kick.clear();
+        thread::scope(|scope| {
+            let vcpu = scope.spawn(|| cpu.run(handler));
+            a_while();
+            assert!(!vcpu.is_finished());
+            gate.open();
+            assert_eq!(vcpu.join().unwrap(), Ok(()));
+        });
+        for index in 0..3 {
+            assert!(machine.copied(index) == full_page(7 + index));
+        }
+        assert_eq!(pager.stats().path(Path::Guest).pages, 3);
+    });
+}
+
+#[test]
+fn a_finished_slot_is_like_any_other() {
+    on_each_backing(from_file, |machine, pager, slot, handler| {
+        let mut cpu = machine.vcpu(0);
+        machine.copy_and_compare(&mut cpu, handler, Pages::run(100, 50), 0, page);
+        assert!(slot.is_trapping());
+        let error = slot.finish().unwrap_err();
+        assert!(matches!(error, SlotError::PagesMissing { missing: 974, .. }), "{error}");
+        assert!(slot.is_trapping());
+        // The flag goes while the guest is at work.
+        thread::scope(|scope| {
+            let vcpu = scope.spawn(|| {
+                for half in [0, 512] {
+                    let pages = Pages::run(half, 512);
+                    machine.copy_and_compare(&mut cpu, handler, pages, 0, page);
+                }
+            });
+            let rest = Fill::start(vec![pager.clone()], FillRate::Unlimited).unwrap();
+            pager.ensure(PageRange::new(0, PAGES), Path::Fill, &Waiter::new()).unwrap();
+            assert_eq!(slot.finish(), Ok(Finished::Now));
+            vcpu.join().unwrap();
+            drop(rest);
+        });
+        assert!(!slot.is_trapping());
+        assert_eq!(slot.finish(), Ok(Finished::Now));
+        // KVM does not look at the bitmap any more: nobody would answer.
+        let nobody = FaultHandler::new([]).unwrap();
+        pager.bitmap().words()[0].store(u64::MAX, std::sync::atomic::Ordering::SeqCst);
+        slot.set_dirty_logging(true).unwrap();
+        slot.set_dirty_logging(false).unwrap();
+        machine.copy_and_compare(&mut cpu, &nobody, Pages::run(0, 512), 0, page);
+    });
+}
+
+#[test]
+fn dirty_logging_goes_together_with_missing_pages() {
+    on_each_backing(from_file, |machine, pager, slot, handler| {
+        let mut cpu = machine.vcpu(0);
+        let dirty = || {
+            let log = slot.dirty_log().unwrap();
+            (0..PAGES)
+                .filter(|page| log[(page / 64) as usize] >> (page % 64) & 1 == 1)
+                .collect::<Vec<_>>()
+        };
+        machine.copy_and_compare(&mut cpu, handler, Pages::run(0, 10), 0, page);
+        slot.set_dirty_logging(true).unwrap();
+        assert!(slot.is_trapping());
+        let written = Pages { first: 5, count: 20, stride: 7 };
+        machine.load(&mut cpu, Program::Write { value: 1 }, written);
+        cpu.run(handler).unwrap();
+        assert_eq!(dirty(), written.iter().collect::<Vec<_>>());
+        let error = slot.set_dirty_logging(false).unwrap_err();
+        assert!(matches!(error, SlotError::LoggingStaysOn { .. }), "{error}");
+        // Still on, and so is the trap.
+        machine.load(&mut cpu, Program::Write { value: 1 }, Pages::run(1000, 1));
+        cpu.run(handler).unwrap();
+        assert_eq!(dirty(), [1000]);
+        machine.copy_and_compare(&mut cpu, handler, Pages::run(700, 100), 0, page);
+        fill(pager);
+        assert_eq!(slot.finish(), Ok(Finished::WithLogging));
+        assert!(slot.is_trapping());
+        slot.set_dirty_logging(false).unwrap();
+        assert!(!slot.is_trapping());
+        machine.copy_and_compare(&mut cpu, handler, Pages::run(200, 500), 0, page);
+        assert_eq!(slot.finish(), Ok(Finished::Now));
+    });
+}
+
+/// Four vCPUs and a fill want the same pages from a source that writes each in pieces: a page
+/// that is let through before its last byte is there shows.
+#[test]
+fn no_vcpu_is_ever_ahead_of_the_content() {
+    let torn = |kind| pager(kind, PAGES, Arc::new(Torn(PAGES)));
+    on_each_backing(torn, |machine, pager, slot, handler| {
+        thread::scope(|scope| {
+            for id in 0..4 {
+                scope.spawn(move || {
+                    let mut cpu = machine.vcpu(id);
+                    for pages in [
+                        Pages { first: (id + 1) * PAGES / 4 - 1, count: PAGES / 4, stride: -1 },
+                        Pages { first: id, count: PAGES / 4, stride: 4 },
+                        Pages { first: PAGES - 1, count: PAGES, stride: -1 },
+                    ] {
+                        machine.load(&mut cpu, Program::Check, pages);
+                        cpu.run(handler).unwrap();
+                    }
+                });
+            }
+            let rate = FillRate::BytesPerSecond(8 << 20);
+            let fill = Fill::start(vec![pager.clone()], rate).unwrap();
+            pager.ensure(PageRange::new(0, PAGES), Path::Fill, &Waiter::new()).unwrap();
+            drop(fill);
+        });
+        assert_eq!(pager.stats().pages_arrived(), PAGES);
+        assert_eq!(slot.finish(), Ok(Finished::Now));
+    });
+}

@@ -1,0 +1,152 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What a kernel can do, and what a range is registered for.
+
+use std::fmt;
+use std::ops::BitOr;
+
+use linux_raw_sys::general as raw;
+
+/// What a registered range traps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Modes(u64);
+
+impl Modes {
+    /// A touch of a page that is not in the memory object.
+    pub const MISSING: Modes = Modes(raw::UFFDIO_REGISTER_MODE_MISSING as u64);
+    /// A touch of a page that is in the memory object but not mapped here. Alone it lets holes
+    /// through as zeros, without an event.
+    pub const MINOR: Modes = Modes(raw::UFFDIO_REGISTER_MODE_MINOR as u64);
+    /// Every touch of a page that is not mapped here: what shared memory needs that others fill.
+    pub const ALL: Modes = Modes(Modes::MISSING.0 | Modes::MINOR.0);
+
+    /// The bits of `UFFDIO_REGISTER_MODE_*`.
+    pub const fn bits(self) -> u64 {
+        self.0
+    }
+
+    /// Whether all of `other` is trapped.
+    pub const fn contains(self, other: Modes) -> bool {
+        self.0 & other.0 == other.0
+    }
+}
+
+impl BitOr for Modes {
+    type Output = Modes;
+
+    fn bitor(self, other: Modes) -> Modes {
+        Modes(self.0 | other.0)
+    }
+}
+
+/// Features of a kernel's userfaultfd, as the bits of `UFFD_FEATURE_*`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Features(u64);
+
+impl Features {
+    /// None.
+    pub const NONE: Features = Features(0);
+    /// Missing pages of huge-page memory are trapped.
+    pub const MISSING_HUGETLBFS: Features = Features(raw::UFFD_FEATURE_MISSING_HUGETLBFS as u64);
+    /// Missing pages of shared memory are trapped.
+    pub const MISSING_SHMEM: Features = Features(raw::UFFD_FEATURE_MISSING_SHMEM as u64);
+    /// Unmapped pages of huge-page memory are trapped.
+    pub const MINOR_HUGETLBFS: Features = Features(raw::UFFD_FEATURE_MINOR_HUGETLBFS as u64);
+    /// Unmapped pages of shared memory are trapped.
+    pub const MINOR_SHMEM: Features = Features(raw::UFFD_FEATURE_MINOR_SHMEM as u64);
+    /// Faults carry the very address that was touched, not its page's.
+    pub const EXACT_ADDRESS: Features = Features(raw::UFFD_FEATURE_EXACT_ADDRESS as u64);
+    /// Pages that are removed (`MADV_REMOVE`, `MADV_DONTNEED`) are told.
+    pub const EVENT_REMOVE: Features = Features(raw::UFFD_FEATURE_EVENT_REMOVE as u64);
+    /// Ranges that are unmapped are told.
+    pub const EVENT_UNMAP: Features = Features(raw::UFFD_FEATURE_EVENT_UNMAP as u64);
+
+    /// All that guest memory needs, on every backing.
+    pub const GUEST_MEMORY: Features = Features(
+        Features::MISSING_HUGETLBFS.0
+            | Features::MISSING_SHMEM.0
+            | Features::MINOR_HUGETLBFS.0
+            | Features::MINOR_SHMEM.0,
+    );
+
+    /// The features whose bits are set in `bits`.
+    pub const fn from_bits(bits: u64) -> Features {
+        Features(bits)
+    }
+
+    /// The bits of `UFFD_FEATURE_*`.
+    pub const fn bits(self) -> u64 {
+        self.0
+    }
+
+    /// Whether all of `other` is among them.
+    pub const fn contains(self, other: Features) -> bool {
+        self.0 & other.0 == other.0
+    }
+
+    /// Those that are not among `other`.
+    pub const fn without(self, other: Features) -> Features {
+        Features(self.0 & !other.0)
+    }
+}
+
+impl BitOr for Features {
+    type Output = Features;
+
+    fn bitor(self, other: Features) -> Features {
+        Features(self.0 | other.0)
+    }
+}
+
+/// The kernel's names, in the order of the bits.
+const NAMES: [&str; 17] = [
+    "PAGEFAULT_FLAG_WP",
+    "EVENT_FORK",
+    "EVENT_REMAP",
+    "EVENT_REMOVE",
+    "MISSING_HUGETLBFS",
+    "MISSING_SHMEM",
+    "EVENT_UNMAP",
+    "SIGBUS",
+    "THREAD_ID",
+    "MINOR_HUGETLBFS",
+    "MINOR_SHMEM",
+    "EXACT_ADDRESS",
+    "WP_HUGETLBFS_SHMEM",
+    "WP_UNPOPULATED",
+    "POISON",
+    "WP_ASYNC",
+    "MOVE",
+];
+
+impl fmt::Display for Features {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut separator = "";
+        for bit in (0..64).filter(|bit| self.0 >> bit & 1 == 1) {
+            match NAMES.get(bit) {
+                Some(name) => write!(f, "{separator}{name}")?,
+                None => write!(f, "{separator}bit {bit}")?,
+            }
+            separator = " ";
+        }
+        if separator.is_empty() { f.write_str("none") } else { Ok(()) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn features_are_told_by_name() {
+        let features = Features::MISSING_SHMEM | Features::EXACT_ADDRESS | Features(1 << 40);
+        assert_eq!(features.to_string(), "MISSING_SHMEM EXACT_ADDRESS bit 40");
+        assert_eq!(Features::NONE.to_string(), "none");
+        assert_eq!(Features(1 << 16).to_string(), "MOVE");
+    }
+
+    #[test]
+    fn all_modes_are_both() {
+        assert_eq!(Modes::ALL, Modes::MISSING | Modes::MINOR);
+        assert!(!Modes::MINOR.contains(Modes::MISSING));
+    }
+}

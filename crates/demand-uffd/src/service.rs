@@ -1,0 +1,360 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Threads that serve the faults of several userfaultfds.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::thread::{self, JoinHandle};
+
+use demand_memory::{PageRange, Trap};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use crate::watch::{Fault, Watch};
+use crate::{ArmedMapping, ServiceError, Userfaultfd};
+
+/// Threads of a service, unless its user knows better.
+pub const DEFAULT_THREADS: usize = 2;
+
+/// Epoll tokens that are no userfaultfd's.
+const STOP: u64 = 0;
+const POKE: u64 = 1;
+
+/// Pause before a resolution is tried again that the kernel could not do just then, in
+/// milliseconds.
+const AGAIN_MS: i32 = 1;
+
+/// Serves the faults of several userfaultfds, of this process and of others, on threads of its
+/// own.
+///
+/// A fault is turned into pages that its [`ArmedMapping`]'s pager fetches; when all pages of the
+/// granule are present they are mapped for the faulter. The threads never wait for a page: what
+/// is not there when the pager returns is resolved by whoever brings it in. Nor do they wait for
+/// anything else but for the kernel: one faulter never holds up another.
+///
+/// Dropping it stops it. Faults then stay open; nothing reads as zeros.
+///
+/// # Examples
+///
+/// A mapping whose pages come from a file as they are touched:
+///
+/// ```
+/// use std::sync::Arc;
+/// use demand_memory::{Backing, BackingKind, MemfdBacking, Pager, Path, Retrier, RetryPolicy, Stats};
+/// use demand_source::LocalFile;
+/// use demand_uffd::{ArmedMapping, FaultService, Features, Userfaultfd};
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let image = tempfile::NamedTempFile::new()?;
+/// std::os::unix::fs::FileExt::write_all_at(image.as_file(), b"hello", 0x5000)?;
+/// image.as_file().set_len(1 << 20)?;
+///
+/// let backing = Arc::new(MemfdBacking::new(BackingKind::Shmem, 1 << 20, true)?);
+/// let retrier = Retrier::new(RetryPolicy::default(), |failure| eprintln!("{}", failure.error));
+/// let source = Arc::new(LocalFile::open(image.path())?);
+/// let pager = Pager::new(backing.clone(), source, 0, Arc::new(Stats::new()), retrier)?;
+///
+/// let uffd = match Userfaultfd::open(Features::GUEST_MEMORY) {
+///     Ok(uffd) => Arc::new(uffd),
+///     Err(error) => return Ok(eprintln!("{error}")),
+/// };
+/// let mapping = Arc::new(backing.map()?);
+/// let armed = ArmedMapping::own(&uffd, mapping.clone(), &pager, Path::Vmm)?;
+/// let service = FaultService::start(demand_uffd::DEFAULT_THREADS)?;
+/// service.serve(&[armed])?;
+///
+/// // SAFETY: the byte lies in the mapping, and nobody writes it.
+/// assert_eq!(unsafe { mapping.at(0x5001).as_ptr().read_volatile() }, b'e');
+/// assert!(!pager.bitmap().is_missing(5));
+/// # Ok(())
+/// # }
+/// ```
+pub struct FaultService {
+    shared: Arc<Shared>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+}
+
+pub(crate) struct Shared {
+    epoll: Epoll,
+    stop: EventFd,
+    poke: EventFd,
+    stopped: AtomicBool,
+    next: AtomicU64,
+    watches: RwLock<HashMap<u64, Arc<Watch>>>,
+    /// Resolutions that the kernel could not do just then.
+    again: Mutex<Vec<Fault>>,
+}
+
+impl FaultService {
+    /// Starts a service of `threads` threads, at least one.
+    ///
+    /// # Errors
+    ///
+    /// [`ServiceError::System`].
+    pub fn start(threads: usize) -> Result<Self, ServiceError> {
+        let refused = |error| ServiceError::System { asked: "start a fault service", error };
+        let shared = Arc::new(Shared {
+            epoll: Epoll::new().map_err(refused)?,
+            stop: EventFd::new(EFD_NONBLOCK).map_err(refused)?,
+            poke: EventFd::new(EFD_NONBLOCK).map_err(refused)?,
+            stopped: AtomicBool::new(false),
+            next: AtomicU64::new(POKE + 1),
+            watches: RwLock::default(),
+            again: Mutex::default(),
+        });
+        for (event, token) in [(&shared.stop, STOP), (&shared.poke, POKE)] {
+            let interest = EpollEvent::new(EventSet::IN, token);
+            shared
+                .epoll
+                .ctl(ControlOperation::Add, event.as_raw_fd(), interest)
+                .map_err(refused)?;
+        }
+        // From here on dropping it ends the threads that were started.
+        let service = FaultService { shared, threads: Mutex::default() };
+        for index in 0..threads.max(1) {
+            let shared = service.shared.clone();
+            let thread = thread::Builder::new()
+                .name(format!("uffd-{index}"))
+                .spawn(move || shared.run())
+                .map_err(refused)?;
+            service.threads().push(thread);
+        }
+        Ok(service)
+    }
+
+    fn threads(&self) -> std::sync::MutexGuard<'_, Vec<JoinHandle<()>>> {
+        self.threads.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Serves these mappings from now on. All mappings of a userfaultfd should come at once, so
+    /// that no fault is read before it can be served; one that was is found again.
+    ///
+    /// # Errors
+    ///
+    /// [`ServiceError::Stopped`], and [`ServiceError::System`] if a userfaultfd cannot be
+    /// watched.
+    pub fn serve(&self, mappings: &[Arc<ArmedMapping>]) -> Result<(), ServiceError> {
+        if self.shared.stopped.load(Ordering::Acquire) {
+            return Err(ServiceError::Stopped);
+        }
+        let mut watches = self.shared.watches_mut();
+        let mut new: Vec<(u64, Arc<Watch>)> = Vec::new();
+        for mapping in mappings {
+            let same = |watch: &Arc<Watch>| Arc::ptr_eq(&watch.uffd, mapping.uffd());
+            if let Some(watch) = watches.values().find(|watch| same(watch)) {
+                watch.add(mapping);
+                // Faults that were read before and belonged to nobody come again.
+                if let Err(error) = mapping.uffd().wake(mapping.base(), mapping.len()) {
+                    log::debug!("{error}");
+                }
+            } else if let Some((_, watch)) = new.iter().find(|(_, watch)| same(watch)) {
+                watch.add(mapping);
+            } else {
+                let token = self.shared.next.fetch_add(1, Ordering::Relaxed);
+                let watch = Arc::new(Watch::new(mapping.uffd().clone()));
+                watch.add(mapping);
+                new.push((token, watch));
+            }
+        }
+        for (token, watch) in new {
+            let refused = |error| ServiceError::System { asked: "watch a userfaultfd", error };
+            let fd = watch.uffd.fd().map_err(refused)?;
+            watches.insert(token, watch);
+            let interest = EpollEvent::new(EventSet::IN, token);
+            if let Err(error) =
+                self.shared.epoll.ctl(ControlOperation::Add, fd.as_raw_fd(), interest)
+            {
+                watches.remove(&token);
+                return Err(refused(error));
+            }
+        }
+        Ok(())
+    }
+
+    /// Stops trapping accesses to the mappings of a userfaultfd, all of whose pages are present,
+    /// and stops watching it. It stays open.
+    ///
+    /// # Errors
+    ///
+    /// [`ServiceError::Incomplete`], with nothing done, if pages are missing, and
+    /// [`ServiceError::System`] if the system refuses; it is watched no longer then.
+    pub fn release(&self, uffd: &Arc<Userfaultfd>) -> Result<(), ServiceError> {
+        let tokens = self.shared.tokens_of(Some(uffd));
+        self.shared.release(&tokens)
+    }
+
+    /// Stops watching a userfaultfd whose process is gone. Its mappings stay armed.
+    pub fn forget(&self, uffd: &Arc<Userfaultfd>) {
+        self.shared.forget(uffd);
+    }
+
+    /// When all pages are present: stops trapping accesses on all userfaultfds, closes them, and
+    /// stops the service. After this nothing of it is left.
+    ///
+    /// # Errors
+    ///
+    /// As for [`release`](Self::release). With [`ServiceError::Incomplete`] the service goes on.
+    pub fn finish(&self) -> Result<(), ServiceError> {
+        let tokens = self.shared.tokens_of(None);
+        let uffds: Vec<_> = {
+            let watches = self.shared.watches();
+            tokens.iter().filter_map(|token| Some(watches.get(token)?.uffd.clone())).collect()
+        };
+        let released = self.shared.release(&tokens);
+        if let Err(ServiceError::Incomplete { .. }) = released {
+            return released;
+        }
+        uffds.iter().for_each(|uffd| uffd.close());
+        self.stop();
+        released
+    }
+
+    /// Ends the threads. Faults stay open as long as their userfaultfds do.
+    pub fn stop(&self) {
+        self.shared.stopped.store(true, Ordering::Release);
+        // Only a counter at its limit refuses this, and then the threads are awake anyway.
+        let _ = self.shared.stop.write(1);
+        let this_thread = thread::current().id();
+        for thread in self.threads().drain(..) {
+            if thread.thread().id() != this_thread {
+                // A panic there was reported by the thread itself.
+                let _ = thread.join();
+            }
+        }
+    }
+}
+
+impl Shared {
+    fn watches(&self) -> RwLockReadGuard<'_, HashMap<u64, Arc<Watch>>> {
+        self.watches.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn watches_mut(&self) -> RwLockWriteGuard<'_, HashMap<u64, Arc<Watch>>> {
+        self.watches.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Tokens of the watches of one userfaultfd, or of all.
+    fn tokens_of(&self, uffd: Option<&Arc<Userfaultfd>>) -> Vec<u64> {
+        let chosen = |watch: &Watch| uffd.is_none_or(|uffd| Arc::ptr_eq(uffd, &watch.uffd));
+        let watches = self.watches();
+        watches.iter().filter(|(_, watch)| chosen(watch)).map(|(token, _)| *token).collect()
+    }
+
+    /// Stops watching a userfaultfd.
+    fn unwatch(&self, token: u64) {
+        let Some(watch) = self.watches_mut().remove(&token) else { return };
+        if let Ok(fd) = watch.uffd.fd() {
+            // Nothing is lost if it was not watched.
+            let gone = EpollEvent::default();
+            let _ = self.epoll.ctl(ControlOperation::Delete, fd.as_raw_fd(), gone);
+        }
+        let mut again = self.again.lock().unwrap_or_else(PoisonError::into_inner);
+        again.retain(|fault| !Arc::ptr_eq(fault.mapping.uffd(), &watch.uffd));
+    }
+
+    fn release(&self, tokens: &[u64]) -> Result<(), ServiceError> {
+        let mappings: Vec<_> = {
+            let watches = self.watches();
+            tokens
+                .iter()
+                .filter_map(|token| watches.get(token))
+                .flat_map(|w| w.mappings())
+                .collect()
+        };
+        let missing = mappings.iter().map(|mapping| mapping.count_missing()).sum();
+        if missing > 0 {
+            return Err(ServiceError::Incomplete { missing });
+        }
+        let mut released = Ok(());
+        for mapping in mappings {
+            let all = PageRange::of_bytes(0, mapping.len());
+            if let Err(error) = mapping.release(all) {
+                let asked = "stop trapping accesses to guest memory";
+                released = Err(ServiceError::System { asked, error });
+            }
+        }
+        for token in tokens {
+            self.unwatch(*token);
+        }
+        released
+    }
+
+    /// Has a resolution tried again soon, by a thread of the service: it reads what may stand in
+    /// the resolution's way.
+    pub(crate) fn resolve_again(&self, mut fault: Fault) {
+        let by_service = std::mem::replace(&mut fault.again, true);
+        self.again.lock().unwrap_or_else(PoisonError::into_inner).push(fault);
+        if !by_service {
+            // See `stop`.
+            let _ = self.poke.write(1);
+        }
+    }
+
+    /// Stops watching a userfaultfd whose process is gone.
+    pub(crate) fn forget(&self, uffd: &Arc<Userfaultfd>) {
+        for token in self.tokens_of(Some(uffd)) {
+            self.unwatch(token);
+        }
+    }
+
+    /// What each thread does until the service is stopped.
+    fn run(self: &Arc<Self>) {
+        let mut ready = [EpollEvent::default(); 8];
+        let mut events = Vec::new();
+        loop {
+            let again = !self.again.lock().unwrap_or_else(PoisonError::into_inner).is_empty();
+            let timeout = if again { AGAIN_MS } else { -1 };
+            let count = match self.epoll.wait(timeout, &mut ready) {
+                Ok(count) => count,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) => return log::error!("wait for faults: {error}"),
+            };
+            for event in &ready[..count] {
+                match event.data() {
+                    // Left as it is, for the other threads.
+                    STOP => return,
+                    // Empty if another thread was quicker.
+                    POKE => drop(self.poke.read()),
+                    token => self.serve(token, event.event_set(), &mut events),
+                }
+            }
+            let due =
+                std::mem::take(&mut *self.again.lock().unwrap_or_else(PoisonError::into_inner));
+            for fault in due {
+                fault.resolve(&Arc::downgrade(self));
+            }
+        }
+    }
+
+    fn serve(self: &Arc<Self>, token: u64, ready: EventSet, events: &mut Vec<crate::Event>) {
+        let Some(watch) = self.watches().get(&token).cloned() else { return };
+        let served = if ready.contains(EventSet::IN) {
+            watch.serve(self, events)
+        } else {
+            Err(io::Error::other("the userfaultfd has failed"))
+        };
+        if let Err(error) = served {
+            // It would be reported again and again.
+            log::warn!("read faults from a userfaultfd: {error}; they are not served any more");
+            self.unwatch(token);
+        }
+    }
+}
+
+impl Drop for FaultService {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+impl fmt::Debug for FaultService {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("FaultService")
+            .field("userfaultfds", &self.shared.watches().len())
+            .field("threads", &self.threads().len())
+            .finish()
+    }
+}

@@ -1,0 +1,409 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! A thin safe wrapper of the kernel's userfaultfd.
+
+use std::fs::OpenOptions;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::sync::{Arc, PoisonError, RwLock};
+
+use linux_raw_sys::{general as raw, ioctl as request};
+use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref, ioctl_with_val};
+use vmm_sys_util::ioctl_io_nr;
+
+use crate::event::{MESSAGE, Message};
+use crate::{Event, Features, Modes, OpenError, RangeError};
+
+ioctl_io_nr!(USERFAULTFD_IOC_NEW, raw::USERFAULTFD_IOC, 0);
+
+/// Messages that are read at once.
+const BATCH: usize = 16;
+
+/// A userfaultfd: of this process, or of another one that has sent it.
+///
+/// All operations act on the address space of the process that opened it, whoever calls them.
+/// They trap accesses, map pages of memory objects that are shared anyway, and let those go on
+/// that wait; none but [`copy`](Self::copy) changes a byte that anybody has ever seen, so none
+/// but that one is unsafe. What a range reads as while or after it is trapped is another matter:
+/// [`ArmedMapping`](crate::ArmedMapping) and [`FaultService`](crate::FaultService) see to it.
+///
+/// # Examples
+///
+/// ```
+/// use demand_uffd::{Features, Userfaultfd};
+///
+/// match Userfaultfd::open(Features::GUEST_MEMORY) {
+///     Ok(uffd) => assert!(uffd.read(&mut Vec::new()).unwrap() == 0),
+///     // One line: what was asked, what the system said, what to do.
+///     Err(error) => eprintln!("{error}"),
+/// }
+/// ```
+#[derive(Debug)]
+pub struct Userfaultfd {
+    // Shared with operations under way: closing waits for none of them.
+    fd: RwLock<Option<Arc<OwnedFd>>>,
+}
+
+impl Userfaultfd {
+    /// Opens a userfaultfd for this process, which also traps what the kernel touches on behalf
+    /// of system calls, and agrees on `features` with the kernel.
+    ///
+    /// # Errors
+    ///
+    /// [`OpenError`] with what to do.
+    pub fn open(features: Features) -> Result<Self, OpenError> {
+        let fd = open_fd()?;
+        if handshake(&fd, features).is_ok() {
+            return Ok(Userfaultfd::from(fd));
+        }
+        // A refused handshake does not say why: ask again for nothing, and compare.
+        let lacking = features.without(Self::kernel_features()?);
+        Err(OpenError::Features { wanted: features, lacking })
+    }
+
+    /// The features that the kernel has.
+    ///
+    /// # Errors
+    ///
+    /// [`OpenError`] with what to do.
+    pub fn kernel_features() -> Result<Features, OpenError> {
+        let fd = open_fd()?;
+        handshake(&fd, Features::NONE).map_err(OpenError::Failed)
+    }
+
+    /// Takes a userfaultfd that another process has opened and sent, after making sure that it is
+    /// one, and ready for use.
+    ///
+    /// # Errors
+    ///
+    /// [`OpenError::NoUserfaultfd`] says what it is instead.
+    pub fn from_received(fd: OwnedFd) -> Result<Self, OpenError> {
+        let refuse = |what: String| Err(OpenError::NoUserfaultfd(what));
+        // Without /proc the request below has to tell.
+        if let Ok(name) = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd())) {
+            let name = name.to_string_lossy();
+            if name != "anon_inode:[userfaultfd]" {
+                return refuse(format!("{name}, not a userfaultfd"));
+            }
+        }
+        // SAFETY: fcntl with these commands touches no memory.
+        let flags = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GETFL) };
+        // SAFETY: as above. A userfaultfd that blocks cannot be polled.
+        if unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, flags | libc::O_NONBLOCK) } < 0 {
+            return refuse(format!("unusable ({})", io::Error::last_os_error()));
+        }
+        let nothing = raw::uffdio_range { start: 0, len: 0 };
+        // SAFETY: the request reads a range of this type; an empty one does nothing.
+        unsafe { ioctl_with_ref(&fd, request::UFFDIO_WAKE.into(), &nothing) };
+        let answer = io::Error::last_os_error();
+        if answer.raw_os_error() != Some(libc::EINVAL) {
+            return refuse(format!("not a userfaultfd ({answer})"));
+        }
+        let mut poll = libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+        // SAFETY: one entry, as the count says.
+        if unsafe { libc::poll(&mut poll, 1, 0) } < 0 || poll.revents & libc::POLLERR != 0 {
+            return refuse("a userfaultfd that was never initialised with UFFDIO_API".into());
+        }
+        Ok(Userfaultfd::from(fd))
+    }
+
+    /// A descriptor of it, to be sent to another process.
+    ///
+    /// # Errors
+    ///
+    /// The system's; `EBADF` after [`close`](Self::close).
+    pub fn try_clone_fd(&self) -> io::Result<OwnedFd> {
+        self.fd()?.try_clone()
+    }
+
+    /// Closes it. If nobody else holds it, all its ranges read as they lie in their memory
+    /// objects from now on, and whoever waits goes on. Operations from now on fail.
+    pub fn close(&self) {
+        self.fd.write().unwrap_or_else(PoisonError::into_inner).take();
+    }
+
+    /// Whether it was closed.
+    pub fn is_closed(&self) -> bool {
+        self.fd.read().unwrap_or_else(PoisonError::into_inner).is_none()
+    }
+
+    /// Registers a range, so that its accesses are trapped. Registering one again for more modes
+    /// adds these.
+    ///
+    /// # Errors
+    ///
+    /// The system's: `EINVAL` if the range is not mapped, not aligned or of the wrong kind,
+    /// `EBUSY` if another userfaultfd has it, `ENOMEM` if the process is gone.
+    pub fn register(&self, address: u64, len: u64, modes: Modes) -> Result<(), RangeError> {
+        let mut register = raw::uffdio_register {
+            range: raw::uffdio_range { start: address, len },
+            mode: modes.bits(),
+            ioctls: 0,
+        };
+        self.call("trap accesses to", address, len, |fd| {
+            // SAFETY: the request reads and writes this structure. It changes no byte of the
+            // range, only who is told when it is touched.
+            unsafe { ioctl_with_mut_ref(fd, request::UFFDIO_REGISTER.into(), &mut register) }
+        })
+    }
+
+    /// Stops trapping accesses to a range and lets those go on that wait there. Pages that are
+    /// not in the memory object read as zeros from now on.
+    ///
+    /// # Errors
+    ///
+    /// The system's: `EINVAL` if nothing is mapped there, `ENOMEM` if the process is gone.
+    pub fn unregister(&self, address: u64, len: u64) -> Result<(), RangeError> {
+        let range = raw::uffdio_range { start: address, len };
+        self.call("stop trapping accesses to", address, len, |fd| {
+            // SAFETY: the request reads this structure and changes no byte of the range.
+            unsafe { ioctl_with_ref(fd, request::UFFDIO_UNREGISTER.into(), &range) }
+        })
+    }
+
+    /// Lets those go on that wait in a range; who finds nothing mapped waits again.
+    ///
+    /// # Errors
+    ///
+    /// The system's: `EINVAL` if the range is not aligned or empty.
+    pub fn wake(&self, address: u64, len: u64) -> Result<(), RangeError> {
+        let range = raw::uffdio_range { start: address, len };
+        self.call("wake who waits in", address, len, |fd| {
+            // SAFETY: the request reads this structure and changes no byte of the range.
+            unsafe { ioctl_with_ref(fd, request::UFFDIO_WAKE.into(), &range) }
+        })
+    }
+
+    /// Maps pages that are in the memory object already, and lets those go on that wait there.
+    ///
+    /// # Errors
+    ///
+    /// [`RangeError`] with the bytes that were mapped before it: `EEXIST` for a page that is
+    /// mapped, `EFAULT` for one that the memory object does not have, `EAGAIN` while the layout
+    /// of the address space changes or an event waits to be read, `ENOENT` if the range is not
+    /// registered, `ESRCH` if the process is gone.
+    pub fn r#continue(&self, address: u64, len: u64) -> Result<(), RangeError> {
+        self.in_parts("map", address, len, |fd, start, len| {
+            let mut argument = raw::uffdio_continue {
+                range: raw::uffdio_range { start, len },
+                mode: 0,
+                mapped: 0,
+            };
+            // SAFETY: the request reads and writes this structure. It maps pages of the shared
+            // object that the range is a mapping of, so it shows their bytes where they belong.
+            let result =
+                unsafe { ioctl_with_mut_ref(fd, request::UFFDIO_CONTINUE.into(), &mut argument) };
+            (result, argument.mapped)
+        })
+    }
+
+    /// Maps zeroed pages where pages are missing, and lets those go on that wait there. It is
+    /// what a touch would have found without a userfaultfd.
+    ///
+    /// # Errors
+    ///
+    /// As for [`continue`](Self::continue); `EINVAL` on huge pages.
+    pub fn zeropage(&self, address: u64, len: u64) -> Result<(), RangeError> {
+        self.in_parts("map zeros into", address, len, |fd, start, len| {
+            let mut argument = raw::uffdio_zeropage {
+                range: raw::uffdio_range { start, len },
+                mode: 0,
+                zeropage: 0,
+            };
+            // SAFETY: the request reads and writes this structure. It fills only pages that are
+            // not there, with what they would have held anyway.
+            let result =
+                unsafe { ioctl_with_mut_ref(fd, request::UFFDIO_ZEROPAGE.into(), &mut argument) };
+            (result, argument.zeropage)
+        })
+    }
+
+    /// Brings missing pages into the memory object with the given content, maps them, and lets
+    /// those go on that wait there. Pages that exist are left alone, with `EEXIST`.
+    ///
+    /// # Errors
+    ///
+    /// As for [`continue`](Self::continue).
+    ///
+    /// # Safety
+    ///
+    /// If the userfaultfd is of this process, no Rust reference to bytes of the range may exist.
+    pub unsafe fn copy(&self, address: u64, content: &[u8]) -> Result<(), RangeError> {
+        let source = content.as_ptr() as u64;
+        self.in_parts("copy pages to", address, content.len() as u64, |fd, start, len| {
+            let mut argument = raw::uffdio_copy {
+                dst: start,
+                src: source + (start - address),
+                len,
+                mode: 0,
+                copy: 0,
+            };
+            // SAFETY: the request reads and writes this structure, and reads the part of
+            // `content` that belongs to this part of the range. What it writes are pages that no
+            // reference points to, by the caller's promise.
+            let result =
+                unsafe { ioctl_with_mut_ref(fd, request::UFFDIO_COPY.into(), &mut argument) };
+            (result, argument.copy)
+        })
+    }
+
+    /// Reads the messages that are there, at most a batch, behind those in `events`; returns
+    /// their number, 0 if there are none.
+    ///
+    /// # Errors
+    ///
+    /// The system's; `EBADF` after [`close`](Self::close).
+    pub fn read(&self, events: &mut Vec<Event>) -> io::Result<usize> {
+        let fd = self.fd()?;
+        // SAFETY: fcntl with this command touches no memory. The process that sent the descriptor
+        // shares its flags, and could make a read block.
+        let flags = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GETFL) };
+        if flags & libc::O_NONBLOCK == 0 {
+            return Err(io::Error::other("the other process made its userfaultfd blocking"));
+        }
+        let mut messages = [[0u8; MESSAGE]; BATCH];
+        loop {
+            // SAFETY: the kernel writes at most the bytes of the array.
+            let read = unsafe {
+                libc::read(fd.as_raw_fd(), messages.as_mut_ptr().cast(), size_of_val(&messages))
+            };
+            let Ok(read) = usize::try_from(read) else {
+                let error = io::Error::last_os_error();
+                match error.kind() {
+                    io::ErrorKind::Interrupted => continue,
+                    io::ErrorKind::WouldBlock => return Ok(0),
+                    _ => return Err(error),
+                }
+            };
+            let count = read / MESSAGE;
+            for message in &messages[..count] {
+                // SAFETY: the kernel has just written this message, and it is taken once.
+                events.push(unsafe { Message::decode(message).into_event() });
+            }
+            return Ok(count);
+        }
+    }
+
+    /// Whether the process behind it still has its address space. `address` is any page of it.
+    pub fn is_process_alive(&self, address: u64) -> bool {
+        let argument = raw::uffdio_writeprotect {
+            range: raw::uffdio_range { start: address & !0xfff, len: 4096 },
+            mode: 0,
+        };
+        let result = self.call("look at", address, 4096, |fd| {
+            // SAFETY: the request reads this structure. Taking write protection away where there
+            // is none changes nothing.
+            unsafe { ioctl_with_ref(fd, request::UFFDIO_WRITEPROTECT.into(), &argument) }
+        });
+        !matches!(result, Err(error) if error.cause() == crate::Cause::ProcessGone)
+    }
+
+    /// The descriptor, for as long as the operation needs it.
+    pub(crate) fn fd(&self) -> io::Result<Arc<OwnedFd>> {
+        let fd = self.fd.read().unwrap_or_else(PoisonError::into_inner);
+        fd.clone().ok_or_else(|| io::Error::from_raw_os_error(libc::EBADF))
+    }
+
+    fn call(
+        &self,
+        operation: &'static str,
+        address: u64,
+        len: u64,
+        call: impl FnOnce(&Descriptor) -> libc::c_int,
+    ) -> Result<(), RangeError> {
+        let error = match self.fd() {
+            Ok(fd) if call(&Descriptor(fd.as_raw_fd())) == 0 => return Ok(()),
+            Ok(_) => io::Error::last_os_error(),
+            Err(error) => error,
+        };
+        Err(RangeError { operation, address, len, done: 0, error })
+    }
+
+    /// Does something to a range that the kernel may do in parts. `call` returns what the request
+    /// returned, and the count in its structure: bytes done, or a negative error.
+    fn in_parts(
+        &self,
+        operation: &'static str,
+        address: u64,
+        len: u64,
+        mut call: impl FnMut(&Descriptor, u64, u64) -> (libc::c_int, i64),
+    ) -> Result<(), RangeError> {
+        let mut done = 0;
+        let failed = |done, error| Err(RangeError { operation, address, len, done, error });
+        let fd = match self.fd() {
+            Ok(fd) => fd,
+            Err(error) => return failed(0, error),
+        };
+        loop {
+            let (result, count) = call(&Descriptor(fd.as_raw_fd()), address + done, len - done);
+            if result == 0 {
+                return Ok(());
+            }
+            let error = io::Error::last_os_error();
+            // A part was done, and EAGAIN hides why not more: the next call tells. Any other
+            // count is an error number that the system has reported already, or was not written.
+            match u64::try_from(count) {
+                Ok(part @ 1..) if part < len - done => done += part,
+                _ => return failed(done, error),
+            }
+        }
+    }
+}
+
+impl From<OwnedFd> for Userfaultfd {
+    /// Takes a userfaultfd of one's own that is ready for use and does not block. For one that
+    /// another process has sent use [`from_received`](Self::from_received).
+    fn from(fd: OwnedFd) -> Self {
+        Userfaultfd { fd: RwLock::new(Some(Arc::new(fd))) }
+    }
+}
+
+/// A descriptor that somebody keeps open, as the request functions take it.
+struct Descriptor(RawFd);
+
+impl AsRawFd for Descriptor {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0
+    }
+}
+
+/// A descriptor of a userfaultfd that is not ready for use.
+fn open_fd() -> Result<OwnedFd, OpenError> {
+    let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
+    let device = match OpenOptions::new().read(true).write(true).open("/dev/userfaultfd") {
+        Ok(device) => {
+            // SAFETY: the request takes flags and makes a descriptor.
+            let fd = unsafe { ioctl_with_val(&device, USERFAULTFD_IOC_NEW(), flags as _) };
+            if fd >= 0 {
+                // SAFETY: the kernel has just given us this descriptor; nobody else owns it.
+                return Ok(unsafe { OwnedFd::from_raw_fd(fd) });
+            }
+            io::Error::last_os_error()
+        }
+        Err(error) => error,
+    };
+    // SAFETY: the call takes flags and makes a descriptor.
+    let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, flags) };
+    if let Ok(fd @ 0..) = RawFd::try_from(fd) {
+        // SAFETY: the kernel has just given us this descriptor; nobody else owns it.
+        return Ok(unsafe { OwnedFd::from_raw_fd(fd) });
+    }
+    let call = io::Error::last_os_error();
+    Err(match call.raw_os_error() {
+        Some(libc::EPERM | libc::EACCES) => OpenError::NotPermitted { device, call },
+        Some(libc::ENOSYS) => OpenError::NoKernelSupport(call),
+        _ => OpenError::Failed(call),
+    })
+}
+
+/// Agrees on features; returns those that the kernel has.
+fn handshake(fd: &OwnedFd, features: Features) -> io::Result<Features> {
+    let mut api =
+        raw::uffdio_api { api: raw::UFFD_API.into(), features: features.bits(), ioctls: 0 };
+    // SAFETY: the request reads and writes this structure.
+    let result = unsafe { ioctl_with_mut_ref(fd, request::UFFDIO_API.into(), &mut api) };
+    if result == 0 {
+        Ok(Features::from_bits(api.features))
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}

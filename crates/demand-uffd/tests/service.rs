@@ -1,0 +1,306 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The fault service on shared memory: real faults, sources near and far.
+
+mod common;
+
+use std::sync::Arc;
+use std::thread;
+
+use common::{
+    A_WHILE, base, check_page, expect, expect_blocked, far, mapping, pager, pager_on, read_later,
+    uffd, until,
+};
+use demand_memory::{BackingKind, PAGE_SIZE, PageRange, Pager, Path, Trap};
+use demand_uffd::{ArmedMapping, DEFAULT_THREADS, FaultService, Modes, ServiceError};
+
+/// Two chunks and a half, as another process maps them.
+const PAGES: u64 = 1280;
+const SIZE: u64 = PAGES * PAGE_SIZE;
+const CHUNK: u64 = 512;
+
+fn shmem() -> Arc<Pager> {
+    pager(BackingKind::Shmem, SIZE)
+}
+
+fn service(threads: usize, mappings: &[Arc<ArmedMapping>]) -> FaultService {
+    let service = FaultService::start(threads).unwrap();
+    service.serve(mappings).unwrap();
+    service
+}
+
+/// Numbers without end that look random.
+fn random(mut seed: u64) -> impl Iterator<Item = u64> {
+    std::iter::from_fn(move || {
+        seed ^= seed << 13;
+        seed ^= seed >> 7;
+        seed ^= seed << 17;
+        Some(seed)
+    })
+}
+
+#[test]
+fn all_pages_arrive_one_by_one() {
+    let (pager, uffd) = (shmem(), uffd());
+    let mapping = mapping(&pager);
+    let armed = ArmedMapping::own(&uffd, mapping.clone(), &pager, Path::Vmm).unwrap();
+    assert_eq!(armed.granularity(), PAGE_SIZE);
+    let service = service(DEFAULT_THREADS, &[armed]);
+    for page in (0..PAGES).rev() {
+        check_page(&mapping, page);
+    }
+    assert!(pager.bitmap().is_complete());
+    service.finish().unwrap();
+    assert!(uffd.is_closed());
+    let report = pager.stats().path(Path::Vmm);
+    assert_eq!((report.faults, report.pages), (PAGES, PAGES));
+    assert_eq!(report.granularity_histogram, [(PAGE_SIZE, PAGES)].into());
+    assert!(report.latency_us.p50 > 0.0);
+}
+
+#[test]
+fn the_guests_mapping_is_mapped_by_the_pager() {
+    let (pager, uffd) = (shmem(), uffd());
+    let mapping = mapping(&pager);
+    let armed = ArmedMapping::own(&uffd, mapping.clone(), &pager, Path::Guest).unwrap();
+    pager.set_guest_trap(armed.clone());
+    // Nobody serves, and yet fetched pages can be read.
+    pager.fetch(PageRange::new(0, 100), Path::Fill).unwrap();
+    for page in 0..100 {
+        expect(&read_later(&mapping, page * PAGE_SIZE), page * PAGE_SIZE);
+    }
+    let service = service(1, &[armed]);
+    for page in 100..PAGES {
+        check_page(&mapping, page);
+    }
+    // The last page is mapped, and so can be read, just before it counts as present.
+    until("the last page is present", || pager.bitmap().is_complete());
+    service.finish().unwrap();
+    assert_eq!(pager.stats().path(Path::Guest).faults, PAGES - 100);
+}
+
+/// A page that is present is not mapped for ever: the kernel may take it back.
+#[test]
+fn a_page_that_was_unmapped_comes_back() {
+    let (pager, uffd) = (shmem(), uffd());
+    let mapping = mapping(&pager);
+    let armed = ArmedMapping::own(&uffd, mapping.clone(), &pager, Path::Guest).unwrap();
+    pager.set_guest_trap(armed.clone());
+    let _service = service(1, &[armed]);
+    check_page(&mapping, 3);
+    // SAFETY: the range is the mapping's, nobody refers to it, and its object keeps the bytes.
+    unsafe { libc::madvise(mapping.at(0).as_ptr().cast(), 16384, libc::MADV_DONTNEED) };
+    expect(&read_later(&mapping, 3 * PAGE_SIZE), 3 * PAGE_SIZE);
+}
+
+#[test]
+fn another_process_gets_whole_chunks() {
+    let (pager, uffd) = (shmem(), uffd());
+    let mapping = mapping(&pager);
+    // It makes no difference that the other process is this one.
+    let armed = ArmedMapping::foreign(&uffd, base(&mapping), &pager).unwrap();
+    assert_eq!((armed.granularity(), armed.path()), (CHUNK * PAGE_SIZE, Path::BackEnd));
+    let service = service(DEFAULT_THREADS, &[armed]);
+    check_page(&mapping, 600);
+    assert_eq!(pager.bitmap().count_missing(PageRange::new(512, 512)), 0);
+    assert_eq!(pager.bitmap().count_missing(PageRange::new(0, 512)), 512);
+    for page in (0..PAGES).rev() {
+        check_page(&mapping, page);
+    }
+    service.finish().unwrap();
+    let report = pager.stats().path(Path::BackEnd);
+    assert_eq!(report.granularity_histogram, [(2 << 20, 2), (1 << 20, 1)].into());
+}
+
+/// The very thing that MISSING alone gets wrong: somebody has written a neighbour.
+#[test]
+fn a_half_filled_chunk_is_completed_first() {
+    let (pager, uffd) = (shmem(), uffd());
+    let mapping = mapping(&pager);
+    let armed = ArmedMapping::foreign(&uffd, base(&mapping), &pager).unwrap();
+    let _service = service(DEFAULT_THREADS, &[armed]);
+    for page in [1, 7, 511, 700] {
+        pager.fetch(PageRange::page(page), Path::Guest).unwrap();
+    }
+    // A page that is present, in a chunk that is not whole.
+    expect(&read_later(&mapping, 7 * PAGE_SIZE), 7 * PAGE_SIZE);
+    assert_eq!(pager.bitmap().count_missing(PageRange::new(0, 512)), 0);
+    for page in 0..PAGES {
+        check_page(&mapping, page);
+    }
+}
+
+#[test]
+fn a_chunk_is_not_reachable_before_it_is_whole() {
+    let (source, control) = far(SIZE);
+    let pager = pager_on(common::backing(BackingKind::Shmem, SIZE), source);
+    let (uffd, mapping) = (uffd(), mapping(&pager));
+    let armed = ArmedMapping::foreign(&uffd, base(&mapping), &pager).unwrap();
+    let service = service(DEFAULT_THREADS, &[armed]);
+    control.hold([511]);
+    let reader = read_later(&mapping, 2 * PAGE_SIZE);
+    until("the others arrive", || !pager.bitmap().is_missing(2) && !pager.bitmap().is_missing(99));
+    let neighbour = read_later(&mapping, 99 * PAGE_SIZE);
+    expect_blocked(&reader);
+    expect_blocked(&neighbour);
+    assert!(matches!(service.finish(), Err(ServiceError::Incomplete { .. })));
+    control.let_go();
+    expect(&reader, 2 * PAGE_SIZE);
+    expect(&neighbour, 99 * PAGE_SIZE);
+    expect(&read_later(&mapping, 511 * PAGE_SIZE), 511 * PAGE_SIZE);
+    // Who touched the chunk while it was on its way was no fault of its own.
+    until("it is counted", || pager.stats().path(Path::BackEnd).faults > 0);
+    assert_eq!(pager.stats().path(Path::BackEnd).faults, 1);
+}
+
+#[test]
+fn a_slow_page_holds_up_nobody_else() {
+    let (source, control) = far(SIZE);
+    let pager = pager_on(common::backing(BackingKind::Shmem, SIZE), source);
+    let (uffd, mapping) = (uffd(), mapping(&pager));
+    let armed = ArmedMapping::own(&uffd, mapping.clone(), &pager, Path::Guest).unwrap();
+    pager.set_guest_trap(armed.clone());
+    // A single thread, which must not be the one that waits.
+    let service = service(1, &[armed]);
+    control.hold([1, 2, 3]);
+    let slow = [1, 2, 3].map(|page| read_later(&mapping, page * PAGE_SIZE));
+    thread::sleep(A_WHILE);
+    for page in [5, 6, 7, 8] {
+        expect(&read_later(&mapping, page * PAGE_SIZE), page * PAGE_SIZE);
+    }
+    slow.iter().for_each(expect_blocked);
+    control.let_go();
+    for (reader, page) in slow.iter().zip(1..) {
+        expect(reader, page * PAGE_SIZE);
+    }
+    service.stop();
+}
+
+#[test]
+fn a_failing_source_leaves_the_fault_open() {
+    for foreign in [false, true] {
+        let (source, control) = far(SIZE);
+        let pager = pager_on(common::backing(BackingKind::Shmem, SIZE), source);
+        let (uffd, mapping) = (uffd(), mapping(&pager));
+        let armed = if foreign {
+            ArmedMapping::foreign(&uffd, base(&mapping), &pager)
+        } else {
+            ArmedMapping::own(&uffd, mapping.clone(), &pager, Path::Vmm)
+        };
+        let _service = service(DEFAULT_THREADS, &[armed.unwrap()]);
+        control.fail([1]);
+        let reader = read_later(&mapping, PAGE_SIZE);
+        expect_blocked(&reader);
+        until("it is tried again", || pager.stats().source().retries > 2);
+        assert!(pager.bitmap().is_missing(1));
+        control.recover();
+        expect(&reader, PAGE_SIZE);
+    }
+}
+
+/// Many readers of one memory, through all kinds of mappings at once, and background fill.
+#[test]
+fn everybody_reads_the_image_at_once() {
+    for round in 0..3 {
+        let (source, _control) = far(SIZE);
+        let pager = pager_on(common::backing(BackingKind::Shmem, SIZE), source);
+        let (guest, access, back_end) = (mapping(&pager), mapping(&pager), mapping(&pager));
+        let (own, theirs) = (uffd(), uffd());
+        let armed = [
+            ArmedMapping::own(&own, guest.clone(), &pager, Path::Guest).unwrap(),
+            ArmedMapping::own(&own, access.clone(), &pager, Path::Vmm).unwrap(),
+            ArmedMapping::foreign(&theirs, base(&back_end), &pager).unwrap(),
+        ];
+        pager.set_guest_trap(armed[0].clone());
+        let service = service(DEFAULT_THREADS, &armed);
+        let mut readers = Vec::new();
+        for (index, mapping) in
+            [&guest, &access, &back_end, &guest, &access, &back_end].into_iter().enumerate()
+        {
+            let mapping = mapping.clone();
+            readers.push(thread::spawn(move || {
+                let pages = random(round * 1000 + index as u64 + 1);
+                pages.take(400).for_each(|page| check_page(&mapping, page % PAGES));
+            }));
+        }
+        readers.into_iter().for_each(|reader| reader.join().unwrap());
+        for mapping in [&guest, &access, &back_end] {
+            (0..PAGES).for_each(|page| check_page(mapping, page));
+        }
+        until("the last page is present", || pager.bitmap().is_complete());
+        service.finish().unwrap();
+        assert!(own.is_closed() && theirs.is_closed());
+        // Nothing is trapped any more.
+        for mapping in [&guest, &access, &back_end] {
+            (0..PAGES).for_each(|page| check_page(mapping, page));
+        }
+    }
+}
+
+#[test]
+fn faults_in_no_mapping_are_left_alone() {
+    let (pager, other, uffd) = (shmem(), shmem(), uffd());
+    let (mapping, strange) = (common::mapping(&pager), common::mapping(&other));
+    let armed = ArmedMapping::own(&uffd, mapping.clone(), &pager, Path::Vmm).unwrap();
+    uffd.register(base(&strange), SIZE, Modes::ALL).unwrap();
+    let service = service(DEFAULT_THREADS, &[armed]);
+    let readers = [0, 1, 2].map(|page| read_later(&strange, page * PAGE_SIZE));
+    readers.iter().for_each(expect_blocked);
+    expect(&read_later(&mapping, PAGE_SIZE), PAGE_SIZE);
+    // It is served once somebody says what it is, although its message was read long ago.
+    let late = ArmedMapping::own(&uffd, strange.clone(), &other, Path::Vmm).unwrap();
+    service.serve(&[late]).unwrap();
+    for (reader, page) in readers.iter().zip(0..) {
+        expect(reader, page * PAGE_SIZE);
+    }
+}
+
+#[test]
+fn a_trap_is_not_taken_away_before_the_end() {
+    let (pager, uffd) = (shmem(), uffd());
+    let mapping = mapping(&pager);
+    let armed = ArmedMapping::own(&uffd, mapping.clone(), &pager, Path::Vmm).unwrap();
+    let service = service(DEFAULT_THREADS, std::slice::from_ref(&armed));
+    check_page(&mapping, 1);
+    let error = service.release(&uffd).unwrap_err();
+    assert!(matches!(error, ServiceError::Incomplete { missing } if missing == PAGES - 1));
+    assert!(armed.release(PageRange::new(0, PAGES)).is_err());
+    armed.release(PageRange::page(1)).unwrap();
+    check_page(&mapping, 2);
+    pager.fetch(PageRange::new(0, PAGES), Path::Fill).unwrap();
+    service.release(&uffd).unwrap();
+    assert!(!uffd.is_closed(), "a back-end is told before");
+    (0..PAGES).for_each(|page| check_page(&mapping, page));
+}
+
+#[test]
+fn nothing_is_left_after_the_end() {
+    let (pager, uffd) = (shmem(), uffd());
+    let mapping = mapping(&pager);
+    let armed = ArmedMapping::own(&uffd, mapping.clone(), &pager, Path::Vmm).unwrap();
+    let service = service(3, std::slice::from_ref(&armed));
+    assert!(format!("{service:?}").contains("threads: 3"));
+    check_page(&mapping, 1);
+    service.stop();
+    assert!(format!("{service:?}").contains("threads: 0"));
+    assert!(matches!(service.serve(&[armed]), Err(ServiceError::Stopped)));
+    let reader = read_later(&mapping, 2 * PAGE_SIZE);
+    expect_blocked(&reader);
+    // Another service takes over, for who waits as well.
+    let armed = ArmedMapping::own(&uffd, mapping.clone(), &pager, Path::Vmm).unwrap();
+    let second = FaultService::start(1).unwrap();
+    second.serve(&[armed]).unwrap();
+    expect(&reader, 2 * PAGE_SIZE);
+}
+
+#[test]
+fn a_stopped_memory_leaves_faults_open() {
+    let (pager, uffd) = (shmem(), uffd());
+    let mapping = mapping(&pager);
+    let armed = ArmedMapping::own(&uffd, mapping.clone(), &pager, Path::Vmm).unwrap();
+    let service = service(1, &[armed]);
+    pager.stop();
+    let reader = read_later(&mapping, PAGE_SIZE);
+    expect_blocked(&reader);
+    service.stop();
+    expect_blocked(&reader);
+}

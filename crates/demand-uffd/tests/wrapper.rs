@@ -1,0 +1,213 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The wrapper's calls, on a real userfaultfd.
+
+mod common;
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::thread;
+
+use common::{base, mapping, pager, read, read_later, uffd, until};
+use demand_memory::{Backing, BackingKind, Mapping, PAGE_SIZE, PageRange, Path};
+use demand_uffd::{Cause, Event, Features, Modes, OpenError, Userfaultfd, probe};
+
+const PAGES: u64 = 8;
+
+/// A mapping of shared memory in whose object the given pages exist, and one that nothing traps.
+fn shmem(present: &[u64]) -> (Arc<Mapping>, u64) {
+    let backing = common::backing(BackingKind::Shmem, PAGES * PAGE_SIZE);
+    let populate = backing.map().unwrap();
+    for page in present {
+        // SAFETY: the word lies in the mapping, and nobody else refers to it.
+        unsafe { populate.at(page * PAGE_SIZE).cast::<u64>().as_ptr().write_volatile(page + 100) };
+    }
+    let mapping = Arc::new(backing.map().unwrap());
+    let base = base(&mapping);
+    (mapping, base)
+}
+
+#[test]
+fn the_kernel_has_what_is_needed_and_lacks_what_does_not_exist() {
+    let features = Userfaultfd::kernel_features().unwrap();
+    assert!(features.contains(Features::GUEST_MEMORY), "{features}");
+    let wanted = Features::MISSING_SHMEM | Features::from_bits(1 << 60);
+    match Userfaultfd::open(wanted) {
+        Err(OpenError::Features { lacking, .. }) => assert_eq!(lacking.bits(), 1 << 60),
+        other => panic!("{other:?}"),
+    }
+    let probe = probe().unwrap();
+    assert!(BackingKind::ALL.into_iter().all(|kind| probe.can_page(kind)), "{probe:?}");
+    assert!(probe.exact_address.is_yes(), "{probe:?}");
+}
+
+#[test]
+fn pages_that_exist_are_mapped_and_the_others_told_apart() {
+    let (mapping, base) = shmem(&[0, 1, 2, 3, 6]);
+    let uffd = uffd();
+    let pages = |pages: u64| pages * PAGE_SIZE;
+    let error = uffd.r#continue(base, PAGE_SIZE).unwrap_err();
+    assert_eq!(error.cause(), Cause::NotRegistered, "{error}");
+    uffd.register(base, pages(PAGES), Modes::ALL).unwrap();
+
+    uffd.r#continue(base + pages(2), PAGE_SIZE).unwrap();
+    assert_eq!(read(&mapping, pages(2)), 102);
+    let error = uffd.r#continue(base, pages(4)).unwrap_err();
+    assert_eq!((error.cause(), error.done), (Cause::Exists, pages(2)), "{error}");
+    let error = uffd.r#continue(base + pages(3), pages(5)).unwrap_err();
+    assert_eq!((error.cause(), error.done), (Cause::NoPage, PAGE_SIZE), "{error}");
+    assert_eq!([0, 1, 3].map(|page| read(&mapping, pages(page))), [100, 101, 103]);
+
+    uffd.zeropage(base + pages(4), PAGE_SIZE).unwrap();
+    assert_eq!(read(&mapping, pages(4)), 0);
+    let content = [7u8; 2 * PAGE_SIZE as usize];
+    // SAFETY: no reference to the mapping exists.
+    let error = unsafe { uffd.copy(base + pages(5), &content) }.unwrap_err();
+    assert_eq!((error.cause(), error.done), (Cause::Exists, PAGE_SIZE), "{error}");
+    assert_eq!(read(&mapping, pages(5)), u64::from_ne_bytes([7; 8]));
+
+    let error = uffd.r#continue(base + 1, PAGE_SIZE).unwrap_err();
+    assert_eq!(error.cause(), Cause::Other, "{error}");
+    uffd.wake(base, pages(PAGES)).unwrap();
+    uffd.unregister(base, pages(PAGES)).unwrap();
+    assert_eq!([6, 7].map(|page| read(&mapping, pages(page))), [106, 0]);
+}
+
+#[test]
+fn a_closed_one_says_so() {
+    let (_mapping, base) = shmem(&[]);
+    let uffd = uffd();
+    assert!(!uffd.is_closed());
+    uffd.close();
+    assert!(uffd.is_closed());
+    assert_eq!(uffd.wake(base, PAGE_SIZE).unwrap_err().cause(), Cause::Closed);
+    assert_eq!(uffd.r#continue(base, PAGE_SIZE).unwrap_err().cause(), Cause::Closed);
+    assert!(uffd.read(&mut Vec::new()).is_err());
+}
+
+#[test]
+fn faults_are_told_with_their_kind_and_address() {
+    let (mapping, base) = shmem(&[1]);
+    let uffd = Userfaultfd::open(Features::GUEST_MEMORY | Features::EXACT_ADDRESS).unwrap();
+    uffd.register(base, PAGES * PAGE_SIZE, Modes::ALL).unwrap();
+    for (page, is_minor) in [(1, true), (2, false)] {
+        let reader = read_later(&mapping, page * PAGE_SIZE + 0x128);
+        let mut events = Vec::new();
+        until("a fault is told", || uffd.read(&mut events).unwrap() > 0);
+        let [Event::Pagefault { address, write: false, minor, write_protected: false }] =
+            events[..]
+        else {
+            panic!("{events:?}");
+        };
+        assert_eq!((address, minor), (base + page * PAGE_SIZE + 0x128, is_minor));
+        let page_address = base + page * PAGE_SIZE;
+        if minor {
+            uffd.r#continue(page_address, PAGE_SIZE).unwrap();
+        } else {
+            uffd.zeropage(page_address, PAGE_SIZE).unwrap();
+        }
+        assert_eq!(reader.recv_timeout(common::PATIENCE).unwrap(), 0);
+    }
+}
+
+#[test]
+fn nothing_can_be_mapped_while_an_event_waits() {
+    let (mapping, base) = shmem(&[0, 1]);
+    let features = Features::GUEST_MEMORY | Features::EVENT_REMOVE;
+    let uffd = Userfaultfd::open(features).unwrap();
+    uffd.register(base, PAGES * PAGE_SIZE, Modes::ALL).unwrap();
+    let remover = {
+        let mapping = mapping.clone();
+        thread::spawn(move || {
+            let address = mapping.at(4 * PAGE_SIZE).as_ptr();
+            // SAFETY: nobody refers to these pages of the mapping.
+            unsafe { libc::madvise(address.cast(), PAGE_SIZE as usize, libc::MADV_DONTNEED) }
+        })
+    };
+    // Page 0 exists but is not mapped, so the answer before is EEXIST at the latest.
+    until("the event holds the request up", || {
+        uffd.r#continue(base, PAGE_SIZE).is_err_and(|error| error.cause() == Cause::Again)
+    });
+    let mut events = Vec::new();
+    until("the event is told", || uffd.read(&mut events).unwrap() > 0);
+    let removed = base + 4 * PAGE_SIZE;
+    assert!(
+        matches!(events[..], [Event::Remove { start, end }]
+            if start == removed && end == removed + PAGE_SIZE),
+        "{events:?}"
+    );
+    assert_eq!(remover.join().unwrap(), 0);
+    until("the request is done", || match uffd.r#continue(base, PAGE_SIZE) {
+        Ok(()) => true,
+        Err(error) => error.cause() == Cause::Exists,
+    });
+}
+
+#[test]
+fn only_a_userfaultfd_that_is_ready_is_taken() {
+    let file = OwnedFd::from(tempfile::tempfile().unwrap());
+    let error = Userfaultfd::from_received(file).unwrap_err();
+    assert!(error.to_string().contains("not a userfaultfd"), "{error}");
+
+    // SAFETY: the call takes flags and makes a descriptor.
+    let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC) };
+    assert!(fd >= 0, "{}", std::io::Error::last_os_error());
+    // SAFETY: the kernel has just given us this descriptor.
+    let fd = unsafe { <OwnedFd as std::os::fd::FromRawFd>::from_raw_fd(fd as i32) };
+    let error = Userfaultfd::from_received(fd).unwrap_err();
+    assert!(error.to_string().contains("never initialised"), "{error}");
+
+    let uffd = Userfaultfd::from_received(uffd().try_clone_fd().unwrap()).unwrap();
+    assert_eq!(uffd.read(&mut Vec::new()).unwrap(), 0);
+}
+
+#[test]
+fn the_own_process_is_alive() {
+    let (_mapping, base) = shmem(&[]);
+    let uffd = uffd();
+    assert!(uffd.is_process_alive(base));
+    uffd.register(base, PAGE_SIZE, Modes::ALL).unwrap();
+    assert!(uffd.is_process_alive(base));
+}
+
+/// Why there is no MINOR-only registration anywhere: the kernel lets a hole through as zeros.
+#[test]
+fn minor_alone_lets_holes_through() {
+    let (mapping, base) = shmem(&[1]);
+    let uffd = uffd();
+    uffd.register(base, PAGES * PAGE_SIZE, Modes::MINOR).unwrap();
+    assert_eq!(read(&mapping, 0), 0);
+    assert!(uffd.read(&mut Vec::new()).unwrap() == 0, "no event");
+    let reader = read_later(&mapping, PAGE_SIZE);
+    common::expect_blocked(&reader);
+    uffd.r#continue(base + PAGE_SIZE, PAGE_SIZE).unwrap();
+    assert_eq!(reader.recv_timeout(common::PATIENCE).unwrap(), 101);
+}
+
+/// Armed mappings trap both pages that nobody has written and pages that are only not mapped.
+#[test]
+fn armed_mappings_trap_both() {
+    for foreign in [false, true] {
+        let pager = pager(BackingKind::Shmem, PAGES * PAGE_SIZE);
+        pager.fetch(PageRange::page(1), Path::Fill).unwrap();
+        let (uffd, mapping) = (uffd(), mapping(&pager));
+        let armed = if foreign {
+            demand_uffd::ArmedMapping::foreign(&uffd, base(&mapping), &pager)
+        } else {
+            demand_uffd::ArmedMapping::own(&uffd, mapping.clone(), &pager, Path::Vmm)
+        };
+        let armed = armed.unwrap();
+        assert_eq!(armed.modes(), Modes::ALL);
+        for (page, is_minor) in [(1, true), (2, false)] {
+            let reader = read_later(&mapping, page * PAGE_SIZE);
+            let mut events = Vec::new();
+            until("the touch is told", || uffd.read(&mut events).unwrap() > 0);
+            assert!(
+                matches!(events[..], [Event::Pagefault { minor, .. }] if minor == is_minor),
+                "{events:?}"
+            );
+            common::expect_blocked(&reader);
+            uffd.unregister(base(&mapping) + page * PAGE_SIZE, PAGE_SIZE).unwrap();
+            reader.recv_timeout(common::PATIENCE).unwrap();
+        }
+    }
+}

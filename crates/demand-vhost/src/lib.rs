@@ -1,0 +1,19 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+#![doc = include_str!("../README.md")]
+
+mod back_end;
+mod deadline;
+mod error;
+mod regions;
+mod share;
+mod vring;
+
+pub use self::{
+    back_end::{BackEnd, HangUp, Options},
+    error::Error,
+    regions::MAX_REGIONS,
+    vring::Vring,
+};
+
+/// What the operations of this crate return.
+pub type Result<T> = std::result::Result<T, Error>;

@@ -1,0 +1,107 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Guest memory as a message to a back-end names it.
+
+use std::os::fd::AsRawFd;
+use std::path::Path;
+use std::sync::Arc;
+
+use demand_memory::{DemandMemory, PAGE_SIZE, PageRange, Pager};
+use vhost::VhostUserMemoryRegionInfo;
+use vm_memory::bitmap::Bitmap;
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+
+use crate::{Error, Result};
+
+/// Regions that one message can name, by the protocol.
+pub const MAX_REGIONS: usize = 8;
+
+/// What is added to a guest address to make the "user address" that the protocol wants.
+///
+/// Back-ends use those to find the rings, and for nothing else. An address that no process can
+/// have tells a back-end nothing of our layout, and shows beyond doubt when a back-end gives it
+/// back as its own.
+const USER_ADDRESSES: u64 = 1 << 56;
+
+/// A region that is shared with a back-end.
+#[derive(Clone, Debug)]
+pub(crate) struct Shared {
+    guest_address: u64,
+    pub(crate) pager: Arc<Pager>,
+}
+
+impl Shared {
+    /// All regions of a guest, if one message can name them.
+    pub(crate) fn all<B: Bitmap>(memory: &DemandMemory<B>) -> Result<Vec<Shared>> {
+        let regions: Vec<_> = memory
+            .iter()
+            .map(|region| Shared {
+                guest_address: region.start_addr().0,
+                pager: region.pager().clone(),
+            })
+            .collect();
+        if regions.len() > MAX_REGIONS {
+            return Err(Error::Regions(regions.len()));
+        }
+        Ok(regions)
+    }
+
+    fn len(&self) -> u64 {
+        self.pager.pages() * PAGE_SIZE
+    }
+
+    fn user_address(&self) -> u64 {
+        USER_ADDRESSES + self.guest_address
+    }
+
+    pub(crate) fn count_missing(&self) -> u64 {
+        self.pager.bitmap().count_missing(PageRange::new(0, self.pager.pages()))
+    }
+
+    /// The region as a message names it. The descriptor in it is the backing's, which `self`
+    /// keeps.
+    pub(crate) fn info(&self) -> Result<VhostUserMemoryRegionInfo> {
+        let file = self.pager.backing().file().ok_or(Error::NoFile(self.guest_address))?;
+        Ok(VhostUserMemoryRegionInfo {
+            guest_phys_addr: self.guest_address,
+            memory_size: self.len(),
+            userspace_addr: self.user_address(),
+            mmap_offset: 0,
+            mmap_handle: file.as_raw_fd(),
+        })
+    }
+}
+
+/// The address by which a back-end finds what lies at a guest address.
+pub(crate) fn user_address(regions: &[Shared], address: u64) -> Option<u64> {
+    regions.iter().find_map(|region| {
+        let offset = address.checked_sub(region.guest_address)?;
+        (offset < region.len()).then(|| region.user_address() + offset)
+    })
+}
+
+/// Whether the addresses that a back-end has named for its mappings can be right.
+pub(crate) fn check_bases(socket: &Path, regions: &[Shared], bases: &[u64]) -> Result<()> {
+    for (index, (region, &base)) in regions.iter().zip(bases).enumerate() {
+        if base == region.user_address() {
+            return Err(Error::EchoedAddress { socket: socket.into(), address: base });
+        }
+        let bad = |why| {
+            let (socket, len) = (socket.into(), region.len());
+            Err(Error::BadBase { socket, address: base, len, why })
+        };
+        let Some(end) = base.checked_add(region.len()) else {
+            return bad("lies past the end of all addresses");
+        };
+        if !base.is_multiple_of(region.pager.backing().kind().unit()) {
+            return bad("is no multiple of the memory's page size");
+        }
+        if base == 0 {
+            return bad("is no address of a mapping");
+        }
+        let mut before = regions.iter().zip(bases).take(index);
+        if before.any(|(other, &start)| start < end && base < start + other.len()) {
+            return bad("overlaps another region");
+        }
+    }
+    Ok(())
+}

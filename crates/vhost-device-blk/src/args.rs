@@ -1,0 +1,165 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The command line.
+
+use std::path::PathBuf;
+
+use clap::{Parser, ValueEnum};
+use virtio_bindings::bindings::virtio_blk::VIRTIO_BLK_ID_BYTES;
+
+use crate::server::Options;
+use crate::{Error, Result};
+
+/// Most queues a device may have: vhost-user-backend assigns queues to threads with a 64-bit mask.
+pub const MAX_QUEUES: u16 = 64;
+/// Smallest queue: a header, a data segment and a status byte need three descriptors.
+pub const MIN_QUEUE_SIZE: u16 = 4;
+/// Largest queue the virtio specification knows.
+pub const MAX_QUEUE_SIZE: u16 = 32768;
+
+/// A vhost-user-blk back-end with post-copy.
+#[derive(Debug, Parser)]
+#[command(name = "vhost-device-blk", version, about)]
+pub struct Args {
+    /// Unix socket to listen on; a stale one is replaced.
+    #[arg(long, value_name = "PATH")]
+    pub socket: PathBuf,
+
+    /// Raw image or block device to serve.
+    #[arg(long, value_name = "PATH")]
+    pub disk: PathBuf,
+
+    /// Number of request queues, 1 to 64; each has a thread of its own.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub num_queues: u16,
+
+    /// Largest queue the front-end may set up, in descriptors: a power of two, 4 to 32768.
+    #[arg(long, value_name = "N", default_value_t = 256)]
+    pub queue_size: u16,
+
+    /// Serve the disk read-only.
+    #[arg(long)]
+    pub read_only: bool,
+
+    /// What the guest reads as the disk's serial number, up to 20 bytes.
+    #[arg(long, value_name = "STRING", default_value = "vhost-device-blk")]
+    pub id: String,
+
+    /// Offer post-copy: `on` where the host permits it (with a warning where it does not), `off`
+    /// never, `require` or exit with status 3.
+    #[arg(long, value_name = "on|off|require", value_enum, default_value_t = Postcopy::On)]
+    pub postcopy: Postcopy,
+
+    /// Offer CONFIGURE_MEM_SLOTS: memory regions are then added one by one.
+    #[arg(long, value_name = "on|off", value_enum, default_value_t = Switch::Off)]
+    pub mem_slots: Switch,
+
+    /// Exit after the first front-end has disconnected.
+    #[arg(long)]
+    pub once: bool,
+
+    /// Write counters to this file, as JSON, after each disconnect and on exit.
+    #[arg(long, value_name = "FILE")]
+    pub stats: Option<PathBuf>,
+}
+
+/// Whether to offer post-copy.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, ValueEnum)]
+pub enum Postcopy {
+    /// Where the host permits it; otherwise warn and go without.
+    On,
+    /// Never.
+    Off,
+    /// Fail where the host does not permit it.
+    Require,
+}
+
+/// An option that is on or off.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, ValueEnum)]
+pub enum Switch {
+    /// On.
+    On,
+    /// Off.
+    Off,
+}
+
+impl Args {
+    /// Checks the values and makes them the daemon's options.
+    ///
+    /// # Errors
+    /// [`Error::Option`] names the first option that is out of its range.
+    pub fn into_options(self) -> Result<Options> {
+        if !(1..=MAX_QUEUES).contains(&self.num_queues) {
+            return Err(Error::Option {
+                option: "--num-queues",
+                value: self.num_queues.to_string(),
+                problem: format!("not within 1 to {MAX_QUEUES}"),
+            });
+        }
+        if !(MIN_QUEUE_SIZE..=MAX_QUEUE_SIZE).contains(&self.queue_size)
+            || !self.queue_size.is_power_of_two()
+        {
+            return Err(Error::Option {
+                option: "--queue-size",
+                value: self.queue_size.to_string(),
+                problem: format!("not a power of two within {MIN_QUEUE_SIZE} to {MAX_QUEUE_SIZE}"),
+            });
+        }
+        if self.id.len() > VIRTIO_BLK_ID_BYTES as usize {
+            return Err(Error::Option {
+                option: "--id",
+                problem: format!("{} bytes, at most {VIRTIO_BLK_ID_BYTES} fit", self.id.len()),
+                value: self.id,
+            });
+        }
+        Ok(Options {
+            socket: self.socket,
+            disk: self.disk,
+            num_queues: self.num_queues,
+            queue_size: self.queue_size,
+            read_only: self.read_only,
+            id: self.id,
+            postcopy: self.postcopy,
+            mem_slots: self.mem_slots == Switch::On,
+            once: self.once,
+            stats: self.stats,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(extra: &[&str]) -> Result<Options> {
+        let base = ["vhost-device-blk", "--socket", "s", "--disk", "d"];
+        Args::try_parse_from(base.iter().chain(extra)).unwrap().into_options()
+    }
+
+    #[test]
+    fn defaults() {
+        let o = parse(&[]).unwrap();
+        assert_eq!((o.num_queues, o.queue_size), (1, 256));
+        assert_eq!(o.postcopy, Postcopy::On);
+        assert!(!o.read_only && !o.mem_slots && !o.once && o.stats.is_none());
+    }
+
+    #[test]
+    fn bounds() {
+        assert!(parse(&["--num-queues", "0"]).is_err());
+        assert!(parse(&["--num-queues", "65"]).is_err());
+        assert!(parse(&["--num-queues", "64"]).is_ok());
+        assert!(parse(&["--queue-size", "2"]).is_err());
+        assert!(parse(&["--queue-size", "100"]).is_err());
+        assert!(parse(&["--queue-size", "32768"]).is_ok());
+        assert!(parse(&["--id", "12345678901234567890"]).is_ok());
+        let e = parse(&["--id", "123456789012345678901"]).unwrap_err();
+        assert_eq!(e.exit_status(), 2);
+    }
+
+    #[test]
+    fn switches() {
+        let o = parse(&["--postcopy", "require", "--mem-slots", "on", "--read-only"]).unwrap();
+        assert_eq!(o.postcopy, Postcopy::Require);
+        assert!(o.mem_slots && o.read_only);
+    }
+}

@@ -1,0 +1,112 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! One front-end's connection, in a process of its own.
+//!
+//! The process is what can be ended while a queue's thread waits for a page that will never come:
+//! closing the userfaultfd instead would let the thread go on over zeros (and write them to the
+//! disk), and leaving the thread would keep the dead guest's memory for good.
+
+use std::fs;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::Arc;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use vhost::vhost_user::{Error as VhostUserError, Listener};
+use vhost_user_backend::{Error as DaemonError, VhostUserDaemon};
+use vm_memory::GuestMemoryAtomic;
+
+use crate::counters::Counters;
+use crate::device::{BlkBackend, DeviceOptions, Memory};
+use crate::disk::Disk;
+use crate::signals::{self, Signals};
+use crate::{Error, Result};
+
+/// How long requests in hand and messages already sent may take after the front-end has gone.
+const GRACE: Duration = Duration::from_secs(2);
+
+/// Accepts the connection that waits on `listener` and serves it to its end: until the front-end
+/// disconnects or a signal asks to end. Threads may be left, blocked; the caller must end the
+/// process, and run no destructors.
+pub fn serve(
+    listener: UnixListener,
+    signals: &Signals,
+    disk: Arc<Disk>,
+    counters: Arc<Counters>,
+    options: DeviceOptions,
+) -> Result<()> {
+    let local = listener.local_addr().map_err(Error::system("asking for the socket's address"))?;
+    let mem = GuestMemoryAtomic::new(Memory::new());
+    let backend = Arc::new(BlkBackend::new(disk, counters, mem.clone(), options));
+    let failed = |e: DaemonError| Error::Connection(e.to_string());
+    let mut daemon =
+        VhostUserDaemon::new("vhost-user-blk".into(), backend.clone(), mem).map_err(failed)?;
+    daemon.start(&mut Listener::from(listener)).map_err(failed)?;
+    let connection = accepted(&local)?;
+
+    // The thread that handles messages may itself wait for a missing page (SET_VRING_ADDR reads
+    // the ring), so it is not the one that watches the connection.
+    let (sender, ended) = mpsc::channel();
+    thread::Builder::new()
+        .name("disconnect".into())
+        .spawn(move || sender.send(daemon.wait()))
+        .map_err(Error::system("starting a thread"))?;
+    let mut end = false;
+    while !end {
+        let [hung_up, signalled] = signals::poll(
+            [(connection.as_raw_fd(), libc::POLLRDHUP), (signals.as_raw_fd(), libc::POLLIN)],
+            None,
+        )?;
+        end = hung_up != 0 || (signalled != 0 && signals.take());
+    }
+
+    // First the messages that the front-end sent before it went, then the requests in hand.
+    let deadline = Instant::now() + GRACE;
+    let _ = connection.shutdown(std::net::Shutdown::Read);
+    let result = match ended.recv_timeout(GRACE) {
+        Ok(result) => result,
+        Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {
+            log::warn!(
+                "the front-end is gone, one of its messages still waits (for a missing page?)"
+            );
+            Ok(())
+        }
+    };
+    if !backend.stop(deadline.saturating_duration_since(Instant::now())) {
+        log::warn!("the front-end is gone, a request still waits (for a missing page?): given up");
+    }
+    match result {
+        Ok(())
+        | Err(DaemonError::HandleRequest(
+            VhostUserError::Disconnected | VhostUserError::PartialMessage,
+        )) => Ok(()),
+        Err(e) => Err(failed(e)),
+    }
+}
+
+/// The connection that was just accepted, for watching: the library keeps it to itself. It is the
+/// one socket of this process that has our address and is not listening.
+fn accepted(local: &std::os::unix::net::SocketAddr) -> Result<UnixStream> {
+    let what = "finding the front-end's connection";
+    for entry in fs::read_dir("/proc/self/fd").map_err(Error::system(what))? {
+        let name = entry.map_err(Error::system(what))?.file_name();
+        let Some(fd) = name.to_str().and_then(|n| n.parse::<RawFd>().ok()) else {
+            continue;
+        };
+        // SAFETY: duplicating a descriptor, even one that has been closed meanwhile, does it no
+        // harm; the new one is ours alone.
+        let stream = unsafe {
+            match libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 0) {
+                -1 => continue,
+                fd => UnixStream::from(OwnedFd::from_raw_fd(fd)),
+            }
+        };
+        let same = stream.local_addr().is_ok_and(|a| a.as_pathname() == local.as_pathname());
+        if same && stream.peer_addr().is_ok() {
+            return Ok(stream);
+        }
+    }
+    Err(Error::system(what)(io::ErrorKind::NotFound.into()))
+}

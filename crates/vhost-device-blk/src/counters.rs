@@ -1,0 +1,220 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Counters of what was served, in memory that the daemon shares with the processes that serve.
+
+use std::fs;
+use std::io;
+use std::mem::{align_of, size_of};
+use std::path::Path;
+use std::ptr::{self, NonNull};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use serde::Serialize;
+
+use crate::args::MAX_QUEUES;
+use crate::{Error, Result};
+
+/// One queue's counters, on cache lines of their own.
+#[derive(Debug, Default)]
+#[repr(C, align(128))]
+pub struct QueueCounters {
+    /// Read requests answered with success.
+    pub reads: AtomicU64,
+    /// Write requests answered with success.
+    pub writes: AtomicU64,
+    /// Flush requests answered with success.
+    pub flushes: AtomicU64,
+    /// Requests for the serial number answered with success.
+    pub get_ids: AtomicU64,
+    /// Requests answered as unsupported.
+    pub unsupported: AtomicU64,
+    /// Requests answered with an I/O error.
+    pub io_errors: AtomicU64,
+    /// Chains without a place for an answer, returned with a length of 0.
+    pub dropped: AtomicU64,
+    /// Bytes read from the disk by successful requests.
+    pub bytes_read: AtomicU64,
+    /// Bytes written to the disk by successful requests.
+    pub bytes_written: AtomicU64,
+}
+
+#[derive(Debug)]
+#[repr(C)]
+struct Shared {
+    connections: AtomicU64,
+    queues: [QueueCounters; MAX_QUEUES as usize],
+}
+
+/// Counters of a device. A process forked after [`Counters::new`] counts in the same memory.
+#[derive(Debug)]
+pub struct Counters {
+    shared: NonNull<Shared>,
+    num_queues: usize,
+}
+
+// SAFETY: the memory is only ever used through shared references to atomics.
+unsafe impl Send for Counters {}
+// SAFETY: as above.
+unsafe impl Sync for Counters {}
+
+/// What [`Counters`] counted up to a moment.
+#[derive(Clone, Debug, Default, Eq, PartialEq, Serialize)]
+pub struct Snapshot {
+    /// Front-ends that connected.
+    pub connections: u64,
+    /// Chains taken from the queues, whatever became of them.
+    pub requests: u64,
+    /// Read requests answered with success.
+    pub reads: u64,
+    /// Write requests answered with success.
+    pub writes: u64,
+    /// Flush requests answered with success.
+    pub flushes: u64,
+    /// Requests for the serial number answered with success.
+    pub get_ids: u64,
+    /// Requests answered as unsupported.
+    pub unsupported: u64,
+    /// Requests answered with an I/O error.
+    pub io_errors: u64,
+    /// Chains without a place for an answer, returned with a length of 0.
+    pub dropped: u64,
+    /// Bytes read from the disk by successful requests.
+    pub bytes_read: u64,
+    /// Bytes written to the disk by successful requests.
+    pub bytes_written: u64,
+    /// Chains taken from each queue.
+    pub queue_requests: Vec<u64>,
+}
+
+impl Counters {
+    /// Counters for `num_queues` queues, all zero.
+    ///
+    /// # Errors
+    /// [`Error::System`] if the host has no memory to share.
+    ///
+    /// # Panics
+    /// If `num_queues` exceeds [`MAX_QUEUES`].
+    pub fn new(num_queues: u16) -> Result<Self> {
+        assert!(num_queues <= MAX_QUEUES);
+        const { assert!(align_of::<Shared>() <= 4096) };
+        // SAFETY: a new anonymous mapping, which touches nothing that exists.
+        let addr = unsafe {
+            libc::mmap(
+                ptr::null_mut(),
+                size_of::<Shared>(),
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED | libc::MAP_ANONYMOUS,
+                -1,
+                0,
+            )
+        };
+        if addr == libc::MAP_FAILED {
+            return Err(Error::last_os("mapping memory for the counters"));
+        }
+        // A fresh mapping is all zeros, which is what atomics of value 0 are made of.
+        let shared = NonNull::new(addr.cast())
+            .ok_or_else(|| Error::last_os("mapping memory for the counters"))?;
+        Ok(Counters { shared, num_queues: usize::from(num_queues) })
+    }
+
+    fn shared(&self) -> &Shared {
+        // SAFETY: the mapping is large and aligned enough, initialized, and lives as long as self.
+        unsafe { self.shared.as_ref() }
+    }
+
+    /// The counters of queue `index`.
+    ///
+    /// # Panics
+    /// If the device has no such queue.
+    pub fn queue(&self, index: usize) -> &QueueCounters {
+        &self.shared().queues[..self.num_queues][index]
+    }
+
+    /// Counts one front-end.
+    pub fn connected(&self) {
+        self.shared().connections.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// What has been counted up to now.
+    pub fn snapshot(&self) -> Snapshot {
+        let mut sum = Snapshot {
+            connections: self.shared().connections.load(Ordering::Relaxed),
+            ..Snapshot::default()
+        };
+        for queue in &self.shared().queues[..self.num_queues] {
+            let get = |c: &AtomicU64| c.load(Ordering::Relaxed);
+            sum.reads += get(&queue.reads);
+            sum.writes += get(&queue.writes);
+            sum.flushes += get(&queue.flushes);
+            sum.get_ids += get(&queue.get_ids);
+            sum.unsupported += get(&queue.unsupported);
+            sum.io_errors += get(&queue.io_errors);
+            sum.dropped += get(&queue.dropped);
+            sum.bytes_read += get(&queue.bytes_read);
+            sum.bytes_written += get(&queue.bytes_written);
+            let requests = [
+                &queue.reads,
+                &queue.writes,
+                &queue.flushes,
+                &queue.get_ids,
+                &queue.unsupported,
+                &queue.io_errors,
+                &queue.dropped,
+            ];
+            sum.queue_requests.push(requests.into_iter().map(get).sum());
+        }
+        sum.requests = sum.queue_requests.iter().sum();
+        sum
+    }
+}
+
+impl Drop for Counters {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is ours, of this size, and no reference to it outlives self.
+        unsafe { libc::munmap(self.shared.as_ptr().cast(), size_of::<Shared>()) };
+    }
+}
+
+impl Snapshot {
+    /// Writes the counters to `path` as JSON; whoever reads it sees either the old file or the new.
+    ///
+    /// # Errors
+    /// Whatever the file system says.
+    pub fn write(&self, path: &Path) -> io::Result<()> {
+        let mut text = serde_json::to_string_pretty(self).map_err(io::Error::other)?;
+        text.push('\n');
+        let mut name = path.file_name().unwrap_or_default().to_os_string();
+        name.push(format!(".{}.new", std::process::id()));
+        let new = path.with_file_name(name);
+        fs::write(&new, text)
+            .and_then(|()| fs::rename(&new, path))
+            .inspect_err(|_| drop(fs::remove_file(&new)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sums_and_writes() {
+        let counters = Counters::new(2).unwrap();
+        counters.connected();
+        counters.queue(0).reads.fetch_add(2, Ordering::Relaxed);
+        counters.queue(1).dropped.fetch_add(1, Ordering::Relaxed);
+        counters.queue(1).bytes_written.fetch_add(512, Ordering::Relaxed);
+        let snapshot = counters.snapshot();
+        assert_eq!(snapshot.connections, 1);
+        assert_eq!(snapshot.requests, 3);
+        assert_eq!(snapshot.queue_requests, [2, 1]);
+        assert_eq!(snapshot.bytes_written, 512);
+
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("stats.json");
+        snapshot.write(&path).unwrap();
+        let value: serde_json::Value =
+            serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
+        assert_eq!(value["reads"], 2);
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+        assert!(snapshot.write(&dir.path().join("absent/stats.json")).is_err());
+    }
+}

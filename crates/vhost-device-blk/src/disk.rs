@@ -1,0 +1,283 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The disk: a raw image or a block device, read and written straight from guest memory.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Seek, SeekFrom};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileTypeExt;
+use std::path::Path;
+
+use vm_memory::VolatileSlice;
+use vm_memory::bitmap::BitmapSlice;
+
+use crate::{Error, Result};
+
+/// Bytes in a sector, the unit of a request's position and length.
+pub const SECTOR_SIZE: u64 = 512;
+/// Segments one preadv or pwritev takes (`UIO_MAXIOV`).
+const MAX_IOVECS: usize = 1024;
+/// The smallest page there is; a larger one is merely touched more than once.
+const PAGE_SIZE: usize = 4096;
+
+/// An open disk.
+#[derive(Debug)]
+pub struct Disk {
+    file: File,
+    sectors: u64,
+    read_only: bool,
+}
+
+/// The direction of a transfer.
+#[derive(Clone, Copy)]
+enum Transfer {
+    FromDisk,
+    ToDisk,
+}
+
+impl Disk {
+    /// Opens the image or block device at `path`.
+    ///
+    /// # Errors
+    /// [`Error::Disk`] if it cannot be opened, is neither a file nor a block device, or holds no
+    /// whole sector.
+    pub fn open(path: &Path, read_only: bool) -> Result<Self> {
+        let failed = |problem: String| Error::Disk { path: path.to_path_buf(), problem };
+        let mut file = OpenOptions::new()
+            .read(true)
+            .write(!read_only)
+            .open(path)
+            .map_err(|e| failed(e.to_string()))?;
+        let kind = file.metadata().map_err(|e| failed(e.to_string()))?.file_type();
+        if !kind.is_file() && !kind.is_block_device() {
+            return Err(failed("neither a regular file nor a block device".into()));
+        }
+        let bytes = file.seek(SeekFrom::End(0)).map_err(|e| failed(e.to_string()))?;
+        if bytes < SECTOR_SIZE {
+            return Err(failed(format!("{bytes} bytes, less than one sector")));
+        }
+        if !bytes.is_multiple_of(SECTOR_SIZE) {
+            log::warn!(
+                "--disk {}: the last {} bytes are no whole sector, the guest does not see them",
+                path.display(),
+                bytes % SECTOR_SIZE
+            );
+        }
+        Ok(Disk { file, sectors: bytes / SECTOR_SIZE, read_only })
+    }
+
+    /// Capacity in sectors of 512 bytes.
+    pub fn sectors(&self) -> u64 {
+        self.sectors
+    }
+
+    /// Whether writes are refused.
+    pub fn read_only(&self) -> bool {
+        self.read_only
+    }
+
+    /// The byte offset of `sector`, if `len` bytes from there on are whole sectors of the disk.
+    pub fn offset(&self, sector: u64, len: u64) -> Option<u64> {
+        let count = len / SECTOR_SIZE;
+        let end = sector.checked_add(count)?;
+        (len.is_multiple_of(SECTOR_SIZE) && end <= self.sectors).then(|| sector * SECTOR_SIZE)
+    }
+
+    /// Reads from byte `offset` on until all of `slices` is filled. They must be present (see
+    /// [`make_present`]) if they may be waited for.
+    ///
+    /// # Errors
+    /// Whatever the host says; `UnexpectedEof` if the image has been cut off.
+    pub fn read<B: BitmapSlice>(
+        &self,
+        slices: &[VolatileSlice<'_, B>],
+        offset: u64,
+    ) -> io::Result<()> {
+        let result = self.transfer(slices, offset, Transfer::FromDisk);
+        // Even a failed read may have written something.
+        for slice in slices {
+            slice.bitmap().mark_dirty(0, slice.len());
+        }
+        result
+    }
+
+    /// Writes all of `slices` from byte `offset` on, see [`Disk::read`].
+    ///
+    /// # Errors
+    /// Whatever the host says.
+    pub fn write<B: BitmapSlice>(
+        &self,
+        slices: &[VolatileSlice<'_, B>],
+        offset: u64,
+    ) -> io::Result<()> {
+        self.transfer(slices, offset, Transfer::ToDisk)
+    }
+
+    /// Returns when everything written so far is on stable storage.
+    ///
+    /// # Errors
+    /// Whatever the host says.
+    pub fn flush(&self) -> io::Result<()> {
+        self.file.sync_data()
+    }
+
+    fn transfer<B: BitmapSlice>(
+        &self,
+        slices: &[VolatileSlice<'_, B>],
+        mut offset: u64,
+        direction: Transfer,
+    ) -> io::Result<()> {
+        // Kept until the end: a guard says for how long its pointer is good.
+        let guards: Vec<_> = slices.iter().map(VolatileSlice::ptr_guard_mut).collect();
+        let mut iovecs: Vec<libc::iovec> = guards
+            .iter()
+            .map(|g| libc::iovec { iov_base: g.as_ptr().cast(), iov_len: g.len() })
+            .collect();
+        let mut rest = &mut iovecs[..];
+        while !skip(&mut rest, 0).is_empty() {
+            let count = rest.len().min(MAX_IOVECS) as libc::c_int;
+            let position = libc::off_t::try_from(offset).map_err(io::Error::other)?;
+            let fd = self.file.as_raw_fd();
+            // SAFETY: the vectors describe guest memory that the guards keep mapped; the kernel
+            // may read and write it at any time, as the guest may, and nothing here borrows it.
+            let n = unsafe {
+                match direction {
+                    Transfer::FromDisk => libc::preadv(fd, rest.as_ptr(), count, position),
+                    Transfer::ToDisk => libc::pwritev(fd, rest.as_ptr(), count, position),
+                }
+            };
+            match usize::try_from(n) {
+                Ok(0) => {
+                    return Err(match direction {
+                        Transfer::FromDisk => io::ErrorKind::UnexpectedEof.into(),
+                        Transfer::ToDisk => io::ErrorKind::WriteZero.into(),
+                    });
+                }
+                Ok(n) => {
+                    offset += n as u64;
+                    skip(&mut rest, n);
+                }
+                Err(_) => {
+                    let e = io::Error::last_os_error();
+                    if e.kind() != io::ErrorKind::Interrupted {
+                        return Err(e);
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Takes `n` bytes off the front, and vectors with nothing in them.
+fn skip<'s>(rest: &'s mut &mut [libc::iovec], mut n: usize) -> &'s [libc::iovec] {
+    let mut vectors = std::mem::take(rest);
+    while let Some(first) = vectors.first_mut() {
+        if n < first.iov_len {
+            first.iov_base = first.iov_base.wrapping_byte_add(n);
+            first.iov_len -= n;
+            break;
+        }
+        n -= first.iov_len;
+        vectors = &mut vectors[1..];
+    }
+    *rest = vectors;
+    rest
+}
+
+/// Reads a byte of each page of `slices` from user mode, so that what is missing is waited for
+/// here, where nothing is locked. In a system call the wait would be in the middle of the file
+/// system, which writes under the image's inode lock: every other queue would wait too.
+pub fn make_present<B: BitmapSlice>(slices: &[VolatileSlice<'_, B>]) {
+    for slice in slices {
+        let start = slice.ptr_guard().as_ptr() as usize;
+        let mut offset = 0;
+        while offset < slice.len() {
+            if let Ok(byte) = slice.subslice(offset, 1) {
+                // A volatile read: it is not optimized away.
+                byte.copy_to(&mut [0u8]);
+            }
+            offset += PAGE_SIZE - ((start + offset) & (PAGE_SIZE - 1));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+
+    fn disk(bytes: usize) -> (tempfile::NamedTempFile, Disk) {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        let data: Vec<u8> = (0..bytes).map(|i| (i / 512) as u8).collect();
+        file.write_all(&data).unwrap();
+        let disk = Disk::open(file.path(), false).unwrap();
+        (file, disk)
+    }
+
+    #[test]
+    fn capacity_is_in_whole_sectors() {
+        assert_eq!(disk(1024 + 100).1.sectors(), 2);
+        let file = tempfile::NamedTempFile::new().unwrap();
+        assert!(matches!(Disk::open(file.path(), true), Err(Error::Disk { .. })));
+        assert!(Disk::open(Path::new("/dev/null"), true).is_err());
+        assert!(Disk::open(Path::new("/nonexistent/disk"), true).is_err());
+    }
+
+    #[test]
+    fn ranges() {
+        let (_file, disk) = disk(4 * 512);
+        assert_eq!(disk.offset(0, 2048), Some(0));
+        assert_eq!(disk.offset(3, 512), Some(1536));
+        assert_eq!(disk.offset(4, 0), Some(2048));
+        assert_eq!(disk.offset(4, 512), None);
+        assert_eq!(disk.offset(3, 1024), None);
+        assert_eq!(disk.offset(0, 511), None);
+        assert_eq!(disk.offset(u64::MAX, 512), None);
+        assert_eq!(disk.offset(u64::MAX / 512 + 1, 512), None);
+    }
+
+    #[test]
+    fn scattered_transfers_beyond_one_call() {
+        let sectors = 3000;
+        let (_file, disk) = disk(sectors * 512);
+        let mut memory = vec![0u8; sectors * 512];
+        let slices: Vec<_> = memory.chunks_mut(512).map(VolatileSlice::from).collect();
+        make_present(&slices);
+        disk.read(&slices, 0).unwrap();
+        drop(slices);
+        assert!(memory.chunks(512).enumerate().all(|(i, s)| s.iter().all(|b| *b == i as u8)));
+
+        memory.fill(0xa5);
+        let slices: Vec<_> = memory.chunks_mut(512).rev().map(VolatileSlice::from).collect();
+        disk.write(&slices[..2000], 512).unwrap();
+        disk.flush().unwrap();
+        drop(slices);
+        let slices = [VolatileSlice::from(&mut memory[..1024])];
+        disk.read(&slices, 0).unwrap();
+        assert_eq!((memory[0], memory[512]), (0, 0xa5));
+    }
+
+    #[test]
+    fn a_cut_off_image_is_an_error() {
+        let (file, disk) = disk(4096);
+        file.as_file().set_len(1024).unwrap();
+        let mut memory = [0u8; 2048];
+        let slices = [VolatileSlice::from(&mut memory[..])];
+        let e = disk.read(&slices, 0).unwrap_err();
+        assert_eq!(e.kind(), io::ErrorKind::UnexpectedEof);
+    }
+
+    #[test]
+    fn skipping() {
+        let mut bytes = [0u8; 10];
+        let base: *mut libc::c_void = bytes.as_mut_ptr().cast();
+        let mut iovecs = [3, 0, 7].map(|iov_len| libc::iovec { iov_base: base, iov_len });
+        let mut rest = &mut iovecs[..];
+        assert_eq!(skip(&mut rest, 2).len(), 3);
+        assert_eq!(rest[0].iov_len, 1);
+        assert_eq!(skip(&mut rest, 1).len(), 1);
+        assert_eq!(skip(&mut rest, 6)[0].iov_len, 1);
+        assert_eq!(rest[0].iov_base, base.wrapping_byte_add(6));
+        assert!(skip(&mut rest, 1).is_empty());
+    }
+}

@@ -1,0 +1,114 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What can go wrong, each in one line: what was asked, what happened, what to do.
+
+use std::io;
+use std::path::PathBuf;
+
+/// Errors of the daemon.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// An option's value is not acceptable.
+    #[error("{option} {value}: {problem}; see --help")]
+    Option {
+        /// The option as written on the command line.
+        option: &'static str,
+        /// The value that was given.
+        value: String,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// The disk image could not be opened or is not usable.
+    #[error("--disk {}: {problem}; give a raw image or a block device this user may open", path.display())]
+    Disk {
+        /// The image.
+        path: PathBuf,
+        /// What the host said.
+        problem: String,
+    },
+    /// The socket could not be made.
+    #[error("--socket {}: {problem}; {advice}", path.display())]
+    Socket {
+        /// The socket's path.
+        path: PathBuf,
+        /// What the host said.
+        problem: String,
+        /// What to do about it.
+        advice: &'static str,
+    },
+    /// `--postcopy require` was given and the host does not permit post-copy.
+    #[error("--postcopy require: {0}; permit /dev/userfaultfd to this user or use --postcopy off")]
+    PostcopyUnavailable(crate::postcopy::Unavailable),
+    /// The statistics could not be written.
+    #[error("--stats {}: {source}; give a path this user may write", path.display())]
+    Stats {
+        /// The file.
+        path: PathBuf,
+        /// What the host said.
+        source: io::Error,
+    },
+    /// A front-end's connection ended in an error (with `--once` only; otherwise it is logged).
+    #[error(
+        "serving the front-end: the connection ended in an error ({0}); see the messages above, \
+         and check that the front-end keeps to the queue count and size given here"
+    )]
+    Connection(String),
+    /// A system call that should not fail did.
+    #[error("{what}: {source}; this is a shortage of the host's or a bug, please report it")]
+    System {
+        /// What was attempted.
+        what: &'static str,
+        /// What the host said.
+        source: io::Error,
+    },
+}
+
+/// Result of the daemon's operations.
+pub type Result<T> = std::result::Result<T, Error>;
+
+impl Error {
+    /// The exit status of the daemon: 1 failed, 2 the command line is wrong, 3 this host cannot do
+    /// what was asked.
+    pub fn exit_status(&self) -> u8 {
+        match self {
+            Error::Option { .. } => 2,
+            Error::PostcopyUnavailable(_) => 3,
+            _ => 1,
+        }
+    }
+
+    /// What makes an [`Error::System`] of an I/O error.
+    pub(crate) fn system(what: &'static str) -> impl Fn(io::Error) -> Self {
+        move |source| Error::System { what, source }
+    }
+
+    /// An [`Error::System`] from `errno`.
+    pub(crate) fn last_os(what: &'static str) -> Self {
+        Error::System { what, source: io::Error::last_os_error() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errors_are_one_line_with_their_status() {
+        let errors = [
+            (
+                Error::Option {
+                    option: "--queue-size",
+                    value: "3".into(),
+                    problem: "not a power of two".into(),
+                },
+                2,
+            ),
+            (Error::Disk { path: "x.img".into(), problem: "No such file".into() }, 1),
+            (Error::Connection("broken".into()), 1),
+        ];
+        for (e, status) in errors {
+            assert_eq!(e.exit_status(), status);
+            assert!(!e.to_string().contains('\n'), "{e}");
+        }
+    }
+}

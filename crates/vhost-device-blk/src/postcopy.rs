@@ -1,0 +1,38 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Whether this process may open the userfaultfd that post-copy needs.
+
+use userfaultfd::UffdBuilder;
+
+/// Why post-copy cannot be offered.
+#[derive(Debug, thiserror::Error)]
+#[error("no userfaultfd for this process through /dev/userfaultfd ({0})")]
+pub struct Unavailable(String);
+
+/// Opens a userfaultfd just as `POSTCOPY_ADVISE` will (faults of system calls included, so that
+/// I/O into missing memory waits instead of failing), and closes it again.
+///
+/// # Errors
+/// [`Unavailable`] says what the host answered.
+pub fn probe() -> Result<(), Unavailable> {
+    UffdBuilder::new()
+        .close_on_exec(true)
+        .non_blocking(true)
+        .user_mode_only(false)
+        .create()
+        .map(drop)
+        .map_err(|e| Unavailable(describe(&e)))
+}
+
+/// The error with its causes, on one line, none of them twice.
+fn describe(e: &dyn std::error::Error) -> String {
+    let mut text = e.to_string();
+    let mut cause = e.source();
+    while let Some(c) = cause {
+        let part = c.to_string();
+        if !text.contains(&part) {
+            text = format!("{text}: {part}");
+        }
+        cause = c.source();
+    }
+    text
+}

@@ -1,0 +1,311 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The daemon: a socket, and a process for each front-end that connects, one after another.
+
+use std::fs;
+use std::io::{self, PipeReader, Read, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::net::{UnixDatagram, UnixListener};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::args::Postcopy;
+use crate::counters::Counters;
+use crate::device::DeviceOptions;
+use crate::disk::Disk;
+use crate::signals::{self, Signals};
+use crate::{Error, Result, connection, postcopy};
+
+/// How long a front-end's process may take to end when asked to, before it is killed. Longer than
+/// it gives the requests in hand.
+const END_PATIENCE: Duration = Duration::from_secs(4);
+
+/// Exit status of a front-end's process in which something panicked.
+const PANICKED: i32 = 70;
+
+/// What the daemon is to do; [`crate::args::Args::into_options`] makes it of a command line.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Unix socket to listen on.
+    pub socket: PathBuf,
+    /// Raw image or block device to serve.
+    pub disk: PathBuf,
+    /// Number of queues, 1 to 64.
+    pub num_queues: u16,
+    /// Largest queue size, in descriptors; a power of two.
+    pub queue_size: u16,
+    /// Refuse writes.
+    pub read_only: bool,
+    /// The serial number, up to 20 bytes.
+    pub id: String,
+    /// Whether to offer post-copy.
+    pub postcopy: Postcopy,
+    /// Offer `CONFIGURE_MEM_SLOTS`.
+    pub mem_slots: bool,
+    /// Return after the first front-end.
+    pub once: bool,
+    /// Where to write the counters.
+    pub stats: Option<PathBuf>,
+}
+
+/// Serves `options.disk` on `options.socket`: until the first front-end has disconnected if
+/// `options.once`, else until SIGTERM or SIGINT. Removes the socket before it returns.
+///
+/// Blocks the two signals, and forks for each front-end: call it from a process that has no other
+/// threads. No two front-ends are served at once; the next one waits until its turn comes.
+///
+/// # Errors
+/// [`Error`]; of a connection's own errors only with `options.once`.
+pub fn serve(options: &Options) -> Result<()> {
+    let signals = Signals::block()?;
+    let disk = Arc::new(Disk::open(&options.disk, options.read_only)?);
+    let postcopy = offer_postcopy(options.postcopy)?;
+    let counters = Arc::new(Counters::new(options.num_queues)?);
+    let write_stats = || match &options.stats {
+        Some(path) => counters
+            .snapshot()
+            .write(path)
+            .map_err(|source| Error::Stats { path: path.clone(), source }),
+        None => Ok(()),
+    };
+    write_stats()?;
+    let socket = Socket::bind(&options.socket)?;
+    let device = DeviceOptions {
+        num_queues: options.num_queues,
+        queue_size: options.queue_size,
+        id: options.id.clone(),
+        postcopy,
+        mem_slots: options.mem_slots,
+    };
+
+    loop {
+        let [incoming, signalled] = signals::poll(
+            [(socket.listener.as_raw_fd(), libc::POLLIN), (signals.as_raw_fd(), libc::POLLIN)],
+            None,
+        )?;
+        if signalled != 0 && signals.take() {
+            return write_stats();
+        }
+        if incoming == 0 {
+            continue;
+        }
+        counters.connected();
+        let child = Child::fork(|| {
+            let listener =
+                socket.listener.try_clone().map_err(Error::system("copying a socket"))?;
+            connection::serve(listener, &signals, disk.clone(), counters.clone(), device.clone())
+        })?;
+        let (result, ended) = child.wait(&signals)?;
+        write_stats()?;
+        if ended {
+            return Ok(());
+        }
+        match result {
+            Err(e) if options.once => return Err(e),
+            Err(e) => log::error!("{e}"),
+            Ok(()) if options.once => return Ok(()),
+            Ok(()) => {}
+        }
+    }
+}
+
+fn offer_postcopy(wish: Postcopy) -> Result<bool> {
+    if wish == Postcopy::Off {
+        return Ok(false);
+    }
+    match postcopy::probe() {
+        Ok(()) => Ok(true),
+        Err(e) if wish == Postcopy::Require => Err(Error::PostcopyUnavailable(e)),
+        Err(e) => {
+            log::warn!(
+                "--postcopy on: {e}; PAGEFAULT is not offered: permit /dev/userfaultfd to this \
+                 user, or use --postcopy off"
+            );
+            Ok(false)
+        }
+    }
+}
+
+/// A process that serves one front-end.
+struct Child {
+    pid: libc::pid_t,
+    /// What it has to say when it fails; hung up when it ends.
+    report: PipeReader,
+}
+
+impl Child {
+    /// Runs `work` in a new process, which ends with it, and at the latest with this one.
+    fn fork(work: impl FnOnce() -> Result<()>) -> Result<Self> {
+        let (report, mut failure) = io::pipe().map_err(Error::system("making a pipe"))?;
+        let parent = std::process::id();
+        // SAFETY: the caller has no other threads (see `serve`), so the child may do all it could.
+        match unsafe { libc::fork() } {
+            -1 => Err(Error::last_os("starting a process for the front-end")),
+            0 => {
+                drop(report);
+                die_with(parent);
+                let print = std::panic::take_hook();
+                std::panic::set_hook(Box::new(move |info| {
+                    print(info);
+                    exit_now(PANICKED);
+                }));
+                match work() {
+                    Ok(()) => exit_now(0),
+                    Err(e) => {
+                        let text = match e {
+                            Error::Connection(text) => text,
+                            e => e.to_string(),
+                        };
+                        let _ = failure.write_all(text.as_bytes());
+                        exit_now(1)
+                    }
+                }
+            }
+            pid => Ok(Child { pid, report }),
+        }
+    }
+
+    /// Waits for the process to end, and asks it to when a signal asks us to. Returns how it
+    /// ended, and whether a signal came.
+    fn wait(mut self, signals: &Signals) -> Result<(Result<()>, bool)> {
+        let mut deadline = None;
+        loop {
+            let patience = deadline.map(|d: Instant| d.saturating_duration_since(Instant::now()));
+            let [ended, signalled] = signals::poll(
+                [(self.report.as_raw_fd(), libc::POLLIN), (signals.as_raw_fd(), libc::POLLIN)],
+                patience,
+            )?;
+            if signalled != 0 && signals.take() && deadline.is_none() {
+                self.kill(libc::SIGTERM);
+                deadline = Some(Instant::now() + END_PATIENCE);
+            }
+            if ended != 0 {
+                break;
+            }
+            if deadline.is_some_and(|d| Instant::now() >= d) {
+                log::warn!("the front-end's process does not end, it is killed");
+                self.kill(libc::SIGKILL);
+                break;
+            }
+        }
+        let mut text = String::new();
+        let _ = self.report.read_to_string(&mut text);
+        let mut status = 0;
+        // SAFETY: our child, which nobody else waits for.
+        while unsafe { libc::waitpid(self.pid, &mut status, 0) } < 0 {
+            if io::Error::last_os_error().kind() != io::ErrorKind::Interrupted {
+                return Err(Error::last_os("waiting for the front-end's process"));
+            }
+        }
+        let result = if libc::WIFSIGNALED(status) {
+            let signal = libc::WTERMSIG(status);
+            Err(Error::Connection(format!("its process was killed by signal {signal}")))
+        } else if !text.is_empty() {
+            Err(Error::Connection(text))
+        } else {
+            match libc::WEXITSTATUS(status) {
+                0 => Ok(()),
+                status => Err(Error::Connection(format!("its process ended with {status}"))),
+            }
+        };
+        Ok((result, deadline.is_some()))
+    }
+
+    fn kill(&self, signal: libc::c_int) {
+        // SAFETY: the process has not been waited for, so its number is still its own.
+        unsafe { libc::kill(self.pid, signal) };
+    }
+}
+
+/// Has this process killed when `parent` ends.
+fn die_with(parent: u32) {
+    // SAFETY: neither call touches memory.
+    let orphan = unsafe {
+        libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+        libc::getppid() as u32 != parent
+    };
+    if orphan {
+        exit_now(1);
+    }
+}
+
+/// Ends the process whatever its threads are doing, and runs nothing more in it.
+fn exit_now(status: i32) -> ! {
+    // SAFETY: never returns; nothing of this process is needed by anyone.
+    unsafe { libc::_exit(status) }
+}
+
+/// The socket that front-ends connect to; removed when dropped.
+struct Socket {
+    listener: UnixListener,
+    path: PathBuf,
+    /// Device and inode: what is removed must be what was made.
+    id: (u64, u64),
+}
+
+impl Socket {
+    /// Listens on `path`, in place of a socket that nobody listens on any more.
+    fn bind(path: &Path) -> Result<Self> {
+        let failed =
+            |problem: String, advice| Error::Socket { path: path.to_path_buf(), problem, advice };
+        match fs::symlink_metadata(path) {
+            Ok(found) if !found.file_type().is_socket() => {
+                return Err(failed("exists and is no socket".into(), "give another path"));
+            }
+            Ok(_) => {
+                // A socket of another type: whoever listens does not notice.
+                match UnixDatagram::unbound().and_then(|s| s.connect(path)) {
+                    Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => {
+                        fs::remove_file(path)
+                            .map_err(|e| failed(e.to_string(), "remove the stale socket"))?;
+                    }
+                    Err(e) if e.raw_os_error() != Some(libc::EPROTOTYPE) => {
+                        return Err(failed(e.to_string(), "give another path"));
+                    }
+                    _ => {
+                        return Err(failed(
+                            "another process listens on it".into(),
+                            "give another path or end that process",
+                        ));
+                    }
+                }
+            }
+            Err(_) => {}
+        }
+        let advice = "give a path of at most 107 bytes, in a directory this user may write";
+        let listener = UnixListener::bind(path).map_err(|e| failed(e.to_string(), advice))?;
+        let made = fs::symlink_metadata(path).map_err(|e| failed(e.to_string(), advice))?;
+        Ok(Socket { listener, path: path.to_path_buf(), id: (made.dev(), made.ino()) })
+    }
+}
+
+impl Drop for Socket {
+    fn drop(&mut self) {
+        if fs::symlink_metadata(&self.path).is_ok_and(|m| (m.dev(), m.ino()) == self.id) {
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sockets() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        drop(UnixListener::bind(&path).unwrap());
+        let socket = Socket::bind(&path).expect("a stale socket is replaced");
+        let e = Socket::bind(&path).err().expect("a live one is not");
+        assert!(e.to_string().contains("another process listens"), "{e}");
+        drop(socket);
+        assert!(!path.exists());
+
+        fs::write(&path, "").unwrap();
+        assert!(Socket::bind(&path).is_err());
+        assert!(path.exists());
+        assert!(Socket::bind(&dir.path().join("absent/s")).is_err());
+    }
+}

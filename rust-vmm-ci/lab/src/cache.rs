@@ -1,0 +1,60 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Where the lab keeps what it downloads and builds, outside the checkout.
+
+use std::env;
+use std::fs::{self, File, TryLockError};
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+
+/// Names the cache; overrides the default place.
+const VARIABLE: &str = "DEMAND_PAGING_CACHE";
+
+/// A folder of the cache, created if need be.
+pub fn folder(name: &str) -> Result<PathBuf> {
+    let folder = root()?.join(name);
+    fs::create_dir_all(&folder).with_context(|| {
+        format!(
+            "the cache folder {} could not be created: set {VARIABLE} to one that can",
+            folder.display()
+        )
+    })?;
+    Ok(folder)
+}
+
+fn root() -> Result<PathBuf> {
+    if let Some(root) = env::var_os(VARIABLE) {
+        return std::path::absolute(root).with_context(|| format!("{VARIABLE} is no path"));
+    }
+    let base = match env::var_os("XDG_CACHE_HOME").map(PathBuf::from) {
+        Some(base) if base.is_absolute() => base,
+        _ => PathBuf::from(
+            env::var_os("HOME")
+                .with_context(|| format!("HOME is not set: set {VARIABLE} to a folder"))?,
+        )
+        .join(".cache"),
+    };
+    Ok(base.join("demand-paging"))
+}
+
+/// Held while the cache is changed; other processes wait for it.
+#[derive(Debug)]
+pub struct Lock(#[expect(dead_code, reason = "closing it unlocks")] File);
+
+/// Takes the lock, and says so if that means waiting.
+pub fn lock() -> Result<Lock> {
+    let path = folder("")?.join("lock");
+    let file =
+        File::create(&path).with_context(|| format!("{} could not be opened", path.display()))?;
+    match file.try_lock() {
+        Ok(()) => {}
+        Err(TryLockError::WouldBlock) => {
+            eprintln!("lab: another process prepares the kernel; waiting for it");
+            file.lock()?;
+        }
+        Err(TryLockError::Error(error)) => {
+            return Err(error).with_context(|| format!("{} could not be locked", path.display()));
+        }
+    }
+    Ok(Lock(file))
+}

@@ -1,0 +1,256 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The command line, and what each subcommand does.
+
+use std::env;
+use std::ffi::OsString;
+use std::os::unix::process::ExitStatusExt;
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use clap::builder::FalseyValueParser;
+use clap::{Args, Parser, Subcommand};
+
+use crate::machine::Machine;
+use crate::protocol::Job;
+use crate::session::{self, Limits};
+use crate::{agent, kernel};
+
+/// Runs this project's binaries with a real KVM that has the KVM Userfault ABI,
+/// inside a machine that QEMU emulates.
+#[derive(Debug, Parser)]
+#[command(name = "cargo lab", version)]
+pub struct Cli {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Debug, Subcommand)]
+enum Task {
+    /// Run one command in the lab; its exit status is passed through
+    Run {
+        #[command(flatten)]
+        options: Options,
+        /// The command and its arguments, as on the host
+        #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+        command: Vec<OsString>,
+    },
+    /// `cargo test` with every test binary run in the lab (options by environment: LAB_MEMORY, ...)
+    Test {
+        /// Arguments of `cargo test`
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<OsString>,
+    },
+    /// Build the lab's kernel unless it is there, and print where it is
+    Kernel,
+    /// Runs inside the lab, started by its init
+    #[command(hide = true)]
+    Agent,
+}
+
+/// The machine, and how long the command may take.
+#[derive(Debug, Args)]
+pub struct Options {
+    /// Emulated CPUs (one host thread emulates them all)
+    #[arg(long, env = "LAB_CPUS", value_name = "N", default_value_t = 2,
+          value_parser = clap::value_parser!(u32).range(1..=64))]
+    cpus: u32,
+    /// Memory of the machine
+    #[arg(long, env = "LAB_MEMORY", value_name = "SIZE", default_value = "4G", value_parser = mebibytes)]
+    memory: u64,
+    /// Huge pages of 2M to reserve at boot
+    #[arg(long, env = "LAB_HUGEPAGES", value_name = "N", default_value_t = 600)]
+    hugepages: u64,
+    /// Huge pages of 1G to reserve at boot
+    #[arg(long, env = "LAB_GIGAPAGES", value_name = "N", default_value_t = 1)]
+    gigapages: u64,
+    /// Let the clock count instructions, 1 ns each: costs come out repeatable
+    #[arg(long, env = "LAB_ICOUNT", value_parser = FalseyValueParser::new())]
+    icount: bool,
+    /// Seconds that the command may run; without it there is no limit
+    #[arg(long, env = "LAB_TIMEOUT", value_name = "SECONDS")]
+    timeout: Option<u64>,
+    /// Let the run pass although the lab's kernel reported a WARN, BUG or oops
+    #[arg(long, env = "LAB_ALLOW_WARN", value_parser = FalseyValueParser::new())]
+    allow_warn: bool,
+    /// Kernel image to boot instead of the lab's own
+    #[arg(long, env = "LAB_KERNEL", value_name = "FILE")]
+    kernel: Option<PathBuf>,
+    /// Unix socket for QEMU's monitor, to look at a machine that hangs
+    #[arg(long, env = "LAB_MONITOR", value_name = "SOCKET")]
+    monitor: Option<PathBuf>,
+    /// More parameters for the lab's kernel, such as kvm_amd.npt=0
+    #[arg(long, env = "LAB_APPEND", value_name = "PARAMETERS", default_value = "")]
+    append: String,
+}
+
+impl Options {
+    fn machine(&self) -> Result<Machine> {
+        let reserved = self.hugepages * 2 + self.gigapages * 1024;
+        let least = reserved + Machine::LEAST_MEMORY_MIB;
+        ensure!(
+            self.memory >= least,
+            "{} huge pages of 2M and {} of 1G were asked for in {} MiB of memory: give the machine at least --memory {least}M or reserve fewer",
+            self.hugepages,
+            self.gigapages,
+            self.memory
+        );
+        Ok(Machine {
+            cpus: self.cpus,
+            memory_mib: self.memory,
+            hugepages: self.hugepages,
+            gigapages: self.gigapages,
+            icount: self.icount,
+            append: self.append.clone(),
+            monitor: self.monitor.clone(),
+        })
+    }
+}
+
+impl Cli {
+    /// Does what was asked; returns the exit status.
+    pub fn execute(self) -> Result<u8> {
+        match self.task {
+            Task::Run { options, command } => run(&options, command),
+            Task::Test { arguments } => test(&arguments),
+            Task::Kernel => {
+                println!("{}", kernel::ensure()?.display());
+                Ok(0)
+            }
+            Task::Agent => agent::main(),
+        }
+    }
+}
+
+fn run(options: &Options, command: Vec<OsString>) -> Result<u8> {
+    refuse_nesting()?;
+    let machine = options.machine()?;
+    let kernel = match &options.kernel {
+        Some(kernel) => kernel.clone(),
+        None => kernel::ensure()?,
+    };
+    let out = output_folder()?;
+    let mut environment: Vec<_> = env::vars_os()
+        // The host's may lie where the lab is read-only.
+        .filter(|(name, _)| name != "TMPDIR" && name != "LAB_OUT" && name != "LAB")
+        .collect();
+    environment.push(("LAB".into(), "1".into()));
+    environment.push(("LAB_OUT".into(), out.clone().into()));
+    let job = Job {
+        command,
+        environment,
+        directory: env::current_dir().context("the working directory could not be found")?.into(),
+        out: out.into(),
+        hugepages: options.hugepages,
+        gigapages: options.gigapages,
+    };
+    let limits = Limits {
+        command: options.timeout.map(Duration::from_secs),
+        allow_warn: options.allow_warn,
+    };
+    session::run(&machine, &kernel, job, &limits)
+}
+
+fn test(arguments: &[OsString]) -> Result<u8> {
+    refuse_nesting()?;
+    if env::var_os("LAB_KERNEL").is_none() {
+        // Now, where its progress can be seen, rather than under the first test.
+        kernel::ensure()?;
+    }
+    let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let lab = env::current_exe().context("the lab's own binary could not be found")?;
+    let Some(lab) = lab.to_str() else {
+        bail!("{} is no UTF-8: cargo's configuration cannot name it", lab.display());
+    };
+    // A list, not the environment variable, which cargo would split at spaces.
+    let runner = serde_json::to_string(&[lab, "run", "--"])?;
+    let status = Command::new(&cargo)
+        .arg("test")
+        .arg("--config")
+        .arg(format!("target.'cfg(all())'.runner={runner}"))
+        .args(arguments)
+        .status()
+        .with_context(|| format!("{} could not be run", cargo.display()))?;
+    let code = status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0));
+    Ok(u8::try_from(code).unwrap_or(1))
+}
+
+fn refuse_nesting() -> Result<()> {
+    ensure!(
+        env::var_os("LAB").is_none(),
+        "LAB is set, so this seems to run inside the lab already: run the command as it is, or unset LAB"
+    );
+    Ok(())
+}
+
+/// The folder that is writable from inside, at the same path there: `LAB_OUT`, or
+/// `lab-out` in cargo's target directory.
+fn output_folder() -> Result<PathBuf> {
+    let folder = match env::var_os("LAB_OUT") {
+        Some(folder) => PathBuf::from(folder),
+        // <target>/<profile>/lab
+        None => env::current_exe()?
+            .ancestors()
+            .nth(2)
+            .context("the lab's binary is not in a target directory: set LAB_OUT")?
+            .join("lab-out"),
+    };
+    std::fs::create_dir_all(&folder)
+        .and_then(|()| folder.canonicalize())
+        .with_context(|| format!("LAB_OUT={} could not be created", folder.display()))
+}
+
+/// A size such as 512M or 4G, in MiB.
+fn mebibytes(text: &str) -> Result<u64, String> {
+    let usage = || format!("{text:?} is no size such as 512M or 4G");
+    let (digits, unit) = match text.as_bytes().last() {
+        Some(b'G' | b'g') => (&text[..text.len() - 1], 1024),
+        Some(b'M' | b'm') => (&text[..text.len() - 1], 1),
+        _ => return Err(usage()),
+    };
+    let number: u64 = digits.parse().map_err(|_| usage())?;
+    number.checked_mul(unit).ok_or_else(usage)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn options(arguments: &[&str]) -> Options {
+        let line = ["lab", "run"].iter().chain(arguments).chain(&["--", "x"]);
+        match Cli::try_parse_from(line).expect("parses").task {
+            Task::Run { options, .. } => options,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn sizes_are_in_mebibytes() {
+        assert_eq!(mebibytes("4G"), Ok(4096));
+        assert_eq!(mebibytes("512M"), Ok(512));
+        for bad in ["", "4", "G", "4T", "-1G", "99999999999999999999G"] {
+            assert!(mebibytes(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_pool_that_does_not_fit_is_refused() {
+        assert!(options(&["--memory", "4G"]).machine().is_ok());
+        let error =
+            options(&["--memory", "1G", "--hugepages", "500"]).machine().expect_err("too small");
+        assert!(error.to_string().contains("--memory"), "{error}");
+    }
+
+    #[test]
+    fn what_follows_the_command_is_the_commands() {
+        let line = ["lab", "run", "--", "ls", "--icount", "--", "-l"];
+        match Cli::try_parse_from(line).expect("parses").task {
+            Task::Run { options, command } => {
+                assert!(!options.icount);
+                assert_eq!(command, ["ls", "--icount", "--", "-l"]);
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+}

@@ -1,0 +1,134 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The initramfs: busybox, this binary as the agent, and the script that mounts
+//! the host's root and hands over to the agent.
+
+use std::fs::{self, File};
+use std::io::{Seek, Write};
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+use rustix::fs::{MemfdFlags, memfd_create};
+
+use crate::protocol::ROOT_TAG;
+
+/// Where Debian's busybox-static has its binary, with and without merged /usr.
+const BUSYBOX: [&str; 2] = ["/usr/bin/busybox", "/bin/busybox"];
+
+const DIRECTORY: u32 = 0o040_755;
+const PROGRAM: u32 = 0o100_755;
+
+/// Packs the initramfs into a file that has no name, for QEMU to read through
+/// its descriptor.
+pub fn pack() -> Result<File> {
+    let busybox = busybox()?;
+    let agent = fs::read("/proc/self/exe").context("the lab's own binary could not be read")?;
+    let mut archive = Archive::default();
+    archive.entry("dev", DIRECTORY, &[]);
+    archive.entry("host", DIRECTORY, &[]);
+    archive.entry("busybox", PROGRAM, &busybox);
+    archive.entry("agent", PROGRAM, &agent);
+    archive.entry("init", PROGRAM, init().as_bytes());
+    // Without CLOEXEC: QEMU is to inherit it.
+    let mut file = File::from(memfd_create("lab-initramfs", MemfdFlags::empty())?);
+    file.write_all(&archive.finish())?;
+    file.rewind()?;
+    Ok(file)
+}
+
+/// The first program in the machine. The agent moves to /run, the one place of
+/// the host's tree that is the machine's own by then, so that a rebuild on the
+/// host cannot swap it under way.
+fn init() -> String {
+    format!(
+        "#!/busybox sh
+/busybox mount -t 9p -o trans=virtio,version=9p2000.L,cache=loose,msize=512000,ro {ROOT_TAG} /host &&
+/busybox mount -t tmpfs tmpfs /host/run &&
+/busybox cp /agent /host/run/lab-agent &&
+exec /busybox switch_root /host /run/lab-agent agent
+echo 'lab: the host root could not be mounted'
+"
+    )
+}
+
+fn busybox() -> Result<Vec<u8>> {
+    let Some(path) = BUSYBOX.iter().find(|path| Path::new(path).exists()) else {
+        bail!("busybox is not installed: run rust-vmm-ci/setup");
+    };
+    let busybox = fs::read(path).with_context(|| format!("{path} could not be read"))?;
+    if asks_for_loader(&busybox) {
+        bail!(
+            "{path} needs shared libraries, which the lab's initramfs has not: install busybox-static (run rust-vmm-ci/setup)"
+        );
+    }
+    Ok(busybox)
+}
+
+/// Whether an ELF binary names a dynamic loader, which stands near its start.
+fn asks_for_loader(elf: &[u8]) -> bool {
+    let start = &elf[..elf.len().min(4096)];
+    start.windows(8).any(|bytes| bytes == b"ld-linux")
+}
+
+/// A cpio archive in the "newc" format, the one that the kernel unpacks.
+#[derive(Default)]
+struct Archive {
+    bytes: Vec<u8>,
+    entries: u32,
+}
+
+impl Archive {
+    fn entry(&mut self, name: &str, mode: u32, content: &[u8]) {
+        self.entries += 1;
+        let size = u32::try_from(content.len()).expect("the files of an initramfs are small");
+        let name_size = u32::try_from(name.len() + 1).expect("names are short");
+        // ino, mode, uid, gid, nlink, mtime, filesize, devmajor, devminor,
+        // rdevmajor, rdevminor, namesize, check
+        let fields = [self.entries, mode, 0, 0, 1, 0, size, 0, 0, 0, 0, name_size, 0];
+        self.bytes.extend_from_slice(b"070701");
+        for field in fields {
+            self.bytes.extend_from_slice(format!("{field:08x}").as_bytes());
+        }
+        self.bytes.extend_from_slice(name.as_bytes());
+        self.bytes.push(0);
+        self.align();
+        self.bytes.extend_from_slice(content);
+        self.align();
+    }
+
+    fn align(&mut self) {
+        self.bytes.resize(self.bytes.len().next_multiple_of(4), 0);
+    }
+
+    fn finish(mut self) -> Vec<u8> {
+        self.entry("TRAILER!!!", 0, &[]);
+        self.bytes
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn archive_has_the_newc_layout() {
+        let mut archive = Archive::default();
+        archive.entry("abc", PROGRAM, b"hello");
+        let bytes = archive.finish();
+        // Header 110, name and its NUL 4, padding 2, content 5, padding 3.
+        assert_eq!(&bytes[..6], b"070701");
+        assert_eq!(&bytes[14..22], b"000081ed");
+        assert_eq!(&bytes[54..62], b"00000005");
+        assert_eq!(&bytes[94..102], b"00000004");
+        assert_eq!(&bytes[110..114], b"abc\0");
+        assert_eq!(&bytes[116..121], b"hello");
+        assert_eq!(&bytes[124..130], b"070701");
+        assert!(bytes.windows(11).any(|name| name == b"TRAILER!!!\0"));
+        assert_eq!(bytes.len() % 4, 0);
+    }
+
+    #[test]
+    fn dynamic_binaries_are_told_apart() {
+        assert!(asks_for_loader(b"\x7fELF....../lib64/ld-linux-x86-64.so.2"));
+        assert!(!asks_for_loader(b"\x7fELF......"));
+    }
+}

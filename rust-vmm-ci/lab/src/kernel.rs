@@ -1,0 +1,196 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The lab's kernel: which one is wanted, whether it is there, building it.
+
+use std::cmp::Ordering;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use sha2::{Digest, Sha256};
+
+use crate::archive::{self, Sources};
+use crate::{cache, compile};
+
+/// Goes up whenever the way of building changes what comes out.
+const RECIPE: &str = "1";
+/// The kernel image's name, in the build tree and in the cache.
+pub const IMAGE: &str = "bzImage";
+
+/// What the kernel is made of, beside Debian's source.
+#[derive(Debug)]
+pub struct Inputs {
+    /// Path of the configuration fragment.
+    pub fragment: PathBuf,
+    /// Paths of the patches, in the order in which they apply.
+    pub patches: Vec<PathBuf>,
+    digest: Sha256,
+}
+
+impl Inputs {
+    fn read() -> Result<Self> {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).with_file_name("kernel");
+        let fragment = folder.join("lab.config");
+        let mut patches = Vec::new();
+        let names = folder.join("patches");
+        for entry in fs::read_dir(&names)
+            .with_context(|| format!("{} could not be read", names.display()))?
+        {
+            let path = entry?.path();
+            if path.extension().is_some_and(|kind| kind == "patch") {
+                patches.push(path);
+            }
+        }
+        patches.sort();
+        let mut digest = Sha256::new_with_prefix(RECIPE);
+        for path in std::iter::once(&fragment).chain(&patches) {
+            let content =
+                fs::read(path).with_context(|| format!("{} could not be read", path.display()))?;
+            digest.update(content.len().to_le_bytes());
+            digest.update(content);
+        }
+        Ok(Self { fragment, patches, digest })
+    }
+
+    /// Name of the cache's folder for a kernel made of these and that source.
+    fn folder_name(&self, version: &str) -> String {
+        let digest = self.digest.clone().chain_update(version).finalize();
+        let short: String = digest[..6].iter().map(|byte| format!("{byte:02x}")).collect();
+        format!("{version}-{short}")
+    }
+
+    fn image(&self, version: &str) -> Result<PathBuf> {
+        Ok(cache::folder("kernel")?.join(self.folder_name(version)).join(IMAGE))
+    }
+}
+
+/// Returns the kernel image, built first if need be. The newest source is the one
+/// that apt's lists on this machine name; the network is asked only for a package
+/// that is not in the cache.
+pub fn ensure() -> Result<PathBuf> {
+    let inputs = Inputs::read()?;
+    if let Some(version) = archive::newest(Sources::System)? {
+        let image = inputs.image(&version)?;
+        if image.exists() {
+            return Ok(image);
+        }
+    }
+    let _lock = cache::lock()?;
+    let version = match fetch() {
+        Ok(version) => version,
+        Err(error) => {
+            let Some(version) = newest_cached(&inputs)? else {
+                return Err(error).context("no kernel source is in the cache");
+            };
+            eprintln!(
+                "lab: the archive could not be asked for the newest kernel source ({error:#}); taking {version}, the newest in the cache"
+            );
+            version
+        }
+    };
+    let image = inputs.image(&version)?;
+    if !image.exists() {
+        let built = compile::build(&version, &archive::package(&version)?, &inputs)?;
+        install(&built, &image)?;
+    }
+    Ok(image)
+}
+
+/// Has the newest source package in the cache; returns its version.
+fn fetch() -> Result<String> {
+    let mut problem = None;
+    // First as the machine's own lists have it; they may be old, or without the
+    // package, so then by lists of the lab's own.
+    for sources in [Sources::System, Sources::Private] {
+        let refreshed = match sources {
+            Sources::System => Ok(()),
+            Sources::Private => archive::refresh(),
+        };
+        let Some(version) = archive::newest(sources)? else {
+            problem = refreshed.err().or(problem);
+            continue;
+        };
+        match archive::download(sources, &version) {
+            Ok(()) => return Ok(version),
+            Err(error) => problem = Some(error),
+        }
+    }
+    match problem {
+        Some(error) => Err(error),
+        None => bail!(
+            "{} is in none of apt's sources: the lab needs a Debian archive, or the package's file in {}",
+            archive::PACKAGE,
+            archive::folder()?.display()
+        ),
+    }
+}
+
+/// The newest version that can be had without the network.
+fn newest_cached(inputs: &Inputs) -> Result<Option<String>> {
+    let mut versions = archive::cached()?;
+    for entry in fs::read_dir(cache::folder("kernel")?)? {
+        let name = entry?.file_name();
+        let name = name.to_string_lossy();
+        if let Some((version, _)) = name.rsplit_once('-')
+            && inputs.folder_name(version) == name
+        {
+            versions.push(version.to_owned());
+        }
+    }
+    Ok(versions.into_iter().max_by(|a, b| compare(a, b)))
+}
+
+/// Compares versions, runs of digits by their value.
+fn compare(a: &str, b: &str) -> Ordering {
+    fn parts(version: &str) -> Vec<(u64, String)> {
+        let mut parts = vec![(0, String::new())];
+        for c in version.chars() {
+            let last = parts.last_mut().expect("never empty");
+            match c.to_digit(10) {
+                Some(digit) if last.1.is_empty() => last.0 = last.0 * 10 + u64::from(digit),
+                Some(digit) => parts.push((digit.into(), String::new())),
+                None => last.1.push(c),
+            }
+        }
+        parts
+    }
+    parts(a).cmp(&parts(b))
+}
+
+/// Puts an image in its place, whole or not at all.
+fn install(built: &Path, image: &Path) -> Result<()> {
+    let folder = image.parent().context("an image lies in a folder")?;
+    fs::create_dir_all(folder)?;
+    let part = folder.join("part");
+    fs::copy(built, &part)?;
+    fs::rename(&part, image)
+        .with_context(|| format!("{} could not be put in its place", image.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn newer_is_by_number() {
+        let sorted =
+            ["6.12.9-1~deb12u1", "6.12.95-1~deb12u1", "6.12.117-1~deb12u1", "6.12.117-2~deb12u1"];
+        for pair in sorted.windows(2) {
+            assert_eq!(compare(pair[0], pair[1]), Ordering::Less, "{pair:?}");
+        }
+    }
+
+    #[test]
+    fn the_name_depends_on_every_input() {
+        let name = |version: &str, content: &str| {
+            let inputs = Inputs {
+                fragment: PathBuf::new(),
+                patches: Vec::new(),
+                digest: Sha256::new_with_prefix(content),
+            };
+            inputs.folder_name(version)
+        };
+        assert_eq!(name("6.12", "a"), name("6.12", "a"));
+        assert_ne!(name("6.12", "a"), name("6.12", "b"));
+        assert_ne!(name("6.12", "a"), name("6.13", "a"));
+    }
+}

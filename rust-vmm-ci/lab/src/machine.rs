@@ -1,0 +1,180 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The emulated machine: QEMU's command line.
+
+use std::fs::File;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use anyhow::{Context, Result};
+use rustix::io::{FdFlags, fcntl_setfd};
+use rustix::process::{Signal, getpid, getppid, set_parent_process_death_signal};
+
+use crate::protocol::{CONTROL_PORT, OUT_TAG, ROOT_TAG, STDERR_PORT, STDOUT_PORT};
+
+const QEMU: &str = "qemu-system-x86_64";
+
+/// What the machine is to be like.
+#[derive(Debug)]
+pub struct Machine {
+    /// Emulated CPUs.
+    pub cpus: u32,
+    /// Memory in MiB.
+    pub memory_mib: u64,
+    /// Huge pages of 2M reserved at boot.
+    pub hugepages: u64,
+    /// Huge pages of 1G reserved at boot.
+    pub gigapages: u64,
+    /// Whether the clock counts instructions.
+    pub icount: bool,
+    /// More kernel parameters.
+    pub append: String,
+    /// Where QEMU's monitor listens, if it is wanted.
+    pub monitor: Option<PathBuf>,
+}
+
+/// The machine's ends of the streams that tie it to the session.
+#[derive(Debug)]
+pub struct Ends {
+    /// The kernel's console.
+    pub console: OwnedFd,
+    /// Messages with the agent.
+    pub control: OwnedFd,
+    /// The command's standard output.
+    pub stdout: OwnedFd,
+    /// The command's standard error.
+    pub stderr: OwnedFd,
+}
+
+impl Machine {
+    /// Memory that kernel and command need beside reserved huge pages, in MiB.
+    pub const LEAST_MEMORY_MIB: u64 = 512;
+
+    /// Starts QEMU, which dies with the thread that calls this.
+    pub fn start(&self, kernel: &Path, initramfs: File, out: &Path, ends: Ends) -> Result<Child> {
+        let mut qemu = self.command(kernel, &initramfs, out, &ends)?;
+        let parent = getpid();
+        // SAFETY: between fork and exec the closure makes two system calls and
+        // allocates nothing.
+        unsafe {
+            qemu.pre_exec(move || {
+                set_parent_process_death_signal(Some(Signal::KILL))?;
+                // The parent may have died before the line above.
+                if getppid() != Some(parent) {
+                    return Err(rustix::io::Errno::SRCH.into());
+                }
+                Ok(())
+            });
+        }
+        qemu.spawn()
+            .with_context(|| format!("{QEMU} could not be started (rust-vmm-ci/setup installs it)"))
+    }
+
+    fn command(&self, kernel: &Path, initramfs: &File, out: &Path, ends: &Ends) -> Result<Command> {
+        let mut qemu = Command::new(QEMU);
+        qemu.args(["-nodefaults", "-no-user-config", "-no-reboot"])
+            .args(["-display", "none", "-cpu", "max"])
+            // Little memory below 4G, where firmware and kernel break it up, so
+            // that most of it is whole for huge pages of 1G.
+            .args(["-machine", "pc,max-ram-below-4g=1G"])
+            // With a host thread for each CPU, nested guests with several vCPUs
+            // sometimes hang.
+            .args(["-accel", "tcg,thread=single"])
+            // The MP tables, by which the kernel finds its CPUs, list sockets.
+            .args(["-smp", &format!("cpus={0},sockets={0}", self.cpus)])
+            .args(["-m", &format!("{}M", self.memory_mib)])
+            .arg("-kernel")
+            .arg(kernel)
+            .args(["-initrd", &format!("/dev/fd/{}", initramfs.as_raw_fd())])
+            .args(["-append", &self.parameters()])
+            .args(["-device", "virtio-serial-pci"]);
+        if self.icount {
+            qemu.args(["-icount", "shift=0"]);
+        }
+        if let Some(monitor) = &self.monitor {
+            let monitor = value(monitor)?;
+            qemu.args(["-monitor", &format!("unix:{monitor},server=on,wait=off")]);
+        }
+        let ports = [
+            ("console", &ends.console),
+            (CONTROL_PORT, &ends.control),
+            (STDOUT_PORT, &ends.stdout),
+            (STDERR_PORT, &ends.stderr),
+        ];
+        for (name, end) in ports {
+            fcntl_setfd(end, FdFlags::empty())?;
+            qemu.arg("-chardev").arg(format!("socket,id={name},fd={}", end.as_raw_fd()));
+            if name == "console" {
+                qemu.args(["-serial", "chardev:console"]);
+            } else {
+                qemu.arg("-device").arg(format!("virtserialport,chardev={name},name={name}"));
+            }
+        }
+        let shares = [(ROOT_TAG, Path::new("/"), ",readonly=on"), (OUT_TAG, out, "")];
+        for (tag, path, mode) in shares {
+            let path = value(path)?;
+            qemu.arg("-fsdev")
+                .arg(format!(
+                    "local,id={tag},path={path},security_model=none,multidevs=remap{mode}"
+                ))
+                .arg("-device")
+                .arg(format!("virtio-9p-pci,fsdev={tag},mount_tag={tag}"));
+        }
+        qemu.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+        Ok(qemu)
+    }
+
+    fn parameters(&self) -> String {
+        let mut parameters = String::from("console=ttyS0 quiet panic=-1");
+        // QEMU's timers need no trying out, and its TSCs agree, though the kernel
+        // would not think so of several sockets.
+        parameters += " lapic_timer_khz=1000000 no_timer_check tsc=reliable";
+        if self.icount {
+            parameters += " tsc_early_khz=1000000";
+        }
+        if self.gigapages > 0 {
+            parameters += &format!(" hugepagesz=1G hugepages={}", self.gigapages);
+        }
+        if self.hugepages > 0 {
+            parameters += &format!(" hugepagesz=2M hugepages={}", self.hugepages);
+        }
+        if !self.append.is_empty() {
+            parameters += " ";
+            parameters += &self.append;
+        }
+        parameters
+    }
+}
+
+/// A path as a value in one of QEMU's options, where a comma is written twice.
+fn value(path: &Path) -> Result<String> {
+    let path = path
+        .to_str()
+        .with_context(|| format!("{} is no UTF-8: choose another path", path.display()))?;
+    Ok(path.replace(',', ",,"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parameters_name_the_pools_that_are_wanted() {
+        let mut machine = Machine {
+            cpus: 2,
+            memory_mib: 4096,
+            hugepages: 600,
+            gigapages: 0,
+            icount: false,
+            append: "kvm_amd.npt=0".into(),
+            monitor: None,
+        };
+        let parameters = machine.parameters();
+        assert!(parameters.contains("hugepagesz=2M hugepages=600"));
+        assert!(!parameters.contains("1G"));
+        assert!(parameters.ends_with(" kvm_amd.npt=0"));
+        machine.gigapages = 1;
+        assert!(machine.parameters().contains("hugepagesz=1G hugepages=1 "));
+    }
+}

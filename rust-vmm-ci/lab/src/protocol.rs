@@ -1,0 +1,115 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What the host and the agent inside tell each other: one line of JSON for each
+//! message, over a virtio port of its own.
+
+use std::ffi::OsString;
+use std::io::{self, BufRead, Write};
+
+use anyhow::{Context, Result, ensure};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+/// Name of the port that carries these messages.
+pub const CONTROL_PORT: &str = "lab.control";
+/// Name of the port that carries the command's standard output.
+pub const STDOUT_PORT: &str = "lab.stdout";
+/// Name of the port that carries the command's standard error.
+pub const STDERR_PORT: &str = "lab.stderr";
+/// Mount tag of the host's root.
+pub const ROOT_TAG: &str = "root";
+/// Mount tag of the folder that is shared for writing.
+pub const OUT_TAG: &str = "out";
+
+/// Host to agent: what to run.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Job {
+    /// The program and its arguments.
+    pub command: Vec<OsString>,
+    /// The whole environment.
+    pub environment: Vec<(OsString, OsString)>,
+    /// The working directory.
+    pub directory: OsString,
+    /// The folder that is shared for writing.
+    pub out: OsString,
+    /// Huge pages of 2M that the kernel was told to reserve.
+    pub hugepages: u64,
+    /// Huge pages of 1G that the kernel was told to reserve.
+    pub gigapages: u64,
+}
+
+/// Agent to host: how it went.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum Report {
+    /// The command runs.
+    Started,
+    /// The command ended, and all it wrote has been sent.
+    Ended {
+        /// Exit status as a shell has it: 128 + n for signal n.
+        status: u8,
+        /// Bytes sent to [`STDOUT_PORT`].
+        stdout: u64,
+        /// Bytes sent to [`STDERR_PORT`].
+        stderr: u64,
+        /// What the kernel logged, if it met a WARN, BUG or oops.
+        complaint: Option<String>,
+    },
+    /// The agent could not do its part.
+    Failed(String),
+}
+
+/// Sends one message.
+pub fn send(mut port: impl Write, message: &impl Serialize) -> Result<()> {
+    let mut line = serde_json::to_vec(message)?;
+    line.push(b'\n');
+    port.write_all(&line).context("a message was not sent")
+}
+
+/// Receives one message, or `None` if the other side is gone.
+pub fn receive<T: DeserializeOwned>(port: &mut impl BufRead) -> Result<Option<T>> {
+    let mut line = Vec::new();
+    match port.read_until(b'\n', &mut line) {
+        Ok(_) => {}
+        Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Ok(None),
+        Err(error) => return Err(error).context("no message could be read"),
+    }
+    if line.is_empty() {
+        return Ok(None);
+    }
+    ensure!(line.ends_with(b"\n"), "a message was cut short");
+    Ok(Some(serde_json::from_slice(&line)?))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::ffi::OsStringExt;
+
+    use super::*;
+
+    #[test]
+    fn messages_come_through_whole() {
+        let odd = OsString::from_vec(b"not \xff utf-8\n".to_vec());
+        let job = Job {
+            command: vec!["cmd".into(), odd.clone()],
+            environment: vec![("NAME".into(), odd.clone())],
+            directory: "/".into(),
+            out: "/out".into(),
+            hugepages: 1,
+            gigapages: 0,
+        };
+        let mut wire = Vec::new();
+        send(&mut wire, &job).expect("sent");
+        send(&mut wire, &Report::Started).expect("sent");
+        let mut wire = wire.as_slice();
+        let job: Job = receive(&mut wire).expect("read").expect("there");
+        assert_eq!(job.command[1], odd);
+        assert_eq!(job.environment[0].1, odd);
+        assert!(matches!(receive(&mut wire), Ok(Some(Report::Started))));
+        assert!(matches!(receive::<Report>(&mut wire), Ok(None)));
+    }
+
+    #[test]
+    fn half_a_message_is_an_error() {
+        let mut wire = b"\"Started\"".as_slice();
+        assert!(receive::<Report>(&mut wire).is_err());
+    }
+}

@@ -1,0 +1,385 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! A guest that loads or stores one word at a time, on memory that its test gives
+//! it page by page.
+
+use std::fs;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::ptr;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use kvm_bindings::{
+    KVM_MEM_LOG_DIRTY_PAGES, kvm_pre_fault_memory, kvm_userspace_memory_region,
+    kvm_userspace_memory_region2,
+};
+use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
+use vmm_sys_util::errno;
+use vmm_sys_util::ioctl::ioctl_with_mut_ref;
+
+/// The flags of a memslot that these tests are about.
+pub const USERFAULT: u32 = 1 << 3;
+pub const LOG: u32 = KVM_MEM_LOG_DIRTY_PAGES;
+
+/// Flag of a memory-fault exit: the page's bit is set.
+const EXIT_USERFAULT: u64 = 1 << 4;
+
+pub const PAGE: usize = 4096;
+/// Pages of one unit of 2M, and of the memory under test.
+pub const UNIT_PAGES: usize = 512;
+pub const PAGES: usize = 2 * UNIT_PAGES;
+
+/// The memory under test lies at its natural alignment, above what real mode
+/// reaches without a larger segment limit.
+const MEMORY_GPA: u64 = 2 << 20;
+const CODE_GPA: u64 = 0x1000;
+const CODE_SLOT: u32 = 0;
+const MEMORY_SLOT: u32 = 1;
+
+/// `mov eax, [ebx]; hlt` and, from 16 on, `mov [ebx], eax; hlt`, in 16-bit code.
+const LOAD: [u8; 5] = [0x67, 0x66, 0x8b, 0x03, 0xf4];
+const STORE: [u8; 5] = [0x67, 0x66, 0x89, 0x03, 0xf4];
+const STORE_OFFSET: usize = 16;
+
+vmm_sys_util::ioctl_iowr_nr!(KVM_PRE_FAULT_MEMORY, 0xae, 0xd5, kvm_pre_fault_memory);
+
+/// What backs the memory under test.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Backing {
+    /// shmem, in huge pages where the kernel can.
+    Shmem,
+    /// hugetlb of 2M.
+    Hugetlb,
+}
+
+/// How an access ended.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Access {
+    /// It went through; a load's value.
+    Done(u32),
+    /// It left the guest: this page is missing.
+    Missing(usize),
+    /// KVM_RUN failed with EFAULT and told no more.
+    Unexplained,
+}
+
+/// Shared memory behind a descriptor of its own.
+pub struct Shared {
+    fd: OwnedFd,
+    address: *mut u8,
+    length: usize,
+}
+
+impl Shared {
+    pub fn new(backing: Backing, length: usize) -> io::Result<Self> {
+        let flags = match backing {
+            Backing::Shmem => 0,
+            Backing::Hugetlb => libc::MFD_HUGETLB | libc::MFD_HUGE_2MB,
+        };
+        // SAFETY: the name is a C string.
+        let fd = unsafe { libc::memfd_create(c"userfault".as_ptr(), flags) };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: the descriptor is new, so nobody else owns it.
+        let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+        // SAFETY: these take the descriptor and numbers.
+        let sized = unsafe { libc::ftruncate(fd.as_raw_fd(), length.cast_signed() as i64) };
+        if sized != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        let shared = Self { address: Self::map(&fd, length)?, fd, length };
+        if backing == Backing::Shmem {
+            // SAFETY: the range is the mapping's own. An error means small pages.
+            unsafe { libc::madvise(shared.address.cast(), length, libc::MADV_HUGEPAGE) };
+        }
+        Ok(shared)
+    }
+
+    /// The same memory once more, as another process would map it.
+    pub fn again(&self) -> io::Result<Self> {
+        let fd = self.fd.try_clone()?;
+        Ok(Self { address: Self::map(&fd, self.length)?, fd, length: self.length })
+    }
+
+    /// Maps a file at an address that is a multiple of 2M, as huge pages need.
+    fn map(fd: &OwnedFd, length: usize) -> io::Result<*mut u8> {
+        let align = UNIT_PAGES * PAGE;
+        // SAFETY: a new mapping, placed by the kernel, touches nothing that exists.
+        let space = unsafe {
+            libc::mmap(
+                ptr::null_mut(),
+                length + align,
+                libc::PROT_NONE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+                -1,
+                0,
+            )
+        };
+        if space == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let offset = space.cast::<u8>().align_offset(align);
+        // SAFETY: the aligned range lies within the space that was just reserved,
+        // which nothing else uses.
+        let address = unsafe {
+            libc::mmap(
+                space.cast::<u8>().add(offset).cast(),
+                length,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED | libc::MAP_FIXED,
+                fd.as_raw_fd(),
+                0,
+            )
+        };
+        if address == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(address.cast())
+    }
+
+    pub fn address(&self) -> u64 {
+        self.address as u64
+    }
+
+    /// Takes away the right to read, as if the memory were gone.
+    pub fn forbid(&self) {
+        // SAFETY: the range is the mapping's own; the tests do not read it again.
+        let result = unsafe { libc::mprotect(self.address.cast(), self.length, libc::PROT_NONE) };
+        assert_eq!(result, 0);
+    }
+
+    fn word(&self, index: usize) -> &AtomicU64 {
+        assert!(index * 8 < self.length);
+        // SAFETY: within the mapping, aligned, and shared memory is what atomics
+        // are for.
+        unsafe { AtomicU64::from_ptr(self.address.cast::<u64>().add(index)) }
+    }
+
+    pub fn set(&self, bit: usize) {
+        self.word(bit / 64).fetch_or(1 << (bit % 64), Ordering::Release);
+    }
+
+    pub fn clear(&self, bit: usize) {
+        self.word(bit / 64).fetch_and(!(1 << (bit % 64)), Ordering::Release);
+    }
+
+    /// The first word of a page.
+    pub fn page(&self, page: usize) -> &AtomicU64 {
+        self.word(page * PAGE / 8)
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        // SAFETY: the range is the mapping's own, and no reference outlives self.
+        unsafe { libc::munmap(self.address.cast(), self.length) };
+    }
+}
+
+/// A virtual machine with the memory under test in a slot of its own.
+pub struct Guest {
+    // Before the memory, so that it is gone first.
+    vcpu: VcpuFd,
+    pub vm: VmFd,
+    _code: Shared,
+    pub memory: Shared,
+    pub bitmap: Shared,
+}
+
+/// What a page holds before it arrives: no guest may ever see it.
+pub fn unarrived(page: usize) -> u32 {
+    0xbad0_0000 | page as u32
+}
+
+/// What a page holds once it arrived.
+pub fn content(page: usize) -> u32 {
+    0x600d_0000 | page as u32
+}
+
+impl Guest {
+    /// A guest whose pages are all missing, their bits set, on memory that holds
+    /// something else already. `None` means: no such KVM here (after saying so).
+    pub fn new(backing: Backing, flags: u32) -> Option<Self> {
+        let kvm = match Kvm::new() {
+            Ok(kvm) => kvm,
+            Err(error) => return skip(&format!("/dev/kvm: {error}")),
+        };
+        if backing == Backing::Shmem {
+            // Only root may; without it shmem is in small pages.
+            let _ = fs::write("/sys/kernel/mm/transparent_hugepage/shmem_enabled", "advise");
+        }
+        let memory = match Shared::new(backing, PAGES * PAGE) {
+            Ok(memory) => memory,
+            Err(error) => return skip(&format!("memory in {backing:?}: {error}")),
+        };
+        let bitmap = Shared::new(Backing::Shmem, PAGE).expect("bitmap");
+        let vm = kvm.create_vm().expect("vm");
+        let code = Shared::new(Backing::Shmem, PAGE).expect("code");
+        for (offset, program) in [(0, LOAD), (STORE_OFFSET, STORE)] {
+            for (i, byte) in program.into_iter().enumerate() {
+                // SAFETY: within the page, and nobody else uses it yet.
+                unsafe { code.address.add(offset + i).write(byte) };
+            }
+        }
+        let region = kvm_userspace_memory_region {
+            slot: CODE_SLOT,
+            flags: 0,
+            guest_phys_addr: CODE_GPA,
+            memory_size: PAGE as u64,
+            userspace_addr: code.address(),
+        };
+        // SAFETY: the guest keeps the mapping for as long as the VM.
+        unsafe { vm.set_user_memory_region(region) }.expect("code slot");
+        let vcpu = vm.create_vcpu(0).expect("vcpu");
+        let mut sregs = vcpu.get_sregs().expect("sregs");
+        sregs.cs.base = 0;
+        sregs.cs.selector = 0;
+        // Real mode that reaches 4G.
+        for segment in [&mut sregs.ds, &mut sregs.es, &mut sregs.ss] {
+            segment.base = 0;
+            segment.limit = u32::MAX;
+            segment.g = 1;
+        }
+        vcpu.set_sregs(&sregs).expect("sregs");
+        let guest = Self { vcpu, vm, _code: code, memory, bitmap };
+        for page in 0..PAGES {
+            guest.memory.page(page).store(unarrived(page).into(), Ordering::Relaxed);
+            guest.bitmap.set(page);
+        }
+        // Whether the ABI is there is known only by trying.
+        match guest.set_flags(USERFAULT) {
+            Err(error) if error.errno() == libc::EINVAL => {
+                return skip("this KVM has no KVM_MEM_USERFAULT");
+            }
+            result => result.expect("slot with KVM_MEM_USERFAULT"),
+        }
+        if flags != USERFAULT {
+            guest.remove_slot();
+            guest.set_flags(flags).expect("slot");
+        }
+        Some(guest)
+    }
+
+    pub fn region(&self, flags: u32) -> kvm_userspace_memory_region2 {
+        let mut region = kvm_userspace_memory_region2 {
+            slot: MEMORY_SLOT,
+            flags,
+            guest_phys_addr: MEMORY_GPA,
+            memory_size: (PAGES * PAGE) as u64,
+            userspace_addr: self.memory.address(),
+            ..Default::default()
+        };
+        // userfault_bitmap, which kvm-bindings has no name for.
+        region.pad2[0] = self.bitmap.address();
+        region
+    }
+
+    pub fn set_region(&self, region: kvm_userspace_memory_region2) -> Result<(), errno::Error> {
+        // SAFETY: regions come from `region`, so they name mappings that live as
+        // long as the VM, or are refused.
+        unsafe { self.vm.set_user_memory_region2(region) }
+    }
+
+    pub fn set_flags(&self, flags: u32) -> Result<(), errno::Error> {
+        self.set_region(self.region(flags))
+    }
+
+    /// The ioctl that knows no bitmap.
+    pub fn set_flags_by_old_ioctl(&self, flags: u32) -> Result<(), errno::Error> {
+        let region = self.region(flags);
+        let region = kvm_userspace_memory_region {
+            slot: region.slot,
+            flags,
+            guest_phys_addr: region.guest_phys_addr,
+            memory_size: region.memory_size,
+            userspace_addr: region.userspace_addr,
+        };
+        // SAFETY: as in `set_region`.
+        unsafe { self.vm.set_user_memory_region(region) }
+    }
+
+    pub fn remove_slot(&self) {
+        let mut region = self.region(0);
+        region.memory_size = 0;
+        self.set_region(region).expect("slot removed");
+    }
+
+    /// Provides a page: content first, then the bit.
+    pub fn arrive(&self, page: usize) {
+        self.memory.page(page).store(content(page).into(), Ordering::Relaxed);
+        self.bitmap.clear(page);
+    }
+
+    pub fn load(&mut self, page: usize) -> Access {
+        self.start(0, page, 0);
+        self.resume()
+    }
+
+    pub fn store(&mut self, page: usize, value: u32) -> Access {
+        self.start(STORE_OFFSET, page, value);
+        self.resume()
+    }
+
+    fn start(&mut self, offset: usize, page: usize, value: u32) {
+        let mut regs = self.vcpu.get_regs().expect("regs");
+        regs.rip = CODE_GPA + offset as u64;
+        regs.rbx = MEMORY_GPA + (page * PAGE) as u64;
+        regs.rax = value.into();
+        regs.rflags = 2;
+        self.vcpu.set_regs(&regs).expect("regs");
+    }
+
+    /// Enters the guest where it was left.
+    pub fn resume(&mut self) -> Access {
+        match self.vcpu.run() {
+            Ok(VcpuExit::Hlt) => Access::Done(self.vcpu.get_regs().expect("regs").rax as u32),
+            Ok(VcpuExit::MemoryFault { flags, gpa, size }) => {
+                assert_eq!(flags, EXIT_USERFAULT);
+                assert_eq!(size, PAGE as u64);
+                assert_eq!(gpa % PAGE as u64, 0);
+                Access::Missing(usize::try_from(gpa - MEMORY_GPA).expect("64 bits") / PAGE)
+            }
+            Ok(other) => panic!("unexpected exit {other:?}"),
+            Err(error) if error.errno() == libc::EFAULT => Access::Unexplained,
+            Err(error) => panic!("KVM_RUN: {error}"),
+        }
+    }
+
+    /// Asks KVM to map a page ahead of use.
+    pub fn pre_fault(&mut self, page: usize) -> Result<(), errno::Error> {
+        let mut range = kvm_pre_fault_memory {
+            gpa: MEMORY_GPA + (page * PAGE) as u64,
+            size: PAGE as u64,
+            ..Default::default()
+        };
+        // SAFETY: the structure is the one that this ioctl takes.
+        match unsafe { ioctl_with_mut_ref(&self.vcpu, KVM_PRE_FAULT_MEMORY(), &mut range) } {
+            0 => Ok(()),
+            _ => Err(errno::Error::last()),
+        }
+    }
+
+    /// Pages that the guest wrote since it was last asked.
+    pub fn dirty(&self) -> Vec<usize> {
+        let log = self.vm.get_dirty_log(MEMORY_SLOT, PAGES * PAGE).expect("dirty log");
+        (0..PAGES).filter(|page| log[page / 64] >> (page % 64) & 1 == 1).collect()
+    }
+
+    /// Huge mappings of this VM, by KVM's own count.
+    pub fn huge_mappings(&self) -> u64 {
+        // Named after the thread that made the VM, which is the test's.
+        // SAFETY: gettid has no conditions.
+        let thread = unsafe { libc::gettid() };
+        let folder = format!("/sys/kernel/debug/kvm/{thread}-{}", self.vm.as_raw_fd());
+        let text = fs::read_to_string(format!("{folder}/pages_2m")).expect("KVM's counters");
+        text.trim().parse().expect("a number")
+    }
+}
+
+/// Says that nothing was tested; within the lab that is a failure.
+fn skip<T>(reason: &str) -> Option<T> {
+    assert!(std::env::var_os("LAB").is_none(), "in the lab, yet {reason}");
+    // Past libtest, which keeps what passing tests print.
+    let _ = io::Write::write_all(&mut io::stderr(), format!("SKIPPED: {reason}\n").as_bytes());
+    None
+}

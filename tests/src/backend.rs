@@ -1,0 +1,118 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Back-end processes: the project's own, and qemu-storage-daemon.
+
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+
+use crate::process::{Guarded, program};
+
+/// A back-end that serves one disk on a socket.
+#[derive(Debug)]
+pub struct BackEnd {
+    process: Guarded,
+    socket: PathBuf,
+}
+
+/// How the project's own back-end is started.
+#[derive(Clone, Debug)]
+pub struct BlkOptions {
+    /// Number of queues.
+    pub queues: u16,
+    /// Entries of each queue at most.
+    pub queue_size: u16,
+    /// Whether it offers PAGEFAULT.
+    pub postcopy: bool,
+}
+
+impl BackEnd {
+    /// Starts vhost-device-blk on `disk`.
+    ///
+    /// # Errors
+    ///
+    /// If it cannot be started, or does not listen soon.
+    pub fn vhost_device_blk(folder: &Path, disk: &Path, options: &BlkOptions) -> Result<Self> {
+        let socket = folder.join("blk.sock");
+        let mut command = Command::new(program("vhost-device-blk")?);
+        command
+            .arg("--socket")
+            .arg(&socket)
+            .arg("--disk")
+            .arg(disk)
+            .arg("--num-queues")
+            .arg(options.queues.to_string())
+            .arg("--queue-size")
+            .arg(options.queue_size.to_string())
+            .arg("--postcopy")
+            .arg(if options.postcopy { "on" } else { "off" });
+        BackEnd::start(command, socket)
+    }
+
+    /// Starts qemu-storage-daemon, which offers PAGEFAULT and answers with our own addresses.
+    ///
+    /// # Errors
+    ///
+    /// If it cannot be started, or does not listen soon.
+    pub fn qemu_storage_daemon(folder: &Path, disk: &Path) -> Result<Self> {
+        let socket = folder.join("qsd.sock");
+        let mut command = Command::new("qemu-storage-daemon");
+        command
+            .arg("--blockdev")
+            .arg(format!("driver=file,node-name=f,filename={},locking=off", disk.display()))
+            .arg("--export")
+            .arg(format!(
+                "type=vhost-user-blk,id=e,node-name=f,addr.type=unix,addr.path={},writable=on",
+                socket.display()
+            ));
+        BackEnd::start(command, socket)
+    }
+
+    fn start(mut command: Command, socket: PathBuf) -> Result<Self> {
+        let process = Guarded::spawn(command.stdin(Stdio::null()))?;
+        let mut this = BackEnd { process, socket };
+        let begun = Instant::now();
+        while !this.socket.exists() {
+            if let Some(status) = this.process.try_wait()? {
+                bail!("the back-end ended before it listened: {status}");
+            }
+            if begun.elapsed() > Duration::from_secs(60) {
+                bail!("the back-end does not listen on {}", this.socket.display());
+            }
+            thread::sleep(Duration::from_millis(5));
+        }
+        Ok(this)
+    }
+
+    /// Where it listens.
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// The back-end's process.
+    pub fn process(&mut self) -> &mut Guarded {
+        &mut self.process
+    }
+
+    /// Ends it as an administrator would, and waits until it has.
+    ///
+    /// # Errors
+    ///
+    /// If it does not end, or not with success.
+    pub fn terminate(mut self) -> Result<()> {
+        let id = libc::pid_t::try_from(self.process.id())?;
+        // SAFETY: the child has not been reaped, so the id is its own.
+        unsafe { libc::kill(id, libc::SIGTERM) };
+        let status = self.process.wait(Duration::from_secs(60)).context("end the back-end")?;
+        anyhow::ensure!(status.success(), "the back-end ended with {status}");
+        Ok(())
+    }
+
+    /// Whether somebody still accepts connections on the socket.
+    pub fn accepts(&self) -> bool {
+        UnixStream::connect(&self.socket).is_ok()
+    }
+}

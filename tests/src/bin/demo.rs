@@ -1,0 +1,264 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The main job, end to end, for people to watch: `rust-vmm-ci/demo` builds this and runs it.
+//!
+//! First what this host's own KVM can do, then the lab: huge pages, vCPUs that fault at 4K
+//! through KVM, and a vhost-user back-end that faults at 2M through userfaultfd, on the same
+//! memory.
+
+use std::fs;
+use std::io::{BufRead, BufReader, IsTerminal, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode, Stdio};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use clap::Parser;
+use demand_memory::BackingKind;
+use demand_tests::host;
+use demand_tests::process::{Guarded, program};
+use demand_tests::scenario::{Disk, Scenario};
+use demand_vmm::report::Report;
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+/// Restores memory lazily under a running guest and a running disk, and checks every byte.
+#[derive(Debug, Parser)]
+#[command(name = "rust-vmm-ci/demo")]
+struct Options {
+    /// Write the stages' reports (a JSON array) to this file.
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Draw pages over time, coloured by path (SVG), to this file.
+    #[arg(long, value_name = "FILE")]
+    timeline: Option<PathBuf>,
+    /// Only what this host's own KVM can do.
+    #[arg(long, conflicts_with = "lab_only")]
+    host_only: bool,
+    /// Only the lab.
+    #[arg(long)]
+    lab_only: bool,
+    /// Run the lab's stage here: this is the lab.
+    #[arg(long, hide = true)]
+    inside: bool,
+}
+
+fn main() -> ExitCode {
+    let options = Options::parse();
+    let result = if options.inside { inside(&options) } else { outside(&options) };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("demo: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// The files that the guest's disk holds: this project's own crates.
+fn files() -> Result<PathBuf> {
+    let top = Path::new(env!("CARGO_MANIFEST_DIR")).join("../crates");
+    top.canonicalize().context("find the crates whose files go onto the disk")
+}
+
+fn host_stage() -> Result<Scenario> {
+    Ok(Scenario {
+        stage: "host".into(),
+        memory: 128 << 20,
+        backing: BackingKind::Shmem,
+        engine: "auto".into(),
+        cpus: 2,
+        disk: Disk::FileSystem { of: files()?, size: 16 << 20, room: 16 << 20 },
+        queues: 2,
+        requests: 64,
+        fill: "off".into(),
+        guest: "touches=32".into(),
+        seed: 1,
+        timeline: None,
+        limit: Duration::from_secs(120),
+    })
+}
+
+fn lab_stage() -> Result<Scenario> {
+    Ok(Scenario {
+        stage: "lab".into(),
+        memory: 1 << 30,
+        backing: BackingKind::Hugetlb2M,
+        engine: "kvm-userfault".into(),
+        cpus: 2,
+        disk: Disk::FileSystem { of: files()?, size: 64 << 20, room: 64 << 20 },
+        queues: 2,
+        requests: 600,
+        fill: "off".into(),
+        guest: "touches=128".into(),
+        seed: 2,
+        timeline: None,
+        limit: Duration::from_secs(900),
+    })
+}
+
+/// What the lab's machine needs for its stage: the guest's memory in huge pages, and room for the
+/// images and everything else.
+const LAB_MEMORY: &str = "6G";
+const LAB_HUGEPAGES: &str = "520";
+
+fn outside(options: &Options) -> Result<()> {
+    let mut reports = Vec::new();
+    let mut stages = Vec::new();
+    if !options.lab_only {
+        println!("This host:\n");
+        run_visibly(Command::new(program("demand-vmm")?).arg("probe"))?;
+        println!();
+        if host::has_kvm() {
+            let mut scenario = host_stage()?;
+            scenario.timeline = options.timeline.as_ref().filter(|_| options.host_only).cloned();
+            let bar = Bar::new("host");
+            let report = scenario.run(&mut |present, total| bar.set(present, total))?;
+            bar.finish();
+            println!("{}", report.table());
+            reports.push(report);
+        } else {
+            println!("SKIPPED: the host's stage: there is no usable /dev/kvm here\n");
+        }
+        stages.push("host");
+    }
+    if !options.host_only {
+        println!("The lab: a real KVM with KVM Userfault, inside an emulated machine\n");
+        let report = run_in_lab(options)?;
+        println!("{}", report.table());
+        check_lab_report(&report)?;
+        reports.push(report);
+        stages.push("lab");
+    }
+    if let Some(path) = &options.json {
+        fs::write(path, serde_json::to_string_pretty(&reports)? + "\n")
+            .with_context(|| format!("write {}", path.display()))?;
+    }
+    if let Some(path) = &options.timeline {
+        println!("pages over time: {}", path.display());
+    }
+    Ok(())
+}
+
+/// What the lab's stage exists to show.
+fn check_lab_report(report: &Report) -> Result<()> {
+    ensure!(report.engine == "kvm-userfault", "the engine was {}", report.engine);
+    ensure!(report.backing == "hugetlb-2m", "the backing was {}", report.backing);
+    let (guest, back_end) = (&report.guest, &report.back_end);
+    ensure!(guest.granularity_bytes == 4096, "a guest fault mapped {}", guest.granularity_bytes);
+    ensure!(
+        back_end.granularity_bytes == 2 << 20,
+        "a back-end fault mapped {}",
+        back_end.granularity_bytes
+    );
+    ensure!(guest.faults >= 10_000, "there were only {} guest faults", guest.faults);
+    ensure!(back_end.faults >= 200, "there were only {} back-end faults", back_end.faults);
+    ensure!(report.verified, "nobody has verified the result");
+    Ok(())
+}
+
+/// Boots the lab and runs this program in it, with its files in a folder that both can write.
+fn run_in_lab(options: &Options) -> Result<Report> {
+    let out = tempfile::Builder::new()
+        .prefix("demo-")
+        .tempdir_in(std::env::current_dir()?.join("target"))
+        .context("make a folder for the lab's output")?;
+    let (json, svg) = (out.path().join("report.json"), out.path().join("timeline.svg"));
+    let mut command = Command::new(program("lab")?);
+    command.env("LAB_OUT", out.path());
+    command.args(["run", "--cpus", "2", "--memory", LAB_MEMORY, "--hugepages", LAB_HUGEPAGES]);
+    command.arg("--").arg(program("demo")?).arg("--inside").arg("--json").arg(&json);
+    if options.timeline.is_some() {
+        command.arg("--timeline").arg(&svg);
+    }
+    command.stdin(Stdio::null()).stdout(Stdio::piped());
+    let mut lab = Guarded::spawn(&mut command)?;
+    let bar = Bar::new("lab");
+    let pipe = lab.child().stdout.take().context("the lab's standard output")?;
+    for line in BufReader::new(pipe).lines() {
+        let line = line?;
+        let mut words = line.split(' ');
+        match (words.next(), words.next(), words.next()) {
+            (Some("progress"), Some(present), Some(total)) => {
+                bar.set(present.parse()?, total.parse()?);
+            }
+            _ => bar.say(&line),
+        }
+    }
+    let status = lab.wait(Duration::from_secs(60))?;
+    bar.finish();
+    ensure!(status.success(), "the lab's stage ended with {status}");
+    if let Some(path) = &options.timeline {
+        fs::copy(&svg, path).with_context(|| format!("write {}", path.display()))?;
+    }
+    Ok(serde_json::from_str(&fs::read_to_string(&json).context("read the lab's report")?)?)
+}
+
+/// The lab's stage, in the lab.
+fn inside(options: &Options) -> Result<()> {
+    let mut scenario = lab_stage()?;
+    scenario.timeline = options.timeline.clone();
+    println!("making images: 1 GiB of memory, and a disk with an ext4 file system");
+    let mut said = 0;
+    let report = scenario.run(&mut |present, total| {
+        // The line crosses an emulated console: not more of them than a bar can show.
+        if present == total || present >= said + total / 200 {
+            said = present;
+            println!("progress {present} {total}");
+            let _ = std::io::stdout().flush();
+        }
+    })?;
+    let path = options.json.as_ref().context("--inside needs --json")?;
+    fs::write(path, serde_json::to_string(&report)?).context("write the report")
+}
+
+fn run_visibly(command: &mut Command) -> Result<()> {
+    let status = command.stdin(Stdio::null()).status()?;
+    ensure!(status.success(), "{} ended with {status}", command.get_program().to_string_lossy());
+    Ok(())
+}
+
+/// A progress bar on a terminal; elsewhere, a line for each quarter.
+struct Bar {
+    name: &'static str,
+    bar: ProgressBar,
+    is_terminal: bool,
+    quarter: std::cell::Cell<u64>,
+}
+
+impl Bar {
+    fn new(name: &'static str) -> Self {
+        let is_terminal = std::io::stderr().is_terminal();
+        let target =
+            if is_terminal { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
+        let bar = ProgressBar::with_draw_target(None, target);
+        let template = "  {prefix:5} [{bar:40}] {pos}/{len} pages present, {elapsed}";
+        if let Ok(style) = ProgressStyle::with_template(template) {
+            bar.set_style(style.progress_chars("=> "));
+        }
+        bar.set_prefix(name);
+        Bar { name, bar, is_terminal, quarter: std::cell::Cell::new(0) }
+    }
+
+    fn set(&self, present: u64, total: u64) {
+        self.bar.set_length(total);
+        self.bar.set_position(present);
+        let quarter = present * 4 / total.max(1);
+        if !self.is_terminal && quarter > self.quarter.replace(quarter) {
+            println!("  {}: {present} of {total} pages present", self.name);
+        }
+    }
+
+    fn say(&self, line: &str) {
+        if self.is_terminal {
+            self.bar.println(format!("  {line}"));
+        } else {
+            println!("  {line}");
+        }
+    }
+
+    fn finish(&self) {
+        self.bar.finish_and_clear();
+        // Whatever follows comes after the bar's last line.
+        thread::sleep(Duration::from_millis(10));
+    }
+}

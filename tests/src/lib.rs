@@ -1,0 +1,9 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What the whole-system tests and the demo share: they run the project's own programs as a user
+//! would, as processes of their own, with real images, and look at what comes out.
+
+pub mod backend;
+pub mod host;
+pub mod process;
+pub mod sandbox;
+pub mod scenario;

@@ -1,0 +1,129 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Processes that do not outlive the test.
+
+use std::io::Read;
+use std::path::PathBuf;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+
+/// The program `name` of this workspace, from the folder that the running program was built into.
+///
+/// # Errors
+///
+/// If it has not been built.
+pub fn program(name: &str) -> Result<PathBuf> {
+    let this = std::env::current_exe().context("find the running program")?;
+    // Test programs lie one folder deeper than the others.
+    let folders = this.ancestors().skip(1).take(2);
+    let found = folders.map(|folder| folder.join(name)).find(|path| path.is_file());
+    found.with_context(|| {
+        format!("find {name} near {}: not there; run cargo build --workspace", this.display())
+    })
+}
+
+/// What a process left behind.
+#[derive(Debug)]
+pub struct Output {
+    /// How it ended.
+    pub status: ExitStatus,
+    /// What it wrote to standard output.
+    pub stdout: String,
+    /// What it wrote to standard error.
+    pub stderr: String,
+}
+
+/// A child process that is killed and reaped when this is dropped.
+#[derive(Debug)]
+pub struct Guarded {
+    name: String,
+    child: Child,
+}
+
+impl Guarded {
+    /// Starts a process.
+    ///
+    /// # Errors
+    ///
+    /// The system's, with the program's name.
+    pub fn spawn(command: &mut Command) -> Result<Self> {
+        let name = command.get_program().to_string_lossy().into_owned();
+        let child = command.spawn().with_context(|| format!("start {name}"))?;
+        Ok(Guarded { name, child })
+    }
+
+    /// The process's id.
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Whether it has ended, and how.
+    ///
+    /// # Errors
+    ///
+    /// The system's.
+    pub fn try_wait(&mut self) -> Result<Option<ExitStatus>> {
+        Ok(self.child.try_wait()?)
+    }
+
+    /// Waits until it ends by itself.
+    ///
+    /// # Errors
+    ///
+    /// If it has not ended within `limit`; it is killed then.
+    pub fn wait(&mut self, limit: Duration) -> Result<ExitStatus> {
+        let begun = Instant::now();
+        loop {
+            if let Some(status) = self.child.try_wait()? {
+                return Ok(status);
+            }
+            if begun.elapsed() > limit {
+                let _ = self.child.kill();
+                bail!("{} did not end within {limit:?}", self.name);
+            }
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// The child's standard output and error, where they are pipes.
+    pub fn child(&mut self) -> &mut Child {
+        &mut self.child
+    }
+}
+
+impl Drop for Guarded {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Runs a process to its end and keeps what it wrote.
+///
+/// # Errors
+///
+/// If it cannot be started, or does not end within `limit`.
+pub fn run(command: &mut Command, limit: Duration) -> Result<Output> {
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut process = Guarded::spawn(command)?;
+    let drain = |pipe: Option<Box<dyn Read + Send>>| {
+        thread::spawn(move || {
+            let mut bytes = Vec::new();
+            if let Some(mut pipe) = pipe {
+                let _ = pipe.read_to_end(&mut bytes);
+            }
+            String::from_utf8_lossy(&bytes).into_owned()
+        })
+    };
+    let child = process.child();
+    let stdout = drain(child.stdout.take().map(|pipe| Box::new(pipe) as _));
+    let stderr = drain(child.stderr.take().map(|pipe| Box::new(pipe) as _));
+    let waited = process.wait(limit);
+    drop(process);
+    let (stdout, stderr) =
+        (stdout.join().unwrap_or_default(), stderr.join().unwrap_or_default());
+    let status = waited.with_context(|| format!("it said: {stdout}{stderr}"))?;
+    Ok(Output { status, stdout, stderr })
+}

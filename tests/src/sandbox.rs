@@ -1,0 +1,69 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Processes that see other devices than the machine has.
+
+use std::ffi::CStr;
+use std::fs;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+
+/// A device in a sandbox's `/dev`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Device {
+    path: &'static CStr,
+    number: libc::dev_t,
+    mode: libc::mode_t,
+}
+
+impl Device {
+    /// The machine's device of this path, with other permissions; `None` if there is none.
+    pub fn of_machine(path: &'static CStr, mode: u32) -> Option<Self> {
+        let metadata = fs::metadata(path.to_str().ok()?).ok()?;
+        Some(Device { path, number: metadata.rdev(), mode })
+    }
+}
+
+/// Gives the process a `/dev` of its own that has only these devices, and runs it as `user` if
+/// one is given. Needs root.
+pub fn with_devices(command: &mut Command, devices: Vec<Device>, user: Option<u32>) {
+    let set_up = move || {
+        // The process's mounts part from the machine's before anything is mounted.
+        // SAFETY: unshare changes only the child, which has one thread.
+        check(unsafe { libc::unshare(libc::CLONE_NEWNS) })?;
+        mount(c"none", c"/", None, libc::MS_REC | libc::MS_PRIVATE)?;
+        mount(c"none", c"/dev", Some(c"tmpfs"), 0)?;
+        for device in &devices {
+            // SAFETY: the path is a C string.
+            check(unsafe {
+                libc::mknod(device.path.as_ptr(), libc::S_IFCHR | 0o600, device.number)
+            })?;
+            // SAFETY: as above. (mknod's mode is subject to the umask.)
+            check(unsafe { libc::chmod(device.path.as_ptr(), device.mode) })?;
+        }
+        if let Some(user) = user {
+            // SAFETY: these change only the child's identity; groups go first, while it may.
+            check(unsafe { libc::setgroups(0, std::ptr::null()) })?;
+            // SAFETY: as above.
+            check(unsafe { libc::setgid(user) })?;
+            // SAFETY: as above.
+            check(unsafe { libc::setuid(user) })?;
+        }
+        Ok(())
+    };
+    // SAFETY: between fork and exec the closure makes system calls only; it allocates nothing and
+    // takes no lock.
+    unsafe { command.pre_exec(set_up) };
+}
+
+fn mount(source: &CStr, target: &CStr, kind: Option<&CStr>, flags: libc::c_ulong) -> io::Result<()> {
+    let kind = kind.map_or(std::ptr::null(), CStr::as_ptr);
+    // SAFETY: all strings are C strings or null, and there is no data.
+    check(unsafe {
+        libc::mount(source.as_ptr(), target.as_ptr(), kind, flags, std::ptr::null())
+    })
+}
+
+fn check(result: libc::c_int) -> io::Result<()> {
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}

@@ -1,0 +1,325 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! A whole system: images, a back-end process, the VMM, and a third process that compares.
+
+use std::fs::{self, OpenOptions};
+use std::io::{BufRead, BufReader, Read};
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitStatus, Stdio};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use demand_memory::BackingKind;
+use demand_vmm::report::Report;
+
+use crate::backend::{BackEnd, BlkOptions};
+use crate::process::{Guarded, program, run};
+
+/// What the guest's disk is made of.
+#[derive(Clone, Debug)]
+pub enum Disk {
+    /// There is none.
+    None,
+    /// A pattern, of 16 MiB, of which the last 8 may be written.
+    Pattern,
+    /// A real file system, made by mkfs.ext4 from a folder, with room behind it that may be
+    /// written.
+    FileSystem {
+        /// The folder.
+        of: PathBuf,
+        /// Size of the file system, in bytes.
+        size: u64,
+        /// Size of the room behind it, in bytes.
+        room: u64,
+    },
+}
+
+/// One run.
+#[derive(Clone, Debug)]
+pub struct Scenario {
+    /// Name in the report.
+    pub stage: String,
+    /// Bytes of guest memory.
+    pub memory: u64,
+    /// What memory is made of.
+    pub backing: BackingKind,
+    /// As on the command line.
+    pub engine: String,
+    /// Number of vCPUs.
+    pub cpus: u32,
+    /// The disk.
+    pub disk: Disk,
+    /// Number of its queues.
+    pub queues: u16,
+    /// Requests to it.
+    pub requests: u32,
+    /// As on the command line: off, on, rate=...
+    pub fill: String,
+    /// Further words for `--test-guest`, as "order=strided,touches=10".
+    pub guest: String,
+    /// What everything random comes from.
+    pub seed: u64,
+    /// Where to draw pages over time.
+    pub timeline: Option<PathBuf>,
+    /// How long it may take.
+    pub limit: Duration,
+}
+
+impl Scenario {
+    /// The mixed run: guest, back-end and VMM on the same units, in all orders of arrival.
+    pub fn mixed(engine: &str, backing: BackingKind, cpus: u32, seed: u64) -> Self {
+        Scenario {
+            stage: format!("mixed, {cpus} vCPU"),
+            memory: 32 << 20,
+            backing,
+            engine: engine.into(),
+            cpus,
+            disk: Disk::Pattern,
+            queues: 2,
+            requests: 48,
+            fill: "off".into(),
+            guest: String::new(),
+            seed,
+            timeline: None,
+            limit: Duration::from_secs(300),
+        }
+    }
+
+    /// Runs it in a folder of its own, and tells `progress` how many pages are present, of how
+    /// many.
+    ///
+    /// # Errors
+    ///
+    /// If anything but success comes out: the report of a run that was not verified is one.
+    pub fn run(&self, progress: &mut dyn FnMut(u64, u64)) -> Result<Report> {
+        let folder = tempfile::Builder::new().prefix("demand-paging-").tempdir()?;
+        let system = System::set_up(self, folder.path())?;
+        let outcome = system.run_vmm(self, progress)?;
+        ensure!(
+            outcome.status.success(),
+            "demand-vmm ended with {}: {}",
+            outcome.status,
+            outcome.stderr
+        );
+        let text = fs::read_to_string(&system.report).context("read the report")?;
+        let report: Report = serde_json::from_str(&text).context("read the report")?;
+        ensure!(report.verified, "the run was not verified: {text}");
+        if let Some(back_end) = system.back_end {
+            back_end.terminate()?;
+        }
+        if let Disk::FileSystem { .. } = self.disk {
+            check_file_system(&system.disk)?;
+        }
+        Ok(report)
+    }
+}
+
+/// How the VMM ended.
+#[derive(Debug)]
+pub struct Outcome {
+    /// Its exit status.
+    pub status: ExitStatus,
+    /// What it said, but for progress.
+    pub stderr: String,
+}
+
+/// Images and a back-end, ready for the VMM.
+#[derive(Debug)]
+pub struct System {
+    /// The memory image.
+    pub image: PathBuf,
+    /// The disk as it was.
+    pub pristine: PathBuf,
+    /// The disk that the back-end serves.
+    pub disk: PathBuf,
+    /// Where the report goes.
+    pub report: PathBuf,
+    /// The back-end.
+    pub back_end: Option<BackEnd>,
+    write_area: u64,
+}
+
+/// Entries of each queue.
+const QUEUE_SIZE: u16 = 1024;
+
+impl System {
+    /// Makes images for the scenario in `folder` and starts its back-end.
+    ///
+    /// # Errors
+    ///
+    /// If there is no room, or a program is missing.
+    pub fn set_up(scenario: &Scenario, folder: &Path) -> Result<Self> {
+        let mut system = System {
+            image: folder.join("memory.img"),
+            pristine: folder.join("pristine.img"),
+            disk: folder.join("disk.img"),
+            report: folder.join("report.json"),
+            back_end: None,
+            write_area: 0,
+        };
+        let mut make = Command::new(program("demand-vmm")?);
+        make.arg("make-image").arg("--memory").arg(&system.image);
+        make.arg("--size").arg(scenario.memory.to_string());
+        make.arg("--seed").arg(scenario.seed.to_string());
+        match &scenario.disk {
+            Disk::None => {}
+            Disk::Pattern => {
+                make.arg("--disk").arg(&system.pristine).arg("--disk-size").arg("16M");
+                system.write_area = 8 << 20;
+            }
+            Disk::FileSystem { of, size, room } => {
+                make_file_system(&system.pristine, of, *size)?;
+                let file = OpenOptions::new().write(true).open(&system.pristine)?;
+                file.set_len(size + room)?;
+                system.write_area = *room;
+            }
+        }
+        succeed(&mut make)?;
+        if !matches!(scenario.disk, Disk::None) {
+            fs::copy(&system.pristine, &system.disk).context("copy the disk")?;
+            let options =
+                BlkOptions { queues: scenario.queues, queue_size: QUEUE_SIZE, postcopy: true };
+            system.back_end = Some(BackEnd::vhost_device_blk(folder, &system.disk, &options)?);
+        }
+        Ok(system)
+    }
+
+    /// The VMM's command for the scenario on these images.
+    ///
+    /// # Errors
+    ///
+    /// If it has not been built.
+    pub fn vmm_command(&self, scenario: &Scenario) -> Result<Command> {
+        let mut command = Command::new(program("demand-vmm")?);
+        command
+            .arg("run")
+            .arg("--stage")
+            .arg(&scenario.stage)
+            .arg("--memory")
+            .arg(format!("size={},backing={}", scenario.memory, scenario.backing))
+            .arg("--cpus")
+            .arg(scenario.cpus.to_string())
+            .arg("--engine")
+            .arg(&scenario.engine)
+            .arg("--source")
+            .arg(&self.image)
+            .arg("--fill")
+            .arg(&scenario.fill)
+            .arg("--report")
+            .arg(&self.report)
+            .arg("--verify")
+            .arg("--progress");
+        let mut guest = format!(
+            "seed={},requests={},queue-size={QUEUE_SIZE},write-area={}",
+            scenario.seed, scenario.requests, self.write_area
+        );
+        if let Some(back_end) = &self.back_end {
+            command.arg("--vhost-user").arg(format!(
+                "blk,socket={},queues={}",
+                back_end.socket().display(),
+                scenario.queues
+            ));
+            guest += &format!(",pristine={},disk={}", self.pristine.display(), self.disk.display());
+        }
+        if !scenario.guest.is_empty() {
+            guest += &format!(",{}", scenario.guest);
+        }
+        command.arg("--test-guest").arg(guest);
+        if let Some(timeline) = &scenario.timeline {
+            command.arg("--timeline").arg(timeline);
+        }
+        Ok(command)
+    }
+
+    /// Runs the VMM to its end.
+    ///
+    /// # Errors
+    ///
+    /// If it cannot be started or does not end in time; not if it fails.
+    pub fn run_vmm(
+        &self,
+        scenario: &Scenario,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<Outcome> {
+        let mut command = self.vmm_command(scenario)?;
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+        let mut process = Guarded::spawn(&mut command)?;
+        let pipe = process.child().stderr.take().context("the VMM's standard error")?;
+        // A VMM that hangs is ended from the side, which ends its output as well.
+        let (sender, lines) = std::sync::mpsc::channel();
+        let reader = thread::spawn(move || {
+            for line in BufReader::new(pipe).lines().map_while(Result::ok) {
+                if sender.send(line).is_err() {
+                    return;
+                }
+            }
+        });
+        let mut stderr = String::new();
+        let begun = std::time::Instant::now();
+        let status = loop {
+            match lines.recv_timeout(Duration::from_millis(100)) {
+                Ok(line) => match parse_progress(&line) {
+                    Some((present, total)) => progress(present, total),
+                    None => stderr += &(line + "\n"),
+                },
+                Err(std::sync::mpsc::RecvTimeoutError::Disconnected) => {
+                    let left = scenario.limit.saturating_sub(begun.elapsed());
+                    break process.wait(left.max(Duration::from_secs(5)));
+                }
+                Err(std::sync::mpsc::RecvTimeoutError::Timeout) => {}
+            }
+            if begun.elapsed() > scenario.limit {
+                let threads = describe_threads(process.id());
+                let _ = process.child().kill();
+                stderr += &threads;
+                break Err(anyhow::anyhow!("demand-vmm did not end within {:?}", scenario.limit));
+            }
+        };
+        drop(process);
+        let _ = reader.join();
+        Ok(Outcome { status: status.with_context(|| format!("it said: {stderr}"))?, stderr })
+    }
+}
+
+/// `progress PRESENT TOTAL`
+fn parse_progress(line: &str) -> Option<(u64, u64)> {
+    let mut words = line.strip_prefix("progress ")?.split(' ');
+    Some((words.next()?.parse().ok()?, words.next()?.parse().ok()?))
+}
+
+/// Where the threads of a process that hangs are.
+fn describe_threads(id: u32) -> String {
+    let read = |path: PathBuf| {
+        let mut text = String::new();
+        fs::File::open(path).and_then(|mut file| file.read_to_string(&mut text)).ok();
+        text.trim().to_string()
+    };
+    let Ok(tasks) = fs::read_dir(format!("/proc/{id}/task")) else { return String::new() };
+    let describe = |task: fs::DirEntry| {
+        let (name, place) = (read(task.path().join("comm")), read(task.path().join("wchan")));
+        format!("thread {name} is in {place}\n")
+    };
+    tasks.flatten().map(describe).collect()
+}
+
+fn succeed(command: &mut Command) -> Result<()> {
+    let output = run(command, Duration::from_secs(600))?;
+    let name = command.get_program().to_string_lossy();
+    ensure!(output.status.success(), "{name} ended with {}: {}", output.status, output.stderr);
+    Ok(())
+}
+
+fn make_file_system(path: &Path, of: &Path, size: u64) -> Result<()> {
+    fs::File::create(path)?.set_len(size)?;
+    // Debian keeps it where only root's PATH leads.
+    let mkfs = ["/usr/sbin/mkfs.ext4", "/sbin/mkfs.ext4"].into_iter().find(|p| Path::new(p).exists());
+    let mut command = Command::new(mkfs.unwrap_or("mkfs.ext4"));
+    succeed(command.arg("-q").arg("-F").arg("-d").arg(of).arg(path))
+        .context("make a file system; install e2fsprogs")
+}
+
+fn check_file_system(path: &Path) -> Result<()> {
+    let e2fsck = ["/usr/sbin/e2fsck", "/sbin/e2fsck"].into_iter().find(|p| Path::new(p).exists());
+    let mut command = Command::new(e2fsck.unwrap_or("e2fsck"));
+    succeed(command.arg("-f").arg("-n").arg(path)).context("check the file system afterwards")
+}

@@ -1,0 +1,215 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The command line.
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use clap::{Args, Parser, Subcommand};
+use demand_kvm::EngineChoice;
+
+use crate::error::Error;
+use crate::options::{FillOption, MemoryOption, TestGuestOption, VhostUserOption};
+use crate::report::Report;
+use crate::run::{RunOptions, run};
+
+/// Runs virtual machines whose memory arrives when it is first used.
+///
+/// Exit status: 0 done, 1 failed, 2 the command line is wrong, 3 this host cannot do what was
+/// asked.
+#[derive(Debug, Parser)]
+#[command(name = "demand-vmm", version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Says what this host can do, and why.
+    Probe(ProbeArgs),
+    /// Runs the built-in test guest on memory that is filled from an image.
+    Run(Box<RunArgs>),
+    /// Writes the memory image, and if asked a disk, that a test guest of the same seed goes with.
+    MakeImage(MakeImageArgs),
+}
+
+#[derive(Debug, Args)]
+struct ProbeArgs {
+    /// Print JSON instead of a table.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Args)]
+struct RunArgs {
+    /// size=1G[,backing=shmem|hugetlb-2m|hugetlb-1g][,reserve=on|off]
+    #[arg(long)]
+    memory: MemoryOption,
+    /// Number of vCPUs.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    cpus: u32,
+    /// How vCPU accesses to missing pages are trapped: auto, kvm-userfault or uffd.
+    #[arg(long, default_value = "auto")]
+    engine: EngineChoice,
+    /// The raw image that memory is filled from.
+    #[arg(long)]
+    source: PathBuf,
+    /// End with an error when the source has failed for this many seconds [default: never].
+    #[arg(long, value_name = "SECONDS")]
+    source_limit: Option<u64>,
+    /// blk,socket=PATH[,queues=N]
+    #[arg(long)]
+    vhost_user: Option<VhostUserOption>,
+    /// Background fill: on, off or rate=BYTES/s.
+    #[arg(long, default_value = "off")]
+    fill: FillOption,
+    /// What the test guest does: seed=N,order=sequential|random|strided,touches=N,requests=N,
+    /// write-area=SIZE,pristine=PATH,disk=PATH and more.
+    #[arg(long, default_value = "")]
+    test_guest: TestGuestOption,
+    /// Have a separate process compare memory and disk with what they must hold.
+    #[arg(long)]
+    verify: bool,
+    /// Name of the run in its report.
+    #[arg(long, default_value = "run")]
+    stage: String,
+    /// Write the report (JSON) to this file.
+    #[arg(long, value_name = "FILE")]
+    report: Option<PathBuf>,
+    /// Draw pages over time (SVG) to this file.
+    #[arg(long, value_name = "FILE")]
+    timeline: Option<PathBuf>,
+    /// Print the report as JSON instead of a table.
+    #[arg(long)]
+    json: bool,
+    /// Say on standard error, now and then, how many pages are present.
+    #[arg(long)]
+    progress: bool,
+}
+
+#[derive(Debug, Args)]
+struct MakeImageArgs {
+    /// Where the memory image goes.
+    #[arg(long)]
+    memory: Option<PathBuf>,
+    /// Its size.
+    #[arg(long, value_parser = crate::options::parse_size, default_value = "64M")]
+    size: u64,
+    /// Where the disk goes.
+    #[arg(long)]
+    disk: Option<PathBuf>,
+    /// Its size.
+    #[arg(long, value_parser = crate::options::parse_size, default_value = "16M")]
+    disk_size: u64,
+    /// What its content comes from.
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+}
+
+/// Does what the process's arguments say; `started` is when the process began.
+///
+/// # Errors
+///
+/// One line, with the exit status that belongs to it.
+pub fn main(started: Instant) -> Result<(), Error> {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        // Help and version are not errors.
+        Err(error) if !error.use_stderr() => error.exit(),
+        Err(error) => return Err(usage(&error)),
+    };
+    match cli.command {
+        Command::Probe(args) => {
+            print!("{}", crate::probe::probe(args.json)?);
+            Ok(())
+        }
+        Command::Run(args) => run_command(*args, started),
+        Command::MakeImage(args) => make_image(&args),
+    }
+}
+
+/// clap's error as one line: its first paragraph, without the tips and the usage below.
+fn usage(error: &clap::Error) -> Error {
+    let text = error.to_string();
+    let first = text.split("\n\n").next().unwrap_or(&text);
+    let first = first.strip_prefix("error: ").unwrap_or(first);
+    Error::usage(format!("{first}; --help lists the options"))
+}
+
+fn run_command(args: RunArgs, started: Instant) -> Result<(), Error> {
+    let options = RunOptions {
+        stage: args.stage,
+        memory: args.memory,
+        cpus: args.cpus,
+        engine: args.engine,
+        source: args.source,
+        source_limit: args.source_limit.map(Duration::from_secs),
+        vhost_user: args.vhost_user,
+        fill: args.fill,
+        test_guest: args.test_guest,
+        verify: args.verify,
+        progress: args.progress,
+        timeline: args.timeline,
+    };
+    let report = run(&options, started)?;
+    let json = to_json(&report)?;
+    if let Some(path) = &args.report {
+        std::fs::write(path, &json).map_err(|error| {
+            Error::failed(format!("write the report to {}: {error}", path.display()))
+        })?;
+    }
+    if args.json {
+        println!("{json}");
+    } else {
+        print!("{}", report.table());
+    }
+    Ok(())
+}
+
+fn to_json(report: &Report) -> Result<String, Error> {
+    serde_json::to_string_pretty(report)
+        .map_err(|error| Error::failed(format!("write the report: {error}")))
+}
+
+fn make_image(args: &MakeImageArgs) -> Result<(), Error> {
+    let content = crate::content::Content::new(args.seed);
+    let failed = |path: &PathBuf| {
+        let path = path.display().to_string();
+        move |error| Error::failed(format!("write {path}: {error}; is there room on the disk?"))
+    };
+    if let Some(path) = &args.memory {
+        content.write_image(path, args.size).map_err(failed(path))?;
+    }
+    if let Some(path) = &args.disk {
+        crate::content::write_disk(path, args.seed, args.disk_size).map_err(failed(path))?;
+    }
+    if args.memory.is_none() && args.disk.is_none() {
+        return Err(Error::usage("make-image: say what to make, with --memory or --disk"));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_wrong_option_is_one_line() {
+        for arguments in [
+            &["demand-vmm"][..],
+            &["demand-vmm", "run", "--memory", "size=1G"],
+            &["demand-vmm", "run", "--memory", "size=1Q", "--source", "x"],
+            &["demand-vmm", "fly"],
+        ] {
+            let error = Cli::try_parse_from(arguments).unwrap_err();
+            let line = usage(&error).to_string();
+            assert!(!line.contains('\n') && line.len() > 20, "{line}");
+        }
+    }
+}

@@ -1,0 +1,365 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What the test guest's memory image and disk hold: a function of a seed, so that any process can
+//! say what any byte must be.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+/// Bytes in a page.
+pub const PAGE_BYTES: usize = 4096;
+/// Words of 64 bits in a page.
+pub const PAGE_WORDS: u64 = 512;
+/// Pages in a unit: 2 MiB, on every backing (on shmem it is the chunk that back-ends get).
+pub const UNIT_PAGES: u64 = 512;
+/// Bytes in a unit.
+pub const UNIT_BYTES: u64 = UNIT_PAGES * PAGE_BYTES as u64;
+/// The units that are never hole units: their data pages are where rings go.
+pub const NO_HOLE_UNITS: u64 = 2;
+
+/// Pages in a run of holes.
+const RUN_PAGES: u64 = 16;
+const STEP: u64 = 0x9e37_79b9_7f4a_7c15;
+
+/// A well mixed function of `x`.
+const fn mixed(x: u64) -> u64 {
+    let x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    x ^ (x >> 31)
+}
+
+/// A well mixed function of a seed, of what it is for, and of an index.
+pub(crate) const fn hash(seed: u64, purpose: u64, index: u64) -> u64 {
+    mixed(mixed(seed ^ purpose.wrapping_mul(STEP)).wrapping_add(index.wrapping_mul(STEP)))
+}
+
+/// Random numbers that depend on nothing but a seed.
+#[derive(Clone, Debug)]
+pub(crate) struct Random(u64);
+
+impl Random {
+    pub(crate) const fn new(seed: u64, purpose: u64, index: u64) -> Self {
+        Random(hash(seed, purpose, index))
+    }
+
+    pub(crate) const fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(STEP);
+        mixed(self.0)
+    }
+
+    /// A number below `limit`, which is not 0.
+    pub(crate) const fn below(&mut self, limit: u64) -> u64 {
+        self.next() % limit
+    }
+
+    pub(crate) const fn one_in(&mut self, n: u64) -> bool {
+        self.below(n) == 0
+    }
+
+    pub(crate) fn shuffle<T>(&mut self, items: &mut [T]) {
+        for i in (1..items.len()).rev() {
+            items.swap(i, self.below(i as u64 + 1) as usize);
+        }
+    }
+}
+
+// What the hashes are for.
+const FOR_WORDS: u64 = 1;
+const FOR_UNITS: u64 = 2;
+const FOR_RUNS: u64 = 3;
+const FOR_PAGES: u64 = 4;
+const FOR_CODE: u64 = 5;
+const FOR_DISK: u64 = 6;
+
+/// What a page of the image holds.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Class {
+    /// Zeros; a hole in the image file.
+    Hole,
+    /// A different word in every place: no two words of an image's data are the same.
+    Data,
+    /// `mov rax, imm64; ret`, and data behind it.
+    Code,
+}
+
+/// The image of the test guest's memory.
+///
+/// # Examples
+///
+/// ```
+/// use demand_vmm::content::{Class, Content};
+///
+/// let content = Content::new(7);
+/// let page = (0..).find(|&page| content.class(page) == Class::Data).unwrap();
+/// let mut bytes = [0; 4096];
+/// content.page(page, &mut bytes);
+/// assert_eq!(bytes[16..24], content.word(page, 2).to_le_bytes());
+/// ```
+#[derive(Clone, Copy, Debug)]
+pub struct Content {
+    seed: u64,
+    key: u64,
+}
+
+/// The data word with this index; a bijection, so that all differ. In a loop over indices the
+/// multiplication becomes an addition.
+#[inline(always)]
+const fn data_word(key: u64, index: u64) -> u64 {
+    let x = key.wrapping_add(index.wrapping_mul(STEP));
+    x ^ (x >> 32)
+}
+
+impl Content {
+    /// The image that belongs to `seed`.
+    pub const fn new(seed: u64) -> Self {
+        Content { seed, key: hash(seed, FOR_WORDS, 0) }
+    }
+
+    /// What page `page` is. Holes are single pages, runs and whole units.
+    pub const fn class(&self, page: u64) -> Class {
+        let unit = page / UNIT_PAGES;
+        if unit >= NO_HOLE_UNITS && hash(self.seed, FOR_UNITS, unit) & 7 == 0 {
+            return Class::Hole;
+        }
+        if hash(self.seed, FOR_RUNS, page / RUN_PAGES) & 7 == 0 {
+            return Class::Hole;
+        }
+        match hash(self.seed, FOR_PAGES, page) & 15 {
+            0 => Class::Hole,
+            1 | 2 => Class::Code,
+            _ => Class::Data,
+        }
+    }
+
+    /// What the function at the start of code page `page` returns in rax.
+    pub const fn code_value(&self, page: u64) -> u64 {
+        hash(self.seed, FOR_CODE, page)
+    }
+
+    /// The first 16 bytes of a code page, as two words.
+    fn code_words(&self, page: u64) -> [u64; 2] {
+        let value = self.code_value(page);
+        let behind = data_word(self.key, page * PAGE_WORDS + 1);
+        // 48 b8 imm64: mov rax, imm64. c3: ret.
+        [0xb848 | value << 16, value >> 48 | 0xc3 << 16 | behind << 24]
+    }
+
+    /// Word `index` (0 to 511) of page `page`.
+    pub fn word(&self, page: u64, index: u64) -> u64 {
+        match self.class(page) {
+            Class::Hole => 0,
+            Class::Code if index < 2 => self.code_words(page)[index as usize],
+            _ => data_word(self.key, page * PAGE_WORDS + index),
+        }
+    }
+
+    /// The eight bytes at `address`, which need not be aligned and may lie in two pages.
+    pub fn read_u64(&self, address: u64) -> u64 {
+        let (index, shift) = (address / 8, address % 8 * 8);
+        let low = self.word(index / PAGE_WORDS, index % PAGE_WORDS);
+        if shift == 0 {
+            return low;
+        }
+        let high = self.word((index + 1) / PAGE_WORDS, (index + 1) % PAGE_WORDS);
+        low >> shift | high << (64 - shift)
+    }
+
+    /// Fills `bytes` with page `page`.
+    pub fn page(&self, page: u64, bytes: &mut [u8; PAGE_BYTES]) {
+        let class = self.class(page);
+        if class == Class::Hole {
+            bytes.fill(0);
+            return;
+        }
+        let (words, _) = bytes.as_chunks_mut::<8>();
+        for (i, word) in words.iter_mut().enumerate() {
+            *word = data_word(self.key, page * PAGE_WORDS + i as u64).to_le_bytes();
+        }
+        if class == Class::Code {
+            let [first, second] = self.code_words(page);
+            words[0] = first.to_le_bytes();
+            words[1] = second.to_le_bytes();
+        }
+    }
+
+    /// Whether `bytes` is page `page`. Faster than making the page and comparing.
+    pub fn page_is(&self, page: u64, bytes: &[u8; PAGE_BYTES]) -> bool {
+        let class = self.class(page);
+        let (words, _) = bytes.as_chunks::<8>();
+        let mut difference = 0;
+        if class == Class::Hole {
+            for word in words {
+                difference |= u64::from_le_bytes(*word);
+            }
+            return difference == 0;
+        }
+        let mut from = 0;
+        if class == Class::Code {
+            let [first, second] = self.code_words(page);
+            difference |= u64::from_le_bytes(words[0]) ^ first;
+            difference |= u64::from_le_bytes(words[1]) ^ second;
+            from = 2;
+        }
+        for (i, word) in words.iter().enumerate().skip(from) {
+            let expected = data_word(self.key, page * PAGE_WORDS + i as u64);
+            difference |= u64::from_le_bytes(*word) ^ expected;
+        }
+        difference == 0
+    }
+
+    /// Creates (or replaces) a sparse file with the first `bytes` bytes of the image; hole pages
+    /// are not written.
+    ///
+    /// # Errors
+    /// If `bytes` is no multiple of the unit, or the file system refuses.
+    pub fn write_image(&self, path: &Path, bytes: u64) -> io::Result<()> {
+        if !bytes.is_multiple_of(UNIT_BYTES) {
+            let what = format!("an image has a multiple of {UNIT_BYTES} bytes, not {bytes}");
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, what));
+        }
+        let file = File::create(path)?;
+        file.set_len(bytes)?;
+        let mut buffer = vec![0; UNIT_BYTES as usize];
+        for unit in 0..bytes / UNIT_BYTES {
+            let first = unit * UNIT_PAGES;
+            let mut start = None;
+            for i in 0..UNIT_PAGES as usize {
+                if self.class(first + i as u64) == Class::Hole {
+                    write_run(&file, &buffer, unit, start.take(), i)?;
+                } else {
+                    start = start.or(Some(i));
+                    let page = buffer[i * PAGE_BYTES..].first_chunk_mut();
+                    self.page(first + i as u64, page.expect("the buffer has a unit's pages"));
+                }
+            }
+            write_run(&file, &buffer, unit, start, UNIT_PAGES as usize)?;
+        }
+        Ok(())
+    }
+}
+
+/// Writes pages `start` to `end` of the unit in `buffer`, if there is a start.
+fn write_run(
+    file: &File,
+    buffer: &[u8],
+    unit: u64,
+    start: Option<usize>,
+    end: usize,
+) -> io::Result<()> {
+    let Some(start) = start else { return Ok(()) };
+    let offset = unit * UNIT_BYTES + (start * PAGE_BYTES) as u64;
+    file.write_all_at(&buffer[start * PAGE_BYTES..end * PAGE_BYTES], offset)
+}
+
+/// Creates (or replaces) a disk image of `bytes` bytes full of data, for tests that have no real
+/// one. No two words are the same.
+///
+/// # Errors
+/// If `bytes` is no multiple of a sector, or the file system refuses.
+pub fn write_disk(path: &Path, seed: u64, bytes: u64) -> io::Result<()> {
+    if !bytes.is_multiple_of(512) {
+        let what = format!("a disk has a multiple of 512 bytes, not {bytes}");
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, what));
+    }
+    let key = hash(seed, FOR_DISK, 0);
+    let file = File::create(path)?;
+    let mut buffer = vec![0; UNIT_BYTES as usize];
+    let mut offset = 0;
+    while offset < bytes {
+        for (i, word) in buffer.as_chunks_mut::<8>().0.iter_mut().enumerate() {
+            *word = data_word(key, offset / 8 + i as u64).to_le_bytes();
+        }
+        let len = UNIT_BYTES.min(bytes - offset);
+        file.write_all_at(&buffer[..len as usize], offset)?;
+        offset += len;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::MetadataExt;
+
+    #[test]
+    fn words_pages_and_unaligned_reads_agree() {
+        let content = Content::new(3);
+        let mut seen = [0; 3];
+        let mut bytes = vec![0u8; 64 * PAGE_BYTES];
+        for base in [0, 512, 700] {
+            for page in 0..64 {
+                let here: &mut [u8; PAGE_BYTES] =
+                    bytes[page as usize * PAGE_BYTES..].first_chunk_mut().unwrap();
+                content.page(base + page, here);
+                assert!(content.page_is(base + page, here));
+                seen[content.class(base + page) as usize] += 1;
+                for index in 0..PAGE_WORDS {
+                    let at = index as usize * 8;
+                    assert_eq!(
+                        u64::from_le_bytes(here[at..at + 8].try_into().unwrap()),
+                        content.word(base + page, index)
+                    );
+                }
+            }
+            for at in (0..bytes.len() - 8).step_by(37) {
+                let word = u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap());
+                assert_eq!(content.read_u64(base * PAGE_BYTES as u64 + at as u64), word);
+            }
+        }
+        assert!(seen.iter().all(|&n| n > 0), "{seen:?}");
+    }
+
+    #[test]
+    fn one_wrong_byte_is_seen() {
+        let content = Content::new(4);
+        let mut bytes = [0; PAGE_BYTES];
+        for page in 0..100 {
+            content.page(page, &mut bytes);
+            for at in [0, 9, 10, 11, 15, 16, 2000, 4095] {
+                bytes[at] ^= 1;
+                assert!(!content.page_is(page, &bytes));
+                bytes[at] ^= 1;
+            }
+            assert!(content.page_is(page, &bytes));
+        }
+    }
+
+    #[test]
+    fn code_pages_are_code() {
+        let content = Content::new(5);
+        let page = (0..).find(|&page| content.class(page) == Class::Code).unwrap();
+        let mut bytes = [0; PAGE_BYTES];
+        content.page(page, &mut bytes);
+        assert_eq!(bytes[..2], [0x48, 0xb8]);
+        assert_eq!(bytes[2..10], content.code_value(page).to_le_bytes());
+        assert_eq!(bytes[10], 0xc3);
+    }
+
+    #[test]
+    fn the_image_is_sparse_and_right() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("image");
+        let content = Content::new(6);
+        let size = 16 * UNIT_BYTES;
+        content.write_image(&path, size).unwrap();
+        let file = File::open(&path).unwrap();
+        assert_eq!(file.metadata().unwrap().len(), size);
+        assert!(file.metadata().unwrap().blocks() * 512 < size);
+        let mut bytes = [0; PAGE_BYTES];
+        for page in 0..16 * UNIT_PAGES {
+            file.read_exact_at(&mut bytes, page * PAGE_BYTES as u64).unwrap();
+            assert!(content.page_is(page, &bytes), "{page}");
+        }
+        assert!(content.write_image(&path, 4096).is_err());
+    }
+
+    #[test]
+    fn a_disk_of_any_number_of_sectors() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("disk");
+        write_disk(&path, 1, UNIT_BYTES + 512).unwrap();
+        assert_eq!(std::fs::metadata(&path).unwrap().len(), UNIT_BYTES + 512);
+        assert!(write_disk(&path, 1, 100).is_err());
+    }
+}

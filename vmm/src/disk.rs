@@ -1,0 +1,130 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The guest's disk: a vhost-user back-end on memory that has not arrived.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use demand_vhost::{BackEnd, Options, Vring};
+use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ};
+use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+use vm_memory::GuestAddress;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use crate::error::Error;
+use crate::guest_layout::BLK_QUEUE_NOTIFY;
+use crate::machine::Machine;
+use crate::notify::Notify;
+use crate::options::VhostUserOption;
+use crate::plan::Plan;
+
+/// What the guest's driver accepts of what a back-end offers. No event indices: the guest kicks
+/// for each request, and polls.
+const FEATURES: u64 =
+    1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_BLK_F_MQ | 1 << VIRTIO_BLK_F_FLUSH;
+
+/// How often the connection is looked at while the guest runs.
+const LOOK_EVERY: Duration = Duration::from_millis(200);
+
+/// A connected disk.
+#[derive(Debug)]
+pub struct Disk {
+    back_end: BackEnd,
+    notify: Arc<Notify>,
+    /// The guest polls, so nobody reads them.
+    _calls: Vec<EventFd>,
+    looked: Instant,
+}
+
+impl Disk {
+    /// Connects to the back-end, shares the machine's memory with it, none of which needs to have
+    /// arrived, and starts the queues that the plan has laid out.
+    ///
+    /// # Errors
+    ///
+    /// One line: nobody listens, the back-end cannot wait for missing pages or is wrong about
+    /// where it has mapped them, or its disk or queues are not what the plan needs.
+    pub fn connect(
+        option: &VhostUserOption,
+        machine: &Machine,
+        plan: &Plan,
+    ) -> Result<Self, Error> {
+        let mut back_end =
+            BackEnd::connect(&option.socket, Options::default()).map_err(Error::failed)?;
+        if back_end.queues() < u64::from(option.queues) {
+            return Err(Error::failed(format!(
+                "use {} queues of the vhost-user back-end at {}: it has {}; start it with more, \
+                 or ask for fewer",
+                option.queues,
+                option.socket.display(),
+                back_end.queues()
+            )));
+        }
+        back_end.set_features(FEATURES).map_err(Error::failed)?;
+        back_end
+            .share_missing_memory(machine.memory(), machine.service())
+            .map_err(Error::failed)?;
+
+        let notify = Notify::new(BLK_QUEUE_NOTIFY, option.queues).map_err(no_eventfd)?;
+        notify.serve_in_kvm(machine.vm());
+        let mut calls = Vec::new();
+        let queues = plan.rings().map_or(&[][..], |rings| rings.queues());
+        for (index, (queue, kick)) in queues.iter().zip(notify.kicks()).enumerate() {
+            let call = EventFd::new(EFD_NONBLOCK).map_err(no_eventfd)?;
+            let vring = Vring {
+                size: queue.size,
+                descriptors: GuestAddress(queue.descriptors),
+                available: GuestAddress(queue.avail),
+                used: GuestAddress(queue.used),
+                next_available: 0,
+                kick,
+                call: &call,
+            };
+            back_end.set_vring(index, &vring, true).map_err(Error::failed)?;
+            calls.push(call);
+        }
+        Ok(Disk { back_end, notify: Arc::new(notify), _calls: calls, looked: Instant::now() })
+    }
+
+    /// The register that the guest kicks the device through.
+    pub fn notify(&self) -> Arc<Notify> {
+        self.notify.clone()
+    }
+
+    /// Whether the back-end is still there; it is asked now and then only.
+    ///
+    /// # Errors
+    ///
+    /// If it is gone: requests that it had will never be answered.
+    pub fn check_alive(&mut self) -> Result<(), Error> {
+        if self.looked.elapsed() < LOOK_EVERY {
+            return Ok(());
+        }
+        self.looked = Instant::now();
+        self.back_end.check().map_err(Error::failed)
+    }
+
+    /// All pages are present: the back-end's accesses need no trap any more.
+    ///
+    /// # Errors
+    ///
+    /// The back-end's refusals.
+    pub fn end_postcopy(&mut self) -> Result<(), Error> {
+        self.back_end.end_postcopy().map_err(Error::failed)
+    }
+
+    /// Stops the queues and lets the back-end go.
+    ///
+    /// # Errors
+    ///
+    /// The back-end's refusals.
+    pub fn stop(mut self) -> Result<(), Error> {
+        for queue in 0..self.notify.kicks().len() {
+            self.back_end.stop_vring(queue).map_err(Error::failed)?;
+        }
+        Ok(())
+    }
+}
+
+fn no_eventfd(error: std::io::Error) -> Error {
+    Error::host(format!("make an eventfd: {error}; raise the limit of open files (ulimit -n)"))
+}

@@ -1,0 +1,277 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The test guest's code: an interpreter of steps, for 64-bit mode without an operating system.
+//!
+//! It touches no memory but the control region and what its steps name, and uses few and common
+//! instructions, so that a KVM that emulates each of them runs it as well.
+//!
+//! | register | holds |
+//! |---|---|
+//! | rdi | the step, 32 bytes: opcode, address, value, 0 |
+//! | rsi | the table of handlers |
+//! | rbp | this vCPU's result block |
+//! | rsp | its stack |
+//! | rbx, rcx | address and value of the step |
+//! | rdx | what was found |
+//! | r8 | polls until the next word to the VMM |
+
+use iced_x86::code_asm::*;
+use iced_x86::{BlockEncoderOptions, IcedError};
+
+use crate::plan::{Step, Width};
+
+/// The port on which a vCPU says that its program has ended: [`DONE`] or [`FAILED`] in al.
+pub const PORT_END: u16 = 0xf4;
+/// The port on which a vCPU says, now and then, that it is waiting. The VMM may let other threads
+/// run, and enters the vCPU again.
+pub const PORT_WAIT: u16 = 0xf5;
+
+/// Not yet started, or running.
+pub const RUNNING: u64 = 0;
+/// The program is through.
+pub const DONE: u64 = 1;
+/// A step found something else than it expected.
+pub const FAILED: u64 = 2;
+/// The vCPU has waited for a while at the step that the result block names.
+pub const WAITING: u64 = 3;
+
+/// Bytes in an encoded step.
+pub const STEP_BYTES: u64 = 32;
+/// Bytes in a result block.
+pub const RESULT_BYTES: u64 = 64;
+
+/// Polls between two words to the VMM.
+const POLLS: u32 = 256;
+
+// Offsets in the result block.
+pub(crate) const RESULT_STATE: u64 = 0;
+pub(crate) const RESULT_STEP: u64 = 8;
+pub(crate) const RESULT_ADDRESS: u64 = 16;
+pub(crate) const RESULT_EXPECTED: u64 = 24;
+pub(crate) const RESULT_FOUND: u64 = 32;
+
+/// What the interpreter knows; the discriminants are indices in the table of handlers.
+#[derive(Clone, Copy, Debug)]
+enum Opcode {
+    Check1,
+    Check2,
+    Check4,
+    Check8,
+    Write1,
+    Write2,
+    Write4,
+    Write8,
+    Add,
+    Call,
+    WaitUsed,
+    WaitFlag,
+    End,
+}
+
+const OPCODES: usize = Opcode::End as usize + 1;
+
+/// The encoded end of a program.
+pub(crate) const END: [u64; 4] = [Opcode::End as u64, 0, 0, 0];
+
+/// Encodes a step; `flag` gives the guest physical address of a flag.
+pub(crate) fn encode(step: &Step, flag: impl Fn(usize) -> u64) -> [u64; 4] {
+    let (opcode, address, value) = match *step {
+        Step::Check { address, expect, width } => {
+            (width_of(Opcode::Check1, width), address, expect)
+        }
+        Step::Write { address, value, width } => (width_of(Opcode::Write1, width), address, value),
+        Step::Add { address, value } => (Opcode::Add as u64, address, value),
+        Step::Call { address, expect } => (Opcode::Call as u64, address, expect),
+        Step::PublishAvail { address, value } => (Opcode::Write2 as u64, address, value.into()),
+        Step::Kick { address, queue } => (Opcode::Write4 as u64, address, queue.into()),
+        Step::WaitUsed { address, value } => (Opcode::WaitUsed as u64, address, value.into()),
+        Step::WaitFlag { flag: number, at_least } => {
+            (Opcode::WaitFlag as u64, flag(number), at_least)
+        }
+        Step::SetFlag { flag: number, value } => (Opcode::Write8 as u64, flag(number), value),
+    };
+    [opcode, address, value, 0]
+}
+
+/// The opcode for `width`, `first` being the one for a byte.
+fn width_of(first: Opcode, width: Width) -> u64 {
+    let more = match width {
+        Width::One => 0,
+        Width::Two => 1,
+        Width::Four => 2,
+        Width::Eight => 3,
+    };
+    first as u64 + more
+}
+
+/// The interpreter as machine code.
+#[derive(Clone, Debug)]
+pub struct GuestCode {
+    /// The code.
+    pub code: Vec<u8>,
+    /// Address of its first instruction.
+    pub entry: u64,
+    /// The table that rsi points to.
+    pub handlers: Vec<u64>,
+}
+
+/// Assembles the interpreter to run at guest address `address`.
+///
+/// # Errors
+/// If the assembler refuses, which no address makes it do.
+pub fn assemble(address: u64) -> Result<GuestCode, IcedError> {
+    let mut a = CodeAssembler::new(64)?;
+    let mut entry = a.create_label();
+    let mut fail = a.create_label();
+    let mut handlers: Vec<CodeLabel> = (0..OPCODES).map(|_| a.create_label()).collect();
+
+    a.set_label(&mut entry)?;
+    dispatch(&mut a)?;
+
+    for opcode in [Opcode::Check1, Opcode::Check2, Opcode::Check4, Opcode::Check8] {
+        a.set_label(&mut handlers[opcode as usize])?;
+        match opcode {
+            Opcode::Check1 => a.movzx(edx, byte_ptr(rbx))?,
+            Opcode::Check2 => a.movzx(edx, word_ptr(rbx))?,
+            Opcode::Check4 => a.mov(edx, dword_ptr(rbx))?,
+            _ => a.mov(rdx, qword_ptr(rbx))?,
+        }
+        a.cmp(rdx, rcx)?;
+        a.jne(fail)?;
+        next(&mut a)?;
+    }
+    for opcode in [Opcode::Write1, Opcode::Write2, Opcode::Write4, Opcode::Write8] {
+        a.set_label(&mut handlers[opcode as usize])?;
+        match opcode {
+            Opcode::Write1 => a.mov(byte_ptr(rbx), cl)?,
+            Opcode::Write2 => a.mov(word_ptr(rbx), cx)?,
+            Opcode::Write4 => a.mov(dword_ptr(rbx), ecx)?,
+            _ => a.mov(qword_ptr(rbx), rcx)?,
+        }
+        next(&mut a)?;
+    }
+    a.set_label(&mut handlers[Opcode::Add as usize])?;
+    a.add(qword_ptr(rbx), rcx)?;
+    next(&mut a)?;
+
+    a.set_label(&mut handlers[Opcode::Call as usize])?;
+    a.call(rbx)?;
+    a.mov(rdx, rax)?;
+    a.cmp(rdx, rcx)?;
+    a.jne(fail)?;
+    next(&mut a)?;
+
+    // The distance is a signed number of 16 bits: indices wrap.
+    let mut arrived = a.create_label();
+    let mut poll = a.create_label();
+    a.set_label(&mut handlers[Opcode::WaitUsed as usize])?;
+    a.mov(r8d, POLLS)?;
+    a.set_label(&mut poll)?;
+    a.movzx(edx, word_ptr(rbx))?;
+    a.mov(eax, edx)?;
+    a.sub(eax, ecx)?;
+    a.test(eax, 0x8000)?;
+    a.je(arrived)?;
+    poll_again(&mut a, poll)?;
+    a.set_label(&mut arrived)?;
+    next(&mut a)?;
+
+    let mut set = a.create_label();
+    let mut poll = a.create_label();
+    a.set_label(&mut handlers[Opcode::WaitFlag as usize])?;
+    a.mov(r8d, POLLS)?;
+    a.set_label(&mut poll)?;
+    a.mov(rdx, qword_ptr(rbx))?;
+    a.cmp(rdx, rcx)?;
+    a.jae(set)?;
+    poll_again(&mut a, poll)?;
+    a.set_label(&mut set)?;
+    next(&mut a)?;
+
+    a.set_label(&mut handlers[Opcode::End as usize])?;
+    report(&mut a, DONE)?;
+    halt(&mut a)?;
+
+    a.set_label(&mut fail)?;
+    report(&mut a, FAILED)?;
+    halt(&mut a)?;
+
+    let options = BlockEncoderOptions::RETURN_NEW_INSTRUCTION_OFFSETS;
+    let assembled = a.assemble_options(address, options)?;
+    let handlers: Result<_, _> = handlers.iter().map(|label| assembled.label_ip(label)).collect();
+    let entry = assembled.label_ip(&entry)?;
+    Ok(GuestCode { handlers: handlers?, entry, code: assembled.inner.code_buffer })
+}
+
+/// Goes on with the next step.
+fn next(a: &mut CodeAssembler) -> Result<(), IcedError> {
+    a.add(rdi, STEP_BYTES as i32)?;
+    dispatch(a)
+}
+
+/// Does the step that rdi points to.
+fn dispatch(a: &mut CodeAssembler) -> Result<(), IcedError> {
+    a.mov(rax, qword_ptr(rdi))?;
+    a.mov(rbx, qword_ptr(rdi + 8))?;
+    a.mov(rcx, qword_ptr(rdi + 16))?;
+    a.jmp(qword_ptr(rsi + rax * 8))
+}
+
+/// Polls again, from `poll` on; tells the VMM now and then.
+fn poll_again(a: &mut CodeAssembler, poll: CodeLabel) -> Result<(), IcedError> {
+    a.pause()?;
+    a.sub(r8d, 1)?;
+    a.jne(poll)?;
+    report(a, WAITING)?;
+    a.out(PORT_WAIT as i32, al)?;
+    a.mov(r8d, POLLS)?;
+    a.jmp(poll)
+}
+
+/// Fills in the result block, and puts the state in al. The step is its address; the layout knows
+/// which one that is.
+fn report(a: &mut CodeAssembler, state: u64) -> Result<(), IcedError> {
+    a.mov(qword_ptr(rbp + RESULT_STEP as i32), rdi)?;
+    a.mov(qword_ptr(rbp + RESULT_ADDRESS as i32), rbx)?;
+    a.mov(qword_ptr(rbp + RESULT_EXPECTED as i32), rcx)?;
+    a.mov(qword_ptr(rbp + RESULT_FOUND as i32), rdx)?;
+    a.mov(eax, state as u32)?;
+    a.mov(qword_ptr(rbp + RESULT_STATE as i32), rax)
+}
+
+fn halt(a: &mut CodeAssembler) -> Result<(), IcedError> {
+    let mut end = a.create_label();
+    a.set_label(&mut end)?;
+    a.out(PORT_END as i32, al)?;
+    a.hlt()?;
+    // Whoever enters it again hears the same again.
+    a.jmp(end)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn it_assembles_and_every_opcode_has_a_handler() {
+        let address = 0xf_0000_0000;
+        let code = assemble(address).unwrap();
+        assert_eq!(code.handlers.len(), OPCODES);
+        assert!(code.code.len() < 4096, "{}", code.code.len());
+        let end = address + code.code.len() as u64;
+        for (i, handler) in code.handlers.iter().enumerate() {
+            assert!((address..end).contains(handler));
+            assert!(!code.handlers[..i].contains(handler));
+        }
+        assert_eq!(code.entry, address);
+    }
+
+    #[test]
+    fn widths_are_opcodes() {
+        let check = |width| Step::Check { address: 16, expect: 5, width };
+        let encoded = |step| encode(&step, |flag| 0x1000 + flag as u64);
+        assert_eq!(encoded(check(Width::One)), [Opcode::Check1 as u64, 16, 5, 0]);
+        assert_eq!(encoded(check(Width::Eight)), [Opcode::Check8 as u64, 16, 5, 0]);
+        let set = Step::SetFlag { flag: 3, value: 9 };
+        assert_eq!(encoded(set), [Opcode::Write8 as u64, 0x1003, 9, 0]);
+    }
+}

@@ -1,0 +1,359 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Where things are in the test guest's address space, and how its vCPUs start.
+//!
+//! | guest physical | what |
+//! |---|---|
+//! | 0 up to [`MEMORY_LIMIT`] | the memory under test |
+//! | [`MMIO_ADDRESS`] | virtio-mmio devices, 4 KiB each |
+//! | [`CONTROL_ADDRESS`] | the control region: plain memory, always present |
+//!
+//! The control region holds page tables, the interpreter, stacks, result blocks, flags and the
+//! programs: a guest that waits for a page of the memory under test needs nothing else from it.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use demand_memory::Mapping;
+use kvm_bindings::{
+    CpuId, KVM_MAX_CPUID_ENTRIES, KVM_MP_STATE_RUNNABLE, kvm_mp_state, kvm_regs, kvm_segment,
+};
+use kvm_ioctls::{Kvm, VcpuFd};
+
+use crate::guest_code::{
+    END, RESULT_ADDRESS, RESULT_BYTES, RESULT_EXPECTED, RESULT_FOUND, RESULT_STATE, RESULT_STEP,
+    STEP_BYTES, assemble, encode,
+};
+use crate::plan::Plan;
+
+/// Most memory under test, in bytes: it ends below the devices.
+pub const MEMORY_LIMIT: u64 = 0xc000_0000;
+/// Where the first virtio-mmio device is.
+pub const MMIO_ADDRESS: u64 = 0xd000_0000;
+/// Bytes that each virtio-mmio device has.
+pub const MMIO_BYTES: u64 = 0x1000;
+/// The QueueNotify register of the first device, which is the disk.
+pub const BLK_QUEUE_NOTIFY: u64 = MMIO_ADDRESS + 0x50;
+/// Where the control region is: 60 GiB, which 36 bits of physical address reach.
+pub const CONTROL_ADDRESS: u64 = 0xf_0000_0000;
+/// Most vCPUs.
+pub const MAX_CPUS: u32 = 64;
+
+const GIB: u64 = 1 << 30;
+const LARGE_PAGE: u64 = 2 << 20;
+const PAGE: u64 = 4096;
+
+// The page tables: one of level 4 and one of level 3, and of level 2 one for each GiB below the
+// limit of memory, one for the devices, one for the control region.
+const MEMORY_TABLES: u64 = MEMORY_LIMIT / GIB;
+const TABLES: u64 = 2 + MEMORY_TABLES + 2;
+const PRESENT: u64 = 1;
+const WRITABLE: u64 = 1 << 1;
+// Set from the start, so that nobody has to set them.
+const ACCESSED_DIRTY: u64 = 3 << 5;
+const LARGE: u64 = 1 << 7;
+
+// Offsets in the control region.
+const CODE: u64 = TABLES * PAGE;
+const HANDLERS: u64 = CODE + PAGE;
+const RESULTS: u64 = HANDLERS + PAGE;
+const STACKS: u64 = RESULTS + PAGE;
+const STACK_BYTES: u64 = 512;
+const FLAGS: u64 = STACKS + MAX_CPUS as u64 * STACK_BYTES;
+
+/// Where things are in the control region of one plan.
+#[derive(Clone, Debug)]
+pub struct GuestLayout {
+    flags: usize,
+    memory_bytes: u64,
+    /// Offset of each vCPU's program.
+    programs: Vec<u64>,
+    size: u64,
+    entry: u64,
+}
+
+/// How far a vCPU has come, as it says itself.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct CpuResult {
+    /// [`RUNNING`](crate::guest_code::RUNNING), [`DONE`](crate::guest_code::DONE),
+    /// [`FAILED`](crate::guest_code::FAILED) or [`WAITING`](crate::guest_code::WAITING).
+    pub state: u64,
+    /// Index of the step in its program.
+    pub step: usize,
+    /// Address that the step named.
+    pub address: u64,
+    /// What the step expected there.
+    pub expected: u64,
+    /// What it found.
+    pub found: u64,
+}
+
+/// Why the test guest cannot be set up.
+#[derive(Debug, thiserror::Error)]
+pub enum LayoutError {
+    /// There is no memory for the control region.
+    #[error("map {size} bytes for the test guest's control region: {error}; free some memory")]
+    Map {
+        /// Bytes.
+        size: u64,
+        /// What the system said.
+        error: io::Error,
+    },
+    /// The programs are too long.
+    #[error(
+        "the test guest's control region would have {size} bytes, and 1 GiB is the most; ask for \
+         fewer touches"
+    )]
+    TooLarge {
+        /// Bytes.
+        size: u64,
+    },
+    /// The interpreter could not be assembled.
+    #[error("assemble the test guest's code: {0}; this is a mistake in the program")]
+    Assemble(#[from] iced_x86::IcedError),
+    /// KVM refused part of a vCPU's state.
+    #[error("{what} of vCPU {cpu}: {error}; check that /dev/kvm is that of an x86_64 host")]
+    Kvm {
+        /// What was asked.
+        what: &'static str,
+        /// Which vCPU.
+        cpu: usize,
+        /// What KVM said.
+        error: kvm_ioctls::Error,
+    },
+}
+
+impl GuestLayout {
+    /// The layout for `plan`.
+    ///
+    /// # Errors
+    /// If the programs are too long.
+    pub fn new(plan: &Plan) -> Result<Self, LayoutError> {
+        let mut end = (FLAGS + 8 * plan.flags() as u64).next_multiple_of(PAGE);
+        let mut programs = Vec::new();
+        for cpu in 0..plan.params().cpus as usize {
+            programs.push(end);
+            let steps = plan.program(cpu).len() as u64 + 1;
+            end = (end + steps * STEP_BYTES).next_multiple_of(PAGE);
+        }
+        let size = end.next_multiple_of(LARGE_PAGE);
+        if size > GIB {
+            return Err(LayoutError::TooLarge { size });
+        }
+        Ok(GuestLayout {
+            flags: plan.flags(),
+            memory_bytes: plan.params().memory_bytes,
+            programs,
+            size,
+            entry: assemble(CONTROL_ADDRESS + CODE)?.entry,
+        })
+    }
+
+    /// Size of the control region in bytes, a multiple of 2 MiB.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// Guest physical address of the first instruction.
+    pub fn entry(&self) -> u64 {
+        self.entry
+    }
+
+    /// Fills the control region.
+    fn fill(&self, plan: &Plan, control: &[AtomicU64]) -> Result<(), LayoutError> {
+        let put = |offset: u64, value: u64| {
+            control[(offset / 8) as usize].store(value, Ordering::Relaxed);
+        };
+        self.fill_page_tables(put);
+        let code = assemble(CONTROL_ADDRESS + CODE)?;
+        for (i, bytes) in code.code.chunks(8).enumerate() {
+            let mut word = [0; 8];
+            word[..bytes.len()].copy_from_slice(bytes);
+            put(CODE + 8 * i as u64, u64::from_le_bytes(word));
+        }
+        for (i, &handler) in code.handlers.iter().enumerate() {
+            put(HANDLERS + 8 * i as u64, handler);
+        }
+        for (cpu, &start) in self.programs.iter().enumerate() {
+            let mut offset = start;
+            let steps = plan.program(cpu).iter();
+            let encoded =
+                steps.map(|step| encode(step, |f| CONTROL_ADDRESS + FLAGS + 8 * f as u64));
+            for step in encoded.chain([END]) {
+                for (i, word) in step.into_iter().enumerate() {
+                    put(offset + 8 * i as u64, word);
+                }
+                offset += STEP_BYTES;
+            }
+        }
+        Ok(())
+    }
+
+    /// An identity map in pages of 2 MiB, of what there is and nothing else.
+    fn fill_page_tables(&self, put: impl Fn(u64, u64)) {
+        let table = |number: u64| CONTROL_ADDRESS + number * PAGE;
+        let flags = PRESENT | WRITABLE | ACCESSED_DIRTY;
+        put(0, table(1) | PRESENT | WRITABLE);
+        let mut number = 2;
+        let mut map = |start: u64, bytes: u64| {
+            for address in (start..start + bytes).step_by(LARGE_PAGE as usize) {
+                if address == start || address.is_multiple_of(GIB) {
+                    put(PAGE + address / GIB * 8, table(number) | PRESENT | WRITABLE);
+                    number += 1;
+                }
+                let entry = (number - 1) * PAGE + address % GIB / LARGE_PAGE * 8;
+                put(entry, address | flags | LARGE);
+            }
+        };
+        map(0, self.memory_bytes);
+        map(MMIO_ADDRESS, LARGE_PAGE);
+        map(CONTROL_ADDRESS, self.size);
+    }
+
+    /// Puts a vCPU at the start of its program. It needs no interrupt controller; with one in KVM
+    /// it runs without waiting to be started by another vCPU.
+    ///
+    /// CPUID is what KVM offers, without SVM and VMX.
+    ///
+    /// # Errors
+    /// If KVM refuses.
+    pub fn setup_vcpu(&self, kvm: &Kvm, vcpu: &VcpuFd, cpu: usize) -> Result<(), LayoutError> {
+        let refused = |what| move |error| LayoutError::Kvm { what, cpu, error };
+        let cpuid = guest_cpuid(kvm, cpu).map_err(refused("get the CPUID"))?;
+        vcpu.set_cpuid2(&cpuid).map_err(refused("set the CPUID"))?;
+        let mut sregs = vcpu.get_sregs().map_err(refused("get the special registers"))?;
+        let code = kvm_segment {
+            base: 0,
+            limit: u32::MAX,
+            selector: 8,
+            type_: 11,
+            present: 1,
+            s: 1,
+            l: 1,
+            g: 1,
+            ..Default::default()
+        };
+        let data = kvm_segment { selector: 16, type_: 3, l: 0, db: 1, ..code };
+        sregs.cs = code;
+        for segment in [&mut sregs.ds, &mut sregs.es, &mut sregs.fs, &mut sregs.gs, &mut sregs.ss] {
+            *segment = data;
+        }
+        // No table of interrupts: an exception is a mistake, and ends in a shutdown.
+        sregs.idt.limit = 0;
+        sregs.cr3 = CONTROL_ADDRESS;
+        // PAE; LME and LMA; PE, MP, ET, NE, WP, PG.
+        sregs.cr4 = 1 << 5;
+        sregs.efer = 1 << 8 | 1 << 10;
+        sregs.cr0 = 1 | 1 << 1 | 1 << 4 | 1 << 5 | 1 << 16 | 1 << 31;
+        vcpu.set_sregs(&sregs).map_err(refused("set the special registers"))?;
+        vcpu.set_regs(&kvm_regs {
+            rip: self.entry,
+            rsp: CONTROL_ADDRESS + STACKS + (cpu as u64 + 1) * STACK_BYTES,
+            rdi: CONTROL_ADDRESS + self.programs[cpu],
+            rsi: CONTROL_ADDRESS + HANDLERS,
+            rbp: CONTROL_ADDRESS + RESULTS + cpu as u64 * RESULT_BYTES,
+            rflags: 2,
+            ..Default::default()
+        })
+        .map_err(refused("set the registers"))?;
+        vcpu.set_mp_state(kvm_mp_state { mp_state: KVM_MP_STATE_RUNNABLE })
+            .map_err(refused("start the run"))
+    }
+}
+
+/// What KVM offers to a guest, for vCPU `cpu`, without SVM and VMX: nested guests must not be able
+/// to read pages that have not arrived.
+///
+/// # Errors
+/// If KVM refuses.
+pub fn guest_cpuid(kvm: &Kvm, cpu: usize) -> Result<CpuId, kvm_ioctls::Error> {
+    let mut cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?;
+    for entry in cpuid.as_mut_slice() {
+        match entry.function {
+            1 => {
+                entry.ecx &= !(1 << 5);
+                entry.ebx = entry.ebx & 0xff_ffff | (cpu as u32) << 24;
+            }
+            0xb | 0x1f => entry.edx = cpu as u32,
+            0x8000_0001 => entry.ecx &= !(1 << 2),
+            _ => {}
+        }
+    }
+    Ok(cpuid)
+}
+
+/// The control region, in memory of its own. The guest uses it while it runs.
+#[derive(Debug)]
+pub struct ControlMemory {
+    layout: GuestLayout,
+    mapping: Arc<Mapping>,
+}
+
+impl ControlMemory {
+    /// Maps anonymous memory and fills it with what the guest needs for `plan`.
+    ///
+    /// # Errors
+    /// If there is no memory, or the programs are too long.
+    pub fn new(plan: &Plan) -> Result<Self, LayoutError> {
+        let layout = GuestLayout::new(plan)?;
+        let size = layout.size;
+        let mapping =
+            Mapping::anonymous(size).map_err(|error| LayoutError::Map { size, error })?;
+        let control = ControlMemory { layout, mapping: Arc::new(mapping) };
+        control.layout.fill(plan, control.words())?;
+        Ok(control)
+    }
+
+    /// Where things are in it.
+    pub fn layout(&self) -> &GuestLayout {
+        &self.layout
+    }
+
+    /// Where it is in this process: for the slot at guest address [`CONTROL_ADDRESS`].
+    pub fn mapping(&self) -> &Arc<Mapping> {
+        &self.mapping
+    }
+
+    /// The address of the mapping.
+    pub fn host_address(&self) -> u64 {
+        self.mapping.address().as_ptr() as u64
+    }
+
+    /// Its size in bytes.
+    pub fn size(&self) -> u64 {
+        self.layout.size
+    }
+
+    fn words(&self) -> &[AtomicU64] {
+        // SAFETY: the mapping has that many bytes, readable and writable as long as `self` lives; it
+        // is aligned to pages and every bit pattern is valid. All access to it is through atomics.
+        unsafe {
+            std::slice::from_raw_parts(
+                self.mapping.address().cast().as_ptr(),
+                (self.size() / 8) as usize,
+            )
+        }
+    }
+
+    /// The flags, which vCPUs and the VMM's part of the plan wait for and set.
+    pub fn flags(&self) -> &[AtomicU64] {
+        &self.words()[(FLAGS / 8) as usize..][..self.layout.flags]
+    }
+
+    /// How far vCPU `cpu` has come. Whole when it has said that it ended.
+    pub fn result(&self, cpu: usize) -> CpuResult {
+        let word = |offset: u64| {
+            let at = RESULTS + cpu as u64 * RESULT_BYTES + offset;
+            self.words()[(at / 8) as usize].load(Ordering::Acquire)
+        };
+        let state = word(RESULT_STATE);
+        let start = CONTROL_ADDRESS + self.layout.programs[cpu];
+        CpuResult {
+            state,
+            step: (word(RESULT_STEP).saturating_sub(start) / STEP_BYTES) as usize,
+            address: word(RESULT_ADDRESS),
+            expected: word(RESULT_EXPECTED),
+            found: word(RESULT_FOUND),
+        }
+    }
+}

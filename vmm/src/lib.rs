@@ -1,0 +1,20 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+#![doc = include_str!("../README.md")]
+
+pub mod cli;
+pub mod content;
+pub mod disk;
+pub mod error;
+pub mod guest_code;
+pub mod guest_layout;
+pub mod machine;
+pub mod notify;
+pub mod options;
+pub mod plan;
+pub mod probe;
+pub mod report;
+pub mod rings;
+pub mod run;
+pub mod timeline;
+pub mod vcpu;
+pub mod verify;

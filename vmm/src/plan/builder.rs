@@ -1,0 +1,308 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Puts a plan together, unit by unit in the order in which all actors come to them.
+
+use std::fs::File;
+
+use super::disk::{DiskBudget, Pristine};
+use super::emit::flags_per_unit;
+use super::params::{Arrivals, PlanError, PlanParams, REQUEST_PAGES, REQUESTS_PER_UNIT};
+use super::unit::{FreePages, guest_role, put_in_order};
+use super::{Actor, Arrival, Plan, Role, Step, Store, VmmStep, Width};
+use crate::content::{Content, PAGE_BYTES, PAGE_WORDS, Random};
+use crate::rings::{Direction, Rings, Segment};
+
+const PAGE: u64 = PAGE_BYTES as u64;
+const SECTOR: u64 = 512;
+const PAGE_SECTORS: u64 = PAGE / SECTOR;
+
+// What random numbers are for.
+const FOR_ORDER: u64 = 0x200;
+const FOR_ARRIVALS: u64 = 0x201;
+const FOR_UNIT: u64 = 0x202;
+
+/// What is decided about one unit.
+pub(super) struct Unit {
+    pub(super) number: u64,
+    pub(super) owner: usize,
+    pub(super) helper: Option<usize>,
+    pub(super) guest_pages: Vec<u64>,
+    pub(super) vmm: Vec<VmmStep>,
+    /// Indices of requests.
+    pub(super) requests: std::ops::Range<usize>,
+    /// What the owner checks when the unit's other actors are done.
+    pub(super) late: Vec<Step>,
+}
+
+pub(super) struct Builder<'a> {
+    pub(super) params: &'a PlanParams,
+    pub(super) content: Content,
+    pristine: Option<Pristine<'a>>,
+    disk: Option<DiskBudget>,
+    pub(super) rings: Option<Rings>,
+    pub(super) roles: Vec<Role>,
+    pub(super) stores: Vec<Store>,
+    pub(super) programs: Vec<Vec<Step>>,
+    pub(super) vmm: Vec<VmmStep>,
+    /// What each vCPU does when it has been to all units: waits for the back-end,
+    pub(super) finish: Vec<Vec<Step>>,
+    /// then checks what others did,
+    pub(super) late: Vec<Vec<Step>>,
+    /// then checks what it wrote.
+    pub(super) last: Vec<Vec<Step>>,
+    guest_touches: u64,
+}
+
+pub(super) fn build(params: PlanParams, pristine: Option<&File>) -> Result<Plan, PlanError> {
+    params.check()?;
+    if params.disk.is_some() && pristine.is_none() {
+        return Err(PlanError::NoPristine);
+    }
+    let content = Content::new(params.seed);
+    let cpus = params.cpus as usize;
+    let rings = params
+        .disk
+        .as_ref()
+        .map(|disk| Rings::new(&content, params.seed, disk.queues, disk.queue_size));
+    let mut builder = Builder {
+        params: &params,
+        content,
+        pristine: pristine.map(Pristine),
+        disk: params.disk.as_ref().map(DiskBudget::new),
+        rings,
+        roles: vec![Role::Untouched; (params.memory_bytes / PAGE) as usize],
+        stores: Vec::new(),
+        programs: vec![Vec::new(); cpus],
+        vmm: Vec::new(),
+        finish: vec![Vec::new(); cpus],
+        late: vec![Vec::new(); cpus],
+        last: vec![Vec::new(); cpus],
+        guest_touches: 0,
+    };
+    let arrivals = builder.arrivals();
+    builder.all_units(&arrivals)?;
+    let Builder { content, rings, roles, mut stores, programs, vmm, guest_touches, .. } = builder;
+    stores.sort_unstable_by_key(|store| store.address);
+    let flags = (params.units() * flags_per_unit(cpus)) as usize;
+    Ok(Plan {
+        params,
+        content,
+        programs,
+        vmm,
+        rings,
+        roles,
+        stores,
+        arrivals,
+        flags,
+        guest_touches,
+    })
+}
+
+impl Builder<'_> {
+    /// In what order actors come to each unit.
+    fn arrivals(&self) -> Vec<Arrival> {
+        use Actor::{BackEnd, Guest, Vmm};
+        let kinds: &[Arrival] = match self.params.arrivals {
+            Arrivals::Free => &[Arrival::Free],
+            Arrivals::Mixed => &[
+                Arrival::InTurn([Guest, BackEnd, Vmm]),
+                Arrival::InTurn([BackEnd, Guest, Vmm]),
+                Arrival::AtOnce,
+                Arrival::InTurn([Vmm, BackEnd, Guest]),
+                Arrival::InTurn([Guest, Vmm, BackEnd]),
+                Arrival::InTurn([BackEnd, Vmm, Guest]),
+                Arrival::InTurn([Vmm, Guest, BackEnd]),
+            ],
+        };
+        let mut arrivals: Vec<Arrival> =
+            kinds.iter().copied().cycle().take(self.params.units() as usize).collect();
+        Random::new(self.params.seed, FOR_ARRIVALS, 0).shuffle(&mut arrivals);
+        arrivals
+    }
+
+    fn all_units(&mut self, arrivals: &[Arrival]) -> Result<(), PlanError> {
+        self.set_rings_aside()?;
+        let mut order: Vec<u64> = (0..self.params.units()).collect();
+        let mut random = Random::new(self.params.seed, FOR_ORDER, 0);
+        put_in_order(&mut order, self.params.order, &mut random);
+
+        let requests = self.params.disk.as_ref().map_or(0, |disk| u64::from(disk.requests));
+        let room = |builder: &Self, unit: u64| {
+            FreePages::new(unit, &builder.roles).count() as u64 >= REQUESTS_PER_UNIT * REQUEST_PAGES
+        };
+        let roomy = order.iter().filter(|&&unit| room(self, unit)).count() as u64;
+        if requests > roomy * REQUESTS_PER_UNIT {
+            let limit = format!("this memory has room for {}", roomy * REQUESTS_PER_UNIT);
+            return Err(PlanError::OutOfRange { what: "requests", value: requests, limit });
+        }
+        let mut seen = 0;
+        for number in order {
+            let mut count = 0;
+            if room(self, number) {
+                count = (seen + 1) * requests / roomy - seen * requests / roomy;
+                seen += 1;
+            }
+            let unit = self.decide(number, count)?;
+            self.emit(unit, arrivals[number as usize]);
+        }
+        if self.params.arrivals == Arrivals::Free {
+            self.wait_for_all_answers();
+        }
+        for cpu in 0..self.programs.len() {
+            for list in [&mut self.finish, &mut self.late, &mut self.last] {
+                self.programs[cpu].append(&mut list[cpu]);
+            }
+        }
+        Ok(())
+    }
+
+    /// When more requests are with the back-end than are waited for, how many it has answered does
+    /// not say which: so all are waited for before any answer is looked at.
+    fn wait_for_all_answers(&mut self) {
+        let Some(rings) = &self.rings else { return };
+        let cpus = self.programs.len();
+        for (number, queue) in rings.queues().iter().enumerate() {
+            let wait = Step::WaitUsed { address: queue.used_index(), value: queue.requests };
+            self.finish[number % cpus].insert(0, wait);
+        }
+    }
+
+    fn set_rings_aside(&mut self) -> Result<(), PlanError> {
+        let Some(rings) = &self.rings else { return Ok(()) };
+        let pages = rings.pages();
+        let Some(roles) = self.roles.get_mut(pages.start as usize..pages.end as usize) else {
+            let limit = format!("the rings of its disk end at {}", pages.end * PAGE);
+            let value = self.params.memory_bytes;
+            return Err(PlanError::OutOfRange { what: "memory_bytes", value, limit });
+        };
+        roles.fill(Role::Rings);
+        Ok(())
+    }
+
+    /// Gives each of the unit's pages its role.
+    fn decide(&mut self, number: u64, requests: u64) -> Result<Unit, PlanError> {
+        let mut random = Random::new(self.params.seed, FOR_UNIT, number);
+        let cpus = self.programs.len();
+        let owner = number as usize % cpus;
+        let helper = (cpus > 1 && random.one_in(2))
+            .then(|| (owner + 1 + random.below(cpus as u64 - 1) as usize) % cpus);
+        let first = self.rings.as_ref().map_or(0, |rings| rings.requests().len());
+        let mut unit = Unit {
+            number,
+            owner,
+            helper,
+            guest_pages: Vec::new(),
+            vmm: Vec::new(),
+            requests: first..first + requests as usize,
+            late: Vec::new(),
+        };
+        let mut free = FreePages::new(number, &self.roles);
+        for _ in 0..requests {
+            self.request(&mut unit, &mut free, &mut random)?;
+        }
+        self.vmm_pages(&mut unit, &mut free, &mut random);
+        let touches = self.params.touches_per_unit as usize;
+        unit.guest_pages = free.take_scattered(&mut random, touches);
+        for &page in &unit.guest_pages {
+            let helper = helper.map(|cpu| cpu as u8);
+            let role = guest_role(&self.content, page, owner as u8, helper, &mut random);
+            self.roles[page as usize] = role;
+            self.guest_touches += 1 + u64::from(matches!(role, Role::GuestCheckShared(..)));
+        }
+        put_in_order(&mut unit.guest_pages, self.params.order, &mut random);
+        Ok(unit)
+    }
+
+    /// Makes one request about pages of the unit.
+    fn request(
+        &mut self,
+        unit: &mut Unit,
+        free: &mut FreePages,
+        random: &mut Random,
+    ) -> Result<(), PlanError> {
+        let (Some(disk), Some(rings)) = (&mut self.disk, &mut self.rings) else { return Ok(()) };
+        let (queue, pieces) = disk.next_queue();
+        let most = 1 + random.below(REQUEST_PAGES);
+        let mut runs = Vec::new();
+        if pieces > 1 && random.one_in(2) {
+            let pages = free.take_scattered(random, most.min(pieces) as usize);
+            runs.extend(pages.into_iter().map(|page| (page, 1)));
+        } else {
+            runs.extend(free.take_run(random, most));
+        }
+        disk.took_pieces(queue, runs.len() as u64);
+        let data: Vec<Segment> = runs.iter().map(|&run| segment(run, random)).collect();
+        let sectors = data.iter().map(|segment| u64::from(segment.len)).sum::<u64>() / SECTOR;
+        let (direction, sector) = disk.place(random, sectors);
+        let role = match direction {
+            Direction::Read => Role::DiskRead(unit.owner as u8),
+            Direction::Write => Role::DiskWrite,
+        };
+        for (first, count) in runs {
+            self.roles[first as usize..(first + count) as usize].fill(role);
+        }
+        let request = rings.push(queue, direction, sector, data);
+        let (Direction::Read, Some(pristine)) = (direction, self.pristine) else { return Ok(()) };
+        let width = Width::Eight;
+        for (segment, offset) in request.pieces() {
+            let (start, len) = (segment.address, u64::from(segment.len));
+            for at in [0, 8 * random.below(len / 8), len - 8] {
+                let expect = pristine.read_u64(offset + at)?;
+                unit.late.push(Step::Check { address: start + at, expect, width });
+            }
+            // What the back-end did not write of a page is the image's.
+            if !start.is_multiple_of(PAGE) {
+                let expect = self.content.read_u64(start - 8);
+                unit.late.push(Step::Check { address: start - 8, expect, width });
+            }
+            if !(start + len).is_multiple_of(PAGE) {
+                let expect = self.content.read_u64(start + len);
+                unit.late.push(Step::Check { address: start + len, expect, width });
+            }
+        }
+        Ok(())
+    }
+
+    fn vmm_pages(&mut self, unit: &mut Unit, free: &mut FreePages, random: &mut Random) {
+        let mut left = u64::from(self.params.vmm_touches_per_unit);
+        while left > 0 {
+            // Sometimes two pages in a row, and an access that lies in both.
+            let most = 1 + u64::from(random.one_in(4));
+            let Some((page, count)) = free.take_run(random, most.min(left)) else { return };
+            left -= count;
+            let index = random.below(PAGE_WORDS);
+            let (address, before) = (page * PAGE + 8 * index, self.content.word(page, index));
+            if count == 2 {
+                let address = (page + 1) * PAGE - 1 - random.below(7);
+                let expect = self.content.read_u64(address);
+                unit.vmm.push(VmmStep::Check { address, expect });
+            } else {
+                match random.below(4) {
+                    0 => unit.vmm.push(VmmStep::CheckPage { page }),
+                    1 => unit.vmm.push(VmmStep::Check { address, expect: before }),
+                    which => {
+                        let value = random.next();
+                        if which == 2 {
+                            unit.vmm.push(VmmStep::Check { address, expect: before });
+                        }
+                        unit.vmm.push(VmmStep::Write { address, value });
+                        self.stores.push(Store { address, value, width: Width::Eight });
+                        let check = Step::Check { address, expect: value, width: Width::Eight };
+                        unit.late.push(check);
+                        self.roles[page as usize] = Role::VmmWrite(unit.owner as u8);
+                        continue;
+                    }
+                }
+            }
+            self.roles[page as usize..(page + count) as usize].fill(Role::VmmCheck);
+        }
+    }
+}
+
+/// Data in some of the sectors of pages in a row.
+fn segment((first, count): (u64, u64), random: &mut Random) -> Segment {
+    let mut cut = |most: u64| if random.one_in(3) { random.below(most) } else { 0 };
+    let head = cut(PAGE_SECTORS);
+    let tail = cut(if count == 1 { PAGE_SECTORS - head } else { PAGE_SECTORS });
+    let len = (count * PAGE_SECTORS - head - tail) * SECTOR;
+    Segment { address: first * PAGE + head * SECTOR, len: len as u32 }
+}

@@ -1,0 +1,76 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The disk's side of a plan: which sectors each request is about.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+
+use super::params::{DiskParams, PlanError};
+use crate::content::Random;
+use crate::rings::Direction;
+
+/// The disk before anything ran.
+#[derive(Clone, Copy)]
+pub(super) struct Pristine<'a>(pub(super) &'a File);
+
+impl Pristine<'_> {
+    /// The eight bytes at `offset`.
+    pub(super) fn read_u64(&self, offset: u64) -> Result<u64, PlanError> {
+        let mut bytes = [0; 8];
+        self.0.read_exact_at(&mut bytes, offset).map_err(|error| PlanError::Pristine {
+            offset,
+            len: 8,
+            error,
+        })?;
+        Ok(u64::from_le_bytes(bytes))
+    }
+}
+
+/// Hands out sectors and descriptors.
+pub(super) struct DiskBudget {
+    params: DiskParams,
+    next_write: u64,
+    // Per queue: requests so far, and descriptors over the three that each has.
+    queues: Vec<(u64, u64)>,
+    next: u32,
+}
+
+impl DiskBudget {
+    pub(super) fn new(params: &DiskParams) -> Self {
+        DiskBudget {
+            params: params.clone(),
+            next_write: params.read_sectors,
+            queues: vec![(0, 0); params.queues.into()],
+            next: 0,
+        }
+    }
+
+    /// The next request's queue, and how many pieces its data may have.
+    pub(super) fn next_queue(&mut self) -> (u16, u64) {
+        let queue = self.next % u32::from(self.params.queues);
+        self.next += 1;
+        let requests = (self.params.requests - queue).div_ceil(self.params.queues.into());
+        let spare = u64::from(self.params.queue_size) - 3 * u64::from(requests);
+        let (made, extra) = &mut self.queues[queue as usize];
+        *made += 1;
+        (queue as u16, 1 + spare * *made / u64::from(requests) - *extra)
+    }
+
+    /// Says how many pieces the data has in the end.
+    pub(super) fn took_pieces(&mut self, queue: u16, pieces: u64) {
+        self.queues[usize::from(queue)].1 += pieces - 1;
+    }
+
+    /// Where on the disk a request of `sectors` sectors goes, and which way. No sector is written
+    /// twice, and none that is written is read.
+    pub(super) fn place(&mut self, random: &mut Random, sectors: u64) -> (Direction, u64) {
+        let gap = random.below(4);
+        let left = self.params.disk_sectors - self.next_write;
+        if left >= sectors && random.one_in(2) {
+            let sector = self.next_write + gap.min(left - sectors);
+            self.next_write = sector + sectors;
+            (Direction::Write, sector)
+        } else {
+            (Direction::Read, random.below(self.params.read_sectors - sectors + 1))
+        }
+    }
+}

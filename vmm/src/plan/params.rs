@@ -1,0 +1,182 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What a plan is made from.
+
+use serde::{Deserialize, Serialize};
+
+use crate::content::UNIT_BYTES;
+use crate::guest_layout::{MAX_CPUS, MEMORY_LIMIT};
+use crate::rings::MAX_QUEUE_SIZE;
+
+/// Most requests whose data lies in the same unit.
+pub(super) const REQUESTS_PER_UNIT: u64 = 48;
+/// Most pages that the data of one request has.
+pub(super) const REQUEST_PAGES: u64 = 8;
+
+/// In what order units are come to, and pages within them.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Order {
+    /// From the first to the last.
+    Sequential,
+    /// In any order.
+    #[default]
+    Random,
+    /// Every eighth, then again from the second on, and so on.
+    Strided,
+}
+
+/// In what order actors come to a unit.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Arrivals {
+    /// Each order that there is, and all at once, for as many units each.
+    #[default]
+    Mixed,
+    /// As it happens: nobody waits for anybody until all work is done, and as many requests as
+    /// there are go to the back-end before the first answer is waited for.
+    Free,
+}
+
+/// The disk, and what is asked of it.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct DiskParams {
+    /// Number of queues.
+    pub queues: u16,
+    /// Descriptors in each, a power of two up to 1024; each is used once.
+    pub queue_size: u16,
+    /// Number of requests, over all queues; at most a third of the descriptors.
+    pub requests: u32,
+    /// Sectors of 512 bytes from the first on that are only ever read.
+    pub read_sectors: u64,
+    /// Size of the disk in sectors of 512 bytes; those behind `read_sectors` may be written.
+    pub disk_sectors: u64,
+}
+
+/// What a plan is made from: whoever has these makes the same plan.
+///
+/// # Examples
+///
+/// ```
+/// use demand_vmm::plan::{Plan, PlanParams};
+///
+/// let params = PlanParams { seed: 1, memory_bytes: 8 << 20, cpus: 2, ..Default::default() };
+/// let json = serde_json::to_string(&params).unwrap();
+/// let again = serde_json::from_str(&json).unwrap();
+/// assert_eq!(params, again);
+/// let plan = Plan::new(params, None).unwrap();
+/// assert_eq!(plan.program(0), Plan::new(again, None).unwrap().program(0));
+/// ```
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct PlanParams {
+    /// What everything random comes from, the image included.
+    pub seed: u64,
+    /// Size of guest memory, a multiple of 2 MiB up to 3 GiB.
+    pub memory_bytes: u64,
+    /// Number of vCPUs.
+    pub cpus: u32,
+    /// In what order units are come to.
+    pub order: Order,
+    /// In what order actors come to a unit.
+    pub arrivals: Arrivals,
+    /// How many pages of each unit the guest comes to, at most.
+    pub touches_per_unit: u32,
+    /// How many pages of each unit the VMM comes to, at most; 0 if it takes no part.
+    pub vmm_touches_per_unit: u32,
+    /// The disk, if there is one.
+    pub disk: Option<DiskParams>,
+}
+
+impl Default for PlanParams {
+    fn default() -> Self {
+        PlanParams {
+            seed: 0,
+            memory_bytes: 64 << 20,
+            cpus: 1,
+            order: Order::default(),
+            arrivals: Arrivals::default(),
+            touches_per_unit: 144,
+            vmm_touches_per_unit: 4,
+            disk: None,
+        }
+    }
+}
+
+/// Why there is no plan.
+#[derive(Debug, thiserror::Error)]
+pub enum PlanError {
+    /// A number is out of its range.
+    #[error("plan with {what} = {value}: {limit}; choose another")]
+    OutOfRange {
+        /// Which number.
+        what: &'static str,
+        /// What it was.
+        value: u64,
+        /// What it has to be.
+        limit: String,
+    },
+    /// There is a disk, and no pristine image of it.
+    #[error("plan with a disk: no pristine disk image was given; name the one the disk is made of")]
+    NoPristine,
+    /// The pristine disk cannot be read.
+    #[error(
+        "read {len} bytes at offset {offset} of the pristine disk image: {error}; give one of \
+             at least `disk_sectors` sectors"
+    )]
+    Pristine {
+        /// Offset in the image, in bytes.
+        offset: u64,
+        /// Length of the read, in bytes.
+        len: u64,
+        /// What the system said.
+        error: std::io::Error,
+    },
+}
+
+fn refuse(what: &'static str, value: u64, limit: impl Into<String>) -> Result<(), PlanError> {
+    Err(PlanError::OutOfRange { what, value, limit: limit.into() })
+}
+
+impl PlanParams {
+    /// Number of units of memory.
+    pub fn units(&self) -> u64 {
+        self.memory_bytes / UNIT_BYTES
+    }
+
+    pub(super) fn check(&self) -> Result<(), PlanError> {
+        if self.memory_bytes == 0
+            || !self.memory_bytes.is_multiple_of(UNIT_BYTES)
+            || self.memory_bytes > MEMORY_LIMIT
+        {
+            let limit = format!("it must be a multiple of {UNIT_BYTES} up to {MEMORY_LIMIT}");
+            return refuse("memory_bytes", self.memory_bytes, limit);
+        }
+        if self.cpus == 0 || self.cpus > MAX_CPUS {
+            return refuse("cpus", self.cpus.into(), format!("it must be 1 to {MAX_CPUS}"));
+        }
+        let Some(disk) = &self.disk else { return Ok(()) };
+        if disk.queues == 0 {
+            return refuse("queues", 0, "a disk has at least one");
+        }
+        if !disk.queue_size.is_power_of_two() || !(4..=MAX_QUEUE_SIZE).contains(&disk.queue_size) {
+            let limit = format!("it must be a power of two from 4 to {MAX_QUEUE_SIZE}");
+            return refuse("queue_size", disk.queue_size.into(), limit);
+        }
+        let most = u64::from(disk.queues) * u64::from(disk.queue_size / 3);
+        if u64::from(disk.requests) > most {
+            let limit = format!("the queues take {most}, of three descriptors each");
+            return refuse("requests", disk.requests.into(), limit);
+        }
+        let least = REQUEST_PAGES * 8;
+        if disk.read_sectors < least {
+            let limit = format!("it must be at least {least}");
+            return refuse("read_sectors", disk.read_sectors, limit);
+        }
+        if disk.disk_sectors < disk.read_sectors || disk.disk_sectors > u64::MAX / 512 {
+            let limit = format!("it must be at least read_sectors, {}", disk.read_sectors);
+            return refuse("disk_sectors", disk.disk_sectors, limit);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,179 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! One unit of memory while roles are given to its pages, and what is done to each page.
+
+use super::params::Order;
+use super::{Role, Step, Store, Width};
+use crate::content::{Class, Content, PAGE_BYTES, PAGE_WORDS, Random, UNIT_PAGES};
+
+const PAGE: u64 = PAGE_BYTES as u64;
+
+/// The pages of a unit that have no role yet.
+pub(super) struct FreePages {
+    first: u64,
+    free: Vec<bool>,
+}
+
+impl FreePages {
+    pub(super) fn new(unit: u64, roles: &[Role]) -> Self {
+        let first = unit * UNIT_PAGES;
+        let roles = &roles[first as usize..(first + UNIT_PAGES) as usize];
+        FreePages { first, free: roles.iter().map(|&role| role == Role::Untouched).collect() }
+    }
+
+    pub(super) fn count(&self) -> usize {
+        self.free.iter().filter(|&&free| free).count()
+    }
+
+    /// Takes up to `most` pages in a row from a random place; the first page, and how many.
+    pub(super) fn take_run(&mut self, random: &mut Random, most: u64) -> Option<(u64, u64)> {
+        let start = random.below(UNIT_PAGES) as usize;
+        let at = (start..self.free.len()).chain(0..start).find(|&page| self.free[page])?;
+        let mut count = 0;
+        while count < most && self.free.get(at + count as usize) == Some(&true) {
+            self.free[at + count as usize] = false;
+            count += 1;
+        }
+        Some((self.first + at as u64, count))
+    }
+
+    /// Takes up to `most` pages from random places.
+    pub(super) fn take_scattered(&mut self, random: &mut Random, most: usize) -> Vec<u64> {
+        let mut pages: Vec<usize> = (0..self.free.len()).filter(|&page| self.free[page]).collect();
+        random.shuffle(&mut pages);
+        pages.truncate(most);
+        for &page in &pages {
+            self.free[page] = false;
+        }
+        pages.into_iter().map(|page| self.first + page as u64).collect()
+    }
+}
+
+/// Puts things that are numbered into the order in which they are come to.
+pub(super) fn put_in_order(items: &mut [u64], order: Order, random: &mut Random) {
+    match order {
+        Order::Sequential => items.sort_unstable(),
+        Order::Strided => items.sort_unstable_by_key(|&item| (item % 8, item)),
+        Order::Random => {
+            items.sort_unstable();
+            random.shuffle(items);
+        }
+    }
+}
+
+/// A role for a page that the guest comes to.
+pub(super) fn guest_role(
+    content: &Content,
+    page: u64,
+    owner: u8,
+    helper: Option<u8>,
+    random: &mut Random,
+) -> Role {
+    let cpu = helper.filter(|_| random.one_in(4)).unwrap_or(owner);
+    if content.class(page) == Class::Code && random.one_in(2) {
+        return Role::GuestCall(cpu);
+    }
+    match (random.below(8), helper) {
+        (0..=3, _) => Role::GuestCheck(cpu),
+        (4, Some(helper)) => Role::GuestCheckShared(owner, helper),
+        _ => Role::GuestWrite(cpu),
+    }
+}
+
+/// What one vCPU does to pages, as lists to append to.
+pub(super) struct PageSteps<'a> {
+    pub(super) content: &'a Content,
+    pub(super) roles: &'a [Role],
+    pub(super) stores: &'a mut Vec<Store>,
+    /// What it does now.
+    pub(super) now: &'a mut Vec<Step>,
+    /// What it does when all work is done.
+    pub(super) last: &'a mut Vec<Step>,
+}
+
+impl PageSteps<'_> {
+    /// Comes to a page in the way its role says.
+    pub(super) fn touch(&mut self, page: u64, random: &mut Random) {
+        match self.roles[page as usize] {
+            Role::GuestCheck(_) | Role::GuestCheckShared(..) => {
+                self.check(page, random);
+                if random.one_in(4) {
+                    self.check(page, random);
+                }
+            }
+            Role::GuestCall(_) => {
+                let expect = self.content.code_value(page);
+                self.now.push(Step::Call { address: page * PAGE, expect });
+            }
+            Role::GuestWrite(_) => {
+                self.write(page, random);
+            }
+            role => unreachable!("{role:?} is not the guest's"),
+        }
+    }
+
+    fn check(&mut self, page: u64, random: &mut Random) {
+        let start = page * PAGE;
+        let word = start + 8 * random.below(PAGE_WORDS);
+        let (address, width) = match random.below(16) {
+            10 => (start + 4 * random.below(PAGE / 4), Width::Four),
+            11 => (start + 2 * random.below(PAGE / 2), Width::Two),
+            12 => (start + random.below(PAGE), Width::One),
+            13 | 14 => (start + random.below(PAGE - 7), Width::Eight),
+            15 if self.may_cross(page) => (start + PAGE - 1 - random.below(7), Width::Eight),
+            _ => (word, Width::Eight),
+        };
+        let value = match width {
+            Width::Eight => self.content.read_u64(address),
+            _ => self.content.read_u64(address - address % 8) >> (address % 8 * 8),
+        };
+        self.now.push(Step::Check { address, expect: width.cut(value), width });
+    }
+
+    /// Whether the guest may read on into the next page: it is in the same unit, and only read.
+    fn may_cross(&self, page: u64) -> bool {
+        let next = page + 1;
+        !next.is_multiple_of(UNIT_PAGES)
+            && matches!(self.roles[next as usize], Role::GuestCheck(_) | Role::GuestCheckShared(..))
+    }
+
+    fn write(&mut self, page: u64, random: &mut Random) {
+        let index = random.below(PAGE_WORDS);
+        let address = page * PAGE + 8 * index;
+        let before = self.content.word(page, index);
+        let check = Step::Check { address, expect: before, width: Width::Eight };
+        let value = random.next();
+        let (address, value, width) = match random.below(4) {
+            // The first access adds.
+            0 => {
+                self.now.push(Step::Add { address, value });
+                (address, before.wrapping_add(value), Width::Eight)
+            }
+            // The first access stores.
+            1 => {
+                self.now.push(Step::Write { address, value, width: Width::Eight });
+                (address, value, Width::Eight)
+            }
+            2 => {
+                self.now.push(check);
+                self.now.push(Step::Write { address, value, width: Width::Eight });
+                (address, value, Width::Eight)
+            }
+            _ => {
+                self.now.push(check);
+                let width = [Width::One, Width::Two, Width::Four][random.below(3) as usize];
+                let offset = width.bytes() * random.below(8 / width.bytes());
+                let (address, value) = (address + offset, width.cut(value));
+                self.now.push(Step::Write { address, value, width });
+                (address, value, width)
+            }
+        };
+        self.stores.push(Store { address, value, width });
+        self.last.push(Step::Check { address, expect: value, width });
+        if random.one_in(4) {
+            // Another word of the page: what was never written is the image's.
+            let index = (index + 1 + random.below(PAGE_WORDS - 1)) % PAGE_WORDS;
+            let (address, expect) = (page * PAGE + 8 * index, self.content.word(page, index));
+            self.last.push(Step::Check { address, expect, width: Width::Eight });
+        }
+    }
+}

@@ -1,0 +1,180 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What a run reports.
+
+use std::fmt::Write;
+
+use demand_memory::{Path, PathReport, SourceReport, Stats};
+use serde::{Deserialize, Serialize};
+
+/// The report of one run.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Report {
+    /// What was run: "host", "lab", or what the user called it.
+    pub stage: String,
+    /// How vCPU accesses to missing pages were trapped.
+    pub engine: String,
+    /// What the memory was made of.
+    pub backing: String,
+    /// Size of the memory, in bytes.
+    pub memory_bytes: u64,
+    /// Number of vCPUs.
+    pub cpus: u32,
+    /// Whether a separate process has compared memory and disk with what they must hold, and
+    /// found them equal.
+    pub verified: bool,
+    /// The vCPUs.
+    pub guest: PathReport,
+    /// KVM itself.
+    pub kvm_internal: PathReport,
+    /// The VMM.
+    pub vmm: PathReport,
+    /// The vhost-user back-end.
+    pub back_end: PathReport,
+    /// Background fill.
+    pub fill: PathReport,
+    /// The page source.
+    pub source: SourceReport,
+    /// From the process's start to its first `KVM_RUN`, in microseconds.
+    pub time_to_first_instruction_us: u64,
+    /// From the process's start until the last page was present, in microseconds; 0 if some were
+    /// still missing at the end.
+    pub time_to_complete_us: u64,
+}
+
+impl Report {
+    /// Puts the paths' and the source's figures into the report.
+    pub fn set_paths(&mut self, stats: &Stats) {
+        self.guest = stats.path(Path::Guest);
+        self.kvm_internal = stats.path(Path::KvmInternal);
+        self.vmm = stats.path(Path::Vmm);
+        self.back_end = stats.path(Path::BackEnd);
+        self.fill = stats.path(Path::Fill);
+        self.source = stats.source();
+    }
+
+    /// The paths' figures, in the order of the table.
+    pub fn paths(&self) -> [(&'static str, &PathReport); 5] {
+        [
+            (Path::Guest.name(), &self.guest),
+            (Path::KvmInternal.name(), &self.kvm_internal),
+            (Path::Vmm.name(), &self.vmm),
+            (Path::BackEnd.name(), &self.back_end),
+            (Path::Fill.name(), &self.fill),
+        ]
+    }
+
+    /// The report as a table for people.
+    pub fn table(&self) -> String {
+        let mut table = String::new();
+        let line = |table: &mut String, text: std::fmt::Arguments<'_>| {
+            table.write_fmt(text).expect("a string takes everything");
+            table.push('\n');
+        };
+        line(
+            &mut table,
+            format_args!(
+                "{}: {} of {}, engine {}, {} vCPU{}",
+                self.stage,
+                size(self.memory_bytes),
+                self.backing,
+                self.engine,
+                self.cpus,
+                if self.cpus == 1 { "" } else { "s" }
+            ),
+        );
+        line(
+            &mut table,
+            format_args!(
+                "  {:<13}{:>9}{:>11}{:>10}{:>11}{:>11}{:>11}{:>12}",
+                "path", "faults", "each maps", "pages", "fetched", "p50 us", "p99 us", "max us"
+            ),
+        );
+        for (name, path) in self.paths() {
+            line(
+                &mut table,
+                format_args!(
+                    "  {:<13}{:>9}{:>11}{:>10}{:>11}{:>11.1}{:>11.1}{:>12.1}",
+                    name,
+                    path.faults,
+                    size(path.granularity_bytes),
+                    path.pages,
+                    size(path.bytes_fetched),
+                    path.latency_us.p50,
+                    path.latency_us.p99,
+                    path.latency_us.max
+                ),
+            );
+        }
+        line(
+            &mut table,
+            format_args!(
+                "  source: {} reads, {}, {} errors, {} retries",
+                self.source.reads,
+                size(self.source.bytes),
+                self.source.errors,
+                self.source.retries
+            ),
+        );
+        let complete = match self.time_to_complete_us {
+            0 => "some pages still missing at the end".to_string(),
+            us => format!("all pages present after {}", duration(us)),
+        };
+        line(
+            &mut table,
+            format_args!(
+                "  first instruction after {}; {complete}",
+                duration(self.time_to_first_instruction_us)
+            ),
+        );
+        line(
+            &mut table,
+            format_args!(
+                "  {}",
+                if self.verified {
+                    "verified: memory and disk hold exactly what they must"
+                } else {
+                    "NOT verified"
+                }
+            ),
+        );
+        table
+    }
+}
+
+/// A number of bytes for people: exact, in the largest unit that divides it, or rounded.
+pub fn size(bytes: u64) -> String {
+    const UNITS: [&str; 5] = ["B", "K", "M", "G", "T"];
+    let mut unit = 0;
+    let mut value = bytes as f64;
+    while value >= 1024.0 && unit + 1 < UNITS.len() {
+        value /= 1024.0;
+        unit += 1;
+    }
+    if value.fract() == 0.0 {
+        format!("{value:.0}{}", UNITS[unit])
+    } else {
+        format!("{value:.1}{}", UNITS[unit])
+    }
+}
+
+fn duration(us: u64) -> String {
+    match us {
+        0..10_000 => format!("{us} us"),
+        10_000..10_000_000 => format!("{:.0} ms", us as f64 / 1e3),
+        _ => format!("{:.1} s", us as f64 / 1e6),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_for_people() {
+        for (bytes, text) in
+            [(0, "0B"), (4096, "4K"), (2 << 20, "2M"), (1 << 30, "1G"), (1536 << 10, "1.5M")]
+        {
+            assert_eq!(size(bytes), text);
+        }
+    }
+}

@@ -1,0 +1,374 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Split virtqueues with all their requests, laid out before the guest starts.
+//!
+//! They lie in demand-paged memory from 2 MiB on, each part of each queue in pages of its own.
+//! Descriptors, available rings and headers are written by the VMM before the guest starts
+//! ([`Rings::writes`]), the index of the available ring by the guest, step by step. The pages with
+//! status bytes are left as the image has them, with bytes that are not 0 in these places. Each
+//! descriptor is used once; chains are scattered over the table.
+
+use std::ops::Range;
+
+use virtio_bindings::bindings::virtio_blk::{VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT};
+use virtio_bindings::bindings::virtio_ring::{
+    VRING_AVAIL_F_NO_INTERRUPT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE,
+};
+
+use crate::content::{Class, Content, PAGE_BYTES, Random, UNIT_BYTES};
+
+/// Most descriptors in a queue.
+pub const MAX_QUEUE_SIZE: u16 = 1024;
+/// Where the rings begin, guest physical.
+pub const RINGS_ADDRESS: u64 = UNIT_BYTES;
+
+const PAGE: u64 = PAGE_BYTES as u64;
+const HEADER_BYTES: u64 = 16;
+const DESCRIPTOR_BYTES: u64 = 16;
+const FOR_CHAINS: u64 = 0x100;
+
+/// Whether a request reads from the disk or writes to it.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Direction {
+    /// From the disk into memory.
+    Read,
+    /// From memory to the disk.
+    Write,
+}
+
+/// A piece of a request's data, in one descriptor; whole sectors.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Segment {
+    /// Guest physical.
+    pub address: u64,
+    /// Bytes.
+    pub len: u32,
+}
+
+/// A request.
+#[derive(Clone, Debug)]
+pub struct Request {
+    /// Which queue.
+    pub queue: u16,
+    /// Its place in the queue's available ring.
+    pub index: u16,
+    /// Its descriptors: the header's, the data's, the status's.
+    pub chain: Vec<u16>,
+    /// What is asked for.
+    pub direction: Direction,
+    /// The first sector on the disk.
+    pub sector: u64,
+    /// Where its data is.
+    pub data: Vec<Segment>,
+    /// Where its header is, guest physical.
+    pub header: u64,
+    /// Where its status byte is, guest physical.
+    pub status: u64,
+}
+
+impl Request {
+    /// Bytes of data.
+    pub fn bytes(&self) -> u64 {
+        self.data.iter().map(|segment| u64::from(segment.len)).sum()
+    }
+
+    /// The descriptor that the rings name it by.
+    pub fn head(&self) -> u16 {
+        self.chain[0]
+    }
+
+    /// Bytes that the device may write, the status among them.
+    pub fn writable_bytes(&self) -> u64 {
+        match self.direction {
+            Direction::Read => self.bytes() + 1,
+            Direction::Write => 1,
+        }
+    }
+
+    /// Each piece of data, with the offset of its bytes on the disk.
+    pub fn pieces(&self) -> impl Iterator<Item = (Segment, u64)> {
+        let mut offset = self.sector * 512;
+        self.data.iter().map(move |&segment| {
+            let start = offset;
+            offset += u64::from(segment.len);
+            (segment, start)
+        })
+    }
+}
+
+/// Where a queue is.
+#[derive(Clone, Debug)]
+pub struct Queue {
+    /// Number of descriptors.
+    pub size: u16,
+    /// The descriptor table, guest physical.
+    pub descriptors: u64,
+    /// The available ring, guest physical.
+    pub avail: u64,
+    /// The used ring, guest physical.
+    pub used: u64,
+    /// Number of requests.
+    pub requests: u16,
+    headers: u64,
+    statuses: Vec<u64>,
+    // Descriptors not yet used; they are taken from the end.
+    free: Vec<u16>,
+}
+
+impl Queue {
+    /// Address of the available ring's index.
+    pub fn avail_index(&self) -> u64 {
+        self.avail + 2
+    }
+
+    /// Address of the used ring's index.
+    pub fn used_index(&self) -> u64 {
+        self.used + 2
+    }
+
+    /// Address of an element of the used ring.
+    pub(crate) fn used_element(&self, index: u16) -> u64 {
+        self.used + 4 + 8 * u64::from(index)
+    }
+
+    /// Address of the field behind the used ring's elements in which a device may name the request
+    /// that it wants to be told of.
+    pub(crate) fn avail_event(&self) -> u64 {
+        self.used_element(self.size)
+    }
+}
+
+/// The queues, and the requests in them.
+#[derive(Clone, Debug)]
+pub struct Rings {
+    queues: Vec<Queue>,
+    requests: Vec<Request>,
+    pages: Range<u64>,
+}
+
+/// Hands out whole pages.
+struct Pages(u64);
+
+impl Pages {
+    fn take(&mut self, bytes: u64) -> u64 {
+        let address = self.0;
+        self.0 += bytes.next_multiple_of(PAGE);
+        address
+    }
+
+    /// The next data page of the image.
+    fn take_data(&mut self, content: &Content) -> u64 {
+        loop {
+            let address = self.take(PAGE);
+            if content.class(address / PAGE) == Class::Data {
+                return address;
+            }
+        }
+    }
+}
+
+impl Rings {
+    /// Queues without requests.
+    pub(crate) fn new(content: &Content, seed: u64, queues: u16, size: u16) -> Self {
+        let mut pages = Pages(RINGS_ADDRESS);
+        let most = u64::from(size / 3);
+        let queues = (0..queues)
+            .map(|number| {
+                let descriptors = pages.take(DESCRIPTOR_BYTES * u64::from(size));
+                let avail = pages.take(6 + 2 * u64::from(size));
+                let used = pages.take(6 + 8 * u64::from(size));
+                let headers = pages.take(HEADER_BYTES * most);
+                let status_page = pages.take_data(content);
+                // Every third byte or so, so that a device that writes too much is found out.
+                let statuses = (status_page..)
+                    .filter(|&address| content.read_u64(address) & 0xff != 0)
+                    .step_by(3)
+                    .take(most as usize)
+                    .collect();
+                let mut free: Vec<u16> = (0..size).collect();
+                Random::new(seed, FOR_CHAINS, number.into()).shuffle(&mut free);
+                Queue { size, descriptors, avail, used, requests: 0, headers, statuses, free }
+            })
+            .collect();
+        Rings { queues, requests: Vec::new(), pages: RINGS_ADDRESS / PAGE..pages.0 / PAGE }
+    }
+
+    /// Puts a request at the end of a queue; there must be room.
+    pub(crate) fn push(
+        &mut self,
+        number: u16,
+        direction: Direction,
+        sector: u64,
+        data: Vec<Segment>,
+    ) -> &Request {
+        let queue = &mut self.queues[usize::from(number)];
+        let index = queue.requests;
+        queue.requests += 1;
+        let chain = queue.free.split_off(queue.free.len() - (data.len() + 2));
+        let header = queue.headers + HEADER_BYTES * u64::from(index);
+        let status = queue.statuses[usize::from(index)];
+        self.requests.push(Request {
+            queue: number,
+            index,
+            chain,
+            direction,
+            sector,
+            data,
+            header,
+            status,
+        });
+        &self.requests[self.requests.len() - 1]
+    }
+
+    /// The queues.
+    pub fn queues(&self) -> &[Queue] {
+        &self.queues
+    }
+
+    /// The requests, in the order in which each queue has them.
+    pub fn requests(&self) -> &[Request] {
+        &self.requests
+    }
+
+    /// The pages that are set aside for the rings and all that belongs to them.
+    pub fn pages(&self) -> Range<u64> {
+        self.pages.clone()
+    }
+
+    /// What the VMM has to write to guest memory before the guest starts: pairs of a guest physical
+    /// address and the bytes that go there.
+    pub fn writes(&self) -> Vec<(u64, Vec<u8>)> {
+        let mut writes = self.fixed(|_| 0);
+        for queue in &self.queues {
+            // Flags and index; what a device that names the next request starts from.
+            writes.push((queue.used, vec![0; 4]));
+            writes.push((queue.avail_event(), vec![0; 2]));
+        }
+        writes
+    }
+
+    /// What all but the used rings hold in the end, by address.
+    pub(crate) fn final_bytes(&self) -> Vec<(u64, Vec<u8>)> {
+        let mut bytes = self.fixed(|queue| queue.requests);
+        bytes.extend(self.requests.iter().map(|request| (request.status, vec![0])));
+        bytes.sort_unstable_by_key(|&(address, _)| address);
+        bytes
+    }
+
+    /// Descriptors, available rings and headers.
+    fn fixed(&self, avail_index: impl Fn(&Queue) -> u16) -> Vec<(u64, Vec<u8>)> {
+        let mut tables: Vec<Vec<u8>> = Vec::new();
+        let mut avails: Vec<Vec<u8>> = Vec::new();
+        let mut headers: Vec<Vec<u8>> = Vec::new();
+        for queue in &self.queues {
+            tables.push(vec![0; usize::from(queue.size) * DESCRIPTOR_BYTES as usize]);
+            let mut avail = vec![0; usize::from(queue.size) * 2 + 6];
+            avail[..2].copy_from_slice(&(VRING_AVAIL_F_NO_INTERRUPT as u16).to_le_bytes());
+            avail[2..4].copy_from_slice(&avail_index(queue).to_le_bytes());
+            // The used_event field: an index that no event comes to.
+            let end = avail.len();
+            avail[end - 2..].fill(0xff);
+            avails.push(avail);
+            headers.push(Vec::with_capacity(usize::from(queue.requests) * HEADER_BYTES as usize));
+        }
+        for request in &self.requests {
+            let number = usize::from(request.queue);
+            let (kind, data_flags) = match request.direction {
+                Direction::Read => (VIRTIO_BLK_T_IN, VRING_DESC_F_WRITE),
+                Direction::Write => (VIRTIO_BLK_T_OUT, 0),
+            };
+            headers[number].extend(u64::from(kind).to_le_bytes());
+            headers[number].extend(request.sector.to_le_bytes());
+            let entry = usize::from(request.index) * 2 + 4;
+            avails[number][entry..entry + 2].copy_from_slice(&request.head().to_le_bytes());
+
+            let header = (Segment { address: request.header, len: HEADER_BYTES as u32 }, 0);
+            let data = request.data.iter().map(|&segment| (segment, data_flags));
+            let status = (Segment { address: request.status, len: 1 }, VRING_DESC_F_WRITE);
+            let all = std::iter::once(header).chain(data).chain([status]);
+            for (i, (segment, flags)) in all.enumerate() {
+                let next = request.chain.get(i + 1).copied();
+                let flags = flags | next.map_or(0, |_| VRING_DESC_F_NEXT);
+                let at = usize::from(request.chain[i]) * DESCRIPTOR_BYTES as usize;
+                let descriptor = &mut tables[number][at..at + DESCRIPTOR_BYTES as usize];
+                descriptor[..8].copy_from_slice(&segment.address.to_le_bytes());
+                descriptor[8..12].copy_from_slice(&segment.len.to_le_bytes());
+                descriptor[12..14].copy_from_slice(&(flags as u16).to_le_bytes());
+                descriptor[14..].copy_from_slice(&next.unwrap_or(0).to_le_bytes());
+            }
+        }
+        let mut pieces = Vec::new();
+        for (((queue, table), avail), headers) in
+            self.queues.iter().zip(tables).zip(avails).zip(headers)
+        {
+            pieces.push((queue.descriptors, table));
+            pieces.push((queue.avail, avail));
+            if !headers.is_empty() {
+                pieces.push((queue.headers, headers));
+            }
+        }
+        pieces
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::HashSet;
+
+    #[test]
+    fn parts_do_not_overlap_and_statuses_are_not_zero_before() {
+        for (queues, size) in [(1, 4), (3, 64), (8, 1024)] {
+            let content = Content::new(u64::from(size));
+            let mut rings = Rings::new(&content, 1, queues, size);
+            for i in 0..queues * (size / 3) {
+                let data = vec![Segment { address: 0, len: 512 }];
+                rings.push(i % queues, Direction::Read, u64::from(i), data);
+            }
+            let mut seen = HashSet::new();
+            let mut writes = rings.writes();
+            for request in rings.requests() {
+                assert_ne!(content.read_u64(request.status) & 0xff, 0);
+                writes.push((request.status, vec![0]));
+            }
+            for queue in rings.queues() {
+                assert_eq!(queue.requests, size / 3);
+                let elements = usize::from(size) * 8;
+                writes.push((queue.used_element(0), vec![0; elements]));
+            }
+            let pages = rings.pages();
+            for (address, bytes) in writes {
+                for byte in address..address + bytes.len() as u64 {
+                    assert!(pages.contains(&(byte / PAGE)), "{byte:#x}");
+                    assert!(seen.insert(byte), "{byte:#x}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_chain_is_what_virtio_says() {
+        let content = Content::new(1);
+        let mut rings = Rings::new(&content, 1, 1, 8);
+        let data = vec![Segment { address: 0x5000, len: 512 }, Segment { address: 0, len: 1024 }];
+        let request = rings.push(0, Direction::Read, 7, data).clone();
+        assert_eq!((request.bytes(), request.writable_bytes()), (1536, 1537));
+        assert_eq!(request.pieces().map(|(_, at)| at).collect::<Vec<_>>(), [3584, 4096]);
+        let writes = rings.writes();
+        let table = &writes.iter().find(|(at, _)| *at == rings.queues()[0].descriptors).unwrap().1;
+        let expected = [
+            (request.header, 16, 1, request.chain[1]),
+            (0x5000, 512, 3, request.chain[2]),
+            (0, 1024, 3, request.chain[3]),
+            (request.status, 1, 2, 0),
+        ];
+        for (&number, (address, len, flags, next)) in request.chain.iter().zip(expected) {
+            let bytes = &table[usize::from(number) * 16..][..16];
+            assert_eq!(bytes[..8], u64::to_le_bytes(address));
+            assert_eq!(bytes[8..12], u32::to_le_bytes(len));
+            assert_eq!(bytes[12..14], u16::to_le_bytes(flags));
+            assert_eq!(bytes[14..], u16::to_le_bytes(next));
+        }
+        let header = &writes.iter().find(|(at, _)| *at == request.header).unwrap().1;
+        assert_eq!(header[..], [0, 0, 0, 0, 0, 0, 0, 0, 7, 0, 0, 0, 0, 0, 0, 0]);
+    }
+}

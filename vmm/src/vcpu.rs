@@ -1,0 +1,139 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! A vCPU on its thread.
+
+use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::thread::{self, JoinHandle};
+use std::time::Instant;
+
+use demand_kvm::{FaultError, FaultHandler, KickError, VcpuKick};
+use kvm_ioctls::{VcpuExit, VcpuFd};
+
+use crate::guest_code::PORT_WAIT;
+use crate::notify::Notify;
+
+/// What a vCPU's thread tells the VMM.
+#[derive(Debug)]
+pub enum VcpuEvent {
+    /// The guest wrote a byte to an I/O port: the test guest's word for "done" or "failed".
+    Port {
+        /// The vCPU.
+        cpu: u32,
+        /// The port.
+        port: u16,
+        /// The byte.
+        value: u8,
+    },
+    /// The vCPU cannot go on.
+    Failed {
+        /// The vCPU.
+        cpu: u32,
+        /// Why: one line.
+        message: String,
+    },
+}
+
+/// What all vCPUs of a VM share.
+pub struct VcpuContext {
+    /// Resolves exits at missing pages.
+    pub faults: FaultHandler,
+    /// The device's register for kicks, where KVM does not serve it by itself.
+    pub notify: Option<Arc<Notify>>,
+    /// When the first vCPU entered the guest.
+    pub first_run: OnceLock<Instant>,
+    /// Set when the VM is going away.
+    pub stop: AtomicBool,
+}
+
+/// A running vCPU thread.
+#[derive(Debug)]
+pub struct VcpuThread {
+    kick: VcpuKick,
+    thread: JoinHandle<()>,
+}
+
+impl VcpuThread {
+    /// Starts vCPU `cpu` on a thread of its own.
+    ///
+    /// # Errors
+    ///
+    /// If the thread cannot be started, or the vCPU cannot be made one that can be kicked.
+    pub fn start(
+        cpu: u32,
+        vcpu: VcpuFd,
+        context: Arc<VcpuContext>,
+        tell: impl Fn(VcpuEvent) + Send + 'static,
+    ) -> Result<Self, StartError> {
+        let kick = VcpuKick::new(&vcpu)?;
+        let thread = {
+            let kick = kick.clone();
+            thread::Builder::new()
+                .name(format!("vcpu-{cpu}"))
+                .spawn(move || run(cpu, vcpu, &kick, &context, &tell))?
+        };
+        Ok(VcpuThread { kick, thread })
+    }
+
+    /// Ends the thread; the context's `stop` was set before.
+    pub fn join(self) {
+        self.kick.kick();
+        // A panic there has printed what it has to say.
+        let _ = self.thread.join();
+    }
+}
+
+/// Why a vCPU's thread could not be started.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The vCPU cannot be kicked.
+    #[error(transparent)]
+    Kick(#[from] KickError),
+    /// There is no thread to be had.
+    #[error("start a thread for a vCPU: {0}; raise the limit of threads (ulimit -u)")]
+    Thread(#[from] io::Error),
+}
+
+fn run(
+    cpu: u32,
+    mut vcpu: VcpuFd,
+    kick: &VcpuKick,
+    context: &VcpuContext,
+    tell: &dyn Fn(VcpuEvent),
+) {
+    kick.attach();
+    let failed = |message: String| tell(VcpuEvent::Failed { cpu, message });
+    context.first_run.get_or_init(Instant::now);
+    while !context.stop.load(Ordering::Acquire) {
+        match vcpu.run() {
+            Ok(VcpuExit::MemoryFault { flags, gpa, size }) => {
+                match context.faults.handle(gpa, size, flags, kick.waiter()) {
+                    Ok(()) => {}
+                    Err(FaultError::Kicked { .. } | FaultError::Stopped { .. }) => kick.clear(),
+                    Err(error) => return failed(error.to_string()),
+                }
+            }
+            Ok(VcpuExit::IoOut(PORT_WAIT, _)) => thread::yield_now(),
+            Ok(VcpuExit::IoOut(port, data)) => {
+                let value = data.first().copied().unwrap_or_default();
+                tell(VcpuEvent::Port { cpu, port, value });
+            }
+            Ok(VcpuExit::MmioWrite(address, data)) => {
+                let served = context.notify.as_ref().is_some_and(|notify| notify.write(address, data));
+                if !served {
+                    return failed(format!(
+                        "vCPU {cpu} wrote {} bytes at {address:#x}, where nothing is",
+                        data.len()
+                    ));
+                }
+            }
+            // The test guest has nothing more to do, and no interrupt will come.
+            Ok(VcpuExit::Hlt) => return,
+            Ok(exit) => return failed(format!("vCPU {cpu} left the guest with {exit:?}")),
+            Err(error) => match error.errno() {
+                libc::EINTR | libc::EAGAIN => kick.clear(),
+                _ => return failed(format!("run vCPU {cpu}: {error}; the kernel's log may say more")),
+            },
+        }
+    }
+}

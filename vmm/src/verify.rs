@@ -1,0 +1,338 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Says whether every byte of the guest's memory and of its disk is what it must be when a plan has
+//! been carried out.
+//!
+//! All that it knows comes from the plan's parameters and the pristine disk, so it can run in a
+//! process of its own that has had no part in anything. Memory must be complete: what has not
+//! arrived reads as zeros here, and is reported.
+
+mod disk;
+mod final_memory;
+mod rings;
+#[cfg(test)]
+mod tests;
+
+pub use final_memory::FinalMemory;
+
+use std::fmt;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+
+use serde::Serialize;
+
+use crate::content::{PAGE_BYTES, UNIT_PAGES};
+use crate::plan::{Plan, Role, Width};
+
+const PAGE: u64 = PAGE_BYTES as u64;
+
+/// How many differences are kept; the rest are only counted.
+pub const KEPT_DIFFERENCES: usize = 10;
+
+/// Where something is not what it must be.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Place {
+    /// In guest memory; the offset is the guest physical address.
+    Memory,
+    /// In what a device's ring says; the offset is the guest physical address.
+    Ring,
+    /// On the disk; the offset is in bytes.
+    Disk,
+}
+
+/// Something that is not what it must be: the first such place in a page of memory or a block of
+/// 4096 bytes of the disk.
+#[derive(Clone, Debug, Eq, PartialEq, Serialize)]
+pub struct Difference {
+    /// Where to look.
+    pub place: Place,
+    /// Where there, in bytes.
+    pub offset: u64,
+    /// What must be there: the aligned word that the offset lies in, or a number in a ring.
+    pub expected: u64,
+    /// What is there.
+    pub found: u64,
+    /// How many bytes differ in this page or block.
+    pub bytes: u64,
+    /// What the page or block is for.
+    pub role: String,
+    /// What it looks like, if that is plain to see.
+    pub note: String,
+}
+
+impl fmt::Display for Difference {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let place = match self.place {
+            Place::Memory => "memory at",
+            Place::Ring => "ring at",
+            Place::Disk => "disk at byte",
+        };
+        let Difference { offset, expected, found, bytes, role, note, .. } = self;
+        write!(f, "{place} {offset:#x} ({role}): expected {expected:#018x}, found {found:#018x}")?;
+        write!(f, ", {bytes} bytes differ")?;
+        if note.is_empty() { Ok(()) } else { write!(f, "; {note}") }
+    }
+}
+
+/// What a comparison came to.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Verdict {
+    /// Whether every byte is what it must be.
+    pub equal: bool,
+    /// The first differences, at most [`KEPT_DIFFERENCES`].
+    pub differences: Vec<Difference>,
+    /// How many there are: pages, blocks of the disk, entries of rings.
+    pub difference_count: u64,
+    /// Bytes of memory that were compared.
+    pub memory_bytes: u64,
+    /// Bytes of disk that were compared.
+    pub disk_bytes: u64,
+}
+
+impl Verdict {
+    fn add(&mut self, difference: Difference) {
+        self.difference_count += 1;
+        if self.differences.len() < KEPT_DIFFERENCES {
+            self.differences.push(difference);
+        }
+    }
+}
+
+/// Why there is no verdict.
+#[derive(Debug, thiserror::Error)]
+pub enum VerifyError {
+    /// Something could not be read.
+    #[error("read {len} bytes at offset {offset} of the {what}: {error}; give the complete one")]
+    Read {
+        /// What was read.
+        what: &'static str,
+        /// Where, in bytes.
+        offset: u64,
+        /// How much.
+        len: u64,
+        /// What the system said.
+        error: std::io::Error,
+    },
+    /// Something is too short.
+    #[error(
+        "the {what} has {found} bytes, and the plan needs {needed}; give the one that was used"
+    )]
+    Short {
+        /// What it is.
+        what: &'static str,
+        /// Its size in bytes.
+        found: u64,
+        /// The size it must have at least.
+        needed: u64,
+    },
+    /// The plan has a disk, and a file of it is missing.
+    #[error("verify a plan with a disk: the disk or its pristine image is missing; give both")]
+    NoDisk,
+}
+
+/// The disk before and after.
+#[derive(Clone, Copy, Debug)]
+pub struct Disks<'a> {
+    /// As it was before anything ran.
+    pub pristine: &'a File,
+    /// As it is now.
+    pub disk: &'a File,
+}
+
+/// Compares every byte of memory, and of the disk if there is one, with what it must be after
+/// `plan`.
+///
+/// # Errors
+/// If something cannot be read. That something differs is no error but a verdict.
+pub fn verify(
+    plan: &Plan,
+    memory: &FinalMemory<'_>,
+    disks: Option<Disks<'_>>,
+) -> Result<Verdict, VerifyError> {
+    if plan.rings().is_some() && disks.is_none() {
+        return Err(VerifyError::NoDisk);
+    }
+    let mut verdict = Verdict::default();
+    let mut pieces = pieces_of(plan);
+    rings::check(plan, memory, &mut pieces, &mut verdict)?;
+    pieces.sort_unstable_by_key(|piece| piece.address);
+    let pristine = disks.map(|disks| disks.pristine);
+    compare_memory(plan, memory, &pieces, pristine, &mut verdict)?;
+    if let Some(disks) = disks {
+        disk::compare(plan, disks, &mut verdict)?;
+    }
+    verdict.equal = verdict.difference_count == 0;
+    Ok(verdict)
+}
+
+/// A piece of memory, within a page, that is not what the image has.
+struct Piece {
+    address: u64,
+    bytes: Bytes,
+}
+
+enum Bytes {
+    Value(u64, Width),
+    Disk { offset: u64, len: usize },
+    Known(Vec<u8>),
+}
+
+/// What stores and the back-end make of memory.
+fn pieces_of(plan: &Plan) -> Vec<Piece> {
+    let stores = plan.stores().iter();
+    let mut pieces: Vec<Piece> = stores
+        .map(|store| Piece {
+            address: store.address,
+            bytes: Bytes::Value(store.value, store.width),
+        })
+        .collect();
+    let reads = plan.requests().iter().filter(|r| r.direction == crate::rings::Direction::Read);
+    for (segment, offset) in reads.flat_map(|request| request.pieces()) {
+        for (at, len) in by_page(segment.address, segment.len as usize) {
+            let offset = offset + at as u64;
+            let address = segment.address + at as u64;
+            pieces.push(Piece { address, bytes: Bytes::Disk { offset, len } });
+        }
+    }
+    if let Some(rings) = plan.rings() {
+        for (address, bytes) in rings.final_bytes() {
+            push_known(&mut pieces, address, &bytes);
+        }
+    }
+    pieces
+}
+
+/// Adds bytes that are known.
+fn push_known(pieces: &mut Vec<Piece>, address: u64, bytes: &[u8]) {
+    for (at, len) in by_page(address, bytes.len()) {
+        let known = Bytes::Known(bytes[at..at + len].to_vec());
+        pieces.push(Piece { address: address + at as u64, bytes: known });
+    }
+}
+
+/// Cuts `len` bytes at `address` at the ends of pages: pairs of offset and length.
+fn by_page(address: u64, len: usize) -> impl Iterator<Item = (usize, usize)> {
+    let mut at = 0;
+    std::iter::from_fn(move || {
+        let left_in_page = PAGE_BYTES - ((address + at as u64) % PAGE) as usize;
+        let now = left_in_page.min(len - at);
+        at += now;
+        (now > 0).then_some((at - now, now))
+    })
+}
+
+fn compare_memory(
+    plan: &Plan,
+    memory: &FinalMemory<'_>,
+    pieces: &[Piece],
+    pristine: Option<&File>,
+    verdict: &mut Verdict,
+) -> Result<(), VerifyError> {
+    let content = plan.content();
+    let mut buffer = Vec::new();
+    let mut expected = Box::new([0; PAGE_BYTES]);
+    let mut pieces = pieces.iter().peekable();
+    memory.check_length(plan.params().memory_bytes)?;
+    for unit in 0..plan.params().units() {
+        let bytes = memory.unit(unit, &mut buffer)?;
+        let (pages, _) = bytes.as_chunks::<PAGE_BYTES>();
+        for (page, found) in (unit * UNIT_PAGES..).zip(pages) {
+            let end = (page + 1) * PAGE;
+            if pieces.peek().is_none_or(|piece| piece.address >= end) {
+                if content.page_is(page, found) {
+                    continue;
+                }
+                content.page(page, &mut expected);
+            } else {
+                content.page(page, &mut expected);
+                while let Some(piece) = pieces.next_if(|piece| piece.address < end) {
+                    apply(piece, &mut expected, pristine)?;
+                }
+            }
+            if *expected == *found {
+                continue;
+            }
+            let note = if found.iter().all(|&byte| byte == 0) {
+                "the page is all zeros, as if it had never arrived"
+            } else if content.page_is(page, found) {
+                "the page is the image's, as if it had arrived again or never been written"
+            } else {
+                ""
+            };
+            let role = plan.roles()[page as usize];
+            let (place, role) = (Place::Memory, describe(role));
+            verdict.add(difference(place, page * PAGE, &expected[..], found, role, note));
+        }
+    }
+    verdict.memory_bytes = plan.params().memory_bytes;
+    Ok(())
+}
+
+/// Puts a piece where it belongs in its page.
+fn apply(
+    piece: &Piece,
+    page: &mut [u8; PAGE_BYTES],
+    pristine: Option<&File>,
+) -> Result<(), VerifyError> {
+    let place = &mut page[(piece.address % PAGE) as usize..];
+    match &piece.bytes {
+        Bytes::Value(value, width) => {
+            let len = width.bytes() as usize;
+            place[..len].copy_from_slice(&value.to_le_bytes()[..len]);
+        }
+        &Bytes::Disk { offset, len } => {
+            let what = "pristine disk image";
+            pristine
+                .ok_or(VerifyError::NoDisk)?
+                .read_exact_at(&mut place[..len], offset)
+                .map_err(|error| VerifyError::Read { what, offset, len: len as u64, error })?;
+        }
+        Bytes::Known(bytes) => place[..bytes.len()].copy_from_slice(bytes),
+    }
+    Ok(())
+}
+
+/// The difference between two pages or blocks of the same length, which are not equal; they begin
+/// at `start`.
+fn difference(
+    place: Place,
+    start: u64,
+    expected: &[u8],
+    found: &[u8],
+    role: String,
+    note: &str,
+) -> Difference {
+    let differ = |i: &usize| expected[*i] != found[*i];
+    let first = (0..expected.len()).find(differ).unwrap_or(0);
+    let word = |bytes: &[u8]| {
+        let from = first - first % 8;
+        let mut word = [0; 8];
+        let some = &bytes[from..bytes.len().min(from + 8)];
+        word[..some.len()].copy_from_slice(some);
+        u64::from_le_bytes(word)
+    };
+    Difference {
+        place,
+        offset: start + first as u64,
+        expected: word(expected),
+        found: word(found),
+        bytes: (0..expected.len()).filter(differ).count() as u64,
+        role,
+        note: note.to_owned(),
+    }
+}
+
+fn describe(role: Role) -> String {
+    match role {
+        Role::Untouched => "touched by nobody".to_owned(),
+        Role::Rings => "rings, headers and status bytes".to_owned(),
+        Role::GuestCheck(cpu) => format!("read by vCPU {cpu}"),
+        Role::GuestCheckShared(one, other) => format!("read by vCPUs {one} and {other}"),
+        Role::GuestWrite(cpu) => format!("written by vCPU {cpu}"),
+        Role::GuestCall(cpu) => format!("code that vCPU {cpu} runs"),
+        Role::DiskRead(_) => "read from the disk by the back-end".to_owned(),
+        Role::DiskWrite => "written to the disk by the back-end".to_owned(),
+        Role::VmmCheck => "read by the VMM".to_owned(),
+        Role::VmmWrite(_) => "written by the VMM".to_owned(),
+    }
+}
