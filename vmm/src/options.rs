@@ -98,6 +98,12 @@ impl FromStr for MemoryOption {
         let backing = parts.take("backing", BackingKind::from_str)?.unwrap_or(BackingKind::Shmem);
         let reserve = parts.take("reserve", parse_switch)?.unwrap_or(true);
         parts.end("size, backing and reserve")?;
+        if size == 0 || !size.is_multiple_of(backing.unit()) {
+            let unit = backing.unit();
+            return Err(format!(
+                "--memory: size={size} is no multiple of the {unit} bytes of a page of {backing}"
+            ));
+        }
         Ok(MemoryOption { size, backing, reserve })
     }
 }
@@ -245,7 +251,7 @@ mod tests {
         let option: MemoryOption = "size=1G,backing=hugetlb-2m,reserve=off".parse().unwrap();
         assert_eq!((option.size, option.backing), (1 << 30, BackingKind::Hugetlb2M));
         assert!(!option.reserve);
-        for text in ["", "1G", "size=1G,size=2G", "size=x", "size=1G,backing=tmpfs", "size=1G,a=b"] {
+        for text in ["", "1G", "size=0", "size=3M,backing=hugetlb-2m", "size=1G,size=2G", "size=x", "size=1G,backing=tmpfs", "size=1G,a=b"] {
             assert!(text.parse::<MemoryOption>().unwrap_err().starts_with("--memory"), "{text}");
         }
     }

@@ -96,7 +96,9 @@ pub fn refresh() -> Result<()> {
     }
     fs::write(state.join("sources.list"), sources)?;
     let mut apt = Command::new("apt-get");
-    apt.args(options(Sources::Private)?).args(["--quiet=2", "update"]);
+    // Otherwise apt says that all went well if it could reach nobody.
+    let strict = ["-o", "APT::Update::Error-Mode=any"];
+    apt.args(options(Sources::Private)?).args(strict).args(["--quiet=2", "update"]);
     run(&mut apt)?;
     Ok(())
 }

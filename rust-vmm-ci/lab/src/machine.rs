@@ -12,6 +12,7 @@ use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::process::{Signal, getpid, getppid, set_parent_process_death_signal};
 
 use crate::protocol::{CONTROL_PORT, OUT_TAG, ROOT_TAG, STDERR_PORT, STDOUT_PORT};
+use crate::tsc;
 
 const QEMU: &str = "qemu-system-x86_64";
 
@@ -130,9 +131,8 @@ impl Machine {
         // QEMU's timers need no trying out, and its TSCs agree, though the kernel
         // would not think so of several sockets.
         parameters += " lapic_timer_khz=1000000 no_timer_check tsc=reliable";
-        if self.icount {
-            parameters += " tsc_early_khz=1000000";
-        }
+        let tsc = if self.icount { 1_000_000 } else { tsc::khz() };
+        parameters += &format!(" tsc_early_khz={tsc}");
         if self.gigapages > 0 {
             parameters += &format!(" hugepagesz=1G hugepages={}", self.gigapages);
         }

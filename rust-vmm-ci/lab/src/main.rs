@@ -17,6 +17,7 @@ mod kernel;
 mod machine;
 mod protocol;
 mod session;
+mod tsc;
 
 use std::process::ExitCode;
 

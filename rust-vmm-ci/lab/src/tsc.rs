@@ -1,0 +1,59 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The frequency of this host's time-stamp counter, which QEMU's emulated CPUs
+//! count by. The lab's kernel is told it: on a busy host it fails to find it out,
+//! and without it KVM never enters a guest.
+
+use std::arch::x86_64::_rdtsc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// How long to measure: long enough for an error of a few parts in a million.
+const SPAN: Duration = Duration::from_millis(20);
+
+/// The frequency in kHz.
+pub fn khz() -> u64 {
+    let (ticks, time) = sample();
+    thread::sleep(SPAN);
+    let (later_ticks, later_time) = sample();
+    frequency(later_ticks.wrapping_sub(ticks), later_time - time)
+}
+
+fn frequency(ticks: u64, time: Duration) -> u64 {
+    let khz = u128::from(ticks) * 1_000_000 / time.as_nanos().max(1);
+    khz.try_into().unwrap_or(u64::MAX)
+}
+
+/// The counter and the time, of several tries the pair that lies closest together.
+fn sample() -> (u64, Instant) {
+    let (_, ticks, time) = (0..16)
+        .map(|_| {
+            let before = now();
+            let time = Instant::now();
+            let after = now();
+            (after.wrapping_sub(before), before, time)
+        })
+        .min_by_key(|(distance, ..)| *distance)
+        .expect("the range is not empty");
+    (ticks, time)
+}
+
+fn now() -> u64 {
+    // SAFETY: every x86-64 CPU has the instruction, and Linux lets programs use it.
+    unsafe { _rdtsc() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_frequency_is_ticks_by_time() {
+        assert_eq!(frequency(52_000_000, Duration::from_millis(20)), 2_600_000);
+    }
+
+    #[test]
+    fn two_measurements_agree() {
+        let (one, other) = (khz(), khz());
+        assert!(one.abs_diff(other) < one / 1000, "{one} {other}");
+    }
+}

@@ -1,0 +1,249 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Bad input: each case is one clear line and the exit status that belongs to it.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use demand_kvm::Engine;
+use demand_tests::backend::{BackEnd, BlkOptions};
+use demand_tests::host::{free_units, has_kvm, skip};
+use demand_tests::process::{program, run};
+use demand_tests::sandbox::{Device, with_devices};
+
+const FAILED: i32 = 1;
+const USAGE: i32 = 2;
+const HOST: i32 = 3;
+
+/// A folder with a memory image and a disk, and the words of a run on them that would succeed.
+struct Setting {
+    folder: tempfile::TempDir,
+}
+
+impl Setting {
+    fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let mut make = Command::new(program("demand-vmm").unwrap());
+        make.arg("make-image").arg("--memory").arg(folder.path().join("memory.img"));
+        make.args(["--size", "8M", "--disk-size", "8M"]);
+        make.arg("--disk").arg(folder.path().join("disk.img"));
+        assert!(run(&mut make, Duration::from_secs(60)).unwrap().status.success());
+        Setting { folder }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn run_command(&self, program: &Path) -> Command {
+        let mut command = Command::new(program);
+        command.arg("run").arg("--source").arg(self.path("memory.img"));
+        command
+    }
+
+    fn vmm(&self) -> Command {
+        self.run_command(&program("demand-vmm").unwrap())
+    }
+
+    /// A run with a disk at `socket`.
+    fn with_disk(&self, socket: &Path) -> Command {
+        let mut command = self.vmm();
+        command.args(["--memory", "size=8M"]);
+        command.arg("--vhost-user").arg(format!("blk,socket={}", socket.display()));
+        let disk = self.path("disk.img");
+        command.arg("--test-guest").arg(format!(
+            "requests=4,write-area=4M,pristine={0},disk={0}",
+            disk.display()
+        ));
+        command
+    }
+}
+
+/// The command ends with `status` and one line on standard error that has all of `words`.
+#[track_caller]
+fn refused(command: &mut Command, status: i32, words: &[&str]) {
+    let output = run(command, Duration::from_secs(120)).unwrap();
+    let said = output.stderr.trim_end();
+    assert_eq!(output.status.code(), Some(status), "it said: {said}");
+    assert_eq!(said.lines().count(), 1, "one line: {said}");
+    for word in words {
+        assert!(said.contains(word), "'{word}' is not in: {said}");
+    }
+}
+
+/// Copies the VMM to where any user can run it, with a folder that any user can read.
+fn for_everybody(setting: &Setting) -> PathBuf {
+    let copy = setting.path("demand-vmm");
+    fs::copy(program("demand-vmm").unwrap(), &copy).unwrap();
+    for path in [setting.folder.path(), &copy] {
+        fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
+    }
+    copy
+}
+
+fn is_root() -> bool {
+    // SAFETY: the call has no arguments and cannot fail.
+    unsafe { libc::geteuid() == 0 }
+}
+
+#[test]
+fn no_dev_kvm() {
+    if !is_root() {
+        return skip("only root can hide a device");
+    }
+    let setting = Setting::new();
+    let mut command = setting.vmm();
+    command.args(["--memory", "size=8M"]);
+    with_devices(&mut command, Vec::new(), None);
+    refused(&mut command, HOST, &["/dev/kvm", "No such file", "load the module"]);
+}
+
+#[test]
+fn no_permission_on_dev_userfaultfd() {
+    let kvm = Device::of_machine(c"/dev/kvm", 0o666);
+    let uffd = Device::of_machine(c"/dev/userfaultfd", 0o600);
+    let (true, true, Some(kvm), Some(uffd)) = (is_root(), has_kvm(), kvm, uffd) else {
+        return skip("needs root, KVM and /dev/userfaultfd");
+    };
+    let setting = Setting::new();
+    let vmm = for_everybody(&setting);
+    let mut command = setting.run_command(&vmm);
+    command.args(["--memory", "size=8M"]);
+    with_devices(&mut command, vec![kvm, uffd], Some(65534));
+    refused(&mut command, HOST, &["/dev/userfaultfd", "ermi"]);
+}
+
+#[test]
+fn hugetlb_asked_for_and_none_free() {
+    if !has_kvm() {
+        return skip("there is no usable /dev/kvm");
+    }
+    let setting = Setting::new();
+    let image = fs::OpenOptions::new().write(true).open(setting.path("memory.img")).unwrap();
+    image.set_len(1 << 40).unwrap();
+    let mut command = setting.vmm();
+    // More than there is, whatever there is.
+    assert!(free_units(demand_memory::BackingKind::Hugetlb2M) < 1 << 19);
+    command.args(["--memory", "size=1T,backing=hugetlb-2m"]);
+    refused(&mut command, HOST, &["hugetlb-2m", "vm.nr_hugepages"]);
+}
+
+#[test]
+fn an_image_shorter_than_the_memory() {
+    if !has_kvm() {
+        return skip("there is no usable /dev/kvm");
+    }
+    let setting = Setting::new();
+    let mut command = setting.vmm();
+    command.args(["--memory", "size=16M"]);
+    refused(&mut command, FAILED, &["image", &(16 << 20).to_string(), &(8 << 20).to_string()]);
+}
+
+#[test]
+fn an_image_that_is_not_there() {
+    if !has_kvm() {
+        return skip("there is no usable /dev/kvm");
+    }
+    let mut command = Command::new(program("demand-vmm").unwrap());
+    command.args(["run", "--memory", "size=8M", "--source", "/nowhere/memory.img"]);
+    refused(&mut command, FAILED, &["/nowhere/memory.img", "No such file"]);
+}
+
+#[test]
+fn an_engine_that_the_kernel_lacks() {
+    if !has_kvm() {
+        return skip("there is no usable /dev/kvm");
+    }
+    let setting = Setting::new();
+    let mut command = setting.vmm();
+    command.args(["--memory", "size=8M", "--engine", "kvm-userfault", "--verify"]);
+    let engines = demand_kvm::probe().engines();
+    if engines.iter().any(|report| report.engine == Engine::KvmUserfault && report.usable) {
+        // Here the kernel has it: asking for it by name must then work.
+        let output = run(&mut command, Duration::from_secs(120)).unwrap();
+        assert!(output.status.success(), "{}", output.stderr);
+    } else {
+        refused(&mut command, HOST, &["kvm-userfault", "choose engine uffd"]);
+    }
+}
+
+#[test]
+fn a_back_end_without_pagefault() {
+    if !has_kvm() {
+        return skip("there is no usable /dev/kvm");
+    }
+    let setting = Setting::new();
+    let options = BlkOptions { queues: 1, queue_size: 256, postcopy: false };
+    let back_end =
+        BackEnd::vhost_device_blk(setting.folder.path(), &setting.path("disk.img"), &options)
+            .unwrap();
+    let words = ["PAGEFAULT", "zeros", back_end.socket().to_str().unwrap()];
+    refused(&mut setting.with_disk(back_end.socket()), FAILED, &words);
+}
+
+#[test]
+fn a_back_end_that_echoes_our_addresses() {
+    if !has_kvm() {
+        return skip("there is no usable /dev/kvm");
+    }
+    let setting = Setting::new();
+    // A real one: libvhost-user, as QEMU's storage daemon has it.
+    let back_end =
+        BackEnd::qemu_storage_daemon(setting.folder.path(), &setting.path("disk.img")).unwrap();
+    let words = ["names our address", back_end.socket().to_str().unwrap()];
+    refused(&mut setting.with_disk(back_end.socket()), FAILED, &words);
+}
+
+#[test]
+fn a_socket_that_is_not_there() {
+    if !has_kvm() {
+        return skip("there is no usable /dev/kvm");
+    }
+    let setting = Setting::new();
+    let words = ["/nowhere/blk.sock", "start the back-end first"];
+    refused(&mut setting.with_disk(Path::new("/nowhere/blk.sock")), FAILED, &words);
+}
+
+#[test]
+fn a_wrong_command_line() {
+    let vmm = || Command::new(program("demand-vmm").unwrap());
+    for arguments in [
+        &["run"][..],
+        &["run", "--memory", "size=1G,backing=paper", "--source", "x"],
+        &["run", "--memory", "size=4097", "--source", "x"],
+        &["run", "--memory", "size=1G", "--source", "x", "--cpus", "0"],
+        &["run", "--memory", "size=1G", "--source", "x", "--engine", "magic"],
+        &["run", "--memory", "size=1G", "--source", "x", "--fill", "rate=0"],
+        &["run", "--memory", "size=1G", "--source", "x", "--vhost-user", "net,socket=y"],
+        &["make-image"],
+    ] {
+        refused(vmm().args(arguments), USAGE, &["demand-vmm: "]);
+    }
+}
+
+#[test]
+fn a_back_end_that_dies_under_the_guest() {
+    if !has_kvm() {
+        return skip("there is no usable /dev/kvm");
+    }
+    let setting = Setting::new();
+    let options = BlkOptions { queues: 1, queue_size: 256, postcopy: true };
+    let mut back_end =
+        BackEnd::vhost_device_blk(setting.folder.path(), &setting.path("disk.img"), &options)
+            .unwrap();
+    let mut command = setting.with_disk(back_end.socket());
+    // The guest waits for a disk that is stopped, and then gone.
+    let child = i32::try_from(back_end.process().id()).unwrap();
+    let mut vmm = {
+        command.stderr(std::process::Stdio::piped());
+        demand_tests::process::Guarded::spawn(&mut command).unwrap()
+    };
+    std::thread::sleep(Duration::from_millis(5));
+    // SAFETY: the child has not been reaped, so the id is its own.
+    unsafe { libc::kill(child, libc::SIGKILL) };
+    let status = vmm.wait(Duration::from_secs(60)).unwrap();
+    // It may have been done already, or not have begun; it must not hang, and not panic.
+    assert!(matches!(status.code(), Some(0 | FAILED)), "{status}");
+}
