@@ -122,8 +122,7 @@ pub fn run(command: &mut Command, limit: Duration) -> Result<Output> {
     let stderr = drain(child.stderr.take().map(|pipe| Box::new(pipe) as _));
     let waited = process.wait(limit);
     drop(process);
-    let (stdout, stderr) =
-        (stdout.join().unwrap_or_default(), stderr.join().unwrap_or_default());
+    let (stdout, stderr) = (stdout.join().unwrap_or_default(), stderr.join().unwrap_or_default());
     let status = waited.with_context(|| format!("it said: {stdout}{stderr}"))?;
     Ok(Output { status, stdout, stderr })
 }

@@ -56,12 +56,15 @@ pub fn with_devices(command: &mut Command, devices: Vec<Device>, user: Option<u3
     unsafe { command.pre_exec(set_up) };
 }
 
-fn mount(source: &CStr, target: &CStr, kind: Option<&CStr>, flags: libc::c_ulong) -> io::Result<()> {
+fn mount(
+    source: &CStr,
+    target: &CStr,
+    kind: Option<&CStr>,
+    flags: libc::c_ulong,
+) -> io::Result<()> {
     let kind = kind.map_or(std::ptr::null(), CStr::as_ptr);
     // SAFETY: all strings are C strings or null, and there is no data.
-    check(unsafe {
-        libc::mount(source.as_ptr(), target.as_ptr(), kind, flags, std::ptr::null())
-    })
+    check(unsafe { libc::mount(source.as_ptr(), target.as_ptr(), kind, flags, std::ptr::null()) })
 }
 
 fn check(result: libc::c_int) -> io::Result<()> {

@@ -312,7 +312,8 @@ fn succeed(command: &mut Command) -> Result<()> {
 fn make_file_system(path: &Path, of: &Path, size: u64) -> Result<()> {
     fs::File::create(path)?.set_len(size)?;
     // Debian keeps it where only root's PATH leads.
-    let mkfs = ["/usr/sbin/mkfs.ext4", "/sbin/mkfs.ext4"].into_iter().find(|p| Path::new(p).exists());
+    let mkfs =
+        ["/usr/sbin/mkfs.ext4", "/sbin/mkfs.ext4"].into_iter().find(|p| Path::new(p).exists());
     let mut command = Command::new(mkfs.unwrap_or("mkfs.ext4"));
     succeed(command.arg("-q").arg("-F").arg("-d").arg(of).arg(path))
         .context("make a file system; install e2fsprogs")

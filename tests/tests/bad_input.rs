@@ -53,10 +53,9 @@ impl Setting {
         command.args(["--memory", "size=8M"]);
         command.arg("--vhost-user").arg(format!("blk,socket={}", socket.display()));
         let disk = self.path("disk.img");
-        command.arg("--test-guest").arg(format!(
-            "requests=4,write-area=4M,pristine={0},disk={0}",
-            disk.display()
-        ));
+        command
+            .arg("--test-guest")
+            .arg(format!("requests=4,write-area=4M,pristine={0},disk={0}", disk.display()));
         command
     }
 }

@@ -25,9 +25,8 @@ fn mixed(engine: Engine, backing: BackingKind, cpus: u32) {
     }
     for round in 0..rounds() {
         let scenario = Scenario::mixed(engine.name(), backing, cpus, 100 + round);
-        let report = scenario
-            .run(&mut |_, _| {})
-            .unwrap_or_else(|error| panic!("round {round}: {error:#}"));
+        let report =
+            scenario.run(&mut |_, _| {}).unwrap_or_else(|error| panic!("round {round}: {error:#}"));
         assert_eq!(report.engine, engine.name());
         assert_eq!(report.guest.granularity_bytes, 4096, "{report:?}");
         assert_eq!(report.back_end.granularity_bytes, 2 << 20, "{report:?}");

@@ -172,7 +172,7 @@ fn to_json(report: &Report) -> Result<String, Error> {
 }
 
 fn make_image(args: &MakeImageArgs) -> Result<(), Error> {
-    let content = crate::content::Content::new(args.seed);
+    let content = test_guest::content::Content::new(args.seed);
     let failed = |path: &PathBuf| {
         let path = path.display().to_string();
         move |error| Error::failed(format!("write {path}: {error}; is there room on the disk?"))
@@ -181,7 +181,7 @@ fn make_image(args: &MakeImageArgs) -> Result<(), Error> {
         content.write_image(path, args.size).map_err(failed(path))?;
     }
     if let Some(path) = &args.disk {
-        crate::content::write_disk(path, args.seed, args.disk_size).map_err(failed(path))?;
+        test_guest::content::write_disk(path, args.seed, args.disk_size).map_err(failed(path))?;
     }
     if args.memory.is_none() && args.disk.is_none() {
         return Err(Error::usage("make-image: say what to make, with --memory or --disk"));

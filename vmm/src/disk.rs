@@ -5,22 +5,21 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use demand_vhost::{BackEnd, Options, Vring};
+use test_guest::guest_layout::BLK_QUEUE_NOTIFY;
+use test_guest::plan::Plan;
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::error::Error;
-use crate::guest_layout::BLK_QUEUE_NOTIFY;
 use crate::machine::Machine;
 use crate::notify::Notify;
 use crate::options::VhostUserOption;
-use crate::plan::Plan;
 
 /// What the guest's driver accepts of what a back-end offers. No event indices: the guest kicks
 /// for each request, and polls.
-const FEATURES: u64 =
-    1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_BLK_F_MQ | 1 << VIRTIO_BLK_F_FLUSH;
+const FEATURES: u64 = 1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_BLK_F_MQ | 1 << VIRTIO_BLK_F_FLUSH;
 
 /// How often the connection is looked at while the guest runs.
 const LOOK_EVERY: Duration = Duration::from_millis(200);

@@ -2,19 +2,13 @@
 #![doc = include_str!("../README.md")]
 
 pub mod cli;
-pub mod content;
 pub mod disk;
 pub mod error;
-pub mod guest_code;
-pub mod guest_layout;
 pub mod machine;
 pub mod notify;
 pub mod options;
-pub mod plan;
 pub mod probe;
 pub mod report;
-pub mod rings;
 pub mod run;
 pub mod timeline;
 pub mod vcpu;
-pub mod verify;

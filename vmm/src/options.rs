@@ -6,8 +6,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use demand_memory::{BackingKind, FillRate};
-
-use crate::plan::{Arrivals, Order};
+use test_guest::plan::{Arrivals, Order};
 
 /// Splits `key=value,key=value`; a part without `=` has its key as name and an empty value.
 struct Parts<'a> {
@@ -39,9 +38,7 @@ impl<'a> Parts<'a> {
     fn end(self, known: &str) -> Result<(), String> {
         match self.values.keys().next() {
             None => Ok(()),
-            Some(key) => {
-                Err(format!("{}: there is no '{key}'; it takes {known}", self.option))
-            }
+            Some(key) => Err(format!("{}: there is no '{key}'; it takes {known}", self.option)),
         }
     }
 }
@@ -94,7 +91,8 @@ impl FromStr for MemoryOption {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let mut parts = Parts::new("--memory", text)?;
-        let size = parts.take("size", parse_size)?.ok_or("--memory: say how much, as in size=1G")?;
+        let size =
+            parts.take("size", parse_size)?.ok_or("--memory: say how much, as in size=1G")?;
         let backing = parts.take("backing", BackingKind::from_str)?.unwrap_or(BackingKind::Shmem);
         let reserve = parts.take("reserve", parse_switch)?.unwrap_or(true);
         parts.end("size, backing and reserve")?;
@@ -123,7 +121,10 @@ impl FromStr for VhostUserOption {
     fn from_str(text: &str) -> Result<Self, String> {
         let mut parts = Parts::new("--vhost-user", text)?;
         parts
-            .take("blk", |value| if value.is_empty() { Ok(()) } else { Err("blk has no value".into()) })?
+            .take(
+                "blk",
+                |value| if value.is_empty() { Ok(()) } else { Err("blk has no value".into()) },
+            )?
             .ok_or("--vhost-user: say what device, as in blk,socket=PATH; there is only blk")?;
         let socket = parts
             .take("socket", |path| Ok(PathBuf::from(path)))?
@@ -251,7 +252,16 @@ mod tests {
         let option: MemoryOption = "size=1G,backing=hugetlb-2m,reserve=off".parse().unwrap();
         assert_eq!((option.size, option.backing), (1 << 30, BackingKind::Hugetlb2M));
         assert!(!option.reserve);
-        for text in ["", "1G", "size=0", "size=3M,backing=hugetlb-2m", "size=1G,size=2G", "size=x", "size=1G,backing=tmpfs", "size=1G,a=b"] {
+        for text in [
+            "",
+            "1G",
+            "size=0",
+            "size=3M,backing=hugetlb-2m",
+            "size=1G,size=2G",
+            "size=x",
+            "size=1G,backing=tmpfs",
+            "size=1G,a=b",
+        ] {
             assert!(text.parse::<MemoryOption>().unwrap_err().starts_with("--memory"), "{text}");
         }
     }

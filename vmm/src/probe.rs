@@ -91,8 +91,7 @@ fn free_units(kind: BackingKind) -> Option<u64> {
     if kind == BackingKind::Shmem {
         return None;
     }
-    let path =
-        format!("/sys/kernel/mm/hugepages/hugepages-{}kB/free_hugepages", kind.unit() >> 10);
+    let path = format!("/sys/kernel/mm/hugepages/hugepages-{}kB/free_hugepages", kind.unit() >> 10);
     Some(fs::read_to_string(path).ok().and_then(|text| text.trim().parse().ok()).unwrap_or(0))
 }
 
@@ -102,10 +101,14 @@ fn table(report: &Report) -> String {
         let mark = if yes { "yes" } else { "no" };
         writeln!(table, "  {name:<24}{mark:<5}{why}").expect("a string takes everything");
     };
-    line("KVM", report.kvm.kvm.is_ok(), &match &report.kvm.kvm {
-        Ok(_) => report.kvm.virtualization.to_string(),
-        Err(error) => error.to_string(),
-    });
+    line(
+        "KVM",
+        report.kvm.kvm.is_ok(),
+        &match &report.kvm.kvm {
+            Ok(_) => report.kvm.virtualization.to_string(),
+            Err(error) => error.to_string(),
+        },
+    );
     for engine in report.kvm.engines() {
         line(&format!("engine {}", engine.engine), engine.usable, &engine.why);
     }
@@ -114,9 +117,10 @@ fn table(report: &Report) -> String {
     for backing in &report.backings {
         let (free, why) = match backing.free_units {
             None => (true, "ordinary memory".to_string()),
-            Some(free) => {
-                (free > 0, format!("{free} pages of {} free", crate::report::size(backing.unit_bytes)))
-            }
+            Some(free) => (
+                free > 0,
+                format!("{free} pages of {} free", crate::report::size(backing.unit_bytes)),
+            ),
         };
         line(&format!("backing {}", backing.name), backing.pageable && free, &why);
     }

@@ -13,16 +13,16 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use demand_kvm::{EngineChoice, PlainSlot};
-use demand_memory::{Fill, FillRate, PathReport, Retrier, RetryPolicy, Stats};
+use demand_memory::{DemandMemory, Fill, FillRate, PathReport, Retrier, RetryPolicy, Stats};
+use test_guest::guest_code::{DONE, PORT_END};
+use test_guest::guest_layout::{CONTROL_ADDRESS, ControlMemory};
+use test_guest::plan::{ActorError, DiskParams, Plan, PlanParams, run_vmm_actor};
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::disk::Disk;
 use crate::error::Error;
-use crate::guest_code::{DONE, PORT_END};
-use crate::guest_layout::{CONTROL_ADDRESS, ControlMemory};
 use crate::machine::{Machine, MachineConfig};
 use crate::options::{FillOption, MemoryOption, TestGuestOption, VhostUserOption};
-use crate::plan::{ActorError, DiskParams, Plan, PlanParams, run_vmm_actor};
 use crate::report::Report;
 use crate::vcpu::{VcpuContext, VcpuEvent, VcpuThread};
 
@@ -119,16 +119,25 @@ pub fn run(options: &RunOptions, started: Instant) -> Result<Report, Error> {
         first_run: OnceLock::new(),
         stop: AtomicBool::new(false),
     });
-    let mut threads = Threads { vcpus: Vec::new(), actor: None, context: context.clone(), stop_actor: Arc::default() };
+    let mut threads = Threads {
+        vcpus: Vec::new(),
+        actor: None,
+        context: context.clone(),
+        stop_actor: Arc::default(),
+    };
+    // Dropped before the threads are: none of them may wait for a page for ever.
+    let mut no_more_pages = StopOnDrop(Some(machine.memory()));
     let fill = match options.fill {
         FillOption::On(rate) => Some(start_fill(&machine, rate)?),
         FillOption::Off => None,
     };
     threads.start(options, &machine, &control, &plan, &sender)?;
 
-    let mut watch = Watch { options, machine: &machine, control: &control, disk, events, finished: false };
+    let mut watch =
+        Watch { options, machine: &machine, control: &control, disk, events, finished: false };
     watch.until_done(plan.params().cpus)?;
-    // Nobody waits for anything any more: the vCPUs halt.
+    // Nobody waits for anything any more: the vCPUs halt. What is missing still comes.
+    no_more_pages.0 = None;
     drop(threads);
     drop(fill);
     if options.verify && !watch.finished {
@@ -192,7 +201,9 @@ fn plan(options: &RunOptions) -> Result<Plan, Error> {
     let mut disk = None;
     if let Some(device) = &options.vhost_user {
         let path = guest.pristine.as_deref().ok_or_else(|| {
-            Error::usage("--vhost-user with --test-guest: say what the disk holds, as in pristine=PATH")
+            Error::usage(
+                "--vhost-user with --test-guest: say what the disk holds, as in pristine=PATH",
+            )
         })?;
         let file = open(path)?;
         let len = file.metadata().map_err(|error| failed_on(path, error))?.len();
@@ -233,7 +244,10 @@ fn lay_out_rings(machine: &Machine, plan: &Plan) -> Result<(), Error> {
     let Some(rings) = plan.rings() else { return Ok(()) };
     for (address, bytes) in rings.writes() {
         machine.memory().write_slice(&bytes, GuestAddress(address)).map_err(|error| {
-            Error::failed(format!("write {} bytes of guest memory at {address:#x}: {error}", bytes.len()))
+            Error::failed(format!(
+                "write {} bytes of guest memory at {address:#x}: {error}",
+                bytes.len()
+            ))
         })?;
     }
     Ok(())
@@ -242,6 +256,17 @@ fn lay_out_rings(machine: &Machine, plan: &Plan) -> Result<(), Error> {
 fn start_fill(machine: &Machine, rate: FillRate) -> Result<Fill, Error> {
     Fill::start(vec![machine.pager().clone()], rate)
         .map_err(|error| Error::host(format!("start a thread for background fill: {error}")))
+}
+
+/// Ends all waiting for pages when it is dropped, unless it was emptied.
+struct StopOnDrop<'a>(Option<&'a DemandMemory>);
+
+impl Drop for StopOnDrop<'_> {
+    fn drop(&mut self) {
+        if let Some(memory) = self.0 {
+            memory.stop();
+        }
+    }
 }
 
 /// The threads of a run; they end when this is dropped.
@@ -266,10 +291,7 @@ impl Threads {
             let vcpu = machine.vm().create_vcpu(cpu.into()).map_err(|error| {
                 Error::host(format!("make vCPU {cpu}: {error}; ask for fewer with --cpus"))
             })?;
-            control
-                .layout()
-                .setup_vcpu(machine.kvm(), &vcpu, cpu as usize)
-                .map_err(Error::host)?;
+            control.layout().setup_vcpu(machine.kvm(), &vcpu, cpu as usize).map_err(Error::host)?;
             vcpus.push(vcpu);
         }
         if !plan.vmm_steps().is_empty() {
@@ -280,7 +302,8 @@ impl Threads {
                 let outcome = run_vmm_actor(&plan, control.flags(), &memory, &stop);
                 let _ = events.send(Event::Actor(outcome));
             });
-            self.actor = Some(actor.map_err(|error| Error::host(format!("start a thread: {error}")))?);
+            self.actor =
+                Some(actor.map_err(|error| Error::host(format!("start a thread: {error}")))?);
         } else {
             let _ = events.send(Event::Actor(Ok(())));
         }
@@ -329,9 +352,13 @@ impl Watch<'_> {
                     cpus -= 1;
                 }
                 Event::Vcpu(VcpuEvent::Port { cpu, port, .. }) => {
-                    return Err(Error::failed(format!("vCPU {cpu} wrote to port {port:#x}, where nothing is")));
+                    return Err(Error::failed(format!(
+                        "vCPU {cpu} wrote to port {port:#x}, where nothing is"
+                    )));
                 }
-                Event::Vcpu(VcpuEvent::Failed { message, .. }) => return Err(Error::failed(message)),
+                Event::Vcpu(VcpuEvent::Failed { message, .. }) => {
+                    return Err(Error::failed(message));
+                }
                 Event::Actor(outcome) => {
                     outcome.map_err(Error::failed)?;
                     actor = false;
@@ -418,7 +445,8 @@ fn verify(options: &RunOptions, machine: &Machine, plan: &Plan) -> Result<bool, 
     // The memory object itself, under the name that other processes reach it by.
     command.arg("--memory").arg(format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd()));
     if options.vhost_user.is_some()
-        && let (Some(disk), Some(pristine)) = (&options.test_guest.disk, &options.test_guest.pristine)
+        && let (Some(disk), Some(pristine)) =
+            (&options.test_guest.disk, &options.test_guest.pristine)
     {
         command.arg("--disk").arg(disk).arg("--pristine").arg(pristine);
     }

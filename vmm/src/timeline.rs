@@ -32,9 +32,8 @@ pub fn svg(title: &str, events: &[TimelineEvent], total_pages: u64) -> String {
         arrived[column][event.path as usize] += event.pages;
     }
     for column in 1..COLUMNS {
-        for path in 0..Path::ALL.len() {
-            arrived[column][path] += arrived[column - 1][path];
-        }
+        let before = arrived[column - 1];
+        arrived[column].iter_mut().zip(before).for_each(|(now, before)| *now += before);
     }
     let x = |column: usize| LEFT + column as f64 * WIDTH / (COLUMNS as f64 - 1.0);
     let y = |pages: u64| TOP + HEIGHT * (1.0 - pages as f64 / total_pages.max(1) as f64);
@@ -51,10 +50,7 @@ pub fn svg(title: &str, events: &[TimelineEvent], total_pages: u64) -> String {
         TOP + HEIGHT + 80.0
     ));
     put(format_args!("<rect width=\"100%\" height=\"100%\" fill=\"white\"/>"));
-    put(format_args!(
-        "<text x=\"{LEFT}\" y=\"28\" font-size=\"17\">{}</text>",
-        escape(title)
-    ));
+    put(format_args!("<text x=\"{LEFT}\" y=\"28\" font-size=\"17\">{}</text>", escape(title)));
     for quarter in 0..=4u64 {
         let pages = total_pages * quarter / 4;
         put(format_args!(
@@ -84,11 +80,7 @@ pub fn svg(title: &str, events: &[TimelineEvent], total_pages: u64) -> String {
             write!(points, "{:.1},{:.1} ", x(column), y(below(column, paths)))
                 .expect("a string takes everything");
         }
-        put(format_args!(
-            "<polygon points=\"{}\" fill=\"{}\"/>",
-            points.trim_end(),
-            colour(path)
-        ));
+        put(format_args!("<polygon points=\"{}\" fill=\"{}\"/>", points.trim_end(), colour(path)));
     }
     let mut at = LEFT;
     for (index, path) in Path::ALL.into_iter().enumerate() {

@@ -9,8 +9,8 @@ use std::time::Instant;
 
 use demand_kvm::{FaultError, FaultHandler, KickError, VcpuKick};
 use kvm_ioctls::{VcpuExit, VcpuFd};
+use test_guest::guest_code::PORT_WAIT;
 
-use crate::guest_code::PORT_WAIT;
 use crate::notify::Notify;
 
 /// What a vCPU's thread tells the VMM.
@@ -119,7 +119,8 @@ fn run(
                 tell(VcpuEvent::Port { cpu, port, value });
             }
             Ok(VcpuExit::MmioWrite(address, data)) => {
-                let served = context.notify.as_ref().is_some_and(|notify| notify.write(address, data));
+                let served =
+                    context.notify.as_ref().is_some_and(|notify| notify.write(address, data));
                 if !served {
                     return failed(format!(
                         "vCPU {cpu} wrote {} bytes at {address:#x}, where nothing is",
@@ -132,7 +133,11 @@ fn run(
             Ok(exit) => return failed(format!("vCPU {cpu} left the guest with {exit:?}")),
             Err(error) => match error.errno() {
                 libc::EINTR | libc::EAGAIN => kick.clear(),
-                _ => return failed(format!("run vCPU {cpu}: {error}; the kernel's log may say more")),
+                _ => {
+                    return failed(format!(
+                        "run vCPU {cpu}: {error}; the kernel's log may say more"
+                    ));
+                }
             },
         }
     }

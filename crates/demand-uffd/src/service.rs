@@ -42,10 +42,12 @@ const AGAIN_MS: i32 = 1;
 /// A mapping whose pages come from a file as they are touched:
 ///
 /// ```
-/// use std::sync::Arc;
-/// use demand_memory::{Backing, BackingKind, MemfdBacking, Pager, Path, Retrier, RetryPolicy, Stats};
+/// use demand_memory::{
+///     Backing, BackingKind, MemfdBacking, Pager, Path, Retrier, RetryPolicy, Stats,
+/// };
 /// use demand_source::LocalFile;
 /// use demand_uffd::{ArmedMapping, FaultService, Features, Userfaultfd};
+/// use std::sync::Arc;
 ///
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// let image = tempfile::NamedTempFile::new()?;

@@ -74,11 +74,17 @@ impl Watch {
     pub(crate) fn serve(&self, shared: &Arc<Shared>, events: &mut Vec<Event>) -> io::Result<()> {
         self.uffd.read(events)?;
         let begun = Instant::now();
+        // Who stands in one batch waits already, and is let go on with the first of its granule.
+        let mut seen = Vec::with_capacity(events.len());
         for event in events.drain(..) {
             match event {
                 Event::Pagefault { address, .. } => match self.find(address) {
                     Some((mapping, granule)) => {
-                        Fault { mapping, granule, begun, again: false }.serve(shared);
+                        let place = (Arc::as_ptr(&mapping), granule.first);
+                        if !seen.contains(&place) {
+                            seen.push(place);
+                            Fault { mapping, granule, begun, again: false }.serve(shared);
+                        }
                     }
                     None => self.ignore(address),
                 },

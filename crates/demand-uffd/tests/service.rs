@@ -3,6 +3,7 @@
 
 mod common;
 
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::thread;
 
@@ -12,6 +13,7 @@ use common::{
 };
 use demand_memory::{BackingKind, PAGE_SIZE, PageRange, Pager, Path, Trap};
 use demand_uffd::{ArmedMapping, DEFAULT_THREADS, FaultService, Modes, ServiceError};
+use linux_raw_sys::general as raw;
 
 /// Two chunks and a half, as another process maps them.
 const PAGES: u64 = 1280;
@@ -136,6 +138,7 @@ fn a_chunk_is_not_reachable_before_it_is_whole() {
     let (uffd, mapping) = (uffd(), mapping(&pager));
     let armed = ArmedMapping::foreign(&uffd, base(&mapping), &pager).unwrap();
     let service = service(DEFAULT_THREADS, &[armed]);
+    let _guard = control.let_go_at_the_end();
     control.hold([511]);
     let reader = read_later(&mapping, 2 * PAGE_SIZE);
     until("the others arrive", || !pager.bitmap().is_missing(2) && !pager.bitmap().is_missing(99));
@@ -161,6 +164,7 @@ fn a_slow_page_holds_up_nobody_else() {
     pager.set_guest_trap(armed.clone());
     // A single thread, which must not be the one that waits.
     let service = service(1, &[armed]);
+    let _guard = control.let_go_at_the_end();
     control.hold([1, 2, 3]);
     let slow = [1, 2, 3].map(|page| read_later(&mapping, page * PAGE_SIZE));
     thread::sleep(A_WHILE);
@@ -252,6 +256,34 @@ fn faults_in_no_mapping_are_left_alone() {
     for (reader, page) in readers.iter().zip(0..) {
         expect(reader, page * PAGE_SIZE);
     }
+}
+
+/// A page that is mapped although somebody still waits for it: who waits is woken, and the rest of
+/// the chunk is mapped.
+#[test]
+fn who_waits_for_a_mapped_page_goes_on() {
+    let (pager, uffd) = (shmem(), uffd());
+    let mapping = mapping(&pager);
+    let armed = ArmedMapping::foreign(&uffd, base(&mapping), &pager).unwrap();
+    pager.fetch(PageRange::new(0, CHUNK), Path::Fill).unwrap();
+    let readers = [3, 9].map(|page| read_later(&mapping, page * PAGE_SIZE));
+    readers.iter().for_each(expect_blocked);
+    for page in [3, 9] {
+        let range = raw::uffdio_range { start: base(&mapping) + page * PAGE_SIZE, len: PAGE_SIZE };
+        // Mode 1 wakes nobody.
+        let mut argument = raw::uffdio_continue { range, mode: 1, mapped: 0 };
+        let (fd, request) = (uffd.try_clone_fd().unwrap(), linux_raw_sys::ioctl::UFFDIO_CONTINUE);
+        // SAFETY: the request reads and writes this structure.
+        let result = unsafe { libc::ioctl(fd.as_raw_fd(), request.into(), &mut argument) };
+        assert_eq!(result, 0);
+    }
+    readers.iter().for_each(expect_blocked);
+    let _service = service(1, &[armed]);
+    for (reader, page) in readers.iter().zip([3, 9]) {
+        expect(reader, page * PAGE_SIZE);
+    }
+    (0..CHUNK).for_each(|page| check_page(&mapping, page));
+    until("the fault is counted", || pager.stats().path(Path::BackEnd).faults == 1);
 }
 
 #[test]

@@ -8,6 +8,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::thread;
 use std::time::Duration;
 
 use vhost::VhostBackend;
@@ -66,10 +67,10 @@ impl Default for Options {
 /// # Examples
 ///
 /// ```no_run
-/// use std::sync::Arc;
 /// use demand_memory::DemandMemory;
 /// use demand_uffd::{DEFAULT_THREADS, FaultService};
 /// use demand_vhost::{BackEnd, Options, Vring};
+/// use std::sync::Arc;
 /// use vm_memory::GuestAddress;
 /// use vmm_sys_util::eventfd::EventFd;
 ///
@@ -128,7 +129,7 @@ impl BackEnd {
     pub fn connect(socket: impl AsRef<Path>, options: Options) -> Result<Self> {
         let socket = socket.as_ref().to_path_buf();
         let refused = |error| Error::Connect { socket: socket.clone(), error };
-        let stream = UnixStream::connect(&socket).map_err(refused)?;
+        let stream = connect(&socket).map_err(refused)?;
         let ours = Arc::new(stream.try_clone().map_err(refused)?);
         let mut this = BackEnd {
             frontend: Frontend::from_stream(stream, MAX_QUEUES),
@@ -319,6 +320,19 @@ impl BackEnd {
     pub(crate) fn set_sharing(&mut self, sharing: Sharing) {
         self.sharing = sharing;
     }
+}
+
+/// Connects, and gives a back-end that has just made its socket the time to listen on it.
+fn connect(socket: &Path) -> io::Result<UnixStream> {
+    for _ in 0..10 {
+        match UnixStream::connect(socket) {
+            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+                thread::sleep(Duration::from_millis(20));
+            }
+            result => return result,
+        }
+    }
+    UnixStream::connect(socket)
 }
 
 impl AsRawFd for BackEnd {

@@ -109,8 +109,10 @@ fn addresses_that_cannot_be_right_are_refused() {
         );
         assert_eq!(requests.iter().filter(|request| **request == SET_MEM_TABLE).count(), 1);
     }
-    let (error, _) = share(Folly::Unmapped);
+    let (error, requests) = share(Folly::Unmapped);
     assert!(matches!(error, Error::Arm(_)), "{error}");
+    // Its mappings are armed before it gets our acknowledgement.
+    assert_eq!(requests.iter().filter(|request| **request == SET_MEM_TABLE).count(), 1);
 }
 
 #[test]
@@ -153,7 +155,22 @@ fn the_end_is_asked_for_with_an_answer() {
         memory.fill();
         let ended = back_end.end_postcopy();
         match folly {
-            Folly::None => ended.unwrap(),
+            Folly::None => {
+                ended.unwrap();
+                // It keeps its userfaultfd, and yet nothing is trapped any more.
+                let mappings = foolish.mappings.clone();
+                let (sender, receiver) = std::sync::mpsc::channel();
+                std::thread::spawn(move || {
+                    for mapping in mappings.lock().unwrap().iter() {
+                        for offset in (0..mapping.len()).step_by(4096) {
+                            // SAFETY: the byte lies in the mapping, and nobody writes it.
+                            unsafe { mapping.at(offset).as_ptr().read_volatile() };
+                        }
+                    }
+                    let _ = sender.send(());
+                });
+                receiver.recv_timeout(common::PATIENCE).expect("nothing is trapped");
+            }
             _ => assert!(matches!(ended, Err(Error::Disconnected { .. })), "{ended:?}"),
         }
         // Once is enough.

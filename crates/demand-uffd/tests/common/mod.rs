@@ -94,6 +94,16 @@ impl Control {
         self.held.lock().unwrap().clear();
         self.changed.notify_all();
     }
+    /// Lets all pages go when it is dropped, so that a test that fails can end.
+    pub fn let_go_at_the_end(self: &Arc<Self>) -> impl Drop {
+        struct Guard(Arc<Control>);
+        impl Drop for Guard {
+            fn drop(&mut self) {
+                self.0.let_go();
+            }
+        }
+        Guard(self.clone())
+    }
     pub fn fail(&self, pages: impl IntoIterator<Item = u64>) {
         self.failing.lock().unwrap().extend(pages);
     }

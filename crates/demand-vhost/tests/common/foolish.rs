@@ -6,7 +6,7 @@ use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 
 use demand_memory::Mapping;
@@ -61,6 +61,7 @@ pub enum Folly {
 
 pub struct Foolish {
     pub socket: PathBuf,
+    pub mappings: Arc<Mutex<Vec<Mapping>>>,
     _directory: tempfile::TempDir,
     thread: Option<JoinHandle<Vec<u32>>>,
 }
@@ -70,15 +71,17 @@ impl Foolish {
         let directory = tempfile::tempdir().unwrap();
         let socket = directory.path().join("s");
         let listener = UnixListener::bind(&socket).unwrap();
+        let mappings = Arc::new(Mutex::new(Vec::new()));
+        let made = mappings.clone();
         let thread = thread::spawn(move || {
             let (stream, _) = listener.accept().unwrap();
             let mut back_end =
-                Connection { stream, folly, protocol_features, uffd: None, mappings: Vec::new() };
+                Connection { stream, folly, protocol_features, uffd: None, mappings: made };
             let mut requests = Vec::new();
             while back_end.serve(&mut requests).is_some() {}
             requests
         });
-        Foolish { socket, _directory: directory, thread: Some(thread) }
+        Foolish { socket, mappings, _directory: directory, thread: Some(thread) }
     }
 
     /// The requests that it got, once the front-end has hung up.
@@ -92,7 +95,7 @@ struct Connection {
     folly: Folly,
     protocol_features: u64,
     uffd: Option<Arc<Userfaultfd>>,
-    mappings: Vec<Mapping>,
+    mappings: Arc<Mutex<Vec<Mapping>>>,
 }
 
 fn words(payload: &[u8]) -> Vec<u64> {
@@ -157,12 +160,13 @@ impl Connection {
             let len = table[region + 1];
             let mapping = Mapping::shared(file, len, true).unwrap();
             let base = mapping.address().as_ptr() as u64;
-            self.mappings.push(mapping);
+            let mut mappings = self.mappings.lock().unwrap();
+            mappings.push(mapping);
             table[region + 2] = match self.folly {
                 Folly::Echoes => table[region + 2],
                 Folly::Unaligned => base + 2048,
-                Folly::Overlaps => self.mappings[0].address().as_ptr() as u64,
-                Folly::PastTheEnd => u64::MAX & !0xfff,
+                Folly::Overlaps => mappings[0].address().as_ptr() as u64,
+                Folly::PastTheEnd => !0xfff,
                 Folly::Unmapped => 0x1000_0000_0000 + region as u64 * (1 << 32),
                 _ => base,
             };

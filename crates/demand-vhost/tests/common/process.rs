@@ -17,6 +17,8 @@ use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
 
+/// A guest address, and who waits for the word there.
+type Asked = (u64, Sender<u64>);
 type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
 
 const SOCKET: &str = "DEMAND_VHOST_TEST_SOCKET";
@@ -101,7 +103,7 @@ pub struct Process {
     _directory: tempfile::TempDir,
     child: Child,
     control: UnixStream,
-    waiting: Arc<Mutex<Vec<(u64, Sender<u64>)>>>,
+    waiting: Arc<Mutex<Vec<Asked>>>,
 }
 
 impl Process {
@@ -116,7 +118,7 @@ impl Process {
             .spawn()
             .unwrap();
         let (control, _) = listener.accept().unwrap();
-        let waiting = Arc::new(Mutex::new(Vec::<(u64, Sender<u64>)>::new()));
+        let waiting = Arc::new(Mutex::new(Vec::<Asked>::new()));
         let (lines, told) = (control.try_clone().unwrap(), waiting.clone());
         thread::spawn(move || {
             for line in BufReader::new(lines).lines() {

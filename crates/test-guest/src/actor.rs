@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use vm_memory::{Bytes, GuestAddress};
 
-use super::{Plan, VmmStep};
 use crate::content::PAGE_BYTES;
+use crate::plan::{Plan, VmmStep};
 
 /// Why the VMM's part of a plan did not come to its end.
 #[derive(Debug, thiserror::Error)]

@@ -1,31 +1,31 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! One unit of memory while roles are given to its pages, and what is done to each page.
 
-use super::params::Order;
-use super::{Role, Step, Store, Width};
 use crate::content::{Class, Content, PAGE_BYTES, PAGE_WORDS, Random, UNIT_PAGES};
+use crate::params::Order;
+use crate::plan::{Role, Step, Store, Width};
 
 const PAGE: u64 = PAGE_BYTES as u64;
 
 /// The pages of a unit that have no role yet.
-pub(super) struct FreePages {
+pub(crate) struct FreePages {
     first: u64,
     free: Vec<bool>,
 }
 
 impl FreePages {
-    pub(super) fn new(unit: u64, roles: &[Role]) -> Self {
+    pub(crate) fn new(unit: u64, roles: &[Role]) -> Self {
         let first = unit * UNIT_PAGES;
         let roles = &roles[first as usize..(first + UNIT_PAGES) as usize];
         FreePages { first, free: roles.iter().map(|&role| role == Role::Untouched).collect() }
     }
 
-    pub(super) fn count(&self) -> usize {
+    pub(crate) fn count(&self) -> usize {
         self.free.iter().filter(|&&free| free).count()
     }
 
     /// Takes up to `most` pages in a row from a random place; the first page, and how many.
-    pub(super) fn take_run(&mut self, random: &mut Random, most: u64) -> Option<(u64, u64)> {
+    pub(crate) fn take_run(&mut self, random: &mut Random, most: u64) -> Option<(u64, u64)> {
         let start = random.below(UNIT_PAGES) as usize;
         let at = (start..self.free.len()).chain(0..start).find(|&page| self.free[page])?;
         let mut count = 0;
@@ -37,7 +37,7 @@ impl FreePages {
     }
 
     /// Takes up to `most` pages from random places.
-    pub(super) fn take_scattered(&mut self, random: &mut Random, most: usize) -> Vec<u64> {
+    pub(crate) fn take_scattered(&mut self, random: &mut Random, most: usize) -> Vec<u64> {
         let mut pages: Vec<usize> = (0..self.free.len()).filter(|&page| self.free[page]).collect();
         random.shuffle(&mut pages);
         pages.truncate(most);
@@ -49,7 +49,7 @@ impl FreePages {
 }
 
 /// Puts things that are numbered into the order in which they are come to.
-pub(super) fn put_in_order(items: &mut [u64], order: Order, random: &mut Random) {
+pub(crate) fn put_in_order(items: &mut [u64], order: Order, random: &mut Random) {
     match order {
         Order::Sequential => items.sort_unstable(),
         Order::Strided => items.sort_unstable_by_key(|&item| (item % 8, item)),
@@ -61,7 +61,7 @@ pub(super) fn put_in_order(items: &mut [u64], order: Order, random: &mut Random)
 }
 
 /// A role for a page that the guest comes to.
-pub(super) fn guest_role(
+pub(crate) fn guest_role(
     content: &Content,
     page: u64,
     owner: u8,
@@ -80,19 +80,19 @@ pub(super) fn guest_role(
 }
 
 /// What one vCPU does to pages, as lists to append to.
-pub(super) struct PageSteps<'a> {
-    pub(super) content: &'a Content,
-    pub(super) roles: &'a [Role],
-    pub(super) stores: &'a mut Vec<Store>,
+pub(crate) struct PageSteps<'a> {
+    pub(crate) content: &'a Content,
+    pub(crate) roles: &'a [Role],
+    pub(crate) stores: &'a mut Vec<Store>,
     /// What it does now.
-    pub(super) now: &'a mut Vec<Step>,
+    pub(crate) now: &'a mut Vec<Step>,
     /// What it does when all work is done.
-    pub(super) last: &'a mut Vec<Step>,
+    pub(crate) last: &'a mut Vec<Step>,
 }
 
 impl PageSteps<'_> {
     /// Comes to a page in the way its role says.
-    pub(super) fn touch(&mut self, page: u64, random: &mut Random) {
+    pub(crate) fn touch(&mut self, page: u64, random: &mut Random) {
         match self.roles[page as usize] {
             Role::GuestCheck(_) | Role::GuestCheckShared(..) => {
                 self.check(page, random);

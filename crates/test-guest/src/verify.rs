@@ -6,13 +6,7 @@
 //! process of its own that has had no part in anything. Memory must be complete: what has not
 //! arrived reads as zeros here, and is reported.
 
-mod disk;
-mod final_memory;
-mod rings;
-#[cfg(test)]
-mod tests;
-
-pub use final_memory::FinalMemory;
+pub use crate::verify_memory::FinalMemory;
 
 use std::fmt;
 use std::fs::File;
@@ -22,6 +16,8 @@ use serde::Serialize;
 
 use crate::content::{PAGE_BYTES, UNIT_PAGES};
 use crate::plan::{Plan, Role, Width};
+use crate::rings::Direction;
+use crate::{verify_disk, verify_rings};
 
 const PAGE: u64 = PAGE_BYTES as u64;
 
@@ -90,7 +86,7 @@ pub struct Verdict {
 }
 
 impl Verdict {
-    fn add(&mut self, difference: Difference) {
+    pub(crate) fn add(&mut self, difference: Difference) {
         self.difference_count += 1;
         if self.differences.len() < KEPT_DIFFERENCES {
             self.differences.push(difference);
@@ -154,24 +150,24 @@ pub fn verify(
     }
     let mut verdict = Verdict::default();
     let mut pieces = pieces_of(plan);
-    rings::check(plan, memory, &mut pieces, &mut verdict)?;
+    verify_rings::check(plan, memory, &mut pieces, &mut verdict)?;
     pieces.sort_unstable_by_key(|piece| piece.address);
     let pristine = disks.map(|disks| disks.pristine);
     compare_memory(plan, memory, &pieces, pristine, &mut verdict)?;
     if let Some(disks) = disks {
-        disk::compare(plan, disks, &mut verdict)?;
+        verify_disk::compare(plan, disks, &mut verdict)?;
     }
     verdict.equal = verdict.difference_count == 0;
     Ok(verdict)
 }
 
 /// A piece of memory, within a page, that is not what the image has.
-struct Piece {
-    address: u64,
-    bytes: Bytes,
+pub(crate) struct Piece {
+    pub(crate) address: u64,
+    pub(crate) bytes: Bytes,
 }
 
-enum Bytes {
+pub(crate) enum Bytes {
     Value(u64, Width),
     Disk { offset: u64, len: usize },
     Known(Vec<u8>),
@@ -186,7 +182,7 @@ fn pieces_of(plan: &Plan) -> Vec<Piece> {
             bytes: Bytes::Value(store.value, store.width),
         })
         .collect();
-    let reads = plan.requests().iter().filter(|r| r.direction == crate::rings::Direction::Read);
+    let reads = plan.requests().iter().filter(|r| r.direction == Direction::Read);
     for (segment, offset) in reads.flat_map(|request| request.pieces()) {
         for (at, len) in by_page(segment.address, segment.len as usize) {
             let offset = offset + at as u64;
@@ -203,7 +199,7 @@ fn pieces_of(plan: &Plan) -> Vec<Piece> {
 }
 
 /// Adds bytes that are known.
-fn push_known(pieces: &mut Vec<Piece>, address: u64, bytes: &[u8]) {
+pub(crate) fn push_known(pieces: &mut Vec<Piece>, address: u64, bytes: &[u8]) {
     for (at, len) in by_page(address, bytes.len()) {
         let known = Bytes::Known(bytes[at..at + len].to_vec());
         pieces.push(Piece { address: address + at as u64, bytes: known });
@@ -211,7 +207,7 @@ fn push_known(pieces: &mut Vec<Piece>, address: u64, bytes: &[u8]) {
 }
 
 /// Cuts `len` bytes at `address` at the ends of pages: pairs of offset and length.
-fn by_page(address: u64, len: usize) -> impl Iterator<Item = (usize, usize)> {
+pub(crate) fn by_page(address: u64, len: usize) -> impl Iterator<Item = (usize, usize)> {
     let mut at = 0;
     std::iter::from_fn(move || {
         let left_in_page = PAGE_BYTES - ((address + at as u64) % PAGE) as usize;
@@ -294,7 +290,7 @@ fn apply(
 
 /// The difference between two pages or blocks of the same length, which are not equal; they begin
 /// at `start`.
-fn difference(
+pub(crate) fn difference(
     place: Place,
     start: u64,
     expected: &[u8],
@@ -322,7 +318,7 @@ fn difference(
     }
 }
 
-fn describe(role: Role) -> String {
+pub(crate) fn describe(role: Role) -> String {
     match role {
         Role::Untouched => "touched by nobody".to_owned(),
         Role::Rings => "rings, headers and status bytes".to_owned(),

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! What a back-end has written to its used rings.
 
-use super::{Difference, FinalMemory, Piece, Place, Verdict, VerifyError, push_known};
 use crate::plan::Plan;
 use crate::rings::Request;
+use crate::verify::{Difference, FinalMemory, Piece, Place, Verdict, VerifyError, push_known};
 
 /// Checks the used rings, and says of the bytes in them that they are known: whatever is wrong is
 /// reported here.
-pub(super) fn check(
+pub(crate) fn check(
     plan: &Plan,
     memory: &FinalMemory<'_>,
     pieces: &mut Vec<Piece>,

@@ -10,8 +10,8 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{ArgGroup, Parser};
-use demand_vmm::plan::{Plan, PlanParams};
-use demand_vmm::verify::{Disks, FinalMemory, Verdict, verify};
+use test_guest::plan::{Plan, PlanParams};
+use test_guest::verify::{Disks, FinalMemory, Verdict, verify};
 
 /// Compare every byte of the test guest's memory and disk with what it must be.
 #[derive(Parser)]

@@ -6,8 +6,8 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 
-use super::VerifyError;
 use crate::content::UNIT_BYTES;
+use crate::verify::VerifyError;
 
 const WHAT: &str = "guest memory";
 
@@ -64,7 +64,7 @@ impl<'a> FinalMemory<'a> {
         }
     }
 
-    pub(super) fn check_length(&self, needed: u64) -> Result<(), VerifyError> {
+    pub(crate) fn check_length(&self, needed: u64) -> Result<(), VerifyError> {
         let found = match (self, self.bytes()) {
             (_, Some(bytes)) => bytes.len() as u64,
             (FinalMemory::File(file), None) => file.metadata().map_or(0, |m| m.len()),
@@ -77,7 +77,7 @@ impl<'a> FinalMemory<'a> {
     }
 
     /// Reads from memory that is known to be long enough.
-    pub(super) fn read(&self, address: u64, to: &mut [u8]) -> Result<(), VerifyError> {
+    pub(crate) fn read(&self, address: u64, to: &mut [u8]) -> Result<(), VerifyError> {
         let len = to.len() as u64;
         match self {
             FinalMemory::File(file) => file
@@ -92,7 +92,7 @@ impl<'a> FinalMemory<'a> {
     }
 
     /// The bytes of a unit, in `buffer` if they have to be read.
-    pub(super) fn unit<'b>(
+    pub(crate) fn unit<'b>(
         &'b self,
         unit: u64,
         buffer: &'b mut Vec<u8>,

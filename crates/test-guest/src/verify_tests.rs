@@ -2,13 +2,16 @@
 //! Plans carried out by the simulated machine, and what the verifier says of the outcome.
 
 use std::collections::HashMap;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 
-use super::*;
-use crate::content::{UNIT_BYTES, write_disk};
-use crate::plan::simulation::Machine;
-use crate::plan::{Arrivals, DiskParams, Order, PlanParams};
+use crate::content::{PAGE_BYTES, UNIT_BYTES, write_disk};
+use crate::plan::{Arrivals, DiskParams, Order, Plan, PlanError, PlanParams, Role};
 use crate::rings::Direction;
+use crate::simulation::Machine;
+use crate::verify::{Disks, FinalMemory, Place, VerifyError, describe, verify};
 
+const PAGE: u64 = PAGE_BYTES as u64;
 const READ_SECTORS: u64 = 1000;
 const DISK_SECTORS: u64 = 4000;
 
@@ -281,7 +284,7 @@ fn parameters_that_do_not_go_together_are_refused() {
     assert!(disk(|d| d.read_sectors = 1).contains("read_sectors"));
     assert!(disk(|d| d.disk_sectors = 10).contains("disk_sectors"));
     assert!(disk(|d| d.read_sectors = DISK_SECTORS * 1000).contains("disk_sectors"));
-    assert!(matches!(Plan::new(full_params(1), None), Err(crate::plan::PlanError::NoPristine)));
+    assert!(matches!(Plan::new(full_params(1), None), Err(PlanError::NoPristine)));
     let mut params = full_params(1);
     params.disk.as_mut().unwrap().disk_sectors = 1 << 40;
     params.disk.as_mut().unwrap().read_sectors = 1 << 39;

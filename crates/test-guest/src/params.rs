@@ -8,9 +8,9 @@ use crate::guest_layout::{MAX_CPUS, MEMORY_LIMIT};
 use crate::rings::MAX_QUEUE_SIZE;
 
 /// Most requests whose data lies in the same unit.
-pub(super) const REQUESTS_PER_UNIT: u64 = 48;
+pub(crate) const REQUESTS_PER_UNIT: u64 = 48;
 /// Most pages that the data of one request has.
-pub(super) const REQUEST_PAGES: u64 = 8;
+pub(crate) const REQUEST_PAGES: u64 = 8;
 
 /// In what order units are come to, and pages within them.
 #[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
@@ -58,7 +58,7 @@ pub struct DiskParams {
 /// # Examples
 ///
 /// ```
-/// use demand_vmm::plan::{Plan, PlanParams};
+/// use test_guest::plan::{Plan, PlanParams};
 ///
 /// let params = PlanParams { seed: 1, memory_bytes: 8 << 20, cpus: 2, ..Default::default() };
 /// let json = serde_json::to_string(&params).unwrap();
@@ -144,7 +144,7 @@ impl PlanParams {
         self.memory_bytes / UNIT_BYTES
     }
 
-    pub(super) fn check(&self) -> Result<(), PlanError> {
+    pub(crate) fn check(&self) -> Result<(), PlanError> {
         if self.memory_bytes == 0
             || !self.memory_bytes.is_multiple_of(UNIT_BYTES)
             || self.memory_bytes > MEMORY_LIMIT

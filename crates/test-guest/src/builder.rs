@@ -3,13 +3,13 @@
 
 use std::fs::File;
 
-use super::disk::{DiskBudget, Pristine};
-use super::emit::flags_per_unit;
-use super::params::{Arrivals, PlanError, PlanParams, REQUEST_PAGES, REQUESTS_PER_UNIT};
-use super::unit::{FreePages, guest_role, put_in_order};
-use super::{Actor, Arrival, Plan, Role, Step, Store, VmmStep, Width};
 use crate::content::{Content, PAGE_BYTES, PAGE_WORDS, Random};
+use crate::emit::flags_per_unit;
+use crate::params::{Arrivals, PlanError, PlanParams, REQUEST_PAGES, REQUESTS_PER_UNIT};
+use crate::plan::{Actor, Arrival, Plan, Role, Step, Store, VmmStep, Width};
 use crate::rings::{Direction, Rings, Segment};
+use crate::traffic::{DiskBudget, Pristine};
+use crate::unit::{FreePages, guest_role, put_in_order};
 
 const PAGE: u64 = PAGE_BYTES as u64;
 const SECTOR: u64 = 512;
@@ -21,38 +21,38 @@ const FOR_ARRIVALS: u64 = 0x201;
 const FOR_UNIT: u64 = 0x202;
 
 /// What is decided about one unit.
-pub(super) struct Unit {
-    pub(super) number: u64,
-    pub(super) owner: usize,
-    pub(super) helper: Option<usize>,
-    pub(super) guest_pages: Vec<u64>,
-    pub(super) vmm: Vec<VmmStep>,
+pub(crate) struct Unit {
+    pub(crate) number: u64,
+    pub(crate) owner: usize,
+    pub(crate) helper: Option<usize>,
+    pub(crate) guest_pages: Vec<u64>,
+    pub(crate) vmm: Vec<VmmStep>,
     /// Indices of requests.
-    pub(super) requests: std::ops::Range<usize>,
+    pub(crate) requests: std::ops::Range<usize>,
     /// What the owner checks when the unit's other actors are done.
-    pub(super) late: Vec<Step>,
+    pub(crate) late: Vec<Step>,
 }
 
-pub(super) struct Builder<'a> {
-    pub(super) params: &'a PlanParams,
-    pub(super) content: Content,
+pub(crate) struct Builder<'a> {
+    pub(crate) params: &'a PlanParams,
+    pub(crate) content: Content,
     pristine: Option<Pristine<'a>>,
     disk: Option<DiskBudget>,
-    pub(super) rings: Option<Rings>,
-    pub(super) roles: Vec<Role>,
-    pub(super) stores: Vec<Store>,
-    pub(super) programs: Vec<Vec<Step>>,
-    pub(super) vmm: Vec<VmmStep>,
+    pub(crate) rings: Option<Rings>,
+    pub(crate) roles: Vec<Role>,
+    pub(crate) stores: Vec<Store>,
+    pub(crate) programs: Vec<Vec<Step>>,
+    pub(crate) vmm: Vec<VmmStep>,
     /// What each vCPU does when it has been to all units: waits for the back-end,
-    pub(super) finish: Vec<Vec<Step>>,
+    pub(crate) finish: Vec<Vec<Step>>,
     /// then checks what others did,
-    pub(super) late: Vec<Vec<Step>>,
+    pub(crate) late: Vec<Vec<Step>>,
     /// then checks what it wrote.
-    pub(super) last: Vec<Vec<Step>>,
+    pub(crate) last: Vec<Vec<Step>>,
     guest_touches: u64,
 }
 
-pub(super) fn build(params: PlanParams, pristine: Option<&File>) -> Result<Plan, PlanError> {
+pub(crate) fn build(params: PlanParams, pristine: Option<&File>) -> Result<Plan, PlanError> {
     params.check()?;
     if params.disk.is_some() && pristine.is_none() {
         return Err(PlanError::NoPristine);

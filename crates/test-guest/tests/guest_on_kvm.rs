@@ -7,14 +7,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
-use demand_vmm::content::{PAGE_BYTES, write_disk};
-use demand_vmm::guest_code::{DONE, FAILED, PORT_END, PORT_WAIT};
-use demand_vmm::guest_layout::{BLK_QUEUE_NOTIFY, CONTROL_ADDRESS, ControlMemory};
-use demand_vmm::plan::{Arrivals, DiskParams, Order, Plan, PlanParams, Step, Width, run_vmm_actor};
-use demand_vmm::rings::Direction;
-use demand_vmm::verify::{Disks, FinalMemory, verify};
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
+use test_guest::content::{PAGE_BYTES, write_disk};
+use test_guest::guest_code::{DONE, FAILED, PORT_END, PORT_WAIT};
+use test_guest::guest_layout::{BLK_QUEUE_NOTIFY, CONTROL_ADDRESS, ControlMemory};
+use test_guest::plan::{Arrivals, DiskParams, Order, Plan, PlanParams, Step, Width, run_vmm_actor};
+use test_guest::rings::Direction;
+use test_guest::verify::{Disks, FinalMemory, verify};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
 /// How long a plan may take under a KVM that emulates every instruction.

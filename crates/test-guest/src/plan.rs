@@ -11,19 +11,9 @@
 //! waits for the back-end needs (requests published, and the kick) is before it in the same
 //! actor's own list.
 
-mod actor;
-mod builder;
-mod disk;
-mod emit;
-mod params;
-#[cfg(test)]
-pub(crate) mod simulation;
-mod step;
-mod unit;
-
-pub use actor::{ActorError, run_vmm_actor};
-pub use params::{Arrivals, DiskParams, Order, PlanError, PlanParams};
-pub use step::{Step, VmmStep, Width};
+pub use crate::actor::{ActorError, run_vmm_actor};
+pub use crate::params::{Arrivals, DiskParams, Order, PlanError, PlanParams};
+pub use crate::step::{Step, VmmStep, Width};
 
 use crate::content::Content;
 use crate::rings::{Request, Rings};
@@ -109,7 +99,7 @@ impl Plan {
     /// If the parameters do not go together, or the pristine disk is needed and missing, too short
     /// or unreadable.
     pub fn new(params: PlanParams, pristine: Option<&std::fs::File>) -> Result<Self, PlanError> {
-        builder::build(params, pristine)
+        crate::builder::build(params, pristine)
     }
 
     /// What it was made from.

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Turns what is decided about a unit into steps of everybody who comes to it.
 
-use super::builder::{Builder, Unit};
-use super::unit::PageSteps;
-use super::{Actor, Arrival, Role, Step, VmmStep, Width};
+use crate::builder::{Builder, Unit};
 use crate::content::Random;
 use crate::guest_layout::BLK_QUEUE_NOTIFY;
+use crate::plan::{Actor, Arrival, Role, Step, VmmStep, Width};
+use crate::unit::PageSteps;
 
 // What random numbers are for; vCPUs come after.
 const FOR_KICKS: u64 = 0x2ff;
@@ -23,13 +23,13 @@ enum Who {
 }
 
 /// The owner, its helper, the VMM, and each vCPU as one that hands requests to the back-end.
-pub(super) const fn flags_per_unit(cpus: usize) -> u64 {
+pub(crate) const fn flags_per_unit(cpus: usize) -> u64 {
     3 + cpus as u64
 }
 
 impl Builder<'_> {
     /// Adds a unit's steps to everybody's lists.
-    pub(super) fn emit(&mut self, unit: Unit, arrival: Arrival) {
+    pub(crate) fn emit(&mut self, unit: Unit, arrival: Arrival) {
         let guest = self.participants(&unit, Actor::Guest);
         let back_end = self.participants(&unit, Actor::BackEnd);
         let vmm = self.participants(&unit, Actor::Vmm);

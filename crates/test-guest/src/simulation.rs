@@ -4,9 +4,9 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
-use super::{Plan, Step, VmmStep};
 use crate::content::{PAGE_BYTES, Random};
 use crate::guest_layout::BLK_QUEUE_NOTIFY;
+use crate::plan::{Plan, Step, VmmStep};
 
 pub(crate) struct Machine<'a> {
     plan: &'a Plan,

@@ -5,10 +5,10 @@ use std::fs::File;
 use std::io::{Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
 
-use super::{Difference, Disks, Place, Verdict, VerifyError, by_page, difference};
 use crate::content::PAGE_BYTES;
 use crate::plan::Plan;
 use crate::rings::{Direction, Request};
+use crate::verify::{Difference, Disks, Place, Verdict, VerifyError, by_page, difference};
 
 const CHUNK: u64 = 1 << 20;
 
@@ -20,7 +20,7 @@ struct Written<'a> {
     request: &'a Request,
 }
 
-pub(super) fn compare(
+pub(crate) fn compare(
     plan: &Plan,
     disks: Disks<'_>,
     verdict: &mut Verdict,

@@ -88,7 +88,7 @@ pub enum Class {
 /// # Examples
 ///
 /// ```
-/// use demand_vmm::content::{Class, Content};
+/// use test_guest::content::{Class, Content};
 ///
 /// let content = Content::new(7);
 /// let page = (0..).find(|&page| content.class(page) == Class::Data).unwrap();

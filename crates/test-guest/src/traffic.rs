@@ -4,17 +4,17 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
-use super::params::{DiskParams, PlanError};
 use crate::content::Random;
+use crate::params::{DiskParams, PlanError};
 use crate::rings::Direction;
 
 /// The disk before anything ran.
 #[derive(Clone, Copy)]
-pub(super) struct Pristine<'a>(pub(super) &'a File);
+pub(crate) struct Pristine<'a>(pub(crate) &'a File);
 
 impl Pristine<'_> {
     /// The eight bytes at `offset`.
-    pub(super) fn read_u64(&self, offset: u64) -> Result<u64, PlanError> {
+    pub(crate) fn read_u64(&self, offset: u64) -> Result<u64, PlanError> {
         let mut bytes = [0; 8];
         self.0.read_exact_at(&mut bytes, offset).map_err(|error| PlanError::Pristine {
             offset,
@@ -26,7 +26,7 @@ impl Pristine<'_> {
 }
 
 /// Hands out sectors and descriptors.
-pub(super) struct DiskBudget {
+pub(crate) struct DiskBudget {
     params: DiskParams,
     next_write: u64,
     // Per queue: requests so far, and descriptors over the three that each has.
@@ -35,7 +35,7 @@ pub(super) struct DiskBudget {
 }
 
 impl DiskBudget {
-    pub(super) fn new(params: &DiskParams) -> Self {
+    pub(crate) fn new(params: &DiskParams) -> Self {
         DiskBudget {
             params: params.clone(),
             next_write: params.read_sectors,
@@ -45,7 +45,7 @@ impl DiskBudget {
     }
 
     /// The next request's queue, and how many pieces its data may have.
-    pub(super) fn next_queue(&mut self) -> (u16, u64) {
+    pub(crate) fn next_queue(&mut self) -> (u16, u64) {
         let queue = self.next % u32::from(self.params.queues);
         self.next += 1;
         let requests = (self.params.requests - queue).div_ceil(self.params.queues.into());
@@ -56,13 +56,13 @@ impl DiskBudget {
     }
 
     /// Says how many pieces the data has in the end.
-    pub(super) fn took_pieces(&mut self, queue: u16, pieces: u64) {
+    pub(crate) fn took_pieces(&mut self, queue: u16, pieces: u64) {
         self.queues[usize::from(queue)].1 += pieces - 1;
     }
 
     /// Where on the disk a request of `sectors` sectors goes, and which way. No sector is written
     /// twice, and none that is written is read.
-    pub(super) fn place(&mut self, random: &mut Random, sectors: u64) -> (Direction, u64) {
+    pub(crate) fn place(&mut self, random: &mut Random, sectors: u64) -> (Direction, u64) {
         let gap = random.below(4);
         let left = self.params.disk_sectors - self.next_write;
         if left >= sectors && random.one_in(2) {

@@ -297,8 +297,7 @@ impl ControlMemory {
     pub fn new(plan: &Plan) -> Result<Self, LayoutError> {
         let layout = GuestLayout::new(plan)?;
         let size = layout.size;
-        let mapping =
-            Mapping::anonymous(size).map_err(|error| LayoutError::Map { size, error })?;
+        let mapping = Mapping::anonymous(size).map_err(|error| LayoutError::Map { size, error })?;
         let control = ControlMemory { layout, mapping: Arc::new(mapping) };
         control.layout.fill(plan, control.words())?;
         Ok(control)
