@@ -119,13 +119,15 @@ fn hugetlb_asked_for_and_none_free() {
     if !has_kvm() {
         return skip("there is no usable /dev/kvm");
     }
+    // The most memory that a test guest can have.
+    if free_units(demand_memory::BackingKind::Hugetlb2M) >= 1536 {
+        return skip("there are more free huge pages than the test can ask for");
+    }
     let setting = Setting::new();
     let image = fs::OpenOptions::new().write(true).open(setting.path("memory.img")).unwrap();
-    image.set_len(1 << 40).unwrap();
+    image.set_len(3 << 30).unwrap();
     let mut command = setting.vmm();
-    // More than there is, whatever there is.
-    assert!(free_units(demand_memory::BackingKind::Hugetlb2M) < 1 << 19);
-    command.args(["--memory", "size=1T,backing=hugetlb-2m"]);
+    command.args(["--memory", "size=3G,backing=hugetlb-2m"]);
     refused(&mut command, HOST, &["hugetlb-2m", "vm.nr_hugepages"]);
 }
 
@@ -217,9 +219,52 @@ fn a_wrong_command_line() {
         &["run", "--memory", "size=1G", "--source", "x", "--fill", "rate=0"],
         &["run", "--memory", "size=1G", "--source", "x", "--vhost-user", "net,socket=y"],
         &["make-image"],
+        &["make-image", "--memory", "x", "--size", "1000"],
+        &[],
     ] {
         refused(vmm().args(arguments), USAGE, &["demand-vmm: "]);
     }
+}
+
+/// Whether the process has the file open.
+fn has_open(process: u32, path: &Path) -> bool {
+    let Ok(entries) = fs::read_dir(format!("/proc/{process}/fd")) else { return false };
+    entries.flatten().any(|entry| fs::read_link(entry.path()).is_ok_and(|to| to == path))
+}
+
+#[test]
+fn a_source_that_fails_for_good() {
+    if !has_kvm() {
+        return skip("there is no usable /dev/kvm");
+    }
+    let setting = Setting::new();
+    let options = BlkOptions { queues: 1, queue_size: 256, postcopy: true };
+    let mut back_end =
+        BackEnd::vhost_device_blk(setting.folder.path(), &setting.path("disk.img"), &options)
+            .unwrap();
+    let id = libc::pid_t::try_from(back_end.process().id()).unwrap();
+    // SAFETY: the child has not been reaped, so the id is its own.
+    unsafe { libc::kill(id, libc::SIGSTOP) };
+    let mut command = setting.with_disk(back_end.socket());
+    command.args(["--source-limit", "1"]).stderr(std::process::Stdio::piped());
+    let mut vmm = demand_tests::process::Guarded::spawn(&mut command).unwrap();
+    // The VMM has the image, and waits for the back-end: now the image loses its pages.
+    let image = setting.path("memory.img");
+    while !has_open(vmm.id(), &image) {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    std::thread::sleep(Duration::from_millis(300));
+    fs::OpenOptions::new().write(true).open(&image).unwrap().set_len(4096).unwrap();
+    // SAFETY: as above.
+    unsafe { libc::kill(id, libc::SIGCONT) };
+    let status = vmm.wait(Duration::from_secs(60)).unwrap();
+    let mut said = String::new();
+    let mut pipe = vmm.child().stderr.take().unwrap();
+    std::io::Read::read_to_string(&mut pipe, &mut said).unwrap();
+    assert_eq!(status.code(), Some(FAILED), "{said}");
+    // Warnings come before, and the last line says why it ended.
+    let last = said.lines().last().unwrap_or_default();
+    assert!(last.starts_with("demand-vmm: ") && last.contains("ends at byte 4096"), "{said}");
 }
 
 #[test]

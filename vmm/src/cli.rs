@@ -1,11 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The command line.
 
+use std::io::Write;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand};
 use demand_kvm::EngineChoice;
+
+use test_guest::content::UNIT_BYTES;
 
 use crate::error::Error;
 use crate::options::{FillOption, MemoryOption, TestGuestOption, VhostUserOption};
@@ -119,10 +123,7 @@ pub fn main(started: Instant) -> Result<(), Error> {
         Err(error) => return Err(usage(&error)),
     };
     match cli.command {
-        Command::Probe(args) => {
-            print!("{}", crate::probe::probe(args.json)?);
-            Ok(())
-        }
+        Command::Probe(args) => say(&crate::probe::probe(args.json)?),
         Command::Run(args) => run_command(*args, started),
         Command::MakeImage(args) => make_image(&args),
     }
@@ -130,6 +131,9 @@ pub fn main(started: Instant) -> Result<(), Error> {
 
 /// clap's error as one line: its first paragraph, without the tips and the usage below.
 fn usage(error: &clap::Error) -> Error {
+    if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
+        return Error::usage("say what to do: probe, run or make-image; --help tells more");
+    }
     let text = error.to_string();
     let first = text.split("\n\n").next().unwrap_or(&text);
     let first = first.strip_prefix("error: ").unwrap_or(first);
@@ -150,20 +154,23 @@ fn run_command(args: RunArgs, started: Instant) -> Result<(), Error> {
         verify: args.verify,
         progress: args.progress,
         timeline: args.timeline,
+        report: args.report.clone(),
     };
-    let report = run(&options, started)?;
+    let report = run(options, started)?;
     let json = to_json(&report)?;
     if let Some(path) = &args.report {
         std::fs::write(path, &json).map_err(|error| {
             Error::failed(format!("write the report to {}: {error}", path.display()))
         })?;
     }
-    if args.json {
-        println!("{json}");
-    } else {
-        print!("{}", report.table());
-    }
-    Ok(())
+    if args.json { say(&(json + "\n")) } else { say(&report.table()) }
+}
+
+/// Writes to standard output, which may be a pipe that nobody reads any more.
+fn say(text: &str) -> Result<(), Error> {
+    std::io::stdout()
+        .write_all(text.as_bytes())
+        .map_err(|error| Error::failed(format!("write to standard output: {error}")))
 }
 
 fn to_json(report: &Report) -> Result<String, Error> {
@@ -173,6 +180,11 @@ fn to_json(report: &Report) -> Result<String, Error> {
 
 fn make_image(args: &MakeImageArgs) -> Result<(), Error> {
     let content = test_guest::content::Content::new(args.seed);
+    if !args.size.is_multiple_of(UNIT_BYTES) || !args.disk_size.is_multiple_of(512) {
+        return Err(Error::usage(format!(
+            "make-image: --size must be a multiple of {UNIT_BYTES}, --disk-size one of 512 bytes"
+        )));
+    }
     let failed = |path: &PathBuf| {
         let path = path.display().to_string();
         move |error| Error::failed(format!("write {path}: {error}; is there room on the disk?"))

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use demand_vhost::{BackEnd, Options, Vring};
+use demand_vhost::{BackEnd, Options, VhostUserProtocolFeatures, Vring};
 use test_guest::guest_layout::BLK_QUEUE_NOTIFY;
 use test_guest::plan::Plan;
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ};
@@ -47,8 +47,8 @@ impl Disk {
         machine: &Machine,
         plan: &Plan,
     ) -> Result<Self, Error> {
-        let mut back_end =
-            BackEnd::connect(&option.socket, Options::default()).map_err(Error::failed)?;
+        let options = Options { needed: VhostUserProtocolFeatures::CONFIG, ..Options::default() };
+        let mut back_end = BackEnd::connect(&option.socket, options).map_err(Error::failed)?;
         if back_end.queues() < u64::from(option.queues) {
             return Err(Error::failed(format!(
                 "use {} queues of the vhost-user back-end at {}: it has {}; start it with more, \
@@ -59,6 +59,7 @@ impl Disk {
             )));
         }
         back_end.set_features(FEATURES).map_err(Error::failed)?;
+        check_capacity(&mut back_end, option, plan)?;
         back_end
             .share_missing_memory(machine.memory(), machine.service())
             .map_err(Error::failed)?;
@@ -111,17 +112,39 @@ impl Disk {
         self.back_end.end_postcopy().map_err(Error::failed)
     }
 
-    /// Stops the queues and lets the back-end go.
+    /// Stops the queues.
     ///
     /// # Errors
     ///
     /// The back-end's refusals.
-    pub fn stop(mut self) -> Result<(), Error> {
+    pub fn stop(&mut self) -> Result<(), Error> {
         for queue in 0..self.notify.kicks().len() {
             self.back_end.stop_vring(queue).map_err(Error::failed)?;
         }
         Ok(())
     }
+}
+
+/// The disk must have the sectors that the plan's requests name.
+fn check_capacity(
+    back_end: &mut BackEnd,
+    option: &VhostUserOption,
+    plan: &Plan,
+) -> Result<(), Error> {
+    let Some(disk) = &plan.params().disk else { return Ok(()) };
+    // The capacity is the first field of the configuration (virtio 1.2, section 5.2.4).
+    let mut capacity = [0; 8];
+    back_end.read_config(0, &mut capacity).map_err(Error::failed)?;
+    let sectors = u64::from_le_bytes(capacity);
+    if sectors < disk.disk_sectors {
+        return Err(Error::failed(format!(
+            "use the disk of the vhost-user back-end at {}: it has {sectors} sectors, the \
+             pristine image has {}; start the back-end on a copy of that",
+            option.socket.display(),
+            disk.disk_sectors
+        )));
+    }
+    Ok(())
 }
 
 fn no_eventfd(error: std::io::Error) -> Error {

@@ -3,6 +3,7 @@
 //! memory and disk have been compared with what they must hold.
 
 use std::fs::File;
+use std::io::Write;
 use std::os::fd::AsRawFd;
 use std::path::{Path as FilePath, PathBuf};
 use std::process::Command;
@@ -13,7 +14,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use demand_kvm::{EngineChoice, PlainSlot};
-use demand_memory::{DemandMemory, Fill, FillRate, PathReport, Retrier, RetryPolicy, Stats};
+use demand_memory::{Fill, FillRate, PathReport, Retrier, RetryPolicy, Stats};
 use test_guest::guest_code::{DONE, PORT_END};
 use test_guest::guest_layout::{CONTROL_ADDRESS, ControlMemory};
 use test_guest::plan::{ActorError, DiskParams, Plan, PlanParams, run_vmm_actor};
@@ -53,6 +54,8 @@ pub struct RunOptions {
     pub progress: bool,
     /// Where the picture of the run goes.
     pub timeline: Option<PathBuf>,
+    /// Where the caller is going to write the report: tried before the run.
+    pub report: Option<PathBuf>,
 }
 
 /// What the threads of a run tell the one that watches over it.
@@ -60,7 +63,6 @@ enum Event {
     Vcpu(VcpuEvent),
     Actor(Result<(), ActorError>),
     Complete,
-    GivenUp(String),
 }
 
 /// Memslot of the test guest's control region.
@@ -73,21 +75,73 @@ const PROGRESS_EVERY: Duration = Duration::from_millis(200);
 ///
 /// # Errors
 ///
-/// One line, with the exit status that belongs to it.
-pub fn run(options: &RunOptions, started: Instant) -> Result<Report, Error> {
+/// One line, with the exit status that belongs to it. After an error the process should end: a
+/// thread of the run may wait in the kernel for a page that never comes, and what would free it
+/// would show it zeros.
+pub fn run(options: RunOptions, started: Instant) -> Result<Report, Error> {
+    // This thread only listens, so that nothing that waits for a page keeps the end from it.
+    let (ended, end) = channel();
+    let given_up = ended.clone();
+    let retrier = retrier(options.source_limit, move |message| {
+        let _ = given_up.send(Err(Error::failed(message)));
+    });
+    let body = move || {
+        let mut parts = Parts::default();
+        let outcome = run_parts(&options, started, retrier, &mut parts);
+        if outcome.is_err() {
+            // No destructors: a vCPU that waits for a missing page cannot be joined.
+            std::mem::forget(parts);
+        } else {
+            drop(parts);
+        }
+        let _ = ended.send(outcome);
+    };
+    thread::Builder::new()
+        .name("run".into())
+        .spawn(body)
+        .map_err(|error| Error::host(format!("start a thread: {error}")))?;
+    end.recv().unwrap_or_else(|_| Err(Error::failed("the run ended without a word")))
+}
+
+/// What a run is made of, in the order in which it is taken down.
+#[derive(Default)]
+struct Parts {
+    fill: Option<Fill>,
+    threads: Option<Threads>,
+    disk: Option<Disk>,
+    control_slot: Option<PlainSlot>,
+    machine: Option<Arc<Machine>>,
+}
+
+fn run_parts(
+    options: &RunOptions,
+    started: Instant,
+    retrier: Arc<Retrier>,
+    parts: &mut Parts,
+) -> Result<Report, Error> {
+    // What is wrong with the command line comes before what is wrong with the host.
+    let plan = Arc::new(plan(options)?);
+    for path in options.timeline.iter().chain(&options.report) {
+        File::create(path).map_err(|error| {
+            Error::failed(format!(
+                "write {}: {error}; name a file that can be written",
+                path.display()
+            ))
+        })?;
+    }
     let (sender, events) = channel();
     let stats = Arc::new(Stats::new());
     if options.timeline.is_some() {
         stats.keep_timeline();
     }
-    let machine = Machine::new(MachineConfig {
+    let machine = Arc::new(Machine::new(MachineConfig {
         memory: &options.memory,
         engine: options.engine,
         source: &options.source,
         stats: stats.clone(),
-        retrier: retrier(options.source_limit, sender.clone()),
-    })?;
-    let plan = Arc::new(plan(options)?);
+        retrier,
+    })?);
+    parts.machine = Some(machine.clone());
     let completed = Arc::new(OnceLock::new());
     {
         let (completed, sender) = (completed.clone(), sender.clone());
@@ -99,7 +153,7 @@ pub fn run(options: &RunOptions, started: Instant) -> Result<Report, Error> {
     }
 
     let control = Arc::new(ControlMemory::new(&plan).map_err(Error::host)?);
-    let _control_slot = PlainSlot::new(
+    let control_slot = PlainSlot::new(
         machine.vm().clone(),
         CONTROL_SLOT,
         GuestAddress(CONTROL_ADDRESS),
@@ -107,48 +161,45 @@ pub fn run(options: &RunOptions, started: Instant) -> Result<Report, Error> {
         false,
     )
     .map_err(Error::host)?;
+    parts.control_slot = Some(control_slot);
     lay_out_rings(&machine, &plan)?;
-    let disk = match &options.vhost_user {
-        Some(option) => Some(Disk::connect(option, &machine, &plan)?),
-        None => None,
-    };
+    if let Some(option) = &options.vhost_user {
+        parts.disk = Some(Disk::connect(option, &machine, &plan)?);
+    }
 
     let context = Arc::new(VcpuContext {
         faults: machine.fault_handler()?,
-        notify: disk.as_ref().map(Disk::notify),
+        notify: parts.disk.as_ref().map(Disk::notify),
         first_run: OnceLock::new(),
         stop: AtomicBool::new(false),
     });
-    let mut threads = Threads {
-        vcpus: Vec::new(),
-        actor: None,
-        context: context.clone(),
-        stop_actor: Arc::default(),
-    };
-    // Dropped before the threads are: none of them may wait for a page for ever.
-    let mut no_more_pages = StopOnDrop(Some(machine.memory()));
-    let fill = match options.fill {
-        FillOption::On(rate) => Some(start_fill(&machine, rate)?),
-        FillOption::Off => None,
-    };
+    if let FillOption::On(rate) = options.fill {
+        parts.fill = Some(start_fill(&machine, rate)?);
+    }
+    let threads = parts.threads.insert(Threads::new(context.clone()));
     threads.start(options, &machine, &control, &plan, &sender)?;
 
-    let mut watch =
-        Watch { options, machine: &machine, control: &control, disk, events, finished: false };
-    watch.until_done(plan.params().cpus)?;
-    // Nobody waits for anything any more: the vCPUs halt. What is missing still comes.
-    no_more_pages.0 = None;
-    drop(threads);
-    drop(fill);
+    let mut watch = Watch {
+        options,
+        machine: &machine,
+        control: &control,
+        disk: parts.disk.as_mut(),
+        events,
+        finished: false,
+    };
+    watch.until_done(options.cpus)?;
+    // Nobody waits for anything any more: the vCPUs have halted.
+    parts.threads = None;
+    parts.fill = None;
     if options.verify && !watch.finished {
-        let _fill = start_fill(&machine, FillRate::Unlimited)?;
+        parts.fill = Some(start_fill(&machine, FillRate::Unlimited)?);
         watch.until_complete()?;
     }
-    let disk = watch.disk.take();
     let finished = watch.finished;
-    if let Some(disk) = disk {
+    if let Some(disk) = &mut parts.disk {
         disk.stop()?;
     }
+    parts.disk = None;
     let verified = options.verify && verify(options, &machine, &plan)?;
 
     let since_start = |instant: &Instant| instant.duration_since(started).as_micros() as u64;
@@ -181,12 +232,14 @@ pub fn run(options: &RunOptions, started: Instant) -> Result<Report, Error> {
     Ok(report)
 }
 
-fn retrier(limit: Option<Duration>, events: Sender<Event>) -> Arc<Retrier> {
+fn retrier(
+    limit: Option<Duration>,
+    given_up: impl Fn(String) + Send + Sync + 'static,
+) -> Arc<Retrier> {
     let policy = RetryPolicy { limit, ..RetryPolicy::default() };
     Retrier::new(policy, move |failure| {
         if failure.given_up {
-            let message = format!("{} ({} attempts)", failure.error, failure.attempts);
-            let _ = events.send(Event::GivenUp(message));
+            given_up(format!("{} ({} attempts)", failure.error, failure.attempts));
         } else if failure.attempts.is_power_of_two() {
             // Each failure of a page, but not each attempt: the pauses are short at first.
             log::warn!("{} (attempt {})", failure.error, failure.attempts);
@@ -205,6 +258,11 @@ fn plan(options: &RunOptions) -> Result<Plan, Error> {
                 "--vhost-user with --test-guest: say what the disk holds, as in pristine=PATH",
             )
         })?;
+        if options.verify && guest.disk.is_none() {
+            return Err(Error::usage(
+                "--verify with --vhost-user: say what disk to compare, as in disk=PATH",
+            ));
+        }
         let file = open(path)?;
         let len = file.metadata().map_err(|error| failed_on(path, error))?.len();
         let write_area = guest.write_area.min(len);
@@ -258,18 +316,8 @@ fn start_fill(machine: &Machine, rate: FillRate) -> Result<Fill, Error> {
         .map_err(|error| Error::host(format!("start a thread for background fill: {error}")))
 }
 
-/// Ends all waiting for pages when it is dropped, unless it was emptied.
-struct StopOnDrop<'a>(Option<&'a DemandMemory>);
-
-impl Drop for StopOnDrop<'_> {
-    fn drop(&mut self) {
-        if let Some(memory) = self.0 {
-            memory.stop();
-        }
-    }
-}
-
-/// The threads of a run; they end when this is dropped.
+/// The threads of a run; they end when this is dropped, which waits for the pages that they wait
+/// for.
 struct Threads {
     vcpus: Vec<VcpuThread>,
     actor: Option<thread::JoinHandle<()>>,
@@ -278,6 +326,10 @@ struct Threads {
 }
 
 impl Threads {
+    fn new(context: Arc<VcpuContext>) -> Self {
+        Threads { vcpus: Vec::new(), actor: None, context, stop_actor: Arc::default() }
+    }
+
     fn start(
         &mut self,
         options: &RunOptions,
@@ -335,7 +387,7 @@ struct Watch<'a> {
     options: &'a RunOptions,
     machine: &'a Machine,
     control: &'a ControlMemory,
-    disk: Option<Disk>,
+    disk: Option<&'a mut Disk>,
     events: Receiver<Event>,
     /// Whether demand paging has been taken away.
     finished: bool,
@@ -344,13 +396,22 @@ struct Watch<'a> {
 impl Watch<'_> {
     /// Waits until all vCPUs and the VMM's own part have come to their end.
     fn until_done(&mut self, cpus: u32) -> Result<(), Error> {
-        let (mut cpus, mut actor) = (cpus, true);
-        while cpus > 0 || actor {
+        // Bit i: vCPU i has not said that it is done. (There are at most 64.)
+        let (mut running, mut actor) = (u64::MAX >> (64 - cpus.min(64)), true);
+        while running != 0 || actor {
             match self.next()? {
                 Event::Vcpu(VcpuEvent::Port { cpu, port: PORT_END, value }) => {
                     self.check_end(cpu, value)?;
-                    cpus -= 1;
+                    running &= !(1 << cpu);
                 }
+                Event::Vcpu(VcpuEvent::Ended { cpu }) if running >> cpu & 1 == 1 => {
+                    let step = self.control.result(cpu as usize).step;
+                    return Err(Error::failed(format!(
+                        "vCPU {cpu} halted at step {step}, before its end; the guest saw memory \
+                         that is wrong"
+                    )));
+                }
+                Event::Vcpu(VcpuEvent::Ended { .. }) => {}
                 Event::Vcpu(VcpuEvent::Port { cpu, port, .. }) => {
                     return Err(Error::failed(format!(
                         "vCPU {cpu} wrote to port {port:#x}, where nothing is"
@@ -364,7 +425,6 @@ impl Watch<'_> {
                     actor = false;
                 }
                 Event::Complete => self.finish()?,
-                Event::GivenUp(message) => return Err(Error::failed(message)),
             }
         }
         Ok(())
@@ -373,10 +433,8 @@ impl Watch<'_> {
     /// Waits until all pages are present and demand paging is gone.
     fn until_complete(&mut self) -> Result<(), Error> {
         while !self.finished {
-            match self.next()? {
-                Event::Complete => self.finish()?,
-                Event::GivenUp(message) => return Err(Error::failed(message)),
-                _ => {}
+            if let Event::Complete = self.next()? {
+                self.finish()?;
             }
         }
         Ok(())
@@ -400,7 +458,13 @@ impl Watch<'_> {
     fn say_progress(&self) {
         if self.options.progress {
             let pager = self.machine.pager();
-            eprintln!("progress {} {}", pager.stats().pages_arrived(), pager.pages());
+            // Nobody reads it: then nobody misses it.
+            let _ = writeln!(
+                std::io::stderr(),
+                "progress {} {}",
+                pager.stats().pages_arrived(),
+                pager.pages()
+            );
         }
     }
 

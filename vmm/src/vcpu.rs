@@ -25,6 +25,12 @@ pub enum VcpuEvent {
         /// The byte.
         value: u8,
     },
+    /// The vCPU's thread has ended, for whatever reason: it halted, was stopped, has failed or
+    /// panicked.
+    Ended {
+        /// The vCPU.
+        cpu: u32,
+    },
     /// The vCPU cannot go on.
     Failed {
         /// The vCPU.
@@ -94,6 +100,15 @@ pub enum StartError {
     Thread(#[from] io::Error),
 }
 
+/// Tells that a vCPU's thread has ended, also by a panic.
+struct TellEnd<'a>(u32, &'a dyn Fn(VcpuEvent));
+
+impl Drop for TellEnd<'_> {
+    fn drop(&mut self) {
+        (self.1)(VcpuEvent::Ended { cpu: self.0 });
+    }
+}
+
 fn run(
     cpu: u32,
     mut vcpu: VcpuFd,
@@ -101,6 +116,7 @@ fn run(
     context: &VcpuContext,
     tell: &dyn Fn(VcpuEvent),
 ) {
+    let _ended = TellEnd(cpu, tell);
     kick.attach();
     let failed = |message: String| tell(VcpuEvent::Failed { cpu, message });
     context.first_run.get_or_init(Instant::now);
@@ -109,7 +125,8 @@ fn run(
             Ok(VcpuExit::MemoryFault { flags, gpa, size }) => {
                 match context.faults.handle(gpa, size, flags, kick.waiter()) {
                     Ok(()) => {}
-                    Err(FaultError::Kicked { .. } | FaultError::Stopped { .. }) => kick.clear(),
+                    Err(FaultError::Kicked { .. }) => kick.clear(),
+                    Err(FaultError::Stopped { .. }) => return,
                     Err(error) => return failed(error.to_string()),
                 }
             }

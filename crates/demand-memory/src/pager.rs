@@ -182,10 +182,9 @@ impl Pager {
         }
     }
 
-    /// Ends all waiting: the VM is going away. Nothing arrives after this.
+    /// Ends all waiting: the VM is going away. Nothing is asked of the source after this.
     pub fn stop(&self) {
         self.bitmap.stop();
-        self.retrier.stop();
     }
 
     /// Starts bringing in the pages of `range` that are missing and that nobody has claimed. With
@@ -245,7 +244,7 @@ impl Pager {
                     present += if arrived { done } else { 0 };
                 }
                 Err(error) => {
-                    self.retry(left, path, &error, tried);
+                    self.retry(left, Left::Populate, path, &error, tried);
                     break;
                 }
             }
@@ -270,8 +269,7 @@ impl Pager {
             Extent::Hole { end } if end - offset >= PAGE_SIZE => {
                 // New memory is zero, which is what the image says.
                 self.allocate(run, true)?;
-                self.publish(run, path, 0)?;
-                return Ok((pages, true));
+                return Ok((pages, self.publish(run, path, 0, tried)));
             }
             _ => self.allocate(run, false)?,
         }
@@ -282,8 +280,7 @@ impl Pager {
         let mut destination = unsafe { Destination::new(address, len, None) };
         if let Some(read) = self.source.read_now(offset, &mut destination) {
             read?;
-            self.publish(run, path, run.bytes())?;
-            return Ok((pages, true));
+            return Ok((pages, self.publish(run, path, run.bytes(), tried)));
         }
         // A page that cannot be allocated must fail here, not as a signal in a source's thread.
         self.allocate(run, true)?;
@@ -294,13 +291,11 @@ impl Pager {
         let priority = if path == Path::Fill { Priority::Fill } else { Priority::Demand };
         let request = Request { priority, chunks: vec![Chunk { offset, destination }] };
         let pager = self.clone();
-        self.source.submit(request).then(move |outcome| {
-            let published = outcome
-                .map_err(PopulateError::from)
-                .and_then(|()| pager.publish(run, path, run.bytes()));
-            if let Err(error) = published {
-                pager.retry(run, path, &error, tried);
+        self.source.submit(request).then(move |outcome| match outcome {
+            Ok(()) => {
+                pager.publish(run, path, run.bytes(), tried);
             }
+            Err(error) => pager.retry(run, Left::Populate, path, &error, tried),
         });
         Ok((pages, false))
     }
@@ -323,11 +318,24 @@ impl Pager {
         Ok(())
     }
 
-    /// Makes pages present whose content is complete. The order is what keeps readers from
-    /// seeing anything else: content; the guest's armed mapping; the bit; those who wait.
-    fn publish(&self, run: PageRange, path: Path, bytes_read: u64) -> Result<(), PopulateError> {
-        if let Some(trap) = self.guest_trap.get() {
-            trap.map_present(run).map_err(PopulateError::Map)?;
+    /// Makes pages present whose content is complete; false if they could not be mapped, and will
+    /// be later. The order is what keeps readers from seeing anything else: content; the guest's
+    /// armed mapping; the bit; those who wait.
+    fn publish(
+        self: &Arc<Self>,
+        run: PageRange,
+        path: Path,
+        bytes_read: u64,
+        tried: Option<Attempts>,
+    ) -> bool {
+        if let Some(trap) = self.guest_trap.get()
+            && let Err(error) = trap.map_present(run)
+        {
+            // Some of the pages may be mapped, and the guest may have written to them already:
+            // their content is never brought in again.
+            let left = Left::Publish { bytes_read };
+            self.retry(run, left, path, &PopulateError::Map(error), tried);
+            return false;
         }
         self.stats.arrived(path, run.count, bytes_read);
         if self.bitmap.publish(run) == Published::Last {
@@ -338,7 +346,7 @@ impl Pager {
                 callback();
             }
         }
-        Ok(())
+        true
     }
 
     /// Leaves claimed pages to the retrier. They stay missing and claimed, and faults on them
@@ -346,17 +354,29 @@ impl Pager {
     fn retry(
         self: &Arc<Self>,
         run: PageRange,
+        left: Left,
         path: Path,
-        error: &PopulateError,
+        error: &dyn std::error::Error,
         tried: Option<Attempts>,
     ) {
+        if self.bitmap.is_stopped() {
+            return;
+        }
         self.stats.failed();
         let mut attempts = tried.unwrap_or(Attempts { count: 0, since: Instant::now() });
         attempts.count = attempts.count.saturating_add(1);
         let pager = self.clone();
         self.retrier.failed(error, run, self.image_offset + run.offset(), attempts, move || {
+            if pager.bitmap.is_stopped() {
+                return;
+            }
             pager.stats.retried();
-            pager.populate(run, path, Some(attempts));
+            match left {
+                Left::Populate => pager.populate(run, path, Some(attempts)),
+                Left::Publish { bytes_read } => {
+                    u64::from(pager.publish(run, path, bytes_read, Some(attempts)))
+                }
+            };
         });
     }
 
@@ -373,6 +393,15 @@ impl fmt::Debug for Pager {
             .field("bitmap", &self.bitmap)
             .finish_non_exhaustive()
     }
+}
+
+/// What is left to do for claimed pages.
+#[derive(Clone, Copy)]
+enum Left {
+    /// Their content.
+    Populate,
+    /// Their content is complete: mapping them, and the bits.
+    Publish { bytes_read: u64 },
 }
 
 /// Why claimed pages could not be populated.

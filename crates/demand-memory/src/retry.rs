@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::error::Error;
 use std::fmt;
+use std::panic::{self, AssertUnwindSafe};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -133,18 +134,22 @@ impl Retrier {
         if !queue.running {
             let inner = self.inner.clone();
             let spawned = thread::Builder::new().name("retry".into()).spawn(move || run(&inner));
-            // Without a thread the jobs wait for the next failure to start one.
             queue.running = spawned.is_ok();
             if let Err(error) = spawned {
-                log::error!("start a thread that tries failed fetches again: {error}");
+                log::error!("start a thread that tries failed fetches again: {error}; trying here");
+                // Without a thread, this one waits and tries, rather than nobody.
+                queue.running = true;
+                drop(queue);
+                run(&self.inner);
+                return;
             }
         }
         drop(queue);
         self.inner.changed.notify_all();
     }
 
-    /// Forgets all jobs: the VM is going away.
-    pub(crate) fn stop(&self) {
+    /// Forgets all jobs.
+    fn stop(&self) {
         let jobs = {
             let mut queue = self.inner.lock();
             queue.closed = true;
@@ -171,7 +176,8 @@ fn run(inner: &Inner) {
         let job = queue.jobs.pop_first().map(|(_, job)| job);
         drop(queue);
         if let Some(job) = job {
-            job();
+            // A job that panics is a mistake, and has been reported; the others go on.
+            let _ = panic::catch_unwind(AssertUnwindSafe(job));
         }
         queue = inner.lock();
     }

@@ -334,6 +334,59 @@ fn pages_are_mapped_for_the_guest_before_their_bits_are_cleared() {
     assert_eq!(region.pager().stats().source().errors, 2, "a failed mapping is tried again");
 }
 
+/// Maps in part: the guest sees the first page, writes to it, and then the mapping fails.
+struct Halfway {
+    guest: demand_memory::Mapping,
+    failed: AtomicBool,
+}
+
+impl Trap for Halfway {
+    fn granularity(&self) -> u64 {
+        PAGE_SIZE
+    }
+    fn map_present(&self, pages: PageRange) -> std::io::Result<()> {
+        if self.failed.swap(true, Ordering::Relaxed) {
+            return Ok(());
+        }
+        // SAFETY: the byte lies in the mapping, and nobody else is at it.
+        unsafe { self.guest.at(pages.offset()).as_ptr().write_volatile(0x55) };
+        Err(std::io::Error::from_raw_os_error(libc::ENOMEM))
+    }
+    fn release(&self, _: PageRange) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn a_mapping_that_failed_halfway_costs_no_write_of_the_guest() {
+    let file = image();
+    let region = region(LocalFile::open(file.path()).unwrap());
+    let guest = region.pager().backing().map().unwrap();
+    region.pager().set_guest_trap(Arc::new(Halfway { guest, failed: AtomicBool::new(false) }));
+    region.pager().ensure(PageRange::new(1, 4), Path::Guest, &Waiter::new()).unwrap();
+    assert_eq!(region.read_obj::<u8>(MemoryRegionAddress(PAGE_SIZE)).unwrap(), 0x55);
+}
+
+#[test]
+fn a_region_that_goes_leaves_the_retrier_to_others() {
+    let file = image();
+    let retrier = Retrier::new(RetryPolicy::default(), |_| {});
+    let make = |failing: bool| {
+        let source = fickle(&file, Duration::ZERO);
+        let switch = source.failing.clone();
+        switch.store(failing, Ordering::Relaxed);
+        let mut config = config(Arc::new(Threaded::new(source, 1).unwrap()));
+        config.retrier = retrier.clone();
+        (DemandRegion::<()>::new(config, ()).unwrap(), switch)
+    };
+    let (first, _) = make(false);
+    let (second, failing) = make(true);
+    drop(first);
+    second.pager().fetch(PageRange::page(1), Path::Guest).unwrap();
+    failing.store(false, Ordering::Relaxed);
+    check(&second, 1..2);
+}
+
 #[test]
 fn the_end_is_told_once() {
     let file = image();

@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 #![doc = include_str!("../README.md")]
 
+/// The names of protocol features, as the vhost crate has them.
+pub use vhost::vhost_user::message::VhostUserProtocolFeatures;
+
 mod back_end;
 mod deadline;
 mod error;
