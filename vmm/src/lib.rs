@@ -12,3 +12,4 @@ pub mod report;
 pub mod run;
 pub mod timeline;
 pub mod vcpu;
+mod watch;

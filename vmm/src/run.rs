@@ -3,21 +3,19 @@
 //! memory and disk have been compared with what they must hold.
 
 use std::fs::File;
-use std::io::Write;
 use std::os::fd::AsRawFd;
 use std::path::{Path as FilePath, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use demand_kvm::{EngineChoice, PlainSlot};
 use demand_memory::{Fill, FillRate, PathReport, Retrier, RetryPolicy, Stats};
-use test_guest::guest_code::{DONE, PORT_END};
 use test_guest::guest_layout::{CONTROL_ADDRESS, ControlMemory};
-use test_guest::plan::{ActorError, DiskParams, Plan, PlanParams, run_vmm_actor};
+use test_guest::plan::{DiskParams, Plan, PlanParams, run_vmm_actor};
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::disk::Disk;
@@ -25,7 +23,8 @@ use crate::error::Error;
 use crate::machine::{Machine, MachineConfig};
 use crate::options::{FillOption, MemoryOption, TestGuestOption, VhostUserOption};
 use crate::report::Report;
-use crate::vcpu::{VcpuContext, VcpuEvent, VcpuThread};
+use crate::vcpu::{VcpuContext, VcpuThread};
+use crate::watch::{Event, Watch};
 
 /// What `run` was asked for.
 #[derive(Clone, Debug)]
@@ -58,18 +57,8 @@ pub struct RunOptions {
     pub report: Option<PathBuf>,
 }
 
-/// What the threads of a run tell the one that watches over it.
-enum Event {
-    Vcpu(VcpuEvent),
-    Actor(Result<(), ActorError>),
-    Complete,
-}
-
 /// Memslot of the test guest's control region.
 const CONTROL_SLOT: u32 = 1;
-
-/// How often progress is said.
-const PROGRESS_EVERY: Duration = Duration::from_millis(200);
 
 /// Runs the test guest. `started` is when the process began.
 ///
@@ -180,7 +169,7 @@ fn run_parts(
     threads.start(options, &machine, &control, &plan, &sender)?;
 
     let mut watch = Watch {
-        options,
+        progress: options.progress,
         machine: &machine,
         control: &control,
         disk: parts.disk.as_mut(),
@@ -379,116 +368,6 @@ impl Drop for Threads {
             // A panic there has printed what it has to say.
             let _ = actor.join();
         }
-    }
-}
-
-/// Follows a run.
-struct Watch<'a> {
-    options: &'a RunOptions,
-    machine: &'a Machine,
-    control: &'a ControlMemory,
-    disk: Option<&'a mut Disk>,
-    events: Receiver<Event>,
-    /// Whether demand paging has been taken away.
-    finished: bool,
-}
-
-impl Watch<'_> {
-    /// Waits until all vCPUs and the VMM's own part have come to their end.
-    fn until_done(&mut self, cpus: u32) -> Result<(), Error> {
-        // Bit i: vCPU i has not said that it is done. (There are at most 64.)
-        let (mut running, mut actor) = (u64::MAX >> (64 - cpus.min(64)), true);
-        while running != 0 || actor {
-            match self.next()? {
-                Event::Vcpu(VcpuEvent::Port { cpu, port: PORT_END, value }) => {
-                    self.check_end(cpu, value)?;
-                    running &= !(1 << cpu);
-                }
-                Event::Vcpu(VcpuEvent::Ended { cpu }) if running >> cpu & 1 == 1 => {
-                    let step = self.control.result(cpu as usize).step;
-                    return Err(Error::failed(format!(
-                        "vCPU {cpu} halted at step {step}, before its end; the guest saw memory \
-                         that is wrong"
-                    )));
-                }
-                Event::Vcpu(VcpuEvent::Ended { .. }) => {}
-                Event::Vcpu(VcpuEvent::Port { cpu, port, .. }) => {
-                    return Err(Error::failed(format!(
-                        "vCPU {cpu} wrote to port {port:#x}, where nothing is"
-                    )));
-                }
-                Event::Vcpu(VcpuEvent::Failed { message, .. }) => {
-                    return Err(Error::failed(message));
-                }
-                Event::Actor(outcome) => {
-                    outcome.map_err(Error::failed)?;
-                    actor = false;
-                }
-                Event::Complete => self.finish()?,
-            }
-        }
-        Ok(())
-    }
-
-    /// Waits until all pages are present and demand paging is gone.
-    fn until_complete(&mut self) -> Result<(), Error> {
-        while !self.finished {
-            if let Event::Complete = self.next()? {
-                self.finish()?;
-            }
-        }
-        Ok(())
-    }
-
-    fn next(&mut self) -> Result<Event, Error> {
-        loop {
-            match self.events.recv_timeout(PROGRESS_EVERY) {
-                Ok(event) => return Ok(event),
-                Err(RecvTimeoutError::Timeout) => self.say_progress(),
-                Err(RecvTimeoutError::Disconnected) => {
-                    return Err(Error::failed("all threads of the machine ended without a word"));
-                }
-            }
-            if let Some(disk) = &mut self.disk {
-                disk.check_alive()?;
-            }
-        }
-    }
-
-    fn say_progress(&self) {
-        if self.options.progress {
-            let pager = self.machine.pager();
-            // Nobody reads it: then nobody misses it.
-            let _ = writeln!(
-                std::io::stderr(),
-                "progress {} {}",
-                pager.stats().pages_arrived(),
-                pager.pages()
-            );
-        }
-    }
-
-    /// The last page is present: takes demand paging away, the back-end's part first.
-    fn finish(&mut self) -> Result<(), Error> {
-        if let Some(disk) = &mut self.disk {
-            disk.end_postcopy()?;
-        }
-        self.machine.finish()?;
-        self.finished = true;
-        self.say_progress();
-        Ok(())
-    }
-
-    fn check_end(&self, cpu: u32, value: u8) -> Result<(), Error> {
-        if u64::from(value) == DONE {
-            return Ok(());
-        }
-        let result = self.control.result(cpu as usize);
-        Err(Error::failed(format!(
-            "vCPU {cpu}, step {}: expected {:#x} at {:#x} and found {:#x}; the guest saw memory \
-             that is wrong",
-            result.step, result.expected, result.address, result.found
-        )))
     }
 }
 

@@ -1,0 +1,137 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Watches over a run: waits for its threads' ends, and takes demand paging away when the last page
+//! is present.
+
+use std::io::Write;
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::time::Duration;
+
+use test_guest::guest_code::{DONE, PORT_END};
+use test_guest::guest_layout::ControlMemory;
+use test_guest::plan::ActorError;
+
+use crate::disk::Disk;
+use crate::error::Error;
+use crate::machine::Machine;
+use crate::vcpu::VcpuEvent;
+
+/// What the threads of a run tell the one that watches over it.
+pub(crate) enum Event {
+    Vcpu(VcpuEvent),
+    Actor(Result<(), ActorError>),
+    Complete,
+}
+
+/// How often progress is said.
+const PROGRESS_EVERY: Duration = Duration::from_millis(200);
+
+/// Follows a run.
+pub(crate) struct Watch<'a> {
+    /// Whether progress is said.
+    pub(crate) progress: bool,
+    pub(crate) machine: &'a Machine,
+    pub(crate) control: &'a ControlMemory,
+    pub(crate) disk: Option<&'a mut Disk>,
+    pub(crate) events: Receiver<Event>,
+    /// Whether demand paging has been taken away.
+    pub(crate) finished: bool,
+}
+
+impl Watch<'_> {
+    /// Waits until all vCPUs and the VMM's own part have come to their end.
+    pub(crate) fn until_done(&mut self, cpus: u32) -> Result<(), Error> {
+        // Bit i: vCPU i has not said that it is done. (There are at most 64.)
+        let (mut running, mut actor) = (u64::MAX >> (64 - cpus.min(64)), true);
+        while running != 0 || actor {
+            match self.next()? {
+                Event::Vcpu(VcpuEvent::Port { cpu, port: PORT_END, value }) => {
+                    self.check_end(cpu, value)?;
+                    running &= !(1 << cpu);
+                }
+                Event::Vcpu(VcpuEvent::Ended { cpu }) if running >> cpu & 1 == 1 => {
+                    let step = self.control.result(cpu as usize).step;
+                    return Err(Error::failed(format!(
+                        "vCPU {cpu} halted at step {step}, before its end; the guest saw memory \
+                         that is wrong"
+                    )));
+                }
+                Event::Vcpu(VcpuEvent::Ended { .. }) => {}
+                Event::Vcpu(VcpuEvent::Port { cpu, port, .. }) => {
+                    return Err(Error::failed(format!(
+                        "vCPU {cpu} wrote to port {port:#x}, where nothing is"
+                    )));
+                }
+                Event::Vcpu(VcpuEvent::Failed { message, .. }) => {
+                    return Err(Error::failed(message));
+                }
+                Event::Actor(outcome) => {
+                    outcome.map_err(Error::failed)?;
+                    actor = false;
+                }
+                Event::Complete => self.finish()?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits until all pages are present and demand paging is gone.
+    pub(crate) fn until_complete(&mut self) -> Result<(), Error> {
+        while !self.finished {
+            if let Event::Complete = self.next()? {
+                self.finish()?;
+            }
+        }
+        Ok(())
+    }
+
+    fn next(&mut self) -> Result<Event, Error> {
+        loop {
+            match self.events.recv_timeout(PROGRESS_EVERY) {
+                Ok(event) => return Ok(event),
+                Err(RecvTimeoutError::Timeout) => self.say_progress(),
+                Err(RecvTimeoutError::Disconnected) => {
+                    return Err(Error::failed("all threads of the machine ended without a word"));
+                }
+            }
+            if let Some(disk) = &mut self.disk {
+                disk.check_alive()?;
+            }
+        }
+    }
+
+    fn say_progress(&self) {
+        if self.progress {
+            let pager = self.machine.pager();
+            // Nobody reads it: then nobody misses it.
+            let _ = writeln!(
+                std::io::stderr(),
+                "progress {} {}",
+                pager.stats().pages_arrived(),
+                pager.pages()
+            );
+        }
+    }
+
+    /// The last page is present: takes demand paging away, the back-end's part first.
+    fn finish(&mut self) -> Result<(), Error> {
+        if let Some(disk) = &mut self.disk {
+            disk.end_postcopy()?;
+        }
+        self.machine.finish()?;
+        self.finished = true;
+        self.say_progress();
+        Ok(())
+    }
+
+    fn check_end(&self, cpu: u32, value: u8) -> Result<(), Error> {
+        if u64::from(value) == DONE {
+            return Ok(());
+        }
+        let result = self.control.result(cpu as usize);
+        Err(Error::failed(format!(
+            "vCPU {cpu}, step {}: expected {:#x} at {:#x} and found {:#x}; the guest saw memory \
+             that is wrong",
+            result.step, result.expected, result.address, result.found
+        )))
+    }
+}
