@@ -62,9 +62,10 @@ pub fn svg(title: &str, events: &[TimelineEvent], total_pages: u64) -> String {
             y(pages) + 4.0
         ));
         put(format_args!(
-            "<text x=\"{:.1}\" y=\"{}\" text-anchor=\"middle\">{:.1} ms</text>",
+            "<text x=\"{:.1}\" y=\"{}\" text-anchor=\"{}\">{:.1} ms</text>",
             LEFT + WIDTH * quarter as f64 / 4.0,
             TOP + HEIGHT + 20.0,
+            if quarter == 4 { "end" } else { "middle" },
             end_us as f64 * quarter as f64 / 4000.0
         ));
     }

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Mappings of a region whose readers are trapped.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::fmt;
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -42,8 +43,11 @@ pub struct ArmedMapping {
     unit: u64,
     modes: Modes,
     path: Path,
-    /// First pages of granules that are being made present for somebody who waits.
-    pending: Mutex<HashSet<u64>>,
+    /// First pages of granules that are being made present for somebody who waits, and whether
+    /// somebody else was told since then that this lets him go on too.
+    pending: Mutex<HashMap<u64, bool>>,
+    /// Whether it was reported that the kernel had no memory to map pages here.
+    short_of_memory: AtomicBool,
     /// Whether the pager maps pages here itself, as they arrive.
     mapped_by_pager: AtomicBool,
     /// Keeps one's own mapping.
@@ -152,6 +156,7 @@ impl ArmedMapping {
             modes,
             path,
             pending: Mutex::default(),
+            short_of_memory: AtomicBool::new(false),
             mapped_by_pager: AtomicBool::new(false),
             _mapping: mapping,
         }))
@@ -204,20 +209,35 @@ impl ArmedMapping {
         self.pager().map_or(0, |pager| pager.bitmap().count_missing(PageRange::new(0, self.pages)))
     }
 
-    fn pending(&self) -> MutexGuard<'_, HashSet<u64>> {
+    fn pending(&self) -> MutexGuard<'_, HashMap<u64, bool>> {
         self.pending.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Notes that somebody waits for a granule; false if that was known, and the resolution that
-    /// is under way will let this one go on as well.
+    /// is under way will let this one go on as well: [`end`](Self::end) tells it to.
     pub(crate) fn begin(&self, granule: PageRange) -> bool {
-        self.pending().insert(granule.first)
+        match self.pending().entry(granule.first) {
+            Entry::Occupied(mut known) => {
+                known.insert(true);
+                false
+            }
+            Entry::Vacant(new) => {
+                new.insert(false);
+                true
+            }
+        }
     }
 
     /// Notes that a granule is about to be resolved. Whoever waits already is woken by what
-    /// follows; whose fault is read after this counts as new.
-    pub(crate) fn end(&self, granule: PageRange) {
-        self.pending().remove(&granule.first);
+    /// follows; whose fault is read after this counts as new. Returns whether `begin` has refused
+    /// anybody: something must follow then, even if the granule was mapped before this.
+    pub(crate) fn end(&self, granule: PageRange) -> bool {
+        self.pending().remove(&granule.first).unwrap_or(false)
+    }
+
+    /// Notes that the kernel had no memory to map pages here; false if it was known.
+    pub(crate) fn note_short_of_memory(&self) -> bool {
+        !self.short_of_memory.swap(true, Ordering::Relaxed)
     }
 
     /// Whether the pager maps each page here before it tells that the page is present.

@@ -56,6 +56,10 @@ pub enum Cause {
     /// The layout of the address space is changing, or an event waits to be read: to be tried
     /// again.
     Again,
+    /// The kernel is short of memory, for page tables in most cases, or the limit of somebody who
+    /// pays for it is reached: to be tried again after a while. Registering a range and taking it
+    /// back say so too if the process is gone.
+    NoMemory,
     /// The range, or a part of it, is not registered any more.
     NotRegistered,
     /// The process is gone.
@@ -93,6 +97,7 @@ impl RangeError {
         match self.error.raw_os_error() {
             Some(libc::EEXIST) => Cause::Exists,
             Some(libc::EAGAIN) => Cause::Again,
+            Some(libc::ENOMEM) => Cause::NoMemory,
             Some(libc::ENOENT) => Cause::NotRegistered,
             Some(libc::ESRCH) => Cause::ProcessGone,
             Some(libc::EFAULT) => Cause::NoPage,
@@ -105,6 +110,9 @@ impl RangeError {
         match self.cause() {
             Cause::Exists => "the rest can be gone on with",
             Cause::Again => "try again, and read the userfaultfd's events meanwhile",
+            Cause::NoMemory => {
+                "free memory or raise its limit, unless the process has ended, and try again"
+            }
             Cause::NotRegistered => "register the range, and keep it mapped",
             Cause::ProcessGone => "the process has ended; nobody needs the range any more",
             Cause::NoPage => "the memory object must hold the pages first",
@@ -184,6 +192,7 @@ mod tests {
     fn causes_are_told_apart() {
         assert_eq!(error(libc::EEXIST).cause(), Cause::Exists);
         assert_eq!(error(libc::EAGAIN).cause(), Cause::Again);
+        assert_eq!(error(libc::ENOMEM).cause(), Cause::NoMemory);
         assert_eq!(error(libc::ESRCH).cause(), Cause::ProcessGone);
         assert_eq!(error(libc::EINVAL).cause(), Cause::Other);
         assert_eq!(io::Error::from(error(libc::EAGAIN)).kind(), io::ErrorKind::WouldBlock);

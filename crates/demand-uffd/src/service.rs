@@ -6,8 +6,9 @@ use std::fmt;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
 
 use demand_memory::{PageRange, Trap};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
@@ -22,10 +23,6 @@ pub const DEFAULT_THREADS: usize = 2;
 /// Epoll tokens that are no userfaultfd's.
 const STOP: u64 = 0;
 const POKE: u64 = 1;
-
-/// Pause before a resolution is tried again that the kernel could not do just then, in
-/// milliseconds.
-const AGAIN_MS: i32 = 1;
 
 /// Serves the faults of several userfaultfds, of this process and of others, on threads of its
 /// own.
@@ -86,8 +83,10 @@ pub(crate) struct Shared {
     stopped: AtomicBool,
     next: AtomicU64,
     watches: RwLock<HashMap<u64, Arc<Watch>>>,
-    /// Resolutions that the kernel could not do just then.
-    again: Mutex<Vec<Fault>>,
+    /// Resolutions that the kernel could not do just then, by mapping and granule, and when they
+    /// are due. One lets all go on that wait for its granule, so there are never more than
+    /// granules, however often a process touches them.
+    again: Mutex<HashMap<(usize, u64), (Instant, Fault)>>,
 }
 
 impl FaultService {
@@ -127,7 +126,13 @@ impl FaultService {
         Ok(service)
     }
 
-    fn threads(&self) -> std::sync::MutexGuard<'_, Vec<JoinHandle<()>>> {
+    /// What faults refer to the service by.
+    #[cfg(test)]
+    pub(crate) fn weak(&self) -> std::sync::Weak<Shared> {
+        Arc::downgrade(&self.shared)
+    }
+
+    fn threads(&self) -> MutexGuard<'_, Vec<JoinHandle<()>>> {
         self.threads.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -253,8 +258,7 @@ impl Shared {
             let gone = EpollEvent::default();
             let _ = self.epoll.ctl(ControlOperation::Delete, fd.as_raw_fd(), gone);
         }
-        let mut again = self.again.lock().unwrap_or_else(PoisonError::into_inner);
-        again.retain(|fault| !Arc::ptr_eq(fault.mapping.uffd(), &watch.uffd));
+        self.again().retain(|_, (_, fault)| !Arc::ptr_eq(fault.mapping.uffd(), &watch.uffd));
     }
 
     fn release(&self, tokens: &[u64]) -> Result<(), ServiceError> {
@@ -284,14 +288,36 @@ impl Shared {
         released
     }
 
-    /// Has a resolution tried again soon, by a thread of the service: it reads what may stand in
-    /// the resolution's way.
-    pub(crate) fn resolve_again(&self, mut fault: Fault) {
-        let by_service = std::mem::replace(&mut fault.again, true);
-        self.again.lock().unwrap_or_else(PoisonError::into_inner).push(fault);
+    fn again(&self) -> MutexGuard<'_, HashMap<(usize, u64), (Instant, Fault)>> {
+        self.again.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Has a resolution tried again after a pause, by a thread of the service: it reads what may
+    /// stand in the resolution's way meanwhile.
+    pub(crate) fn resolve_again(&self, mut fault: Fault, pause: Duration) {
+        let by_service = !std::mem::replace(&mut fault.pause, pause).is_zero();
+        let place = (Arc::as_ptr(&fault.mapping) as usize, fault.granule.first);
+        self.again().entry(place).or_insert((Instant::now() + pause, fault));
         if !by_service {
             // See `stop`.
             let _ = self.poke.write(1);
+        }
+    }
+
+    /// Milliseconds until the next resolution is to be tried again, or -1, as epoll takes it.
+    fn timeout(&self) -> i32 {
+        let Some(due) = self.again().values().map(|(due, _)| *due).min() else { return -1 };
+        let left = due.saturating_duration_since(Instant::now());
+        // Rounded up, so that it is due then.
+        i32::try_from(left.as_micros().div_ceil(1000)).unwrap_or(i32::MAX)
+    }
+
+    /// Tries those resolutions again that are due.
+    fn resolve_due(self: &Arc<Self>) {
+        let now = Instant::now();
+        let due: Vec<_> = self.again().extract_if(|_, (due, _)| *due <= now).collect();
+        for (_, (_, fault)) in due {
+            fault.let_go(&Arc::downgrade(self));
         }
     }
 
@@ -307,9 +333,7 @@ impl Shared {
         let mut ready = [EpollEvent::default(); 8];
         let mut events = Vec::new();
         loop {
-            let again = !self.again.lock().unwrap_or_else(PoisonError::into_inner).is_empty();
-            let timeout = if again { AGAIN_MS } else { -1 };
-            let count = match self.epoll.wait(timeout, &mut ready) {
+            let count = match self.epoll.wait(self.timeout(), &mut ready) {
                 Ok(count) => count,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) => return log::error!("wait for faults: {error}"),
@@ -323,11 +347,7 @@ impl Shared {
                     token => self.serve(token, event.event_set(), &mut events),
                 }
             }
-            let due =
-                std::mem::take(&mut *self.again.lock().unwrap_or_else(PoisonError::into_inner));
-            for fault in due {
-                fault.resolve(&Arc::downgrade(self));
-            }
+            self.resolve_due();
         }
     }
 

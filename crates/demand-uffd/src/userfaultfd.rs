@@ -4,6 +4,7 @@
 use std::fs::OpenOptions;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use linux_raw_sys::{general as raw, ioctl as request};
@@ -41,6 +42,8 @@ const BATCH: usize = 16;
 pub struct Userfaultfd {
     // Shared with operations under way: closing waits for none of them.
     fd: RwLock<Option<Arc<OwnedFd>>>,
+    /// Whether the kernel knows no read that never waits, whatever the descriptor's flags say.
+    flags_decide: AtomicBool,
 }
 
 impl Userfaultfd {
@@ -249,30 +252,22 @@ impl Userfaultfd {
     /// Reads the messages that are there, at most a batch, behind those in `events`; returns
     /// their number, 0 if there are none.
     ///
+    /// It never waits for one, even if the process that sent the descriptor makes it blocking.
+    /// Linux before 6.10 can promise that only as long as that does not happen at the very moment
+    /// of the call.
+    ///
     /// # Errors
     ///
     /// The system's; `EBADF` after [`close`](Self::close).
     pub fn read(&self, events: &mut Vec<Event>) -> io::Result<usize> {
         let fd = self.fd()?;
-        // SAFETY: fcntl with this command touches no memory. The process that sent the descriptor
-        // shares its flags, and could make a read block.
-        let flags = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GETFL) };
-        if flags & libc::O_NONBLOCK == 0 {
-            return Err(io::Error::other("the other process made its userfaultfd blocking"));
-        }
         let mut messages = [[0u8; MESSAGE]; BATCH];
         loop {
-            // SAFETY: the kernel writes at most the bytes of the array.
-            let read = unsafe {
-                libc::read(fd.as_raw_fd(), messages.as_mut_ptr().cast(), size_of_val(&messages))
-            };
-            let Ok(read) = usize::try_from(read) else {
-                let error = io::Error::last_os_error();
-                match error.kind() {
-                    io::ErrorKind::Interrupted => continue,
-                    io::ErrorKind::WouldBlock => return Ok(0),
-                    _ => return Err(error),
-                }
+            let read = match self.read_now(&fd, &mut messages) {
+                Ok(read) => read,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(0),
+                Err(error) => return Err(error),
             };
             let count = read / MESSAGE;
             for message in &messages[..count] {
@@ -280,6 +275,38 @@ impl Userfaultfd {
                 events.push(unsafe { Message::decode(message).into_event() });
             }
             return Ok(count);
+        }
+    }
+
+    /// Reads messages that are there, once; returns their bytes. The process that sent the
+    /// descriptor shares its flags, and could make a read wait at any time: so this one brings its
+    /// own.
+    fn read_now(&self, fd: &OwnedFd, messages: &mut [[u8; MESSAGE]; BATCH]) -> io::Result<usize> {
+        if self.flags_decide.load(Ordering::Relaxed) {
+            return read_by_flags(fd, messages);
+        }
+        let len = size_of_val(messages);
+        let part = libc::iovec { iov_base: messages.as_mut_ptr().cast(), iov_len: len };
+        // -1, in both halves, stands for the file's own position; a userfaultfd has none.
+        let (count, position): (libc::c_ulong, libc::c_long) = (1, -1);
+        // SAFETY: the kernel reads one iovec, as the count says, and writes at most its bytes,
+        // which are those of the array. Both live, and nobody else uses them, until it returns.
+        let read = unsafe {
+            let fd = fd.as_raw_fd();
+            let flags = libc::RWF_NOWAIT;
+            libc::syscall(libc::SYS_preadv2, fd, &part, count, position, position, flags)
+        };
+        if let Ok(read) = usize::try_from(read) {
+            return Ok(read);
+        }
+        let error = io::Error::last_os_error();
+        match error.raw_os_error() {
+            // Nothing was read: this kernel takes no flags with a read of a userfaultfd.
+            Some(libc::EOPNOTSUPP | libc::EINVAL | libc::ESPIPE | libc::ENOSYS) => {
+                self.flags_decide.store(true, Ordering::Relaxed);
+                read_by_flags(fd, messages)
+            }
+            _ => Err(error),
         }
     }
 
@@ -353,7 +380,8 @@ impl From<OwnedFd> for Userfaultfd {
     /// Takes a userfaultfd of one's own that is ready for use and does not block. For one that
     /// another process has sent use [`from_received`](Self::from_received).
     fn from(fd: OwnedFd) -> Self {
-        Userfaultfd { fd: RwLock::new(Some(Arc::new(fd))) }
+        let fd = RwLock::new(Some(Arc::new(fd)));
+        Userfaultfd { fd, flags_decide: AtomicBool::new(false) }
     }
 }
 
@@ -364,6 +392,20 @@ impl AsRawFd for Descriptor {
     fn as_raw_fd(&self) -> RawFd {
         self.0
     }
+}
+
+/// Reads messages that are there, with nothing but the flags of the descriptor to keep the read
+/// from waiting.
+fn read_by_flags(fd: &OwnedFd, messages: &mut [[u8; MESSAGE]; BATCH]) -> io::Result<usize> {
+    // SAFETY: fcntl with this command touches no memory.
+    let flags = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GETFL) };
+    if flags & libc::O_NONBLOCK == 0 {
+        return Err(io::Error::other("the other process made its userfaultfd blocking"));
+    }
+    let len = size_of_val(messages);
+    // SAFETY: the kernel writes at most the bytes of the array.
+    let read = unsafe { libc::read(fd.as_raw_fd(), messages.as_mut_ptr().cast(), len) };
+    usize::try_from(read).map_err(|_| io::Error::last_os_error())
 }
 
 /// A descriptor of a userfaultfd that is not ready for use.
@@ -405,5 +447,48 @@ fn handshake(fd: &OwnedFd, features: Features) -> io::Result<Features> {
         Ok(Features::from_bits(api.features))
     } else {
         Err(io::Error::last_os_error())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+    use std::thread;
+    use std::time::Duration;
+
+    use super::*;
+
+    /// Who holds a descriptor of the same userfaultfd can make it blocking at any time.
+    #[test]
+    fn a_read_waits_for_nothing_whatever_the_flags() {
+        let uffd = Arc::new(Userfaultfd::open(Features::GUEST_MEMORY).unwrap());
+        assert_eq!(uffd.read(&mut Vec::new()).unwrap(), 0);
+        let theirs = uffd.try_clone_fd().unwrap();
+        // SAFETY: fcntl with this command touches no memory.
+        assert_eq!(unsafe { libc::fcntl(theirs.as_raw_fd(), libc::F_SETFL, 0) }, 0);
+        let (sender, receiver) = mpsc::channel();
+        let reader = uffd.clone();
+        thread::spawn(move || sender.send(reader.read(&mut Vec::new())));
+        let read = receiver.recv_timeout(Duration::from_secs(20)).expect("the read returns");
+        if uffd.flags_decide.load(Ordering::Relaxed) {
+            // An older kernel: it is noticed, but for a moment's chance.
+            assert!(read.unwrap_err().to_string().contains("blocking"));
+            if std::env::var("LAB").is_err() {
+                println!("SKIPPED: a read of a userfaultfd that takes flags needs Linux 6.10");
+            }
+            return;
+        }
+        assert_eq!(read.unwrap(), 0);
+    }
+
+    #[test]
+    fn without_a_read_that_takes_flags_those_of_the_descriptor_are_looked_at() {
+        let uffd = Userfaultfd::open(Features::GUEST_MEMORY).unwrap();
+        uffd.flags_decide.store(true, Ordering::Relaxed);
+        assert_eq!(uffd.read(&mut Vec::new()).unwrap(), 0);
+        let theirs = uffd.try_clone_fd().unwrap();
+        // SAFETY: fcntl with this command touches no memory.
+        assert_eq!(unsafe { libc::fcntl(theirs.as_raw_fd(), libc::F_SETFL, 0) }, 0);
+        assert!(uffd.read(&mut Vec::new()).unwrap_err().to_string().contains("blocking"));
     }
 }

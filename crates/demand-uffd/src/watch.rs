@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use demand_memory::{PAGE_SIZE, PageRange};
 
@@ -18,6 +18,14 @@ const FETCH: u64 = BACK_END_CHUNK / PAGE_SIZE;
 
 /// Forks of one process after which it is not served any more: each takes a descriptor.
 const FORKS: usize = 16;
+
+/// Pause before a resolution is tried again that the layout of an address space or an event stood
+/// in the way of.
+const AGAIN: Duration = Duration::from_millis(1);
+
+/// Pauses before a resolution is tried again that the kernel had no memory for: the first one,
+/// and the longest one. Each is twice as long as the one before.
+const NO_MEMORY: (Duration, Duration) = (Duration::from_millis(10), Duration::from_millis(500));
 
 /// A userfaultfd that is served, with the mappings that are armed on it.
 pub(crate) struct Watch {
@@ -36,8 +44,9 @@ pub(crate) struct Fault {
     pub(crate) granule: PageRange,
     /// When its message was read.
     pub(crate) begun: Instant,
-    /// Whether a thread of the service tries to resolve it once more.
-    pub(crate) again: bool,
+    /// How long a thread of the service waits, or has waited, before it tries to resolve it once
+    /// more; zero for one that was not put off yet.
+    pub(crate) pause: Duration,
 }
 
 impl Watch {
@@ -83,7 +92,7 @@ impl Watch {
                         let place = (Arc::as_ptr(&mapping), granule.first);
                         if !seen.contains(&place) {
                             seen.push(place);
-                            Fault { mapping, granule, begun, again: false }.serve(shared);
+                            Fault { mapping, granule, begun, pause: Duration::ZERO }.serve(shared);
                         }
                     }
                     None => self.ignore(address),
@@ -140,30 +149,62 @@ impl Fault {
             left = PageRange::new(part.end(), left.count - part.count);
         }
         if arrived == self.granule.count && self.mapping.is_mapped_by_pager() {
-            // The pager has mapped it on this thread, and woken who waits.
-            self.mapping.end(self.granule);
-            return self.count();
+            return self.mapped(&Arc::downgrade(shared));
         }
         let shared = Arc::downgrade(shared);
         pager.bitmap().when_present(self.granule, move || self.resolve(&shared));
     }
 
-    /// Lets those go on that wait for the granule, which is whole.
-    pub(crate) fn resolve(self, shared: &Weak<Shared>) {
+    /// Ends a fault whose granule the pager has mapped on this thread; that has woken who waited
+    /// then. The page may have been reclaimed and touched again since: if such a fault was read
+    /// before the end, it was left to this one, and nobody has woken it.
+    fn mapped(self, shared: &Weak<Shared>) {
+        if self.mapping.end(self.granule) {
+            self.let_go(shared);
+        } else {
+            self.count();
+        }
+    }
+
+    /// Ends a fault whose granule is whole, and lets those go on that wait for it.
+    fn resolve(self, shared: &Weak<Shared>) {
         self.mapping.end(self.granule);
-        let Err(error) = self.mapping.resolve(self.granule) else { return self.count() };
+        self.let_go(shared);
+    }
+
+    /// Lets those go on that wait for the granule, which is whole.
+    pub(crate) fn let_go(self, shared: &Weak<Shared>) {
+        match self.mapping.resolve(self.granule) {
+            Ok(()) => self.count(),
+            Err(error) => self.failed(&error, shared),
+        }
+    }
+
+    /// Has a resolution that has failed tried again, unless nobody needs it any more.
+    fn failed(self, error: &RangeError, shared: &Weak<Shared>) {
         match error.cause() {
-            Cause::Again => match shared.upgrade() {
-                Some(shared) => shared.resolve_again(self),
-                None => self.give_up(&error),
-            },
+            cause @ (Cause::Again | Cause::NoMemory) => {
+                if cause == Cause::NoMemory && self.mapping.note_short_of_memory() {
+                    log::warn!(
+                        "a fault stays open for now: {error}; it and others like it are tried \
+                         again"
+                    );
+                }
+                match shared.upgrade() {
+                    Some(shared) => {
+                        let pause = pause(cause, self.pause);
+                        shared.resolve_again(self, pause);
+                    }
+                    None => self.give_up(error),
+                }
+            }
             Cause::NotRegistered | Cause::ProcessGone | Cause::Closed => {
                 log::debug!("a fault needs no answer any more: {error}");
                 if let (Cause::ProcessGone, Some(shared)) = (error.cause(), shared.upgrade()) {
                     shared.forget(self.mapping.uffd());
                 }
             }
-            _ => self.give_up(&error),
+            _ => self.give_up(error),
         }
     }
 
@@ -176,5 +217,138 @@ impl Fault {
             let bytes = self.granule.bytes();
             pager.stats().fault(self.mapping.path(), bytes, self.begun.elapsed());
         }
+    }
+}
+
+/// How long to wait before a resolution is tried again, after a wait of `before`.
+fn pause(cause: Cause, before: Duration) -> Duration {
+    match cause {
+        Cause::NoMemory => (before * 2).clamp(NO_MEMORY.0, NO_MEMORY.1),
+        _ => AGAIN,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::{self, Receiver};
+    use std::thread;
+
+    use demand_memory::{
+        Backing, BackingKind, Mapping, MemfdBacking, Pager, Path, Retrier, RetryPolicy, Stats, Trap,
+    };
+    use demand_source::LocalFile;
+
+    use super::*;
+    use crate::{FaultService, Features};
+
+    const PAGE: PageRange = PageRange::new(3, 1);
+
+    struct Memory {
+        mapping: Arc<Mapping>,
+        armed: Arc<ArmedMapping>,
+        /// The armed mapping does not keep it.
+        pager: Arc<Pager>,
+    }
+
+    /// Memory whose page is present, but not mapped, and whose userfaultfd nobody reads.
+    fn memory() -> Memory {
+        let image = tempfile::NamedTempFile::new().unwrap();
+        image.as_file().set_len(8 * PAGE_SIZE).unwrap();
+        std::os::unix::fs::FileExt::write_all_at(image.as_file(), &[7; 8], PAGE.offset()).unwrap();
+        let source = Arc::new(LocalFile::open(image.path()).unwrap());
+        let backing = MemfdBacking::new(BackingKind::Shmem, 8 * PAGE_SIZE, false).unwrap();
+        let mapping = Arc::new(backing.map().unwrap());
+        let retrier = Retrier::new(RetryPolicy::default(), |_| {});
+        let stats = Arc::new(Stats::new());
+        let pager = Pager::new(Arc::new(backing), source, 0, stats, retrier).unwrap();
+        let uffd = Arc::new(Userfaultfd::open(Features::GUEST_MEMORY).unwrap());
+        let armed = ArmedMapping::own(&uffd, mapping.clone(), &pager, Path::Guest).unwrap();
+        pager.fetch(PAGE, Path::Fill).unwrap();
+        Memory { mapping, armed, pager }
+    }
+
+    impl Memory {
+        fn fault(&self) -> Fault {
+            let (mapping, granule) = (self.armed.clone(), PAGE);
+            Fault { mapping, granule, begun: Instant::now(), pause: Duration::ZERO }
+        }
+
+        /// Touches the page on a thread of its own, and waits until that is seen.
+        fn touch(&self) -> Receiver<u64> {
+            let (sender, reader) = mpsc::channel();
+            let mapping = self.mapping.clone();
+            thread::spawn(move || {
+                let word = mapping.at(PAGE.offset()).cast::<u64>().as_ptr();
+                // SAFETY: the word lies in the mapping, which this thread keeps, and nobody
+                // writes to it.
+                let _ = sender.send(unsafe { word.read_volatile() });
+            });
+            let begun = Instant::now();
+            let mut events = Vec::new();
+            while self.armed.uffd().read(&mut events).unwrap() == 0 {
+                assert!(begun.elapsed() < Duration::from_secs(20), "no fault is told");
+                thread::yield_now();
+            }
+            reader
+        }
+    }
+
+    fn expect(reader: &Receiver<u64>) {
+        let word = reader.recv_timeout(Duration::from_secs(20)).expect("the fault is resolved");
+        assert_eq!(word, u64::from_ne_bytes([7; 8]));
+    }
+
+    fn no_memory() -> RangeError {
+        let error = io::Error::from_raw_os_error(libc::ENOMEM);
+        RangeError { operation: "map", address: 0, len: PAGE_SIZE, done: 0, error }
+    }
+
+    #[test]
+    fn pauses_grow_up_to_a_limit() {
+        let mut last = Duration::ZERO;
+        for expected in [10, 20, 40, 80, 160, 320, 500, 500] {
+            last = pause(Cause::NoMemory, last);
+            assert_eq!(last, Duration::from_millis(expected));
+        }
+        assert_eq!(pause(Cause::Again, last), AGAIN);
+    }
+
+    #[test]
+    fn what_there_was_no_memory_for_is_tried_again_after_a_pause() {
+        let memory = memory();
+        let service = FaultService::start(1).unwrap();
+        let reader = memory.touch();
+        let begun = Instant::now();
+        // Several faults of one granule are put off as one.
+        for _ in 0..3 {
+            memory.fault().failed(&no_memory(), &service.weak());
+        }
+        expect(&reader);
+        assert!(begun.elapsed() >= NO_MEMORY.0, "{:?}", begun.elapsed());
+        while memory.pager.stats().path(Path::Guest).faults == 0 {
+            assert!(begun.elapsed() < Duration::from_secs(20), "the fault is counted");
+            thread::yield_now();
+        }
+        service.stop();
+        assert_eq!(memory.pager.stats().path(Path::Guest).faults, 1);
+        assert!(!memory.armed.note_short_of_memory(), "it was reported");
+    }
+
+    #[test]
+    fn who_was_left_to_a_fault_that_the_pager_has_mapped_is_woken() {
+        let memory = memory();
+        let service = FaultService::start(1).unwrap();
+        assert!(memory.armed.begin(PAGE));
+        memory.armed.map_present(PAGE).unwrap();
+        let address = memory.mapping.at(PAGE.offset()).as_ptr();
+        // SAFETY: the page is the mapping's, nobody refers to it, and its object keeps the bytes.
+        unsafe { libc::madvise(address.cast(), PAGE_SIZE as usize, libc::MADV_DONTNEED) };
+        let reader = memory.touch();
+        assert!(!memory.armed.begin(PAGE));
+        memory.fault().mapped(&service.weak());
+        expect(&reader);
+        // Nobody is left: the next one is new, and nobody has to be told of it.
+        assert!(memory.armed.begin(PAGE));
+        assert!(!memory.armed.end(PAGE));
     }
 }
