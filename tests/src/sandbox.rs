@@ -31,7 +31,9 @@ pub fn with_devices(command: &mut Command, devices: Vec<Device>, user: Option<u3
         // The process's mounts part from the machine's before anything is mounted.
         // SAFETY: unshare changes only the child, which has one thread.
         check(unsafe { libc::unshare(libc::CLONE_NEWNS) })?;
-        mount(c"none", c"/", None, libc::MS_REC | libc::MS_PRIVATE)?;
+        // (Within a chroot, "/" may be no mount; what is mounted on /dev is what counts.)
+        mount(c"none", c"/", None, libc::MS_REC | libc::MS_PRIVATE)
+            .or_else(|_| mount(c"none", c"/dev", None, libc::MS_REC | libc::MS_PRIVATE))?;
         mount(c"none", c"/dev", Some(c"tmpfs"), 0)?;
         for device in &devices {
             // SAFETY: the path is a C string.
