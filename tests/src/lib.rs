@@ -3,7 +3,8 @@
 //! would, as processes of their own, with real images, and look at what comes out.
 
 pub mod backend;
-pub mod host;
 pub mod process;
 pub mod sandbox;
 pub mod scenario;
+
+pub use test_support::host;

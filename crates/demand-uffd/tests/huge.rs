@@ -7,11 +7,13 @@ use std::sync::Arc;
 use std::thread;
 
 use common::{
-    base, check_page, expect, expect_blocked, far, huge_pages, mapping, pager, pager_on, read,
-    read_later, uffd, until,
+    base, check_page, expect, expect_blocked, mapping, pager, pager_on, read, read_later, uffd,
 };
 use demand_memory::{BackingKind, PAGE_SIZE, PageRange, Path, Trap};
 use demand_uffd::{ArmedMapping, DEFAULT_THREADS, Event, FaultService, Modes};
+use test_support::host::huge_pages;
+use test_support::image::far;
+use test_support::wait::until;
 
 const UNIT: u64 = 512;
 const PAGES: u64 = 4 * UNIT;

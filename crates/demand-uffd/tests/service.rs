@@ -8,12 +8,13 @@ use std::sync::Arc;
 use std::thread;
 
 use common::{
-    A_WHILE, base, check_page, expect, expect_blocked, far, mapping, pager, pager_on, read_later,
-    uffd, until,
+    base, check_page, expect, expect_blocked, mapping, pager, pager_on, read_later, uffd,
 };
 use demand_memory::{BackingKind, PAGE_SIZE, PageRange, Pager, Path, Trap};
 use demand_uffd::{ArmedMapping, DEFAULT_THREADS, FaultService, Modes, ServiceError};
 use linux_raw_sys::general as raw;
+use test_support::image::far;
+use test_support::wait::{A_WHILE, until};
 
 /// Two chunks and a half, as another process maps them.
 const PAGES: u64 = 1280;

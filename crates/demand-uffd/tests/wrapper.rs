@@ -7,9 +7,10 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::thread;
 
-use common::{base, mapping, pager, read, read_later, uffd, until};
+use common::{base, mapping, pager, read, read_later, uffd};
 use demand_memory::{Backing, BackingKind, Mapping, PAGE_SIZE, PageRange, Path};
 use demand_uffd::{Cause, Event, Features, Modes, OpenError, Userfaultfd, probe};
+use test_support::wait::{PATIENCE, until};
 
 const PAGES: u64 = 8;
 
@@ -105,7 +106,7 @@ fn faults_are_told_with_their_kind_and_address() {
         } else {
             uffd.zeropage(page_address, PAGE_SIZE).unwrap();
         }
-        assert_eq!(reader.recv_timeout(common::PATIENCE).unwrap(), 0);
+        assert_eq!(reader.recv_timeout(PATIENCE).unwrap(), 0);
     }
 }
 
@@ -180,7 +181,7 @@ fn minor_alone_lets_holes_through() {
     let reader = read_later(&mapping, PAGE_SIZE);
     common::expect_blocked(&reader);
     uffd.r#continue(base + PAGE_SIZE, PAGE_SIZE).unwrap();
-    assert_eq!(reader.recv_timeout(common::PATIENCE).unwrap(), 101);
+    assert_eq!(reader.recv_timeout(PATIENCE).unwrap(), 101);
 }
 
 /// Armed mappings trap both pages that nobody has written and pages that are only not mapped.
@@ -207,7 +208,7 @@ fn armed_mappings_trap_both() {
             );
             common::expect_blocked(&reader);
             uffd.unregister(base(&mapping) + page * PAGE_SIZE, PAGE_SIZE).unwrap();
-            reader.recv_timeout(common::PATIENCE).unwrap();
+            reader.recv_timeout(PATIENCE).unwrap();
         }
     }
 }

@@ -11,6 +11,7 @@ use common::foolish::{Folly, Foolish, PAGEFAULT, REPLY_ACK};
 use demand_memory::BackingKind;
 use demand_uffd::{FaultService, OpenError};
 use demand_vhost::{BackEnd, Error, Options};
+use test_support::wait::PATIENCE;
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
 
 const SET_MEM_TABLE: u32 = 5;
@@ -169,7 +170,7 @@ fn the_end_is_asked_for_with_an_answer() {
                     }
                     let _ = sender.send(());
                 });
-                receiver.recv_timeout(common::PATIENCE).expect("nothing is trapped");
+                receiver.recv_timeout(PATIENCE).expect("nothing is trapped");
             }
             _ => assert!(matches!(ended, Err(Error::Disconnected { .. })), "{ended:?}"),
         }

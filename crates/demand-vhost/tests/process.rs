@@ -9,10 +9,12 @@ use std::thread;
 use std::time::Duration;
 
 use common::process::{self, Process, expect, expect_blocked};
-use common::{A_WHILE, HIGH, Memory, PAGES, address_of, huge_pages, until};
+use common::{HIGH, Memory, PAGES, address_of};
 use demand_memory::{BackingKind, PAGE_SIZE, PageRange, Path};
 use demand_uffd::{ArmedMapping, FaultService, Features, Userfaultfd};
 use demand_vhost::{BackEnd, Error, Options, Vring};
+use test_support::host::huge_pages;
+use test_support::wait::{A_WHILE, until};
 use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::EventFd;
 

@@ -236,10 +236,16 @@ fn a_ring_that_lies_does_not_spin_and_can_be_set_up_again() {
     guest.rings[0].set_avail_index(&guest.mem, 5000);
     until("the message", || daemon.stderr().contains("queue 0"));
     let ticks = || {
-        let children = format!("/proc/{0}/task/{0}/children", daemon.process.id());
-        let child = fs::read_to_string(children).unwrap();
-        let stat = fs::read_to_string(format!("/proc/{}/stat", child.trim())).unwrap();
-        let fields: Vec<&str> = stat.rsplit(')').next().unwrap().split_whitespace().collect();
+        // The process that serves is the child of the one that was started. (Not every kernel
+        // lists the children of a process.)
+        let parent = daemon.process.id().to_string();
+        let fields = fs::read_dir("/proc").unwrap().flatten().find_map(|entry| {
+            let stat = fs::read_to_string(entry.path().join("stat")).ok()?;
+            let fields: Vec<String> =
+                stat.rsplit(')').next()?.split_whitespace().map(str::to_owned).collect();
+            (fields.get(1) == Some(&parent)).then_some(fields)
+        });
+        let fields = fields.expect("a child that serves");
         fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
     };
     let before = ticks();

@@ -17,6 +17,7 @@ use demand_source::{
 };
 use iced_x86::code_asm::{CodeAssembler, al, dword_ptr, eax, ebp, ebx, ecx, edx, esi};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
+use test_support::host::skip;
 use vm_memory::GuestAddress;
 
 mod guest;
@@ -24,12 +25,6 @@ mod image;
 
 pub use guest::*;
 pub use image::*;
-
-/// Leaves a test that this host cannot run; in the lab, where it can, that is a failure.
-pub fn skip(reason: &str) {
-    assert!(std::env::var_os("LAB").is_none_or(|lab| lab != "1"), "skipped in the lab: {reason}");
-    println!("SKIPPED: {reason}");
-}
 
 /// KVM, if there is one that can be used.
 pub fn kvm() -> Option<Kvm> {

@@ -11,6 +11,7 @@ use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Mutex};
 use std::thread;
 
+use test_support::wait::{A_WHILE, PATIENCE, until};
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use vhost_user_backend::{VhostUserBackendMut, VhostUserDaemon, VringRwLock, VringT};
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
@@ -130,7 +131,7 @@ impl Process {
                 let _ = waiting.swap_remove(index).1.send(word.parse().unwrap());
             }
         });
-        super::until("the back-end listens", || socket.exists());
+        until("the back-end listens", || socket.exists());
         Process { socket, _directory: directory, child, control, waiting }
     }
 
@@ -155,13 +156,13 @@ impl Process {
 
 pub fn expect(reader: &Receiver<u64>, address: u64) {
     let word = reader
-        .recv_timeout(super::PATIENCE)
+        .recv_timeout(PATIENCE)
         .unwrap_or_else(|_| panic!("the read of {address:#x} was not served"));
     assert_eq!(word, super::word_of(address), "the word at {address:#x}");
 }
 
 pub fn expect_blocked(reader: &Receiver<u64>) {
-    if let Ok(word) = reader.recv_timeout(super::A_WHILE) {
+    if let Ok(word) = reader.recv_timeout(A_WHILE) {
         panic!("read {word:#x} before its page had arrived");
     }
 }

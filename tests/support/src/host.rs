@@ -1,0 +1,71 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What the machine that a test runs on can do.
+
+use std::fs;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+use demand_memory::BackingKind;
+
+/// Whether this is the lab, where nothing may be skipped.
+pub fn is_lab() -> bool {
+    std::env::var_os("LAB").is_some()
+}
+
+/// Says why a test, or a part of it, does not run here. Counted by `rust-vmm-ci/test`.
+///
+/// # Panics
+///
+/// In the lab.
+pub fn skip(reason: &str) {
+    assert!(!is_lab(), "nothing is skipped in the lab: {reason}");
+    println!("SKIPPED: {reason}");
+}
+
+/// One of the kernel's counts of huge pages of the kind; 0 where it has none of them.
+fn huge_page_count(backing: BackingKind, name: &str) -> u64 {
+    let folder = format!("/sys/kernel/mm/hugepages/hugepages-{}kB", backing.unit() >> 10);
+    fs::read_to_string(format!("{folder}/{name}"))
+        .ok()
+        .and_then(|text| text.trim().parse().ok())
+        .unwrap_or(0)
+}
+
+/// Huge pages of the kind that are free now; a number without bound for ordinary memory.
+pub fn free_units(backing: BackingKind) -> u64 {
+    if backing == BackingKind::Shmem {
+        return u64::MAX;
+    }
+    huge_page_count(backing, "free_hugepages")
+        .saturating_sub(huge_page_count(backing, "resv_hugepages"))
+}
+
+/// Whether KVM can be opened here.
+pub fn has_kvm() -> bool {
+    fs::OpenOptions::new().read(true).write(true).open("/dev/kvm").is_ok()
+}
+
+static POOL: Mutex<()> = Mutex::new(());
+
+/// Huge pages of 2 MiB for a test, one test of a process at a time. Outside the lab a test that
+/// finds too few is skipped, and says so.
+///
+/// # Panics
+///
+/// In the lab, if there are too few.
+pub fn huge_pages(pages: u64) -> Option<MutexGuard<'static, ()>> {
+    let guard = POOL.lock().unwrap_or_else(PoisonError::into_inner);
+    // The test before may not have given back all of its pages yet.
+    for _ in 0..50 {
+        if huge_page_count(BackingKind::Hugetlb2M, "free_hugepages") >= pages {
+            return Some(guard);
+        }
+        if !is_lab() {
+            break;
+        }
+        thread::sleep(Duration::from_millis(20));
+    }
+    skip(&format!("{pages} free huge pages of 2 MiB are needed (sysctl vm.nr_hugepages)"));
+    None
+}
