@@ -8,3 +8,11 @@ pub mod sandbox;
 pub mod scenario;
 
 pub use test_support::host;
+
+/// Why a guest cannot be run on demand-paged memory here, if it cannot.
+pub fn cannot_run() -> Option<String> {
+    if !host::has_kvm() {
+        return Some("there is no usable /dev/kvm".into());
+    }
+    demand_uffd::probe().err().map(|error| error.to_string())
+}

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use demand_kvm::Engine;
 use demand_tests::backend::{BackEnd, BlkOptions};
+use demand_tests::cannot_run;
 use demand_tests::host::{free_units, has_kvm, skip};
 use demand_tests::process::{program, run};
 use demand_tests::sandbox::{Device, with_devices};
@@ -116,8 +117,8 @@ fn no_permission_on_dev_userfaultfd() {
 
 #[test]
 fn hugetlb_asked_for_and_none_free() {
-    if !has_kvm() {
-        return skip("there is no usable /dev/kvm");
+    if let Some(why) = cannot_run() {
+        return skip(&why);
     }
     // The most memory that a test guest can have.
     if free_units(demand_memory::BackingKind::Hugetlb2M) >= 1536 {
@@ -133,8 +134,8 @@ fn hugetlb_asked_for_and_none_free() {
 
 #[test]
 fn an_image_shorter_than_the_memory() {
-    if !has_kvm() {
-        return skip("there is no usable /dev/kvm");
+    if let Some(why) = cannot_run() {
+        return skip(&why);
     }
     let setting = Setting::new();
     let mut command = setting.vmm();
@@ -144,8 +145,8 @@ fn an_image_shorter_than_the_memory() {
 
 #[test]
 fn an_image_that_is_not_there() {
-    if !has_kvm() {
-        return skip("there is no usable /dev/kvm");
+    if let Some(why) = cannot_run() {
+        return skip(&why);
     }
     let mut command = Command::new(program("demand-vmm").unwrap());
     command.args(["run", "--memory", "size=8M", "--source", "/nowhere/memory.img"]);
@@ -154,8 +155,8 @@ fn an_image_that_is_not_there() {
 
 #[test]
 fn an_engine_that_the_kernel_lacks() {
-    if !has_kvm() {
-        return skip("there is no usable /dev/kvm");
+    if let Some(why) = cannot_run() {
+        return skip(&why);
     }
     let setting = Setting::new();
     let mut command = setting.vmm();
@@ -172,8 +173,8 @@ fn an_engine_that_the_kernel_lacks() {
 
 #[test]
 fn a_back_end_without_pagefault() {
-    if !has_kvm() {
-        return skip("there is no usable /dev/kvm");
+    if let Some(why) = cannot_run() {
+        return skip(&why);
     }
     let setting = Setting::new();
     let options = BlkOptions { queues: 1, queue_size: 256, postcopy: false };
@@ -186,8 +187,8 @@ fn a_back_end_without_pagefault() {
 
 #[test]
 fn a_back_end_that_echoes_our_addresses() {
-    if !has_kvm() {
-        return skip("there is no usable /dev/kvm");
+    if let Some(why) = cannot_run() {
+        return skip(&why);
     }
     let setting = Setting::new();
     // A real one: libvhost-user, as QEMU's storage daemon has it.
@@ -199,8 +200,8 @@ fn a_back_end_that_echoes_our_addresses() {
 
 #[test]
 fn a_socket_that_is_not_there() {
-    if !has_kvm() {
-        return skip("there is no usable /dev/kvm");
+    if let Some(why) = cannot_run() {
+        return skip(&why);
     }
     let setting = Setting::new();
     let words = ["/nowhere/blk.sock", "start the back-end first"];
@@ -234,8 +235,8 @@ fn has_open(process: u32, path: &Path) -> bool {
 
 #[test]
 fn a_source_that_fails_for_good() {
-    if !has_kvm() {
-        return skip("there is no usable /dev/kvm");
+    if let Some(why) = cannot_run() {
+        return skip(&why);
     }
     let setting = Setting::new();
     let options = BlkOptions { queues: 1, queue_size: 256, postcopy: true };
@@ -269,8 +270,8 @@ fn a_source_that_fails_for_good() {
 
 #[test]
 fn a_back_end_that_dies_under_the_guest() {
-    if !has_kvm() {
-        return skip("there is no usable /dev/kvm");
+    if let Some(why) = cannot_run() {
+        return skip(&why);
     }
     let setting = Setting::new();
     let options = BlkOptions { queues: 1, queue_size: 256, postcopy: true };

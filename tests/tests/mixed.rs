@@ -3,7 +3,8 @@
 
 use demand_kvm::Engine;
 use demand_memory::BackingKind;
-use demand_tests::host::{free_units, has_kvm, skip};
+use demand_tests::cannot_run;
+use demand_tests::host::{free_units, skip};
 use demand_tests::scenario::Scenario;
 
 /// Rounds of each combination; one, unless `rust-vmm-ci/soak` asks for more.
@@ -12,8 +13,8 @@ fn rounds() -> u64 {
 }
 
 fn mixed(engine: Engine, backing: BackingKind, cpus: u32) {
-    if !has_kvm() {
-        return skip("there is no usable /dev/kvm");
+    if let Some(why) = cannot_run() {
+        return skip(&why);
     }
     let probe = demand_kvm::probe();
     if !probe.engines().iter().any(|report| report.engine == engine && report.usable) {

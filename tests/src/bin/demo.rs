@@ -15,7 +15,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
 use demand_memory::BackingKind;
-use demand_tests::host;
+use demand_tests::cannot_run;
 use demand_tests::process::{Guarded, program};
 use demand_tests::scenario::{Disk, Scenario};
 use demand_vmm::report::Report;
@@ -108,7 +108,9 @@ fn outside(options: &Options) -> Result<()> {
         println!("This host:\n");
         run_visibly(Command::new(program("demand-vmm")?).arg("probe"))?;
         println!();
-        if host::has_kvm() {
+        if let Some(why) = cannot_run() {
+            println!("SKIPPED: the host's stage: {why}\n");
+        } else {
             let mut scenario = host_stage()?;
             scenario.timeline = options.timeline.as_ref().filter(|_| options.host_only).cloned();
             let bar = Bar::new("host");
@@ -116,8 +118,6 @@ fn outside(options: &Options) -> Result<()> {
             bar.finish();
             println!("{}", report.table());
             reports.push(report);
-        } else {
-            println!("SKIPPED: the host's stage: there is no usable /dev/kvm here\n");
         }
         stages.push("host");
     }
