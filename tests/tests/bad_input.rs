@@ -11,7 +11,7 @@ use demand_kvm::Engine;
 use demand_tests::backend::{BackEnd, BlkOptions};
 use demand_tests::cannot_run;
 use demand_tests::host::{free_units, has_kvm, skip};
-use demand_tests::process::{program, run};
+use demand_tests::process::{Guarded, program, run};
 use demand_tests::sandbox::{Device, with_devices};
 
 const FAILED: i32 = 1;
@@ -46,6 +46,12 @@ impl Setting {
 
     fn vmm(&self) -> Command {
         self.run_command(&program("demand-vmm").unwrap())
+    }
+
+    /// The project's own back-end on the disk.
+    fn back_end(&self, postcopy: bool) -> BackEnd {
+        let options = BlkOptions { queues: 1, queue_size: 256, postcopy };
+        BackEnd::vhost_device_blk(self.folder.path(), &self.path("disk.img"), &options).unwrap()
     }
 
     /// A run with a disk at `socket`.
@@ -177,10 +183,7 @@ fn a_back_end_without_pagefault() {
         return skip(&why);
     }
     let setting = Setting::new();
-    let options = BlkOptions { queues: 1, queue_size: 256, postcopy: false };
-    let back_end =
-        BackEnd::vhost_device_blk(setting.folder.path(), &setting.path("disk.img"), &options)
-            .unwrap();
+    let back_end = setting.back_end(false);
     let words = ["PAGEFAULT", "zeros", back_end.socket().to_str().unwrap()];
     refused(&mut setting.with_disk(back_end.socket()), FAILED, &words);
 }
@@ -227,10 +230,55 @@ fn a_wrong_command_line() {
     }
 }
 
-/// Whether the process has the file open.
-fn has_open(process: u32, path: &Path) -> bool {
+/// Whether the process has a socket.
+fn has_socket(process: u32) -> bool {
     let Ok(entries) = fs::read_dir(format!("/proc/{process}/fd")) else { return false };
-    entries.flatten().any(|entry| fs::read_link(entry.path()).is_ok_and(|to| to == path))
+    entries.flatten().any(|entry| {
+        fs::read_link(entry.path()).is_ok_and(|to| to.to_string_lossy().starts_with("socket:"))
+    })
+}
+
+/// A run that has its image open and waits for a back-end that is stopped.
+struct Waiting {
+    setting: Setting,
+    back_end: BackEnd,
+    vmm: Guarded,
+}
+
+impl Waiting {
+    fn new() -> Self {
+        let setting = Setting::new();
+        let mut back_end = setting.back_end(true);
+        signal(&mut back_end, libc::SIGSTOP);
+        let mut command = setting.with_disk(back_end.socket());
+        command.args(["--source-limit", "1"]).stderr(std::process::Stdio::piped());
+        let mut vmm = Guarded::spawn(&mut command).unwrap();
+        // By then it has the image as well. A moment later it waits for an answer.
+        while !has_socket(vmm.id()) {
+            assert_eq!(vmm.try_wait().unwrap(), None, "it ended before it connected");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        std::thread::sleep(Duration::from_millis(300));
+        Waiting { setting, back_end, vmm }
+    }
+
+    /// The run fails, and the last line that it says (warnings may come before) has `words`.
+    #[track_caller]
+    fn fails_with(mut self, words: &str) {
+        let status = self.vmm.wait(Duration::from_secs(60)).unwrap();
+        let mut said = String::new();
+        let mut pipe = self.vmm.child().stderr.take().unwrap();
+        std::io::Read::read_to_string(&mut pipe, &mut said).unwrap();
+        assert_eq!(status.code(), Some(FAILED), "{said}");
+        let last = said.lines().last().unwrap_or_default();
+        assert!(last.starts_with("demand-vmm: ") && last.contains(words), "{said}");
+    }
+}
+
+fn signal(back_end: &mut BackEnd, signal: libc::c_int) {
+    let id = libc::pid_t::try_from(back_end.process().id()).unwrap();
+    // SAFETY: the child has not been reaped, so the id is its own.
+    unsafe { libc::kill(id, signal) };
 }
 
 #[test]
@@ -238,57 +286,20 @@ fn a_source_that_fails_for_good() {
     if let Some(why) = cannot_run() {
         return skip(&why);
     }
-    let setting = Setting::new();
-    let options = BlkOptions { queues: 1, queue_size: 256, postcopy: true };
-    let mut back_end =
-        BackEnd::vhost_device_blk(setting.folder.path(), &setting.path("disk.img"), &options)
-            .unwrap();
-    let id = libc::pid_t::try_from(back_end.process().id()).unwrap();
-    // SAFETY: the child has not been reaped, so the id is its own.
-    unsafe { libc::kill(id, libc::SIGSTOP) };
-    let mut command = setting.with_disk(back_end.socket());
-    command.args(["--source-limit", "1"]).stderr(std::process::Stdio::piped());
-    let mut vmm = demand_tests::process::Guarded::spawn(&mut command).unwrap();
-    // The VMM has the image, and waits for the back-end: now the image loses its pages.
-    let image = setting.path("memory.img");
-    while !has_open(vmm.id(), &image) {
-        std::thread::sleep(Duration::from_millis(1));
-    }
-    std::thread::sleep(Duration::from_millis(300));
-    fs::OpenOptions::new().write(true).open(&image).unwrap().set_len(4096).unwrap();
-    // SAFETY: as above.
-    unsafe { libc::kill(id, libc::SIGCONT) };
-    let status = vmm.wait(Duration::from_secs(60)).unwrap();
-    let mut said = String::new();
-    let mut pipe = vmm.child().stderr.take().unwrap();
-    std::io::Read::read_to_string(&mut pipe, &mut said).unwrap();
-    assert_eq!(status.code(), Some(FAILED), "{said}");
-    // Warnings come before, and the last line says why it ended.
-    let last = said.lines().last().unwrap_or_default();
-    assert!(last.starts_with("demand-vmm: ") && last.contains("ends at byte 4096"), "{said}");
+    let mut run = Waiting::new();
+    // The image loses its pages, and only then the run goes on to want them.
+    let image = fs::OpenOptions::new().write(true).open(run.setting.path("memory.img")).unwrap();
+    image.set_len(4096).unwrap();
+    signal(&mut run.back_end, libc::SIGCONT);
+    run.fails_with("ends at byte 4096");
 }
 
 #[test]
-fn a_back_end_that_dies_under_the_guest() {
+fn a_back_end_that_dies_while_it_is_waited_for() {
     if let Some(why) = cannot_run() {
         return skip(&why);
     }
-    let setting = Setting::new();
-    let options = BlkOptions { queues: 1, queue_size: 256, postcopy: true };
-    let mut back_end =
-        BackEnd::vhost_device_blk(setting.folder.path(), &setting.path("disk.img"), &options)
-            .unwrap();
-    let mut command = setting.with_disk(back_end.socket());
-    // The guest waits for a disk that is stopped, and then gone.
-    let child = i32::try_from(back_end.process().id()).unwrap();
-    let mut vmm = {
-        command.stderr(std::process::Stdio::piped());
-        demand_tests::process::Guarded::spawn(&mut command).unwrap()
-    };
-    std::thread::sleep(Duration::from_millis(5));
-    // SAFETY: the child has not been reaped, so the id is its own.
-    unsafe { libc::kill(child, libc::SIGKILL) };
-    let status = vmm.wait(Duration::from_secs(60)).unwrap();
-    // It may have been done already, or not have begun; it must not hang, and not panic.
-    assert!(matches!(status.code(), Some(0 | FAILED)), "{status}");
+    let mut run = Waiting::new();
+    signal(&mut run.back_end, libc::SIGKILL);
+    run.fails_with("closed the connection");
 }
