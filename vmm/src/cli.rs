@@ -46,7 +46,7 @@ struct ProbeArgs {
 
 #[derive(Debug, Args)]
 struct RunArgs {
-    /// size=1G[,backing=shmem|hugetlb-2m|hugetlb-1g][,reserve=on|off]
+    /// size=1G[,backing=shmem|hugetlb-2m|hugetlb-1g][,reserve=on|off][,thp=on|off]
     #[arg(long)]
     memory: MemoryOption,
     /// Number of vCPUs.

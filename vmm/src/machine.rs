@@ -6,7 +6,7 @@ use std::sync::Arc;
 use demand_kvm::{DemandSlot, Engine, EngineChoice, FaultHandler, open_kvm, resolve};
 use demand_memory::{
     BackingKind, DemandMemory, DemandRegion, MemfdBacking, Pager, Path, RegionConfig, Retrier,
-    Stats,
+    Stats, transparent_huge_pages_of_shmem,
 };
 use demand_source::LocalFile;
 use demand_uffd::{ArmedMapping, DEFAULT_THREADS, FaultService, Features, Userfaultfd};
@@ -58,7 +58,13 @@ impl Machine {
 
         let source = LocalFile::open(source).map_err(Error::failed)?;
         let backing = MemfdBacking::new(option.backing, option.size, option.reserve)
-            .map_err(backing_error)?;
+            .map_err(backing_error)?
+            .with_transparent_huge_pages(option.thp);
+        if option.thp
+            && let Err(why) = transparent_huge_pages_of_shmem()
+        {
+            log::warn!("transparent huge pages for guest memory: there will be none: {why}");
+        }
         let start = GuestAddress(0);
         let region = DemandRegion::new(
             RegionConfig {

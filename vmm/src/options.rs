@@ -75,7 +75,7 @@ fn parse_number<T: FromStr>(text: &str) -> Result<T, String> {
     text.parse().map_err(|_| "that is no number in range".into())
 }
 
-/// `--memory size=1G,backing=hugetlb-2m,reserve=on`
+/// `--memory size=1G,backing=hugetlb-2m,reserve=on`, `--memory size=1G,thp=on`
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MemoryOption {
     /// Bytes.
@@ -84,6 +84,8 @@ pub struct MemoryOption {
     pub backing: BackingKind,
     /// Whether huge pages are set aside at once.
     pub reserve: bool,
+    /// Whether shared memory may use transparent huge pages.
+    pub thp: bool,
 }
 
 impl FromStr for MemoryOption {
@@ -95,14 +97,21 @@ impl FromStr for MemoryOption {
             parts.take("size", parse_size)?.ok_or("--memory: say how much, as in size=1G")?;
         let backing = parts.take("backing", BackingKind::from_str)?.unwrap_or(BackingKind::Shmem);
         let reserve = parts.take("reserve", parse_switch)?.unwrap_or(true);
-        parts.end("size, backing and reserve")?;
+        let thp = parts.take("thp", parse_switch)?;
+        parts.end("size, backing, reserve and thp")?;
+        if thp.is_some() && backing != BackingKind::Shmem {
+            return Err(format!(
+                "--memory: thp= is about shared memory, and {backing} is huge pages already; \
+                 leave it out"
+            ));
+        }
         if size == 0 || !size.is_multiple_of(backing.unit()) {
             let unit = backing.unit();
             return Err(format!(
                 "--memory: size={size} is no multiple of the {unit} bytes of a page of {backing}"
             ));
         }
-        Ok(MemoryOption { size, backing, reserve })
+        Ok(MemoryOption { size, backing, reserve, thp: thp.unwrap_or(false) })
     }
 }
 
@@ -251,7 +260,8 @@ mod tests {
     fn memory() {
         let option: MemoryOption = "size=1G,backing=hugetlb-2m,reserve=off".parse().unwrap();
         assert_eq!((option.size, option.backing), (1 << 30, BackingKind::Hugetlb2M));
-        assert!(!option.reserve);
+        assert!(!option.reserve && !option.thp);
+        assert!("size=1G,thp=on".parse::<MemoryOption>().unwrap().thp);
         for text in [
             "",
             "1G",
@@ -261,6 +271,7 @@ mod tests {
             "size=x",
             "size=1G,backing=tmpfs",
             "size=1G,a=b",
+            "size=1G,backing=hugetlb-2m,thp=on",
         ] {
             assert!(text.parse::<MemoryOption>().unwrap_err().starts_with("--memory"), "{text}");
         }

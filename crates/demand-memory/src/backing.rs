@@ -176,6 +176,7 @@ pub struct MemfdBacking {
     kind: BackingKind,
     size: u64,
     reserve: bool,
+    transparent: bool,
 }
 
 impl MemfdBacking {
@@ -193,8 +194,48 @@ impl MemfdBacking {
         let refused = |error| BackingError::Create { size, kind, error };
         let file = memfd(c"guest-memory", kind.memfd_flags()).map_err(refused)?;
         file.set_len(size).map_err(refused)?;
-        Ok(MemfdBacking { file: Arc::new(file), kind, size, reserve })
+        Ok(MemfdBacking { file: Arc::new(file), kind, size, reserve, transparent: false })
     }
+
+    /// Lets the kernel use transparent huge pages for shared memory, or not, which is how it
+    /// begins. To be called before the first mapping is made; without effect on huge pages.
+    ///
+    /// With them the kernel brings a page's neighbours into being with it. The traps take that
+    /// for what it is, memory without content: the neighbours stay missing, and readers still
+    /// fault by pages of 4096 bytes. What is gained is fewer allocations, and huge mappings in
+    /// the populate mapping at once, and elsewhere once all pages are present and the kernel
+    /// collapses them.
+    ///
+    /// Whether there are any is up to `shmem_enabled` (`Documentation/admin-guide/mm/transhuge.rst`):
+    /// see [`transparent_huge_pages_of_shmem`].
+    #[must_use]
+    pub fn with_transparent_huge_pages(mut self, on: bool) -> Self {
+        self.transparent = on;
+        self
+    }
+}
+
+/// Whether this kernel uses transparent huge pages for shared memory that asks for them; an error
+/// says why not, and what to do.
+///
+/// # Errors
+///
+/// A text of one line.
+pub fn transparent_huge_pages_of_shmem() -> Result<(), String> {
+    const SETTING: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
+    let text = std::fs::read_to_string(SETTING)
+        .map_err(|error| format!("read {SETTING}: {error}; this kernel was built without them"))?;
+    match chosen(&text) {
+        Some("never" | "deny") | None => {
+            Err(format!("{SETTING} says {}: write 'advise' there", text.trim()))
+        }
+        Some(_) => Ok(()),
+    }
+}
+
+/// The word in brackets of a list such as `always [madvise] never`.
+fn chosen(setting: &str) -> Option<&str> {
+    setting.split_once('[')?.1.split_once(']').map(|(word, _)| word)
 }
 
 impl Backing for MemfdBacking {
@@ -211,9 +252,11 @@ impl Backing for MemfdBacking {
         let no_reserve = self.kind.is_hugetlb() && !self.reserve;
         let mapping = Mapping::shared(&self.file, self.size, no_reserve).map_err(refused)?;
         if !self.kind.is_hugetlb() {
-            // Pages that stand alone are what the traps are armed for; kernels built without
-            // huge pages for shared memory refuse the advice, and need none.
-            let _ = mapping.advise(libc::MADV_NOHUGEPAGE);
+            // Kernels built without huge pages for shared memory refuse either advice.
+            let _ = mapping.advise(match self.transparent {
+                true => libc::MADV_HUGEPAGE,
+                false => libc::MADV_NOHUGEPAGE,
+            });
         }
         Ok(mapping)
     }
@@ -268,6 +311,12 @@ mod tests {
             let error = MemfdBacking::new(kind, size, true).unwrap_err();
             assert!(matches!(error, BackingError::Size { .. }), "{error}");
         }
+    }
+
+    #[test]
+    fn a_setting_is_the_word_in_brackets() {
+        assert_eq!(chosen("always within_size [advise] never deny force\n"), Some("advise"));
+        assert_eq!(chosen("always never"), None);
     }
 
     #[test]

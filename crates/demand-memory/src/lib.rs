@@ -34,7 +34,7 @@ pub use words::Words;
 
 #[cfg(not(loom))]
 pub use self::{
-    backing::{Backing, BackingError, BackingKind, MemfdBacking},
+    backing::{Backing, BackingError, BackingKind, MemfdBacking, transparent_huge_pages_of_shmem},
     fill::{Fill, FillRate},
     mapping::Mapping,
     memory::DemandMemory,

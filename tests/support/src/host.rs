@@ -46,6 +46,26 @@ pub fn has_kvm() -> bool {
     fs::OpenOptions::new().read(true).write(true).open("/dev/kvm").is_ok()
 }
 
+/// Whether shared memory that asks for transparent huge pages gets them. The lab is told to give
+/// them; what another machine is set to is left as it is, and the test is skipped if that is no.
+///
+/// # Panics
+///
+/// In the lab, if its kernel does not have them.
+pub fn transparent_huge_pages() -> bool {
+    const SETTING: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
+    if is_lab() {
+        fs::write(SETTING, "advise").expect("the lab's kernel has transparent huge pages");
+    }
+    match demand_memory::transparent_huge_pages_of_shmem() {
+        Ok(()) => true,
+        Err(why) => {
+            skip(&format!("transparent huge pages are needed: {why}"));
+            false
+        }
+    }
+}
+
 static POOL: Mutex<()> = Mutex::new(());
 
 /// Huge pages of 2 MiB for a test, one test of a process at a time. Outside the lab a test that

@@ -1,0 +1,78 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Shared memory with transparent huge pages: one page that is written brings its neighbours into
+//! being, and nobody may take those for content.
+
+mod common;
+
+use std::os::unix::fs::MetadataExt;
+use std::sync::Arc;
+use std::thread;
+
+use common::{base, check_page, expect, mapping, pager_on, read, read_later, uffd};
+use demand_memory::{Backing, BackingKind, MemfdBacking, PAGE_SIZE, PageRange, Pager, Path, Trap};
+use demand_uffd::{ArmedMapping, DEFAULT_THREADS, Event, FaultService, Modes};
+use test_support::host::transparent_huge_pages;
+use test_support::image::{Near, word_of};
+
+const UNIT: u64 = 512;
+const PAGES: u64 = 4 * UNIT;
+const SIZE: u64 = PAGES * PAGE_SIZE;
+
+/// A region that the kernel is asked to use huge pages for, and the bytes that it has of them.
+fn huge() -> (Arc<Pager>, impl Fn() -> u64) {
+    let backing = MemfdBacking::new(BackingKind::Shmem, SIZE, true).unwrap();
+    let backing = Arc::new(backing.with_transparent_huge_pages(true));
+    let file = backing.file().unwrap().clone();
+    let allocated = move || file.metadata().unwrap().blocks() * 512;
+    (pager_on(backing, Near(SIZE)), allocated)
+}
+
+fn service(mappings: &[Arc<ArmedMapping>]) -> FaultService {
+    let service = FaultService::start(DEFAULT_THREADS).unwrap();
+    service.serve(mappings).unwrap();
+    service
+}
+
+#[test]
+fn neighbours_that_exist_have_not_arrived() {
+    if !transparent_huge_pages() {
+        return;
+    }
+    let (pager, allocated) = huge();
+    let (guest_uffd, back_end_uffd) = (uffd(), uffd());
+    let (guest, back_end) = (mapping(&pager), mapping(&pager));
+    let armed = ArmedMapping::own(&guest_uffd, guest.clone(), &pager, Path::Guest).unwrap();
+    assert_eq!(armed.granularity(), PAGE_SIZE);
+    pager.set_guest_trap(armed.clone());
+    let theirs = ArmedMapping::foreign(&back_end_uffd, base(&back_end), &pager).unwrap();
+    let service = service(&[armed, theirs]);
+
+    expect(&read_later(&guest, PAGE_SIZE), PAGE_SIZE);
+    assert_eq!(allocated(), 2 << 20, "the kernel gives a huge page, or this shows nothing");
+    assert_eq!(pager.bitmap().count_missing(PageRange::new(0, PAGES)), PAGES - 1);
+    // A neighbour, seen by the guest; the rest of the unit, seen by a back-end; more of the guest's.
+    expect(&read_later(&guest, 2 * PAGE_SIZE), 2 * PAGE_SIZE);
+    expect(&read_later(&back_end, 3 * PAGE_SIZE), 3 * PAGE_SIZE);
+    let readers = [&guest, &back_end].map(|mapping| {
+        let mapping = mapping.clone();
+        thread::spawn(move || (0..PAGES).rev().for_each(|page| check_page(&mapping, page)))
+    });
+    readers.into_iter().for_each(|reader| reader.join().unwrap());
+    assert!(pager.stats().path(Path::Guest).faults > 2);
+    service.finish().unwrap();
+}
+
+/// What the kernel does with MISSING alone: the bytes beside one that has arrived read as zeros.
+#[test]
+fn missing_alone_lets_neighbours_through() {
+    if !transparent_huge_pages() {
+        return;
+    }
+    let (pager, _) = huge();
+    let (uffd, mapping) = (uffd(), mapping(&pager));
+    pager.fetch(PageRange::page(1), Path::Guest).unwrap();
+    uffd.register(base(&mapping), mapping.len(), Modes::MISSING).unwrap();
+    assert_eq!(read(&mapping, 2 * PAGE_SIZE), 0);
+    assert_ne!(word_of(2 * PAGE_SIZE), 0, "the image has something else there");
+    assert_eq!(uffd.read(&mut Vec::<Event>::new()).unwrap(), 0);
+}
