@@ -4,6 +4,7 @@
 pub mod cli;
 pub mod disk;
 pub mod error;
+mod interrupt;
 pub mod machine;
 pub mod notify;
 pub mod options;
@@ -12,4 +13,5 @@ pub mod report;
 pub mod run;
 pub mod timeline;
 pub mod vcpu;
+pub mod vcpus;
 mod watch;

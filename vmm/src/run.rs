@@ -3,27 +3,30 @@
 //! memory and disk have been compared with what they must hold.
 
 use std::fs::File;
+use std::io::{Read, Seek};
 use std::os::fd::AsRawFd;
 use std::path::{Path as FilePath, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Sender, channel};
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use demand_kvm::{EngineChoice, PlainSlot};
-use demand_memory::{Fill, FillRate, PathReport, Retrier, RetryPolicy, Stats};
+use demand_memory::{DemandMemory, Fill, FillRate, PathReport, Retrier, RetryPolicy, Stats};
 use test_guest::guest_layout::{CONTROL_ADDRESS, ControlMemory};
 use test_guest::plan::{DiskParams, Plan, PlanParams, run_vmm_actor};
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::disk::Disk;
 use crate::error::Error;
+use crate::interrupt::{Interrupt, on_signals};
 use crate::machine::{Machine, MachineConfig};
 use crate::options::{FillOption, MemoryOption, TestGuestOption, VhostUserOption};
 use crate::report::Report;
-use crate::vcpu::{VcpuContext, VcpuThread};
+use crate::vcpu::VcpuContext;
+use crate::vcpus::{StillInside, Vcpus};
 use crate::watch::{Event, Watch};
 
 /// What `run` was asked for.
@@ -60,36 +63,71 @@ pub struct RunOptions {
 /// Memslot of the test guest's control region.
 const CONTROL_SLOT: u32 = 1;
 
-/// Runs the test guest. `started` is when the process began.
+/// How long an end waits for the vCPUs to come out of the guest.
+const VCPUS_WITHIN: Duration = Duration::from_secs(2);
+
+/// How long an end that was asked for from outside waits for what the run is made of, while pages
+/// still arrive, and once more when they do not.
+const END_WITHIN: Duration = Duration::from_millis(2500);
+
+/// What the thread that listens is told.
+enum Said {
+    /// The run is over.
+    Ended(Box<Result<Report, Error>>),
+    /// The run is to end.
+    Interrupted,
+}
+
+/// Runs the test guest. `started` is when the process began. SIGINT, SIGTERM and SIGHUP end the
+/// run, and this tells so; it should be called before the process starts other threads.
 ///
 /// # Errors
 ///
 /// One line, with the exit status that belongs to it. After an error the process should end: a
-/// thread of the run may wait in the kernel for a page that never comes, and what would free it
-/// would show it zeros.
+/// vCPU may wait in the kernel for a page that never comes, and what would free it would show it
+/// zeros.
 pub fn run(options: RunOptions, started: Instant) -> Result<Report, Error> {
+    let no_thread = |error| Error::host(format!("start a thread: {error}"));
+    let interrupt = Interrupt::default();
+    on_signals(interrupt.clone()).map_err(no_thread)?;
     // This thread only listens, so that nothing that waits for a page keeps the end from it.
-    let (ended, end) = channel();
-    let given_up = ended.clone();
-    let retrier = retrier(options.source_limit, move |message| {
-        let _ = given_up.send(Err(Error::failed(message)));
-    });
-    let body = move || {
-        let mut parts = Parts::default();
-        let outcome = run_parts(&options, started, retrier, &mut parts);
-        if outcome.is_err() {
-            // No destructors: a vCPU that waits for a missing page cannot be joined.
-            std::mem::forget(parts);
-        } else {
-            drop(parts);
+    let (sender, said) = channel();
+    let interrupted = sender.clone();
+    interrupt.when_raised(move || drop(interrupted.send(Said::Interrupted)));
+    let memory = Arc::new(OnceLock::new());
+    let body = {
+        let (interrupt, memory) = (interrupt.clone(), memory.clone());
+        move || {
+            let mut parts = Parts::default();
+            let outcome = run_parts(&options, started, &interrupt, &memory, &mut parts);
+            parts.take_down();
+            let _ = sender.send(Said::Ended(Box::new(outcome)));
         }
-        let _ = ended.send(outcome);
     };
-    thread::Builder::new()
-        .name("run".into())
-        .spawn(body)
-        .map_err(|error| Error::host(format!("start a thread: {error}")))?;
-    end.recv().unwrap_or_else(|_| Err(Error::failed("the run ended without a word")))
+    thread::Builder::new().name("run".into()).spawn(body).map_err(no_thread)?;
+
+    let mut patience = Duration::MAX;
+    let outcome = loop {
+        match said.recv_timeout(patience) {
+            Ok(Said::Ended(outcome)) => break Some(*outcome),
+            Ok(Said::Interrupted) => patience = END_WITHIN,
+            Err(RecvTimeoutError::Timeout) => match memory.get() {
+                // Whoever still waits for a page waits no longer.
+                Some(memory) if !memory.is_stopped() => memory.stop(),
+                _ => break None,
+            },
+            Err(RecvTimeoutError::Disconnected) => {
+                break Some(Err(Error::failed("the run ended without a word")));
+            }
+        }
+    };
+    match (outcome, interrupt.reason()) {
+        (Some(Ok(report)), _) => Ok(report),
+        // What went wrong then went wrong because of that.
+        (_, Some(reason)) => Err(Error::failed(reason)),
+        (Some(Err(error)), None) => Err(error),
+        (None, None) => Err(Error::failed("the run did not end")),
+    }
 }
 
 /// What a run is made of, in the order in which it is taken down.
@@ -102,10 +140,31 @@ struct Parts {
     machine: Option<Arc<Machine>>,
 }
 
+impl Parts {
+    /// Takes everything down, in order. Should a vCPU be stuck in the kernel, the rest is left as
+    /// it is, for the kernel to take down with the process: were its memory's traps removed first,
+    /// the vCPU would see zeros.
+    fn take_down(mut self) {
+        // As long as pages arrive, for a vCPU may wait for one where no kick reaches it.
+        let stopped = self.threads.as_mut().map_or(Ok(()), |threads| threads.stop_vcpus());
+        if let Some(machine) = &self.machine {
+            machine.memory().stop();
+        }
+        match stopped {
+            Ok(()) => self.threads.iter_mut().for_each(Threads::join_actor),
+            Err(stuck) => {
+                log::debug!("{stuck}");
+                std::mem::forget(self);
+            }
+        }
+    }
+}
+
 fn run_parts(
     options: &RunOptions,
     started: Instant,
-    retrier: Arc<Retrier>,
+    interrupt: &Interrupt,
+    memory: &OnceLock<DemandMemory>,
     parts: &mut Parts,
 ) -> Result<Report, Error> {
     // What is wrong with the command line comes before what is wrong with the host.
@@ -128,9 +187,12 @@ fn run_parts(
         engine: options.engine,
         source: &options.source,
         stats: stats.clone(),
-        retrier,
+        retrier: retrier(options.source_limit, interrupt.clone()),
     })?);
     parts.machine = Some(machine.clone());
+    let _ = memory.set(machine.memory().clone());
+    let interrupted = sender.clone();
+    interrupt.when_raised(move || drop(interrupted.send(Event::Interrupted)));
     let completed = Arc::new(OnceLock::new());
     {
         let (completed, sender) = (completed.clone(), sender.clone());
@@ -160,7 +222,6 @@ fn run_parts(
         faults: machine.fault_handler()?,
         notify: parts.disk.as_ref().map(Disk::notify),
         first_run: OnceLock::new(),
-        stop: AtomicBool::new(false),
     });
     if let FillOption::On(rate) = options.fill {
         parts.fill = Some(start_fill(&machine, rate)?);
@@ -178,7 +239,9 @@ fn run_parts(
     };
     watch.until_done(options.cpus)?;
     // Nobody waits for anything any more: the vCPUs have halted.
-    parts.threads = None;
+    if let Some(threads) = &mut parts.threads {
+        threads.stop_vcpus().map_err(Error::failed)?;
+    }
     parts.fill = None;
     if options.verify && !watch.finished {
         parts.fill = Some(start_fill(&machine, FillRate::Unlimited)?);
@@ -189,7 +252,7 @@ fn run_parts(
         disk.stop()?;
     }
     parts.disk = None;
-    let verified = options.verify && verify(options, &machine, &plan)?;
+    let verified = options.verify && verify(options, &machine, &plan, interrupt)?;
 
     let since_start = |instant: &Instant| instant.duration_since(started).as_micros() as u64;
     let mut report = Report {
@@ -221,14 +284,11 @@ fn run_parts(
     Ok(report)
 }
 
-fn retrier(
-    limit: Option<Duration>,
-    given_up: impl Fn(String) + Send + Sync + 'static,
-) -> Arc<Retrier> {
+fn retrier(limit: Option<Duration>, interrupt: Interrupt) -> Arc<Retrier> {
     let policy = RetryPolicy { limit, ..RetryPolicy::default() };
     Retrier::new(policy, move |failure| {
         if failure.given_up {
-            given_up(format!("{} ({} attempts)", failure.error, failure.attempts));
+            interrupt.raise(format!("{} ({} attempts)", failure.error, failure.attempts));
         } else if failure.attempts.is_power_of_two() {
             // Each failure of a page, but not each attempt: the pauses are short at first.
             log::warn!("{} (attempt {})", failure.error, failure.attempts);
@@ -305,18 +365,16 @@ fn start_fill(machine: &Machine, rate: FillRate) -> Result<Fill, Error> {
         .map_err(|error| Error::host(format!("start a thread for background fill: {error}")))
 }
 
-/// The threads of a run; they end when this is dropped, which waits for the pages that they wait
-/// for.
+/// The threads of a run.
 struct Threads {
-    vcpus: Vec<VcpuThread>,
+    vcpus: Vcpus,
     actor: Option<thread::JoinHandle<()>>,
-    context: Arc<VcpuContext>,
     stop_actor: Arc<AtomicBool>,
 }
 
 impl Threads {
     fn new(context: Arc<VcpuContext>) -> Self {
-        Threads { vcpus: Vec::new(), actor: None, context, stop_actor: Arc::default() }
+        Threads { vcpus: Vcpus::new(context), actor: None, stop_actor: Arc::default() }
     }
 
     fn start(
@@ -351,19 +409,18 @@ impl Threads {
         for (cpu, vcpu) in vcpus.into_iter().enumerate() {
             let events = events.clone();
             let tell = move |event| drop(events.send(Event::Vcpu(event)));
-            let thread = VcpuThread::start(cpu as u32, vcpu, self.context.clone(), tell)
-                .map_err(Error::host)?;
-            self.vcpus.push(thread);
+            self.vcpus.start(cpu as u32, vcpu, tell).map_err(Error::host)?;
         }
         Ok(())
     }
-}
 
-impl Drop for Threads {
-    fn drop(&mut self) {
-        self.context.stop.store(true, Ordering::Release);
+    fn stop_vcpus(&mut self) -> Result<(), StillInside> {
+        self.vcpus.stop(VCPUS_WITHIN)
+    }
+
+    /// Ends the VMM's own part, which waits for no page any more.
+    fn join_actor(&mut self) {
         self.stop_actor.store(true, Ordering::Release);
-        self.vcpus.drain(..).for_each(VcpuThread::join);
         if let Some(actor) = self.actor.take() {
             // A panic there has printed what it has to say.
             let _ = actor.join();
@@ -372,7 +429,12 @@ impl Drop for Threads {
 }
 
 /// Has a separate process compare memory and disk with what they must hold.
-fn verify(options: &RunOptions, machine: &Machine, plan: &Plan) -> Result<bool, Error> {
+fn verify(
+    options: &RunOptions,
+    machine: &Machine,
+    plan: &Plan,
+    interrupt: &Interrupt,
+) -> Result<bool, Error> {
     let refused = |error: std::io::Error| {
         Error::failed(format!("run demand-verify: {error}; build it beside this program"))
     };
@@ -393,14 +455,31 @@ fn verify(options: &RunOptions, machine: &Machine, plan: &Plan) -> Result<bool, 
     {
         command.arg("--disk").arg(disk).arg("--pristine").arg(pristine);
     }
-    let output = command.output().map_err(refused)?;
-    eprint!("{}", String::from_utf8_lossy(&output.stderr));
-    if output.status.success() {
+    // A file, as nobody reads while it is waited for.
+    let mut said = tempfile::tempfile().map_err(refused)?;
+    let (out, err) = (said.try_clone().map_err(refused)?, said.try_clone().map_err(refused)?);
+    let mut child =
+        command.stdin(Stdio::null()).stdout(out).stderr(err).spawn().map_err(refused)?;
+    let status = loop {
+        if let Some(status) = child.try_wait().map_err(refused)? {
+            break status;
+        }
+        if let Some(reason) = interrupt.reason() {
+            // It has nothing to clean up. Both may fail if it has just ended by itself.
+            let _ = child.kill();
+            let _ = child.wait();
+            return Err(Error::failed(reason));
+        }
+        thread::sleep(Duration::from_millis(5));
+    };
+    if status.success() {
         return Ok(true);
     }
-    eprint!("{}", String::from_utf8_lossy(&output.stdout));
+    let mut text = String::new();
+    said.rewind().and_then(|()| said.read_to_string(&mut text)).map_err(refused)?;
+    eprint!("{text}");
     Err(Error::failed(format!(
         "compare memory and disk with what they must hold: demand-verify ended with {}",
-        output.status
+        status
     )))
 }

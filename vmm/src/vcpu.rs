@@ -2,9 +2,8 @@
 //! A vCPU on its thread.
 
 use std::io;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
-use std::thread::{self, JoinHandle};
+use std::thread;
 use std::time::Instant;
 
 use demand_kvm::{FaultError, FaultHandler, KickError, VcpuKick};
@@ -12,6 +11,7 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use test_guest::guest_code::PORT_WAIT;
 
 use crate::notify::Notify;
+use crate::vcpus::Gate;
 
 /// What a vCPU's thread tells the VMM.
 #[derive(Debug)]
@@ -48,45 +48,6 @@ pub struct VcpuContext {
     pub notify: Option<Arc<Notify>>,
     /// When the first vCPU entered the guest.
     pub first_run: OnceLock<Instant>,
-    /// Set when the VM is going away.
-    pub stop: AtomicBool,
-}
-
-/// A running vCPU thread.
-#[derive(Debug)]
-pub struct VcpuThread {
-    kick: VcpuKick,
-    thread: JoinHandle<()>,
-}
-
-impl VcpuThread {
-    /// Starts vCPU `cpu` on a thread of its own.
-    ///
-    /// # Errors
-    ///
-    /// If the thread cannot be started, or the vCPU cannot be made one that can be kicked.
-    pub fn start(
-        cpu: u32,
-        vcpu: VcpuFd,
-        context: Arc<VcpuContext>,
-        tell: impl Fn(VcpuEvent) + Send + 'static,
-    ) -> Result<Self, StartError> {
-        let kick = VcpuKick::new(&vcpu)?;
-        let thread = {
-            let kick = kick.clone();
-            thread::Builder::new()
-                .name(format!("vcpu-{cpu}"))
-                .spawn(move || run(cpu, vcpu, &kick, &context, &tell))?
-        };
-        Ok(VcpuThread { kick, thread })
-    }
-
-    /// Ends the thread; the context's `stop` was set before.
-    pub fn join(self) {
-        self.kick.kick();
-        // A panic there has printed what it has to say.
-        let _ = self.thread.join();
-    }
 }
 
 /// Why a vCPU's thread could not be started.
@@ -101,26 +62,30 @@ pub enum StartError {
 }
 
 /// Tells that a vCPU's thread has ended, also by a panic.
-struct TellEnd<'a>(u32, &'a dyn Fn(VcpuEvent));
+struct TellEnd<'a>(u32, &'a Gate, &'a dyn Fn(VcpuEvent));
 
 impl Drop for TellEnd<'_> {
     fn drop(&mut self) {
-        (self.1)(VcpuEvent::Ended { cpu: self.0 });
+        self.1.ended(self.0);
+        (self.2)(VcpuEvent::Ended { cpu: self.0 });
     }
 }
 
-fn run(
+/// What a vCPU's thread does: runs the guest, and serves its exits, until it halts, fails, or is
+/// told to stop.
+pub(crate) fn run(
     cpu: u32,
     mut vcpu: VcpuFd,
     kick: &VcpuKick,
     context: &VcpuContext,
+    gate: &Gate,
     tell: &dyn Fn(VcpuEvent),
 ) {
-    let _ended = TellEnd(cpu, tell);
+    let _ended = TellEnd(cpu, gate, tell);
     kick.attach();
     let failed = |message: String| tell(VcpuEvent::Failed { cpu, message });
     context.first_run.get_or_init(Instant::now);
-    while !context.stop.load(Ordering::Acquire) {
+    while gate.pass(cpu) {
         match vcpu.run() {
             Ok(VcpuExit::MemoryFault { flags, gpa, size }) => {
                 match context.faults.handle(gpa, size, flags, kick.waiter()) {

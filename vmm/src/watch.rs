@@ -20,6 +20,8 @@ pub(crate) enum Event {
     Vcpu(VcpuEvent),
     Actor(Result<(), ActorError>),
     Complete,
+    /// The run is to end.
+    Interrupted,
 }
 
 /// How often progress is said.
@@ -69,6 +71,7 @@ impl Watch<'_> {
                     actor = false;
                 }
                 Event::Complete => self.finish()?,
+                Event::Interrupted => {}
             }
         }
         Ok(())
@@ -87,6 +90,7 @@ impl Watch<'_> {
     fn next(&mut self) -> Result<Event, Error> {
         loop {
             match self.events.recv_timeout(PROGRESS_EVERY) {
+                Ok(Event::Interrupted) => return Err(Error::failed("the run was interrupted")),
                 Ok(event) => return Ok(event),
                 Err(RecvTimeoutError::Timeout) => self.say_progress(),
                 Err(RecvTimeoutError::Disconnected) => {

@@ -81,6 +81,11 @@ impl<B: Bitmap> DemandMemory<B> {
     pub fn stop(&self) {
         self.pagers().for_each(|pager| pager.stop());
     }
+
+    /// Whether it was stopped.
+    pub fn is_stopped(&self) -> bool {
+        self.pagers().any(|pager| pager.bitmap().is_stopped())
+    }
 }
 
 impl<B: Bitmap> Clone for DemandMemory<B> {
