@@ -14,6 +14,10 @@ pub const KVM_MEM_USERFAULT: u32 = 1 << 3;
 /// Flag of the exit `KVM_EXIT_MEMORY_FAULT`: the page's bit is set in the userfault bitmap.
 pub const KVM_MEMORY_EXIT_FLAG_USERFAULT: u64 = 1 << 4;
 
+/// Flag of the exit `KVM_EXIT_MEMORY_FAULT`: the page's memory attribute is "private", or the guest
+/// wants it to be. Source: `Documentation/virt/kvm/api.rst`, section `KVM_EXIT_MEMORY_FAULT`.
+pub const KVM_MEMORY_EXIT_FLAG_PRIVATE: u64 = 1 << 3;
+
 /// The version that `KVM_GET_API_VERSION` must answer (same document, section 4.1).
 pub(crate) const KVM_API_VERSION: i32 = 12;
 

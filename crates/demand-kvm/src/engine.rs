@@ -4,9 +4,10 @@
 use std::fmt;
 use std::str::FromStr;
 
+use kvm_ioctls::{Kvm, VmFd};
 use serde::{Deserialize, Serialize};
 
-use crate::{KvmError, Probe, Userfault};
+use crate::{KvmError, Probe, Trial};
 
 /// A way to catch a guest's access to a missing page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -19,19 +20,78 @@ pub enum Engine {
     /// userfaultfd on the guest's mapping, served by another thread: one unit of the backing at a
     /// time. Works with any kernel; to KVM the memslot is like any other.
     Uffd,
+    /// KVM takes missing pages for private ones that nobody has provided, and returns from
+    /// `KVM_RUN` on the vCPU's thread: 4096 bytes at a time on any backing. An experiment, only
+    /// ever chosen by name. Needs Linux 6.8 with `CONFIG_KVM_SW_PROTECTED_VM`, nested paging in
+    /// the processor, and a VM made by [`create_vm`](Engine::create_vm).
+    ///
+    /// Where it is weak: the kernel's own words about this type of VM are that it is for
+    /// development and testing; setting up takes KVM a step for each page, and a vCPU that gets
+    /// to a page an ioctl that stops all others; and what KVM itself reads and writes is not
+    /// stopped, which a userfaultfd makes up for on shared memory, but not on huge pages.
+    KvmAttributes,
 }
 
 impl Engine {
     /// All engines, the best first.
-    pub const ALL: [Engine; 2] = [Engine::KvmUserfault, Engine::Uffd];
+    pub const ALL: [Engine; 3] = [Engine::KvmUserfault, Engine::Uffd, Engine::KvmAttributes];
+
+    /// The engines' names, and what they are, for the help text of an option.
+    pub const HELP: &str = "auto: the best that the host has; kvm-userfault: KVM reads the \
+                            missing bitmap (a kernel with the KVM Userfault series); uffd: \
+                            userfaultfd under the guest (any kernel); kvm-attributes: memory \
+                            attributes (experimental, never chosen by auto: a step per page at \
+                            set-up, and on huge pages what KVM itself reads is not stopped)";
 
     /// The engine's name on command lines and in reports.
     pub const fn name(self) -> &'static str {
         match self {
             Engine::KvmUserfault => "kvm-userfault",
             Engine::Uffd => "uffd",
+            Engine::KvmAttributes => "kvm-attributes",
         }
     }
+
+    /// What KVM must take for the engine to work.
+    pub(crate) const fn needs(self) -> &'static str {
+        match self {
+            Engine::KvmUserfault => "a memslot with KVM_MEM_USERFAULT",
+            Engine::Uffd => "a memslot",
+            Engine::KvmAttributes => "private pages in a VM of type KVM_X86_SW_PROTECTED_VM",
+        }
+    }
+
+    /// Makes a virtual machine whose slots this engine can trap: a plain one, except with
+    /// [`Engine::KvmAttributes`].
+    ///
+    /// # Errors
+    ///
+    /// [`KvmError::CreateVm`] and [`KvmError::CreateProtectedVm`].
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use demand_kvm::{Engine, open_kvm};
+    ///
+    /// let Ok(kvm) = open_kvm() else { return };
+    /// let _vm = Engine::Uffd.create_vm(&kvm).unwrap();
+    /// ```
+    pub fn create_vm(self, kvm: &Kvm) -> Result<VmFd, KvmError> {
+        match self {
+            Engine::KvmUserfault | Engine::Uffd => kvm.create_vm().map_err(KvmError::CreateVm),
+            Engine::KvmAttributes => create_protected_vm(kvm).map_err(KvmError::CreateProtectedVm),
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+fn create_protected_vm(kvm: &Kvm) -> Result<VmFd, kvm_ioctls::Error> {
+    kvm.create_vm_with_type(u64::from(kvm_bindings::KVM_X86_SW_PROTECTED_VM))
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn create_protected_vm(_: &Kvm) -> Result<VmFd, kvm_ioctls::Error> {
+    Err(kvm_ioctls::Error::new(libc::EINVAL))
 }
 
 impl fmt::Display for Engine {
@@ -52,7 +112,7 @@ impl fmt::Display for Engine {
 /// let error = "vmexit".parse::<EngineChoice>().unwrap_err();
 /// assert_eq!(
 ///     error.to_string(),
-///     "there is no engine 'vmexit'; choose one of auto, kvm-userfault, uffd"
+///     "there is no engine 'vmexit'; choose one of auto, kvm-userfault, uffd, kvm-attributes"
 /// );
 /// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -112,19 +172,24 @@ pub enum EngineError {
     #[error(transparent)]
     Kvm(#[from] KvmError),
     /// The host lacks the engine that was asked for by name.
-    #[error(
-        "use engine {}: {userfault}; choose engine uffd or auto, or boot a kernel with the KVM \
-         Userfault series",
-        Engine::KvmUserfault
-    )]
-    NoUserfault {
-        /// What KVM did when it was tried.
-        userfault: Userfault,
+    #[error("use engine {engine}: {}; choose engine uffd or auto, or {}", .trial.describe(*.engine), remedy(*.engine))]
+    NotThere {
+        /// The engine.
+        engine: Engine,
+        /// What came of trying it.
+        trial: Trial,
     },
 }
 
+fn remedy(engine: Engine) -> &'static str {
+    match engine {
+        Engine::KvmAttributes => "boot a kernel with CONFIG_KVM_SW_PROTECTED_VM on nested paging",
+        Engine::KvmUserfault | Engine::Uffd => "boot a kernel with the KVM Userfault series",
+    }
+}
+
 /// The engine to use: the one that was asked for, or with [`EngineChoice::Auto`] the best that
-/// the host has. [`Engine::Uffd`] is always to be had as far as KVM is concerned; whether the
+/// the host has, which is never [`Engine::KvmAttributes`]. [`Engine::Uffd`] is always to be had as far as KVM is concerned; whether the
 /// host gives userfaultfds to this user is for those to say who open them.
 ///
 /// # Errors
@@ -144,13 +209,12 @@ pub enum EngineError {
 /// ```
 pub fn resolve(choice: EngineChoice, probe: &Probe) -> Result<Engine, EngineError> {
     let features = probe.kvm.as_ref().map_err(Clone::clone)?;
-    let userfault = features.userfault;
     match choice {
-        EngineChoice::Only(Engine::KvmUserfault) if !userfault.works() => {
-            Err(EngineError::NoUserfault { userfault })
-        }
-        EngineChoice::Only(engine) => Ok(engine),
-        EngineChoice::Auto if userfault.works() => Ok(Engine::KvmUserfault),
+        EngineChoice::Only(engine) => match features.trial(engine) {
+            Trial::Works => Ok(engine),
+            trial => Err(EngineError::NotThere { engine, trial }),
+        },
+        EngineChoice::Auto if features.userfault.works() => Ok(Engine::KvmUserfault),
         EngineChoice::Auto => Ok(Engine::Uffd),
     }
 }
@@ -160,37 +224,55 @@ mod tests {
     use super::*;
     use crate::{KvmFeatures, Virtualization};
 
-    fn host(userfault: Userfault) -> Probe {
-        let kvm = Ok(KvmFeatures { userfault, ..KvmFeatures::default() });
+    fn host(userfault: Trial, attributes: Trial) -> Probe {
+        let kvm = Ok(KvmFeatures { userfault, attributes, ..KvmFeatures::default() });
         Probe { virtualization: Virtualization::Svm, kvm }
     }
 
-    const REFUSED: Userfault = Userfault::Refused { errno: libc::EINVAL };
+    const REFUSED: Trial = Trial::Refused { errno: libc::EINVAL };
 
     #[test]
     fn names_are_read_back() {
         let choices = Engine::ALL.map(EngineChoice::Only);
         for choice in choices.into_iter().chain([EngineChoice::Auto]) {
             assert_eq!(choice.to_string().parse(), Ok(choice));
+            assert!(Engine::HELP.contains(&format!("{choice}: ")), "{choice}");
         }
-        assert!("kvm-attributes".parse::<EngineChoice>().is_err());
+        assert!("attributes".parse::<EngineChoice>().is_err());
     }
 
     #[test]
     fn auto_takes_the_best_there_is() {
-        assert_eq!(resolve(EngineChoice::Auto, &host(Userfault::Works)), Ok(Engine::KvmUserfault));
-        assert_eq!(resolve(EngineChoice::Auto, &host(REFUSED)), Ok(Engine::Uffd));
-        assert_eq!(resolve(EngineChoice::Auto, &host(Userfault::Ignored)), Ok(Engine::Uffd));
+        for (userfault, best) in [
+            (Trial::Works, Engine::KvmUserfault),
+            (REFUSED, Engine::Uffd),
+            (Trial::Ignored, Engine::Uffd),
+        ] {
+            // Never the experiment, whether it is there or not.
+            for attributes in [Trial::Works, REFUSED] {
+                assert_eq!(resolve(EngineChoice::Auto, &host(userfault, attributes)), Ok(best));
+            }
+        }
     }
 
     #[test]
     fn an_engine_asked_for_by_name_is_never_replaced() {
         let only = |engine| EngineChoice::Only(engine);
-        assert_eq!(resolve(only(Engine::Uffd), &host(Userfault::Works)), Ok(Engine::Uffd));
-        let error = resolve(only(Engine::KvmUserfault), &host(REFUSED)).unwrap_err();
-        assert_eq!(error, EngineError::NoUserfault { userfault: REFUSED });
-        let text = error.to_string();
-        assert!(text.contains("Invalid argument") && text.contains("choose engine uffd"), "{text}");
+        let all = host(Trial::Works, Trial::Works);
+        for engine in Engine::ALL {
+            assert_eq!(resolve(only(engine), &all), Ok(engine));
+        }
+        for (engine, needs) in [
+            (Engine::KvmUserfault, "KVM Userfault series"),
+            (Engine::KvmAttributes, "CONFIG_KVM_SW_PROTECTED_VM"),
+        ] {
+            let error = resolve(only(engine), &host(REFUSED, REFUSED)).unwrap_err();
+            assert_eq!(error, EngineError::NotThere { engine, trial: REFUSED });
+            let text = error.to_string();
+            for part in ["Invalid argument", "choose engine uffd", needs, engine.name()] {
+                assert!(text.contains(part) && !text.contains('\n'), "{text}");
+            }
+        }
     }
 
     #[test]

@@ -9,7 +9,7 @@ use demand_memory::{FetchError, PAGE_SIZE, PageRange, Pager, Path, Waiter};
 use vm_memory::GuestAddress;
 
 use crate::DemandSlot;
-use crate::abi::KVM_MEMORY_EXIT_FLAG_USERFAULT;
+use crate::trap::SlotTrap;
 
 /// Why a guest's fault was not resolved.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -28,7 +28,37 @@ pub enum FaultError {
         /// Guest physical address of the fault.
         gpa: u64,
     },
-    /// The exit is none of KVM Userfault's, or lies in no demand-paged region.
+    /// The page is there, but KVM would not let the vCPU get at it (only with
+    /// [`Engine::KvmAttributes`](crate::Engine::KvmAttributes)).
+    #[error(
+        "let a vCPU get at the page at guest address {gpa:#x}, which has arrived: {error}; free \
+         memory and run the vCPU again"
+    )]
+    Attributes {
+        /// Guest physical address of the fault.
+        gpa: u64,
+        /// What KVM said.
+        error: kvm_ioctls::Error,
+    },
+    /// There is no memory at the addresses of an access that KVM leaves to user space.
+    #[error("access {len} bytes of memory at guest address {gpa:#x}: there is none, or not all")]
+    NoMemory {
+        /// Guest physical address of the access.
+        gpa: u64,
+        /// Its length, in bytes.
+        len: usize,
+    },
+    /// KVM could not be asked to set an MSR.
+    #[error("set MSR {index:#x} to {data:#x} for the guest: {error}; the vCPU cannot go on")]
+    Msr {
+        /// Number of the MSR.
+        index: u32,
+        /// What the guest wrote.
+        data: u64,
+        /// What KVM said.
+        error: kvm_ioctls::Error,
+    },
+    /// The exit is none of the regions' engines', or lies in no demand-paged region.
     #[error(
         "unexpected memory fault exit: {size} bytes at guest address {gpa:#x}, flags {flags:#x}; \
          only missing pages of demand-paged regions are handled here"
@@ -59,6 +89,7 @@ pub struct RegionsOverlap {
 struct Region {
     start: u64,
     pager: Arc<Pager>,
+    trap: SlotTrap,
 }
 
 impl Region {
@@ -71,7 +102,8 @@ impl Region {
 /// Resolves the faults of a VM's vCPUs, each on the thread of the vCPU that has it.
 ///
 /// The handler never changes once it is made, so vCPUs share it without a lock. A fault on a page
-/// that nobody else works on allocates nothing and makes no system call but the source's read.
+/// that nobody else works on allocates nothing and makes no system call but the source's read
+/// (and, with memory attributes, one that lets KVM know of the page).
 ///
 /// # Examples
 ///
@@ -106,7 +138,8 @@ pub struct FaultHandler {
 }
 
 impl FaultHandler {
-    /// A handler for these regions: where each begins in guest physical memory, and its pager.
+    /// A handler for exits of KVM Userfault in these regions: where each begins in guest physical
+    /// memory, and its pager. For other engines see [`for_slots`](Self::for_slots).
     ///
     /// # Errors
     ///
@@ -119,8 +152,16 @@ impl FaultHandler {
     pub fn new(
         regions: impl IntoIterator<Item = (GuestAddress, Arc<Pager>)>,
     ) -> Result<Self, RegionsOverlap> {
-        let mut regions: Box<[Region]> =
-            regions.into_iter().map(|(start, pager)| Region { start: start.0, pager }).collect();
+        let trap = SlotTrap::Userfault;
+        FaultHandler::of(
+            regions
+                .into_iter()
+                .map(|(start, pager)| Region { start: start.0, pager, trap: trap.clone() })
+                .collect(),
+        )
+    }
+
+    fn of(mut regions: Box<[Region]>) -> Result<Self, RegionsOverlap> {
         regions.sort_by_key(|region| region.start);
         for region in &regions {
             assert!(region.start.is_multiple_of(PAGE_SIZE), "a region begins at a page");
@@ -133,7 +174,7 @@ impl FaultHandler {
         }
     }
 
-    /// A handler for the regions behind these slots.
+    /// A handler for the regions behind these slots, and for the exits of their engines.
     ///
     /// # Errors
     ///
@@ -141,7 +182,16 @@ impl FaultHandler {
     pub fn for_slots<'a>(
         slots: impl IntoIterator<Item = &'a DemandSlot>,
     ) -> Result<Self, RegionsOverlap> {
-        FaultHandler::new(slots.into_iter().map(|slot| (slot.start(), slot.pager().clone())))
+        FaultHandler::of(
+            slots
+                .into_iter()
+                .map(|slot| Region {
+                    start: slot.start().0,
+                    pager: slot.pager().clone(),
+                    trap: slot.trap().clone(),
+                })
+                .collect(),
+        )
     }
 
     /// Resolves the exit `VcpuExit::MemoryFault { flags, gpa, size }`: when this returns `Ok`,
@@ -155,8 +205,10 @@ impl FaultHandler {
     /// # Errors
     ///
     /// [`FaultError`]: called away, the memory was stopped, or the exit is not one of missing
-    /// pages. KVM Userfault sets [`KVM_MEMORY_EXIT_FLAG_USERFAULT`] alone; an exit with other
-    /// flags wants something else as well.
+    /// pages. The region's engine sets one flag alone
+    /// ([`KVM_MEMORY_EXIT_FLAG_USERFAULT`](crate::KVM_MEMORY_EXIT_FLAG_USERFAULT) or
+    /// [`KVM_MEMORY_EXIT_FLAG_PRIVATE`](crate::KVM_MEMORY_EXIT_FLAG_PRIVATE)); an exit with
+    /// other flags wants something else as well.
     pub fn handle(
         &self,
         gpa: u64,
@@ -166,29 +218,73 @@ impl FaultHandler {
     ) -> Result<(), FaultError> {
         let begun = Instant::now();
         let unexpected = FaultError::Unexpected { gpa, size, flags };
-        if flags != KVM_MEMORY_EXIT_FLAG_USERFAULT {
-            return Err(unexpected);
-        }
-        let (pager, pages) = self.find(gpa, size).ok_or(unexpected)?;
-        match pager.ensure(pages, Path::Guest, waiter) {
-            Ok(()) => {
-                pager.stats().fault(Path::Guest, pages.bytes(), begun.elapsed());
-                Ok(())
-            }
-            Err(FetchError::Kicked) => Err(FaultError::Kicked { gpa }),
-            Err(FetchError::Stopped) => Err(FaultError::Stopped { gpa }),
-            Err(FetchError::OutOfRange { .. }) => Err(unexpected),
-        }
+        let (Region { pager, trap, .. }, pages) = self
+            .find(gpa, size)
+            .filter(|(region, _)| region.trap.exit_flags() == Some(flags))
+            .ok_or(unexpected)?;
+        ensure(pager, pages, Path::Guest, gpa, waiter)?;
+        trap.let_through(pager, pages).map_err(|error| FaultError::Attributes { gpa, error })?;
+        pager.stats().fault(Path::Guest, pages.bytes(), begun.elapsed());
+        Ok(())
     }
 
-    /// The pager and the pages of `size` bytes at `gpa`, if they lie in one region.
-    fn find(&self, gpa: u64, size: u64) -> Option<(&Arc<Pager>, PageRange)> {
-        let after = self.regions.partition_point(|region| region.start <= gpa);
-        let region = &self.regions[after.checked_sub(1)?];
-        let last = gpa.checked_add(size.checked_sub(1)?)?;
-        (last <= region.last())
-            .then(|| (&region.pager, PageRange::of_bytes(gpa - region.start, size)))
+    /// Whether any of `len` bytes at guest physical address `gpa` lies in a demand-paged region.
+    pub fn covers(&self, gpa: u64, len: u64) -> bool {
+        self.parts(gpa, len).next().is_some()
     }
+
+    /// Makes those of `len` bytes at guest physical address `gpa` present that lie in
+    /// demand-paged regions, for something that KVM or the VMM itself is about to access: counted
+    /// as a fault of [`Path::KvmInternal`] if any is missing. It waits as long as the source
+    /// does, so it is never called on a thread that serves faults.
+    ///
+    /// # Errors
+    ///
+    /// [`FaultError::Kicked`] and [`FaultError::Stopped`].
+    pub fn fetch(&self, gpa: u64, len: u64, waiter: &Arc<Waiter>) -> Result<(), FaultError> {
+        for (Region { pager, .. }, pages) in self.parts(gpa, len) {
+            let missing = pager.bitmap().count_missing(pages);
+            if missing > 0 {
+                let begun = Instant::now();
+                ensure(pager, pages, Path::KvmInternal, gpa, waiter)?;
+                let bytes = missing * PAGE_SIZE;
+                pager.stats().fault(Path::KvmInternal, bytes, begun.elapsed());
+            }
+        }
+        Ok(())
+    }
+
+    /// The region and the pages of `size` bytes at `gpa`, if they lie in one region.
+    fn find(&self, gpa: u64, size: u64) -> Option<(&Region, PageRange)> {
+        let (region, pages) = self.parts(gpa, size).next()?;
+        let last = gpa.checked_add(size - 1)?;
+        (region.start <= gpa && last <= region.last()).then_some((region, pages))
+    }
+
+    /// The regions that `len` bytes at `gpa` lie in, and their pages there.
+    fn parts(&self, gpa: u64, len: u64) -> impl Iterator<Item = (&Region, PageRange)> {
+        let last = gpa.saturating_add(len.saturating_sub(1));
+        let first = self.regions.partition_point(|region| region.last() < gpa);
+        let inside = move |region: &&Region| len > 0 && region.start <= last;
+        self.regions[first..].iter().take_while(inside).map(move |region| {
+            let (from, to) = (gpa.max(region.start), last.min(region.last()));
+            (region, PageRange::of_bytes(from - region.start, to - from + 1))
+        })
+    }
+}
+
+fn ensure(
+    pager: &Arc<Pager>,
+    pages: PageRange,
+    path: Path,
+    gpa: u64,
+    waiter: &Arc<Waiter>,
+) -> Result<(), FaultError> {
+    pager.ensure(pages, path, waiter).map_err(|error| match error {
+        FetchError::Kicked => FaultError::Kicked { gpa },
+        FetchError::Stopped => FaultError::Stopped { gpa },
+        FetchError::OutOfRange { .. } => unreachable!("the pages were cut to the region"),
+    })
 }
 
 impl fmt::Debug for FaultHandler {

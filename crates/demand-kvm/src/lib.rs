@@ -2,6 +2,7 @@
 #![doc = include_str!("../README.md")]
 
 mod abi;
+mod attributes;
 mod engine;
 mod fault;
 mod kick;
@@ -10,13 +11,16 @@ mod open;
 mod plain;
 mod probe;
 mod slot;
+mod trap;
+mod trial;
 
-pub use abi::{KVM_MEM_USERFAULT, KVM_MEMORY_EXIT_FLAG_USERFAULT};
+pub use abi::{KVM_MEM_USERFAULT, KVM_MEMORY_EXIT_FLAG_PRIVATE, KVM_MEMORY_EXIT_FLAG_USERFAULT};
 pub use engine::{Engine, EngineChoice, EngineError, UnknownEngine, resolve};
 pub use fault::{FaultError, FaultHandler, RegionsOverlap};
 pub use kick::{KickError, VcpuKick};
 pub use memslot::SlotError;
 pub use open::{KvmError, open_kvm};
 pub use plain::PlainSlot;
-pub use probe::{EngineReport, KvmFeatures, Probe, Userfault, Virtualization, probe};
+pub use probe::{EngineReport, KvmFeatures, Probe, Virtualization, probe};
 pub use slot::{DemandSlot, Finished};
+pub use trial::Trial;

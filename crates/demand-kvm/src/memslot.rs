@@ -69,6 +69,22 @@ pub enum SlotError {
         /// What KVM said.
         error: kvm_ioctls::Error,
     },
+    /// The memory attributes of the slot's pages could not be changed.
+    #[error(
+        "change the memory attributes of memslot {number}, {size} bytes at guest address \
+         {start:#x}: {error}; {}",
+        attributes_advice(*.error)
+    )]
+    Attributes {
+        /// Number of the slot.
+        number: u32,
+        /// Guest physical address of the slot.
+        start: u64,
+        /// Length of the slot, in bytes.
+        size: u64,
+        /// What KVM said.
+        error: kvm_ioctls::Error,
+    },
     /// The slot's dirty log could not be read.
     #[error("read the dirty log of memslot {number}: {error}; is dirty logging on?")]
     DirtyLog {
@@ -109,6 +125,13 @@ fn create_advice(error: kvm_ioctls::Error, flags: u32) -> &'static str {
         libc::ENOMEM => "free memory, or ask for less",
         libc::ENOTTY => "this kernel is older than 6.8: choose engine uffd",
         _ => "the kernel's log may say more",
+    }
+}
+
+fn attributes_advice(error: kvm_ioctls::Error) -> &'static str {
+    match error.errno() {
+        libc::ENOMEM => "free memory; the pages are as they were",
+        _ => "make the virtual machine with Engine::create_vm",
     }
 }
 

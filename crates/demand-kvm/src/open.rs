@@ -30,6 +30,12 @@ pub enum KvmError {
     /// KVM is open, but gives no virtual machine.
     #[error("make a virtual machine: {0}; is another hypervisor using the hardware?")]
     CreateVm(kvm_ioctls::Error),
+    /// KVM gives no virtual machine of the type that memory attributes need.
+    #[error(
+        "make a virtual machine of type KVM_X86_SW_PROTECTED_VM: {0}; use a kernel with \
+         CONFIG_KVM_SW_PROTECTED_VM and nested paging, or another engine"
+    )]
+    CreateProtectedVm(kvm_ioctls::Error),
 }
 
 /// Opens `/dev/kvm` and checks the version of its interface.

@@ -9,9 +9,9 @@ use kvm_bindings::KVM_MEM_LOG_DIRTY_PAGES;
 use kvm_ioctls::VmFd;
 use vm_memory::GuestAddress;
 
-use crate::abi::KVM_MEM_USERFAULT;
-use crate::memslot::{Bitmap, Memslot};
-use crate::{Engine, SlotError};
+use crate::memslot::Memslot;
+use crate::trap::{SetTrap, SlotTrap};
+use crate::{Engine, KvmFeatures, SlotError};
 
 /// What [`DemandSlot::finish`] has led to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,15 +27,20 @@ pub enum Finished {
 struct State {
     /// The slot's `KVM_MEM_` flags, as KVM has them.
     flags: u32,
+    /// Whether [`DemandSlot::finish`] was called, for the trap to go as soon as it can.
     finish: bool,
+    /// Whether the trap is gone.
+    free: bool,
 }
 
 /// A memslot over a demand-paged region.
 ///
 /// With [`Engine::KvmUserfault`] KVM reads the pager's missing bitmap: a vCPU that touches a
 /// missing page leaves `KVM_RUN` with `KVM_EXIT_MEMORY_FAULT`, and goes on once a
-/// [`FaultHandler`](crate::FaultHandler) has brought the page in. With [`Engine::Uffd`] the slot
-/// is an ordinary one, and `mapping` must be armed by a userfaultfd **before** the slot is made:
+/// [`FaultHandler`](crate::FaultHandler) has brought the page in. With [`Engine::KvmAttributes`]
+/// it does so because the slot's pages are private to KVM, and the handler also lets KVM know of
+/// each page; the VM must be one of [`Engine::create_vm`]. With [`Engine::Uffd`] the slot is an
+/// ordinary one, and `mapping` must be armed by a userfaultfd **before** the slot is made:
 /// nothing else keeps the guest from reading zeros.
 ///
 /// The methods that change flags are for control threads: KVM waits for all vCPUs in them, so a
@@ -56,8 +61,8 @@ struct State {
 /// use vm_memory::GuestAddress;
 ///
 /// let Ok(kvm) = open_kvm() else { return };
-/// let vm = Arc::new(kvm.create_vm().unwrap());
 /// let engine = resolve(EngineChoice::Auto, &probe()).unwrap();
+/// let vm = Arc::new(engine.create_vm(&kvm).unwrap());
 ///
 /// let image = tempfile::NamedTempFile::new().unwrap();
 /// image.as_file().set_len(1 << 20).unwrap();
@@ -81,9 +86,13 @@ struct State {
 /// slot.finish().unwrap();
 /// ```
 pub struct DemandSlot {
+    // Fields are dropped in this order: the slot before what traps it.
     memslot: Memslot,
+    trap: SetTrap,
     pager: Arc<Pager>,
     engine: Engine,
+    /// Whether KVM is known to keep to the bitmap when dirty logging goes off.
+    logging_may_go: bool,
     state: Mutex<State>,
 }
 
@@ -96,7 +105,8 @@ impl DemandSlot {
     ///
     /// [`SlotError::Unaligned`], [`SlotError::Size`] if the mapping is not as long as the
     /// pager's region, and [`SlotError::Create`] if KVM refuses the slot, as it does under
-    /// [`Engine::KvmUserfault`] where the kernel does not have that.
+    /// [`Engine::KvmUserfault`] where the kernel does not have that; under
+    /// [`Engine::KvmAttributes`] also [`SlotError::Attributes`].
     pub fn new(
         vm: Arc<VmFd>,
         number: u32,
@@ -109,13 +119,22 @@ impl DemandSlot {
         if mapping.len() != region {
             return Err(SlotError::Size { number, mapping: mapping.len(), region });
         }
-        let (flags, bitmap) = match engine {
-            Engine::KvmUserfault => (KVM_MEM_USERFAULT, Some(Bitmap::of_pager(&pager))),
-            Engine::Uffd => (0, None),
-        };
+        if !start.0.is_multiple_of(PAGE_SIZE) {
+            return Err(SlotError::Unaligned { number, start: start.0 });
+        }
+        let trap = SetTrap(SlotTrap::set(engine, &vm, number, start, &pager)?);
+        let (flags, bitmap) = (trap.0.slot_flags(), trap.0.bitmap(&pager));
         let memslot = Memslot::new(vm, number, start, mapping, bitmap, flags)?;
-        let state = Mutex::new(State { flags, finish: false });
-        Ok(DemandSlot { memslot, pager, engine, state })
+        let state = Mutex::new(State { flags, finish: false, free: false });
+        Ok(DemandSlot { memslot, trap, pager, engine, logging_may_go: false, state })
+    }
+
+    /// Tells the slot what this host's KVM is known to do right, from
+    /// [`Probe::kvm`](crate::Probe::kvm): where KVM's own accesses keep to the bitmap, dirty
+    /// logging can be switched off while pages are missing.
+    pub fn with_features(mut self, kvm: &KvmFeatures) -> Self {
+        self.logging_may_go = kvm.own_accesses;
+        self
     }
 
     /// Number of the memslot.
@@ -149,16 +168,21 @@ impl DemandSlot {
         self.engine
     }
 
-    /// Whether KVM looks at the missing bitmap.
+    /// Whether vCPUs leave `KVM_RUN` at missing pages.
     pub fn is_trapping(&self) -> bool {
-        self.lock().flags & KVM_MEM_USERFAULT != 0
+        self.trap.0.exit_flags().is_some() && !self.lock().free
+    }
+
+    pub(crate) fn trap(&self) -> &SlotTrap {
+        &self.trap.0
     }
 
     /// Switches KVM's dirty logging for this slot on or off.
     ///
     /// Under [`Engine::KvmUserfault`] it cannot be switched off while pages are missing: KVM
     /// brings huge pages back then, and a kernel that does not look at the bitmap as it does maps
-    /// pages that have not arrived.
+    /// pages that have not arrived. Kernels that are known to look can be told of by
+    /// [`with_features`](Self::with_features).
     ///
     /// # Errors
     ///
@@ -168,14 +192,14 @@ impl DemandSlot {
         if on {
             return self.set_flags(&mut state, KVM_MEM_LOG_DIRTY_PAGES, 0);
         }
-        let trapping = state.flags & KVM_MEM_USERFAULT != 0;
-        if trapping && !self.pager.bitmap().is_complete() {
+        let by_flag = state.flags & self.trap.0.slot_flags() != 0;
+        if by_flag && !self.logging_may_go && !self.pager.bitmap().is_complete() {
             let (number, missing) = (self.number(), self.missing());
             return Err(SlotError::LoggingStaysOn { number, missing });
         }
         self.set_flags(&mut state, 0, KVM_MEM_LOG_DIRTY_PAGES)?;
         // One after the other: kernels of the series warn about both at once.
-        if state.finish { self.set_flags(&mut state, 0, KVM_MEM_USERFAULT) } else { Ok(()) }
+        if state.finish { self.free(&mut state) } else { Ok(()) }
     }
 
     /// Reads and clears KVM's dirty log: bit i of the words is page i of the slot, 1 if the guest
@@ -194,12 +218,13 @@ impl DemandSlot {
             .map_err(|error| SlotError::DirtyLog { number, error })
     }
 
-    /// Makes the slot like any other: KVM stops looking at the bitmap and is free to use huge
-    /// pages again. To be called when no page is missing; calling it again changes nothing.
+    /// Makes the slot like any other: KVM stops looking at the bitmap, or takes all pages for
+    /// shared ones, and is free to use huge pages again. To be called when no page is missing; calling it again changes nothing.
     ///
     /// # Errors
     ///
-    /// [`SlotError::PagesMissing`], and [`SlotError::Flags`] if KVM refuses.
+    /// [`SlotError::PagesMissing`], and [`SlotError::Flags`] or [`SlotError::Attributes`] if KVM
+    /// refuses.
     pub fn finish(&self) -> Result<Finished, SlotError> {
         let mut state = self.lock();
         if !self.pager.bitmap().is_complete() {
@@ -207,12 +232,20 @@ impl DemandSlot {
             return Err(SlotError::PagesMissing { number, missing });
         }
         state.finish = true;
-        let both = KVM_MEM_USERFAULT | KVM_MEM_LOG_DIRTY_PAGES;
-        if state.flags & both == both {
+        let by_flag = state.flags & self.trap.0.slot_flags() != 0;
+        if by_flag && state.flags & KVM_MEM_LOG_DIRTY_PAGES != 0 {
             return Ok(Finished::WithLogging);
         }
-        self.set_flags(&mut state, 0, KVM_MEM_USERFAULT)?;
+        self.free(&mut state)?;
         Ok(Finished::Now)
+    }
+
+    /// Takes the trap away.
+    fn free(&self, state: &mut State) -> Result<(), SlotError> {
+        self.set_flags(state, 0, self.trap.0.slot_flags())?;
+        self.trap.0.remove()?;
+        state.free = true;
+        Ok(())
     }
 
     fn missing(&self) -> u64 {

@@ -32,7 +32,7 @@ fn dirty(log: &[u64]) -> Vec<u64> {
 #[test]
 fn a_guest_reads_the_image_and_its_writes_are_logged() {
     let Some(kvm) = kvm() else { return };
-    let machine = Machine::new(&kvm);
+    let machine = Machine::new(&kvm, Engine::Uffd);
     let pager = file_pager(BackingKind::Shmem, PAGES);
     let slot = machine.slot(&pager, Engine::Uffd);
     assert!(!slot.is_trapping());
@@ -82,7 +82,7 @@ fn a_kernel_without_userfault_says_so() {
 #[test]
 fn slots_that_cannot_be_are_refused() {
     let Some(kvm) = kvm() else { return };
-    let machine = Machine::new(&kvm);
+    let machine = Machine::new(&kvm, Engine::Uffd);
     let pager = file_pager(BackingKind::Shmem, PAGES);
     let slot = machine.slot(&pager, Engine::Uffd);
     let mapping = slot.mapping();
@@ -105,7 +105,7 @@ fn slots_that_cannot_be_are_refused() {
 #[test]
 fn a_dropped_slot_is_gone_though_a_vcpu_keeps_the_vm() {
     let Some(kvm) = kvm() else { return };
-    let machine = Machine::new(&kvm);
+    let machine = Machine::new(&kvm, Engine::Uffd);
     let pager = file_pager(BackingKind::Shmem, PAGES);
     fill(&pager);
     let slot = machine.slot(&pager, Engine::Uffd);
@@ -125,7 +125,7 @@ fn a_dropped_slot_is_gone_though_a_vcpu_keeps_the_vm() {
 #[test]
 fn a_running_guest_is_kicked_out() {
     let Some(kvm) = kvm() else { return };
-    let machine = Machine::new(&kvm);
+    let machine = Machine::new(&kvm, Engine::Uffd);
     let mut cpu = machine.vcpu(0);
     machine.load(&mut cpu, Program::Spin, Pages::run(0, 1));
     let kick = cpu.kick.clone();
@@ -157,7 +157,7 @@ fn a_thread_that_waits_for_a_page_is_kicked_out() {
     let source = Arc::new(Threaded::new(gate.clone(), 2).unwrap());
     let pager = pager(BackingKind::Shmem, PAGES, source);
     let handler = FaultHandler::new([(GuestAddress(REGION), pager)]).unwrap();
-    let Cpu { vcpu: _vcpu, kick } = Machine::new(&kvm).vcpu(0);
+    let Cpu { vcpu: _vcpu, kick } = Machine::new(&kvm, Engine::Uffd).vcpu(0);
     let handle = || {
         kick.attach();
         handler.handle(REGION, PAGE_SIZE, KVM_MEMORY_EXIT_FLAG_USERFAULT, kick.waiter())
@@ -180,7 +180,7 @@ fn a_thread_that_waits_for_a_page_is_kicked_out() {
 #[test]
 fn no_kick_is_lost_wherever_the_vcpu_is() {
     let Some(kvm) = kvm() else { return };
-    let machine = Machine::new(&kvm);
+    let machine = Machine::new(&kvm, Engine::Uffd);
     let mut cpu = machine.vcpu(0);
     machine.load(&mut cpu, Program::Spin, Pages::run(0, 1));
     let kick = cpu.kick.clone();

@@ -130,8 +130,8 @@ fn plain_memory(size: u64) -> (File, Arc<Mapping>) {
 }
 
 impl Machine {
-    pub fn new(kvm: &Kvm) -> Self {
-        let vm = Arc::new(kvm.create_vm().unwrap());
+    pub fn new(kvm: &Kvm, engine: Engine) -> Self {
+        let vm = Arc::new(engine.create_vm(kvm).unwrap());
         let entries = assemble();
         let (file, mapping) = plain_memory(PAGE_SIZE);
         file.write_all_at(&entries.code, 0).unwrap();

@@ -31,11 +31,10 @@ pub fn kvm() -> Option<Kvm> {
     open_kvm().map_err(|error| skip(&error.to_string())).ok()
 }
 
-/// KVM, if it has KVM Userfault.
-pub fn userfault_kvm() -> Option<Kvm> {
+/// KVM, if it has the engine.
+pub fn kvm_with(engine: Engine) -> Option<Kvm> {
     let probe = demand_kvm::probe();
-    let choice = demand_kvm::EngineChoice::Only(Engine::KvmUserfault);
-    match demand_kvm::resolve(choice, &probe) {
+    match demand_kvm::resolve(demand_kvm::EngineChoice::Only(engine), &probe) {
         Ok(_) => kvm(),
         Err(error) => {
             skip(&error.to_string());

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! KVM Userfault with real guests. Skipped where the kernel lacks it; in the lab (LAB=1) that is
-//! a failure.
+//! The engines under which vCPUs leave `KVM_RUN`, with real guests. Skipped where the kernel lacks
+//! one; in the lab (LAB=1) that is a failure.
 
 mod common;
 
@@ -15,19 +15,21 @@ use demand_source::Threaded;
 /// 4 MiB: two units of 2 MiB.
 const PAGES: u64 = 1024;
 
-/// Runs a test on a machine with a missing region, for each backing.
-fn on_each_backing(
+/// Runs a test on a machine with a missing region, for each engine and backing.
+fn on_each(
     source: impl Fn(BackingKind) -> Arc<Pager>,
     test: impl Fn(&Machine, &Arc<Pager>, demand_kvm::DemandSlot, &FaultHandler),
 ) {
-    let Some(kvm) = userfault_kvm() else { return };
-    for kind in backings(PAGES * PAGE_SIZE) {
-        println!("on {kind}");
-        let machine = Machine::new(&kvm);
-        let pager = source(kind);
-        let slot = machine.slot(&pager, Engine::KvmUserfault);
-        let handler = handler(&slot);
-        test(&machine, &pager, slot, &handler);
+    for engine in [Engine::KvmUserfault, Engine::KvmAttributes] {
+        let Some(kvm) = kvm_with(engine) else { continue };
+        for kind in backings(PAGES * PAGE_SIZE) {
+            println!("{engine} on {kind}");
+            let machine = Machine::new(&kvm, engine);
+            let pager = source(kind);
+            let slot = machine.slot(&pager, engine);
+            let handler = handler(&slot);
+            test(&machine, &pager, slot, &handler);
+        }
     }
 }
 
@@ -41,7 +43,7 @@ fn missing(pager: &Pager) -> u64 {
 
 #[test]
 fn a_guest_sees_every_byte_of_the_image_and_fetches_what_it_touches() {
-    on_each_backing(from_file, |machine, pager, _slot, handler| {
+    on_each(from_file, |machine, pager, _slot, handler| {
         let mut cpu = machine.vcpu(0);
         let touched = [
             Pages::run(0, 100),
@@ -67,7 +69,7 @@ fn a_guest_sees_every_byte_of_the_image_and_fetches_what_it_touches() {
 
 #[test]
 fn what_the_guest_wrote_is_never_overwritten() {
-    on_each_backing(from_file, |machine, pager, slot, handler| {
+    on_each(from_file, |machine, pager, slot, handler| {
         let mut cpu = machine.vcpu(0);
         // Among them holes, and neighbours of pages that stay missing.
         let written = Pages { first: 3, count: 200, stride: 5 };
@@ -99,7 +101,7 @@ fn what_the_guest_wrote_is_never_overwritten() {
 
 #[test]
 fn two_vcpus_on_disjoint_and_on_the_same_pages() {
-    on_each_backing(from_file, |machine, pager, _slot, handler| {
+    on_each(from_file, |machine, pager, _slot, handler| {
         let mut cpus = [machine.vcpu(0), machine.vcpu(1)];
         let round = |cpus: &mut [Cpu; 2], pages: [Pages; 2]| {
             thread::scope(|scope| {
@@ -133,7 +135,7 @@ fn a_vcpu_that_waits_for_its_page_can_be_kicked() {
         gates.borrow_mut().push(gate.clone());
         pager(kind, PAGES, Arc::new(Threaded::new(gate, 2).unwrap()))
     };
-    on_each_backing(source, |machine, pager, _slot, handler| {
+    on_each(source, |machine, pager, _slot, handler| {
         let gate = gates.borrow().last().unwrap().clone();
         let mut cpu = machine.vcpu(0);
         let kick = cpu.kick.clone();
@@ -165,7 +167,7 @@ fn a_vcpu_that_waits_for_its_page_can_be_kicked() {
 
 #[test]
 fn a_finished_slot_is_like_any_other() {
-    on_each_backing(from_file, |machine, pager, slot, handler| {
+    on_each(from_file, |machine, pager, slot, handler| {
         let mut cpu = machine.vcpu(0);
         machine.copy_and_compare(&mut cpu, handler, Pages::run(100, 50), 0, page);
         assert!(slot.is_trapping());
@@ -199,7 +201,7 @@ fn a_finished_slot_is_like_any_other() {
 
 #[test]
 fn dirty_logging_goes_together_with_missing_pages() {
-    on_each_backing(from_file, |machine, pager, slot, handler| {
+    on_each(from_file, |machine, pager, slot, handler| {
         let mut cpu = machine.vcpu(0);
         let dirty = || {
             let log = slot.dirty_log().unwrap();
@@ -214,16 +216,23 @@ fn dirty_logging_goes_together_with_missing_pages() {
         machine.load(&mut cpu, Program::Write { value: 1 }, written);
         cpu.run(handler).unwrap();
         assert_eq!(dirty(), written.iter().collect::<Vec<_>>());
-        let error = slot.set_dirty_logging(false).unwrap_err();
-        assert!(matches!(error, SlotError::LoggingStaysOn { .. }), "{error}");
-        // Still on, and so is the trap.
+        let by_flag = slot.engine() == Engine::KvmUserfault;
+        if by_flag {
+            let error = slot.set_dirty_logging(false).unwrap_err();
+            assert!(matches!(error, SlotError::LoggingStaysOn { .. }), "{error}");
+            // Still on, and so is the trap.
+        } else {
+            slot.set_dirty_logging(false).unwrap();
+            slot.set_dirty_logging(true).unwrap();
+        }
         machine.load(&mut cpu, Program::Write { value: 1 }, Pages::run(1000, 1));
         cpu.run(handler).unwrap();
         assert_eq!(dirty(), [1000]);
         machine.copy_and_compare(&mut cpu, handler, Pages::run(700, 100), 0, page);
         fill(pager);
-        assert_eq!(slot.finish(), Ok(Finished::WithLogging));
-        assert!(slot.is_trapping());
+        let when = if by_flag { Finished::WithLogging } else { Finished::Now };
+        assert_eq!(slot.finish(), Ok(when));
+        assert_eq!(slot.is_trapping(), by_flag);
         slot.set_dirty_logging(false).unwrap();
         assert!(!slot.is_trapping());
         machine.copy_and_compare(&mut cpu, handler, Pages::run(200, 500), 0, page);
@@ -236,7 +245,7 @@ fn dirty_logging_goes_together_with_missing_pages() {
 #[test]
 fn no_vcpu_is_ever_ahead_of_the_content() {
     let torn = |kind| pager(kind, PAGES, Arc::new(Torn(PAGES)));
-    on_each_backing(torn, |machine, pager, slot, handler| {
+    on_each(torn, |machine, pager, slot, handler| {
         thread::scope(|scope| {
             for id in 0..4 {
                 scope.spawn(move || {
@@ -259,4 +268,52 @@ fn no_vcpu_is_ever_ahead_of_the_content() {
         assert_eq!(pager.stats().pages_arrived(), PAGES);
         assert_eq!(slot.finish(), Ok(Finished::Now));
     });
+}
+
+/// Under memory attributes a page that fill has brought in is private until a vCPU touches it;
+/// then its neighbours are let through with it, as far as they are present.
+#[test]
+fn a_vcpu_is_stopped_once_for_a_run_of_pages_that_have_arrived() {
+    let Some(kvm) = kvm_with(Engine::KvmAttributes) else { return };
+    let machine = Machine::new(&kvm, Engine::KvmAttributes);
+    let pager = from_file(BackingKind::Shmem);
+    let slot = machine.slot(&pager, Engine::KvmAttributes);
+    let handler = handler(&slot);
+    let mut cpu = machine.vcpu(0);
+    let arrive = |first, count| {
+        pager.ensure(PageRange::new(first, count), Path::Fill, &Waiter::new()).unwrap();
+    };
+    let faults = || pager.stats().path(Path::Guest).faults;
+    // 10 to 19 and 21 to 99; 20 is missing.
+    arrive(10, 10);
+    arrive(21, 79);
+    machine.copy_and_compare(&mut cpu, &handler, Pages::run(15, 1), 0, page);
+    machine.copy_and_compare(&mut cpu, &handler, Pages::run(10, 10), 0, page);
+    assert_eq!(faults(), 1);
+    assert!(pager.bitmap().is_missing(20));
+    machine.copy_and_compare(&mut cpu, &handler, Pages::run(21, 79), 0, page);
+    // One for each word of the bitmap.
+    assert_eq!(faults(), 3);
+    machine.copy_and_compare(&mut cpu, &handler, Pages::run(20, 1), 0, page);
+    assert_eq!((faults(), pager.stats().path(Path::Guest).pages), (4, 1));
+    // What was let through before its time would show zeros.
+    machine.copy_and_compare(&mut cpu, &handler, Pages::run(0, 512), 0, page);
+    machine.copy_and_compare(&mut cpu, &handler, Pages::run(512, 512), 0, page);
+    assert_eq!(slot.finish(), Ok(Finished::Now));
+}
+
+/// Slots come and go; what is left of one must not stop the guest at the next.
+#[test]
+fn a_slot_takes_its_attributes_along() {
+    let Some(kvm) = kvm_with(Engine::KvmAttributes) else { return };
+    let machine = Machine::new(&kvm, Engine::KvmAttributes);
+    let pager = from_file(BackingKind::Shmem);
+    let mut cpu = machine.vcpu(0);
+    let slot = machine.slot(&pager, Engine::KvmAttributes);
+    machine.copy_and_compare(&mut cpu, &handler(&slot), Pages::run(5, 5), 0, page);
+    drop(slot);
+    fill(&pager);
+    let _slot = machine.slot(&pager, Engine::Uffd);
+    let nobody = FaultHandler::new([]).unwrap();
+    machine.copy_and_compare(&mut cpu, &nobody, Pages::run(0, 512), 0, page);
 }

@@ -1,0 +1,167 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Pages that KVM keeps guests out of because they are "private" and no guest_memfd has them.
+//!
+//! Source: `Documentation/virt/kvm/api.rst`, sections `KVM_SET_MEMORY_ATTRIBUTES` and
+//! `KVM_EXIT_MEMORY_FAULT`. What happens to a private page of a slot without guest_memfd is the
+//! latter's: the vCPU leaves `KVM_RUN`.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use demand_memory::{MissingBitmap, PAGE_SIZE, PageRange};
+use kvm_ioctls::VmFd;
+use vm_memory::GuestAddress;
+
+use crate::SlotError;
+
+/// The attribute "private", set on all pages of a slot and cleared as the guest gets to them.
+///
+/// A page loses it when a vCPU has left `KVM_RUN` for it, not when it arrives: who brings pages
+/// in, fill or a back-end, is spared an ioctl that stops the vCPUs.
+pub(crate) struct Attributes {
+    vm: Arc<VmFd>,
+    number: u32,
+    start: u64,
+    pages: u64,
+    /// Bit i is set while page i is private and nobody is about to change that. KVM would zap
+    /// pages that are cleared a second time.
+    private: Box<[AtomicU64]>,
+}
+
+impl Attributes {
+    /// Makes all pages of memslot `number`, which is yet to be made, private.
+    pub(crate) fn set(
+        vm: &Arc<VmFd>,
+        number: u32,
+        start: GuestAddress,
+        pages: u64,
+    ) -> Result<Arc<Self>, SlotError> {
+        let words = (0..pages.div_ceil(64)).map(|word| {
+            let here = (pages - word * 64).min(64);
+            AtomicU64::new(u64::MAX >> (64 - here))
+        });
+        let attributes =
+            Attributes { vm: vm.clone(), number, start: start.0, pages, private: words.collect() };
+        attributes.change(PageRange::new(0, pages), PRIVATE).map_err(|error| {
+            SlotError::Attributes { number, start: start.0, size: pages * PAGE_SIZE, error }
+        })?;
+        Ok(Arc::new(attributes))
+    }
+
+    /// Lets vCPUs get at `pages`, which are present and for which one has left `KVM_RUN`, and at
+    /// their neighbours as far as they are present too.
+    ///
+    /// A failure leaves the pages private: the vCPU leaves `KVM_RUN` for them again.
+    pub(crate) fn clear(
+        &self,
+        missing: &MissingBitmap,
+        pages: PageRange,
+    ) -> Result<(), kvm_ioctls::Error> {
+        let Some((word, mask)) = self.present_around(missing, pages) else {
+            return self.change(pages, 0);
+        };
+        let taken = self.private[word].fetch_and(!mask, Ordering::Relaxed) & mask;
+        let first = word as u64 * 64 + u64::from(mask.trailing_zeros());
+        let run = PageRange::new(first, u64::from(mask.count_ones()));
+        let result = self.change(run, 0);
+        if result.is_err() {
+            self.private[word].fetch_or(taken, Ordering::Relaxed);
+        }
+        result
+    }
+
+    /// The run of pages around a page that are both present and private, as far as they share a
+    /// word of the bitmaps: 64 pages, 256 KiB. `None` if this is not about a single page, or
+    /// another vCPU is at work on it; then the page itself is cleared all the same, as that one
+    /// may not be done yet.
+    fn present_around(&self, missing: &MissingBitmap, pages: PageRange) -> Option<(usize, u64)> {
+        if pages.count != 1 {
+            return None;
+        }
+        let (word, bit) = ((pages.first / 64) as usize, pages.first % 64);
+        // Acquire: what is let through has its content.
+        let missing = missing.words()[word].load(Ordering::Acquire);
+        let run = run_around(self.private[word].load(Ordering::Relaxed) & !missing, bit as u32);
+        (run != 0).then_some((word, run))
+    }
+
+    /// Clears the attribute of all pages, in one call.
+    pub(crate) fn clear_all(&self) -> Result<(), SlotError> {
+        // KVM looks at every page, even if it finds all of them as they should be.
+        if self.private.iter().all(|word| word.load(Ordering::Relaxed) == 0) {
+            return Ok(());
+        }
+        self.change(PageRange::new(0, self.pages), 0).map_err(|error| SlotError::Attributes {
+            number: self.number,
+            start: self.start,
+            size: self.pages * PAGE_SIZE,
+            error,
+        })?;
+        self.private.iter().for_each(|word| word.store(0, Ordering::Relaxed));
+        Ok(())
+    }
+
+    fn change(&self, pages: PageRange, attributes: u64) -> Result<(), kvm_ioctls::Error> {
+        change(&self.vm, self.start + pages.offset(), pages.bytes(), attributes)
+    }
+}
+
+/// The attribute of private pages.
+pub(crate) const PRIVATE: u64 = kvm_bindings::KVM_MEMORY_ATTRIBUTE_PRIVATE as u64;
+
+/// Gives pages attributes.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+pub(crate) fn change(
+    vm: &VmFd,
+    address: u64,
+    size: u64,
+    attributes: u64,
+) -> Result<(), kvm_ioctls::Error> {
+    vm.set_memory_attributes(kvm_bindings::kvm_memory_attributes {
+        address,
+        size,
+        attributes,
+        flags: 0,
+    })
+}
+
+/// No other architecture has them.
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+pub(crate) fn change(_: &VmFd, _: u64, _: u64, _: u64) -> Result<(), kvm_ioctls::Error> {
+    Err(kvm_ioctls::Error::new(libc::ENOTTY))
+}
+
+/// The run of ones in `word` that `bit` is one of; 0 if it is none.
+fn run_around(word: u64, bit: u32) -> u64 {
+    let up = (word >> bit).trailing_ones();
+    if up == 0 {
+        return 0;
+    }
+    let down = (word << (63 - bit)).leading_ones();
+    let ones = up + down - 1;
+    (u64::MAX >> (64 - ones)) << (bit + 1 - down)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_run_ends_where_its_ones_do() {
+        let by_bits = |word: u64, bit: u32| {
+            let mut run = 0;
+            for bit in (0..=bit).rev().take_while(|bit| word >> bit & 1 == 1) {
+                run |= 1 << bit;
+            }
+            for bit in (bit..64).take_while(|bit| word >> bit & 1 == 1) {
+                run |= 1 << bit;
+            }
+            if word >> bit & 1 == 1 { run } else { 0 }
+        };
+        for word in [0, 1, u64::MAX, 1 << 63, 0xff00_f0f0_0000_01ff, u64::MAX >> 1, !1] {
+            for bit in 0..64 {
+                assert_eq!(run_around(word, bit), by_bits(word, bit), "{word:#x}, {bit}");
+            }
+        }
+    }
+}

@@ -1,0 +1,208 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What this host's KVM can do.
+
+use std::fmt;
+use std::fs;
+
+use serde::{Serialize, Serializer};
+
+use crate::{Engine, KvmError, open_kvm};
+
+mod features;
+mod scratch;
+
+pub use features::KvmFeatures;
+
+/// What runs guests on this host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
+pub enum Virtualization {
+    /// Intel's VMX.
+    Vmx,
+    /// AMD's SVM.
+    Svm,
+    /// Neither: if there is a KVM, it emulates the guest's instructions or is paravirtual, which
+    /// is slow and may not run an unmodified guest.
+    Emulated,
+    /// Not told: /proc/cpuinfo cannot be read, or this is not x86.
+    Unknown,
+}
+
+impl fmt::Display for Virtualization {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Virtualization::Vmx => "Intel VMX",
+            Virtualization::Svm => "AMD SVM",
+            Virtualization::Emulated => "an emulating KVM: the processor has neither vmx nor svm",
+            Virtualization::Unknown => "unknown",
+        })
+    }
+}
+
+/// One engine, whether this host has it, and why.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct EngineReport {
+    /// The engine.
+    pub engine: Engine,
+    /// Whether it can be used, as far as KVM is concerned.
+    pub usable: bool,
+    /// Why, or why not.
+    pub why: String,
+}
+
+/// What this host can do. Serialized, it is a flat object: `virtualization`, `usable`, `error`
+/// (if there is no usable KVM), the fields of [`KvmFeatures`] (if there is), and `engines`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Probe {
+    /// What runs guests.
+    pub virtualization: Virtualization,
+    /// What KVM has, or why it cannot be used.
+    pub kvm: Result<KvmFeatures, KvmError>,
+}
+
+impl Probe {
+    /// All engines, the best first.
+    pub fn engines(&self) -> Vec<EngineReport> {
+        let report = |engine| {
+            let (usable, why) = match (&self.kvm, engine) {
+                (Err(error), _) => (false, error.to_string()),
+                (Ok(_), Engine::Uffd) => (true, "to KVM it is memory like any other".to_owned()),
+                (Ok(kvm), engine) => {
+                    let trial = kvm.trial(engine);
+                    (trial.works(), trial.describe(engine))
+                }
+            };
+            EngineReport { engine, usable, why }
+        };
+        Engine::ALL.map(report).into()
+    }
+
+    /// What a user of this engine has to know on this host: sentences, without full stops.
+    pub fn limits(&self, engine: Engine) -> Vec<&'static str> {
+        let known = self.kvm.as_ref().ok();
+        let right = known.is_some_and(|kvm| engine == Engine::KvmUserfault && kvm.own_accesses);
+        let mut limits = Vec::new();
+        if engine == Engine::KvmAttributes {
+            limits.push(
+                "kvm-attributes is an experiment: the kernel means this type of VM for development \
+                 and testing, setting up takes a step for each page, and read-only slots may be \
+                 refused",
+            );
+        }
+        if engine != Engine::Uffd && !right {
+            limits.push(
+                "on huge pages, what KVM itself reads and writes in a half-filled unit (operands \
+                 of instructions that it emulates, its walks of the guest's page tables) is not \
+                 stopped by this kernel; pages that MSRs name are fetched before",
+            );
+        }
+        if known.is_some_and(|kvm| kvm.hides_nested(engine)) {
+            limits.push(
+                "nested virtualization (SVM, VMX) is hidden from guests while pages are missing: \
+                 this kernel is not known to keep its prefetch for nested guests to pages that \
+                 have arrived",
+            );
+        }
+        limits
+    }
+}
+
+impl Serialize for Probe {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        #[derive(Serialize)]
+        struct Flat<'a> {
+            virtualization: Virtualization,
+            usable: bool,
+            #[serde(skip_serializing_if = "Option::is_none")]
+            error: Option<String>,
+            #[serde(flatten)]
+            features: Option<&'a KvmFeatures>,
+            engines: Vec<EngineReport>,
+        }
+        let Probe { virtualization, kvm } = self;
+        let flat = Flat {
+            virtualization: *virtualization,
+            usable: kvm.is_ok(),
+            error: kvm.as_ref().err().map(ToString::to_string),
+            features: kvm.as_ref().ok(),
+            engines: self.engines(),
+        };
+        flat.serialize(serializer)
+    }
+}
+
+/// Finds out what this host can do. Engines are tried on a scratch VM, which takes some
+/// milliseconds.
+///
+/// # Examples
+///
+/// ```
+/// for report in demand_kvm::probe().engines() {
+///     println!("{}: {}", report.engine, report.why);
+/// }
+/// ```
+pub fn probe() -> Probe {
+    Probe {
+        virtualization: virtualization(),
+        kvm: open_kvm().and_then(|kvm| KvmFeatures::of(&kvm)),
+    }
+}
+
+fn virtualization() -> Virtualization {
+    if !cfg!(target_arch = "x86_64") {
+        return Virtualization::Unknown;
+    }
+    fs::read_to_string("/proc/cpuinfo")
+        .map_or(Virtualization::Unknown, |cpuinfo| virtualization_of(&cpuinfo))
+}
+
+fn virtualization_of(cpuinfo: &str) -> Virtualization {
+    let Some(flags) = cpuinfo.lines().find_map(|line| line.strip_prefix("flags")) else {
+        return Virtualization::Unknown;
+    };
+    let has = |name| flags.split_whitespace().any(|flag| flag == name);
+    match (has("vmx"), has("svm")) {
+        (true, _) => Virtualization::Vmx,
+        (_, true) => Virtualization::Svm,
+        _ => Virtualization::Emulated,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Trial;
+    use test_support::host::is_lab;
+
+    #[test]
+    fn flags_are_whole_words() {
+        let cpuinfo = |flags: &str| format!("processor\t: 0\nflags\t\t: {flags}\nbugs\t: svm\n");
+        assert_eq!(virtualization_of(&cpuinfo("fpu vmx")), Virtualization::Vmx);
+        assert_eq!(virtualization_of(&cpuinfo("svm fpu")), Virtualization::Svm);
+        assert_eq!(virtualization_of(&cpuinfo("fpu svm_lock")), Virtualization::Emulated);
+        assert_eq!(virtualization_of(""), Virtualization::Unknown);
+    }
+
+    #[test]
+    fn this_host_is_described() {
+        let probe = probe();
+        let json = serde_json::to_value(&probe).unwrap();
+        assert_eq!(json["engines"][0]["engine"], "kvm-userfault");
+        assert_eq!(json["usable"], probe.kvm.is_ok());
+        match &probe.kvm {
+            Ok(kvm) => {
+                assert_eq!(json["api_version"], 12);
+                assert_ne!(kvm.userfault, Trial::Untried, "{probe:?}");
+                assert_ne!(kvm.attributes, Trial::Untried, "{probe:?}");
+                assert!(!kvm.own_accesses || kvm.userfault.works(), "{probe:?}");
+                if is_lab() {
+                    assert!(kvm.userfault.works() && kvm.attributes.works(), "{probe:?}");
+                }
+                assert_eq!(json["engines"][1]["usable"], true);
+            }
+            Err(error) => assert_eq!(json["error"], error.to_string()),
+        }
+        println!("{json:#}");
+    }
+}
