@@ -254,6 +254,21 @@ impl FaultHandler {
         Ok(())
     }
 
+    /// Makes those of these pages present that lie in demand-paged regions, like
+    /// [`fetch`](Self::fetch); pages elsewhere are passed over. For what
+    /// [`own_pages`](crate::own_pages) names.
+    ///
+    /// # Errors
+    ///
+    /// [`FaultError::Kicked`] and [`FaultError::Stopped`].
+    pub fn fetch_pages(
+        &self,
+        pages: &[GuestAddress],
+        waiter: &Arc<Waiter>,
+    ) -> Result<(), FaultError> {
+        pages.iter().try_for_each(|page| self.fetch(page.0, PAGE_SIZE, waiter))
+    }
+
     /// The region and the pages of `size` bytes at `gpa`, if they lie in one region.
     fn find(&self, gpa: u64, size: u64) -> Option<(&Region, PageRange)> {
         let (region, pages) = self.parts(gpa, size).next()?;

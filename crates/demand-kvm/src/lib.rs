@@ -7,7 +7,14 @@ mod engine;
 mod fault;
 mod kick;
 mod memslot;
+#[cfg(target_arch = "x86_64")]
+mod msr;
+#[cfg(target_arch = "x86_64")]
+mod nested;
 mod open;
+#[cfg(target_arch = "x86_64")]
+mod own_pages;
+mod pending;
 mod plain;
 mod probe;
 mod slot;
@@ -19,7 +26,14 @@ pub use engine::{Engine, EngineChoice, EngineError, UnknownEngine, resolve};
 pub use fault::{FaultError, FaultHandler, RegionsOverlap};
 pub use kick::{KickError, VcpuKick};
 pub use memslot::SlotError;
+#[cfg(target_arch = "x86_64")]
+pub use msr::{MsrTrap, MsrTrapError};
+#[cfg(target_arch = "x86_64")]
+pub use nested::hide_nested;
 pub use open::{KvmError, open_kvm};
+#[cfg(target_arch = "x86_64")]
+pub use own_pages::own_pages;
+pub use pending::Pending;
 pub use plain::PlainSlot;
 pub use probe::{EngineReport, KvmFeatures, Probe, Virtualization, probe};
 pub use slot::{DemandSlot, Finished};

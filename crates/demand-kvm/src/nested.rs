@@ -1,0 +1,73 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Keeping a guest from running guests of its own while pages are missing.
+
+use kvm_bindings::CpuId;
+
+/// CPUID leaf 1, ECX: the processor has VMX.
+const VMX: u32 = 1 << 5;
+/// CPUID leaf 0x80000001, ECX: the processor has SVM.
+const SVM: u32 = 1 << 2;
+/// The CPUID leaf that describes SVM.
+const SVM_LEAF: u32 = 0x8000_000a;
+
+/// Takes nested virtualization, SVM and VMX, out of what `KVM_SET_CPUID2` will tell a guest.
+///
+/// For a guest that runs guests of its own KVM builds page tables, and fills them ahead of what
+/// was asked for: a neighbour that has not arrived is mapped and read as zeros, unless the kernel
+/// keeps to the bitmap there ([`KvmFeatures::hides_nested`](crate::KvmFeatures::hides_nested)).
+/// Neither does KVM look at the bitmap for the structures that describe such guests.
+///
+/// A guest sees what it was started with for as long as it runs, so this is decided before its
+/// first start: a snapshot of a guest that had nested virtualization is restored without this
+/// only where `hides_nested` says no.
+///
+/// # Examples
+///
+/// ```
+/// use demand_kvm::hide_nested;
+/// use kvm_bindings::{CpuId, kvm_cpuid_entry2};
+///
+/// let leaf = |function, ecx| kvm_cpuid_entry2 { function, ecx, ..Default::default() };
+/// let mut cpuid = CpuId::from_entries(&[leaf(1, 0x21), leaf(0x8000_0001, 0x5)]).unwrap();
+/// hide_nested(&mut cpuid);
+/// assert!(cpuid.as_slice().iter().all(|leaf| leaf.ecx == 1));
+/// ```
+pub fn hide_nested(cpuid: &mut CpuId) {
+    for leaf in cpuid.as_mut_slice() {
+        match leaf.function {
+            1 => leaf.ecx &= !VMX,
+            0x8000_0001 => leaf.ecx &= !SVM,
+            SVM_LEAF => (leaf.eax, leaf.ebx, leaf.ecx, leaf.edx) = (0, 0, 0, 0),
+            _ => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::open_kvm;
+    use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
+
+    #[test]
+    fn nothing_but_nested_virtualization_is_hidden() {
+        let Ok(kvm) = open_kvm() else { return };
+        let before = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).unwrap();
+        let mut after = before.clone();
+        hide_nested(&mut after);
+        for (before, after) in before.as_slice().iter().zip(after.as_slice()) {
+            let hidden = match before.function {
+                1 => VMX,
+                0x8000_0001 => SVM,
+                SVM_LEAF => {
+                    assert_eq!((after.eax, after.ebx, after.ecx, after.edx), (0, 0, 0, 0));
+                    continue;
+                }
+                _ => 0,
+            };
+            let mut expected = *before;
+            expected.ecx &= !hidden;
+            assert_eq!(expected, *after);
+        }
+    }
+}
