@@ -173,12 +173,13 @@ mod tests {
         let msrs = [msr(0x4b56_4d01, 0x9001), msr(0x4b56_4d03, 0x2041), msr(0x4b56_4d00, 0x9040)];
         let sregs =
             |cr0, cr4, efer| kvm_sregs { cr0, cr4, efer, cr3: 0x3fe7, ..Default::default() };
-        let pages =
-            |sregs| own_pages(&msrs, sregs).into_iter().map(|page| page.0).collect::<Vec<_>>();
+        let pages = |sregs: Option<kvm_sregs>| -> Vec<u64> {
+            own_pages(&msrs, sregs.as_ref()).into_iter().map(|page| page.0).collect()
+        };
         assert_eq!(pages(None), [0x2000, 0x9000]);
-        assert_eq!(pages(Some(&sregs(1 << 31, 1 << 5, 0))), [0x2000, 0x3000, 0x9000]);
+        assert_eq!(pages(Some(sregs(1 << 31, 1 << 5, 0))), [0x2000, 0x3000, 0x9000]);
         for other in [sregs(0, 1 << 5, 0), sregs(1 << 31, 0, 0), sregs(1 << 31, 1 << 5, 1 << 10)] {
-            assert_eq!(pages(Some(&other)), [0x2000, 0x9000]);
+            assert_eq!(pages(Some(other)), [0x2000, 0x9000]);
         }
     }
 

@@ -3,123 +3,17 @@
 
 use super::*;
 
-/// Guest physical address of the code.
-const CODE: u64 = 0x1000;
 /// Guest physical address of the memory that guests copy pages to.
 const OUT: u64 = 0x1000_0000;
 /// Pages that fit there.
 pub const OUT_PAGES: u64 = 512;
-/// The port that tells of a word that is not the image's.
-const WRONG: u8 = 0x10;
-
-/// What a guest does.
-#[derive(Clone, Copy)]
-pub enum Program {
-    /// Copies `count` pages from `first` on, `stride` pages apart, to its part of OUT, page
-    /// `out` and following.
-    Copy { out: u64 },
-    /// Writes `value`, `value + 1`, ... to byte 16 of the pages.
-    Write { value: u32 },
-    /// Reads every word of the pages and compares it with the image's (without holes).
-    Check,
-    /// Does nothing for ever.
-    Spin,
-}
-
-/// Which pages a program works on.
-#[derive(Clone, Copy)]
-pub struct Pages {
-    pub first: u64,
-    pub count: u64,
-    pub stride: i64,
-}
-
-impl Pages {
-    pub fn run(first: u64, count: u64) -> Self {
-        Pages { first, count, stride: 1 }
-    }
-
-    pub fn iter(self) -> impl Iterator<Item = u64> {
-        (0..self.count as i64).map(move |index| (self.first as i64 + index * self.stride) as u64)
-    }
-}
-
-struct Entries {
-    code: Vec<u8>,
-    copy: u64,
-    write: u64,
-    check: u64,
-    spin: u64,
-}
-
-/// The programs, one after another. All of them take the address of the first page in esi, the
-/// number of pages in ebx, and the bytes from one to the next in edx.
-fn assemble() -> Entries {
-    let mut code = Vec::new();
-    let mut program = |build: &dyn Fn(&mut CodeAssembler)| {
-        let start = CODE + code.len() as u64;
-        let mut asm = CodeAssembler::new(32).unwrap();
-        build(&mut asm);
-        code.extend(asm.assemble(start).unwrap());
-        start
-    };
-    let copy = program(&|asm| {
-        let mut next = asm.create_label();
-        asm.cld().unwrap();
-        asm.set_label(&mut next).unwrap();
-        asm.mov(ebp, esi).unwrap();
-        asm.mov(ecx, 1024u32).unwrap();
-        asm.rep().movsd().unwrap();
-        asm.lea(esi, ebp + edx).unwrap();
-        asm.dec(ebx).unwrap();
-        asm.jne(next).unwrap();
-        asm.hlt().unwrap();
-    });
-    let write = program(&|asm| {
-        let mut next = asm.create_label();
-        asm.set_label(&mut next).unwrap();
-        asm.mov(dword_ptr(esi + 16), eax).unwrap();
-        asm.inc(eax).unwrap();
-        asm.add(esi, edx).unwrap();
-        asm.dec(ebx).unwrap();
-        asm.jne(next).unwrap();
-        asm.hlt().unwrap();
-    });
-    let check = program(&|asm| {
-        let (mut next, mut within, mut right) =
-            (asm.create_label(), asm.create_label(), asm.create_label());
-        asm.set_label(&mut next).unwrap();
-        asm.mov(ebp, esi).unwrap();
-        asm.mov(ecx, 1024u32).unwrap();
-        asm.set_label(&mut within).unwrap();
-        asm.mov(eax, dword_ptr(esi)).unwrap();
-        asm.xor(eax, MIX).unwrap();
-        asm.cmp(eax, esi).unwrap();
-        asm.je(right).unwrap();
-        asm.out(u32::from(WRONG), al).unwrap();
-        asm.set_label(&mut right).unwrap();
-        asm.add(esi, 4).unwrap();
-        asm.dec(ecx).unwrap();
-        asm.jne(within).unwrap();
-        asm.lea(esi, ebp + edx).unwrap();
-        asm.dec(ebx).unwrap();
-        asm.jne(next).unwrap();
-        asm.hlt().unwrap();
-    });
-    let spin = program(&|asm| {
-        let mut here = asm.create_label();
-        asm.set_label(&mut here).unwrap();
-        asm.jmp(here).unwrap();
-    });
-    Entries { code, copy, write, check, spin }
-}
 
 /// A VM with code and a place for copies.
 pub struct Machine {
     pub vm: Arc<VmFd>,
     _code: PlainSlot,
     out: PlainSlot,
-    entries: Entries,
+    pub entries: Entries,
 }
 
 fn plain_memory(size: u64) -> (File, Arc<Mapping>) {
@@ -131,7 +25,17 @@ fn plain_memory(size: u64) -> (File, Arc<Mapping>) {
 
 impl Machine {
     pub fn new(kvm: &Kvm, engine: Engine) -> Self {
-        let vm = Arc::new(engine.create_vm(kvm).unwrap());
+        Machine::of(Arc::new(engine.create_vm(kvm).unwrap()))
+    }
+
+    /// A machine with interrupts: a halted guest does not leave `KVM_RUN` then.
+    pub fn with_interrupts(kvm: &Kvm, engine: Engine) -> Self {
+        let vm = engine.create_vm(kvm).unwrap();
+        vm.create_irq_chip().unwrap();
+        Machine::of(Arc::new(vm))
+    }
+
+    fn of(vm: Arc<VmFd>) -> Self {
         let entries = assemble();
         let (file, mapping) = plain_memory(PAGE_SIZE);
         file.write_all_at(&entries.code, 0).unwrap();
@@ -166,6 +70,8 @@ impl Machine {
         };
         sregs.cs = flat(0xb);
         (sregs.ds, sregs.es, sregs.ss) = (flat(3), flat(3), flat(3));
+        (sregs.gdt.base, sregs.gdt.limit) = (GDT, 15);
+        (sregs.idt.base, sregs.idt.limit) = (IDT, IDT_LIMIT);
         vcpu.set_sregs(&sregs).unwrap();
         let kick = VcpuKick::new(&vcpu).unwrap();
         Cpu { vcpu, kick }
@@ -193,6 +99,14 @@ impl Machine {
             Program::Check => self.entries.check,
             Program::Spin => self.entries.spin,
         };
+        cpu.vcpu.set_regs(&regs).unwrap();
+    }
+
+    /// Makes a vCPU begin at one of the entries, with these registers.
+    pub fn begin(&self, cpu: &mut Cpu, entry: u64, regs: kvm_bindings::kvm_regs) {
+        let rsp = OUT + OUT_PAGES * PAGE_SIZE;
+        let rflags = regs.rflags | 2;
+        let regs = kvm_bindings::kvm_regs { rip: entry, rsp, rflags, ..regs };
         cpu.vcpu.set_regs(&regs).unwrap();
     }
 
@@ -235,6 +149,8 @@ pub enum Stopped {
     Fault(FaultError),
     /// It read or wrote where there is no memory.
     Mmio(u64),
+    /// It could not go on: a fault in a guest that handles none.
+    Shutdown,
 }
 
 impl Cpu {

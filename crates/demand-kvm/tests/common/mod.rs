@@ -15,16 +15,19 @@ use demand_memory::{
 use demand_source::{
     BlockingSource, Completion, Destination, Extent, LocalFile, PageSource, Request, SourceError,
 };
-use iced_x86::code_asm::{CodeAssembler, al, dword_ptr, eax, ebp, ebx, ecx, edx, esi};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use test_support::host::skip;
 use vm_memory::GuestAddress;
 
 mod guest;
 mod image;
+mod programs;
+mod rig;
 
 pub use guest::*;
 pub use image::*;
+pub use programs::*;
+pub use rig::*;
 
 /// KVM, if there is one that can be used.
 pub fn kvm() -> Option<Kvm> {

@@ -1,0 +1,188 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What small guests do.
+
+use super::*;
+use iced_x86::code_asm::{CodeAssembler, al, byte_ptr, dword_ptr, eax, ebp, ebx, ecx, edx, esi};
+
+/// Guest physical address of the code.
+pub const CODE: u64 = 0x1000;
+/// The port that tells of a word that is not the image's.
+pub const WRONG: u8 = 0x10;
+/// The port that tells that a guest has done what it was to do.
+pub const DONE: u16 = 0x11;
+
+/// What a guest does.
+#[derive(Clone, Copy)]
+pub enum Program {
+    /// Copies `count` pages from `first` on, `stride` pages apart, to its part of OUT, page
+    /// `out` and following.
+    Copy { out: u64 },
+    /// Writes `value`, `value + 1`, ... to byte 16 of the pages.
+    Write { value: u32 },
+    /// Reads every word of the pages and compares it with the image's (without holes).
+    Check,
+    /// Does nothing for ever.
+    Spin,
+}
+
+/// Which pages a program works on.
+#[derive(Clone, Copy)]
+pub struct Pages {
+    pub first: u64,
+    pub count: u64,
+    pub stride: i64,
+}
+
+impl Pages {
+    pub fn run(first: u64, count: u64) -> Self {
+        Pages { first, count, stride: 1 }
+    }
+
+    pub fn iter(self) -> impl Iterator<Item = u64> {
+        (0..self.count as i64).map(move |index| (self.first as i64 + index * self.stride) as u64)
+    }
+}
+
+/// Where the programs begin, and their code.
+pub struct Entries {
+    pub code: Vec<u8>,
+    pub copy: u64,
+    pub write: u64,
+    pub check: u64,
+    pub spin: u64,
+    /// Writes ecx bytes from esi on to the port in edx, by an instruction that KVM emulates.
+    pub outs: u64,
+    /// Reads ecx bytes from the port in edx to edi.
+    pub ins: u64,
+    /// Copies ecx bytes from esi to edi, one at a time.
+    pub movs: u64,
+    /// Writes edx:eax to MSR ecx, reads it back and writes it to [`PORT`], low word first; then
+    /// reads the byte at ebx, if that is not 0, and halts.
+    pub wrmsr: u64,
+    /// Reads the byte at ebx and spins.
+    pub touch: u64,
+    /// What an interrupt does: writes the byte at ebx to [`PORT`], and tells that it is [`DONE`].
+    pub interrupt: u64,
+}
+
+/// Bytes of the code page that programs may have; tables follow.
+const CODE_BYTES: usize = 0x800;
+/// The table of segments: one, at selector 8.
+pub const GDT: u64 = CODE + CODE_BYTES as u64;
+/// The gate of the one interrupt that there is.
+const GATE: u64 = GDT + 0x100;
+/// Number of that interrupt.
+pub const VECTOR: u8 = 0x40;
+/// The table that the gate lies in.
+pub const IDT: u64 = GATE - VECTOR as u64 * 8;
+/// Its last byte.
+pub const IDT_LIMIT: u16 = VECTOR as u16 * 8 + 7;
+
+/// The programs, one after another. Those of [`Program`] take the address of the first page in esi, the
+/// number of pages in ebx, and the bytes from one to the next in edx.
+pub fn assemble() -> Entries {
+    let mut code = Vec::new();
+    let mut program = |build: &dyn Fn(&mut CodeAssembler)| {
+        let start = CODE + code.len() as u64;
+        let mut asm = CodeAssembler::new(32).unwrap();
+        build(&mut asm);
+        code.extend(asm.assemble(start).unwrap());
+        start
+    };
+    let copy = program(&|asm| {
+        let mut next = asm.create_label();
+        asm.cld().unwrap();
+        asm.set_label(&mut next).unwrap();
+        asm.mov(ebp, esi).unwrap();
+        asm.mov(ecx, 1024u32).unwrap();
+        asm.rep().movsd().unwrap();
+        asm.lea(esi, ebp + edx).unwrap();
+        asm.dec(ebx).unwrap();
+        asm.jne(next).unwrap();
+        asm.hlt().unwrap();
+    });
+    let write = program(&|asm| {
+        let mut next = asm.create_label();
+        asm.set_label(&mut next).unwrap();
+        asm.mov(dword_ptr(esi + 16), eax).unwrap();
+        asm.inc(eax).unwrap();
+        asm.add(esi, edx).unwrap();
+        asm.dec(ebx).unwrap();
+        asm.jne(next).unwrap();
+        asm.hlt().unwrap();
+    });
+    let check = program(&|asm| {
+        let (mut next, mut within, mut right) =
+            (asm.create_label(), asm.create_label(), asm.create_label());
+        asm.set_label(&mut next).unwrap();
+        asm.mov(ebp, esi).unwrap();
+        asm.mov(ecx, 1024u32).unwrap();
+        asm.set_label(&mut within).unwrap();
+        asm.mov(eax, dword_ptr(esi)).unwrap();
+        asm.xor(eax, MIX).unwrap();
+        asm.cmp(eax, esi).unwrap();
+        asm.je(right).unwrap();
+        asm.out(u32::from(WRONG), al).unwrap();
+        asm.set_label(&mut right).unwrap();
+        asm.add(esi, 4).unwrap();
+        asm.dec(ecx).unwrap();
+        asm.jne(within).unwrap();
+        asm.lea(esi, ebp + edx).unwrap();
+        asm.dec(ebx).unwrap();
+        asm.jne(next).unwrap();
+        asm.hlt().unwrap();
+    });
+    let spin = program(&|asm| {
+        let mut here = asm.create_label();
+        asm.set_label(&mut here).unwrap();
+        asm.jmp(here).unwrap();
+    });
+    let outs = program(&|asm| {
+        asm.rep().outsb().unwrap();
+        asm.hlt().unwrap();
+    });
+    let ins = program(&|asm| {
+        asm.rep().insb().unwrap();
+        asm.hlt().unwrap();
+    });
+    let movs = program(&|asm| {
+        asm.rep().movsb().unwrap();
+        asm.hlt().unwrap();
+    });
+    let wrmsr = program(&|asm| {
+        asm.wrmsr().unwrap();
+        asm.rdmsr().unwrap();
+        asm.out(u32::from(PORT), eax).unwrap();
+        asm.mov(eax, edx).unwrap();
+        asm.out(u32::from(PORT), eax).unwrap();
+        let mut done = asm.create_label();
+        asm.test(ebx, ebx).unwrap();
+        asm.je(done).unwrap();
+        asm.mov(al, byte_ptr(ebx)).unwrap();
+        asm.push(eax).unwrap();
+        asm.set_label(&mut done).unwrap();
+        asm.hlt().unwrap();
+    });
+    let touch = program(&|asm| {
+        let mut here = asm.create_label();
+        asm.mov(al, byte_ptr(ebx)).unwrap();
+        asm.push(eax).unwrap();
+        asm.set_label(&mut here).unwrap();
+        asm.jmp(here).unwrap();
+    });
+    let interrupt = program(&|asm| {
+        asm.mov(al, byte_ptr(ebx)).unwrap();
+        asm.out(u32::from(PORT), al).unwrap();
+        asm.out(u32::from(DONE), al).unwrap();
+        asm.iretd().unwrap();
+    });
+    assert!(code.len() <= CODE_BYTES);
+    code.resize(PAGE_SIZE as usize, 0);
+    let mut table = |address: u64, entry: u64| {
+        let at = (address - CODE) as usize;
+        code[at..at + 8].copy_from_slice(&entry.to_le_bytes());
+    };
+    table(GDT + 8, 0x00cf_9b00_0000_ffff); // Flat code, 32 bits.
+    table(GATE, (interrupt & 0xffff_0000) << 32 | 0x8e00 << 32 | 8 << 16 | interrupt & 0xffff);
+    Entries { code, copy, write, check, spin, outs, ins, movs, wrmsr, touch, interrupt }
+}

@@ -1,0 +1,212 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What KVM itself reads and writes for a guest: operands of instructions that it emulates, and
+//! the page tables on the way to them. Nothing may read as zeros, and nothing that was written
+//! may be overwritten as its page arrives.
+#![cfg(target_arch = "x86_64")]
+
+mod common;
+
+use common::*;
+use demand_kvm::Engine;
+use demand_memory::{BackingKind, PAGE_SIZE, Path};
+use kvm_bindings::kvm_regs;
+use test_support::host::{is_lab, skip};
+
+/// 2 MiB: one unit of huge pages, half-filled as soon as one page is there.
+const PAGES: u64 = 512;
+
+/// Runs a guest's string instruction on a region in which page 3 has arrived, so that its unit is
+/// half-filled.
+fn run(rig: &Rig, entry: fn(&Entries) -> u64, regs: kvm_regs) -> Device {
+    rig.arrive(3);
+    let mut cpu = rig.machine.vcpu(0);
+    let mut device = Device::default();
+    rig.machine.begin(&mut cpu, entry(&rig.machine.entries), regs);
+    rig.run(&mut cpu, &mut device).unwrap();
+    device
+}
+
+/// A run of bytes in the region: the end of page 7, all of page 8, the beginning of page 9.
+const AT: u64 = 8 * PAGE_SIZE - 50;
+const LEN: u64 = PAGE_SIZE + 100;
+
+fn within_image(image: &[u8]) -> &[u8] {
+    &image[AT as usize..(AT + LEN) as usize]
+}
+
+fn with_device_bytes(mut image: Vec<u8>) -> Vec<u8> {
+    for (index, byte) in image[AT as usize..(AT + LEN) as usize].iter_mut().enumerate() {
+        *byte = device_byte(index);
+    }
+    image
+}
+
+fn outs() -> kvm_regs {
+    kvm_regs { rsi: REGION + AT, rcx: LEN, rdx: u64::from(PORT), ..Default::default() }
+}
+
+fn ins() -> kvm_regs {
+    kvm_regs { rdi: REGION + AT, rcx: LEN, rdx: u64::from(PORT), ..Default::default() }
+}
+
+#[test]
+fn strings_to_a_port_are_the_images() {
+    let image = full_image(PAGES);
+    where_own_accesses_are_trapped(&image, |rig| {
+        let device = run(&rig, |entries| entries.outs, outs());
+        assert!(device.written == within_image(&image), "{:x?}", &device.written[..64]);
+        let pages = |path| rig.pager().stats().path(path).pages;
+        if rig.slot.engine() == Engine::Uffd && rig.pager().unit_pages() > 1 {
+            assert_eq!(pages(Path::Guest), PAGES - 1);
+        } else {
+            assert_eq!(pages(Path::Guest) + pages(Path::KvmInternal), 3);
+        }
+        rig.check(&image);
+    });
+}
+
+#[test]
+fn strings_from_a_port_stay() {
+    let image = full_image(PAGES);
+    where_own_accesses_are_trapped(&image, |rig| {
+        run(&rig, |entries| entries.ins, ins());
+        rig.check(&with_device_bytes(image.clone()));
+    });
+}
+
+#[test]
+fn strings_from_a_device_stay() {
+    let image = full_image(PAGES);
+    where_own_accesses_are_trapped(&image, |rig| {
+        let regs = kvm_regs { rsi: DEVICE, rdi: REGION + AT, rcx: LEN, ..Default::default() };
+        run(&rig, |entries| entries.movs, regs);
+        rig.check(&with_device_bytes(image.clone()));
+    });
+}
+
+/// The page tables of a guest: the directory and the table of the region lie in the region.
+const DIRECTORY: u64 = 300;
+const TABLE: u64 = 301;
+/// Present, writable.
+const MAPPED: u32 = 0b11;
+/// Accessed, dirty: the processor or KVM sets them.
+const MARKS: u32 = 0b110_0000;
+const PAGE_4M: u32 = 1 << 7;
+
+/// An image with page tables that map everything to itself: 4 MiB pages, but for the region.
+fn image_with_tables() -> Vec<u8> {
+    let mut image = full_image(PAGES);
+    let mut put = |page: u64, index: u32, entry: u32| {
+        let at = (page * PAGE_SIZE) as usize + index as usize * 4;
+        image[at..at + 4].copy_from_slice(&entry.to_le_bytes());
+    };
+    for index in 0..1024 {
+        put(DIRECTORY, index, index << 22 | PAGE_4M | MAPPED);
+        put(TABLE, index, (REGION as u32 + (index << 12)) | MAPPED);
+    }
+    let table = (REGION + TABLE * PAGE_SIZE) as u32;
+    put(DIRECTORY, (REGION >> 22) as u32, table | MAPPED);
+    image
+}
+
+#[test]
+fn page_tables_on_the_way_to_an_operand_are_the_images() {
+    let image = image_with_tables();
+    for (entry, regs) in
+        [((|entries| entries.outs) as fn(&Entries) -> u64, outs()), (|entries| entries.ins, ins())]
+    {
+        where_own_accesses_are_trapped(&image, |rig| {
+            rig.arrive(3);
+            let mut cpu = rig.machine.vcpu(0);
+            let mut sregs = cpu.vcpu.get_sregs().unwrap();
+            sregs.cr3 = REGION + DIRECTORY * PAGE_SIZE;
+            sregs.cr4 |= 1 << 4; // PSE
+            sregs.cr0 |= 1 << 31; // PG
+            cpu.vcpu.set_sregs(&sregs).unwrap();
+            let mut device = Device::default();
+            rig.machine.begin(&mut cpu, entry(&rig.machine.entries), regs);
+            match rig.run(&mut cpu, &mut device) {
+                // A KVM that emulates the processor: not every one can page.
+                Err(Stopped::Shutdown) if !is_lab() => return skip("no paging in guests"),
+                result => result.unwrap(),
+            }
+            let mut expected = image.clone();
+            if regs.rsi != 0 {
+                assert!(device.written == within_image(&image));
+            } else {
+                expected = with_device_bytes(expected);
+            }
+            // Marks that were set are not lost either: the table's page arrived but once.
+            let entry = |page: u64| {
+                let bytes = rig.bytes(TABLE * PAGE_SIZE + page * 4, 4);
+                u32::from_le_bytes(bytes.try_into().unwrap())
+            };
+            for page in AT / PAGE_SIZE..=(AT + LEN) / PAGE_SIZE {
+                let marks = if regs.rsi != 0 { MARKS & !0x40 } else { MARKS };
+                assert_eq!(entry(page) & MARKS, marks, "page {page}");
+            }
+            // The rest is as it was.
+            for page in [DIRECTORY, TABLE] {
+                let from = (page * PAGE_SIZE) as usize;
+                let now = rig.bytes(from as u64, PAGE_SIZE as usize);
+                for (at, (now, then)) in now.iter().zip(&image[from..]).enumerate() {
+                    let marks = if at % 4 == 0 { MARKS as u8 } else { 0 };
+                    assert_eq!(now & !marks, then & !marks, "byte {at} of page {page}");
+                }
+                expected[from..from + PAGE_SIZE as usize].copy_from_slice(&now);
+            }
+            rig.check(&expected);
+        });
+    }
+}
+
+/// Where the slot's mapping is closed KVM asks user space, as if there were a device.
+#[test]
+fn accesses_that_kvm_leaves_to_user_space_are_made_there() {
+    let image = full_image(PAGES);
+    for engine in Engine::ALL {
+        let Some(kvm) = kvm_with(engine) else { continue };
+        for kind in backings(image.len() as u64) {
+            println!("{engine} on {kind}");
+            let rig = || {
+                let rig = Rig::new(&kvm, engine, kind, source_of(&image));
+                close(rig.slot.mapping());
+                rig
+            };
+            let read = rig();
+            let device = run(&read, |entries| entries.outs, outs());
+            assert!(device.written == within_image(&image));
+            assert_eq!(device.answered, LEN);
+            let internal = read.pager().stats().path(Path::KvmInternal);
+            assert_eq!((internal.faults, internal.pages), (3, 3));
+            read.check(&image);
+            let write = rig();
+            let device = run(&write, |entries| entries.ins, ins());
+            assert!(device.answered > 0);
+            write.check(&with_device_bytes(image.clone()));
+        }
+    }
+}
+
+/// Closes a mapping for everybody who uses it, KVM among them.
+fn close(mapping: &demand_memory::Mapping) {
+    let (address, len) = (mapping.address().as_ptr().cast(), mapping.len() as usize);
+    // SAFETY: the range is the mapping's, which nobody in this process looks at from here on.
+    assert_eq!(unsafe { libc::mprotect(address, len, libc::PROT_NONE) }, 0);
+}
+
+/// What the tests above would find where nothing is trapped, which is how they can fail: on huge
+/// pages under an engine whose kernel does not look at KVM's own accesses.
+#[test]
+fn an_untrapped_operand_reads_as_zeros() {
+    let Some(kvm) = kvm_with(Engine::KvmAttributes) else { return };
+    let image = full_image(PAGES);
+    if !backings(image.len() as u64).contains(&BackingKind::Hugetlb2M) {
+        return;
+    }
+    let source = source_of(&image);
+    let rig = Rig::new(&kvm, Engine::KvmAttributes, BackingKind::Hugetlb2M, source);
+    assert_eq!(rig.pager().backing().kind(), BackingKind::Hugetlb2M);
+    let device = run(&rig, |entries| entries.outs, outs());
+    assert!(device.written.iter().all(|byte| *byte == 0), "then say so in the README");
+}
