@@ -61,6 +61,7 @@ where
     M: Bytes<GuestAddress> + ?Sized,
     M::E: Display,
 {
+    let windows = plan.windows();
     let mut page_found = Box::new([0; PAGE_BYTES]);
     let mut page_expected = Box::new([0; PAGE_BYTES]);
     for (step, action) in plan.vmm_steps().iter().enumerate() {
@@ -74,7 +75,7 @@ where
         };
         match *action {
             VmmStep::CheckPage { page } => {
-                let address = page * PAGE_BYTES as u64;
+                let address = windows.guest_address(page * PAGE_BYTES as u64);
                 memory
                     .read_slice(&mut page_found[..], GuestAddress(address))
                     .map_err(|error| refused(address, error))?;
@@ -86,15 +87,19 @@ where
                 }
             }
             VmmStep::Check { address, expect } => {
+                let address = windows.guest_address(address);
                 let mut found = [0; 8];
                 memory
                     .read_slice(&mut found, GuestAddress(address))
                     .map_err(|error| refused(address, error))?;
                 compare(step, address, expect.to_le_bytes(), found)?;
             }
-            VmmStep::Write { address, value } => memory
-                .write_slice(&value.to_le_bytes(), GuestAddress(address))
-                .map_err(|error| refused(address, error))?,
+            VmmStep::Write { address, value } => {
+                let address = windows.guest_address(address);
+                memory
+                    .write_slice(&value.to_le_bytes(), GuestAddress(address))
+                    .map_err(|error| refused(address, error))?;
+            }
             VmmStep::WaitFlag { flag, at_least } => {
                 let mut turns = 0u32;
                 while flags[flag].load(Ordering::Acquire) < at_least {

@@ -54,6 +54,7 @@ pub(crate) struct Builder<'a> {
 
 pub(crate) fn build(params: PlanParams, pristine: Option<&File>) -> Result<Plan, PlanError> {
     params.check()?;
+    let windows = params.windows()?;
     if params.disk.is_some() && pristine.is_none() {
         return Err(PlanError::NoPristine);
     }
@@ -62,7 +63,8 @@ pub(crate) fn build(params: PlanParams, pristine: Option<&File>) -> Result<Plan,
     let rings = params
         .disk
         .as_ref()
-        .map(|disk| Rings::new(&content, params.seed, disk.queues, disk.queue_size));
+        .map(|disk| Rings::new(&content, &windows, params.seed, disk.queues, disk.queue_size))
+        .transpose()?;
     let mut builder = Builder {
         params: &params,
         content,
@@ -85,6 +87,7 @@ pub(crate) fn build(params: PlanParams, pristine: Option<&File>) -> Result<Plan,
     let flags = (params.units() * flags_per_unit(cpus)) as usize;
     Ok(Plan {
         params,
+        windows,
         content,
         programs,
         vmm,
@@ -120,7 +123,7 @@ impl Builder<'_> {
     }
 
     fn all_units(&mut self, arrivals: &[Arrival]) -> Result<(), PlanError> {
-        self.set_rings_aside()?;
+        self.set_rings_aside();
         let mut order: Vec<u64> = (0..self.params.units()).collect();
         let mut random = Random::new(self.params.seed, FOR_ORDER, 0);
         put_in_order(&mut order, self.params.order, &mut random);
@@ -166,16 +169,11 @@ impl Builder<'_> {
         }
     }
 
-    fn set_rings_aside(&mut self) -> Result<(), PlanError> {
-        let Some(rings) = &self.rings else { return Ok(()) };
-        let pages = rings.pages();
-        let Some(roles) = self.roles.get_mut(pages.start as usize..pages.end as usize) else {
-            let limit = format!("the rings of its disk end at {}", pages.end * PAGE);
-            let value = self.params.memory_bytes;
-            return Err(PlanError::OutOfRange { what: "memory_bytes", value, limit });
-        };
-        roles.fill(Role::Rings);
-        Ok(())
+    fn set_rings_aside(&mut self) {
+        let Some(rings) = &self.rings else { return };
+        for pages in rings.pages() {
+            self.roles[pages.start as usize..pages.end as usize].fill(Role::Rings);
+        }
     }
 
     /// Gives each of the unit's pages its role.

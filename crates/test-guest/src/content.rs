@@ -7,6 +7,8 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
+use crate::windows::Windows;
+
 /// Bytes in a page.
 pub const PAGE_BYTES: usize = 4096;
 /// Words of 64 bits in a page.
@@ -208,47 +210,45 @@ impl Content {
         difference == 0
     }
 
-    /// Creates (or replaces) a sparse file with the first `bytes` bytes of the image; hole pages
-    /// are not written.
+    /// Creates (or replaces) a sparse file with the memory of a VM in which the image fills these
+    /// windows; hole pages and what lies outside are not written.
     ///
     /// # Errors
-    /// If `bytes` is no multiple of the unit, or the file system refuses.
-    pub fn write_image(&self, path: &Path, bytes: u64) -> io::Result<()> {
-        if !bytes.is_multiple_of(UNIT_BYTES) {
-            let what = format!("an image has a multiple of {UNIT_BYTES} bytes, not {bytes}");
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, what));
-        }
+    /// If the file system refuses.
+    pub fn write_image(&self, path: &Path, windows: &Windows) -> io::Result<()> {
         let file = File::create(path)?;
-        file.set_len(bytes)?;
+        file.set_len(windows.vm_bytes())?;
         let mut buffer = vec![0; UNIT_BYTES as usize];
-        for unit in 0..bytes / UNIT_BYTES {
+        for unit in 0..windows.memory_bytes() / UNIT_BYTES {
             let first = unit * UNIT_PAGES;
+            let packed = windows.packed(unit * UNIT_BYTES);
             let mut start = None;
             for i in 0..UNIT_PAGES as usize {
                 if self.class(first + i as u64) == Class::Hole {
-                    write_run(&file, &buffer, unit, start.take(), i)?;
+                    write_run(&file, &buffer, packed, start.take(), i)?;
                 } else {
                     start = start.or(Some(i));
                     let page = buffer[i * PAGE_BYTES..].first_chunk_mut();
                     self.page(first + i as u64, page.expect("the buffer has a unit's pages"));
                 }
             }
-            write_run(&file, &buffer, unit, start, UNIT_PAGES as usize)?;
+            write_run(&file, &buffer, packed, start, UNIT_PAGES as usize)?;
         }
         Ok(())
     }
 }
 
-/// Writes pages `start` to `end` of the unit in `buffer`, if there is a start.
+/// Writes pages `start` to `end` of the unit in `buffer`, which belongs at `packed` in the image, if
+/// there is a start.
 fn write_run(
     file: &File,
     buffer: &[u8],
-    unit: u64,
+    packed: u64,
     start: Option<usize>,
     end: usize,
 ) -> io::Result<()> {
     let Some(start) = start else { return Ok(()) };
-    let offset = unit * UNIT_BYTES + (start * PAGE_BYTES) as u64;
+    let offset = packed + (start * PAGE_BYTES) as u64;
     file.write_all_at(&buffer[start * PAGE_BYTES..end * PAGE_BYTES], offset)
 }
 
@@ -341,17 +341,18 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("image");
         let content = Content::new(6);
-        let size = 16 * UNIT_BYTES;
-        content.write_image(&path, size).unwrap();
+        let size = 6 << 30;
+        let windows = Windows::new(16 * UNIT_BYTES, size).unwrap();
+        content.write_image(&path, &windows).unwrap();
         let file = File::open(&path).unwrap();
         assert_eq!(file.metadata().unwrap().len(), size);
-        assert!(file.metadata().unwrap().blocks() * 512 < size);
+        assert!(file.metadata().unwrap().blocks() * 512 < 16 * UNIT_BYTES);
         let mut bytes = [0; PAGE_BYTES];
         for page in 0..16 * UNIT_PAGES {
-            file.read_exact_at(&mut bytes, page * PAGE_BYTES as u64).unwrap();
+            let at = windows.packed(page * PAGE_BYTES as u64);
+            file.read_exact_at(&mut bytes, at).unwrap();
             assert!(content.page_is(page, &bytes), "{page}");
         }
-        assert!(content.write_image(&path, 4096).is_err());
     }
 
     #[test]

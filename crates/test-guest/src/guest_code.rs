@@ -72,7 +72,7 @@ const OPCODES: usize = Opcode::End as usize + 1;
 /// The encoded end of a program.
 pub(crate) const END: [u64; 4] = [Opcode::End as u64, 0, 0, 0];
 
-/// Encodes a step; `flag` gives the guest physical address of a flag.
+/// Encodes a step; `flag` gives the guest virtual address of a flag.
 pub(crate) fn encode(step: &Step, flag: impl Fn(usize) -> u64) -> [u64; 4] {
     let (opcode, address, value) = match *step {
         Step::Check { address, expect, width } => {

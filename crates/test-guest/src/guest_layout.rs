@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Where things are in the test guest's address space, and how its vCPUs start.
 //!
-//! | guest physical | what |
+//! | guest virtual | what |
 //! |---|---|
-//! | 0 up to [`MEMORY_LIMIT`] | the memory under test |
-//! | [`MMIO_ADDRESS`] | virtio-mmio devices, 4 KiB each |
-//! | [`CONTROL_ADDRESS`] | the control region: plain memory, always present |
+//! | 0 up to [`LOW_MEMORY_END`](crate::windows::LOW_MEMORY_END) | the memory under test, in one piece; where it really lies say its [windows](crate::windows) |
+//! | [`MMIO_ADDRESS`] | virtio-mmio devices, 4 KiB each, at the same physical address |
+//! | [`CONTROL_ADDRESS`] | the control region: plain memory, always present, at the same physical address or above the VM's memory if that reaches further |
 //!
 //! The control region holds page tables, the interpreter, stacks, result blocks, flags and the
 //! programs: a guest that waits for a page of the memory under test needs nothing else from it.
@@ -25,16 +25,16 @@ use crate::guest_code::{
     STEP_BYTES, assemble, encode,
 };
 use crate::plan::Plan;
+use crate::windows::{LOW_MEMORY_END, Windows, guest_address};
 
-/// Most memory under test, in bytes: it ends below the devices.
-pub const MEMORY_LIMIT: u64 = 0xc000_0000;
 /// Where the first virtio-mmio device is.
 pub const MMIO_ADDRESS: u64 = 0xd000_0000;
 /// Bytes that each virtio-mmio device has.
 pub const MMIO_BYTES: u64 = 0x1000;
 /// The QueueNotify register of the first device, which is the disk.
 pub const BLK_QUEUE_NOTIFY: u64 = MMIO_ADDRESS + 0x50;
-/// Where the control region is: 60 GiB, which 36 bits of physical address reach.
+/// Where the control region is, guest virtual, and physical unless memory lies there: 60 GiB, which
+/// 36 bits of physical address reach.
 pub const CONTROL_ADDRESS: u64 = 0xf_0000_0000;
 /// Most vCPUs.
 pub const MAX_CPUS: u32 = 64;
@@ -45,7 +45,7 @@ const PAGE: u64 = 4096;
 
 // The page tables: one of level 4 and one of level 3, and of level 2 one for each GiB below the
 // limit of memory, one for the devices, one for the control region.
-const MEMORY_TABLES: u64 = MEMORY_LIMIT / GIB;
+const MEMORY_TABLES: u64 = LOW_MEMORY_END / GIB;
 const TABLES: u64 = 2 + MEMORY_TABLES + 2;
 const PRESENT: u64 = 1;
 const WRITABLE: u64 = 1 << 1;
@@ -65,7 +65,9 @@ const FLAGS: u64 = STACKS + MAX_CPUS as u64 * STACK_BYTES;
 #[derive(Clone, Debug)]
 pub struct GuestLayout {
     flags: usize,
-    memory_bytes: u64,
+    windows: Windows,
+    /// Guest physical address of the control region.
+    address: u64,
     /// Offset of each vCPU's program.
     programs: Vec<u64>,
     size: u64,
@@ -80,7 +82,7 @@ pub struct CpuResult {
     pub state: u64,
     /// Index of the step in its program.
     pub step: usize,
-    /// Address that the step named.
+    /// Address that the step named, guest virtual.
     pub address: u64,
     /// What the step expected there.
     pub expected: u64,
@@ -107,6 +109,17 @@ pub enum LayoutError {
     TooLarge {
         /// Bytes.
         size: u64,
+    },
+    /// The guest cannot name all of the memory.
+    #[error(
+        "run the test guest in memory that ends, with its control region, at guest address \
+         {end:#x}: this KVM's vCPUs have {bits} bits of physical address; ask for less memory"
+    )]
+    OutOfReach {
+        /// Guest physical address behind the control region.
+        end: u64,
+        /// Bits that physical addresses have.
+        bits: u32,
     },
     /// The interpreter could not be assembled.
     #[error("assemble the test guest's code: {0}; this is a mistake in the program")]
@@ -142,7 +155,8 @@ impl GuestLayout {
         }
         Ok(GuestLayout {
             flags: plan.flags(),
-            memory_bytes: plan.params().memory_bytes,
+            windows: plan.windows().clone(),
+            address: control_address(plan.windows().vm_bytes()),
             programs,
             size,
             entry: assemble(CONTROL_ADDRESS + CODE)?.entry,
@@ -154,7 +168,12 @@ impl GuestLayout {
         self.size
     }
 
-    /// Guest physical address of the first instruction.
+    /// Guest physical address of the control region.
+    pub fn address(&self) -> u64 {
+        self.address
+    }
+
+    /// Guest virtual address of the first instruction.
     pub fn entry(&self) -> u64 {
         self.entry
     }
@@ -189,25 +208,25 @@ impl GuestLayout {
         Ok(())
     }
 
-    /// An identity map in pages of 2 MiB, of what there is and nothing else.
+    /// A map in pages of 2 MiB, of what there is and nothing else.
     fn fill_page_tables(&self, put: impl Fn(u64, u64)) {
-        let table = |number: u64| CONTROL_ADDRESS + number * PAGE;
+        let table = |number: u64| self.address + number * PAGE;
         let flags = PRESENT | WRITABLE | ACCESSED_DIRTY;
         put(0, table(1) | PRESENT | WRITABLE);
         let mut number = 2;
-        let mut map = |start: u64, bytes: u64| {
+        let mut map = |start: u64, bytes: u64, physical: &dyn Fn(u64) -> u64| {
             for address in (start..start + bytes).step_by(LARGE_PAGE as usize) {
                 if address == start || address.is_multiple_of(GIB) {
                     put(PAGE + address / GIB * 8, table(number) | PRESENT | WRITABLE);
                     number += 1;
                 }
                 let entry = (number - 1) * PAGE + address % GIB / LARGE_PAGE * 8;
-                put(entry, address | flags | LARGE);
+                put(entry, physical(address) | flags | LARGE);
             }
         };
-        map(0, self.memory_bytes);
-        map(MMIO_ADDRESS, LARGE_PAGE);
-        map(CONTROL_ADDRESS, self.size);
+        map(0, self.windows.memory_bytes(), &|offset| self.windows.guest_address(offset));
+        map(MMIO_ADDRESS, LARGE_PAGE, &|address| address);
+        map(CONTROL_ADDRESS, self.size, &|address| address - CONTROL_ADDRESS + self.address);
     }
 
     /// Puts a vCPU at the start of its program. It needs no interrupt controller; with one in KVM
@@ -216,10 +235,14 @@ impl GuestLayout {
     /// CPUID is what KVM offers, without SVM and VMX.
     ///
     /// # Errors
-    /// If KVM refuses.
+    /// If KVM refuses, or its vCPUs cannot name that much memory.
     pub fn setup_vcpu(&self, kvm: &Kvm, vcpu: &VcpuFd, cpu: usize) -> Result<(), LayoutError> {
         let refused = |what| move |error| LayoutError::Kvm { what, cpu, error };
         let cpuid = guest_cpuid(kvm, cpu).map_err(refused("get the CPUID"))?;
+        let (end, bits) = (self.address + self.size, physical_bits(&cpuid));
+        if end.checked_shr(bits).unwrap_or(0) > 0 {
+            return Err(LayoutError::OutOfReach { end, bits });
+        }
         vcpu.set_cpuid2(&cpuid).map_err(refused("set the CPUID"))?;
         let mut sregs = vcpu.get_sregs().map_err(refused("get the special registers"))?;
         let code = kvm_segment {
@@ -240,7 +263,7 @@ impl GuestLayout {
         }
         // No table of interrupts: an exception is a mistake, and ends in a shutdown.
         sregs.idt.limit = 0;
-        sregs.cr3 = CONTROL_ADDRESS;
+        sregs.cr3 = self.address;
         // PAE; LME and LMA; PE, MP, ET, NE, WP, PG.
         sregs.cr4 = 1 << 5;
         sregs.efer = 1 << 8 | 1 << 10;
@@ -259,6 +282,17 @@ impl GuestLayout {
         vcpu.set_mp_state(kvm_mp_state { mp_state: KVM_MP_STATE_RUNNABLE })
             .map_err(refused("start the run"))
     }
+}
+
+/// Guest physical address of the control region beside so many bytes of memory.
+fn control_address(vm_bytes: u64) -> u64 {
+    CONTROL_ADDRESS.max((guest_address(vm_bytes - 1) + 1).next_multiple_of(GIB))
+}
+
+/// Bits of physical address that a vCPU with this CPUID has (AMD64 manual, volume 3, Fn8000_0008).
+fn physical_bits(cpuid: &CpuId) -> u32 {
+    let entry = cpuid.as_slice().iter().find(|entry| entry.function == 0x8000_0008);
+    entry.map(|entry| entry.eax & 0xff).filter(|&bits| bits > 0).unwrap_or(36)
 }
 
 /// What KVM offers to a guest, for vCPU `cpu`, without SVM and VMX: nested guests must not be able
@@ -308,7 +342,8 @@ impl ControlMemory {
         &self.layout
     }
 
-    /// Where it is in this process: for the slot at guest address [`CONTROL_ADDRESS`].
+    /// Where it is in this process: for the slot at the layout's
+    /// [address](GuestLayout::address).
     pub fn mapping(&self) -> &Arc<Mapping> {
         &self.mapping
     }
@@ -353,6 +388,51 @@ impl ControlMemory {
             address: word(RESULT_ADDRESS),
             expected: word(RESULT_EXPECTED),
             found: word(RESULT_FOUND),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::plan::PlanParams;
+
+    #[test]
+    fn the_control_region_makes_way_for_memory() {
+        assert_eq!(control_address(2 << 20), CONTROL_ADDRESS);
+        assert_eq!(control_address(59 * GIB), CONTROL_ADDRESS);
+        assert_eq!(control_address(59 * GIB + LARGE_PAGE), CONTROL_ADDRESS + GIB);
+        assert_eq!(control_address(500 * GIB), 501 * GIB);
+    }
+
+    /// What a vCPU finds at each virtual address of the memory under test.
+    #[test]
+    fn page_tables_lead_to_the_windows() {
+        for (memory_bytes, vm_bytes) in [(64 << 20, 0), (64 << 20, 5 * GIB), (GIB, 64 * GIB)] {
+            let params = PlanParams { memory_bytes, vm_bytes, ..PlanParams::default() };
+            let plan = Plan::new(params, None).unwrap();
+            let layout = GuestLayout::new(&plan).unwrap();
+            let words = (0..TABLES * PAGE / 8).map(|_| AtomicU64::new(0)).collect::<Vec<_>>();
+            layout.fill_page_tables(|offset, value| {
+                words[(offset / 8) as usize].store(value, Ordering::Relaxed);
+            });
+            let entry = |table: u64, index: u64| {
+                let at = (table & !0xfff) - layout.address() + index * 8;
+                words[(at / 8) as usize].load(Ordering::Relaxed)
+            };
+            let physical = |address: u64| {
+                let level3 = entry(layout.address(), 0);
+                let level2 = entry(level3, address / GIB);
+                let leaf = entry(level2, address % GIB / LARGE_PAGE);
+                assert_eq!(leaf & (PRESENT | LARGE), PRESENT | LARGE, "{address:#x}");
+                (leaf & !(LARGE_PAGE - 1)) + address % LARGE_PAGE
+            };
+            for unit in 0..memory_bytes / LARGE_PAGE {
+                let offset = unit * LARGE_PAGE + 4096;
+                assert_eq!(physical(offset), plan.windows().guest_address(offset));
+            }
+            assert_eq!(physical(MMIO_ADDRESS), MMIO_ADDRESS);
+            assert_eq!(physical(CONTROL_ADDRESS), layout.address());
         }
     }
 }

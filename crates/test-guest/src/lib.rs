@@ -7,6 +7,7 @@ pub mod guest_layout;
 pub mod plan;
 pub mod rings;
 pub mod verify;
+pub mod windows;
 
 // What a plan is made of.
 mod actor;
@@ -20,6 +21,7 @@ mod unit;
 // What is verified beside memory.
 mod verify_disk;
 mod verify_memory;
+mod verify_outside;
 mod verify_rings;
 
 #[cfg(test)]

@@ -4,8 +4,9 @@
 use serde::{Deserialize, Serialize};
 
 use crate::content::UNIT_BYTES;
-use crate::guest_layout::{MAX_CPUS, MEMORY_LIMIT};
+use crate::guest_layout::MAX_CPUS;
 use crate::rings::MAX_QUEUE_SIZE;
+use crate::windows::Windows;
 
 /// Most requests whose data lies in the same unit.
 pub(crate) const REQUESTS_PER_UNIT: u64 = 48;
@@ -72,8 +73,11 @@ pub struct DiskParams {
 pub struct PlanParams {
     /// What everything random comes from, the image included.
     pub seed: u64,
-    /// Size of guest memory, a multiple of 2 MiB up to 3 GiB.
+    /// Size of the memory under test, a multiple of 2 MiB up to 3 GiB.
     pub memory_bytes: u64,
+    /// Size of the VM's memory, a multiple of 2 MiB and no less; 0 for the same. The memory under
+    /// test lies in it as [`Windows`] says.
+    pub vm_bytes: u64,
     /// Number of vCPUs.
     pub cpus: u32,
     /// In what order units are come to.
@@ -93,6 +97,7 @@ impl Default for PlanParams {
         PlanParams {
             seed: 0,
             memory_bytes: 64 << 20,
+            vm_bytes: 0,
             cpus: 1,
             order: Order::default(),
             arrivals: Arrivals::default(),
@@ -134,48 +139,47 @@ pub enum PlanError {
     },
 }
 
-fn refuse(what: &'static str, value: u64, limit: impl Into<String>) -> Result<(), PlanError> {
-    Err(PlanError::OutOfRange { what, value, limit: limit.into() })
+pub(crate) fn refuse(what: &'static str, value: u64, limit: impl Into<String>) -> PlanError {
+    PlanError::OutOfRange { what, value, limit: limit.into() }
 }
 
 impl PlanParams {
-    /// Number of units of memory.
+    /// Where the memory under test lies in the VM's.
+    pub(crate) fn windows(&self) -> Result<Windows, PlanError> {
+        let vm_bytes = if self.vm_bytes == 0 { self.memory_bytes } else { self.vm_bytes };
+        Windows::new(self.memory_bytes, vm_bytes)
+    }
+
+    /// Number of units of memory under test.
     pub fn units(&self) -> u64 {
         self.memory_bytes / UNIT_BYTES
     }
 
     pub(crate) fn check(&self) -> Result<(), PlanError> {
-        if self.memory_bytes == 0
-            || !self.memory_bytes.is_multiple_of(UNIT_BYTES)
-            || self.memory_bytes > MEMORY_LIMIT
-        {
-            let limit = format!("it must be a multiple of {UNIT_BYTES} up to {MEMORY_LIMIT}");
-            return refuse("memory_bytes", self.memory_bytes, limit);
-        }
         if self.cpus == 0 || self.cpus > MAX_CPUS {
-            return refuse("cpus", self.cpus.into(), format!("it must be 1 to {MAX_CPUS}"));
+            return Err(refuse("cpus", self.cpus.into(), format!("it must be 1 to {MAX_CPUS}")));
         }
         let Some(disk) = &self.disk else { return Ok(()) };
         if disk.queues == 0 {
-            return refuse("queues", 0, "a disk has at least one");
+            return Err(refuse("queues", 0, "a disk has at least one"));
         }
         if !disk.queue_size.is_power_of_two() || !(4..=MAX_QUEUE_SIZE).contains(&disk.queue_size) {
             let limit = format!("it must be a power of two from 4 to {MAX_QUEUE_SIZE}");
-            return refuse("queue_size", disk.queue_size.into(), limit);
+            return Err(refuse("queue_size", disk.queue_size.into(), limit));
         }
         let most = u64::from(disk.queues) * u64::from(disk.queue_size / 3);
         if u64::from(disk.requests) > most {
             let limit = format!("the queues take {most}, of three descriptors each");
-            return refuse("requests", disk.requests.into(), limit);
+            return Err(refuse("requests", disk.requests.into(), limit));
         }
         let least = REQUEST_PAGES * 8;
         if disk.read_sectors < least {
             let limit = format!("it must be at least {least}");
-            return refuse("read_sectors", disk.read_sectors, limit);
+            return Err(refuse("read_sectors", disk.read_sectors, limit));
         }
         if disk.disk_sectors < disk.read_sectors || disk.disk_sectors > u64::MAX / 512 {
             let limit = format!("it must be at least read_sectors, {}", disk.read_sectors);
-            return refuse("disk_sectors", disk.disk_sectors, limit);
+            return Err(refuse("disk_sectors", disk.disk_sectors, limit));
         }
         Ok(())
     }

@@ -17,6 +17,7 @@ pub use crate::step::{Step, VmmStep, Width};
 
 use crate::content::Content;
 use crate::rings::{Request, Rings};
+use crate::windows::Windows;
 
 /// What becomes of a page.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -68,7 +69,7 @@ pub enum Arrival {
 /// A store that the guest or the VMM makes, and what is in memory after it.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Store {
-    /// Where.
+    /// Offset in the memory under test.
     pub address: u64,
     /// The final value.
     pub value: u64,
@@ -80,6 +81,7 @@ pub struct Store {
 #[derive(Clone, Debug)]
 pub struct Plan {
     pub(crate) params: PlanParams,
+    pub(crate) windows: Windows,
     pub(crate) content: Content,
     pub(crate) programs: Vec<Vec<Step>>,
     pub(crate) vmm: Vec<VmmStep>,
@@ -105,6 +107,11 @@ impl Plan {
     /// What it was made from.
     pub fn params(&self) -> &PlanParams {
         &self.params
+    }
+
+    /// Where the memory under test lies in the VM's.
+    pub fn windows(&self) -> &Windows {
+        &self.windows
     }
 
     /// The image of memory it goes with.

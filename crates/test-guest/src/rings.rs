@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Split virtqueues with all their requests, laid out before the guest starts.
 //!
-//! They lie in demand-paged memory from 2 MiB on, each part of each queue in pages of its own.
+//! They lie in demand-paged memory from 2 MiB on, each part of each queue in pages of its own; where
+//! that memory lies in several windows, the parts of a queue do as well. Addresses in here are
+//! offsets in the memory under test, but for those that the device reads from descriptors.
 //! Descriptors, available rings and headers are written by the VMM before the guest starts
 //! ([`Rings::writes`]), the index of the available ring by the guest, step by step. The pages with
 //! status bytes are left as the image has them, with bytes that are not 0 in these places. Each
@@ -15,10 +17,12 @@ use virtio_bindings::bindings::virtio_ring::{
 };
 
 use crate::content::{Class, Content, PAGE_BYTES, Random, UNIT_BYTES};
+use crate::params::{PlanError, refuse};
+use crate::windows::{Window, Windows};
 
 /// Most descriptors in a queue.
 pub const MAX_QUEUE_SIZE: u16 = 1024;
-/// Where the rings begin, guest physical.
+/// Where the rings begin in the first window.
 pub const RINGS_ADDRESS: u64 = UNIT_BYTES;
 
 const PAGE: u64 = PAGE_BYTES as u64;
@@ -38,7 +42,7 @@ pub enum Direction {
 /// A piece of a request's data, in one descriptor; whole sectors.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Segment {
-    /// Guest physical.
+    /// Offset in the memory under test.
     pub address: u64,
     /// Bytes.
     pub len: u32,
@@ -59,9 +63,9 @@ pub struct Request {
     pub sector: u64,
     /// Where its data is.
     pub data: Vec<Segment>,
-    /// Where its header is, guest physical.
+    /// Where its header is: an offset in the memory under test.
     pub header: u64,
-    /// Where its status byte is, guest physical.
+    /// Where its status byte is, likewise.
     pub status: u64,
 }
 
@@ -100,11 +104,11 @@ impl Request {
 pub struct Queue {
     /// Number of descriptors.
     pub size: u16,
-    /// The descriptor table, guest physical.
+    /// The descriptor table: an offset in the memory under test.
     pub descriptors: u64,
-    /// The available ring, guest physical.
+    /// The available ring, likewise.
     pub avail: u64,
-    /// The used ring, guest physical.
+    /// The used ring, likewise.
     pub used: u64,
     /// Number of requests.
     pub requests: u16,
@@ -115,22 +119,22 @@ pub struct Queue {
 }
 
 impl Queue {
-    /// Address of the available ring's index.
+    /// Offset of the available ring's index.
     pub fn avail_index(&self) -> u64 {
         self.avail + 2
     }
 
-    /// Address of the used ring's index.
+    /// Offset of the used ring's index.
     pub fn used_index(&self) -> u64 {
         self.used + 2
     }
 
-    /// Address of an element of the used ring.
+    /// Offset of an element of the used ring.
     pub(crate) fn used_element(&self, index: u16) -> u64 {
         self.used + 4 + 8 * u64::from(index)
     }
 
-    /// Address of the field behind the used ring's elements in which a device may name the request
+    /// Offset of the field behind the used ring's elements in which a device may name the request
     /// that it wants to be told of.
     pub(crate) fn avail_event(&self) -> u64 {
         self.used_element(self.size)
@@ -142,42 +146,81 @@ impl Queue {
 pub struct Rings {
     queues: Vec<Queue>,
     requests: Vec<Request>,
-    pages: Range<u64>,
+    windows: Windows,
+    pages: Vec<Range<u64>>,
 }
 
-/// Hands out whole pages.
-struct Pages(u64);
+/// Hands out whole pages of a window, in ascending order.
+struct Pages {
+    first: u64,
+    next: u64,
+    end: u64,
+}
 
 impl Pages {
-    fn take(&mut self, bytes: u64) -> u64 {
-        let address = self.0;
-        self.0 += bytes.next_multiple_of(PAGE);
-        address
+    fn new(window: &Window) -> Self {
+        let end = window.offset + window.bytes;
+        let first = window.offset.max(RINGS_ADDRESS.min(end - UNIT_BYTES));
+        Pages { first, next: first, end }
+    }
+
+    fn take(&mut self, bytes: u64) -> Option<u64> {
+        let address = self.next;
+        let next = address + bytes.next_multiple_of(PAGE);
+        (next <= self.end).then(|| {
+            self.next = next;
+            address
+        })
     }
 
     /// The next data page of the image.
-    fn take_data(&mut self, content: &Content) -> u64 {
-        loop {
-            let address = self.take(PAGE);
-            if content.class(address / PAGE) == Class::Data {
-                return address;
-            }
-        }
+    fn take_data(&mut self, content: &Content) -> Option<u64> {
+        let pages = self.next / PAGE..self.end / PAGE;
+        let page = pages.into_iter().find(|&page| content.class(page) == Class::Data)?;
+        self.next = (page + 1) * PAGE;
+        Some(page * PAGE)
+    }
+}
+
+/// Places parts of queues, each in the window after that of the part before.
+struct Places {
+    windows: Vec<Pages>,
+    turn: usize,
+}
+
+impl Places {
+    /// Takes from the next window that has room.
+    fn take(&mut self, from: impl Fn(&mut Pages) -> Option<u64>) -> Option<u64> {
+        let count = self.windows.len();
+        let turn = self.turn;
+        self.turn += 1;
+        (turn..turn + count).find_map(|index| from(&mut self.windows[index % count]))
     }
 }
 
 impl Rings {
     /// Queues without requests.
-    pub(crate) fn new(content: &Content, seed: u64, queues: u16, size: u16) -> Self {
-        let mut pages = Pages(RINGS_ADDRESS);
+    ///
+    /// # Errors
+    /// If there is no room for them.
+    pub(crate) fn new(
+        content: &Content,
+        windows: &Windows,
+        seed: u64,
+        queues: u16,
+        size: u16,
+    ) -> Result<Self, PlanError> {
+        let pages = windows.list().iter().map(Pages::new).collect();
+        let mut places = Places { windows: pages, turn: 0 };
         let most = u64::from(size / 3);
-        let queues = (0..queues)
+        let queues: Option<Vec<_>> = (0..queues)
             .map(|number| {
-                let descriptors = pages.take(DESCRIPTOR_BYTES * u64::from(size));
-                let avail = pages.take(6 + 2 * u64::from(size));
-                let used = pages.take(6 + 8 * u64::from(size));
-                let headers = pages.take(HEADER_BYTES * most);
-                let status_page = pages.take_data(content);
+                let mut take = |bytes| places.take(|pages| pages.take(bytes));
+                let descriptors = take(DESCRIPTOR_BYTES * u64::from(size))?;
+                let avail = take(6 + 2 * u64::from(size))?;
+                let used = take(6 + 8 * u64::from(size))?;
+                let headers = take(HEADER_BYTES * most)?;
+                let status_page = places.take(|pages| pages.take_data(content))?;
                 // Every third byte or so, so that a device that writes too much is found out.
                 let statuses = (status_page..)
                     .filter(|&address| content.read_u64(address) & 0xff != 0)
@@ -186,10 +229,17 @@ impl Rings {
                     .collect();
                 let mut free: Vec<u16> = (0..size).collect();
                 Random::new(seed, FOR_CHAINS, number.into()).shuffle(&mut free);
-                Queue { size, descriptors, avail, used, requests: 0, headers, statuses, free }
+                let requests = 0;
+                Some(Queue { size, descriptors, avail, used, requests, headers, statuses, free })
             })
             .collect();
-        Rings { queues, requests: Vec::new(), pages: RINGS_ADDRESS / PAGE..pages.0 / PAGE }
+        let queues = queues.ok_or_else(|| {
+            let limit = "the rings of its disk need more";
+            refuse("memory_bytes", windows.memory_bytes(), limit)
+        })?;
+        let used = places.windows.iter().map(|pages| pages.first / PAGE..pages.next / PAGE);
+        let (pages, windows) = (used.collect(), windows.clone());
+        Ok(Rings { queues, requests: Vec::new(), windows, pages })
     }
 
     /// Puts a request at the end of a queue; there must be room.
@@ -230,8 +280,8 @@ impl Rings {
     }
 
     /// The pages that are set aside for the rings and all that belongs to them.
-    pub fn pages(&self) -> Range<u64> {
-        self.pages.clone()
+    pub fn pages(&self) -> &[Range<u64>] {
+        &self.pages
     }
 
     /// What the VMM has to write to guest memory before the guest starts: pairs of a guest physical
@@ -243,10 +293,13 @@ impl Rings {
             writes.push((queue.used, vec![0; 4]));
             writes.push((queue.avail_event(), vec![0; 2]));
         }
+        for (address, _) in &mut writes {
+            *address = self.windows.guest_address(*address);
+        }
         writes
     }
 
-    /// What all but the used rings hold in the end, by address.
+    /// What all but the used rings hold in the end, by offset.
     pub(crate) fn final_bytes(&self) -> Vec<(u64, Vec<u8>)> {
         let mut bytes = self.fixed(|queue| queue.requests);
         bytes.extend(self.requests.iter().map(|request| (request.status, vec![0])));
@@ -290,7 +343,8 @@ impl Rings {
                 let flags = flags | next.map_or(0, |_| VRING_DESC_F_NEXT);
                 let at = usize::from(request.chain[i]) * DESCRIPTOR_BYTES as usize;
                 let descriptor = &mut tables[number][at..at + DESCRIPTOR_BYTES as usize];
-                descriptor[..8].copy_from_slice(&segment.address.to_le_bytes());
+                let address = self.windows.guest_address(segment.address);
+                descriptor[..8].copy_from_slice(&address.to_le_bytes());
                 descriptor[8..12].copy_from_slice(&segment.len.to_le_bytes());
                 descriptor[12..14].copy_from_slice(&(flags as u16).to_le_bytes());
                 descriptor[14..].copy_from_slice(&next.unwrap_or(0).to_le_bytes());
@@ -315,17 +369,32 @@ mod tests {
     use super::*;
     use std::collections::HashSet;
 
+    /// How many windows have parts of queues.
+    fn pages_in(rings: &Rings) -> usize {
+        rings.pages().iter().filter(|pages| !pages.is_empty()).count()
+    }
+
     #[test]
     fn parts_do_not_overlap_and_statuses_are_not_zero_before() {
-        for (queues, size) in [(1, 4), (3, 64), (8, 1024)] {
+        for (queues, size, vm) in [(1, 4, 64 << 20), (3, 64, 5 << 30), (8, 1024, 64 << 30)] {
             let content = Content::new(u64::from(size));
-            let mut rings = Rings::new(&content, 1, queues, size);
+            let windows = Windows::new(64 << 20, vm).unwrap();
+            let mut rings = Rings::new(&content, &windows, 1, queues, size).unwrap();
             for i in 0..queues * (size / 3) {
                 let data = vec![Segment { address: 0, len: 512 }];
                 rings.push(i % queues, Direction::Read, u64::from(i), data);
             }
             let mut seen = HashSet::new();
             let mut writes = rings.writes();
+            for (address, bytes) in &mut writes {
+                let offset = windows.offset_of(*address).unwrap();
+                let last = windows.offset_of(*address + bytes.len() as u64 - 1).unwrap();
+                assert_eq!(last - offset, bytes.len() as u64 - 1, "in one piece");
+                *address = offset;
+            }
+            if windows.list().len() > 1 && queues > 1 {
+                assert!(pages_in(&rings) == 4, "each window has parts of a queue");
+            }
             for request in rings.requests() {
                 assert_ne!(content.read_u64(request.status) & 0xff, 0);
                 writes.push((request.status, vec![0]));
@@ -338,7 +407,7 @@ mod tests {
             let pages = rings.pages();
             for (address, bytes) in writes {
                 for byte in address..address + bytes.len() as u64 {
-                    assert!(pages.contains(&(byte / PAGE)), "{byte:#x}");
+                    assert!(pages.iter().any(|p| p.contains(&(byte / PAGE))), "{byte:#x}");
                     assert!(seen.insert(byte), "{byte:#x}");
                 }
             }
@@ -348,18 +417,23 @@ mod tests {
     #[test]
     fn a_chain_is_what_virtio_says() {
         let content = Content::new(1);
-        let mut rings = Rings::new(&content, 1, 1, 8);
-        let data = vec![Segment { address: 0x5000, len: 512 }, Segment { address: 0, len: 1024 }];
+        let windows = Windows::new(16 << 20, 5 << 30).unwrap();
+        let mut rings = Rings::new(&content, &windows, 1, 1, 8).unwrap();
+        // One of them above the hole.
+        let high = (8 << 20) + 0x5000;
+        let data = vec![Segment { address: high, len: 512 }, Segment { address: 0, len: 1024 }];
         let request = rings.push(0, Direction::Read, 7, data).clone();
         assert_eq!((request.bytes(), request.writable_bytes()), (1536, 1537));
         assert_eq!(request.pieces().map(|(_, at)| at).collect::<Vec<_>>(), [3584, 4096]);
+        let gpa = |offset| windows.guest_address(offset);
         let writes = rings.writes();
-        let table = &writes.iter().find(|(at, _)| *at == rings.queues()[0].descriptors).unwrap().1;
+        let table =
+            &writes.iter().find(|(at, _)| *at == gpa(rings.queues()[0].descriptors)).unwrap().1;
         let expected = [
-            (request.header, 16, 1, request.chain[1]),
-            (0x5000, 512, 3, request.chain[2]),
+            (gpa(request.header), 16, 1, request.chain[1]),
+            ((4 << 30) + 0x5000, 512, 3, request.chain[2]),
             (0, 1024, 3, request.chain[3]),
-            (request.status, 1, 2, 0),
+            (gpa(request.status), 1, 2, 0),
         ];
         for (&number, (address, len, flags, next)) in request.chain.iter().zip(expected) {
             let bytes = &table[usize::from(number) * 16..][..16];
@@ -368,7 +442,7 @@ mod tests {
             assert_eq!(bytes[12..14], u16::to_le_bytes(flags));
             assert_eq!(bytes[14..], u16::to_le_bytes(next));
         }
-        let header = &writes.iter().find(|(at, _)| *at == request.header).unwrap().1;
+        let header = &writes.iter().find(|(at, _)| *at == gpa(request.header)).unwrap().1;
         assert_eq!(header[..], [0, 0, 0, 0, 0, 0, 0, 0, 7, 0, 0, 0, 0, 0, 0, 0]);
     }
 }

@@ -29,7 +29,8 @@ impl<'a> Machine<'a> {
         }
         let queues = plan.rings().map_or(0, |rings| rings.queues().len());
         for (address, bytes) in plan.rings().iter().flat_map(|rings| rings.writes()) {
-            memory[address as usize..][..bytes.len()].copy_from_slice(&bytes);
+            let offset = plan.windows().offset_of(address).unwrap();
+            memory[offset as usize..][..bytes.len()].copy_from_slice(&bytes);
         }
         Machine {
             plan,
@@ -192,7 +193,10 @@ impl<'a> Machine<'a> {
             let at = queue.descriptors + 16 * u64::from(number);
             let (address, len) = (self.read(at, 8), self.read(at + 8, 4));
             let flags = self.read(at + 12, 2);
-            chain.push((address, len, flags & 2 != 0));
+            // What is in one piece for the device is in one piece here.
+            let offset = self.plan.windows().offset_of(address).unwrap();
+            assert_eq!(self.plan.windows().offset_of(address + len - 1), Some(offset + len - 1));
+            chain.push((offset, len, flags & 2 != 0));
             next = (flags & 1 != 0).then(|| self.read(at + 14, 2) as u16);
         }
         let [(header, 16, false), data @ .., (status, 1, true)] = &chain[..] else {

@@ -36,7 +36,8 @@ impl Width {
     }
 }
 
-/// One step of a vCPU's program. Addresses are guest physical.
+/// One step of a vCPU's program. Addresses are guest virtual, which are offsets in the memory under
+/// test, or the register that a kick names.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Step {
     /// Read, and end in failure unless it is what was expected. The address need not be aligned,
@@ -109,7 +110,7 @@ pub enum Step {
     },
 }
 
-/// One step of what the VMM does, through vm-memory. Addresses are guest physical.
+/// One step of what the VMM does, through vm-memory. Addresses are offsets in the memory under test.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum VmmStep {
     /// Read a page, and fail unless it is what the image holds.

@@ -6,7 +6,7 @@
 //! process of its own that has had no part in anything. Memory must be complete: what has not
 //! arrived reads as zeros here, and is reported.
 
-pub use crate::verify_memory::FinalMemory;
+pub use crate::verify_memory::{FinalMemory, Part};
 
 use std::fmt;
 use std::fs::File;
@@ -14,10 +14,10 @@ use std::os::unix::fs::FileExt;
 
 use serde::Serialize;
 
-use crate::content::{PAGE_BYTES, UNIT_PAGES};
+use crate::content::{PAGE_BYTES, UNIT_BYTES, UNIT_PAGES};
 use crate::plan::{Plan, Role, Width};
 use crate::rings::Direction;
-use crate::{verify_disk, verify_rings};
+use crate::{verify_disk, verify_outside, verify_rings};
 
 const PAGE: u64 = PAGE_BYTES as u64;
 
@@ -79,7 +79,7 @@ pub struct Verdict {
     pub differences: Vec<Difference>,
     /// How many there are: pages, blocks of the disk, entries of rings.
     pub difference_count: u64,
-    /// Bytes of memory that were compared.
+    /// Bytes of memory under test that were compared.
     pub memory_bytes: u64,
     /// Bytes of disk that were compared.
     pub disk_bytes: u64,
@@ -136,7 +136,8 @@ pub struct Disks<'a> {
 }
 
 /// Compares every byte of memory, and of the disk if there is one, with what it must be after
-/// `plan`.
+/// `plan`; what of memory is not under test must be zero. With `untouched` it must not even be there:
+/// nobody has ever asked for it.
 ///
 /// # Errors
 /// If something cannot be read. That something differs is no error but a verdict.
@@ -144,16 +145,19 @@ pub fn verify(
     plan: &Plan,
     memory: &FinalMemory<'_>,
     disks: Option<Disks<'_>>,
+    untouched: bool,
 ) -> Result<Verdict, VerifyError> {
     if plan.rings().is_some() && disks.is_none() {
         return Err(VerifyError::NoDisk);
     }
+    memory.check_length(plan.windows().vm_bytes())?;
     let mut verdict = Verdict::default();
     let mut pieces = pieces_of(plan);
     verify_rings::check(plan, memory, &mut pieces, &mut verdict)?;
     pieces.sort_unstable_by_key(|piece| piece.address);
     let pristine = disks.map(|disks| disks.pristine);
     compare_memory(plan, memory, &pieces, pristine, &mut verdict)?;
+    verify_outside::check(plan, memory, untouched, &mut verdict)?;
     if let Some(disks) = disks {
         verify_disk::compare(plan, disks, &mut verdict)?;
     }
@@ -228,9 +232,9 @@ fn compare_memory(
     let mut buffer = Vec::new();
     let mut expected = Box::new([0; PAGE_BYTES]);
     let mut pieces = pieces.iter().peekable();
-    memory.check_length(plan.params().memory_bytes)?;
+    let windows = plan.windows();
     for unit in 0..plan.params().units() {
-        let bytes = memory.unit(unit, &mut buffer)?;
+        let bytes = memory.unit(windows.packed(unit * UNIT_BYTES), &mut buffer)?;
         let (pages, _) = bytes.as_chunks::<PAGE_BYTES>();
         for (page, found) in (unit * UNIT_PAGES..).zip(pages) {
             let end = (page + 1) * PAGE;
@@ -257,7 +261,8 @@ fn compare_memory(
             };
             let role = plan.roles()[page as usize];
             let (place, role) = (Place::Memory, describe(role));
-            verdict.add(difference(place, page * PAGE, &expected[..], found, role, note));
+            let start = windows.guest_address(page * PAGE);
+            verdict.add(difference(place, start, &expected[..], found, role, note));
         }
     }
     verdict.memory_bytes = plan.params().memory_bytes;

@@ -11,64 +11,55 @@ use crate::verify::VerifyError;
 
 const WHAT: &str = "guest memory";
 
-/// Guest memory after the fact; nothing may change it any more.
+/// Guest memory after the fact, all of the VM's; nothing may change it any more.
 #[derive(Debug)]
 pub enum FinalMemory<'a> {
     /// In this process.
     Bytes(&'a [u8]),
-    /// In a file, a memfd, or a memfd of huge pages.
-    File(&'a File),
-    /// Likewise, mapped.
-    Mapped(Mapping),
+    /// In files, memfds, or memfds of huge pages: one for each region, by guest address.
+    Files(Vec<Part<'a>>),
+}
+
+/// One of the files that hold guest memory.
+#[derive(Debug)]
+pub struct Part<'a> {
+    /// Where in the VM's memory it begins.
+    pub(crate) start: u64,
+    /// Its length, in bytes.
+    pub(crate) len: u64,
+    pub(crate) file: &'a File,
+    mapping: Option<Mapping>,
 }
 
 /// A file's bytes, mapped to be read.
 #[derive(Debug)]
-pub struct Mapping {
+struct Mapping {
     start: *const u8,
     len: usize,
 }
 
 impl<'a> FinalMemory<'a> {
-    /// Takes memory from a file: maps it if all of it is allocated, which is faster; else it is
-    /// read, because reading a mapping would allocate what is not there.
+    /// Takes memory from files, one for each region. A file is mapped if all of it is allocated,
+    /// which is faster; else it is read, because reading a mapping would allocate what is not
+    /// there.
     ///
     /// # Errors
-    /// If the system refuses to say how large it is.
-    pub fn open(file: &'a File) -> io::Result<Self> {
-        let metadata = file.metadata()?;
-        let len = metadata.len();
-        if len > 0 && metadata.blocks() * 512 >= len {
-            // SAFETY: a new mapping at an address that the kernel chooses.
-            let start = unsafe {
-                let (prot, flags) = (libc::PROT_READ, libc::MAP_SHARED);
-                libc::mmap(std::ptr::null_mut(), len as usize, prot, flags, file.as_raw_fd(), 0)
-            };
-            if start != libc::MAP_FAILED {
-                let mapping = Mapping { start: start.cast_const().cast(), len: len as usize };
-                return Ok(FinalMemory::Mapped(mapping));
-            }
+    /// If the system refuses to say how large a file is.
+    pub fn open(files: &'a [File]) -> io::Result<Self> {
+        let mut start = 0;
+        let mut parts = Vec::new();
+        for file in files {
+            let part = Part::open(file, start)?;
+            start += part.len;
+            parts.push(part);
         }
-        Ok(FinalMemory::File(file))
-    }
-
-    fn bytes(&self) -> Option<&[u8]> {
-        match self {
-            FinalMemory::Bytes(bytes) => Some(bytes),
-            // SAFETY: the mapping has that many bytes and lives as long as `self`; the caller has
-            // said that nothing changes it.
-            FinalMemory::Mapped(mapping) => unsafe {
-                Some(std::slice::from_raw_parts(mapping.start, mapping.len))
-            },
-            FinalMemory::File(_) => None,
-        }
+        Ok(FinalMemory::Files(parts))
     }
 
     pub(crate) fn check_length(&self, needed: u64) -> Result<(), VerifyError> {
-        let found = match (self, self.bytes()) {
-            (_, Some(bytes)) => bytes.len() as u64,
-            (FinalMemory::File(file), None) => file.metadata().map_or(0, |m| m.len()),
-            (_, None) => 0,
+        let found = match self {
+            FinalMemory::Bytes(bytes) => bytes.len() as u64,
+            FinalMemory::Files(parts) => parts.last().map_or(0, |part| part.start + part.len),
         };
         if found < needed {
             return Err(VerifyError::Short { what: WHAT, found, needed });
@@ -76,42 +67,92 @@ impl<'a> FinalMemory<'a> {
         Ok(())
     }
 
-    /// Reads from memory that is known to be long enough.
-    pub(crate) fn read(&self, address: u64, to: &mut [u8]) -> Result<(), VerifyError> {
-        let len = to.len() as u64;
+    /// Reads from memory that is known to be long enough, within a unit.
+    pub(crate) fn read(&self, packed: u64, to: &mut [u8]) -> Result<(), VerifyError> {
         match self {
-            FinalMemory::File(file) => file
-                .read_exact_at(to, address)
-                .map_err(|error| VerifyError::Read { what: WHAT, offset: address, len, error }),
-            _ => {
-                let bytes = self.bytes().unwrap_or_default();
-                to.copy_from_slice(&bytes[address as usize..][..to.len()]);
+            FinalMemory::Bytes(bytes) => {
+                to.copy_from_slice(&bytes[packed as usize..][..to.len()]);
                 Ok(())
             }
+            FinalMemory::Files(parts) => Part::find(parts, packed).read(packed, to),
         }
     }
 
-    /// The bytes of a unit, in `buffer` if they have to be read.
+    /// The bytes of the unit at `packed`, in `buffer` if they have to be read.
     pub(crate) fn unit<'b>(
         &'b self,
-        unit: u64,
+        packed: u64,
         buffer: &'b mut Vec<u8>,
     ) -> Result<&'b [u8], VerifyError> {
-        let start = unit * UNIT_BYTES;
-        match self.bytes() {
-            Some(bytes) => Ok(&bytes[start as usize..][..UNIT_BYTES as usize]),
+        let (start, bytes) = match self {
+            FinalMemory::Bytes(bytes) => (0, Some(*bytes)),
+            FinalMemory::Files(parts) => {
+                let part = Part::find(parts, packed);
+                (part.start, part.mapping.as_ref().map(Mapping::bytes))
+            }
+        };
+        match bytes {
+            Some(bytes) => Ok(&bytes[(packed - start) as usize..][..UNIT_BYTES as usize]),
             None => {
                 buffer.resize(UNIT_BYTES as usize, 0);
-                self.read(start, buffer)?;
+                self.read(packed, buffer)?;
                 Ok(buffer)
             }
         }
     }
 }
 
+impl<'a> Part<'a> {
+    fn open(file: &'a File, start: u64) -> io::Result<Self> {
+        let metadata = file.metadata()?;
+        let len = metadata.len();
+        let whole = len > 0 && metadata.blocks() * 512 >= len;
+        Ok(Part { start, len, file, mapping: if whole { Mapping::new(file, len) } else { None } })
+    }
+
+    /// The part in which the byte at `packed` lies, which is known to be in one.
+    fn find<'b>(parts: &'b [Part<'a>], packed: u64) -> &'b Part<'a> {
+        &parts[parts.partition_point(|part| part.start + part.len <= packed)]
+    }
+
+    /// Whether it is mapped, and not read.
+    pub fn is_mapped(&self) -> bool {
+        self.mapping.is_some()
+    }
+
+    pub(crate) fn read(&self, packed: u64, to: &mut [u8]) -> Result<(), VerifyError> {
+        let len = to.len() as u64;
+        self.file.read_exact_at(to, packed - self.start).map_err(|error| VerifyError::Read {
+            what: WHAT,
+            offset: packed,
+            len,
+            error,
+        })
+    }
+}
+
+impl Mapping {
+    /// Maps a file; `None` where the system refuses, and it has to be read.
+    fn new(file: &File, len: u64) -> Option<Self> {
+        // SAFETY: a new mapping at an address that the kernel chooses.
+        let start = unsafe {
+            let (prot, flags) = (libc::PROT_READ, libc::MAP_SHARED);
+            libc::mmap(std::ptr::null_mut(), len as usize, prot, flags, file.as_raw_fd(), 0)
+        };
+        (start != libc::MAP_FAILED)
+            .then(|| Mapping { start: start.cast_const().cast(), len: len as usize })
+    }
+
+    fn bytes(&self) -> &[u8] {
+        // SAFETY: the mapping has that many bytes and lives as long as `self`; whoever gave the
+        // file has said that nothing changes it.
+        unsafe { std::slice::from_raw_parts(self.start, self.len) }
+    }
+}
+
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY: the mapping that `open` made; whoever borrowed from it is gone.
+        // SAFETY: the mapping that `new` made; whoever borrowed from it is gone.
         unsafe { libc::munmap(self.start.cast_mut().cast(), self.len) };
     }
 }

@@ -14,15 +14,15 @@ pub(crate) fn check(
     verdict: &mut Verdict,
 ) -> Result<(), VerifyError> {
     let Some(rings) = plan.rings() else { return Ok(()) };
-    memory.check_length(plan.params().memory_bytes)?;
+    let windows = plan.windows();
     for (number, queue) in rings.queues().iter().enumerate() {
         let mut wrong = |offset, expected: u64, found: u64, bytes, note: &str| {
             let (role, note) = (format!("used ring of queue {number}"), note.to_owned());
-            let place = Place::Ring;
+            let (place, offset) = (Place::Ring, windows.guest_address(offset));
             verdict.add(Difference { place, offset, expected, found, bytes, role, note });
         };
         let mut used = vec![0; 4 + 8 * usize::from(queue.requests)];
-        memory.read(queue.used, &mut used)?;
+        memory.read(windows.packed(queue.used), &mut used)?;
         push_known(pieces, queue.used, &used);
         let (start, elements) = used.split_at(4);
         let (flags, index) = (half(&start[..2]), half(&start[2..]));
@@ -35,7 +35,7 @@ pub(crate) fn check(
             wrong(queue.used_index(), expected, found, 2, "the number of answers");
         }
         let mut event = [0; 2];
-        memory.read(queue.avail_event(), &mut event)?;
+        memory.read(windows.packed(queue.avail_event()), &mut event)?;
         push_known(pieces, queue.avail_event(), &event);
         if half(&event) > queue.requests {
             wrong(queue.avail_event(), 0, half(&event).into(), 2, "the avail_event field");

@@ -10,6 +10,7 @@ use crate::plan::{Arrivals, DiskParams, Order, Plan, PlanError, PlanParams, Role
 use crate::rings::Direction;
 use crate::simulation::Machine;
 use crate::verify::{Disks, FinalMemory, Place, VerifyError, describe, verify};
+use crate::windows::LOW_MEMORY_END;
 
 const PAGE: u64 = PAGE_BYTES as u64;
 const READ_SECTORS: u64 = 1000;
@@ -40,6 +41,7 @@ fn params(seed: u64) -> PlanParams {
     PlanParams {
         seed,
         memory_bytes: (2 + random(0) % 6) * UNIT_BYTES,
+        vm_bytes: [0, 3 << 30, (3 << 30) + UNIT_BYTES, 5 << 30][(random(9) % 4) as usize],
         cpus: [1, 2, 3, 4, 8][(random(1) % 5) as usize],
         order: [Order::Sequential, Order::Random, Order::Strided][(random(2) % 3) as usize],
         arrivals: if random(3) % 3 == 0 { Arrivals::Free } else { Arrivals::Mixed },
@@ -76,6 +78,28 @@ fn full_params(seed: u64) -> PlanParams {
     }
 }
 
+/// The memory of the plan's VM in a file for each region.
+fn files_of(plan: &Plan, memory: &[u8]) -> Vec<File> {
+    let vm_bytes = plan.windows().vm_bytes();
+    let low = vm_bytes.min(LOW_MEMORY_END);
+    let sizes = [low, vm_bytes - low];
+    let files: Vec<File> = sizes
+        .into_iter()
+        .filter(|&size| size > 0)
+        .map(|size| {
+            let file = tempfile::tempfile().unwrap();
+            file.set_len(size).unwrap();
+            file
+        })
+        .collect();
+    for window in plan.windows().list() {
+        let bytes = &memory[window.offset as usize..][..window.bytes as usize];
+        let high = usize::from(window.packed >= low);
+        files[high].write_all_at(bytes, window.packed - low * high as u64).unwrap();
+    }
+    files
+}
+
 #[test]
 fn plans_come_to_their_end_and_memory_is_right_for_many_seeds() {
     let test = TestDisk::new();
@@ -86,9 +110,13 @@ fn plans_come_to_their_end_and_memory_is_right_for_many_seeds() {
             let disk = test.fresh();
             let mut machine = Machine::new(&plan, Some(&disk), seed * 10 + schedule);
             machine.run();
-            let memory = FinalMemory::Bytes(&machine.memory);
+            let files = files_of(&plan, &machine.memory);
+            let memory = match params.vm_bytes {
+                0 => FinalMemory::Bytes(&machine.memory),
+                _ => FinalMemory::open(&files).unwrap(),
+            };
             let disks = Disks { pristine: &test.pristine, disk: &disk };
-            let verdict = verify(&plan, &memory, Some(disks)).unwrap();
+            let verdict = verify(&plan, &memory, Some(disks), true).unwrap();
             assert!(verdict.equal, "{params:?}: {:#?}", verdict.differences);
             assert_eq!(verdict.memory_bytes, params.memory_bytes);
             assert_eq!(verdict.disk_bytes, (DISK_SECTORS + 3) * 512);
@@ -142,7 +170,8 @@ fn one_wrong_byte_of_any_role_is_found() {
     places.extend([plan.requests()[0].header + 3, plan.requests()[0].status]);
     for at in places {
         machine.memory[at as usize] ^= 0x10;
-        let verdict = verify(&plan, &FinalMemory::Bytes(&machine.memory), Some(disks)).unwrap();
+        let verdict =
+            verify(&plan, &FinalMemory::Bytes(&machine.memory), Some(disks), false).unwrap();
         assert!(!verdict.equal);
         assert_eq!(verdict.difference_count, 1, "{at:#x} {:#?}", verdict.differences);
         let difference = &verdict.differences[0];
@@ -156,11 +185,11 @@ fn one_wrong_byte_of_any_role_is_found() {
         machine.memory[page * PAGE_BYTES..].first_chunk_mut().unwrap();
     let before = *bytes;
     plan.content().page(page as u64, bytes);
-    let verdict = verify(&plan, &FinalMemory::Bytes(&machine.memory), Some(disks)).unwrap();
+    let verdict = verify(&plan, &FinalMemory::Bytes(&machine.memory), Some(disks), false).unwrap();
     let note = &verdict.differences[0].note;
     assert!(note.contains("image's") || note.contains("zeros"), "{note}");
     machine.memory[page * PAGE_BYTES..][..PAGE_BYTES].copy_from_slice(&before);
-    let verdict = verify(&plan, &FinalMemory::Bytes(&machine.memory), Some(disks)).unwrap();
+    let verdict = verify(&plan, &FinalMemory::Bytes(&machine.memory), Some(disks), false).unwrap();
     assert!(verdict.equal);
 }
 
@@ -186,14 +215,14 @@ fn wrong_used_rings_are_found() {
     for (what, damage) in damages {
         let mut memory = machine.memory.clone();
         damage(&mut memory);
-        let verdict = verify(&plan, &FinalMemory::Bytes(&memory), Some(disks)).unwrap();
+        let verdict = verify(&plan, &FinalMemory::Bytes(&memory), Some(disks), false).unwrap();
         assert_eq!(verdict.difference_count, 1, "{what}: {:#?}", verdict.differences);
     }
     // A device may ask not to be notified, and say of what it wants to be told.
     let mut memory = machine.memory.clone();
     memory[queue.used as usize] = 1;
     memory[queue.avail_event() as usize] = queue.requests as u8;
-    assert!(verify(&plan, &FinalMemory::Bytes(&memory), Some(disks)).unwrap().equal);
+    assert!(verify(&plan, &FinalMemory::Bytes(&memory), Some(disks), false).unwrap().equal);
 }
 
 #[test]
@@ -205,8 +234,8 @@ fn wrong_disks_are_found() {
     machine.run();
     let memory = FinalMemory::Bytes(&machine.memory);
     let disks = Disks { pristine: &test.pristine, disk: &disk };
-    assert!(verify(&plan, &memory, Some(disks)).unwrap().equal);
-    assert!(matches!(verify(&plan, &memory, None), Err(VerifyError::NoDisk)));
+    assert!(verify(&plan, &memory, Some(disks), false).unwrap().equal);
+    assert!(matches!(verify(&plan, &memory, None, false), Err(VerifyError::NoDisk)));
 
     let request = plan.requests().iter().find(|r| r.direction == Direction::Write).unwrap();
     for (offset, role) in [
@@ -218,7 +247,7 @@ fn wrong_disks_are_found() {
         let mut byte = [0];
         disk.read_exact_at(&mut byte, offset).unwrap();
         disk.write_all_at(&[byte[0] ^ 1], offset).unwrap();
-        let verdict = verify(&plan, &memory, Some(disks)).unwrap();
+        let verdict = verify(&plan, &memory, Some(disks), false).unwrap();
         assert_eq!(verdict.difference_count, 1, "{:#?}", verdict.differences);
         let difference = &verdict.differences[0];
         assert_eq!((difference.place, difference.offset), (Place::Disk, offset));
@@ -231,10 +260,10 @@ fn wrong_disks_are_found() {
     let mut old = piece.clone();
     test.pristine.read_exact_at(&mut old, request.sector * 512).unwrap();
     disk.write_all_at(&old, request.sector * 512).unwrap();
-    assert!(!verify(&plan, &memory, Some(disks)).unwrap().equal);
+    assert!(!verify(&plan, &memory, Some(disks), false).unwrap().equal);
     disk.write_all_at(&piece, request.sector * 512).unwrap();
     disk.set_len((DISK_SECTORS + 2) * 512).unwrap();
-    let verdict = verify(&plan, &memory, Some(disks)).unwrap();
+    let verdict = verify(&plan, &memory, Some(disks), false).unwrap();
     assert_eq!(verdict.differences[0].role, "the length of the disk");
 }
 
@@ -244,22 +273,68 @@ fn memory_in_files_is_read_or_mapped() {
     let plan = Plan::new(params, None).unwrap();
     let mut machine = Machine::new(&plan, None, 1);
     machine.run();
-    let file = tempfile::tempfile().unwrap();
+    let files = [tempfile::tempfile().unwrap()];
+    let file = &files[0];
+    let is_mapped = |memory: &FinalMemory<'_>| matches!(memory, FinalMemory::Files(parts) if parts[0].is_mapped());
     file.write_all_at(&machine.memory, 0).unwrap();
-    let memory = FinalMemory::open(&file).unwrap();
-    assert!(verify(&plan, &memory, None).unwrap().equal);
-    assert!(verify(&plan, &FinalMemory::File(&file), None).unwrap().equal);
+    let memory = FinalMemory::open(&files).unwrap();
+    assert!(is_mapped(&memory));
+    assert!(verify(&plan, &memory, None, false).unwrap().equal);
     file.write_all_at(&[machine.memory[5000] ^ 1], 5000).unwrap();
-    assert!(!verify(&plan, &memory, None).unwrap().equal);
+    assert!(!verify(&plan, &memory, None, false).unwrap().equal);
     drop(memory);
     // Longer than what is allocated: it is read.
     file.set_len(4 * UNIT_BYTES).unwrap();
-    let memory = FinalMemory::open(&file).unwrap();
-    assert!(matches!(memory, FinalMemory::File(_)));
-    assert!(!verify(&plan, &memory, None).unwrap().equal);
+    let memory = FinalMemory::open(&files).unwrap();
+    assert!(!is_mapped(&memory));
+    assert!(!verify(&plan, &memory, None, false).unwrap().equal);
+    file.write_all_at(&[machine.memory[5000]], 5000).unwrap();
+    assert!(verify(&plan, &memory, None, false).unwrap().equal);
     file.set_len(UNIT_BYTES).unwrap();
-    let memory = FinalMemory::open(&file).unwrap();
-    assert!(matches!(verify(&plan, &memory, None), Err(VerifyError::Short { .. })));
+    let memory = FinalMemory::open(&files).unwrap();
+    assert!(matches!(verify(&plan, &memory, None, false), Err(VerifyError::Short { .. })));
+}
+
+#[test]
+fn memory_around_the_hole_and_what_lies_outside() {
+    let test = TestDisk::new();
+    let disk = test.fresh();
+    let params = PlanParams { vm_bytes: 5 << 30, ..full_params(6) };
+    let plan = Plan::new(params, Some(&test.pristine)).unwrap();
+    let mut machine = Machine::new(&plan, Some(&disk), 1);
+    machine.run();
+    let disks = Disks { pristine: &test.pristine, disk: &disk };
+    let files = files_of(&plan, &machine.memory);
+    let differences = |untouched| {
+        let memory = FinalMemory::open(&files).unwrap();
+        let verdict = verify(&plan, &memory, Some(disks), untouched).unwrap();
+        assert_eq!(verdict.equal, verdict.difference_count == 0);
+        verdict.differences
+    };
+    assert!(differences(true).is_empty());
+    // A byte in each window, which is reported where the guest has it.
+    for window in plan.windows().list() {
+        let high = usize::from(window.packed >= LOW_MEMORY_END);
+        let at = window.packed - LOW_MEMORY_END * high as u64 + 4095;
+        let mut byte = [0];
+        files[high].read_exact_at(&mut byte, at).unwrap();
+        files[high].write_all_at(&[byte[0] ^ 1], at).unwrap();
+        let found = differences(true);
+        assert_eq!(found.len(), 1, "{found:#?}");
+        assert_eq!(found[0].offset, plan.windows().guest_address(window.offset) + 4095);
+        files[high].write_all_at(&byte, at).unwrap();
+    }
+    // Zeros outside: nobody may have asked for them, or they may be.
+    files[1].write_all_at(&[0; PAGE_BYTES], 1 << 30).unwrap();
+    let found = differences(true);
+    assert_eq!(found.len(), 1, "{found:#?}");
+    assert!(found[0].note.contains("nobody has asked for"), "{}", found[0]);
+    assert!(differences(false).is_empty());
+    // Anything else is wrong.
+    files[1].write_all_at(&[7], (1 << 30) + 9).unwrap();
+    let found = differences(false);
+    assert_eq!(found.len(), 1, "{found:#?}");
+    assert_eq!((found[0].offset, found[0].bytes), ((5 << 30) + 9, 1));
 }
 
 #[test]
@@ -273,11 +348,14 @@ fn parameters_that_do_not_go_together_are_refused() {
         error
     };
     assert!(refused(&|p| p.memory_bytes = 5000).contains("memory_bytes"));
-    assert!(refused(&|p| p.memory_bytes = UNIT_BYTES).contains("rings"));
+    assert!(refused(&|p| p.memory_bytes = UNIT_BYTES).contains("room"));
     assert!(refused(&|p| p.memory_bytes = 4 << 30).contains("memory_bytes"));
+    assert!(refused(&|p| p.vm_bytes = 3 * UNIT_BYTES).contains("vm_bytes"));
+    assert!(refused(&|p| p.vm_bytes = (5 << 30) + 4096).contains("vm_bytes"));
     assert!(refused(&|p| p.cpus = 0).contains("cpus"));
     let disk = |change: fn(&mut DiskParams)| refused(&|p| change(p.disk.as_mut().unwrap()));
     assert!(disk(|d| d.queues = 0).contains("queues"));
+    assert!(disk(|d| d.queues = 1000).contains("rings"));
     assert!(disk(|d| d.queue_size = 100).contains("queue_size"));
     assert!(disk(|d| d.requests = 90).contains("requests"));
     assert!(disk(|d| (d.queues, d.requests) = (8, 300)).contains("room"));

@@ -11,7 +11,7 @@ use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use test_guest::content::{PAGE_BYTES, write_disk};
 use test_guest::guest_code::{DONE, FAILED, PORT_END, PORT_WAIT};
-use test_guest::guest_layout::{BLK_QUEUE_NOTIFY, CONTROL_ADDRESS, ControlMemory};
+use test_guest::guest_layout::{BLK_QUEUE_NOTIFY, ControlMemory};
 use test_guest::plan::{Arrivals, DiskParams, Order, Plan, PlanParams, Step, Width, run_vmm_actor};
 use test_guest::rings::Direction;
 use test_guest::verify::{Disks, FinalMemory, verify};
@@ -58,7 +58,10 @@ impl Machine {
         let control = ControlMemory::new(plan).unwrap();
         let vm = kvm.create_vm().unwrap();
         let host = memory.get_host_address(GuestAddress(0)).unwrap() as u64;
-        let slots = [(0, bytes, host), (CONTROL_ADDRESS, control.size(), control.host_address())];
+        let slots = [
+            (0, bytes, host),
+            (control.layout().address(), control.size(), control.host_address()),
+        ];
         for (slot, (guest_phys_addr, memory_size, userspace_addr)) in slots.into_iter().enumerate()
         {
             let region = kvm_userspace_memory_region {
@@ -189,6 +192,7 @@ fn params(cpus: u32, order: Order, arrivals: Arrivals) -> PlanParams {
     PlanParams {
         seed: u64::from(cpus) * 10 + order as u64,
         memory_bytes: 8 << 20,
+        vm_bytes: 0,
         cpus,
         order,
         arrivals,
@@ -213,7 +217,7 @@ fn plans_come_to_their_end_and_memory_is_right() {
         machine.run(&plan, None);
         println!("{cpus} vCPUs, {} touches: {:?}", plan.guest_touches(), start.elapsed());
         let bytes = machine.final_memory(&plan);
-        let verdict = verify(&plan, &FinalMemory::Bytes(&bytes), None).unwrap();
+        let verdict = verify(&plan, &FinalMemory::Bytes(&bytes), None, false).unwrap();
         assert!(verdict.equal, "{:#?}", verdict.differences);
     }
 }
@@ -243,7 +247,7 @@ fn requests_are_made_and_answers_waited_for() {
         machine.run(&plan, Some(&disk));
         let bytes = machine.final_memory(&plan);
         let disks = Disks { pristine: &pristine, disk: &disk };
-        let verdict = verify(&plan, &FinalMemory::Bytes(&bytes), Some(disks)).unwrap();
+        let verdict = verify(&plan, &FinalMemory::Bytes(&bytes), Some(disks), false).unwrap();
         assert!(verdict.equal, "{:#?}", verdict.differences);
     }
 }

@@ -21,12 +21,15 @@ struct Arguments {
     /// The plan's parameters, as JSON
     #[arg(long, value_name = "FILE")]
     params: PathBuf,
-    /// Guest memory, as a file descriptor that this process inherits
+    /// Guest memory, as a file descriptor that this process inherits; once for each region
     #[arg(long, value_name = "N")]
-    memory_fd: Option<RawFd>,
-    /// Guest memory, as a file
+    memory_fd: Vec<RawFd>,
+    /// Guest memory, as a file; once for each region, by guest address
     #[arg(long, value_name = "FILE")]
-    memory: Option<PathBuf>,
+    memory: Vec<PathBuf>,
+    /// Memory that is not under test must not even be allocated
+    #[arg(long)]
+    untouched: bool,
     /// The disk as it is now
     #[arg(long, value_name = "FILE", requires = "pristine")]
     disk: Option<PathBuf>,
@@ -65,20 +68,20 @@ fn run(arguments: &Arguments) -> Result<Verdict, String> {
         })?;
     let disk = arguments.disk.as_deref().map(open).transpose()?;
     let pristine = arguments.pristine.as_deref().map(open).transpose()?;
-    let memory = match (arguments.memory_fd, &arguments.memory) {
-        (Some(fd), _) => inherited(fd)?,
-        (None, Some(path)) => open(path)?,
-        (None, None) => return Err("no memory was given; use --memory or --memory-fd".to_owned()),
+    let files = if arguments.memory_fd.is_empty() {
+        arguments.memory.iter().map(|path| open(path)).collect::<Result<Vec<_>, _>>()?
+    } else {
+        arguments.memory_fd.iter().map(|&fd| inherited(fd)).collect::<Result<Vec<_>, _>>()?
     };
     let plan = Plan::new(params, pristine.as_ref()).map_err(|error| error.to_string())?;
-    let memory = FinalMemory::open(&memory).map_err(|error| {
+    let memory = FinalMemory::open(&files).map_err(|error| {
         format!("ask for the size of guest memory: {error}; give a file or a memfd")
     })?;
     let disks = match (&disk, &pristine) {
         (Some(disk), Some(pristine)) => Some(Disks { pristine, disk }),
         _ => None,
     };
-    verify(&plan, &memory, disks).map_err(|error| error.to_string())
+    verify(&plan, &memory, disks, arguments.untouched).map_err(|error| error.to_string())
 }
 
 fn inherited(fd: RawFd) -> Result<File, String> {
