@@ -66,7 +66,7 @@ impl Guest {
             ..PlanParams::default()
         };
         let plan = Plan::new(params, None).unwrap();
-        plan.content().write_image(&image, SIZE).unwrap();
+        plan.content().write_image(&image, plan.windows()).unwrap();
         let stats = Arc::new(Stats::new());
         let machine = Machine::new(MachineConfig {
             memory: &MemoryOption { size: SIZE, backing, reserve: true, thp: false },

@@ -9,7 +9,7 @@ use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand};
 use demand_kvm::EngineChoice;
 
-use test_guest::content::UNIT_BYTES;
+use test_guest::windows::Windows;
 
 use crate::error::Error;
 use crate::options::{FillOption, MemoryOption, TestGuestOption, VhostUserOption};
@@ -67,7 +67,7 @@ struct RunArgs {
     /// Background fill: on, off or rate=BYTES/s.
     #[arg(long, default_value = "off")]
     fill: FillOption,
-    /// What the test guest does: seed=N,order=sequential|random|strided,touches=N,requests=N,
+    /// What the test guest does: seed=N,window=SIZE,order=sequential|random|strided,touches=N,requests=N,
     /// write-area=SIZE,pristine=PATH,disk=PATH and more.
     #[arg(long, default_value = "")]
     test_guest: TestGuestOption,
@@ -96,9 +96,12 @@ struct MakeImageArgs {
     /// Where the memory image goes.
     #[arg(long)]
     memory: Option<PathBuf>,
-    /// Its size.
+    /// How much of memory the test guest uses.
     #[arg(long, value_parser = crate::options::parse_size, default_value = "64M")]
     size: u64,
+    /// Size of memory, most of which is a hole in the image then [default: --size].
+    #[arg(long, value_parser = crate::options::parse_size)]
+    vm_size: Option<u64>,
     /// Where the disk goes.
     #[arg(long)]
     disk: Option<PathBuf>,
@@ -180,17 +183,17 @@ fn to_json(report: &Report) -> Result<String, Error> {
 
 fn make_image(args: &MakeImageArgs) -> Result<(), Error> {
     let content = test_guest::content::Content::new(args.seed);
-    if !args.size.is_multiple_of(UNIT_BYTES) || !args.disk_size.is_multiple_of(512) {
-        return Err(Error::usage(format!(
-            "make-image: --size must be a multiple of {UNIT_BYTES}, --disk-size one of 512 bytes"
-        )));
+    let windows = Windows::new(args.size, args.vm_size.unwrap_or(args.size))
+        .map_err(|error| Error::usage(format!("make-image: {error}")))?;
+    if !args.disk_size.is_multiple_of(512) {
+        return Err(Error::usage("make-image: --disk-size must be a multiple of 512 bytes"));
     }
     let failed = |path: &PathBuf| {
         let path = path.display().to_string();
         move |error| Error::failed(format!("write {path}: {error}; is there room on the disk?"))
     };
     if let Some(path) = &args.memory {
-        content.write_image(path, args.size).map_err(failed(path))?;
+        content.write_image(path, &windows).map_err(failed(path))?;
     }
     if let Some(path) = &args.disk {
         test_guest::content::write_disk(path, args.seed, args.disk_size).map_err(failed(path))?;

@@ -67,14 +67,15 @@ impl Disk {
         let notify = Notify::new(BLK_QUEUE_NOTIFY, option.queues).map_err(no_eventfd)?;
         notify.serve_in_kvm(machine.vm());
         let mut calls = Vec::new();
+        let address = |offset| GuestAddress(plan.windows().guest_address(offset));
         let queues = plan.rings().map_or(&[][..], |rings| rings.queues());
         for (index, (queue, kick)) in queues.iter().zip(notify.kicks()).enumerate() {
             let call = EventFd::new(EFD_NONBLOCK).map_err(no_eventfd)?;
             let vring = Vring {
                 size: queue.size,
-                descriptors: GuestAddress(queue.descriptors),
-                available: GuestAddress(queue.avail),
-                used: GuestAddress(queue.used),
+                descriptors: address(queue.descriptors),
+                available: address(queue.avail),
+                used: address(queue.used),
                 next_available: 0,
                 kick,
                 call: &call,

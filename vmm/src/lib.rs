@@ -8,6 +8,7 @@ mod interrupt;
 pub mod machine;
 pub mod notify;
 pub mod options;
+pub mod placement;
 pub mod probe;
 pub mod report;
 pub mod run;

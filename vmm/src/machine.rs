@@ -1,20 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A virtual machine on demand-paged memory: the five crates, put together.
 
-use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use demand_kvm::{DemandSlot, Engine, EngineChoice, FaultHandler, open_kvm, resolve};
 use demand_memory::{
-    BackingKind, DemandMemory, DemandRegion, MemfdBacking, Pager, Path, RegionConfig, Retrier,
-    Stats, transparent_huge_pages_of_shmem,
+    BackingKind, DemandMemory, DemandRegion, Mapping, MemfdBacking, Pager, Path, RegionConfig,
+    Retrier, Stats, transparent_huge_pages_of_shmem,
 };
 use demand_source::LocalFile;
 use demand_uffd::{ArmedMapping, DEFAULT_THREADS, FaultService, Features, Userfaultfd};
 use kvm_ioctls::{Kvm, VmFd};
-use vm_memory::GuestAddress;
 
 use crate::error::Error;
 use crate::options::MemoryOption;
+use crate::placement::{Placement, check_reach, place};
 
 /// What a machine is made from.
 pub struct MachineConfig<'a> {
@@ -30,20 +31,17 @@ pub struct MachineConfig<'a> {
     pub retrier: Arc<Retrier>,
 }
 
-/// A machine without vCPUs: memory that nobody has touched, a VM that has it as a memslot, and
-/// the service that answers faults.
+/// A machine without vCPUs: memory that nobody has touched, in a region or two, a VM that has them
+/// as memslots, and the service that answers faults.
 pub struct Machine {
-    // Fields are dropped in this order: the guest's slot before the traps under it.
-    slot: DemandSlot,
+    // Fields are dropped in this order: the guest's slots before the traps under them.
+    slots: Vec<DemandSlot>,
     vm: Arc<VmFd>,
     kvm: Kvm,
     engine: Engine,
     memory: DemandMemory,
     service: Arc<FaultService>,
 }
-
-/// Memslot of the demand-paged memory.
-const MEMORY_SLOT: u32 = 0;
 
 impl Machine {
     /// Makes the machine. Nothing here depends on the size of the memory.
@@ -52,45 +50,61 @@ impl Machine {
     ///
     /// One line, with the exit status that belongs to it.
     pub fn new(config: MachineConfig<'_>) -> Result<Self, Error> {
+        let regions = place(config.memory.size);
+        Machine::with_regions(config, &regions)
+    }
+
+    /// Makes a machine whose memory lies at these places, in ascending order, whatever the
+    /// option's size.
+    ///
+    /// # Errors
+    ///
+    /// As for [`new`](Self::new).
+    pub fn with_regions(config: MachineConfig<'_>, regions: &[Placement]) -> Result<Self, Error> {
         let MachineConfig { memory: option, engine, source, stats, retrier } = config;
+        check_reach(regions)?;
         let engine = resolve(engine, &demand_kvm::probe()).map_err(Error::host)?;
         let kvm = open_kvm().map_err(Error::host)?;
 
-        let source = LocalFile::open(source).map_err(Error::failed)?;
-        let backing = MemfdBacking::new(option.backing, option.size, option.reserve)
-            .map_err(backing_error)?
-            .with_transparent_huge_pages(option.thp);
         if option.thp
             && let Err(why) = transparent_huge_pages_of_shmem()
         {
             log::warn!("transparent huge pages for guest memory: there will be none: {why}");
         }
-        let start = GuestAddress(0);
-        let region = DemandRegion::new(
-            RegionConfig {
+        let source = Arc::new(LocalFile::open(source).map_err(Error::failed)?);
+        let mut demand_regions = Vec::new();
+        for &Placement { start, size, image_offset } in regions {
+            let backing = MemfdBacking::new(option.backing, size, option.reserve)
+                .map_err(backing_error)?
+                .with_transparent_huge_pages(option.thp);
+            let config = RegionConfig {
                 start,
                 backing: Arc::new(backing),
-                source: Arc::new(source),
-                image_offset: 0,
-                stats,
-                retrier,
-            },
-            (),
-        )
-        .map_err(pager_error)?;
-        let pager = region.pager().clone();
-        let memory = DemandMemory::new(vec![region]).map_err(Error::failed)?;
+                source: source.clone(),
+                image_offset,
+                stats: stats.clone(),
+                retrier: retrier.clone(),
+            };
+            demand_regions.push(DemandRegion::new(config, ()).map_err(pager_error)?);
+        }
+        let memory = DemandMemory::new(demand_regions).map_err(Error::failed)?;
 
         let service = Arc::new(FaultService::start(DEFAULT_THREADS).map_err(Error::host)?);
-        let guest = Arc::new(pager.backing().map().map_err(backing_error)?);
-        arm_guest(&service, &pager, &guest, engine)?;
+        let mut guest = Vec::new();
+        for pager in memory.pagers() {
+            let mapping = pager.backing().map().map_err(backing_error)?;
+            guest.push((pager.clone(), Arc::new(mapping)));
+        }
+        arm_guest(&service, &guest, engine)?;
 
         let vm = Arc::new(kvm.create_vm().map_err(|error| {
             Error::host(format!("make a virtual machine: {error}; is another hypervisor running?"))
         })?);
-        let slot = DemandSlot::new(vm.clone(), MEMORY_SLOT, start, guest, pager, engine)
-            .map_err(Error::host)?;
-        Ok(Machine { slot, vm, kvm, engine, memory, service })
+        let slots = (0..).zip(regions).zip(guest).map(|((number, region), (pager, mapping))| {
+            DemandSlot::new(vm.clone(), number, region.start, mapping, pager, engine)
+        });
+        let slots = slots.collect::<Result<Vec<_>, _>>().map_err(Error::host)?;
+        Ok(Machine { slots, vm, kvm, engine, memory, service })
     }
 
     /// The virtual machine.
@@ -113,9 +127,36 @@ impl Machine {
         &self.memory
     }
 
-    /// The memory's pager.
-    pub fn pager(&self) -> &Arc<Pager> {
-        self.slot.pager()
+    /// The memslots of the demand-paged memory, by guest address, numbered from 0 on.
+    pub fn slots(&self) -> &[DemandSlot] {
+        &self.slots
+    }
+
+    /// The regions' pagers, by guest address.
+    pub fn pagers(&self) -> impl Iterator<Item = &Arc<Pager>> {
+        self.memory.pagers()
+    }
+
+    /// Number of pages of all regions.
+    pub fn pages(&self) -> u64 {
+        self.pagers().map(|pager| pager.pages()).sum()
+    }
+
+    /// Calls `callback` when the last page of all regions is present: at once if it is, else on
+    /// the thread that publishes it. The callback must not wait.
+    pub fn on_complete(&self, callback: impl FnOnce() + Send + 'static) {
+        let left = AtomicUsize::new(self.slots.len());
+        let shared = Arc::new((left, Mutex::new(Some(callback))));
+        for pager in self.pagers() {
+            let shared = shared.clone();
+            pager.on_complete(move || {
+                let (left, callback) = &*shared;
+                if left.fetch_sub(1, Ordering::AcqRel) == 1 {
+                    let callback = callback.lock().unwrap_or_else(PoisonError::into_inner).take();
+                    callback.into_iter().for_each(|callback| callback());
+                }
+            });
+        }
     }
 
     /// Who answers faults, also those of back-ends.
@@ -123,19 +164,13 @@ impl Machine {
         &self.service
     }
 
-    /// Where the guest's memory begins in this process: the name by which vhost-user back-ends
-    /// are told of it. Nothing may be read there before it has arrived.
-    pub fn guest_mapping(&self) -> &Arc<demand_memory::Mapping> {
-        self.slot.mapping()
-    }
-
     /// Resolves the vCPUs' exits at missing pages.
     ///
     /// # Errors
     ///
-    /// None that a machine of one region can have.
+    /// None that a machine can have: KVM has seen that its slots do not overlap.
     pub fn fault_handler(&self) -> Result<FaultHandler, Error> {
-        FaultHandler::for_slots([&self.slot]).map_err(Error::failed)
+        FaultHandler::for_slots(&self.slots).map_err(Error::failed)
     }
 
     /// Takes everything away that demand paging needed, when the last page is present and the
@@ -146,16 +181,17 @@ impl Machine {
     /// If pages are missing, or the kernel refuses.
     pub fn finish(&self) -> Result<(), Error> {
         self.service.finish().map_err(Error::failed)?;
-        self.slot.finish().map_err(Error::failed)?;
+        for slot in &self.slots {
+            slot.finish().map_err(Error::failed)?;
+        }
         Ok(())
     }
 }
 
-/// Arms the guest's mapping, as the backing and the engine need it.
+/// Arms the guest's mappings on one userfaultfd, as the backing and the engine need it.
 fn arm_guest(
     service: &FaultService,
-    pager: &Arc<Pager>,
-    guest: &Arc<demand_memory::Mapping>,
+    guest: &[(Arc<Pager>, Arc<Mapping>)],
     engine: Engine,
 ) -> Result<(), Error> {
     let uffd = Arc::new(Userfaultfd::open(Features::GUEST_MEMORY).map_err(Error::host)?);
@@ -165,15 +201,19 @@ fn arm_guest(
         Engine::Uffd => Path::Guest,
         _ => Path::KvmInternal,
     };
-    let by_unit = pager.backing().kind() != BackingKind::Shmem && engine != Engine::Uffd;
-    let armed = if by_unit {
-        ArmedMapping::own_missing_units(&uffd, guest.clone(), pager, path)
-    } else {
-        ArmedMapping::own(&uffd, guest.clone(), pager, path)
+    let mut all = Vec::new();
+    for (pager, mapping) in guest {
+        let by_unit = pager.backing().kind() != BackingKind::Shmem && engine != Engine::Uffd;
+        let armed = if by_unit {
+            ArmedMapping::own_missing_units(&uffd, mapping.clone(), pager, path)
+        } else {
+            ArmedMapping::own(&uffd, mapping.clone(), pager, path)
+        }
+        .map_err(Error::host)?;
+        pager.set_guest_trap(armed.clone());
+        all.push(armed);
     }
-    .map_err(Error::host)?;
-    pager.set_guest_trap(armed.clone());
-    service.serve(&[armed]).map_err(Error::host)
+    service.serve(&all).map_err(Error::host)
 }
 
 fn backing_error(error: demand_memory::BackingError) -> Error {

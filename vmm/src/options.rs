@@ -183,6 +183,8 @@ impl FromStr for FillOption {
 pub struct TestGuestOption {
     /// What everything random comes from, the image included.
     pub seed: u64,
+    /// Bytes of memory that the guest uses; `None`: all of it.
+    pub window: Option<u64>,
     /// In what order units and pages are come to.
     pub order: Order,
     /// In what order the guest, the back-end and the VMM come to a unit.
@@ -211,6 +213,7 @@ impl FromStr for TestGuestOption {
         let path = |path: &str| Ok(PathBuf::from(path));
         let option = TestGuestOption {
             seed: parts.take("seed", parse_number)?.unwrap_or(1),
+            window: parts.take("window", parse_size)?,
             order: parts
                 .take("order", |name| match name {
                     "sequential" => Ok(Order::Sequential),
@@ -235,7 +238,7 @@ impl FromStr for TestGuestOption {
             disk: parts.take("disk", path)?,
         };
         parts.end(
-            "seed, order, arrivals, touches, vmm-touches, requests, queue-size, write-area, \
+            "seed, window, order, arrivals, touches, vmm-touches, requests, queue-size, write-area, \
              pristine and disk",
         )?;
         Ok(option)
@@ -288,10 +291,13 @@ mod tests {
 
     #[test]
     fn test_guest() {
-        let option: TestGuestOption = "seed=7,order=strided,requests=3,disk=/d".parse().unwrap();
+        let option: TestGuestOption =
+            "seed=7,window=64M,order=strided,requests=3,disk=/d".parse().unwrap();
         assert_eq!((option.seed, option.order, option.requests), (7, Order::Strided, 3));
-        assert_eq!(option.disk, Some("/d".into()));
-        for text in ["seed=x", "order=up", "arrivals=late", "queue-size=70000", "speed=1"] {
+        assert_eq!((option.window, option.disk), (Some(64 << 20), Some("/d".into())));
+        for text in
+            ["seed=x", "window=all", "order=up", "arrivals=late", "queue-size=70000", "speed=1"]
+        {
             assert!(text.parse::<TestGuestOption>().is_err(), "{text}");
         }
     }

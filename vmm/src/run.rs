@@ -14,8 +14,11 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use demand_kvm::{EngineChoice, PlainSlot};
-use demand_memory::{DemandMemory, Fill, FillRate, PathReport, Retrier, RetryPolicy, Stats};
-use test_guest::guest_layout::{CONTROL_ADDRESS, ControlMemory};
+use demand_memory::{
+    DemandMemory, Fill, FillRate, PAGE_SIZE, PageRange, Path, PathReport, Retrier, RetryPolicy,
+    Stats, Waiter,
+};
+use test_guest::guest_layout::ControlMemory;
 use test_guest::plan::{DiskParams, Plan, PlanParams, run_vmm_actor};
 use vm_memory::{Bytes, GuestAddress};
 
@@ -24,7 +27,8 @@ use crate::error::Error;
 use crate::interrupt::{Interrupt, on_signals};
 use crate::machine::{Machine, MachineConfig};
 use crate::options::{FillOption, MemoryOption, TestGuestOption, VhostUserOption};
-use crate::report::Report;
+use crate::placement::LOW_MEMORY_END;
+use crate::report::{Report, size};
 use crate::vcpu::VcpuContext;
 use crate::vcpus::{StillInside, Vcpus};
 use crate::watch::{Event, Watch};
@@ -59,9 +63,6 @@ pub struct RunOptions {
     /// Where the caller is going to write the report: tried before the run.
     pub report: Option<PathBuf>,
 }
-
-/// Memslot of the test guest's control region.
-const CONTROL_SLOT: u32 = 1;
 
 /// How long an end waits for the vCPUs to come out of the guest.
 const VCPUS_WITHIN: Duration = Duration::from_secs(2);
@@ -196,7 +197,7 @@ fn run_parts(
     let completed = Arc::new(OnceLock::new());
     {
         let (completed, sender) = (completed.clone(), sender.clone());
-        machine.pager().on_complete(move || {
+        machine.on_complete(move || {
             let _ = completed.set(Instant::now());
             // The receiver goes away with the run only.
             let _ = sender.send(Event::Complete);
@@ -206,8 +207,9 @@ fn run_parts(
     let control = Arc::new(ControlMemory::new(&plan).map_err(Error::host)?);
     let control_slot = PlainSlot::new(
         machine.vm().clone(),
-        CONTROL_SLOT,
-        GuestAddress(CONTROL_ADDRESS),
+        // The first that memory has left.
+        machine.slots().len() as u32,
+        GuestAddress(control.layout().address()),
         control.mapping().clone(),
         false,
     )
@@ -243,16 +245,22 @@ fn run_parts(
         threads.stop_vcpus().map_err(Error::failed)?;
     }
     parts.fill = None;
+    // What the guest does not use arrives only if it was asked for.
+    let untouched = options.fill == FillOption::Off && plan.windows().gaps().next().is_some();
     if options.verify && !watch.finished {
-        parts.fill = Some(start_fill(&machine, FillRate::Unlimited)?);
-        watch.until_complete()?;
+        if untouched {
+            fetch_windows(&machine, &plan)?;
+        } else {
+            parts.fill = Some(start_fill(&machine, FillRate::Unlimited)?);
+            watch.until_complete()?;
+        }
     }
     let finished = watch.finished;
     if let Some(disk) = &mut parts.disk {
         disk.stop()?;
     }
     parts.disk = None;
-    let verified = options.verify && verify(options, &machine, &plan, interrupt)?;
+    let verified = options.verify && verify(options, &machine, &plan, untouched, interrupt)?;
 
     let since_start = |instant: &Instant| instant.duration_since(started).as_micros() as u64;
     let mut report = Report {
@@ -277,7 +285,7 @@ fn run_parts(
             "{}: {}, engine {}, {} vCPUs",
             report.stage, report.backing, report.engine, report.cpus
         );
-        let picture = crate::timeline::svg(&title, &stats.timeline(), machine.pager().pages());
+        let picture = crate::timeline::svg(&title, &stats.timeline(), machine.pages());
         std::fs::write(path, picture)
             .map_err(|error| Error::failed(format!("write {}: {error}", path.display())))?;
     }
@@ -324,9 +332,19 @@ fn plan(options: &RunOptions) -> Result<Plan, Error> {
         });
         pristine = Some(file);
     }
+    let vm_bytes = options.memory.size;
+    if guest.window.is_none() && vm_bytes > LOW_MEMORY_END {
+        return Err(Error::usage(format!(
+            "--test-guest: memory of {} is more than the {} that the guest can use; say how much \
+             of it, as in window=64M",
+            size(vm_bytes),
+            size(LOW_MEMORY_END)
+        )));
+    }
     let params = PlanParams {
         seed: guest.seed,
-        memory_bytes: options.memory.size,
+        memory_bytes: guest.window.unwrap_or(vm_bytes),
+        vm_bytes,
         cpus: options.cpus,
         order: guest.order,
         arrivals: guest.arrivals,
@@ -361,8 +379,27 @@ fn lay_out_rings(machine: &Machine, plan: &Plan) -> Result<(), Error> {
 }
 
 fn start_fill(machine: &Machine, rate: FillRate) -> Result<Fill, Error> {
-    Fill::start(vec![machine.pager().clone()], rate)
+    Fill::start(machine.pagers().cloned().collect(), rate)
         .map_err(|error| Error::host(format!("start a thread for background fill: {error}")))
+}
+
+/// Brings in what is missing of the memory under test.
+fn fetch_windows(machine: &Machine, plan: &Plan) -> Result<(), Error> {
+    let waiter = Waiter::new();
+    for window in plan.windows().list() {
+        let mut start = 0;
+        for pager in machine.pagers() {
+            let end = start + pager.pages() * PAGE_SIZE;
+            let from = window.packed.max(start);
+            let to = (window.packed + window.bytes).min(end);
+            if from < to {
+                let pages = PageRange::of_bytes(from - start, to - from);
+                pager.ensure(pages, Path::Fill, &waiter).map_err(Error::failed)?;
+            }
+            start = end;
+        }
+    }
+    Ok(())
 }
 
 /// The threads of a run.
@@ -428,11 +465,13 @@ impl Threads {
     }
 }
 
-/// Has a separate process compare memory and disk with what they must hold.
+/// Has a separate process compare memory and disk with what they must hold; with `untouched` it
+/// sees that what is not under test was left alone.
 fn verify(
     options: &RunOptions,
     machine: &Machine,
     plan: &Plan,
+    untouched: bool,
     interrupt: &Interrupt,
 ) -> Result<bool, Error> {
     let refused = |error: std::io::Error| {
@@ -442,13 +481,20 @@ fn verify(
     serde_json::to_writer(&mut params, plan.params())
         .map_err(|error| Error::failed(format!("write the plan's parameters: {error}")))?;
     let program = std::env::current_exe().map_err(refused)?.with_file_name("demand-verify");
-    let Some(file) = machine.pager().backing().file() else {
-        return Err(Error::failed("verify: this memory has no file that a process could look at"));
-    };
     let mut command = Command::new(program);
     command.arg("--params").arg(params.path());
-    // The memory object itself, under the name that other processes reach it by.
-    command.arg("--memory").arg(format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd()));
+    for pager in machine.pagers() {
+        let Some(file) = pager.backing().file() else {
+            let why = "verify: this memory has no file that a process could look at";
+            return Err(Error::failed(why));
+        };
+        // The memory object itself, under the name that other processes reach it by.
+        let path = format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd());
+        command.arg("--memory").arg(path);
+    }
+    if untouched {
+        command.arg("--untouched");
+    }
     if options.vhost_user.is_some()
         && let (Some(disk), Some(pristine)) =
             (&options.test_guest.disk, &options.test_guest.pristine)

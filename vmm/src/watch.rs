@@ -105,14 +105,11 @@ impl Watch<'_> {
 
     fn say_progress(&self) {
         if self.progress {
-            let pager = self.machine.pager();
+            // All pagers count in the same statistics.
+            let stats = self.machine.pagers().next().map(|pager| pager.stats());
+            let arrived = stats.map_or(0, |stats| stats.pages_arrived());
             // Nobody reads it: then nobody misses it.
-            let _ = writeln!(
-                std::io::stderr(),
-                "progress {} {}",
-                pager.stats().pages_arrived(),
-                pager.pages()
-            );
+            let _ = writeln!(std::io::stderr(), "progress {arrived} {}", self.machine.pages());
         }
     }
 

@@ -1,0 +1,127 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Where memory lies in a guest's address space.
+
+use test_guest::windows;
+use vm_memory::GuestAddress;
+
+use crate::error::Error;
+
+/// Where memory below 4 GiB ends at the latest: devices lie between here and [`HIGH_MEMORY`], as
+/// in QEMU's, Firecracker's and Cloud Hypervisor's machines.
+pub const LOW_MEMORY_END: u64 = 3 << 30;
+/// Where the memory goes on that does not fit below.
+pub const HIGH_MEMORY: u64 = 4 << 30;
+
+// What the test guest takes for granted.
+const _: () = assert!(LOW_MEMORY_END == windows::LOW_MEMORY_END);
+const _: () = assert!(HIGH_MEMORY == windows::HIGH_MEMORY);
+
+/// A piece of memory, which is a region and a memslot of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Placement {
+    /// Guest physical address of its first byte.
+    pub start: GuestAddress,
+    /// Its length, in bytes.
+    pub size: u64,
+    /// Offset of its first byte in an image of the memory, in bytes: images have no holes.
+    pub image_offset: u64,
+}
+
+/// Places `size` bytes of memory: below the devices, and what does not fit there above 4 GiB.
+///
+/// # Examples
+///
+/// ```
+/// use demand_vmm::placement::place;
+///
+/// const GIB: u64 = 1 << 30;
+/// let regions = place(5 * GIB);
+/// assert_eq!((regions[0].start.0, regions[0].size), (0, 3 * GIB));
+/// assert_eq!((regions[1].start.0, regions[1].size), (4 * GIB, 2 * GIB));
+/// assert_eq!(regions[1].image_offset, 3 * GIB);
+/// ```
+pub fn place(size: u64) -> Vec<Placement> {
+    let low = size.min(LOW_MEMORY_END);
+    let pieces = [(0, 0, low), (HIGH_MEMORY, low, size - low)];
+    let placed = pieces.into_iter().filter(|&(_, _, size)| size > 0);
+    placed
+        .map(|(start, image_offset, size)| Placement {
+            start: GuestAddress(start),
+            size,
+            image_offset,
+        })
+        .collect()
+}
+
+/// Refuses memory that lies where this processor has no addresses.
+pub(crate) fn check_reach(regions: &[Placement]) -> Result<(), Error> {
+    let bits = physical_bits();
+    // By its last byte: sizes near the end of all addresses must not wrap.
+    let last = |region: &Placement| region.start.0.saturating_add(region.size - 1);
+    let last = regions.iter().map(last).max().unwrap_or(0);
+    if last.checked_shr(bits).unwrap_or(0) == 0 {
+        return Ok(());
+    }
+    let size = crate::report::size(regions.iter().map(|region| region.size).sum());
+    Err(Error::host(format!(
+        "--memory: size={size} reaches guest address {last:#x}: this processor has {bits} bits of \
+         physical address; ask for less"
+    )))
+}
+
+/// Bits that physical addresses have here (AMD64 manual, volume 3, Fn8000_0008).
+fn physical_bits() -> u32 {
+    // Leaf 0x80000000 says whether there is the other.
+    if std::arch::x86_64::__cpuid(0x8000_0000).eax < 0x8000_0008 {
+        return 36;
+    }
+    std::arch::x86_64::__cpuid(0x8000_0008).eax & 0xff
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const M: u64 = 1 << 20;
+    const G: u64 = 1 << 30;
+
+    #[test]
+    fn memory_leaves_the_hole_out() {
+        let placed = |size| {
+            let regions = place(size).into_iter();
+            regions.map(|region| (region.start.0, region.size, region.image_offset)).collect()
+        };
+        let expect = |size, regions: &[(u64, u64, u64)]| {
+            let placed: Vec<_> = placed(size);
+            assert_eq!(placed, regions, "{size:#x}");
+        };
+        expect(4096, &[(0, 4096, 0)]);
+        expect(3 * G - 2 * M, &[(0, 3 * G - 2 * M, 0)]);
+        expect(3 * G, &[(0, 3 * G, 0)]);
+        expect(3 * G + 2 * M, &[(0, 3 * G, 0), (4 * G, 2 * M, 3 * G)]);
+        expect(5 * G, &[(0, 3 * G, 0), (4 * G, 2 * G, 3 * G)]);
+        expect(500 * G, &[(0, 3 * G, 0), (4 * G, 497 * G, 3 * G)]);
+    }
+
+    /// The test guest's plan and the machine agree on each byte.
+    #[test]
+    fn the_test_guest_finds_its_memory_there() {
+        for size in [64 * M, 3 * G - 2 * M, 3 * G, 3 * G + 2 * M, 5 * G, 64 * G] {
+            for region in place(size) {
+                for at in [0, region.size / 2, region.size - 1] {
+                    let address = windows::guest_address(region.image_offset + at);
+                    assert_eq!(address, region.start.0 + at);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn memory_out_of_reach_is_refused() {
+        assert!(check_reach(&place(8 * G)).is_ok());
+        for size in [1 << 53, u64::MAX - 4095] {
+            let error = check_reach(&place(size)).unwrap_err().to_string();
+            assert!(error.contains("bits of physical address"), "{error}");
+        }
+    }
+}
