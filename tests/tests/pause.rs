@@ -82,6 +82,7 @@ impl Guest {
             PlainSlot::new(vm, 100, GuestAddress(CONTROL_ADDRESS), mapping, false).unwrap();
         let context = Arc::new(VcpuContext {
             faults: machine.fault_handler().unwrap(),
+            memory: machine.memory().clone(),
             notify: None,
             first_run: OnceLock::new(),
         });

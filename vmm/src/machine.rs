@@ -4,7 +4,7 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use demand_kvm::{DemandSlot, Engine, EngineChoice, FaultHandler, open_kvm, resolve};
+use demand_kvm::{DemandSlot, Engine, EngineChoice, FaultHandler, MsrTrap, open_kvm, resolve};
 use demand_memory::{
     BackingKind, DemandMemory, DemandRegion, Mapping, MemfdBacking, Pager, Path, RegionConfig,
     Retrier, Stats, transparent_huge_pages_of_shmem,
@@ -36,6 +36,8 @@ pub struct MachineConfig<'a> {
 pub struct Machine {
     // Fields are dropped in this order: the guest's slots before the traps under them.
     slots: Vec<DemandSlot>,
+    /// The guest's writes to MSRs that name memory for KVM, where KVM can leave them to us.
+    msr_trap: Option<MsrTrap>,
     vm: Arc<VmFd>,
     kvm: Kvm,
     engine: Engine,
@@ -97,14 +99,15 @@ impl Machine {
         }
         arm_guest(&service, &guest, engine)?;
 
-        let vm = Arc::new(kvm.create_vm().map_err(|error| {
-            Error::host(format!("make a virtual machine: {error}; is another hypervisor running?"))
-        })?);
+        let vm = Arc::new(engine.create_vm(&kvm).map_err(Error::host)?);
+        let msr_trap = MsrTrap::new(&vm)
+            .inspect_err(|error| log::warn!("{error}; the guest must not set up KVM's clock"))
+            .ok();
         let slots = (0..).zip(regions).zip(guest).map(|((number, region), (pager, mapping))| {
             DemandSlot::new(vm.clone(), number, region.start, mapping, pager, engine)
         });
         let slots = slots.collect::<Result<Vec<_>, _>>().map_err(Error::host)?;
-        Ok(Machine { slots, vm, kvm, engine, memory, service })
+        Ok(Machine { slots, msr_trap, vm, kvm, engine, memory, service })
     }
 
     /// The virtual machine.
@@ -184,7 +187,7 @@ impl Machine {
         for slot in &self.slots {
             slot.finish().map_err(Error::failed)?;
         }
-        Ok(())
+        self.msr_trap.iter().try_for_each(MsrTrap::remove).map_err(Error::failed)
     }
 }
 

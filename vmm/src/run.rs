@@ -222,6 +222,7 @@ fn run_parts(
 
     let context = Arc::new(VcpuContext {
         faults: machine.fault_handler()?,
+        memory: machine.memory().clone(),
         notify: parts.disk.as_ref().map(Disk::notify),
         first_run: OnceLock::new(),
     });

@@ -6,7 +6,8 @@ use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::Instant;
 
-use demand_kvm::{FaultError, FaultHandler, KickError, VcpuKick};
+use demand_kvm::{FaultError, FaultHandler, KickError, Pending, VcpuKick};
+use demand_memory::DemandMemory;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use test_guest::guest_code::PORT_WAIT;
 
@@ -44,6 +45,8 @@ pub enum VcpuEvent {
 pub struct VcpuContext {
     /// Resolves exits at missing pages.
     pub faults: FaultHandler,
+    /// The guest's memory, for what KVM asks the VMM to read and write there.
+    pub memory: DemandMemory,
     /// The device's register for kicks, where KVM does not serve it by itself.
     pub notify: Option<Arc<Notify>>,
     /// When the first vCPU entered the guest.
@@ -85,8 +88,29 @@ pub(crate) fn run(
     kick.attach();
     let failed = |message: String| tell(VcpuEvent::Failed { cpu, message });
     context.first_run.get_or_init(Instant::now);
+    let mut pending: Option<Pending> = None;
     while gate.pass(cpu) {
-        match vcpu.run() {
+        // An exit that was not answered, because the vCPU was called away, is answered first.
+        if let Some(exit) = pending.take() {
+            match exit.answer(&mut vcpu, &context.faults, &context.memory, kick.waiter()) {
+                Ok(()) => {}
+                Err(FaultError::Kicked { .. }) => {
+                    kick.clear();
+                    pending = Some(exit);
+                    continue;
+                }
+                Err(FaultError::Stopped { .. }) => return,
+                Err(error) => return failed(error.to_string()),
+            }
+        }
+        let exit = vcpu.run();
+        if let Ok(exit) = &exit
+            && let Some(exit) = Pending::of(exit, &context.faults)
+        {
+            pending = Some(exit);
+            continue;
+        }
+        match exit {
             Ok(VcpuExit::MemoryFault { flags, gpa, size }) => {
                 match context.faults.handle(gpa, size, flags, kick.waiter()) {
                     Ok(()) => {}

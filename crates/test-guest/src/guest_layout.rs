@@ -14,6 +14,7 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use demand_kvm::hide_nested;
 use demand_memory::Mapping;
 use kvm_bindings::{
     CpuId, KVM_MAX_CPUID_ENTRIES, KVM_MP_STATE_RUNNABLE, kvm_mp_state, kvm_regs, kvm_segment,
@@ -302,14 +303,11 @@ fn physical_bits(cpuid: &CpuId) -> u32 {
 /// If KVM refuses.
 pub fn guest_cpuid(kvm: &Kvm, cpu: usize) -> Result<CpuId, kvm_ioctls::Error> {
     let mut cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?;
+    hide_nested(&mut cpuid);
     for entry in cpuid.as_mut_slice() {
         match entry.function {
-            1 => {
-                entry.ecx &= !(1 << 5);
-                entry.ebx = entry.ebx & 0xff_ffff | (cpu as u32) << 24;
-            }
+            1 => entry.ebx = entry.ebx & 0xff_ffff | (cpu as u32) << 24,
             0xb | 0x1f => entry.edx = cpu as u32,
-            0x8000_0001 => entry.ecx &= !(1 << 2),
             _ => {}
         }
     }
