@@ -41,6 +41,10 @@ pub struct Scenario {
     pub stage: String,
     /// Bytes of guest memory.
     pub memory: u64,
+    /// How much of it the test guest uses; all, unless it is said.
+    pub window: Option<u64>,
+    /// Whether huge pages are set aside for all of it.
+    pub reserve: bool,
     /// What memory is made of.
     pub backing: BackingKind,
     /// As on the command line.
@@ -71,6 +75,8 @@ impl Scenario {
         Scenario {
             stage: format!("mixed, {cpus} vCPU"),
             memory: 32 << 20,
+            window: None,
+            reserve: true,
             backing,
             engine: engine.into(),
             cpus,
@@ -159,7 +165,8 @@ impl System {
         };
         let mut make = Command::new(program("demand-vmm")?);
         make.arg("make-image").arg("--memory").arg(&system.image);
-        make.arg("--size").arg(scenario.memory.to_string());
+        make.arg("--size").arg(scenario.window.unwrap_or(scenario.memory).to_string());
+        make.arg("--vm-size").arg(scenario.memory.to_string());
         make.arg("--seed").arg(scenario.seed.to_string());
         match &scenario.disk {
             Disk::None => {}
@@ -191,12 +198,13 @@ impl System {
     /// If it has not been built.
     pub fn vmm_command(&self, scenario: &Scenario) -> Result<Command> {
         let mut command = Command::new(program("demand-vmm")?);
+        let reserve = if scenario.reserve { "" } else { ",reserve=off" };
         command
             .arg("run")
             .arg("--stage")
             .arg(&scenario.stage)
             .arg("--memory")
-            .arg(format!("size={},backing={}", scenario.memory, scenario.backing))
+            .arg(format!("size={},backing={}{reserve}", scenario.memory, scenario.backing))
             .arg("--cpus")
             .arg(scenario.cpus.to_string())
             .arg("--engine")
@@ -213,6 +221,9 @@ impl System {
             "seed={},requests={},queue-size={QUEUE_SIZE},write-area={}",
             scenario.seed, scenario.requests, self.write_area
         );
+        if let Some(window) = scenario.window {
+            guest += &format!(",window={window}");
+        }
         if let Some(back_end) = &self.back_end {
             command.arg("--vhost-user").arg(format!(
                 "blk,socket={},queues={}",

@@ -72,9 +72,7 @@ impl MissingBitmap {
             io::Error::new(io::ErrorKind::InvalidInput, "a bitmap needs at least one page")
         })?;
         let (missing, claimed) = (Words::new(words)?, Words::new(words)?);
-        for (word, mask) in PageRange::new(0, pages).words() {
-            missing[word].store(mask, Ordering::Relaxed);
-        }
+        missing.set_first(pages)?;
         let groups: Box<[AtomicU64]> = (0..words.div_ceil(GROUP))
             .map(|group| AtomicU64::new(GROUP.min(words - group * GROUP) as u64))
             .collect();
@@ -227,6 +225,13 @@ mod tests {
         let bitmap = MissingBitmap::new(130).unwrap();
         assert_eq!(bitmap.count_missing(PageRange::new(0, 130)), 130);
         assert_eq!(bitmap.words()[2].load(Ordering::Relaxed), 3);
+        for pages in [1, 7, 8, 9, 64, 1 << 17, (1 << 20) + 13] {
+            let bitmap = MissingBitmap::new(pages).unwrap();
+            assert_eq!(bitmap.count_missing(PageRange::new(0, pages)), pages);
+            let beyond: u32 =
+                bitmap.words().iter().map(|w| w.load(Ordering::Relaxed).count_ones()).sum();
+            assert_eq!(u64::from(beyond), pages, "no bit behind the last page");
+        }
         assert!(MissingBitmap::new(0).is_err());
     }
 

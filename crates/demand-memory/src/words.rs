@@ -32,6 +32,30 @@ impl Words {
         Ok(Words { mapping, file: std::sync::Arc::new(file), len })
     }
 
+    /// Sets the first `bits` bits, all others being zero. Through the file: a mapping would fault
+    /// at each page, which for large memories is most of what a start takes.
+    ///
+    /// # Errors
+    ///
+    /// The system's, if the memory cannot be had.
+    pub(crate) fn set_first(&self, bits: u64) -> std::io::Result<()> {
+        use std::os::unix::fs::FileExt;
+        const ONES: [u8; 1 << 14] = [0xff; 1 << 14];
+        let (bytes, rest) = (bits / 8, bits % 8);
+        let mut at = 0;
+        while at < bytes {
+            let now = (bytes - at).min(ONES.len() as u64);
+            self.file.write_all_at(&ONES[..now as usize], at)?;
+            at += now;
+        }
+        // The first bits of a word are the low bits of its first bytes on a little-endian machine.
+        const { assert!(cfg!(target_endian = "little")) };
+        if rest > 0 {
+            self.file.write_all_at(&[(1 << rest) - 1], bytes)?;
+        }
+        Ok(())
+    }
+
     /// The memfd that holds the words, from its first byte on.
     pub fn file(&self) -> &std::sync::Arc<std::fs::File> {
         &self.file
@@ -60,6 +84,14 @@ impl Words {
     /// Makes `len` words.
     pub fn new(len: usize) -> std::io::Result<Self> {
         Ok(Words((0..len).map(|_| AtomicU64::new(0)).collect()))
+    }
+
+    /// Sets the first `bits` bits, all others being zero.
+    pub(crate) fn set_first(&self, bits: u64) -> std::io::Result<()> {
+        for (word, mask) in crate::PageRange::new(0, bits).words() {
+            self.0[word].store(mask, crate::sync::Ordering::Relaxed);
+        }
+        Ok(())
     }
 }
 

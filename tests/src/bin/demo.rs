@@ -64,6 +64,8 @@ fn host_stage() -> Result<Scenario> {
     Ok(Scenario {
         stage: "host".into(),
         memory: 128 << 20,
+        window: None,
+        reserve: true,
         backing: BackingKind::Shmem,
         engine: "auto".into(),
         cpus: 2,
@@ -82,6 +84,8 @@ fn lab_stage() -> Result<Scenario> {
     Ok(Scenario {
         stage: "lab".into(),
         memory: 1 << 30,
+        window: None,
+        reserve: true,
         backing: BackingKind::Hugetlb2M,
         engine: "kvm-userfault".into(),
         cpus: 2,
