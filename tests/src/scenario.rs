@@ -45,6 +45,8 @@ pub struct Scenario {
     pub window: Option<u64>,
     /// Whether huge pages are set aside for all of it.
     pub reserve: bool,
+    /// Whether shared memory may use transparent huge pages.
+    pub thp: bool,
     /// What memory is made of.
     pub backing: BackingKind,
     /// As on the command line.
@@ -77,6 +79,7 @@ impl Scenario {
             memory: 32 << 20,
             window: None,
             reserve: true,
+            thp: false,
             backing,
             engine: engine.into(),
             cpus,
@@ -199,12 +202,13 @@ impl System {
     pub fn vmm_command(&self, scenario: &Scenario) -> Result<Command> {
         let mut command = Command::new(program("demand-vmm")?);
         let reserve = if scenario.reserve { "" } else { ",reserve=off" };
+        let thp = if scenario.thp { ",thp=on" } else { "" };
         command
             .arg("run")
             .arg("--stage")
             .arg(&scenario.stage)
             .arg("--memory")
-            .arg(format!("size={},backing={}{reserve}", scenario.memory, scenario.backing))
+            .arg(format!("size={},backing={}{reserve}{thp}", scenario.memory, scenario.backing))
             .arg("--cpus")
             .arg(scenario.cpus.to_string())
             .arg("--engine")

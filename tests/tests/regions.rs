@@ -123,7 +123,7 @@ fn fill(engine: EngineChoice, backing: BackingKind) {
         size: SIZE,
         image_offset,
     });
-    let memory = MemoryOption { size: 2 * SIZE, backing, reserve: true };
+    let memory = MemoryOption { size: 2 * SIZE, backing, reserve: true, thp: false };
     let machine = Machine::with_regions(
         MachineConfig {
             memory: &memory,
