@@ -95,6 +95,29 @@ fn is_root() -> bool {
 }
 
 #[test]
+fn more_memory_than_the_guest_can_use() {
+    let setting = Setting::new();
+    let mut command = setting.vmm();
+    command.args(["--memory", "size=5G"]);
+    refused(&mut command, USAGE, &["memory of 5G", "3G", "window=64M"]);
+    let mut command = setting.vmm();
+    command.args(["--memory", "size=5G", "--test-guest", "window=3M"]);
+    refused(&mut command, USAGE, &["3145728", "multiple of 2097152"]);
+    if let Some(why) = cannot_run() {
+        return skip(&why);
+    }
+    // The image holds what the lower region needs, and nothing of the upper one.
+    let mut command = setting.vmm();
+    fs::OpenOptions::new()
+        .write(true)
+        .open(setting.path("memory.img"))
+        .and_then(|image| image.set_len(3 << 30))
+        .unwrap();
+    command.args(["--memory", "size=5G", "--test-guest", "window=64M"]);
+    refused(&mut command, FAILED, &["from byte 3221225472 of the image", "less memory"]);
+}
+
+#[test]
 fn no_dev_kvm() {
     if !is_root() {
         return skip("only root can hide a device");
