@@ -45,31 +45,64 @@ fn time_to_first_instruction(image: &Path, size: u64, backing: BackingKind) -> u
     report.time_to_first_instruction_us
 }
 
-/// What KVM takes, at best, to make memslots of so many bytes, in microseconds. A KVM that has no
+/// What KVM takes to make memslots of so many bytes, in microseconds. A KVM that has no
 /// second stage of translation keeps a word for each page: it is its own, and nobody can help it.
 fn time_of_slots(size: u64) -> u64 {
-    let once = || {
-        let vm = Arc::new(open_kvm().unwrap().create_vm().unwrap());
-        let regions = place(size).into_iter().map(|region| {
-            let backing = MemfdBacking::new(BackingKind::Shmem, region.size, true).unwrap();
-            (region.start, Arc::new(backing.map().unwrap()))
-        });
-        let regions: Vec<_> = regions.collect();
-        let begun = Instant::now();
-        let slots = (0..).zip(regions).map(|(number, (start, mapping))| {
-            PlainSlot::new(vm.clone(), number, start, mapping, false).unwrap()
-        });
-        let slots: Vec<_> = slots.collect();
-        let took = begun.elapsed().as_micros() as u64;
-        drop(slots);
-        took
-    };
-    (0..10).map(|_| once()).min().unwrap()
+    let vm = Arc::new(open_kvm().unwrap().create_vm().unwrap());
+    let regions = place(size).into_iter().map(|region| {
+        let backing = MemfdBacking::new(BackingKind::Shmem, region.size, true).unwrap();
+        (region.start, Arc::new(backing.map().unwrap()))
+    });
+    let regions: Vec<_> = regions.collect();
+    let begun = Instant::now();
+    let slots = (0..).zip(regions).map(|(number, (start, mapping))| {
+        PlainSlot::new(vm.clone(), number, start, mapping, false).unwrap()
+    });
+    let slots: Vec<_> = slots.collect();
+    let took = begun.elapsed().as_micros() as u64;
+    drop(slots);
+    took
 }
 
-fn median(times: &mut [u64]) -> u64 {
+/// Microseconds of runs, and of KVM's part in the larger ones.
+#[derive(Default)]
+struct Times {
+    small: Vec<u64>,
+    large: Vec<u64>,
+    slots: Vec<u64>,
+}
+
+impl Times {
+    fn add(&mut self, pairs: usize, images: &[PathBuf; 2], backing: BackingKind) {
+        for _ in 0..pairs {
+            self.small.push(time_to_first_instruction(&images[0], SMALL, backing));
+            self.large.push(time_to_first_instruction(&images[1], LARGE, backing));
+            self.slots.push(time_of_slots(LARGE).saturating_sub(time_of_slots(SMALL)));
+        }
+    }
+
+    /// Whether the large ones took no longer, by this measure of many times.
+    fn are_alike(&self, what: &str, of: impl Fn(&[u64]) -> u64) -> bool {
+        let (small, large, slots) = (of(&self.small), of(&self.large), of(&self.slots));
+        println!(
+            "{what} of {}: {small} us with 256M, {large} us with 64G; memslots alone take KVM \
+             {slots} us longer",
+            self.small.len()
+        );
+        // The lab's KVM has a second stage: there nothing is excused. Elsewhere it is half as much
+        // again as memslots take by themselves: nobody can say what they take in a run.
+        large <= small * 12 / 10 + if is_lab() { 0 } else { slots * 3 / 2 }
+    }
+}
+
+fn median(times: &[u64]) -> u64 {
+    let mut times = times.to_vec();
     times.sort_unstable();
     times[times.len() / 2]
+}
+
+fn minimum(times: &[u64]) -> u64 {
+    times.iter().copied().min().unwrap_or(0)
 }
 
 fn no_slower_with_more_memory(backing: BackingKind) {
@@ -81,37 +114,14 @@ fn no_slower_with_more_memory(backing: BackingKind) {
         return skip(&format!("{needed} pages of {backing} are needed, {free} are free"));
     }
     let folder = tempfile::tempdir().unwrap();
-    let (small_image, large_image) =
-        (make_image(folder.path(), SMALL), make_image(folder.path(), LARGE));
-    let kernel = time_of_slots(LARGE).saturating_sub(time_of_slots(SMALL));
-    println!("KVM itself takes {kernel} us longer to make memslots of 64G than of 256M");
-    // The lab's KVM has a second stage: there nothing is excused.
-    let excused = if is_lab() { 0 } else { kernel };
-    let allowed = |small: u64| small * 12 / 10 + excused;
-
-    let (mut small, mut large) = (Vec::new(), Vec::new());
-    let pairs = |count: usize, small: &mut Vec<u64>, large: &mut Vec<u64>| {
-        for _ in 0..count {
-            small.push(time_to_first_instruction(&small_image, SMALL, backing));
-            large.push(time_to_first_instruction(&large_image, LARGE, backing));
-        }
-    };
-    pairs(PAIRS, &mut small, &mut large);
-    let medians = (median(&mut small), median(&mut large));
-    println!(
-        "{backing}: medians of {PAIRS}: {} us with 256M, {} us with 64G",
-        medians.0, medians.1
-    );
-    if medians.1 <= allowed(medians.0) {
+    let images = [SMALL, LARGE].map(|size| make_image(folder.path(), size));
+    let mut times = Times::default();
+    times.add(PAIRS, &images, backing);
+    if times.are_alike("medians", median) {
         return;
     }
-    pairs(MORE_PAIRS, &mut small, &mut large);
-    let (small, large) = (*small.iter().min().unwrap(), *large.iter().min().unwrap());
-    println!("{backing}: minima: {small} us with 256M, {large} us with 64G");
-    assert!(
-        large <= allowed(small),
-        "{large} us with 64G, {small} us with 256M, medians {medians:?}"
-    );
+    times.add(MORE_PAIRS, &images, backing);
+    assert!(times.are_alike("minima", minimum), "the start depends on the size of memory");
 }
 
 #[test]

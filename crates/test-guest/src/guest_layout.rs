@@ -3,7 +3,7 @@
 //!
 //! | guest virtual | what |
 //! |---|---|
-//! | 0 up to [`LOW_MEMORY_END`](crate::windows::LOW_MEMORY_END) | the memory under test, in one piece; where it really lies say its [windows](crate::windows) |
+//! | 0 up to [`LOW_MEMORY_END`] | the memory under test, in one piece; where it really lies say its [windows](crate::windows) |
 //! | [`MMIO_ADDRESS`] | virtio-mmio devices, 4 KiB each, at the same physical address |
 //! | [`CONTROL_ADDRESS`] | the control region: plain memory, always present, at the same physical address or above the VM's memory if that reaches further |
 //!
