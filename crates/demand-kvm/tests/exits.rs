@@ -317,3 +317,38 @@ fn a_slot_takes_its_attributes_along() {
     let nobody = FaultHandler::new([]).unwrap();
     machine.copy_and_compare(&mut cpu, &nobody, Pages::run(0, 512), 0, page);
 }
+
+/// On a kernel that is known to keep to the bitmap, dirty logging goes off at any time, and no
+/// page that has not arrived comes back with the huge ones.
+#[test]
+fn dirty_logging_goes_off_where_kvm_keeps_to_the_bitmap() {
+    let Some(kvm) = kvm_with(Engine::KvmUserfault) else { return };
+    let features = features();
+    if !features.own_accesses {
+        // Not the lab's fault, so not `skip`.
+        println!("SKIPPED: this KVM is not known to keep to the bitmap");
+        return;
+    }
+    for kind in backings(PAGES * PAGE_SIZE) {
+        println!("on {kind}");
+        let machine = Machine::new(&kvm, Engine::KvmUserfault);
+        let pager = from_file(kind);
+        let slot = machine.slot(&pager, Engine::KvmUserfault).with_features(&features);
+        let handler = handler(&slot);
+        let mut cpu = machine.vcpu(0);
+        for round in 0..4 {
+            slot.set_dirty_logging(true).unwrap();
+            let pages = Pages { first: round, count: 100, stride: 4 };
+            machine.copy_and_compare(&mut cpu, &handler, pages, 0, page);
+            slot.set_dirty_logging(false).unwrap();
+            assert!(slot.is_trapping());
+            // Neighbours of what has arrived.
+            let pages = Pages { first: 512 + round, count: 100, stride: 4 };
+            machine.copy_and_compare(&mut cpu, &handler, pages, 0, page);
+        }
+        let guest = pager.stats().path(Path::Guest);
+        assert_eq!((guest.faults, missing(&pager)), (800, PAGES - 800));
+        fill(&pager);
+        assert_eq!(slot.finish(), Ok(Finished::Now));
+    }
+}

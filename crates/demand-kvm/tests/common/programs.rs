@@ -57,14 +57,17 @@ pub struct Entries {
     /// Copies ecx bytes from esi to edi, one at a time.
     pub movs: u64,
     /// Writes edx:eax to MSR ecx, reads it back and writes it to [`PORT`], low word first; then
-    /// reads the byte at ebx, if that is not 0, and halts.
+    /// reads the byte at ebx and takes interrupts, if that is not 0, and halts.
     pub wrmsr: u64,
-    /// Reads the byte at ebx and spins.
+    /// Reads the byte at ebx, takes interrupts and spins.
     pub touch: u64,
-    /// What an interrupt does: writes the byte at ebx to [`PORT`], and tells that it is [`DONE`].
+    /// What an interrupt does: writes the byte at ebx to [`PORT`], ends the interrupt, and tells
+    /// that it is [`DONE`].
     pub interrupt: u64,
 }
 
+/// The local APIC's register that ends an interrupt.
+const APIC_EOI: u64 = 0xfee0_00b0;
 /// Bytes of the code page that programs may have; tables follow.
 const CODE_BYTES: usize = 0x800;
 /// The table of segments: one, at selector 8.
@@ -160,19 +163,23 @@ pub fn assemble() -> Entries {
         asm.je(done).unwrap();
         asm.mov(al, byte_ptr(ebx)).unwrap();
         asm.push(eax).unwrap();
+        asm.sti().unwrap();
         asm.set_label(&mut done).unwrap();
         asm.hlt().unwrap();
+        asm.jmp(done).unwrap();
     });
     let touch = program(&|asm| {
         let mut here = asm.create_label();
         asm.mov(al, byte_ptr(ebx)).unwrap();
         asm.push(eax).unwrap();
+        asm.sti().unwrap();
         asm.set_label(&mut here).unwrap();
         asm.jmp(here).unwrap();
     });
     let interrupt = program(&|asm| {
         asm.mov(al, byte_ptr(ebx)).unwrap();
         asm.out(u32::from(PORT), al).unwrap();
+        asm.mov(dword_ptr(APIC_EOI), 0).unwrap();
         asm.out(u32::from(DONE), al).unwrap();
         asm.iretd().unwrap();
     });
