@@ -17,7 +17,9 @@ use crate::SlotError;
 /// The attribute "private", set on all pages of a slot and cleared as the guest gets to them.
 ///
 /// A page loses it when a vCPU has left `KVM_RUN` for it, not when it arrives: who brings pages
-/// in, fill or a back-end, is spared an ioctl that stops the vCPUs.
+/// in, fill or a back-end, is spared an ioctl that stops the vCPUs. Neighbours that have arrived go
+/// along with it, which costs nothing where there are none, and where fill is ahead of the guest
+/// saves two thirds of the instructions (the README has the figures).
 pub(crate) struct Attributes {
     vm: Arc<VmFd>,
     number: u32,

@@ -13,9 +13,9 @@ const SVM_LEAF: u32 = 0x8000_000a;
 /// Takes nested virtualization, SVM and VMX, out of what `KVM_SET_CPUID2` will tell a guest.
 ///
 /// For a guest that runs guests of its own KVM builds page tables, and fills them ahead of what
-/// was asked for: a neighbour that has not arrived is mapped and read as zeros, unless the kernel
-/// keeps to the bitmap there ([`KvmFeatures::hides_nested`](crate::KvmFeatures::hides_nested)).
-/// Neither does KVM look at the bitmap for the structures that describe such guests.
+/// was asked for: a neighbour that has not arrived is mapped and read as zeros. The structures
+/// that describe such guests it reads by itself, too. To be called where
+/// [`Probe::hides_nested`](crate::Probe::hides_nested) says so.
 ///
 /// A guest sees what it was started with for as long as it runs, so this is decided before its
 /// first start: a snapshot of a guest that had nested virtualization is restored without this

@@ -25,7 +25,7 @@ pub struct KvmFeatures {
     pub attributes: Trial,
     /// What KVM itself reads and writes keeps to the bitmap of KVM Userfault, by trying it: a
     /// string instruction that KVM emulates left `KVM_RUN` at a missing page. Kernels that do
-    /// this also keep their prefetch and the return of huge pages to it.
+    /// this also keep their prefetch, the return of huge pages and nested guests on SVM to it.
     pub own_accesses: bool,
     /// Memory attributes that a VM can have (`KVM_CAP_MEMORY_ATTRIBUTES`); bit 3 is "private".
     pub memory_attributes: u64,
@@ -67,17 +67,6 @@ impl KvmFeatures {
             Engine::KvmAttributes => self.attributes,
             // To KVM it is a slot like any other.
             Engine::Uffd => Trial::Works,
-        }
-    }
-
-    /// Whether a guest must not see nested virtualization while pages are missing: KVM's prefetch
-    /// for nested guests then reads pages that have not arrived, unless the engine is one that it
-    /// is known to look at. Under [`Engine::Uffd`] it looks at the armed mapping only.
-    pub fn hides_nested(&self, engine: Engine) -> bool {
-        match engine {
-            Engine::KvmUserfault => !self.own_accesses,
-            Engine::KvmAttributes => true,
-            Engine::Uffd => false,
         }
     }
 }

@@ -78,6 +78,20 @@ impl Probe {
         Engine::ALL.map(report).into()
     }
 
+    /// Whether a guest must not see nested virtualization while pages are missing
+    /// ([`hide_nested`](crate::hide_nested)): for a guest of the guest KVM prefetches pages that
+    /// have not arrived, and reads structures that the guest names, unless it is known to keep to
+    /// the bitmap in all of that, which is on SVM only. Under [`Engine::Uffd`] all this meets the
+    /// armed mapping.
+    pub fn hides_nested(&self, engine: Engine) -> bool {
+        let right = self.kvm.as_ref().is_ok_and(|kvm| kvm.own_accesses);
+        match engine {
+            Engine::KvmUserfault => !right || self.virtualization != Virtualization::Svm,
+            Engine::KvmAttributes => true,
+            Engine::Uffd => false,
+        }
+    }
+
     /// What a user of this engine has to know on this host: sentences, without full stops.
     pub fn limits(&self, engine: Engine) -> Vec<&'static str> {
         let known = self.kvm.as_ref().ok();
@@ -97,11 +111,11 @@ impl Probe {
                  stopped by this kernel; pages that MSRs name are fetched before",
             );
         }
-        if known.is_some_and(|kvm| kvm.hides_nested(engine)) {
+        if self.hides_nested(engine) {
             limits.push(
                 "nested virtualization (SVM, VMX) is hidden from guests while pages are missing: \
-                 this kernel is not known to keep its prefetch for nested guests to pages that \
-                 have arrived",
+                 this host's KVM is not known to keep to pages that have arrived for nested \
+                 guests",
             );
         }
         limits
@@ -182,6 +196,27 @@ mod tests {
         assert_eq!(virtualization_of(&cpuinfo("svm fpu")), Virtualization::Svm);
         assert_eq!(virtualization_of(&cpuinfo("fpu svm_lock")), Virtualization::Emulated);
         assert_eq!(virtualization_of(""), Virtualization::Unknown);
+    }
+
+    #[test]
+    fn nested_virtualization_is_shown_only_where_it_is_known_to_be_right() {
+        let probe = |virtualization, own_accesses| {
+            let kvm = crate::KvmFeatures { own_accesses, ..Default::default() };
+            Probe { virtualization, kvm: Ok(kvm) }
+        };
+        let (svm, vmx) = (Virtualization::Svm, Virtualization::Vmx);
+        assert!(!probe(svm, true).hides_nested(Engine::KvmUserfault));
+        assert!(probe(svm, false).hides_nested(Engine::KvmUserfault));
+        assert!(probe(vmx, true).hides_nested(Engine::KvmUserfault));
+        for (virtualization, right) in [(svm, true), (vmx, false)] {
+            assert!(probe(virtualization, right).hides_nested(Engine::KvmAttributes));
+            assert!(!probe(virtualization, right).hides_nested(Engine::Uffd));
+        }
+        let limits = |right, engine| probe(svm, right).limits(engine).len();
+        assert_eq!(limits(true, Engine::KvmUserfault), 0);
+        assert_eq!(limits(false, Engine::KvmUserfault), 2);
+        assert_eq!(limits(true, Engine::KvmAttributes), 3);
+        assert_eq!(limits(false, Engine::Uffd), 0);
     }
 
     #[test]

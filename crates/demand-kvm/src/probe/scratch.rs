@@ -108,7 +108,6 @@ mod run {
     #[derive(PartialEq)]
     enum Exit {
         Fault { flags: u64, gpa: u64 },
-        Mmio(u64),
         Halt,
         Other,
     }
@@ -117,7 +116,6 @@ mod run {
         loop {
             return match vcpu.run() {
                 Ok(VcpuExit::MemoryFault { flags, gpa, .. }) => Exit::Fault { flags, gpa },
-                Ok(VcpuExit::MmioRead(address, _)) => Exit::Mmio(address),
                 Ok(VcpuExit::Hlt) => Exit::Halt,
                 Err(error) if error.errno() == libc::EINTR => continue,
                 _ => Exit::Other,
@@ -148,13 +146,7 @@ mod run {
 
     pub(super) fn own_access(vm: &VmFd) -> bool {
         let Ok(mut vcpu) = vm.create_vcpu(0) else { return false };
-        match exit(&mut vcpu) {
-            Exit::Fault { flags, gpa } => {
-                flags == KVM_MEMORY_EXIT_FLAG_USERFAULT && gpa == DATA_PAGE
-            }
-            Exit::Mmio(address) => address == DATA_PAGE,
-            Exit::Halt | Exit::Other => false,
-        }
+        exit(&mut vcpu) == Exit::Fault { flags: KVM_MEMORY_EXIT_FLAG_USERFAULT, gpa: DATA_PAGE }
     }
 }
 
