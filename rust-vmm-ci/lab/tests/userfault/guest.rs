@@ -9,8 +9,8 @@ use std::ptr;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use kvm_bindings::{
-    KVM_MEM_LOG_DIRTY_PAGES, kvm_pre_fault_memory, kvm_userspace_memory_region,
-    kvm_userspace_memory_region2,
+    KVM_MAX_CPUID_ENTRIES, KVM_MEM_LOG_DIRTY_PAGES, kvm_pre_fault_memory,
+    kvm_userspace_memory_region, kvm_userspace_memory_region2,
 };
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use vmm_sys_util::errno;
@@ -21,7 +21,7 @@ pub const USERFAULT: u32 = 1 << 3;
 pub const LOG: u32 = KVM_MEM_LOG_DIRTY_PAGES;
 
 /// Flag of a memory-fault exit: the page's bit is set.
-const EXIT_USERFAULT: u64 = 1 << 4;
+pub const EXIT_USERFAULT: u64 = 1 << 4;
 
 pub const PAGE: usize = 4096;
 /// Pages of one unit of 2M, and of the memory under test.
@@ -30,8 +30,10 @@ pub const PAGES: usize = 2 * UNIT_PAGES;
 
 /// The memory under test lies at its natural alignment, above what real mode
 /// reaches without a larger segment limit.
-const MEMORY_GPA: u64 = 2 << 20;
-const CODE_GPA: u64 = 0x1000;
+pub const MEMORY_GPA: u64 = 2 << 20;
+/// Where the programs lie, and after them what else is there from the start.
+pub const CODE_GPA: u64 = 0x1000;
+const CODE_PAGES: usize = 64;
 const CODE_SLOT: u32 = 0;
 const MEMORY_SLOT: u32 = 1;
 
@@ -148,6 +150,28 @@ impl Shared {
         assert_eq!(result, 0);
     }
 
+    /// Writes at an offset, as the host does while the guest does not run.
+    pub fn put(&self, offset: usize, bytes: &[u8]) {
+        assert!(offset + bytes.len() <= self.length);
+        // SAFETY: within the mapping, to which no reference exists.
+        unsafe {
+            let to = self.address.add(offset);
+            ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len());
+        }
+    }
+
+    /// What lies at an offset.
+    pub fn get(&self, offset: usize, length: usize) -> Vec<u8> {
+        assert!(offset + length <= self.length);
+        let mut bytes = vec![0; length];
+        // SAFETY: as for `put`.
+        unsafe {
+            let from = self.address.add(offset);
+            ptr::copy_nonoverlapping(from, bytes.as_mut_ptr(), length);
+        }
+        bytes
+    }
+
     fn word(&self, index: usize) -> &AtomicU64 {
         assert!(index * 8 < self.length);
         // SAFETY: within the mapping, aligned, and shared memory is what atomics
@@ -179,9 +203,9 @@ impl Drop for Shared {
 /// A virtual machine with the memory under test in a slot of its own.
 pub struct Guest {
     // Before the memory, so that it is gone first.
-    vcpu: VcpuFd,
+    pub vcpu: VcpuFd,
     pub vm: VmFd,
-    _code: Shared,
+    pub code: Shared,
     pub memory: Shared,
     pub bitmap: Shared,
 }
@@ -214,23 +238,21 @@ impl Guest {
         };
         let bitmap = Shared::new(Backing::Shmem, PAGE).expect("bitmap");
         let vm = kvm.create_vm().expect("vm");
-        let code = Shared::new(Backing::Shmem, PAGE).expect("code");
-        for (offset, program) in [(0, LOAD), (STORE_OFFSET, STORE)] {
-            for (i, byte) in program.into_iter().enumerate() {
-                // SAFETY: within the page, and nobody else uses it yet.
-                unsafe { code.address.add(offset + i).write(byte) };
-            }
-        }
+        let code = Shared::new(Backing::Shmem, CODE_PAGES * PAGE).expect("code");
+        code.put(0, &LOAD);
+        code.put(STORE_OFFSET, &STORE);
         let region = kvm_userspace_memory_region {
             slot: CODE_SLOT,
             flags: 0,
             guest_phys_addr: CODE_GPA,
-            memory_size: PAGE as u64,
+            memory_size: (CODE_PAGES * PAGE) as u64,
             userspace_addr: code.address(),
         };
         // SAFETY: the guest keeps the mapping for as long as the VM.
         unsafe { vm.set_user_memory_region(region) }.expect("code slot");
         let vcpu = vm.create_vcpu(0).expect("vcpu");
+        let cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).expect("CPUID");
+        vcpu.set_cpuid2(&cpuid).expect("CPUID");
         let mut sregs = vcpu.get_sregs().expect("sregs");
         sregs.cs.base = 0;
         sregs.cs.selector = 0;
@@ -241,7 +263,7 @@ impl Guest {
             segment.g = 1;
         }
         vcpu.set_sregs(&sregs).expect("sregs");
-        let guest = Self { vcpu, vm, _code: code, memory, bitmap };
+        let guest = Self { vcpu, vm, code, memory, bitmap };
         for page in 0..PAGES {
             guest.memory.page(page).store(unarrived(page).into(), Ordering::Relaxed);
             guest.bitmap.set(page);

@@ -2,7 +2,9 @@
 //! What the lab's kernel patch promises, tried on the real KVM: run with
 //! `cargo lab test -p lab --test userfault`.
 
+mod emulator;
 mod guest;
+mod machine;
 
 use std::sync::atomic::Ordering;
 

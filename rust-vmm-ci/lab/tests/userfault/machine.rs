@@ -1,0 +1,265 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Runs any program on the memory under test, with a device behind a port and in
+//! MMIO that counts what it is asked for, and looks at each exit for a missing page.
+
+use std::fs;
+
+use kvm_bindings::{kvm_regs, kvm_segment};
+use kvm_ioctls::VcpuExit;
+
+use crate::guest::{Backing, CODE_GPA, EXIT_USERFAULT, Guest, MEMORY_GPA, PAGE, PAGES, USERFAULT};
+
+/// The device's port, and the first address of its MMIO, where no slot is.
+pub const PORT: u16 = 0x80;
+pub const MMIO_GPA: u64 = 0xd000_0000;
+
+/// `ud2; .ascii "kvm"`: has KVM emulate the instruction that follows.
+pub const EMULATE: [u8; 5] = [0x0f, 0x0b, b'k', b'v', b'm'];
+
+/// Page tables that are there from the start: the last pages of the code slot.
+const TABLES: usize = 32;
+const ENTRY: u64 = 0b11;
+/// Accessed and dirty, which the CPU, or KVM in its place, sets in an entry.
+pub const ACCESSED: u64 = 1 << 5;
+pub const DIRTY: u64 = 1 << 6;
+const LARGE: u64 = 1 << 7;
+
+/// Where the paged guest sees the window that a test maps by its own tables.
+pub const WINDOW: u64 = 1 << 39;
+
+/// What the device saw and gave.
+#[derive(Debug, Default)]
+pub struct Device {
+    /// Bytes written to the port.
+    pub out: Vec<u8>,
+    /// How many bytes were read from the port: byte i is `port_byte(i)`.
+    pub taken: usize,
+    /// MMIO reads, by address and length: the byte at an address is `mmio_byte`.
+    pub reads: Vec<(u64, usize)>,
+    /// MMIO writes.
+    pub writes: Vec<(u64, Vec<u8>)>,
+}
+
+pub fn port_byte(index: usize) -> u8 {
+    (index * 7 + 1) as u8
+}
+
+pub fn mmio_byte(address: u64) -> u8 {
+    (address * 5 + 3) as u8
+}
+
+/// What a page's byte is before and after it arrives.
+const UNARRIVED: u8 = 0xee;
+
+pub fn content_byte(page: usize, offset: usize) -> u8 {
+    // Never the byte that stands for what has not arrived.
+    ((page * 31 + offset * 3) % 0xee) as u8
+}
+
+/// How a program ended.
+#[derive(Debug, PartialEq, Eq)]
+pub enum End {
+    Halt,
+    Missing(usize),
+    /// KVM_RUN ended for a signal, or because it was told to.
+    Interrupted,
+}
+
+/// A guest with a device.
+pub struct Machine {
+    pub guest: Guest,
+    pub device: Device,
+    /// What a page holds that is not filled with `content_byte`.
+    images: Vec<(usize, Vec<u8>)>,
+}
+
+impl Machine {
+    /// A machine whose pages have all yet to arrive.
+    pub fn new(backing: Backing) -> Option<Self> {
+        let guest = Guest::new(backing, USERFAULT)?;
+        for page in 0..PAGES {
+            guest.memory.put(page * PAGE, &[UNARRIVED; PAGE]);
+        }
+        Some(Self { guest, device: Device::default(), images: Vec::new() })
+    }
+
+    /// Gives a page another content, from `offset` on, to arrive with.
+    pub fn image(&mut self, page: usize, offset: usize, bytes: &[u8]) {
+        let image = match self.images.iter_mut().find(|(number, _)| *number == page) {
+            Some((_, image)) => image,
+            None => {
+                let usual = (0..PAGE).map(|i| content_byte(page, i)).collect();
+                self.images.push((page, usual));
+                &mut self.images.last_mut().expect("just pushed").1
+            }
+        };
+        image[offset..offset + bytes.len()].copy_from_slice(bytes);
+    }
+
+    /// What a page arrives with.
+    pub fn expected(&self, page: usize) -> Vec<u8> {
+        match self.images.iter().find(|(number, _)| *number == page) {
+            Some((_, image)) => image.clone(),
+            None => (0..PAGE).map(|i| content_byte(page, i)).collect(),
+        }
+    }
+
+    /// The memory as it would be if all had arrived: what the program's outcome
+    /// is compared with.
+    pub fn arrived(&self, first: usize, count: usize) -> Vec<u8> {
+        (first..first + count).flat_map(|page| self.expected(page)).collect()
+    }
+
+    pub fn memory(&self, first: usize, count: usize) -> Vec<u8> {
+        self.guest.memory.get(first * PAGE, count * PAGE)
+    }
+
+    pub fn arrive(&self, page: usize) {
+        self.guest.memory.put(page * PAGE, &self.expected(page));
+        self.guest.bitmap.clear(page);
+    }
+
+    /// Puts a program, ended by `hlt`, where the code lies and the CPU there.
+    pub fn program(&mut self, code: &[u8], set: impl FnOnce(&mut kvm_regs)) {
+        self.guest.code.put(0, code);
+        self.guest.code.put(code.len(), &[0xf4]);
+        self.enter(CODE_GPA, set);
+    }
+
+    pub fn enter(&mut self, rip: u64, set: impl FnOnce(&mut kvm_regs)) {
+        let mut regs = kvm_regs { rip, rflags: 2, ..Default::default() };
+        set(&mut regs);
+        self.guest.vcpu.set_regs(&regs).expect("regs");
+        self.device = Device::default();
+    }
+
+    /// Enters the guest until it halts or misses a page; serves the device.
+    pub fn run(&mut self) -> End {
+        loop {
+            let device = &mut self.device;
+            match self.guest.vcpu.run() {
+                Ok(VcpuExit::Hlt) => return End::Halt,
+                Ok(VcpuExit::MemoryFault { flags, gpa, size }) => {
+                    assert_eq!((flags, size), (EXIT_USERFAULT, PAGE as u64));
+                    assert_eq!(gpa % PAGE as u64, 0);
+                    return End::Missing((gpa - MEMORY_GPA) as usize / PAGE);
+                }
+                Ok(VcpuExit::IoOut(PORT, data)) => device.out.extend_from_slice(data),
+                Ok(VcpuExit::IoIn(PORT, data)) => {
+                    for byte in data {
+                        *byte = port_byte(device.taken);
+                        device.taken += 1;
+                    }
+                }
+                Ok(VcpuExit::MmioRead(address, data)) if address >= MMIO_GPA => {
+                    device.reads.push((address, data.len()));
+                    for (i, byte) in data.iter_mut().enumerate() {
+                        *byte = mmio_byte(address + i as u64);
+                    }
+                }
+                Ok(VcpuExit::MmioWrite(address, data)) if address >= MMIO_GPA => {
+                    device.writes.push((address, data.to_vec()));
+                }
+                Ok(other) => {
+                    let other = format!("{other:?}");
+                    panic!("unexpected exit {other} at {:x?}", self.guest.vcpu.get_regs());
+                }
+                Err(error) if error.errno() == libc::EINTR => return End::Interrupted,
+                Err(error) => panic!("KVM_RUN: {error}"),
+            }
+        }
+    }
+
+    /// Runs the program to its end, each missing page arriving after the guest
+    /// was sent back without it, and in other ways that must change nothing;
+    /// tells which pages were missed, in order.
+    pub fn finish(&mut self) -> Vec<usize> {
+        let mut missed = Vec::new();
+        loop {
+            match self.run() {
+                End::Halt => return missed,
+                End::Missing(page) => {
+                    self.expect_untouched(page);
+                    assert_eq!(self.run(), End::Missing(page));
+                    self.guest.vcpu.set_kvm_immediate_exit(1);
+                    let end = self.run();
+                    self.guest.vcpu.set_kvm_immediate_exit(0);
+                    assert!(end == End::Interrupted || end == End::Missing(page), "{end:?}");
+                    let regs = self.guest.vcpu.get_regs().expect("regs");
+                    self.guest.vcpu.set_regs(&regs).expect("regs");
+                    assert_eq!(self.run(), End::Missing(page));
+                    assert_eq!(self.guest.vcpu.get_regs().expect("regs"), regs);
+                    self.expect_untouched(page);
+                    assert!(!missed.contains(&page), "page {page} was missed twice");
+                    missed.push(page);
+                    self.arrive(page);
+                }
+                End::Interrupted => panic!("nobody interrupted it"),
+            }
+        }
+    }
+
+    fn expect_untouched(&self, page: usize) {
+        assert!(self.memory(page, 1).iter().all(|byte| *byte == UNARRIVED), "page {page}");
+    }
+
+    pub fn regs(&self) -> kvm_regs {
+        self.guest.vcpu.get_regs().expect("regs")
+    }
+
+    /// Puts the CPU into long mode, the first GiB mapped one to one by large
+    /// pages and the device where it lies, and the window by the table at
+    /// `table`, a guest address.
+    pub fn long_mode(&mut self, table: u64) {
+        let page = |number: usize| CODE_GPA + ((TABLES + number) * PAGE) as u64;
+        let put = |number: usize, index: usize, entry: u64| {
+            let offset = (TABLES + number) * PAGE + index * 8;
+            self.guest.code.put(offset, &entry.to_le_bytes());
+        };
+        put(0, 0, page(1) | ENTRY);
+        put(0, 1, table | ENTRY);
+        put(1, 0, page(2) | ENTRY);
+        put(1, 3, page(3) | ENTRY);
+        for index in 0..512 {
+            put(2, index, (index as u64) << 21 | LARGE | ENTRY);
+            put(3, index, 3 << 30 | (index as u64) << 21 | LARGE | ENTRY);
+        }
+        let vcpu = &self.guest.vcpu;
+        let mut sregs = vcpu.get_sregs().expect("sregs");
+        sregs.cr3 = page(0);
+        sregs.cr4 = 1 << 5;
+        sregs.cr0 = 1 << 31 | 1 << 16 | 1 << 5 | 1;
+        sregs.efer = 1 << 10 | 1 << 8;
+        let data = kvm_segment {
+            limit: u32::MAX,
+            selector: 16,
+            type_: 3,
+            present: 1,
+            s: 1,
+            g: 1,
+            db: 1,
+            ..Default::default()
+        };
+        sregs.cs = kvm_segment { selector: 8, type_: 11, l: 1, db: 0, ..data };
+        (sregs.ds, sregs.es, sregs.ss) = (data, data, data);
+        // No handlers: an exception ends the run.
+        sregs.idt.limit = 0;
+        vcpu.set_sregs(&sregs).expect("sregs");
+    }
+}
+
+/// The guest address of a byte of the memory under test.
+pub fn at(page: usize, offset: usize) -> u64 {
+    MEMORY_GPA + (page * PAGE + offset) as u64
+}
+
+/// An entry of a page table that maps a page of the memory under test.
+pub fn entry(page: usize) -> [u8; 8] {
+    (at(page, 0) | ENTRY).to_le_bytes()
+}
+
+/// Lets guests choose instructions for KVM to emulate.
+pub fn allow_emulate() {
+    let parameter = "/sys/module/kvm/parameters/force_emulation_prefix";
+    fs::write(parameter, "1").expect(parameter);
+}
