@@ -7,6 +7,7 @@ use std::fs;
 use kvm_bindings::{kvm_regs, kvm_segment};
 use kvm_ioctls::VcpuExit;
 
+use crate::BACKINGS;
 use crate::guest::{Backing, CODE_GPA, EXIT_USERFAULT, Guest, MEMORY_GPA, PAGE, PAGES, USERFAULT};
 
 /// The device's port, and the first address of its MMIO, where no slot is.
@@ -17,8 +18,9 @@ pub const MMIO_GPA: u64 = 0xd000_0000;
 pub const EMULATE: [u8; 5] = [0x0f, 0x0b, b'k', b'v', b'm'];
 
 /// Page tables that are there from the start: the last pages of the code slot.
-const TABLES: usize = 32;
-const ENTRY: u64 = 0b11;
+pub const TABLES: usize = 32;
+/// Present, writable, and for anybody: L1's tables must be the latter.
+const ENTRY: u64 = 0b111;
 /// Accessed and dirty, which the CPU, or KVM in its place, sets in an entry.
 pub const ACCESSED: u64 = 1 << 5;
 pub const DIRTY: u64 = 1 << 6;
@@ -262,4 +264,37 @@ pub fn entry(page: usize) -> [u8; 8] {
 pub fn allow_emulate() {
     let parameter = "/sys/module/kvm/parameters/force_emulation_prefix";
     fs::write(parameter, "1").expect(parameter);
+}
+
+/// Runs a test on each backing.
+pub fn on_each(test: impl Fn(&mut Machine)) {
+    for backing in BACKINGS {
+        if let Some(mut machine) = Machine::new(backing) {
+            test(&mut machine);
+        }
+    }
+}
+
+/// Asserts that `count` bytes of the port lie at an offset, in order and once, and
+/// the content around them.
+pub fn expect_input(machine: &Machine, page: usize, offset: usize, count: usize) {
+    assert_eq!(machine.device.taken, count);
+    let pages = (offset + count).div_ceil(PAGE);
+    let mut expected = machine.arrived(page, pages);
+    for i in 0..count {
+        expected[offset + i] = port_byte(i);
+    }
+    assert!(machine.memory(page, pages) == expected, "memory differs");
+}
+
+/// An entry of a page table in the memory under test.
+pub fn entry_of(machine: &Machine, table: usize, index: usize) -> u64 {
+    let bytes = machine.guest.memory.get(table * PAGE + index * 8, 8);
+    u64::from_le_bytes(bytes.try_into().expect("8"))
+}
+
+/// What a program gets that adds up the first word of each page.
+pub fn sum_of_first_words(machine: &Machine, first: usize, count: usize) -> u32 {
+    let word = |page| u32::from_le_bytes(machine.expected(page)[..4].try_into().expect("4"));
+    (first..first + count).map(word).fold(0, u32::wrapping_add)
 }

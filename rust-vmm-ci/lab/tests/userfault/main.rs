@@ -2,9 +2,14 @@
 //! What the lab's kernel patch promises, tried on the real KVM: run with
 //! `cargo lab test -p lab --test userfault`.
 
-mod emulator;
+mod flags;
 mod guest;
+mod instructions;
 mod machine;
+mod nested;
+mod pv;
+mod strings;
+mod tables;
 
 use std::sync::atomic::Ordering;
 

@@ -1,0 +1,106 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! KVM_MEM_USERFAULT and dirty logging, turned on and off in any order while the
+//! guest uses its memory. (A WARN of the lab's kernel fails the run.)
+
+use crate::guest::{Access, Backing, Guest, LOG, PAGES, USERFAULT, content};
+use crate::{BACKINGS, only};
+
+const STATES: [u32; 4] = [0, USERFAULT, LOG, USERFAULT | LOG];
+
+/// Has the guest use some of its pages, and miss those that have not arrived
+/// while the flag says so.
+fn touch(guest: &mut Guest, flags: u32, step: usize) {
+    for page in (0..PAGES).step_by(step) {
+        if page % 2 == 0 {
+            assert_eq!(guest.load(page), Access::Done(content(page)));
+            assert_eq!(guest.store(page, content(page)), Access::Done(content(page)));
+        }
+    }
+    if flags & USERFAULT != 0 {
+        for page in (0..PAGES).step_by(step).filter(|page| page % 2 == 1) {
+            assert_eq!(guest.load(page), Access::Missing(page));
+            assert_eq!(guest.store(page, 0), Access::Missing(page));
+        }
+        assert_eq!(guest.huge_mappings(), 0);
+    }
+    if flags & LOG != 0 {
+        assert_eq!(guest.huge_mappings(), 0);
+    }
+}
+
+/// Huge mappings of a guest that never had either flag, after all was used.
+fn plain(backing: Backing) -> Option<u64> {
+    let mut guest = Guest::new(backing, 0)?;
+    for page in 0..PAGES {
+        guest.arrive(page);
+    }
+    only(&mut guest, |_| true);
+    Some(guest.huge_mappings())
+}
+
+#[test]
+fn no_order_of_changes_opens_a_page() {
+    for backing in BACKINGS {
+        let Some(huge) = plain(backing) else { return };
+        if backing == Backing::Hugetlb {
+            assert_ne!(huge, 0);
+        }
+        for start in STATES {
+            let Some(mut guest) = Guest::new(backing, start) else { return };
+            for page in (0..PAGES).step_by(2) {
+                guest.arrive(page);
+            }
+            let mut flags = start;
+            touch(&mut guest, flags, 7);
+            let mut go = |to| {
+                if to != flags {
+                    guest.set_flags(to).expect("flags");
+                    flags = to;
+                }
+                touch(&mut guest, flags, 37);
+            };
+            for first in STATES {
+                for second in STATES {
+                    for third in STATES {
+                        // From the same state each time.
+                        [start, first, second, third].into_iter().for_each(&mut go);
+                    }
+                }
+            }
+            // On once more, whatever is mapped by then, and then for good off.
+            guest.set_flags(USERFAULT).expect("flags");
+            touch(&mut guest, USERFAULT, 1);
+            for page in 0..PAGES {
+                guest.arrive(page);
+            }
+            only(&mut guest, |_| true);
+            guest.set_flags(0).expect("flags");
+            only(&mut guest, |_| true);
+            assert_eq!(guest.huge_mappings(), huge, "{backing:?}, from {start:#x}");
+        }
+    }
+}
+
+#[test]
+fn huge_pages_come_back_as_a_plain_slot_has_them() {
+    for backing in BACKINGS {
+        let Some(huge) = plain(backing) else { return };
+        for flags in [USERFAULT, USERFAULT | LOG] {
+            let Some(mut guest) = Guest::new(backing, flags) else { return };
+            for page in 0..PAGES {
+                assert_eq!(guest.load(page), Access::Missing(page));
+                guest.arrive(page);
+                assert_eq!(guest.resume(), Access::Done(content(page)));
+            }
+            assert_eq!(guest.huge_mappings(), 0);
+            if flags & LOG != 0 {
+                guest.set_flags(LOG).expect("flag off");
+                only(&mut guest, |_| true);
+                assert_eq!(guest.huge_mappings(), 0);
+            }
+            guest.set_flags(0).expect("all off");
+            only(&mut guest, |_| true);
+            assert_eq!(guest.huge_mappings(), huge, "{backing:?}");
+        }
+    }
+}
