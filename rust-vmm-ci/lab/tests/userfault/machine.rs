@@ -260,6 +260,11 @@ pub fn entry(page: usize) -> [u8; 8] {
     (at(page, 0) | ENTRY).to_le_bytes()
 }
 
+/// The same, used before: only such entries does KVM map ahead of their use.
+pub fn used_entry(page: usize) -> [u8; 8] {
+    (at(page, 0) | ENTRY | ACCESSED | DIRTY).to_le_bytes()
+}
+
 /// Lets guests choose instructions for KVM to emulate.
 pub fn allow_emulate() {
     let parameter = "/sys/module/kvm/parameters/force_emulation_prefix";

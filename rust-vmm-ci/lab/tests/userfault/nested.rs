@@ -7,7 +7,7 @@ use std::fs;
 use kvm_bindings::{Msrs, kvm_msr_entry};
 
 use crate::guest::{CODE_GPA, PAGE};
-use crate::machine::{Machine, PORT, TABLES, at, entry, on_each, sum_of_first_words};
+use crate::machine::{Machine, PORT, TABLES, at, entry, on_each, sum_of_first_words, used_entry};
 
 /// L2's program: the second page of the code slot, which L2 has at its place.
 const L2_CODE_GPA: u64 = CODE_GPA + PAGE as u64;
@@ -59,7 +59,7 @@ fn l1(machine: &mut Machine) {
     for index in 0..512 {
         let gpa = (index * PAGE) as u64;
         machine.guest.code.put(low * PAGE + index * 8, &(gpa | 7).to_le_bytes());
-        machine.image(NPT[3], index * 8, &entry(index));
+        machine.image(NPT[3], index * 8, &used_entry(index));
     }
 }
 

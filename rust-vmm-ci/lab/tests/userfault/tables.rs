@@ -5,7 +5,7 @@
 use crate::guest::PAGE;
 use crate::machine::{
     ACCESSED, DIRTY, MMIO_GPA, Machine, PORT, WINDOW, at, entry, entry_of, expect_input, mmio_byte,
-    on_each, sum_of_first_words,
+    on_each, sum_of_first_words, used_entry,
 };
 
 /// Lets a guest in long mode reach page `page` through three levels of page
@@ -84,7 +84,7 @@ fn nothing_is_mapped_ahead_of_its_page() {
         let tables = missing_tables(machine, 300);
         let pages = 64;
         for index in 0..pages {
-            machine.image(tables[2], index * 8, &entry(300 + index));
+            machine.image(tables[2], index * 8, &used_entry(300 + index));
         }
         for page in tables.into_iter().chain((300..300 + pages).step_by(2)) {
             machine.arrive(page);
