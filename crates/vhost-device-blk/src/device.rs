@@ -2,31 +2,24 @@
 //! The device as vhost-user-backend drives it.
 
 use std::io;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
 use vhost_user_backend::bitmap::BitmapMmapRegion;
-use vhost_user_backend::{VhostUserBackend, VringMutex, VringState, VringT};
-use virtio_bindings::bindings::virtio_blk::{
-    VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK,
-    VIRTIO_BLK_S_UNSUPP,
-};
-use virtio_queue::{DescriptorChain, QueueOwnedT, QueueT};
-use vm_memory::bitmap::BitmapSlice;
-use vm_memory::{
-    GuestAddressSpace, GuestMemoryAtomic, GuestMemoryLoadGuard, GuestMemoryMmap, VolatileSlice,
-};
+use vhost_user_backend::{VhostUserBackend, VringMutex};
+use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::event::{
     EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier,
 };
 
 use crate::config::{self, ConfigSpace};
-use crate::counters::{Counters, QueueCounters};
-use crate::disk::{Disk, make_present};
-use crate::request::{Kind, Malformed, Request};
+use crate::counters::Counters;
+use crate::disk::Disk;
+use crate::execute::Executor;
+use crate::queue;
 
 /// The guest's memory, with the log of written pages that a migrating front-end may ask for.
 pub type Memory = GuestMemoryMmap<BitmapMmapRegion>;
@@ -34,8 +27,6 @@ pub type Memory = GuestMemoryMmap<BitmapMmapRegion>;
 pub type AtomicMemory = GuestMemoryAtomic<Memory>;
 /// A queue, locked for its own thread and the messages that are about it.
 pub type Vring = VringMutex<AtomicMemory>;
-
-type Chain = DescriptorChain<GuestMemoryLoadGuard<Memory>>;
 
 /// What a [`BlkBackend`] offers.
 #[derive(Clone, Debug)]
@@ -57,21 +48,14 @@ pub struct DeviceOptions {
 /// With post-copy, whoever runs it must see to it that its threads end, with their process, when
 /// the front-end goes away while they wait for a page; [`crate::server::serve`] does.
 pub struct BlkBackend {
-    disk: Arc<Disk>,
-    counters: Arc<Counters>,
+    executor: Executor,
     options: DeviceOptions,
     config: ConfigSpace,
+    read_only: bool,
     mem: AtomicMemory,
-    acked_features: AtomicU64,
     stopping: AtomicBool,
     /// Held by a queue's thread while it has requests in hand.
     busy: Vec<Mutex<()>>,
-}
-
-/// An answer: the status, and the bytes written from the start of what the device may write.
-struct Answer {
-    status: u32,
-    written: u64,
 }
 
 impl BlkBackend {
@@ -85,11 +69,10 @@ impl BlkBackend {
     ) -> Self {
         let config = ConfigSpace::new(disk.sectors(), options.queue_size, options.num_queues);
         BlkBackend {
-            disk,
-            counters,
             config,
+            read_only: disk.read_only(),
+            executor: Executor::new(disk, counters, options.clone()),
             mem,
-            acked_features: AtomicU64::new(0),
             stopping: AtomicBool::new(false),
             busy: (0..options.num_queues).map(|_| Mutex::new(())).collect(),
             options,
@@ -115,175 +98,6 @@ impl BlkBackend {
     fn busy(&self, queue: usize) -> MutexGuard<'_, ()> {
         self.busy[queue].lock().unwrap_or_else(PoisonError::into_inner)
     }
-
-    /// Serves `vring` until it is empty or stopped.
-    ///
-    /// The ring's lock is held for each single step on the ring, never while data moves; a fault
-    /// under it delays messages about this ring, and no other ring.
-    fn process_queue(&self, index: usize, vring: &Vring) -> Result<(), virtio_queue::Error> {
-        let counters = self.counters.queue(index);
-        let mut idle_rounds = 0;
-        loop {
-            {
-                let mut state = vring.get_mut();
-                if !self.may_run(&state) {
-                    return Ok(());
-                }
-                state.disable_notification()?;
-            }
-            let mut served = false;
-            while let Some(chain) = self.next_chain(vring)? {
-                let head = chain.head_index();
-                let written = self.serve(chain, counters);
-                complete(vring, head, written)?;
-                served = true;
-            }
-            let mut state = vring.get_mut();
-            if !state.get_queue().ready() {
-                return Ok(());
-            }
-            if !state.enable_notification()? {
-                return Ok(());
-            }
-            // More has come in between. If nothing of it can be had twice in a row, the ring is
-            // stopped or broken.
-            idle_rounds = if served { 0 } else { idle_rounds + 1 };
-            if idle_rounds > 1 {
-                return Ok(());
-            }
-        }
-    }
-
-    fn may_run(&self, state: &VringState<AtomicMemory>) -> bool {
-        state.get_queue().ready() && state.is_enabled() && !self.stopping.load(Ordering::SeqCst)
-    }
-
-    fn next_chain(&self, vring: &Vring) -> Result<Option<Chain>, virtio_queue::Error> {
-        let mut state = vring.get_mut();
-        if !self.may_run(&state) {
-            return Ok(None);
-        }
-        Ok(state.get_queue_mut().iter(self.mem.memory())?.next())
-    }
-
-    /// Serves one request. Returns the length for the used ring.
-    fn serve(&self, chain: Chain, counters: &QueueCounters) -> u32 {
-        let add = |counter: &AtomicU64, n: u64| counter.fetch_add(n, Ordering::Relaxed);
-        // One memory for the whole request, even if the front-end replaces it meanwhile.
-        let mem = self.mem.memory();
-        let request = match Request::parse(&*mem, chain) {
-            Ok(request) => request,
-            Err(Malformed::Answerable(status)) => {
-                add(&counters.io_errors, 1);
-                status.write(VIRTIO_BLK_S_IOERR as u8);
-                return 0;
-            }
-            Err(Malformed::Broken) => {
-                add(&counters.dropped, 1);
-                return 0;
-            }
-        };
-        let answer = self.execute(&request);
-        match (answer.status, request.kind) {
-            (VIRTIO_BLK_S_OK, Kind::Read(_)) => {
-                add(&counters.bytes_read, request.data_len);
-                add(&counters.reads, 1)
-            }
-            (VIRTIO_BLK_S_OK, Kind::Write(_)) => {
-                add(&counters.bytes_written, request.data_len);
-                add(&counters.writes, 1)
-            }
-            (VIRTIO_BLK_S_OK, Kind::Flush) => add(&counters.flushes, 1),
-            (VIRTIO_BLK_S_OK, _) => add(&counters.get_ids, 1),
-            (VIRTIO_BLK_S_UNSUPP, _) => add(&counters.unsupported, 1),
-            _ => add(&counters.io_errors, 1),
-        };
-        request.status.write(answer.status as u8);
-        // The used length promises that many bytes from the start on (virtio 1.3, 2.7.8.2), so the
-        // status counts only where everything before it has been written.
-        let all = answer.written == request.before_status;
-        let written = answer.written + u64::from(all);
-        u32::try_from(written).unwrap_or(u32::MAX)
-    }
-
-    fn execute<B: BitmapSlice>(&self, request: &Request<'_, B>) -> Answer {
-        let io_error = Answer { status: VIRTIO_BLK_S_IOERR, written: 0 };
-        let done = |what: &str, result: io::Result<u64>| match result {
-            Ok(written) => Answer { status: VIRTIO_BLK_S_OK, written },
-            Err(e) => {
-                log::error!("{what} the disk: {e}; the guest is told of an I/O error");
-                Answer { status: VIRTIO_BLK_S_IOERR, written: 0 }
-            }
-        };
-        match request.kind {
-            Kind::Read(sector) => {
-                let Some(offset) = self.disk.offset(sector, request.data_len) else {
-                    return io_error;
-                };
-                self.make_present(&request.data);
-                let result = self.disk.read(&request.data, offset);
-                done("reading from", result.map(|()| request.data_len))
-            }
-            Kind::Write(sector) => {
-                let Some(offset) = self.disk.offset(sector, request.data_len) else {
-                    return io_error;
-                };
-                if self.disk.read_only() {
-                    return io_error;
-                }
-                self.make_present(&request.data);
-                let mut result = self.disk.write(&request.data, offset);
-                if result.is_ok() && !self.write_back() {
-                    result = self.disk.flush();
-                }
-                done("writing to", result.map(|()| 0))
-            }
-            Kind::Flush => done("flushing", self.disk.flush().map(|()| 0)),
-            Kind::GetId => {
-                let mut id = [0; VIRTIO_BLK_ID_BYTES as usize];
-                for (to, from) in id.iter_mut().zip(self.options.id.bytes()) {
-                    *to = from;
-                }
-                let mut rest = &id[..];
-                for slice in &request.data {
-                    let n = rest.len().min(slice.len());
-                    slice.copy_from(&rest[..n]);
-                    rest = &rest[n..];
-                }
-                Answer { status: VIRTIO_BLK_S_OK, written: (id.len() - rest.len()) as u64 }
-            }
-            Kind::Unsupported(_) => Answer { status: VIRTIO_BLK_S_UNSUPP, written: 0 },
-        }
-    }
-
-    /// Memory can be missing only for a front-end that was offered post-copy.
-    fn make_present<B: BitmapSlice>(&self, data: &[VolatileSlice<'_, B>]) {
-        if self.options.postcopy {
-            make_present(data);
-        }
-    }
-
-    /// Whether the driver knows how to flush; if not, every write must be stable when answered.
-    fn write_back(&self) -> bool {
-        self.acked_features.load(Ordering::Relaxed) & (1 << VIRTIO_BLK_F_FLUSH) != 0
-    }
-}
-
-/// Puts a chain on the used ring and tells the driver if it wants to know.
-fn complete(vring: &Vring, head: u16, written: u32) -> Result<(), virtio_queue::Error> {
-    let mut state = vring.get_mut();
-    match state.add_used(head, written) {
-        Ok(()) => {}
-        // The driver made up a head beyond its queue: there is nothing to give back.
-        Err(virtio_queue::Error::InvalidDescriptorIndex) => return Ok(()),
-        Err(e) => return Err(e),
-    }
-    if state.needs_notification()?
-        && let Err(e) = state.signal_used_queue()
-    {
-        log::error!("signalling the front-end: {e}; the guest may miss a completion");
-    }
-    Ok(())
 }
 
 impl VhostUserBackend for BlkBackend {
@@ -299,11 +113,11 @@ impl VhostUserBackend for BlkBackend {
     }
 
     fn features(&self) -> u64 {
-        config::virtio_features(self.disk.read_only(), self.options.num_queues > 1)
+        config::virtio_features(self.read_only, self.options.num_queues > 1)
     }
 
     fn acked_features(&self, features: u64) {
-        self.acked_features.store(features, Ordering::Relaxed);
+        self.executor.set_acked_features(features);
     }
 
     fn protocol_features(&self) -> VhostUserProtocolFeatures {
@@ -357,7 +171,8 @@ impl VhostUserBackend for BlkBackend {
         };
         // Each thread has one queue, so the thread's number is the queue's.
         let _busy = self.busy(thread_id);
-        if let Err(e) = self.process_queue(thread_id, vring) {
+        let served = queue::process(&self.executor, thread_id, vring, &self.mem, &self.stopping);
+        if let Err(e) = served {
             log::error!("queue {thread_id}: {e}; the driver's ring is not usable as it is");
         }
         Ok(())

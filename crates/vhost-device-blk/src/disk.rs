@@ -10,14 +10,14 @@ use std::path::Path;
 use vm_memory::VolatileSlice;
 use vm_memory::bitmap::BitmapSlice;
 
+#[cfg(doc)]
+use crate::present::make_present;
 use crate::{Error, Result};
 
 /// Bytes in a sector, the unit of a request's position and length.
 pub const SECTOR_SIZE: u64 = 512;
 /// Segments one preadv or pwritev takes (`UIO_MAXIOV`).
 const MAX_IOVECS: usize = 1024;
-/// The smallest page there is; a larger one is merely touched more than once.
-const PAGE_SIZE: usize = 4096;
 
 /// An open disk.
 #[derive(Debug)]
@@ -184,23 +184,6 @@ fn skip<'s>(rest: &'s mut &mut [libc::iovec], mut n: usize) -> &'s [libc::iovec]
     rest
 }
 
-/// Reads a byte of each page of `slices` from user mode, so that what is missing is waited for
-/// here, where nothing is locked. In a system call the wait would be in the middle of the file
-/// system, which writes under the image's inode lock: every other queue would wait too.
-pub fn make_present<B: BitmapSlice>(slices: &[VolatileSlice<'_, B>]) {
-    for slice in slices {
-        let start = slice.ptr_guard().as_ptr() as usize;
-        let mut offset = 0;
-        while offset < slice.len() {
-            if let Ok(byte) = slice.subslice(offset, 1) {
-                // A volatile read: it is not optimized away.
-                byte.copy_to(&mut [0u8]);
-            }
-            offset += PAGE_SIZE - ((start + offset) & (PAGE_SIZE - 1));
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -242,7 +225,6 @@ mod tests {
         let (_file, disk) = disk(sectors * 512);
         let mut memory = vec![0u8; sectors * 512];
         let slices: Vec<_> = memory.chunks_mut(512).map(VolatileSlice::from).collect();
-        make_present(&slices);
         disk.read(&slices, 0).unwrap();
         drop(slices);
         assert!(memory.chunks(512).enumerate().all(|(i, s)| s.iter().all(|b| *b == i as u8)));
