@@ -16,6 +16,9 @@ pub const MIN_QUEUE_SIZE: u16 = 4;
 /// Largest queue the virtio specification knows.
 pub const MAX_QUEUE_SIZE: u16 = 32768;
 
+/// Most threads of a queue.
+pub const MAX_THREADS: u16 = 256;
+
 /// A vhost-user-blk back-end with post-copy.
 #[derive(Debug, Parser)]
 #[command(name = "vhost-device-blk", version, about)]
@@ -28,13 +31,17 @@ pub struct Args {
     #[arg(long, value_name = "PATH")]
     pub disk: PathBuf,
 
-    /// Number of request queues, 1 to 64; each has a thread of its own.
+    /// Number of request queues, 1 to 64.
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub num_queues: u16,
 
     /// Largest queue the front-end may set up, in descriptors: a power of two, 4 to 32768.
     #[arg(long, value_name = "N", default_value_t = 256)]
     pub queue_size: u16,
+
+    /// Requests of one queue that are carried out at once, 1 to 256; 1 keeps them in order.
+    #[arg(long, value_name = "N", default_value_t = 16)]
+    pub threads: u16,
 
     /// Serve the disk read-only.
     #[arg(long)]
@@ -104,6 +111,13 @@ impl Args {
                 problem: format!("not a power of two within {MIN_QUEUE_SIZE} to {MAX_QUEUE_SIZE}"),
             });
         }
+        if !(1..=MAX_THREADS).contains(&self.threads) {
+            return Err(Error::Option {
+                option: "--threads",
+                value: self.threads.to_string(),
+                problem: format!("not within 1 to {MAX_THREADS}"),
+            });
+        }
         if self.id.len() > VIRTIO_BLK_ID_BYTES as usize {
             return Err(Error::Option {
                 option: "--id",
@@ -116,6 +130,7 @@ impl Args {
             disk: self.disk,
             num_queues: self.num_queues,
             queue_size: self.queue_size,
+            threads: self.threads,
             read_only: self.read_only,
             id: self.id,
             postcopy: self.postcopy,
@@ -151,6 +166,8 @@ mod tests {
         assert!(parse(&["--queue-size", "2"]).is_err());
         assert!(parse(&["--queue-size", "100"]).is_err());
         assert!(parse(&["--queue-size", "32768"]).is_ok());
+        assert!(parse(&["--threads", "0"]).is_err());
+        assert!(parse(&["--threads", "257"]).is_err());
         assert!(parse(&["--id", "12345678901234567890"]).is_ok());
         let e = parse(&["--id", "123456789012345678901"]).unwrap_err();
         assert_eq!(e.exit_status(), 2);

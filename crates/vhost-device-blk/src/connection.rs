@@ -7,12 +7,13 @@
 
 use std::fs;
 use std::io;
+use std::mem;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use vhost::vhost_user::{Error as VhostUserError, Listener};
 use vhost_user_backend::{Error as DaemonError, VhostUserDaemon};
@@ -24,8 +25,8 @@ use crate::disk::Disk;
 use crate::signals::{self, Signals};
 use crate::{Error, Result};
 
-/// How long requests in hand and messages already sent may take after the front-end has gone.
-const GRACE: Duration = Duration::from_secs(2);
+/// How long requests in hand, or a message, may make no progress after the front-end has gone.
+const GRACE: Duration = Duration::from_secs(1);
 
 /// Accepts the connection that waits on `listener` and serves it to its end: until the front-end
 /// disconnects or a signal asks to end. Threads may be left, blocked; the caller must end the
@@ -38,11 +39,11 @@ pub fn serve(
     options: DeviceOptions,
 ) -> Result<()> {
     let local = listener.local_addr().map_err(Error::system("asking for the socket's address"))?;
-    let mem = GuestMemoryAtomic::new(Memory::new());
-    let backend = Arc::new(BlkBackend::new(disk, counters, mem.clone(), options));
+    let memory = GuestMemoryAtomic::new(Memory::new());
+    let backend = Arc::new(BlkBackend::new(disk, counters, memory.clone(), options));
     let failed = |e: DaemonError| Error::Connection(e.to_string());
     let mut daemon =
-        VhostUserDaemon::new("vhost-user-blk".into(), backend.clone(), mem).map_err(failed)?;
+        VhostUserDaemon::new("vhost-user-blk".into(), backend.clone(), memory).map_err(failed)?;
     daemon.start(&mut Listener::from(listener)).map_err(failed)?;
     let connection = accepted(&local)?;
 
@@ -51,7 +52,12 @@ pub fn serve(
     let (sender, ended) = mpsc::channel();
     thread::Builder::new()
         .name("disconnect".into())
-        .spawn(move || sender.send(daemon.wait()))
+        .spawn(move || {
+            let result = daemon.wait();
+            // Dropped, it would close the userfaultfd: whoever still waits for a page would go on.
+            mem::forget(daemon);
+            sender.send(result)
+        })
         .map_err(Error::system("starting a thread"))?;
     let mut end = false;
     while !end {
@@ -62,10 +68,14 @@ pub fn serve(
         end = hung_up != 0 || (signalled != 0 && signals.take());
     }
 
-    // First the messages that the front-end sent before it went, then the requests in hand.
-    let deadline = Instant::now() + GRACE;
+    // The requests in hand; then a message, which may be the one that waits for them.
     let _ = connection.shutdown(std::net::Shutdown::Read);
-    let result = match ended.recv_timeout(GRACE) {
+    let mut patience = GRACE;
+    if !backend.stop(GRACE) {
+        log::warn!("the front-end is gone, a request still waits (for a missing page?): given up");
+        patience = Duration::ZERO;
+    }
+    let result = match ended.recv_timeout(patience) {
         Ok(result) => result,
         Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {
             log::warn!(
@@ -74,9 +84,6 @@ pub fn serve(
             Ok(())
         }
     };
-    if !backend.stop(deadline.saturating_duration_since(Instant::now())) {
-        log::warn!("the front-end is gone, a request still waits (for a missing page?): given up");
-    }
     match result {
         Ok(())
         | Err(DaemonError::HandleRequest(

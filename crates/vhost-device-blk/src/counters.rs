@@ -13,28 +13,62 @@ use serde::Serialize;
 use crate::args::MAX_QUEUES;
 use crate::{Error, Result};
 
-/// One queue's counters, on cache lines of their own.
-#[derive(Debug, Default)]
-#[repr(C, align(128))]
-pub struct QueueCounters {
+/// Makes the counters of a queue and the fields of their sum of one list.
+macro_rules! counters {
+    ($($(#[doc = $doc:literal])+ $name:ident,)+) => {
+        /// One queue's counters, on cache lines of their own.
+        #[derive(Debug, Default)]
+        #[repr(C, align(128))]
+        pub struct QueueCounters {
+            $($(#[doc = $doc])+ pub $name: AtomicU64,)+
+            /// Most requests in hand at once.
+            pub most_in_hand: AtomicU64,
+        }
+
+        /// What [`Counters`] counted up to a moment.
+        #[derive(Clone, Debug, Default, Eq, PartialEq, Serialize)]
+        pub struct Snapshot {
+            /// Front-ends that connected.
+            pub connections: u64,
+            $($(#[doc = $doc])+ pub $name: u64,)+
+            /// Chains taken that nothing came of: now in hand, or given up when their front-end
+            /// was gone while they waited for memory.
+            pub abandoned: u64,
+            /// Most requests of one queue in hand at once.
+            pub most_in_hand: u64,
+            /// Chains taken from each queue.
+            pub queue_requests: Vec<u64>,
+        }
+
+        impl Snapshot {
+            fn add(&mut self, queue: &QueueCounters) {
+                $(self.$name += queue.$name.load(Ordering::Relaxed);)+
+            }
+        }
+    };
+}
+
+counters! {
+    /// Chains taken from the queues, whatever became of them.
+    requests,
     /// Read requests answered with success.
-    pub reads: AtomicU64,
+    reads,
     /// Write requests answered with success.
-    pub writes: AtomicU64,
+    writes,
     /// Flush requests answered with success.
-    pub flushes: AtomicU64,
+    flushes,
     /// Requests for the serial number answered with success.
-    pub get_ids: AtomicU64,
+    get_ids,
     /// Requests answered as unsupported.
-    pub unsupported: AtomicU64,
-    /// Requests answered with an I/O error.
-    pub io_errors: AtomicU64,
+    unsupported,
+    /// Requests answered with an I/O error, malformed ones among them.
+    io_errors,
     /// Chains without a place for an answer, returned with a length of 0.
-    pub dropped: AtomicU64,
+    dropped,
     /// Bytes read from the disk by successful requests.
-    pub bytes_read: AtomicU64,
+    bytes_read,
     /// Bytes written to the disk by successful requests.
-    pub bytes_written: AtomicU64,
+    bytes_written,
 }
 
 #[derive(Debug)]
@@ -55,35 +89,6 @@ pub struct Counters {
 unsafe impl Send for Counters {}
 // SAFETY: as above.
 unsafe impl Sync for Counters {}
-
-/// What [`Counters`] counted up to a moment.
-#[derive(Clone, Debug, Default, Eq, PartialEq, Serialize)]
-pub struct Snapshot {
-    /// Front-ends that connected.
-    pub connections: u64,
-    /// Chains taken from the queues, whatever became of them.
-    pub requests: u64,
-    /// Read requests answered with success.
-    pub reads: u64,
-    /// Write requests answered with success.
-    pub writes: u64,
-    /// Flush requests answered with success.
-    pub flushes: u64,
-    /// Requests for the serial number answered with success.
-    pub get_ids: u64,
-    /// Requests answered as unsupported.
-    pub unsupported: u64,
-    /// Requests answered with an I/O error.
-    pub io_errors: u64,
-    /// Chains without a place for an answer, returned with a length of 0.
-    pub dropped: u64,
-    /// Bytes read from the disk by successful requests.
-    pub bytes_read: u64,
-    /// Bytes written to the disk by successful requests.
-    pub bytes_written: u64,
-    /// Chains taken from each queue.
-    pub queue_requests: Vec<u64>,
-}
 
 impl Counters {
     /// Counters for `num_queues` queues, all zero.
@@ -141,28 +146,20 @@ impl Counters {
             ..Snapshot::default()
         };
         for queue in &self.shared().queues[..self.num_queues] {
-            let get = |c: &AtomicU64| c.load(Ordering::Relaxed);
-            sum.reads += get(&queue.reads);
-            sum.writes += get(&queue.writes);
-            sum.flushes += get(&queue.flushes);
-            sum.get_ids += get(&queue.get_ids);
-            sum.unsupported += get(&queue.unsupported);
-            sum.io_errors += get(&queue.io_errors);
-            sum.dropped += get(&queue.dropped);
-            sum.bytes_read += get(&queue.bytes_read);
-            sum.bytes_written += get(&queue.bytes_written);
-            let requests = [
-                &queue.reads,
-                &queue.writes,
-                &queue.flushes,
-                &queue.get_ids,
-                &queue.unsupported,
-                &queue.io_errors,
-                &queue.dropped,
-            ];
-            sum.queue_requests.push(requests.into_iter().map(get).sum());
+            sum.add(queue);
+            sum.queue_requests.push(queue.requests.load(Ordering::Relaxed));
+            sum.most_in_hand = sum.most_in_hand.max(queue.most_in_hand.load(Ordering::Relaxed));
         }
-        sum.requests = sum.queue_requests.iter().sum();
+        let outcomes = [
+            sum.reads,
+            sum.writes,
+            sum.flushes,
+            sum.get_ids,
+            sum.unsupported,
+            sum.io_errors,
+            sum.dropped,
+        ];
+        sum.abandoned = sum.requests.saturating_sub(outcomes.iter().sum());
         sum
     }
 }
@@ -199,13 +196,17 @@ mod tests {
     fn sums_and_writes() {
         let counters = Counters::new(2).unwrap();
         counters.connected();
+        counters.queue(0).requests.fetch_add(3, Ordering::Relaxed);
         counters.queue(0).reads.fetch_add(2, Ordering::Relaxed);
+        counters.queue(0).most_in_hand.fetch_max(2, Ordering::Relaxed);
+        counters.queue(1).requests.fetch_add(1, Ordering::Relaxed);
         counters.queue(1).dropped.fetch_add(1, Ordering::Relaxed);
         counters.queue(1).bytes_written.fetch_add(512, Ordering::Relaxed);
         let snapshot = counters.snapshot();
         assert_eq!(snapshot.connections, 1);
-        assert_eq!(snapshot.requests, 3);
-        assert_eq!(snapshot.queue_requests, [2, 1]);
+        assert_eq!((snapshot.requests, snapshot.abandoned), (4, 1));
+        assert_eq!(snapshot.queue_requests, [3, 1]);
+        assert_eq!(snapshot.most_in_hand, 2);
         assert_eq!(snapshot.bytes_written, 512);
 
         let dir = tempfile::tempdir().unwrap();

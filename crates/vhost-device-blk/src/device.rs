@@ -2,8 +2,7 @@
 //! The device as vhost-user-backend drives it.
 
 use std::io;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
@@ -19,7 +18,8 @@ use crate::config::{self, ConfigSpace};
 use crate::counters::Counters;
 use crate::disk::Disk;
 use crate::execute::Executor;
-use crate::queue;
+use crate::pool::{Pool, drain_all};
+use crate::queue::Queue;
 
 /// The guest's memory, with the log of written pages that a migrating front-end may ask for.
 pub type Memory = GuestMemoryMmap<BitmapMmapRegion>;
@@ -35,6 +35,8 @@ pub struct DeviceOptions {
     pub num_queues: u16,
     /// Largest queue size, in descriptors; a power of two.
     pub queue_size: u16,
+    /// Requests of one queue that are carried out at once, at most; 1 keeps them in order.
+    pub threads: u16,
     /// The serial number, of which 20 bytes are used.
     pub id: String,
     /// Offer `PAGEFAULT`. See [`crate::postcopy::probe`] for whether it will work.
@@ -48,14 +50,11 @@ pub struct DeviceOptions {
 /// With post-copy, whoever runs it must see to it that its threads end, with their process, when
 /// the front-end goes away while they wait for a page; [`crate::server::serve`] does.
 pub struct BlkBackend {
-    executor: Executor,
+    executor: Arc<Executor>,
     options: DeviceOptions,
     config: ConfigSpace,
     read_only: bool,
-    mem: AtomicMemory,
-    stopping: AtomicBool,
-    /// Held by a queue's thread while it has requests in hand.
-    busy: Vec<Mutex<()>>,
+    queues: Vec<Queue>,
 }
 
 impl BlkBackend {
@@ -68,35 +67,40 @@ impl BlkBackend {
         options: DeviceOptions,
     ) -> Self {
         let config = ConfigSpace::new(disk.sectors(), options.queue_size, options.num_queues);
-        BlkBackend {
-            config,
-            read_only: disk.read_only(),
-            executor: Executor::new(disk, counters, options.clone()),
-            mem,
-            stopping: AtomicBool::new(false),
-            busy: (0..options.num_queues).map(|_| Mutex::new(())).collect(),
-            options,
-        }
+        let read_only = disk.read_only();
+        let executor = Arc::new(Executor::new(disk, counters, options.clone()));
+        let queue = |index| {
+            let threads = usize::from(options.threads);
+            Queue::new(usize::from(index), executor.clone(), mem.clone(), threads)
+        };
+        let queues = (0..options.num_queues).map(queue).collect();
+        BlkBackend { executor, options, config, read_only, queues }
     }
 
-    /// Takes no request from now on, and waits until those in hand are answered, `patience` at
-    /// most. Returns whether they are; a request that waits for a missing page is not.
+    /// Takes no request from now on, and waits until those in hand are answered. Gives up when
+    /// nothing has happened for `patience`, though never while a request is at the disk: so what
+    /// is given up waits for missing memory, and has not begun. Returns whether all are answered.
     pub fn stop(&self, patience: Duration) -> bool {
-        self.stopping.store(true, Ordering::SeqCst);
-        let deadline = Instant::now() + patience;
-        for busy in &self.busy {
-            while let Err(TryLockError::WouldBlock) = busy.try_lock() {
-                if Instant::now() >= deadline {
-                    return false;
-                }
-                std::thread::sleep(Duration::from_millis(1));
-            }
+        let pools: Vec<&Pool> = self.queues.iter().map(Queue::pool).collect();
+        for pool in &pools {
+            pool.close();
         }
-        true
+        let start = Instant::now();
+        drain_all(&pools, patience, || match self.executor.at_the_disk() {
+            0 => 0,
+            _ => start.elapsed().as_nanos(),
+        })
     }
+}
 
-    fn busy(&self, queue: usize) -> MutexGuard<'_, ()> {
-        self.busy[queue].lock().unwrap_or_else(PoisonError::into_inner)
+impl Drop for BlkBackend {
+    /// Waits for the requests in hand. The library drops the device before the userfaultfd, and
+    /// once that is closed, a request that waits for a page would go on over zeros.
+    fn drop(&mut self) {
+        for queue in &self.queues {
+            queue.pool().close();
+            queue.pool().drain();
+        }
     }
 }
 
@@ -150,10 +154,12 @@ impl VhostUserBackend for BlkBackend {
             .ok()
     }
 
-    /// Returns when the request in hand, if any, is on the used ring: so the ring's base that the
+    /// Returns when the requests in hand are on the used ring: so the ring's base that the
     /// front-end gets next counts no request that is not answered.
     fn stop_vring(&self, queue_index: u32) -> io::Result<()> {
-        drop(self.busy(queue_index as usize));
+        if let Some(queue) = self.queues.get(queue_index as usize) {
+            queue.drain();
+        }
         Ok(())
     }
 
@@ -165,15 +171,10 @@ impl VhostUserBackend for BlkBackend {
         vrings: &[Vring],
         thread_id: usize,
     ) -> io::Result<()> {
-        let Some(vring) = vrings.get(usize::from(device_event)) else {
-            log::warn!("event {device_event} ({evset:?}) is no queue's, ignored");
-            return Ok(());
-        };
         // Each thread has one queue, so the thread's number is the queue's.
-        let _busy = self.busy(thread_id);
-        let served = queue::process(&self.executor, thread_id, vring, &self.mem, &self.stopping);
-        if let Err(e) = served {
-            log::error!("queue {thread_id}: {e}; the driver's ring is not usable as it is");
+        match (vrings.get(usize::from(device_event)), self.queues.get(thread_id)) {
+            (Some(vring), Some(queue)) => queue.process(vring),
+            _ => log::warn!("event {device_event} ({evset:?}) is no queue's, ignored"),
         }
         Ok(())
     }

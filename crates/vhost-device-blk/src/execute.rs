@@ -3,7 +3,7 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use virtio_bindings::bindings::virtio_blk::{
     VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK,
@@ -29,6 +29,17 @@ pub struct Executor {
     counters: Arc<Counters>,
     options: DeviceOptions,
     acked_features: AtomicU64,
+    /// Requests whose data is all there, and which are with the host's file system now.
+    at_the_disk: AtomicUsize,
+}
+
+/// Counts as a request at the disk until it is dropped.
+struct AtTheDisk<'a>(&'a AtomicUsize);
+
+impl Drop for AtTheDisk<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::SeqCst);
+    }
 }
 
 /// An answer: the status, and the bytes written from the start of what the device may write.
@@ -39,12 +50,30 @@ struct Answer {
 
 impl Executor {
     pub fn new(disk: Arc<Disk>, counters: Arc<Counters>, options: DeviceOptions) -> Self {
-        Executor { disk, counters, options, acked_features: AtomicU64::new(0) }
+        Executor {
+            disk,
+            counters,
+            options,
+            acked_features: AtomicU64::new(0),
+            at_the_disk: AtomicUsize::new(0),
+        }
     }
 
     /// What the driver and the device have agreed on.
     pub fn set_acked_features(&self, features: u64) {
         self.acked_features.store(features, Ordering::Relaxed);
+    }
+
+    /// Requests that are past waiting for memory, and not done with the disk.
+    pub fn at_the_disk(&self) -> usize {
+        self.at_the_disk.load(Ordering::SeqCst)
+    }
+
+    /// Counts a chain taken from a queue, when as many are in hand with it.
+    pub fn count_taken(&self, queue: usize, in_hand: usize) {
+        let counters = self.counters.queue(queue);
+        counters.requests.fetch_add(1, Ordering::Relaxed);
+        counters.most_in_hand.fetch_max(in_hand as u64, Ordering::Relaxed);
     }
 
     /// Serves one request of a queue. Returns the length for the used ring.
@@ -101,6 +130,7 @@ impl Executor {
                     return io_error;
                 };
                 self.make_present(&request.data);
+                let _at_the_disk = self.go_to_the_disk();
                 let result = self.disk.read(&request.data, offset);
                 done("reading from", result.map(|()| request.data_len))
             }
@@ -112,13 +142,17 @@ impl Executor {
                     return io_error;
                 }
                 self.make_present(&request.data);
+                let _at_the_disk = self.go_to_the_disk();
                 let mut result = self.disk.write(&request.data, offset);
                 if result.is_ok() && !self.write_back() {
                     result = self.disk.flush();
                 }
                 done("writing to", result.map(|()| 0))
             }
-            Kind::Flush => done("flushing", self.disk.flush().map(|()| 0)),
+            Kind::Flush => {
+                let _at_the_disk = self.go_to_the_disk();
+                done("flushing", self.disk.flush().map(|()| 0))
+            }
             Kind::GetId => {
                 let mut id = [0; VIRTIO_BLK_ID_BYTES as usize];
                 for (to, from) in id.iter_mut().zip(self.options.id.bytes()) {
@@ -134,6 +168,11 @@ impl Executor {
             }
             Kind::Unsupported(_) => Answer { status: VIRTIO_BLK_S_UNSUPP, written: 0 },
         }
+    }
+
+    fn go_to_the_disk(&self) -> AtTheDisk<'_> {
+        self.at_the_disk.fetch_add(1, Ordering::SeqCst);
+        AtTheDisk(&self.at_the_disk)
     }
 
     /// Memory can be missing only for a front-end that was offered post-copy.

@@ -7,9 +7,10 @@
 //!
 //! Two rules make that safe:
 //!
-//! * **No lock is held across a fault that another queue needs.** Each queue has a thread, and
-//!   request buffers are touched from user mode before a system call sees them, so that no kernel
-//!   lock (the image's inode lock, above all) is ever held while a page is waited for.
+//! * **No lock is held across a fault that another request needs.** Requests are carried out by
+//!   threads that do not wait for each other, and their buffers are touched from user mode before
+//!   a system call sees them, so that no kernel lock (the image's inode lock, above all) is ever
+//!   held while a page is waited for.
 //! * **A page that never arrives is never read as zeros.** Each front-end is served by a process of
 //!   its own; if the front-end goes away while a queue waits for a page, that process ends with
 //!   the access unfinished, and the next front-end finds a fresh one.
@@ -28,6 +29,7 @@ pub mod device;
 pub mod disk;
 pub mod error;
 mod execute;
+mod pool;
 pub mod postcopy;
 mod present;
 mod queue;

@@ -1,9 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A queue: chains off the available ring, and back onto the used ring.
 //!
-//! The ring's lock is held for each single step on the ring, never while data moves; a fault under
-//! it delays messages about this ring, and no other ring.
+//! One thread takes the chains, in their order; the threads of the queue's pool carry them out and
+//! put each on the used ring as it is done. The ring's lock is held for each single step on the
+//! ring, never while data moves; a fault under it delays messages about this ring, and no other
+//! ring.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use vhost_user_backend::{VringState, VringT};
@@ -12,78 +15,128 @@ use vm_memory::{GuestAddressSpace, GuestMemoryLoadGuard};
 
 use crate::device::{AtomicMemory, Memory, Vring};
 use crate::execute::{Chain, Executor};
+use crate::pool::Pool;
 
-/// Serves `vring` until it is empty or stopped.
-pub fn process(
-    executor: &Executor,
+/// A queue of the device.
+pub struct Queue {
     index: usize,
-    vring: &Vring,
-    mem: &AtomicMemory,
-    stopping: &AtomicBool,
-) -> Result<(), Error> {
-    let mut idle_rounds = 0;
-    loop {
-        {
+    executor: Arc<Executor>,
+    mem: AtomicMemory,
+    pool: Pool,
+    /// A driver's broken ring is reported once, not at each kick.
+    reported: Arc<AtomicBool>,
+}
+
+impl Queue {
+    pub fn new(index: usize, executor: Arc<Executor>, mem: AtomicMemory, threads: usize) -> Self {
+        let pool = Pool::new(format!("queue {index}"), threads);
+        Queue { index, executor, mem, pool, reported: Arc::new(AtomicBool::new(false)) }
+    }
+
+    /// The queue's requests in hand.
+    pub fn pool(&self) -> &Pool {
+        &self.pool
+    }
+
+    /// Takes what is on `vring`, until it is empty or stopped. Waits while as many requests are in
+    /// hand as there may be. To be called from one thread only.
+    pub fn process(&self, vring: &Vring) {
+        if let Err(e) = self.take_all(vring) {
+            report(&self.reported, self.index, &e);
+        }
+    }
+
+    /// Waits until no request is in hand. The ring must have been stopped: more would be taken.
+    pub fn drain(&self) {
+        self.pool.drain();
+        self.reported.store(false, Ordering::Relaxed);
+    }
+
+    fn take_all(&self, vring: &Vring) -> Result<(), Error> {
+        let mut idle_rounds = 0;
+        loop {
+            {
+                let mut state = vring.get_mut();
+                if !may_run(&state) {
+                    return Ok(());
+                }
+                state.disable_notification()?;
+            }
+            let mut taken = false;
+            loop {
+                // The place first: whoever stops the ring and then finds no place taken knows
+                // that no chain is on its way either.
+                let Some(place) = self.pool.reserve() else {
+                    return Ok(());
+                };
+                let Some((chain, mem)) = self.next_chain(vring)? else {
+                    break;
+                };
+                taken = true;
+                self.executor.count_taken(self.index, self.pool.taken());
+                let (index, vring, executor) = (self.index, vring.clone(), self.executor.clone());
+                let reported = self.reported.clone();
+                self.pool.run(place, move || {
+                    let head = chain.head_index();
+                    let written = executor.serve(index, chain, &mem);
+                    if let Err(e) = complete(&vring, head, written) {
+                        report(&reported, index, &e);
+                    }
+                });
+            }
             let mut state = vring.get_mut();
-            if !may_run(&state, stopping) {
+            if !state.get_queue().ready() {
                 return Ok(());
             }
-            state.disable_notification()?;
+            if !state.enable_notification()? {
+                return Ok(());
+            }
+            // More has come in between. If nothing of it can be had twice in a row, the ring is
+            // stopped or broken.
+            idle_rounds = if taken { 0 } else { idle_rounds + 1 };
+            if idle_rounds > 1 {
+                return Ok(());
+            }
         }
-        let mut served = false;
-        while let Some((chain, mem)) = next_chain(vring, mem, stopping)? {
-            let head = chain.head_index();
-            let written = executor.serve(index, chain, &mem);
-            complete(vring, head, written)?;
-            served = true;
-        }
+    }
+
+    fn next_chain(
+        &self,
+        vring: &Vring,
+    ) -> Result<Option<(Chain, GuestMemoryLoadGuard<Memory>)>, Error> {
         let mut state = vring.get_mut();
-        if !state.get_queue().ready() {
-            return Ok(());
+        if !may_run(&state) {
+            return Ok(None);
         }
-        if !state.enable_notification()? {
-            return Ok(());
-        }
-        // More has come in between. If nothing of it can be had twice in a row, the ring is
-        // stopped or broken.
-        idle_rounds = if served { 0 } else { idle_rounds + 1 };
-        if idle_rounds > 1 {
-            return Ok(());
-        }
+        let mem = self.mem.memory();
+        let chain = state.get_queue_mut().iter(mem.clone())?.next();
+        Ok(chain.map(|chain| (chain, mem)))
     }
 }
 
-fn may_run(state: &VringState<AtomicMemory>, stopping: &AtomicBool) -> bool {
-    state.get_queue().ready() && state.is_enabled() && !stopping.load(Ordering::SeqCst)
+fn may_run(state: &VringState<AtomicMemory>) -> bool {
+    state.get_queue().ready() && state.is_enabled()
 }
 
-fn next_chain(
-    vring: &Vring,
-    mem: &AtomicMemory,
-    stopping: &AtomicBool,
-) -> Result<Option<(Chain, GuestMemoryLoadGuard<Memory>)>, Error> {
-    let mut state = vring.get_mut();
-    if !may_run(&state, stopping) {
-        return Ok(None);
-    }
-    let mem = mem.memory();
-    let chain = state.get_queue_mut().iter(mem.clone())?.next();
-    Ok(chain.map(|chain| (chain, mem)))
-}
-
-/// Puts a chain on the used ring and tells the driver if it wants to know.
+/// Puts a chain on the used ring and tells the driver if it wants to know; both under one lock, as
+/// the decision is about what has been added since the last one.
 fn complete(vring: &Vring, head: u16, written: u32) -> Result<(), Error> {
     let mut state = vring.get_mut();
-    match state.add_used(head, written) {
-        Ok(()) => {}
-        // The driver made up a head beyond its queue: there is nothing to give back.
-        Err(Error::InvalidDescriptorIndex) => return Ok(()),
-        Err(e) => return Err(e),
+    if head >= state.get_queue().size() {
+        // The driver made it up: there is nothing to give back.
+        return Ok(());
     }
+    state.add_used(head, written)?;
     if state.needs_notification()?
         && let Err(e) = state.signal_used_queue()
     {
         log::error!("signalling the front-end: {e}; the guest may miss a completion");
     }
     Ok(())
+}
+
+fn report(reported: &AtomicBool, index: usize, e: &Error) {
+    if !reported.swap(true, Ordering::Relaxed) {
+        log::error!("queue {index}: {e}; the driver's ring is not usable as it is");
+    }
 }

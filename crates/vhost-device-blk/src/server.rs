@@ -35,6 +35,8 @@ pub struct Options {
     pub num_queues: u16,
     /// Largest queue size, in descriptors; a power of two.
     pub queue_size: u16,
+    /// Requests of one queue that are carried out at once, at most.
+    pub threads: u16,
     /// Refuse writes.
     pub read_only: bool,
     /// The serial number, up to 20 bytes.
@@ -74,6 +76,7 @@ pub fn serve(options: &Options) -> Result<()> {
     let device = DeviceOptions {
         num_queues: options.num_queues,
         queue_size: options.queue_size,
+        threads: options.threads,
         id: options.id.clone(),
         postcopy,
         mem_slots: options.mem_slots,

@@ -4,160 +4,16 @@
 
 mod common;
 
-use std::collections::HashSet;
-use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, RawFd};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
-use std::thread::{self, JoinHandle};
+use std::thread;
 use std::time::{Duration, Instant};
 
+use common::missing::*;
 use common::*;
-use userfaultfd::{Event, Uffd};
 use vhost::vhost_user::VhostUserFrontend;
-use vhost::vhost_user::message::{FrontendReq, VhostUserProtocolFeatures};
 use vhost::{VhostBackend, VringConfigData};
-use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
-
-macro_rules! need_userfaultfd {
-    () => {
-        if let Err(e) = vhost_device_blk::postcopy::probe() {
-            eprintln!("SKIPPED: {e}");
-            return;
-        }
-    };
-}
-
-/// What a missing page holds once it arrives: its page number and a mark.
-fn content(addr: u64) -> Vec<u8> {
-    (addr / PAGE * 0x1_0001 + 0xabcd).to_le_bytes().repeat(PAGE as usize / 8)
-}
-
-/// Serves the back-end's faults, but for pages it is told to hold back.
-struct Server {
-    thread: Option<JoinHandle<()>>,
-    stop: Arc<AtomicBool>,
-    /// Guest addresses of pages not to be given yet.
-    held: Arc<Mutex<HashSet<u64>>>,
-    /// Guest addresses of faults, in order.
-    seen: Arc<Mutex<Vec<u64>>>,
-}
-
-/// The back-end's mappings: its base, the guest address, the size.
-type Mappings = Arc<Mutex<Vec<(u64, u64, u64)>>>;
-
-impl Server {
-    fn start(uffd: RawFd, mappings: Mappings) -> Self {
-        let stop = Arc::new(AtomicBool::new(false));
-        let held = Arc::new(Mutex::new(HashSet::new()));
-        let seen = Arc::new(Mutex::new(Vec::new()));
-        let (stop2, held2, seen2) = (stop.clone(), held.clone(), seen.clone());
-        // SAFETY: the caller hands the descriptor over.
-        let uffd = unsafe { Uffd::from_raw_fd(uffd) };
-        let thread = thread::spawn(move || {
-            let mut waiting: Vec<(u64, u64)> = Vec::new();
-            while !stop2.load(Ordering::SeqCst) {
-                while let Some(event) = uffd.read_event().unwrap() {
-                    let Event::Pagefault { addr, .. } = event else {
-                        panic!("{event:?}");
-                    };
-                    let addr = addr as u64 & !(PAGE - 1);
-                    let mappings = mappings.lock().unwrap();
-                    let (base, gpa, _) = *mappings
-                        .iter()
-                        .find(|(base, _, size)| (*base..base + size).contains(&addr))
-                        .expect("a fault outside of guest memory");
-                    seen2.lock().unwrap().push(addr - base + gpa);
-                    waiting.push((addr, addr - base + gpa));
-                }
-                waiting.retain(|(addr, gpa)| {
-                    if held2.lock().unwrap().contains(gpa) {
-                        return true;
-                    }
-                    let page = content(*gpa);
-                    // SAFETY: a page of ours into a page of the back-end's that is missing.
-                    let copied = unsafe {
-                        uffd.copy(page.as_ptr().cast(), *addr as *mut _, PAGE as usize, true)
-                    };
-                    // Two threads may fault on one page.
-                    if copied.is_err() {
-                        uffd.wake(*addr as *mut _, PAGE as usize).unwrap();
-                    }
-                    false
-                });
-                thread::sleep(Duration::from_micros(200));
-            }
-        });
-        Server { thread: Some(thread), stop, held, seen }
-    }
-
-    fn hold(&self, addr: u64) {
-        self.held.lock().unwrap().insert(addr & !(PAGE - 1));
-    }
-
-    fn release(&self, addr: u64) {
-        self.held.lock().unwrap().remove(&(addr & !(PAGE - 1)));
-    }
-
-    fn seen(&self, addr: u64) -> bool {
-        self.seen.lock().unwrap().contains(&(addr & !(PAGE - 1)))
-    }
-
-    fn await_fault(&self, addr: u64) {
-        until("the fault", || self.seen(addr));
-    }
-}
-
-impl Drop for Server {
-    /// Stops, and closes the userfaultfd.
-    fn drop(&mut self) {
-        self.stop.store(true, Ordering::SeqCst);
-        if let Err(e) = self.thread.take().unwrap().join()
-            && !thread::panicking()
-        {
-            std::panic::resume_unwind(e);
-        }
-    }
-}
-
-/// Connects a guest whose memory is missing, its rings excepted.
-fn restore(daemon: &Daemon, queues: usize) -> (Guest, Server) {
-    let none = VhostUserProtocolFeatures::empty();
-    let (mut frontend, features, protocol) = negotiate(&daemon.socket(), 0, none);
-    assert!(protocol.contains(VhostUserProtocolFeatures::PAGEFAULT));
-    let uffd = frontend.postcopy_advise().unwrap();
-    frontend.postcopy_listen().unwrap();
-    let mem = memory();
-    let bases = if protocol.contains(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS) {
-        let mut bases = vec![];
-        for region in region_infos(&mem) {
-            bases.push(frontend.add_mem_region(&region).unwrap().unwrap());
-        }
-        frontend.postcopy_ack_mem_regions(FrontendReq::ADD_MEM_REG).unwrap();
-        bases
-    } else {
-        let bases = frontend.set_mem_table(&region_infos(&mem)).unwrap().unwrap();
-        frontend.postcopy_ack_mem_regions(FrontendReq::SET_MEM_TABLE).unwrap();
-        bases
-    };
-    assert_eq!(bases.len(), 2);
-    let gpas = [BASE, BASE + REGION];
-    let mappings = bases.into_iter().zip(gpas).map(|(base, gpa)| (base, gpa, REGION)).collect();
-    let server = Server::start(uffd.into_raw_fd(), Arc::new(Mutex::new(mappings)));
-    let mut guest = Guest { frontend, features, protocol, mem, rings: Vec::new() };
-    for _ in 0..queues {
-        guest.add_ring();
-    }
-    (guest, server)
-}
-
-/// Whether a page of the first region is in its file.
-fn present(mem: &GuestMemoryMmap, addr: u64) -> bool {
-    let file = mem.iter().next().unwrap().file_offset().unwrap().file();
-    let offset = (addr - BASE) as i64;
-    // SAFETY: only the file's position is changed, which nobody uses.
-    unsafe { libc::lseek(file.as_raw_fd(), offset, libc::SEEK_DATA) == offset }
-}
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 fn writes_and_reads(args: &[&str]) {
     let mut daemon = Daemon::start(4096, &[args, &["--postcopy", "require", "--once"]].concat());
@@ -182,7 +38,7 @@ fn writes_and_reads(args: &[&str]) {
     let mut wanted: Vec<u8> = (0..8).flat_map(|i| content(seam + i * PAGE)).collect();
     wanted.drain(..PAGE as usize - 100);
     wanted.truncate(6 * 4096);
-    assert_eq!(daemon.disk()[100 * 512..148 * 512], wanted);
+    assert!(daemon.disk()[100 * 512..148 * 512] == wanted);
 
     // The end: what was not touched is given at once, and the guest goes on without faults.
     let late = DATA + 100 * PAGE;
@@ -244,7 +100,88 @@ fn queues_do_not_wait_for_each_others_pages() {
     server.release(from_disk + PAGE);
     assert_eq!(guest.rings[1].wait(&mem), (u32::from(read), 4 * 4096 + 1));
     let wanted: Vec<u8> = (0..4).flat_map(|i| content(to_disk + i * PAGE)).collect();
-    assert_eq!(daemon.disk()[64 * 512..96 * 512], wanted);
+    assert!(daemon.disk()[64 * 512..96 * 512] == wanted);
+}
+
+/// Nor do the requests of one queue.
+#[test]
+fn requests_of_one_queue_do_not_wait_for_each_others_pages() {
+    need_userfaultfd!();
+    let mut daemon = Daemon::start(4096, &["--once"]);
+    let (mut guest, server) = restore(&daemon, 1);
+    let mem = guest.mem.clone();
+    // Eight that wait, each for the last of its pages.
+    let mut waiting = vec![];
+    for i in 0..8 {
+        let addr = DATA + i * 4 * PAGE;
+        server.hold(addr + 3 * PAGE);
+        let kind = if i % 2 == 0 { T_OUT } else { T_IN };
+        let head = guest.rings[0].submit(&mem, kind, 64 + 32 * i, &[(addr, 4 * 4096)]);
+        server.await_fault(addr + 3 * PAGE);
+        waiting.push((addr, head));
+    }
+    for i in 0..20 {
+        let addr = DATA + (64 + i) * PAGE;
+        guest.rings[0].reuse_from(32);
+        assert_eq!(guest.request(0, T_OUT, 1000 + i * 8, addr, 4096), (OK, 1));
+        assert_eq!(guest.request(0, T_FLUSH, 0, 0, 0), (OK, 1));
+    }
+    assert_eq!(guest.rings[0].used_index(&mem), 40);
+
+    // The queue stops when they are done, not before.
+    let frontend = guest.frontend.clone();
+    let stopped = thread::spawn(move || frontend.get_vring_base(0).unwrap());
+    for (addr, head) in waiting.into_iter().rev() {
+        thread::sleep(Duration::from_millis(20));
+        assert!(!stopped.is_finished(), "stopped with a request in hand");
+        server.release(addr + 3 * PAGE);
+        assert_eq!(guest.rings[0].wait(&mem).0, u32::from(head));
+        assert_eq!(guest.rings[0].status(&mem, head), OK);
+    }
+    assert_eq!(stopped.join().unwrap(), 48);
+    assert_eq!(guest.rings[0].used_index(&mem), 48);
+    let wanted: Vec<u8> = (0..4).flat_map(|i| content(DATA + i * PAGE)).collect();
+    assert!(daemon.disk()[64 * 512..96 * 512] == wanted);
+    drop(guest);
+    assert!(daemon.wait().success());
+    let stats = daemon.stats();
+    assert_eq!((&stats["requests"], &stats["abandoned"]), (&48.into(), &0.into()));
+    assert_eq!(stats["most_in_hand"], 9);
+}
+
+/// As many wait as there are threads: the others wait in the ring, and none is lost.
+#[test]
+fn more_requests_than_threads() {
+    need_userfaultfd!();
+    let mut daemon = Daemon::start(4096, &["--threads", "2", "--once"]);
+    let (mut guest, server) = restore(&daemon, 1);
+    let mem = guest.mem.clone();
+    server.hold(DATA);
+    server.hold(DATA + PAGE);
+    let mut heads = vec![];
+    for i in 0..10 {
+        let addr = DATA + i * PAGE;
+        heads.push(u32::from(guest.rings[0].submit(&mem, T_OUT, 8 * i, &[(addr, 4096)])));
+        if i < 2 {
+            server.await_fault(addr);
+        }
+    }
+    thread::sleep(Duration::from_millis(50));
+    assert_eq!(guest.rings[0].used_index(&mem), 0);
+    server.release(DATA + PAGE);
+    let mut done = vec![];
+    until("the others", || {
+        done.extend(guest.rings[0].poll(&mem).map(|(head, _)| head));
+        done.len() == 9
+    });
+    assert_eq!(done, heads[1..]);
+    server.release(DATA);
+    until("the first", || guest.rings[0].poll(&mem) == Some((heads[0], 1)));
+    let wanted: Vec<u8> = (0..10).flat_map(|i| content(DATA + i * PAGE)).collect();
+    assert!(daemon.disk()[..80 * 512] == wanted);
+    drop(guest);
+    assert!(daemon.wait().success());
+    assert_eq!(daemon.stats()["most_in_hand"], 2);
 }
 
 /// What waits for a page when the front-end dies never sees zeros, and does not hold up the next.
@@ -266,7 +203,7 @@ fn a_front_end_that_dies_in_a_fault() {
     let (mut guest, _server) = restore(&daemon, 2);
     assert_eq!(guest.request(0, T_IN, 64, DATA, 512), (OK, 513));
     assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
-    assert_eq!(daemon.disk(), before);
+    assert!(daemon.disk() == before, "the disk has changed");
     assert!(!present(&mem, DATA + PAGE), "somebody went on over a hole");
 }
 
@@ -316,7 +253,7 @@ fn ends_in_a_fault() {
     server.await_fault(DATA);
     daemon.signal(libc::SIGTERM);
     assert!(daemon.wait().success());
-    assert_eq!(daemon.disk(), before);
+    assert!(daemon.disk() == before, "the disk has changed");
     assert!(!daemon.socket().exists());
 }
 

@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A daemon under test, and a front-end with a driver to drive it with.
 
-#![allow(dead_code)] // Not every test binary uses everything.
+#![allow(dead_code, unused_macros)] // Not every test binary uses everything.
+
+pub mod missing;
 
 use std::fs::{self, File};
 use std::os::fd::{AsRawFd, FromRawFd};
@@ -306,6 +308,11 @@ impl Ring {
         frontend.set_vring_call(self.index, &self.call).unwrap();
         frontend.set_vring_kick(self.index, &self.kick).unwrap();
         frontend.set_vring_enable(self.index, true).unwrap();
+    }
+
+    /// Makes the next requests of the descriptors from this one on, whoever used them before.
+    pub fn reuse_from(&mut self, descriptor: u16) {
+        self.next_desc = descriptor;
     }
 
     pub fn used_addr(&self) -> u64 {
