@@ -7,6 +7,7 @@ use clap::{Parser, ValueEnum};
 use virtio_bindings::bindings::virtio_blk::VIRTIO_BLK_ID_BYTES;
 
 use crate::server::Options;
+use crate::topology::{MAX_BLOCK_SIZE, MIN_BLOCK_SIZE};
 use crate::{Error, Result};
 
 /// Most queues a device may have: vhost-user-backend assigns queues to threads with a 64-bit mask.
@@ -47,9 +48,23 @@ pub struct Args {
     #[arg(long)]
     pub read_only: bool,
 
+    /// Logical block size in bytes: 512, 1024, 2048 or 4096. Default: the block device's own, 512
+    /// for a file.
+    #[arg(long, value_name = "BYTES")]
+    pub block_size: Option<u32>,
+
+    /// Give space back where the guest discards it; `off` keeps it.
+    #[arg(long, value_name = "on|off", value_enum, default_value_t = Switch::On)]
+    pub discard: Switch,
+
+    /// The write cache to start with: `writeback`, writes are stable when flushed, or
+    /// `writethrough`, when answered.
+    #[arg(long, value_name = "writeback|writethrough", value_enum, default_value_t = Cache::Writeback)]
+    pub cache: Cache,
+
     /// What the guest reads as the disk's serial number, up to 20 bytes.
-    #[arg(long, value_name = "STRING", default_value = "vhost-device-blk")]
-    pub id: String,
+    #[arg(long, alias = "id", value_name = "STRING", default_value = "vhost-device-blk")]
+    pub serial: String,
 
     /// Offer post-copy: `on` where the host permits it (with a warning where it does not), `off`
     /// never, `require` or exit with status 3.
@@ -78,6 +93,15 @@ pub enum Postcopy {
     Off,
     /// Fail where the host does not permit it.
     Require,
+}
+
+/// When a write is on stable storage.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, ValueEnum)]
+pub enum Cache {
+    /// When it has been flushed.
+    Writeback,
+    /// When it is answered.
+    Writethrough,
 }
 
 /// An option that is on or off.
@@ -118,11 +142,20 @@ impl Args {
                 problem: format!("not within 1 to {MAX_THREADS}"),
             });
         }
-        if self.id.len() > VIRTIO_BLK_ID_BYTES as usize {
+        if let Some(size) = self.block_size
+            && !(size.is_power_of_two() && (MIN_BLOCK_SIZE..=MAX_BLOCK_SIZE).contains(&size))
+        {
             return Err(Error::Option {
-                option: "--id",
-                problem: format!("{} bytes, at most {VIRTIO_BLK_ID_BYTES} fit", self.id.len()),
-                value: self.id,
+                option: "--block-size",
+                value: size.to_string(),
+                problem: format!("not a power of two within {MIN_BLOCK_SIZE} to {MAX_BLOCK_SIZE}"),
+            });
+        }
+        if self.serial.len() > VIRTIO_BLK_ID_BYTES as usize {
+            return Err(Error::Option {
+                option: "--serial",
+                problem: format!("{} bytes, at most {VIRTIO_BLK_ID_BYTES} fit", self.serial.len()),
+                value: self.serial,
             });
         }
         Ok(Options {
@@ -132,7 +165,10 @@ impl Args {
             queue_size: self.queue_size,
             threads: self.threads,
             read_only: self.read_only,
-            id: self.id,
+            block_size: self.block_size,
+            keep_space: self.discard == Switch::Off,
+            write_cache: self.cache == Cache::Writeback,
+            serial: self.serial,
             postcopy: self.postcopy,
             mem_slots: self.mem_slots == Switch::On,
             once: self.once,
@@ -168,8 +204,11 @@ mod tests {
         assert!(parse(&["--queue-size", "32768"]).is_ok());
         assert!(parse(&["--threads", "0"]).is_err());
         assert!(parse(&["--threads", "257"]).is_err());
-        assert!(parse(&["--id", "12345678901234567890"]).is_ok());
-        let e = parse(&["--id", "123456789012345678901"]).unwrap_err();
+        assert!(parse(&["--block-size", "1000"]).is_err());
+        assert!(parse(&["--block-size", "8192"]).is_err());
+        assert_eq!(parse(&["--block-size", "4096"]).unwrap().block_size, Some(4096));
+        assert_eq!(parse(&["--id", "12345678901234567890"]).unwrap().serial.len(), 20);
+        let e = parse(&["--serial", "123456789012345678901"]).unwrap_err();
         assert_eq!(e.exit_status(), 2);
     }
 
@@ -178,5 +217,8 @@ mod tests {
         let o = parse(&["--postcopy", "require", "--mem-slots", "on", "--read-only"]).unwrap();
         assert_eq!(o.postcopy, Postcopy::Require);
         assert!(o.mem_slots && o.read_only);
+        assert!(o.write_cache && !o.keep_space);
+        let o = parse(&["--cache", "writethrough", "--discard", "off"]).unwrap();
+        assert!(!o.write_cache && o.keep_space);
     }
 }

@@ -3,20 +3,22 @@
 
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use virtio_bindings::bindings::virtio_blk::{
-    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO,
-    VIRTIO_BLK_F_SEG_MAX,
+    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH,
+    VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_TOPOLOGY,
+    VIRTIO_BLK_F_WRITE_ZEROES,
 };
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::bindings::virtio_ring::{
     VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
 };
 
+use crate::disk::{Disk, SECTOR_SIZE};
+use crate::range::{MAX_DISCARD_SECTORS, MAX_RANGES, MAX_ZEROES_SECTORS};
+
 /// Bytes of the configuration space that have a meaning here; what follows reads as zeros.
 pub const CONFIG_SIZE: usize = 60;
 /// Most bytes a front-end may ask for, from offset 0 on.
 pub const MAX_CONFIG_SIZE: usize = 256;
-/// The block size the guest is told, in bytes: requests may have any multiple of a sector.
-pub const BLOCK_SIZE: u32 = 512;
 /// Most data segments asked for in one request: what one system call takes, less header and status.
 const MAX_SEGMENTS: u16 = 1022;
 
@@ -24,25 +26,44 @@ const MAX_SEGMENTS: u16 = 1022;
 const CAPACITY: usize = 0;
 const SEG_MAX: usize = 12;
 const BLK_SIZE: usize = 20;
+const PHYSICAL_BLOCK_EXP: usize = 24;
+const MIN_IO_SIZE: usize = 26;
+const OPT_IO_SIZE: usize = 28;
+const WCE: usize = 32;
 const NUM_QUEUES: usize = 34;
+const MAX_DISCARD_SECTORS_AT: usize = 36;
+const MAX_DISCARD_SEG: usize = 40;
+const DISCARD_SECTOR_ALIGNMENT: usize = 44;
+const MAX_WRITE_ZEROES_SECTORS: usize = 48;
+const MAX_WRITE_ZEROES_SEG: usize = 52;
+const WRITE_ZEROES_MAY_UNMAP: usize = 56;
 
 /// The virtio features on offer, and vhost-user's own among them.
 ///
 /// `mq`: whether the device has more than one queue.
-pub fn virtio_features(read_only: bool, mq: bool) -> u64 {
+///
+/// Not `VIRTIO_BLK_F_SIZE_MAX`: a segment may have any size.
+pub fn virtio_features(disk: &Disk, mq: bool) -> u64 {
     let mut features = (1 << VIRTIO_F_VERSION_1)
         | (1 << VIRTIO_RING_F_EVENT_IDX)
         | (1 << VIRTIO_RING_F_INDIRECT_DESC)
         | (1 << VIRTIO_BLK_F_FLUSH)
+        | (1 << VIRTIO_BLK_F_CONFIG_WCE)
         | (1 << VIRTIO_BLK_F_SEG_MAX)
         | (1 << VIRTIO_BLK_F_BLK_SIZE)
+        | (1 << VIRTIO_BLK_F_TOPOLOGY)
         | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()
         | VhostUserVirtioFeatures::LOG_ALL.bits();
     if mq {
         features |= 1 << VIRTIO_BLK_F_MQ;
     }
-    if read_only {
+    if disk.read_only() {
         features |= 1 << VIRTIO_BLK_F_RO;
+    } else {
+        features |= 1 << VIRTIO_BLK_F_WRITE_ZEROES;
+        if disk.can_discard() {
+            features |= 1 << VIRTIO_BLK_F_DISCARD;
+        }
     }
     features
 }
@@ -67,27 +88,47 @@ pub fn protocol_features(postcopy: bool, mem_slots: bool) -> VhostUserProtocolFe
 pub struct ConfigSpace([u8; CONFIG_SIZE]);
 
 impl ConfigSpace {
-    /// `sectors`: capacity in sectors of 512 bytes. `queue_size`: in descriptors.
-    pub fn new(sectors: u64, queue_size: u16, num_queues: u16) -> Self {
+    /// `queue_size`: in descriptors.
+    pub fn new(disk: &Disk, queue_size: u16, num_queues: u16) -> Self {
         let seg_max = queue_size.saturating_sub(2).clamp(1, MAX_SEGMENTS);
+        let topology = disk.topology();
+        let blocks = |bytes: u32| bytes / topology.block_size;
         let mut bytes = [0; CONFIG_SIZE];
-        bytes[CAPACITY..CAPACITY + 8].copy_from_slice(&sectors.to_le_bytes());
-        bytes[SEG_MAX..SEG_MAX + 4].copy_from_slice(&u32::from(seg_max).to_le_bytes());
-        bytes[BLK_SIZE..BLK_SIZE + 4].copy_from_slice(&BLOCK_SIZE.to_le_bytes());
-        bytes[NUM_QUEUES..NUM_QUEUES + 2].copy_from_slice(&num_queues.to_le_bytes());
+        let mut put = |at: usize, field: &[u8]| bytes[at..at + field.len()].copy_from_slice(field);
+        put(CAPACITY, &disk.sectors().to_le_bytes());
+        put(SEG_MAX, &u32::from(seg_max).to_le_bytes());
+        put(BLK_SIZE, &topology.block_size.to_le_bytes());
+        put(PHYSICAL_BLOCK_EXP, &[blocks(topology.physical).ilog2() as u8]);
+        put(MIN_IO_SIZE, &(blocks(topology.min_io) as u16).to_le_bytes());
+        put(OPT_IO_SIZE, &blocks(topology.opt_io).to_le_bytes());
+        put(NUM_QUEUES, &num_queues.to_le_bytes());
+        if disk.can_discard() {
+            let alignment = topology.physical / SECTOR_SIZE as u32;
+            put(MAX_DISCARD_SECTORS_AT, &MAX_DISCARD_SECTORS.to_le_bytes());
+            put(MAX_DISCARD_SEG, &MAX_RANGES.to_le_bytes());
+            put(DISCARD_SECTOR_ALIGNMENT, &alignment.to_le_bytes());
+        }
+        if !disk.read_only() {
+            put(MAX_WRITE_ZEROES_SECTORS, &MAX_ZEROES_SECTORS.to_le_bytes());
+            put(MAX_WRITE_ZEROES_SEG, &MAX_RANGES.to_le_bytes());
+            put(WRITE_ZEROES_MAY_UNMAP, &[u8::from(disk.can_discard())]);
+        }
         ConfigSpace(bytes)
     }
 
     /// `size` bytes from `offset` on, zeros where nothing is defined; none at all (which makes
-    /// vhost-user report an error) if the range leaves [`MAX_CONFIG_SIZE`].
-    pub fn read(&self, offset: u32, size: u32) -> Vec<u8> {
+    /// vhost-user report an error) if the range leaves [`MAX_CONFIG_SIZE`]. `write_back`: the
+    /// state of the write cache now.
+    pub fn read(&self, offset: u32, size: u32, write_back: bool) -> Vec<u8> {
         let (offset, size) = (offset as usize, size as usize);
         match offset.checked_add(size) {
             Some(end) if end <= MAX_CONFIG_SIZE => {}
             _ => return Vec::new(),
         }
+        let mut now = self.0;
+        now[WCE] = u8::from(write_back);
         let mut bytes = vec![0; size];
-        if let Some(defined) = self.0.get(offset..) {
+        if let Some(defined) = now.get(offset..) {
             let n = defined.len().min(size);
             bytes[..n].copy_from_slice(&defined[..n]);
         }
@@ -95,48 +136,120 @@ impl ConfigSpace {
     }
 }
 
+/// What a write to the configuration space asks of the write cache, the one thing that can be
+/// written: whether it shall be on.
+pub fn written_write_back(offset: u32, bytes: &[u8]) -> Option<bool> {
+    match (offset as usize, bytes) {
+        (WCE, [on @ (0 | 1)]) => Some(*on == 1),
+        _ => None,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::disk::DiskOptions;
     use std::mem::{offset_of, size_of};
     use virtio_bindings::bindings::virtio_blk::virtio_blk_config;
 
+    fn disk(options: DiskOptions) -> Disk {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(1 << 40).unwrap();
+        Disk::open(file.path(), &options).unwrap()
+    }
+
+    fn field(config: &ConfigSpace, offset: usize, size: u32) -> u64 {
+        let mut bytes = config.read(offset as u32, size, true);
+        bytes.resize(8, 0);
+        u64::from_le_bytes(bytes.try_into().unwrap())
+    }
+
     #[test]
     fn offsets_are_those_of_the_structure() {
-        assert_eq!(CAPACITY, offset_of!(virtio_blk_config, capacity));
-        assert_eq!(SEG_MAX, offset_of!(virtio_blk_config, seg_max));
-        assert_eq!(BLK_SIZE, offset_of!(virtio_blk_config, blk_size));
-        assert_eq!(NUM_QUEUES, offset_of!(virtio_blk_config, num_queues));
-        assert!(size_of::<virtio_blk_config>() >= CONFIG_SIZE);
+        type C = virtio_blk_config;
+        assert_eq!(CAPACITY, offset_of!(C, capacity));
+        assert_eq!(SEG_MAX, offset_of!(C, seg_max));
+        assert_eq!(BLK_SIZE, offset_of!(C, blk_size));
+        assert_eq!(PHYSICAL_BLOCK_EXP, offset_of!(C, physical_block_exp));
+        assert_eq!(MIN_IO_SIZE, offset_of!(C, min_io_size));
+        assert_eq!(OPT_IO_SIZE, offset_of!(C, opt_io_size));
+        assert_eq!(WCE, offset_of!(C, wce));
+        assert_eq!(NUM_QUEUES, offset_of!(C, num_queues));
+        assert_eq!(MAX_DISCARD_SECTORS_AT, offset_of!(C, max_discard_sectors));
+        assert_eq!(MAX_DISCARD_SEG, offset_of!(C, max_discard_seg));
+        assert_eq!(DISCARD_SECTOR_ALIGNMENT, offset_of!(C, discard_sector_alignment));
+        assert_eq!(MAX_WRITE_ZEROES_SECTORS, offset_of!(C, max_write_zeroes_sectors));
+        assert_eq!(MAX_WRITE_ZEROES_SEG, offset_of!(C, max_write_zeroes_seg));
+        assert_eq!(WRITE_ZEROES_MAY_UNMAP, offset_of!(C, write_zeroes_may_unmap));
+        assert!(size_of::<C>() >= CONFIG_SIZE);
     }
 
     #[test]
     fn reads() {
-        let config = ConfigSpace::new(0x1122_3344_5566, 128, 4);
-        assert_eq!(config.read(0, 8), 0x1122_3344_5566u64.to_le_bytes());
-        assert_eq!(config.read(12, 4), 126u32.to_le_bytes());
-        assert_eq!(config.read(20, 4), 512u32.to_le_bytes());
-        assert_eq!(config.read(34, 2), 4u16.to_le_bytes());
-        assert_eq!(config.read(0, 96).len(), 96);
-        assert_eq!(config.read(200, 8), [0; 8]);
-        assert_eq!(config.read(0, 256).len(), 256);
-        assert!(config.read(0, 257).is_empty());
-        assert!(config.read(u32::MAX, 2).is_empty());
+        let config = ConfigSpace::new(&disk(DiskOptions::default()), 128, 4);
+        assert_eq!(field(&config, CAPACITY, 8), 1 << 31);
+        assert_eq!(field(&config, SEG_MAX, 4), 126);
+        assert_eq!(field(&config, BLK_SIZE, 4), 512);
+        assert_eq!(field(&config, NUM_QUEUES, 2), 4);
+        let exponent = field(&config, PHYSICAL_BLOCK_EXP, 1);
+        assert_eq!(field(&config, MIN_IO_SIZE, 2), 1 << exponent);
+        assert_eq!(field(&config, MAX_DISCARD_SECTORS_AT, 4), 1 << 21);
+        assert_eq!(field(&config, DISCARD_SECTOR_ALIGNMENT, 4), 1 << exponent);
+        assert_eq!(field(&config, WRITE_ZEROES_MAY_UNMAP, 1), 1);
+        assert_eq!(field(&config, WCE, 1), 1);
+        assert_eq!(config.read(WCE as u32, 1, false), [0]);
+
+        assert_eq!(config.read(0, 96, true).len(), 96);
+        assert_eq!(config.read(200, 8, true), [0; 8]);
+        assert_eq!(config.read(0, 256, true).len(), 256);
+        assert!(config.read(0, 257, true).is_empty());
+        assert!(config.read(u32::MAX, 2, true).is_empty());
+    }
+
+    #[test]
+    fn blocks_of_4096_bytes() {
+        let options = DiskOptions { block_size: Some(4096), ..Default::default() };
+        let config = ConfigSpace::new(&disk(options), 128, 1);
+        assert_eq!(field(&config, CAPACITY, 8), 1 << 31);
+        assert_eq!(field(&config, BLK_SIZE, 4), 4096);
     }
 
     #[test]
     fn segments_fit_the_queue_and_a_system_call() {
-        assert_eq!(ConfigSpace::new(1, 4, 1).read(12, 4), 2u32.to_le_bytes());
-        let large = ConfigSpace::new(1, 32768, 1);
-        assert_eq!(large.read(12, 4), 1022u32.to_le_bytes());
+        let disk = disk(DiskOptions::default());
+        assert_eq!(field(&ConfigSpace::new(&disk, 4, 1), SEG_MAX, 4), 2);
+        assert_eq!(field(&ConfigSpace::new(&disk, 32768, 1), SEG_MAX, 4), 1022);
+    }
+
+    #[test]
+    fn only_the_write_cache_can_be_written() {
+        assert_eq!(written_write_back(32, &[1]), Some(true));
+        assert_eq!(written_write_back(32, &[0]), Some(false));
+        assert_eq!(written_write_back(32, &[2]), None);
+        assert_eq!(written_write_back(32, &[1, 0]), None);
+        assert_eq!(written_write_back(32, &[]), None);
+        assert_eq!(written_write_back(0, &[1; 60]), None);
     }
 
     #[test]
     fn features() {
-        assert_eq!(virtio_features(false, false) & (1 << VIRTIO_BLK_F_RO), 0);
-        assert_ne!(virtio_features(true, false) & (1 << VIRTIO_BLK_F_RO), 0);
-        assert_eq!(virtio_features(false, false) & (1 << VIRTIO_BLK_F_MQ), 0);
-        assert_ne!(virtio_features(false, true) & (1 << VIRTIO_BLK_F_MQ), 0);
+        let has = |features: u64, bit: u32| features & (1 << bit) != 0;
+        let disk = |read_only, keep_space| {
+            disk(DiskOptions { read_only, keep_space, ..Default::default() })
+        };
+        let normal = virtio_features(&disk(false, false), true);
+        assert!(!has(normal, VIRTIO_BLK_F_RO) && has(normal, VIRTIO_BLK_F_MQ));
+        assert!(has(normal, VIRTIO_BLK_F_DISCARD) && has(normal, VIRTIO_BLK_F_WRITE_ZEROES));
+        let kept = virtio_features(&disk(false, true), false);
+        assert!(!has(kept, VIRTIO_BLK_F_DISCARD) && has(kept, VIRTIO_BLK_F_WRITE_ZEROES));
+        assert!(!has(kept, VIRTIO_BLK_F_MQ));
+        let read_only = disk(true, false);
+        let features = virtio_features(&read_only, false);
+        assert!(has(features, VIRTIO_BLK_F_RO) && !has(features, VIRTIO_BLK_F_WRITE_ZEROES));
+        assert!(!has(features, VIRTIO_BLK_F_DISCARD));
+        let config = ConfigSpace::new(&read_only, 128, 1);
+        assert_eq!(config.read(36, 21, true), [0; 21]);
+
         assert!(protocol_features(true, false).contains(VhostUserProtocolFeatures::PAGEFAULT));
         assert!(!protocol_features(false, true).contains(VhostUserProtocolFeatures::PAGEFAULT));
     }

@@ -57,18 +57,38 @@ counters! {
     writes,
     /// Flush requests answered with success.
     flushes,
+    /// Discard requests answered with success.
+    discards,
+    /// Write zeroes requests answered with success.
+    write_zeroes,
     /// Requests for the serial number answered with success.
     get_ids,
     /// Requests answered as unsupported.
     unsupported,
-    /// Requests answered with an I/O error, malformed ones among them.
+    /// Requests answered with an I/O error, malformed ones of no certain kind among them.
     io_errors,
+    /// Read requests answered with an I/O error.
+    read_errors,
+    /// Write requests answered with an I/O error.
+    write_errors,
+    /// Flush requests answered with an I/O error.
+    flush_errors,
+    /// Discard requests answered with an I/O error.
+    discard_errors,
+    /// Write zeroes requests answered with an I/O error.
+    write_zeroes_errors,
     /// Chains without a place for an answer, returned with a length of 0.
     dropped,
+    /// Times that what was written was put on stable storage, for flushes and for writes.
+    syncs,
     /// Bytes read from the disk by successful requests.
     bytes_read,
     /// Bytes written to the disk by successful requests.
     bytes_written,
+    /// Bytes in the ranges of successful discard requests.
+    bytes_discarded,
+    /// Bytes in the ranges of successful write zeroes requests.
+    bytes_zeroed,
 }
 
 #[derive(Debug)]
@@ -154,6 +174,8 @@ impl Counters {
             sum.reads,
             sum.writes,
             sum.flushes,
+            sum.discards,
+            sum.write_zeroes,
             sum.get_ids,
             sum.unsupported,
             sum.io_errors,

@@ -37,8 +37,11 @@ pub struct DeviceOptions {
     pub queue_size: u16,
     /// Requests of one queue that are carried out at once, at most; 1 keeps them in order.
     pub threads: u16,
+    /// Start with the write cache on: writes are stable when flushed, not when answered. The
+    /// driver may change it (`VIRTIO_BLK_F_CONFIG_WCE`).
+    pub write_cache: bool,
     /// The serial number, of which 20 bytes are used.
-    pub id: String,
+    pub serial: String,
     /// Offer `PAGEFAULT`. See [`crate::postcopy::probe`] for whether it will work.
     pub postcopy: bool,
     /// Offer `CONFIGURE_MEM_SLOTS`.
@@ -53,7 +56,7 @@ pub struct BlkBackend {
     executor: Arc<Executor>,
     options: DeviceOptions,
     config: ConfigSpace,
-    read_only: bool,
+    features: u64,
     queues: Vec<Queue>,
 }
 
@@ -66,15 +69,15 @@ impl BlkBackend {
         mem: AtomicMemory,
         options: DeviceOptions,
     ) -> Self {
-        let config = ConfigSpace::new(disk.sectors(), options.queue_size, options.num_queues);
-        let read_only = disk.read_only();
+        let config = ConfigSpace::new(&disk, options.queue_size, options.num_queues);
+        let features = config::virtio_features(&disk, options.num_queues > 1);
         let executor = Arc::new(Executor::new(disk, counters, options.clone()));
         let queue = |index| {
             let threads = usize::from(options.threads);
             Queue::new(usize::from(index), executor.clone(), mem.clone(), threads)
         };
         let queues = (0..options.num_queues).map(queue).collect();
-        BlkBackend { executor, options, config, read_only, queues }
+        BlkBackend { executor, options, config, features, queues }
     }
 
     /// Takes no request from now on, and waits until those in hand are answered. Gives up when
@@ -117,7 +120,7 @@ impl VhostUserBackend for BlkBackend {
     }
 
     fn features(&self) -> u64 {
-        config::virtio_features(self.read_only, self.options.num_queues > 1)
+        self.features
     }
 
     fn acked_features(&self, features: u64) {
@@ -132,11 +135,17 @@ impl VhostUserBackend for BlkBackend {
     fn set_event_idx(&self, _enabled: bool) {}
 
     fn get_config(&self, offset: u32, size: u32) -> Vec<u8> {
-        self.config.read(offset, size)
+        self.config.read(offset, size, self.executor.write_cache())
     }
 
-    fn set_config(&self, _offset: u32, _buf: &[u8]) -> io::Result<()> {
-        Err(io::Error::new(io::ErrorKind::Unsupported, "no field of this device is writable"))
+    fn set_config(&self, offset: u32, buf: &[u8]) -> io::Result<()> {
+        match config::written_write_back(offset, buf) {
+            Some(on) => self.executor.set_write_cache(on),
+            None => Err(io::Error::new(
+                io::ErrorKind::Unsupported,
+                "of this device's fields only `writeback` can be written, with 0 or 1",
+            )),
+        }
     }
 
     // The memory is shared with the library, which has replaced it already.

@@ -4,14 +4,18 @@
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use vm_memory::VolatileSlice;
 use vm_memory::bitmap::BitmapSlice;
 
 #[cfg(doc)]
 use crate::present::make_present;
+use crate::range::Range;
+use crate::topology::Topology;
+use crate::zero::Means;
 use crate::{Error, Result};
 
 /// Bytes in a sector, the unit of a request's position and length.
@@ -19,12 +23,28 @@ pub const SECTOR_SIZE: u64 = 512;
 /// Segments one preadv or pwritev takes (`UIO_MAXIOV`).
 const MAX_IOVECS: usize = 1024;
 
+/// How to open a disk.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct DiskOptions {
+    /// Refuse writes.
+    pub read_only: bool,
+    /// The logical block size that the guest is told, in bytes: a power of two, 512 to 4096. By
+    /// default that of the block device, and 512 for a file.
+    pub block_size: Option<u32>,
+    /// Keep the space of the disk, whatever the guest discards.
+    pub keep_space: bool,
+}
+
 /// An open disk.
 #[derive(Debug)]
 pub struct Disk {
     file: File,
     sectors: u64,
     read_only: bool,
+    topology: Topology,
+    means: Means,
+    /// Something written has been lost; no later flush may say otherwise.
+    lost: AtomicBool,
 }
 
 /// The direction of a transfer.
@@ -39,30 +59,50 @@ impl Disk {
     ///
     /// # Errors
     /// [`Error::Disk`] if it cannot be opened, is neither a file nor a block device, or holds no
-    /// whole sector.
-    pub fn open(path: &Path, read_only: bool) -> Result<Self> {
+    /// whole block.
+    pub fn open(path: &Path, options: &DiskOptions) -> Result<Self> {
         let failed = |problem: String| Error::Disk { path: path.to_path_buf(), problem };
+        let io_failed = |e: io::Error| failed(e.to_string());
+        // Not to wait for whoever opens the other end of a pipe.
         let mut file = OpenOptions::new()
             .read(true)
-            .write(!read_only)
+            .write(!options.read_only)
+            .custom_flags(libc::O_NONBLOCK)
             .open(path)
-            .map_err(|e| failed(e.to_string()))?;
-        let kind = file.metadata().map_err(|e| failed(e.to_string()))?.file_type();
+            .map_err(io_failed)?;
+        let metadata = file.metadata().map_err(io_failed)?;
+        let kind = metadata.file_type();
         if !kind.is_file() && !kind.is_block_device() {
             return Err(failed("neither a regular file nor a block device".into()));
         }
-        let bytes = file.seek(SeekFrom::End(0)).map_err(|e| failed(e.to_string()))?;
-        if bytes < SECTOR_SIZE {
-            return Err(failed(format!("{bytes} bytes, less than one sector")));
+        let bytes = file.seek(SeekFrom::End(0)).map_err(io_failed)?;
+        let (topology, device_block) = if kind.is_block_device() {
+            let (topology, own) = Topology::of_device(&file, options.block_size);
+            (topology, Some(own))
+        } else {
+            (Topology::of_file(&metadata, options.block_size), None)
+        };
+        let block_size = u64::from(topology.block_size);
+        if bytes < block_size {
+            return Err(failed(format!("{bytes} bytes, less than a block of {block_size}")));
         }
-        if !bytes.is_multiple_of(SECTOR_SIZE) {
+        if !bytes.is_multiple_of(block_size) {
             log::warn!(
-                "--disk {}: the last {} bytes are no whole sector, the guest does not see them",
+                "--disk {}: the last {} bytes are no whole block of {block_size}, the guest does \
+                 not see them",
                 path.display(),
-                bytes % SECTOR_SIZE
+                bytes % block_size
             );
         }
-        Ok(Disk { file, sectors: bytes / SECTOR_SIZE, read_only })
+        let discard = !options.read_only && !options.keep_space;
+        Ok(Disk {
+            sectors: bytes / block_size * (block_size / SECTOR_SIZE),
+            read_only: options.read_only,
+            topology,
+            means: Means::probe(&file, bytes, device_block, discard),
+            lost: AtomicBool::new(false),
+            file,
+        })
     }
 
     /// Capacity in sectors of 512 bytes.
@@ -75,11 +115,24 @@ impl Disk {
         self.read_only
     }
 
-    /// The byte offset of `sector`, if `len` bytes from there on are whole sectors of the disk.
-    pub fn offset(&self, sector: u64, len: u64) -> Option<u64> {
-        let count = len / SECTOR_SIZE;
-        let end = sector.checked_add(count)?;
-        (len.is_multiple_of(SECTOR_SIZE) && end <= self.sectors).then(|| sector * SECTOR_SIZE)
+    /// The sizes that matter to the guest.
+    pub fn topology(&self) -> Topology {
+        self.topology
+    }
+
+    /// Whether the space of what is discarded is given back.
+    pub fn can_discard(&self) -> bool {
+        self.means.can_discard()
+    }
+
+    /// The byte offset of `sector`, if `len` bytes from there on are whole blocks of `block_size`
+    /// bytes, all of them on the disk.
+    pub fn offset(&self, sector: u64, len: u64, block_size: u32) -> Option<u64> {
+        let block_size = u64::from(block_size);
+        let offset = sector.checked_mul(SECTOR_SIZE)?;
+        let end = offset.checked_add(len)?;
+        let whole = offset.is_multiple_of(block_size) && len.is_multiple_of(block_size);
+        (whole && end <= self.sectors * SECTOR_SIZE).then_some(offset)
     }
 
     /// Reads from byte `offset` on until all of `slices` is filled. They must be present (see
@@ -115,9 +168,29 @@ impl Disk {
     /// Returns when everything written so far is on stable storage.
     ///
     /// # Errors
-    /// Whatever the host says.
+    /// Whatever the host says; and ever again once it has failed, as the host reports only once
+    /// that it lost something.
     pub fn flush(&self) -> io::Result<()> {
-        self.file.sync_data()
+        if self.lost.load(Ordering::SeqCst) {
+            return Err(io::Error::other("what was written before has been lost"));
+        }
+        self.file.sync_data().inspect_err(|_| self.lost.store(true, Ordering::SeqCst))
+    }
+
+    /// Gives the space of a range back, if that is possible.
+    ///
+    /// # Errors
+    /// Whatever the host says.
+    pub fn discard(&self, range: &Range) -> io::Result<()> {
+        self.means.discard(&self.file, range.offset, range.len)
+    }
+
+    /// Has zeros read from a range.
+    ///
+    /// # Errors
+    /// Whatever the host says.
+    pub fn write_zeroes(&self, range: &Range) -> io::Result<()> {
+        self.means.write_zeroes(&self.file, range.offset, range.len, range.unmap)
     }
 
     fn transfer<B: BitmapSlice>(
@@ -193,30 +266,44 @@ mod tests {
         let mut file = tempfile::NamedTempFile::new().unwrap();
         let data: Vec<u8> = (0..bytes).map(|i| (i / 512) as u8).collect();
         file.write_all(&data).unwrap();
-        let disk = Disk::open(file.path(), false).unwrap();
+        let disk = Disk::open(file.path(), &DiskOptions::default()).unwrap();
         (file, disk)
     }
 
     #[test]
-    fn capacity_is_in_whole_sectors() {
+    fn capacity_is_in_whole_blocks() {
         assert_eq!(disk(1024 + 100).1.sectors(), 2);
+        let (file, _) = disk(8192 + 512);
+        let blocks = DiskOptions { block_size: Some(4096), ..Default::default() };
+        assert_eq!(Disk::open(file.path(), &blocks).unwrap().sectors(), 16);
+
+        let read_only = DiskOptions { read_only: true, ..Default::default() };
+        let (small, _) = disk(2048);
+        let open = |path| Disk::open(path, &read_only);
+        assert!(Disk::open(small.path(), &blocks).is_err());
         let file = tempfile::NamedTempFile::new().unwrap();
-        assert!(matches!(Disk::open(file.path(), true), Err(Error::Disk { .. })));
-        assert!(Disk::open(Path::new("/dev/null"), true).is_err());
-        assert!(Disk::open(Path::new("/nonexistent/disk"), true).is_err());
+        assert!(matches!(open(file.path()), Err(Error::Disk { .. })));
+        assert!(open(Path::new("/dev/null")).is_err());
+        assert!(open(Path::new("/nonexistent/disk")).is_err());
+        assert!(open(Path::new("/")).is_err());
     }
 
     #[test]
     fn ranges() {
-        let (_file, disk) = disk(4 * 512);
-        assert_eq!(disk.offset(0, 2048), Some(0));
-        assert_eq!(disk.offset(3, 512), Some(1536));
-        assert_eq!(disk.offset(4, 0), Some(2048));
-        assert_eq!(disk.offset(4, 512), None);
-        assert_eq!(disk.offset(3, 1024), None);
-        assert_eq!(disk.offset(0, 511), None);
-        assert_eq!(disk.offset(u64::MAX, 512), None);
-        assert_eq!(disk.offset(u64::MAX / 512 + 1, 512), None);
+        let (_file, disk) = disk(16 * 512);
+        let offset = |sector, len| disk.offset(sector, len, 512);
+        assert_eq!(offset(0, 8192), Some(0));
+        assert_eq!(offset(15, 512), Some(7680));
+        assert_eq!(offset(16, 0), Some(8192));
+        assert_eq!(offset(16, 512), None);
+        assert_eq!(offset(15, 1024), None);
+        assert_eq!(offset(0, 511), None);
+        assert_eq!(offset(u64::MAX, 512), None);
+        assert_eq!(offset(u64::MAX / 512 + 1, 512), None);
+        assert_eq!(offset(u64::MAX / 512, 1024), None);
+        assert_eq!(disk.offset(8, 4096, 4096), Some(4096));
+        assert_eq!(disk.offset(8, 512, 4096), None);
+        assert_eq!(disk.offset(1, 4096, 4096), None);
     }
 
     #[test]

@@ -3,11 +3,11 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
 use virtio_bindings::bindings::virtio_blk::{
-    VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK,
-    VIRTIO_BLK_S_UNSUPP,
+    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_ID_BYTES,
+    VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP,
 };
 use virtio_queue::DescriptorChain;
 use vm_memory::bitmap::BitmapSlice;
@@ -15,8 +15,9 @@ use vm_memory::{GuestMemoryLoadGuard, VolatileSlice};
 
 use crate::counters::{Counters, QueueCounters};
 use crate::device::{DeviceOptions, Memory};
-use crate::disk::Disk;
+use crate::disk::{Disk, SECTOR_SIZE};
 use crate::present::make_present;
+use crate::range::{self, Action, MAX_RANGES, RANGE_SIZE};
 use crate::request::{Kind, Malformed, Request};
 
 /// A request as it comes from a queue, with the memory it is about: that stays mapped until the
@@ -29,6 +30,7 @@ pub struct Executor {
     counters: Arc<Counters>,
     options: DeviceOptions,
     acked_features: AtomicU64,
+    write_cache: AtomicBool,
     /// Requests whose data is all there, and which are with the host's file system now.
     at_the_disk: AtomicUsize,
 }
@@ -42,10 +44,30 @@ impl Drop for AtTheDisk<'_> {
     }
 }
 
-/// An answer: the status, and the bytes written from the start of what the device may write.
+/// What came of a request.
 struct Answer {
     status: u32,
+    /// Bytes written from the start of what the device may write.
     written: u64,
+    /// Bytes of the disk that the request was about.
+    moved: u64,
+}
+
+impl Answer {
+    fn of(status: u32) -> Self {
+        Answer { status, written: 0, moved: 0 }
+    }
+
+    /// Of something done to `bytes` bytes of the disk; a failure is reported.
+    fn done(what: &str, result: io::Result<()>, bytes: u64) -> Self {
+        match result {
+            Ok(()) => Answer { moved: bytes, ..Answer::of(VIRTIO_BLK_S_OK) },
+            Err(e) => {
+                log::error!("{what} the disk: {e}; the guest is told of an I/O error");
+                Answer::of(VIRTIO_BLK_S_IOERR)
+            }
+        }
+    }
 }
 
 impl Executor {
@@ -53,6 +75,7 @@ impl Executor {
         Executor {
             disk,
             counters,
+            write_cache: AtomicBool::new(options.write_cache),
             options,
             acked_features: AtomicU64::new(0),
             at_the_disk: AtomicUsize::new(0),
@@ -62,6 +85,10 @@ impl Executor {
     /// What the driver and the device have agreed on.
     pub fn set_acked_features(&self, features: u64) {
         self.acked_features.store(features, Ordering::Relaxed);
+        if self.acked(VIRTIO_BLK_F_CONFIG_WCE) && !self.acked(VIRTIO_BLK_F_FLUSH) {
+            // So the specification wants it (virtio 1.3, 5.2.5.2): nobody would flush the cache.
+            self.write_cache.store(false, Ordering::SeqCst);
+        }
     }
 
     /// Requests that are past waiting for memory, and not done with the disk.
@@ -78,8 +105,7 @@ impl Executor {
 
     /// Serves one request of a queue. Returns the length for the used ring.
     pub fn serve(&self, queue: usize, chain: Chain, mem: &Memory) -> u32 {
-        let counters: &QueueCounters = self.counters.queue(queue);
-        let add = |counter: &AtomicU64, n: u64| counter.fetch_add(n, Ordering::Relaxed);
+        let counters = self.counters.queue(queue);
         let request = match Request::parse(mem, chain) {
             Ok(request) => request,
             Err(Malformed::Answerable(status)) => {
@@ -92,21 +118,8 @@ impl Executor {
                 return 0;
             }
         };
-        let answer = self.execute(&request);
-        match (answer.status, request.kind) {
-            (VIRTIO_BLK_S_OK, Kind::Read(_)) => {
-                add(&counters.bytes_read, request.data_len);
-                add(&counters.reads, 1)
-            }
-            (VIRTIO_BLK_S_OK, Kind::Write(_)) => {
-                add(&counters.bytes_written, request.data_len);
-                add(&counters.writes, 1)
-            }
-            (VIRTIO_BLK_S_OK, Kind::Flush) => add(&counters.flushes, 1),
-            (VIRTIO_BLK_S_OK, _) => add(&counters.get_ids, 1),
-            (VIRTIO_BLK_S_UNSUPP, _) => add(&counters.unsupported, 1),
-            _ => add(&counters.io_errors, 1),
-        };
+        let answer = self.execute(&request, counters);
+        count(counters, request.kind, &answer);
         request.status.write(answer.status as u8);
         // The used length promises that many bytes from the start on (virtio 1.3, 2.7.8.2), so the
         // status counts only where everything before it has been written.
@@ -115,47 +128,43 @@ impl Executor {
         u32::try_from(written).unwrap_or(u32::MAX)
     }
 
-    fn execute<B: BitmapSlice>(&self, request: &Request<'_, B>) -> Answer {
-        let io_error = Answer { status: VIRTIO_BLK_S_IOERR, written: 0 };
-        let done = |what: &str, result: io::Result<u64>| match result {
-            Ok(written) => Answer { status: VIRTIO_BLK_S_OK, written },
-            Err(e) => {
-                log::error!("{what} the disk: {e}; the guest is told of an I/O error");
-                Answer { status: VIRTIO_BLK_S_IOERR, written: 0 }
-            }
-        };
+    fn execute<B: BitmapSlice>(
+        &self,
+        request: &Request<'_, B>,
+        counters: &QueueCounters,
+    ) -> Answer {
+        let refused = Answer::of(VIRTIO_BLK_S_IOERR);
         match request.kind {
             Kind::Read(sector) => {
-                let Some(offset) = self.disk.offset(sector, request.data_len) else {
-                    return io_error;
+                let Some(offset) = self.offset(sector, request.data_len) else {
+                    return refused;
                 };
                 self.make_present(&request.data);
                 let _at_the_disk = self.go_to_the_disk();
                 let result = self.disk.read(&request.data, offset);
-                done("reading from", result.map(|()| request.data_len))
+                let answer = Answer::done("reading from", result, request.data_len);
+                Answer { written: answer.moved, ..answer }
             }
             Kind::Write(sector) => {
-                let Some(offset) = self.disk.offset(sector, request.data_len) else {
-                    return io_error;
+                let Some(offset) = self.offset(sector, request.data_len) else {
+                    return refused;
                 };
                 if self.disk.read_only() {
-                    return io_error;
+                    return refused;
                 }
                 self.make_present(&request.data);
                 let _at_the_disk = self.go_to_the_disk();
-                let mut result = self.disk.write(&request.data, offset);
-                if result.is_ok() && !self.write_back() {
-                    result = self.disk.flush();
-                }
-                done("writing to", result.map(|()| 0))
+                let result = self.disk.write(&request.data, offset);
+                let result = result.and_then(|()| self.settle(counters));
+                Answer::done("writing to", result, request.data_len)
             }
             Kind::Flush => {
                 let _at_the_disk = self.go_to_the_disk();
-                done("flushing", self.disk.flush().map(|()| 0))
+                Answer::done("flushing", self.sync(counters), 0)
             }
             Kind::GetId => {
                 let mut id = [0; VIRTIO_BLK_ID_BYTES as usize];
-                for (to, from) in id.iter_mut().zip(self.options.id.bytes()) {
+                for (to, from) in id.iter_mut().zip(self.options.serial.bytes()) {
                     *to = from;
                 }
                 let mut rest = &id[..];
@@ -164,10 +173,98 @@ impl Executor {
                     slice.copy_from(&rest[..n]);
                     rest = &rest[n..];
                 }
-                Answer { status: VIRTIO_BLK_S_OK, written: (id.len() - rest.len()) as u64 }
+                Answer { written: (id.len() - rest.len()) as u64, ..Answer::of(VIRTIO_BLK_S_OK) }
             }
-            Kind::Unsupported(_) => Answer { status: VIRTIO_BLK_S_UNSUPP, written: 0 },
+            Kind::Ranges(action) => self.treat_ranges(action, request, counters),
+            Kind::Unsupported(_) => Answer::of(VIRTIO_BLK_S_UNSUPP),
         }
+    }
+
+    fn treat_ranges<B: BitmapSlice>(
+        &self,
+        action: Action,
+        request: &Request<'_, B>,
+        counters: &QueueCounters,
+    ) -> Answer {
+        let offered = match action {
+            Action::Discard => self.disk.can_discard(),
+            Action::WriteZeroes => !self.disk.read_only(),
+        };
+        if !offered {
+            return Answer::of(VIRTIO_BLK_S_UNSUPP);
+        }
+        if request.data_len > (RANGE_SIZE * MAX_RANGES as usize) as u64 {
+            return Answer::of(VIRTIO_BLK_S_IOERR);
+        }
+        let mut data = vec![0; request.data_len as usize];
+        let mut at = 0;
+        for slice in &request.data {
+            at += slice.copy_to(&mut data[at..]);
+        }
+        let ranges = match range::parse(&data, action, &self.disk, self.block_size()) {
+            Ok(ranges) => ranges,
+            Err(status) => return Answer::of(status),
+        };
+        let _at_the_disk = self.go_to_the_disk();
+        let bytes = ranges.iter().map(|range| range.len).sum();
+        match action {
+            Action::Discard => {
+                let result = ranges.iter().try_for_each(|range| self.disk.discard(range));
+                Answer::done("discarding from", result, bytes)
+            }
+            Action::WriteZeroes => {
+                let result = ranges.iter().try_for_each(|range| self.disk.write_zeroes(range));
+                let result = result.and_then(|()| self.settle(counters));
+                Answer::done("zeroing", result, bytes)
+            }
+        }
+    }
+
+    /// Turns the write cache on or off, as the driver wishes. What was written while it was on is
+    /// stable when it is off.
+    pub fn set_write_cache(&self, on: bool) -> io::Result<()> {
+        self.write_cache.store(on, Ordering::SeqCst);
+        if on { Ok(()) } else { self.disk.flush() }
+    }
+
+    /// Whether the write cache is on, as the configuration space says.
+    pub fn write_cache(&self) -> bool {
+        self.write_cache.load(Ordering::SeqCst)
+    }
+
+    /// What must happen before something written is answered.
+    fn settle(&self, counters: &QueueCounters) -> io::Result<()> {
+        let cached = match (self.acked(VIRTIO_BLK_F_FLUSH), self.acked(VIRTIO_BLK_F_CONFIG_WCE)) {
+            // A driver that cannot flush needs every write to be stable.
+            (false, _) => false,
+            (true, true) => self.write_cache(),
+            // One that does not see the state of the cache takes it for on, and flushes.
+            (true, false) => self.options.write_cache,
+        };
+        if cached { Ok(()) } else { self.sync(counters) }
+    }
+
+    fn sync(&self, counters: &QueueCounters) -> io::Result<()> {
+        add(&counters.syncs, 1);
+        self.disk.flush()
+    }
+
+    fn acked(&self, feature: u32) -> bool {
+        self.acked_features.load(Ordering::Relaxed) & (1 << feature) != 0
+    }
+
+    /// What the driver's requests must be multiples of. One that was not told of blocks knows
+    /// sectors only.
+    fn block_size(&self) -> u32 {
+        if self.acked(VIRTIO_BLK_F_BLK_SIZE) {
+            self.disk.topology().block_size
+        } else {
+            SECTOR_SIZE as u32
+        }
+    }
+
+    fn offset(&self, sector: u64, len: u64) -> Option<u64> {
+        self.disk.offset(sector, len, self.block_size())
     }
 
     fn go_to_the_disk(&self) -> AtTheDisk<'_> {
@@ -181,9 +278,36 @@ impl Executor {
             make_present(data);
         }
     }
+}
 
-    /// Whether the driver knows how to flush; if not, every write must be stable when answered.
-    fn write_back(&self) -> bool {
-        self.acked_features.load(Ordering::Relaxed) & (1 << VIRTIO_BLK_F_FLUSH) != 0
+fn add(counter: &AtomicU64, n: u64) {
+    counter.fetch_add(n, Ordering::Relaxed);
+}
+
+fn count(counters: &QueueCounters, kind: Kind, answer: &Answer) {
+    if answer.status == VIRTIO_BLK_S_UNSUPP {
+        return add(&counters.unsupported, 1);
+    }
+    let (good, bytes, bad) = match kind {
+        Kind::Read(_) => (&counters.reads, Some(&counters.bytes_read), &counters.read_errors),
+        Kind::Write(_) => (&counters.writes, Some(&counters.bytes_written), &counters.write_errors),
+        Kind::Flush => (&counters.flushes, None, &counters.flush_errors),
+        Kind::Ranges(Action::Discard) => {
+            (&counters.discards, Some(&counters.bytes_discarded), &counters.discard_errors)
+        }
+        Kind::Ranges(Action::WriteZeroes) => {
+            (&counters.write_zeroes, Some(&counters.bytes_zeroed), &counters.write_zeroes_errors)
+        }
+        Kind::GetId => (&counters.get_ids, None, &counters.io_errors),
+        Kind::Unsupported(_) => return,
+    };
+    if answer.status == VIRTIO_BLK_S_OK {
+        if let Some(counter) = bytes {
+            add(counter, answer.moved);
+        }
+        add(good, 1);
+    } else {
+        add(bad, 1);
+        add(&counters.io_errors, 1);
     }
 }

@@ -33,9 +33,12 @@ mod pool;
 pub mod postcopy;
 mod present;
 mod queue;
+pub mod range;
 pub mod request;
 pub mod server;
 mod signals;
+pub mod topology;
+mod zero;
 
 pub use error::{Error, Result};
 

@@ -7,11 +7,14 @@
 use std::ops::Deref;
 
 use virtio_bindings::bindings::virtio_blk::{
-    VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
+    VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN,
+    VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
 };
 use virtio_queue::DescriptorChain;
 use vm_memory::bitmap::{BitmapSlice, WithBitmapSlice};
 use vm_memory::{GuestAddress, GuestMemory, Permissions, VolatileSlice};
+
+use crate::range::Action;
 
 /// Bytes in a request's header: type, reserved, sector.
 const HEADER_SIZE: usize = 16;
@@ -27,6 +30,8 @@ pub enum Kind {
     Flush,
     /// Say the serial number.
     GetId,
+    /// Something about ranges of the disk, which the data names.
+    Ranges(Action),
     /// Something this device does not offer; the request's type.
     Unsupported(u32),
 }
@@ -36,11 +41,11 @@ pub enum Kind {
 pub struct Request<'m, B> {
     /// What the driver asks for.
     pub kind: Kind,
-    /// The data: what to write to the disk, or where to put what was read.
+    /// The data: what to write to the disk or which ranges, or where to put what was read.
     pub data: Vec<VolatileSlice<'m, B>>,
     /// Bytes in `data`.
     pub data_len: u64,
-    /// Bytes the device may write before the status; for all but writes, that is `data`.
+    /// Bytes the device may write before the status; for requests that read, that is `data`.
     pub before_status: u64,
     /// Where the answer goes.
     pub status: Status<'m, B>,
@@ -120,11 +125,13 @@ impl<'m, B: BitmapSlice> Request<'m, B> {
             VIRTIO_BLK_T_OUT => Kind::Write(sector),
             VIRTIO_BLK_T_FLUSH => Kind::Flush,
             VIRTIO_BLK_T_GET_ID => Kind::GetId,
+            VIRTIO_BLK_T_DISCARD => Kind::Ranges(Action::Discard),
+            VIRTIO_BLK_T_WRITE_ZEROES => Kind::Ranges(Action::WriteZeroes),
             other => Kind::Unsupported(other),
         };
         let before_status = total(&writable);
         let data = match kind {
-            Kind::Write(_) => readable,
+            Kind::Write(_) | Kind::Ranges(_) => readable,
             _ => writable,
         };
         let data_len = total(&data);

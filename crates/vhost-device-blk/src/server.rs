@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use crate::args::Postcopy;
 use crate::counters::Counters;
 use crate::device::DeviceOptions;
-use crate::disk::Disk;
+use crate::disk::{Disk, DiskOptions};
 use crate::signals::{self, Signals};
 use crate::{Error, Result, connection, postcopy};
 
@@ -39,8 +39,14 @@ pub struct Options {
     pub threads: u16,
     /// Refuse writes.
     pub read_only: bool,
+    /// The logical block size in bytes, if not the disk's own.
+    pub block_size: Option<u32>,
+    /// Keep the space of what the guest discards.
+    pub keep_space: bool,
+    /// Start with the write cache on.
+    pub write_cache: bool,
     /// The serial number, up to 20 bytes.
-    pub id: String,
+    pub serial: String,
     /// Whether to offer post-copy.
     pub postcopy: Postcopy,
     /// Offer `CONFIGURE_MEM_SLOTS`.
@@ -61,7 +67,12 @@ pub struct Options {
 /// [`Error`]; of a connection's own errors only with `options.once`.
 pub fn serve(options: &Options) -> Result<()> {
     let signals = Signals::block()?;
-    let disk = Arc::new(Disk::open(&options.disk, options.read_only)?);
+    let disk_options = DiskOptions {
+        read_only: options.read_only,
+        block_size: options.block_size,
+        keep_space: options.keep_space,
+    };
+    let disk = Arc::new(Disk::open(&options.disk, &disk_options)?);
     let postcopy = offer_postcopy(options.postcopy)?;
     let counters = Arc::new(Counters::new(options.num_queues)?);
     let write_stats = || match &options.stats {
@@ -77,7 +88,8 @@ pub fn serve(options: &Options) -> Result<()> {
         num_queues: options.num_queues,
         queue_size: options.queue_size,
         threads: options.threads,
-        id: options.id.clone(),
+        write_cache: options.write_cache,
+        serial: options.serial.clone(),
         postcopy,
         mem_slots: options.mem_slots,
     };

@@ -43,7 +43,7 @@ fn configuration() {
 
 #[test]
 fn read_write_flush_and_id() {
-    let mut daemon = Daemon::start(8192, &["--id", "serial-0123456789", "--once"]);
+    let mut daemon = Daemon::start(8192, &["--serial", "serial-0123456789", "--once"]);
     let mut guest = Guest::connect(&daemon.socket(), 1);
 
     assert_eq!(guest.request(0, T_IN, 5, DATA, 1024), (OK, 1025));
@@ -187,11 +187,11 @@ fn bad_requests_are_answered_and_the_queue_goes_on() {
     // Data that is not in memory.
     assert_eq!(guest.request(0, T_IN, 0, BASE + 2 * REGION - 256, 512), (IOERR, 0));
     assert_eq!(guest.request(0, T_OUT, 0, 0, 512), (IOERR, 0));
-    // Types that are not offered: discard, write zeroes, and one that does not exist.
-    for kind in [11, 13, 99] {
+    // Types that are not offered: a legacy one, secure erase, and one that does not exist.
+    for kind in [2, 14, 99] {
         assert_eq!(guest.request(0, kind, 0, 0, 0), (UNSUPP, 1));
     }
-    assert_eq!(guest.request(0, 11, 0, DATA, 16), (UNSUPP, 0));
+    assert_eq!(guest.request(0, 14, 0, DATA, 16), (UNSUPP, 0));
 
     // Chains without a place to answer come back, with nothing in them.
     let (ring, mem) = (&mut guest.rings[0], &guest.mem);
@@ -456,7 +456,11 @@ fn command_lines_that_cannot_be() {
         (with(&["--num-queues", "0"]), 2, "--num-queues 0"),
         (with(&["--num-queues", "many"]), 2, "many"),
         (with(&["--queue-size", "48"]), 2, "--queue-size 48"),
-        (with(&["--id", "longer than twenty bytes"]), 2, "--id"),
+        (with(&["--serial", "longer than twenty bytes"]), 2, "--serial"),
+        (with(&["--threads", "0"]), 2, "--threads 0"),
+        (with(&["--block-size", "100"]), 2, "--block-size 100"),
+        (with(&["--block-size", "4096"]), 1, "less than a block"),
+        (with(&["--cache", "none"]), 2, "none"),
         (with(&["--postcopy", "maybe"]), 2, "maybe"),
         (vec!["--socket".into(), socket.clone(), "--disk".into(), path("absent")], 1, "absent"),
         (

@@ -146,7 +146,8 @@ fn requests_of_one_queue_do_not_wait_for_each_others_pages() {
     assert!(daemon.wait().success());
     let stats = daemon.stats();
     assert_eq!((&stats["requests"], &stats["abandoned"]), (&48.into(), &0.into()));
-    assert_eq!(stats["most_in_hand"], 9);
+    // The one before may still be on its way out when it has been answered.
+    assert!((9..=10).contains(&stats["most_in_hand"].as_u64().unwrap()), "{stats}");
 }
 
 /// As many wait as there are threads: the others wait in the ring, and none is lost.

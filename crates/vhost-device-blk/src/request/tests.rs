@@ -127,7 +127,9 @@ fn other_kinds() {
     let mem = memory();
     for (number, kind) in [
         (VIRTIO_BLK_T_FLUSH, Kind::Flush),
-        (11, Kind::Unsupported(11)),
+        (14, Kind::Unsupported(14)),
+        (11, Kind::Ranges(Action::Discard)),
+        (13, Kind::Ranges(Action::WriteZeroes)),
         (u32::MAX, Kind::Unsupported(u32::MAX)),
     ] {
         header(&mem, number, 0);

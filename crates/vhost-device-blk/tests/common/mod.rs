@@ -30,6 +30,8 @@ pub const T_IN: u32 = 0;
 pub const T_OUT: u32 = 1;
 pub const T_FLUSH: u32 = 4;
 pub const T_GET_ID: u32 = 8;
+pub const T_DISCARD: u32 = 11;
+pub const T_WRITE_ZEROES: u32 = 13;
 
 pub const OK: u8 = 0;
 pub const IOERR: u8 = 1;
@@ -245,6 +247,23 @@ impl Guest {
         (self.rings[queue].status(&self.mem, head), used)
     }
 
+    /// A discard or write zeroes request of ranges: sector, number of sectors, flags.
+    pub fn ranges(&mut self, kind: u32, ranges: &[(u64, u32, u32)]) -> (u8, u32) {
+        let mut bytes = vec![];
+        for (sector, sectors, flags) in ranges {
+            bytes.extend(sector.to_le_bytes());
+            bytes.extend(sectors.to_le_bytes());
+            bytes.extend(flags.to_le_bytes());
+        }
+        self.mem.write_slice(&bytes, GuestAddress(DATA)).unwrap();
+        self.request(0, kind, 0, DATA, bytes.len() as u32)
+    }
+
+    pub fn set_config(&mut self, offset: u32, bytes: &[u8]) -> bool {
+        let flags = VhostUserConfigFlags::WRITABLE;
+        self.frontend.set_config(offset, flags, bytes).is_ok()
+    }
+
     pub fn fill(&self, addr: u64, len: usize, byte: u8) {
         self.mem.write_slice(&vec![byte; len], GuestAddress(addr)).unwrap();
     }
@@ -355,7 +374,8 @@ impl Ring {
         let head = if self.next_desc + needed > QUEUE_SIZE { 0 } else { self.next_desc };
         self.next_desc = head + needed;
         self.header(mem, head, kind, sector);
-        let flags = if kind == T_OUT { NEXT } else { NEXT | WRITE };
+        let to_device = [T_OUT, T_DISCARD, T_WRITE_ZEROES].contains(&kind);
+        let flags = if to_device { NEXT } else { NEXT | WRITE };
         let mut chain = vec![(self.header_addr(head), 16, NEXT)];
         chain.extend(data.iter().map(|&(addr, len)| (addr, len, flags)));
         chain.push((self.status_addr(head), 1, WRITE));

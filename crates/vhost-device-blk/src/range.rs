@@ -1,0 +1,131 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The ranges of discard and write zeroes requests, checked before any of them is touched.
+
+use virtio_bindings::bindings::virtio_blk::{
+    VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
+};
+
+use crate::disk::Disk;
+
+/// Bytes of `struct virtio_blk_discard_write_zeroes`: sector, number of sectors, flags.
+pub const RANGE_SIZE: usize = 16;
+/// Most ranges in one request.
+pub const MAX_RANGES: u32 = 32;
+/// Most sectors in one range that is discarded: 1 GiB, a matter of the file's metadata only.
+pub const MAX_DISCARD_SECTORS: u32 = 1 << 21;
+/// Most sectors in one range that is zeroed: 64 MiB, which may have to be written.
+pub const MAX_ZEROES_SECTORS: u32 = 1 << 17;
+
+/// What is to be done to the ranges.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Action {
+    /// Give the space back; what is read there afterwards is undefined.
+    Discard,
+    /// Have zeros read there afterwards.
+    WriteZeroes,
+}
+
+/// A part of the disk, in bytes.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Range {
+    /// Where it starts.
+    pub offset: u64,
+    /// How long it is.
+    pub len: u64,
+    /// Zeroes only: whether the space may be given back.
+    pub unmap: bool,
+}
+
+/// Takes apart a request's data, for a driver whose requests come in units of `block_size` bytes.
+///
+/// # Errors
+/// The status for the driver (virtio 1.3, 5.2.6.2): unsupported for flags that are unknown, or out
+/// of place; I/O error for data that is no whole number of ranges, and for ranges that are too
+/// many, too long, off the blocks or past the end.
+pub fn parse(data: &[u8], action: Action, disk: &Disk, block_size: u32) -> Result<Vec<Range>, u32> {
+    let count = data.len() / RANGE_SIZE;
+    if count == 0 || !data.len().is_multiple_of(RANGE_SIZE) || count > MAX_RANGES as usize {
+        return Err(VIRTIO_BLK_S_IOERR);
+    }
+    let (known, max_sectors) = match action {
+        Action::Discard => (0, MAX_DISCARD_SECTORS),
+        Action::WriteZeroes => (VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP, MAX_ZEROES_SECTORS),
+    };
+    let (raw, _) = data.as_chunks::<RANGE_SIZE>();
+    let raw = raw.iter().map(|raw| {
+        let raw = u128::from_le_bytes(*raw);
+        (raw as u64, (raw >> 64) as u32, (raw >> 96) as u32)
+    });
+    if raw.clone().any(|(_, _, flags)| flags & !known != 0) {
+        return Err(VIRTIO_BLK_S_UNSUPP);
+    }
+    raw.map(|(sector, sectors, flags)| {
+        let len = u64::from(sectors) * crate::disk::SECTOR_SIZE;
+        let offset = disk.offset(sector, len, block_size).filter(|_| sectors <= max_sectors);
+        let unmap = flags & VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0;
+        offset.map(|offset| Range { offset, len, unmap }).ok_or(VIRTIO_BLK_S_IOERR)
+    })
+    .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::disk::DiskOptions;
+
+    fn raw(ranges: &[(u64, u32, u32)]) -> Vec<u8> {
+        ranges
+            .iter()
+            .flat_map(|&(sector, sectors, flags)| {
+                let mut bytes = sector.to_le_bytes().to_vec();
+                bytes.extend(sectors.to_le_bytes());
+                bytes.extend(flags.to_le_bytes());
+                bytes
+            })
+            .collect()
+    }
+
+    #[test]
+    fn ranges() {
+        use Action::{Discard, WriteZeroes};
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(8 << 30).unwrap();
+        let disk = Disk::open(file.path(), &DiskOptions::default()).unwrap();
+        let end = 16 << 20;
+        let parse = |ranges: &[_], action, block| parse(&raw(ranges), action, &disk, block);
+
+        let two = parse(&[(8, 16, 1), (end - 1, 1, 0)], WriteZeroes, 512).unwrap();
+        assert_eq!(two[0], Range { offset: 4096, len: 8192, unmap: true });
+        assert_eq!(two[1], Range { offset: (end - 1) * 512, len: 512, unmap: false });
+        assert_eq!(parse(&[(8, 16, 0)], Discard, 4096).unwrap()[0].len, 8192);
+        assert!(parse(&[(0, MAX_DISCARD_SECTORS, 0)], Discard, 512).is_ok());
+        assert!(parse(&[(0, MAX_ZEROES_SECTORS, 0)], WriteZeroes, 512).is_ok());
+        assert!(parse(&[(0, 8, 0); MAX_RANGES as usize], Discard, 512).is_ok());
+
+        // Flags come first: nothing of what follows is understood with them.
+        for (ranges, action) in [
+            (&[(8, 16, 1)][..], Discard),
+            (&[(8, 16, 2)], WriteZeroes),
+            (&[(8, 16, 0), (end, 1, 1 << 31)], Discard),
+        ] {
+            assert_eq!(parse(ranges, action, 512), Err(VIRTIO_BLK_S_UNSUPP), "{ranges:?}");
+        }
+        for (ranges, action, block) in [
+            (&[][..], Discard, 512),
+            (&[(0, 8, 0); MAX_RANGES as usize + 1], Discard, 512),
+            (&[(0, MAX_DISCARD_SECTORS + 1, 0)], Discard, 512),
+            (&[(0, MAX_ZEROES_SECTORS + 1, 0)], WriteZeroes, 512),
+            (&[(0, 8, 0), (end, 1, 0)], WriteZeroes, 512),
+            (&[(u64::MAX, 8, 0)], Discard, 512),
+            (&[(1 << 63, 8, 0)], Discard, 512),
+            (&[(0, u32::MAX, 0)], Discard, 512),
+            (&[(1, 8, 0)], Discard, 4096),
+            (&[(8, 7, 0)], WriteZeroes, 4096),
+        ] {
+            assert_eq!(parse(ranges, action, block), Err(VIRTIO_BLK_S_IOERR), "{ranges:?}");
+        }
+        let mut cut = raw(&[(8, 16, 0)]);
+        cut.pop();
+        assert_eq!(super::parse(&cut, Discard, &disk, 512), Err(VIRTIO_BLK_S_IOERR));
+    }
+}

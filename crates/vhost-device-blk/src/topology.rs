@@ -1,0 +1,84 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The block sizes of a disk, as far as they matter to the guest.
+
+use std::fs::{File, Metadata};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
+
+/// Smallest logical block: a sector.
+pub const MIN_BLOCK_SIZE: u32 = 512;
+/// Largest logical block: what the smallest page holds.
+pub const MAX_BLOCK_SIZE: u32 = 4096;
+/// Larger units than this are a file system's way of asking for large transfers, no blocks.
+const MAX_PHYSICAL: u32 = 64 << 10;
+
+/// The sizes, in bytes; all but `opt_io` are powers of two.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Topology {
+    /// What requests must be multiples of.
+    pub block_size: u32,
+    /// What the disk writes without reading first; a multiple of `block_size`.
+    pub physical: u32,
+    /// The best size for small requests.
+    pub min_io: u32,
+    /// The best size for large requests, 0 if there is none.
+    pub opt_io: u32,
+}
+
+impl Topology {
+    /// Of a file: what is less than a block of its file system is read before it is written.
+    pub fn of_file(metadata: &Metadata, block_size: Option<u32>) -> Self {
+        let own = u32::try_from(metadata.blksize()).unwrap_or(u32::MAX);
+        Topology::new(block_size.unwrap_or(MIN_BLOCK_SIZE), own, 0, 0)
+    }
+
+    /// Of a block device; and the size of the device's own logical blocks.
+    pub fn of_device(file: &File, block_size: Option<u32>) -> (Self, u64) {
+        let ask = |request: libc::Ioctl| {
+            let mut answer: libc::c_uint = 0;
+            // SAFETY: these requests write one int there, and nothing else.
+            let ok = unsafe { libc::ioctl(file.as_raw_fd(), request, &raw mut answer) } == 0;
+            ok.then_some(answer)
+        };
+        let own = ask(libc::BLKSSZGET).filter(|n| n.is_power_of_two()).unwrap_or(MIN_BLOCK_SIZE);
+        let physical = ask(libc::BLKPBSZGET).unwrap_or(own);
+        let block_size = block_size.unwrap_or(own.clamp(MIN_BLOCK_SIZE, MAX_BLOCK_SIZE));
+        let (min_io, opt_io) = (ask(libc::BLKIOMIN), ask(libc::BLKIOOPT));
+        let physical = physical.max(own);
+        let this = Topology::new(block_size, physical, min_io.unwrap_or(0), opt_io.unwrap_or(0));
+        (this, u64::from(own))
+    }
+
+    fn new(block_size: u32, physical: u32, min_io: u32, opt_io: u32) -> Self {
+        let unit = |n: u32| n.is_power_of_two() && (block_size..=MAX_PHYSICAL).contains(&n);
+        let physical = if unit(physical) { physical } else { block_size };
+        let min_io = if unit(min_io) { min_io.max(physical) } else { physical };
+        let opt_io = if opt_io.is_multiple_of(min_io) { opt_io } else { 0 };
+        Topology { block_size, physical, min_io, opt_io }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_make_sense_whatever_the_host_says() {
+        let sizes = |t: Topology| (t.block_size, t.physical, t.min_io, t.opt_io);
+        assert_eq!(sizes(Topology::new(512, 4096, 0, 0)), (512, 4096, 4096, 0));
+        assert_eq!(sizes(Topology::new(4096, 4096, 0, 0)), (4096, 4096, 4096, 0));
+        assert_eq!(sizes(Topology::new(4096, 512, 512, 0)), (4096, 4096, 4096, 0));
+        assert_eq!(sizes(Topology::new(512, 512, 16384, 1 << 20)), (512, 512, 16384, 1 << 20));
+        assert_eq!(sizes(Topology::new(512, 3000, 7, 1000)), (512, 512, 512, 0));
+        assert_eq!(sizes(Topology::new(512, 1 << 20, 1 << 31, 0)), (512, 512, 512, 0));
+    }
+
+    #[test]
+    fn a_file_has_sectors_by_default() {
+        let metadata = tempfile::tempfile().unwrap().metadata().unwrap();
+        assert_eq!(Topology::of_file(&metadata, None).block_size, 512);
+        let blocks = Topology::of_file(&metadata, Some(4096));
+        assert_eq!(blocks.block_size, 4096);
+        assert!(blocks.physical >= 4096);
+    }
+}

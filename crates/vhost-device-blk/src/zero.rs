@@ -1,0 +1,220 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Giving space of the disk back, and zeroing it, by the best means the host has.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use vmm_sys_util::ioctl_io_nr;
+
+const BLK: libc::c_uint = 0x12;
+ioctl_io_nr!(BLKDISCARD, BLK, 119);
+
+const PUNCH_HOLE: libc::c_int = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+const ZERO_RANGE: libc::c_int = libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE;
+
+/// What is written where nothing else makes zeros, at a time.
+static ZEROS: [u8; 1 << 20] = [0; 1 << 20];
+
+/// What a disk's host can do, as far as it is known by now.
+#[derive(Debug)]
+pub struct Means {
+    /// Of a block device: the size of its blocks in bytes, which its ranges must be multiples of.
+    device_block: Option<u64>,
+    /// Whether space may and can be given back.
+    discard: AtomicBool,
+    punch_hole: AtomicBool,
+    zero_range: AtomicBool,
+}
+
+impl Means {
+    /// Finds out what can be done to `file`, of `len` bytes, which must be open for writing if
+    /// `discard` is wished. `device_block`: if it is a block device, the size of its blocks.
+    pub fn probe(file: &File, len: u64, device_block: Option<u64>, discard: bool) -> Self {
+        // Neither of these does anything: there is nothing behind the end, and nothing in 0 bytes.
+        let discard = discard
+            && match device_block {
+                Some(_) => !discard_device(file, 0, 0).is_err_and(|e| unsupported(&e)),
+                None => fallocate(file, PUNCH_HOLE, len.next_multiple_of(4096), 4096).is_ok(),
+            };
+        Means {
+            device_block,
+            discard: AtomicBool::new(discard),
+            punch_hole: AtomicBool::new(true),
+            zero_range: AtomicBool::new(true),
+        }
+    }
+
+    /// Whether space can be given back.
+    pub fn can_discard(&self) -> bool {
+        self.discard.load(Ordering::Relaxed)
+    }
+
+    /// Gives space back, or does nothing where that turns out to be impossible: a discard is a
+    /// hint (virtio 1.3, 5.2.6.2).
+    pub fn discard(&self, file: &File, offset: u64, len: u64) -> io::Result<()> {
+        if !self.can_discard() {
+            return Ok(());
+        }
+        let result = match self.device_block {
+            None => fallocate(file, PUNCH_HOLE, offset, len),
+            Some(block) => {
+                // What is left of the first and the last block stays as it is.
+                let start = offset.next_multiple_of(block);
+                let end = (offset + len) / block * block;
+                match end.checked_sub(start) {
+                    None | Some(0) => Ok(()),
+                    Some(len) => discard_device(file, start, len),
+                }
+            }
+        };
+        match result {
+            Err(e) if unsupported(&e) => {
+                self.discard.store(false, Ordering::Relaxed);
+                Ok(())
+            }
+            result => result,
+        }
+    }
+
+    /// Has zeros read in the range. The space is given back only if `unmap` permits it.
+    pub fn write_zeroes(&self, file: &File, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
+        let means = [
+            (PUNCH_HOLE, &self.punch_hole, unmap && self.can_discard()),
+            (ZERO_RANGE, &self.zero_range, true),
+        ];
+        for (mode, works, wanted) in means {
+            if !wanted || !works.load(Ordering::Relaxed) {
+                continue;
+            }
+            match fallocate(file, mode, offset, len) {
+                Err(e) if unsupported(&e) => works.store(false, Ordering::Relaxed),
+                // A block device refuses parts of its blocks.
+                Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {}
+                result => return result,
+            }
+        }
+        let (mut offset, mut rest) = (offset, len);
+        while rest > 0 {
+            let part = &ZEROS[..rest.min(ZEROS.len() as u64) as usize];
+            file.write_all_at(part, offset)?;
+            offset += part.len() as u64;
+            rest -= part.len() as u64;
+        }
+        Ok(())
+    }
+}
+
+/// Whether the host does not know the operation, or not for this file.
+fn unsupported(e: &io::Error) -> bool {
+    let unsupported = [libc::EOPNOTSUPP, libc::ENOSYS, libc::ENOTTY, libc::ENODEV];
+    e.raw_os_error().is_some_and(|e| unsupported.contains(&e))
+}
+
+fn fallocate(file: &File, mode: libc::c_int, offset: u64, len: u64) -> io::Result<()> {
+    if len == 0 {
+        return Ok(());
+    }
+    let offset = libc::off_t::try_from(offset).map_err(io::Error::other)?;
+    let len = libc::off_t::try_from(len).map_err(io::Error::other)?;
+    uninterrupted(|| {
+        // SAFETY: no memory is involved.
+        unsafe { libc::fallocate(file.as_raw_fd(), mode, offset, len) }
+    })
+}
+
+fn discard_device(file: &File, offset: u64, len: u64) -> io::Result<()> {
+    let range = [offset, len];
+    uninterrupted(|| {
+        // SAFETY: the kernel reads the two numbers that it expects there.
+        unsafe { libc::ioctl(file.as_raw_fd(), BLKDISCARD() as _, range.as_ptr()) }
+    })
+}
+
+fn uninterrupted(call: impl Fn() -> libc::c_int) -> io::Result<()> {
+    loop {
+        if call() == 0 {
+            return Ok(());
+        }
+        let e = io::Error::last_os_error();
+        if e.kind() != io::ErrorKind::Interrupted {
+            return Err(e);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+    use std::os::unix::fs::MetadataExt;
+
+    const LEN: u64 = 4 << 20;
+
+    fn full_file() -> File {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&vec![0xaa; LEN as usize]).unwrap();
+        file.sync_all().unwrap();
+        file
+    }
+
+    fn assert_zeros(file: &File, offset: u64, len: u64) {
+        let mut all = vec![0; LEN as usize];
+        file.read_exact_at(&mut all, 0).unwrap();
+        for (i, byte) in all.into_iter().enumerate() {
+            let inside = (offset..offset + len).contains(&(i as u64));
+            assert_eq!(byte, if inside { 0 } else { 0xaa }, "at {i}");
+        }
+    }
+
+    fn means(file: &File, discard: bool, punch_hole: bool, zero_range: bool) -> Means {
+        let means = Means::probe(file, LEN, None, discard);
+        means.punch_hole.store(punch_hole, Ordering::Relaxed);
+        means.zero_range.store(zero_range, Ordering::Relaxed);
+        means
+    }
+
+    #[test]
+    fn zeros_by_each_means() {
+        for (punch_hole, zero_range) in [(true, true), (false, true), (false, false)] {
+            for unmap in [true, false] {
+                let file = full_file();
+                let means = means(&file, true, punch_hole, zero_range);
+                // Over more than one buffer of zeros, and not on pages.
+                means.write_zeroes(&file, 1536, (2 << 20) + 512, unmap).unwrap();
+                assert_zeros(&file, 1536, (2 << 20) + 512);
+            }
+        }
+    }
+
+    #[test]
+    fn space_is_given_back_only_if_it_may_be() {
+        let file = full_file();
+        let before = file.metadata().unwrap().blocks();
+        means(&file, true, true, true).write_zeroes(&file, 0, 1 << 20, false).unwrap();
+        means(&file, false, true, true).write_zeroes(&file, 0, 1 << 20, true).unwrap();
+        means(&file, false, true, true).discard(&file, 0, 1 << 20).unwrap();
+        assert_zeros(&file, 0, 1 << 20);
+        assert_eq!(file.metadata().unwrap().blocks(), before);
+
+        let means = means(&file, true, true, true);
+        assert!(means.can_discard(), "tempfiles are where holes are possible");
+        means.write_zeroes(&file, 0, 1 << 20, true).unwrap();
+        let after = file.metadata().unwrap().blocks();
+        assert_eq!(before - after, (1 << 20) / 512);
+        means.discard(&file, 1 << 20, 1 << 20).unwrap();
+        assert_eq!(after - file.metadata().unwrap().blocks(), (1 << 20) / 512);
+        assert_eq!(file.metadata().unwrap().len(), LEN);
+    }
+
+    #[test]
+    fn what_the_host_does_not_know_is_not_offered() {
+        let (pipe, _other) = std::io::pipe().unwrap();
+        let file = File::from(std::os::fd::OwnedFd::from(pipe));
+        assert!(!Means::probe(&file, LEN, None, true).can_discard());
+        assert!(!Means::probe(&file, LEN, Some(512), true).can_discard());
+        assert!(!Means::probe(&full_file(), LEN, None, false).can_discard());
+    }
+}
