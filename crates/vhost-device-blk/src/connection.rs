@@ -41,7 +41,6 @@ pub fn serve(
     let local = listener.local_addr().map_err(Error::system("asking for the socket's address"))?;
     let memory = GuestMemoryAtomic::new(Memory::new());
     let backend = Arc::new(BlkBackend::new(disk, counters, memory.clone(), options));
-    let failed = |e: DaemonError| Error::Connection(e.to_string());
     let mut daemon =
         VhostUserDaemon::new("vhost-user-blk".into(), backend.clone(), memory).map_err(failed)?;
     daemon.start(&mut Listener::from(listener)).map_err(failed)?;
@@ -91,6 +90,23 @@ pub fn serve(
         )) => Ok(()),
         Err(e) => Err(failed(e)),
     }
+}
+
+/// What the library reports of a connection, and what to do about it.
+fn failed(e: DaemonError) -> Error {
+    Error::Connection(match e {
+        DaemonError::HandleRequest(VhostUserError::InvalidOperation(
+            "postcopy already advised",
+        )) => {
+            "a second POSTCOPY_ADVISE on one connection, which takes one post-copy only; connect \
+             anew for another"
+                .into()
+        }
+        e => format!(
+            "the connection ended in an error ({e}); see the messages above, and check that the \
+             front-end keeps to the queue count and size given here"
+        ),
+    })
 }
 
 /// The connection that was just accepted, for watching: the library keeps it to itself. It is the

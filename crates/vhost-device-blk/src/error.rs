@@ -48,10 +48,7 @@ pub enum Error {
         source: io::Error,
     },
     /// A front-end's connection ended in an error (with `--once` only; otherwise it is logged).
-    #[error(
-        "serving the front-end: the connection ended in an error ({0}); see the messages above, \
-         and check that the front-end keeps to the queue count and size given here"
-    )]
+    #[error("serving the front-end: {0}")]
     Connection(String),
     /// A system call that should not fail did.
     #[error("{what}: {source}; this is a shortage of the host's or a bug, please report it")]

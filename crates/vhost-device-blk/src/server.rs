@@ -3,7 +3,7 @@
 
 use std::fs;
 use std::io::{self, PipeReader, Read, Write};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, FromRawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixDatagram, UnixListener};
 use std::path::{Path, PathBuf};
@@ -107,8 +107,10 @@ pub fn serve(options: &Options) -> Result<()> {
         }
         counters.connected();
         let child = Child::fork(|| {
-            let listener =
-                socket.listener.try_clone().map_err(Error::system("copying a socket"))?;
+            // SAFETY: this runs in the child, which drops nothing: the descriptor has one owner
+            // there. It is closed as soon as the connection is accepted, so that nobody connects
+            // to a daemon that is gone.
+            let listener = unsafe { UnixListener::from_raw_fd(socket.listener.as_raw_fd()) };
             connection::serve(listener, &signals, disk.clone(), counters.clone(), device.clone())
         })?;
         let (result, ended) = child.wait(&signals)?;
@@ -215,13 +217,18 @@ impl Child {
         }
         let result = if libc::WIFSIGNALED(status) {
             let signal = libc::WTERMSIG(status);
-            Err(Error::Connection(format!("its process was killed by signal {signal}")))
+            Err(Error::Connection(format!(
+                "its process was killed by signal {signal}; has the memory it shares been cut off?"
+            )))
         } else if !text.is_empty() {
             Err(Error::Connection(text))
         } else {
             match libc::WEXITSTATUS(status) {
                 0 => Ok(()),
-                status => Err(Error::Connection(format!("its process ended with {status}"))),
+                status => Err(Error::Connection(format!(
+                    "its process ended with status {status}; see the messages above, and please \
+                     report it"
+                ))),
             }
         };
         Ok((result, deadline.is_some()))

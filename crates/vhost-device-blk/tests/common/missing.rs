@@ -121,8 +121,13 @@ impl Drop for Server {
 
 /// Connects a guest whose memory is missing, its rings excepted.
 pub fn restore(daemon: &Daemon, queues: usize) -> (Guest, Server) {
+    restore_at(&daemon.socket(), queues)
+}
+
+/// The same by the socket's path.
+pub fn restore_at(socket: &Path, queues: usize) -> (Guest, Server) {
     let none = VhostUserProtocolFeatures::empty();
-    let (mut frontend, features, protocol) = negotiate(&daemon.socket(), 0, none);
+    let (mut frontend, features, protocol) = negotiate(socket, 0, none);
     assert!(protocol.contains(VhostUserProtocolFeatures::PAGEFAULT));
     let uffd = frontend.postcopy_advise().unwrap();
     frontend.postcopy_listen().unwrap();

@@ -264,6 +264,12 @@ impl Guest {
         self.frontend.set_config(offset, flags, bytes).is_ok()
     }
 
+    /// Ends the connection; the memory stays.
+    pub fn hang_up(&self) {
+        // SAFETY: our own socket.
+        unsafe { libc::shutdown(self.frontend.as_raw_fd(), libc::SHUT_RDWR) };
+    }
+
     pub fn fill(&self, addr: u64, len: usize, byte: u8) {
         self.mem.write_slice(&vec![byte; len], GuestAddress(addr)).unwrap();
     }
