@@ -114,9 +114,14 @@ pub fn serve(options: &Options) -> Result<()> {
             connection::serve(listener, &signals, disk.clone(), counters.clone(), device.clone())
         })?;
         let (result, ended) = child.wait(&signals)?;
-        write_stats()?;
         if ended {
-            return Ok(());
+            return write_stats();
+        }
+        match write_stats() {
+            Err(e) if options.once => return Err(e),
+            // Counters are no reason not to serve the next one.
+            Err(e) => log::error!("{e}"),
+            Ok(()) => {}
         }
         match result {
             Err(e) if options.once => return Err(e),

@@ -403,6 +403,23 @@ fn one_front_end_after_another() {
     assert_eq!(daemon.stats()["writes"], 5);
 }
 
+/// Counters that cannot be written any more are reported, and the next front-end is served.
+#[test]
+fn counters_that_cannot_be_written() {
+    let mut daemon = Daemon::start(100, &[]);
+    let stats = daemon.dir.path().join("stats");
+    fs::remove_file(&stats).unwrap();
+    fs::create_dir(&stats).unwrap();
+    drop(Guest::connect(&daemon.socket(), 1));
+    let mut guest = Guest::connect(&daemon.socket(), 1);
+    assert_eq!(guest.request(0, T_IN, 3, DATA, 512), (OK, 513));
+    assert!(daemon.stderr().contains("--stats"), "{}", daemon.stderr());
+    daemon.signal(libc::SIGTERM);
+    assert_eq!(daemon.wait().code(), Some(1));
+    assert!(!daemon.socket().exists());
+    assert_eq!(daemon.stderr().lines().count(), 2, "{}", daemon.stderr());
+}
+
 #[test]
 fn ends_without_a_front_end() {
     for signal in [libc::SIGTERM, libc::SIGINT] {

@@ -267,6 +267,48 @@ fn ends_in_a_fault() {
     assert!(!daemon.socket().exists());
 }
 
+/// Nor does a message that waits keep it: for a page itself, or for a request that does.
+#[test]
+fn ends_with_a_message_in_hand() {
+    need_userfaultfd!();
+    for stopping in [true, false] {
+        let mut daemon = Daemon::start(4096, &[]);
+        let before = daemon.disk();
+        let (mut guest, server) = restore(&daemon, 1);
+        let mem = guest.mem.clone();
+        let held = DATA + 50 * PAGE;
+        server.hold(held);
+        let frontend = guest.frontend.clone();
+        let answered = if stopping {
+            guest.rings[0].submit(&mem, T_OUT, 64, &[(held, 4096)]);
+            server.await_fault(held);
+            thread::spawn(move || frontend.get_vring_base(0).is_ok())
+        } else {
+            let host = mem.get_host_address(GuestAddress(held)).unwrap() as u64;
+            let config = VringConfigData {
+                queue_max_size: 4,
+                queue_size: 4,
+                flags: 0,
+                desc_table_addr: host,
+                avail_ring_addr: host + 64,
+                used_ring_addr: host + 128,
+                log_addr: None,
+            };
+            thread::spawn(move || frontend.set_vring_addr(0, &config).is_ok())
+        };
+        server.await_fault(held);
+        thread::sleep(Duration::from_millis(20));
+        let start = Instant::now();
+        daemon.signal(libc::SIGTERM);
+        assert!(daemon.wait().success());
+        assert!(start.elapsed() < Duration::from_secs(3), "{:?}", start.elapsed());
+        assert!(!answered.join().unwrap());
+        assert!(daemon.disk() == before);
+        assert!(!daemon.socket().exists());
+        assert!(!present(&mem, held));
+    }
+}
+
 /// Post-copies in a row, each on a connection of its own: one to its end, one cut off, one whose
 /// front-end dies in a fault, and round again.
 #[test]
