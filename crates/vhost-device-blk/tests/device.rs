@@ -229,6 +229,7 @@ fn bad_requests_are_answered_and_the_queue_goes_on() {
     assert_eq!(stats["io_errors"], 9);
     assert_eq!(stats["unsupported"], 4);
     assert_eq!(stats["dropped"], broken.len() + 1);
+    assert_eq!(daemon.stderr(), "");
 }
 
 #[test]
