@@ -7,15 +7,14 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use common::Memory;
-use common::foolish::{Folly, Foolish, PAGEFAULT, REPLY_ACK};
+use common::foolish::Foolish;
+use common::foolish::deed::{Base, Deed, Sent, Step, Wrong};
+use common::foolish::hostile::{END, PAGEFAULT, REPLY_ACK, SET_MEM_TABLE};
 use demand_memory::BackingKind;
 use demand_uffd::{FaultService, OpenError};
 use demand_vhost::{BackEnd, Error, Options};
 use test_support::wait::PATIENCE;
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
-
-const SET_MEM_TABLE: u32 = 5;
-const END: u32 = 30;
 
 fn service() -> Arc<FaultService> {
     Arc::new(FaultService::start(1).unwrap())
@@ -26,8 +25,8 @@ fn options() -> Options {
 }
 
 /// What comes of sharing missing memory with such a back-end, and the requests that it got.
-fn share(folly: Folly) -> (Error, Vec<u32>) {
-    let foolish = Foolish::start(folly, REPLY_ACK | PAGEFAULT);
+fn share(deed: Deed) -> (Error, Vec<u32>) {
+    let foolish = Foolish::start(deed, REPLY_ACK | PAGEFAULT);
     let memory = Memory::new(BackingKind::Shmem);
     let mut back_end = BackEnd::connect(&foolish.socket, options()).unwrap();
     let error = back_end.share_missing_memory(&memory.memory, &service()).unwrap_err();
@@ -54,7 +53,7 @@ fn nobody_listens() {
 
 #[test]
 fn a_back_end_without_pagefault_sees_no_missing_memory() {
-    let foolish = Foolish::start(Folly::None, REPLY_ACK);
+    let foolish = Foolish::start(Deed::Behave, REPLY_ACK);
     let memory = Memory::new(BackingKind::Shmem);
     let mut back_end = BackEnd::connect(&foolish.socket, options()).unwrap();
     assert!(!back_end.has_pagefault());
@@ -79,21 +78,21 @@ fn a_back_end_without_pagefault_sees_no_missing_memory() {
 
 #[test]
 fn features_that_are_needed_and_lack_are_named() {
-    let foolish = Foolish::start(Folly::None, PAGEFAULT);
+    let foolish = Foolish::start(Deed::Behave, PAGEFAULT);
     let error = BackEnd::connect(&foolish.socket, options()).unwrap_err();
     assert!(error.to_string().contains("REPLY_ACK"), "{error}");
-    let foolish = Foolish::start(Folly::None, REPLY_ACK | PAGEFAULT);
+    let foolish = Foolish::start(Deed::Behave, REPLY_ACK | PAGEFAULT);
     let needed = VhostUserProtocolFeatures::CONFIG;
     let error = BackEnd::connect(&foolish.socket, Options { needed, ..options() }).unwrap_err();
     assert!(matches!(error, Error::Features { lacking, .. } if lacking == needed), "{error}");
-    let foolish = Foolish::start(Folly::NoProtocolFeatures, 0);
+    let foolish = Foolish::start(Deed::NoProtocolFeatures, 0);
     let error = BackEnd::connect(&foolish.socket, options()).unwrap_err();
     assert!(matches!(error, Error::Features { .. }), "{error}");
 }
 
 #[test]
 fn our_own_addresses_are_recognised() {
-    let (error, requests) = share(Folly::Echoes);
+    let (error, requests) = share(Deed::Base(Base::Echo));
     assert!(matches!(error, Error::EchoedAddress { .. }), "{error}");
     // Without our acknowledgement it never runs.
     assert_eq!(requests.iter().filter(|request| **request == SET_MEM_TABLE).count(), 1);
@@ -101,16 +100,15 @@ fn our_own_addresses_are_recognised() {
 
 #[test]
 fn addresses_that_cannot_be_right_are_refused() {
-    for folly in [Folly::Unaligned, Folly::Overlaps, Folly::PastTheEnd] {
-        let (error, requests) = share(folly);
+    for deed in
+        [Deed::Base(Base::Unaligned), Deed::Base(Base::Overlap), Deed::Base(Base::PastTheEnd)]
+    {
+        let (error, requests) = share(deed);
         // The vhost crate refuses some by itself.
-        assert!(
-            matches!(error, Error::BadBase { .. } | Error::Protocol { .. }),
-            "{folly:?} {error}"
-        );
+        assert!(matches!(error, Error::BadBase { .. } | Error::Protocol { .. }), "{deed} {error}");
         assert_eq!(requests.iter().filter(|request| **request == SET_MEM_TABLE).count(), 1);
     }
-    let (error, requests) = share(Folly::Unmapped);
+    let (error, requests) = share(Deed::Base(Base::Unmapped));
     assert!(matches!(error, Error::Arm(_)), "{error}");
     // Its mappings are armed before it gets our acknowledgement.
     assert_eq!(requests.iter().filter(|request| **request == SET_MEM_TABLE).count(), 1);
@@ -118,55 +116,55 @@ fn addresses_that_cannot_be_right_are_refused() {
 
 #[test]
 fn other_regions_than_ours_are_refused() {
-    let (error, _) = share(Folly::OtherRegions);
+    let (error, _) = share(Deed::Base(Base::OtherRegions));
     assert!(matches!(error, Error::Protocol { .. }), "{error}");
     // The vhost crate waits for the bytes that are not there.
-    let (error, _) = share(Folly::TooFew);
+    let (error, _) = share(Deed::Base(Base::TooFew));
     assert!(matches!(error, Error::Silent { .. } | Error::Protocol { .. }), "{error}");
 }
 
 #[test]
 fn a_back_end_that_refuses_or_has_no_userfaultfd_is_told_apart() {
-    let (error, _) = share(Folly::NoUserfaultfd);
+    let (error, _) = share(Deed::Uffd(Sent::None));
     assert!(matches!(error, Error::NoUserfaultfd { .. }), "{error}");
-    let (error, _) = share(Folly::AnotherFile);
+    let (error, _) = share(Deed::Uffd(Sent::File));
     assert!(matches!(error, Error::Userfaultfd(OpenError::NoUserfaultfd(_))), "{error}");
-    let (error, _) = share(Folly::Refuses);
+    let (error, _) = share(Deed::At(Wrong::Refuse, Step::Listen));
     assert!(matches!(error, Error::Protocol { .. }), "{error}");
 }
 
 #[test]
 fn a_back_end_that_goes_away_or_says_nothing_holds_up_nobody() {
-    let (error, _) = share(Folly::Closes);
+    let (error, _) = share(Deed::At(Wrong::HangUp, Step::MemTable));
     assert!(matches!(error, Error::Disconnected { .. }), "{error}");
     let begun = Instant::now();
-    let (error, _) = share(Folly::SaysNothing);
+    let (error, _) = share(Deed::At(Wrong::Silent, Step::MemTable));
     assert!(matches!(error, Error::Silent { .. }), "{error}");
     assert!(begun.elapsed() < Duration::from_secs(5));
 }
 
 #[test]
 fn the_end_is_asked_for_with_an_answer() {
-    for folly in [Folly::None, Folly::ClosesAtTheEnd] {
-        let foolish = Foolish::start(folly, REPLY_ACK | PAGEFAULT);
+    for deed in [Deed::Behave, Deed::At(Wrong::HangUp, Step::End)] {
+        let foolish = Foolish::start(deed, REPLY_ACK | PAGEFAULT);
         let memory = Memory::new(BackingKind::Shmem);
         let mut back_end = BackEnd::connect(&foolish.socket, options()).unwrap();
         back_end.share_missing_memory(&memory.memory, &service()).unwrap();
         assert!(matches!(back_end.end_postcopy(), Err(Error::Incomplete { .. })));
         memory.fill();
         let ended = back_end.end_postcopy();
-        match folly {
-            Folly::None => {
+        match deed {
+            Deed::Behave => {
                 ended.unwrap();
                 // It keeps its userfaultfd, and yet nothing is trapped any more.
-                let mappings = foolish.mappings.clone();
+                let mappings = foolish.mappings();
                 let (sender, receiver) = std::sync::mpsc::channel();
                 std::thread::spawn(move || {
-                    for mapping in mappings.lock().unwrap().iter() {
+                    for mapping in mappings {
                         for offset in (0..mapping.len()).step_by(4096) {
-                            // SAFETY: the byte lies in the mapping, and nobody writes it.
-                            unsafe { mapping.at(offset).as_ptr().read_volatile() };
+                            mapping.read(offset);
                         }
+                        assert!(mapping.is_intact());
                     }
                     let _ = sender.send(());
                 });
@@ -183,7 +181,7 @@ fn the_end_is_asked_for_with_an_answer() {
 
 #[test]
 fn more_regions_than_a_message_names_are_refused() {
-    let foolish = Foolish::start(Folly::None, REPLY_ACK | PAGEFAULT);
+    let foolish = Foolish::start(Deed::Behave, REPLY_ACK | PAGEFAULT);
     let starts: Vec<u64> = (0..9).map(|index| index * common::SIZE).collect();
     let memory = Memory::with(BackingKind::Shmem, &starts);
     let mut back_end = BackEnd::connect(&foolish.socket, options()).unwrap();

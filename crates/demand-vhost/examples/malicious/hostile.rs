@@ -1,0 +1,396 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! A back-end that speaks the protocol by hand, and wrongly where its deed says so.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::Duration;
+
+use demand_uffd::{Features, Userfaultfd};
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
+
+use super::deed::{Base, Deed, Sent, Step, Wrong};
+use super::memory::{self, Guarded, tempfile_of};
+
+const GET_FEATURES: u32 = 1;
+pub const SET_MEM_TABLE: u32 = 5;
+const GET_PROTOCOL_FEATURES: u32 = 15;
+const GET_CONFIG: u32 = 24;
+const ADVISE: u32 = 28;
+pub const END: u32 = 30;
+
+pub const MQ: u64 = 1;
+pub const REPLY_ACK: u64 = 1 << 3;
+pub const PAGEFAULT: u64 = 1 << 8;
+pub const CONFIG: u64 = 1 << 9;
+/// All that a front-end may want.
+pub const ALL_FEATURES: u64 = MQ | REPLY_ACK | PAGEFAULT | CONFIG;
+
+/// VIRTIO_F_VERSION_1, and that there are protocol features.
+const FEATURES: u64 = 1 << 32 | 1 << 30;
+/// Sectors of the disk that it pretends to have.
+const SECTORS: u64 = 1 << 40;
+const NEED_REPLY: u32 = 8;
+
+/// One connection.
+pub struct Connection {
+    stream: UnixStream,
+    deed: Deed,
+    protocol_features: u64,
+    uffd: Option<Arc<Userfaultfd>>,
+    /// The memory objects that it was given.
+    files: Vec<File>,
+    mappings: Arc<Mutex<Vec<Arc<Guarded>>>>,
+    /// Whether its addresses were acknowledged, and whether something was asked since then.
+    acknowledged: bool,
+    begun: bool,
+}
+
+impl Connection {
+    pub fn new(stream: UnixStream, deed: Deed, protocol_features: u64) -> Self {
+        Connection {
+            stream,
+            deed,
+            protocol_features,
+            uffd: None,
+            files: Vec::new(),
+            mappings: Arc::default(),
+            acknowledged: false,
+            begun: false,
+        }
+    }
+
+    /// Its mappings of guest memory.
+    pub fn mappings(&self) -> Arc<Mutex<Vec<Arc<Guarded>>>> {
+        self.mappings.clone()
+    }
+
+    /// Serves the connection to its end; returns the requests that came.
+    pub fn serve(&mut self) -> Vec<u32> {
+        let mut requests = Vec::new();
+        if self.deed == Deed::FloodMessages {
+            let answer = message(GET_FEATURES, &0u64.to_ne_bytes());
+            while self.stream.write_all(&answer).is_ok() {}
+            return requests;
+        }
+        while self.serve_one(&mut requests).is_some() {}
+        requests
+    }
+
+    fn serve_one(&mut self, requests: &mut Vec<u32>) -> Option<()> {
+        let (header, files) = self.receive()?;
+        let [request, flags, size] = header;
+        let mut payload = vec![0; size as usize];
+        self.stream.read_exact(&mut payload).ok()?;
+        requests.push(request);
+        let step = self.step(request, !files.is_empty());
+        if step == Some(Step::MemAck) {
+            self.acknowledged = true;
+        }
+        if step == Some(Step::Begin) {
+            self.begun = true;
+            self.use_memory();
+        }
+        let wrong = match self.deed {
+            Deed::At(wrong, at) if step == Some(at) => Some(wrong),
+            _ => None,
+        };
+        match wrong {
+            Some(Wrong::Silent) => return self.wait(),
+            Some(Wrong::HangUp) => return None,
+            Some(Wrong::Refuse) => return self.refuse(request, flags),
+            _ => {}
+        }
+        let mut fds = Vec::new();
+        let answer = match request {
+            ADVISE => {
+                fds = self.advise();
+                Some(Vec::new())
+            }
+            GET_CONFIG => {
+                let room = payload.len() - 12;
+                let config = SECTORS.to_le_bytes().into_iter().chain(std::iter::repeat(0));
+                payload.splice(12.., config.take(room));
+                Some(payload)
+            }
+            SET_MEM_TABLE if !files.is_empty() && self.uffd.is_some() => {
+                Some(self.mem_table(&payload, files))
+            }
+            _ => self
+                .value(request)
+                .map(|value| value.to_ne_bytes().to_vec())
+                .or_else(|| (flags & NEED_REPLY != 0).then(|| 0u64.to_ne_bytes().to_vec())),
+        };
+        let Some(answer) = answer else { return Some(()) };
+        self.answer(request, &answer, fds, wrong)
+    }
+
+    /// The header of the next request, and what came with it.
+    fn receive(&mut self) -> Option<([u32; 3], Vec<File>)> {
+        let mut header = [0u32; 3];
+        let mut fds = [0 as RawFd; 8];
+        let len = size_of_val(&header);
+        let mut iovec = [libc::iovec { iov_base: header.as_mut_ptr().cast(), iov_len: len }];
+        // SAFETY: the vector describes `header`, which outlives the call.
+        let (read, count) = unsafe { self.stream.recv_with_fds(&mut iovec, &mut fds) }.ok()?;
+        // SAFETY: the kernel has just given us these descriptors.
+        let files = fds[..count].iter().map(|fd| unsafe { File::from_raw_fd(*fd) }).collect();
+        (read == len).then_some((header, files))
+    }
+
+    /// What is being asked.
+    fn step(&self, request: u32, files: bool) -> Option<Step> {
+        Some(match request {
+            GET_FEATURES if self.acknowledged && !self.begun => Step::Begin,
+            GET_FEATURES => Step::GetFeatures,
+            2 => Step::SetFeatures,
+            SET_MEM_TABLE if files => Step::MemTable,
+            SET_MEM_TABLE => Step::MemAck,
+            8 => Step::VringNum,
+            9 => Step::VringAddr,
+            10 => Step::VringBase,
+            11 => Step::GetVringBase,
+            12 => Step::VringKick,
+            13 => Step::VringCall,
+            GET_PROTOCOL_FEATURES => Step::GetProtocolFeatures,
+            17 => Step::GetQueueNum,
+            18 => Step::VringEnable,
+            GET_CONFIG => Step::GetConfig,
+            ADVISE => Step::Advise,
+            29 => Step::Listen,
+            END => Step::End,
+            _ => return None,
+        })
+    }
+
+    /// The right answer to a request that is answered by a number.
+    fn value(&self, request: u32) -> Option<u64> {
+        match request {
+            GET_FEATURES if self.deed == Deed::NoProtocolFeatures => Some(0),
+            GET_FEATURES => Some(FEATURES),
+            GET_PROTOCOL_FEATURES => Some(self.protocol_features),
+            // GET_QUEUE_NUM.
+            17 => Some(1),
+            // GET_VRING_BASE: the queue's index, and where it stands.
+            11 => Some(0),
+            _ => None,
+        }
+    }
+
+    /// Reads on, and says nothing, until the front-end hangs up.
+    fn wait(&mut self) -> Option<()> {
+        let mut rest = [0; 4096];
+        while self.stream.read(&mut rest).ok()? > 0 {}
+        None
+    }
+
+    fn refuse(&mut self, request: u32, flags: u32) -> Option<()> {
+        let refusal = match request {
+            ADVISE | SET_MEM_TABLE => Vec::new(),
+            GET_CONFIG => vec![0; 12],
+            _ if self.value(request).is_some() => 0u64.to_ne_bytes().to_vec(),
+            _ if flags & NEED_REPLY != 0 => 1u64.to_ne_bytes().to_vec(),
+            _ => return Some(()),
+        };
+        self.stream.write_all(&message(request, &refusal)).ok()
+    }
+
+    fn answer(
+        &mut self,
+        request: u32,
+        answer: &[u8],
+        mut fds: Vec<OwnedFd>,
+        wrong: Option<Wrong>,
+    ) -> Option<()> {
+        let mut bytes = message(request, answer);
+        match wrong {
+            Some(Wrong::Half) => {
+                bytes.truncate(bytes.len() / 2);
+                self.stream.write_all(&bytes).ok()?;
+                return self.wait();
+            }
+            Some(Wrong::Long) => bytes = message(request, &[answer, &[0; 64]].concat()),
+            Some(Wrong::Huge) => {
+                bytes[8..12].fill(0xff);
+                bytes.resize(1 << 20, 0);
+            }
+            Some(Wrong::Other) => bytes = message(request ^ 1, answer),
+            Some(Wrong::Twice) => {
+                self.send(&bytes, &fds)?;
+                fds.clear();
+            }
+            Some(Wrong::Files) => fds.extend((0..4).map(|_| tempfile_of(4096).into())),
+            Some(Wrong::Trickle) => {
+                for byte in &bytes {
+                    self.stream.write_all(&[*byte]).ok()?;
+                    thread::sleep(Duration::from_secs(1));
+                }
+                return Some(());
+            }
+            _ => {}
+        }
+        self.send(&bytes, &fds)
+    }
+
+    fn send(&mut self, bytes: &[u8], fds: &[OwnedFd]) -> Option<()> {
+        if fds.is_empty() {
+            return self.stream.write_all(bytes).ok();
+        }
+        let fds: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
+        let sent = self.stream.send_with_fds(&[bytes], &fds).ok()?;
+        self.stream.write_all(&bytes[sent..]).ok()
+    }
+
+    /// What is sent for a userfaultfd.
+    fn advise(&mut self) -> Vec<OwnedFd> {
+        let sent = if let Deed::Uffd(sent) = self.deed { Some(sent) } else { None };
+        let uffd = Arc::new(match sent {
+            Some(Sent::Plain) => Userfaultfd::open(Features::NONE).unwrap(),
+            Some(Sent::Talkative) => Userfaultfd::open(
+                Features::GUEST_MEMORY
+                    | Features::EVENT_REMOVE
+                    | Features::EVENT_UNMAP
+                    | Features::EXACT_ADDRESS,
+            )
+            .unwrap(),
+            _ => Userfaultfd::open(Features::GUEST_MEMORY).unwrap(),
+        });
+        let fd = uffd.try_clone_fd().unwrap();
+        self.uffd = Some(uffd.clone());
+        let pair = || UnixStream::pair().unwrap().0;
+        match sent {
+            Some(Sent::None) => vec![],
+            Some(Sent::File) => vec![File::open("/proc/self/exe").unwrap().into()],
+            Some(Sent::Pipe) => vec![std::io::pipe().unwrap().0.into()],
+            Some(Sent::Memfd) => vec![tempfile_of(4096).into()],
+            Some(Sent::Eventfd) => {
+                let event = vmm_sys_util::eventfd::EventFd::new(0).unwrap();
+                // SAFETY: the descriptor was owned by the value that has just let it go.
+                vec![unsafe { OwnedFd::from_raw_fd(event.into_raw_fd()) }]
+            }
+            Some(Sent::Socket) => vec![pair().into()],
+            Some(Sent::Two) => vec![fd, pair().into()],
+            Some(Sent::Raw) => vec![raw_uffd()],
+            Some(Sent::Dead) => vec![dead_uffd()],
+            Some(Sent::Closed) => {
+                uffd.close();
+                vec![fd]
+            }
+            Some(Sent::Blocking) => {
+                let theirs = fd.try_clone().unwrap();
+                memory::for_a_while(move |_| {
+                    // SAFETY: fcntl with this command touches no memory.
+                    unsafe { libc::fcntl(theirs.as_raw_fd(), libc::F_SETFL, 0) };
+                });
+                vec![fd]
+            }
+            _ => vec![fd],
+        }
+    }
+
+    /// The answer to a memory table.
+    fn mem_table(&mut self, payload: &[u8], files: Vec<File>) -> Vec<u8> {
+        // A count and padding, and for each region: guest address, size, user address, offset.
+        let mut table: Vec<u64> =
+            payload.chunks(8).map(|word| u64::from_ne_bytes(word.try_into().unwrap())).collect();
+        let which = if let Deed::Base(base) = self.deed { Some(base) } else { None };
+        for (index, file) in files.iter().enumerate() {
+            let region = 1 + index * 4;
+            let len = table[region + 1];
+            let mapping = Arc::new(match which {
+                Some(Base::Another) => Guarded::new(&tempfile_of(len), len),
+                _ => Guarded::new(file, len),
+            });
+            let base = mapping.base();
+            let mut mappings = self.mappings.lock().unwrap();
+            mappings.push(mapping);
+            table[region + 2] = match which {
+                Some(Base::Echo) => table[region + 2],
+                Some(Base::Unaligned) => base + 2048,
+                Some(Base::Overlap) => mappings[0].base(),
+                Some(Base::PastTheEnd) => !0xfff,
+                Some(Base::Unmapped) => 0x1000_0000_0000 + region as u64 * (1 << 32),
+                Some(Base::Zero) => 0,
+                Some(Base::Private) => private(len),
+                _ => base,
+            };
+        }
+        self.files = files;
+        match which {
+            Some(Base::TooFew) => {
+                table[0] = 1;
+                table.truncate(5);
+            }
+            Some(Base::OtherRegions) => table[1] += 4096,
+            _ => {}
+        }
+        table.iter().flat_map(|word| word.to_ne_bytes()).collect()
+    }
+
+    /// What it does as soon as it may use memory.
+    fn use_memory(&self) {
+        let mappings = self.mappings.lock().unwrap().clone();
+        let Some(uffd) = &self.uffd else { return };
+        for (mapping, file) in mappings.iter().zip(&self.files) {
+            match self.deed {
+                Deed::Base(Base::Moving) => memory::move_later(mapping),
+                // Never served, as nothing of guest memory belongs there.
+                Deed::Base(Base::Another) => drop(memory::read_all(mapping)),
+                Deed::Memory(what) => memory::mischief(what, mapping, file, uffd),
+                _ => {}
+            }
+        }
+    }
+}
+
+fn message(request: u32, payload: &[u8]) -> Vec<u8> {
+    // Version 1, and a reply.
+    let mut message = [request, 1 | 4, payload.len() as u32].map(u32::to_ne_bytes).concat();
+    message.extend(payload);
+    message
+}
+
+/// The address of so much private memory.
+fn private(len: u64) -> u64 {
+    let (prot, flags) =
+        (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+    // SAFETY: a new mapping at an address of the kernel's choice.
+    let at = unsafe { libc::mmap(std::ptr::null_mut(), len as usize, prot, flags, -1, 0) };
+    assert_ne!(at, libc::MAP_FAILED);
+    at as u64
+}
+
+/// A userfaultfd that was not initialised.
+fn raw_uffd() -> OwnedFd {
+    let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
+    // SAFETY: the call takes flags and makes a descriptor.
+    let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, flags) };
+    assert!(fd >= 0, "{}", std::io::Error::last_os_error());
+    // SAFETY: the kernel has just given us this descriptor.
+    unsafe { OwnedFd::from_raw_fd(fd as RawFd) }
+}
+
+/// A userfaultfd of a process that has ended.
+fn dead_uffd() -> OwnedFd {
+    let (mut ours, theirs) = UnixStream::pair().unwrap();
+    // SAFETY: the child makes system calls only until it ends.
+    let child = unsafe { libc::fork() };
+    assert!(child >= 0);
+    if child == 0 {
+        let sent = Userfaultfd::open(Features::GUEST_MEMORY)
+            .ok()
+            .and_then(|uffd| uffd.try_clone_fd().ok())
+            .and_then(|fd| theirs.send_with_fd(&[0u8; 1][..], fd.as_raw_fd()).ok());
+        // SAFETY: it ends the child, which shares nothing that has to be put in order.
+        unsafe { libc::_exit(i32::from(sent.is_none())) };
+    }
+    let (read, file) = ours.recv_with_fd(&mut [0]).unwrap();
+    assert_eq!(read, 1);
+    // SAFETY: it is our child, and nobody else waits for it.
+    unsafe { libc::waitpid(child, std::ptr::null_mut(), 0) };
+    let _ = ours.flush();
+    file.unwrap().into()
+}
