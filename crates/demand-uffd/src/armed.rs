@@ -192,6 +192,15 @@ impl ArmedMapping {
         self.path
     }
 
+    /// Whether somebody waits here for a page that has not arrived: for the source, that is, and
+    /// for nothing else.
+    pub fn is_waited_for(&self) -> bool {
+        let Some(pager) = self.pager() else { return false };
+        let granule = |first| PageRange::page(first).grow_to_units(self.granule, self.pages);
+        let missing = |first| pager.bitmap().first_missing(granule(first)).is_some();
+        self.pending().keys().any(|first| missing(*first))
+    }
+
     /// The pager, unless the region is gone.
     pub(crate) fn pager(&self) -> Option<Arc<Pager>> {
         self.pager.upgrade()

@@ -43,7 +43,8 @@ pub struct Options {
     /// Protocol features that must be there, beside those that always must. Whoever reads the
     /// device's configuration from the back-end needs `CONFIG`.
     pub needed: VhostUserProtocolFeatures,
-    /// How long the back-end may take for an answer that does not depend on missing pages.
+    /// How long the back-end may take for an answer. Time in which it waits for missing pages
+    /// does not count.
     pub patience: Duration,
 }
 
@@ -202,7 +203,8 @@ impl BackEnd {
     /// The back-end's refusals.
     pub fn set_features(&mut self, features: u64) -> Result<()> {
         let bits = features & self.features | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
-        self.tell("accept features", |f| f.set_features(bits))
+        const ASKED: &str = "accept features";
+        self.in_time(ASKED, |this| this.tell(ASKED, |f| f.set_features(bits)))
     }
 
     /// Reads the device's configuration from `offset` (bytes) on.
@@ -228,7 +230,8 @@ impl BackEnd {
     /// The back-end's refusals, and [`Error::Protocol`] if it has not offered `CONFIG`.
     pub fn write_config(&mut self, offset: u32, config: &[u8]) -> Result<()> {
         let flags = VhostUserConfigFlags::WRITABLE;
-        self.tell("write its configuration", |f| f.set_config(offset, flags, config))
+        const ASKED: &str = "write its configuration";
+        self.in_time(ASKED, |this| this.tell(ASKED, |f| f.set_config(offset, flags, config)))
     }
 
     /// Whether the back-end is still there. To be told when it goes, watch the
@@ -254,14 +257,16 @@ impl BackEnd {
         HangUp(self.stream.clone())
     }
 
-    /// Runs something that the back-end has to answer in time.
+    /// Runs something that the back-end has to answer in time, unless it waits for pages.
     pub(crate) fn in_time<T>(
         &mut self,
         asked: &'static str,
         work: impl FnOnce(&mut Self) -> Result<T>,
     ) -> Result<T> {
         let (stream, patience) = (self.stream.clone(), self.options.patience);
-        let (result, late) = within(patience, &stream, || work(self))
+        let armed = self.sharing.armed().to_vec();
+        let excused = || armed.iter().any(|mapping| mapping.is_waited_for());
+        let (result, late) = within(patience, &stream, excused, || work(self))
             .map_err(|error| Error::System { asked: "watch a vhost-user back-end", error })?;
         match result {
             Err(_) if late => Err(Error::Silent { socket: self.socket.clone(), asked, patience }),

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A time limit for answers that depend on nothing but the back-end.
+//! A time limit for the answers of a back-end.
 
 use std::io;
 use std::net::Shutdown;
@@ -7,17 +7,22 @@ use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
+
+/// How often it is asked whether there is an excuse.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
 
 /// Runs `work`, which talks through `stream`, and shuts the connection down if it takes longer
-/// than `patience`: that ends a wait in `work`. Returns what `work` did, and whether the time was
-/// up before.
+/// than `patience`: that ends a wait in `work`. Time in which the back-end is `excused` does not
+/// count, and afterwards it has all of its time again. Returns what `work` did, and whether the
+/// time was up before.
 ///
 /// The vhost crate waits for as many bytes as the protocol says, however long, and takes a
 /// time-out of the socket for a reason to go on waiting.
 pub(crate) fn within<T>(
     patience: Duration,
     stream: &UnixStream,
+    excused: impl Fn() -> bool + Sync,
     work: impl FnOnce() -> T,
 ) -> io::Result<(T, bool)> {
     let late = AtomicBool::new(false);
@@ -26,10 +31,20 @@ pub(crate) fn within<T>(
         let watch = || {
             // Moved in, so that the sender's end below is what ends this.
             let wait = wait;
-            if wait.recv_timeout(patience) == Err(RecvTimeoutError::Timeout) {
-                late.store(true, Ordering::Release);
-                // It fails only if the connection is down already.
-                let _ = stream.shutdown(Shutdown::Both);
+            let mut since = Instant::now();
+            loop {
+                let left = patience.saturating_sub(since.elapsed());
+                if wait.recv_timeout(left.min(LOOK_EVERY)) != Err(RecvTimeoutError::Timeout) {
+                    return;
+                }
+                if excused() {
+                    since = Instant::now();
+                } else if since.elapsed() >= patience {
+                    late.store(true, Ordering::Release);
+                    // It fails only if the connection is down already.
+                    let _ = stream.shutdown(Shutdown::Both);
+                    return;
+                }
             }
         };
         thread::Builder::new().name("vhost-deadline".into()).spawn_scoped(scope, watch)?;
@@ -49,13 +64,26 @@ mod tests {
         let (mut ours, _theirs) = UnixStream::pair().unwrap();
         let watched = ours.try_clone().unwrap();
         let wait = || ours.read(&mut [0]).unwrap();
-        assert_eq!(within(Duration::from_millis(20), &watched, wait).unwrap(), (0, true));
+        let patience = Duration::from_millis(20);
+        assert_eq!(within(patience, &watched, || false, wait).unwrap(), (0, true));
+    }
+
+    #[test]
+    fn time_with_an_excuse_does_not_count() {
+        let (mut ours, _theirs) = UnixStream::pair().unwrap();
+        let watched = ours.try_clone().unwrap();
+        let begun = Instant::now();
+        let (patience, excuse) = (Duration::from_millis(20), Duration::from_millis(400));
+        let wait = || ours.read(&mut [0]).unwrap();
+        let excused = || begun.elapsed() < excuse;
+        assert_eq!(within(patience, &watched, excused, wait).unwrap(), (0, true));
+        assert!(begun.elapsed() >= excuse, "{:?}", begun.elapsed());
     }
 
     #[test]
     fn quick_work_is_left_alone() {
         let (ours, _theirs) = UnixStream::pair().unwrap();
-        let (result, late) = within(Duration::from_secs(60), &ours, || 7).unwrap();
+        let (result, late) = within(Duration::from_secs(60), &ours, || false, || 7).unwrap();
         assert_eq!((result, late), (7, false));
     }
 }

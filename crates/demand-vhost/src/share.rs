@@ -20,9 +20,24 @@ pub(crate) enum Sharing {
     /// Nothing yet.
     None,
     /// All of it; where pages are missing its accesses are trapped.
-    Trapped { regions: Vec<Shared>, uffd: Arc<Userfaultfd>, service: Arc<FaultService> },
+    Trapped {
+        regions: Vec<Shared>,
+        uffd: Arc<Userfaultfd>,
+        armed: Vec<Arc<ArmedMapping>>,
+        service: Arc<FaultService>,
+    },
     /// All of it, and all of it is there.
     Present { regions: Vec<Shared> },
+}
+
+impl Sharing {
+    /// Its mappings in which it may wait for pages.
+    pub(crate) fn armed(&self) -> &[Arc<ArmedMapping>] {
+        match self {
+            Sharing::Trapped { armed, .. } => armed,
+            Sharing::None | Sharing::Present { .. } => &[],
+        }
+    }
 }
 
 impl BackEnd {
@@ -69,14 +84,15 @@ impl BackEnd {
                 .collect::<std::result::Result<Vec<_>, _>>()?;
             service.serve(&armed)?;
             // From here on dropping the back-end ends the service of its faults.
-            this.set_sharing(Sharing::Trapped { regions, uffd, service: service.clone() });
+            this.set_sharing(Sharing::Trapped { regions, uffd, armed, service: service.clone() });
             this.tell("acknowledge its addresses", |f| {
                 f.postcopy_ack_mem_regions(FrontendReq::SET_MEM_TABLE)
             })
         })?;
         // The acknowledgement has no answer: that the back-end took it shows in that it answers
-        // something else. Not in time, as it may touch the memory before.
-        self.ask("begin to use memory", |f| f.get_features()).map(drop)
+        // something else.
+        const BEGIN: &str = "begin to use memory";
+        self.in_time(BEGIN, |this| this.ask(BEGIN, |f| f.get_features())).map(drop)
     }
 
     /// Shares memory all of whose pages are present: nothing is trapped.
@@ -107,7 +123,7 @@ impl BackEnd {
     /// refusals.
     pub fn end_postcopy(&mut self) -> Result<()> {
         const ASKED: &str = "end post-copy";
-        let Sharing::Trapped { regions, uffd, service } = self.sharing() else { return Ok(()) };
+        let Sharing::Trapped { regions, uffd, service, .. } = self.sharing() else { return Ok(()) };
         self.expect_complete(ASKED, regions)?;
         let (regions, uffd, service) = (regions.clone(), uffd.clone(), service.clone());
         // Its own mapping stays registered otherwise, until the last descriptor is closed.

@@ -31,8 +31,8 @@ impl BackEnd {
     /// Sets a queue up and, if `enabled`, has the back-end serve it.
     ///
     /// The back-end reads the rings before it answers, so this waits for their pages: for as
-    /// long as the source is away. Only [`HangUp`](crate::HangUp) ends the wait. Never call it on
-    /// a thread that serves faults.
+    /// long as the source is away. Only [`HangUp`](crate::HangUp) ends that wait; a back-end that
+    /// waits for no page has to answer in time. Never call it on a thread that serves faults.
     ///
     /// # Errors
     ///
@@ -53,11 +53,14 @@ impl BackEnd {
             avail_ring_addr: find(vring.available)?,
             log_addr: None,
         };
-        self.tell("set the size of a queue", |f| f.set_vring_num(queue, vring.size))?;
-        self.tell("place a queue", |f| f.set_vring_addr(queue, &addresses))?;
-        self.tell("say where a queue goes on", |f| f.set_vring_base(queue, vring.next_available))?;
-        self.tell("connect a queue's interrupt", |f| f.set_vring_call(queue, vring.call))?;
-        self.tell("connect a queue's doorbell", |f| f.set_vring_kick(queue, vring.kick))?;
+        self.in_time("set up a queue", |this| {
+            this.tell("set the size of a queue", |f| f.set_vring_num(queue, vring.size))?;
+            this.tell("place a queue", |f| f.set_vring_addr(queue, &addresses))?;
+            let goes_on = vring.next_available;
+            this.tell("say where a queue goes on", |f| f.set_vring_base(queue, goes_on))?;
+            this.tell("connect a queue's interrupt", |f| f.set_vring_call(queue, vring.call))?;
+            this.tell("connect a queue's doorbell", |f| f.set_vring_kick(queue, vring.kick))
+        })?;
         if enabled { self.enable_vring(queue, true) } else { Ok(()) }
     }
 
@@ -67,7 +70,8 @@ impl BackEnd {
     ///
     /// The back-end's refusals.
     pub fn enable_vring(&mut self, queue: usize, enabled: bool) -> Result<()> {
-        self.tell("enable or disable a queue", |f| f.set_vring_enable(queue, enabled))
+        const ASKED: &str = "enable or disable a queue";
+        self.in_time(ASKED, |this| this.tell(ASKED, |f| f.set_vring_enable(queue, enabled)))
     }
 
     /// Stops a queue; returns the index in the available ring of the first request that the
@@ -78,6 +82,8 @@ impl BackEnd {
     /// The back-end's refusals.
     pub fn stop_vring(&mut self, queue: usize) -> Result<u16> {
         // The upper bits belong to packed rings, which are never agreed on here.
-        self.ask("stop a queue", |f| f.get_vring_base(queue)).map(|base| base as u16)
+        const ASKED: &str = "stop a queue";
+        let base = self.in_time(ASKED, |this| this.ask(ASKED, |f| f.get_vring_base(queue)))?;
+        Ok(base as u16)
     }
 }

@@ -8,13 +8,15 @@ use std::time::{Duration, Instant};
 
 use common::Memory;
 use common::foolish::Foolish;
-use common::foolish::deed::{Base, Deed, Sent, Step, Wrong};
+use common::foolish::deed::{Base, Deed, Mischief, Sent, Step, Wrong};
 use common::foolish::hostile::{END, PAGEFAULT, REPLY_ACK, SET_MEM_TABLE};
 use demand_memory::BackingKind;
 use demand_uffd::{FaultService, OpenError};
-use demand_vhost::{BackEnd, Error, Options};
+use demand_vhost::{BackEnd, Error, Options, Vring};
 use test_support::wait::PATIENCE;
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
+use vm_memory::GuestAddress;
+use vmm_sys_util::eventfd::EventFd;
 
 fn service() -> Arc<FaultService> {
     Arc::new(FaultService::start(1).unwrap())
@@ -187,4 +189,60 @@ fn more_regions_than_a_message_names_are_refused() {
     let mut back_end = BackEnd::connect(&foolish.socket, options()).unwrap();
     let error = back_end.share_missing_memory(&memory.memory, &service()).unwrap_err();
     assert!(matches!(error, Error::Regions(9)), "{error}");
+}
+
+/// Silence is answered in time at each step, also where the back-end may have to wait for pages.
+#[test]
+fn silence_at_any_step_ends() {
+    let (kick, call) = (EventFd::new(0).unwrap(), EventFd::new(0).unwrap());
+    for step in [
+        Step::SetFeatures,
+        Step::Advise,
+        Step::Begin,
+        Step::VringNum,
+        Step::VringAddr,
+        Step::VringKick,
+        Step::VringEnable,
+        Step::GetVringBase,
+    ] {
+        let foolish = Foolish::start(Deed::At(Wrong::Silent, step), REPLY_ACK | PAGEFAULT);
+        let memory = Memory::new(BackingKind::Shmem);
+        let begun = Instant::now();
+        let mut back_end = BackEnd::connect(&foolish.socket, options()).unwrap();
+        let vring = Vring {
+            size: 16,
+            descriptors: GuestAddress(0),
+            available: GuestAddress(0x400),
+            used: GuestAddress(0x800),
+            next_available: 0,
+            kick: &kick,
+            call: &call,
+        };
+        let error = back_end
+            .set_features(back_end.features())
+            .and_then(|()| back_end.share_missing_memory(&memory.memory, &service()))
+            .and_then(|()| back_end.set_vring(0, &vring, true))
+            .and_then(|()| back_end.stop_vring(0))
+            .unwrap_err();
+        assert!(matches!(error, Error::Silent { .. }), "{}: {error}", step.name());
+        assert!(begun.elapsed() < Duration::from_secs(10), "{}", step.name());
+    }
+}
+
+/// A back-end that waits for a page of the source's may take its time.
+#[test]
+fn who_waits_for_a_page_is_not_silent() {
+    let foolish = Foolish::start(Deed::Memory(Mischief::Read), REPLY_ACK | PAGEFAULT);
+    let memory = Memory::new(BackingKind::Shmem);
+    memory.control.hold([511]);
+    let control = memory.control.clone();
+    let (begun, away) = (Instant::now(), 4 * options().patience);
+    let source = std::thread::spawn(move || {
+        std::thread::sleep(away);
+        control.let_go();
+    });
+    let mut back_end = BackEnd::connect(&foolish.socket, options()).unwrap();
+    back_end.share_missing_memory(&memory.memory, &service()).unwrap();
+    assert!(begun.elapsed() >= away, "{:?}", begun.elapsed());
+    source.join().unwrap();
 }
