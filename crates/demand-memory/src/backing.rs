@@ -192,8 +192,9 @@ impl MemfdBacking {
             return Err(BackingError::Size { size, kind });
         }
         let refused = |error| BackingError::Create { size, kind, error };
-        let file = memfd(c"guest-memory", kind.memfd_flags()).map_err(refused)?;
+        let file = memfd(c"guest-memory", libc::MFD_ALLOW_SEALING | kind.memfd_flags()).map_err(refused)?;
         file.set_len(size).map_err(refused)?;
+        seal_size(&file).map_err(refused)?;
         Ok(MemfdBacking { file: Arc::new(file), kind, size, reserve, transparent: false })
     }
 
@@ -285,6 +286,15 @@ impl Backing for MemfdBacking {
     }
 }
 
+/// Makes the size final. Other processes have the descriptor as well, and who touches a mapping
+/// past the end of its object gets SIGBUS.
+fn seal_size(file: &File) -> io::Result<()> {
+    let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
+    // SAFETY: fcntl with this command touches no memory.
+    let result = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
 /// Makes a memfd.
 pub(crate) fn memfd(name: &CStr, flags: libc::c_uint) -> io::Result<File> {
     // SAFETY: the name is a C string that outlives the call.
@@ -325,6 +335,16 @@ mod tests {
             assert_eq!(kind.name().parse(), Ok(kind));
         }
         assert!("tmpfs".parse::<BackingKind>().unwrap_err().contains("hugetlb-2m"));
+    }
+
+    #[test]
+    fn nobody_can_take_memory_away_by_its_length() {
+        let backing = MemfdBacking::new(BackingKind::Shmem, 1 << 20, true).unwrap();
+        for size in [0, 4096, 2 << 20] {
+            let error = backing.file().unwrap().set_len(size).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::PermissionDenied, "{size}: {error}");
+        }
+        assert_eq!(backing.file().unwrap().metadata().unwrap().len(), 1 << 20);
     }
 
     #[test]
