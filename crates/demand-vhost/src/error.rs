@@ -178,11 +178,21 @@ pub enum Error {
         address: u64,
     },
     /// The back-end's userfaultfd cannot be used.
-    #[error(transparent)]
-    Userfaultfd(#[from] OpenError),
+    #[error("begin post-copy with the vhost-user back-end at {}: {error}", socket.display())]
+    Userfaultfd {
+        /// The back-end's socket.
+        socket: PathBuf,
+        /// What is wrong with it.
+        error: OpenError,
+    },
     /// The back-end's mapping cannot be armed.
-    #[error(transparent)]
-    Arm(#[from] RangeError),
+    #[error("share memory with the vhost-user back-end at {}: {error}", socket.display())]
+    Arm {
+        /// The back-end's socket.
+        socket: PathBuf,
+        /// What the system said.
+        error: RangeError,
+    },
     /// The fault service refused.
     #[error(transparent)]
     Service(#[from] ServiceError),

@@ -70,7 +70,10 @@ impl BackEnd {
                 Error::Protocol { socket, error, .. } => Error::NoUserfaultfd { socket, error },
                 other => other,
             })?;
-            let uffd = Arc::new(Userfaultfd::from_received(OwnedFd::from(fd))?);
+            let socket = || this.socket().to_path_buf();
+            let uffd = Userfaultfd::from_received(OwnedFd::from(fd))
+                .map_err(|error| Error::Userfaultfd { socket: socket(), error })?;
+            let uffd = Arc::new(uffd);
             this.tell("have memory trapped", |f| f.postcopy_listen())?;
             let bases = this.ask(ASKED, |f| f.set_mem_table(&infos))?.unwrap_or_default();
             check_bases(this.socket(), &regions, &bases)?;
@@ -81,7 +84,8 @@ impl BackEnd {
                 .iter()
                 .zip(bases)
                 .map(|(region, base)| ArmedMapping::foreign(&uffd, base, &region.pager))
-                .collect::<std::result::Result<Vec<_>, _>>()?;
+                .collect::<std::result::Result<Vec<_>, _>>()
+                .map_err(|error| Error::Arm { socket: this.socket().into(), error })?;
             service.serve(&armed)?;
             // From here on dropping the back-end ends the service of its faults.
             this.set_sharing(Sharing::Trapped { regions, uffd, armed, service: service.clone() });

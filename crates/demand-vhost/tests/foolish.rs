@@ -34,7 +34,7 @@ fn share(deed: Deed) -> (Error, Vec<u32>) {
     let error = back_end.share_missing_memory(&memory.memory, &service()).unwrap_err();
     let text = error.to_string();
     assert!(!text.contains('\n') && !text.contains("  "), "{text}");
-    println!("{text}");
+    assert!(text.contains(foolish.socket.to_str().unwrap()), "it names the back-end: {text}");
     drop(back_end);
     (error, foolish.requests())
 }
@@ -111,7 +111,7 @@ fn addresses_that_cannot_be_right_are_refused() {
         assert_eq!(requests.iter().filter(|request| **request == SET_MEM_TABLE).count(), 1);
     }
     let (error, requests) = share(Deed::Base(Base::Unmapped));
-    assert!(matches!(error, Error::Arm(_)), "{error}");
+    assert!(matches!(error, Error::Arm { .. }), "{error}");
     // Its mappings are armed before it gets our acknowledgement.
     assert_eq!(requests.iter().filter(|request| **request == SET_MEM_TABLE).count(), 1);
 }
@@ -130,7 +130,10 @@ fn a_back_end_that_refuses_or_has_no_userfaultfd_is_told_apart() {
     let (error, _) = share(Deed::Uffd(Sent::None));
     assert!(matches!(error, Error::NoUserfaultfd { .. }), "{error}");
     let (error, _) = share(Deed::Uffd(Sent::File));
-    assert!(matches!(error, Error::Userfaultfd(OpenError::NoUserfaultfd(_))), "{error}");
+    assert!(
+        matches!(&error, Error::Userfaultfd { error: OpenError::NoUserfaultfd(_), .. }),
+        "{error}"
+    );
     let (error, _) = share(Deed::At(Wrong::Refuse, Step::Listen));
     assert!(matches!(error, Error::Protocol { .. }), "{error}");
 }
