@@ -48,6 +48,8 @@ pub struct ArmedMapping {
     pending: Mutex<HashMap<u64, bool>>,
     /// Whether it was reported that the kernel had no memory to map pages here.
     short_of_memory: AtomicBool,
+    /// Whether it was reported that a fault stays open for good.
+    left_open: AtomicBool,
     /// Whether the pager maps pages here itself, as they arrive.
     mapped_by_pager: AtomicBool,
     /// Keeps one's own mapping.
@@ -157,6 +159,7 @@ impl ArmedMapping {
             path,
             pending: Mutex::default(),
             short_of_memory: AtomicBool::new(false),
+            left_open: AtomicBool::new(false),
             mapped_by_pager: AtomicBool::new(false),
             _mapping: mapping,
         }))
@@ -247,6 +250,11 @@ impl ArmedMapping {
     /// Notes that the kernel had no memory to map pages here; false if it was known.
     pub(crate) fn note_short_of_memory(&self) -> bool {
         !self.short_of_memory.swap(true, Ordering::Relaxed)
+    }
+
+    /// Notes that a fault stays open here for good; false if that was known of one.
+    pub(crate) fn note_left_open(&self) -> bool {
+        !self.left_open.swap(true, Ordering::Relaxed)
     }
 
     /// Whether the pager maps each page here before it tells that the page is present.

@@ -209,7 +209,12 @@ impl Fault {
     }
 
     fn give_up(&self, error: &RangeError) {
-        log::error!("a fault stays open: {error}");
+        // A process that wakes itself can bring the same fault back without end.
+        if self.mapping.note_left_open() {
+            log::error!("a fault stays open: {error}; others like it are not reported");
+        } else {
+            log::debug!("a fault stays open: {error}");
+        }
     }
 
     fn count(&self) {
