@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Processes that do not outlive the test.
 
-use std::io::Read;
+use std::io::{Read, Seek};
+use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread;
@@ -20,8 +21,20 @@ pub fn program(name: &str) -> Result<PathBuf> {
     let folders = this.ancestors().skip(1).take(2);
     let found = folders.map(|folder| folder.join(name)).find(|path| path.is_file());
     found.with_context(|| {
-        format!("find {name} near {}: not there; run cargo build --workspace", this.display())
+        format!(
+            "find {name} near {}: not there; run cargo build --workspace --bins --examples",
+            this.display()
+        )
     })
+}
+
+/// The example program `name` of this workspace.
+///
+/// # Errors
+///
+/// If it has not been built.
+pub fn example(name: &str) -> Result<PathBuf> {
+    program(&format!("examples/{name}"))
 }
 
 /// What a process left behind.
@@ -98,6 +111,57 @@ impl Drop for Guarded {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// What a process that was measured left behind.
+#[derive(Debug)]
+pub struct Measured {
+    /// How it ended.
+    pub status: ExitStatus,
+    /// What it wrote to standard error.
+    pub stderr: String,
+    /// How long it ran.
+    pub wall: Duration,
+    /// The processor time of all its threads, in user space and in the kernel.
+    pub cpu: Duration,
+}
+
+/// Runs a process to its end and measures it; what it writes to standard output is lost.
+///
+/// # Errors
+///
+/// If it cannot be started, or does not end within `limit`.
+pub fn run_measured(command: &mut Command, limit: Duration) -> Result<Measured> {
+    let mut stderr = tempfile::tempfile().context("keep what a process says")?;
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(stderr.try_clone()?);
+    let name = command.get_program().to_string_lossy().into_owned();
+    let begun = Instant::now();
+    let child = command.spawn().with_context(|| format!("start {name}"))?;
+    let id = libc::pid_t::try_from(child.id())?;
+    let (mut late, mut status) = (false, 0);
+    // SAFETY: the structure is one of numbers, for which zeros are values.
+    let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
+    // The only place that reaps this child.
+    // SAFETY: the call writes the two structures, and nothing else.
+    while unsafe { libc::wait4(id, &mut status, libc::WNOHANG, &mut usage) } == 0 {
+        if begun.elapsed() > limit {
+            late = true;
+            // SAFETY: the child has not been reaped, so the id is its own.
+            unsafe { libc::kill(id, libc::SIGKILL) };
+        }
+        thread::sleep(Duration::from_millis(5));
+    }
+    let wall = begun.elapsed();
+    stderr.rewind()?;
+    let mut bytes = Vec::new();
+    stderr.read_to_end(&mut bytes)?;
+    let stderr = String::from_utf8_lossy(&bytes).into_owned();
+    if late {
+        bail!("{name} did not end within {limit:?}; it said: {stderr}");
+    }
+    let time = |t: libc::timeval| Duration::new(t.tv_sec as u64, t.tv_usec as u32 * 1000);
+    let cpu = time(usage.ru_utime) + time(usage.ru_stime);
+    Ok(Measured { status: ExitStatus::from_raw(status), stderr, wall, cpu })
 }
 
 /// Runs a process to its end and keeps what it wrote.

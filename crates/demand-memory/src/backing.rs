@@ -192,7 +192,8 @@ impl MemfdBacking {
             return Err(BackingError::Size { size, kind });
         }
         let refused = |error| BackingError::Create { size, kind, error };
-        let file = memfd(c"guest-memory", libc::MFD_ALLOW_SEALING | kind.memfd_flags()).map_err(refused)?;
+        let file = memfd(c"guest-memory", libc::MFD_ALLOW_SEALING | kind.memfd_flags())
+            .map_err(refused)?;
         file.set_len(size).map_err(refused)?;
         seal_size(&file).map_err(refused)?;
         Ok(MemfdBacking { file: Arc::new(file), kind, size, reserve, transparent: false })

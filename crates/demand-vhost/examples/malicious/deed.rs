@@ -92,7 +92,7 @@ named! {
         Plain = "plain",
         /// One that tells of everything that happens to the address space.
         Talkative = "talkative",
-        /// One that is made blocking again and again.
+        /// One that is made blocking again and again, once it is in use.
         Blocking = "blocking",
         /// One that is closed at once.
         Closed = "closed",

@@ -12,7 +12,7 @@ use std::time::Duration;
 use demand_uffd::{Features, Userfaultfd};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
-use super::deed::{Base, Deed, Sent, Step, Wrong};
+use super::deed::{Base, Deed, Mischief, Sent, Step, Wrong};
 use super::memory::{self, Guarded, tempfile_of};
 
 const GET_FEATURES: u32 = 1;
@@ -279,14 +279,6 @@ impl Connection {
                 uffd.close();
                 vec![fd]
             }
-            Some(Sent::Blocking) => {
-                let theirs = fd.try_clone().unwrap();
-                memory::for_a_while(move |_| {
-                    // SAFETY: fcntl with this command touches no memory.
-                    unsafe { libc::fcntl(theirs.as_raw_fd(), libc::F_SETFL, 0) };
-                });
-                vec![fd]
-            }
             _ => vec![fd],
         }
     }
@@ -331,6 +323,8 @@ impl Connection {
     }
 
     /// What it does as soon as it may use memory.
+    ///
+    /// A flood has some time before the front-end's request is answered.
     fn use_memory(&self) {
         let mappings = self.mappings.lock().unwrap().clone();
         let Some(uffd) = &self.uffd else { return };
@@ -338,10 +332,24 @@ impl Connection {
             match self.deed {
                 Deed::Base(Base::Moving) => memory::move_later(mapping),
                 // Never served, as nothing of guest memory belongs there.
-                Deed::Base(Base::Another) => drop(memory::read_all(mapping)),
+                Deed::Base(Base::Another) => memory::insist(mapping, uffd),
                 Deed::Memory(what) => memory::mischief(what, mapping, file, uffd),
                 _ => {}
             }
+        }
+        if self.deed == Deed::Uffd(Sent::Blocking) {
+            // The flag belongs to the front-end's descriptor as well.
+            let ours = uffd.try_clone_fd().unwrap();
+            memory::for_a_while(move |_| {
+                // SAFETY: fcntl with this command touches no memory.
+                unsafe { libc::fcntl(ours.as_raw_fd(), libc::F_SETFL, 0) };
+            });
+        }
+        if matches!(
+            self.deed,
+            Deed::Memory(Mischief::Flood | Mischief::FloodOutside) | Deed::Base(Base::Another)
+        ) {
+            thread::sleep(Duration::from_secs(2));
         }
     }
 }

@@ -122,6 +122,12 @@ pub fn read_all(mapping: &Arc<Guarded>) -> thread::JoinHandle<()> {
     })
 }
 
+/// Touches a mapping's first page, and again whenever that was not served.
+pub fn insist(mapping: &Arc<Guarded>, uffd: &Arc<Userfaultfd>) {
+    let (_, mapping, uffd) = (read_all(mapping), mapping.clone(), uffd.clone());
+    for_a_while(move |_| drop(uffd.wake(mapping.base(), mapping.len() as u64)));
+}
+
 /// Does it. Floods go on after this has returned.
 pub fn mischief(what: Mischief, mapping: &Arc<Guarded>, file: &File, uffd: &Arc<Userfaultfd>) {
     match what {
