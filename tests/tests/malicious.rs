@@ -173,7 +173,8 @@ impl Setting {
             }
         }
         // A thread that touches what it has given away may end it.
-        if !status.success() && deed != Deed::Memory(Mischief::Unmap) {
+        let moves = [Deed::Memory(Mischief::Unmap), Deed::Base(Base::Moving)].contains(&deed);
+        if !status.success() && !moves {
             return wrong(&format!("the back-end ended with {status}"));
         }
         Ok(measured)

@@ -306,7 +306,7 @@ impl Connection {
                 Some(Base::PastTheEnd) => !0xfff,
                 Some(Base::Unmapped) => 0x1000_0000_0000 + region as u64 * (1 << 32),
                 Some(Base::Zero) => 0,
-                Some(Base::Private) => private(len),
+                Some(Base::Private) => memory::reserve(len as usize) as u64,
                 _ => base,
             };
         }
@@ -359,16 +359,6 @@ fn message(request: u32, payload: &[u8]) -> Vec<u8> {
     let mut message = [request, 1 | 4, payload.len() as u32].map(u32::to_ne_bytes).concat();
     message.extend(payload);
     message
-}
-
-/// The address of so much private memory.
-fn private(len: u64) -> u64 {
-    let (prot, flags) =
-        (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
-    // SAFETY: a new mapping at an address of the kernel's choice.
-    let at = unsafe { libc::mmap(std::ptr::null_mut(), len as usize, prot, flags, -1, 0) };
-    assert_ne!(at, libc::MAP_FAILED);
-    at as u64
 }
 
 /// A userfaultfd that was not initialised.

@@ -16,6 +16,8 @@ const PAGE: usize = 4096;
 const MARGIN: usize = 2 << 20;
 const CANARY: u8 = 0xc5;
 
+const PRIVATE: libc::c_int = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+
 /// How long a flood lasts.
 const FLOOD: Duration = Duration::from_secs(3);
 
@@ -36,12 +38,7 @@ impl Guarded {
         let len = usize::try_from(len).unwrap();
         // Room for aligning it to a huge page.
         let room = len + 3 * MARGIN;
-        let (prot, anonymous) =
-            (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
-        // SAFETY: a new mapping at an address of the kernel's choice.
-        let all = unsafe { libc::mmap(std::ptr::null_mut(), room, prot, anonymous, -1, 0) };
-        assert_ne!(all, libc::MAP_FAILED);
-        let all: *mut u8 = all.cast();
+        let all = reserve(room);
         // SAFETY: both lie in the mapping that was just made, with a margin on either side.
         let start = unsafe { all.add(all.align_offset(MARGIN)).add(MARGIN) };
         // SAFETY: the margins lie in the mapping, which nobody else knows.
@@ -49,6 +46,7 @@ impl Guarded {
             start.sub(MARGIN).write_bytes(CANARY, MARGIN);
             start.add(len).write_bytes(CANARY, PAGE);
         }
+        let prot = libc::PROT_READ | libc::PROT_WRITE;
         let (shared, fd) = (libc::MAP_SHARED | libc::MAP_FIXED, file.as_raw_fd());
         // SAFETY: it replaces the middle of the mapping that was just made.
         let mapped = unsafe { libc::mmap(start.cast(), len, prot, shared, fd, 0) };
@@ -88,20 +86,28 @@ impl Guarded {
         before.iter().chain(behind).all(|byte| *byte == CANARY)
     }
 
-    /// Moves it elsewhere.
+    /// Moves it elsewhere, and puts private memory where it was.
     fn move_away(&self) {
-        // SAFETY: the range is this mapping; whoever touches it afterwards finds nothing there,
-        // or elsewhere: nobody does.
-        let moved = unsafe {
-            libc::mremap(
-                self.start.cast(),
-                self.len,
-                self.len,
-                libc::MREMAP_MAYMOVE | libc::MREMAP_DONTUNMAP,
-            )
-        };
+        let elsewhere = reserve(self.len + MARGIN);
+        // SAFETY: within the memory that was just made.
+        let to = unsafe { elsewhere.add(elsewhere.align_offset(MARGIN)) };
+        let (start, flags) = (self.start.cast(), libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED);
+        // SAFETY: the range is this mapping, whose bytes nobody refers to, and the place is free.
+        let moved = unsafe { libc::mremap(start, self.len, self.len, flags, to) };
         assert_ne!(moved, libc::MAP_FAILED, "{}", std::io::Error::last_os_error());
+        let (prot, flags) = (libc::PROT_READ, PRIVATE | libc::MAP_FIXED);
+        // SAFETY: nothing is there any more.
+        unsafe { libc::mmap(start, self.len, prot, flags, -1, 0) };
     }
+}
+
+/// So much private memory, at an address of the kernel's choice.
+pub fn reserve(len: usize) -> *mut u8 {
+    let prot = libc::PROT_READ | libc::PROT_WRITE;
+    // SAFETY: a new mapping changes nothing that anybody refers to.
+    let at = unsafe { libc::mmap(std::ptr::null_mut(), len, prot, PRIVATE, -1, 0) };
+    assert_ne!(at, libc::MAP_FAILED);
+    at.cast()
 }
 
 /// Moves a mapping away, under a thread that waits for its first page.
