@@ -1,0 +1,268 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! A vhost-user back-end's answers, whatever bytes and descriptors they are: the front-end must
+//! take them without a panic, in time, and without keeping a descriptor.
+//!
+//! The answers lie in the socket before the first question is asked. What the fuzzer says decides
+//! for each of them whether it is the right one, one with a changed header or value, other bytes,
+//! or the end; an empty input is a back-end that does everything right.
+#![no_main]
+
+mod input;
+
+use std::fs::File;
+use std::io::Write;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
+
+use demand_memory::{
+    BackingKind, DemandMemory, DemandRegion, Mapping, MemfdBacking, PageRange, Path, RegionConfig,
+    Retrier, RetryPolicy, Stats,
+};
+use demand_uffd::{FaultService, Features, Userfaultfd};
+use demand_vhost::{BackEnd, Options, VhostUserProtocolFeatures, Vring};
+use input::Input;
+use libfuzzer_sys::fuzz_target;
+use test_support::image::Near;
+use vm_memory::GuestAddress;
+use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
+
+const SIZE: u64 = 4 << 20;
+const HIGH: u64 = 1 << 32;
+/// Two regions, for their bases to overlap.
+const STARTS: [u64; 2] = [0, HIGH];
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// What does not change from one input to the next.
+struct World {
+    _folder: tempfile::TempDir,
+    socket: PathBuf,
+    listener: UnixListener,
+    service: Arc<FaultService>,
+    /// Nothing of one has arrived, all of the other.
+    memories: [DemandMemory; 2],
+    kick: EventFd,
+    /// A descriptor that is free when nothing is leaked.
+    free: RawFd,
+}
+
+fn memory(complete: bool) -> DemandMemory {
+    let regions = STARTS.map(|start| {
+        let config = RegionConfig {
+            start: GuestAddress(start),
+            backing: Arc::new(MemfdBacking::new(BackingKind::Shmem, SIZE, false).unwrap()),
+            source: Arc::new(Near(SIZE)),
+            image_offset: 0,
+            stats: Arc::new(Stats::new()),
+            retrier: Retrier::new(RetryPolicy::default(), |_| {}),
+        };
+        let region = DemandRegion::new(config, ()).unwrap();
+        let pages = region.pager().pages();
+        if complete {
+            region.pager().fetch(PageRange::new(0, pages), Path::Fill).unwrap();
+        }
+        region
+    });
+    DemandMemory::new(regions.into()).unwrap()
+}
+
+fn world() -> &'static World {
+    static WORLD: OnceLock<World> = OnceLock::new();
+    WORLD.get_or_init(|| {
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("s");
+        let listener = UnixListener::bind(&socket).unwrap();
+        let service = Arc::new(FaultService::start(1).unwrap());
+        let memories = [memory(false), memory(true)];
+        let kick = EventFd::new(0).unwrap();
+        let free = File::open("/dev/null").unwrap().as_raw_fd();
+        World { _folder: folder, socket, listener, service, memories, kick, free }
+    })
+}
+
+/// A right answer: the request, its payload, and what comes with it.
+struct Answer {
+    request: u32,
+    payload: Vec<u8>,
+    fds: Vec<OwnedFd>,
+}
+
+/// All right answers, in the order in which they are asked for.
+fn right(bases: [u64; 2], uffd: OwnedFd, complete: bool) -> Vec<Answer> {
+    let number = |request, value: u64| (request, value.to_ne_bytes().to_vec());
+    let config = [0u32, 8, 0].into_iter().flat_map(u32::to_ne_bytes).chain([7; 8]).collect();
+    let mut table = vec![STARTS.len() as u64];
+    for (start, base) in STARTS.into_iter().zip(bases) {
+        table.extend([start, SIZE, base, 0]);
+    }
+    let table = table.into_iter().flat_map(u64::to_ne_bytes).collect();
+    let mut answers = vec![
+        number(1, 1 << 32 | 1 << 30),
+        number(15, 1 | 1 << 3 | 1 << 8 | 1 << 9),
+        number(17, 1),
+        // SET_FEATURES.
+        number(2, 0),
+        (24, config),
+        (28, vec![]),
+        number(29, 0),
+        (5, table),
+        number(1, 1 << 32 | 1 << 30),
+        // The queue: size, place, index, interrupt, doorbell, enable.
+        number(8, 0),
+        number(9, 0),
+        number(10, 0),
+        number(13, 0),
+        number(12, 0),
+        number(18, 0),
+        // Its end.
+        number(11, 0),
+    ];
+    if complete {
+        answers.push(number(30, 0));
+    }
+    let mut answers: Vec<_> = answers
+        .into_iter()
+        .map(|(request, payload)| Answer { request, payload, fds: vec![] })
+        .collect();
+    answers[5].fds.push(uffd);
+    answers
+}
+
+/// Some descriptor.
+fn some_fd(kind: u8) -> OwnedFd {
+    match kind % 6 {
+        0 => File::open("/dev/null").unwrap().into(),
+        1 => std::io::pipe().unwrap().0.into(),
+        2 => UnixStream::pair().unwrap().0.into(),
+        3 => tempfile::tempfile().unwrap().into(),
+        4 => Userfaultfd::open(Features::NONE).unwrap().try_clone_fd().unwrap(),
+        _ => world()
+            .kick
+            .try_clone()
+            .map(|event| {
+                let file: File = {
+                    use std::os::fd::{FromRawFd, IntoRawFd};
+                    // SAFETY: the descriptor was owned by the value that has just let it go.
+                    unsafe { File::from_raw_fd(event.into_raw_fd()) }
+                };
+                file.into()
+            })
+            .unwrap(),
+    }
+}
+
+/// Puts answers into the socket; nothing more comes after them.
+fn answer(mut stream: &UnixStream, answers: Vec<Answer>, input: &mut Input<'_>) {
+    for Answer { request, mut payload, mut fds } in answers {
+        let how = input.byte();
+        let mut header = [request, 1 | 4, payload.len() as u32];
+        match how % 8 {
+            // A value, at any place.
+            1 | 2 if !payload.is_empty() => {
+                let at = input.below(payload.len() as u64) as usize & !7;
+                let value = input.bytes::<8>();
+                let count = value.len().min(payload.len() - at);
+                payload[at..at + count].copy_from_slice(&value[..count]);
+            }
+            3 => header[usize::from(input.byte() % 3)] = input.word() as u32,
+            4 => {
+                payload = input.slice(usize::from(how)).to_vec();
+                header[2] = payload.len() as u32;
+            }
+            5 => {
+                let count = usize::from(input.byte() % 40);
+                fds = (0..count.min(33)).map(|_| some_fd(input.byte())).collect();
+            }
+            6 => {
+                let len = usize::from(how) * 4;
+                let _ = stream.write_all(input.slice(len));
+                continue;
+            }
+            7 if how >= 128 => {
+                let len = usize::from(input.byte()) % (12 + payload.len());
+                let message = [&header.map(u32::to_ne_bytes).concat(), &payload[..]].concat();
+                let _ = stream.write_all(&message[..len]);
+                break;
+            }
+            _ => {}
+        }
+        let message = [&header.map(u32::to_ne_bytes).concat(), &payload[..]].concat();
+        let raw: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
+        // The kernel copies the descriptors: ours are closed at the end.
+        let sent = if raw.is_empty() {
+            stream.write_all(&message).is_ok()
+        } else {
+            stream.send_with_fds(&[&message[..]], &raw).is_ok()
+        };
+        if !sent {
+            // The front-end has hung up.
+            return;
+        }
+    }
+    let _ = stream.write_all(input.rest());
+    // What is asked is never read, and need not be: the socket has room for it.
+    let _ = stream.shutdown(std::net::Shutdown::Write);
+}
+
+/// Everything that a VMM does with a back-end, as far as it gets.
+fn use_back_end(mut back_end: BackEnd, memory: &DemandMemory) -> demand_vhost::Result<()> {
+    let world = world();
+    back_end.set_features(back_end.features())?;
+    let mut config = [0; 8];
+    back_end.read_config(0, &mut config)?;
+    back_end.share_missing_memory(memory, &world.service)?;
+    let vring = Vring {
+        size: 16,
+        descriptors: GuestAddress(0x1000),
+        available: GuestAddress(HIGH),
+        used: GuestAddress(HIGH + 0x800),
+        next_available: 0,
+        kick: &world.kick,
+        call: &world.kick,
+    };
+    back_end.set_vring(0, &vring, true)?;
+    let _ = back_end.check();
+    back_end.stop_vring(0)?;
+    back_end.end_postcopy()
+}
+
+fuzz_target!(|bytes: &[u8]| {
+    let world = world();
+    let mut input = Input::new(bytes);
+    let complete = input.byte() & 1 == 1;
+    let memory = &world.memories[usize::from(complete)];
+    let mappings: Vec<Mapping> =
+        memory.pagers().map(|pager| pager.backing().map().unwrap()).collect();
+    let bases = [0, 1].map(|index: usize| mappings[index].address().as_ptr() as u64);
+    let uffd = Userfaultfd::open(Features::GUEST_MEMORY).unwrap();
+    let answers = right(bases, uffd.try_clone_fd().unwrap(), complete);
+    let begun = Instant::now();
+    // Somebody has to take the connection while it answers.
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let (stream, _) = world.listener.accept().unwrap();
+            answer(&stream, answers, &mut input);
+            // Open for what is asked, until the front-end hangs up.
+            let mut poll = libc::pollfd { fd: stream.as_raw_fd(), events: 0, revents: 0 };
+            // SAFETY: one entry, as the count says.
+            unsafe { libc::poll(&mut poll, 1, 60_000) };
+        });
+        let options = Options { needed: VhostUserProtocolFeatures::CONFIG, patience: PATIENCE };
+        let outcome = BackEnd::connect(&world.socket, options)
+            .and_then(|back_end| use_back_end(back_end, memory));
+        if let Err(error) = outcome {
+            let text = error.to_string();
+            assert!(!text.contains('\n') && text.len() < 1000, "{text}");
+        } else if bytes.len() <= 1 && complete {
+            return;
+        }
+    });
+    assert!(begun.elapsed() < PATIENCE + Duration::from_secs(2), "it takes {:?}", begun.elapsed());
+    drop((uffd, mappings));
+    let free = File::open("/dev/null").unwrap().as_raw_fd();
+    // (The fuzzer itself may keep one or two.)
+    assert!(free <= world.free + 4, "descriptors are kept: {free} after {}", world.free);
+});
