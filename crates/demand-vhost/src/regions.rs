@@ -105,3 +105,6 @@ pub(crate) fn check_bases(socket: &Path, regions: &[Shared], bases: &[u64]) -> R
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod properties;

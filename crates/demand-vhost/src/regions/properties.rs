@@ -1,0 +1,111 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Addresses against a map of all bytes.
+
+use std::path::Path;
+
+use demand_memory::{
+    BackingKind, DemandRegion, MemfdBacking, RegionConfig, Retrier, RetryPolicy, Stats,
+};
+use proptest::prelude::*;
+use test_support::image::Near;
+use vm_memory::GuestAddress;
+
+use super::*;
+
+/// Regions of so many pages, with gaps of so many before them; some in high memory.
+fn regions(layout: &[(u64, u64)], high: u64) -> DemandMemory {
+    let mut start = 0;
+    let regions = layout.iter().map(|(gap, pages)| {
+        start += gap * PAGE_SIZE;
+        let size = pages * PAGE_SIZE;
+        let config = RegionConfig {
+            start: GuestAddress(high + start),
+            backing: Arc::new(MemfdBacking::new(BackingKind::Shmem, size, true).unwrap()),
+            source: Arc::new(Near(size)),
+            image_offset: 0,
+            stats: Arc::new(Stats::new()),
+            retrier: Retrier::new(RetryPolicy::default(), |_| {}),
+        };
+        start += size;
+        DemandRegion::new(config, ()).unwrap()
+    });
+    DemandMemory::new(regions.collect()).unwrap()
+}
+
+fn layout() -> impl Strategy<Value = (Vec<(u64, u64)>, u64)> {
+    let high = prop_oneof![Just(0u64), Just(1 << 32), Just(1 << 51)];
+    (prop::collection::vec((0..5u64, 1..9u64), 1..=MAX_REGIONS), high)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig {
+        cases: 300, failure_persistence: None, ..ProptestConfig::default()
+    })]
+
+    #[test]
+    fn each_guest_address_has_one_user_address(
+        (layout, high) in layout(),
+        addresses in prop::collection::vec(prop_oneof![any::<u64>(), 0..120 * PAGE_SIZE], 50),
+    ) {
+        let memory = regions(&layout, high);
+        let shared = Shared::all(&memory).unwrap();
+        for offset in addresses {
+            for address in [offset, high.wrapping_add(offset)] {
+                let there = memory.find_region(GuestAddress(address)).is_some();
+                let user = user_address(&shared, address);
+                prop_assert_eq!(user, there.then(|| USER_ADDRESSES + address));
+            }
+        }
+        // What a message says of the regions is the same.
+        for (region, info) in memory.iter().zip(shared.iter().map(|region| region.info().unwrap())) {
+            let first = user_address(&shared, region.start_addr().0);
+            prop_assert_eq!(first, Some(info.userspace_addr));
+            prop_assert_eq!((info.memory_size, info.mmap_offset), (region.len(), 0));
+        }
+    }
+
+    /// Bases are taken if they are pages of their own, and none is ours.
+    #[test]
+    fn bases_are_taken_that_can_be_right(
+        (layout, high) in layout(),
+        bases in prop::collection::vec(
+            prop_oneof![
+                4 => (1..200u64).prop_map(|page| page * PAGE_SIZE),
+                4 => (1..1u64 << 35).prop_map(|page| page * PAGE_SIZE),
+                1 => any::<u64>(),
+                1 => (1..10u64).prop_map(|page| u64::MAX - page * PAGE_SIZE + 1),
+                1 => Just(USER_ADDRESSES),
+            ],
+            MAX_REGIONS,
+        ),
+    ) {
+        let memory = regions(&layout, high);
+        let shared = Shared::all(&memory).unwrap();
+        let bases = &bases[..shared.len()];
+        let ends: Vec<u128> = shared
+            .iter()
+            .zip(bases)
+            .map(|(region, base)| u128::from(*base) + u128::from(region.len()))
+            .collect();
+        let fine = |index: usize| {
+            let (base, end) = (u128::from(bases[index]), ends[index]);
+            let apart = |other: usize| {
+                other == index || end <= u128::from(bases[other]) || ends[other] <= base
+            };
+            base != 0
+                && bases[index].is_multiple_of(PAGE_SIZE)
+                && end <= u128::from(u64::MAX)
+                && bases[index] != shared[index].user_address()
+                && (0..bases.len()).all(apart)
+        };
+        let right = (0..bases.len()).all(fine);
+        let checked = check_bases(Path::new("s"), &shared, bases);
+        prop_assert_eq!(checked.is_ok(), right, "{:?}: {:?}", bases, checked);
+    }
+}
+
+#[test]
+fn nine_regions_are_too_many() {
+    let memory = regions(&[(0, 1); MAX_REGIONS + 1], 0);
+    assert!(matches!(Shared::all(&memory), Err(Error::Regions(9))));
+}
