@@ -54,6 +54,12 @@ proptest! {
             at = extent.end();
         }
         prop_assert!(source.extent(len).is_err());
+        // Asked for backwards, each place lies in an extent of its own nature.
+        for at in (0..len).rev().step_by(997) {
+            let extent = source.extent(at).unwrap();
+            prop_assert!(at < extent.end() && extent.end() <= len);
+            prop_assert!(!extent.is_hole() || model[at as usize] == 0, "{extent:?} at {at}");
+        }
 
         for (at, count) in reads.into_iter().chain([(0, len), (len, 0), wild]) {
             let mut bytes = vec![0xee; count as usize];
