@@ -5,6 +5,7 @@ use clap::Parser;
 use proptest::prelude::*;
 use vhost_device_blk::args::{Args, MAX_QUEUE_SIZE, MAX_QUEUES, MIN_QUEUE_SIZE};
 use vhost_device_blk::config::{CONFIG_SIZE, ConfigSpace, MAX_CONFIG_SIZE};
+use vhost_device_blk::disk::{Disk, DiskOptions};
 
 proptest! {
     #![proptest_config(ProptestConfig {
@@ -14,19 +15,23 @@ proptest! {
     /// Each part of it is the same part of the whole, and nothing lies outside.
     #[test]
     fn parts_of_the_configuration_are_parts_of_the_whole(
-        sectors: u64,
+        sectors in 8..1u64 << 32,
         queue_size: u16,
         queues: u16,
         offset in prop_oneof![any::<u32>(), 0..300u32],
         size in prop_oneof![any::<u32>(), 0..300u32],
+        write_back: bool,
     ) {
-        let config = ConfigSpace::new(sectors, queue_size, queues);
-        let whole = config.read(0, MAX_CONFIG_SIZE as u32);
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(sectors * 512).unwrap();
+        let disk = Disk::open(file.path(), &DiskOptions::default()).unwrap();
+        let config = ConfigSpace::new(&disk, queue_size, queues);
+        let whole = config.read(0, MAX_CONFIG_SIZE as u32, write_back);
         prop_assert_eq!(whole.len(), MAX_CONFIG_SIZE);
         prop_assert_eq!(&whole[..8], &sectors.to_le_bytes()[..]);
         prop_assert_eq!(&whole[34..36], &queues.to_le_bytes()[..]);
         prop_assert!(whole[CONFIG_SIZE..].iter().all(|byte| *byte == 0));
-        let part = config.read(offset, size);
+        let part = config.read(offset, size, write_back);
         match u64::from(offset) + u64::from(size) {
             end if end <= MAX_CONFIG_SIZE as u64 => {
                 prop_assert_eq!(&part[..], &whole[offset as usize..end as usize]);
@@ -54,7 +59,7 @@ proptest! {
             Err(error) => {
                 prop_assert!(!right, "{}", error);
                 let text = error.to_string();
-                prop_assert!(text.contains("--num-queues") || text.contains("--queue-size") || text.contains("--id"));
+                prop_assert!(text.contains("--num-queues") || text.contains("--queue-size") || text.contains("--serial"));
             }
         }
     }
