@@ -11,9 +11,9 @@ use demand_kvm::EngineChoice;
 
 use test_guest::windows::Windows;
 
+use crate::bench::{Access, BenchOptions, SourceOption, bench};
 use crate::error::Error;
 use crate::options::{FillOption, MemoryOption, TestGuestOption, VhostUserOption};
-use crate::report::Report;
 use crate::run::{RunOptions, run};
 
 /// Runs virtual machines whose memory arrives when it is first used.
@@ -35,6 +35,8 @@ enum Command {
     Run(Box<RunArgs>),
     /// Writes the memory image, and if asked a disk, that a test guest of the same seed goes with.
     MakeImage(MakeImageArgs),
+    /// Measures what a page costs that arrives when a guest touches it.
+    Bench(BenchArgs),
 }
 
 #[derive(Debug, Args)]
@@ -113,6 +115,34 @@ struct MakeImageArgs {
     seed: u64,
 }
 
+#[derive(Debug, Args)]
+struct BenchArgs {
+    /// Memory of each vCPU: size=64M[,backing=shmem|hugetlb-2m|hugetlb-1g][,reserve=on|off]
+    #[arg(long)]
+    memory: MemoryOption,
+    /// Number of vCPUs, each on memory of its own.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    cpus: u32,
+    /// How vCPU accesses to missing pages are trapped: auto, kvm-userfault or uffd.
+    #[arg(long, default_value = "auto")]
+    engine: EngineChoice,
+    /// What pages are filled from: hot, a small buffer in memory, or a raw image.
+    #[arg(long, default_value = "hot", value_name = "hot|FILE")]
+    source: SourceOption,
+    /// In what order a vCPU touches its pages: sequential, random or strided.
+    #[arg(long, default_value = "sequential", value_parser = crate::options::parse_order)]
+    order: test_guest::plan::Order,
+    /// What it does to them: read or write.
+    #[arg(long, default_value = "read")]
+    access: Access,
+    /// Pages that each vCPU touches [default: all that it has].
+    #[arg(long, value_name = "N")]
+    pages: Option<u64>,
+    /// Print JSON instead of a table.
+    #[arg(long)]
+    json: bool,
+}
+
 /// Does what the process's arguments say; `started` is when the process began.
 ///
 /// # Errors
@@ -129,13 +159,14 @@ pub fn main(started: Instant) -> Result<(), Error> {
         Command::Probe(args) => say(&crate::probe::probe(args.json)?),
         Command::Run(args) => run_command(*args, started),
         Command::MakeImage(args) => make_image(&args),
+        Command::Bench(args) => bench_command(args, started),
     }
 }
 
 /// clap's error as one line: its first paragraph, without the tips and the usage below.
 fn usage(error: &clap::Error) -> Error {
     if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
-        return Error::usage("say what to do: probe, run or make-image; --help tells more");
+        return Error::usage("say what to do: probe, run, make-image or bench; --help tells more");
     }
     let text = error.to_string();
     let first = text.split("\n\n").next().unwrap_or(&text);
@@ -169,6 +200,20 @@ fn run_command(args: RunArgs, started: Instant) -> Result<(), Error> {
     if args.json { say(&(json + "\n")) } else { say(&report.table()) }
 }
 
+fn bench_command(args: BenchArgs, started: Instant) -> Result<(), Error> {
+    let options = BenchOptions {
+        memory: args.memory,
+        cpus: args.cpus,
+        engine: args.engine,
+        source: args.source,
+        order: args.order,
+        access: args.access,
+        pages: args.pages,
+    };
+    let report = bench(&options, started)?;
+    if args.json { say(&(to_json(&report)? + "\n")) } else { say(&report.table()) }
+}
+
 /// Writes to standard output, which may be a pipe that nobody reads any more.
 fn say(text: &str) -> Result<(), Error> {
     std::io::stdout()
@@ -176,7 +221,7 @@ fn say(text: &str) -> Result<(), Error> {
         .map_err(|error| Error::failed(format!("write to standard output: {error}")))
 }
 
-fn to_json(report: &Report) -> Result<String, Error> {
+fn to_json(report: &impl serde::Serialize) -> Result<String, Error> {
     serde_json::to_string_pretty(report)
         .map_err(|error| Error::failed(format!("write the report: {error}")))
 }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 #![doc = include_str!("../README.md")]
 
+pub mod bench;
 pub mod cli;
 pub mod disk;
 pub mod error;

@@ -192,7 +192,7 @@ impl Machine {
 }
 
 /// Arms the guest's mappings on one userfaultfd, as the backing and the engine need it.
-fn arm_guest(
+pub(crate) fn arm_guest(
     service: &FaultService,
     guest: &[(Arc<Pager>, Arc<Mapping>)],
     engine: Engine,
@@ -219,14 +219,14 @@ fn arm_guest(
     service.serve(&all).map_err(Error::host)
 }
 
-fn backing_error(error: demand_memory::BackingError) -> Error {
+pub(crate) fn backing_error(error: demand_memory::BackingError) -> Error {
     match error {
         demand_memory::BackingError::Size { .. } => Error::usage(error),
         _ => Error::host(error),
     }
 }
 
-fn pager_error(error: demand_memory::PagerError) -> Error {
+pub(crate) fn pager_error(error: demand_memory::PagerError) -> Error {
     match error {
         demand_memory::PagerError::Backing(error) => backing_error(error),
         demand_memory::PagerError::Bitmap { .. } => Error::host(error),

@@ -75,6 +75,20 @@ fn parse_number<T: FromStr>(text: &str) -> Result<T, String> {
     text.parse().map_err(|_| "that is no number in range".into())
 }
 
+/// In what order pages are come to.
+///
+/// # Errors
+///
+/// A text that names the orders.
+pub fn parse_order(name: &str) -> Result<Order, String> {
+    match name {
+        "sequential" => Ok(Order::Sequential),
+        "random" => Ok(Order::Random),
+        "strided" => Ok(Order::Strided),
+        _ => Err("choose sequential, random or strided".into()),
+    }
+}
+
 /// `--memory size=1G,backing=hugetlb-2m,reserve=on`, `--memory size=1G,thp=on`
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MemoryOption {
@@ -214,14 +228,7 @@ impl FromStr for TestGuestOption {
         let option = TestGuestOption {
             seed: parts.take("seed", parse_number)?.unwrap_or(1),
             window: parts.take("window", parse_size)?,
-            order: parts
-                .take("order", |name| match name {
-                    "sequential" => Ok(Order::Sequential),
-                    "random" => Ok(Order::Random),
-                    "strided" => Ok(Order::Strided),
-                    _ => Err("choose sequential, random or strided".into()),
-                })?
-                .unwrap_or(Order::Random),
+            order: parts.take("order", parse_order)?.unwrap_or(Order::Random),
             arrivals: parts
                 .take("arrivals", |name| match name {
                     "mixed" => Ok(Arrivals::Mixed),

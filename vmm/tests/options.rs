@@ -77,7 +77,7 @@ proptest! {
         let switch = if reserve { "on" } else { "off" };
         let text = format!("reserve={switch},size={size},backing={backing}");
         let right = units > 0 && odd == 0;
-        let expected = right.then_some(MemoryOption { size, backing, reserve });
+        let expected = right.then_some(MemoryOption { size, backing, reserve, thp: false });
         prop_assert_eq!(text.parse::<MemoryOption>().ok(), expected, "{}", text);
     }
 

@@ -1,0 +1,203 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! `demand-vmm bench`: what a page costs that arrives when a guest touches it.
+//!
+//! A guest without an operating system touches each of its pages once, vCPUs on disjoint parts of
+//! memory. The memory is made as that of any other machine, by the same crates. What the guest
+//! has seen is compared with what the source holds, so a figure is never that of a wrong answer.
+
+mod guest;
+mod machine;
+mod report;
+mod source;
+
+use std::str::FromStr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use demand_kvm::EngineChoice;
+use demand_memory::{PAGE_SIZE, Path, Retrier, RetryPolicy, Stats};
+use demand_source::{Destination, PageSource};
+use test_guest::plan::Order;
+use vm_memory::{Bytes, GuestAddress};
+
+use self::guest::{Control, MEMORY_ADDRESS};
+use self::machine::{BenchMachine, Vcpus};
+use crate::error::Error;
+use crate::options::MemoryOption;
+
+pub use self::report::BenchReport;
+pub use self::source::SourceOption;
+
+/// What the guest does to a page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// It reads a word of it.
+    Read,
+    /// It writes a word of it.
+    Write,
+}
+
+impl Access {
+    const fn name(self) -> &'static str {
+        match self {
+            Access::Read => "read",
+            Access::Write => "write",
+        }
+    }
+}
+
+impl FromStr for Access {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        [Access::Read, Access::Write]
+            .into_iter()
+            .find(|access| access.name() == name)
+            .ok_or_else(|| "choose read or write".into())
+    }
+}
+
+/// What is to be measured.
+#[derive(Clone, Debug)]
+pub struct BenchOptions {
+    /// Memory of each vCPU.
+    pub memory: MemoryOption,
+    /// Number of vCPUs.
+    pub cpus: u32,
+    /// How vCPU accesses to missing pages are trapped.
+    pub engine: EngineChoice,
+    /// Where pages come from.
+    pub source: SourceOption,
+    /// In what order each vCPU touches its pages.
+    pub order: Order,
+    /// What it does to them.
+    pub access: Access,
+    /// Pages that each vCPU touches; `None`: all that it has.
+    pub pages: Option<u64>,
+}
+
+/// Measures; `started` is when the process began.
+///
+/// # Errors
+///
+/// One line, with the exit status that belongs to it. A guest that has seen anything but what the
+/// source holds is one.
+pub fn bench(options: &BenchOptions, started: Instant) -> Result<BenchReport, Error> {
+    let MemoryOption { size, backing, reserve } = options.memory;
+    let pages = options.pages.unwrap_or(size / PAGE_SIZE);
+    if pages == 0 || pages > size / PAGE_SIZE {
+        return Err(Error::usage(format!(
+            "bench: --pages {pages}: a vCPU has {} pages; choose one of them at least, and no \
+             more than all",
+            size / PAGE_SIZE
+        )));
+    }
+    let all = size.checked_mul(options.cpus.into()).ok_or_else(|| {
+        Error::usage(format!("bench: {} times {size} bytes is too much memory", options.cpus))
+    })?;
+    let tables: Vec<Vec<u64>> = (0..options.cpus)
+        .map(|cpu| {
+            let base = MEMORY_ADDRESS + u64::from(cpu) * size;
+            let touches = source::touches(options.order, pages, cpu.into());
+            touches.into_iter().map(|at| base + at).collect()
+        })
+        .collect();
+
+    let mut vcpus = Vcpus::new();
+    let complaint = vcpus.complaint();
+    // Who measures wants to know at once that a source fails, not to wait for it.
+    let policy = RetryPolicy { limit: Some(Duration::ZERO), ..RetryPolicy::default() };
+    let retrier = Retrier::new(policy, move |failure| complaint.send(failure.error.to_string()));
+    let stats = Arc::new(Stats::new());
+    let source = options.source.open(all)?;
+    let memory = MemoryOption { size: all, backing, reserve };
+    let machine =
+        BenchMachine::new(&memory, options.engine, source.clone(), stats.clone(), retrier)?;
+    let control = Control::new(&machine.vm, options.access, &tables, MEMORY_ADDRESS + all)?;
+    let made: Result<Vec<_>, _> =
+        (0..options.cpus).map(|cpu| control.vcpu(&machine.kvm, &machine.vm, cpu)).collect();
+    let outcomes = vcpus.run(&machine, made?)?;
+    let (guest, kvm_internal) = (stats.path(Path::Guest), stats.path(Path::KvmInternal));
+    let source_reads = stats.source();
+
+    for (cpu, (table, outcome)) in tables.iter().zip(&outcomes).enumerate() {
+        verify(cpu, options.access, table, outcome.hash, &*source, &machine)?;
+    }
+    let begun = outcomes.iter().map(|outcome| outcome.begun).min().unwrap_or(started);
+    let ended = outcomes.iter().map(|outcome| outcome.ended).max().unwrap_or(started);
+    let (time, pages) = (ended.duration_since(begun), pages * u64::from(options.cpus));
+    let first = vcpus.first_run().map_or(Duration::ZERO, |at| at.duration_since(started));
+    Ok(BenchReport {
+        engine: machine.engine().name().into(),
+        backing: backing.name().into(),
+        source: options.source.name(),
+        order: order_name(options.order).into(),
+        access: options.access.name().into(),
+        cpus: options.cpus,
+        memory_bytes_per_cpu: size,
+        pages,
+        faults: guest.faults,
+        verified: true,
+        time_ns: time.as_nanos() as u64,
+        ns_per_page: time.as_nanos() as f64 / pages as f64,
+        pages_per_second: pages as f64 / time.as_secs_f64(),
+        latency_us: guest.latency_us,
+        guest,
+        kvm_internal,
+        source_reads,
+        time_to_first_instruction_us: first.as_micros() as u64,
+    })
+}
+
+const fn order_name(order: Order) -> &'static str {
+    match order {
+        Order::Sequential => "sequential",
+        Order::Random => "random",
+        Order::Strided => "strided",
+    }
+}
+
+/// Compares what a vCPU has made of its pages with the source, and the pages themselves.
+fn verify(
+    cpu: usize,
+    access: Access,
+    table: &[u64],
+    seen: u32,
+    source: &dyn PageSource,
+    machine: &BenchMachine,
+) -> Result<(), Error> {
+    let mut hash = 0;
+    let (mut expected, mut found) = (vec![0u8; PAGE_SIZE as usize], vec![0u8; PAGE_SIZE as usize]);
+    for (index, address) in table.iter().enumerate() {
+        let page = address & !(PAGE_SIZE - 1);
+        let mut destination = Destination::from(&mut expected[..]);
+        source.read_through(page - MEMORY_ADDRESS, &mut destination).map_err(Error::failed)?;
+        drop(destination);
+        let word = &mut expected[(address - page) as usize..][..4];
+        match access {
+            Access::Read => {
+                hash = guest::mix(hash, u32::from_le_bytes(word.try_into().expect("4 bytes")));
+            }
+            Access::Write => {
+                word.copy_from_slice(&guest::written(index, table.len()).to_le_bytes());
+            }
+        }
+        machine.memory.read_slice(&mut found, GuestAddress(page)).map_err(Error::failed)?;
+        if let Some(at) = expected.iter().zip(&found).position(|(a, b)| a != b) {
+            return Err(Error::failed(format!(
+                "bench: memory is wrong: vCPU {cpu}, expected {:#04x} at guest address {:#x} and \
+                 found {:#04x}",
+                expected[at],
+                page + at as u64,
+                found[at]
+            )));
+        }
+    }
+    if hash != seen {
+        return Err(Error::failed(format!(
+            "bench: the guest saw memory that is wrong: vCPU {cpu} made {seen:#x} of the words \
+             that it read, where the source's make {hash:#x}"
+        )));
+    }
+    Ok(())
+}

@@ -1,0 +1,182 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The guest that is measured: it touches pages in the order of a table, and does nothing else.
+
+use std::sync::Arc;
+
+use demand_kvm::{PlainSlot, SlotError};
+use demand_memory::{Mapping, PAGE_SIZE};
+use iced_x86::IcedError;
+use iced_x86::code_asm::{
+    CodeAssembler, al, dword_ptr, eax, ebx, ecx, qword_ptr, rax, rbp, rcx, rdi, rsi,
+};
+use kvm_bindings::{kvm_regs, kvm_segment};
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use test_guest::guest_layout::guest_cpuid;
+use vm_memory::GuestAddress;
+
+use super::Access;
+use crate::error::Error;
+
+/// Where the demand-paged memory begins. What the guest itself needs lies below.
+pub const MEMORY_ADDRESS: u64 = 4 << 30;
+
+/// End of what the guest's page tables can map: one table of tables for 1 GiB each.
+pub const ADDRESS_END: u64 = 512 << 30;
+
+/// The port to which the guest writes when all that it needs itself is mapped.
+pub const PORT_READY: u16 = 0x20;
+
+/// Memslot of the control region.
+const CONTROL_SLOT: u32 = 1;
+
+// The control region, at guest address 0: code, page tables (a table of pages of 2 MiB for each
+// GiB, as not every KVM has pages of 1 GiB), then each vCPU's table of addresses.
+const CODE: u64 = 0;
+const PML4: u64 = PAGE_SIZE;
+const PDPT: u64 = 2 * PAGE_SIZE;
+const PDS: u64 = 3 * PAGE_SIZE;
+
+/// The guest's code, page tables and tables of addresses.
+pub struct Control {
+    slot: PlainSlot,
+    /// Where the tables of addresses begin.
+    tables: u64,
+    /// Addresses in each vCPU's table.
+    entries: u64,
+}
+
+/// What the guest runs. In: rsi the table's address, rcx and rbp its number of entries. Out, for
+/// reads: ebx, which depends on each word that was read and on their order ([`mix`]).
+fn assemble(access: Access) -> Result<Vec<u8>, IcedError> {
+    let mut asm = CodeAssembler::new(64)?;
+    let (mut warm, mut next) = (asm.create_label(), asm.create_label());
+    // The table is the guest's own: its pages are not to be counted.
+    asm.set_label(&mut warm)?;
+    asm.mov(rax, qword_ptr(rsi + rcx * 8 - 8))?;
+    asm.dec(rcx)?;
+    asm.jne(warm)?;
+    asm.out(u32::from(PORT_READY), al)?;
+    asm.mov(rcx, rbp)?;
+    asm.set_label(&mut next)?;
+    asm.mov(rdi, qword_ptr(rsi))?;
+    asm.add(rsi, 8)?;
+    match access {
+        Access::Read => {
+            asm.mov(eax, dword_ptr(rdi))?;
+            asm.rol(ebx, 5u32)?;
+            asm.add(ebx, eax)?;
+        }
+        Access::Write => asm.mov(dword_ptr(rdi), ecx)?,
+    }
+    asm.dec(rcx)?;
+    asm.jne(next)?;
+    asm.hlt()?;
+    asm.assemble(CODE)
+}
+
+/// What the guest makes of a word that it has read.
+pub fn mix(hash: u32, word: u32) -> u32 {
+    hash.rotate_left(5).wrapping_add(word)
+}
+
+/// The word that the guest writes at entry `index` of `entries`.
+pub fn written(index: usize, entries: usize) -> u32 {
+    (entries - index) as u32
+}
+
+impl Control {
+    /// Makes the control region: `tables` has, for each vCPU, the addresses that it touches, all
+    /// below `end`.
+    ///
+    /// # Errors
+    ///
+    /// One line, with the exit status that belongs to it.
+    pub fn new(
+        vm: &Arc<VmFd>,
+        access: Access,
+        tables: &[Vec<u64>],
+        end: u64,
+    ) -> Result<Self, Error> {
+        assert!(end <= ADDRESS_END);
+        let entries = tables.first().map_or(0, Vec::len) as u64;
+        let gigabytes = end.div_ceil(1 << 30);
+        let tables_at = PDS + gigabytes * PAGE_SIZE;
+        let len = (tables_at + tables.len() as u64 * entries * 8).next_multiple_of(PAGE_SIZE);
+        let mapping = Mapping::anonymous(len)
+            .map_err(|error| Error::host(format!("map the guest's tables: {error}")))?;
+        let code = assemble(access)
+            .map_err(|error| Error::failed(format!("assemble the guest: {error}")))?;
+        let put = |offset: u64, bytes: &[u8]| {
+            assert!(offset + bytes.len() as u64 <= len, "it was made large enough");
+            // SAFETY: the bytes lie in the mapping, by the assertion, and nobody else knows it.
+            unsafe {
+                let to = mapping.at(offset).as_ptr();
+                to.copy_from_nonoverlapping(bytes.as_ptr(), bytes.len());
+            }
+        };
+        put(CODE, &code);
+        // Present, writable, accessed; pages also large and dirty: the guest's walk writes nothing.
+        put(PML4, &(PDPT | 0x23).to_le_bytes());
+        for gigabyte in 0..gigabytes {
+            let table = PDS + gigabyte * PAGE_SIZE;
+            put(PDPT + gigabyte * 8, &(table | 0x23).to_le_bytes());
+            let pages = (0..512).map(|page| gigabyte << 30 | page << 21 | 0xe3);
+            put(table, &pages.flat_map(|entry: u64| entry.to_le_bytes()).collect::<Vec<_>>());
+        }
+        for (cpu, table) in tables.iter().enumerate() {
+            let bytes: Vec<u8> = table.iter().flat_map(|address| address.to_le_bytes()).collect();
+            put(tables_at + cpu as u64 * entries * 8, &bytes);
+        }
+        let slot =
+            PlainSlot::new(vm.clone(), CONTROL_SLOT, GuestAddress(0), Arc::new(mapping), false)
+                .map_err(|error: SlotError| Error::host(error))?;
+        Ok(Control { slot, tables: tables_at, entries })
+    }
+
+    /// Makes vCPU `cpu`, at the guest's first instruction: long mode, flat.
+    ///
+    /// # Errors
+    ///
+    /// One line, with the exit status that belongs to it.
+    pub fn vcpu(&self, kvm: &Kvm, vm: &VmFd, cpu: u32) -> Result<VcpuFd, Error> {
+        self.set_up(kvm, vm, cpu).map_err(|error| {
+            Error::host(format!("make vCPU {cpu}: {error}; ask for fewer with --cpus"))
+        })
+    }
+
+    fn set_up(&self, kvm: &Kvm, vm: &VmFd, cpu: u32) -> Result<VcpuFd, kvm_ioctls::Error> {
+        let vcpu = vm.create_vcpu(cpu.into())?;
+        vcpu.set_cpuid2(&guest_cpuid(kvm, cpu as usize)?)?;
+        let mut sregs = vcpu.get_sregs()?;
+        let code = kvm_segment {
+            limit: u32::MAX,
+            selector: 8,
+            type_: 11,
+            present: 1,
+            s: 1,
+            l: 1,
+            g: 1,
+            ..Default::default()
+        };
+        let data = kvm_segment { selector: 16, type_: 3, l: 0, db: 1, ..code };
+        sregs.cs = code;
+        (sregs.ds, sregs.es, sregs.ss) = (data, data, data);
+        // No table of interrupts: an exception is a mistake, and ends in a shutdown.
+        sregs.idt.limit = 0;
+        sregs.cr3 = self.slot.start().0 + PML4;
+        // PAE; LME and LMA; PE, ET, WP, PG.
+        sregs.cr4 = 1 << 5;
+        sregs.efer = 1 << 8 | 1 << 10;
+        sregs.cr0 = 1 | 1 << 4 | 1 << 16 | 1 << 31;
+        vcpu.set_sregs(&sregs)?;
+        vcpu.set_regs(&kvm_regs {
+            rip: CODE,
+            rsi: self.tables + u64::from(cpu) * self.entries * 8,
+            rcx: self.entries,
+            rbp: self.entries,
+            rflags: 2,
+            ..Default::default()
+        })?;
+        Ok(vcpu)
+    }
+}
