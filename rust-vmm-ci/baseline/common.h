@@ -30,10 +30,10 @@
 #endif
 
 // -m MiB for each vCPU or toucher, -v vCPUs, -b shmem|hugetlb, -i image, -u bytes of one fault,
-// -n pages that each vCPU touches (all)
+// -n pages that each vCPU touches (all), -c copy from the mapped image
 static struct {
     uint64_t size, per_cpu, unit, touches;
-    int cpus, hugetlb;
+    int cpus, hugetlb, copy;
     const char *image;
 } opt = { .per_cpu = 16 << 20, .cpus = 1, .unit = PAGE };
 
@@ -52,7 +52,7 @@ static uint64_t now(void)
 static void options(int argc, char **argv)
 {
     int c;
-    while ((c = getopt(argc, argv, "m:v:b:i:u:n:")) != -1) {
+    while ((c = getopt(argc, argv, "m:v:b:i:u:n:c")) != -1) {
         switch (c) {
         case 'm': opt.per_cpu = strtoull(optarg, NULL, 0) << 20; break;
         case 'v': opt.cpus = atoi(optarg); break;
@@ -60,6 +60,7 @@ static void options(int argc, char **argv)
         case 'i': opt.image = optarg; break;
         case 'u': opt.unit = strtoull(optarg, NULL, 0); break;
         case 'n': opt.touches = strtoull(optarg, NULL, 0); break;
+        case 'c': opt.copy = 1; break;
         default: exit(2);
         }
     }

@@ -1,0 +1,154 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The VMM's own accesses to guest memory, through vm-memory.
+
+use std::fs::File;
+use std::hint::black_box;
+use std::os::fd::AsRawFd;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::{Context, Result, ensure};
+use demand_memory::{
+    Backing, BackingKind, DemandMemory, DemandRegion, MemfdBacking, PAGE_SIZE, RegionConfig,
+    Retrier, Stats,
+};
+use demand_source::LocalFile;
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
+
+use crate::run::median;
+use crate::table::{Row, Target};
+
+const PART: &str = "host";
+const ROUNDS: usize = 11;
+
+/// Rows for memory of `size` bytes.
+pub fn rows(backing: BackingKind, size: u64, image: &Path) -> Result<Vec<Row>> {
+    let mut rows = vec![missing(backing, size, image)?];
+    rows.extend(present(backing, size, image)?);
+    Ok(rows)
+}
+
+fn memory(backing: &Arc<MemfdBacking>, image: &Path) -> Result<DemandMemory> {
+    let config = RegionConfig {
+        start: GuestAddress(0),
+        backing: backing.clone(),
+        source: Arc::new(LocalFile::open(image)?),
+        image_offset: 0,
+        stats: Arc::new(Stats::new()),
+        retrier: Retrier::new(Default::default(), |failure| eprintln!("{}", failure.error)),
+    };
+    Ok(DemandMemory::new(vec![DemandRegion::new(config, ())?])?)
+}
+
+/// The first access to each page, which brings it in.
+fn missing(kind: BackingKind, size: u64, image: &Path) -> Result<Row> {
+    let speed = |elapsed: std::time::Duration| (size / PAGE_SIZE) as f64 / elapsed.as_secs_f64();
+    let (mut ours, mut bare) = (Vec::new(), Vec::new());
+    for _ in 0..ROUNDS {
+        let backing = Arc::new(MemfdBacking::new(kind, size, true)?);
+        let memory = memory(&backing, image)?;
+        let (begun, mut sum) = (Instant::now(), 0u64);
+        for page in 0..size / PAGE_SIZE {
+            let word: u64 = memory.read_obj(GuestAddress(page * PAGE_SIZE))?;
+            sum = sum.wrapping_add(word);
+        }
+        ours.push(speed(begun.elapsed()));
+        drop((memory, backing));
+        let (elapsed, expected) = pread_loop(kind, size, image)?;
+        bare.push(speed(elapsed));
+        ensure!(sum == expected, "vm-memory read {sum:#x}, where the image holds {expected:#x}");
+    }
+    let name = format!("vm-memory, missing 4K pages, {kind}");
+    let row = Row::new(PART, name, "pages/s", median(&mut ours));
+    Ok(row.against("bare pread loop", median(&mut bare)).target(Target::RatioAtLeast(0.75)))
+}
+
+/// The same with nothing but pread.
+fn pread_loop(kind: BackingKind, size: u64, image: &Path) -> Result<(std::time::Duration, u64)> {
+    let mapping = MemfdBacking::new(kind, size, true)?.map()?;
+    let image = File::open(image)?;
+    let (begun, mut sum) = (Instant::now(), 0u64);
+    for page in 0..size / PAGE_SIZE {
+        let at = mapping.at(page * PAGE_SIZE);
+        let offset = (page * PAGE_SIZE) as libc::off64_t;
+        // SAFETY: the page lies in the mapping, which nothing else knows.
+        let read = unsafe {
+            libc::pread64(image.as_raw_fd(), at.as_ptr().cast(), PAGE_SIZE as usize, offset)
+        };
+        ensure!(read == PAGE_SIZE as isize, "read a page of the image: {read}");
+        // SAFETY: as above; a page's beginning is aligned.
+        sum = sum.wrapping_add(unsafe { at.cast::<u64>().as_ptr().read_volatile() });
+    }
+    Ok((begun.elapsed(), sum))
+}
+
+/// Accesses to pages that are there, at random, in the very same memory.
+fn present(kind: BackingKind, size: u64, image: &Path) -> Result<Vec<Row>> {
+    let backing = Arc::new(MemfdBacking::new(kind, size, true)?);
+    let ours = memory(&backing, image)?;
+    let mut all = vec![0; size as usize];
+    ours.read_slice(&mut all, GuestAddress(0))?;
+    let file = backing.file().context("the memory has a file")?.try_clone()?;
+    let file = Some(FileOffset::new(file, 0));
+    let plain: GuestMemoryMmap =
+        GuestMemoryMmap::from_ranges_with_files([(GuestAddress(0), size as usize, file)])?;
+    let mut theirs = vec![0; size as usize];
+    plain.read_slice(&mut theirs, GuestAddress(0))?;
+    ensure!(all == theirs, "both look at the same memory");
+
+    let mut state = 1u64;
+    let addresses: Vec<GuestAddress> = (0..20_000)
+        .map(|_| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            let (page, word) = ((state >> 20) % (size / PAGE_SIZE), state >> 55);
+            GuestAddress(page * PAGE_SIZE + word * 8)
+        })
+        .collect();
+    let word = compare(&addresses, |at| read_word(&ours, at), |at| read_word(&plain, at))?;
+    let addresses: Vec<_> =
+        addresses.into_iter().map(|at| GuestAddress(at.0 & !(PAGE_SIZE - 1))).collect();
+    let mut page = vec![0u8; PAGE_SIZE as usize];
+    let mut other = page.clone();
+    let whole = compare(
+        &addresses,
+        |at| Ok(ours.read_slice(black_box(&mut page), at)?),
+        |at| Ok(plain.read_slice(black_box(&mut other), at)?),
+    )?;
+    let row = |what: &str, (ours, plain): (f64, f64)| {
+        Row::new(PART, format!("vm-memory, present, {what}, {kind}"), "ns/access", ours)
+            .against("GuestMemoryMmap on the same memory", plain)
+            .target(Target::RatioAtMost(1.1))
+    };
+    Ok(vec![row("8 bytes", word), row("4K", whole)])
+}
+
+fn read_word<M: Bytes<GuestAddress>>(memory: &M, at: GuestAddress) -> Result<()>
+where
+    M::E: std::error::Error + Send + Sync + 'static,
+{
+    let word: u64 = memory.read_obj(at)?;
+    black_box(word);
+    Ok(())
+}
+
+/// Nanoseconds an access, of both in turns; medians.
+fn compare(
+    addresses: &[GuestAddress],
+    mut ours: impl FnMut(GuestAddress) -> Result<()>,
+    mut theirs: impl FnMut(GuestAddress) -> Result<()>,
+) -> Result<(f64, f64)> {
+    let (mut first, mut second) = (Vec::new(), Vec::new());
+    let round = |access: &mut dyn FnMut(GuestAddress) -> Result<()>| -> Result<f64> {
+        let begun = Instant::now();
+        for address in addresses {
+            access(*address)?;
+        }
+        Ok(begun.elapsed().as_nanos() as f64 / addresses.len() as f64)
+    };
+    for _ in 0..ROUNDS {
+        first.push(round(&mut ours)?);
+        second.push(round(&mut theirs)?);
+    }
+    Ok((median(&mut first), median(&mut second)))
+}

@@ -1,0 +1,102 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! A back-end on demand-paged memory, in two processes: one has the pager and serves the faults,
+//! the other touches one word of each unit and prints how long each touch took.
+
+use std::fs::OpenOptions;
+use std::io::{Read, Write};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::{Context, Result, ensure};
+use clap::Args;
+use demand_memory::{Backing, BackingKind, Mapping, MemfdBacking, Pager, Retrier, Stats};
+use demand_source::LocalFile;
+use demand_uffd::{ArmedMapping, DEFAULT_THREADS, FaultService, Features, Userfaultfd};
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
+
+/// Memory, and who touches it how.
+#[derive(Clone, Debug, Args)]
+pub struct Options {
+    #[arg(long)]
+    backing: BackingKind,
+    /// Size of the memory, in bytes.
+    #[arg(long)]
+    size: u64,
+    /// Bytes from one touch to the next.
+    #[arg(long)]
+    unit: u64,
+    #[arg(long)]
+    image: PathBuf,
+    /// The memory object, for the process that touches it.
+    #[arg(long)]
+    memory: Option<PathBuf>,
+}
+
+/// Serves a back-end that this starts, to its end.
+pub fn serve(options: &Options) -> Result<()> {
+    let backing = Arc::new(MemfdBacking::new(options.backing, options.size, true)?);
+    let source = Arc::new(LocalFile::open(&options.image)?);
+    let retrier = Retrier::new(Default::default(), |failure| eprintln!("{}", failure.error));
+    let pager = Pager::new(backing.clone(), source, 0, Arc::new(Stats::new()), retrier)?;
+    let service = FaultService::start(DEFAULT_THREADS)?;
+    let file = backing.file().context("the memory has a file")?;
+
+    let (mut ours, theirs) = UnixStream::pair()?;
+    let mut child = Command::new(std::env::current_exe()?);
+    child.arg("touch").arg("--backing").arg(options.backing.name());
+    child.arg("--size").arg(options.size.to_string()).arg("--unit").arg(options.unit.to_string());
+    child.arg("--image").arg(&options.image);
+    child.arg("--memory").arg(format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd()));
+    let mut child = child.stdin(Stdio::from(OwnedFd::from(theirs))).spawn()?;
+
+    let mut base = [0; 8];
+    let (len, uffd) = ours.recv_with_fd(&mut base)?;
+    let uffd = uffd.filter(|_| len == 8).context("receive the back-end's userfaultfd")?;
+    let uffd = Arc::new(Userfaultfd::from_received(uffd.into())?);
+    let armed = ArmedMapping::foreign(&uffd, u64::from_ne_bytes(base), &pager)?;
+    service.serve(&[armed])?;
+    ours.write_all(&[1])?;
+    let status = child.wait()?;
+    ensure!(status.success(), "the back-end ended with {status}");
+    Ok(())
+}
+
+/// The back-end. Its socket is its standard input.
+pub fn touch(options: &Options) -> Result<()> {
+    let memory = options.memory.as_deref().context("say --memory")?;
+    let memory = OpenOptions::new().read(true).write(true).open(memory)?;
+    let mapping = Mapping::shared(&memory, options.size, false)?;
+    let uffd = Userfaultfd::open(Features::GUEST_MEMORY)?;
+    let base = mapping.address().as_ptr() as u64;
+    let mut socket = UnixStream::from(std::io::stdin().as_fd().try_clone_to_owned()?);
+    socket.send_with_fd(&base.to_ne_bytes()[..], uffd.try_clone_fd()?.as_raw_fd())?;
+    socket.read_exact(&mut [0])?;
+    let image = std::fs::File::open(&options.image)?;
+    let mut latencies = Vec::new();
+    for unit in 0..options.size / options.unit {
+        let offset = unit * options.unit + unit * 136 % 4096;
+        let at = mapping.at(offset).cast::<u64>();
+        let begun = Instant::now();
+        // SAFETY: the word lies in the mapping, aligned, and whoever fills it is another process.
+        let word = unsafe { at.as_ptr().read_volatile() };
+        latencies.push(begun.elapsed().as_nanos());
+        let mut expected = [0; 8];
+        image.read_exact_at(&mut expected, offset)?;
+        ensure!(word == u64::from_ne_bytes(expected), "the word at {offset:#x} is not the image's");
+    }
+    let lines: String = latencies.iter().map(|latency| format!("{latency}\n")).collect();
+    Ok(std::io::stdout().write_all(lines.as_bytes())?)
+}
+
+/// The command that measures our back-end.
+pub fn command(backing: BackingKind, size: u64, unit: u64, image: &Path) -> Result<Command> {
+    let mut command = Command::new(std::env::current_exe()?);
+    command.arg("back-end").arg("--backing").arg(backing.name()).arg("--image").arg(image);
+    command.arg("--size").arg(size.to_string()).arg("--unit").arg(unit.to_string());
+    Ok(command)
+}

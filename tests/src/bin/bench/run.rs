@@ -1,0 +1,159 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Runs what is measured: the project's programs and the bare loops.
+
+use std::ffi::OsStr;
+use std::fs::File;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use demand_memory::BackingKind;
+use demand_tests::process::{program, run};
+use serde_json::Value;
+
+const LIMIT: Duration = Duration::from_secs(300);
+
+/// The images that pages come from, in a folder of a tmpfs.
+pub struct Images {
+    folder: tempfile::TempDir,
+}
+
+impl Images {
+    pub fn new() -> Result<Self> {
+        // Neither a disk nor the lab's link to the host takes part in what is measured.
+        let place = ["/dev/shm", "/run", "/tmp"].into_iter().find(|place| Path::new(place).is_dir());
+        let folder = tempfile::Builder::new()
+            .prefix("demand-paging-bench-")
+            .tempdir_in(place.context("find a folder for images")?)?;
+        Ok(Images { folder })
+    }
+
+    /// An image full of data.
+    pub fn full(&self, bytes: u64) -> Result<PathBuf> {
+        let path = self.folder.path().join(format!("full-{bytes}"));
+        if !path.exists() {
+            let mut file = File::create(&path)?;
+            let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+            for _ in 0..bytes.div_ceil(1 << 20) {
+                let mut block = Vec::with_capacity(1 << 20);
+                while block.len() < 1 << 20 {
+                    // xorshift64
+                    state ^= state << 13;
+                    state ^= state >> 7;
+                    state ^= state << 17;
+                    block.extend(state.to_le_bytes());
+                }
+                file.write_all(&block)?;
+            }
+            file.set_len(bytes)?;
+        }
+        Ok(path)
+    }
+
+    /// An image that is one hole.
+    pub fn sparse(&self, bytes: u64) -> Result<PathBuf> {
+        let path = self.folder.path().join(format!("sparse-{bytes}"));
+        File::create(&path)?.set_len(bytes)?;
+        Ok(path)
+    }
+
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+}
+
+/// Runs a program to its success; returns what it wrote to standard output.
+pub fn output(command: &mut Command) -> Result<String> {
+    let output = run(command, LIMIT)?;
+    ensure!(
+        output.status.success(),
+        "{} ended with {}: {}",
+        command.get_program().to_string_lossy(),
+        output.status,
+        output.stderr.trim()
+    );
+    Ok(output.stdout)
+}
+
+/// Runs `demand-vmm` with these arguments and `--json`.
+pub fn vmm<S: AsRef<OsStr>>(arguments: &[S]) -> Result<Value> {
+    let text = output(Command::new(program("demand-vmm")?).args(arguments).arg("--json"))?;
+    Ok(serde_json::from_str(&text)?)
+}
+
+/// A bare loop, as `rust-vmm-ci/bench` has built it.
+pub fn baseline(name: &str) -> Result<PathBuf> {
+    let path = program("demand-vmm")?.with_file_name("baseline").join(name);
+    if !path.is_file() {
+        bail!("find {}: not there; rust-vmm-ci/bench builds it", path.display());
+    }
+    Ok(path)
+}
+
+/// A guest that touches all of its memory once.
+#[derive(Clone, Copy)]
+pub struct Guest<'a> {
+    pub backing: BackingKind,
+    pub mib_per_cpu: u64,
+    pub cpus: u64,
+    pub image: &'a Path,
+}
+
+impl Guest<'_> {
+    /// The words that tell `demand-vmm` so.
+    pub fn arguments(&self, engine: &str) -> Vec<String> {
+        let (backing, mib) = (self.backing, self.mib_per_cpu);
+        vec![
+            "bench".into(),
+            format!("--memory=size={mib}M,backing={backing}"),
+            format!("--cpus={}", self.cpus),
+            format!("--engine={engine}"),
+            format!("--source={}", self.image.display()),
+        ]
+    }
+
+    /// Nanoseconds (in the lab: instructions) a page of ours.
+    pub fn ours(&self, engine: &str) -> Result<f64> {
+        per_page(&vmm(&self.arguments(engine))?)
+    }
+
+    /// The same of a bare loop.
+    pub fn bare(&self, name: &str) -> Result<f64> {
+        let mut command = Command::new(baseline(name)?);
+        command.arg("-b").arg(bare_backing(self.backing));
+        command.arg("-m").arg(self.mib_per_cpu.to_string());
+        command.arg("-v").arg(self.cpus.to_string()).arg("-i").arg(self.image);
+        per_page(&serde_json::from_str(&output(&mut command)?)?)
+    }
+}
+
+/// The bare loops' name of a backing.
+pub fn bare_backing(backing: BackingKind) -> &'static str {
+    if backing == BackingKind::Shmem { "shmem" } else { "hugetlb" }
+}
+
+fn per_page(report: &Value) -> Result<f64> {
+    field(report, "ns_per_page")
+}
+
+/// A number of a report.
+pub fn field(report: &Value, name: &str) -> Result<f64> {
+    report[name].as_f64().with_context(|| format!("a report has no number {name}: {report}"))
+}
+
+/// The smallest of `rounds` measurements: what disturbs only adds.
+pub fn least(rounds: u32, mut measure: impl FnMut() -> Result<f64>) -> Result<f64> {
+    let mut least = f64::INFINITY;
+    for _ in 0..rounds {
+        least = least.min(measure()?);
+    }
+    Ok(least)
+}
+
+/// The value in the middle.
+pub fn median(values: &mut [f64]) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+}

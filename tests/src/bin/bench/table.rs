@@ -1,0 +1,210 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Figures, what they are compared with, and what follows from the comparison.
+
+use serde::{Deserialize, Serialize};
+
+/// What a figure must be to do.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Target {
+    /// At most so many times the reference.
+    RatioAtMost(f64),
+    /// At least so many times the reference.
+    RatioAtLeast(f64),
+    /// At most so much more than the reference.
+    AtMostMore(f64),
+    /// At most so much; the reference, if there is one, is for information.
+    AtMost(f64),
+}
+
+impl Target {
+    fn is_met(self, figure: f64, reference: Option<f64>) -> Option<bool> {
+        Some(match self {
+            Target::RatioAtMost(limit) => figure <= limit * reference?,
+            Target::RatioAtLeast(limit) => figure >= limit * reference?,
+            Target::AtMostMore(limit) => figure <= limit + reference?,
+            Target::AtMost(limit) => figure <= limit,
+        })
+    }
+
+    fn text(self) -> String {
+        match self {
+            Target::RatioAtMost(limit) => format!("<= x{limit:.2}"),
+            Target::RatioAtLeast(limit) => format!(">= x{limit:.2}"),
+            Target::AtMostMore(limit) => format!("<= +{limit:.0}"),
+            Target::AtMost(limit) => format!("<= {limit}"),
+        }
+    }
+}
+
+/// What is said of a row.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Verdict {
+    Met,
+    Missed,
+    /// There is no target: the row is there to explain others.
+    #[serde(rename = "-")]
+    None,
+    /// It could not be measured; `note` says why.
+    Unavailable,
+}
+
+impl Verdict {
+    const fn name(self) -> &'static str {
+        match self {
+            Verdict::Met => "met",
+            Verdict::Missed => "missed",
+            Verdict::None => "-",
+            Verdict::Unavailable => "unavailable",
+        }
+    }
+}
+
+/// One comparison.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Row {
+    /// `restore`, `lab`, `host` or `crates`.
+    pub part: String,
+    /// What was measured.
+    pub name: String,
+    /// In what.
+    pub unit: String,
+    /// The project's figure.
+    pub figure: Option<f64>,
+    /// What it is compared with.
+    pub reference_is: String,
+    /// Its figure.
+    pub reference: Option<f64>,
+    /// The one by the other.
+    pub ratio: Option<f64>,
+    /// What it must be, if there is a target.
+    pub target: Option<Target>,
+    /// What follows.
+    pub verdict: Verdict,
+    /// What one must know to read it.
+    pub note: String,
+}
+
+impl Row {
+    /// A figure without a reference.
+    pub fn new(part: &str, name: impl Into<String>, unit: &str, figure: f64) -> Self {
+        Row {
+            part: part.into(),
+            name: name.into(),
+            unit: unit.into(),
+            figure: Some(figure),
+            reference_is: String::new(),
+            reference: None,
+            ratio: None,
+            target: None,
+            verdict: Verdict::None,
+            note: String::new(),
+        }
+    }
+
+    /// What could not be measured, and why.
+    pub fn unavailable(part: &str, name: impl Into<String>, why: impl ToString) -> Self {
+        let why = why.to_string().split_whitespace().collect::<Vec<_>>().join(" ");
+        let row = Row::new(part, name, "", 0.0);
+        Row { figure: None, verdict: Verdict::Unavailable, note: why, ..row }
+    }
+
+    pub fn against(mut self, reference_is: &str, reference: f64) -> Self {
+        self.reference_is = reference_is.into();
+        self.reference = Some(reference);
+        self.ratio = self.figure.map(|figure| figure / reference).filter(|ratio| ratio.is_finite());
+        self.judged()
+    }
+
+    pub fn target(mut self, target: Target) -> Self {
+        self.target = Some(target);
+        self.judged()
+    }
+
+    pub fn note(mut self, note: &str) -> Self {
+        self.note = note.into();
+        self
+    }
+
+    fn judged(mut self) -> Self {
+        let met = self
+            .target
+            .zip(self.figure)
+            .and_then(|(target, figure)| target.is_met(figure, self.reference));
+        self.verdict = match met {
+            None => Verdict::None,
+            Some(true) => Verdict::Met,
+            Some(false) => Verdict::Missed,
+        };
+        self
+    }
+}
+
+/// A figure with three digits at least, and no more than say something.
+fn number(value: Option<f64>) -> String {
+    match value {
+        None => String::new(),
+        Some(value) if value.abs() >= 100.0 => format!("{value:.0}"),
+        Some(value) if value.abs() >= 1.0 => format!("{value:.2}"),
+        Some(value) => format!("{value:.4}"),
+    }
+}
+
+/// All rows, side by side, for people.
+pub fn print(rows: &[Row]) {
+    let width = rows.iter().map(|row| row.name.chars().count()).max().unwrap_or(0).max(6);
+    println!(
+        "{:<7} {:<width$} {:>10} {:>10} {:>6} {:>9} {:<11} unit; reference",
+        "part", "figure", "ours", "reference", "ratio", "target", "verdict"
+    );
+    for row in rows {
+        let ratio = row.ratio.map(|ratio| format!("{ratio:.2}")).unwrap_or_default();
+        let target = row.target.map(Target::text).unwrap_or_default();
+        let about = [&row.unit, &row.reference_is, &row.note]
+            .into_iter()
+            .filter(|text| !text.is_empty())
+            .map(String::as_str)
+            .collect::<Vec<_>>()
+            .join("; ");
+        println!(
+            "{:<7} {:<width$} {:>10} {:>10} {:>6} {:>9} {:<11} {about}",
+            row.part,
+            row.name,
+            number(row.figure),
+            number(row.reference),
+            ratio,
+            target,
+            row.verdict.name()
+        );
+    }
+    let count = |verdict| rows.iter().filter(|row| row.verdict == verdict).count();
+    println!(
+        "\n{} met, {} missed, {} unavailable",
+        count(Verdict::Met),
+        count(Verdict::Missed),
+        count(Verdict::Unavailable)
+    );
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_verdict_follows_from_the_numbers() {
+        let row = |figure| Row::new("lab", "x", "ns", figure);
+        let verdict = |figure: f64, target| row(figure).against("y", 100.0).target(target).verdict;
+        assert_eq!(verdict(115.0, Target::RatioAtMost(1.15)), Verdict::Met);
+        assert_eq!(verdict(116.0, Target::RatioAtMost(1.15)), Verdict::Missed);
+        assert_eq!(verdict(75.0, Target::RatioAtLeast(0.75)), Verdict::Met);
+        assert_eq!(verdict(74.0, Target::RatioAtLeast(0.75)), Verdict::Missed);
+        assert_eq!(verdict(600.0, Target::AtMostMore(500.0)), Verdict::Met);
+        assert_eq!(verdict(601.0, Target::AtMostMore(500.0)), Verdict::Missed);
+        assert_eq!(row(0.2).target(Target::AtMost(0.1)).verdict, Verdict::Missed);
+        // Without its reference nothing is said.
+        assert_eq!(row(1.0).target(Target::RatioAtMost(1.0)).verdict, Verdict::None);
+        // Not a number is not a success.
+        assert_eq!(verdict(f64::NAN, Target::RatioAtMost(1.0)), Verdict::Missed);
+    }
+}
