@@ -113,7 +113,7 @@ pub fn bench(options: &BenchOptions, started: Instant) -> Result<BenchReport, Er
     let memory = MemoryOption { size: all, backing, reserve };
     let machine =
         BenchMachine::new(&memory, options.engine, source.clone(), stats.clone(), retrier)?;
-    let control = Control::new(&machine.vm, options.access, &tables, MEMORY_ADDRESS + all)?;
+    let control = Control::new(&machine.vm, options.access, &tables)?;
     let made: Result<Vec<_>, _> =
         (0..options.cpus).map(|cpu| control.vcpu(&machine.kvm, &machine.vm, cpu)).collect();
     let outcomes = vcpus.run(&machine, made?)?;

@@ -85,21 +85,17 @@ pub fn written(index: usize, entries: usize) -> u32 {
 }
 
 impl Control {
-    /// Makes the control region: `tables` has, for each vCPU, the addresses that it touches, all
-    /// below `end`.
+    /// Makes the control region: `tables` has, for each vCPU, the addresses that it touches.
     ///
     /// # Errors
     ///
     /// One line, with the exit status that belongs to it.
-    pub fn new(
-        vm: &Arc<VmFd>,
-        access: Access,
-        tables: &[Vec<u64>],
-        end: u64,
-    ) -> Result<Self, Error> {
-        assert!(end <= ADDRESS_END);
+    pub fn new(vm: &Arc<VmFd>, access: Access, tables: &[Vec<u64>]) -> Result<Self, Error> {
         let entries = tables.first().map_or(0, Vec::len) as u64;
-        let gigabytes = end.div_ceil(1 << 30);
+        // No more than is touched: what is made here must not depend on the size of memory.
+        let last = tables.iter().flatten().max().copied().unwrap_or(0);
+        assert!(last < ADDRESS_END);
+        let gigabytes = (last >> 30) + 1;
         let tables_at = PDS + gigabytes * PAGE_SIZE;
         let len = (tables_at + tables.len() as u64 * entries * 8).next_multiple_of(PAGE_SIZE);
         let mapping = Mapping::anonymous(len)

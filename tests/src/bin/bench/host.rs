@@ -79,9 +79,9 @@ fn guest(image: &Path) -> Vec<Row> {
         let guest = Guest { backing: BackingKind::Shmem, mib_per_cpu: SIZE >> 20, cpus: 1, image };
         let (mut ours, mut bare, mut other) = (Vec::new(), Vec::new(), Vec::new());
         for _ in 0..3 {
-            ours.push(guest.ours("uffd")?);
-            bare.push(guest.bare("uffd")?);
-            other.push(guest.bare("other-process")?);
+            ours.push(guest.ours("uffd")?.per_page());
+            bare.push(guest.bare("uffd")?.per_page());
+            other.push(guest.bare("other-process")?.per_page());
         }
         let row = Row::new(PART, name, "ns/page", median(&mut ours));
         Ok(vec![

@@ -13,9 +13,8 @@ use crate::table::{Row, Target};
 
 const PART: &str = "lab";
 
-/// Memory of a measurement in all, in MiB. What a run costs once, such as the first use of each
-/// page of the program, is spread over its pages.
-const MIB: u64 = 64;
+/// Memory of the two runs in all, in MiB, from whose difference a page's cost follows.
+const MIB: (u64, u64) = (16, 48);
 
 const ENGINES: [&str; 3] = ["kvm-userfault", "uffd", "kvm-attributes"];
 const BACKINGS: [BackingKind; 2] = [BackingKind::Shmem, BackingKind::Hugetlb2M];
@@ -23,22 +22,30 @@ const BACKINGS: [BackingKind; 2] = [BackingKind::Shmem, BackingKind::Hugetlb2M];
 /// All rows of the lab, measured where this runs.
 pub fn rows() -> Result<Vec<Row>> {
     let images = Images::new()?;
-    let image = images.full(MIB << 20)?;
-    let guest = |backing, cpus| Guest { backing, mib_per_cpu: MIB / cpus, cpus, image: &image };
-    let mut rows = Vec::new();
+    let image = images.full(MIB.1 << 20)?;
+    let guest = |backing, cpus, mib| Guest { backing, mib_per_cpu: mib / cpus, cpus, image: &image };
+    let ours = |engine: &str, backing, cpus| -> Result<f64> {
+        let less = guest(backing, cpus, MIB.0).ours(engine)?;
+        Ok(guest(backing, cpus, MIB.1).ours(engine)?.per_further_page(less))
+    };
+    let bare = |name: &str, backing| -> Result<f64> {
+        let less = guest(backing, 1, MIB.0).bare(name)?;
+        Ok(guest(backing, 1, MIB.1).bare(name)?.per_further_page(less))
+    };
     let instructions = |name: String, figure| Row::new(PART, name, "instructions/page", figure);
 
-    let mut userfault_on_hugetlb = None;
+    let mut rows = Vec::new();
+    let mut by_userfault = Vec::new();
     for backing in BACKINGS {
         for engine in ENGINES {
             let name = format!("guest fault, {engine}, {backing}");
-            let bare = least(2, || guest(backing, 1).bare(engine))?;
-            match least(2, || guest(backing, 1).ours(engine)) {
+            eprintln!("  {name}");
+            match ours(engine, backing, 1) {
                 Ok(ours) => {
-                    if (engine, backing) == ("kvm-userfault", BackingKind::Hugetlb2M) {
-                        userfault_on_hugetlb = Some(ours);
+                    if engine == "kvm-userfault" {
+                        by_userfault.push((backing, ours));
                     }
-                    let row = instructions(name, ours).against("bare loop", bare);
+                    let row = instructions(name, ours).against("bare loop", bare(engine, backing)?);
                     rows.push(row.target(Target::AtMostMore(500.0)));
                 }
                 Err(error) => rows.push(Row::unavailable(PART, name, error)),
@@ -46,12 +53,13 @@ pub fn rows() -> Result<Vec<Row>> {
         }
     }
 
-    let other = least(2, || guest(BackingKind::Shmem, 1).bare("other-process"))?;
+    eprintln!("  handler in another process");
+    let other = bare("other-process", BackingKind::Shmem)?;
     let content = Content::measure()?;
-    if let Some(ours) = userfault_on_hugetlb {
+    if let Some((_, ours)) = by_userfault.iter().find(|(kind, _)| *kind != BackingKind::Shmem) {
         let name = "guest fault, kvm-userfault, hugetlb-2m, and copy and zeroing";
         rows.push(
-            instructions(name.into(), ours)
+            instructions(name.into(), *ours)
                 .against("handler in another process, 4K, and copy", other)
                 .note("a repeated string instruction counts once for each byte"),
         );
@@ -67,18 +75,13 @@ pub fn rows() -> Result<Vec<Row>> {
         );
     }
 
-    for backing in BACKINGS {
-        let one = least(2, || guest(backing, 1).ours("kvm-userfault"))?;
+    for (backing, one) in by_userfault {
         for cpus in [2, 8] {
-            let many = least(2, || guest(backing, cpus).ours("kvm-userfault"))?;
             let name = format!("kvm-userfault, {backing}, {cpus} vCPUs on disjoint pages");
-            let row = instructions(name, many).against("1 vCPU", one);
-            rows.push(row.target(Target::RatioAtMost(1.1)));
-        }
-    }
-    for backing in BACKINGS {
-        for cpus in [2, 8] {
-            rows.extend(calls(&images, &guest(backing, cpus))?);
+            eprintln!("  {name}");
+            let row = instructions(name, ours("kvm-userfault", backing, cpus)?);
+            rows.push(row.against("1 vCPU", one).target(Target::RatioAtMost(1.1)));
+            rows.extend(calls(&images, &guest(backing, cpus, 16))?);
         }
     }
     rows.extend(restore()?);
@@ -99,18 +102,12 @@ impl Content {
     }
 }
 
-/// The system calls of a run, counted by strace.
+/// The system calls of faults, counted by strace. Those of a run in which each vCPU touches one
+/// page are subtracted: what is left is no set-up.
 fn calls(images: &Images, guest: &Guest<'_>) -> Result<Vec<Row>> {
-    let log = images.folder().join("strace");
-    let mut strace = Command::new("strace");
-    strace.args(["-f", "-qq", "-e", "trace=ioctl,futex", "-o"]).arg(&log);
-    strace.arg(program("demand-vmm")?).args(guest.arguments("kvm-userfault")).arg("--json");
-    let report = serde_json::from_str(&output(&mut strace).context("trace a run")?)?;
-    let faults = field(&report, "faults")?;
-    let log = fs::read_to_string(&log)?;
-    // Each call is begun on one line; "<... ioctl resumed>" is another's end.
-    let count = |what: &str| log.lines().filter(|line| line.contains(what)).count() as f64;
-    let ioctls = count(" ioctl(") - count(", KVM_RUN");
+    let all = Calls::count(images, guest, &[])?;
+    let few = Calls::count(images, guest, &["--pages=1"])?;
+    let faults = all.faults - few.faults;
     let (backing, cpus) = (guest.backing, guest.cpus);
     // On shared memory the page is mapped for KVM's own accesses before it is published.
     let mapping = if backing == BackingKind::Shmem { 1.0 } else { 0.0 };
@@ -118,16 +115,41 @@ fn calls(images: &Images, guest: &Guest<'_>) -> Result<Vec<Row>> {
         let name = format!("{name} a fault, {backing}, {cpus} vCPUs");
         Row::new(PART, name, "calls/fault", calls / faults)
             .target(Target::AtMost(limit))
-            .note(&format!("{calls:.0} calls, set-up included, for {faults:.0} faults"))
+            .note(&format!("{calls:.0} more calls for {faults:.0} more faults"))
     };
     Ok(vec![
-        row("futex", count(" futex("), 0.01),
-        row("ioctls but KVM_RUN", ioctls, mapping + 0.01),
+        row("futex", all.futexes - few.futexes, 0.01),
+        row("ioctls but KVM_RUN", all.ioctls - few.ioctls, mapping + 0.01),
     ])
+}
+
+/// What strace has counted.
+struct Calls {
+    futexes: f64,
+    /// `KVM_RUN` excepted.
+    ioctls: f64,
+    faults: f64,
+}
+
+impl Calls {
+    fn count(images: &Images, guest: &Guest<'_>, more: &[&str]) -> Result<Self> {
+        let log = images.folder().join("strace");
+        let mut strace = Command::new("strace");
+        strace.args(["-f", "-qq", "-e", "trace=ioctl,futex", "-o"]).arg(&log);
+        strace.arg(program("demand-vmm")?).args(guest.arguments("kvm-userfault"));
+        let report = output(strace.args(more).arg("--json")).context("trace a run")?;
+        let faults = field(&serde_json::from_str(&report)?, "faults")?;
+        let log = fs::read_to_string(&log)?;
+        // Each call is begun on one line; "<... ioctl resumed>" is its end on another.
+        let count = |what: &str| log.lines().filter(|line| line.contains(what)).count() as f64;
+        let ioctls = count(" ioctl(") - count(", KVM_RUN");
+        Ok(Calls { futexes: count(" futex("), ioctls, faults })
+    }
 }
 
 /// From the start of the process to the first instruction, for much memory and little.
 fn restore() -> Result<Vec<Row>> {
+    eprintln!("  first instruction");
     let images = Images::new()?;
     let image = images.sparse(64 << 30)?;
     let mut rows = Vec::new();

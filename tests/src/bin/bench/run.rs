@@ -114,28 +114,47 @@ impl Guest<'_> {
         ]
     }
 
-    /// Nanoseconds (in the lab: instructions) a page of ours.
-    pub fn ours(&self, engine: &str) -> Result<f64> {
-        per_page(&vmm(&self.arguments(engine))?)
+    /// What our engine takes.
+    pub fn ours(&self, engine: &str) -> Result<Time> {
+        Time::of(&vmm(&self.arguments(engine))?)
     }
 
     /// The same of a bare loop.
-    pub fn bare(&self, name: &str) -> Result<f64> {
+    pub fn bare(&self, name: &str) -> Result<Time> {
         let mut command = Command::new(baseline(name)?);
         command.arg("-b").arg(bare_backing(self.backing));
         command.arg("-m").arg(self.mib_per_cpu.to_string());
         command.arg("-v").arg(self.cpus.to_string()).arg("-i").arg(self.image);
-        per_page(&serde_json::from_str(&output(&mut command)?)?)
+        Time::of(&serde_json::from_str(&output(&mut command)?)?)
+    }
+}
+
+/// How long a guest took, in nanoseconds (in the lab: instructions), for how many pages.
+#[derive(Clone, Copy)]
+pub struct Time {
+    time: f64,
+    pages: f64,
+}
+
+impl Time {
+    fn of(report: &Value) -> Result<Self> {
+        Ok(Time { time: field(report, "time_ns")?, pages: field(report, "pages")? })
+    }
+
+    pub fn per_page(self) -> f64 {
+        self.time / self.pages
+    }
+
+    /// What each page costs that this has more than `less`. What a run costs once, such as the
+    /// first use of each page of the program, is in neither.
+    pub fn per_further_page(self, less: Time) -> f64 {
+        (self.time - less.time) / (self.pages - less.pages)
     }
 }
 
 /// The bare loops' name of a backing.
 pub fn bare_backing(backing: BackingKind) -> &'static str {
     if backing == BackingKind::Shmem { "shmem" } else { "hugetlb" }
-}
-
-fn per_page(report: &Value) -> Result<f64> {
-    field(report, "ns_per_page")
 }
 
 /// A number of a report.
