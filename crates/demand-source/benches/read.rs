@@ -1,0 +1,47 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The read path of a local file: asking what is there, and reading it.
+#![allow(missing_docs)] // criterion's macros make public items.
+
+use std::os::unix::fs::FileExt;
+use std::time::Duration;
+
+use criterion::{Criterion, criterion_group, criterion_main};
+use demand_source::{Destination, LocalFile, PageSource};
+
+const SIZE: u64 = 16 << 20;
+
+fn read(criterion: &mut Criterion) {
+    let image = tempfile::NamedTempFile::new().unwrap();
+    image.as_file().write_all_at(&vec![7; SIZE as usize], 0).unwrap();
+    let source = LocalFile::open(image.path()).unwrap();
+    let mut at = 0;
+    let mut next = move |len: u64| {
+        at = (at + len) % SIZE;
+        at
+    };
+    criterion.bench_function("demand-source: extent", |b| {
+        b.iter(|| source.extent(next(4096)).unwrap());
+    });
+    for len in [4096, 2 << 20] {
+        let mut bytes = vec![0; len as usize];
+        criterion.bench_function(&format!("demand-source: read {len} bytes"), |b| {
+            b.iter(|| {
+                let mut destination = Destination::from(&mut bytes[..]);
+                source.read_now(next(len), &mut destination).unwrap().unwrap();
+            });
+        });
+        criterion.bench_function(&format!("demand-source: bare pread of {len} bytes"), |b| {
+            b.iter(|| image.as_file().read_exact_at(&mut bytes, next(len)).unwrap());
+        });
+    }
+}
+
+criterion_group! {
+    name = benches;
+    config = Criterion::default()
+        .sample_size(10)
+        .warm_up_time(Duration::from_millis(200))
+        .measurement_time(Duration::from_millis(800));
+    targets = read
+}
+criterion_main!(benches);
