@@ -23,7 +23,8 @@ const BACKINGS: [BackingKind; 2] = [BackingKind::Shmem, BackingKind::Hugetlb2M];
 pub fn rows() -> Result<Vec<Row>> {
     let images = Images::new()?;
     let image = images.full(MIB.1 << 20)?;
-    let guest = |backing, cpus, mib| Guest { backing, mib_per_cpu: mib / cpus, cpus, image: &image };
+    let guest =
+        |backing, cpus, mib| Guest { backing, mib_per_cpu: mib / cpus, cpus, image: &image };
     let ours = |engine: &str, backing, cpus| -> Result<f64> {
         let less = guest(backing, cpus, MIB.0).ours(engine)?;
         Ok(guest(backing, cpus, MIB.1).ours(engine)?.per_further_page(less))

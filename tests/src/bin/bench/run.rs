@@ -23,7 +23,8 @@ pub struct Images {
 impl Images {
     pub fn new() -> Result<Self> {
         // Neither a disk nor the lab's link to the host takes part in what is measured.
-        let place = ["/dev/shm", "/run", "/tmp"].into_iter().find(|place| Path::new(place).is_dir());
+        let place =
+            ["/dev/shm", "/run", "/tmp"].into_iter().find(|place| Path::new(place).is_dir());
         let folder = tempfile::Builder::new()
             .prefix("demand-paging-bench-")
             .tempdir_in(place.context("find a folder for images")?)?;
