@@ -117,6 +117,7 @@ pub fn bench(options: &BenchOptions, started: Instant) -> Result<BenchReport, Er
     let made: Result<Vec<_>, _> =
         (0..options.cpus).map(|cpu| control.vcpu(&machine.kvm, &machine.vm, cpu)).collect();
     let outcomes = vcpus.run(&machine, made?)?;
+    machine.stop_service();
     let (guest, kvm_internal) = (stats.path(Path::Guest), stats.path(Path::KvmInternal));
     let source_reads = stats.source();
 

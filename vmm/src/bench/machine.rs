@@ -31,7 +31,7 @@ pub struct BenchMachine {
     pub(super) vm: Arc<VmFd>,
     pub(super) kvm: Kvm,
     pub(super) memory: DemandMemory,
-    _service: FaultService,
+    service: FaultService,
 }
 
 impl BenchMachine {
@@ -75,7 +75,7 @@ impl BenchMachine {
         })?);
         let slot = DemandSlot::new(vm.clone(), MEMORY_SLOT, start, guest, pager, engine)
             .map_err(Error::host)?;
-        Ok(BenchMachine { slot, vm, kvm, memory, _service: service })
+        Ok(BenchMachine { slot, vm, kvm, memory, service })
     }
 
     pub fn engine(&self) -> Engine {
@@ -84,6 +84,12 @@ impl BenchMachine {
 
     pub fn pager(&self) -> &Arc<Pager> {
         self.slot.pager()
+    }
+
+    /// Ends the threads that serve faults. All of them are counted then: the last one is counted
+    /// after the guest goes on.
+    pub fn stop_service(&self) {
+        self.service.stop();
     }
 
     pub fn fault_handler(&self) -> Result<FaultHandler, Error> {
