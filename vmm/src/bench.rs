@@ -20,7 +20,7 @@ use demand_source::{Destination, PageSource};
 use test_guest::plan::Order;
 use vm_memory::{Bytes, GuestAddress};
 
-use self::guest::{Control, MEMORY_ADDRESS};
+use self::guest::{ADDRESS_END, Control, MEMORY_ADDRESS};
 use self::machine::{BenchMachine, Vcpus};
 use crate::error::Error;
 use crate::options::MemoryOption;
@@ -92,8 +92,14 @@ pub fn bench(options: &BenchOptions, started: Instant) -> Result<BenchReport, Er
             size / PAGE_SIZE
         )));
     }
-    let all = size.checked_mul(options.cpus.into()).ok_or_else(|| {
-        Error::usage(format!("bench: {} times {size} bytes is too much memory", options.cpus))
+    // Before the tables are made: they are as long as memory is large.
+    let most = ADDRESS_END - MEMORY_ADDRESS;
+    let all = size.checked_mul(options.cpus.into()).filter(|all| *all <= most).ok_or_else(|| {
+        Error::usage(format!(
+            "bench: {} times {size} bytes of memory are more than the {most} that the guest can \
+             address; ask for less with --memory or --cpus",
+            options.cpus
+        ))
     })?;
     let tables: Vec<Vec<u64>> = (0..options.cpus)
         .map(|cpu| {

@@ -16,7 +16,7 @@ use demand_uffd::{DEFAULT_THREADS, FaultService};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use vm_memory::GuestAddress;
 
-use super::guest::{ADDRESS_END, MEMORY_ADDRESS, PORT_READY};
+use super::guest::{MEMORY_ADDRESS, PORT_READY};
 use crate::error::Error;
 use crate::machine::{arm_guest, backing_error, pager_error};
 use crate::options::MemoryOption;
@@ -43,14 +43,6 @@ impl BenchMachine {
         stats: Arc<Stats>,
         retrier: Arc<Retrier>,
     ) -> Result<Self, Error> {
-        if memory.size > ADDRESS_END - MEMORY_ADDRESS {
-            return Err(Error::usage(format!(
-                "bench: {} bytes of memory in all are more than the {} that the guest can \
-                 address; ask for less with --memory or --cpus",
-                memory.size,
-                ADDRESS_END - MEMORY_ADDRESS
-            )));
-        }
         let engine = resolve(engine, &demand_kvm::probe()).map_err(Error::host)?;
         let kvm = open_kvm().map_err(Error::host)?;
         let backing = MemfdBacking::new(memory.backing, memory.size, memory.reserve)
