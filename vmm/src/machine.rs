@@ -6,11 +6,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use demand_kvm::{DemandSlot, Engine, EngineChoice, FaultHandler, MsrTrap, open_kvm, resolve};
 use demand_memory::{
-    BackingKind, DemandMemory, DemandRegion, Mapping, MemfdBacking, Pager, Path, RegionConfig,
-    Retrier, Stats, transparent_huge_pages_of_shmem,
+    DemandMemory, DemandRegion, MemfdBacking, Pager, RegionConfig, Retrier, Stats,
+    transparent_huge_pages_of_shmem,
 };
 use demand_source::LocalFile;
-use demand_uffd::{ArmedMapping, DEFAULT_THREADS, FaultService, Features, Userfaultfd};
+use demand_uffd::{ArmGuestError, DEFAULT_THREADS, FaultService};
 use kvm_ioctls::{Kvm, VmFd};
 
 use crate::error::Error;
@@ -92,19 +92,15 @@ impl Machine {
         let memory = DemandMemory::new(demand_regions).map_err(Error::failed)?;
 
         let service = Arc::new(FaultService::start(DEFAULT_THREADS).map_err(Error::host)?);
-        let mut guest = Vec::new();
-        for pager in memory.pagers() {
-            let mapping = pager.backing().map().map_err(backing_error)?;
-            guest.push((pager.clone(), Arc::new(mapping)));
-        }
-        arm_guest(&service, &guest, engine)?;
+        let guest = service.arm_guest(memory.pagers(), engine.vcpu_trap()).map_err(arm_error)?;
 
         let vm = Arc::new(engine.create_vm(&kvm).map_err(Error::host)?);
         let msr_trap = MsrTrap::new(&vm)
             .inspect_err(|error| log::warn!("{error}; the guest must not set up KVM's clock"))
             .ok();
-        let slots = (0..).zip(regions).zip(guest).map(|((number, region), (pager, mapping))| {
-            DemandSlot::new(vm.clone(), number, region.start, mapping, pager, engine)
+        let guest = guest.into_iter().zip(memory.pagers());
+        let slots = (0..).zip(regions).zip(guest).map(|((number, region), (mapping, pager))| {
+            DemandSlot::new(vm.clone(), number, region.start, mapping, pager.clone(), engine)
         });
         let slots = slots.collect::<Result<Vec<_>, _>>().map_err(Error::host)?;
         Ok(Machine { slots, msr_trap, vm, kvm, engine, memory, service })
@@ -191,32 +187,11 @@ impl Machine {
     }
 }
 
-/// Arms the guest's mappings on one userfaultfd, as the backing and the engine need it.
-pub(crate) fn arm_guest(
-    service: &FaultService,
-    guest: &[(Arc<Pager>, Arc<Mapping>)],
-    engine: Engine,
-) -> Result<(), Error> {
-    let uffd = Arc::new(Userfaultfd::open(Features::GUEST_MEMORY).map_err(Error::host)?);
-    // Under KVM Userfault the vCPUs leave the guest before they look at the mapping: who still
-    // gets there is KVM itself.
-    let path = match engine {
-        Engine::Uffd => Path::Guest,
-        _ => Path::KvmInternal,
-    };
-    let mut all = Vec::new();
-    for (pager, mapping) in guest {
-        let by_unit = pager.backing().kind() != BackingKind::Shmem && engine != Engine::Uffd;
-        let armed = if by_unit {
-            ArmedMapping::own_missing_units(&uffd, mapping.clone(), pager, path)
-        } else {
-            ArmedMapping::own(&uffd, mapping.clone(), pager, path)
-        }
-        .map_err(Error::host)?;
-        pager.set_guest_trap(armed.clone());
-        all.push(armed);
+pub(crate) fn arm_error(error: ArmGuestError) -> Error {
+    match error {
+        ArmGuestError::Map(error) => backing_error(error),
+        _ => Error::host(error),
     }
-    service.serve(&all).map_err(Error::host)
 }
 
 pub(crate) fn backing_error(error: demand_memory::BackingError) -> Error {

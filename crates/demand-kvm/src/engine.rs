@@ -4,6 +4,7 @@
 use std::fmt;
 use std::str::FromStr;
 
+use demand_memory::VcpuTrap;
 use kvm_ioctls::{Kvm, VmFd};
 use serde::{Deserialize, Serialize};
 
@@ -58,6 +59,15 @@ impl Engine {
             Engine::KvmUserfault => "a memslot with KVM_MEM_USERFAULT",
             Engine::Uffd => "a memslot",
             Engine::KvmAttributes => "private pages in a VM of type KVM_X86_SW_PROTECTED_VM",
+        }
+    }
+
+    /// Who keeps vCPUs from missing pages: KVM, or the guest's mapping, which has to be armed
+    /// accordingly before the slot is made.
+    pub const fn vcpu_trap(self) -> VcpuTrap {
+        match self {
+            Engine::KvmUserfault | Engine::KvmAttributes => VcpuTrap::Hypervisor,
+            Engine::Uffd => VcpuTrap::Mapping,
         }
     }
 

@@ -42,5 +42,5 @@ pub use self::{
     region::{DemandRegion, RegionConfig},
     retry::{Failure, Retrier, RetryPolicy},
     stats::{LatencyMicros, Path, PathReport, SourceReport, Stats, TimelineEvent},
-    trap::Trap,
+    trap::{Trap, VcpuTrap},
 };

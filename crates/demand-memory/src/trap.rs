@@ -5,6 +5,17 @@ use std::io;
 
 use crate::PageRange;
 
+/// Who keeps a guest's vCPUs from pages that have not arrived. The guest's mapping is armed
+/// accordingly, before anybody touches it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum VcpuTrap {
+    /// The guest's mapping: a vCPU that touches a missing page waits at it.
+    Mapping,
+    /// The hypervisor, page by page, before it looks at the mapping. Who still gets there is the
+    /// hypervisor itself, with accesses of its own.
+    Hypervisor,
+}
+
 /// An armed mapping of a region: whoever touches a page of it that is not mapped there waits.
 ///
 /// It is how the fault paths meet without knowing each other: the userfaultfd side implements it

@@ -5,6 +5,7 @@ mod armed;
 mod error;
 mod event;
 mod flags;
+mod guest;
 mod probe;
 mod service;
 mod userfaultfd;
@@ -15,6 +16,7 @@ pub use self::{
     error::{Cause, OpenError, RangeError, ServiceError},
     event::Event,
     flags::{Features, Modes},
+    guest::ArmGuestError,
     probe::{Answer, Probe, probe},
     service::{DEFAULT_THREADS, FaultService},
     userfaultfd::Userfaultfd,
