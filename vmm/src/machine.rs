@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A virtual machine on demand-paged memory: the five crates, put together.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use demand_kvm::{DemandSlot, Engine, EngineChoice, FaultHandler, MsrTrap, open_kvm, resolve};
 use demand_memory::{
@@ -144,18 +143,7 @@ impl Machine {
     /// Calls `callback` when the last page of all regions is present: at once if it is, else on
     /// the thread that publishes it. The callback must not wait.
     pub fn on_complete(&self, callback: impl FnOnce() + Send + 'static) {
-        let left = AtomicUsize::new(self.slots.len());
-        let shared = Arc::new((left, Mutex::new(Some(callback))));
-        for pager in self.pagers() {
-            let shared = shared.clone();
-            pager.on_complete(move || {
-                let (left, callback) = &*shared;
-                if left.fetch_sub(1, Ordering::AcqRel) == 1 {
-                    let callback = callback.lock().unwrap_or_else(PoisonError::into_inner).take();
-                    callback.into_iter().for_each(|callback| callback());
-                }
-            });
-        }
+        self.memory.on_complete(callback);
     }
 
     /// Who answers faults, also those of back-ends.

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The regions of a guest, together.
 
-use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{
@@ -75,6 +76,25 @@ impl<B: Bitmap> DemandMemory<B> {
     /// The regions' pagers, by guest address.
     pub fn pagers(&self) -> impl Iterator<Item = &Arc<Pager>> {
         self.regions.iter().map(DemandRegion::pager)
+    }
+
+    /// Calls `callback` when the last page of all regions is present: at once if it is, else on
+    /// the thread that publishes it. The callback must not wait; what is to follow (end post-copy,
+    /// [`release`](crate::Trap::release) the traps, make the slots like any other) waits, and is
+    /// for a thread that serves no faults.
+    pub fn on_complete(&self, callback: impl FnOnce() + Send + 'static) {
+        let left = AtomicUsize::new(self.num_regions());
+        let shared = Arc::new((left, Mutex::new(Some(callback))));
+        for pager in self.pagers() {
+            let shared = shared.clone();
+            pager.on_complete(move || {
+                let (left, callback) = &*shared;
+                if left.fetch_sub(1, Ordering::AcqRel) == 1 {
+                    let callback = callback.lock().unwrap_or_else(PoisonError::into_inner).take();
+                    callback.into_iter().for_each(|callback| callback());
+                }
+            });
+        }
     }
 
     /// Ends all waiting for pages: the VM is going away.

@@ -408,6 +408,29 @@ fn the_end_is_told_once() {
 }
 
 #[test]
+fn the_end_of_all_regions_is_told_once() {
+    let file = image();
+    let source: Arc<dyn PageSource> = Arc::new(LocalFile::open(file.path()).unwrap());
+    let far = RegionConfig { start: GuestAddress(1 << 32), ..config(source.clone()) };
+    let regions = [config(source), far].map(|config| DemandRegion::new(config, ()).unwrap());
+    let memory = DemandMemory::new(regions.into()).unwrap();
+    let told = Arc::new(AtomicUsize::new(0));
+    let tell = || {
+        let count = told.clone();
+        memory.on_complete(move || {
+            count.fetch_add(1, Ordering::Relaxed);
+        });
+    };
+    tell();
+    for (region, told_then) in memory.iter().zip([0, 1]) {
+        check(region, 0..PAGES);
+        assert_eq!(told.load(Ordering::Relaxed), told_then);
+    }
+    tell();
+    assert_eq!(told.load(Ordering::Relaxed), 2, "at once if it is complete");
+}
+
+#[test]
 fn a_virtqueue_works_on_missing_memory() {
     use virtio_queue::desc::{RawDescriptor, split::Descriptor};
     use virtio_queue::{Queue, QueueOwnedT, QueueT};
