@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use demand_kvm::{Engine, EngineChoice, PlainSlot, Virtualization};
 use demand_memory::{BackingKind, PAGE_SIZE, Path, Retrier, RetryPolicy, Stats};
+use demand_source::LocalFile;
 use demand_tests::cannot_run;
 use demand_tests::host::{free_units, skip};
 use demand_vmm::machine::{Machine, MachineConfig};
@@ -71,7 +72,7 @@ impl Guest {
         let machine = Machine::new(MachineConfig {
             memory: &MemoryOption { size: SIZE, backing, reserve: true, thp: false },
             engine: EngineChoice::Only(engine),
-            source: &image,
+            source: Arc::new(LocalFile::open(&image).unwrap()),
             stats: stats.clone(),
             retrier: Retrier::new(RetryPolicy::default(), |_| {}),
         })

@@ -7,6 +7,7 @@ use std::sync::{Arc, mpsc};
 
 use demand_kvm::{Engine, EngineChoice};
 use demand_memory::{BackingKind, Fill, FillRate, Retrier, RetryPolicy, Stats};
+use demand_source::LocalFile;
 use demand_tests::cannot_run;
 use demand_tests::host::{free_units, huge_pages, skip};
 use demand_tests::scenario::Scenario;
@@ -128,7 +129,7 @@ fn fill(engine: EngineChoice, backing: BackingKind) {
         MachineConfig {
             memory: &memory,
             engine,
-            source: image.path(),
+            source: Arc::new(LocalFile::open(image.path()).unwrap()),
             stats: Arc::new(Stats::new()),
             retrier: Retrier::new(RetryPolicy::default(), |failure| panic!("{}", failure.error)),
         },

@@ -6,9 +6,9 @@
 //! has seen is compared with what the source holds, so a figure is never that of a wrong answer.
 
 mod guest;
-mod machine;
 mod report;
 mod source;
+mod vcpus;
 
 use std::str::FromStr;
 use std::sync::Arc;
@@ -21,9 +21,11 @@ use test_guest::plan::Order;
 use vm_memory::{Bytes, GuestAddress};
 
 use self::guest::{ADDRESS_END, Control, MEMORY_ADDRESS};
-use self::machine::{BenchMachine, Vcpus};
+use self::vcpus::Vcpus;
 use crate::error::Error;
+use crate::machine::{Machine, MachineConfig};
 use crate::options::MemoryOption;
+use crate::placement::Placement;
 
 pub use self::report::BenchReport;
 pub use self::source::SourceOption;
@@ -83,7 +85,7 @@ pub struct BenchOptions {
 /// One line, with the exit status that belongs to it. A guest that has seen anything but what the
 /// source holds is one.
 pub fn bench(options: &BenchOptions, started: Instant) -> Result<BenchReport, Error> {
-    let MemoryOption { size, backing, reserve } = options.memory;
+    let MemoryOption { size, backing, reserve, thp } = options.memory;
     let pages = options.pages.unwrap_or(size / PAGE_SIZE);
     if pages == 0 || pages > size / PAGE_SIZE {
         return Err(Error::usage(format!(
@@ -116,14 +118,22 @@ pub fn bench(options: &BenchOptions, started: Instant) -> Result<BenchReport, Er
     let retrier = Retrier::new(policy, move |failure| complaint.send(failure.error.to_string()));
     let stats = Arc::new(Stats::new());
     let source = options.source.open(all)?;
-    let memory = MemoryOption { size: all, backing, reserve };
-    let machine =
-        BenchMachine::new(&memory, options.engine, source.clone(), stats.clone(), retrier)?;
-    let control = Control::new(&machine.vm, options.access, &tables)?;
+    let config = MachineConfig {
+        memory: &MemoryOption { size: all, backing, reserve, thp },
+        engine: options.engine,
+        source: source.clone(),
+        stats: stats.clone(),
+        retrier,
+    };
+    let region = Placement { start: GuestAddress(MEMORY_ADDRESS), size: all, image_offset: 0 };
+    let machine = Machine::with_regions(config, &[region])?;
+    let control = Control::new(machine.vm(), options.access, &tables)?;
     let made: Result<Vec<_>, _> =
-        (0..options.cpus).map(|cpu| control.vcpu(&machine.kvm, &machine.vm, cpu)).collect();
+        (0..options.cpus).map(|cpu| control.vcpu(machine.kvm(), machine.vm(), cpu)).collect();
     let outcomes = vcpus.run(&machine, made?)?;
-    machine.stop_service();
+    // All faults are counted once the threads that serve them have ended: the last one is
+    // counted after the guest goes on.
+    machine.service().stop();
     let (guest, kvm_internal) = (stats.path(Path::Guest), stats.path(Path::KvmInternal));
     let source_reads = stats.source();
 
@@ -171,7 +181,7 @@ fn verify(
     table: &[u64],
     seen: u32,
     source: &dyn PageSource,
-    machine: &BenchMachine,
+    machine: &Machine,
 ) -> Result<(), Error> {
     let mut hash = 0;
     let (mut expected, mut found) = (vec![0u8; PAGE_SIZE as usize], vec![0u8; PAGE_SIZE as usize]);
@@ -189,7 +199,7 @@ fn verify(
                 word.copy_from_slice(&guest::written(index, table.len()).to_le_bytes());
             }
         }
-        machine.memory.read_slice(&mut found, GuestAddress(page)).map_err(Error::failed)?;
+        machine.memory().read_slice(&mut found, GuestAddress(page)).map_err(Error::failed)?;
         if let Some(at) = expected.iter().zip(&found).position(|(a, b)| a != b) {
             return Err(Error::failed(format!(
                 "bench: memory is wrong: vCPU {cpu}, expected {:#04x} at guest address {:#x} and \

@@ -8,7 +8,7 @@ use demand_memory::{
     DemandMemory, DemandRegion, MemfdBacking, Pager, RegionConfig, Retrier, Stats,
     transparent_huge_pages_of_shmem,
 };
-use demand_source::LocalFile;
+use demand_source::PageSource;
 use demand_uffd::{ArmGuestError, DEFAULT_THREADS, FaultService};
 use kvm_ioctls::{Kvm, VmFd};
 
@@ -22,8 +22,8 @@ pub struct MachineConfig<'a> {
     pub memory: &'a MemoryOption,
     /// How vCPU accesses to missing pages are trapped.
     pub engine: EngineChoice,
-    /// The image that the memory's pages come from.
-    pub source: &'a std::path::Path,
+    /// Where the memory's pages come from.
+    pub source: Arc<dyn PageSource>,
     /// Counts what happens.
     pub stats: Arc<Stats>,
     /// Tries failed fetches again.
@@ -64,7 +64,8 @@ impl Machine {
     pub fn with_regions(config: MachineConfig<'_>, regions: &[Placement]) -> Result<Self, Error> {
         let MachineConfig { memory: option, engine, source, stats, retrier } = config;
         check_reach(regions)?;
-        let engine = resolve(engine, &demand_kvm::probe()).map_err(Error::host)?;
+        let probe = demand_kvm::probe();
+        let engine = resolve(engine, &probe).map_err(Error::host)?;
         let kvm = open_kvm().map_err(Error::host)?;
 
         if option.thp
@@ -72,7 +73,6 @@ impl Machine {
         {
             log::warn!("transparent huge pages for guest memory: there will be none: {why}");
         }
-        let source = Arc::new(LocalFile::open(source).map_err(Error::failed)?);
         let mut demand_regions = Vec::new();
         for &Placement { start, size, image_offset } in regions {
             let backing = MemfdBacking::new(option.backing, size, option.reserve)
@@ -101,7 +101,10 @@ impl Machine {
         let slots = (0..).zip(regions).zip(guest).map(|((number, region), (mapping, pager))| {
             DemandSlot::new(vm.clone(), number, region.start, mapping, pager.clone(), engine)
         });
-        let slots = slots.collect::<Result<Vec<_>, _>>().map_err(Error::host)?;
+        let mut slots = slots.collect::<Result<Vec<_>, _>>().map_err(Error::host)?;
+        if let Ok(known) = &probe.kvm {
+            slots = slots.into_iter().map(|slot| slot.with_features(known)).collect();
+        }
         Ok(Machine { slots, msr_trap, vm, kvm, engine, memory, service })
     }
 
@@ -175,21 +178,21 @@ impl Machine {
     }
 }
 
-pub(crate) fn arm_error(error: ArmGuestError) -> Error {
+fn arm_error(error: ArmGuestError) -> Error {
     match error {
         ArmGuestError::Map(error) => backing_error(error),
         _ => Error::host(error),
     }
 }
 
-pub(crate) fn backing_error(error: demand_memory::BackingError) -> Error {
+fn backing_error(error: demand_memory::BackingError) -> Error {
     match error {
         demand_memory::BackingError::Size { .. } => Error::usage(error),
         _ => Error::host(error),
     }
 }
 
-pub(crate) fn pager_error(error: demand_memory::PagerError) -> Error {
+fn pager_error(error: demand_memory::PagerError) -> Error {
     match error {
         demand_memory::PagerError::Backing(error) => backing_error(error),
         demand_memory::PagerError::Bitmap { .. } => Error::host(error),

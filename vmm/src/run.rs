@@ -18,6 +18,7 @@ use demand_memory::{
     DemandMemory, Fill, FillRate, PAGE_SIZE, PageRange, Path, PathReport, Retrier, RetryPolicy,
     Stats, Waiter,
 };
+use demand_source::LocalFile;
 use test_guest::guest_layout::ControlMemory;
 use test_guest::plan::{DiskParams, Plan, PlanParams, run_vmm_actor};
 use vm_memory::{Bytes, GuestAddress};
@@ -186,7 +187,7 @@ fn run_parts(
     let machine = Arc::new(Machine::new(MachineConfig {
         memory: &options.memory,
         engine: options.engine,
-        source: &options.source,
+        source: Arc::new(LocalFile::open(&options.source).map_err(Error::failed)?),
         stats: stats.clone(),
         retrier: retrier(options.source_limit, interrupt.clone()),
     })?);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The machine that is measured: memory, slot and traps as a real one has them, vCPUs on threads.
+//! The vCPUs of the machine that is measured: they start together, and tell what each took.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -7,87 +7,13 @@ use std::sync::{Arc, OnceLock};
 use std::thread::{self, JoinHandle};
 use std::time::Instant;
 
-use demand_kvm::{DemandSlot, Engine, EngineChoice, FaultHandler, VcpuKick, open_kvm, resolve};
-use demand_memory::{
-    DemandMemory, DemandRegion, MemfdBacking, Pager, RegionConfig, Retrier, Stats,
-};
-use demand_source::PageSource;
-use demand_uffd::{DEFAULT_THREADS, FaultService};
-use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
-use vm_memory::GuestAddress;
+use demand_kvm::{FaultHandler, VcpuKick};
+use demand_memory::DemandMemory;
+use kvm_ioctls::{VcpuExit, VcpuFd};
 
-use super::guest::{MEMORY_ADDRESS, PORT_READY};
+use super::guest::PORT_READY;
 use crate::error::Error;
-use crate::machine::{arm_guest, backing_error, pager_error};
-use crate::options::MemoryOption;
-
-/// Memslot of the demand-paged memory.
-const MEMORY_SLOT: u32 = 0;
-
-/// A machine without vCPUs.
-pub struct BenchMachine {
-    // Fields are dropped in this order: the guest's slot before the traps under it.
-    slot: DemandSlot,
-    pub(super) vm: Arc<VmFd>,
-    pub(super) kvm: Kvm,
-    pub(super) memory: DemandMemory,
-    service: FaultService,
-}
-
-impl BenchMachine {
-    /// Makes a machine with `memory`. Nothing here depends on the size of the memory.
-    pub fn new(
-        memory: &MemoryOption,
-        engine: EngineChoice,
-        source: Arc<dyn PageSource>,
-        stats: Arc<Stats>,
-        retrier: Arc<Retrier>,
-    ) -> Result<Self, Error> {
-        let engine = resolve(engine, &demand_kvm::probe()).map_err(Error::host)?;
-        let kvm = open_kvm().map_err(Error::host)?;
-        let backing = MemfdBacking::new(memory.backing, memory.size, memory.reserve)
-            .map_err(backing_error)?;
-        let start = GuestAddress(MEMORY_ADDRESS);
-        let config = RegionConfig {
-            start,
-            backing: Arc::new(backing),
-            source,
-            image_offset: 0,
-            stats,
-            retrier,
-        };
-        let region = DemandRegion::new(config, ()).map_err(pager_error)?;
-        let pager = region.pager().clone();
-        let memory = DemandMemory::new(vec![region]).map_err(Error::failed)?;
-        let service = FaultService::start(DEFAULT_THREADS).map_err(Error::host)?;
-        let guest = Arc::new(pager.backing().map().map_err(backing_error)?);
-        arm_guest(&service, &pager, &guest, engine)?;
-        let vm = Arc::new(kvm.create_vm().map_err(|error| {
-            Error::host(format!("make a virtual machine: {error}; is another hypervisor running?"))
-        })?);
-        let slot = DemandSlot::new(vm.clone(), MEMORY_SLOT, start, guest, pager, engine)
-            .map_err(Error::host)?;
-        Ok(BenchMachine { slot, vm, kvm, memory, service })
-    }
-
-    pub fn engine(&self) -> Engine {
-        self.slot.engine()
-    }
-
-    pub fn pager(&self) -> &Arc<Pager> {
-        self.slot.pager()
-    }
-
-    /// Ends the threads that serve faults. All of them are counted then: the last one is counted
-    /// after the guest goes on.
-    pub fn stop_service(&self) {
-        self.service.stop();
-    }
-
-    pub fn fault_handler(&self) -> Result<FaultHandler, Error> {
-        FaultHandler::for_slots([&self.slot]).map_err(Error::failed)
-    }
-}
+use crate::machine::Machine;
 
 /// What one vCPU did.
 #[derive(Clone, Copy)]
@@ -121,7 +47,7 @@ impl Complaint {
 pub struct Vcpus {
     shared: Arc<Shared>,
     threads: Vec<(VcpuKick, JoinHandle<()>)>,
-    pager: Option<Arc<Pager>>,
+    memory: Option<DemandMemory>,
     go: Vec<Sender<()>>,
     events: Receiver<Event>,
     tell: Sender<Event>,
@@ -137,7 +63,7 @@ impl Vcpus {
     pub fn new() -> Self {
         let (tell, events) = channel();
         let (shared, threads, go) = Default::default();
-        Vcpus { shared, threads, pager: None, go, events, tell }
+        Vcpus { shared, threads, memory: None, go, events, tell }
     }
 
     /// Through which failures of the source arrive here.
@@ -146,12 +72,8 @@ impl Vcpus {
     }
 
     /// Runs the vCPUs, all at the same time, and waits for their ends.
-    pub fn run(
-        &mut self,
-        machine: &BenchMachine,
-        vcpus: Vec<VcpuFd>,
-    ) -> Result<Vec<Outcome>, Error> {
-        self.pager = Some(machine.pager().clone());
+    pub fn run(&mut self, machine: &Machine, vcpus: Vec<VcpuFd>) -> Result<Vec<Outcome>, Error> {
+        self.memory = Some(machine.memory().clone());
         let faults = Arc::new(machine.fault_handler()?);
         let count = vcpus.len();
         for (cpu, mut vcpu) in vcpus.into_iter().enumerate() {
@@ -210,10 +132,10 @@ impl Drop for Vcpus {
     fn drop(&mut self) {
         self.shared.stop.store(true, Ordering::Release);
         self.go.clear();
-        if let Some(pager) = &self.pager
+        if let Some(memory) = &self.memory
             && self.threads.iter().any(|(_, thread)| !thread.is_finished())
         {
-            pager.stop();
+            memory.stop();
         }
         for (kick, thread) in self.threads.drain(..) {
             kick.kick();
