@@ -2,9 +2,9 @@
 //! Instructions of any other kind that KVM emulates, and what it reads to do so:
 //! missing pages are exits, and memory is changed once.
 
-use crate::guest::{CODE_GPA, PAGE};
+use crate::guest::{CODE_GPA, PAGE, PAGES};
 use crate::machine::{
-    EMULATE, End, MMIO_GPA, Machine, PORT, allow_emulate, at, entry_of, mmio_byte, on_each,
+    EMULATE, END_GPA, End, MMIO_GPA, Machine, PORT, allow_emulate, at, entry_of, mmio_byte, on_each,
 };
 
 #[test]
@@ -150,6 +150,21 @@ fn calls_and_interrupts_push_once() {
         expected[PAGE - 2..PAGE].copy_from_slice(&back.to_le_bytes());
         expected[PAGE..PAGE + 2].copy_from_slice(&[0, 0]);
         assert_eq!(machine.memory(100, 2), expected);
+    });
+}
+
+#[test]
+fn a_device_that_comes_first_is_written_once() {
+    allow_emulate();
+    on_each(|machine| {
+        flat_stack(machine);
+        // As above, the first push just behind the memory, the second in it.
+        machine.guest.code.put(0x100, &[0xf4]);
+        let far_call = [&EMULATE[..], &[0x9a, 0x00, 0x11, 0x00, 0x00]].concat();
+        machine.program(&far_call, |regs| regs.rsp = END_GPA + 2);
+        assert_eq!(machine.finish(), [PAGES - 1]);
+        assert_eq!(machine.device.writes, [(END_GPA, vec![0, 0])]);
+        assert_eq!(machine.regs().rip, 0x1101);
     });
 }
 

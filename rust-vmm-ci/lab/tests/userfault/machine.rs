@@ -14,6 +14,9 @@ use crate::guest::{Backing, CODE_GPA, EXIT_USERFAULT, Guest, MEMORY_GPA, PAGE, P
 pub const PORT: u16 = 0x80;
 pub const MMIO_GPA: u64 = 0xd000_0000;
 
+/// Where the memory under test ends, and no slot is any more.
+pub const END_GPA: u64 = MEMORY_GPA + (PAGES * PAGE) as u64;
+
 /// `ud2; .ascii "kvm"`: has KVM emulate the instruction that follows.
 pub const EMULATE: [u8; 5] = [0x0f, 0x0b, b'k', b'v', b'm'];
 
@@ -153,13 +156,13 @@ impl Machine {
                         device.taken += 1;
                     }
                 }
-                Ok(VcpuExit::MmioRead(address, data)) if address >= MMIO_GPA => {
+                Ok(VcpuExit::MmioRead(address, data)) if address >= END_GPA => {
                     device.reads.push((address, data.len()));
                     for (i, byte) in data.iter_mut().enumerate() {
                         *byte = mmio_byte(address + i as u64);
                     }
                 }
-                Ok(VcpuExit::MmioWrite(address, data)) if address >= MMIO_GPA => {
+                Ok(VcpuExit::MmioWrite(address, data)) if address >= END_GPA => {
                     device.writes.push((address, data.to_vec()));
                 }
                 Ok(other) => {

@@ -7,6 +7,7 @@ mod guest;
 mod instructions;
 mod machine;
 mod nested;
+mod probe;
 mod pv;
 mod strings;
 mod tables;
