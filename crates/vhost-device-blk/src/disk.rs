@@ -11,8 +11,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use vm_memory::VolatileSlice;
 use vm_memory::bitmap::BitmapSlice;
 
-#[cfg(doc)]
-use crate::present::make_present;
 use crate::range::Range;
 use crate::topology::Topology;
 use crate::zero::Means;
@@ -135,8 +133,8 @@ impl Disk {
         (whole && end <= self.sectors * SECTOR_SIZE).then_some(offset)
     }
 
-    /// Reads from byte `offset` on until all of `slices` is filled. They must be present (see
-    /// [`make_present`]) if they may be waited for.
+    /// Reads from byte `offset` on until all of `slices` is filled. Where they may be
+    /// missing, they must have been waited for: the wait would be under the file's lock.
     ///
     /// # Errors
     /// Whatever the host says; `UnexpectedEof` if the image has been cut off.
