@@ -6,6 +6,7 @@ use std::os::unix::fs::FileExt;
 use std::time::Duration;
 
 use criterion::{Criterion, criterion_group, criterion_main};
+use vhost_device_blk::disk::{Disk, DiskOptions};
 use vhost_device_blk::request::{Kind, Request};
 use virtio_queue::desc::{RawDescriptor, split::Descriptor};
 use virtio_queue::mock::MockSplitQueue;
@@ -48,7 +49,9 @@ fn request(criterion: &mut Criterion) {
     let disk = tempfile::NamedTempFile::new().unwrap();
     disk.as_file().write_all_at(&[7; 16384], 0).unwrap();
     criterion.bench_function("vhost-device-blk: take a read apart and read 4K", |b| {
-        let file = vhost_device_blk::disk::Disk::open(disk.path(), true).unwrap();
+        let file =
+            Disk::open(disk.path(), &DiskOptions { read_only: true, ..DiskOptions::default() })
+                .unwrap();
         b.iter(|| {
             let request = Request::parse(&memory, pop()).expect("it is well formed");
             file.read(&request.data, 4096).unwrap();
