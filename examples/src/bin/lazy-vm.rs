@@ -1,0 +1,305 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! A whole VMM on demand-paged memory, to copy from: KVM, one vCPU, and memory that comes from a
+//! file as the guest touches it.
+//!
+//! The guest sums its memory, from the last word down. Half through it says so, and from then on
+//! a background fill brings in, from the first page up, what nobody has asked for. When the last
+//! page is present all of the machinery is taken away, while the guest runs on.
+
+use std::error::Error;
+use std::fs::File;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use clap::Parser;
+use demand_examples::guest;
+use demand_kvm::{
+    DemandSlot, EngineChoice, FaultError, FaultHandler, MsrTrap, Pending, VcpuKick, hide_nested,
+    open_kvm, own_pages, probe, resolve,
+};
+use demand_memory::{
+    BackingKind, DemandMemory, DemandRegion, Fill, FillRate, MemfdBacking, Path, RegionConfig,
+    Retrier, RetryPolicy, Stats,
+};
+use demand_source::{LocalFile, PageSource};
+use demand_uffd::{DEFAULT_THREADS, FaultService};
+use kvm_ioctls::{VcpuExit, VcpuFd};
+use vm_memory::GuestAddress;
+use vmm_sys_util::signal::register_signal_handler;
+
+/// MiB of memory that the guest can use: beyond are devices, in many machines.
+const MOST: u64 = 2048;
+
+/// A VMM whose guest's memory arrives as it is touched.
+#[derive(Parser)]
+struct Options {
+    /// auto, kvm-userfault, uffd or kvm-attributes
+    #[arg(long, default_value_t)]
+    engine: EngineChoice,
+    /// shmem, hugetlb-2m or hugetlb-1g
+    #[arg(long, default_value_t = BackingKind::Shmem)]
+    backing: BackingKind,
+    /// An image of memory that an earlier run has kept; without, a small one is made
+    #[arg(long)]
+    image: Option<PathBuf>,
+    /// MiB of memory of the image that is made
+    #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u64).range(1..=MOST))]
+    mib: u64,
+    /// Keep the image that is made, here
+    #[arg(long, conflicts_with = "image")]
+    keep: Option<PathBuf>,
+}
+
+type Result<T> = std::result::Result<T, Box<dyn Error>>;
+
+/// What the other threads tell the main thread.
+enum Event {
+    /// The guest's sum so far.
+    Sum(u32),
+    /// No page is missing any more.
+    Complete,
+    /// The vCPU has halted, or failed.
+    Ended(std::result::Result<(), String>),
+}
+
+static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+
+extern "C" fn on_interrupt(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
+    INTERRUPTED.store(true, Ordering::Relaxed);
+}
+
+fn main() -> ExitCode {
+    match run(&Options::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("lazy-vm: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(options: &Options) -> Result<()> {
+    register_signal_handler(libc::SIGINT, on_interrupt)?;
+    let scratch = tempfile::tempdir()?;
+    let made = options.keep.clone().unwrap_or_else(|| scratch.path().join("memory.img"));
+    if options.image.is_none() {
+        let size = options.mib << 20;
+        let refused = |error| format!("write image {}: {error}; free space there", made.display());
+        let code = guest::walker(size)?;
+        let write = |file: File| guest::write_image(&file, size, &code);
+        File::create(&made).and_then(write).map_err(refused)?;
+    }
+    let image = options.image.as_ref().unwrap_or(&made);
+
+    // What traps the vCPU. Found out by trying, as kernels do not tell; an engine that was asked
+    // for by name and is not there is an error here, and never replaced by another.
+    let probe = probe();
+    let engine = resolve(options.engine, &probe)?;
+    let features = probe.kvm.as_ref().map_err(Clone::clone)?;
+    probe.limits(engine).iter().for_each(|limit| println!("note: {limit}"));
+
+    // Memory of which every page is missing: nothing is read yet, whatever the image's size. A
+    // failed read is tried again for ever, and the page stays missing: say so, as the guest waits.
+    let source = Arc::new(LocalFile::open(image)?);
+    let size = source.size();
+    if size > MOST << 20 {
+        let most = format!("the guest has no use for more than {MOST} MiB");
+        return Err(format!("run {}: {most}; use a smaller image", image.display()).into());
+    }
+    let stats = Arc::new(Stats::new());
+    let region = DemandRegion::new(
+        RegionConfig {
+            start: GuestAddress(0),
+            backing: Arc::new(MemfdBacking::new(options.backing, size, true)?),
+            source,
+            image_offset: 0,
+            stats: stats.clone(),
+            retrier: Retrier::new(RetryPolicy::default(), |failure| {
+                eprintln!("lazy-vm: {}", failure.error);
+            }),
+        },
+        (),
+    )?;
+    let memory = DemandMemory::new(vec![region])?;
+
+    // The mapping that the guest is going to see, armed by a userfaultfd BEFORE anything can touch
+    // it: what is touched before reads as zeros for ever. Under `uffd` this is what stops the vCPU;
+    // under the other engines KVM does, and this stops what KVM touches by itself.
+    let service = FaultService::start(DEFAULT_THREADS)?;
+    let mapping = service.arm_guest(memory.pagers(), engine.vcpu_trap())?.remove(0);
+    let pager = memory.pagers().next().ok_or("memory has a region")?;
+
+    // From here on locals are dropped in an order that matters, the last one first: the slot must
+    // be gone before the service, whose userfaultfd is all that keeps a guest from zeros.
+    let kvm = open_kvm()?;
+    let vm = Arc::new(engine.create_vm(&kvm)?); // kvm-attributes needs a type of its own.
+    // A guest that names a page to KVM by an MSR (kvm-clock, say) has KVM write there at once, past
+    // the engine. With this the vCPU leaves the guest instead, and `Pending` fetches the page.
+    let msr_trap = MsrTrap::new(&vm)?;
+    let slot = DemandSlot::new(vm.clone(), 0, GuestAddress(0), mapping, pager.clone(), engine)?
+        .with_features(features);
+    let handler = FaultHandler::for_slots([&slot])?;
+
+    let vcpu = vm.create_vcpu(0)?;
+    let kick = VcpuKick::new(&vcpu)?;
+    let mut cpuid = kvm.get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES)?;
+    if features.hides_nested(engine) {
+        // For guests of the guest, KVM maps pages ahead of what was touched, arrived or not.
+        hide_nested(&mut cpuid);
+    }
+    vcpu.set_cpuid2(&cpuid)?;
+    // Setting registers has KVM read what they name (and MSRs, of which a guest that was not
+    // restored has none), so those pages come first.
+    let sregs = guest::sregs(&vcpu)?;
+    handler.fetch_pages(&own_pages(&[], Some(&sregs)), kick.waiter())?;
+    vcpu.set_sregs(&sregs)?;
+    vcpu.set_regs(&guest::regs(size))?;
+
+    let (sender, events) = channel();
+    let complete = sender.clone();
+    memory.on_complete(move || drop(complete.send(Event::Complete)));
+    let stop = Arc::new(AtomicBool::new(false));
+    let started = Instant::now();
+    let thread = {
+        let (kick, stop, memory) = (kick.clone(), stop.clone(), memory.clone());
+        thread::Builder::new().name("vcpu".into()).spawn(move || {
+            let ended = run_vcpu(vcpu, &kick, &handler, &memory, &stop, &sender);
+            let _ = sender.send(Event::Ended(ended.map_err(|error| error.to_string())));
+        })?
+    };
+    println!("running {engine} on {} of {} MiB", options.backing, size >> 20);
+
+    // Nothing after this may return before the vCPU is out of the guest: the memory's traps must
+    // not go away under it.
+    let outcome = watch(&events, &memory, &stats, || {
+        // All pages are present. Unregister and close the userfaultfd; then let KVM forget the
+        // bitmap, and use huge pages again where the backing has them.
+        service.finish()?;
+        slot.finish()?;
+        Ok(msr_trap.remove()?)
+    });
+    // First say what is wanted, then kick: the vCPU clears the kick, then looks.
+    stop.store(true, Ordering::Release);
+    kick.kick();
+    let patience = Instant::now() + Duration::from_secs(2);
+    while !thread.is_finished() && Instant::now() < patience {
+        thread::sleep(Duration::from_millis(1));
+    }
+    if !thread.is_finished() {
+        // KVM itself waits for a page that does not come, where no kick reaches. Were the traps
+        // dropped now, it would see zeros; the kernel takes everything down at once.
+        eprintln!("lazy-vm: the source does not answer; the guest is ended in the middle");
+        std::process::exit(1);
+    }
+    memory.stop();
+    let seen = outcome?;
+
+    let expected = guest::sum(File::open(image)?)?;
+    if seen != expected {
+        return Err(format!("the guest's sum is {seen:#x}, the image's {expected:#x}").into());
+    }
+    println!("the guest's sum is right: {seen:#x}, after {} ms", started.elapsed().as_millis());
+    Ok(())
+}
+
+/// Follows the run until the guest has its sum and no page is missing; then `finish` is called.
+fn watch(
+    events: &Receiver<Event>,
+    memory: &DemandMemory,
+    stats: &Stats,
+    finish: impl Fn() -> Result<()>,
+) -> Result<u32> {
+    let (mut fill, mut finished, mut ended, mut sum) = (None, false, false, 0);
+    while !(finished && ended) {
+        match events.recv_timeout(Duration::from_millis(100)) {
+            Ok(Event::Sum(so_far)) => {
+                sum = so_far;
+                if fill.is_none() {
+                    println!("half of memory summed; arrived so far: {}", arrived(stats));
+                    // Before the VM runs this would only compete with the pages it starts with.
+                    let pagers = memory.pagers().cloned().collect();
+                    fill = Some(Fill::start(pagers, FillRate::Unlimited)?);
+                }
+            }
+            Ok(Event::Complete) => {
+                finish()?;
+                finished = true;
+                println!("complete and finished; arrived: {}", arrived(stats));
+            }
+            Ok(Event::Ended(outcome)) => {
+                outcome?;
+                ended = true;
+            }
+            Err(RecvTimeoutError::Timeout) if INTERRUPTED.load(Ordering::Relaxed) => {
+                return Err("ended by Ctrl-C".into());
+            }
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => return Err("the vCPU ended silently".into()),
+        }
+    }
+    Ok(sum)
+}
+
+fn arrived(stats: &Stats) -> String {
+    let path = |path: Path| {
+        let report = stats.path(path);
+        format!("{} {} pages in {} faults", path.name(), report.pages, report.faults)
+    };
+    [Path::Guest, Path::KvmInternal, Path::Fill].map(path).join(", ")
+}
+
+/// The vCPU's thread, until the guest halts or is told to stop.
+fn run_vcpu(
+    mut vcpu: VcpuFd,
+    kick: &VcpuKick,
+    handler: &FaultHandler,
+    memory: &DemandMemory,
+    stop: &AtomicBool,
+    events: &Sender<Event>,
+) -> Result<()> {
+    kick.attach();
+    // An exit that has to be answered before the vCPU runs again, or its access is lost. Answering
+    // may be called away, so it is kept over the loop.
+    let mut pending: Option<Pending> = None;
+    while !stop.load(Ordering::Acquire) {
+        let outcome = if let Some(exit) = pending {
+            exit.answer(&mut vcpu, handler, memory, kick.waiter()).map(|()| pending = None)
+        } else {
+            match vcpu.run() {
+                Ok(exit) => {
+                    pending = Pending::of(&exit, handler);
+                    match exit {
+                        _ if pending.is_some() => Ok(()),
+                        // The guest touched a missing page: fetched here, on this very thread.
+                        VcpuExit::MemoryFault { flags, gpa, size } => {
+                            handler.handle(gpa, size, flags, kick.waiter())
+                        }
+                        VcpuExit::IoOut(guest::PORT_SUM, data) => {
+                            let sum = u32::from_le_bytes(data.try_into()?);
+                            Ok(events.send(Event::Sum(sum))?)
+                        }
+                        VcpuExit::Hlt => return Ok(()),
+                        exit => return Err(format!("the vCPU left with {exit:?}").into()),
+                    }
+                }
+                Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {
+                    kick.clear();
+                    Ok(())
+                }
+                Err(error) => return Err(format!("run the vCPU: {error}").into()),
+            }
+        };
+        match outcome {
+            Ok(()) => {}
+            // Called away from waiting for a page. It still arrives; the loop looks for why.
+            Err(FaultError::Kicked { .. }) => kick.clear(),
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+#![doc = include_str!("../README.md")]
+
+pub mod guest;
