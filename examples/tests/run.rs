@@ -7,9 +7,9 @@ use std::time::Duration;
 
 use demand_kvm::Engine;
 use demand_memory::BackingKind;
-use demand_tests::cannot_run;
+use demand_tests::can_run;
 use demand_tests::process::{Guarded, Output, program, run};
-use test_support::host::{free_units, skip};
+use test_support::host::free_units;
 use test_support::wait::until;
 
 const LIMIT: Duration = Duration::from_secs(120);
@@ -24,24 +24,6 @@ fn lazy_vm() -> Command {
 
 fn lazy_disk() -> Command {
     Command::new(env!("CARGO_BIN_EXE_lazy-disk"))
-}
-
-/// Whether this host has what an example is to run with.
-fn is_there(engine: Engine, backing: BackingKind) -> bool {
-    if let Some(why) = cannot_run() {
-        skip(&why);
-        return false;
-    }
-    let probe = demand_kvm::probe();
-    if !probe.engines().iter().any(|report| report.engine == engine && report.usable) {
-        skip(&format!("this KVM does not have the engine {engine}"));
-        return false;
-    }
-    if free_units(backing) < SIZE / backing.unit() {
-        skip(&format!("there are too few free pages of {backing}"));
-        return false;
-    }
-    true
 }
 
 #[track_caller]
@@ -64,7 +46,7 @@ fn number(output: &Output, line: &str, path: &str) -> u64 {
 }
 
 fn all(engine: Engine, backing: BackingKind) {
-    if !is_there(engine, backing) {
+    if !can_run(engine, backing, SIZE) {
         return;
     }
     let arguments = ["--engine", engine.name(), "--backing", backing.name()];
@@ -118,7 +100,7 @@ fn under_kvm_attributes_on_hugetlb_2m() {
 /// An image can be kept, and used again.
 #[test]
 fn an_image_is_kept() {
-    if !is_there(Engine::Uffd, BackingKind::Shmem) {
+    if !can_run(Engine::Uffd, BackingKind::Shmem, SIZE) {
         return;
     }
     let folder = tempfile::tempdir().unwrap();
@@ -130,7 +112,7 @@ fn an_image_is_kept() {
 /// It ends, in order, wherever the guest is.
 #[test]
 fn ctrl_c_ends_it() {
-    if !is_there(Engine::Uffd, BackingKind::Shmem) {
+    if !can_run(Engine::Uffd, BackingKind::Shmem, SIZE) {
         return;
     }
     let folder = tempfile::tempdir().unwrap();
@@ -163,7 +145,7 @@ fn is_refused(command: &mut Command, because: &[&str]) {
 
 #[test]
 fn bad_input_gives_one_line() {
-    if !is_there(Engine::Uffd, BackingKind::Shmem) {
+    if !can_run(Engine::Uffd, BackingKind::Shmem, SIZE) {
         return;
     }
     let folder = tempfile::tempdir().unwrap();
@@ -184,7 +166,7 @@ fn bad_input_gives_one_line() {
 
 #[test]
 fn too_few_huge_pages_give_one_line() {
-    if !is_there(Engine::Uffd, BackingKind::Shmem) {
+    if !can_run(Engine::Uffd, BackingKind::Shmem, SIZE) {
         return;
     }
     const MOST: u64 = 2 << 30;

@@ -7,6 +7,9 @@ pub mod process;
 pub mod sandbox;
 pub mod scenario;
 
+use demand_kvm::Engine;
+use demand_memory::BackingKind;
+
 pub use test_support::host;
 
 /// Why a guest cannot be run on demand-paged memory here, if it cannot.
@@ -15,4 +18,28 @@ pub fn cannot_run() -> Option<String> {
         return Some("there is no usable /dev/kvm".into());
     }
     demand_uffd::probe().err().map(|error| error.to_string())
+}
+
+/// Whether a guest of `size` bytes can be run here with this engine and backing. If not, says so as
+/// [`host::skip`] does.
+///
+/// # Panics
+///
+/// In the lab, if it cannot.
+pub fn can_run(engine: Engine, backing: BackingKind, size: u64) -> bool {
+    let usable = |engine| {
+        let engines = demand_kvm::probe().engines();
+        engines.iter().any(|report| report.engine == engine && report.usable)
+    };
+    let why_not = if let Some(why) = cannot_run() {
+        why
+    } else if !usable(engine) {
+        format!("this KVM does not have the engine {engine}")
+    } else if host::free_units(backing) < size / backing.unit() {
+        format!("there are too few free pages of {backing}")
+    } else {
+        return true;
+    };
+    host::skip(&why_not);
+    false
 }

@@ -10,8 +10,8 @@ use std::time::Duration;
 use demand_kvm::{Engine, EngineChoice, PlainSlot, Virtualization};
 use demand_memory::{BackingKind, PAGE_SIZE, Path, Retrier, RetryPolicy, Stats};
 use demand_source::LocalFile;
-use demand_tests::cannot_run;
-use demand_tests::host::{free_units, skip};
+use demand_tests::can_run;
+use demand_tests::host::skip;
 use demand_vmm::machine::{Machine, MachineConfig};
 use demand_vmm::options::MemoryOption;
 use demand_vmm::vcpu::{VcpuContext, VcpuEvent};
@@ -44,17 +44,7 @@ struct Guest {
 impl Guest {
     /// One of that engine and backing, or none if this host cannot have it.
     fn new(engine: Engine, backing: BackingKind, cpus: u32) -> Option<Self> {
-        if let Some(why) = cannot_run() {
-            skip(&why);
-            return None;
-        }
-        let probe = demand_kvm::probe();
-        if !probe.engines().iter().any(|report| report.engine == engine && report.usable) {
-            skip(&format!("this KVM does not have the engine {engine}"));
-            return None;
-        }
-        if free_units(backing) < SIZE / backing.unit() {
-            skip(&format!("there are too few free pages of {backing}"));
+        if !can_run(engine, backing, SIZE) {
             return None;
         }
         let folder = tempfile::tempdir().unwrap();
