@@ -1,0 +1,200 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! When the last page is present the machinery goes away: the VM is mapped as one that never was
+//! demand-paged, no userfaultfd is open, and no thread is left.
+
+use std::fs::{self, File, OpenOptions};
+use std::os::fd::AsRawFd;
+use std::path::Path as FilePath;
+use std::sync::mpsc::channel;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use demand_examples::guest;
+use demand_kvm::{Engine, EngineChoice, FaultHandler, PlainSlot, VcpuKick, open_kvm};
+use demand_memory::{
+    Backing, BackingKind, Fill, FillRate, MemfdBacking, PageRange, Pager, Path, Retrier,
+    RetryPolicy, Stats, Waiter,
+};
+use demand_source::LocalFile;
+use demand_tests::can_run;
+use demand_tests::host::skip;
+use demand_vmm::machine::{Machine, MachineConfig};
+use demand_vmm::options::MemoryOption;
+use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
+use test_support::wait::until;
+use vm_memory::GuestAddress;
+
+const SIZE: u64 = 16 << 20;
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A process has one table of descriptors, and one of threads: one test at a time.
+static ALONE: Mutex<()> = Mutex::new(());
+
+/// A guest that sums words of all of its memory, again and again.
+struct Walker {
+    vcpu: VcpuFd,
+    kick: VcpuKick,
+}
+
+impl Walker {
+    fn new(vm: &VmFd) -> Self {
+        let vcpu = vm.create_vcpu(0).unwrap();
+        vcpu.set_sregs(&guest::sregs(&vcpu).unwrap()).unwrap();
+        let kick = VcpuKick::new(&vcpu).unwrap();
+        kick.attach();
+        Walker { vcpu, kick }
+    }
+
+    /// Once through memory; the sum.
+    fn walk(&mut self, handler: Option<&FaultHandler>) -> u32 {
+        self.vcpu.set_regs(&guest::regs(SIZE)).unwrap();
+        let mut sum = 0;
+        loop {
+            match (self.vcpu.run().unwrap(), handler) {
+                (VcpuExit::MemoryFault { flags, gpa, size }, Some(handler)) => {
+                    handler.handle(gpa, size, flags, self.kick.waiter()).unwrap();
+                }
+                (VcpuExit::IoOut(guest::PORT_SUM, data), _) => {
+                    sum = u32::from_le_bytes(data.try_into().unwrap());
+                }
+                (VcpuExit::Hlt, _) => return sum,
+                (exit, _) => panic!("{exit:?}"),
+            }
+        }
+    }
+}
+
+/// How KVM has mapped a guest's memory: pages of 4096 bytes, and of 2 MiB. To be asked on the
+/// thread that has made the VM. None where KVM does not tell.
+fn mapped(vm: &VmFd) -> Option<(u64, u64)> {
+    // SAFETY: the call has no arguments and cannot fail.
+    let thread = unsafe { libc::gettid() };
+    let folder = format!("/sys/kernel/debug/kvm/{thread}-{}", vm.as_raw_fd());
+    let count = |name| fs::read_to_string(format!("{folder}/{name}")).ok()?.trim().parse().ok();
+    Some((count("pages_4k")?, count("pages_2m")?))
+}
+
+fn open_userfaultfds() -> usize {
+    let links = fs::read_dir("/proc/self/fd").unwrap();
+    links
+        .filter_map(|entry| fs::read_link(entry.ok()?.path()).ok())
+        .filter(|target| target == FilePath::new("anon_inode:[userfaultfd]"))
+        .count()
+}
+
+/// The threads of demand paging.
+fn our_threads() -> Vec<String> {
+    let tasks = fs::read_dir("/proc/self/task").unwrap();
+    // A thread may end meanwhile.
+    let names = tasks.filter_map(|task| fs::read_to_string(task.ok()?.path().join("comm")).ok());
+    let ours = |name: &str| name.starts_with("uffd-") || ["fill", "retry"].contains(&name);
+    names.map(|name| name.trim().to_owned()).filter(|name| ours(name)).collect()
+}
+
+/// What a VM has that was never demand-paged, over the same kind of memory.
+fn plain(image: &FilePath, backing: BackingKind, expected: u32) -> Option<(u64, u64)> {
+    let memory = Arc::new(MemfdBacking::new(backing, SIZE, true).unwrap());
+    let source = Arc::new(LocalFile::open(image).unwrap());
+    let retrier = Retrier::new(RetryPolicy::default(), |failure| panic!("{}", failure.error));
+    let pager = Pager::new(memory.clone(), source, 0, Arc::new(Stats::new()), retrier).unwrap();
+    pager.ensure(PageRange::new(0, pager.pages()), Path::Fill, &Waiter::new()).unwrap();
+    let vm = Arc::new(open_kvm().unwrap().create_vm().unwrap());
+    let mapping = Arc::new(memory.map().unwrap());
+    let _slot = PlainSlot::new(vm.clone(), 0, GuestAddress(0), mapping, false).unwrap();
+    let mut walker = Walker::new(&vm);
+    for _ in 0..2 {
+        assert_eq!(walker.walk(None), expected);
+    }
+    mapped(&vm)
+}
+
+fn nothing_is_left(engine: Engine, backing: BackingKind) {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    // The plain VM's memory as well.
+    if !can_run(engine, backing, 2 * SIZE) {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let image = folder.path().join("memory.img");
+    let code = guest::walker(SIZE).unwrap();
+    guest::write_image(&File::create(&image).unwrap(), SIZE, &code).unwrap();
+    let expected = guest::sum(File::open(&image).unwrap()).unwrap();
+    let plain = plain(&image, backing, expected);
+
+    let whole = fs::read(&image).unwrap();
+    let machine = Machine::new(MachineConfig {
+        memory: &MemoryOption { size: SIZE, backing, reserve: true, thp: false },
+        engine: EngineChoice::Only(engine),
+        source: &image,
+        stats: Arc::new(Stats::new()),
+        retrier: Retrier::new(RetryPolicy::default(), |_| {}),
+    })
+    .unwrap();
+    let (sender, complete) = channel();
+    machine.on_complete(move || sender.send(()).unwrap());
+    let handler = machine.fault_handler().unwrap();
+    let mut walker = Walker::new(machine.vm());
+
+    // All of the machinery is there, the thread that tries again as well.
+    OpenOptions::new().write(true).open(&image).unwrap().set_len(0).unwrap();
+    let pagers = machine.pagers().cloned().collect();
+    let fill = Fill::start(pagers, FillRate::BytesPerSecond(SIZE)).unwrap();
+    until("all of its threads run", || {
+        let threads = our_threads();
+        ["uffd-0", "uffd-1", "fill", "retry"].iter().all(|name| threads.contains(&name.to_string()))
+    });
+    assert_eq!(open_userfaultfds(), 1);
+    fs::write(&image, &whole).unwrap();
+    assert_eq!(walker.walk(Some(&handler)), expected);
+    complete.recv_timeout(PATIENCE).unwrap();
+    drop(fill);
+    if engine == Engine::KvmUserfault
+        && let Some((_, huge)) = mapped(machine.vm())
+    {
+        assert_eq!(huge, 0, "vCPUs fault at 4096 bytes");
+    }
+
+    machine.finish().unwrap();
+    assert_eq!(walker.walk(Some(&handler)), expected);
+    assert_eq!(open_userfaultfds(), 0);
+    until("its threads end", || our_threads().is_empty());
+    match (plain, mapped(machine.vm())) {
+        (Some(plain), Some(after)) => {
+            println!("{engine} on {backing}: {} of 4K and {} of 2M", after.0, after.1);
+            assert_eq!(after, plain, "pages of 4K and of 2M, as in a plain VM");
+            let huge = if backing == BackingKind::Shmem { 0 } else { SIZE / backing.unit() };
+            assert_eq!(after.1, huge, "all of memory");
+        }
+        _ => skip("this KVM does not tell how it maps a guest's memory (debugfs)"),
+    }
+}
+
+#[test]
+fn of_uffd_on_shmem() {
+    nothing_is_left(Engine::Uffd, BackingKind::Shmem);
+}
+
+#[test]
+fn of_uffd_on_hugetlb_2m() {
+    nothing_is_left(Engine::Uffd, BackingKind::Hugetlb2M);
+}
+
+#[test]
+fn of_kvm_userfault_on_shmem() {
+    nothing_is_left(Engine::KvmUserfault, BackingKind::Shmem);
+}
+
+#[test]
+fn of_kvm_userfault_on_hugetlb_2m() {
+    nothing_is_left(Engine::KvmUserfault, BackingKind::Hugetlb2M);
+}
+
+#[test]
+fn of_kvm_attributes_on_shmem() {
+    nothing_is_left(Engine::KvmAttributes, BackingKind::Shmem);
+}
+
+#[test]
+fn of_kvm_attributes_on_hugetlb_2m() {
+    nothing_is_left(Engine::KvmAttributes, BackingKind::Hugetlb2M);
+}
