@@ -148,7 +148,7 @@ fn run(options: &Options) -> Result<()> {
     let vcpu = vm.create_vcpu(0)?;
     let kick = VcpuKick::new(&vcpu)?;
     let mut cpuid = kvm.get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES)?;
-    if features.hides_nested(engine) {
+    if probe.hides_nested(engine) {
         // For guests of the guest, KVM maps pages ahead of what was touched, arrived or not.
         hide_nested(&mut cpuid);
     }
