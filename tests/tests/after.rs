@@ -125,7 +125,7 @@ fn nothing_is_left(engine: Engine, backing: BackingKind) {
     let machine = Machine::new(MachineConfig {
         memory: &MemoryOption { size: SIZE, backing, reserve: true, thp: false },
         engine: EngineChoice::Only(engine),
-        source: &image,
+        source: Arc::new(LocalFile::open(&image).unwrap()),
         stats: Arc::new(Stats::new()),
         retrier: Retrier::new(RetryPolicy::default(), |_| {}),
     })
