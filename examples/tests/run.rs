@@ -119,7 +119,7 @@ fn ctrl_c_ends_it() {
     let said = folder.path().join("said");
     let output = std::fs::File::create(&said).unwrap();
     let mut command = lazy_vm();
-    command.args(["--engine", "uffd", "--mib", "512"]).stdin(Stdio::null());
+    command.args(["--engine", "uffd", "--mib", "64"]).stdin(Stdio::null());
     command.stdout(output.try_clone().unwrap()).stderr(output);
     let mut process = Guarded::spawn(&mut command).unwrap();
     let text = || std::fs::read_to_string(&said).unwrap();
