@@ -20,8 +20,8 @@ pub enum Target {
 impl Target {
     fn is_met(self, figure: f64, reference: Option<f64>) -> Option<bool> {
         Some(match self {
-            Target::RatioAtMost(limit) => figure <= limit * reference?,
-            Target::RatioAtLeast(limit) => figure >= limit * reference?,
+            Target::RatioAtMost(limit) => figure / reference? <= limit,
+            Target::RatioAtLeast(limit) => figure / reference? >= limit,
             Target::AtMostMore(limit) => figure <= limit + reference?,
             Target::AtMost(limit) => figure <= limit,
         })

@@ -28,7 +28,7 @@ const RESET: usize = 0xff0;
 const HLT: u8 = 0xf4;
 
 /// Runs a guest of one page, whose bit is set.
-pub(super) fn try_userfault(kvm: &Kvm) -> Trial {
+pub(crate) fn try_userfault(kvm: &Kvm) -> Trial {
     let Ok((mapping, words)) = scratch(&[&[HLT; PAGE_SIZE as usize]]) else {
         return Trial::Untried;
     };
@@ -49,7 +49,7 @@ pub(super) fn try_userfault(kvm: &Kvm) -> Trial {
 }
 
 /// Runs a guest of one page, which is private at first.
-pub(super) fn try_attributes(kvm: &Kvm) -> Trial {
+pub(crate) fn try_attributes(kvm: &Kvm) -> Trial {
     let refused = |error: kvm_ioctls::Error| Trial::Refused { errno: error.errno() };
     let Ok((mapping, _)) = scratch(&[&[HLT; PAGE_SIZE as usize]]) else { return Trial::Untried };
     let vm = match Engine::KvmAttributes.create_vm(kvm) {
@@ -68,7 +68,7 @@ pub(super) fn try_attributes(kvm: &Kvm) -> Trial {
 
 /// Runs a guest that has KVM read a page whose bit is set: string instructions to ports are
 /// emulated, whatever the processor can do.
-pub(super) fn try_own_accesses(kvm: &Kvm) -> bool {
+pub(crate) fn try_own_accesses(kvm: &Kvm) -> bool {
     // mov si, 0xe000; cs outsb; hlt
     const CODE: [u8; 6] = [0xbe, 0x00, 0xe0, 0x2e, 0x6e, HLT];
     let mut code = [HLT; PAGE_SIZE as usize];

@@ -5,9 +5,8 @@ use kvm_ioctls::{Cap, Kvm};
 use libc::c_ulong;
 use serde::Serialize;
 
-use super::scratch;
 use crate::abi::KVM_CAP_GUEST_MEMFD_FLAGS;
-use crate::{Engine, KvmError, Trial};
+use crate::{Engine, KvmError, Trial, scratch};
 
 /// What KVM has.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
@@ -39,7 +38,7 @@ pub struct KvmFeatures {
 
 impl KvmFeatures {
     /// Asks KVM, and tries what cannot be asked.
-    pub(super) fn of(kvm: &Kvm) -> Result<Self, KvmError> {
+    pub(crate) fn of(kvm: &Kvm) -> Result<Self, KvmError> {
         // A KVM that gives no virtual machine is of no use, whatever it has.
         drop(Engine::Uffd.create_vm(kvm)?);
         // 0 and below: the kernel does not know the capability.

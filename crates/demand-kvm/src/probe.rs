@@ -6,12 +6,7 @@ use std::fs;
 
 use serde::{Serialize, Serializer};
 
-use crate::{Engine, KvmError, open_kvm};
-
-mod features;
-mod scratch;
-
-pub use features::KvmFeatures;
+use crate::{Engine, KvmError, KvmFeatures, open_kvm};
 
 /// What runs guests on this host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
