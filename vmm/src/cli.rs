@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand};
-use demand_kvm::EngineChoice;
+use demand_kvm::{Engine, EngineChoice};
 
 use test_guest::windows::Windows;
 
@@ -54,8 +54,8 @@ struct RunArgs {
     /// Number of vCPUs.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
     cpus: u32,
-    /// How vCPU accesses to missing pages are trapped: auto, kvm-userfault or uffd.
-    #[arg(long, default_value = "auto")]
+    /// How vCPU accesses to missing pages are trapped.
+    #[arg(long, default_value = "auto", long_help = Engine::HELP)]
     engine: EngineChoice,
     /// The raw image that memory is filled from.
     #[arg(long)]
@@ -123,8 +123,8 @@ struct BenchArgs {
     /// Number of vCPUs, each on memory of its own.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
     cpus: u32,
-    /// How vCPU accesses to missing pages are trapped: auto, kvm-userfault or uffd.
-    #[arg(long, default_value = "auto")]
+    /// How vCPU accesses to missing pages are trapped.
+    #[arg(long, default_value = "auto", long_help = Engine::HELP)]
     engine: EngineChoice,
     /// What pages are filled from: hot, a small buffer in memory, or a raw image.
     #[arg(long, default_value = "hot", value_name = "hot|FILE")]

@@ -4,7 +4,7 @@
 use std::fmt::Write;
 use std::fs;
 
-use demand_kvm::{EngineChoice, resolve};
+use demand_kvm::{Engine, EngineChoice, resolve};
 use demand_memory::BackingKind;
 use serde::Serialize;
 
@@ -46,7 +46,7 @@ struct BackingReport {
 pub fn probe(json: bool) -> Result<String, Error> {
     let kvm = demand_kvm::probe();
     let uffd = demand_uffd::probe();
-    let auto = resolve(EngineChoice::Auto, &kvm).ok().map(|engine| engine.to_string());
+    let auto = resolve(EngineChoice::Auto, &kvm).ok();
     let backings = BackingKind::ALL.map(|kind| BackingReport {
         name: kind.name(),
         unit_bytes: kind.unit(),
@@ -54,14 +54,14 @@ pub fn probe(json: bool) -> Result<String, Error> {
         pageable: uffd.as_ref().is_ok_and(|uffd| uffd.can_page(kind)),
     });
     let report = Report {
-        limits: limits(auto.as_deref()),
+        limits: limits(&kvm, auto),
         kvm,
         userfaultfd: Userfaultfd {
             usable: uffd.is_ok(),
             error: uffd.err().map(|error| error.to_string()),
         },
         backings: backings.into(),
-        auto,
+        auto: auto.map(|engine| engine.to_string()),
     };
     if json {
         let json = serde_json::to_string_pretty(&report)
@@ -72,19 +72,12 @@ pub fn probe(json: bool) -> Result<String, Error> {
 }
 
 /// What a user of this host has to know.
-fn limits(auto: Option<&str>) -> Vec<String> {
-    match auto {
-        None => vec!["no guest can run here".into()],
-        Some("kvm-userfault") => vec![
-            "on huge pages, what KVM itself reads from a half-filled unit (operands of emulated \
-             instructions, clock pages) is not trapped unless the kernel does it"
-                .into(),
-        ],
-        Some(_) => vec![
-            "vCPUs fault by the unit of the backing: at 4K on shmem, at 2M or 1G on huge pages"
-                .into(),
-        ],
-    }
+fn limits(kvm: &demand_kvm::Probe, auto: Option<Engine>) -> Vec<String> {
+    let Some(engine) = auto else { return vec!["no guest can run here".into()] };
+    let by_unit =
+        "vCPUs fault by the unit of the backing: at 4K on shmem, at 2M or 1G on huge pages";
+    let of_uffd = (engine == Engine::Uffd).then_some(by_unit);
+    kvm.limits(engine).into_iter().chain(of_uffd).map(String::from).collect()
 }
 
 fn free_units(kind: BackingKind) -> Option<u64> {
