@@ -107,6 +107,17 @@ impl MissingBitmap {
         self.missing[(page / 64) as usize].load(Ordering::Acquire) >> (page % 64) & 1 == 1
     }
 
+    /// Whether the pages from `first` to `last` lie in one word and are all present: what an access
+    /// to a few bytes asks first. `false` says nothing.
+    #[inline]
+    pub(crate) fn present_in_word(&self, first: u64, last: u64) -> bool {
+        first / 64 == last / 64
+            && self.missing.get((first / 64) as usize).is_some_and(|word| {
+                let mask = (2u64 << (last - first)).wrapping_sub(1) << (first % 64);
+                word.load(Ordering::Acquire) & mask == 0
+            })
+    }
+
     /// The first missing page of the range.
     pub fn first_missing(&self, range: PageRange) -> Option<u64> {
         range.words().find_map(|(word, mask)| {

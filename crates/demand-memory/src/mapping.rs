@@ -65,6 +65,7 @@ impl Mapping {
     }
 
     /// Where the mapping begins.
+    #[inline]
     pub fn address(&self) -> NonNull<u8> {
         self.address
     }

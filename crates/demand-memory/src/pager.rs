@@ -137,6 +137,7 @@ impl Pager {
     }
 
     /// The missing bitmap.
+    #[inline]
     pub fn bitmap(&self) -> &MissingBitmap {
         &self.bitmap
     }

@@ -66,6 +66,7 @@ impl Words {
 impl Deref for Words {
     type Target = [AtomicU64];
 
+    #[inline]
     fn deref(&self) -> &[AtomicU64] {
         // SAFETY: the mapping holds `len` words, is aligned to a page, was zeroed by the kernel
         // and lives as long as `self`. All accesses to it are atomic: ours go through the slice,
