@@ -7,10 +7,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{
     GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionCollection,
-    GuestRegionCollectionError,
+    GuestRegionCollectionError, MemoryRegionAddress,
 };
 
 use crate::{DemandRegion, Pager};
+
+/// Up to so many regions, looking at each is quicker than a search. A guest has one or two, unless
+/// memory was plugged in.
+const FEW: usize = 4;
 
 /// All memory of a guest, as linux-loader, virtio-queue and every other user of vm-memory takes
 /// it.
@@ -121,8 +125,19 @@ impl<B: Bitmap> GuestMemoryBackend for DemandMemory<B> {
         self.regions.num_regions()
     }
 
+    #[inline]
     fn find_region(&self, addr: GuestAddress) -> Option<&Self::R> {
         self.regions.find_region(addr)
+    }
+
+    // By hand: vm-memory's own searches, and then checks the address once more.
+    #[inline(never)] // `DemandRegion::present` says why.
+    fn to_region_addr(&self, addr: GuestAddress) -> Option<(&Self::R, MemoryRegionAddress)> {
+        if self.num_regions() <= FEW {
+            return self.iter().find_map(|region| Some((region, region.offset_of(addr)?)));
+        }
+        let region = self.find_region(addr)?;
+        Some((region, region.offset_of(addr)?))
     }
 
     fn iter(&self) -> impl Iterator<Item = &Self::R> {

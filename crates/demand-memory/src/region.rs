@@ -2,6 +2,7 @@
 //! A region of guest memory as vm-memory sees it.
 
 use std::io;
+use std::ptr::NonNull;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
@@ -52,7 +53,11 @@ pub struct RegionConfig {
 #[derive(Debug)]
 pub struct DemandRegion<B = ()> {
     start: GuestAddress,
+    /// Length, in bytes.
+    len: u64,
     pager: Arc<Pager>,
+    /// The pager's populate mapping: at hand, as each access needs it.
+    populate: Arc<Mapping>,
     access: OnceLock<Arc<Mapping>>,
     bitmap: B,
 }
@@ -66,7 +71,10 @@ impl<B: Bitmap> DemandRegion<B> {
     pub fn new(config: RegionConfig, bitmap: B) -> Result<Self, PagerError> {
         let RegionConfig { start, backing, source, image_offset, stats, retrier } = config;
         let pager = Pager::new(backing, source, image_offset, stats, retrier)?;
-        Ok(DemandRegion { start, pager, access: OnceLock::new(), bitmap })
+        let populate = pager.populate_mapping().clone();
+        let len = pager.pages() * PAGE_SIZE;
+        assert!(len <= populate.len(), "the populate mapping holds the region");
+        Ok(DemandRegion { start, len, pager, populate, access: OnceLock::new(), bitmap })
     }
 
     /// The region's pager.
@@ -85,19 +93,46 @@ impl<B: Bitmap> DemandRegion<B> {
         assert!(self.access.set(mapping).is_ok(), "a region has one access mapping");
     }
 
-    fn ensure(&self, offset: u64, len: u64) -> Result<(), GuestMemoryError> {
-        let pages = PageRange::of_bytes(offset, len);
-        let bitmap = self.pager.bitmap();
-        if bitmap.first_missing(pages).is_none() {
-            return Ok(());
+    /// Where the `len` bytes at `offset` are, if they lie in the region and this is quick to tell:
+    /// `None` says only that [`bring_in`](Self::bring_in) must be asked.
+    // Out of line on purpose, as is the search for the region: vm-memory's iterator over slices is
+    // then small enough to be taken apart where memory is read, which saves more than the calls
+    // cost.
+    #[inline(never)]
+    fn present(&self, offset: u64, len: u64) -> Option<NonNull<u8>> {
+        // No bytes lie in no page: `None`.
+        let last = offset.checked_add(len.checked_sub(1)?)?;
+        let present = last < self.len
+            && self.pager.bitmap().present_in_word(offset / PAGE_SIZE, last / PAGE_SIZE);
+        present.then(|| self.address(offset))
+    }
+
+    /// Makes the pages of the `len` bytes at `offset` present, and tells where the bytes are.
+    #[cold]
+    #[inline(never)]
+    fn bring_in(&self, offset: u64, len: u64) -> guest_memory::Result<NonNull<u8>> {
+        if offset.checked_add(len).is_none_or(|end| end > self.len) {
+            return Err(GuestMemoryError::InvalidBackendAddress);
         }
-        let begun = Instant::now();
-        let missing = bitmap.count_missing(pages);
-        WAITER
-            .with(|waiter| self.pager.ensure(pages, Path::Vmm, waiter))
-            .map_err(|error| GuestMemoryError::IOError(io::Error::other(error)))?;
-        self.pager.stats().fault(Path::Vmm, missing.max(1) * PAGE_SIZE, begun.elapsed());
-        Ok(())
+        bring_in(&self.pager, PageRange::of_bytes(offset, len))?;
+        Ok(self.address(offset))
+    }
+
+    /// The address of the byte at `offset`, which lies in the region or is its end.
+    #[inline]
+    fn address(&self, offset: u64) -> NonNull<u8> {
+        debug_assert!(offset <= self.len);
+        // SAFETY: the callers keep `offset` within the region or at its end, and `new` has checked
+        // that the mapping is not shorter.
+        unsafe { self.populate.address().add(offset as usize) }
+    }
+
+    /// The address in the region that `address` means, if it lies there.
+    #[inline]
+    pub(crate) fn offset_of(&self, address: GuestAddress) -> Option<MemoryRegionAddress> {
+        // What lies below the region wraps around, to more than any region's length.
+        let offset = address.0.wrapping_sub(self.start.0);
+        (offset < self.len).then_some(MemoryRegionAddress(offset))
     }
 
     /// The slice of at most `len` bytes at `address`, cut at the region's end.
@@ -118,10 +153,12 @@ impl<B: Bitmap> DemandRegion<B> {
 impl<B: Bitmap> GuestMemoryRegion for DemandRegion<B> {
     type B = B;
 
+    #[inline]
     fn len(&self) -> GuestUsize {
-        self.pager.pages() * PAGE_SIZE
+        self.len
     }
 
+    #[inline]
     fn start_addr(&self) -> GuestAddress {
         self.start
     }
@@ -136,24 +173,29 @@ impl<B: Bitmap> GuestMemoryRegion for DemandRegion<B> {
         Ok(mapping.at(addr.0).as_ptr())
     }
 
+    #[inline]
+    fn to_region_addr(&self, addr: GuestAddress) -> Option<MemoryRegionAddress> {
+        self.offset_of(addr)
+    }
+
+    #[inline]
     fn get_slice(
         &self,
         offset: MemoryRegionAddress,
         count: usize,
     ) -> guest_memory::Result<VolatileSlice<'_, BS<'_, B>>> {
-        let end = offset.0.checked_add(count as u64);
-        if end.is_none_or(|end| end > self.len()) {
-            return Err(GuestMemoryError::InvalidBackendAddress);
-        }
-        self.ensure(offset.0, count as u64)?;
-        let address = self.pager.populate_mapping().at(offset.0).as_ptr();
-        // SAFETY: the range lies in the populate mapping, which lives as long as the pager, and
-        // so longer than the borrow of `self`. Its pages are present, and present is final: the
-        // pager never writes them again. All others who reach the bytes are other processes, the
-        // guest, and slices like this one, which access them volatilely.
+        let address = match self.present(offset.0, count as u64) {
+            Some(address) => address,
+            None => self.bring_in(offset.0, count as u64)?,
+        };
+        // SAFETY: both have checked that the range lies in the region, and so in the populate
+        // mapping, which `self` keeps mapped for longer than the slice lives. Its pages are
+        // present, and present is final: the pager never writes them again. All others who reach
+        // the bytes are other processes, the guest, and slices like this one, which access them
+        // volatilely.
         Ok(unsafe {
             VolatileSlice::with_bitmap(
-                address,
+                address.as_ptr(),
                 count,
                 self.bitmap.slice_at(offset.0 as usize),
                 None,
@@ -238,6 +280,20 @@ impl<B: Bitmap> Bytes<MemoryRegionAddress> for DemandRegion<B> {
     ) -> guest_memory::Result<T> {
         Ok(self.get_slice(addr, size_of::<T>())?.load(0, order)?)
     }
+}
+
+/// Makes pages present; not generic, so that it is compiled once.
+fn bring_in(pager: &Arc<Pager>, pages: PageRange) -> Result<(), GuestMemoryError> {
+    let missing = pager.bitmap().count_missing(pages);
+    if missing == 0 {
+        return Ok(());
+    }
+    let begun = Instant::now();
+    WAITER
+        .with(|waiter| pager.ensure(pages, Path::Vmm, waiter))
+        .map_err(|error| GuestMemoryError::IOError(io::Error::other(error)))?;
+    pager.stats().fault(Path::Vmm, missing * PAGE_SIZE, begun.elapsed());
+    Ok(())
 }
 
 impl<B> Drop for DemandRegion<B> {

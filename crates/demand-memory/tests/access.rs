@@ -1,0 +1,112 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Accesses at the edges: of a page, of a word of the bitmap, of a region, and of memory.
+
+use std::sync::Arc;
+
+use demand_memory::{
+    BackingKind, DemandMemory, DemandRegion, MemfdBacking, PAGE_SIZE, PageRange, RegionConfig,
+    Retrier, RetryPolicy, Stats,
+};
+use demand_source::LocalFile;
+use vm_memory::{
+    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryRegion,
+    MemoryRegionAddress,
+};
+
+fn region(start: u64, pages: u64) -> DemandRegion {
+    let image = tempfile::NamedTempFile::new().unwrap();
+    let content: Vec<u8> = (0..pages).flat_map(|page| [page as u8 + 1; 4096]).collect();
+    std::fs::write(image.path(), content).unwrap();
+    let config = RegionConfig {
+        start: GuestAddress(start),
+        backing: Arc::new(MemfdBacking::new(BackingKind::Shmem, pages * PAGE_SIZE, true).unwrap()),
+        source: Arc::new(LocalFile::open(image.path()).unwrap()),
+        image_offset: 0,
+        stats: Arc::new(Stats::new()),
+        retrier: Retrier::new(RetryPolicy::default(), |_| {}),
+    };
+    DemandRegion::new(config, ()).unwrap()
+}
+
+fn missing(region: &DemandRegion) -> u64 {
+    region.pager().bitmap().count_missing(PageRange::new(0, region.pager().pages()))
+}
+
+#[test]
+fn slices_of_nothing_bring_nothing_in() {
+    let region = region(0, 130);
+    for offset in [0, 1, 4095, 4096, 64 * 4096, region.len()] {
+        assert_eq!(region.get_slice(MemoryRegionAddress(offset), 0).unwrap().len(), 0);
+    }
+    for (offset, count) in [
+        (region.len() + 1, 0),
+        (region.len(), 1),
+        (region.len() - 1, 2),
+        (0, region.len() as usize + 1),
+        (u64::MAX, 1),
+        (u64::MAX, usize::MAX),
+        (1, usize::MAX),
+    ] {
+        let refused = region.get_slice(MemoryRegionAddress(offset), count);
+        assert!(
+            matches!(refused, Err(GuestMemoryError::InvalidBackendAddress)),
+            "{count} bytes at {offset}"
+        );
+    }
+    assert_eq!(missing(&region), 130);
+}
+
+#[test]
+fn slices_hold_what_the_image_does_at_each_edge_of_a_word() {
+    for first in [0, 1, 62, 63, 64, 65, 127, 128] {
+        for count in [1, 2, 63, 64, 65, 128, 130] {
+            if first + count > 130 {
+                continue;
+            }
+            let region = region(0, 130);
+            // Present but for one page: each in turn decides.
+            for absent in [first, first + count / 2, first + count - 1] {
+                let fetched = region.get_slice(MemoryRegionAddress(absent * PAGE_SIZE), 1).unwrap();
+                assert_eq!(
+                    fetched.load::<u8>(0, std::sync::atomic::Ordering::Relaxed).unwrap(),
+                    absent as u8 + 1
+                );
+            }
+            let offset = first * PAGE_SIZE + 4095;
+            // From the last byte of the first page to the first of the last.
+            let len = ((count - 1) * PAGE_SIZE).saturating_sub(4094).max(1) as usize;
+            let mut bytes = vec![0; len];
+            region.read_slice(&mut bytes, MemoryRegionAddress(offset)).unwrap();
+            for (at, byte) in bytes.iter().enumerate() {
+                assert_eq!(u64::from(*byte), (offset + at as u64) / PAGE_SIZE + 1);
+            }
+            assert_eq!(missing(&region), 130 - count, "{count} pages from {first}");
+        }
+    }
+}
+
+#[test]
+fn addresses_are_found_in_few_regions_and_in_many() {
+    for regions in [1, 2, 4, 5, 9] {
+        // Each second one follows the one before it at once.
+        let starts: Vec<_> =
+            (0..regions).map(|at| 0x10000 + at * 0x3000 - at % 2 * 0x1000).collect();
+        let memory =
+            DemandMemory::new(starts.iter().map(|start| region(*start, 2)).collect()).unwrap();
+        for address in (0..0x10000 + regions * 0x3000 + 0x3000).step_by(0x800) {
+            for address in [address, address + 1, address + 0x7ff].map(GuestAddress) {
+                let expected = starts.iter().find(|at| (**at..**at + 0x2000).contains(&address.0));
+                let found = memory.to_region_addr(address);
+                assert_eq!(
+                    found.map(|(region, offset)| (region.start_addr().0, offset.0)),
+                    expected.map(|start| (*start, address.0 - start)),
+                    "{address:?} of {regions} regions"
+                );
+                assert_eq!(memory.find_region(address).is_some(), expected.is_some());
+                let read = memory.read_obj::<u8>(address);
+                assert_eq!(read.ok(), expected.map(|at| ((address.0 - at) / 4096) as u8 + 1));
+            }
+        }
+        assert!(memory.to_region_addr(GuestAddress(u64::MAX)).is_none());
+    }
+}
