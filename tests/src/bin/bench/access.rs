@@ -21,8 +21,8 @@ use crate::table::{Row, Target};
 
 const PART: &str = "host";
 const ROUNDS: usize = 11;
-/// Rounds of what takes a millisecond, so that most of them are not interrupted.
-const SHORT_ROUNDS: usize = 51;
+/// Accesses that are timed at once: few enough that a busy machine interrupts few samples.
+const BATCH: usize = 1000;
 
 /// Rows for memory of `size` bytes.
 pub fn rows(backing: BackingKind, size: u64, image: &Path) -> Result<Vec<Row>> {
@@ -149,21 +149,20 @@ fn compare(
 ) -> Result<(f64, f64)> {
     type Access<'a> = &'a mut dyn FnMut(&mut [u8], GuestAddress) -> Result<()>;
     let (mut first, mut second) = (Vec::new(), Vec::new());
-    let mut round = |access: Access<'_>| -> Result<f64> {
+    let mut time = |batch: &[GuestAddress], access: Access<'_>| -> Result<f64> {
         let begun = Instant::now();
-        for address in addresses {
+        for address in batch {
             access(buffer, *address)?;
         }
-        Ok(begun.elapsed().as_nanos() as f64 / addresses.len() as f64)
+        Ok(begun.elapsed().as_nanos() as f64 / batch.len() as f64)
     };
-    for at in 0..SHORT_ROUNDS {
-        // Each comes first as often as the other.
-        if at % 2 == 0 {
-            first.push(round(&mut ours)?);
-        }
-        second.push(round(&mut theirs)?);
-        if at % 2 == 1 {
-            first.push(round(&mut ours)?);
+    let batches: Vec<_> = addresses.chunks(BATCH).collect();
+    for _ in 0..ROUNDS {
+        for at in 0..batches.len() {
+            // Not what the other has just brought into the caches.
+            let other = (at + batches.len() / 2) % batches.len();
+            first.push(time(batches[at], &mut ours)?);
+            second.push(time(batches[other], &mut theirs)?);
         }
     }
     Ok((median(&mut first), median(&mut second)))
