@@ -146,13 +146,7 @@ impl MissingBitmap {
     pub fn claim(&self, range: PageRange) -> Claimed {
         let mut runs = Claimed::new();
         for (word, mask) in range.words() {
-            // A page that is missing here and claimed below cannot have become present between
-            // the two: only its claimant publishes it, and claims stay set for ever.
-            let wanted = self.missing[word].load(Ordering::Acquire) & mask;
-            if wanted == 0 {
-                continue;
-            }
-            let mut ours = wanted & !self.claimed[word].fetch_or(wanted, Ordering::AcqRel);
+            let mut ours = self.claim_in(word, mask);
             while ours != 0 {
                 let low = ours.trailing_zeros();
                 let count = (ours >> low).trailing_ones();
@@ -167,6 +161,29 @@ impl MissingBitmap {
         runs
     }
 
+    /// Claims one page: [`claim`](Self::claim) without the runs, as most faults want it. Whether
+    /// the caller has got it, and so must populate and [`publish`](Self::publish) it.
+    ///
+    /// # Panics
+    ///
+    /// If there is no such page.
+    #[inline]
+    pub fn claim_page(&self, page: u64) -> bool {
+        self.claim_in((page / 64) as usize, 1 << (page % 64)) != 0
+    }
+
+    /// Claims those of some pages of a word that are missing and that nobody has claimed.
+    #[inline]
+    fn claim_in(&self, word: usize, mask: u64) -> u64 {
+        // A page that is missing here and claimed below cannot have become present between the
+        // two: only its claimant publishes it, and claims stay set for ever.
+        let wanted = self.missing[word].load(Ordering::Acquire) & mask;
+        if wanted == 0 {
+            return 0;
+        }
+        wanted & !self.claimed[word].fetch_or(wanted, Ordering::AcqRel)
+    }
+
     /// Makes claimed pages present and lets those go on that wait for them. Their content must be
     /// complete, and mapped where an armed mapping of the guest's needs it.
     ///
@@ -175,22 +192,26 @@ impl MissingBitmap {
     /// If one of the pages was not claimed or is present already, in builds with debug
     /// assertions.
     pub fn publish(&self, range: PageRange) -> Published {
-        let mut published = Published::Some;
-        for (word, mask) in range.words() {
-            debug_assert_eq!(self.claimed[word].load(Ordering::Relaxed) & mask, mask);
-            // Release: the content, written before, is visible to whoever sees the bit cleared.
-            // Acquire: the thread that clears the last bit has seen all that others published.
-            let before = self.missing[word].fetch_and(!mask, Ordering::AcqRel);
-            debug_assert_eq!(before & mask, mask, "a page is published once");
-            if before & !mask == 0
-                && self.groups[word / GROUP].fetch_sub(1, Ordering::AcqRel) == 1
-                && self.groups_left.fetch_sub(1, Ordering::AcqRel) == 1
-            {
-                published = Published::Last;
-            }
-        }
+        let last = if range.count == 1 {
+            self.publish_in((range.first / 64) as usize, 1 << (range.first % 64))
+        } else {
+            range.words().fold(false, |last, (word, mask)| last | self.publish_in(word, mask))
+        };
         self.waiting.wake(range, &|range| self.first_missing(range));
-        published
+        if last { Published::Last } else { Published::Some }
+    }
+
+    /// Makes claimed pages of a word present; whether they were the bitmap's last.
+    #[inline]
+    fn publish_in(&self, word: usize, mask: u64) -> bool {
+        debug_assert_eq!(self.claimed[word].load(Ordering::Relaxed) & mask, mask);
+        // Release: the content, written before, is visible to whoever sees the bit cleared.
+        // Acquire: the thread that clears the last bit has seen all that others published.
+        let before = self.missing[word].fetch_and(!mask, Ordering::AcqRel);
+        debug_assert_eq!(before & mask, mask, "a page is published once");
+        before & !mask == 0
+            && self.groups[word / GROUP].fetch_sub(1, Ordering::AcqRel) == 1
+            && self.groups_left.fetch_sub(1, Ordering::AcqRel) == 1
     }
 
     /// Waits until no page of the range is missing. Somebody must have claimed those that are.
@@ -254,6 +275,19 @@ mod tests {
         let runs = bitmap.claim(PageRange::new(0, 512));
         assert_eq!(runs[..], [PageRange::new(0, 100), PageRange::new(102, 410)]);
         assert!(bitmap.claim(PageRange::new(0, 512)).is_empty());
+    }
+
+    #[test]
+    fn a_single_page_is_claimed_like_a_run() {
+        let bitmap = MissingBitmap::new(70).unwrap();
+        assert!(bitmap.claim_page(64));
+        assert!(!bitmap.claim_page(64), "somebody has it");
+        let runs = bitmap.claim(PageRange::new(63, 3));
+        assert_eq!(runs[..], [PageRange::page(63), PageRange::page(65)]);
+        assert!(!bitmap.claim_page(63), "it went with a run");
+        bitmap.publish(PageRange::page(64));
+        assert!(!bitmap.claim_page(64), "it is present");
+        assert!(bitmap.is_missing(63) && !bitmap.is_missing(64) && bitmap.is_missing(65));
     }
 
     #[test]

@@ -13,6 +13,8 @@ mod backing;
 #[cfg(not(loom))]
 mod fill;
 #[cfg(not(loom))]
+mod latency;
+#[cfg(not(loom))]
 mod mapping;
 #[cfg(not(loom))]
 mod memory;

@@ -211,6 +211,10 @@ impl Pager {
         if !self.begun.load(Ordering::Relaxed) {
             self.begun.store(true, Ordering::Relaxed);
         }
+        if range.count == 1 {
+            let claimed = self.bitmap.claim_page(range.first);
+            return Ok(if claimed { self.populate(range, path, None) } else { 0 });
+        }
         // Claims of the whole range are taken before the first byte is read, so that nobody
         // else's page can be touched by what is written for this range.
         let claimed = self.bitmap.claim(range);

@@ -4,13 +4,15 @@
 use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::fmt;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crossbeam_utils::CachePadded;
-use hdrhistogram::Histogram;
 use serde::{Deserialize, Serialize};
+
+use crate::PAGE_SIZE;
+use crate::latency::{Latencies, Sum};
 
 /// Who asked for a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -100,18 +102,35 @@ pub struct TimelineEvent {
 
 #[derive(Default)]
 struct PathCounts {
-    faults: u64,
-    granularity: BTreeMap<u64, u64>,
-    pages: u64,
-    bytes_fetched: u64,
-    latency_ns: Option<Histogram<u64>>,
+    /// Faults whose resolution mapped one page: nearly all of a guest's.
+    of_a_page: AtomicU64,
+    /// The others, by the bytes that were mapped; these are worth a lock.
+    larger: Mutex<BTreeMap<u64, u64>>,
+    pages: AtomicU64,
+    reads: AtomicU64,
+    bytes_fetched: AtomicU64,
+    latencies: Latencies,
 }
 
+impl PathCounts {
+    fn larger(&self) -> MutexGuard<'_, BTreeMap<u64, u64>> {
+        self.larger.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What the threads of one shard count. They are few, mostly one, and meet in an atomic at worst.
 #[derive(Default)]
 struct Shard {
     paths: [PathCounts; Path::ALL.len()],
-    source: SourceReport,
-    events: Vec<TimelineEvent>,
+    errors: AtomicU64,
+    retries: AtomicU64,
+    events: Mutex<Vec<TimelineEvent>>,
+}
+
+impl Shard {
+    fn events(&self) -> MutexGuard<'_, Vec<TimelineEvent>> {
+        self.events.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 const SHARDS: usize = 32;
@@ -134,7 +153,7 @@ fn shard_of_thread() -> usize {
 ///
 /// Each thread counts for itself, so that threads on disjoint pages do not meet here.
 pub struct Stats {
-    shards: [CachePadded<Mutex<Shard>>; SHARDS],
+    shards: [CachePadded<Shard>; SHARDS],
     origin: Instant,
     timeline: AtomicBool,
 }
@@ -143,7 +162,7 @@ impl Stats {
     /// Empty statistics that begin now.
     pub fn new() -> Self {
         Stats {
-            shards: std::array::from_fn(|_| CachePadded::new(Mutex::default())),
+            shards: std::array::from_fn(|_| CachePadded::new(Shard::default())),
             origin: Instant::now(),
             timeline: AtomicBool::new(false),
         }
@@ -154,78 +173,71 @@ impl Stats {
         self.timeline.store(true, Ordering::Relaxed);
     }
 
-    fn shard(&self) -> MutexGuard<'_, Shard> {
-        self.shards[shard_of_thread()].lock().unwrap_or_else(PoisonError::into_inner)
+    fn shard(&self) -> &Shard {
+        &self.shards[shard_of_thread()]
     }
 
     /// Counts a fault that was resolved `latency` after it arrived, by mapping
     /// `granularity_bytes` for the faulter.
     pub fn fault(&self, path: Path, granularity_bytes: u64, latency: Duration) {
-        let mut shard = self.shard();
-        let counts = &mut shard.paths[path as usize];
-        counts.faults += 1;
-        *counts.granularity.entry(granularity_bytes).or_default() += 1;
-        let nanos = u64::try_from(latency.as_nanos()).unwrap_or(u64::MAX);
-        // Three digits, growing as needed: neither the bounds nor a record can be refused.
-        let histogram =
-            counts.latency_ns.get_or_insert_with(|| Histogram::new(3).expect("3 digits"));
-        let _ = histogram.record(nanos.max(1));
+        let counts = &self.shard().paths[path as usize];
+        if granularity_bytes == PAGE_SIZE {
+            counts.of_a_page.fetch_add(1, Ordering::Relaxed);
+        } else {
+            *counts.larger().entry(granularity_bytes).or_default() += 1;
+        }
+        counts.latencies.record(latency);
     }
 
     /// Counts pages that became present, of which `bytes_read` bytes were read from the source.
     pub(crate) fn arrived(&self, path: Path, pages: u64, bytes_read: u64) {
-        let timeline = self.timeline.load(Ordering::Relaxed);
-        let mut shard = self.shard();
-        let counts = &mut shard.paths[path as usize];
-        counts.pages += pages;
-        counts.bytes_fetched += bytes_read;
+        let shard = self.shard();
+        let counts = &shard.paths[path as usize];
+        counts.pages.fetch_add(pages, Ordering::Relaxed);
         if bytes_read > 0 {
-            shard.source.reads += 1;
-            shard.source.bytes += bytes_read;
+            counts.reads.fetch_add(1, Ordering::Relaxed);
+            counts.bytes_fetched.fetch_add(bytes_read, Ordering::Relaxed);
         }
-        if timeline {
+        if self.timeline.load(Ordering::Relaxed) {
             let at_us = self.origin.elapsed().as_micros() as u64;
-            shard.events.push(TimelineEvent { at_us, pages, path });
+            shard.events().push(TimelineEvent { at_us, pages, path });
         }
     }
 
     /// Counts a failed attempt.
     pub(crate) fn failed(&self) {
-        self.shard().source.errors += 1;
+        self.shard().errors.fetch_add(1, Ordering::Relaxed);
     }
 
     /// Counts an attempt after a failure.
     pub(crate) fn retried(&self) {
-        self.shard().source.retries += 1;
-    }
-
-    fn shards(&self) -> impl Iterator<Item = MutexGuard<'_, Shard>> {
-        self.shards.iter().map(|shard| shard.lock().unwrap_or_else(PoisonError::into_inner))
+        self.shard().retries.fetch_add(1, Ordering::Relaxed);
     }
 
     /// What one path did so far.
     pub fn path(&self, path: Path) -> PathReport {
         let mut report = PathReport::default();
-        let mut latency: Histogram<u64> = Histogram::new(3).expect("3 digits");
-        for shard in self.shards() {
+        let mut latency = Sum::new();
+        for shard in &self.shards {
             let counts = &shard.paths[path as usize];
-            report.faults += counts.faults;
-            report.pages += counts.pages;
-            report.bytes_fetched += counts.bytes_fetched;
-            for (bytes, count) in &counts.granularity {
-                *report.granularity_histogram.entry(*bytes).or_default() += count;
+            report.pages += counts.pages.load(Ordering::Relaxed);
+            report.bytes_fetched += counts.bytes_fetched.load(Ordering::Relaxed);
+            let of_a_page = counts.of_a_page.load(Ordering::Relaxed);
+            let larger = counts.larger();
+            let larger = larger.iter().map(|(bytes, count)| (*bytes, *count));
+            for (bytes, count) in larger.chain((of_a_page > 0).then_some((PAGE_SIZE, of_a_page))) {
+                *report.granularity_histogram.entry(bytes).or_default() += count;
+                report.faults += count;
             }
-            if let Some(histogram) = &counts.latency_ns {
-                latency.add(histogram).expect("histograms of the same shape");
-            }
+            latency.add(&counts.latencies);
         }
         let commonest = report.granularity_histogram.iter().max_by_key(|(_, count)| **count);
         report.granularity_bytes = commonest.map_or(0, |(bytes, _)| *bytes);
         if report.faults > 0 {
             let micros = |nanos: u64| nanos as f64 / 1000.0;
             report.latency_us = LatencyMicros {
-                p50: micros(latency.value_at_quantile(0.5)),
-                p99: micros(latency.value_at_quantile(0.99)),
+                p50: micros(latency.percentile(50)),
+                p99: micros(latency.percentile(99)),
                 max: micros(latency.max()),
             };
         }
@@ -234,22 +246,28 @@ impl Stats {
 
     /// What the source did so far.
     pub fn source(&self) -> SourceReport {
-        self.shards().fold(SourceReport::default(), |sum, shard| SourceReport {
-            reads: sum.reads + shard.source.reads,
-            bytes: sum.bytes + shard.source.bytes,
-            errors: sum.errors + shard.source.errors,
-            retries: sum.retries + shard.source.retries,
-        })
+        let mut report = SourceReport::default();
+        for shard in &self.shards {
+            report.errors += shard.errors.load(Ordering::Relaxed);
+            report.retries += shard.retries.load(Ordering::Relaxed);
+            for counts in &shard.paths {
+                report.reads += counts.reads.load(Ordering::Relaxed);
+                report.bytes += counts.bytes_fetched.load(Ordering::Relaxed);
+            }
+        }
+        report
     }
 
     /// Pages that became present so far, on all paths.
     pub fn pages_arrived(&self) -> u64 {
-        self.shards().map(|shard| shard.paths.iter().map(|path| path.pages).sum::<u64>()).sum()
+        let paths = self.shards.iter().flat_map(|shard| &shard.paths);
+        paths.map(|counts| counts.pages.load(Ordering::Relaxed)).sum()
     }
 
     /// The events that were kept, by time.
     pub fn timeline(&self) -> Vec<TimelineEvent> {
-        let mut events: Vec<_> = self.shards().flat_map(|shard| shard.events.clone()).collect();
+        let mut events: Vec<_> =
+            self.shards.iter().flat_map(|shard| shard.events().clone()).collect();
         events.sort_by_key(|event| event.at_us);
         events
     }
@@ -291,6 +309,8 @@ mod tests {
         let guest = stats.path(Path::Guest);
         assert_eq!((guest.faults, guest.pages, guest.bytes_fetched), (5, 4, 16384));
         assert_eq!(guest.granularity_bytes, 4096);
+        assert_eq!(guest.granularity_histogram, BTreeMap::from([(4096, 4), (8192, 1)]));
+        assert_eq!(stats.path(Path::BackEnd).granularity_histogram[&(2 << 20)], 4);
         assert!((9.9..10.1).contains(&guest.latency_us.p50), "{guest:?}");
         assert!((999.0..1001.0).contains(&guest.latency_us.max), "{guest:?}");
         assert_eq!(stats.path(Path::Fill), PathReport::default());

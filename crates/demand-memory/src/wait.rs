@@ -251,31 +251,45 @@ impl WaitTable {
     }
 
     /// Tells those who waited for one of these pages. Called after their bits were cleared.
+    #[inline]
     pub(crate) fn wake(&self, range: PageRange, first_missing: &FirstMissing<'_>) {
         // Pairs with the fence in `enter`.
         fence(Ordering::SeqCst);
+        if range.count == 1 {
+            return self.wake_bucket(self.bucket(range.first / 64), first_missing);
+        }
         for bucket in self.buckets_of(range) {
-            if bucket.waiting.load(Ordering::Relaxed) == 0 {
-                continue;
-            }
-            let mut arrived = SmallVec::<[Entry; 4]>::new();
-            {
-                let mut entries = bucket.lock();
-                let mut index = 0;
-                while index < entries.len() {
-                    if first_missing(PageRange::page(entries[index].page)).is_none() {
-                        arrived.push(entries.swap_remove(index));
-                    } else {
-                        index += 1;
-                    }
+            self.wake_bucket(bucket, first_missing);
+        }
+    }
+
+    #[inline]
+    fn wake_bucket(&self, bucket: &Bucket, first_missing: &FirstMissing<'_>) {
+        // Nearly always so: this is all that publishing does for those who might wait.
+        if bucket.waiting.load(Ordering::Relaxed) != 0 {
+            self.tell_arrived(bucket, first_missing);
+        }
+    }
+
+    #[cold]
+    fn tell_arrived(&self, bucket: &Bucket, first_missing: &FirstMissing<'_>) {
+        let mut arrived = SmallVec::<[Entry; 4]>::new();
+        {
+            let mut entries = bucket.lock();
+            let mut index = 0;
+            while index < entries.len() {
+                if first_missing(PageRange::page(entries[index].page)).is_none() {
+                    arrived.push(entries.swap_remove(index));
+                } else {
+                    index += 1;
                 }
-                bucket.waiting.fetch_sub(arrived.len(), Ordering::Relaxed);
             }
-            // Not under the lock: an entry may move on to another list, and a callback may do
-            // anything but wait.
-            for entry in arrived {
-                self.enter_or_tell(entry, first_missing);
-            }
+            bucket.waiting.fetch_sub(arrived.len(), Ordering::Relaxed);
+        }
+        // Not under the lock: an entry may move on to another list, and a callback may do
+        // anything but wait.
+        for entry in arrived {
+            self.enter_or_tell(entry, first_missing);
         }
     }
 

@@ -4,7 +4,7 @@
 //! Run with `RUSTFLAGS="--cfg loom" cargo test --release -p demand-memory --test loom`.
 #![cfg(loom)]
 
-use demand_memory::{MissingBitmap, PageRange, Published, Wait, Waiter};
+use demand_memory::{Claimed, MissingBitmap, PageRange, Published, Wait, Waiter};
 use loom::cell::UnsafeCell;
 use loom::sync::Arc;
 use loom::sync::atomic::{AtomicUsize, Ordering};
@@ -45,7 +45,12 @@ impl Memory {
     /// What a pager does for a fault.
     fn fetch(&self, range: PageRange) -> usize {
         let mut last = 0;
-        for run in self.bitmap.claim(range) {
+        let claimed = match range.count {
+            1 if self.bitmap.claim_page(range.first) => Claimed::from_slice(&[range]),
+            1 => Claimed::new(),
+            _ => self.bitmap.claim(range),
+        };
+        for run in claimed {
             for page in run.first..run.end() {
                 self.pages[page as usize].populate();
             }

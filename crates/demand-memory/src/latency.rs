@@ -1,0 +1,133 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Latencies, counted without a lock.
+
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+/// Each power of two has 2^7 buckets, so that a bucket's middle is within 0.4 % of what it holds.
+const BITS: u32 = 7;
+
+/// Buckets for all values of 64 bits: those below 2^7 have one each, and each power of two from
+/// there on 2^7.
+const BUCKETS: usize = (64 - BITS as usize + 1) << BITS;
+
+/// How often each latency was met. One thread mostly writes it; others may, and may read it.
+#[derive(Default)]
+pub(crate) struct Latencies {
+    /// Made by the first record; only the pages that are counted in come into being.
+    buckets: OnceLock<Box<[AtomicU64]>>,
+    /// In nanoseconds.
+    max: AtomicU64,
+}
+
+impl Latencies {
+    #[inline]
+    pub(crate) fn record(&self, latency: Duration) {
+        let seconds = latency.as_secs().saturating_mul(1_000_000_000);
+        let nanos = seconds.saturating_add(latency.subsec_nanos().into());
+        let buckets =
+            self.buckets.get_or_init(|| (0..BUCKETS).map(|_| AtomicU64::new(0)).collect());
+        buckets[bucket_of(nanos)].fetch_add(1, Ordering::Relaxed);
+        // Looked at first, as hardly any is the longest.
+        if nanos > self.max.load(Ordering::Relaxed) {
+            self.max.fetch_max(nanos, Ordering::Relaxed);
+        }
+    }
+}
+
+fn bucket_of(value: u64) -> usize {
+    // How far the value is moved so that BITS bits follow its leading one.
+    let shift = (u64::BITS - (value | 1 << BITS).leading_zeros()) - BITS - 1;
+    ((shift as usize) << BITS) + (value >> shift) as usize
+}
+
+/// The middle of a bucket's values.
+fn middle_of(bucket: usize) -> u64 {
+    let Some(shift) = (bucket >> BITS).checked_sub(1) else { return bucket as u64 };
+    let first = (1 << BITS | (bucket as u64 & ((1 << BITS) - 1))) << shift;
+    first + (1 << shift) / 2
+}
+
+/// Latencies of several threads together.
+pub(crate) struct Sum {
+    buckets: Vec<u64>,
+    max: u64,
+}
+
+impl Sum {
+    pub(crate) fn new() -> Self {
+        Sum { buckets: vec![0; BUCKETS], max: 0 }
+    }
+
+    pub(crate) fn add(&mut self, latencies: &Latencies) {
+        let Some(buckets) = latencies.buckets.get() else { return };
+        for (sum, count) in self.buckets.iter_mut().zip(buckets) {
+            *sum += count.load(Ordering::Relaxed);
+        }
+        self.max = self.max.max(latencies.max.load(Ordering::Relaxed));
+    }
+
+    /// The longest, in nanoseconds.
+    pub(crate) fn max(&self) -> u64 {
+        self.max
+    }
+
+    /// The time, in nanoseconds, within which `percent` of 100 faults were resolved; 0 if there
+    /// was none.
+    pub(crate) fn percentile(&self, percent: u64) -> u64 {
+        let wanted = (self.buckets.iter().sum::<u64>() * percent).div_ceil(100);
+        let mut seen = 0;
+        let found = self.buckets.iter().position(|count| {
+            seen += count;
+            *count > 0 && seen >= wanted
+        });
+        found.map_or(0, |bucket| middle_of(bucket).min(self.max))
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_value_has_its_bucket() {
+        let mut last = 0;
+        let powers = (0..64).flat_map(|power| [(1u64 << power) - 1, 1 << power, (1 << power) + 1]);
+        for value in powers.chain([u64::MAX, 1_000_000, 123_456_789]) {
+            let bucket = bucket_of(value);
+            assert!(bucket < BUCKETS, "{value}");
+            let error = middle_of(bucket).abs_diff(value);
+            assert!(error as f64 <= value as f64 / 256.0, "{value} is off by {error}");
+            assert_eq!(bucket_of(middle_of(bucket)), bucket);
+        }
+        // Without gap or step back.
+        for value in 0..100_000 {
+            let bucket = bucket_of(value);
+            assert!(bucket == last || bucket == last + 1, "{value}");
+            last = bucket;
+        }
+        assert_eq!(bucket_of(u64::MAX), BUCKETS - 1);
+    }
+
+    #[test]
+    fn percentiles_of_several_threads() {
+        let all: [Latencies; 2] = Default::default();
+        for micros in 1..=1000 {
+            all[micros as usize % 2].record(Duration::from_micros(micros));
+        }
+        let mut sum = Sum::new();
+        assert_eq!((sum.percentile(50), sum.max()), (0, 0));
+        all.iter().for_each(|latencies| sum.add(latencies));
+        for (percent, expected) in [(50, 500_000), (99, 990_000), (1, 10_000)] {
+            let found = sum.percentile(percent);
+            assert!(found.abs_diff(expected) <= expected / 250, "{percent} %: {found}");
+        }
+        assert_eq!(sum.max(), 1_000_000);
+        assert!(sum.percentile(100) <= sum.max());
+        let longest = Latencies::default();
+        longest.record(Duration::MAX);
+        sum.add(&longest);
+        assert_eq!(sum.max(), u64::MAX);
+    }
+}
