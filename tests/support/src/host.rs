@@ -56,6 +56,10 @@ pub fn transparent_huge_pages() -> bool {
     const SETTING: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
     if is_lab() {
         fs::write(SETTING, "advise").expect("the lab's kernel has transparent huge pages");
+        // Tests before this one leave memory in small pieces. What cannot be freed stays.
+        for (file, all) in [("drop_caches", "3"), ("compact_memory", "1")] {
+            let _ = fs::write(format!("/proc/sys/vm/{file}"), all);
+        }
     }
     match demand_memory::transparent_huge_pages_of_shmem() {
         Ok(()) => true,
