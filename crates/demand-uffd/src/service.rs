@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Threads that serve the faults of several userfaultfds.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::fmt;
 use std::io;
 use std::os::fd::AsRawFd;
@@ -82,8 +82,7 @@ pub(crate) struct Shared {
     poke: EventFd,
     stopped: AtomicBool,
     next: AtomicU64,
-    /// By token; there are few.
-    watches: RwLock<BTreeMap<u64, Arc<Watch>>>,
+    watches: RwLock<HashMap<u64, Arc<Watch>>>,
     /// Resolutions that the kernel could not do just then, by mapping and granule, and when they
     /// are due. One lets all go on that wait for its granule, so there are never more than
     /// granules, however often a process touches them.
@@ -171,8 +170,9 @@ impl FaultService {
             let refused = |error| ServiceError::System { asked: "watch a userfaultfd", error };
             let fd = watch.uffd.fd().map_err(refused)?;
             watches.insert(token, watch);
+            let interest = EpollEvent::new(EventSet::IN, token);
             if let Err(error) =
-                self.shared.epoll.ctl(ControlOperation::Add, fd.as_raw_fd(), interest(token))
+                self.shared.epoll.ctl(ControlOperation::Add, fd.as_raw_fd(), interest)
             {
                 watches.remove(&token);
                 return Err(refused(error));
@@ -235,11 +235,11 @@ impl FaultService {
 }
 
 impl Shared {
-    fn watches(&self) -> RwLockReadGuard<'_, BTreeMap<u64, Arc<Watch>>> {
+    fn watches(&self) -> RwLockReadGuard<'_, HashMap<u64, Arc<Watch>>> {
         self.watches.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn watches_mut(&self) -> RwLockWriteGuard<'_, BTreeMap<u64, Arc<Watch>>> {
+    fn watches_mut(&self) -> RwLockWriteGuard<'_, HashMap<u64, Arc<Watch>>> {
         self.watches.write().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -314,13 +314,8 @@ impl Shared {
 
     /// Tries those resolutions again that are due.
     fn resolve_due(self: &Arc<Self>) {
-        let mut again = self.again();
-        if again.is_empty() {
-            return;
-        }
         let now = Instant::now();
-        let due: Vec<_> = again.extract_if(|_, (due, _)| *due <= now).collect();
-        drop(again);
+        let due: Vec<_> = self.again().extract_if(|_, (due, _)| *due <= now).collect();
         for (_, (_, fault)) in due {
             fault.let_go(&Arc::downgrade(self));
         }
@@ -363,34 +358,12 @@ impl Shared {
         } else {
             Err(io::Error::other("the userfaultfd has failed"))
         };
-        match served {
-            Ok(false) => {}
-            // It is told of once more, behind all others that have messages: who faults without
-            // end holds up nobody else.
-            Ok(true) => {
-                // Under the lock: it may be unwatched, and watched by another token meanwhile.
-                let watches = self.watches();
-                if watches.contains_key(&token)
-                    && let Ok(fd) = watch.uffd.fd()
-                {
-                    // Refused only if it is about to be watched no longer.
-                    let fd = fd.as_raw_fd();
-                    let _ = self.epoll.ctl(ControlOperation::Modify, fd, interest(token));
-                }
-            }
-            Err(error) => {
-                // It would be reported again and again.
-                log::warn!("read faults from a userfaultfd: {error}; they are not served any more");
-                self.unwatch(token);
-            }
+        if let Err(error) = served {
+            // It would be reported again and again.
+            log::warn!("read faults from a userfaultfd: {error}; they are not served any more");
+            self.unwatch(token);
         }
     }
-}
-
-/// What a userfaultfd is watched for: at the edge, so that each message tells one thread. By
-/// level, a second thread is woken while the first has yet to read, and mostly finds nothing.
-fn interest(token: u64) -> EpollEvent {
-    EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, token)
 }
 
 impl Drop for FaultService {

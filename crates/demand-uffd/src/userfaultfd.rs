@@ -17,7 +17,7 @@ use crate::{Event, Features, Modes, OpenError, RangeError};
 ioctl_io_nr!(USERFAULTFD_IOC_NEW, raw::USERFAULTFD_IOC, 0);
 
 /// Messages that are read at once.
-pub(crate) const BATCH: usize = 16;
+const BATCH: usize = 16;
 
 /// A userfaultfd: of this process, or of another one that has sent it.
 ///

@@ -10,7 +10,6 @@ use std::time::{Duration, Instant};
 use demand_memory::{PAGE_SIZE, PageRange};
 
 use crate::service::Shared;
-use crate::userfaultfd::BATCH;
 use crate::{ArmedMapping, BACK_END_CHUNK, Cause, Event, RangeError, Userfaultfd};
 
 /// Pages that are fetched together: a unit of 1 GiB is claimed piece by piece, so that who wants
@@ -76,27 +75,23 @@ impl Watch {
         mappings.iter().find_map(|mapping| Some((mapping.clone(), mapping.granule_at(address)?)))
     }
 
-    /// Reads a batch of messages and serves them. Whether there may be more, of which nobody is
-    /// told again: the kernel fills a batch as long as it has messages.
+    /// Reads a batch of messages and serves them.
     ///
     /// # Errors
     ///
     /// The system's: the userfaultfd cannot be read any more.
-    pub(crate) fn serve(&self, shared: &Arc<Shared>, events: &mut Vec<Event>) -> io::Result<bool> {
-        let full = self.uffd.read(events)? == BATCH;
+    pub(crate) fn serve(&self, shared: &Arc<Shared>, events: &mut Vec<Event>) -> io::Result<()> {
+        self.uffd.read(events)?;
         let begun = Instant::now();
         // Who stands in one batch waits already, and is let go on with the first of its granule.
-        let several = events.len() > 1;
-        let mut seen = Vec::new();
+        let mut seen = Vec::with_capacity(events.len());
         for event in events.drain(..) {
             match event {
                 Event::Pagefault { address, .. } => match self.find(address) {
                     Some((mapping, granule)) => {
                         let place = (Arc::as_ptr(&mapping), granule.first);
                         if !seen.contains(&place) {
-                            if several {
-                                seen.push(place);
-                            }
+                            seen.push(place);
                             Fault { mapping, granule, begun, pause: Duration::ZERO }.serve(shared);
                         }
                     }
@@ -118,7 +113,7 @@ impl Watch {
                 Event::Unknown(event) => log::debug!("a userfaultfd told unknown event {event}"),
             }
         }
-        Ok(full)
+        Ok(())
     }
 
     /// Leaves a fault alone that we know nothing of: whoever armed that range must serve it. Were
