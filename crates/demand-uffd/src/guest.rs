@@ -111,6 +111,8 @@ impl FaultService {
     /// // What a vCPU does through the memslot. SAFETY: the byte lies in the mapping, and nobody
     /// // writes it.
     /// assert_eq!(unsafe { mappings[0].at(0x5001).as_ptr().read_volatile() }, b'e');
+    /// // Faults are counted after who waited goes on; when the threads have ended, all are.
+    /// service.stop();
     /// assert_eq!(pager.stats().path(Path::Guest).faults, 1);
     /// # Ok(())
     /// # }

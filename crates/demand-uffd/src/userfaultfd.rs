@@ -149,8 +149,8 @@ impl Userfaultfd {
         })
     }
 
-    /// Stops trapping accesses to a range and lets those go on that wait there. Pages that are
-    /// not in the memory object read as zeros from now on.
+    /// Stops trapping accesses to a range and lets those go on that wait there, also those that
+    /// came just then. Pages that are not in the memory object read as zeros from now on.
     ///
     /// # Errors
     ///
@@ -160,7 +160,10 @@ impl Userfaultfd {
         self.call("stop trapping accesses to", address, len, |fd| {
             // SAFETY: the request reads this structure and changes no byte of the range.
             unsafe { ioctl_with_ref(fd, request::UFFDIO_UNREGISTER.into(), &range) }
-        })
+        })?;
+        // The kernel wakes who waits before it takes the trap away. Who comes between the two,
+        // under the lock of the mapping alone, would wait for ever.
+        self.wake(address, len)
     }
 
     /// Lets those go on that wait in a range; who finds nothing mapped waits again.

@@ -60,6 +60,19 @@ fn all_pages_arrive_one_by_one() {
     assert!(report.latency_us.p50 > 0.0);
 }
 
+/// The service is told of messages once, however many there are.
+#[test]
+fn more_faults_than_one_read_gives_are_all_served() {
+    let (pager, uffd) = (shmem(), uffd());
+    let mapping = mapping(&pager);
+    let armed = ArmedMapping::own(&uffd, mapping.clone(), &pager, Path::Vmm).unwrap();
+    let offsets = || (0..50).map(|page| page * PAGE_SIZE);
+    let readers: Vec<_> = offsets().map(|offset| read_later(&mapping, offset)).collect();
+    expect_blocked(readers.last().expect("there are some"));
+    let _service = service(1, &[armed]);
+    readers.iter().zip(offsets()).for_each(|(reader, offset)| expect(reader, offset));
+}
+
 #[test]
 fn the_guests_mapping_is_mapped_by_the_pager() {
     let (pager, uffd) = (shmem(), uffd());
