@@ -171,7 +171,7 @@ fn run_in_lab(options: &Options) -> Result<Report> {
     let (json, svg) = (out.path().join("report.json"), out.path().join("timeline.svg"));
     let mut command = Command::new(program("lab")?);
     command.env("LAB_OUT", out.path());
-    command.args(["run", "--cpus", "2", "--memory", LAB_MEMORY, "--hugepages", LAB_HUGEPAGES]);
+    command.args(["run", "--memory", LAB_MEMORY, "--hugepages", LAB_HUGEPAGES]);
     command.arg("--").arg(program("demo")?).arg("--inside").arg("--json").arg(&json);
     if options.timeline.is_some() {
         command.arg("--timeline").arg(&svg);
