@@ -65,7 +65,8 @@ fn messages(input: &mut Input<'_>) {
         sent.push(message);
     }
     drop(writer);
-    let uffd = Userfaultfd::from(OwnedFd::from(reader));
+    // SAFETY: descriptors in messages of forks were opened above for whoever reads them.
+    let uffd = unsafe { Userfaultfd::from_own(OwnedFd::from(reader)) };
     let mut events = Vec::new();
     while uffd.read(&mut events).is_ok_and(|count| count > 0) {}
     let whole = sent.iter().filter(|message| message.len() == MESSAGE).count();

@@ -56,7 +56,7 @@ impl Userfaultfd {
     pub fn open(features: Features) -> Result<Self, OpenError> {
         let fd = open_fd()?;
         if handshake(&fd, features).is_ok() {
-            return Ok(Userfaultfd::from(fd));
+            return Ok(Userfaultfd::of(fd));
         }
         // A refused handshake does not say why: ask again for nothing, and compare.
         let lacking = features.without(Self::kernel_features()?);
@@ -106,7 +106,23 @@ impl Userfaultfd {
         if unsafe { libc::poll(&mut poll, 1, 0) } < 0 || poll.revents & libc::POLLERR != 0 {
             return refuse("a userfaultfd that was never initialised with UFFDIO_API".into());
         }
-        Ok(Userfaultfd::from(fd))
+        Ok(Userfaultfd::of(fd))
+    }
+
+    /// Takes a userfaultfd of one's own that is ready for use and does not block. For one that
+    /// another process has sent use [`from_received`](Self::from_received).
+    ///
+    /// # Safety
+    ///
+    /// What is read from `fd` must come from the kernel's userfaultfd, or name in its messages of
+    /// forks only descriptors that nobody else owns: whoever reads them closes them.
+    pub unsafe fn from_own(fd: OwnedFd) -> Self {
+        Userfaultfd::of(fd)
+    }
+
+    fn of(fd: OwnedFd) -> Self {
+        let fd = RwLock::new(Some(Arc::new(fd)));
+        Userfaultfd { fd, flags_decide: AtomicBool::new(false) }
     }
 
     /// A descriptor of it, to be sent to another process.
@@ -376,15 +392,6 @@ impl Userfaultfd {
                 _ => return failed(done, error),
             }
         }
-    }
-}
-
-impl From<OwnedFd> for Userfaultfd {
-    /// Takes a userfaultfd of one's own that is ready for use and does not block. For one that
-    /// another process has sent use [`from_received`](Self::from_received).
-    fn from(fd: OwnedFd) -> Self {
-        let fd = RwLock::new(Some(Arc::new(fd)));
-        Userfaultfd { fd, flags_decide: AtomicBool::new(false) }
     }
 }
 
