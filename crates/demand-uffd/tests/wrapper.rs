@@ -5,7 +5,9 @@ mod common;
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use common::{base, mapping, pager, read, read_later, uffd};
 use demand_memory::{Backing, BackingKind, Mapping, PAGE_SIZE, PageRange, Path};
@@ -211,4 +213,50 @@ fn armed_mappings_trap_both() {
             reader.recv_timeout(PATIENCE).unwrap();
         }
     }
+}
+
+/// The kernel wakes who waits in a range and takes the trap away after that. A thread that faults
+/// between the two must not wait for ever, as it did within some thousand rounds.
+#[test]
+fn who_faults_while_the_trap_is_taken_away_goes_on() {
+    let (mapping, base) = shmem(&(0..PAGES).collect::<Vec<_>>());
+    let len = PAGES * PAGE_SIZE;
+    let uffd = uffd();
+    let (done, reads) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
+    let reader = {
+        let (mapping, done, reads) = (mapping.clone(), done.clone(), reads.clone());
+        thread::spawn(move || {
+            for page in (0..PAGES).cycle() {
+                assert_eq!(read(&mapping, page * PAGE_SIZE), page + 100);
+                reads.fetch_add(1, Ordering::Relaxed);
+                if done.load(Ordering::Relaxed) {
+                    break;
+                }
+            }
+        })
+    };
+    let begun = Instant::now();
+    let mut rounds = 0;
+    while begun.elapsed() < Duration::from_secs(3) {
+        uffd.register(base, len, Modes::ALL).unwrap();
+        let start = mapping.address().as_ptr().cast();
+        // SAFETY: the pages stay in the memory object, so that no read sees anything else.
+        let dropped = unsafe { libc::madvise(start, len as usize, libc::MADV_DONTNEED) };
+        assert_eq!(dropped, 0);
+        // From no time at all to longer than a fault takes.
+        for _ in 0..rounds % 64 * 8 {
+            std::hint::spin_loop();
+        }
+        uffd.unregister(base, len).unwrap();
+        let before = reads.load(Ordering::Relaxed);
+        let unregistered = Instant::now();
+        while reads.load(Ordering::Relaxed) == before {
+            assert!(unregistered.elapsed() < PATIENCE, "a fault of round {rounds} still waits");
+            thread::yield_now();
+        }
+        rounds += 1;
+    }
+    done.store(true, Ordering::Relaxed);
+    reader.join().unwrap();
+    assert!(rounds > 100, "only {rounds} rounds");
 }
