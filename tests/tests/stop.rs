@@ -10,8 +10,7 @@ use std::time::{Duration, Instant};
 
 use demand_kvm::Engine;
 use demand_memory::BackingKind;
-use demand_tests::cannot_run;
-use demand_tests::host::{free_units, skip};
+use demand_tests::can_run;
 use demand_tests::process::Guarded;
 use demand_tests::scenario::{Scenario, System};
 
@@ -85,26 +84,9 @@ fn child_of(parent: u32) -> Option<String> {
     })
 }
 
-fn can(engine: Engine, backing: BackingKind) -> bool {
-    if let Some(why) = cannot_run() {
-        skip(&why);
-        return false;
-    }
-    let probe = demand_kvm::probe();
-    if !probe.engines().iter().any(|report| report.engine == engine && report.usable) {
-        skip(&format!("this KVM does not have the engine {engine}"));
-        return false;
-    }
-    if free_units(backing) < 16 {
-        skip(&format!("there are too few free pages of {backing}"));
-        return false;
-    }
-    true
-}
-
 /// At moments all over a run's life, before it has a machine as well as after its guest is done.
 fn at_any_moment(engine: Engine, backing: BackingKind) {
-    if !can(engine, backing) {
+    if !can_run(engine, backing, 16 * backing.unit()) {
         return;
     }
     let whole = Instant::now();
@@ -124,7 +106,7 @@ fn at_any_moment(engine: Engine, backing: BackingKind) {
 
 /// While everybody waits for pages that will never come: vCPUs, the back-end, the VMM.
 fn while_the_source_is_away(engine: Engine, backing: BackingKind) {
-    if !can(engine, backing) {
+    if !can_run(engine, backing, 16 * backing.unit()) {
         return;
     }
     for round in 20..23 {
