@@ -278,7 +278,12 @@ impl Waiting {
         let mut vmm = Guarded::spawn(&mut command).unwrap();
         // By then it has the image as well. A moment later it waits for an answer.
         while !has_socket(vmm.id()) {
-            assert_eq!(vmm.try_wait().unwrap(), None, "it ended before it connected");
+            if let Some(status) = vmm.try_wait().unwrap() {
+                let mut said = String::new();
+                let mut pipe = vmm.child().stderr.take().unwrap();
+                std::io::Read::read_to_string(&mut pipe, &mut said).unwrap();
+                panic!("it ended before it connected: {status}: {said}");
+            }
             std::thread::sleep(Duration::from_millis(1));
         }
         std::thread::sleep(Duration::from_millis(300));
