@@ -6,8 +6,10 @@ use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use crate::mapped::{MappedBytes, MappedFile};
 use crate::{Completion, Destination, Extent, PageSource, Request, SourceError};
 
 /// A raw image in a local file or block device: byte i of the file is byte i of the image.
@@ -33,6 +35,8 @@ pub struct LocalFile {
     file: File,
     path: PathBuf,
     size: u64,
+    // Made when it is first asked for; `None` where it cannot be.
+    mapped: OnceLock<Option<MappedFile>>,
     // Tells images apart in the memory of the last extent that each thread keeps.
     id: u64,
 }
@@ -79,6 +83,7 @@ impl LocalFile {
             file,
             path: path.to_owned(),
             size,
+            mapped: OnceLock::new(),
             id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
         })
     }
@@ -185,6 +190,11 @@ impl PageSource for LocalFile {
         destination: &mut Destination<'_>,
     ) -> Option<Result<(), SourceError>> {
         Some(self.read(offset, destination))
+    }
+
+    fn mapped(&self, offset: u64, len: u64) -> Option<MappedBytes<'_>> {
+        let mapped = self.mapped.get_or_init(|| MappedFile::new(&self.file, self.size).ok());
+        mapped.as_ref()?.bytes(offset, len)
     }
 }
 

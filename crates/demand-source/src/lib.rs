@@ -6,6 +6,7 @@ mod completion;
 mod destination;
 mod error;
 mod file;
+mod mapped;
 mod source;
 
 pub use blocking::{BlockingSource, Threaded};
@@ -13,4 +14,5 @@ pub use completion::{Completer, Completion};
 pub use destination::Destination;
 pub use error::SourceError;
 pub use file::LocalFile;
+pub use mapped::MappedBytes;
 pub use source::{Chunk, Extent, PageSource, Priority, Request};

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The trait that every source of pages implements.
 
-use crate::{Completion, Destination, SourceError};
+use crate::{Completion, Destination, MappedBytes, SourceError};
 
 /// How urgent a request is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -118,6 +118,13 @@ pub trait PageSource: Send + Sync {
         _offset: u64,
         _destination: &mut Destination<'_>,
     ) -> Option<Result<(), SourceError>> {
+        None
+    }
+
+    /// The `len` bytes at `offset` where they lie in this process, if they do and are at hand;
+    /// `None` (as here) from all other sources, and where they cannot be had like that. `offset`
+    /// and `len` are multiples of 4096.
+    fn mapped(&self, _offset: u64, _len: u64) -> Option<MappedBytes<'_>> {
         None
     }
 

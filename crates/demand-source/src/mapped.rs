@@ -1,0 +1,194 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Images that are mapped, for the kernel to copy from.
+
+use std::fs::File;
+use std::io;
+use std::marker::PhantomData;
+use std::os::fd::AsRawFd;
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Bytes of an image where they lie in this process, for the kernel to read.
+///
+/// They may be gone when they are read: if a file shrinks, a system call that reads them fails with
+/// `EFAULT`, but a process that looks itself dies of `SIGBUS`. So this gives no slice.
+#[derive(Clone, Copy, Debug)]
+pub struct MappedBytes<'a> {
+    address: NonNull<u8>,
+    len: usize,
+    lifetime: PhantomData<&'a ()>,
+}
+
+impl MappedBytes<'_> {
+    /// Names `len` bytes at `address`.
+    ///
+    /// # Safety
+    ///
+    /// For the lifetime, nothing but these bytes may be mapped there, and none of them may change
+    /// while it exists.
+    pub unsafe fn new(address: NonNull<u8>, len: usize) -> Self {
+        MappedBytes { address, len, lifetime: PhantomData }
+    }
+
+    /// Where they begin.
+    pub fn address(&self) -> NonNull<u8> {
+        self.address
+    }
+
+    /// Their number.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+}
+
+/// Bytes that stay mapped at most before they are given up: page tables and resident memory do not
+/// grow with what was read. Giving them up costs as much as a part of reading them, so it is done
+/// once for many.
+const WINDOW: u64 = 32 << 20;
+
+/// A whole file, mapped to be read.
+#[derive(Debug)]
+pub(crate) struct MappedFile {
+    address: NonNull<u8>,
+    len: u64,
+    /// Bytes that were brought into the page tables since the last time they were given up.
+    populated: AtomicU64,
+}
+
+// SAFETY: the mapping belongs to no thread, and only the kernel reads through it.
+unsafe impl Send for MappedFile {}
+// SAFETY: as above; what changes is the counter.
+unsafe impl Sync for MappedFile {}
+
+impl MappedFile {
+    pub(crate) fn new(file: &File, len: u64) -> io::Result<Self> {
+        let bytes =
+            usize::try_from(len).map_err(|_| io::Error::from_raw_os_error(libc::EOVERFLOW))?;
+        // SAFETY: a new mapping at an address of the kernel's choice changes no memory that
+        // anything in this process refers to.
+        let address = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                bytes,
+                libc::PROT_READ,
+                libc::MAP_SHARED,
+                file.as_raw_fd(),
+                0,
+            )
+        };
+        if address == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let address = NonNull::new(address.cast()).expect("mmap gives no null address");
+        Ok(MappedFile { address, len, populated: AtomicU64::new(0) })
+    }
+
+    /// Bytes of the file, read from the disk and in the page tables. `None` if they cannot be had
+    /// like that: reading them in the ordinary way tells why.
+    pub(crate) fn bytes(&self, offset: u64, len: u64) -> Option<MappedBytes<'_>> {
+        if offset.checked_add(len).is_none_or(|end| end > self.len) {
+            return None;
+        }
+        if self.populated.fetch_add(len, Ordering::Relaxed) >= WINDOW {
+            self.populated.store(len, Ordering::Relaxed);
+            // Whoever reads some of this at the moment has it brought back, at the price of a
+            // fault.
+            self.advise(0, self.len, libc::MADV_DONTNEED).ok()?;
+        }
+        match self.advise(offset, len, libc::MADV_POPULATE_READ) {
+            Ok(()) => {}
+            // Linux before 5.14 reads page by page, as it needs them.
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {}
+            Err(_) => return None,
+        }
+        // SAFETY: the check above keeps the bytes within the mapping, which lives as long as
+        // `self`; an image does not change.
+        Some(unsafe { MappedBytes::new(self.address.add(offset as usize), len as usize) })
+    }
+
+    fn advise(&self, offset: u64, len: u64, advice: libc::c_int) -> io::Result<()> {
+        // SAFETY: callers keep the range within the mapping. Neither advice changes content: one
+        // reads pages of the file, the other drops what can be read again.
+        let result = unsafe {
+            libc::madvise(self.address.add(offset as usize).as_ptr().cast(), len as usize, advice)
+        };
+        if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    }
+}
+
+impl Drop for MappedFile {
+    fn drop(&mut self) {
+        // SAFETY: the range was mapped by `new` and is unmapped once; no `MappedBytes` outlives
+        // the borrow of `self`.
+        unsafe { libc::munmap(self.address.as_ptr().cast(), self.len as usize) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::FileExt;
+
+    fn file(len: u64) -> File {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(len).unwrap();
+        file
+    }
+
+    /// What the kernel reads there.
+    fn read(bytes: MappedBytes<'_>) -> io::Result<Vec<u8>> {
+        let to = file(0);
+        // SAFETY: the kernel reads the bytes, which are mapped or answered with an error.
+        let written = unsafe {
+            libc::pwrite(to.as_raw_fd(), bytes.address().as_ptr().cast(), bytes.len(), 0)
+        };
+        let written = usize::try_from(written).map_err(|_| io::Error::last_os_error())?;
+        let mut content = vec![0; written];
+        to.read_exact_at(&mut content, 0)?;
+        Ok(content)
+    }
+
+    #[test]
+    fn the_bytes_are_the_files() {
+        let file = file(3 << 20);
+        file.write_all_at(&[7; 8192], 1 << 20).unwrap();
+        let mapped = MappedFile::new(&file, 3 << 20).unwrap();
+        let bytes = mapped.bytes((1 << 20) + 4096, 8192).unwrap();
+        assert_eq!((bytes.len(), bytes.is_empty()), (8192, false));
+        let content = read(bytes).unwrap();
+        assert!(content[..4096].iter().all(|byte| *byte == 7));
+        assert!(content[4096..].iter().all(|byte| *byte == 0));
+    }
+
+    #[test]
+    fn what_is_not_there_is_refused() {
+        let file = file(3 << 20);
+        let mapped = MappedFile::new(&file, 3 << 20).unwrap();
+        assert!(mapped.bytes(2 << 20, 2 << 20).is_none());
+        assert!(mapped.bytes(u64::MAX - 4095, 8192).is_none());
+        let before = mapped.bytes(2 << 20, 4096).unwrap();
+        file.set_len(1 << 20).unwrap();
+        assert!(mapped.bytes(2 << 20, 4096).is_none(), "the file has shrunk");
+        assert_eq!(read(before).unwrap_err().raw_os_error(), Some(libc::EFAULT));
+    }
+
+    #[test]
+    fn what_stays_mapped_is_bounded() {
+        let len = 4 * WINDOW;
+        let mapped = MappedFile::new(&file(len), len).unwrap();
+        for offset in (0..len).step_by(2 << 20) {
+            mapped.bytes(offset, 2 << 20).unwrap();
+        }
+        let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let start = format!("{:x}-", mapped.address.as_ptr() as usize);
+        let mut lines = maps.lines().skip_while(|line| !line.starts_with(&start));
+        let resident = lines.find_map(|line| line.strip_prefix("Rss:")).unwrap();
+        let resident: u64 = resident.trim().trim_end_matches(" kB").parse().unwrap();
+        assert!((1..=WINDOW >> 10).contains(&resident), "{resident} KiB are resident");
+    }
+}
