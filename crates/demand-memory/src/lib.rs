@@ -15,6 +15,8 @@ mod fill;
 #[cfg(not(loom))]
 mod latency;
 #[cfg(not(loom))]
+mod load;
+#[cfg(not(loom))]
 mod mapping;
 #[cfg(not(loom))]
 mod memory;
@@ -38,6 +40,7 @@ pub use words::Words;
 pub use self::{
     backing::{Backing, BackingError, BackingKind, MemfdBacking, transparent_huge_pages_of_shmem},
     fill::{Fill, FillRate},
+    load::LoadUnit,
     mapping::Mapping,
     memory::DemandMemory,
     pager::{FetchError, Pager, PagerError},

@@ -10,8 +10,8 @@ use demand_source::{Chunk, Destination, Extent, PageSource, Priority, Request, S
 
 use crate::retry::{Attempts, Retrier};
 use crate::{
-    Backing, BackingError, Mapping, MissingBitmap, PAGE_SIZE, PageRange, Path, Published, Stats,
-    Trap, Wait, Waiter,
+    Backing, BackingError, LoadUnit, Mapping, MissingBitmap, PAGE_SIZE, PageRange, Path, Published,
+    Stats, Trap, Wait, Waiter,
 };
 
 /// Why a pager could not be made.
@@ -86,6 +86,7 @@ pub struct Pager {
     /// One bit for each unit that is known to exist; only for units larger than a page.
     allocated: Option<Box<[AtomicU64]>>,
     guest_trap: OnceLock<Arc<dyn Trap>>,
+    unit_loader: OnceLock<Arc<dyn LoadUnit>>,
     /// Whether a page was ever asked for.
     begun: AtomicBool,
     on_complete: Mutex<Vec<Callback>>,
@@ -129,6 +130,7 @@ impl Pager {
             image_offset,
             allocated,
             guest_trap: OnceLock::new(),
+            unit_loader: OnceLock::new(),
             begun: AtomicBool::new(false),
             on_complete: Mutex::default(),
             stats,
@@ -172,6 +174,15 @@ impl Pager {
         // Not the bitmap's count: this is part of each start, of memory of any size.
         assert!(!self.begun.load(Ordering::Relaxed), "the guest is armed first");
         assert!(self.guest_trap.set(trap).is_ok(), "a region has one guest mapping");
+    }
+
+    /// Gives the pager what creates huge pages together with their content, once.
+    ///
+    /// # Panics
+    ///
+    /// If it has one.
+    pub fn set_unit_loader(&self, loader: Arc<dyn LoadUnit>) {
+        assert!(self.unit_loader.set(loader).is_ok(), "a region has one loader of units");
     }
 
     /// Calls `callback` when the last page is present: at once if it is, else on the thread that
@@ -276,6 +287,7 @@ impl Pager {
         let extent = self.source.extent(offset)?;
         // An extent that ends within a page: the page is data, read as a whole.
         let pages = (extent.end().saturating_sub(offset) / PAGE_SIZE).clamp(1, run.count);
+        let pages = pages.min(self.to_unit_border(run.first).unwrap_or(pages));
         let run = PageRange::new(run.first, pages);
         match extent {
             Extent::Hole { end } if end - offset >= PAGE_SIZE => {
@@ -283,7 +295,12 @@ impl Pager {
                 self.allocate(run, true)?;
                 return Ok((pages, self.publish(run, path, 0, tried)));
             }
-            _ => self.allocate(run, false)?,
+            _ => {
+                if let Some(unit) = self.load_unit(run) {
+                    return Ok((unit.count, self.publish(unit, path, unit.bytes(), tried)));
+                }
+                self.allocate(run, false)?;
+            }
         }
         let (address, len) = (self.populate.at(run.offset()), run.bytes() as usize);
         // SAFETY: `at` and the range check in `fetch` keep the loan within the populate mapping,
@@ -310,6 +327,36 @@ impl Pager {
             Err(error) => pager.retry(run, Left::Populate, path, &error, tried),
         });
         Ok((pages, false))
+    }
+
+    /// Pages from here to the next unit, which may be created whole; `None` at the beginning of
+    /// one, and where that is not done.
+    fn to_unit_border(&self, first: u64) -> Option<u64> {
+        self.unit_loader.get()?;
+        match first % self.unit_pages() {
+            0 => None,
+            within => Some(self.unit_pages() - within),
+        }
+    }
+
+    /// Creates the unit that `run` begins with, together with its content. `None` if the run, which
+    /// is data throughout, does not begin with a whole unit, or it cannot be created so: for one,
+    /// because it exists.
+    fn load_unit(&self, run: PageRange) -> Option<PageRange> {
+        let (loader, allocated) = (self.unit_loader.get()?, self.allocated.as_ref()?);
+        let unit = PageRange::new(run.first, self.unit_pages());
+        if !unit.first.is_multiple_of(unit.count) || run.count < unit.count {
+            return None;
+        }
+        let index = unit.first / unit.count;
+        let (word, bit) = (&allocated[(index / 64) as usize], 1 << (index % 64));
+        if word.load(Ordering::Relaxed) & bit != 0 {
+            return None;
+        }
+        let content = self.source.mapped(self.image_offset + unit.offset(), unit.bytes())?;
+        loader.load(unit.offset(), content).ok()?;
+        word.fetch_or(bit, Ordering::Relaxed);
+        Some(unit)
     }
 
     /// Makes sure that memory for `run` exists. Pages of shared memory come into being when they
@@ -351,6 +398,9 @@ impl Pager {
         }
         self.stats.arrived(path, run.count, bytes_read);
         if self.bitmap.publish(run) == Published::Last {
+            if let Some(loader) = self.unit_loader.get() {
+                loader.finish();
+            }
             let callbacks = std::mem::take(
                 &mut *self.on_complete.lock().unwrap_or_else(PoisonError::into_inner),
             );

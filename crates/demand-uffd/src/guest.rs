@@ -6,7 +6,8 @@ use std::sync::Arc;
 use demand_memory::{BackingError, BackingKind, Mapping, Pager, Path, VcpuTrap};
 
 use crate::{
-    ArmedMapping, FaultService, Features, OpenError, RangeError, ServiceError, Userfaultfd,
+    ArmedMapping, FaultService, Features, OpenError, RangeError, ServiceError, UnitLoader,
+    Userfaultfd,
 };
 
 /// Why the guest's mappings could not be armed. Nothing is of use then, but nothing is lost: no
@@ -73,7 +74,8 @@ impl ArmedMapping {
 
 impl FaultService {
     /// Makes a guest's mapping of each region, arms them on one userfaultfd (see
-    /// [`ArmedMapping::guest`]), and serves them from now on. To be called once, before any page
+    /// [`ArmedMapping::guest`]), and serves them from now on; gives pagers of huge pages a
+    /// [`UnitLoader`]. To be called once, before any page
     /// is fetched; memslots are made over the mappings, which come in the order of the pagers.
     ///
     /// # Errors
@@ -128,6 +130,9 @@ impl FaultService {
             let mapping = Arc::new(pager.backing().map()?);
             armed.push(ArmedMapping::guest(&uffd, mapping.clone(), pager, vcpus)?);
             mappings.push(mapping);
+            if let Err(error) = UnitLoader::install(pager) {
+                log::debug!("huge pages are zeroed before they are filled: {error}");
+            }
         }
         // All at once: a fault that is read before its mapping is known would have to come again.
         self.serve(&armed)?;

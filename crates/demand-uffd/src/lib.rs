@@ -6,6 +6,7 @@ mod error;
 mod event;
 mod flags;
 mod guest;
+mod load;
 mod probe;
 mod service;
 mod userfaultfd;
@@ -17,6 +18,7 @@ pub use self::{
     event::Event,
     flags::{Features, Modes},
     guest::ArmGuestError,
+    load::{LoaderError, UnitLoader},
     probe::{Answer, Probe, probe},
     service::{DEFAULT_THREADS, FaultService},
     userfaultfd::Userfaultfd,

@@ -4,9 +4,11 @@
 use std::fs::OpenOptions;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
+use demand_source::MappedBytes;
 use linux_raw_sys::{general as raw, ioctl as request};
 use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref, ioctl_with_val};
 use vmm_sys_util::ioctl_io_nr;
@@ -250,7 +252,29 @@ impl Userfaultfd {
     ///
     /// If the userfaultfd is of this process, no Rust reference to bytes of the range may exist.
     pub unsafe fn copy(&self, address: u64, content: &[u8]) -> Result<(), RangeError> {
-        let source = content.as_ptr() as u64;
+        // SAFETY: a slice is mapped and does not change while it is borrowed; the rest is the
+        // caller's promise.
+        unsafe {
+            let content = MappedBytes::new(NonNull::from(content).cast(), content.len());
+            self.copy_mapped(address, content)
+        }
+    }
+
+    /// As [`copy`](Self::copy), with content that may have vanished: `EFAULT` then.
+    ///
+    /// # Errors
+    ///
+    /// As for [`continue`](Self::continue), and `EFAULT` if the content cannot be read.
+    ///
+    /// # Safety
+    ///
+    /// As for [`copy`](Self::copy).
+    pub unsafe fn copy_mapped(
+        &self,
+        address: u64,
+        content: MappedBytes<'_>,
+    ) -> Result<(), RangeError> {
+        let source = content.address().as_ptr() as u64;
         self.in_parts("copy pages to", address, content.len() as u64, |fd, start, len| {
             let mut argument = raw::uffdio_copy {
                 dst: start,

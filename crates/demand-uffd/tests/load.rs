@@ -1,0 +1,158 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Huge pages that come into being with their content, from a file.
+
+mod common;
+
+use std::os::unix::fs::FileExt;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use common::{base, expect, expect_blocked, mapping, read_later, uffd};
+use demand_memory::{
+    Backing, BackingKind, LoadUnit, MemfdBacking, PAGE_SIZE, PageRange, Pager, Path, Retrier,
+    RetryPolicy, Stats,
+};
+use demand_source::{LocalFile, MappedBytes};
+use demand_uffd::{ArmedMapping, DEFAULT_THREADS, FaultService, UnitLoader};
+use test_support::host::huge_pages;
+use test_support::image::word_of;
+use test_support::wait::{PATIENCE, until};
+
+const UNIT: u64 = 2 << 20;
+const UNITS: u64 = 4;
+const SIZE: u64 = UNITS * UNIT;
+
+/// Which units a loader was asked for, and what came of it.
+type Loads = Arc<Mutex<Vec<(u64, Option<i32>)>>>;
+
+struct Watched(UnitLoader, Loads);
+
+impl LoadUnit for Watched {
+    fn load(&self, offset: u64, content: MappedBytes<'_>) -> std::io::Result<()> {
+        let result = self.0.load(offset, content);
+        // The error of the wrapper keeps the system's as its source.
+        let code = result.as_ref().err().map(|error| {
+            error.raw_os_error().unwrap_or_else(|| {
+                if error.to_string().contains("File exists") { libc::EEXIST } else { libc::EFAULT }
+            })
+        });
+        self.1.lock().unwrap().push((offset / UNIT, code));
+        result
+    }
+    fn finish(&self) {
+        self.0.finish();
+    }
+}
+
+/// An image in a file, of data but for one page of unit 1, which is a hole.
+fn image() -> tempfile::NamedTempFile {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    file.as_file().set_len(SIZE).unwrap();
+    for page in (0..SIZE / PAGE_SIZE).filter(|page| *page != 600) {
+        let words = (0..PAGE_SIZE / 8).map(|i| word(page * PAGE_SIZE + i * 8));
+        let bytes: Vec<u8> = words.flat_map(u64::to_ne_bytes).collect();
+        file.as_file().write_all_at(&bytes, page * PAGE_SIZE).unwrap();
+    }
+    file
+}
+
+/// The image's word: as other tests have it, but with no holes.
+fn word(offset: u64) -> u64 {
+    word_of(offset) | 1
+}
+
+struct World {
+    backing: Arc<MemfdBacking>,
+    pager: Arc<Pager>,
+    loads: Loads,
+    failures: Arc<Mutex<Vec<String>>>,
+    file: tempfile::NamedTempFile,
+}
+
+fn world() -> World {
+    let file = image();
+    let backing = common::backing(BackingKind::Hugetlb2M, SIZE);
+    let failures = Arc::new(Mutex::new(vec![]));
+    let policy = RetryPolicy { longest: Duration::from_millis(20), ..RetryPolicy::default() };
+    let told = failures.clone();
+    let retrier =
+        Retrier::new(policy, move |failure| told.lock().unwrap().push(failure.error.to_string()));
+    let source = Arc::new(LocalFile::open(file.path()).unwrap());
+    let pager = Pager::new(backing.clone(), source, 0, Arc::new(Stats::new()), retrier).unwrap();
+    let loads = Loads::default();
+    let loader = UnitLoader::new(&*backing).unwrap();
+    pager.set_unit_loader(Arc::new(Watched(loader, loads.clone())));
+    World { backing, pager, loads, failures, file }
+}
+
+#[test]
+fn wholly_missing_units_come_with_their_content() {
+    let Some(_pool) = huge_pages(UNITS) else { return };
+    let World { pager, loads, .. } = world();
+    let (mapping, uffd) = (mapping(&pager), uffd());
+    let armed = ArmedMapping::foreign(&uffd, base(&mapping), &pager).unwrap();
+    let service = FaultService::start(DEFAULT_THREADS).unwrap();
+    service.serve(&[armed]).unwrap();
+    // Of unit 2 there is a page already.
+    pager.fetch(PageRange::page(2 * 512 + 7), Path::Guest).unwrap();
+    for page in (0..SIZE / PAGE_SIZE).rev() {
+        let offset = page * PAGE_SIZE;
+        let read = read_later(&mapping, offset + 8).recv_timeout(PATIENCE).unwrap();
+        let hole = page == 600;
+        assert_eq!(read, if hole { 0 } else { word(offset + 8) }, "at {offset:#x}");
+    }
+    service.finish().unwrap();
+    // Unit 1 has a hole, which is not read.
+    assert_eq!(*loads.lock().unwrap(), [(3, None), (0, None)]);
+    let report = pager.stats().path(Path::BackEnd);
+    assert_eq!(report.faults, UNITS);
+}
+
+#[test]
+fn fill_loads_units_and_the_loader_ends_with_it() {
+    let Some(_pool) = huge_pages(UNITS) else { return };
+    let World { backing, pager, loads, .. } = world();
+    let loader = Arc::new(UnitLoader::new(&*backing).unwrap());
+    assert_eq!(pager.fetch(PageRange::new(0, 3 * 512), Path::Fill), Ok(3 * 512));
+    assert_eq!(*loads.lock().unwrap(), [(0, None), (2, None)]);
+    assert_eq!(pager.fetch(PageRange::new(3 * 512, 512), Path::Fill), Ok(512));
+    assert!(pager.bitmap().is_complete());
+    loader.finish();
+    // SAFETY: the memory of the pattern outlives the call.
+    let nothing = unsafe { MappedBytes::new(std::ptr::NonNull::dangling(), 0) };
+    assert_eq!(loader.load(0, nothing).unwrap_err().raw_os_error(), Some(libc::EBADF));
+}
+
+/// Say after an attempt that failed halfway.
+#[test]
+fn a_unit_that_exists_is_read_into() {
+    let Some(_pool) = huge_pages(UNITS) else { return };
+    let World { backing, pager, loads, .. } = world();
+    backing.allocate(PageRange::new(512 * 3, 512)).unwrap();
+    assert_eq!(pager.fetch(PageRange::new(512 * 3, 512), Path::BackEnd), Ok(512));
+    assert_eq!(*loads.lock().unwrap(), [(3, Some(libc::EEXIST))]);
+    let mapping = mapping(&pager);
+    for offset in (3 * UNIT..SIZE).step_by(8) {
+        assert_eq!(common::read(&mapping, offset), word(offset), "at {offset:#x}");
+    }
+}
+
+#[test]
+fn an_image_that_has_shrunk_is_no_zeros() {
+    let Some(_pool) = huge_pages(UNITS) else { return };
+    let World { pager, loads, failures, file, .. } = world();
+    let (mapping, uffd) = (mapping(&pager), uffd());
+    let armed = ArmedMapping::foreign(&uffd, base(&mapping), &pager).unwrap();
+    let service = FaultService::start(DEFAULT_THREADS).unwrap();
+    service.serve(&[armed]).unwrap();
+    // Known to be data, and mapped.
+    expect(&read_later(&mapping, 8 + PAGE_SIZE), 8 + PAGE_SIZE);
+    file.as_file().set_len(UNIT).unwrap();
+    let reader = read_later(&mapping, 3 * UNIT + 8 + PAGE_SIZE);
+    until("the failure is told", || !failures.lock().unwrap().is_empty());
+    expect_blocked(&reader);
+    let told = failures.lock().unwrap()[0].clone();
+    assert!(told.contains("end"), "{told}");
+    assert_eq!(loads.lock().unwrap()[0], (0, None));
+    assert!(pager.bitmap().is_missing(3 * 512 + 1));
+}
