@@ -16,7 +16,7 @@ use anyhow::{Context, Result, ensure};
 use clap::Args;
 use demand_memory::{Backing, BackingKind, Mapping, MemfdBacking, Pager, Retrier, Stats};
 use demand_source::LocalFile;
-use demand_uffd::{ArmedMapping, DEFAULT_THREADS, FaultService, Features, Userfaultfd};
+use demand_uffd::{ArmedMapping, DEFAULT_THREADS, FaultService, Features, UnitLoader, Userfaultfd};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 /// Memory, and who touches it how.
@@ -43,6 +43,7 @@ pub fn serve(options: &Options) -> Result<()> {
     let source = Arc::new(LocalFile::open(&options.image)?);
     let retrier = Retrier::new(Default::default(), |failure| eprintln!("{}", failure.error));
     let pager = Pager::new(backing.clone(), source, 0, Arc::new(Stats::new()), retrier)?;
+    UnitLoader::install(&pager)?;
     let service = FaultService::start(DEFAULT_THREADS)?;
     let file = backing.file().context("the memory has a file")?;
 
