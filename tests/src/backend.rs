@@ -8,6 +8,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use test_support::wait::listens;
 
 use crate::process::{Guarded, program};
 
@@ -75,7 +76,7 @@ impl BackEnd {
         let process = Guarded::spawn(command.stdin(Stdio::null()))?;
         let mut this = BackEnd { process, socket };
         let begun = Instant::now();
-        while !this.socket.exists() {
+        while !listens(this.process.id()) {
             if let Some(status) = this.process.try_wait()? {
                 bail!("the back-end ended before it listened: {status}");
             }

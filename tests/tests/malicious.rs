@@ -17,6 +17,7 @@ use demand_memory::BackingKind;
 use demand_tests::cannot_run;
 use demand_tests::host::{free_units, is_lab, skip};
 use demand_tests::process::{Guarded, Measured, example, program, run, run_measured};
+use test_support::wait::listens;
 
 /// Longer than the VMM's patience with a back-end, which is 30 seconds.
 const LIMIT: Duration = Duration::from_secs(100);
@@ -119,7 +120,7 @@ impl Setting {
         command.arg("--socket").arg(&socket).arg("--deed").arg(deed.to_string());
         let mut process = Guarded::spawn(command.stdin(Stdio::null())).unwrap();
         let begun = Instant::now();
-        while !socket.exists() {
+        while !listens(process.id()) {
             assert_eq!(process.try_wait().unwrap(), None, "it ended before it listened");
             assert!(begun.elapsed() < LIMIT, "it does not listen");
             thread::sleep(Duration::from_millis(5));

@@ -11,7 +11,7 @@ use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Mutex};
 use std::thread;
 
-use test_support::wait::{A_WHILE, PATIENCE, until};
+use test_support::wait::{A_WHILE, PATIENCE, listens, until};
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use vhost_user_backend::{VhostUserBackendMut, VhostUserDaemon, VringRwLock, VringT};
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
@@ -131,7 +131,7 @@ impl Process {
                 let _ = waiting.swap_remove(index).1.send(word.parse().unwrap());
             }
         });
-        until("the back-end listens", || socket.exists());
+        until("the back-end listens", || listens(child.id()));
         Process { socket, _directory: directory, child, control, waiting }
     }
 

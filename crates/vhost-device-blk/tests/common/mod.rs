@@ -12,6 +12,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use test_support::wait::listens;
 use vhost::vhost_user::message::{
     VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserProtocolFeatures,
 };
@@ -75,7 +76,7 @@ impl Daemon {
     }
 
     pub fn await_socket(&self) {
-        until("the socket", || self.socket().exists());
+        until("the socket", || listens(self.process.id()));
     }
 
     pub fn socket(&self) -> PathBuf {
