@@ -52,9 +52,10 @@ fn all(engine: Engine, backing: BackingKind) {
     let arguments = ["--engine", engine.name(), "--backing", backing.name()];
 
     let output = succeeds(lazy_vm().args(arguments));
-    // All of it because the guest touched it; it goes on while this is counted.
+    // All of it because the guest touched it; it goes on while this is counted, and the last page
+    // may be counted after that.
     const HALF: &str = "half of memory summed";
-    assert!(number(&output, HALF, "guest ") >= PAGES / 2, "{output:?}");
+    assert!(number(&output, HALF, "guest ") >= PAGES / 2 - 1, "{output:?}");
     assert_eq!(number(&output, HALF, "fill "), 0, "{output:?}");
     const END: &str = "complete and finished";
     let arrived = ["guest ", "kvm_internal ", "fill "].map(|path| number(&output, END, path));
