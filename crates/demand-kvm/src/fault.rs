@@ -105,33 +105,8 @@ impl Region {
 /// that nobody else works on allocates nothing and makes no system call but the source's read
 /// (and, with memory attributes, one that lets KVM know of the page).
 ///
-/// # Examples
-///
-/// The loop of a vCPU's thread:
-///
-/// ```
-/// use demand_kvm::{FaultError, FaultHandler, VcpuKick};
-/// use kvm_ioctls::{VcpuExit, VcpuFd};
-///
-/// /// Runs the vCPU until it halts or is called away.
-/// fn run(vcpu: &mut VcpuFd, kick: &VcpuKick, handler: &FaultHandler) -> Result<(), FaultError> {
-///     kick.attach();
-///     loop {
-///         match vcpu.run() {
-///             Ok(VcpuExit::MemoryFault { flags, gpa, size }) => {
-///                 match handler.handle(gpa, size, flags, kick.waiter()) {
-///                     Ok(()) => continue,
-///                     Err(FaultError::Kicked { .. }) => return Ok(()),
-///                     Err(error) => return Err(error),
-///                 }
-///             }
-///             Ok(VcpuExit::Hlt) => return Ok(()),
-///             Err(error) if error.errno() == libc::EINTR => return Ok(()),
-///             other => panic!("{other:?}"),
-///         }
-///     }
-/// }
-/// ```
+/// [`DemandVcpu`](crate::DemandVcpu) calls it; a VMM with a loop of its own calls
+/// [`handle`](Self::handle) for each [`VcpuExit::MemoryFault`](kvm_ioctls::VcpuExit::MemoryFault).
 pub struct FaultHandler {
     /// By guest address.
     regions: Box<[Region]>,

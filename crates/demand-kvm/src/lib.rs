@@ -22,6 +22,7 @@ mod scratch;
 mod slot;
 mod trap;
 mod trial;
+mod vcpu;
 
 pub use abi::{KVM_MEM_USERFAULT, KVM_MEMORY_EXIT_FLAG_PRIVATE, KVM_MEMORY_EXIT_FLAG_USERFAULT};
 pub use engine::{Engine, EngineChoice, EngineError, UnknownEngine, resolve};
@@ -41,3 +42,4 @@ pub use plain::PlainSlot;
 pub use probe::{EngineReport, Probe, Virtualization, probe};
 pub use slot::{DemandSlot, Finished};
 pub use trial::Trial;
+pub use vcpu::{DemandVcpu, Step, StepError};

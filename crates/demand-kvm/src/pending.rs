@@ -33,51 +33,7 @@ const MMIO_BYTES: usize = 8;
 /// `KVM_EXIT_MMIO`: state is complete only after `KVM_RUN` was entered again, which `immediate_exit`
 /// keeps from running the guest).
 ///
-/// # Examples
-///
-/// The loop of a vCPU's thread:
-///
-/// ```
-/// use demand_kvm::{FaultError, FaultHandler, Pending, VcpuKick};
-/// use demand_memory::DemandMemory;
-/// use kvm_ioctls::{VcpuExit, VcpuFd};
-///
-/// /// Runs the vCPU until it halts or is called away; `pending` is kept from run to run.
-/// fn run(
-///     vcpu: &mut VcpuFd,
-///     pending: &mut Option<Pending>,
-///     kick: &VcpuKick,
-///     handler: &FaultHandler,
-///     memory: &DemandMemory,
-/// ) -> Result<(), FaultError> {
-///     loop {
-///         if let Some(exit) = pending {
-///             match exit.answer(vcpu, handler, memory, kick.waiter()) {
-///                 Ok(()) => *pending = None,
-///                 Err(FaultError::Kicked { .. }) => return Ok(()),
-///                 Err(error) => return Err(error),
-///             }
-///         }
-///         match vcpu.run() {
-///             Ok(exit) => {
-///                 *pending = Pending::of(&exit, handler);
-///                 if pending.is_some() {
-///                     continue;
-///                 }
-///                 match exit {
-///                     VcpuExit::MemoryFault { flags, gpa, size } => {
-///                         handler.handle(gpa, size, flags, kick.waiter())?;
-///                     }
-///                     VcpuExit::Hlt => return Ok(()),
-///                     other => panic!("{other:?}"),
-///                 }
-///             }
-///             Err(error) if error.errno() == libc::EINTR => return Ok(()),
-///             Err(error) => panic!("{error}"),
-///         }
-///     }
-/// }
-/// ```
+/// [`DemandVcpu`](crate::DemandVcpu) does so.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Pending {
     /// `KVM_EXIT_MMIO`, a read.
