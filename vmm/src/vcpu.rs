@@ -6,9 +6,9 @@ use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::Instant;
 
-use demand_kvm::{FaultError, FaultHandler, KickError, Pending, VcpuKick};
+use demand_kvm::{DemandVcpu, FaultError, FaultHandler, KickError, Step, StepError};
 use demand_memory::DemandMemory;
-use kvm_ioctls::{VcpuExit, VcpuFd};
+use kvm_ioctls::VcpuExit;
 use test_guest::guest_code::PORT_WAIT;
 
 use crate::notify::Notify;
@@ -78,53 +78,29 @@ impl Drop for TellEnd<'_> {
 /// told to stop.
 pub(crate) fn run(
     cpu: u32,
-    mut vcpu: VcpuFd,
-    kick: &VcpuKick,
+    mut vcpu: DemandVcpu,
     context: &VcpuContext,
     gate: &Gate,
     tell: &dyn Fn(VcpuEvent),
 ) {
     let _ended = TellEnd(cpu, gate, tell);
-    kick.attach();
+    vcpu.kick().attach();
     let failed = |message: String| tell(VcpuEvent::Failed { cpu, message });
     context.first_run.get_or_init(Instant::now);
-    let mut pending: Option<Pending> = None;
     while gate.pass(cpu) {
-        // An exit that was not answered, because the vCPU was called away, is answered first.
-        if let Some(exit) = pending.take() {
-            match exit.answer(&mut vcpu, &context.faults, &context.memory, kick.waiter()) {
-                Ok(()) => {}
-                Err(FaultError::Kicked { .. }) => {
-                    kick.clear();
-                    pending = Some(exit);
-                    continue;
-                }
-                Err(FaultError::Stopped { .. }) => return,
-                Err(error) => return failed(error.to_string()),
-            }
-        }
-        let exit = vcpu.run();
-        if let Ok(exit) = &exit
-            && let Some(exit) = Pending::of(exit, &context.faults)
-        {
-            pending = Some(exit);
-            continue;
-        }
+        let exit = match vcpu.step(&context.faults, &context.memory) {
+            Ok(Step::Again) => continue,
+            Ok(Step::Exit(exit)) => exit,
+            Err(StepError::Fault(FaultError::Stopped { .. })) => return,
+            Err(error) => return failed(format!("vCPU {cpu}: {error}")),
+        };
         match exit {
-            Ok(VcpuExit::MemoryFault { flags, gpa, size }) => {
-                match context.faults.handle(gpa, size, flags, kick.waiter()) {
-                    Ok(()) => {}
-                    Err(FaultError::Kicked { .. }) => kick.clear(),
-                    Err(FaultError::Stopped { .. }) => return,
-                    Err(error) => return failed(error.to_string()),
-                }
-            }
-            Ok(VcpuExit::IoOut(PORT_WAIT, _)) => thread::yield_now(),
-            Ok(VcpuExit::IoOut(port, data)) => {
+            VcpuExit::IoOut(PORT_WAIT, _) => thread::yield_now(),
+            VcpuExit::IoOut(port, data) => {
                 let value = data.first().copied().unwrap_or_default();
                 tell(VcpuEvent::Port { cpu, port, value });
             }
-            Ok(VcpuExit::MmioWrite(address, data)) => {
+            VcpuExit::MmioWrite(address, data) => {
                 let served =
                     context.notify.as_ref().is_some_and(|notify| notify.write(address, data));
                 if !served {
@@ -135,16 +111,8 @@ pub(crate) fn run(
                 }
             }
             // The test guest has nothing more to do, and no interrupt will come.
-            Ok(VcpuExit::Hlt) => return,
-            Ok(exit) => return failed(format!("vCPU {cpu} left the guest with {exit:?}")),
-            Err(error) => match error.errno() {
-                libc::EINTR | libc::EAGAIN => kick.clear(),
-                _ => {
-                    return failed(format!(
-                        "run vCPU {cpu}: {error}; the kernel's log may say more"
-                    ));
-                }
-            },
+            VcpuExit::Hlt => return,
+            exit => return failed(format!("vCPU {cpu} left the guest with {exit:?}")),
         }
     }
 }

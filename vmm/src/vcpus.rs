@@ -7,7 +7,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use demand_kvm::VcpuKick;
+use demand_kvm::{DemandVcpu, VcpuKick};
 use kvm_ioctls::VcpuFd;
 
 use crate::vcpu::{StartError, VcpuContext, VcpuEvent, run};
@@ -164,10 +164,11 @@ impl Vcpus {
         vcpu: VcpuFd,
         tell: impl Fn(VcpuEvent) + Send + 'static,
     ) -> Result<(), StartError> {
-        let kick = VcpuKick::new(&vcpu)?;
+        let vcpu = DemandVcpu::new(vcpu)?;
+        let kick = vcpu.kick().clone();
         self.gate.places().insert(cpu, Place::Running);
-        let (context, gate, kicked) = (self.context.clone(), self.gate.clone(), kick.clone());
-        let body = move || run(cpu, vcpu, &kicked, &context, &gate, &tell);
+        let (context, gate) = (self.context.clone(), self.gate.clone());
+        let body = move || run(cpu, vcpu, &context, &gate, &tell);
         let thread = thread::Builder::new().name(format!("vcpu-{cpu}")).spawn(body);
         match thread {
             Ok(thread) => self.vcpus.push(Vcpu { kick, thread }),

@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use clap::Parser;
 use demand_examples::guest;
 use demand_kvm::{
-    DemandSlot, EngineChoice, FaultHandler, Pending, VcpuKick, open_kvm, probe, resolve,
+    DemandSlot, DemandVcpu, EngineChoice, FaultHandler, Step, open_kvm, probe, resolve,
 };
 use demand_memory::{
     BackingKind, DemandMemory, DemandRegion, Fill, FillRate, MemfdBacking, Path, RegionConfig,
@@ -140,29 +140,19 @@ fn run(options: &Options) -> Result<()> {
         println!("note: have KVM pass kicks on: {error}; the VMM does");
     }
 
-    let mut vcpu = vm.create_vcpu(0)?;
-    vcpu.set_sregs(&guest::sregs(&vcpu)?)?;
-    vcpu.set_regs(&guest::regs(SIZE))?;
-    let waiter = VcpuKick::new(&vcpu)?;
-    waiter.attach();
+    let mut vcpu = DemandVcpu::new(vm.create_vcpu(0)?)?;
+    vcpu.fd().set_sregs(&guest::sregs(vcpu.fd())?)?;
+    vcpu.fd().set_regs(&guest::regs(SIZE))?;
+    vcpu.kick().attach();
     println!("running {engine} on {} with the disk at {}", options.backing, socket.display());
 
     // On this very thread; for one of its own, which can be called away, see lazy-vm. Ctrl-C ends
     // the process: the kernel takes the VM, the memory and its traps down together, and the
     // back-end's process sees to it that it reads no zeros.
-    let mut pending: Option<Pending> = None;
     let mut sum = None;
     loop {
-        if let Some(exit) = pending.take() {
-            exit.answer(&mut vcpu, &handler, &memory, waiter.waiter())?;
-        }
-        let exit = vcpu.run()?;
-        pending = Pending::of(&exit, &handler);
+        let Step::Exit(exit) = vcpu.step(&handler, &memory)? else { continue };
         match exit {
-            _ if pending.is_some() => {}
-            VcpuExit::MemoryFault { flags, gpa, size } => {
-                handler.handle(gpa, size, flags, waiter.waiter())?;
-            }
             VcpuExit::IoOut(guest::PORT_KICK, _) => kick.write(1)?,
             VcpuExit::IoOut(guest::PORT_WAIT, _) => {
                 // A request that a dead back-end had is never answered.

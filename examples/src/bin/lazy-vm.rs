@@ -19,8 +19,8 @@ use std::time::{Duration, Instant};
 use clap::Parser;
 use demand_examples::guest;
 use demand_kvm::{
-    DemandSlot, EngineChoice, FaultError, FaultHandler, MsrTrap, Pending, VcpuKick, hide_nested,
-    open_kvm, own_pages, probe, resolve,
+    DemandSlot, DemandVcpu, EngineChoice, FaultHandler, MsrTrap, Step, hide_nested, open_kvm,
+    own_pages, probe, resolve,
 };
 use demand_memory::{
     BackingKind, DemandMemory, DemandRegion, Fill, FillRate, MemfdBacking, Path, RegionConfig,
@@ -28,7 +28,7 @@ use demand_memory::{
 };
 use demand_source::{LocalFile, PageSource};
 use demand_uffd::{DEFAULT_THREADS, FaultService};
-use kvm_ioctls::{VcpuExit, VcpuFd};
+use kvm_ioctls::VcpuExit;
 use vm_memory::GuestAddress;
 use vmm_sys_util::signal::register_signal_handler;
 
@@ -139,26 +139,26 @@ fn run(options: &Options) -> Result<()> {
     let kvm = open_kvm()?;
     let vm = Arc::new(engine.create_vm(&kvm)?); // kvm-attributes needs a type of its own.
     // A guest that names a page to KVM by an MSR (kvm-clock, say) has KVM write there at once, past
-    // the engine. With this the vCPU leaves the guest instead, and `Pending` fetches the page.
+    // the engine. With this the vCPU leaves the guest instead, and its step fetches the page.
     let msr_trap = MsrTrap::new(&vm)?;
     let slot = DemandSlot::new(vm.clone(), 0, GuestAddress(0), mapping, pager.clone(), engine)?
         .with_features(features);
     let handler = FaultHandler::for_slots([&slot])?;
 
-    let vcpu = vm.create_vcpu(0)?;
-    let kick = VcpuKick::new(&vcpu)?;
+    let vcpu = DemandVcpu::new(vm.create_vcpu(0)?)?;
+    let kick = vcpu.kick().clone();
     let mut cpuid = kvm.get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES)?;
     if probe.hides_nested(engine) {
         // For guests of the guest, KVM maps pages ahead of what was touched, arrived or not.
         hide_nested(&mut cpuid);
     }
-    vcpu.set_cpuid2(&cpuid)?;
+    vcpu.fd().set_cpuid2(&cpuid)?;
     // Setting registers has KVM read what they name (and MSRs, of which a guest that was not
     // restored has none), so those pages come first.
-    let sregs = guest::sregs(&vcpu)?;
+    let sregs = guest::sregs(vcpu.fd())?;
     handler.fetch_pages(&own_pages(&[], Some(&sregs)), kick.waiter())?;
-    vcpu.set_sregs(&sregs)?;
-    vcpu.set_regs(&guest::regs(size))?;
+    vcpu.fd().set_sregs(&sregs)?;
+    vcpu.fd().set_regs(&guest::regs(size))?;
 
     let (sender, events) = channel();
     let complete = sender.clone();
@@ -166,9 +166,9 @@ fn run(options: &Options) -> Result<()> {
     let stop = Arc::new(AtomicBool::new(false));
     let started = Instant::now();
     let thread = {
-        let (kick, stop, memory) = (kick.clone(), stop.clone(), memory.clone());
+        let (stop, memory) = (stop.clone(), memory.clone());
         thread::Builder::new().name("vcpu".into()).spawn(move || {
-            let ended = run_vcpu(vcpu, &kick, &handler, &memory, &stop, &sender);
+            let ended = run_vcpu(vcpu, &handler, &memory, &stop, &sender);
             let _ = sender.send(Event::Ended(ended.map_err(|error| error.to_string())));
         })?
     };
@@ -255,50 +255,23 @@ fn arrived(stats: &Stats) -> String {
 
 /// The vCPU's thread, until the guest halts or is told to stop.
 fn run_vcpu(
-    mut vcpu: VcpuFd,
-    kick: &VcpuKick,
+    mut vcpu: DemandVcpu,
     handler: &FaultHandler,
     memory: &DemandMemory,
     stop: &AtomicBool,
     events: &Sender<Event>,
 ) -> Result<()> {
-    kick.attach();
-    // An exit that has to be answered before the vCPU runs again, or its access is lost. Answering
-    // may be called away, so it is kept over the loop.
-    let mut pending: Option<Pending> = None;
+    vcpu.kick().attach();
     while !stop.load(Ordering::Acquire) {
-        let outcome = if let Some(exit) = pending {
-            exit.answer(&mut vcpu, handler, memory, kick.waiter()).map(|()| pending = None)
-        } else {
-            match vcpu.run() {
-                Ok(exit) => {
-                    pending = Pending::of(&exit, handler);
-                    match exit {
-                        _ if pending.is_some() => Ok(()),
-                        // The guest touched a missing page: fetched here, on this very thread.
-                        VcpuExit::MemoryFault { flags, gpa, size } => {
-                            handler.handle(gpa, size, flags, kick.waiter())
-                        }
-                        VcpuExit::IoOut(guest::PORT_SUM, data) => {
-                            let sum = u32::from_le_bytes(data.try_into()?);
-                            Ok(events.send(Event::Sum(sum))?)
-                        }
-                        VcpuExit::Hlt => return Ok(()),
-                        exit => return Err(format!("the vCPU left with {exit:?}").into()),
-                    }
-                }
-                Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {
-                    kick.clear();
-                    Ok(())
-                }
-                Err(error) => return Err(format!("run the vCPU: {error}").into()),
+        match vcpu.step(handler, memory)? {
+            // The guest has touched a missing page, which was fetched here, on this very thread;
+            // or the vCPU was called away.
+            Step::Again => {}
+            Step::Exit(VcpuExit::IoOut(guest::PORT_SUM, data)) => {
+                events.send(Event::Sum(u32::from_le_bytes(data.try_into()?)))?;
             }
-        };
-        match outcome {
-            Ok(()) => {}
-            // Called away from waiting for a page. It still arrives; the loop looks for why.
-            Err(FaultError::Kicked { .. }) => kick.clear(),
-            Err(error) => return Err(error.into()),
+            Step::Exit(VcpuExit::Hlt) => return Ok(()),
+            Step::Exit(exit) => return Err(format!("the vCPU left with {exit:?}").into()),
         }
     }
     Ok(())
