@@ -12,7 +12,7 @@ pub enum Step<'a> {
     /// An exit of demand paging was served, or the vCPU was called away: look what is wanted, and
     /// take the next step.
     Again,
-    /// An exit for the VMM.
+    /// An exit for the VMM; also a memory fault that is none of missing pages.
     Exit(VcpuExit<'a>),
 }
 
@@ -94,6 +94,11 @@ impl DemandVcpu {
         &self.vcpu
     }
 
+    /// The vCPU, for the calls that need it alone, such as those on what it shares with KVM.
+    pub fn fd_mut(&mut self) -> &mut VcpuFd {
+        &mut self.vcpu
+    }
+
     /// The exit that has no answer yet. The vCPU's state is whole only without one.
     pub fn pending(&self) -> Option<Pending> {
         self.pending
@@ -133,6 +138,8 @@ impl DemandVcpu {
             VcpuExit::MemoryFault { flags, gpa, size } => {
                 match handler.handle(gpa, size, flags, self.kick.waiter()) {
                     Ok(()) => Ok(Step::Again),
+                    // Not of missing pages: somebody else's, if anybody's.
+                    Err(FaultError::Unexpected { .. }) => Ok(Step::Exit(exit)),
                     Err(error) => self.kick.called_away(error),
                 }
             }

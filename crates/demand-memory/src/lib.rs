@@ -37,6 +37,9 @@ pub use wait::{Wait, Waiter};
 pub use words::Words;
 
 #[cfg(not(loom))]
+pub use demand_source::MappedBytes;
+
+#[cfg(not(loom))]
 pub use self::{
     backing::{Backing, BackingError, BackingKind, MemfdBacking, transparent_huge_pages_of_shmem},
     fill::{Fill, FillRate},

@@ -78,7 +78,7 @@ type Callback = Box<dyn FnOnce() + Send>;
 pub struct Pager {
     bitmap: MissingBitmap,
     backing: Arc<dyn Backing>,
-    /// Where content is written. Nothing traps here, so no address of it leaves the crate but for
+    /// Where content is written, unless it comes with its page. Nothing traps here, so no address of it leaves the crate but for
     /// present pages.
     populate: Arc<Mapping>,
     source: Arc<dyn PageSource>,
@@ -176,13 +176,13 @@ impl Pager {
         assert!(self.guest_trap.set(trap).is_ok(), "a region has one guest mapping");
     }
 
-    /// Gives the pager what creates huge pages together with their content, once.
-    ///
-    /// # Panics
-    ///
-    /// If it has one.
+    /// Gives the pager what creates huge pages together with their content. If it has one already,
+    /// or all pages are present, the new one is told at once that it is not needed.
     pub fn set_unit_loader(&self, loader: Arc<dyn LoadUnit>) {
-        assert!(self.unit_loader.set(loader).is_ok(), "a region has one loader of units");
+        let refused = self.unit_loader.set(loader).err();
+        // Whoever publishes the last page looks for a loader after that, so one of the two sees it.
+        let complete = self.bitmap.is_complete().then(|| self.unit_loader.get()).flatten();
+        refused.iter().chain(complete).for_each(|loader| loader.finish());
     }
 
     /// Calls `callback` when the last page is present: at once if it is, else on the thread that
@@ -356,7 +356,9 @@ impl Pager {
         let content = self.source.mapped(self.image_offset + unit.offset(), unit.bytes())?;
         loader.load(unit.offset(), content).ok()?;
         word.fetch_or(bit, Ordering::Relaxed);
-        Some(unit)
+        // Looked at after the last byte was read. If not, the bits stay set, and reading it in the
+        // ordinary way tells what is wrong.
+        self.source.is_intact().then_some(unit)
     }
 
     /// Makes sure that memory for `run` exists. Pages of shared memory come into being when they

@@ -196,6 +196,10 @@ impl PageSource for LocalFile {
         let mapped = self.mapped.get_or_init(|| MappedFile::new(&self.file, self.size).ok());
         mapped.as_ref()?.bytes(offset, len)
     }
+
+    fn is_intact(&self) -> bool {
+        (&self.file).seek(SeekFrom::End(0)).is_ok_and(|end| end >= self.size)
+    }
 }
 
 #[cfg(test)]

@@ -24,8 +24,8 @@ impl MappedBytes<'_> {
     ///
     /// # Safety
     ///
-    /// For the lifetime, nothing but these bytes may be mapped there, and none of them may change
-    /// while it exists.
+    /// For the lifetime, nothing but these bytes may be mapped there, and nothing but the kernel
+    /// may read them through this value.
     pub unsafe fn new(address: NonNull<u8>, len: usize) -> Self {
         MappedBytes { address, len, lifetime: PhantomData }
     }
@@ -107,7 +107,7 @@ impl MappedFile {
             Err(_) => return None,
         }
         // SAFETY: the check above keeps the bytes within the mapping, which lives as long as
-        // `self`; an image does not change.
+        // `self` and of which nobody else knows the address.
         Some(unsafe { MappedBytes::new(self.address.add(offset as usize), len as usize) })
     }
 

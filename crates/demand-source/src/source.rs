@@ -128,6 +128,13 @@ pub trait PageSource: Send + Sync {
         None
     }
 
+    /// Whether the bytes that [`mapped`](Self::mapped) has given, and that were read since, are
+    /// the image's. They are not if a file has shrunk: what remains of its last page is followed by
+    /// zeros.
+    fn is_intact(&self) -> bool {
+        true
+    }
+
     /// Reads `destination.len()` bytes at `offset` and waits for them: for checks and tools, not
     /// for threads that serve faults.
     ///

@@ -84,7 +84,8 @@ impl ArmedMapping {
     /// exists, all of it can be touched here, whether its pages have arrived or not.
     ///
     /// It is for a guest's mapping whose half-filled units KVM guards itself. A unit that is on
-    /// its way is half-filled: a second reader that KVM does not guard gets through to it.
+    /// its way is half-filled, unless a [`UnitLoader`](crate::UnitLoader) creates it: a second
+    /// reader that KVM does not guard gets through to it.
     ///
     /// # Errors
     ///

@@ -4,8 +4,7 @@
 use std::io;
 use std::sync::{Arc, PoisonError, RwLock};
 
-use demand_memory::{Backing, BackingError, BackingKind, LoadUnit, Mapping, Pager};
-use demand_source::MappedBytes;
+use demand_memory::{Backing, BackingError, BackingKind, LoadUnit, MappedBytes, Mapping, Pager};
 
 use crate::{Features, Modes, OpenError, RangeError, Userfaultfd};
 
@@ -25,6 +24,9 @@ pub enum LoaderError {
 }
 
 /// Creates huge pages with their content: see [`LoadUnit`].
+///
+/// It is for pages of 2 MiB. One of 1 GiB is never asked for in one go, and creating it so would
+/// keep the address space from changing meanwhile.
 ///
 /// It has a mapping of its own, registered so that the kernel may be told to fill it; nobody reads
 /// through it. When all pages are present it lets go of both.
@@ -51,14 +53,14 @@ impl UnitLoader {
         Ok(UnitLoader(RwLock::new(Some(Target { uffd, mapping }))))
     }
 
-    /// Gives the pager of huge pages a loader; does nothing with another.
+    /// Gives the pager of huge pages of 2 MiB a loader; does nothing with another.
     /// [`FaultService::arm_guest`](crate::FaultService::arm_guest) does so for the guest's memory.
     ///
     /// # Errors
     ///
     /// [`LoaderError`]. The pager then reads into pages that the kernel has zeroed.
     pub fn install(pager: &Pager) -> Result<(), LoaderError> {
-        if pager.backing().kind() != BackingKind::Shmem {
+        if pager.backing().kind() == BackingKind::Hugetlb2M {
             pager.set_unit_loader(Arc::new(Self::new(&**pager.backing())?));
         }
         Ok(())

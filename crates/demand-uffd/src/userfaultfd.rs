@@ -8,7 +8,7 @@ use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
-use demand_source::MappedBytes;
+use demand_memory::MappedBytes;
 use linux_raw_sys::{general as raw, ioctl as request};
 use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref, ioctl_with_val};
 use vmm_sys_util::ioctl_io_nr;
@@ -25,8 +25,8 @@ const BATCH: usize = 16;
 ///
 /// All operations act on the address space of the process that opened it, whoever calls them.
 /// They trap accesses, map pages of memory objects that are shared anyway, and let those go on
-/// that wait; none but [`copy`](Self::copy) changes a byte that anybody has ever seen, so none
-/// but that one is unsafe. What a range reads as while or after it is trapped is another matter:
+/// that wait; none but the copies ([`copy`](Self::copy)) writes content, so none
+/// but those are unsafe. What a range reads as while or after it is trapped is another matter:
 /// [`ArmedMapping`](crate::ArmedMapping) and [`FaultService`](crate::FaultService) see to it.
 ///
 /// # Examples

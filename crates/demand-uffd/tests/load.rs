@@ -7,7 +7,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use common::{base, expect, expect_blocked, mapping, read_later, uffd};
+use common::{base, expect_blocked, mapping, read_later, uffd};
 use demand_memory::{
     Backing, BackingKind, LoadUnit, MemfdBacking, PAGE_SIZE, PageRange, Pager, Path, Retrier,
     RetryPolicy, Stats,
@@ -22,8 +22,10 @@ const UNIT: u64 = 2 << 20;
 const UNITS: u64 = 4;
 const SIZE: u64 = UNITS * UNIT;
 
-/// Which units a loader was asked for, and what came of it.
+/// Which units a loader was asked for, and what came of it; at the end, [`FINISHED`].
 type Loads = Arc<Mutex<Vec<(u64, Option<i32>)>>>;
+
+const FINISHED: u64 = u64::MAX;
 
 struct Watched(UnitLoader, Loads);
 
@@ -40,6 +42,7 @@ impl LoadUnit for Watched {
         result
     }
     fn finish(&self) {
+        self.1.lock().unwrap().push((FINISHED, None));
         self.0.finish();
     }
 }
@@ -103,21 +106,23 @@ fn wholly_missing_units_come_with_their_content() {
     }
     service.finish().unwrap();
     // Unit 1 has a hole, which is not read.
-    assert_eq!(*loads.lock().unwrap(), [(3, None), (0, None)]);
+    assert_eq!(*loads.lock().unwrap(), [(3, None), (0, None), (FINISHED, None)]);
     let report = pager.stats().path(Path::BackEnd);
     assert_eq!(report.faults, UNITS);
 }
 
 #[test]
-fn fill_loads_units_and_the_loader_ends_with_it() {
+fn units_within_a_longer_run_are_loaded_until_all_are_there() {
     let Some(_pool) = huge_pages(UNITS) else { return };
     let World { backing, pager, loads, .. } = world();
-    let loader = Arc::new(UnitLoader::new(&*backing).unwrap());
-    assert_eq!(pager.fetch(PageRange::new(0, 3 * 512), Path::Fill), Ok(3 * 512));
+    assert_eq!(pager.fetch(PageRange::new(0, 3 * 512), Path::Vmm), Ok(3 * 512));
     assert_eq!(*loads.lock().unwrap(), [(0, None), (2, None)]);
-    assert_eq!(pager.fetch(PageRange::new(3 * 512, 512), Path::Fill), Ok(512));
+    assert_eq!(pager.fetch(PageRange::new(3 * 512, 512), Path::Vmm), Ok(512));
     assert!(pager.bitmap().is_complete());
-    loader.finish();
+    assert_eq!(loads.lock().unwrap()[2..], [(3, None), (FINISHED, None)]);
+    // Another one is too late.
+    let loader = Arc::new(UnitLoader::new(&*backing).unwrap());
+    pager.set_unit_loader(loader.clone());
     // SAFETY: the memory of the pattern outlives the call.
     let nothing = unsafe { MappedBytes::new(std::ptr::NonNull::dangling(), 0) };
     assert_eq!(loader.load(0, nothing).unwrap_err().raw_os_error(), Some(libc::EBADF));
@@ -140,19 +145,27 @@ fn a_unit_that_exists_is_read_into() {
 #[test]
 fn an_image_that_has_shrunk_is_no_zeros() {
     let Some(_pool) = huge_pages(UNITS) else { return };
+    // By whole pages, of which the kernel tells, and by a part of one, which reads as zeros.
+    shrunk(UNIT);
+    shrunk(SIZE - 100);
+}
+
+fn shrunk(to: u64) {
     let World { pager, loads, failures, file, .. } = world();
     let (mapping, uffd) = (mapping(&pager), uffd());
     let armed = ArmedMapping::foreign(&uffd, base(&mapping), &pager).unwrap();
-    let service = FaultService::start(DEFAULT_THREADS).unwrap();
+    // One thread, which remembers where the file's data ended.
+    let service = FaultService::start(1).unwrap();
     service.serve(&[armed]).unwrap();
-    // Known to be data, and mapped.
-    expect(&read_later(&mapping, 8 + PAGE_SIZE), 8 + PAGE_SIZE);
-    file.as_file().set_len(UNIT).unwrap();
+    // Known to be data to its end, and mapped.
+    let before = read_later(&mapping, 2 * UNIT + 8).recv_timeout(PATIENCE);
+    assert_eq!(before, Ok(word(2 * UNIT + 8)));
+    file.as_file().set_len(to).unwrap();
     let reader = read_later(&mapping, 3 * UNIT + 8 + PAGE_SIZE);
     until("the failure is told", || !failures.lock().unwrap().is_empty());
     expect_blocked(&reader);
     let told = failures.lock().unwrap()[0].clone();
     assert!(told.contains("end"), "{told}");
-    assert_eq!(loads.lock().unwrap()[0], (0, None));
-    assert!(pager.bitmap().is_missing(3 * 512 + 1));
+    assert_eq!(loads.lock().unwrap()[0], (2, None));
+    assert!(pager.bitmap().is_missing(SIZE / PAGE_SIZE - 1));
 }

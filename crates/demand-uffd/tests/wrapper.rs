@@ -258,5 +258,7 @@ fn who_faults_while_the_trap_is_taken_away_goes_on() {
     }
     done.store(true, Ordering::Relaxed);
     reader.join().unwrap();
-    assert!(rounds > 100, "only {rounds} rounds");
+    // On one CPU the two meet only where one is interrupted.
+    let cpus = thread::available_parallelism().unwrap().get();
+    assert!(rounds > 100 || cpus == 1, "only {rounds} rounds");
 }
