@@ -39,7 +39,7 @@ pub fn rows() -> Result<Vec<Row>> {
         arguments.extend_from_slice(more);
         field(&vmm(&arguments)?, "time_to_first_instruction_us")
     };
-    let nothing = ["--test-guest=touches=0,vmm-touches=0,requests=0".to_string()];
+    let nothing = ["--test-guest=touches=0,vmm-touches=0,requests=0,window=64M".to_string()];
     let few = ["--pages=16".to_string()];
     let run = |size: &Sizes| ours("run", &nothing, size);
     let bench = |size: &Sizes| ours("bench", &few, size);
