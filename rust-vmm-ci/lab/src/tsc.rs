@@ -53,7 +53,9 @@ mod tests {
 
     #[test]
     fn two_measurements_agree() {
-        let (one, other) = (khz(), khz());
-        assert!(one.abs_diff(other) < one / 1000, "{one} {other}");
+        // The kernel may correct its clock between the two, as it does some seconds after boot.
+        let pairs: Vec<_> = (0..5).map(|_| (khz(), khz())).collect();
+        let agree = |(one, other): &(u64, u64)| one.abs_diff(*other) < one / 1000;
+        assert!(pairs.iter().filter(|pair| agree(pair)).count() >= 3, "{pairs:?}");
     }
 }
