@@ -78,8 +78,8 @@ type Callback = Box<dyn FnOnce() + Send>;
 pub struct Pager {
     bitmap: MissingBitmap,
     backing: Arc<dyn Backing>,
-    /// Where content is written, unless it comes with its page. Nothing traps here, so no address of it leaves the crate but for
-    /// present pages.
+    /// Where content is written, unless it comes with its page. Nothing traps here, so no address
+    /// of it leaves the crate but for present pages.
     populate: Arc<Mapping>,
     source: Arc<dyn PageSource>,
     image_offset: u64,

@@ -75,8 +75,8 @@ impl ArmedMapping {
 impl FaultService {
     /// Makes a guest's mapping of each region, arms them on one userfaultfd (see
     /// [`ArmedMapping::guest`]), and serves them from now on; gives pagers of huge pages of
-    /// 2 MiB a [`UnitLoader`]. To be called once, before any page
-    /// is fetched; memslots are made over the mappings, which come in the order of the pagers.
+    /// 2 MiB a [`UnitLoader`]. To be called once, before any page is fetched; memslots are made
+    /// over the mappings, which come in the order of the pagers.
     ///
     /// # Errors
     ///

@@ -25,8 +25,8 @@ const BATCH: usize = 16;
 ///
 /// All operations act on the address space of the process that opened it, whoever calls them.
 /// They trap accesses, map pages of memory objects that are shared anyway, and let those go on
-/// that wait; none but the copies ([`copy`](Self::copy)) writes content, so none
-/// but those are unsafe. What a range reads as while or after it is trapped is another matter:
+/// that wait; none but the copies ([`copy`](Self::copy)) writes content, so none but those are
+/// unsafe. What a range reads as while or after it is trapped is another matter:
 /// [`ArmedMapping`](crate::ArmedMapping) and [`FaultService`](crate::FaultService) see to it.
 ///
 /// # Examples

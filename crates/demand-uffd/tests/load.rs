@@ -13,7 +13,7 @@ use demand_memory::{
     RetryPolicy, Stats,
 };
 use demand_source::{LocalFile, MappedBytes};
-use demand_uffd::{ArmedMapping, DEFAULT_THREADS, FaultService, UnitLoader};
+use demand_uffd::{ArmedMapping, Cause, DEFAULT_THREADS, FaultService, RangeError, UnitLoader};
 use test_support::host::huge_pages;
 use test_support::image::word_of;
 use test_support::wait::{PATIENCE, until};
@@ -22,8 +22,9 @@ const UNIT: u64 = 2 << 20;
 const UNITS: u64 = 4;
 const SIZE: u64 = UNITS * UNIT;
 
-/// Which units a loader was asked for, and what came of it; at the end, [`FINISHED`].
-type Loads = Arc<Mutex<Vec<(u64, Option<i32>)>>>;
+/// Which units a loader was asked for, and what kept it from creating them; at the end,
+/// [`FINISHED`].
+type Loads = Arc<Mutex<Vec<(u64, Option<Cause>)>>>;
 
 const FINISHED: u64 = u64::MAX;
 
@@ -32,13 +33,11 @@ struct Watched(UnitLoader, Loads);
 impl LoadUnit for Watched {
     fn load(&self, offset: u64, content: MappedBytes<'_>) -> std::io::Result<()> {
         let result = self.0.load(offset, content);
-        // The error of the wrapper keeps the system's as its source.
-        let code = result.as_ref().err().map(|error| {
-            error.raw_os_error().unwrap_or_else(|| {
-                if error.to_string().contains("File exists") { libc::EEXIST } else { libc::EFAULT }
-            })
+        let cause = result.as_ref().err().map(|error| {
+            let error = error.get_ref().expect("the wrapper's error is kept");
+            error.downcast_ref::<RangeError>().expect("it is about a range").cause()
         });
-        self.1.lock().unwrap().push((offset / UNIT, code));
+        self.1.lock().unwrap().push((offset / UNIT, cause));
         result
     }
     fn finish(&self) {
@@ -135,7 +134,7 @@ fn a_unit_that_exists_is_read_into() {
     let World { backing, pager, loads, .. } = world();
     backing.allocate(PageRange::new(512 * 3, 512)).unwrap();
     assert_eq!(pager.fetch(PageRange::new(512 * 3, 512), Path::BackEnd), Ok(512));
-    assert_eq!(*loads.lock().unwrap(), [(3, Some(libc::EEXIST))]);
+    assert_eq!(*loads.lock().unwrap(), [(3, Some(Cause::Exists))]);
     let mapping = mapping(&pager);
     for offset in (3 * UNIT..SIZE).step_by(8) {
         assert_eq!(common::read(&mapping, offset), word(offset), "at {offset:#x}");
@@ -144,7 +143,8 @@ fn a_unit_that_exists_is_read_into() {
 
 #[test]
 fn an_image_that_has_shrunk_is_no_zeros() {
-    let Some(_pool) = huge_pages(UNITS) else { return };
+    // The first one's reader may still have its memory while the second one runs.
+    let Some(_pool) = huge_pages(2 * UNITS) else { return };
     // By whole pages, of which the kernel tells, and by a part of one, which reads as zeros.
     shrunk(UNIT);
     shrunk(SIZE - 100);

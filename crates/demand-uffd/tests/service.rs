@@ -60,7 +60,7 @@ fn all_pages_arrive_one_by_one() {
     assert!(report.latency_us.p50 > 0.0);
 }
 
-/// The service is told of messages once, however many there are.
+/// One read of the service gives at most a batch of messages.
 #[test]
 fn more_faults_than_one_read_gives_are_all_served() {
     let (pager, uffd) = (shmem(), uffd());
