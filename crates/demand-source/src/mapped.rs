@@ -4,9 +4,10 @@
 use std::fs::File;
 use std::io;
 use std::marker::PhantomData;
-use std::os::fd::AsRawFd;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering};
+
+use memmap2::{Advice, MmapOptions, MmapRaw, UncheckedAdvice};
 
 /// Bytes of an image where they lie in this process, for the kernel to read.
 ///
@@ -54,84 +55,51 @@ const WINDOW: u64 = 32 << 20;
 /// A whole file, mapped to be read.
 #[derive(Debug)]
 pub(crate) struct MappedFile {
-    address: NonNull<u8>,
-    len: u64,
+    file: MmapRaw,
     /// Bytes that were brought into the page tables since the last time they were given up.
     populated: AtomicU64,
 }
 
-// SAFETY: the mapping belongs to no thread, and only the kernel reads through it.
-unsafe impl Send for MappedFile {}
-// SAFETY: as above; what changes is the counter.
-unsafe impl Sync for MappedFile {}
-
 impl MappedFile {
     pub(crate) fn new(file: &File, len: u64) -> io::Result<Self> {
-        let bytes =
+        let len =
             usize::try_from(len).map_err(|_| io::Error::from_raw_os_error(libc::EOVERFLOW))?;
-        // SAFETY: a new mapping at an address of the kernel's choice changes no memory that
-        // anything in this process refers to.
-        let address = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                bytes,
-                libc::PROT_READ,
-                libc::MAP_SHARED,
-                file.as_raw_fd(),
-                0,
-            )
-        };
-        if address == libc::MAP_FAILED {
-            return Err(io::Error::last_os_error());
-        }
-        let address = NonNull::new(address.cast()).expect("mmap gives no null address");
-        Ok(MappedFile { address, len, populated: AtomicU64::new(0) })
+        let file = MmapOptions::new().len(len).map_raw_read_only(file)?;
+        Ok(MappedFile { file, populated: AtomicU64::new(0) })
     }
 
     /// Bytes of the file, read from the disk and in the page tables. `None` if they cannot be had
     /// like that: reading them in the ordinary way tells why.
     pub(crate) fn bytes(&self, offset: u64, len: u64) -> Option<MappedBytes<'_>> {
-        if offset.checked_add(len).is_none_or(|end| end > self.len) {
+        if offset.checked_add(len).is_none_or(|end| end > self.file.len() as u64) {
             return None;
         }
         if self.populated.fetch_add(len, Ordering::Relaxed) >= WINDOW {
             self.populated.store(len, Ordering::Relaxed);
             // Whoever reads some of this at the moment has it brought back, at the price of a
             // fault.
-            self.advise(0, self.len, libc::MADV_DONTNEED).ok()?;
+            // SAFETY: what is dropped of a file's shared mapping can be read again, and nobody
+            // holds a reference to it.
+            unsafe { self.file.unchecked_advise(UncheckedAdvice::DontNeed) }.ok()?;
         }
-        match self.advise(offset, len, libc::MADV_POPULATE_READ) {
+        let (offset, len) = (offset as usize, len as usize);
+        match self.file.advise_range(Advice::PopulateRead, offset, len) {
             Ok(()) => {}
             // Linux before 5.14 reads page by page, as it needs them.
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {}
             Err(_) => return None,
         }
+        let first = NonNull::new(self.file.as_mut_ptr())?;
         // SAFETY: the check above keeps the bytes within the mapping, which lives as long as
         // `self` and of which nobody else knows the address.
-        Some(unsafe { MappedBytes::new(self.address.add(offset as usize), len as usize) })
-    }
-
-    fn advise(&self, offset: u64, len: u64, advice: libc::c_int) -> io::Result<()> {
-        // SAFETY: callers keep the range within the mapping. Neither advice changes content: one
-        // reads pages of the file, the other drops what can be read again.
-        let result = unsafe {
-            libc::madvise(self.address.add(offset as usize).as_ptr().cast(), len as usize, advice)
-        };
-        if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
-    }
-}
-
-impl Drop for MappedFile {
-    fn drop(&mut self) {
-        // SAFETY: the range was mapped by `new` and is unmapped once; no `MappedBytes` outlives
-        // the borrow of `self`.
-        unsafe { libc::munmap(self.address.as_ptr().cast(), self.len as usize) };
+        Some(unsafe { MappedBytes::new(first.add(offset), len) })
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::fd::AsRawFd;
     use std::os::unix::fs::FileExt;
 
     fn file(len: u64) -> File {
@@ -185,7 +153,7 @@ mod tests {
             mapped.bytes(offset, 2 << 20).unwrap();
         }
         let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
-        let start = format!("{:x}-", mapped.address.as_ptr() as usize);
+        let start = format!("{:x}-", mapped.file.as_ptr() as usize);
         let mut lines = maps.lines().skip_while(|line| !line.starts_with(&start));
         let resident = lines.find_map(|line| line.strip_prefix("Rss:")).unwrap();
         let resident: u64 = resident.trim().trim_end_matches(" kB").parse().unwrap();
