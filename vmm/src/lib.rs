@@ -1,18 +1,24 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 #![doc = include_str!("../README.md")]
 
+pub mod acpi;
 pub mod bench;
+pub mod boot;
+pub mod boot_cpu;
 pub mod cli;
 pub mod disk;
 pub mod error;
 mod interrupt;
+pub mod layout;
 pub mod machine;
 pub mod notify;
 pub mod options;
 pub mod placement;
+pub mod power;
 pub mod probe;
 pub mod report;
 pub mod run;
+pub mod serial;
 pub mod timeline;
 pub mod vcpu;
 pub mod vcpus;

@@ -1,0 +1,282 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Loading a Linux kernel: what lies in memory before the first instruction.
+//!
+//! Sources: `Documentation/arch/x86/boot.rst` for bzImage, Xen's `docs/misc/pvh.pandoc` for ELF.
+
+use std::fs::File;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use demand_memory::{DemandMemory, PAGE_SIZE};
+use linux_loader::cmdline::Cmdline;
+use linux_loader::configurator::linux::LinuxBootConfigurator;
+use linux_loader::configurator::pvh::PvhBootConfigurator;
+use linux_loader::configurator::{BootConfigurator, BootParams};
+use linux_loader::loader::bootparam::{boot_e820_entry, boot_params};
+use linux_loader::loader::elf::PvhBootCapability;
+use linux_loader::loader::start_info::{hvm_memmap_table_entry, hvm_modlist_entry, hvm_start_info};
+use linux_loader::loader::{BzImage, Elf, KernelLoader, KernelLoaderResult, load_cmdline};
+use serde::{Deserialize, Serialize};
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+
+use crate::error::Error;
+use crate::layout::{
+    ACPI, COMMAND_LINE, COMMAND_LINE_MAX, HIGH_START, LOW_END, PVH_START_INFO, ZERO_PAGE,
+};
+use crate::placement::LOW_MEMORY_END;
+
+/// What a Linux guest starts from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BootSource {
+    /// The kernel: a bzImage, or an ELF image with a PVH entry.
+    pub kernel: PathBuf,
+    /// The first file system, a cpio archive.
+    pub initramfs: Option<PathBuf>,
+    /// The kernel's command line.
+    pub cmdline: String,
+}
+
+/// Where and how the first processor begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Entry {
+    /// In 64-bit mode, with the address of `boot_params` in RSI.
+    Linux64(GuestAddress),
+    /// In 32-bit protected mode, with the address of `hvm_start_info` in EBX.
+    Pvh(GuestAddress),
+}
+
+/// A `boot_params` type of memory (`arch/x86/include/asm/e820/types.h`): the guest's.
+const E820_RAM: u32 = 1;
+/// Not the guest's.
+const E820_RESERVED: u32 = 2;
+/// A boot loader that has no number of its own.
+const LOADER_UNDEFINED: u8 = 0xff;
+/// `loadflags`: the heap may be used.
+const CAN_USE_HEAP: u8 = 0x80;
+/// `xloadflags`: there is a 64-bit entry, 0x200 bytes into the kernel.
+const XLF_KERNEL_64: u16 = 1;
+/// The first version of the boot protocol that knows `xloadflags`.
+const WITH_XLOADFLAGS: u16 = 0x20c;
+/// Where the 64-bit entry is.
+const ENTRY_64: u64 = 0x200;
+/// What begins `hvm_start_info`, and the version of it with a memory map.
+const START_INFO_MAGIC: u32 = 0x336e_c578;
+const START_INFO_VERSION: u32 = 1;
+
+/// Loads what `source` names into memory, all of which must be present or zero. ACPI's tables are
+/// somebody else's.
+///
+/// # Errors
+///
+/// One line that names the file: it cannot be read, is no kernel, or memory is too small for it.
+pub fn load(memory: &DemandMemory, source: &BootSource) -> Result<Entry, Error> {
+    if low_end(memory) <= HIGH_START.0 {
+        return Err(Error::usage(
+            "--memory: a Linux guest takes more than 1M; give it at least 64M, say",
+        ));
+    }
+    let (loaded, pvh) = load_kernel(memory, &source.kernel)?;
+    let initramfs = source
+        .initramfs
+        .as_deref()
+        .map(|path| load_initramfs(memory, path, &loaded))
+        .transpose()?;
+    let cmdline_size = load_command_line(
+        memory,
+        &source.cmdline,
+        loaded.setup_header.as_ref().map(|header| header.cmdline_size),
+    )?;
+    match pvh {
+        Some(entry) => {
+            write_start_info(memory, initramfs)?;
+            Ok(Entry::Pvh(entry))
+        }
+        None => {
+            write_zero_page(memory, &loaded, initramfs, cmdline_size)?;
+            Ok(Entry::Linux64(GuestAddress(loaded.kernel_load.0 + ENTRY_64)))
+        }
+    }
+}
+
+fn cannot(what: &str, path: &Path, why: impl std::fmt::Display, remedy: &str) -> Error {
+    Error::failed(format!("{what} {}: {why}; {remedy}", path.display()))
+}
+
+/// Loads the kernel; with the PVH entry if it is an ELF image.
+fn load_kernel(
+    memory: &DemandMemory,
+    path: &Path,
+) -> Result<(KernelLoaderResult, Option<GuestAddress>), Error> {
+    const WHAT: &str = "load the kernel";
+    const KINDS: &str = "name a bzImage, or an ELF vmlinux with a PVH entry (CONFIG_PVH)";
+    let refused = |why: &dyn std::fmt::Display| cannot(WHAT, path, why, KINDS);
+    let mut file = File::open(path)
+        .map_err(|error| cannot(WHAT, path, error, "name a file that can be read"))?;
+    let mut magic = [0; 4];
+    file.read_exact(&mut magic).map_err(|error| refused(&error))?;
+    if magic == *b"\x7fELF" {
+        let loaded = Elf::load(memory, None, &mut file, Some(HIGH_START))
+            .map_err(|error| refused(&error))?;
+        let PvhBootCapability::PvhEntryPresent(entry) = loaded.pvh_boot_cap else {
+            return Err(refused(&"it is ELF without a PVH entry"));
+        };
+        return Ok((loaded, Some(entry)));
+    }
+    let loaded = BzImage::load(memory, None, &mut file, Some(HIGH_START))
+        .map_err(|error| refused(&error))?;
+    let header = loaded.setup_header.unwrap_or_default();
+    if header.version < WITH_XLOADFLAGS || header.xloadflags & XLF_KERNEL_64 == 0 {
+        return Err(refused(&"it has no 64-bit entry"));
+    }
+    // A bzImage unpacks itself to where it lies, and says how much it takes.
+    let end = loaded.kernel_load.0.saturating_add(header.init_size.into());
+    if end > low_end(memory) {
+        return Err(Error::failed(format!(
+            "load the kernel {}: it takes memory up to {end:#x}, and the guest's ends at {:#x}; \
+             give it more with --memory",
+            path.display(),
+            low_end(memory)
+        )));
+    }
+    Ok((loaded, None))
+}
+
+/// Where the memory ends that begins at 0.
+fn low_end(memory: &DemandMemory) -> u64 {
+    let first = memory.find_region(GuestAddress(0));
+    first.map_or(0, |region| region.last_addr().0 + 1)
+}
+
+/// Where the initramfs lies: address and length in bytes.
+type Initramfs = (GuestAddress, u64);
+
+/// Loads the initramfs as high as the kernel can reach it.
+fn load_initramfs(
+    memory: &DemandMemory,
+    path: &Path,
+    kernel: &KernelLoaderResult,
+) -> Result<Initramfs, Error> {
+    const WHAT: &str = "load the initramfs";
+    let unreadable = |error| cannot(WHAT, path, error, "name a file that can be read");
+    let mut file = File::open(path).map_err(unreadable)?;
+    let size = file.metadata().map_err(unreadable)?.len();
+    if size == 0 {
+        return Err(cannot(WHAT, path, "it is empty", "name a cpio archive"));
+    }
+    let (limit, kernel_end) = match &kernel.setup_header {
+        Some(header) => (
+            u64::from(header.initrd_addr_max) + 1,
+            kernel.kernel_load.0 + u64::from(header.init_size),
+        ),
+        None => (LOW_MEMORY_END, kernel.kernel_end),
+    };
+    let end = low_end(memory).min(limit);
+    let start = end.checked_sub(size).map(|start| start & !(PAGE_SIZE - 1));
+    let start = start.filter(|start| *start >= kernel_end).ok_or_else(|| {
+        Error::failed(format!(
+            "load the initramfs {}: its {size} bytes do not fit between the kernel, which ends at \
+             {kernel_end:#x}, and {end:#x}; give the guest more with --memory",
+            path.display()
+        ))
+    })?;
+    let address = GuestAddress(start);
+    memory
+        .read_exact_volatile_from(address, &mut file, size as usize)
+        .map_err(|error| cannot(WHAT, path, error, "see that the file stays as it is"))?;
+    Ok((address, size))
+}
+
+/// Writes the command line; returns its length.
+fn load_command_line(
+    memory: &DemandMemory,
+    text: &str,
+    kernels: Option<u32>,
+) -> Result<u32, Error> {
+    let most = kernels.map_or(COMMAND_LINE_MAX, |most| COMMAND_LINE_MAX.min(most as usize));
+    let wrong = |why: &dyn std::fmt::Display| {
+        Error::usage(format!(
+            "--cmdline: {why}; it takes printable ASCII, at most {most} bytes for this kernel"
+        ))
+    };
+    let mut line = Cmdline::new(COMMAND_LINE_MAX).map_err(|error| wrong(&error))?;
+    if !text.is_empty() {
+        line.insert_str(text).map_err(|error| wrong(&error))?;
+    }
+    let len = line.as_cstring().map_err(|error| wrong(&error))?.as_bytes_with_nul().len();
+    if len > most {
+        return Err(wrong(&format_args!("it has {} bytes", len - 1)));
+    }
+    load_cmdline(memory, COMMAND_LINE, &line).map_err(|error| wrong(&error))?;
+    Ok(len as u32)
+}
+
+/// The address space as the kernel is told of it: start, length and type.
+fn memory_map(memory: &DemandMemory) -> Vec<(u64, u64, u32)> {
+    let mut map = vec![
+        (0, LOW_END, E820_RAM),
+        (LOW_END, HIGH_START.0 - LOW_END, E820_RESERVED),
+        (HIGH_START.0, low_end(memory) - HIGH_START.0, E820_RAM),
+    ];
+    let above = memory.iter().filter(|region| region.start_addr() > HIGH_START);
+    map.extend(above.map(|region| (region.start_addr().0, region.len(), E820_RAM)));
+    map
+}
+
+fn write_zero_page(
+    memory: &DemandMemory,
+    kernel: &KernelLoaderResult,
+    initramfs: Option<Initramfs>,
+    cmdline_size: u32,
+) -> Result<(), Error> {
+    let mut params =
+        boot_params { hdr: kernel.setup_header.unwrap_or_default(), ..Default::default() };
+    params.hdr.type_of_loader = LOADER_UNDEFINED;
+    params.hdr.loadflags |= CAN_USE_HEAP;
+    params.hdr.cmd_line_ptr = COMMAND_LINE.0 as u32;
+    params.hdr.cmdline_size = cmdline_size;
+    if let Some((address, size)) = initramfs {
+        // Both lie below 4 GiB, as `initrd_addr_max` is a 32-bit number.
+        params.hdr.ramdisk_image = address.0 as u32;
+        params.hdr.ramdisk_size = size as u32;
+    }
+    params.acpi_rsdp_addr = ACPI.0;
+    let map = memory_map(memory);
+    for (slot, &(addr, size, type_)) in params.e820_table.iter_mut().zip(&map) {
+        *slot = boot_e820_entry { addr, size, r#type: type_ };
+    }
+    params.e820_entries = map.len() as u8;
+    LinuxBootConfigurator::write_bootparams(&BootParams::new(&params, ZERO_PAGE), memory)
+        .map_err(|error| Error::failed(format!("write Linux's boot parameters: {error}")))
+}
+
+fn write_start_info(memory: &DemandMemory, initramfs: Option<Initramfs>) -> Result<(), Error> {
+    let map: Vec<_> = memory_map(memory)
+        .into_iter()
+        .map(|(addr, size, type_)| hvm_memmap_table_entry { addr, size, type_, reserved: 0 })
+        .collect();
+    let module = initramfs.map(|(address, size)| hvm_modlist_entry {
+        paddr: address.0,
+        size,
+        ..Default::default()
+    });
+    let modules = PVH_START_INFO.unchecked_add(0x100);
+    let table = PVH_START_INFO.unchecked_add(0x200);
+    let info = hvm_start_info {
+        magic: START_INFO_MAGIC,
+        version: START_INFO_VERSION,
+        nr_modules: module.is_some().into(),
+        modlist_paddr: if module.is_some() { modules.0 } else { 0 },
+        cmdline_paddr: COMMAND_LINE.0,
+        rsdp_paddr: ACPI.0,
+        memmap_paddr: table.0,
+        memmap_entries: map.len() as u32,
+        ..Default::default()
+    };
+    let mut params = BootParams::new(&info, PVH_START_INFO);
+    params.set_sections(&map, table);
+    if let Some(module) = module {
+        params.set_modules(&[module], modules);
+    }
+    PvhBootConfigurator::write_bootparams(&params, memory)
+        .map_err(|error| Error::failed(format!("write PVH's start information: {error}")))
+}

@@ -1,0 +1,217 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The serial port: the guest's console.
+
+use std::fmt;
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use kvm_ioctls::VmFd;
+use serde::{Deserialize, Serialize};
+use vm_device::DevicePio;
+use vm_device::bus::{PioAddress, PioAddressOffset};
+use vm_superio::serial::SerialEvents;
+use vm_superio::{Serial, SerialState, Trigger};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use crate::error::Error;
+use crate::layout::SERIAL_GSI;
+
+/// `--serial tty|file=PATH|off`
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SerialOption {
+    /// Standard output, and what is typed on standard input.
+    Terminal,
+    /// Written to a file; nothing is ever read.
+    File(PathBuf),
+    /// Written to nowhere.
+    Off,
+}
+
+impl FromStr for SerialOption {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "tty" => Ok(SerialOption::Terminal),
+            "off" => Ok(SerialOption::Off),
+            _ => match text.strip_prefix("file=") {
+                Some(path) if !path.is_empty() => Ok(SerialOption::File(path.into())),
+                _ => Err("--serial: choose tty, file=PATH or off".into()),
+            },
+        }
+    }
+}
+
+impl SerialOption {
+    fn output(&self) -> Result<Box<dyn Write + Send>, Error> {
+        match self {
+            SerialOption::Terminal => Ok(Box::new(io::stdout())),
+            SerialOption::Off => Ok(Box::new(io::sink())),
+            SerialOption::File(path) => {
+                let file: Result<File, _> = OpenOptions::new().create(true).append(true).open(path);
+                let refused = |error| {
+                    Error::failed(format!(
+                        "write the serial port's output to {}: {error}; name a file that can be \
+                         written",
+                        path.display()
+                    ))
+                };
+                Ok(Box::new(file.map_err(refused)?))
+            }
+        }
+    }
+}
+
+/// The port's registers, as a snapshot keeps them.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SavedSerial(#[serde(with = "Registers")] SerialState);
+
+#[derive(Serialize, Deserialize)]
+#[serde(remote = "SerialState", deny_unknown_fields)]
+struct Registers {
+    baud_divisor_low: u8,
+    baud_divisor_high: u8,
+    interrupt_enable: u8,
+    interrupt_identification: u8,
+    line_control: u8,
+    line_status: u8,
+    modem_control: u8,
+    modem_status: u8,
+    scratch: u8,
+    in_buffer: Vec<u8>,
+}
+
+struct Irq(EventFd);
+
+impl Trigger for Irq {
+    type E = io::Error;
+
+    fn trigger(&self) -> io::Result<()> {
+        match self.0.write(1) {
+            // The counter is at its end: there is an interrupt to come already.
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(()),
+            other => other,
+        }
+    }
+}
+
+/// Tells whoever has input that there is room for it.
+struct TellRoom(Arc<EventFd>);
+
+impl SerialEvents for TellRoom {
+    fn buffer_read(&self) {}
+    fn out_byte(&self) {}
+    fn tx_lost_byte(&self) {}
+    fn in_buffer_empty(&self) {
+        // A counter at its end has been told already.
+        let _ = self.0.write(1);
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A 16550 serial port.
+pub struct SerialPort {
+    uart: Mutex<Serial<Irq, TellRoom, Box<dyn Write + Send>>>,
+    room: Arc<EventFd>,
+}
+
+impl SerialPort {
+    /// A port of the machine, whose output goes where the option says; with the registers of a
+    /// snapshot if there is one. The VM must have its interrupt controllers.
+    ///
+    /// # Errors
+    ///
+    /// One line: the file cannot be written, the registers are none, or the host has no eventfd.
+    pub fn new(
+        vm: &VmFd,
+        option: &SerialOption,
+        saved: Option<&SavedSerial>,
+    ) -> Result<Self, Error> {
+        let failed = |error: &dyn fmt::Display| {
+            Error::host(format!("connect the serial port's interrupt: {error}"))
+        };
+        let event = EventFd::new(EFD_NONBLOCK).map_err(|error| failed(&error))?;
+        vm.register_irqfd(&event, SERIAL_GSI).map_err(|error| failed(&error))?;
+        let room = Arc::new(EventFd::new(EFD_NONBLOCK).map_err(|error| failed(&error))?);
+        let registers = saved.map(|saved| saved.0.clone()).unwrap_or_default();
+        let output = option.output()?;
+        let uart = Serial::from_state(&registers, Irq(event), TellRoom(room.clone()), output)
+            .map_err(|error| {
+                Error::failed(format!(
+                    "set up the serial port as the snapshot has it: {error}; the snapshot was \
+                     altered, take another"
+                ))
+            })?;
+        Ok(SerialPort { uart: Mutex::new(uart), room })
+    }
+
+    /// The registers, for a snapshot.
+    pub fn save(&self) -> SavedSerial {
+        SavedSerial(lock(&self.uart).state())
+    }
+
+    /// Hands as much of `bytes` to the guest as there is room for; returns how many.
+    pub fn type_in(&self, bytes: &[u8]) -> usize {
+        // A full buffer is no error of anybody's.
+        lock(&self.uart).enqueue_raw_bytes(bytes).unwrap_or(0)
+    }
+
+    /// Becomes readable when the guest has read all that was typed.
+    pub fn room(&self) -> &Arc<EventFd> {
+        &self.room
+    }
+}
+
+impl fmt::Debug for SerialPort {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SerialPort").finish_non_exhaustive()
+    }
+}
+
+impl DevicePio for SerialPort {
+    fn pio_read(&self, _base: PioAddress, offset: PioAddressOffset, data: &mut [u8]) {
+        data.fill(0);
+        if let [byte] = data {
+            *byte = lock(&self.uart).read(offset as u8);
+        }
+    }
+
+    fn pio_write(&self, _base: PioAddress, offset: PioAddressOffset, data: &[u8]) {
+        if let [byte] = data
+            && let Err(error) = lock(&self.uart).write(offset as u8, *byte)
+        {
+            // The guest goes on: a console that nobody reads is no reason to stop.
+            log::debug!("the serial port's output: {error}");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn options() {
+        assert_eq!("tty".parse(), Ok(SerialOption::Terminal));
+        assert_eq!("file=a,b".parse(), Ok(SerialOption::File("a,b".into())));
+        for text in ["", "file=", "pty", "file"] {
+            assert!(text.parse::<SerialOption>().unwrap_err().starts_with("--serial"), "{text}");
+        }
+    }
+
+    #[test]
+    fn registers_are_kept_as_json() {
+        let state = SerialState { scratch: 7, in_buffer: vec![1, 2], ..Default::default() };
+        let saved = SavedSerial(state);
+        let text = serde_json::to_string(&saved).unwrap();
+        assert_eq!(serde_json::from_str::<SavedSerial>(&text).unwrap(), saved);
+        let wrong = text.replace("scratch", "scratched");
+        assert!(serde_json::from_str::<SavedSerial>(&wrong).is_err());
+    }
+}
