@@ -124,8 +124,7 @@ impl VcpuKick {
 
     /// Calls the vCPU's thread away, now and until it calls [`clear`](Self::clear).
     pub fn kick(&self) {
-        self.immediate_exit().store(1, Ordering::SeqCst);
-        self.inner.waiter.kick();
+        self.kick_self();
         fence(Ordering::SeqCst);
         let thread = self.inner.thread.load(Ordering::SeqCst);
         if thread != 0 {
@@ -134,6 +133,12 @@ impl VcpuKick {
             // SAFETY: the call takes numbers only.
             unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), thread, Self::signal()) };
         }
+    }
+
+    /// The same on the vCPU's own thread, which needs no signal.
+    pub(crate) fn kick_self(&self) {
+        self.immediate_exit().store(1, Ordering::SeqCst);
+        self.inner.waiter.kick();
     }
 
     /// Whether the vCPU was kicked and not cleared since.

@@ -42,4 +42,4 @@ pub use plain::PlainSlot;
 pub use probe::{EngineReport, Probe, Virtualization, probe};
 pub use slot::{DemandSlot, Finished};
 pub use trial::Trial;
-pub use vcpu::{DemandVcpu, Step, StepError};
+pub use vcpu::{DemandVcpu, Settle, Step, StepError};

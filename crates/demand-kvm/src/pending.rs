@@ -86,6 +86,12 @@ impl Pending {
         }
     }
 
+    /// Whether the guest's instruction is half done as long as this has no answer. KVM shows the
+    /// state before a write of an MSR.
+    pub(crate) fn is_half_done(&self) -> bool {
+        matches!(self, Pending::Read { .. } | Pending::Write { .. })
+    }
+
     /// Fetches what is missing and answers the exit: the vCPU can be run again when this returns
     /// `Ok`. `memory` is the VM's, of which the accesses are made; it may be a
     /// [`DemandMemory`](demand_memory::DemandMemory), and must not fault. Called on the vCPU's

@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A vCPU whose exits at missing pages are served.
 
+use std::sync::Arc;
+
+use demand_memory::Waiter;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use vm_memory::{Bytes, GuestAddress};
 
@@ -14,6 +17,23 @@ pub enum Step<'a> {
     Again,
     /// An exit for the VMM; also a memory fault that is none of missing pages.
     Exit(VcpuExit<'a>),
+}
+
+/// What one step towards a whole state came to.
+#[derive(Debug)]
+pub enum Settle<'a> {
+    /// An exit of demand paging was served: take the next step.
+    Again,
+    /// The vCPU's state is whole: it can be saved. No instruction is half done.
+    Done,
+    /// What the guest does leads to another exit: serve it, and take the next step.
+    Exit(VcpuExit<'a>),
+    /// The instruction needs a page that has not come. It was asked for: take the step again
+    /// when it may be there.
+    Waiting {
+        /// Guest physical address of the page, or of what is wanted of it.
+        gpa: u64,
+    },
 }
 
 /// Why a vCPU cannot take another step.
@@ -99,7 +119,8 @@ impl DemandVcpu {
         &mut self.vcpu
     }
 
-    /// The exit that has no answer yet. The vCPU's state is whole only without one.
+    /// The exit that has no answer yet. The vCPU's state is whole only after
+    /// [`settle_step`](Self::settle_step).
     pub fn pending(&self) -> Option<Pending> {
         self.pending
     }
@@ -122,29 +143,136 @@ impl DemandVcpu {
                 Err(error) => return self.kick.called_away(error),
             }
         }
-        let exit = match self.vcpu.run() {
-            Ok(exit) => exit,
-            Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {
+        match run(&mut self.vcpu, &mut self.pending, handler, self.kick.waiter()) {
+            Ok(Ran::Served) => Ok(Step::Again),
+            Ok(Ran::CalledAway) => {
                 self.kick.clear();
-                return Ok(Step::Again);
+                Ok(Step::Again)
             }
-            Err(error) => return Err(StepError::Run(error)),
-        };
-        self.pending = Pending::of(&exit, handler);
-        if self.pending.is_some() {
-            return Ok(Step::Again);
+            Ok(Ran::Exit(exit)) => Ok(Step::Exit(exit)),
+            Err(StepError::Fault(error)) => self.kick.called_away(error),
+            Err(error) => Err(error),
         }
-        match exit {
-            VcpuExit::MemoryFault { flags, gpa, size } => {
-                match handler.handle(gpa, size, flags, self.kick.waiter()) {
-                    Ok(()) => Ok(Step::Again),
-                    // Not of missing pages: somebody else's, if anybody's.
-                    Err(FaultError::Unexpected { .. }) => Ok(Step::Exit(exit)),
-                    Err(error) => self.kick.called_away(error),
+    }
+
+    /// Takes a step towards a state that can be saved, without running the guest: answers what is
+    /// to be answered, and has KVM complete the instruction that the answer belongs to. To be
+    /// called until it says [`Settle::Done`], once the exits of [`step`](Self::step) were served.
+    ///
+    /// KVM completes an access to a port or to MMIO at the next `KVM_RUN` only, and before that
+    /// registers and memory are not of one moment. With `immediate_exit` it completes the access
+    /// and returns (`Documentation/virt/kvm/api.rst`, section 5, on `KVM_EXIT_IO` and
+    /// `KVM_EXIT_MMIO`). An access that is made in several parts leads to an exit for each.
+    ///
+    /// It never waits for a page. Like [`step`](Self::step) it clears a [kick](VcpuKick) before it
+    /// returns, so the caller looks what is wanted afterwards.
+    ///
+    /// A guest's write to one of KVM's MSRs that waits for its page is [`Settle::Done`]: KVM shows
+    /// the state before the instruction.
+    ///
+    /// # Errors
+    ///
+    /// [`StepError`].
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use demand_kvm::{DemandVcpu, FaultHandler, Settle, StepError};
+    /// use demand_memory::DemandMemory;
+    /// use kvm_ioctls::VcpuExit;
+    ///
+    /// /// Whether the vCPU's state can be saved.
+    /// fn settle(
+    ///     vcpu: &mut DemandVcpu,
+    ///     handler: &FaultHandler,
+    ///     memory: &DemandMemory,
+    ///     serve: impl Fn(VcpuExit<'_>),
+    /// ) -> Result<bool, StepError> {
+    ///     loop {
+    ///         match vcpu.settle_step(handler, memory)? {
+    ///             Settle::Again => {}
+    ///             Settle::Done => return Ok(true),
+    ///             Settle::Exit(exit) => serve(exit),
+    ///             Settle::Waiting { .. } => return Ok(false),
+    ///         }
+    ///     }
+    /// }
+    /// ```
+    pub fn settle_step(
+        &mut self,
+        handler: &FaultHandler,
+        memory: &impl Bytes<GuestAddress>,
+    ) -> Result<Settle<'_>, StepError> {
+        // Keeps KVM from running the guest, and this thread from waiting for a page.
+        self.kick.kick_self();
+        let _clear = ClearKick(&self.kick);
+        if let Some(exit) = self.pending {
+            match exit.answer(&mut self.vcpu, handler, memory, self.kick.waiter()) {
+                Ok(()) => self.pending = None,
+                Err(FaultError::Kicked { gpa }) if exit.is_half_done() => {
+                    return Ok(Settle::Waiting { gpa });
                 }
+                Err(FaultError::Kicked { .. }) => return Ok(Settle::Done),
+                Err(error) => return Err(error.into()),
             }
-            exit => Ok(Step::Exit(exit)),
         }
+        match run(&mut self.vcpu, &mut self.pending, handler, self.kick.waiter()) {
+            Ok(Ran::Served) => Ok(Settle::Again),
+            Ok(Ran::CalledAway) => Ok(Settle::Done),
+            Ok(Ran::Exit(exit)) => Ok(Settle::Exit(exit)),
+            Err(StepError::Fault(FaultError::Kicked { gpa })) => Ok(Settle::Waiting { gpa }),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+/// What came of one `KVM_RUN`.
+enum Ran<'a> {
+    /// The exit was one of demand paging, and was served or is kept to be answered.
+    Served,
+    /// Something called the vCPU away.
+    CalledAway,
+    /// An exit for the VMM.
+    Exit(VcpuExit<'a>),
+}
+
+/// Runs a vCPU whose last exit has been answered.
+fn run<'a>(
+    vcpu: &'a mut VcpuFd,
+    pending: &mut Option<Pending>,
+    handler: &FaultHandler,
+    waiter: &Arc<Waiter>,
+) -> Result<Ran<'a>, StepError> {
+    let exit = match vcpu.run() {
+        Ok(exit) => exit,
+        Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {
+            return Ok(Ran::CalledAway);
+        }
+        Err(error) => return Err(StepError::Run(error)),
+    };
+    *pending = Pending::of(&exit, handler);
+    if pending.is_some() {
+        return Ok(Ran::Served);
+    }
+    match exit {
+        VcpuExit::MemoryFault { flags, gpa, size } => {
+            match handler.handle(gpa, size, flags, waiter) {
+                Ok(()) => Ok(Ran::Served),
+                // Not of missing pages: somebody else's, if anybody's.
+                Err(FaultError::Unexpected { .. }) => Ok(Ran::Exit(exit)),
+                Err(error) => Err(error.into()),
+            }
+        }
+        exit => Ok(Ran::Exit(exit)),
+    }
+}
+
+/// Clears a kick in the end, however that comes.
+struct ClearKick<'a>(&'a VcpuKick);
+
+impl Drop for ClearKick<'_> {
+    fn drop(&mut self) {
+        self.0.clear();
     }
 }
 
