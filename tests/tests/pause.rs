@@ -3,7 +3,7 @@
 
 use std::fs::{self, OpenOptions};
 use std::path::PathBuf;
-use std::sync::mpsc::{Receiver, channel};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -14,6 +14,7 @@ use demand_tests::can_run;
 use demand_tests::host::skip;
 use demand_vmm::machine::{Machine, MachineConfig};
 use demand_vmm::options::MemoryOption;
+use demand_vmm::test_exits::{PortWrite, TestExits};
 use demand_vmm::vcpu::{VcpuContext, VcpuEvent};
 use demand_vmm::vcpus::Vcpus;
 use test_guest::guest_code::{DONE, PORT_END};
@@ -26,11 +27,19 @@ const SIZE: u64 = 16 << 20;
 /// Within this a kick reaches a vCPU wherever it is, on a busy machine as well.
 const SOON: Duration = Duration::from_secs(2);
 
+/// What is said by vCPUs and by their guest.
+#[derive(Debug)]
+enum Said {
+    Vcpu(VcpuEvent),
+    Port(PortWrite),
+}
+
 /// A guest whose vCPUs read and write all of its memory, ready to run.
 struct Guest {
     // In the order in which it is taken down.
     vcpus: Vcpus,
-    events: Receiver<VcpuEvent>,
+    say: Sender<Said>,
+    events: Receiver<Said>,
     _control_slot: PlainSlot,
     machine: Machine,
     control: Arc<ControlMemory>,
@@ -71,16 +80,20 @@ impl Guest {
         let (vm, mapping) = (machine.vm().clone(), control.mapping().clone());
         let control_slot =
             PlainSlot::new(vm, 100, GuestAddress(CONTROL_ADDRESS), mapping, false).unwrap();
+        let (say, events) = channel();
+        let sender = say.clone();
         let context = Arc::new(VcpuContext {
             faults: machine.fault_handler().unwrap(),
             memory: machine.memory().clone(),
-            notify: None,
+            exits: Arc::new(TestExits::new(None, move |write| {
+                drop(sender.send(Said::Port(write)))
+            })),
             first_run: OnceLock::new(),
         });
         Some(Guest {
             vcpus: Vcpus::new(context),
-            // Replaced when it runs.
-            events: channel().1,
+            say,
+            events,
             _control_slot: control_slot,
             machine,
             control,
@@ -93,13 +106,11 @@ impl Guest {
     }
 
     fn run(&mut self) {
-        let (sender, events) = channel();
-        self.events = events;
         for cpu in 0..self.cpus {
             let vcpu = self.machine.vm().create_vcpu(cpu.into()).unwrap();
             self.control.layout().setup_vcpu(self.machine.kvm(), &vcpu, cpu as usize).unwrap();
-            let sender = sender.clone();
-            self.vcpus.start(cpu, vcpu, move |event| drop(sender.send(event))).unwrap();
+            let say = self.say.clone();
+            self.vcpus.start(cpu, vcpu, move |event| drop(say.send(Said::Vcpu(event)))).unwrap();
         }
     }
 
@@ -121,12 +132,12 @@ impl Guest {
         let mut left = self.cpus;
         while left > 0 {
             match self.events.recv_timeout(Duration::from_secs(60)).expect("the guest goes on") {
-                VcpuEvent::Port { port: PORT_END, value, cpu } => {
+                Said::Port(PortWrite { port: PORT_END, value, cpu }) => {
                     let result = self.control.result(cpu as usize);
                     assert_eq!(u64::from(value), DONE, "vCPU {cpu}: {result:x?}");
                     left -= 1;
                 }
-                VcpuEvent::Ended { .. } => {}
+                Said::Vcpu(VcpuEvent::Ended { .. }) => {}
                 event => panic!("{event:?}"),
             }
         }

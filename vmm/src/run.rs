@@ -30,6 +30,7 @@ use crate::machine::{Machine, MachineConfig};
 use crate::options::{FillOption, MemoryOption, TestGuestOption, VhostUserOption};
 use crate::placement::LOW_MEMORY_END;
 use crate::report::{Report, size};
+use crate::test_exits::TestExits;
 use crate::vcpu::VcpuContext;
 use crate::vcpus::{StillInside, Vcpus};
 use crate::watch::{Event, Watch};
@@ -221,10 +222,14 @@ fn run_parts(
         parts.disk = Some(Disk::connect(option, &machine, &plan)?);
     }
 
+    let ports = sender.clone();
     let context = Arc::new(VcpuContext {
         faults: machine.fault_handler()?,
         memory: machine.memory().clone(),
-        notify: parts.disk.as_ref().map(Disk::notify),
+        exits: Arc::new(TestExits::new(parts.disk.as_ref().map(Disk::notify), move |write| {
+            // The receiver goes away with the run only.
+            let _ = ports.send(Event::Port(write));
+        })),
         first_run: OnceLock::new(),
     });
     if let FillOption::On(rate) = options.fill {

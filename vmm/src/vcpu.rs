@@ -1,33 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A vCPU on its thread.
+//! A vCPU on its thread, whatever its guest is.
 
 use std::io;
 use std::sync::{Arc, OnceLock};
-use std::thread;
 use std::time::Instant;
 
-use demand_kvm::{DemandVcpu, FaultError, FaultHandler, KickError, Step, StepError};
+use demand_kvm::{DemandVcpu, FaultError, FaultHandler, KickError, Settle, Step, StepError};
 use demand_memory::DemandMemory;
 use kvm_ioctls::VcpuExit;
-use test_guest::guest_code::PORT_WAIT;
 
-use crate::notify::Notify;
-use crate::vcpus::Gate;
+use crate::gate::{Gate, Settled, Turn};
 
 /// What a vCPU's thread tells the VMM.
 #[derive(Debug)]
 pub enum VcpuEvent {
-    /// The guest wrote a byte to an I/O port: the test guest's word for "done" or "failed".
-    Port {
-        /// The vCPU.
-        cpu: u32,
-        /// The port.
-        port: u16,
-        /// The byte.
-        value: u8,
-    },
-    /// The vCPU's thread has ended, for whatever reason: it halted, was stopped, has failed or
-    /// panicked.
+    /// The vCPU's thread has ended, for whatever reason: its guest came to an end, it was stopped,
+    /// has failed or panicked.
     Ended {
         /// The vCPU.
         cpu: u32,
@@ -41,14 +29,95 @@ pub enum VcpuEvent {
     },
 }
 
+/// What came of serving an exit.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Served {
+    /// The vCPU runs on.
+    Continue,
+    /// The vCPU has nothing more to do: its thread ends.
+    End,
+    /// The vCPU cannot go on, and why: one line that names the vCPU.
+    Failed(String),
+}
+
+/// The machine around the vCPUs, as far as they leave the guest for it: its devices, and its end.
+///
+/// # Examples
+///
+/// A machine of one port:
+///
+/// ```
+/// use demand_vmm::vcpu::{ServeExit, Served, unserved};
+/// use kvm_ioctls::VcpuExit;
+///
+/// struct Port80;
+///
+/// impl ServeExit for Port80 {
+///     fn serve(&self, cpu: u32, exit: VcpuExit<'_>) -> Served {
+///         match exit {
+///             VcpuExit::IoOut(0x80, _) => Served::Continue,
+///             other => unserved(cpu, &other),
+///         }
+///     }
+/// }
+///
+/// assert_eq!(Port80.serve(0, VcpuExit::IoOut(0x80, &[1])), Served::Continue);
+/// let Served::Failed(why) = Port80.serve(3, VcpuExit::IoOut(0x81, &[1])) else { panic!() };
+/// assert_eq!(why, "vCPU 3 wrote 1 bytes to port 0x81, where nothing is");
+/// ```
+pub trait ServeExit: Send + Sync {
+    /// Serves an exit of vCPU `cpu`, on its thread: reads are answered in the exit's slice. It
+    /// is called for all exits but those at missing pages, and those by which KVM says that it
+    /// cannot run the vCPU; [`unserved`] is for what it does not know.
+    ///
+    /// It may be called while the vCPU is on its way into a pause, so it must not wait for the
+    /// pause's end.
+    fn serve(&self, cpu: u32, exit: VcpuExit<'_>) -> Served;
+}
+
+/// What comes of an exit that nobody serves: a failure of one line. Exits that only say that
+/// `KVM_RUN` was left are none.
+pub fn unserved(cpu: u32, exit: &VcpuExit<'_>) -> Served {
+    let what = match exit {
+        VcpuExit::Intr | VcpuExit::IrqWindowOpen => return Served::Continue,
+        VcpuExit::IoOut(port, data) => {
+            format!("wrote {} bytes to port {port:#x}, where nothing is", data.len())
+        }
+        VcpuExit::IoIn(port, data) => {
+            format!("read {} bytes from port {port:#x}, where nothing is", data.len())
+        }
+        VcpuExit::MmioWrite(address, data) => {
+            format!("wrote {} bytes at {address:#x}, where nothing is", data.len())
+        }
+        VcpuExit::MmioRead(address, data) => {
+            format!("read {} bytes at {address:#x}, where nothing is", data.len())
+        }
+        VcpuExit::Hlt => "halted, and no interrupt will come".to_owned(),
+        VcpuExit::Shutdown => {
+            "met a fault while it handled a double fault (a triple fault); the guest has crashed, \
+             or restarts in a way that is not known here"
+                .to_owned()
+        }
+        VcpuExit::SystemEvent(kind, data) => {
+            format!("asked for system event {kind} {data:x?}, which is not known here")
+        }
+        VcpuExit::MemoryFault { flags, gpa, size } => format!(
+            "touched {size} bytes at {gpa:#x}, which KVM could not map (flags {flags:#x}); see \
+             the kernel's log"
+        ),
+        exit => format!("left the guest with {exit:?}, which is not known here"),
+    };
+    Served::Failed(format!("vCPU {cpu} {what}"))
+}
+
 /// What all vCPUs of a VM share.
 pub struct VcpuContext {
     /// Resolves exits at missing pages.
     pub faults: FaultHandler,
     /// The guest's memory, for what KVM asks the VMM to read and write there.
     pub memory: DemandMemory,
-    /// The device's register for kicks, where KVM does not serve it by itself.
-    pub notify: Option<Arc<Notify>>,
+    /// Serves all other exits.
+    pub exits: Arc<dyn ServeExit>,
     /// When the first vCPU entered the guest.
     pub first_run: OnceLock<Instant>,
 }
@@ -74,45 +143,146 @@ impl Drop for TellEnd<'_> {
     }
 }
 
+/// Why a vCPU's thread ends.
+enum End {
+    /// There is nothing to say about it.
+    Quiet,
+    /// One line.
+    Failed(String),
+}
+
 /// What a vCPU's thread does: runs the guest, and serves its exits, until it halts, fails, or is
 /// told to stop.
 pub(crate) fn run(
     cpu: u32,
-    mut vcpu: DemandVcpu,
+    vcpu: DemandVcpu,
     context: &VcpuContext,
     gate: &Gate,
     tell: &dyn Fn(VcpuEvent),
 ) {
     let _ended = TellEnd(cpu, gate, tell);
     vcpu.kick().attach();
-    let failed = |message: String| tell(VcpuEvent::Failed { cpu, message });
-    context.first_run.get_or_init(Instant::now);
-    while gate.pass(cpu) {
-        let exit = match vcpu.step(&context.faults, &context.memory) {
-            Ok(Step::Again) => continue,
-            Ok(Step::Exit(exit)) => exit,
-            Err(StepError::Fault(FaultError::Stopped { .. })) => return,
-            Err(error) => return failed(format!("vCPU {cpu}: {error}")),
-        };
-        match exit {
-            VcpuExit::IoOut(PORT_WAIT, _) => thread::yield_now(),
-            VcpuExit::IoOut(port, data) => {
-                let value = data.first().copied().unwrap_or_default();
-                tell(VcpuEvent::Port { cpu, port, value });
+    let mut runner = Runner { cpu, vcpu, context, has_run: false };
+    if let End::Failed(message) = runner.run(gate) {
+        tell(VcpuEvent::Failed { cpu, message });
+    }
+}
+
+struct Runner<'a> {
+    cpu: u32,
+    vcpu: DemandVcpu,
+    context: &'a VcpuContext,
+    /// Whether there can be an instruction that is half done.
+    has_run: bool,
+}
+
+impl Runner<'_> {
+    fn run(&mut self, gate: &Gate) -> End {
+        loop {
+            if !gate.is_open()
+                && let Err(end) = self.pause(gate)
+            {
+                return end;
             }
-            VcpuExit::MmioWrite(address, data) => {
-                let served =
-                    context.notify.as_ref().is_some_and(|notify| notify.write(address, data));
-                if !served {
-                    return failed(format!(
-                        "vCPU {cpu} wrote {} bytes at {address:#x}, where nothing is",
-                        data.len()
-                    ));
-                }
+            self.context.first_run.get_or_init(Instant::now);
+            self.has_run = true;
+            if let Err(end) = self.step() {
+                return end;
             }
-            // The test guest has nothing more to do, and no interrupt will come.
-            VcpuExit::Hlt => return,
-            exit => return failed(format!("vCPU {cpu} left the guest with {exit:?}")),
         }
+    }
+
+    fn step(&mut self) -> Result<(), End> {
+        match self.vcpu.step(&self.context.faults, &self.context.memory) {
+            Ok(Step::Again) => Ok(()),
+            Ok(Step::Exit(VcpuExit::InternalError)) => Err(self.internal_error()),
+            Ok(Step::Exit(exit)) => serve(self.cpu, self.context, exit),
+            Err(error) => Err(self.failed(error)),
+        }
+    }
+
+    /// Stays out of the guest as long as that is wanted, and does meanwhile what is asked of it.
+    fn pause(&mut self, gate: &Gate) -> Result<(), End> {
+        let settle = self.has_run && gate.is_pausing();
+        let mut settled = if settle { self.settle()? } else { Settled::Yes };
+        let mut parked = false;
+        loop {
+            match gate.wait(self.cpu, settled) {
+                Turn::Go => break,
+                Turn::Stop => return Err(End::Quiet),
+                Turn::Settle => settled = self.settle()?,
+                Turn::Do(job) => job(&mut self.vcpu),
+            }
+            parked = true;
+        }
+        if parked {
+            self.was_paused();
+        }
+        Ok(())
+    }
+
+    /// Tells the guest's clock of a pause, so that the guest's watchdogs do not take it for a
+    /// hang (`KVM_KVMCLOCK_CTRL`, `Documentation/virt/kvm/api.rst`).
+    fn was_paused(&self) {
+        match self.vcpu.fd().kvmclock_ctrl() {
+            // EINVAL: the guest has no such clock.
+            Err(error) if error.errno() != libc::EINVAL => {
+                log::debug!("tell vCPU {}'s clock of a pause: {error}", self.cpu);
+            }
+            _ => {}
+        }
+    }
+
+    /// Makes the vCPU's state whole, as far as that goes without waiting for a page.
+    fn settle(&mut self) -> Result<Settled, End> {
+        loop {
+            match self.vcpu.settle_step(&self.context.faults, &self.context.memory) {
+                Ok(Settle::Again) => {}
+                Ok(Settle::Done) => return Ok(Settled::Yes),
+                Ok(Settle::Waiting { gpa }) => return Ok(Settled::Waiting { gpa }),
+                Ok(Settle::Exit(VcpuExit::InternalError)) => return Err(self.internal_error()),
+                Ok(Settle::Exit(exit)) => serve(self.cpu, self.context, exit)?,
+                Err(error) => return Err(self.failed(error)),
+            }
+        }
+    }
+
+    fn failed(&self, error: StepError) -> End {
+        match error {
+            StepError::Fault(FaultError::Stopped { .. }) => End::Quiet,
+            error => End::Failed(format!("vCPU {}: {error}", self.cpu)),
+        }
+    }
+
+    /// KVM cannot go on, mostly because it cannot emulate an instruction.
+    fn internal_error(&mut self) -> End {
+        let cpu = self.cpu;
+        // SAFETY: the vCPU's last exit was KVM_EXIT_INTERNAL_ERROR, whose member this is, and any
+        // bytes are a value of it.
+        let suberror =
+            unsafe { self.vcpu.fd_mut().get_kvm_run().__bindgen_anon_1.internal.suberror };
+        let why = match suberror {
+            kvm_bindings::KVM_INTERNAL_ERROR_EMULATION => "cannot emulate an instruction",
+            _ => "has met an internal error",
+        };
+        let at = self.vcpu.fd().get_regs().map_or(String::new(), |r| format!(" at {:#x}", r.rip));
+        End::Failed(format!(
+            "vCPU {cpu}{at}: KVM {why} (suberror {suberror}); the kernel's log may say more"
+        ))
+    }
+}
+
+fn serve(cpu: u32, context: &VcpuContext, exit: VcpuExit<'_>) -> Result<(), End> {
+    if let VcpuExit::FailEntry(reason, _) = exit {
+        let why = format!(
+            "vCPU {cpu}: the processor refused to enter the guest (reason {reason:#x}); the \
+             kernel's log may say more"
+        );
+        return Err(End::Failed(why));
+    }
+    match context.exits.serve(cpu, exit) {
+        Served::Continue => Ok(()),
+        Served::End => Err(End::Quiet),
+        Served::Failed(message) => Err(End::Failed(message)),
     }
 }

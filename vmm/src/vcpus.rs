@@ -1,112 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! All vCPUs of a VM: started, paused, resumed and stopped together.
 
-use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicU8, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
+use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use demand_kvm::{DemandVcpu, VcpuKick};
 use kvm_ioctls::VcpuFd;
 
+use crate::gate::{Gate, Place, Settled, Wanted};
 use crate::vcpu::{StartError, VcpuContext, VcpuEvent, run};
-
-/// What the vCPUs are to do.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u8)]
-enum Wanted {
-    Run,
-    Pause,
-    Stop,
-}
-
-/// Where a vCPU's thread is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Place {
-    /// In the guest, or serving an exit.
-    Running,
-    /// At the gate, until it is told to go on.
-    Parked,
-    /// Its thread has nothing more to do.
-    Ended,
-}
-
-/// What each vCPU passes before it enters the guest. While nobody wants anything this is one
-/// load of a word that nobody writes.
-#[derive(Debug)]
-pub(crate) struct Gate {
-    wanted: AtomicU8,
-    places: Mutex<BTreeMap<u32, Place>>,
-    changed: Condvar,
-}
-
-impl Gate {
-    fn new() -> Self {
-        Gate {
-            wanted: AtomicU8::new(Wanted::Run as u8),
-            places: Mutex::default(),
-            changed: Condvar::new(),
-        }
-    }
-
-    fn wants(&self, what: Wanted) -> bool {
-        self.wanted.load(Ordering::Acquire) == what as u8
-    }
-
-    fn places(&self) -> MutexGuard<'_, BTreeMap<u32, Place>> {
-        self.places.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Says what is wanted. Under the lock, so that nobody who has just looked goes to sleep.
-    fn want(&self, what: Wanted) {
-        let places = self.places();
-        // A VM that is going away is not called back.
-        if !self.wants(Wanted::Stop) {
-            self.wanted.store(what as u8, Ordering::Release);
-        }
-        drop(places);
-        self.changed.notify_all();
-    }
-
-    /// Waits as long as a pause lasts; false if the vCPU is to stop.
-    pub(crate) fn pass(&self, cpu: u32) -> bool {
-        if self.wants(Wanted::Run) {
-            return true;
-        }
-        let mut places = self.places();
-        while self.wants(Wanted::Pause) {
-            places.insert(cpu, Place::Parked);
-            self.changed.notify_all();
-            places = self.changed.wait(places).unwrap_or_else(PoisonError::into_inner);
-        }
-        places.insert(cpu, Place::Running);
-        self.wants(Wanted::Run)
-    }
-
-    /// Notes that a vCPU's thread has nothing more to do.
-    pub(crate) fn ended(&self, cpu: u32) {
-        self.places().insert(cpu, Place::Ended);
-        self.changed.notify_all();
-    }
-
-    /// Waits until all vCPUs are where they are wanted; those that are not after `within` are
-    /// returned.
-    fn until(&self, within: Duration, there: impl Fn(Place) -> bool) -> Vec<u32> {
-        let due = Instant::now() + within;
-        let mut places = self.places();
-        loop {
-            let others = places.iter().filter(|(_, place)| !there(**place));
-            let others: Vec<u32> = others.map(|(cpu, _)| *cpu).collect();
-            let left = due.saturating_duration_since(Instant::now());
-            if others.is_empty() || left.is_zero() {
-                return others;
-            }
-            let woken = self.changed.wait_timeout(places, left);
-            places = woken.unwrap_or_else(PoisonError::into_inner).0;
-        }
-    }
-}
 
 /// vCPUs that did not come out of the guest in time.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -123,12 +27,56 @@ pub struct StillInside {
     pub within: Duration,
 }
 
+/// Why something was not done on the vCPUs' threads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum ParkedError {
+    /// The VM is not paused, or was resumed or stopped meanwhile.
+    #[error("reach vCPU {cpu} while it is paused: it is not; pause the VM, and keep it paused")]
+    NotPaused {
+        /// The vCPU.
+        cpu: u32,
+    },
+    /// The vCPU's thread has ended.
+    #[error("reach vCPU {cpu}: it has come to its end, and has no state any more")]
+    Ended {
+        /// The vCPU.
+        cpu: u32,
+    },
+    /// The vCPU is in the middle of an instruction that needs a page that has not come.
+    #[error(
+        "reach vCPU {cpu} between two instructions: it waits for the page at guest address \
+         {gpa:#x}, which did not come within {} ms; see that the source answers",
+        within.as_millis()
+    )]
+    Waiting {
+        /// The vCPU.
+        cpu: u32,
+        /// Guest physical address.
+        gpa: u64,
+        /// How long it was waited for.
+        within: Duration,
+    },
+    /// The vCPU did not come out of the guest, or has not done it in time.
+    #[error(
+        "reach vCPU {cpu} while it is paused: not within {} ms; see that the source answers",
+        within.as_millis()
+    )]
+    Late {
+        /// The vCPU.
+        cpu: u32,
+        /// How long it was waited for.
+        within: Duration,
+    },
+}
+
 fn names(cpus: &[u32]) -> String {
     let numbers: Vec<_> = cpus.iter().map(ToString::to_string).collect();
     format!("vCPU {}", numbers.join(", "))
 }
 
 struct Vcpu {
+    cpu: u32,
     kick: VcpuKick,
     thread: JoinHandle<()>,
 }
@@ -142,9 +90,19 @@ pub struct Vcpus {
 }
 
 impl Vcpus {
-    /// None yet.
+    /// None yet. Those that are started run at once.
     pub fn new(context: Arc<VcpuContext>) -> Self {
-        Vcpus { vcpus: Vec::new(), context, gate: Arc::new(Gate::new()) }
+        Vcpus::with(context, Wanted::Run)
+    }
+
+    /// None yet. Those that are started are paused before their first instruction, so that their
+    /// state can be set by [`on_parked`](Self::on_parked), until [`resume`](Self::resume).
+    pub fn paused(context: Arc<VcpuContext>) -> Self {
+        Vcpus::with(context, Wanted::Pause)
+    }
+
+    fn with(context: Arc<VcpuContext>, wanted: Wanted) -> Self {
+        Vcpus { vcpus: Vec::new(), context, gate: Arc::new(Gate::new(wanted)) }
     }
 
     /// What they share.
@@ -166,12 +124,12 @@ impl Vcpus {
     ) -> Result<(), StartError> {
         let vcpu = DemandVcpu::new(vcpu)?;
         let kick = vcpu.kick().clone();
-        self.gate.places().insert(cpu, Place::Running);
+        self.gate.begins(cpu);
         let (context, gate) = (self.context.clone(), self.gate.clone());
         let body = move || run(cpu, vcpu, &context, &gate, &tell);
         let thread = thread::Builder::new().name(format!("vcpu-{cpu}")).spawn(body);
         match thread {
-            Ok(thread) => self.vcpus.push(Vcpu { kick, thread }),
+            Ok(thread) => self.vcpus.push(Vcpu { cpu, kick, thread }),
             Err(error) => {
                 self.gate.ended(cpu);
                 return Err(error.into());
@@ -180,7 +138,10 @@ impl Vcpus {
         Ok(())
     }
 
-    /// Calls all vCPUs out of the guest, and keeps them out until they are resumed.
+    /// Calls all vCPUs out of the guest, and keeps them out until they are resumed. A vCPU
+    /// finishes the instruction that it is in the middle of, so that its state is whole, unless
+    /// that takes a page that is not there: it is paused all the same, and
+    /// [`on_parked`](Self::on_parked) tells.
     ///
     /// # Errors
     ///
@@ -193,6 +154,57 @@ impl Vcpus {
     /// Lets all vCPUs go on.
     pub fn resume(&self) {
         self.gate.want(Wanted::Run);
+    }
+
+    /// Calls `f` with each vCPU and its number, on the vCPU's own thread as KVM wants it, one after
+    /// the other in the order of their numbers; returns what it returned. The vCPUs must be
+    /// paused, and each is between two instructions when `f` gets it. `within` is how long all of
+    /// that may take; a vCPU that waits for a page has as long for it to come.
+    ///
+    /// # Errors
+    ///
+    /// [`ParkedError`], with the first vCPU that cannot be reached. `f` was then called for those
+    /// before it, and if it took too long is still at work for that one.
+    pub fn on_parked<T: Send + 'static>(
+        &self,
+        within: Duration,
+        f: impl Fn(u32, &mut DemandVcpu) -> T + Send + Sync + 'static,
+    ) -> Result<Vec<T>, ParkedError> {
+        let due = Instant::now() + within;
+        let f = Arc::new(f);
+        let mut cpus: Vec<u32> = self.vcpus.iter().map(|vcpu| vcpu.cpu).collect();
+        cpus.sort_unstable();
+        cpus.into_iter()
+            .map(|cpu| {
+                let (sender, result) = channel();
+                let f = f.clone();
+                // Nobody listens any more once the time is up.
+                let job = move |vcpu: &mut DemandVcpu| drop(sender.send(f(cpu, vcpu)));
+                if !self.gate.ask(cpu, Box::new(job)) {
+                    return Err(self.unreachable(cpu, None));
+                }
+                match result.recv_timeout(due.saturating_duration_since(Instant::now())) {
+                    Ok(result) => Ok(result),
+                    Err(RecvTimeoutError::Disconnected) => Err(self.unreachable(cpu, None)),
+                    Err(RecvTimeoutError::Timeout) => {
+                        self.gate.take_back(cpu);
+                        Err(self.unreachable(cpu, Some(within)))
+                    }
+                }
+            })
+            .collect()
+    }
+
+    /// Why a vCPU has not done what it was asked; `late` is how long it had.
+    fn unreachable(&self, cpu: u32, late: Option<Duration>) -> ParkedError {
+        match (self.gate.place(cpu), late) {
+            (Some(Place::Ended) | None, _) => ParkedError::Ended { cpu },
+            (Some(Place::Parked(Settled::Waiting { gpa })), Some(within)) => {
+                ParkedError::Waiting { cpu, gpa, within }
+            }
+            (_, Some(within)) => ParkedError::Late { cpu, within },
+            (_, None) => ParkedError::NotPaused { cpu },
+        }
     }
 
     /// Ends all vCPUs: they never enter the guest again.

@@ -13,10 +13,12 @@ use test_guest::plan::ActorError;
 use crate::disk::Disk;
 use crate::error::Error;
 use crate::machine::Machine;
+use crate::test_exits::PortWrite;
 use crate::vcpu::VcpuEvent;
 
 /// What the threads of a run tell the one that watches over it.
 pub(crate) enum Event {
+    Port(PortWrite),
     Vcpu(VcpuEvent),
     Actor(Result<(), ActorError>),
     Complete,
@@ -46,7 +48,7 @@ impl Watch<'_> {
         let (mut running, mut actor) = (u64::MAX >> (64 - cpus.min(64)), true);
         while running != 0 || actor {
             match self.next()? {
-                Event::Vcpu(VcpuEvent::Port { cpu, port: PORT_END, value }) => {
+                Event::Port(PortWrite { cpu, port: PORT_END, value }) => {
                     self.check_end(cpu, value)?;
                     running &= !(1 << cpu);
                 }
@@ -58,7 +60,7 @@ impl Watch<'_> {
                     )));
                 }
                 Event::Vcpu(VcpuEvent::Ended { .. }) => {}
-                Event::Vcpu(VcpuEvent::Port { cpu, port, .. }) => {
+                Event::Port(PortWrite { cpu, port, .. }) => {
                     return Err(Error::failed(format!(
                         "vCPU {cpu} wrote to port {port:#x}, where nothing is"
                     )));
