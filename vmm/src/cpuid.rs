@@ -1,0 +1,525 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What guests are told of their processors: only what can be saved and restored again.
+//!
+//! Sources: `Documentation/virt/kvm/api.rst`, section `KVM_GET_SUPPORTED_CPUID`;
+//! `Documentation/virt/kvm/x86/cpuid.rst` for KVM's own leaves; Intel's "Software Developer's
+//! Manual", volume 2, instruction `CPUID`; AMD's "Architecture Programmer's Manual", volume 3,
+//! appendix E.
+
+use demand_kvm::hide_nested;
+use kvm_bindings::{
+    CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2,
+};
+use kvm_ioctls::{Cap, Kvm};
+
+use crate::error::Error;
+
+/// The most vCPUs that a guest is told of.
+pub const MAX_CPUS: u32 = 16;
+
+/// A register that a leaf answers in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Reg {
+    Eax,
+    Ebx,
+    Ecx,
+    Edx,
+}
+use Reg::{Eax, Ebx, Ecx, Edx};
+
+impl Reg {
+    fn name(self) -> &'static str {
+        match self {
+            Eax => "EAX",
+            Ebx => "EBX",
+            Ecx => "ECX",
+            Edx => "EDX",
+        }
+    }
+
+    fn of(self, entry: &kvm_cpuid_entry2) -> u32 {
+        match self {
+            Eax => entry.eax,
+            Ebx => entry.ebx,
+            Ecx => entry.ecx,
+            Edx => entry.edx,
+        }
+    }
+
+    fn of_mut(self, entry: &mut kvm_cpuid_entry2) -> &mut u32 {
+        match self {
+            Eax => &mut entry.eax,
+            Ebx => &mut entry.ebx,
+            Ecx => &mut entry.ecx,
+            Edx => &mut entry.edx,
+        }
+    }
+}
+
+/// The leaf of features that all processors have.
+const FEATURES: u32 = 1;
+const EXTENDED_FEATURES: u32 = 7;
+const XSAVE: u32 = 0xd;
+const KVM_FEATURES: u32 = 0x4000_0001;
+const AMD_FEATURES: u32 = 0x8000_0001;
+const ADDRESS_SIZES: u32 = 0x8000_0008;
+
+/// Leaf 1, ECX: the local APIC's timer can wait for a value of the TSC.
+const TSC_DEADLINE: u32 = 1 << 24;
+/// Leaf 1, ECX: there is a hypervisor.
+const HYPERVISOR: u32 = 1 << 31;
+/// Leaf 1, EDX: the number of logical processors is told.
+const HTT: u32 = 1 << 28;
+/// Leaf 0x80000001, ECX: several cores, not several threads.
+const CMP_LEGACY: u32 = 1 << 1;
+
+/// Bits that no guest is told of: leaf, subleaf, register, bits.
+const HIDDEN: &[(u32, u32, Reg, u32)] = &[
+    // MONITOR (3): a guest that waits so is not seen to be idle. DTES64 (2), DS-CPL (4), PDCM
+    // (15): performance monitoring.
+    (FEATURES, 0, Ecx, 1 << 2 | 1 << 3 | 1 << 4 | 1 << 15),
+    // DS (21): performance monitoring.
+    (FEATURES, 0, Edx, 1 << 21),
+    // SGX (2): enclaves are encrypted memory. Intel PT (25): its buffers are written by physical
+    // address.
+    (EXTENDED_FEATURES, 0, Ebx, 1 << 2 | 1 << 25),
+    // SHSTK (7): KVM_GET_MSRS does not have its stack pointer. SGX_LC (30).
+    (EXTENDED_FEATURES, 0, Ecx, 1 << 7 | 1 << 30),
+    // Architectural LBR (19), IBT (20), AMX (22, 24, 25).
+    (EXTENDED_FEATURES, 0, Edx, 1 << 19 | 1 << 20 | 1 << 22 | 1 << 24 | 1 << 25),
+    // Performance monitoring (8), AMX_FP16 (21).
+    (EXTENDED_FEATURES, 1, Eax, 1 << 8 | 1 << 21),
+    // AMX_COMPLEX (8).
+    (EXTENDED_FEATURES, 1, Edx, 1 << 8),
+    // The state of AMX.
+    (XSAVE, 0, Eax, AMX_STATE),
+    // XFD (4), by which AMX's state is asked for.
+    (XSAVE, 1, Eax, 1 << 4),
+    // The states of Intel PT (8), CET (11, 12) and LBR (15).
+    (XSAVE, 1, Ecx, 1 << 8 | 1 << 11 | 1 << 12 | 1 << 15),
+    // Asynchronous page faults (4), also in nested guests (10) and by interrupt (14): what the
+    // guest is to be told of the end of one would be lost.
+    (KVM_FEATURES, 0, Eax, 1 << 4 | 1 << 10 | 1 << 14),
+    // IBS (10), PERFCTR_CORE (23), PERFCTR_NB (24), PERFCTR_LLC (28): performance monitoring.
+    // MWAITX (29).
+    (AMD_FEATURES, 0, Ecx, 1 << 10 | 1 << 23 | 1 << 24 | 1 << 28 | 1 << 29),
+];
+
+/// The components of AMX's state, in XCR0.
+const AMX_STATE: u32 = 1 << 17 | 1 << 18;
+
+/// Leaves that tell of such things alone: zeros for all guests.
+const HIDDEN_LEAVES: &[u32] = &[
+    5,           // MONITOR and MWAIT.
+    0xa,         // Performance monitoring.
+    0x12,        // SGX.
+    0x14,        // Intel PT.
+    0x1c,        // Architectural LBR.
+    0x1d,        // AMX: tiles.
+    0x1e,        // AMX: multiplication.
+    0x23,        // Performance monitoring.
+    0x8000_001b, // IBS.
+    0x8000_001f, // Encrypted memory.
+    0x8000_0022, // Performance monitoring.
+    0x8000_0026, // The host's topology.
+];
+
+/// What a guest can be told on this host, of a processor without topology: see [`for_vcpu`].
+///
+/// That is what KVM supports without what a snapshot could not hold, or would be wrong about:
+/// nested virtualization, asynchronous page faults, performance monitoring, MWAIT, SGX, AMX,
+/// Intel PT, LBR, shadow stacks, and encrypted memory.
+///
+/// # Errors
+///
+/// If KVM does not say what it supports.
+///
+/// # Examples
+///
+/// ```
+/// use demand_vmm::cpuid::{check_host, for_vcpu, guest_cpuid};
+///
+/// let Ok(kvm) = demand_kvm::open_kvm() else { return };
+/// let cpuid = guest_cpuid(&kvm).unwrap();
+/// let vm = kvm.create_vm().unwrap();
+/// let told = for_vcpu(&cpuid, 1, 4);
+/// vm.create_vcpu(1).unwrap().set_cpuid2(&told).unwrap();
+/// check_host(&told, &cpuid).unwrap();
+/// ```
+pub fn guest_cpuid(kvm: &Kvm) -> Result<CpuId, Error> {
+    let mut cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(|error| {
+        Error::host(format!("ask KVM what it can tell a guest of its processors: {error}"))
+    })?;
+    hide(&mut cpuid);
+    // KVM's word for this one is a capability.
+    if kvm.check_extension(Cap::TscDeadlineTimer) {
+        set(&mut cpuid, FEATURES, 0, Ecx, TSC_DEADLINE);
+    }
+    set(&mut cpuid, FEATURES, 0, Ecx, HYPERVISOR);
+    Ok(cpuid)
+}
+
+/// Takes out what no guest is told of.
+fn hide(cpuid: &mut CpuId) {
+    hide_nested(cpuid);
+    for entry in cpuid.as_mut_slice() {
+        if HIDDEN_LEAVES.contains(&entry.function) {
+            (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0);
+        }
+        // The size and place of a state that is not there.
+        let states = [8, 11, 12, 15, 17, 18];
+        if entry.function == XSAVE && states.contains(&entry.index) {
+            (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0);
+        }
+        for (leaf, subleaf, reg, bits) in HIDDEN {
+            if (entry.function, entry.index) == (*leaf, *subleaf) {
+                *reg.of_mut(entry) &= !bits;
+            }
+        }
+    }
+    let size = xsave_size(cpuid);
+    for entry in cpuid.as_mut_slice() {
+        if (entry.function, entry.index) == (XSAVE, 0) && entry.ecx != 0 {
+            (entry.ebx, entry.ecx) = (size, size);
+        }
+    }
+}
+
+/// Bytes that the states of XCR0 take, in the standard format: 512 for FXSAVE and 64 for the
+/// header, and what comes behind.
+fn xsave_size(cpuid: &CpuId) -> u32 {
+    let states = find(cpuid, XSAVE, 0).map_or(0, |entry| entry.eax);
+    let behind = cpuid.as_slice().iter().filter(|entry| {
+        entry.function == XSAVE && (2..32).contains(&entry.index) && states >> entry.index & 1 == 1
+    });
+    behind.map(|entry| entry.ebx + entry.eax).fold(576, u32::max)
+}
+
+/// What vCPU `cpu` of `cpus`, [`MAX_CPUS`] at most, is told: one package of `cpus` cores, without
+/// hyper-threads. Its APIC's id is `cpu`.
+pub fn for_vcpu(cpuid: &CpuId, cpu: u32, cpus: u32) -> CpuId {
+    debug_assert!(cpu < cpus && cpus <= MAX_CPUS);
+    // Bits of an APIC id that tell cores apart.
+    let width = cpus.next_power_of_two().trailing_zeros();
+    let ids = 1 << width;
+    let highest = find(cpuid, 0, 0).map_or(0, |entry| entry.eax);
+    let amd = is_amd(cpuid);
+    let mut entries: Vec<_> = cpuid.as_slice().to_vec();
+    entries.retain(|entry| !matches!(entry.function, 0xb | 0x1f));
+    for entry in &mut entries {
+        match entry.function {
+            FEATURES => {
+                entry.ebx = cpu << 24 | ids << 16 | entry.ebx & 0xffff;
+                entry.edx = if cpus > 1 { entry.edx | HTT } else { entry.edx & !HTT };
+            }
+            // Caches. Bits 5 to 7 are the level: each core has its own but for the third and on.
+            4 if entry.eax & 0x1f != 0 => {
+                let shared = if entry.eax >> 5 & 7 >= 3 { ids - 1 } else { 0 };
+                entry.eax = (ids - 1) << 26 | shared << 14 | entry.eax & 0x3fff;
+            }
+            AMD_FEATURES if amd => {
+                let legacy = if cpus > 1 { CMP_LEGACY } else { 0 };
+                entry.ecx = entry.ecx & !CMP_LEGACY | legacy;
+            }
+            ADDRESS_SIZES if amd => {
+                entry.ecx = entry.ecx & !0xf0ff | width << 12 | (cpus - 1);
+            }
+            0x8000_001d if entry.eax & 0x1f != 0 => {
+                let shared = if entry.eax >> 5 & 7 >= 3 { cpus - 1 } else { 0 };
+                entry.eax = shared << 14 | entry.eax & 0x3fff;
+            }
+            // Without TOPOEXT it is empty, as KVM has it.
+            0x8000_001e if amd => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (cpu, cpu, 0, 0),
+            _ => {}
+        }
+    }
+    for leaf in [0xb, 0x1f].into_iter().filter(|leaf| *leaf <= highest) {
+        // Of a level: bits to shift an id by for the next one's, processors, and its type.
+        for (index, (shift, processors, kind)) in
+            [(0, 1, 1), (width, cpus, 2), (0, 0, 0)].into_iter().enumerate()
+        {
+            let index = index as u32;
+            entries.push(kvm_cpuid_entry2 {
+                function: leaf,
+                index,
+                flags: KVM_CPUID_FLAG_SIGNIFCANT_INDEX,
+                eax: shift,
+                ebx: processors,
+                ecx: kind << 8 | index,
+                edx: cpu,
+                ..Default::default()
+            });
+        }
+    }
+    CpuId::from_entries(&entries).expect("six entries more than KVM's are few enough")
+}
+
+/// Leaves of features: leaf, subleaf, register, and the bits that are none, or that change while
+/// the guest runs.
+const CHECKED: &[(u32, u32, Reg, u32)] = &[
+    // MWAIT, OSXSAVE: by what the guest sets. The hypervisor's bit is ours.
+    (FEATURES, 0, Ecx, 1 << 3 | 1 << 27 | HYPERVISOR),
+    // APIC: likewise. HTT: by the number of vCPUs.
+    (FEATURES, 0, Edx, 1 << 9 | HTT),
+    (6, 0, Eax, 0),
+    (EXTENDED_FEATURES, 0, Ebx, 0),
+    // OSPKE; MAWAU, a number.
+    (EXTENDED_FEATURES, 0, Ecx, 1 << 4 | 0x1f << 17),
+    (EXTENDED_FEATURES, 0, Edx, 0),
+    (EXTENDED_FEATURES, 1, Eax, 0),
+    (EXTENDED_FEATURES, 1, Ebx, 0),
+    (EXTENDED_FEATURES, 1, Ecx, 0),
+    (EXTENDED_FEATURES, 1, Edx, 0),
+    (EXTENDED_FEATURES, 2, Edx, 0),
+    (XSAVE, 0, Eax, 0),
+    (XSAVE, 0, Edx, 0),
+    (XSAVE, 1, Eax, 0),
+    (XSAVE, 1, Ecx, 0),
+    (XSAVE, 1, Edx, 0),
+    (KVM_FEATURES, 0, Eax, 0),
+    (AMD_FEATURES, 0, Ecx, CMP_LEGACY),
+    (AMD_FEATURES, 0, Edx, 1 << 9),
+    (0x8000_0007, 0, Edx, 0),
+    (ADDRESS_SIZES, 0, Ebx, 0),
+    (0x8000_0021, 0, Eax, 0),
+];
+
+/// Refuses a guest that was told of what this host's KVM does not support: `saved` is what one of
+/// its vCPUs was told ([`for_vcpu`], `KVM_GET_CPUID2`), and `host` what [`guest_cpuid`] says here.
+///
+/// # Errors
+///
+/// The first thing that is amiss: the vendor or family, a feature by leaf, register and bits, the
+/// layout of XSAVE's area, or the size of physical addresses.
+pub fn check_host(saved: &CpuId, host: &CpuId) -> Result<(), Error> {
+    let differs = |what: &str, saved: &str, host: &str| {
+        Error::host(format!(
+            "restore a guest whose processor is of {what} {saved}: this host's is of {host}; \
+             restore it on a host of the same"
+        ))
+    };
+    let (its, ours) = (vendor(saved), vendor(host));
+    if its != ours {
+        return Err(differs("vendor", &its, &ours));
+    }
+    let (its, ours) = (family(saved), family(host));
+    if its != ours {
+        return Err(differs("family", &format!("{its:#x}"), &format!("{ours:#x}")));
+    }
+    for (leaf, subleaf, reg, ignored) in CHECKED {
+        let value = |cpuid| find(cpuid, *leaf, *subleaf).map_or(0, |entry| reg.of(entry));
+        let lacking = value(saved) & !value(host) & !ignored;
+        if lacking != 0 {
+            let bits: Vec<_> = (0..32).filter(|bit| lacking >> bit & 1 == 1).collect();
+            let bits: Vec<_> = bits.iter().map(u32::to_string).collect();
+            return Err(Error::host(format!(
+                "restore a guest that was told of features that this host's KVM does not \
+                 support: CPUID leaf {leaf:#x}, subleaf {subleaf}, {}, bits {}; restore it on a \
+                 host that does",
+                reg.name(),
+                bits.join(", ")
+            )));
+        }
+    }
+    // Where the states of XCR0 lie in memory that the guest itself keeps.
+    let states = find(saved, XSAVE, 0).map_or(0, |entry| entry.eax);
+    for state in (2..32).filter(|state| states >> state & 1 == 1) {
+        let place = |cpuid| find(cpuid, XSAVE, state).map(|entry| (entry.ebx, entry.eax));
+        if place(saved) != place(host) {
+            return Err(Error::host(format!(
+                "restore a guest whose XSAVE area has state {state} elsewhere than on this host \
+                 (CPUID leaf 0xd, subleaf {state}); restore it on a host of the same kind"
+            )));
+        }
+    }
+    let bits = |cpuid| find(cpuid, ADDRESS_SIZES, 0).map_or(36, |entry| entry.eax & 0xff);
+    let (its, ours) = (bits(saved), bits(host));
+    if its > ours {
+        return Err(Error::host(format!(
+            "restore a guest with physical addresses of {its} bits: this host has {ours} (CPUID \
+             leaf {ADDRESS_SIZES:#x}, EAX); restore it on a host that has them"
+        )));
+    }
+    Ok(())
+}
+
+fn find(cpuid: &CpuId, leaf: u32, subleaf: u32) -> Option<&kvm_cpuid_entry2> {
+    let mut entries = cpuid.as_slice().iter();
+    entries.find(|entry| (entry.function, entry.index) == (leaf, subleaf))
+}
+
+fn set(cpuid: &mut CpuId, leaf: u32, subleaf: u32, reg: Reg, bits: u32) {
+    let entries = cpuid.as_mut_slice().iter_mut();
+    for entry in entries.filter(|entry| (entry.function, entry.index) == (leaf, subleaf)) {
+        *reg.of_mut(entry) |= bits;
+    }
+}
+
+/// The name that leaf 0 gives, as `GenuineIntel`.
+fn vendor(cpuid: &CpuId) -> String {
+    let entry = find(cpuid, 0, 0).copied().unwrap_or_default();
+    let bytes = [entry.ebx, entry.edx, entry.ecx].into_iter().flat_map(u32::to_le_bytes);
+    bytes.map(char::from).filter(char::is_ascii_graphic).collect()
+}
+
+fn is_amd(cpuid: &CpuId) -> bool {
+    matches!(vendor(cpuid).as_str(), "AuthenticAMD" | "HygonGenuine")
+}
+
+/// Family and extended family, added up as the manuals have it.
+fn family(cpuid: &CpuId) -> u32 {
+    let signature = find(cpuid, FEATURES, 0).map_or(0, |entry| entry.eax);
+    let family = signature >> 8 & 0xf;
+    if family == 0xf { family + (signature >> 20 & 0xff) } else { family }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use demand_kvm::{Virtualization, open_kvm};
+    use test_support::host::skip;
+
+    fn host() -> Option<(Kvm, CpuId)> {
+        let kvm = open_kvm().map_err(|error| skip(&error.to_string())).ok()?;
+        let cpuid = guest_cpuid(&kvm).unwrap();
+        Some((kvm, cpuid))
+    }
+
+    fn entry(function: u32, index: u32, regs: [u32; 4]) -> kvm_cpuid_entry2 {
+        let [eax, ebx, ecx, edx] = regs;
+        kvm_cpuid_entry2 { function, index, eax, ebx, ecx, edx, ..Default::default() }
+    }
+
+    /// A processor of that vendor with every bit of these leaves set.
+    fn full(vendor: &[u8; 12]) -> CpuId {
+        let word = |at: usize| u32::from_le_bytes(vendor[at..at + 4].try_into().unwrap());
+        let all = [u32::MAX; 4];
+        let mut entries = vec![entry(0, 0, [0x1f, word(0), word(8), word(4)])];
+        let leaves = HIDDEN.iter().chain(CHECKED).map(|(leaf, subleaf, ..)| (*leaf, *subleaf));
+        let leaves = leaves.chain(HIDDEN_LEAVES.iter().map(|leaf| (*leaf, 0)));
+        let leaves = leaves.chain([(XSAVE, 17), (0x8000_000a, 0), (0x8000_001e, 0)]);
+        for (leaf, subleaf) in leaves {
+            if !entries.iter().any(|e| (e.function, e.index) == (leaf, subleaf)) {
+                entries.push(entry(leaf, subleaf, all));
+            }
+        }
+        // AVX's state, as it is everywhere; caches of the first and third level.
+        entries.push(entry(XSAVE, 2, [0x100, 0x240, 0, 0]));
+        for leaf in [4, 0x8000_001d] {
+            entries.push(entry(leaf, 0, [0x21, 1, 2, 3]));
+            entries.push(entry(leaf, 3, [0x63, 1, 2, 3]));
+        }
+        CpuId::from_entries(&entries).unwrap()
+    }
+
+    #[test]
+    fn what_cannot_be_restored_is_hidden_and_the_rest_is_not() {
+        let before = full(b"GenuineIntel");
+        let mut after = before.clone();
+        hide(&mut after);
+        for (leaf, subleaf, reg, bits) in HIDDEN {
+            let left = reg.of(find(&after, *leaf, *subleaf).unwrap());
+            // Nested virtualization is hidden by others.
+            let nested = match (*leaf, *reg) {
+                (FEATURES, Ecx) => 1 << 5,
+                (AMD_FEATURES, Ecx) => 1 << 2,
+                _ => 0,
+            };
+            assert_eq!(left, !(bits | nested), "leaf {leaf:#x} {reg:?}");
+        }
+        for leaf in HIDDEN_LEAVES.iter().chain(&[0x8000_000a]) {
+            let entry = find(&after, *leaf, 0).unwrap();
+            assert_eq!((entry.eax, entry.ebx, entry.ecx, entry.edx), (0, 0, 0, 0), "{leaf:#x}");
+        }
+        assert_eq!(find(&after, XSAVE, 0).unwrap().ecx, 0x340);
+        assert_eq!(find(&after, XSAVE, 17).unwrap().eax, 0);
+    }
+
+    #[test]
+    fn topology_is_the_same_in_all_leaves() {
+        for vendor in [b"GenuineIntel", b"AuthenticAMD"] {
+            let amd = vendor == b"AuthenticAMD";
+            for (cpus, width) in [(1, 0), (2, 1), (3, 2), (4, 2), (5, 3), (8, 3), (16, 4)] {
+                for cpu in 0..cpus {
+                    let cpuid = for_vcpu(&full(vendor), cpu, cpus);
+                    let leaf = |function, index| *find(&cpuid, function, index).unwrap();
+                    assert_eq!(leaf(1, 0).ebx >> 16, cpu << 8 | 1 << width);
+                    assert_eq!(leaf(1, 0).edx & HTT != 0, cpus > 1);
+                    for function in [0xb, 0x1f] {
+                        let levels = [leaf(function, 0), leaf(function, 1), leaf(function, 2)];
+                        let levels = levels.map(|e| (e.eax, e.ebx, e.ecx, e.edx));
+                        let expected =
+                            [(0, 1, 0x100, cpu), (width, cpus, 0x201, cpu), (0, 0, 2, cpu)];
+                        assert_eq!(levels, expected);
+                    }
+                    assert_eq!(leaf(4, 0).eax, ((1 << width) - 1) << 26 | 0x21);
+                    let shared = (1 << width) - 1;
+                    assert_eq!(leaf(4, 3).eax, shared << 26 | shared << 14 | 0x63);
+                    assert_eq!(leaf(0x8000_001d, 3).eax, (cpus - 1) << 14 | 0x63);
+                    if amd {
+                        assert_eq!(leaf(AMD_FEATURES, 0).ecx & CMP_LEGACY != 0, cpus > 1);
+                        assert_eq!(leaf(ADDRESS_SIZES, 0).ecx & 0xf0ff, width << 12 | (cpus - 1));
+                        assert_eq!((leaf(0x8000_001e, 0).eax, leaf(0x8000_001e, 0).ecx), (cpu, 0));
+                    } else {
+                        assert_eq!(leaf(ADDRESS_SIZES, 0).ecx, u32::MAX);
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_host_that_lacks_something_is_refused_by_name() {
+        let mut host = full(b"GenuineIntel");
+        hide(&mut host);
+        let saved = for_vcpu(&host, 1, 2);
+        check_host(&saved, &host).unwrap();
+        let refused = |change: &dyn Fn(&mut kvm_cpuid_entry2)| {
+            let mut other = host.clone();
+            other.as_mut_slice().iter_mut().for_each(change);
+            let more = check_host(&for_vcpu(&other, 0, 1), &host);
+            let less = check_host(&saved, &other);
+            match (more, less) {
+                (_, Err(error)) => error.to_string(),
+                (more, _) => more.unwrap_err().to_string(),
+            }
+        };
+        for (change, says) in [
+            (
+                &(|e: &mut kvm_cpuid_entry2| {
+                    if e.function == 7 && e.index == 0 {
+                        e.ebx &= !(1 << 16 | 1 << 30);
+                    }
+                }) as &dyn Fn(&mut kvm_cpuid_entry2),
+                "leaf 0x7, subleaf 0, EBX, bits 16, 30;",
+            ),
+            (&|e| e.eax &= !(u32::from(e.function == KVM_FEATURES) << 5), "leaf 0x40000001"),
+            (&|e| e.ebx ^= u32::from(e.function == 0), "vendor GenuineIntel"),
+            (&|e| e.eax ^= u32::from(e.function == 1) << 20, "family"),
+            (&|e| e.ebx ^= u32::from(e.function == XSAVE && e.index == 2) << 8, "state 2"),
+            (&|e| e.eax ^= u32::from(e.function == ADDRESS_SIZES), "physical addresses"),
+        ] {
+            let error = refused(change);
+            assert!(error.contains(says) && !error.contains('\n'), "{error}");
+        }
+    }
+
+    #[test]
+    fn kvm_takes_what_guests_are_told() {
+        let Some((kvm, cpuid)) = host() else { return };
+        let vm = kvm.create_vm().unwrap();
+        vm.create_irq_chip().unwrap();
+        assert_ne!(find(&cpuid, FEATURES, 0).unwrap().ecx & HYPERVISOR, 0);
+        for cpu in 0..2 {
+            let vcpu = vm.create_vcpu(cpu).unwrap();
+            vcpu.set_cpuid2(&for_vcpu(&cpuid, cpu as u32, 2)).unwrap();
+            let now = vcpu.get_cpuid2(KVM_MAX_CPUID_ENTRIES).unwrap();
+            if demand_kvm::probe().virtualization == Virtualization::Emulated {
+                skip("this KVM emulates, and adds to what a guest is told");
+            } else {
+                check_host(&now, &cpuid).unwrap();
+            }
+            assert_eq!(find(&now, FEATURES, 0).unwrap().ebx >> 24, cpu as u32);
+        }
+    }
+}

@@ -1,0 +1,378 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! All that KVM keeps of a vCPU, to be saved and restored.
+//!
+//! Sources: `Documentation/virt/kvm/api.rst`, and for what depends on what
+//! `arch/x86/kvm/x86.c` and `arch/x86/kvm/lapic.c`.
+
+use demand_kvm::own_pages;
+use kvm_bindings::{
+    CpuId, KVM_MAX_CPUID_ENTRIES, KVM_MAX_MSR_ENTRIES, Msrs, Xsave, kvm_cpuid_entry2,
+    kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs,
+    kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+};
+use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
+use serde::{Deserialize, Serialize};
+use vm_memory::GuestAddress;
+
+use crate::error::Error;
+use crate::hex;
+use crate::sregs2::{pdptrs, set_with_pdptrs};
+
+const TSC: u32 = 0x10;
+const TSC_DEADLINE: u32 = 0x6e0;
+
+/// Hyper-V's registers, which no guest is offered, and some of which count time.
+const HYPERV: std::ops::RangeInclusive<u32> = 0x4000_0000..=0x4000_ffff;
+
+/// Registers that `KVM_GET_MSR_INDEX_LIST` leaves out although guests set them: the memory types
+/// (MTRR), and AMD's `DE_CFG`.
+fn unlisted() -> impl Iterator<Item = u32> {
+    let mtrr = (0x200..=0x20f).chain([0x250, 0x258, 0x259]).chain(0x268..=0x26f).chain([0x2ff]);
+    mtrr.chain([0xc001_1029])
+}
+
+/// What a vCPU's state consists of on this host: the same for all vCPUs of a VM.
+#[derive(Clone, Debug)]
+pub struct StateShape {
+    /// The MSRs to save, those that hang on others last.
+    msrs: Vec<u32>,
+    /// Bytes of the XSAVE area; `None` if KVM has only 4096 to give.
+    xsave_bytes: Option<usize>,
+    /// Whether KVM knows PDPTRs apart from memory.
+    sregs2: bool,
+}
+
+impl StateShape {
+    /// Asks KVM.
+    ///
+    /// The process must not ask for more states of the processor (`arch_prctl`,
+    /// `ARCH_REQ_XCOMP_GUEST_PERM`) after this.
+    ///
+    /// # Errors
+    ///
+    /// If KVM does not say what MSRs it has.
+    pub fn of(kvm: &Kvm, vm: &VmFd) -> Result<Self, Error> {
+        let listed = kvm
+            .get_msr_index_list()
+            .map_err(|error| Error::host(format!("ask KVM what MSRs it saves: {error}")))?;
+        let mut msrs: Vec<_> = listed.as_slice().to_vec();
+        msrs.extend(unlisted());
+        msrs.retain(|msr| !HYPERV.contains(msr));
+        msrs.sort_unstable();
+        msrs.dedup();
+        // A deadline is one of the counter's.
+        msrs.sort_by_key(|msr| match *msr {
+            TSC => 1,
+            TSC_DEADLINE => 2,
+            _ => 0,
+        });
+        let xsave_bytes = usize::try_from(vm.check_extension_int(Cap::Xsave2)).unwrap_or(0);
+        let sregs2 = vm.check_extension_raw(kvm_bindings::KVM_CAP_SREGS2.into()) > 0;
+        Ok(StateShape { msrs, xsave_bytes: (xsave_bytes > 0).then_some(xsave_bytes), sregs2 })
+    }
+
+    /// An area that is as long as KVM takes it to be.
+    fn xsave(&self) -> Xsave {
+        let more = self.xsave_bytes.unwrap_or(0).saturating_sub(size_of::<kvm_xsave>());
+        Xsave::new(more.div_ceil(size_of::<u32>())).expect("some kilobytes of memory")
+    }
+}
+
+/// A vCPU's state: what [`save`](Self::save) read and [`restore`](Self::restore) sets, in JSON or
+/// whatever serde writes. A vCPU whose state is saved must be settled
+/// ([`DemandVcpu::settle_step`](demand_kvm::DemandVcpu::settle_step)), and all vCPUs of the VM
+/// paused.
+///
+/// Not in it: nested guests, which [`guest_cpuid`](crate::cpuid::guest_cpuid) hides.
+///
+/// A VM is restored in this order: [`VmState::restore_clock`](crate::vm_state::VmState::restore_clock),
+/// the pages of [`own_pages`](Self::own_pages), the vCPUs by number,
+/// [`VmState::restore`](crate::vm_state::VmState::restore).
+///
+/// # Examples
+///
+/// ```
+/// use demand_vmm::vcpu_state::{StateShape, VcpuState};
+///
+/// let Ok(kvm) = demand_kvm::open_kvm() else { return };
+/// let vcpu = |id| {
+///     let vm = kvm.create_vm().unwrap();
+///     vm.create_irq_chip().unwrap();
+///     (StateShape::of(&kvm, &vm).unwrap(), vm.create_vcpu(id).unwrap())
+/// };
+/// let (shape, one) = vcpu(0);
+/// // (Should this KVM have all that takes.)
+/// let Ok(state) = VcpuState::save(0, &one, &shape) else { return };
+/// let json = serde_json::to_string(&state).unwrap();
+/// let (shape, other) = vcpu(0);
+/// serde_json::from_str::<VcpuState>(&json).unwrap().restore(0, &other, &shape).unwrap();
+/// ```
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct VcpuState {
+    /// What the guest is told of its processor: leaf, subleaf, flags, EAX, EBX, ECX, EDX.
+    cpuid: Vec<[u32; 7]>,
+    /// What its TSC counts, in kHz, if KVM knows.
+    tsc_khz: Option<u32>,
+    #[serde(with = "hex")]
+    mp_state: kvm_mp_state,
+    #[serde(with = "hex")]
+    regs: kvm_regs,
+    #[serde(with = "hex")]
+    sregs: kvm_sregs,
+    /// The page-directory pointers, where they are loaded and KVM knows them apart from memory.
+    pdptrs: Option<[u64; 4]>,
+    /// The FPU's and all other states of XSAVE, in the standard format.
+    #[serde(with = "hex::area")]
+    xsave: Vec<u8>,
+    #[serde(with = "hex")]
+    xcrs: kvm_xcrs,
+    #[serde(with = "hex")]
+    debugregs: kvm_debugregs,
+    #[serde(with = "hex")]
+    lapic: kvm_lapic_state,
+    /// Numbers and values, in the order in which they are set.
+    msrs: Vec<(u32, u64)>,
+    #[serde(with = "hex")]
+    events: kvm_vcpu_events,
+}
+
+impl VcpuState {
+    /// Reads the state of vCPU `cpu`, on its thread. It changes nothing that the guest sees.
+    ///
+    /// # Errors
+    ///
+    /// What KVM refused: one line that names the vCPU and the step.
+    pub fn save(cpu: u32, vcpu: &VcpuFd, shape: &StateShape) -> Result<Self, Error> {
+        let on = On { cpu, verb: "save" };
+        // First, as KVM acts on what other processors have sent (INIT, SIPI) before it answers.
+        let mp_state = on.step("whether it runs or waits", vcpu.get_mp_state())?;
+        let cpuid = on.step("its CPUID", vcpu.get_cpuid2(KVM_MAX_CPUID_ENTRIES))?;
+        let regs = on.step("its registers", vcpu.get_regs())?;
+        let sregs = on.step("its system registers", vcpu.get_sregs())?;
+        let pdptrs = match shape.sregs2 {
+            true => on.step("its page-directory pointers", pdptrs(vcpu))?,
+            false => None,
+        };
+        let xsave = on.step("its FPU's state", get_xsave(vcpu, shape))?;
+        let xcrs = on.step("its extended control registers", vcpu.get_xcrs())?;
+        let debugregs = on.step("its debug registers", vcpu.get_debug_regs())?;
+        // The timer's deadline before the interrupt that it becomes: in between it may expire, and
+        // then it is better there twice than not at all.
+        let msrs = on.step("its MSRs", get_msrs(vcpu, &shape.msrs))?;
+        let lapic = on.step("its local APIC", vcpu.get_lapic())?;
+        let events = on.step("what it is about to meet", vcpu.get_vcpu_events())?;
+        Ok(VcpuState {
+            cpuid: cpuid.as_slice().iter().map(leaf_to_array).collect(),
+            // An unstable TSC has no frequency (EIO).
+            tsc_khz: vcpu.get_tsc_khz().ok(),
+            mp_state,
+            regs,
+            sregs,
+            pdptrs,
+            xsave,
+            xcrs,
+            debugregs,
+            lapic,
+            msrs,
+            events,
+        })
+    }
+
+    /// Sets the state of vCPU `cpu`, which has never run, on its thread. KVM reads and writes the
+    /// pages of [`own_pages`](Self::own_pages) meanwhile.
+    ///
+    /// # Errors
+    ///
+    /// What KVM refused: one line that names the vCPU and the step. The vCPU is of no use then.
+    pub fn restore(&self, cpu: u32, vcpu: &VcpuFd, shape: &StateShape) -> Result<(), Error> {
+        let on = On { cpu, verb: "restore" };
+        // First, as it decides what the registers may hold.
+        on.step("its CPUID", self.cpuid().and_then(|cpuid| vcpu.set_cpuid2(&cpuid)))?;
+        self.restore_tsc_khz(&on, vcpu)?;
+        on.step("its registers", vcpu.set_regs(&self.regs))?;
+        // Before the local APIC: it is on or off, and of what kind, by a register here.
+        let sregs = match self.pdptrs {
+            Some(pdptrs) if shape.sregs2 => set_with_pdptrs(vcpu, &self.sregs, pdptrs),
+            _ => vcpu.set_sregs(&self.sregs),
+        };
+        on.step("its system registers", sregs)?;
+        on.step("its extended control registers", vcpu.set_xcrs(&self.xcrs))?;
+        self.restore_xsave(&on, vcpu, shape)?;
+        on.step("its debug registers", vcpu.set_debug_regs(&self.debugregs))?;
+        // Before the MSRs: a deadline is only taken by a timer that waits for one.
+        on.step("its local APIC", vcpu.set_lapic(&self.lapic))?;
+        self.restore_msrs(&on, vcpu)?;
+        // After the registers, which forget exceptions when they are set.
+        on.step("what it is about to meet", vcpu.set_vcpu_events(&self.events))?;
+        on.step("whether it runs or waits", vcpu.set_mp_state(self.mp_state))
+    }
+
+    /// The guest pages that KVM reads and writes while this state is set, and later when the
+    /// vCPU runs: to be fetched before [`restore`](Self::restore), by
+    /// [`FaultHandler::fetch_pages`](demand_kvm::FaultHandler::fetch_pages). Page addresses, in
+    /// order, each once; see [`own_pages`].
+    pub fn own_pages(&self) -> Vec<GuestAddress> {
+        let msrs: Vec<_> = self.msrs.iter().map(|(index, data)| msr_entry(*index, *data)).collect();
+        // With the pointers at hand KVM does not look for them in memory; but a host that cannot
+        // take them does.
+        own_pages(&msrs, Some(&self.sregs))
+    }
+
+    /// What the guest was told of this processor, for
+    /// [`check_host`](crate::cpuid::check_host).
+    ///
+    /// # Errors
+    ///
+    /// If there are more leaves than KVM can take.
+    pub fn told(&self) -> Result<CpuId, Error> {
+        self.cpuid().map_err(|_| {
+            Error::failed(format!(
+                "read what a vCPU was told of its processor: {} leaves, of which KVM takes {}; \
+                 the snapshot is damaged",
+                self.cpuid.len(),
+                KVM_MAX_CPUID_ENTRIES
+            ))
+        })
+    }
+
+    fn cpuid(&self) -> Result<CpuId, kvm_ioctls::Error> {
+        let entries: Vec<_> = self.cpuid.iter().map(leaf_from_array).collect();
+        CpuId::from_entries(&entries).map_err(|_| kvm_ioctls::Error::new(libc::E2BIG))
+    }
+
+    fn restore_tsc_khz(&self, on: &On, vcpu: &VcpuFd) -> Result<(), Error> {
+        let (Some(its), Ok(ours)) = (self.tsc_khz, vcpu.get_tsc_khz()) else { return Ok(()) };
+        // Hosts of the same kind differ by some millionths, as each measures its own. KVM takes
+        // 250 for the same, too (parameter `tsc_tolerance_ppm`).
+        if u64::from(its.abs_diff(ours)) * 1_000_000 <= u64::from(ours) * 250 {
+            return Ok(());
+        }
+        vcpu.set_tsc_khz(its).map_err(|error| {
+            Error::host(format!(
+                "restore vCPU {}: its TSC counts {its} kHz, this host's {ours} kHz and it cannot \
+                 be made to count otherwise: {error}; restore it on a host of the same frequency",
+                on.cpu
+            ))
+        })
+    }
+
+    fn restore_xsave(&self, on: &On, vcpu: &VcpuFd, shape: &StateShape) -> Result<(), Error> {
+        let mut area = shape.xsave();
+        let room = size_of::<kvm_xsave>() + size_of_val(area.as_slice());
+        let (fits, more) = self.xsave.split_at(room.min(self.xsave.len()));
+        if more.iter().any(|byte| *byte != 0) {
+            return Err(Error::host(format!(
+                "restore vCPU {}: its FPU's state has {} bytes, and this host's {room}; restore \
+                 it on a host of the same kind",
+                on.cpu,
+                self.xsave.len()
+            )));
+        }
+        let words: Vec<_> = fits.chunks(4).map(word).collect();
+        // SAFETY: the length is left as it is.
+        let head = unsafe { &mut area.as_mut_fam_struct().xsave.region };
+        let (first, rest) = words.split_at(head.len().min(words.len()));
+        head[..first.len()].copy_from_slice(first);
+        area.as_mut_slice()[..rest.len()].copy_from_slice(rest);
+        // SAFETY: the area is as long as KVM said that it reads, for this VM.
+        on.step("its FPU's state", unsafe { vcpu.set_xsave2(&area) })
+    }
+
+    fn restore_msrs(&self, on: &On, vcpu: &VcpuFd) -> Result<(), Error> {
+        let entries: Vec<_> =
+            self.msrs.iter().map(|(index, data)| msr_entry(*index, *data)).collect();
+        let mut left = &entries[..];
+        while !left.is_empty() {
+            let chunk = &left[..left.len().min(KVM_MAX_MSR_ENTRIES)];
+            let msrs = Msrs::from_entries(chunk).expect("no more than there may be");
+            let set = on.step("its MSRs", vcpu.set_msrs(&msrs))?;
+            left = &left[set..];
+            if set == chunk.len() {
+                continue;
+            }
+            // KVM stopped at one that it does not take. Some can only be read.
+            let kvm_msr_entry { index, data, .. } = left[0];
+            let now = on.step("its MSRs", get_msrs(vcpu, &[index]))?;
+            if now.first() != Some(&(index, data)) {
+                return Err(Error::host(format!(
+                    "restore vCPU {}: KVM refuses MSR {index:#x} with the value {data:#x}; restore \
+                     it on a host of the same kind",
+                    on.cpu
+                )));
+            }
+            left = &left[1..];
+        }
+        Ok(())
+    }
+}
+
+/// Whose state it is, and what becomes of it, for errors.
+struct On {
+    cpu: u32,
+    verb: &'static str,
+}
+
+impl On {
+    fn step<T>(&self, what: &str, result: Result<T, kvm_ioctls::Error>) -> Result<T, Error> {
+        let On { cpu, verb } = self;
+        result.map_err(|error| {
+            Error::host(format!(
+                "{verb} vCPU {cpu}, {what}: {error}; the kernel's log may say more"
+            ))
+        })
+    }
+}
+
+/// The MSRs that can be read, of these.
+fn get_msrs(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<(u32, u64)>, kvm_ioctls::Error> {
+    let mut read = Vec::with_capacity(indices.len());
+    let mut left = indices;
+    while !left.is_empty() {
+        let chunk = &left[..left.len().min(KVM_MAX_MSR_ENTRIES)];
+        let entries: Vec<_> = chunk.iter().map(|index| msr_entry(*index, 0)).collect();
+        let mut msrs = Msrs::from_entries(&entries).expect("no more than there may be");
+        let got = vcpu.get_msrs(&mut msrs)?;
+        read.extend(msrs.as_slice()[..got].iter().map(|msr| (msr.index, msr.data)));
+        // KVM stops at the first that it does not have.
+        let stopped = usize::from(got < chunk.len());
+        left = &left[got + stopped..];
+    }
+    Ok(read)
+}
+
+fn msr_entry(index: u32, data: u64) -> kvm_msr_entry {
+    kvm_msr_entry { index, data, ..Default::default() }
+}
+
+fn get_xsave(vcpu: &VcpuFd, shape: &StateShape) -> Result<Vec<u8>, kvm_ioctls::Error> {
+    let bytes = |words: &[u32]| words.iter().flat_map(|word| word.to_le_bytes()).collect();
+    if shape.xsave_bytes.is_none() {
+        return Ok(bytes(&vcpu.get_xsave()?.region));
+    }
+    let mut area = shape.xsave();
+    // SAFETY: the area is as long as KVM said that it writes, for this VM.
+    unsafe { vcpu.get_xsave2(&mut area) }?;
+    Ok(bytes(&[&area.as_fam_struct_ref().xsave.region, area.as_slice()].concat()))
+}
+
+/// A word of up to four bytes, the lowest first.
+fn word(bytes: &[u8]) -> u32 {
+    bytes.iter().rev().fold(0, |word, byte| word << 8 | u32::from(*byte))
+}
+
+fn leaf_to_array(leaf: &kvm_cpuid_entry2) -> [u32; 7] {
+    [leaf.function, leaf.index, leaf.flags, leaf.eax, leaf.ebx, leaf.ecx, leaf.edx]
+}
+
+fn leaf_from_array([function, index, flags, eax, ebx, ecx, edx]: &[u32; 7]) -> kvm_cpuid_entry2 {
+    kvm_cpuid_entry2 {
+        function: *function,
+        index: *index,
+        flags: *flags,
+        eax: *eax,
+        ebx: *ebx,
+        ecx: *ecx,
+        edx: *edx,
+        ..Default::default()
+    }
+}

@@ -1,0 +1,121 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What KVM keeps of a VM beside its vCPUs: the interrupt controllers, the timer, and the clock.
+//!
+//! Source: `Documentation/virt/kvm/api.rst`, sections `KVM_GET_IRQCHIP`, `KVM_GET_PIT2` and
+//! `KVM_GET_CLOCK`.
+
+use kvm_bindings::{
+    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_clock_data, kvm_irqchip,
+    kvm_pit_state2,
+};
+use kvm_ioctls::VmFd;
+use serde::{Deserialize, Serialize};
+
+use crate::error::Error;
+use crate::hex;
+
+/// The state of a VM with KVM's interrupt controllers and timer (`KVM_CREATE_IRQCHIP`,
+/// `KVM_CREATE_PIT2`), in JSON or whatever serde writes. All vCPUs are paused while it is saved.
+///
+/// # Examples
+///
+/// ```
+/// use demand_vmm::vm_state::VmState;
+/// use kvm_bindings::kvm_pit_config;
+///
+/// let Ok(kvm) = demand_kvm::open_kvm() else { return };
+/// let vm = || {
+///     let vm = kvm.create_vm().unwrap();
+///     vm.create_irq_chip().unwrap();
+///     vm.create_pit2(kvm_pit_config::default()).unwrap();
+///     vm
+/// };
+/// let state = VmState::save(&vm()).unwrap();
+/// let json = serde_json::to_string(&state).unwrap();
+/// let state: VmState = serde_json::from_str(&json).unwrap();
+/// let other = vm();
+/// state.restore_clock(&other).unwrap();
+/// // Here the vCPUs are restored.
+/// state.restore(&other).unwrap();
+/// ```
+#[derive(Clone, Serialize, Deserialize)]
+pub struct VmState {
+    /// kvm-clock, in nanoseconds.
+    clock: u64,
+    #[serde(with = "hex")]
+    pic_master: kvm_irqchip,
+    #[serde(with = "hex")]
+    pic_slave: kvm_irqchip,
+    #[serde(with = "hex")]
+    ioapic: kvm_irqchip,
+    #[serde(with = "hex")]
+    pit: kvm_pit_state2,
+}
+
+impl VmState {
+    /// Reads the state.
+    ///
+    /// # Errors
+    ///
+    /// What KVM refused: one line.
+    pub fn save(vm: &VmFd) -> Result<Self, Error> {
+        let chip = |chip_id, what| {
+            let mut chip = kvm_irqchip { chip_id, ..Default::default() };
+            vm.get_irqchip(&mut chip).map_err(|error| failed("save", what, error))?;
+            Ok(chip)
+        };
+        let clock = vm.get_clock().map_err(|error| failed("save", CLOCK, error))?;
+        Ok(VmState {
+            clock: clock.clock,
+            pic_master: chip(KVM_IRQCHIP_PIC_MASTER, PIC)?,
+            pic_slave: chip(KVM_IRQCHIP_PIC_SLAVE, PIC)?,
+            ioapic: chip(KVM_IRQCHIP_IOAPIC, IOAPIC)?,
+            pit: vm.get_pit2().map_err(|error| failed("save", PIT, error))?,
+        })
+    }
+
+    /// Sets the guest's clock to where it stopped: to it, no time has passed. To be called
+    /// **before** the vCPUs are restored, as the wall clock that KVM tells the guest as one of
+    /// their MSRs is set is the host's time without this one.
+    ///
+    /// # Errors
+    ///
+    /// What KVM refused: one line.
+    pub fn restore_clock(&self, vm: &VmFd) -> Result<(), Error> {
+        // Without KVM_CLOCK_REALTIME, which would add the time since; the other flags are only
+        // ever answers.
+        let clock = kvm_clock_data { clock: self.clock, ..Default::default() };
+        vm.set_clock(&clock).map_err(|error| failed("restore", CLOCK, error))
+    }
+
+    /// Sets the interrupt controllers and the timer. To be called **after** the vCPUs are
+    /// restored, as an interrupt that is to be delivered goes to their local APICs at once.
+    ///
+    /// # Errors
+    ///
+    /// What KVM refused: one line.
+    pub fn restore(&self, vm: &VmFd) -> Result<(), Error> {
+        // The timer first: what its output does to the controllers is already in their state.
+        vm.set_pit2(&self.pit).map_err(|error| failed("restore", PIT, error))?;
+        for (chip, what) in
+            [(&self.pic_master, PIC), (&self.pic_slave, PIC), (&self.ioapic, IOAPIC)]
+        {
+            vm.set_irqchip(chip).map_err(|error| failed("restore", what, error))?;
+        }
+        Ok(())
+    }
+
+    /// What kvm-clock showed, in nanoseconds.
+    pub fn clock(&self) -> u64 {
+        self.clock
+    }
+}
+
+const CLOCK: &str = "clock";
+const PIC: &str = "interrupt controller (PIC)";
+const IOAPIC: &str = "interrupt controller (IOAPIC)";
+const PIT: &str = "timer (PIT)";
+
+fn failed(verb: &str, what: &str, error: kvm_ioctls::Error) -> Error {
+    Error::host(format!("{verb} the VM's {what}: {error}; the kernel's log may say more"))
+}
