@@ -18,12 +18,14 @@ use vhost::vhost_user::message::{
 use vhost::vhost_user::{Error as ProtocolError, Frontend, VhostUserFrontend};
 
 use crate::deadline::within;
+use crate::requests::Requests;
 use crate::share::Sharing;
 use crate::{Error, Result};
 
 /// Protocol features that are used where a back-end has them.
 const USED: VhostUserProtocolFeatures = VhostUserProtocolFeatures::REPLY_ACK
     .union(VhostUserProtocolFeatures::MQ)
+    .union(VhostUserProtocolFeatures::BACKEND_REQ)
     .union(VhostUserProtocolFeatures::CONFIG)
     .union(VhostUserProtocolFeatures::PAGEFAULT);
 
@@ -43,6 +45,10 @@ pub struct Options {
     /// Protocol features that must be there, beside those that always must. Whoever reads the
     /// device's configuration from the back-end needs `CONFIG`.
     pub needed: VhostUserProtocolFeatures,
+    /// Protocol features that are left alone, even where they are offered. Without `MQ` the
+    /// back-end is not asked for its number of queues: a network card's means pairs of queues with
+    /// some back-ends, and queues with others.
+    pub unused: VhostUserProtocolFeatures,
     /// How long the back-end may take for an answer. Time in which it waits for missing pages
     /// does not count.
     pub patience: Duration,
@@ -51,8 +57,8 @@ pub struct Options {
 impl Default for Options {
     /// No further features, and 30 seconds.
     fn default() -> Self {
-        let needed = VhostUserProtocolFeatures::empty();
-        Options { needed, patience: Duration::from_secs(30) }
+        let none = VhostUserProtocolFeatures::empty();
+        Options { needed: none, unused: none, patience: Duration::from_secs(30) }
     }
 }
 
@@ -107,9 +113,11 @@ pub struct BackEnd {
     protocol: VhostUserProtocolFeatures,
     queues: u64,
     sharing: Sharing,
+    requests: Option<Requests>,
 }
 
-/// Closes a connection from another thread, which ends the waits of its [`BackEnd`].
+/// Closes a connection from another thread, which ends the waits of its [`BackEnd`]; and tells
+/// that thread whether it is closed, while the `BackEnd` waits.
 #[derive(Clone, Debug)]
 pub struct HangUp(Arc<UnixStream>);
 
@@ -118,6 +126,22 @@ impl HangUp {
     pub fn hang_up(&self) {
         // It fails only if the connection is down already.
         let _ = self.0.shutdown(Shutdown::Both);
+    }
+
+    /// Whether the connection is closed, by whichever side.
+    pub fn is_closed(&self) -> bool {
+        let events = libc::POLLIN | libc::POLLRDHUP;
+        let mut poll = libc::pollfd { fd: self.as_raw_fd(), events, revents: 0 };
+        // SAFETY: one entry, as the count says.
+        let ready = unsafe { libc::poll(&mut poll, 1, 0) };
+        let gone = libc::POLLHUP | libc::POLLRDHUP | libc::POLLERR;
+        ready > 0 && poll.revents & gone != 0
+    }
+}
+
+impl AsRawFd for HangUp {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.as_raw_fd()
     }
 }
 
@@ -141,6 +165,7 @@ impl BackEnd {
             protocol: VhostUserProtocolFeatures::empty(),
             queues: DEFAULT_QUEUES,
             sharing: Sharing::None,
+            requests: None,
         };
         this.in_time("agree on features", Self::negotiate)?;
         Ok(this)
@@ -162,7 +187,7 @@ impl BackEnd {
                 lacking: needed.difference(offered),
             });
         }
-        self.protocol = offered & (USED | needed);
+        self.protocol = offered & (USED.difference(self.options.unused) | needed);
         let agreed = self.protocol;
         self.ask(ASKED, |f| f.set_protocol_features(agreed))?;
         if agreed.contains(VhostUserProtocolFeatures::MQ) {
@@ -241,15 +266,29 @@ impl BackEnd {
     ///
     /// [`Error::Disconnected`].
     pub fn check(&self) -> Result<()> {
-        let events = libc::POLLIN | libc::POLLRDHUP;
-        let mut poll = libc::pollfd { fd: self.as_raw_fd(), events, revents: 0 };
-        // SAFETY: one entry, as the count says.
-        let ready = unsafe { libc::poll(&mut poll, 1, 0) };
-        let gone = libc::POLLHUP | libc::POLLRDHUP | libc::POLLERR;
-        if ready > 0 && poll.revents & gone != 0 {
+        if self.hang_up().is_closed() {
             return Err(self.disconnected("look after the device"));
         }
         Ok(())
+    }
+
+    /// Has `changed` called when the back-end says that its configuration is another; false if it
+    /// cannot say so. It is called on a thread of its own, on which it must not wait for the
+    /// back-end: that may be waiting for its return.
+    ///
+    /// # Errors
+    ///
+    /// The back-end's refusals, and the system's if there is no thread to be had.
+    pub fn on_config_change(&mut self, changed: impl Fn() + Send + Sync + 'static) -> Result<bool> {
+        if !self.protocol.contains(VhostUserProtocolFeatures::BACKEND_REQ) {
+            return Ok(false);
+        }
+        const ASKED: &str = "hear of changes of its configuration";
+        let system = |error| Error::System { asked: ASKED, error };
+        let (requests, theirs) = Requests::serve(changed).map_err(system)?;
+        self.in_time(ASKED, |this| this.tell(ASKED, |f| f.set_backend_request_fd(&theirs)))?;
+        self.requests = Some(requests);
+        Ok(true)
     }
 
     /// What ends this connection, and every wait for the back-end, from another thread.

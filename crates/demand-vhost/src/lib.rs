@@ -8,6 +8,7 @@ mod back_end;
 mod deadline;
 mod error;
 mod regions;
+mod requests;
 mod share;
 mod vring;
 
