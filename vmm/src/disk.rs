@@ -12,6 +12,7 @@ use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use crate::device_kind::DeviceKind;
 use crate::error::Error;
 use crate::machine::Machine;
 use crate::notify::Notify;
@@ -47,6 +48,12 @@ impl Disk {
         machine: &Machine,
         plan: &Plan,
     ) -> Result<Self, Error> {
+        if option.kind != DeviceKind::Blk {
+            return Err(Error::usage(format!(
+                "--vhost-user {}: the test guest drives a disk only; use blk",
+                option.kind
+            )));
+        }
         let options = Options { needed: VhostUserProtocolFeatures::CONFIG, ..Options::default() };
         let mut back_end = BackEnd::connect(&option.socket, options).map_err(Error::failed)?;
         if back_end.queues() < u64::from(option.queues) {

@@ -8,6 +8,9 @@ use std::str::FromStr;
 use demand_memory::{BackingKind, FillRate};
 use test_guest::plan::{Arrivals, Order};
 
+use crate::device_kind::DeviceKind;
+use crate::virtio_mmio::MAX_QUEUE_SIZE;
+
 /// Splits `key=value,key=value`; a part without `=` has its key as name and an empty value.
 struct Parts<'a> {
     option: &'static str,
@@ -129,13 +132,74 @@ impl FromStr for MemoryOption {
     }
 }
 
-/// `--vhost-user blk,socket=PATH,queues=N`
+/// What is done when memory is missing as a back-end is to see it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Lazy {
+    /// Its accesses are trapped where it offers post-copy, else it is refused.
+    #[default]
+    Auto,
+    /// Its accesses are trapped: it must offer post-copy, missing pages or not.
+    Postcopy,
+    /// All memory is filled before.
+    Fill,
+    /// It is refused.
+    Refuse,
+}
+
+impl FromStr for Lazy {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        match name {
+            "auto" => Ok(Lazy::Auto),
+            "postcopy" => Ok(Lazy::Postcopy),
+            "fill" => Ok(Lazy::Fill),
+            "refuse" => Ok(Lazy::Refuse),
+            "shadow" => Err("that is not there yet; choose auto, postcopy, fill or refuse".into()),
+            _ => Err("choose auto, postcopy, fill or refuse".into()),
+        }
+    }
+}
+
+/// `--vhost-user blk,socket=PATH,queues=N`, `--vhost-user net,socket=PATH,mac=02:00:00:00:00:01`
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct VhostUserOption {
+    /// What it is to the guest.
+    pub kind: DeviceKind,
     /// The back-end's socket.
     pub socket: PathBuf,
-    /// Number of virtqueues.
+    /// Number of virtqueues. A device that is restored has as many as it had.
     pub queues: u16,
+    /// Largest size of a queue, in descriptors. A device that is restored has what it had.
+    pub queue_size: u16,
+    /// What is done when memory is missing.
+    pub lazy: Lazy,
+    /// What messages call it; without it, its kind and position.
+    pub id: Option<String>,
+    /// A network card's address; without it the back-end's, or one that the position gives.
+    pub mac: Option<[u8; 6]>,
+    /// A vsock's address of the guest; without it the back-end's.
+    pub cid: Option<u64>,
+}
+
+/// Largest queue of a device unless it is said.
+const QUEUE_SIZE: u16 = 256;
+
+impl VhostUserOption {
+    /// A device of this kind, with a back-end that listens on `socket`, and all else as it is
+    /// unless it is said.
+    pub fn new(kind: DeviceKind, socket: impl Into<PathBuf>) -> Self {
+        VhostUserOption {
+            kind,
+            socket: socket.into(),
+            queues: kind.fixed_queues().unwrap_or(1),
+            queue_size: QUEUE_SIZE,
+            lazy: Lazy::Auto,
+            id: None,
+            mac: None,
+            cid: None,
+        }
+    }
 }
 
 impl FromStr for VhostUserOption {
@@ -143,21 +207,97 @@ impl FromStr for VhostUserOption {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let mut parts = Parts::new("--vhost-user", text)?;
-        parts
-            .take(
-                "blk",
-                |value| if value.is_empty() { Ok(()) } else { Err("blk has no value".into()) },
-            )?
-            .ok_or("--vhost-user: say what device, as in blk,socket=PATH; there is only blk")?;
+        let kind = take_kind(&mut parts)?;
         let socket = parts
-            .take("socket", |path| Ok(PathBuf::from(path)))?
+            .take("socket", |path| match path {
+                "" => Err("name the socket that the back-end listens on".into()),
+                path => Ok(PathBuf::from(path)),
+            })?
             .ok_or("--vhost-user: say where the back-end listens, as in socket=PATH")?;
-        let queues = parts.take("queues", parse_number::<u16>)?.unwrap_or(1);
-        parts.end("blk, socket and queues")?;
-        if queues == 0 {
-            return Err("--vhost-user: queues=0: a device needs at least one".into());
+        let unsaid = VhostUserOption::new(kind, socket);
+        let option = VhostUserOption {
+            queues: parts.take("queues", |n| parse_queues(kind, n))?.unwrap_or(unsaid.queues),
+            queue_size: parts.take("queue-size", parse_queue_size)?.unwrap_or(unsaid.queue_size),
+            lazy: parts.take("lazy", Lazy::from_str)?.unwrap_or(unsaid.lazy),
+            id: parts.take("id", parse_name)?,
+            mac: if kind == DeviceKind::Net { parts.take("mac", parse_mac)? } else { None },
+            cid: if kind == DeviceKind::Vsock { parts.take("cid", parse_cid)? } else { None },
+            ..unsaid
+        };
+        let more = match kind {
+            DeviceKind::Net => ", mac",
+            DeviceKind::Vsock => ", cid",
+            DeviceKind::Blk | DeviceKind::Rng | DeviceKind::Console => "",
+        };
+        parts.end(&format!("{kind}, socket, queues, queue-size, lazy, id{more}"))?;
+        Ok(option)
+    }
+}
+
+/// The kind of device: a part without a value.
+fn take_kind(parts: &mut Parts<'_>) -> Result<DeviceKind, String> {
+    let none = |value: &str| if value.is_empty() { Ok(()) } else { Err("it has no value".into()) };
+    let mut found = None;
+    for kind in DeviceKind::ALL {
+        if parts.take(kind.name(), none)?.is_some() && found.replace(kind).is_some() {
+            return Err("--vhost-user: that is more than one device; say it once for each".into());
         }
-        Ok(VhostUserOption { socket, queues })
+    }
+    found.ok_or_else(|| {
+        let known = DeviceKind::known();
+        format!("--vhost-user: say what device, as in blk,socket=PATH; {known}")
+    })
+}
+
+fn parse_queues(kind: DeviceKind, text: &str) -> Result<u16, String> {
+    match (parse_number(text)?, kind.fixed_queues()) {
+        (0, _) => Err("a device needs at least one".into()),
+        (queues, Some(fixed)) if queues != fixed => {
+            Err(format!("a device {kind} has {fixed}; leave it out"))
+        }
+        // What the vhost-user protocol has numbers for.
+        (queues, _) if queues > 256 => Err("a device has at most 256".into()),
+        (queues, _) => Ok(queues),
+    }
+}
+
+fn parse_queue_size(text: &str) -> Result<u16, String> {
+    match parse_number::<u16>(text)? {
+        size if size.is_power_of_two() && size >= MIN_QUEUE_SIZE => Ok(size),
+        _ => Err(format!("it must be a power of two from {MIN_QUEUE_SIZE} to {MAX_QUEUE_SIZE}")),
+    }
+}
+
+/// Smallest queue: a request to a disk has three descriptors.
+const MIN_QUEUE_SIZE: u16 = 4;
+
+fn parse_name(text: &str) -> Result<String, String> {
+    let good = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+    if text.is_empty() || text.len() > 32 || !text.chars().all(good) {
+        return Err("a name has 1 to 32 letters, digits, or any of - _ .".into());
+    }
+    Ok(text.into())
+}
+
+fn parse_mac(text: &str) -> Result<[u8; 6], String> {
+    const LIKE: &str = "it must look like 02:00:00:00:00:01";
+    let byte = |part: &str| {
+        let hex = part.len() == 2 && part.bytes().all(|c| c.is_ascii_hexdigit());
+        hex.then(|| u8::from_str_radix(part, 16).ok()).flatten()
+    };
+    let bytes: Option<Vec<u8>> = text.split(':').map(byte).collect();
+    let mac = <[u8; 6]>::try_from(bytes.ok_or(LIKE)?).map_err(|_| LIKE)?;
+    if mac[0] & 1 != 0 || mac == [0; 6] {
+        return Err("that is no address of one card".into());
+    }
+    Ok(mac)
+}
+
+fn parse_cid(text: &str) -> Result<u64, String> {
+    // 0 to 2 are the hypervisor, the local loop and the host (virtio 1.2, section 5.10.4).
+    match parse_number::<u64>(text)? {
+        cid if (3..u64::from(u32::MAX)).contains(&cid) => Ok(cid),
+        _ => Err("a guest has an address from 3 to 4294967294".into()),
     }
 }
 
@@ -290,10 +430,43 @@ mod tests {
     #[test]
     fn vhost_user() {
         let option: VhostUserOption = "blk,socket=/a/b,queues=2".parse().unwrap();
-        assert_eq!((option.socket.to_str(), option.queues), (Some("/a/b"), 2));
-        for text in ["", "net,socket=x", "blk", "blk,socket=x,queues=0", "blk,socket=x,z=1"] {
-            assert!(text.parse::<VhostUserOption>().is_err(), "{text}");
+        let expected =
+            VhostUserOption { queues: 2, ..VhostUserOption::new(DeviceKind::Blk, "/a/b") };
+        assert_eq!(option, expected);
+        let option: VhostUserOption =
+            "socket=s,net,mac=02:00:00:00:aB:01,lazy=fill,id=lan,queue-size=64".parse().unwrap();
+        assert_eq!((option.kind, option.queues, option.queue_size), (DeviceKind::Net, 2, 64));
+        assert_eq!((option.mac, option.lazy), (Some([2, 0, 0, 0, 0xab, 1]), Lazy::Fill));
+        assert_eq!(option.id.as_deref(), Some("lan"));
+        let option: VhostUserOption = "vsock,socket=s,cid=3".parse().unwrap();
+        assert_eq!((option.cid, option.queues, option.lazy), (Some(3), 3, Lazy::Auto));
+        for text in [
+            "",
+            "fs,socket=x",
+            "blk",
+            "blk,socket=",
+            "blk=1,socket=x",
+            "blk,rng,socket=x",
+            "blk,socket=x,queues=0",
+            "blk,socket=x,queues=257",
+            "net,socket=x,queues=4",
+            "blk,socket=x,queue-size=100",
+            "blk,socket=x,queue-size=2",
+            "blk,socket=x,lazy=shadow",
+            "blk,socket=x,lazy=never",
+            "blk,socket=x,id=a b",
+            "blk,socket=x,mac=02:00:00:00:00:01",
+            "net,socket=x,mac=02:00:00:00:00",
+            "net,socket=x,mac=01:00:00:00:00:01",
+            "net,socket=x,mac=+2:00:00:00:00:01",
+            "vsock,socket=x,cid=2",
+            "blk,socket=x,z=1",
+        ] {
+            let error = text.parse::<VhostUserOption>().unwrap_err();
+            assert!(error.starts_with("--vhost-user: "), "{text}: {error}");
         }
+        let error = "blk,socket=x,lazy=shadow".parse::<VhostUserOption>().unwrap_err();
+        assert!(error.contains("not there yet"), "{error}");
     }
 
     #[test]

@@ -2,6 +2,7 @@
 //! Options with parts: what is right is understood, and nothing panics.
 
 use demand_memory::{BackingKind, FillRate};
+use demand_vmm::device_kind::DeviceKind;
 use demand_vmm::options::{FillOption, MemoryOption, TestGuestOption, VhostUserOption, parse_size};
 use proptest::prelude::*;
 
@@ -84,8 +85,8 @@ proptest! {
     #[test]
     fn a_back_end_is_understood(socket in "[a-zA-Z0-9/._ -]{1,40}", queues: u16) {
         let parsed = format!("queues={queues},blk,socket={socket}").parse::<VhostUserOption>();
-        let right = VhostUserOption { socket: socket.into(), queues };
-        prop_assert_eq!(parsed.ok(), (queues > 0).then_some(right));
+        let right = VhostUserOption { queues, ..VhostUserOption::new(DeviceKind::Blk, socket) };
+        prop_assert_eq!(parsed.ok(), (1..=256).contains(&queues).then_some(right));
     }
 
     #[test]
