@@ -33,8 +33,14 @@ impl Notify {
     /// Lets KVM serve the register, so that a kick does not leave the kernel. A KVM that cannot
     /// leaves the writes to [`write`](Self::write).
     pub fn serve_in_kvm(&self, vm: &VmFd) {
+        self.serve_in_kvm_at(vm, self.address);
+    }
+
+    /// The same for a device that knows its registers by their offsets, which is placed so that
+    /// this one is at guest physical address `address`.
+    pub fn serve_in_kvm_at(&self, vm: &VmFd, address: u64) {
         for (queue, kick) in self.kicks.iter().enumerate() {
-            let address = IoEventAddress::Mmio(self.address);
+            let address = IoEventAddress::Mmio(address);
             if let Err(error) = vm.register_ioevent(kick, &address, queue as u32) {
                 log::warn!("let KVM serve kicks of queue {queue}: {error}; the VMM serves them");
             }

@@ -1,0 +1,113 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What a snapshot keeps of a device, and whether a back-end can go on with it.
+
+use serde::{Deserialize, Serialize};
+
+use crate::device_kind::DeviceKind;
+use crate::virtio_mmio::Registers;
+
+/// A device that has stopped with nothing in flight.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceState {
+    /// What it is.
+    pub kind: DeviceKind,
+    /// What messages called it.
+    pub name: String,
+    /// Its registers: features, queues and where they go on, and the configuration that the guest
+    /// has read.
+    pub registers: Registers,
+}
+
+impl DeviceState {
+    /// Whether it is one that a device of its kind can have: the file may have been changed.
+    pub(crate) fn check(&self) -> Result<(), String> {
+        let (kind, registers) = (self.kind, &self.registers);
+        let queues = registers.queues().len();
+        let right = registers.device_id() == kind.virtio_id()
+            && registers.config().len() == kind.config_len()
+            && kind
+                .fixed_queues()
+                .map_or((1..=256).contains(&queues), |n| usize::from(n) == queues)
+            && registers.queues().iter().all(|queue| queue.size <= registers.queue_size_max());
+        if right {
+            return Ok(());
+        }
+        Err(format!(
+            "its state in the snapshot is no state of a device {kind}; the snapshot is damaged, \
+             take another"
+        ))
+    }
+
+    /// Whether a back-end that offers these features and this configuration can go on where the
+    /// old one was.
+    pub(crate) fn check_successor(&self, features: u64, config: &[u8]) -> Result<(), String> {
+        if !self.registers.has_agreed() {
+            return Ok(());
+        }
+        let accepted = self.registers.driver_features();
+        let lacking = accepted & !features;
+        if lacking != 0 {
+            return Err(format!(
+                "the guest uses features that the new back-end does not offer: {}; start one that \
+                 does",
+                self.kind.name_features(lacking)
+            ));
+        }
+        for field in self.kind.fixed_fields(accepted) {
+            let (before, now) = (field.value(self.registers.config()), field.value(config));
+            if !field.fits(before, now) {
+                return Err(format!(
+                    "the guest knows it with {} {before}, and the new back-end's is {now}; start \
+                     one like the old",
+                    field.name
+                ));
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const FEATURES: u64 = 1 << 32 | 1 << 9 | 1 << 2;
+
+    fn agreed(kind: DeviceKind, config: Vec<u8>) -> DeviceState {
+        let mut registers = Registers::new(kind.virtio_id(), FEATURES, 1, 64, config);
+        for (offset, value) in
+            [(0x24, 0), (0x20, FEATURES as u32), (0x24, 1), (0x20, 1), (0x70, 11)]
+        {
+            let _ = registers.write(offset, &u32::to_le_bytes(value));
+        }
+        DeviceState { kind, name: "disk".into(), registers }
+    }
+
+    #[test]
+    fn a_successor_must_be_as_good() {
+        let mut config = vec![0; 60];
+        (config[0], config[12]) = (100, 30);
+        let state = agreed(DeviceKind::Blk, config.clone());
+        assert!(state.registers.has_agreed());
+        assert_eq!(state.check(), Ok(()));
+        assert_eq!(state.check_successor(FEATURES | 1 << 29, &config), Ok(()));
+        let error = state.check_successor(FEATURES & !(1 << 9), &config).unwrap_err();
+        assert!(error.contains("FLUSH"), "{error}");
+        config[12] = 31;
+        assert_eq!(state.check_successor(FEATURES, &config), Ok(()));
+        config[0] = 99;
+        let error = state.check_successor(FEATURES, &config).unwrap_err();
+        assert!(error.contains("capacity 100") && error.contains("99"), "{error}");
+        config[..13].copy_from_slice(&[100, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 29]);
+        assert!(state.check_successor(FEATURES, &config).unwrap_err().contains("seg_max"));
+    }
+
+    #[test]
+    fn a_state_is_the_same_after_a_trip_through_json() {
+        let state = agreed(DeviceKind::Blk, vec![7; 60]);
+        let text = serde_json::to_string(&state).unwrap();
+        assert_eq!(serde_json::from_str::<DeviceState>(&text).unwrap(), state);
+        assert!(agreed(DeviceKind::Blk, vec![]).check().is_err());
+        assert!(agreed(DeviceKind::Vsock, vec![0; 8]).check().unwrap_err().contains("damaged"));
+    }
+}
