@@ -136,7 +136,7 @@ fn fill(engine: EngineChoice, backing: BackingKind) {
         &regions,
     )
     .unwrap();
-    let trapping = machine.engine() == Engine::KvmUserfault;
+    let trapping = machine.engine() == Some(Engine::KvmUserfault);
     let (sender, complete) = mpsc::channel();
     machine.on_complete(move || sender.send(()).unwrap());
     let first = machine.pagers().next().unwrap().clone();

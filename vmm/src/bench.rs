@@ -145,7 +145,7 @@ pub fn bench(options: &BenchOptions, started: Instant) -> Result<BenchReport, Er
     let (time, pages) = (ended.duration_since(begun), pages * u64::from(options.cpus));
     let first = vcpus.first_run().map_or(Duration::ZERO, |at| at.duration_since(started));
     Ok(BenchReport {
-        engine: machine.engine().name().into(),
+        engine: machine.engine_name().into(),
         backing: backing.name().into(),
         source: options.source.name(),
         order: order_name(options.order).into(),

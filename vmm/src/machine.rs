@@ -3,14 +3,16 @@
 
 use std::sync::Arc;
 
-use demand_kvm::{DemandSlot, Engine, EngineChoice, FaultHandler, MsrTrap, open_kvm, resolve};
+use demand_kvm::{
+    DemandSlot, Engine, EngineChoice, FaultHandler, MsrTrap, PlainSlot, open_kvm, resolve,
+};
 use demand_memory::{
-    DemandMemory, DemandRegion, MemfdBacking, Pager, RegionConfig, Retrier, Stats,
+    DemandMemory, DemandRegion, MemfdBacking, PageRange, Pager, RegionConfig, Retrier, Stats,
     transparent_huge_pages_of_shmem,
 };
 use demand_source::PageSource;
 use demand_uffd::{ArmGuestError, DEFAULT_THREADS, FaultService};
-use kvm_ioctls::{Kvm, VmFd};
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 
 use crate::error::Error;
 use crate::options::MemoryOption;
@@ -35,11 +37,14 @@ pub struct MachineConfig<'a> {
 pub struct Machine {
     // Fields are dropped in this order: the guest's slots before the traps under them.
     slots: Vec<DemandSlot>,
+    /// Those of memory that never was missing.
+    plain: Vec<PlainSlot>,
     /// The guest's writes to MSRs that name memory for KVM, where KVM can leave them to us.
     msr_trap: Option<MsrTrap>,
     vm: Arc<VmFd>,
     kvm: Kvm,
-    engine: Engine,
+    /// None where no page is ever missing.
+    engine: Option<Engine>,
     memory: DemandMemory,
     service: Arc<FaultService>,
 }
@@ -68,19 +73,12 @@ impl Machine {
         let engine = resolve(engine, &probe).map_err(Error::host)?;
         let kvm = open_kvm().map_err(Error::host)?;
 
-        if option.thp
-            && let Err(why) = transparent_huge_pages_of_shmem()
-        {
-            log::warn!("transparent huge pages for guest memory: there will be none: {why}");
-        }
+        warn_of_thp(option);
         let mut demand_regions = Vec::new();
         for &Placement { start, size, image_offset } in regions {
-            let backing = MemfdBacking::new(option.backing, size, option.reserve)
-                .map_err(backing_error)?
-                .with_transparent_huge_pages(option.thp);
             let config = RegionConfig {
                 start,
-                backing: Arc::new(backing),
+                backing: backing(option, size)?,
                 source: source.clone(),
                 image_offset,
                 stats: stats.clone(),
@@ -105,7 +103,36 @@ impl Machine {
         if let Ok(known) = &probe.kvm {
             slots = slots.into_iter().map(|slot| slot.with_features(known)).collect();
         }
-        Ok(Machine { slots, msr_trap, vm, kvm, engine, memory, service })
+        let (plain, engine) = (Vec::new(), Some(engine));
+        Ok(Machine { slots, plain, msr_trap, vm, kvm, engine, memory, service })
+    }
+
+    /// Makes a machine whose memory is all there from the beginning: zeros, for a guest that boots.
+    ///
+    /// # Errors
+    ///
+    /// One line, with the exit status that belongs to it.
+    pub fn present(option: &MemoryOption, stats: &Arc<Stats>) -> Result<Self, Error> {
+        let regions = place(option.size);
+        check_reach(&regions)?;
+        warn_of_thp(option);
+        let kvm = open_kvm().map_err(Error::host)?;
+        let vm = Arc::new(kvm.create_vm().map_err(|error| {
+            Error::host(format!("make a VM: {error}; the kernel's log may say more"))
+        })?);
+        let (mut plain, mut present) = (Vec::new(), Vec::new());
+        for (number, &Placement { start, size, .. }) in (0..).zip(&regions) {
+            let backing = backing(option, size)?;
+            let mapping = Arc::new(backing.map().map_err(backing_error)?);
+            let slot = PlainSlot::new(vm.clone(), number, start, mapping, false);
+            plain.push(slot.map_err(Error::host)?);
+            let region = DemandRegion::present(start, backing, stats.clone(), ());
+            present.push(region.map_err(pager_error)?);
+        }
+        let memory = DemandMemory::new(present).map_err(Error::failed)?;
+        let service = Arc::new(FaultService::start(DEFAULT_THREADS).map_err(Error::host)?);
+        let (slots, msr_trap, engine) = (Vec::new(), None, None);
+        Ok(Machine { slots, plain, msr_trap, vm, kvm, engine, memory, service })
     }
 
     /// The virtual machine.
@@ -118,9 +145,25 @@ impl Machine {
         &self.kvm
     }
 
-    /// How vCPU accesses to missing pages are trapped.
-    pub fn engine(&self) -> Engine {
+    /// How vCPU accesses to missing pages are trapped; `None` where none ever was missing.
+    pub fn engine(&self) -> Option<Engine> {
         self.engine
+    }
+
+    /// The engine's name, or "none".
+    pub fn engine_name(&self) -> &'static str {
+        self.engine.map_or("none", Engine::name)
+    }
+
+    /// Makes vCPU `cpu`.
+    ///
+    /// # Errors
+    ///
+    /// KVM's.
+    pub fn create_vcpu(&self, cpu: u32) -> Result<VcpuFd, Error> {
+        self.vm.create_vcpu(cpu.into()).map_err(|error| {
+            Error::host(format!("make vCPU {cpu}: {error}; ask for fewer with --cpus"))
+        })
     }
 
     /// The guest's memory, for everybody who goes through vm-memory.
@@ -128,7 +171,8 @@ impl Machine {
         &self.memory
     }
 
-    /// The memslots of the demand-paged memory, by guest address, numbered from 0 on.
+    /// The memslots of the demand-paged memory, by guest address, numbered from 0 on; none where
+    /// no page ever was missing.
     pub fn slots(&self) -> &[DemandSlot] {
         &self.slots
     }
@@ -141,6 +185,13 @@ impl Machine {
     /// Number of pages of all regions.
     pub fn pages(&self) -> u64 {
         self.pagers().map(|pager| pager.pages()).sum()
+    }
+
+    /// Number of pages that are missing now. It looks at the whole bitmap.
+    pub fn missing(&self) -> u64 {
+        let of =
+            |pager: &Arc<Pager>| pager.bitmap().count_missing(PageRange::new(0, pager.pages()));
+        self.pagers().map(of).sum()
     }
 
     /// Calls `callback` when the last page of all regions is present: at once if it is, else on
@@ -176,6 +227,19 @@ impl Machine {
         }
         self.msr_trap.iter().try_for_each(MsrTrap::remove).map_err(Error::failed)
     }
+}
+
+fn warn_of_thp(option: &MemoryOption) {
+    if option.thp
+        && let Err(why) = transparent_huge_pages_of_shmem()
+    {
+        log::warn!("transparent huge pages for guest memory: there will be none: {why}");
+    }
+}
+
+fn backing(option: &MemoryOption, size: u64) -> Result<Arc<MemfdBacking>, Error> {
+    let backing = MemfdBacking::new(option.backing, size, option.reserve).map_err(backing_error)?;
+    Ok(Arc::new(backing.with_transparent_huge_pages(option.thp)))
 }
 
 fn arm_error(error: ArmGuestError) -> Error {

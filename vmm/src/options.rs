@@ -105,17 +105,18 @@ pub struct MemoryOption {
     pub thp: bool,
 }
 
-impl FromStr for MemoryOption {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let mut parts = Parts::new("--memory", text)?;
-        let size =
-            parts.take("size", parse_size)?.ok_or("--memory: say how much, as in size=1G")?;
-        let backing = parts.take("backing", BackingKind::from_str)?.unwrap_or(BackingKind::Shmem);
-        let reserve = parts.take("reserve", parse_switch)?.unwrap_or(true);
-        let thp = parts.take("thp", parse_switch)?;
-        parts.end("size, backing, reserve and thp")?;
+impl MemoryOption {
+    /// The option with these parts, if they go together.
+    ///
+    /// # Errors
+    ///
+    /// A text that says what does not.
+    pub fn checked(
+        size: u64,
+        backing: BackingKind,
+        reserve: bool,
+        thp: Option<bool>,
+    ) -> Result<Self, String> {
         if thp.is_some() && backing != BackingKind::Shmem {
             return Err(format!(
                 "--memory: thp= is about shared memory, and {backing} is huge pages already; \
@@ -129,6 +130,47 @@ impl FromStr for MemoryOption {
             ));
         }
         Ok(MemoryOption { size, backing, reserve, thp: thp.unwrap_or(false) })
+    }
+}
+
+impl FromStr for MemoryOption {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let RestoreMemory { size, backing, reserve, thp } = text.parse()?;
+        let size = size.ok_or("--memory: say how much, as in size=1G")?;
+        let backing = backing.unwrap_or(BackingKind::Shmem);
+        MemoryOption::checked(size, backing, reserve.unwrap_or(true), thp)
+    }
+}
+
+/// `restore --memory backing=hugetlb-2m`: what a restored guest's memory is made of, where that is
+/// not what the snapshot says.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct RestoreMemory {
+    /// Bytes: the snapshot's, or an error.
+    pub size: Option<u64>,
+    /// What the memory is made of.
+    pub backing: Option<BackingKind>,
+    /// Whether huge pages are set aside at once.
+    pub reserve: Option<bool>,
+    /// Whether shared memory may use transparent huge pages.
+    pub thp: Option<bool>,
+}
+
+impl FromStr for RestoreMemory {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let mut parts = Parts::new("--memory", text)?;
+        let option = RestoreMemory {
+            size: parts.take("size", parse_size)?,
+            backing: parts.take("backing", BackingKind::from_str)?,
+            reserve: parts.take("reserve", parse_switch)?,
+            thp: parts.take("thp", parse_switch)?,
+        };
+        parts.end("size, backing, reserve and thp")?;
+        Ok(option)
     }
 }
 

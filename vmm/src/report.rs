@@ -2,12 +2,15 @@
 //! What a run reports.
 
 use std::fmt::Write;
+use std::path::Path as FilePath;
 
 use demand_memory::{Path, PathReport, SourceReport, Stats};
 use serde::{Deserialize, Serialize};
 
+use crate::error::Error;
+
 /// The report of one run.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Report {
     /// What was run: "host", "lab", or what the user called it.
     pub stage: String,
@@ -139,6 +142,22 @@ impl Report {
         );
         table
     }
+}
+
+/// Draws the pages of a run over time into a file.
+pub(crate) fn write_timeline(
+    path: &FilePath,
+    report: &Report,
+    stats: &Stats,
+    pages: u64,
+) -> Result<(), Error> {
+    let title = format!(
+        "{}: {}, engine {}, {} vCPUs",
+        report.stage, report.backing, report.engine, report.cpus
+    );
+    let picture = crate::timeline::svg(&title, &stats.timeline(), pages);
+    std::fs::write(path, picture)
+        .map_err(|error| Error::failed(format!("write {}: {error}", path.display())))
 }
 
 /// A number of bytes for people: exact, in the largest unit that divides it, or rounded.

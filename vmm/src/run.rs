@@ -29,7 +29,8 @@ use crate::interrupt::{Interrupt, on_signals};
 use crate::machine::{Machine, MachineConfig};
 use crate::options::{FillOption, MemoryOption, TestGuestOption, VhostUserOption};
 use crate::placement::LOW_MEMORY_END;
-use crate::report::{Report, size};
+use crate::report::{Report, size, write_timeline};
+use crate::supervise::supervise;
 use crate::test_exits::TestExits;
 use crate::vcpu::VcpuContext;
 use crate::vcpus::{StillInside, Vcpus};
@@ -69,18 +70,6 @@ pub struct RunOptions {
 /// How long an end waits for the vCPUs to come out of the guest.
 const VCPUS_WITHIN: Duration = Duration::from_secs(2);
 
-/// How long an end that was asked for from outside waits for what the run is made of, while pages
-/// still arrive, and once more when they do not.
-const END_WITHIN: Duration = Duration::from_millis(2500);
-
-/// What the thread that listens is told.
-enum Said {
-    /// The run is over.
-    Ended(Box<Result<Report, Error>>),
-    /// The run is to end.
-    Interrupted,
-}
-
 /// Runs the test guest. `started` is when the process began. SIGINT, SIGTERM and SIGHUP end the
 /// run, and this tells so; it should be called before the process starts other threads.
 ///
@@ -90,47 +79,20 @@ enum Said {
 /// vCPU may wait in the kernel for a page that never comes, and what would free it would show it
 /// zeros.
 pub fn run(options: RunOptions, started: Instant) -> Result<Report, Error> {
-    let no_thread = |error| Error::host(format!("start a thread: {error}"));
     let interrupt = Interrupt::default();
-    on_signals(interrupt.clone()).map_err(no_thread)?;
-    // This thread only listens, so that nothing that waits for a page keeps the end from it.
-    let (sender, said) = channel();
-    let interrupted = sender.clone();
-    interrupt.when_raised(move || drop(interrupted.send(Said::Interrupted)));
+    on_signals(interrupt.clone())
+        .map_err(|error| Error::host(format!("start a thread: {error}")))?;
     let memory = Arc::new(OnceLock::new());
-    let body = {
+    let work = {
         let (interrupt, memory) = (interrupt.clone(), memory.clone());
         move || {
             let mut parts = Parts::default();
             let outcome = run_parts(&options, started, &interrupt, &memory, &mut parts);
             parts.take_down();
-            let _ = sender.send(Said::Ended(Box::new(outcome)));
+            outcome
         }
     };
-    thread::Builder::new().name("run".into()).spawn(body).map_err(no_thread)?;
-
-    let mut patience = Duration::MAX;
-    let outcome = loop {
-        match said.recv_timeout(patience) {
-            Ok(Said::Ended(outcome)) => break Some(*outcome),
-            Ok(Said::Interrupted) => patience = END_WITHIN,
-            Err(RecvTimeoutError::Timeout) => match memory.get() {
-                // Whoever still waits for a page waits no longer.
-                Some(memory) if !memory.is_stopped() => memory.stop(),
-                _ => break None,
-            },
-            Err(RecvTimeoutError::Disconnected) => {
-                break Some(Err(Error::failed("the run ended without a word")));
-            }
-        }
-    };
-    match (outcome, interrupt.reason()) {
-        (Some(Ok(report)), _) => Ok(report),
-        // What went wrong then went wrong because of that.
-        (_, Some(reason)) => Err(Error::failed(reason)),
-        (Some(Err(error)), None) => Err(error),
-        (None, None) => Err(Error::failed("the run did not end")),
-    }
+    supervise(&interrupt, &memory, work)
 }
 
 /// What a run is made of, in the order in which it is taken down.
@@ -272,29 +234,18 @@ fn run_parts(
     let since_start = |instant: &Instant| instant.duration_since(started).as_micros() as u64;
     let mut report = Report {
         stage: options.stage.clone(),
-        engine: machine.engine().to_string(),
+        engine: machine.engine_name().into(),
         backing: options.memory.backing.to_string(),
         memory_bytes: options.memory.size,
         cpus: options.cpus,
         verified,
-        guest: PathReport::default(),
-        kvm_internal: PathReport::default(),
-        vmm: PathReport::default(),
-        back_end: PathReport::default(),
-        fill: PathReport::default(),
-        source: stats.source(),
         time_to_first_instruction_us: context.first_run.get().map_or(0, since_start),
         time_to_complete_us: completed.get().filter(|_| finished).map_or(0, since_start),
+        ..Report::default()
     };
     report.set_paths(&stats);
     if let Some(path) = &options.timeline {
-        let title = format!(
-            "{}: {}, engine {}, {} vCPUs",
-            report.stage, report.backing, report.engine, report.cpus
-        );
-        let picture = crate::timeline::svg(&title, &stats.timeline(), machine.pages());
-        std::fs::write(path, picture)
-            .map_err(|error| Error::failed(format!("write {}: {error}", path.display())))?;
+        write_timeline(path, &report, &stats, machine.pages())?;
     }
     Ok(report)
 }
@@ -431,9 +382,7 @@ impl Threads {
     ) -> Result<(), Error> {
         let mut vcpus = Vec::new();
         for cpu in 0..options.cpus {
-            let vcpu = machine.vm().create_vcpu(cpu.into()).map_err(|error| {
-                Error::host(format!("make vCPU {cpu}: {error}; ask for fewer with --cpus"))
-            })?;
+            let vcpu = machine.create_vcpu(cpu)?;
             control.layout().setup_vcpu(machine.kvm(), &vcpu, cpu as usize).map_err(Error::host)?;
             vcpus.push(vcpu);
         }

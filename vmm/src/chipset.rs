@@ -1,0 +1,96 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What a Linux guest finds on its buses: interrupt controllers, the serial port, the ways to power
+//! off, the generation identifier, and the virtio devices.
+
+use std::sync::Arc;
+
+use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
+use kvm_ioctls::VmFd;
+use vm_device::bus::{MmioAddress, MmioRange, PioAddress, PioRange};
+use vm_device::device_manager::{IoManager, MmioManager, PioManager};
+use vm_device::{DeviceMmio, DevicePio};
+
+use crate::error::Error;
+use crate::generation::Generation;
+use crate::layout::{
+    DEVICE_SIZE, I8042, I8042_SIZE, KVM_IDENTITY_MAP, KVM_TSS, POWER, POWER_SIZE, SERIAL,
+    SERIAL_SIZE, device_address,
+};
+use crate::power::{Keyboard, OnPower, PowerRegisters};
+use crate::serial::{SavedSerial, SerialOption, SerialPort};
+
+/// Gives a VM its interrupt controllers and its timer, all of them KVM's. Comes before the first
+/// vCPU.
+///
+/// # Errors
+///
+/// KVM's.
+pub fn create_irqchip(vm: &VmFd) -> Result<(), Error> {
+    let failed = |what: &str, error: kvm_ioctls::Error| {
+        Error::host(format!("give the VM {what}: {error}; this KVM cannot run a Linux guest"))
+    };
+    vm.set_identity_map_address(KVM_IDENTITY_MAP)
+        .map_err(|error| failed("an identity map", error))?;
+    vm.set_tss_address(KVM_TSS as usize).map_err(|error| failed("a task state segment", error))?;
+    vm.create_irq_chip().map_err(|error| failed("interrupt controllers", error))?;
+    let timer = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
+    vm.create_pit2(timer).map_err(|error| failed("a timer", error))
+}
+
+/// The devices that every machine has.
+#[derive(Debug)]
+pub struct Chipset {
+    /// The guest's console.
+    pub serial: Arc<SerialPort>,
+    /// The generation identifier.
+    pub generation: Generation,
+}
+
+impl Chipset {
+    /// The devices of a VM that has its interrupt controllers.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`SerialPort::new`] and [`Generation::new`].
+    pub fn new(
+        vm: &VmFd,
+        serial: &SerialOption,
+        saved: Option<&SavedSerial>,
+    ) -> Result<Self, Error> {
+        Ok(Chipset {
+            serial: Arc::new(SerialPort::new(vm, serial, saved)?),
+            generation: Generation::new(vm)?,
+        })
+    }
+
+    /// The buses: these devices, and virtio's in their order. What the guest asks of its power goes
+    /// to `power`.
+    ///
+    /// # Panics
+    ///
+    /// If there are more devices than `layout` has room for: whoever reads the command line or a
+    /// snapshot has refused them.
+    pub fn buses(
+        &self,
+        virtio: impl IntoIterator<Item = Arc<dyn DeviceMmio + Send + Sync>>,
+        power: OnPower,
+    ) -> IoManager {
+        let mut buses = IoManager::new();
+        let ports: [(u16, u16, Arc<dyn DevicePio + Send + Sync>); 3] = [
+            (SERIAL, SERIAL_SIZE, self.serial.clone()),
+            (I8042, I8042_SIZE, Arc::new(Keyboard::new(power.clone()))),
+            (POWER, POWER_SIZE, Arc::new(PowerRegisters::new(power))),
+        ];
+        const APART: &str = "the layout keeps devices apart";
+        for (base, size, device) in ports {
+            let range = PioRange::new(PioAddress(base), size).expect(APART);
+            buses.register_pio(range, device).expect(APART);
+        }
+        for (position, device) in virtio.into_iter().enumerate() {
+            let base = MmioAddress(device_address(position));
+            let range = MmioRange::new(base, DEVICE_SIZE).expect(APART);
+            buses.register_mmio(range, device).expect(APART);
+        }
+        buses
+    }
+}

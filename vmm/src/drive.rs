@@ -1,0 +1,196 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Looks after a running VM: its console, its back-ends, and what its threads tell, until it ends.
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
+use std::thread;
+use std::time::Instant;
+
+use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
+
+use crate::error::Error;
+use crate::events::{Event, Hear};
+use crate::power::PowerRequest;
+use crate::terminal::{Keys, Typed};
+use crate::vcpu::VcpuEvent;
+use crate::vhost_user::VhostUserDevice;
+use crate::vm::Vm;
+
+/// How often it is looked how far the memory is, in milliseconds.
+const LOOK_EVERY_MS: i32 = 200;
+
+/// How a VM ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// The guest has switched it off.
+    Off,
+    /// The guest wants to begin anew.
+    Reset,
+    /// Somebody has asked for it, through the API or at the terminal.
+    Asked,
+}
+
+/// What descriptors say.
+struct Descriptors {
+    hear: Arc<vmm_sys_util::eventfd::EventFd>,
+    vm: Arc<Vm>,
+    back_ends: Vec<(RawFd, Arc<VhostUserDevice>)>,
+    /// Standard input, if the console reads it.
+    keys: Option<Keys>,
+    /// What was typed and has no room yet.
+    typed: VecDeque<u8>,
+    quit: bool,
+    lost: Option<Error>,
+}
+
+impl Descriptors {
+    fn stdin() -> RawFd {
+        io::stdin().as_raw_fd()
+    }
+
+    /// Hands on what was typed. While the guest has no room, standard input is not read.
+    fn type_in(&mut self, ops: &mut EventOps<'_>) {
+        while !self.typed.is_empty() {
+            let taken = self.vm.chipset.serial.type_in(self.typed.make_contiguous());
+            self.typed.drain(..taken);
+            if taken == 0 {
+                return;
+            }
+        }
+        if self.keys.is_some() {
+            // It may be watched already.
+            let _ = ops.add(Events::new_raw(Self::stdin(), EventSet::IN));
+        }
+    }
+
+    fn read_keys(&mut self, ops: &mut EventOps<'_>) {
+        let Some(keys) = &mut self.keys else { return };
+        match keys.read() {
+            Ok(Typed::Bytes(bytes)) => self.typed.extend(bytes),
+            Ok(Typed::Quit) => self.quit = true,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => return,
+            Ok(Typed::End) | Err(_) => {
+                self.keys = None;
+                let _ = ops.remove(Events::empty_raw(Self::stdin()));
+                return;
+            }
+        }
+        let _ = ops.remove(Events::empty_raw(Self::stdin()));
+        self.type_in(ops);
+    }
+}
+
+impl MutEventSubscriber for Descriptors {
+    fn init(&mut self, ops: &mut EventOps<'_>) {
+        let room = self.vm.chipset.serial.room().clone();
+        let mut fds = vec![self.hear.as_raw_fd(), room.as_raw_fd()];
+        fds.extend(self.back_ends.iter().map(|(fd, _)| *fd));
+        for fd in fds {
+            if let Err(error) = ops.add(Events::new_raw(fd, EventSet::IN)) {
+                log::error!("watch a descriptor of the VM: {error:?}");
+            }
+        }
+        // A file, or no input at all, cannot be watched, and nobody types there.
+        if self.keys.is_some() && ops.add(Events::new_raw(Self::stdin(), EventSet::IN)).is_err() {
+            self.keys = None;
+        }
+    }
+
+    fn process(&mut self, events: Events, ops: &mut EventOps<'_>) {
+        let fd = events.fd();
+        if fd == self.hear.as_raw_fd() {
+            let _ = self.hear.read();
+        } else if fd == self.vm.chipset.serial.room().as_raw_fd() {
+            let _ = self.vm.chipset.serial.room().read();
+            self.type_in(ops);
+        } else if let Some((_, device)) = self.back_ends.iter().find(|(other, _)| *other == fd) {
+            if let Err(error) = device.check_alive() {
+                self.lost.get_or_insert(error);
+                let _ = ops.remove(Events::empty_raw(fd));
+            }
+        } else if fd == Self::stdin() {
+            self.read_keys(ops);
+        }
+    }
+}
+
+/// Follows the VM until it ends. `console` says whether standard input is the guest's. `look` is
+/// called now and then, and with the time when the last page is present.
+///
+/// # Errors
+///
+/// One line: a vCPU cannot go on, a back-end is gone, demand paging cannot be taken away, or the
+/// process was asked to end.
+pub(crate) fn drive(
+    vm: &Arc<Vm>,
+    hear: &Hear,
+    console: bool,
+    mut look: impl FnMut(Option<Instant>),
+) -> Result<End, Error> {
+    let failed = |error: &dyn std::fmt::Debug| {
+        Error::host(format!("watch the VM's descriptors: {error:?}; raise the limit of open files"))
+    };
+    let mut manager = EventManager::new().map_err(|error| failed(&error))?;
+    let back_ends = vm.devices.iter().map(|device| (device.as_raw_fd(), device.clone()));
+    let watched = manager.add_subscriber(Descriptors {
+        hear: hear.wake().clone(),
+        vm: vm.clone(),
+        back_ends: back_ends.collect(),
+        keys: console.then(Keys::new),
+        typed: VecDeque::new(),
+        quit: false,
+        lost: None,
+    });
+    loop {
+        manager.run_with_timeout(LOOK_EVERY_MS).map_err(|error| failed(&error))?;
+        while let Some(event) = hear.next() {
+            if matches!(event, Event::Complete) {
+                look(Some(Instant::now()));
+            }
+            if let Some(end) = on_event(vm, event)? {
+                return Ok(end);
+            }
+        }
+        let descriptors = manager.subscriber_mut(watched).map_err(|error| failed(&error))?;
+        if let Some(error) = descriptors.lost.take() {
+            return Err(error);
+        }
+        if descriptors.quit {
+            return Ok(End::Asked);
+        }
+        look(None);
+    }
+}
+
+fn on_event(vm: &Arc<Vm>, event: Event) -> Result<Option<End>, Error> {
+    match event {
+        Event::Power(PowerRequest::Off) => return Ok(Some(End::Off)),
+        Event::Power(PowerRequest::Reset) => return Ok(Some(End::Reset)),
+        Event::Shutdown => return Ok(Some(End::Asked)),
+        Event::Interrupted => return Err(Error::failed("the VM was interrupted")),
+        Event::Vcpu(VcpuEvent::Failed { message, .. }) => return Err(Error::failed(message)),
+        // It has said why.
+        Event::Vcpu(_) => {}
+        Event::Complete => finish(vm)?,
+        Event::Finished(outcome) => outcome?,
+        Event::GivenUp(reason) => {
+            log::error!("{reason}; the VM is paused, resume it when the source is back");
+            let vm = vm.clone();
+            spawn("pause", move || vm.pause_for(reason))?;
+        }
+    }
+    Ok(None)
+}
+
+/// Takes demand paging away, on a thread of its own: it waits for the back-ends.
+fn finish(vm: &Arc<Vm>) -> Result<(), Error> {
+    let vm = vm.clone();
+    spawn("finish", move || vm.tell.tell(Event::Finished(vm.finish_paging())))
+}
+
+fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Result<(), Error> {
+    let spawned = thread::Builder::new().name(name.into()).spawn(work);
+    spawned.map(drop).map_err(|error| Error::host(format!("start a thread: {error}")))
+}

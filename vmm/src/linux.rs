@@ -1,0 +1,93 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! `demand-vmm run --kernel`: a Linux guest from its kernel, on memory that is all there.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use crate::boot::{self, BootSource};
+use crate::chipset::{Chipset, create_irqchip};
+use crate::error::Error;
+use crate::machine::Machine;
+use crate::options::MemoryOption;
+use crate::report::Report;
+use crate::session::{GuestOptions, Prepared, Session, attach, run_guest};
+use crate::vcpu_state::StateShape;
+use crate::vcpus::Vcpus;
+use crate::vhost_user::VhostUserDevice;
+use crate::vm::{Vm, VmParts};
+use crate::{acpi, boot_cpu, cpuid};
+
+/// What `run --kernel` was asked for.
+#[derive(Clone, Debug)]
+pub struct LinuxOptions {
+    /// What every guest takes.
+    pub guest: GuestOptions,
+    /// Memory.
+    pub memory: MemoryOption,
+    /// Number of vCPUs.
+    pub cpus: u32,
+    /// Kernel, initramfs and command line.
+    pub boot: BootSource,
+}
+
+/// Runs a Linux guest until it is switched off. `started` is when the process began. SIGINT,
+/// SIGTERM and SIGHUP end it; this should be called before the process starts other threads.
+///
+/// # Errors
+///
+/// One line, with the exit status that belongs to it. After an error the process should end.
+pub fn run(options: LinuxOptions, started: Instant) -> Result<Report, Error> {
+    run_guest(options.guest.clone(), started, move |session| prepare(session, &options))
+}
+
+fn prepare(session: &Session, options: &LinuxOptions) -> Result<Prepared, Error> {
+    let machine = Arc::new(Machine::present(&options.memory, &session.stats)?);
+    let _ = session.memory.set(machine.memory().clone());
+    create_irqchip(machine.vm())?;
+    let chipset = Chipset::new(machine.vm(), &session.guest.serial, None)?;
+    let mut devices = Vec::new();
+    for (position, option) in session.guest.vhost_user.iter().enumerate() {
+        let device = Arc::new(VhostUserDevice::connect(option, position)?);
+        attach(&device, position, &machine)?;
+        devices.push(device);
+    }
+    let entry = boot::load(machine.memory(), &options.boot)?;
+    acpi::write(machine.memory(), options.cpus, devices.len())?;
+    chipset.generation.renew(machine.memory())?;
+
+    let processor = cpuid::guest_cpuid(machine.kvm())?;
+    let shape = Arc::new(StateShape::of(machine.kvm(), machine.vm())?);
+    let mut fds = Vec::new();
+    // All of them before the first one runs: they find each other by KVM's help.
+    for cpu in 0..options.cpus {
+        let vcpu = machine.create_vcpu(cpu)?;
+        let own = cpuid::for_vcpu(&processor, cpu, options.cpus);
+        vcpu.set_cpuid2(&own).map_err(|error| {
+            Error::host(format!("tell vCPU {cpu} what processor it is: {error}"))
+        })?;
+        if cpu == 0 {
+            boot_cpu::set_up(&vcpu, machine.memory(), entry)?;
+        }
+        fds.push(vcpu);
+    }
+    let mut vcpus = Vcpus::paused(session.context(&machine, &chipset, &devices)?);
+    for (cpu, vcpu) in (0..).zip(fds) {
+        vcpus.start(cpu, vcpu, session.tell_vcpu()).map_err(Error::host)?;
+    }
+    let vm = Vm::new(VmParts {
+        machine,
+        chipset,
+        devices,
+        vcpus,
+        cpus: options.cpus,
+        shape,
+        memory: options.memory.clone(),
+        boot: Some(options.boot.clone()),
+        stats: session.stats.clone(),
+        started: session.started,
+        missing_at_start: 0,
+        last_error: session.last_error.clone(),
+        tell: session.tell.clone(),
+    });
+    Ok(Prepared { vm, begin: Box::new(|_| Ok(())), fill: None })
+}

@@ -1,0 +1,243 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! `demand-vmm restore`: a Linux guest from a snapshot, which runs before its memory has arrived.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use demand_kvm::EngineChoice;
+use demand_memory::{Fill, FillRate, PAGE_SIZE, PageRange, Path, Retrier, RetryPolicy, Waiter};
+use demand_source::HashedImage;
+
+use crate::chipset::{Chipset, create_irqchip};
+use crate::cpuid;
+use crate::error::Error;
+use crate::events::{Event, Tell};
+use crate::machine::{Machine, MachineConfig};
+use crate::options::{FillOption, RestoreMemory};
+use crate::progress::Bar;
+use crate::report::Report;
+use crate::saved::SavedVm;
+use crate::session::{GuestOptions, Prepared, Session, attach, run_guest};
+use crate::snapshot_dir;
+use crate::vcpu_state::StateShape;
+use crate::vcpus::Vcpus;
+use crate::vhost_user::VhostUserDevice;
+use crate::vm::{LastError, Vm, VmParts};
+
+/// How long each vCPU may take to be given its state.
+const STATE_WITHIN: Duration = Duration::from_secs(60);
+
+/// What `restore` was asked for.
+#[derive(Clone, Debug)]
+pub struct RestoreOptions {
+    /// What every guest takes.
+    pub guest: GuestOptions,
+    /// The snapshot's directory.
+    pub source: PathBuf,
+    /// What the memory is to be made of, where that is not the snapshot's.
+    pub memory: RestoreMemory,
+    /// The number of vCPUs that the user takes the snapshot to have.
+    pub cpus: Option<u32>,
+    /// How vCPU accesses to missing pages are trapped.
+    pub engine: EngineChoice,
+    /// How long the source may fail before the VM is paused with an error; `None`: for ever.
+    pub source_limit: Option<Duration>,
+    /// Background fill.
+    pub fill: FillOption,
+    /// Whether all of the memory's image is read and checked before the guest runs.
+    pub verify: bool,
+}
+
+/// Restores a guest and runs it until its end. `started` is when the process began. SIGINT, SIGTERM
+/// and SIGHUP end it; this should be called before the process starts other threads.
+///
+/// # Errors
+///
+/// One line, with the exit status that belongs to it; nothing of the snapshot is changed. After an
+/// error the process should end.
+pub fn restore(options: RestoreOptions, started: Instant) -> Result<Report, Error> {
+    run_guest(options.guest.clone(), started, move |session| prepare(session, &options))
+}
+
+fn prepare(session: &Session, options: &RestoreOptions) -> Result<Prepared, Error> {
+    let saved: SavedVm = snapshot_dir::read_state(&options.source)?;
+    let memory = saved.memory.option(&options.memory)?;
+    check(&saved, options)?;
+    let image = open_image(&saved, options)?;
+    if options.verify {
+        verify(&image)?;
+    }
+    let machine = Arc::new(Machine::new(MachineConfig {
+        memory: &memory,
+        engine: options.engine,
+        source: Arc::new(image),
+        stats: session.stats.clone(),
+        retrier: retrier(options.source_limit, session.tell.clone(), session.last_error.clone()),
+    })?);
+    let _ = session.memory.set(machine.memory().clone());
+    let host = cpuid::guest_cpuid(machine.kvm())?;
+    for vcpu in &saved.vcpus {
+        cpuid::check_host(&vcpu.told()?, &host)?;
+    }
+    let shape = Arc::new(StateShape::of(machine.kvm(), machine.vm())?);
+    create_irqchip(machine.vm())?;
+    let chipset = Chipset::new(machine.vm(), &session.guest.serial, Some(&saved.serial))?;
+    let mut devices = Vec::new();
+    let options_and_states = session.guest.vhost_user.iter().zip(&saved.devices);
+    for (position, (option, state)) in options_and_states.enumerate() {
+        devices.push(Arc::new(VhostUserDevice::restore(option, position, state)?));
+    }
+    if devices.iter().any(|device| device.wants_full_memory()) {
+        fill_first(&machine)?;
+    }
+    for (position, device) in devices.iter().enumerate() {
+        attach(device, position, &machine)?;
+    }
+
+    let context = session.context(&machine, &chipset, &devices)?;
+    let mut vcpus = Vcpus::paused(context);
+    let cpus = saved.vcpus.len() as u32;
+    for cpu in 0..cpus {
+        let vcpu = machine.create_vcpu(cpu)?;
+        vcpus.start(cpu, vcpu, session.tell_vcpu()).map_err(Error::host)?;
+    }
+    let vm = Vm::new(VmParts {
+        missing_at_start: machine.missing(),
+        machine,
+        chipset,
+        devices,
+        vcpus,
+        cpus,
+        shape,
+        memory,
+        boot: saved.boot.clone(),
+        stats: session.stats.clone(),
+        started: session.started,
+        last_error: session.last_error.clone(),
+        tell: session.tell.clone(),
+    });
+    let fill = match options.fill {
+        FillOption::On(rate) => Some(rate),
+        FillOption::Off => None,
+    };
+    Ok(Prepared { vm, begin: Box::new(move |vm| begin(vm, saved)), fill })
+}
+
+/// Refuses what the snapshot's guest was not.
+fn check(saved: &SavedVm, options: &RestoreOptions) -> Result<(), Error> {
+    let cpus = saved.vcpus.len();
+    if let Some(wanted) = options.cpus
+        && wanted as usize != cpus
+    {
+        return Err(Error::usage(format!(
+            "--cpus: {wanted}, and the snapshot's guest has {cpus}; leave the option out"
+        )));
+    }
+    if cpus == 0 {
+        return Err(Error::failed(format!(
+            "restore the snapshot {}: it has no vCPU; take another",
+            options.source.display()
+        )));
+    }
+    let (given, had) = (&options.guest.vhost_user, &saved.devices);
+    if given.len() != had.len() {
+        let kinds: Vec<_> = had.iter().map(|device| device.kind.to_string()).collect();
+        return Err(Error::usage(format!(
+            "--vhost-user: {} devices are given, and the snapshot's guest has {} ({}); name a \
+             back-end for each, in this order",
+            given.len(),
+            had.len(),
+            kinds.join(", ")
+        )));
+    }
+    Ok(())
+}
+
+fn open_image(saved: &SavedVm, options: &RestoreOptions) -> Result<HashedImage, Error> {
+    let (memory, hashes) =
+        (snapshot_dir::memory(&options.source), snapshot_dir::hashes(&options.source));
+    let image = HashedImage::open(memory, hashes).map_err(Error::failed)?;
+    if image.generation()[..] != saved.memory.generation[..] || image.size() != saved.memory.size {
+        return Err(Error::failed(format!(
+            "restore the snapshot {}: its memory is another snapshot's; put the files together \
+             that belong together",
+            options.source.display()
+        )));
+    }
+    Ok(image)
+}
+
+/// Reads all of the image and compares it with its hashes.
+fn verify(image: &HashedImage) -> Result<(), Error> {
+    let bar = Bar::new("verify", "pages", image.size() / PAGE_SIZE);
+    let mut progress = |bytes: u64| {
+        bar.set(bytes / PAGE_SIZE);
+        true
+    };
+    image.verify(&mut progress).map_err(Error::failed)
+}
+
+fn retrier(limit: Option<Duration>, tell: Tell, last_error: LastError) -> Arc<Retrier> {
+    let policy = RetryPolicy { limit, ..RetryPolicy::default() };
+    let given_up = std::sync::atomic::AtomicBool::new(false);
+    Retrier::new(policy, move |failure| {
+        use std::sync::atomic::Ordering;
+        last_error.set(failure.error.to_string());
+        if failure.given_up {
+            // Once: the attempts go on, and so do their failures.
+            if !given_up.swap(true, Ordering::Relaxed) {
+                let reason = format!("{} ({} attempts)", failure.error, failure.attempts);
+                tell.tell(Event::GivenUp(reason));
+            }
+        } else if failure.attempts.is_power_of_two() {
+            // Each failure of a page, but not each attempt: the pauses are short at first.
+            log::warn!("{} (attempt {})", failure.error, failure.attempts);
+        }
+    })
+}
+
+/// Brings all memory in, for back-ends that can wait for nothing.
+fn fill_first(machine: &Machine) -> Result<(), Error> {
+    let total = machine.missing();
+    let bar = Bar::new("memory, for a back-end without post-copy", "pages present", total);
+    let _fill = Fill::start(machine.pagers().cloned().collect(), FillRate::Unlimited)
+        .map_err(|error| Error::host(format!("start a thread for background fill: {error}")))?;
+    let waiter = Waiter::new();
+    for pager in machine.pagers() {
+        const STEP: u64 = 1 << 15;
+        let pages = pager.pages();
+        for first in (0..pages).step_by(STEP as usize) {
+            let range = PageRange::new(first, STEP.min(pages - first));
+            pager.ensure(range, Path::Fill, &waiter).map_err(Error::failed)?;
+            bar.set(total - machine.missing());
+        }
+    }
+    Ok(())
+}
+
+/// Gives the VM its state. This waits for the pages that KVM will touch by itself, and for those
+/// that the devices' queues are in.
+fn begin(vm: &Vm, saved: SavedVm) -> Result<(), Error> {
+    let handler = vm.machine.fault_handler()?;
+    let waiter = Waiter::new();
+    for vcpu in &saved.vcpus {
+        handler.fetch_pages(&vcpu.own_pages(), &waiter).map_err(Error::failed)?;
+    }
+    // Before the vCPUs, to which KVM tells the wall clock by it.
+    saved.vm.restore_clock(vm.machine.vm())?;
+    let (states, shape) = (Arc::new(saved.vcpus), vm.shape.clone());
+    vm.vcpus()
+        .on_parked(STATE_WITHIN, move |cpu, vcpu| {
+            states[cpu as usize].restore(cpu, vcpu.fd(), &shape)
+        })
+        .map_err(Error::failed)?
+        .into_iter()
+        .collect::<Result<(), _>>()?;
+    // After the local APICs, which interrupts that were under way go to.
+    saved.vm.restore(vm.machine.vm())?;
+    // Another guest than the snapshot's from here on.
+    vm.chipset.generation.renew(vm.machine.memory())?;
+    vm.devices.iter().try_for_each(|device| device.resume())?;
+    vm.chipset.generation.tell()
+}

@@ -1,0 +1,272 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! A Linux guest from its start to its end, however it came to be.
+
+use std::fs::File;
+use std::io::Write;
+use std::path::PathBuf;
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
+
+use demand_memory::{DemandMemory, Fill, FillRate, Stats};
+use vm_device::DeviceMmio;
+
+use crate::api_server::ApiServer;
+use crate::chipset::Chipset;
+use crate::drive::{End, drive};
+use crate::error::Error;
+use crate::events::{Event, Hear, Tell, events};
+use crate::exits::BusExits;
+use crate::interrupt::{Interrupt, on_signals};
+use crate::layout::{MAX_DEVICES, device_address, device_gsi};
+use crate::machine::Machine;
+use crate::options::VhostUserOption;
+use crate::power::OnPower;
+use crate::progress::Bar;
+use crate::report::{Report, write_timeline};
+use crate::serial::SerialOption;
+use crate::supervise::supervise;
+use crate::terminal::RawTerminal;
+use crate::vcpu::{VcpuContext, VcpuEvent};
+use crate::vhost_user::VhostUserDevice;
+use crate::vm::{LastError, Vm};
+
+/// How long an end waits for the vCPUs to come out of the guest.
+const VCPUS_WITHIN: Duration = Duration::from_secs(2);
+
+/// What all commands take that run a Linux guest.
+#[derive(Clone, Debug)]
+pub struct GuestOptions {
+    /// Name of the run in its report.
+    pub stage: String,
+    /// The devices' back-ends, by position.
+    pub vhost_user: Vec<VhostUserOption>,
+    /// Where the serial port leads.
+    pub serial: SerialOption,
+    /// Where the API listens, if it does.
+    pub api_socket: Option<PathBuf>,
+    /// Where the picture of the run goes.
+    pub timeline: Option<PathBuf>,
+    /// Where the caller is going to write the report: tried before the run.
+    pub report: Option<PathBuf>,
+    /// Whether to say on standard error, now and then, how many pages are present.
+    pub progress: bool,
+}
+
+/// What a guest is prepared with.
+pub(crate) struct Session {
+    pub(crate) started: Instant,
+    pub(crate) guest: GuestOptions,
+    pub(crate) stats: Arc<Stats>,
+    pub(crate) tell: Tell,
+    pub(crate) last_error: LastError,
+    /// Known to whoever ends the run, as soon as it is there.
+    pub(crate) memory: Arc<OnceLock<DemandMemory>>,
+}
+
+/// What is left to do before the first instruction; it may wait for pages.
+pub(crate) type Begin = Box<dyn FnOnce(&Vm) -> Result<(), Error>>;
+
+/// A guest that can begin.
+pub(crate) struct Prepared {
+    pub(crate) vm: Vm,
+    pub(crate) begin: Begin,
+    pub(crate) fill: Option<FillRate>,
+}
+
+impl Session {
+    /// Tells what a vCPU's thread has to say.
+    pub(crate) fn tell_vcpu(&self) -> impl Fn(VcpuEvent) + Send + 'static {
+        let tell = self.tell.clone();
+        move |event| tell.tell(Event::Vcpu(event))
+    }
+
+    /// What the vCPUs share, with the machine's devices on its buses.
+    pub(crate) fn context(
+        &self,
+        machine: &Machine,
+        chipset: &Chipset,
+        devices: &[Arc<VhostUserDevice>],
+    ) -> Result<Arc<VcpuContext>, Error> {
+        let tell = self.tell.clone();
+        let power: OnPower = Arc::new(move |request| tell.tell(Event::Power(request)));
+        let virtio =
+            devices.iter().map(|device| device.clone() as Arc<dyn DeviceMmio + Send + Sync>);
+        let buses = chipset.buses(virtio, power.clone());
+        Ok(Arc::new(VcpuContext {
+            faults: machine.fault_handler()?,
+            memory: machine.memory().clone(),
+            exits: Arc::new(BusExits::new(buses, power)),
+            first_run: OnceLock::new(),
+        }))
+    }
+}
+
+/// Refuses more devices than a machine has room for.
+pub(crate) fn check_devices(devices: &[VhostUserOption]) -> Result<(), Error> {
+    if devices.len() > MAX_DEVICES {
+        return Err(Error::usage(format!(
+            "--vhost-user: {} devices are asked for; a machine has room for {MAX_DEVICES}",
+            devices.len()
+        )));
+    }
+    Ok(())
+}
+
+/// Shares memory with a device's back-end, and gives the device its registers and its interrupt.
+pub(crate) fn attach(
+    device: &VhostUserDevice,
+    position: usize,
+    machine: &Machine,
+) -> Result<(), Error> {
+    device.share_memory(machine.memory(), machine.service())?;
+    device.attach(machine.vm(), device_address(position), device_gsi(position))
+}
+
+/// Runs the guest that `prepare` makes, until its end. SIGINT, SIGTERM and SIGHUP end it; this
+/// should be called before the process starts other threads.
+///
+/// # Errors
+///
+/// One line, with the exit status that belongs to it. After an error the process should end: a vCPU
+/// may wait in the kernel for a page that never comes, and what would free it would show it zeros.
+pub(crate) fn run_guest(
+    guest: GuestOptions,
+    started: Instant,
+    prepare: impl FnOnce(&Session) -> Result<Prepared, Error> + Send + 'static,
+) -> Result<Report, Error> {
+    check_devices(&guest.vhost_user)?;
+    for path in guest.timeline.iter().chain(&guest.report) {
+        File::create(path).map_err(|error| {
+            Error::failed(format!(
+                "write {}: {error}; name a file that can be written",
+                path.display()
+            ))
+        })?;
+    }
+    let interrupt = Interrupt::default();
+    on_signals(interrupt.clone())
+        .map_err(|error| Error::host(format!("start a thread: {error}")))?;
+    let console = guest.serial == SerialOption::Terminal;
+    // Kept here, where it is given back even if a thread hangs.
+    let _terminal = console.then(RawTerminal::new).transpose().map_err(|error| {
+        Error::failed(format!("use the terminal as the guest's console: {error}"))
+    })?;
+    let memory = Arc::new(OnceLock::new());
+    let work = {
+        let (interrupt, memory) = (interrupt.clone(), memory.clone());
+        move || {
+            let (tell, hear) = events().map_err(|error| {
+                Error::host(format!("make an eventfd: {error}; raise the limit of open files"))
+            })?;
+            let interrupted = tell.clone();
+            interrupt.when_raised(move || interrupted.tell(Event::Interrupted));
+            let stats = Arc::new(Stats::new());
+            if guest.timeline.is_some() {
+                stats.keep_timeline();
+            }
+            let last_error = LastError::default();
+            let session = Session { started, guest, stats, tell, last_error, memory };
+            let prepared = prepare(&session)?;
+            follow(session, prepared, &hear, console)
+        }
+    };
+    supervise(&interrupt, &memory, work)
+}
+
+/// From the first instruction to the last.
+fn follow(
+    session: Session,
+    prepared: Prepared,
+    hear: &Hear,
+    console: bool,
+) -> Result<Report, Error> {
+    let Prepared { vm, begin, fill } = prepared;
+    let vm = Arc::new(vm);
+    let api = match &session.guest.api_socket {
+        Some(path) => Some(ApiServer::start(path, vm.clone())?),
+        None => None,
+    };
+    let mut completed = None;
+    let mut filling = None;
+    let outcome = begin(&vm).and_then(|()| {
+        if let Some(rate) = fill {
+            let pagers = vm.machine.pagers().cloned().collect();
+            filling = Some(Fill::start(pagers, rate).map_err(|error| {
+                Error::host(format!("start a thread for background fill: {error}"))
+            })?);
+        }
+        if vm.machine.engine().is_some() {
+            let tell = session.tell.clone();
+            vm.machine.on_complete(move || tell.tell(Event::Complete));
+        }
+        vm.go();
+        let bar = (fill.is_some() && !console && vm.missing_at_start > 0)
+            .then(|| Bar::new("memory", "pages present", vm.missing_at_start));
+        let mut said = Said { progress: session.guest.progress, last: u64::MAX };
+        drive(&vm, hear, console, |happened| {
+            completed = completed.or(happened);
+            let arrived = vm.stats.pages_arrived();
+            if let Some(bar) = &bar {
+                bar.set(arrived);
+            }
+            said.say(arrived, vm.missing_at_start);
+        })
+    });
+    // A snapshot under way ends, and nobody begins another.
+    vm.lifecycle.end();
+    drop(filling);
+    // As long as pages arrive, for a vCPU may wait for one where no kick reaches it.
+    let stopped = vm.stop_vcpus(VCPUS_WITHIN);
+    vm.machine.memory().stop();
+    drop(api);
+    let end = match (outcome, stopped) {
+        (Ok(end), Ok(())) => end,
+        (outcome, stopped) => {
+            // Were the memory's traps removed first, a vCPU that is stuck in the kernel would see
+            // zeros; the kernel takes it all down with the process.
+            std::mem::forget(vm.clone());
+            return Err(outcome.err().unwrap_or_else(|| {
+                Error::failed(stopped.err().map_or_else(String::new, |stuck| stuck.to_string()))
+            }));
+        }
+    };
+    if end == End::Reset {
+        log::warn!("the guest asked for a reset, and this VM has ended; start it again");
+    }
+    report(&session, &vm, completed)
+}
+
+/// Says how many pages are present, for whoever reads it.
+struct Said {
+    progress: bool,
+    last: u64,
+}
+
+impl Said {
+    fn say(&mut self, arrived: u64, total: u64) {
+        if self.progress && arrived != self.last {
+            self.last = arrived;
+            // Nobody reads it: then nobody misses it.
+            let _ = writeln!(std::io::stderr(), "progress {arrived} {total}");
+        }
+    }
+}
+
+fn report(session: &Session, vm: &Vm, completed: Option<Instant>) -> Result<Report, Error> {
+    let since_start = |instant: Instant| instant.duration_since(session.started).as_micros() as u64;
+    let mut report = Report {
+        stage: session.guest.stage.clone(),
+        engine: vm.machine.engine_name().into(),
+        backing: vm.memory.backing.to_string(),
+        memory_bytes: vm.memory.size,
+        cpus: vm.cpus,
+        time_to_first_instruction_us: vm.first_run().map_or(0, since_start),
+        time_to_complete_us: completed.map_or(0, since_start),
+        ..Report::default()
+    };
+    report.set_paths(&session.stats);
+    if let Some(path) = &session.guest.timeline {
+        write_timeline(path, &report, &session.stats, vm.machine.pages())?;
+    }
+    Ok(report)
+}

@@ -1,0 +1,408 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! A VM with a Linux guest, and what can be asked of it while it runs.
+
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::time::{Duration, Instant};
+
+use demand_memory::{ImageProgress, Stats};
+use demand_source::{ImageSummary, ImageWriter};
+
+use crate::api::{
+    Control, ControlError, DeviceStatus, Go, SnapshotProgress, SnapshotRequest, SnapshotSummary,
+    State, Status,
+};
+use crate::boot::BootSource;
+use crate::chipset::Chipset;
+use crate::device_state::DeviceState;
+use crate::error::Error;
+use crate::events::{Event, Tell};
+use crate::machine::Machine;
+use crate::options::MemoryOption;
+use crate::saved::{SavedMemory, SavedVm};
+use crate::snapshot_dir::PartialSnapshot;
+use crate::vcpu_state::{StateShape, VcpuState};
+use crate::vcpus::{StillInside, Vcpus};
+use crate::vhost_user::VhostUserDevice;
+use crate::vm_state::VmState;
+
+/// How long a pause waits for the vCPUs to come out of the guest.
+const PAUSE_WITHIN: Duration = Duration::from_secs(10);
+/// How long a snapshot waits for each vCPU's state.
+const STATE_WITHIN: Duration = Duration::from_secs(10);
+/// How long a snapshot waits for a device's requests in flight.
+const DRAIN_WITHIN: Duration = Duration::from_secs(10);
+
+/// Who asks for something, while something else is under way.
+const BUSY: &str =
+    "something else is under way (a pause, or a snapshot); ask again when it is done";
+
+/// What a VM is made of.
+pub struct VmParts {
+    /// Memory, slots, and the service that answers faults.
+    pub machine: Arc<Machine>,
+    /// Serial port and generation identifier.
+    pub chipset: Chipset,
+    /// The virtio devices, by position.
+    pub devices: Vec<Arc<VhostUserDevice>>,
+    /// The vCPUs, paused.
+    pub vcpus: Vcpus,
+    /// Their number.
+    pub cpus: u32,
+    /// What KVM keeps of each.
+    pub shape: Arc<StateShape>,
+    /// What the memory is made of.
+    pub memory: MemoryOption,
+    /// What the guest was booted from.
+    pub boot: Option<BootSource>,
+    /// Counts what happens.
+    pub stats: Arc<Stats>,
+    /// When the process began.
+    pub started: Instant,
+    /// Pages that are missing in the beginning.
+    pub missing_at_start: u64,
+    /// What went wrong last, and did not end the VM.
+    pub last_error: LastError,
+    /// Whom to tell.
+    pub tell: Tell,
+}
+
+/// A VM. It is asked through [`Control`], from any thread.
+pub struct Vm {
+    pub(crate) machine: Arc<Machine>,
+    pub(crate) chipset: Chipset,
+    pub(crate) devices: Vec<Arc<VhostUserDevice>>,
+    vcpus: Mutex<Vcpus>,
+    pub(crate) cpus: u32,
+    pub(crate) shape: Arc<StateShape>,
+    pub(crate) memory: MemoryOption,
+    boot: Option<BootSource>,
+    pub(crate) stats: Arc<Stats>,
+    started: Instant,
+    pub(crate) missing_at_start: u64,
+    last_error: LastError,
+    pub(crate) tell: Tell,
+    pub(crate) lifecycle: Lifecycle,
+}
+
+/// Whatever went wrong last.
+#[derive(Clone, Debug, Default)]
+pub struct LastError(Arc<Mutex<Option<String>>>);
+
+impl LastError {
+    /// Keeps what went wrong: one line.
+    pub fn set(&self, error: impl Into<String>) {
+        *lock(&self.0) = Some(error.into());
+    }
+
+    fn get(&self) -> Option<String> {
+        lock(&self.0).clone()
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Where a VM is, and who may move it.
+#[derive(Debug, Default)]
+pub struct Lifecycle {
+    state: AtomicU8,
+    /// Held by whoever changes the state, for as long as that takes.
+    change: Mutex<Change>,
+    /// Set when the VM is going away, so that a snapshot under way ends.
+    ending: AtomicBool,
+    /// Pages of memory that the snapshot under way has dealt with.
+    copied: AtomicU64,
+    /// Where it goes.
+    destination: Mutex<String>,
+}
+
+#[derive(Debug, Default)]
+struct Change {
+    /// Whether the devices were stopped by a snapshot, and are to be started by a resume.
+    quiesced: bool,
+}
+
+const STATES: [State; 5] =
+    [State::Starting, State::Running, State::Paused, State::Snapshotting, State::Stopped];
+
+impl Lifecycle {
+    /// The state, without waiting.
+    pub fn state(&self) -> State {
+        STATES[usize::from(self.state.load(Ordering::Acquire))]
+    }
+
+    /// Says where the VM is now.
+    pub fn set(&self, state: State) {
+        let index = STATES.iter().position(|known| *known == state);
+        self.state.store(index.unwrap_or_default() as u8, Ordering::Release);
+    }
+
+    fn change(&self) -> Result<MutexGuard<'_, Change>, ControlError> {
+        match self.change.try_lock() {
+            Ok(guard) => Ok(guard),
+            Err(TryLockError::Poisoned(poisoned)) => Ok(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => Err(ControlError::wrong_state(BUSY)),
+        }
+    }
+
+    /// Ends a snapshot under way, and waits until nobody moves the VM any more.
+    pub fn end(&self) {
+        self.ending.store(true, Ordering::Release);
+        let _change = lock(&self.change);
+        self.set(State::Stopped);
+    }
+}
+
+impl Vm {
+    /// The VM that consists of these.
+    pub fn new(parts: VmParts) -> Self {
+        Vm {
+            machine: parts.machine,
+            chipset: parts.chipset,
+            devices: parts.devices,
+            vcpus: Mutex::new(parts.vcpus),
+            cpus: parts.cpus,
+            shape: parts.shape,
+            memory: parts.memory,
+            boot: parts.boot,
+            stats: parts.stats,
+            started: parts.started,
+            missing_at_start: parts.missing_at_start,
+            last_error: parts.last_error,
+            tell: parts.tell,
+            lifecycle: Lifecycle::default(),
+        }
+    }
+
+    /// The vCPUs.
+    pub(crate) fn vcpus(&self) -> MutexGuard<'_, Vcpus> {
+        lock(&self.vcpus)
+    }
+
+    /// Lets the vCPUs begin.
+    pub(crate) fn go(&self) {
+        self.lifecycle.set(State::Running);
+        self.vcpus().resume();
+    }
+
+    /// When the first vCPU entered the guest.
+    pub(crate) fn first_run(&self) -> Option<Instant> {
+        self.vcpus().context().first_run.get().copied()
+    }
+
+    /// Ends the vCPUs. To be called while pages still arrive.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Vcpus::stop`].
+    pub fn stop_vcpus(&self, within: Duration) -> Result<(), StillInside> {
+        self.vcpus().stop(within)
+    }
+
+    /// Takes away what demand paging needed, when the last page is present: the back-ends' part
+    /// first. It waits for the back-ends.
+    ///
+    /// # Errors
+    ///
+    /// The back-ends' refusals, and KVM's.
+    pub fn finish_paging(&self) -> Result<(), Error> {
+        self.devices.iter().try_for_each(|device| device.end_postcopy())?;
+        self.machine.finish()
+    }
+
+    /// Lets the vCPUs go on, the devices first if a snapshot has stopped them.
+    fn go_on(&self, change: &mut Change) -> Result<(), Error> {
+        if change.quiesced {
+            self.devices.iter().try_for_each(|device| device.resume())?;
+            change.quiesced = false;
+        }
+        self.vcpus().resume();
+        self.lifecycle.set(State::Running);
+        Ok(())
+    }
+
+    /// Pauses, because the source has failed for too long.
+    pub fn pause_for(&self, reason: String) {
+        self.last_error.set(reason);
+        if let Err(error) = self.pause() {
+            log::warn!("pause the VM: {}", error.message);
+        }
+    }
+
+    /// The state of all but the memory. The vCPUs are paused and the devices stopped.
+    fn save(&self, generation: &[u8], devices: Vec<DeviceState>) -> Result<SavedVm, Error> {
+        let shape = self.shape.clone();
+        let states = self
+            .vcpus()
+            .on_parked(STATE_WITHIN, move |cpu, vcpu| VcpuState::save(cpu, vcpu.fd(), &shape))
+            .map_err(Error::failed)?;
+        Ok(SavedVm {
+            memory: SavedMemory {
+                size: self.memory.size,
+                backing: self.memory.backing.to_string(),
+                reserve: self.memory.reserve,
+                thp: self.memory.thp,
+                generation: generation.to_vec(),
+            },
+            vcpus: states.into_iter().collect::<Result<_, _>>()?,
+            vm: VmState::save(self.machine.vm())?,
+            serial: self.chipset.serial.save(),
+            devices,
+            boot: self.boot.clone(),
+        })
+    }
+
+    /// Stops the devices; if one refuses, those before it are started again.
+    fn quiesce(&self, change: &mut Change) -> Result<Vec<DeviceState>, Error> {
+        let mut states = Vec::new();
+        for (position, device) in self.devices.iter().enumerate() {
+            match device.quiesce(DRAIN_WITHIN) {
+                Ok(state) => states.push(state),
+                Err(error) => {
+                    for stopped in &self.devices[..position] {
+                        if let Err(error) = stopped.resume() {
+                            log::error!("{error}");
+                        }
+                    }
+                    return Err(error);
+                }
+            }
+        }
+        change.quiesced = true;
+        Ok(states)
+    }
+
+    /// Takes the snapshot of a VM whose vCPUs are paused.
+    fn take_snapshot(
+        &self,
+        partial: PartialSnapshot,
+        change: &mut Change,
+    ) -> Result<ImageSummary, Error> {
+        let states = self.quiesce(change)?;
+        let generation: [u8; 16] = rand::random();
+        let saved = self.save(&generation, states)?;
+        let mut writer =
+            ImageWriter::create(&partial.memory(), &partial.hashes(), self.memory.size, generation)
+                .map_err(Error::failed)?;
+        let mut progress = |progress: ImageProgress| {
+            self.lifecycle.copied.store(progress.bytes, Ordering::Relaxed);
+            !self.lifecycle.ending.load(Ordering::Acquire)
+        };
+        self.machine.memory().write_image(&mut writer, &mut progress).map_err(Error::failed)?;
+        let image = writer.finish().map_err(Error::failed)?;
+        partial.publish(&saved)?;
+        Ok(image)
+    }
+}
+
+impl Control for Vm {
+    fn status(&self) -> Status {
+        let pages_total = self.machine.pages();
+        let missing = self.missing_at_start.saturating_sub(self.stats.pages_arrived());
+        let state = self.lifecycle.state();
+        let snapshot = (state == State::Snapshotting).then(|| SnapshotProgress {
+            destination: lock(&self.lifecycle.destination).clone(),
+            pages_done: self.lifecycle.copied.load(Ordering::Relaxed),
+            pages_total,
+        });
+        Status {
+            state,
+            engine: self.machine.engine_name().into(),
+            backing: self.memory.backing.to_string(),
+            memory_bytes: self.memory.size,
+            cpus: self.cpus,
+            pages_total,
+            pages_present: pages_total - missing,
+            devices: self
+                .devices
+                .iter()
+                .map(|device| DeviceStatus {
+                    kind: device.kind().to_string(),
+                    socket: Some(device.socket().display().to_string()),
+                    state: if device.check_alive().is_ok() { "alive" } else { "gone" }.into(),
+                })
+                .collect(),
+            uptime_us: self.started.elapsed().as_micros() as u64,
+            pid: std::process::id(),
+            version: env!("CARGO_PKG_VERSION").into(),
+            snapshot,
+            last_error: self.last_error.get(),
+        }
+    }
+
+    fn pause(&self) -> Result<(), ControlError> {
+        let _change = self.lifecycle.change()?;
+        match self.lifecycle.state() {
+            State::Running => {}
+            State::Paused => return Err(ControlError::wrong_state("the VM is paused already")),
+            other => return Err(ControlError::wrong_state(format!("the VM is {other}"))),
+        }
+        let vcpus = self.vcpus();
+        if let Err(error) = vcpus.pause(PAUSE_WITHIN) {
+            vcpus.resume();
+            return Err(ControlError::failed(error));
+        }
+        self.lifecycle.set(State::Paused);
+        Ok(())
+    }
+
+    fn resume(&self) -> Result<(), ControlError> {
+        let mut change = self.lifecycle.change()?;
+        match self.lifecycle.state() {
+            State::Paused => self.go_on(&mut change).map_err(ControlError::failed),
+            State::Running => Err(ControlError::wrong_state("the VM is running already")),
+            other => Err(ControlError::wrong_state(format!("the VM is {other}"))),
+        }
+    }
+
+    fn snapshot(&self, request: &SnapshotRequest) -> Result<SnapshotSummary, ControlError> {
+        let begun = Instant::now();
+        let mut change = self.lifecycle.change()?;
+        let before = self.lifecycle.state();
+        if !matches!(before, State::Running | State::Paused) {
+            return Err(ControlError::wrong_state(format!("the VM is {before}")));
+        }
+        // What can be refused is refused before anything stops.
+        self.devices.iter().try_for_each(|device| device.can_snapshot())?;
+        let partial =
+            PartialSnapshot::create(&request.destination).map_err(ControlError::invalid)?;
+        if before == State::Running {
+            let vcpus = self.vcpus();
+            if let Err(error) = vcpus.pause(PAUSE_WITHIN) {
+                vcpus.resume();
+                return Err(ControlError::failed(error));
+            }
+        }
+        *lock(&self.lifecycle.destination) = request.destination.display().to_string();
+        self.lifecycle.copied.store(0, Ordering::Relaxed);
+        self.lifecycle.set(State::Snapshotting);
+        let taken = self.take_snapshot(partial, &mut change);
+        let then = match (&taken, request.then) {
+            // It failed: the VM goes on as it was.
+            (Err(_), _) | (Ok(_), None) if before == State::Running => Go::Resume,
+            (Err(_), _) | (Ok(_), None) => Go::Pause,
+            (Ok(_), Some(then)) => then,
+        };
+        self.lifecycle.set(State::Paused);
+        match then {
+            Go::Resume => self.go_on(&mut change).map_err(ControlError::failed)?,
+            Go::Pause => {}
+            Go::Shutdown => self.tell.tell(Event::Shutdown),
+        }
+        let image = taken?;
+        Ok(SnapshotSummary {
+            destination: request.destination.clone(),
+            data_pages: image.data_pages,
+            hole_pages: image.hole_pages,
+            bytes: image.bytes,
+            took_us: begun.elapsed().as_micros() as u64,
+        })
+    }
+
+    fn shutdown(&self) -> Result<(), ControlError> {
+        self.tell.tell(Event::Shutdown);
+        Ok(())
+    }
+}
