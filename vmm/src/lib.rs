@@ -38,6 +38,7 @@ mod sregs2;
 mod supervise;
 mod terminal;
 pub mod test_exits;
+pub mod snapshot_dir;
 pub mod timeline;
 pub mod vcpu;
 pub mod vcpu_state;

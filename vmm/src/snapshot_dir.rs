@@ -1,0 +1,658 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! A snapshot as a directory, which is there as a whole or not at all.
+//!
+//! | file | what |
+//! |---|---|
+//! | `state` | a header line, and the state of the VM as JSON |
+//! | `memory` | the image of its memory: raw, holes for zeros |
+//! | `hashes` | the image's table of hashes |
+//!
+//! The header is `demand-vmm-snapshot VERSION LENGTH SHA256 CHECK`: the length of what follows the
+//! line in bytes, its SHA-256, and the SHA-256 of the header itself up to the space before it.
+//! The first two words and the last keep their places in all versions, so that an altered version is
+//! told from a newer one.
+//!
+//! A snapshot is written beside its place, in a directory `DIR.partial-RANDOM` that only its owner
+//! can read, and renamed when all of it is on the disk. What a crash leaves is that directory.
+
+use std::ffi::OsString;
+use std::fmt::Write as _;
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read, Write as _};
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use sha2::{Digest, Sha256};
+use tempfile::TempDir;
+
+use crate::error::Error;
+
+/// The version of the format that is written, and the only one that is read.
+pub const VERSION: u32 = 1;
+
+/// What a state file begins with.
+const MAGIC: &str = "demand-vmm-snapshot";
+
+/// The most bytes of a state file: far more than a VM with 64 vCPUs has.
+const MAX_STATE: u64 = 64 << 20;
+
+/// The most bytes of a header of any version.
+const MAX_HEADER: usize = 512;
+
+const STATE: &str = "state";
+const MEMORY: &str = "memory";
+const HASHES: &str = "hashes";
+
+/// The image of the memory in the snapshot `dir`.
+pub fn memory(dir: &Path) -> PathBuf {
+    dir.join(MEMORY)
+}
+
+/// The table of hashes in the snapshot `dir`.
+pub fn hashes(dir: &Path) -> PathBuf {
+    dir.join(HASHES)
+}
+
+/// A snapshot that is being written. Unless it is published it is removed when it is dropped.
+///
+/// # Examples
+///
+/// ```
+/// use demand_vmm::snapshot_dir::{PartialSnapshot, read_state};
+///
+/// let folder = tempfile::tempdir().unwrap();
+/// let dir = folder.path().join("snapshot");
+/// let partial = PartialSnapshot::create(&dir).unwrap();
+/// std::fs::write(partial.memory(), [1; 4096]).unwrap();
+/// std::fs::write(partial.hashes(), [2; 8]).unwrap();
+/// assert!(!dir.exists());
+/// partial.publish(&("vcpus", 2)).unwrap();
+/// assert_eq!(read_state::<(String, u32)>(&dir).unwrap(), ("vcpus".to_string(), 2));
+/// ```
+#[derive(Debug)]
+pub struct PartialSnapshot {
+    /// Where it is to be.
+    dir: PathBuf,
+    parent: PathBuf,
+    /// Where it is.
+    partial: TempDir,
+}
+
+impl PartialSnapshot {
+    /// Makes a directory beside `dir`, which must not exist or be an empty directory; that is then
+    /// replaced.
+    ///
+    /// # Errors
+    ///
+    /// If there is something at `dir`, if its parent is no directory, or cannot be written to.
+    pub fn create(dir: &Path) -> Result<Self, Error> {
+        let failed =
+            |why: String| Error::failed(format!("make the snapshot {}: {why}", dir.display()));
+        let Some(name) = dir.file_name() else {
+            return Err(failed("the path ends in no name; give one that does".into()));
+        };
+        let parent = match dir.parent() {
+            Some(parent) if !parent.as_os_str().is_empty() => parent,
+            _ => Path::new("."),
+        };
+        check_free(dir).map_err(failed)?;
+        let mut prefix = OsString::from(name);
+        prefix.push(".partial-");
+        warn_of_leftovers(parent, &prefix);
+        let partial = tempfile::Builder::new()
+            .prefix(&prefix)
+            .rand_bytes(8)
+            .permissions(fs::Permissions::from_mode(0o700))
+            .tempdir_in(parent)
+            .map_err(|error| match error.kind() {
+                io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => {
+                    failed(format!("there is no folder {}; make it", parent.display()))
+                }
+                // (tempfile's own line names a file of ours that nobody knows.)
+                kind => failed(format!(
+                    "write to {}: {kind}; may this user, and is there room?",
+                    parent.display()
+                )),
+            })?;
+        Ok(PartialSnapshot { dir: dir.into(), parent: parent.into(), partial })
+    }
+
+    /// Where the image of the memory goes.
+    pub fn memory(&self) -> PathBuf {
+        memory(self.partial.path())
+    }
+
+    /// Where its table of hashes goes.
+    pub fn hashes(&self) -> PathBuf {
+        hashes(self.partial.path())
+    }
+
+    /// Writes the state, sees to it that everything is on the disk, and gives the snapshot its
+    /// name. Memory and hashes must have been written. Both happen at once for whoever looks, also
+    /// after a power cut.
+    ///
+    /// # Errors
+    ///
+    /// If that cannot be: nothing is left then. Only if the name itself cannot be brought to the
+    /// disk, the snapshot is there and whole.
+    pub fn publish<T: Serialize>(self, state: &T) -> Result<(), Error> {
+        let name = self.dir.display();
+        let failed = |what: &str, why: &dyn std::fmt::Display| {
+            Error::failed(format!("write the snapshot {name}: {what}: {why}"))
+        };
+        let bytes = encode(state).map_err(|error| failed(STATE, &error))?;
+        step("encoded");
+        let path = self.partial.path().join(STATE);
+        write_synced(&path, &bytes).map_err(|error| failed(STATE, &room(&error)))?;
+        for file in [MEMORY, HASHES] {
+            let path = self.partial.path().join(file);
+            step(file);
+            sync_file(&path).map_err(|error| failed(file, &room(&error)))?;
+        }
+        step("directory");
+        sync_dir(self.partial.path()).map_err(|error| failed("its folder", &error))?;
+        step("rename");
+        // The rename of a directory replaces nothing but an empty directory: rename(2).
+        fs::rename(self.partial.path(), &self.dir).map_err(|error| match error.kind() {
+            io::ErrorKind::DirectoryNotEmpty
+            | io::ErrorKind::AlreadyExists
+            | io::ErrorKind::NotADirectory => {
+                failed("rename", &"there is something now that was not there; give another path")
+            }
+            _ => failed("rename", &error),
+        })?;
+        // There is nothing to be removed any more.
+        let _ = self.partial.keep();
+        step("parent");
+        sync_dir(&self.parent).map_err(|error| {
+            failed(
+                "its parent folder",
+                &format!("{error}; it is whole, but may not outlast a crash"),
+            )
+        })?;
+        step("published");
+        Ok(())
+    }
+}
+
+/// Refuses a place that is taken.
+fn check_free(dir: &Path) -> Result<(), String> {
+    let there = match dir.symlink_metadata() {
+        Ok(there) => there,
+        // Its parent is looked at later.
+        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound) => return Ok(()),
+        Err(error) if matches!(error.kind(), io::ErrorKind::NotADirectory) => return Ok(()),
+        Err(error) => return Err(error.to_string()),
+    };
+    if !there.is_dir() {
+        return Err("there is something that is no directory; give another path".into());
+    }
+    match fs::read_dir(dir).map(|mut entries| entries.next()) {
+        Ok(None) => Ok(()),
+        Ok(Some(_)) => Err("it exists and is not empty; give another path, or remove it".into()),
+        Err(error) => Err(format!("it exists, and cannot be read: {error}; give another path")),
+    }
+}
+
+/// Says what attempts have left that did not end: nobody else removes it.
+fn warn_of_leftovers(parent: &Path, prefix: &OsString) {
+    let entries = fs::read_dir(parent).into_iter().flatten().flatten();
+    for name in entries.map(|entry| entry.file_name()) {
+        if name.as_encoded_bytes().starts_with(prefix.as_encoded_bytes()) {
+            let path = parent.join(name);
+            log::warn!(
+                "{} is of a snapshot that is being written, or was not finished; if so, remove it",
+                path.display()
+            );
+        }
+    }
+}
+
+fn write_synced(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let mut file = File::create_new(path)?;
+    step("created");
+    let (first, rest) = bytes.split_at(bytes.len() / 2);
+    file.write_all(first)?;
+    step("halfway");
+    file.write_all(rest)?;
+    step("written");
+    file.sync_all()
+}
+
+fn sync_file(path: &Path) -> io::Result<()> {
+    let file = open(path)?;
+    if !file.metadata()?.is_file() {
+        return Err(io::Error::other("it is no file"));
+    }
+    file.sync_all()
+}
+
+fn sync_dir(path: &Path) -> io::Result<()> {
+    File::open(path)?.sync_all()
+}
+
+/// Opens a file to be read; it never waits, whatever it is.
+fn open(path: &Path) -> io::Result<File> {
+    OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path)
+}
+
+/// An error of writing, and what to do about it.
+fn room(error: &io::Error) -> String {
+    match error.kind() {
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+            format!("{error}; make room, or give a path on another disk")
+        }
+        _ => error.to_string(),
+    }
+}
+
+/// Reads the state of the snapshot `dir`, and sees that it is whole.
+///
+/// # Errors
+///
+/// If there is no snapshot, if the state is shorter than it says or was altered, if it is of
+/// another version, or if it is not what this program writes: then the line names the field.
+pub fn read_state<T: DeserializeOwned>(dir: &Path) -> Result<T, Error> {
+    let failed = |why: String| Error::failed(format!("read the snapshot {}: {why}", dir.display()));
+    let lacks = |file: &str| failed(format!("it is no snapshot: it has no file '{file}'"));
+    match dir.metadata() {
+        Ok(there) if there.is_dir() => {}
+        Ok(_) => return Err(failed("it is no snapshot, which would be a directory".into())),
+        Err(error) => return Err(failed(error.to_string())),
+    }
+    for file in [STATE, MEMORY, HASHES] {
+        match dir.join(file).metadata() {
+            Ok(there) if there.is_file() => {}
+            Ok(_) => return Err(lacks(file)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(lacks(file)),
+            Err(error) => return Err(failed(format!("{file}: {error}"))),
+        }
+    }
+    let mut bytes = Vec::new();
+    open(&dir.join(STATE))
+        .and_then(|file| file.take(MAX_STATE + 1).read_to_end(&mut bytes))
+        .map_err(|error| failed(format!("{STATE}: {error}")))?;
+    decode(&bytes).map_err(failed)
+}
+
+/// The bytes of a state file.
+///
+/// # Errors
+///
+/// What serde_json says, if it cannot be written as JSON, and if it is longer than 64 MiB.
+pub fn encode<T: Serialize>(state: &T) -> Result<Vec<u8>, String> {
+    let json = serde_json::to_vec(state).map_err(|error| error.to_string())?;
+    let mut header = format!("{MAGIC} {VERSION} {} {}", json.len(), sha256(&json));
+    let check = sha256(header.as_bytes());
+    let _ = writeln!(header, " {check}");
+    if (header.len() + json.len()) as u64 > MAX_STATE {
+        return Err(format!("it has {} bytes, and at most {MAX_STATE} are read", json.len()));
+    }
+    let mut bytes = header.into_bytes();
+    bytes.extend_from_slice(&json);
+    Ok(bytes)
+}
+
+/// Reads the bytes of a state file.
+///
+/// # Errors
+///
+/// What is wrong with them, and what to do: the rest of a line.
+pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, String> {
+    const ALTERED: &str = "was altered after it was written; take another copy of the snapshot";
+    let Some(rest) = bytes.strip_prefix(MAGIC.as_bytes()) else {
+        return Err(format!("it is no snapshot: the file '{STATE}' does not begin as one does"));
+    };
+    let line_end = rest.iter().take(MAX_HEADER).position(|&byte| byte == b'\n');
+    let Some(line_end) = line_end.map(|at| MAGIC.len() + at) else {
+        return Err(if bytes.len() < MAX_HEADER {
+            format!("the file '{STATE}' ends in its first line; take another copy of the snapshot")
+        } else {
+            format!("the first line of '{STATE}' {ALTERED}")
+        });
+    };
+    let altered = || format!("the first line of '{STATE}' {ALTERED}");
+    let line = std::str::from_utf8(&bytes[..line_end]).map_err(|_| altered())?;
+    let (covered, check) = line.rsplit_once(' ').ok_or_else(altered)?;
+    if sha256(covered.as_bytes()) != check {
+        return Err(altered());
+    }
+    let mut words = covered.split(' ').skip(1);
+    let version: u32 = words.next().and_then(|word| word.parse().ok()).ok_or_else(altered)?;
+    if version > VERSION {
+        return Err(format!(
+            "it has version {version}, and this program reads {VERSION}; use a newer demand-vmm"
+        ));
+    }
+    if version < VERSION {
+        return Err(format!(
+            "it has version {version}, and this program reads {VERSION}; restore it with the \
+             demand-vmm that wrote it, and write it anew"
+        ));
+    }
+    let (Some(length), Some(digest), None) = (words.next(), words.next(), words.next()) else {
+        return Err(altered());
+    };
+    let length: usize = length.parse().map_err(|_| altered())?;
+    let json = &bytes[line_end + 1..];
+    if json.len() < length {
+        return Err(format!(
+            "the file '{STATE}' is cut off: {} of {length} bytes are there; take another copy of \
+             the snapshot",
+            json.len()
+        ));
+    }
+    if json.len() > length || sha256(json) != digest {
+        return Err(format!("the file '{STATE}' {ALTERED}"));
+    }
+    serde_json::from_slice(json).map_err(|error| {
+        let place = place(json, error.line(), error.column());
+        format!(
+            "the file '{STATE}' is whole, but not what this demand-vmm writes: {place}: {error}; \
+             use the one that wrote it"
+        )
+    })
+}
+
+fn sha256(bytes: &[u8]) -> String {
+    Sha256::digest(bytes).iter().fold(String::new(), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}
+
+/// What lies at a place of a JSON text, as in `vcpus[1].regs.rax`: serde_json tells lines and
+/// columns (both from 1 on, the column being that of the last byte it took).
+fn place(json: &[u8], line: usize, column: usize) -> String {
+    /// Where one is in an array or an object.
+    enum Level {
+        Index(usize),
+        Key(String),
+    }
+    let start: usize =
+        json.split_inclusive(|&b| b == b'\n').take(line.saturating_sub(1)).map(<[u8]>::len).sum();
+    let text = &json[..json.len().min(start + column)];
+    let mut levels = Vec::new();
+    let mut at = 0;
+    let mut is_key = false;
+    while let Some(&byte) = text.get(at) {
+        at += 1;
+        match byte {
+            b'{' => {
+                levels.push(Level::Key(String::new()));
+                is_key = true;
+            }
+            b'[' => levels.push(Level::Index(0)),
+            b'}' | b']' => {
+                levels.pop();
+                is_key = false;
+            }
+            b':' => is_key = false,
+            b',' => match levels.last_mut() {
+                Some(Level::Index(index)) => *index += 1,
+                _ => is_key = true,
+            },
+            b'"' => {
+                let begin = at;
+                while text.get(at).is_some_and(|&byte| byte != b'"') {
+                    at += if text[at] == b'\\' { 2 } else { 1 };
+                }
+                let string = &text[begin..at.min(text.len())];
+                at += 1;
+                if let (true, Some(Level::Key(key))) = (is_key, levels.last_mut()) {
+                    *key = String::from_utf8_lossy(string).into();
+                }
+            }
+            _ => {}
+        }
+    }
+    let mut path = String::new();
+    for level in levels {
+        let _ = match level {
+            Level::Index(index) => write!(path, "[{index}]"),
+            Level::Key(key) if path.is_empty() || key.is_empty() => write!(path, "{key}"),
+            Level::Key(key) => write!(path, ".{key}"),
+        };
+    }
+    if path.is_empty() { "at its top".into() } else { format!("at {path}") }
+}
+
+/// A moment at which the test of crashes ends the process.
+#[cfg(not(test))]
+fn step(_name: &str) {}
+
+#[cfg(test)]
+use tests::step;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::process::ExitStatusExt;
+    use std::process::Command;
+
+    use serde::Deserialize;
+
+    #[derive(Debug, Default, PartialEq, Serialize, Deserialize)]
+    struct Machine {
+        vcpus: Vec<Vcpu>,
+        clock: u64,
+    }
+
+    #[derive(Debug, Default, PartialEq, Serialize, Deserialize)]
+    struct Vcpu {
+        rax: u64,
+        name: String,
+    }
+
+    fn machine() -> Machine {
+        let vcpu = |rax| Vcpu { rax, name: "a \"},{ b".into() };
+        Machine { vcpus: vec![vcpu(1), vcpu(2)], clock: 3 }
+    }
+
+    /// A snapshot that lacks only its name.
+    fn partial(dir: &Path) -> PartialSnapshot {
+        let partial = PartialSnapshot::create(dir).unwrap();
+        fs::write(partial.memory(), [7; 8192]).unwrap();
+        fs::write(partial.hashes(), [8; 16]).unwrap();
+        partial
+    }
+
+    fn names(dir: &Path) -> Vec<String> {
+        let entries = fs::read_dir(dir).unwrap();
+        entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
+    }
+
+    /// Where the child of a test ends, and where its snapshot goes.
+    const CRASH_AT: &str = "SNAPSHOT_TEST_CRASH_AT";
+    const CRASH_DIR: &str = "SNAPSHOT_TEST_DIR";
+
+    pub(super) fn step(name: &str) {
+        if std::env::var(CRASH_AT).is_ok_and(|at| at == name) {
+            let this = rustix::process::getpid();
+            let _ = rustix::process::kill_process(this, rustix::process::Signal::KILL);
+            // Until it is here.
+            std::thread::park();
+        }
+    }
+
+    #[test]
+    fn a_kill_at_any_step_leaves_all_or_nothing() {
+        if let Some(dir) = std::env::var_os(CRASH_DIR) {
+            // This is the child.
+            partial(Path::new(&dir)).publish(&machine()).unwrap();
+            return;
+        }
+        const TEST: &str = "snapshot_dir::tests::a_kill_at_any_step_leaves_all_or_nothing";
+        let folder = tempfile::tempdir().unwrap();
+        let dir = folder.path().join("snapshot");
+        let mut there = Vec::new();
+        for at in [
+            "encoded",
+            "created",
+            "halfway",
+            "written",
+            MEMORY,
+            HASHES,
+            "directory",
+            "rename",
+            "parent",
+            "published",
+        ] {
+            let output = Command::new(std::env::current_exe().unwrap())
+                .args(["--exact", TEST, "--test-threads", "1"])
+                .env(CRASH_AT, at)
+                .env(CRASH_DIR, &dir)
+                .output()
+                .unwrap();
+            assert_eq!(output.status.signal(), Some(9), "{at}: {output:?}");
+            if dir.exists() {
+                assert_eq!(read_state::<Machine>(&dir).unwrap(), machine(), "{at}");
+                assert_eq!(fs::read(memory(&dir)).unwrap(), [7; 8192], "{at}");
+                fs::remove_dir_all(&dir).unwrap();
+                there.push(at);
+            }
+        }
+        assert_eq!(there, ["parent", "published"]);
+        // What the others have left hinders nobody.
+        assert_eq!(names(folder.path()).len(), 8);
+        partial(&dir).publish(&machine()).unwrap();
+        assert_eq!(read_state::<Machine>(&dir).unwrap(), machine());
+    }
+
+    #[test]
+    fn what_is_not_published_is_removed() {
+        let folder = tempfile::tempdir().unwrap();
+        let dir = folder.path().join("snapshot");
+        let half = partial(&dir);
+        let there = names(folder.path());
+        assert!(there.len() == 1 && there[0].starts_with("snapshot.partial-"), "{there:?}");
+        let mode = fs::metadata(folder.path().join(&there[0])).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o700);
+        drop(half);
+        assert!(names(folder.path()).is_empty());
+        // Without a memory it is none.
+        let half = partial(&dir);
+        fs::remove_file(half.memory()).unwrap();
+        let error = half.publish(&machine()).unwrap_err().to_string();
+        assert!(error.contains("memory: No such file"), "{error}");
+        assert!(names(folder.path()).is_empty());
+    }
+
+    #[test]
+    fn nothing_but_an_empty_directory_is_replaced() {
+        let folder = tempfile::tempdir().unwrap();
+        let dir = folder.path().join("snapshot");
+        let refused = |dir: &Path| PartialSnapshot::create(dir).unwrap_err().to_string();
+        fs::create_dir(&dir).unwrap();
+        partial(&dir).publish(&machine()).unwrap();
+        let error = refused(&dir);
+        assert!(error.contains("not empty; give another path"), "{error}");
+        let file = folder.path().join("file");
+        fs::write(&file, "precious").unwrap();
+        assert!(refused(&file).contains("no directory"));
+        assert!(refused(&file.join("x")).contains("no folder"));
+        assert!(refused(&folder.path().join("no/x")).contains("make it"));
+        assert!(refused(&folder.path().join("..")).contains("no name"));
+        assert!(refused(Path::new("")).contains("no name"));
+        // It comes to be in the meantime.
+        for make in [
+            |dir: &Path| fs::write(dir, "precious"),
+            |dir: &Path| fs::create_dir_all(dir.join("x")),
+        ] {
+            let dir = folder.path().join("late");
+            let late = partial(&dir);
+            make(&dir).unwrap();
+            let error = late.publish(&machine()).unwrap_err().to_string();
+            assert!(error.contains("something now"), "{error}");
+            assert!(fs::remove_file(&dir).or_else(|_| fs::remove_dir_all(&dir)).is_ok());
+        }
+        assert_eq!(names(folder.path()).len(), 2, "{:?}", names(folder.path()));
+    }
+
+    #[test]
+    fn each_altered_or_missing_byte_is_found() {
+        let bytes = encode(&machine()).unwrap();
+        assert_eq!(decode::<Machine>(&bytes).unwrap(), machine());
+        for len in 0..bytes.len() {
+            decode::<Machine>(&bytes[..len]).unwrap_err();
+        }
+        for at in 0..bytes.len() {
+            for bit in 0..8 {
+                let mut altered = bytes.clone();
+                altered[at] ^= 1 << bit;
+                decode::<Machine>(&altered).unwrap_err();
+            }
+        }
+        let told = |bytes: &[u8]| decode::<Machine>(bytes).unwrap_err();
+        assert!(told(&bytes[..bytes.len() - 1]).contains("is cut off"));
+        assert!(told(&bytes[..30]).contains("ends in its first line"));
+        assert!(told(&[&bytes[..], b" "].concat()).contains("was altered"));
+        let mut altered = bytes.clone();
+        altered[MAGIC.len() + 1] = b'2';
+        assert!(told(&altered).contains("first line of 'state' was altered"), "not: newer");
+        assert!(told(b"\x7fELF").contains("no snapshot"));
+    }
+
+    #[test]
+    fn another_version_is_told_before_anything_else() {
+        for (version, what) in [(2, "use a newer demand-vmm"), (0, "that wrote it")] {
+            let covered = format!("{MAGIC} {version} more words than today");
+            let state = format!("{covered} {}\nnot even JSON", sha256(covered.as_bytes()));
+            let error = decode::<Machine>(state.as_bytes()).unwrap_err();
+            let both = format!("it has version {version}, and this program reads 1; ");
+            assert!(error.starts_with(&both) && error.contains(what), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_field_that_does_not_fit_is_named() {
+        let told = |json: &str| {
+            let value: serde_json::Value = serde_json::from_str(json).unwrap();
+            decode::<Machine>(&encode(&value).unwrap()).unwrap_err()
+        };
+        // (serde_json's values are written with their keys in order.)
+        for (json, place) in [
+            (r#"{"clock":"x","vcpus":[]}"#, "at clock: invalid type: string \"x\""),
+            (
+                r#"{"clock":1,"vcpus":[{"name":"},{","rax":1},{"name":"","rax":-1}]}"#,
+                "at vcpus[1].rax: invalid value",
+            ),
+            (r#"{"clock":1,"vcpus":[{"name":"\"}"}]}"#, "at vcpus[0]: missing field `rax`"),
+            (r#"{"clock":1}"#, "at its top: missing field `vcpus`"),
+            (r#"[1]"#, "at [0]: invalid type"),
+        ] {
+            let error = told(json);
+            assert!(error.contains(place), "{error}, and not: {place}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_snapshot_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let dir = folder.path().join("snapshot");
+        let told = |dir: &Path| read_state::<Machine>(dir).unwrap_err().to_string();
+        assert!(told(&dir).contains("No such file"));
+        partial(&dir).publish(&machine()).unwrap();
+        assert!(told(&dir.join(STATE)).contains("would be a directory"));
+        for file in [HASHES, STATE] {
+            fs::remove_file(dir.join(file)).unwrap();
+            let error = told(&dir);
+            assert!(error.contains(&format!("it has no file '{file}'")), "{error}");
+            // What is no file is never waited for.
+            rustix::fs::mknodat(
+                rustix::fs::CWD,
+                dir.join(file),
+                rustix::fs::FileType::Fifo,
+                rustix::fs::Mode::RUSR,
+                0,
+            )
+            .unwrap();
+            assert_eq!(told(&dir), error);
+            fs::remove_file(dir.join(file)).unwrap();
+            fs::write(dir.join(file), "").unwrap();
+        }
+        assert!(told(&dir).contains("does not begin as one does"));
+    }
+}
