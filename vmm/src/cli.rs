@@ -11,7 +11,9 @@ use demand_kvm::{Engine, EngineChoice};
 
 use test_guest::windows::Windows;
 
+use crate::api::{Go, SnapshotRequest, Status};
 use crate::bench::{Access, BenchOptions, SourceOption, bench};
+use crate::client::{self, Client, Progress};
 use crate::error::Error;
 use crate::options::{FillOption, MemoryOption, TestGuestOption, VhostUserOption};
 use crate::run::{RunOptions, run};
@@ -37,6 +39,16 @@ enum Command {
     MakeImage(MakeImageArgs),
     /// Measures what a page costs that arrives when a guest touches it.
     Bench(BenchArgs),
+    /// Says what a running VM is and does.
+    Status(StatusArgs),
+    /// Pauses a running VM.
+    Pause(ApiArgs),
+    /// Lets a paused VM go on.
+    Resume(ApiArgs),
+    /// Has a running or paused VM write a snapshot, and waits for it.
+    Snapshot(SnapshotArgs),
+    /// Ends a VM in order.
+    Shutdown(ApiArgs),
 }
 
 #[derive(Debug, Args)]
@@ -143,6 +155,37 @@ struct BenchArgs {
     json: bool,
 }
 
+#[derive(Debug, Args)]
+struct ApiArgs {
+    /// The socket that the VM was given as its own --api-socket.
+    #[arg(long, value_name = "PATH")]
+    api_socket: PathBuf,
+}
+
+#[derive(Debug, Args)]
+struct StatusArgs {
+    #[command(flatten)]
+    api: ApiArgs,
+    /// Print JSON instead of a table.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Args)]
+struct SnapshotArgs {
+    #[command(flatten)]
+    api: ApiArgs,
+    /// What the VM does then [default: what it did before].
+    #[arg(long)]
+    then: Option<Go>,
+    /// Print JSON instead of a line.
+    #[arg(long)]
+    json: bool,
+    /// The directory that becomes the snapshot. It must not exist, or be empty.
+    #[arg(value_name = "DIR")]
+    destination: PathBuf,
+}
+
 /// Does what the process's arguments say; `started` is when the process began.
 ///
 /// # Errors
@@ -160,13 +203,18 @@ pub fn main(started: Instant) -> Result<(), Error> {
         Command::Run(args) => run_command(*args, started),
         Command::MakeImage(args) => make_image(&args),
         Command::Bench(args) => bench_command(args, started),
+        Command::Status(args) => status_command(&args),
+        Command::Pause(args) => say_state(&Client::new(args.api_socket).pause()?),
+        Command::Resume(args) => say_state(&Client::new(args.api_socket).resume()?),
+        Command::Snapshot(args) => snapshot_command(args),
+        Command::Shutdown(args) => say_state(&Client::new(args.api_socket).shutdown()?),
     }
 }
 
 /// clap's error as one line: its first paragraph, without the tips and the usage below.
 fn usage(error: &clap::Error) -> Error {
     if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
-        return Error::usage("say what to do: probe, run, make-image or bench; --help tells more");
+        return Error::usage("say what to do, as in demand-vmm run; --help tells what there is");
     }
     let text = error.to_string();
     let first = text.split("\n\n").next().unwrap_or(&text);
@@ -212,6 +260,28 @@ fn bench_command(args: BenchArgs, started: Instant) -> Result<(), Error> {
     };
     let report = bench(&options, started)?;
     if args.json { say(&(to_json(&report)? + "\n")) } else { say(&report.table()) }
+}
+
+fn status_command(args: &StatusArgs) -> Result<(), Error> {
+    let status = Client::new(&args.api.api_socket).status()?;
+    if args.json { say(&(to_json(&status)? + "\n")) } else { say(&client::table(&status)) }
+}
+
+fn say_state(status: &Status) -> Result<(), Error> {
+    say(&format!("{}\n", status.state))
+}
+
+fn snapshot_command(args: SnapshotArgs) -> Result<(), Error> {
+    // The VMM's working directory is another.
+    let destination = std::path::absolute(&args.destination).map_err(|error| {
+        Error::failed(format!("snapshot {}: {error}", args.destination.display()))
+    })?;
+    let request = SnapshotRequest { destination, then: args.then };
+    let mut progress = Progress::new("snapshot");
+    let client = Client::new(args.api.api_socket);
+    let snapshot = client.snapshot(&request, |status| progress.show(status))?;
+    drop(progress);
+    if args.json { say(&(to_json(&snapshot)? + "\n")) } else { say(&client::summary(&snapshot)) }
 }
 
 /// Writes to standard output, which may be a pipe that nobody reads any more.
@@ -266,6 +336,8 @@ mod tests {
             &["demand-vmm", "run", "--memory", "size=1G"],
             &["demand-vmm", "run", "--memory", "size=1Q", "--source", "x"],
             &["demand-vmm", "fly"],
+            &["demand-vmm", "status"],
+            &["demand-vmm", "snapshot", "--api-socket", "x", "--then", "fly", "dir"],
         ] {
             let error = Cli::try_parse_from(arguments).unwrap_err();
             let line = usage(&error).to_string();

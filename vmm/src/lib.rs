@@ -2,6 +2,8 @@
 #![doc = include_str!("../README.md")]
 
 pub mod acpi;
+pub mod api;
+pub mod api_server;
 pub mod bench;
 pub mod boot;
 pub mod boot_cpu;
@@ -10,6 +12,7 @@ pub mod cli;
 pub mod cpuid;
 pub mod device_kind;
 pub mod device_state;
+pub mod client;
 pub mod disk;
 mod drive;
 pub mod error;
@@ -18,6 +21,7 @@ pub mod exits;
 mod gate;
 pub mod generation;
 mod hex;
+pub mod http;
 mod interrupt;
 pub mod layout;
 pub mod linux;
@@ -39,6 +43,7 @@ mod supervise;
 mod terminal;
 pub mod test_exits;
 pub mod snapshot_dir;
+mod socket;
 pub mod timeline;
 pub mod vcpu;
 pub mod vcpu_state;

@@ -176,7 +176,8 @@ pub fn size(bytes: u64) -> String {
     }
 }
 
-fn duration(us: u64) -> String {
+/// A number of microseconds for people, rounded.
+pub fn duration(us: u64) -> String {
     match us {
         0..10_000 => format!("{us} us"),
         10_000..10_000_000 => format!("{:.0} ms", us as f64 / 1e3),

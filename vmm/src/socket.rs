@@ -1,0 +1,212 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Unix sockets with names in the file system, as servers and clients of the API need them: one
+//! that only its owner can use and that replaces what a dead process left, and a connection that
+//! does not wait for a server that hangs. See unix(7).
+
+use std::fs::{File, TryLockError};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::fs::{Mode, fchmod};
+use rustix::io::Errno;
+use rustix::net::{
+    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with,
+};
+
+use crate::error::Error;
+
+/// Connections that wait to be accepted.
+const BACKLOG: i32 = 128;
+
+/// How long somebody else may be setting up a socket in the same folder.
+const LOCK_PATIENCE: Duration = Duration::from_secs(5);
+
+/// A socket that listens. Dropping it removes its file.
+#[derive(Debug)]
+pub(crate) struct Listener {
+    listener: UnixListener,
+    path: PathBuf,
+    /// Device and inode, to know it by.
+    identity: (u64, u64),
+}
+
+impl Listener {
+    /// Makes a socket at `path` that only this user can connect to (mode 0600). The socket of a
+    /// process that is gone is replaced.
+    pub(crate) fn bind(path: &Path) -> Result<Self, Error> {
+        let failed = |what: &str, why: &dyn std::fmt::Display| {
+            Error::failed(format!("make the API's socket {}: {what}{why}", path.display()))
+        };
+        let address = address(path).map_err(|error| failed("", &error))?;
+        // Nobody else looks at a stale socket between our look and our replacing it.
+        let _lock = lock_folder(path).map_err(|error| {
+            failed("", &format!("its folder: {error}; is there such a folder?"))
+        })?;
+        remove_stale(path).map_err(|error| failed("", &error))?;
+        let socket = new_socket(SocketFlags::CLOEXEC).map_err(|error| failed("", &error))?;
+        // The file gets the mode that the socket has, from its first moment on.
+        fchmod(&socket, Mode::RUSR | Mode::WUSR).map_err(|error| failed("mode: ", &error))?;
+        bind(&socket, &address).map_err(|error| failed("", &error))?;
+        let listened = listen(&socket, BACKLOG).map_err(io::Error::from).and_then(|()| {
+            let metadata = path.symlink_metadata()?;
+            Ok((metadata.dev(), metadata.ino()))
+        });
+        match listened {
+            Ok(identity) => Ok(Listener { listener: socket.into(), path: path.into(), identity }),
+            Err(error) => {
+                let _ = std::fs::remove_file(path);
+                Err(failed("listen: ", &error))
+            }
+        }
+    }
+
+    /// The socket.
+    pub(crate) fn socket(&self) -> &UnixListener {
+        &self.listener
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        // Only our own: another process may have put its socket there.
+        let there = self.path.symlink_metadata();
+        if there.is_ok_and(|file| (file.dev(), file.ino()) == self.identity) {
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+}
+
+/// Connects to the socket at `path`. If as many wait already as may, [`io::ErrorKind::WouldBlock`].
+pub(crate) fn connect_now(path: &Path) -> io::Result<UnixStream> {
+    let address = address(path).map_err(io::Error::other)?;
+    let socket = new_socket(SocketFlags::CLOEXEC | SocketFlags::NONBLOCK)?;
+    connect(&socket, &address)?;
+    let stream = UnixStream::from(socket);
+    stream.set_nonblocking(false)?;
+    Ok(stream)
+}
+
+fn new_socket(flags: SocketFlags) -> rustix::io::Result<OwnedFd> {
+    socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)
+}
+
+fn address(path: &Path) -> Result<SocketAddrUnix, String> {
+    SocketAddrUnix::new(path).map_err(|error| match error {
+        Errno::NAMETOOLONG => "the path is longer than a socket's may be, 107 bytes".into(),
+        error => error.to_string(),
+    })
+}
+
+/// Holds the folder's lock; it goes with the file.
+fn lock_folder(path: &Path) -> io::Result<File> {
+    let folder = match path.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        _ => Path::new("."),
+    };
+    let folder = File::open(folder)?;
+    let begun = Instant::now();
+    loop {
+        match folder.try_lock() {
+            Ok(()) => return Ok(folder),
+            Err(TryLockError::Error(error)) => return Err(error),
+            Err(TryLockError::WouldBlock) if begun.elapsed() > LOCK_PATIENCE => {
+                return Err(io::Error::other("another process keeps it locked"));
+            }
+            Err(TryLockError::WouldBlock) => thread::sleep(Duration::from_millis(10)),
+        }
+    }
+}
+
+/// Removes a socket on which nobody listens.
+fn remove_stale(path: &Path) -> Result<(), String> {
+    let there = match path.symlink_metadata() {
+        Ok(there) => there,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(error.to_string()),
+    };
+    if !there.file_type().is_socket() {
+        return Err("there is something else that is no socket; give another path".into());
+    }
+    match connect_now(path) {
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {}
+        Ok(_) => return Err("another process listens there; give another path or end it".into()),
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+            return Err("another process listens there; give another path or end it".into());
+        }
+        Err(error) => return Err(format!("there is one already, and it cannot be tried: {error}")),
+    }
+    std::fs::remove_file(path).map_err(|error| format!("remove the one that was left: {error}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+    use std::os::unix::fs::PermissionsExt;
+
+    #[test]
+    fn only_what_a_dead_process_left_is_replaced() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("api.sock");
+        drop(UnixListener::bind(&path).unwrap());
+        let listener = Listener::bind(&path).unwrap();
+        let mode = fs::symlink_metadata(&path).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+        connect_now(&path).unwrap();
+        let error = Listener::bind(&path).unwrap_err().to_string();
+        assert!(error.contains("another process listens there"), "{error}");
+        drop(listener);
+        assert!(!path.exists());
+        fs::write(&path, "precious").unwrap();
+        let error = Listener::bind(&path).unwrap_err().to_string();
+        assert!(error.contains("no socket"), "{error}");
+        assert_eq!(fs::read(&path).unwrap(), b"precious");
+    }
+
+    #[test]
+    fn the_socket_of_a_successor_is_left_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("api.sock");
+        let first = Listener::bind(&path).unwrap();
+        fs::remove_file(&path).unwrap();
+        let second = Listener::bind(&path).unwrap();
+        drop(first);
+        connect_now(&path).unwrap();
+        drop(second);
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_path_that_cannot_be_a_socket_is_said_to_be() {
+        let folder = tempfile::tempdir().unwrap();
+        let long = folder.path().join("a".repeat(120));
+        let error = Listener::bind(&long).unwrap_err().to_string();
+        assert!(error.contains("107 bytes"), "{error}");
+        let error = Listener::bind(&folder.path().join("no/api.sock")).unwrap_err().to_string();
+        assert!(error.contains("is there such a folder?"), "{error}");
+    }
+
+    #[test]
+    fn nobody_waits_for_a_server_that_hangs() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("api.sock");
+        let _listener = Listener::bind(&path).unwrap();
+        let begun = Instant::now();
+        let mut waiting = Vec::new();
+        let error = loop {
+            match connect_now(&path) {
+                Ok(stream) => waiting.push(stream),
+                Err(error) => break error,
+            }
+            assert!(waiting.len() < 1000);
+        };
+        assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
+        assert!(begun.elapsed() < Duration::from_secs(5));
+        assert!(Listener::bind(&path).is_err());
+    }
+}
