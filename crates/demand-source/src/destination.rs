@@ -69,13 +69,8 @@ impl<'a> Destination<'a> {
     ///
     /// If they do not fit.
     pub fn write_at(&mut self, offset: usize, bytes: &[u8]) {
-        assert!(
-            offset <= self.len && bytes.len() <= self.len - offset,
-            "{} bytes at {offset} do not fit into {} bytes",
-            bytes.len(),
-            self.len
-        );
-        // SAFETY: the assertion keeps the write within the loan, which is mapped writable while
+        self.check(offset, bytes.len());
+        // SAFETY: the check keeps the write within the loan, which is mapped writable while
         // `self` lives; `bytes` cannot overlap it, as no Rust reference to the loan may exist.
         unsafe {
             std::ptr::copy_nonoverlapping(
@@ -84,6 +79,33 @@ impl<'a> Destination<'a> {
                 bytes.len(),
             );
         }
+    }
+
+    /// Copies the bytes at `offset` (bytes) of the loan to `bytes`: for a source that looks at what
+    /// it has read before it says that it is done.
+    ///
+    /// # Panics
+    ///
+    /// If the loan has not so many bytes there.
+    pub fn copy_out(&self, offset: usize, bytes: &mut [u8]) {
+        self.check(offset, bytes.len());
+        // SAFETY: the check keeps the read within the loan, which is mapped while `self` lives;
+        // `bytes` cannot overlap it, as no Rust reference to the loan may exist.
+        unsafe {
+            std::ptr::copy_nonoverlapping(
+                self.address.as_ptr().add(offset),
+                bytes.as_mut_ptr(),
+                bytes.len(),
+            );
+        }
+    }
+
+    fn check(&self, offset: usize, len: usize) {
+        assert!(
+            offset <= self.len && len <= self.len - offset,
+            "{len} bytes at {offset} do not fit into {} bytes",
+            self.len
+        );
     }
 
     /// Reads from `file` at `file_offset` (bytes) into the loan from its byte `offset` on, with
@@ -131,26 +153,44 @@ impl<'a> From<&'a mut [u8]> for Destination<'a> {
 }
 
 /// The bytes behind [`Destination::owned`].
-pub(crate) struct OwnedBytes(Arc<Mutex<Box<[u8]>>>);
+pub struct OwnedBytes(Arc<Mutex<Box<[u8]>>>);
 
 impl OwnedBytes {
     /// The bytes, or `None` while a source still holds the destination.
-    pub(crate) fn take(self) -> Option<Box<[u8]>> {
+    pub fn take(self) -> Option<Box<[u8]>> {
         let bytes = Arc::into_inner(self.0)?;
         Some(bytes.into_inner().unwrap_or_else(PoisonError::into_inner))
     }
 }
 
 impl Destination<'static> {
-    /// A destination with zeroed memory of its own.
-    pub(crate) fn owned(len: usize) -> (Destination<'static>, OwnedBytes) {
-        let mut bytes = vec![0u8; len].into_boxed_slice();
+    /// A destination that owns its memory, and the handle that gives it back once the source has
+    /// let go of the destination.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use demand_source::Destination;
+    ///
+    /// let (mut destination, bytes) = Destination::owned(vec![0; 4].into());
+    /// destination.write_at(1, &[7]);
+    /// drop(destination);
+    /// assert_eq!(*bytes.take().unwrap(), [0, 7, 0, 0]);
+    /// ```
+    pub fn owned(mut bytes: Box<[u8]>) -> (Destination<'static>, OwnedBytes) {
+        let len = bytes.len();
         let address = NonNull::from(&mut *bytes).cast();
         let shared = Arc::new(Mutex::new(bytes));
         // SAFETY: the box's memory stays where it is while the `Arc` lives, which the destination
         // keeps; `OwnedBytes` hands the box out only when it holds the last reference.
         let destination = unsafe { Destination::new(address, len, Some(shared.clone())) };
         (destination, OwnedBytes(shared))
+    }
+}
+
+impl fmt::Debug for OwnedBytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("OwnedBytes").finish_non_exhaustive()
     }
 }
 
@@ -167,6 +207,12 @@ impl fmt::Debug for Destination<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    #[should_panic(expected = "do not fit")]
+    fn a_copy_from_past_the_end_is_refused() {
+        Destination::from(&mut [0u8; 8][..]).copy_out(8, &mut [0]);
+    }
 
     #[test]
     #[should_panic(expected = "do not fit")]

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Images that are mapped, for the kernel to copy from.
 
+use std::cell::Cell;
 use std::fs::File;
 use std::io;
 use std::marker::PhantomData;
@@ -13,11 +14,22 @@ use memmap2::{Advice, MmapOptions, MmapRaw, UncheckedAdvice};
 ///
 /// They may be gone when they are read: if a file shrinks, a system call that reads them fails with
 /// `EFAULT`, but a process that looks itself dies of `SIGBUS`. So this gives no slice.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 pub struct MappedBytes<'a> {
     address: NonNull<u8>,
     len: usize,
+    // The bytes themselves, where they are a copy that this has to itself.
+    owned: Option<Vec<u8>>,
     lifetime: PhantomData<&'a ()>,
+}
+
+/// Bytes of a buffer that is worth keeping, at most: the largest unit that is filled from one.
+const SPARE: usize = 2 << 20;
+
+thread_local! {
+    // The buffer that was used last. A new one of this size would be made of fresh zeroed memory
+    // each time, which takes longer than it is to save.
+    static LAST: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
 }
 
 impl MappedBytes<'_> {
@@ -28,7 +40,23 @@ impl MappedBytes<'_> {
     /// For the lifetime, nothing but these bytes may be mapped there, and nothing but the kernel
     /// may read them through this value.
     pub unsafe fn new(address: NonNull<u8>, len: usize) -> Self {
-        MappedBytes { address, len, lifetime: PhantomData }
+        MappedBytes { address, len, owned: None, lifetime: PhantomData }
+    }
+
+    /// Bytes that a source has made or checked for this one use.
+    pub fn owned(bytes: Vec<u8>) -> MappedBytes<'static> {
+        // A vector's pointer is never null, and its bytes stay where they are until it is changed
+        // or dropped.
+        let (address, len) = (NonNull::from(&bytes[..]).cast(), bytes.len());
+        MappedBytes { address, len, owned: Some(bytes), lifetime: PhantomData }
+    }
+
+    /// A buffer for [`owned`](Self::owned), of any content: this thread's last one, if it was
+    /// given back.
+    pub(crate) fn buffer(len: usize) -> Vec<u8> {
+        let mut bytes = LAST.take();
+        bytes.resize(len, 0);
+        bytes
     }
 
     /// Where they begin.
@@ -44,6 +72,15 @@ impl MappedBytes<'_> {
     /// Whether there are none.
     pub fn is_empty(&self) -> bool {
         self.len == 0
+    }
+}
+
+impl Drop for MappedBytes<'_> {
+    fn drop(&mut self) {
+        if let Some(bytes) = self.owned.take().filter(|bytes| bytes.capacity() <= SPARE) {
+            // A thread that ends has no use for it.
+            let _ = LAST.try_with(|last| last.set(bytes));
+        }
     }
 }
 
@@ -131,6 +168,22 @@ mod tests {
         let content = read(bytes).unwrap();
         assert!(content[..4096].iter().all(|byte| *byte == 7));
         assert!(content[4096..].iter().all(|byte| *byte == 0));
+    }
+
+    #[test]
+    fn a_buffer_is_used_again_and_only_after_its_last_use() {
+        let mut first = MappedBytes::buffer(8192);
+        first.fill(7);
+        let first = MappedBytes::owned(first);
+        let address = first.address();
+        let mut second = MappedBytes::buffer(8192);
+        second.fill(9);
+        assert_eq!(read(first).unwrap(), [7; 8192]);
+        let third = MappedBytes::buffer(4096);
+        assert_eq!(third.as_ptr(), address.as_ptr());
+        // One that is too large is not kept.
+        drop(MappedBytes::owned(vec![1; SPARE + 1]));
+        assert_eq!(LAST.take().capacity(), 0);
     }
 
     #[test]

@@ -121,9 +121,9 @@ pub trait PageSource: Send + Sync {
         None
     }
 
-    /// The `len` bytes at `offset` where they lie in this process, if they do and are at hand;
-    /// `None` (as here) from all other sources, and where they cannot be had like that. `offset`
-    /// and `len` are multiples of 4096.
+    /// The `len` bytes at `offset` where they lie in this process, if they do and are at hand, or
+    /// a copy that the source had to make anyhow; `None` (as here) from all other sources, and
+    /// where they cannot be had like that. `offset` and `len` are multiples of 4096.
     fn mapped(&self, _offset: u64, _len: u64) -> Option<MappedBytes<'_>> {
         None
     }
@@ -149,7 +149,7 @@ pub trait PageSource: Send + Sync {
         if let Some(result) = self.read_now(offset, destination) {
             return result;
         }
-        let (bounce, bytes) = Destination::owned(destination.len());
+        let (bounce, bytes) = Destination::owned(vec![0; destination.len()].into());
         let chunks = vec![Chunk { offset, destination: bounce }];
         self.submit(Request { priority: Priority::Demand, chunks }).wait()?;
         destination.write_at(0, &bytes.take().ok_or(SourceError::Abandoned)?);
