@@ -6,7 +6,7 @@ use std::os::unix::fs::FileExt;
 use std::time::Duration;
 
 use criterion::{Criterion, criterion_group, criterion_main};
-use demand_source::{Destination, LocalFile, PageSource};
+use demand_source::{Destination, HashedImage, ImageWriter, LocalFile, PageSource};
 
 const SIZE: u64 = 16 << 20;
 
@@ -14,6 +14,12 @@ fn read(criterion: &mut Criterion) {
     let image = tempfile::NamedTempFile::new().unwrap();
     image.as_file().write_all_at(&vec![7; SIZE as usize], 0).unwrap();
     let source = LocalFile::open(image.path()).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let (hashed, table) = (folder.path().join("image"), folder.path().join("hashes"));
+    let mut writer = ImageWriter::create(&hashed, &table, SIZE, [0; 16]).unwrap();
+    writer.write(0, &vec![7; SIZE as usize]).unwrap();
+    writer.finish().unwrap();
+    let hashed = HashedImage::open(&hashed, &table).unwrap();
     let mut at = 0;
     let mut next = move |len: u64| {
         at = (at + len) / len * len % SIZE;
@@ -28,6 +34,12 @@ fn read(criterion: &mut Criterion) {
             b.iter(|| {
                 let mut destination = Destination::from(&mut bytes[..]);
                 source.read_now(next(len), &mut destination).unwrap().unwrap();
+            });
+        });
+        criterion.bench_function(&format!("demand-source: read and check {len} bytes"), |b| {
+            b.iter(|| {
+                let mut destination = Destination::from(&mut bytes[..]);
+                hashed.read_now(next(len), &mut destination).unwrap().unwrap();
             });
         });
         criterion.bench_function(&format!("demand-source: bare pread of {len} bytes"), |b| {

@@ -62,6 +62,38 @@ pub enum SourceError {
         /// The image's size, in bytes.
         size: u64,
     },
+    /// A page of the image is not what it was when the image was written.
+    #[error(
+        "read the page at offset {offset} of {image}: its content is not what the table of page \
+         hashes says; put back both files as they were written, or take a new snapshot"
+    )]
+    Altered {
+        /// The image, as the user named it.
+        image: String,
+        /// Offset of the page in the image, in bytes.
+        offset: u64,
+    },
+    /// The table of page hashes is not usable, or not this image's.
+    #[error(
+        "open image {image} with the page hashes of {table}: {why}; name both files of one \
+             snapshot, as they were written"
+    )]
+    Table {
+        /// The image, as the user named it.
+        image: String,
+        /// The table, as the user named it.
+        table: String,
+        /// What is wrong.
+        why: String,
+    },
+    /// Whoever watched a check had it end.
+    #[error("check image {image}: ended at byte {at}, as was asked; start it again")]
+    Cancelled {
+        /// The image, as the user named it.
+        image: String,
+        /// Where the check had come to, in bytes.
+        at: u64,
+    },
     /// The source was taken down before it had answered.
     #[error("the page source ended before it answered a request; start it again")]
     Abandoned,

@@ -88,32 +88,37 @@ impl LocalFile {
         })
     }
 
-    fn image(&self) -> String {
+    /// The file, as the user named it.
+    pub(crate) fn name(&self) -> String {
         self.path.display().to_string()
     }
 
     fn shrunk(&self, offset: u64, len: u64) -> SourceError {
         let end = (&self.file).seek(SeekFrom::End(0)).unwrap_or(0);
-        SourceError::Shrunk { image: self.image(), offset, len, end, size: self.size }
+        SourceError::Shrunk { image: self.name(), offset, len, end, size: self.size }
     }
 
-    fn read(&self, offset: u64, destination: &mut Destination<'_>) -> Result<(), SourceError> {
+    /// The end of `len` bytes at `offset`, if they lie in the image.
+    pub(crate) fn check_range(&self, offset: u64, len: u64) -> Result<u64, SourceError> {
+        offset.checked_add(len).filter(|end| *end <= self.size).ok_or_else(|| {
+            SourceError::OutOfRange { image: self.name(), offset, len, size: self.size }
+        })
+    }
+
+    pub(crate) fn read(
+        &self,
+        offset: u64,
+        destination: &mut Destination<'_>,
+    ) -> Result<(), SourceError> {
         let len = destination.len() as u64;
-        if offset.checked_add(len).is_none_or(|end| end > self.size) {
-            return Err(SourceError::OutOfRange {
-                image: self.image(),
-                offset,
-                len,
-                size: self.size,
-            });
-        }
+        self.check_range(offset, len)?;
         let mut done = 0;
         while done < destination.len() {
             match destination.read_from(done, &self.file, offset + done as u64) {
                 Ok(0) => return Err(self.shrunk(offset, len)),
                 Ok(read) => done += read,
                 Err(error) => {
-                    return Err(SourceError::Read { image: self.image(), offset, len, error });
+                    return Err(SourceError::Read { image: self.name(), offset, len, error });
                 }
             }
         }
@@ -130,7 +135,8 @@ impl LocalFile {
         u64::try_from(found).map_err(|_| io::Error::last_os_error())
     }
 
-    fn find_extent(&self, offset: u64) -> Result<Extent, SourceError> {
+    /// What the file system says of the byte at `offset`, which lies in the image.
+    pub(crate) fn find_extent(&self, offset: u64) -> Result<Extent, SourceError> {
         let data = match self.seek(offset, libc::SEEK_DATA) {
             Ok(data) => data,
             Err(error) => {
@@ -141,7 +147,7 @@ impl LocalFile {
                     Some(libc::ENXIO) => Err(self.shrunk(offset, self.size - offset)),
                     // A file system that knows no holes has data everywhere.
                     Some(libc::EINVAL) => Ok(Extent::Data { end: self.size }),
-                    _ => Err(SourceError::Read { image: self.image(), offset, len: 0, error }),
+                    _ => Err(SourceError::Read { image: self.name(), offset, len: 0, error }),
                 };
             }
         };
@@ -151,6 +157,23 @@ impl LocalFile {
         let end = self.seek(offset, libc::SEEK_HOLE).unwrap_or(self.size);
         Ok(Extent::Data { end: end.min(self.size) })
     }
+
+    /// As [`extent`](PageSource::extent), through `check`, which may refuse what was found or
+    /// change it; it is not asked again for what this thread remembers.
+    pub(crate) fn extent_checked(
+        &self,
+        offset: u64,
+        check: impl FnOnce(Extent) -> Result<Extent, SourceError>,
+    ) -> Result<Extent, SourceError> {
+        self.check_range(offset, 1)?;
+        let last = LAST.get();
+        if last.id == self.id && last.start <= offset && offset < last.extent.end() {
+            return Ok(last.extent);
+        }
+        let extent = check(self.find_extent(offset)?)?;
+        LAST.set(LastExtent { id: self.id, start: offset, extent });
+        Ok(extent)
+    }
 }
 
 impl PageSource for LocalFile {
@@ -159,21 +182,7 @@ impl PageSource for LocalFile {
     }
 
     fn extent(&self, offset: u64) -> Result<Extent, SourceError> {
-        if offset >= self.size {
-            return Err(SourceError::OutOfRange {
-                image: self.image(),
-                offset,
-                len: 1,
-                size: self.size,
-            });
-        }
-        let last = LAST.get();
-        if last.id == self.id && last.start <= offset && offset < last.extent.end() {
-            return Ok(last.extent);
-        }
-        let extent = self.find_extent(offset)?;
-        LAST.set(LastExtent { id: self.id, start: offset, extent });
-        Ok(extent)
+        self.extent_checked(offset, Ok)
     }
 
     fn submit(&self, request: Request) -> Completion {

@@ -1,0 +1,182 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The table of page hashes beside an image: its format, which
+//! [`HashedImage`](crate::HashedImage) describes, and reading it.
+
+use std::path::Path;
+
+use twox_hash::XxHash3_64;
+
+use crate::hash::PAGE_BYTES;
+use crate::{Destination, LocalFile, PageSource, SourceError};
+
+/// Bytes of the header, which are also where the hashes begin.
+pub(crate) const HEADER_BYTES: usize = 4096;
+/// Bytes of one hash.
+pub(crate) const HASH_BYTES: u64 = 8;
+/// Hashes that are read at once: those of 2 MiB.
+pub(crate) const BLOCK: usize = 512;
+
+const MAGIC: [u8; 8] = *b"DPHASHES";
+const VERSION: u32 = 1;
+
+/// What the header says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Header {
+    /// Bytes of the image.
+    pub(crate) size: u64,
+    pub(crate) generation: [u8; 16],
+}
+
+impl Header {
+    pub(crate) fn encode(&self) -> [u8; HEADER_BYTES] {
+        let mut bytes = [0; HEADER_BYTES];
+        bytes[..8].copy_from_slice(&MAGIC);
+        bytes[8..12].copy_from_slice(&VERSION.to_le_bytes());
+        bytes[12..16].copy_from_slice(&(PAGE_BYTES as u32).to_le_bytes());
+        bytes[16..24].copy_from_slice(&self.size.to_le_bytes());
+        bytes[24..40].copy_from_slice(&self.generation);
+        let checksum = XxHash3_64::oneshot(&bytes);
+        bytes[40..48].copy_from_slice(&checksum.to_le_bytes());
+        bytes
+    }
+
+    /// Reads a header, or says what is wrong with it.
+    fn decode(bytes: &[u8; HEADER_BYTES]) -> Result<Self, String> {
+        if bytes.iter().all(|byte| *byte == 0) {
+            return Err("the table was not finished".into());
+        }
+        if bytes[..8] != MAGIC {
+            return Err("the table is no table of page hashes".into());
+        }
+        let mut version = [0; 4];
+        version.copy_from_slice(&bytes[8..12]);
+        let version = u32::from_le_bytes(version);
+        let (mut size, mut generation) = ([0; 8], [0; 16]);
+        size.copy_from_slice(&bytes[16..24]);
+        generation.copy_from_slice(&bytes[24..40]);
+        let header = Header { size: u64::from_le_bytes(size), generation };
+        if version == VERSION && header.encode() != *bytes {
+            return Err("the table's header is damaged".into());
+        }
+        if version != VERSION {
+            return Err(format!("the table has version {version}, this program reads {VERSION}"));
+        }
+        check_size(header.size)?;
+        Ok(header)
+    }
+}
+
+/// Says what is wrong with an image's size, in bytes.
+pub(crate) fn check_size(size: u64) -> Result<(), String> {
+    if size == 0 || !size.is_multiple_of(PAGE_BYTES as u64) {
+        return Err(format!("an image of {size} bytes is no whole number of pages of 4096 bytes"));
+    }
+    // A file's offset is signed.
+    if i64::try_from(size).is_err() {
+        return Err(format!("an image of {size} bytes is longer than a file can be"));
+    }
+    Ok(())
+}
+
+/// Length of the table of an image of `size` bytes, in bytes.
+pub(crate) fn table_len(size: u64) -> u64 {
+    hash_offset(size / PAGE_BYTES as u64)
+}
+
+/// Where the hash of a page is in the table, in bytes.
+pub(crate) fn hash_offset(page: u64) -> u64 {
+    HEADER_BYTES as u64 + page * HASH_BYTES
+}
+
+/// The table of an image's page hashes. It is read in pieces as they are needed, and not mapped: a
+/// table that became shorter would end the process that looks at it.
+#[derive(Debug)]
+pub(crate) struct HashTable {
+    file: LocalFile,
+    header: Header,
+}
+
+impl HashTable {
+    /// Opens the table of `image`.
+    pub(crate) fn open(path: &Path, image: &LocalFile) -> Result<Self, SourceError> {
+        let file = LocalFile::open(path)?;
+        let unfit = |why| SourceError::Table { image: image.name(), table: file.name(), why };
+        let len = file.size();
+        let mut bytes = [0; HEADER_BYTES];
+        if len < HEADER_BYTES as u64 {
+            return Err(unfit(format!("the table has {len} bytes, which are no header")));
+        }
+        file.read(0, &mut Destination::from(&mut bytes[..]))?;
+        let header = Header::decode(&bytes).map_err(unfit)?;
+        let (expected, actual) = (header.size, image.size());
+        if expected != actual {
+            return Err(unfit(format!(
+                "the table is for {expected} bytes, the image has {actual}"
+            )));
+        }
+        let expected = table_len(header.size);
+        if len != expected {
+            return Err(unfit(format!("the table has {len} bytes instead of {expected}")));
+        }
+        Ok(HashTable { file, header })
+    }
+
+    pub(crate) fn generation(&self) -> [u8; 16] {
+        self.header.generation
+    }
+
+    /// Calls `each` with each of `count` pages from page `first` on and its hash, until it says
+    /// `false`.
+    pub(crate) fn look(
+        &self,
+        first: u64,
+        count: u64,
+        mut each: impl FnMut(u64, u64) -> bool,
+    ) -> Result<(), SourceError> {
+        let mut hashes = [[0; HASH_BYTES as usize]; BLOCK];
+        let mut done = 0;
+        while done < count {
+            let now = (count - done).min(BLOCK as u64);
+            let bytes = hashes[..now as usize].as_flattened_mut();
+            self.file.read(hash_offset(first + done), &mut Destination::from(bytes))?;
+            for (page, hash) in (first + done..).zip(&hashes[..now as usize]) {
+                if !each(page, u64::from_le_bytes(*hash)) {
+                    return Ok(());
+                }
+            }
+            done += now;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HEADER: Header = Header { size: 3 << 20, generation: *b"sixteen bytes..." };
+
+    #[test]
+    fn a_header_is_read_back_and_each_bit_of_it_counts() {
+        let bytes = HEADER.encode();
+        assert_eq!(Header::decode(&bytes), Ok(HEADER));
+        for bit in 0..HEADER_BYTES * 8 {
+            let mut bytes = bytes;
+            bytes[bit / 8] ^= 1 << (bit % 8);
+            assert!(Header::decode(&bytes).is_err(), "bit {bit}");
+        }
+    }
+
+    #[test]
+    fn the_errors_tell_what_it_is() {
+        let why = |bytes| Header::decode(&bytes).unwrap_err();
+        assert!(why([0; HEADER_BYTES]).contains("not finished"));
+        assert!(why([7; HEADER_BYTES]).contains("no table"));
+        let mut newer = HEADER.encode();
+        newer[8] = 2;
+        assert!(why(newer).contains("version 2"));
+        assert!(why(Header { size: 0, ..HEADER }.encode()).contains("0 bytes"));
+        assert!(why(Header { size: 4097, ..HEADER }.encode()).contains("4097 bytes"));
+        assert!(why(Header { size: !4095, ..HEADER }.encode()).contains("longer"));
+    }
+}

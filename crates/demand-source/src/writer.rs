@@ -1,0 +1,364 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Writes images with the table of their page hashes.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use crate::hash::{PAGE_BYTES, page_hash};
+use crate::table::{self, Header};
+
+/// Why an image could not be written.
+#[derive(Debug, thiserror::Error)]
+pub enum ImageWriterError {
+    /// No image can have this size.
+    #[error("write an image: {0}; round the size to a multiple of 4096 bytes that a file can have")]
+    Size(String),
+    /// One of the files could not be made.
+    #[error("create {}: {error}; {}", path.display(), advice(error))]
+    Create {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        error: io::Error,
+    },
+    /// What was to be written are no whole pages of the image.
+    #[error(
+        "write {len} bytes at offset {offset} of {}: these are no whole pages of an image of \
+         {size} bytes; write multiples of 4096 bytes within it",
+        path.display()
+    )]
+    Range {
+        /// The image.
+        path: PathBuf,
+        /// Offset in the image, in bytes.
+        offset: u64,
+        /// Length of the write, in bytes.
+        len: u64,
+        /// Size of the image, in bytes.
+        size: u64,
+    },
+    /// A page has its content already.
+    #[error(
+        "write the page at offset {offset} of {}: it was written before; write each page once",
+        path.display()
+    )]
+    Twice {
+        /// The image.
+        path: PathBuf,
+        /// Offset of the page in the image, in bytes.
+        offset: u64,
+    },
+    /// The system refused a write.
+    #[error("write {len} bytes at offset {offset} of {}: {error}; {}", path.display(), advice(error))]
+    Write {
+        /// The image or its table.
+        path: PathBuf,
+        /// Offset in the file, in bytes.
+        offset: u64,
+        /// Length of the write, in bytes.
+        len: u64,
+        /// What the system said.
+        error: io::Error,
+    },
+    /// What was written could not be brought to the disk.
+    #[error("bring {} to the disk: {error}; {}", path.display(), advice(error))]
+    Sync {
+        /// The image or its table.
+        path: PathBuf,
+        /// What the system said.
+        error: io::Error,
+    },
+}
+
+fn advice(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+            "free space there, or choose another folder, and write it again"
+        }
+        io::ErrorKind::AlreadyExists => "choose a new name, or remove the old file",
+        io::ErrorKind::FileTooLarge => "choose a file system that has files of this size",
+        io::ErrorKind::NotFound => "make the folder first",
+        io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
+            "choose a folder that can be written"
+        }
+        _ => "see what the kernel says of this disk, or choose another folder",
+    }
+}
+
+/// The pages that a write was about, or a whole image is made of.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PageCounts {
+    /// Pages of 4096 bytes that hold something.
+    pub data: u64,
+    /// Pages of zeros, which are holes of the image.
+    pub holes: u64,
+}
+
+/// What an image has become.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ImageSummary {
+    /// Its pages.
+    pub pages: PageCounts,
+    /// Its size, in bytes, holes included.
+    pub size: u64,
+    /// Bytes of data that were written to it, its table not counted.
+    pub bytes_written: u64,
+}
+
+/// One of the two files.
+#[derive(Debug)]
+struct Output {
+    file: File,
+    path: PathBuf,
+}
+
+impl Output {
+    /// Makes a new file of `len` bytes, all of them a hole, that is its owner's only.
+    fn create(path: &Path, len: u64) -> Result<Self, ImageWriterError> {
+        let refused = |error| ImageWriterError::Create { path: path.to_owned(), error };
+        let mut options = OpenOptions::new();
+        options.write(true).create_new(true).mode(0o600);
+        let file = options.open(path).map_err(refused)?;
+        file.set_len(len).map_err(|error| {
+            // Nobody but this function has put anything there.
+            let _ = std::fs::remove_file(path);
+            refused(error)
+        })?;
+        Ok(Output { file, path: path.to_owned() })
+    }
+
+    fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), ImageWriterError> {
+        self.file.write_all_at(bytes, offset).map_err(|error| ImageWriterError::Write {
+            path: self.path.clone(),
+            offset,
+            len: bytes.len() as u64,
+            error,
+        })
+    }
+
+    fn sync(&self) -> Result<(), ImageWriterError> {
+        let refused = |error| ImageWriterError::Sync { path: self.path.clone(), error };
+        self.file.sync_all().map_err(refused)
+    }
+}
+
+/// Writes a sparse image and, beside it, the table of its page hashes that
+/// [`HashedImage`](crate::HashedImage) describes and reads.
+///
+/// Pages of zeros are not written: they stay holes. A pair of files whose writer was not
+/// [finished](Self::finish) is refused when it is opened; removing it is up to whoever made it.
+///
+/// # Examples
+///
+/// ```
+/// use demand_source::{Destination, HashedImage, ImageWriter, PageSource};
+///
+/// let folder = tempfile::tempdir().unwrap();
+/// let (image, table) = (folder.path().join("memory"), folder.path().join("memory.hashes"));
+/// let mut writer = ImageWriter::create(&image, &table, 1 << 20, [1; 16]).unwrap();
+/// writer.write(8192, &[7; 4096]).unwrap();
+/// let summary = writer.finish().unwrap();
+/// assert_eq!((summary.pages.data, summary.pages.holes), (1, 255));
+///
+/// let image = HashedImage::open(&image, &table).unwrap();
+/// assert_eq!(image.generation(), [1; 16]);
+/// let mut page = [0; 4096];
+/// image.read_through(8192, &mut Destination::from(&mut page[..])).unwrap();
+/// assert_eq!(page, [7; 4096]);
+/// ```
+#[derive(Debug)]
+pub struct ImageWriter {
+    image: Output,
+    table: Output,
+    header: Header,
+    /// A bit for each page that holds something.
+    written: Vec<u64>,
+    data: u64,
+    /// Kept from one write to the next: their hashes.
+    hashes: Vec<u64>,
+}
+
+impl ImageWriter {
+    /// Makes the two files, for an image of `size` bytes (a multiple of 4096). They must not exist;
+    /// only their owner may read them. `generation` is told to whoever opens them, to say which
+    /// snapshot they belong to.
+    ///
+    /// # Errors
+    ///
+    /// [`ImageWriterError::Size`] and [`ImageWriterError::Create`]; no file is left behind then.
+    pub fn create(
+        image: &Path,
+        table: &Path,
+        size: u64,
+        generation: [u8; 16],
+    ) -> Result<Self, ImageWriterError> {
+        table::check_size(size).map_err(ImageWriterError::Size)?;
+        let image = Output::create(image, size)?;
+        let table = Output::create(table, table::table_len(size)).inspect_err(|_| {
+            let _ = std::fs::remove_file(&image.path);
+        })?;
+        let pages = size / PAGE_BYTES as u64;
+        let header = Header { size, generation };
+        let written = vec![0; pages.div_ceil(64) as usize];
+        Ok(ImageWriter { image, table, header, written, data: 0, hashes: Vec::new() })
+    }
+
+    /// Size of the image, in bytes.
+    pub fn size(&self) -> u64 {
+        self.header.size
+    }
+
+    /// Writes `bytes` at `offset` (bytes) of the image, both multiples of 4096. The pages of an
+    /// image may come in any order, each of them once; those that never come are zero.
+    ///
+    /// # Errors
+    ///
+    /// [`ImageWriterError::Range`], [`ImageWriterError::Twice`] and [`ImageWriterError::Write`].
+    pub fn write(&mut self, offset: u64, bytes: &[u8]) -> Result<PageCounts, ImageWriterError> {
+        let mut hashes = std::mem::take(&mut self.hashes);
+        let result = self.write_pages(offset, bytes, &mut hashes);
+        self.hashes = hashes;
+        result
+    }
+
+    fn write_pages(
+        &mut self,
+        offset: u64,
+        bytes: &[u8],
+        hashes: &mut Vec<u64>,
+    ) -> Result<PageCounts, ImageWriterError> {
+        let (page_bytes, len, size) = (PAGE_BYTES as u64, bytes.len() as u64, self.header.size);
+        let whole = offset.is_multiple_of(page_bytes) && len.is_multiple_of(page_bytes);
+        if !whole || offset.checked_add(len).is_none_or(|end| end > size) {
+            let path = self.image.path.clone();
+            return Err(ImageWriterError::Range { path, offset, len, size });
+        }
+        let first = offset / page_bytes;
+        if let Some(page) = (first..first + len / page_bytes).find(|page| self.is_written(*page)) {
+            let path = self.image.path.clone();
+            return Err(ImageWriterError::Twice { path, offset: page * page_bytes });
+        }
+        hashes.clear();
+        hashes.extend(bytes.chunks_exact(PAGE_BYTES).map(page_hash));
+
+        let mut counts = PageCounts::default();
+        let mut at = 0;
+        for run in hashes.chunk_by(|a, b| (*a == 0) == (*b == 0)) {
+            let (page, pages) = (first + at as u64, run.len() as u64);
+            if run[0] == 0 {
+                counts.holes += pages;
+            } else {
+                let content = &bytes[at * PAGE_BYTES..][..run.len() * PAGE_BYTES];
+                self.image.write(page * page_bytes, content)?;
+                counts.data += pages;
+            }
+            at += run.len();
+        }
+        // In one piece, zeros between the others included: it is all in one or two blocks.
+        let used = |hash: &u64| *hash != 0;
+        if let (Some(low), Some(high)) =
+            (hashes.iter().position(used), hashes.iter().rposition(used))
+        {
+            let entries: Vec<u8> =
+                hashes[low..=high].iter().flat_map(|h| h.to_le_bytes()).collect();
+            self.table.write(table::hash_offset(first + low as u64), &entries)?;
+        }
+        for (page, _) in (first..).zip(hashes.iter()).filter(|(_, hash)| used(hash)) {
+            self.written[(page / 64) as usize] |= 1 << (page % 64);
+        }
+        self.data += counts.data;
+        Ok(counts)
+    }
+
+    fn is_written(&self, page: u64) -> bool {
+        self.written[(page / 64) as usize] >> (page % 64) & 1 == 1
+    }
+
+    /// Brings both files to the disk and makes them valid. The folder that names them is the
+    /// caller's to bring there.
+    ///
+    /// # Errors
+    ///
+    /// [`ImageWriterError::Write`] and [`ImageWriterError::Sync`].
+    pub fn finish(self) -> Result<ImageSummary, ImageWriterError> {
+        self.image.sync()?;
+        // The header says that all is there: it comes when all is.
+        self.table.sync()?;
+        self.table.write(0, &self.header.encode())?;
+        self.table.sync()?;
+        let (size, data) = (self.header.size, self.data);
+        let holes = size / PAGE_BYTES as u64 - data;
+        let pages = PageCounts { data, holes };
+        Ok(ImageSummary { pages, size, bytes_written: data * PAGE_BYTES as u64 })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::MetadataExt;
+
+    fn writer(folder: &Path, size: u64) -> Result<ImageWriter, ImageWriterError> {
+        ImageWriter::create(&folder.join("image"), &folder.join("table"), size, [0; 16])
+    }
+
+    #[test]
+    fn files_are_new_and_their_owners_only() {
+        let folder = tempfile::tempdir().unwrap();
+        writer(folder.path(), 1 << 30).unwrap().finish().unwrap();
+        for name in ["image", "table"] {
+            let metadata = std::fs::metadata(folder.path().join(name)).unwrap();
+            assert_eq!(metadata.mode() & 0o777, 0o600);
+            assert!(metadata.blocks() * 512 <= 1 << 16, "{name} takes {}", metadata.blocks());
+        }
+        let error = writer(folder.path(), 4096).unwrap_err();
+        assert!(error.to_string().contains("remove the old file"), "{error}");
+        // The table is in the way: the image is not left behind.
+        std::fs::remove_file(folder.path().join("image")).unwrap();
+        writer(folder.path(), 4096).unwrap_err();
+        assert!(!folder.path().join("image").exists());
+    }
+
+    #[test]
+    fn what_is_no_page_of_the_image_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        for size in [0, 4097, u64::MAX - 4095] {
+            let error = writer(folder.path(), size).unwrap_err();
+            assert!(matches!(error, ImageWriterError::Size(_)), "{error}");
+        }
+        let mut writer = writer(folder.path(), 8192).unwrap();
+        let page = [1; 4096];
+        for (offset, bytes) in
+            [(1, &page[..]), (0, &page[1..]), (8192, &page[..]), (u64::MAX - 4095, &page[..])]
+        {
+            let error = writer.write(offset, bytes).unwrap_err();
+            assert!(matches!(error, ImageWriterError::Range { .. }), "{error}");
+        }
+        let counts = writer.write(4096, &page).unwrap();
+        assert_eq!(counts, PageCounts { data: 1, holes: 0 });
+        // Not even zeros: the page would keep what it has.
+        for content in [page, [0; 4096]] {
+            let error = writer.write(4096, &content).unwrap_err();
+            assert!(matches!(error, ImageWriterError::Twice { offset: 4096, .. }), "{error}");
+        }
+        // A write of nothing but zeros is none.
+        writer.write(0, &[0; 4096]).unwrap();
+        writer.write(0, &page).unwrap();
+        assert_eq!(writer.finish().unwrap().pages, PageCounts { data: 2, holes: 0 });
+    }
+
+    #[test]
+    fn a_full_disk_is_told_with_what_to_do() {
+        let full = Output {
+            file: OpenOptions::new().write(true).open("/dev/full").unwrap(),
+            path: "/dev/full".into(),
+        };
+        let error = full.write(8192, &[1; 4096]).unwrap_err().to_string();
+        assert!(
+            error.contains("offset 8192 of /dev/full") && error.contains("free space"),
+            "{error}"
+        );
+    }
+}
