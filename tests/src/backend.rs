@@ -37,7 +37,19 @@ impl BackEnd {
     ///
     /// If it cannot be started, or does not listen soon.
     pub fn vhost_device_blk(folder: &Path, disk: &Path, options: &BlkOptions) -> Result<Self> {
-        let socket = folder.join("blk.sock");
+        Self::vhost_device_blk_at(folder.join("blk.sock"), disk, options)
+    }
+
+    /// Starts vhost-device-blk on `disk`, listening at `socket`.
+    ///
+    /// # Errors
+    ///
+    /// As for [`vhost_device_blk`](Self::vhost_device_blk).
+    pub fn vhost_device_blk_at(
+        socket: PathBuf,
+        disk: &Path,
+        options: &BlkOptions,
+    ) -> Result<Self> {
         let mut command = Command::new(program("vhost-device-blk")?);
         command
             .arg("--socket")

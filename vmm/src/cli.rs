@@ -13,10 +13,17 @@ use test_guest::windows::Windows;
 
 use crate::api::{Go, SnapshotRequest, Status};
 use crate::bench::{Access, BenchOptions, SourceOption, bench};
+use crate::boot::BootSource;
 use crate::client::{self, Client, Progress};
 use crate::error::Error;
-use crate::options::{FillOption, MemoryOption, TestGuestOption, VhostUserOption};
+use crate::layout::MAX_CPUS;
+use crate::linux::{self, LinuxOptions};
+use crate::options::{FillOption, MemoryOption, RestoreMemory, TestGuestOption, VhostUserOption};
+use crate::report::Report;
+use crate::restore::{RestoreOptions, restore};
 use crate::run::{RunOptions, run};
+use crate::serial::SerialOption;
+use crate::session::GuestOptions;
 
 /// Runs virtual machines whose memory arrives when it is first used.
 ///
@@ -33,8 +40,11 @@ struct Cli {
 enum Command {
     /// Says what this host can do, and why.
     Probe(ProbeArgs),
-    /// Runs the built-in test guest on memory that is filled from an image.
+    /// Runs a Linux guest from its kernel (--kernel), or the built-in test guest on memory that is
+    /// filled from an image (--source).
     Run(Box<RunArgs>),
+    /// Restores a Linux guest from a snapshot; it runs while its memory arrives.
+    Restore(Box<RestoreArgs>),
     /// Writes the memory image, and if asked a disk, that a test guest of the same seed goes with.
     MakeImage(MakeImageArgs),
     /// Measures what a page costs that arrives when a guest touches it.
@@ -58,36 +68,20 @@ struct ProbeArgs {
     json: bool,
 }
 
+/// What every guest takes.
 #[derive(Debug, Args)]
-struct RunArgs {
-    /// size=1G[,backing=shmem|hugetlb-2m|hugetlb-1g][,reserve=on|off][,thp=on|off]
-    #[arg(long)]
-    memory: MemoryOption,
-    /// Number of vCPUs.
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
-    cpus: u32,
-    /// How vCPU accesses to missing pages are trapped.
-    #[arg(long, default_value = "auto", long_help = Engine::HELP)]
-    engine: EngineChoice,
-    /// The raw image that memory is filled from.
-    #[arg(long)]
-    source: PathBuf,
-    /// End with an error when the source has failed for this many seconds [default: never].
-    #[arg(long, value_name = "SECONDS")]
-    source_limit: Option<u64>,
-    /// blk,socket=PATH[,queues=N]
-    #[arg(long)]
-    vhost_user: Option<VhostUserOption>,
-    /// Background fill: on, off or rate=BYTES/s.
-    #[arg(long, default_value = "off")]
-    fill: FillOption,
-    /// What the test guest does: seed=N,window=SIZE,order=sequential|random|strided,touches=N,requests=N,
-    /// write-area=SIZE,pristine=PATH,disk=PATH and more.
-    #[arg(long, default_value = "")]
-    test_guest: TestGuestOption,
-    /// Have a separate process compare memory and disk with what they must hold.
-    #[arg(long)]
-    verify: bool,
+struct GuestArgs {
+    /// blk|net|rng|console|vsock,socket=PATH[,queues=N][,queue-size=N][,lazy=auto|postcopy|fill|refuse]
+    /// [,id=NAME]; once for each device.
+    #[arg(long, value_name = "DEVICE")]
+    vhost_user: Vec<VhostUserOption>,
+    /// Where a Linux guest's serial port leads: tty, file=PATH or off. On a terminal, Ctrl-A and x
+    /// end the VM.
+    #[arg(long, default_value = "tty")]
+    serial: SerialOption,
+    /// Serve the API on a Unix socket, for pause, resume, snapshot, status and shutdown.
+    #[arg(long, value_name = "PATH")]
+    api_socket: Option<PathBuf>,
     /// Name of the run in its report.
     #[arg(long, default_value = "run")]
     stage: String,
@@ -103,6 +97,93 @@ struct RunArgs {
     /// Say on standard error, now and then, how many pages are present.
     #[arg(long)]
     progress: bool,
+}
+
+impl GuestArgs {
+    fn options(self) -> GuestOptions {
+        GuestOptions {
+            stage: self.stage,
+            vhost_user: self.vhost_user,
+            serial: self.serial,
+            api_socket: self.api_socket,
+            timeline: self.timeline,
+            report: self.report,
+            progress: self.progress,
+        }
+    }
+
+    /// Where a report of a Linux guest goes: not between the lines of its console.
+    fn output(&self) -> Output {
+        let table = self.serial != SerialOption::Terminal;
+        Output { report: self.report.clone(), json: self.json, table }
+    }
+}
+
+#[derive(Debug, Args)]
+struct RunArgs {
+    /// size=1G[,backing=shmem|hugetlb-2m|hugetlb-1g][,reserve=on|off][,thp=on|off]
+    #[arg(long)]
+    memory: MemoryOption,
+    /// Number of vCPUs.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    cpus: u32,
+    /// The Linux kernel: a bzImage, or an ELF vmlinux with a PVH entry.
+    #[arg(long, value_name = "FILE", required_unless_present = "source")]
+    kernel: Option<PathBuf>,
+    /// Its first file system.
+    #[arg(long, value_name = "FILE", requires = "kernel")]
+    initramfs: Option<PathBuf>,
+    /// Its command line.
+    #[arg(long, default_value = "console=ttyS0", requires = "kernel")]
+    cmdline: String,
+    #[command(flatten)]
+    guest: GuestArgs,
+    /// How vCPU accesses to missing pages are trapped. (A guest that boots has none.)
+    #[arg(long, default_value = "auto", long_help = Engine::HELP)]
+    engine: EngineChoice,
+    /// The raw image that the test guest's memory is filled from.
+    #[arg(long, conflicts_with = "kernel")]
+    source: Option<PathBuf>,
+    /// End with an error when the source has failed for this many seconds [default: never].
+    #[arg(long, value_name = "SECONDS", requires = "source")]
+    source_limit: Option<u64>,
+    /// Background fill: on, off or rate=BYTES/s.
+    #[arg(long, default_value = "off")]
+    fill: FillOption,
+    /// What the test guest does: seed=N,window=SIZE,order=sequential|random|strided,touches=N,requests=N,
+    /// write-area=SIZE,pristine=PATH,disk=PATH and more.
+    #[arg(long, default_value = "")]
+    test_guest: TestGuestOption,
+    /// Have a separate process compare memory and disk with what they must hold.
+    #[arg(long, requires = "source")]
+    verify: bool,
+}
+
+#[derive(Debug, Args)]
+struct RestoreArgs {
+    /// The snapshot's directory.
+    #[arg(long, value_name = "DIR")]
+    source: PathBuf,
+    /// [backing=shmem|hugetlb-2m|hugetlb-1g][,reserve=on|off][,thp=on|off] [default: the snapshot's]
+    #[arg(long, default_value = "", hide_default_value = true)]
+    memory: RestoreMemory,
+    /// Number of vCPUs that the snapshot must have.
+    #[arg(long, value_name = "N")]
+    cpus: Option<u32>,
+    #[command(flatten)]
+    guest: GuestArgs,
+    /// How vCPU accesses to missing pages are trapped.
+    #[arg(long, default_value = "auto", long_help = Engine::HELP)]
+    engine: EngineChoice,
+    /// Pause the VM when the source has failed for this many seconds [default: never].
+    #[arg(long, value_name = "SECONDS")]
+    source_limit: Option<u64>,
+    /// Background fill: on, off or rate=BYTES/s.
+    #[arg(long, default_value = "on")]
+    fill: FillOption,
+    /// Read and check all of the memory's image before the guest runs.
+    #[arg(long)]
+    verify: bool,
 }
 
 #[derive(Debug, Args)]
@@ -201,6 +282,7 @@ pub fn main(started: Instant) -> Result<(), Error> {
     match cli.command {
         Command::Probe(args) => say(&crate::probe::probe(args.json)?),
         Command::Run(args) => run_command(*args, started),
+        Command::Restore(args) => restore_command(*args, started),
         Command::MakeImage(args) => make_image(&args),
         Command::Bench(args) => bench_command(args, started),
         Command::Status(args) => status_command(&args),
@@ -222,30 +304,84 @@ fn usage(error: &clap::Error) -> Error {
     Error::usage(format!("{first}; --help lists the options"))
 }
 
+/// Where a report goes.
+struct Output {
+    report: Option<PathBuf>,
+    json: bool,
+    table: bool,
+}
+
+impl Output {
+    fn write(&self, report: &Report) -> Result<(), Error> {
+        let json = to_json(report)?;
+        if let Some(path) = &self.report {
+            std::fs::write(path, &json).map_err(|error| {
+                Error::failed(format!("write the report to {}: {error}", path.display()))
+            })?;
+        }
+        match (self.json, self.table) {
+            (true, _) => say(&(json + "\n")),
+            (false, true) => say(&report.table()),
+            (false, false) => Ok(()),
+        }
+    }
+}
+
 fn run_command(args: RunArgs, started: Instant) -> Result<(), Error> {
+    if let Some(kernel) = args.kernel {
+        if args.cpus > MAX_CPUS {
+            return Err(Error::usage(format!(
+                "--cpus: {} are asked for; a Linux guest can have 1 to {MAX_CPUS}",
+                args.cpus
+            )));
+        }
+        let output = args.guest.output();
+        let boot = BootSource { kernel, initramfs: args.initramfs, cmdline: args.cmdline };
+        let options = LinuxOptions {
+            guest: args.guest.options(),
+            memory: args.memory,
+            cpus: args.cpus,
+            boot,
+        };
+        return output.write(&linux::run(options, started)?);
+    }
+    let source = args.source.ok_or_else(|| Error::usage("say what to run, with --kernel"))?;
+    let mut devices = args.guest.vhost_user.into_iter();
     let options = RunOptions {
-        stage: args.stage,
+        stage: args.guest.stage,
         memory: args.memory,
         cpus: args.cpus,
         engine: args.engine,
-        source: args.source,
+        source,
         source_limit: args.source_limit.map(Duration::from_secs),
-        vhost_user: args.vhost_user,
+        vhost_user: devices.next(),
         fill: args.fill,
         test_guest: args.test_guest,
         verify: args.verify,
-        progress: args.progress,
-        timeline: args.timeline,
-        report: args.report.clone(),
+        progress: args.guest.progress,
+        timeline: args.guest.timeline,
+        report: args.guest.report.clone(),
     };
-    let report = run(options, started)?;
-    let json = to_json(&report)?;
-    if let Some(path) = &args.report {
-        std::fs::write(path, &json).map_err(|error| {
-            Error::failed(format!("write the report to {}: {error}", path.display()))
-        })?;
+    if devices.next().is_some() {
+        return Err(Error::usage("--vhost-user: the test guest has one device; name one"));
     }
-    if args.json { say(&(json + "\n")) } else { say(&report.table()) }
+    let output = Output { report: args.guest.report, json: args.guest.json, table: true };
+    output.write(&run(options, started)?)
+}
+
+fn restore_command(args: RestoreArgs, started: Instant) -> Result<(), Error> {
+    let output = args.guest.output();
+    let options = RestoreOptions {
+        guest: args.guest.options(),
+        source: args.source,
+        memory: args.memory,
+        cpus: args.cpus,
+        engine: args.engine,
+        source_limit: args.source_limit.map(Duration::from_secs),
+        fill: args.fill,
+        verify: args.verify,
+    };
+    output.write(&restore(options, started)?)
 }
 
 fn bench_command(args: BenchArgs, started: Instant) -> Result<(), Error> {

@@ -7,8 +7,8 @@ use demand_kvm::{
     DemandSlot, Engine, EngineChoice, FaultHandler, MsrTrap, PlainSlot, open_kvm, resolve,
 };
 use demand_memory::{
-    DemandMemory, DemandRegion, MemfdBacking, PageRange, Pager, RegionConfig, Retrier, Stats,
-    transparent_huge_pages_of_shmem,
+    Backing, DemandMemory, DemandRegion, MemfdBacking, PageRange, Pager, RegionConfig, Retrier,
+    Stats, transparent_huge_pages_of_shmem,
 };
 use demand_source::PageSource;
 use demand_uffd::{ArmGuestError, DEFAULT_THREADS, FaultService};
@@ -237,7 +237,7 @@ fn warn_of_thp(option: &MemoryOption) {
     }
 }
 
-fn backing(option: &MemoryOption, size: u64) -> Result<Arc<MemfdBacking>, Error> {
+fn backing(option: &MemoryOption, size: u64) -> Result<Arc<dyn Backing>, Error> {
     let backing = MemfdBacking::new(option.backing, size, option.reserve).map_err(backing_error)?;
     Ok(Arc::new(backing.with_transparent_huge_pages(option.thp)))
 }

@@ -8,15 +8,14 @@ use std::os::fd::AsRawFd;
 use std::path::{Path as FilePath, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use demand_kvm::{EngineChoice, PlainSlot};
 use demand_memory::{
-    DemandMemory, Fill, FillRate, PAGE_SIZE, PageRange, Path, PathReport, Retrier, RetryPolicy,
-    Stats, Waiter,
+    DemandMemory, Fill, FillRate, PAGE_SIZE, PageRange, Path, Retrier, RetryPolicy, Stats, Waiter,
 };
 use demand_source::LocalFile;
 use test_guest::guest_layout::ControlMemory;

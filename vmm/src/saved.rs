@@ -13,7 +13,7 @@ use crate::vcpu_state::VcpuState;
 use crate::vm_state::VmState;
 
 /// The state of a VM.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SavedVm {
     /// Its memory.

@@ -2,6 +2,7 @@
 //! A virtio-mmio device whose work a vhost-user back-end does.
 
 use std::os::fd::{AsRawFd, RawFd};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -198,6 +199,11 @@ impl VhostUserDevice {
     /// What it is.
     pub fn kind(&self) -> DeviceKind {
         self.option.kind
+    }
+
+    /// Where its back-end listens.
+    pub fn socket(&self) -> &Path {
+        &self.option.socket
     }
 
     /// Whether the user wants all memory filled before the back-end sees it.

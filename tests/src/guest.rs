@@ -1,0 +1,309 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Linux guests under demand-vmm, run as a user would: processes of their own, a console to read
+//! and to type at, the API's socket.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+use std::process::{ChildStdin, Command, ExitStatus, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use demand_vmm::api::{Go, SnapshotRequest, SnapshotSummary};
+use demand_vmm::client::Client;
+use demand_vmm::report::Report;
+use guest_work::{Line, Work};
+
+use crate::backend::{BackEnd, BlkOptions};
+use crate::process::{Guarded, program};
+
+/// How long a guest may be silent: it is emulated, twice.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// A kernel and its first file system.
+#[derive(Clone, Debug)]
+pub struct Kernel {
+    /// The kernel's image.
+    pub image: PathBuf,
+    /// The initramfs.
+    pub initramfs: PathBuf,
+}
+
+/// A disk of a guest.
+#[derive(Clone, Debug)]
+pub struct DiskOption {
+    /// The file.
+    pub path: PathBuf,
+    /// Whether its back-end offers post-copy.
+    pub postcopy: bool,
+    /// What is added to `--vhost-user`, say ",lazy=fill".
+    pub more: String,
+}
+
+impl DiskOption {
+    /// A disk with post-copy.
+    pub fn new(path: impl Into<PathBuf>) -> Self {
+        DiskOption { path: path.into(), postcopy: true, more: String::new() }
+    }
+}
+
+/// How a guest is started.
+#[derive(Clone, Debug)]
+pub struct GuestConfig {
+    /// `--cpus`, where it is said.
+    pub cpus: u32,
+    /// `--memory`.
+    pub memory: String,
+    /// The disks, by position.
+    pub disks: Vec<DiskOption>,
+    /// More arguments.
+    pub more: Vec<String>,
+}
+
+/// A running guest, and its disks' back-ends. All of it is killed when this is dropped.
+pub struct Guest {
+    vmm: Guarded,
+    back_ends: Vec<BackEnd>,
+    stdin: Option<ChildStdin>,
+    lines: Receiver<String>,
+    /// All that the console has said.
+    pub console: Vec<String>,
+    /// What the VMM has said on standard error.
+    stderr: PathBuf,
+    report: PathBuf,
+    socket: PathBuf,
+}
+
+impl Guest {
+    /// Boots a guest; its sockets and files are in `folder`, which no other guest uses.
+    ///
+    /// # Errors
+    ///
+    /// If a process cannot be started.
+    pub fn boot(
+        folder: &Path,
+        kernel: &Kernel,
+        work: &Work,
+        config: &GuestConfig,
+    ) -> Result<Self> {
+        let mut command = Command::new(program("demand-vmm")?);
+        command.arg("run").arg("--memory").arg(&config.memory);
+        command.arg("--cpus").arg(config.cpus.to_string());
+        command.arg("--kernel").arg(&kernel.image).arg("--initramfs").arg(&kernel.initramfs);
+        command.arg("--cmdline").arg(format!("console=ttyS0 panic=-1 quiet work={work}"));
+        Self::start(folder, command, config)
+    }
+
+    /// Restores a guest from `snapshot`.
+    ///
+    /// # Errors
+    ///
+    /// If a process cannot be started.
+    pub fn restore(folder: &Path, snapshot: &Path, config: &GuestConfig) -> Result<Self> {
+        let mut command = Command::new(program("demand-vmm")?);
+        command.arg("restore").arg("--source").arg(snapshot);
+        if !config.memory.is_empty() {
+            command.arg("--memory").arg(&config.memory);
+        }
+        Self::start(folder, command, config)
+    }
+
+    fn start(folder: &Path, mut command: Command, config: &GuestConfig) -> Result<Self> {
+        std::fs::create_dir_all(folder)?;
+        let (report, socket) = (folder.join("report.json"), folder.join("api.sock"));
+        let stderr = folder.join("stderr");
+        let mut back_ends = Vec::new();
+        for (index, disk) in config.disks.iter().enumerate() {
+            let options = BlkOptions { queues: 1, queue_size: 256, postcopy: disk.postcopy };
+            let socket = folder.join(format!("blk{index}.sock"));
+            let back_end = BackEnd::vhost_device_blk_at(socket, &disk.path, &options)?;
+            let socket = back_end.socket().display();
+            command.arg("--vhost-user").arg(format!("blk,socket={socket}{}", disk.more));
+            back_ends.push(back_end);
+        }
+        command.arg("--api-socket").arg(&socket).arg("--report").arg(&report);
+        command.args(&config.more);
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(File::create(&stderr)?);
+        let mut vmm = Guarded::spawn(&mut command)?;
+        let stdin = vmm.child().stdin.take();
+        let stdout = vmm.child().stdout.take().context("the console")?;
+        let (sender, lines) = channel();
+        thread::spawn(move || {
+            // What a serial console prints need not be text.
+            for line in BufReader::new(stdout).split(b'\n').map_while(Result::ok) {
+                let line = String::from_utf8_lossy(&line).trim_end().to_owned();
+                if sender.send(line).is_err() {
+                    return;
+                }
+            }
+        });
+        let console = Vec::new();
+        Ok(Guest { vmm, back_ends, stdin, lines, console, stderr, report, socket })
+    }
+
+    /// The API.
+    pub fn api(&self) -> Client {
+        Client::new(&self.socket)
+    }
+
+    /// The VMM's process.
+    pub fn id(&self) -> u32 {
+        self.vmm.id()
+    }
+
+    /// What went on, for a test that has failed.
+    pub fn story(&self) -> String {
+        let said = std::fs::read_to_string(&self.stderr).unwrap_or_default();
+        let from = self.console.len().saturating_sub(40);
+        format!("the console:\n{}\nthe VMM:\n{said}", self.console[from..].join("\n"))
+    }
+
+    /// Types a line at the console.
+    ///
+    /// # Errors
+    ///
+    /// If the VMM has ended.
+    pub fn type_line(&mut self, line: &str) -> Result<()> {
+        let stdin = self.stdin.as_mut().context("the console's input")?;
+        stdin.write_all(format!("{line}\n").as_bytes())?;
+        Ok(stdin.flush()?)
+    }
+
+    /// The next line of the guest's program that `wanted` chooses, and what it makes of it.
+    ///
+    /// # Errors
+    ///
+    /// If the guest says that something is wrong, ends, or is silent for too long.
+    pub fn wait_for<T>(&mut self, mut wanted: impl FnMut(&Line) -> Option<T>) -> Result<T> {
+        let mut due = Instant::now() + PATIENCE;
+        loop {
+            let left = due.saturating_duration_since(Instant::now());
+            match self.lines.recv_timeout(left) {
+                Ok(text) => {
+                    due = Instant::now() + PATIENCE;
+                    let found = self.take(text, &mut wanted)?;
+                    if let Some(found) = found {
+                        return Ok(found);
+                    }
+                }
+                Err(RecvTimeoutError::Timeout) => {
+                    bail!("the guest was silent for {PATIENCE:?}; {}", self.story())
+                }
+                Err(RecvTimeoutError::Disconnected) => {
+                    // Its last words may come a little later than its end.
+                    let _ = self.vmm.wait(Duration::from_secs(5));
+                    bail!("the VMM has ended; {}", self.story())
+                }
+            }
+        }
+    }
+
+    fn take<T>(
+        &mut self,
+        text: String,
+        wanted: &mut impl FnMut(&Line) -> Option<T>,
+    ) -> Result<Option<T>> {
+        self.console.push(text.clone());
+        // The kernel's own lines may come before it on the same line.
+        let Some(at) = text.find("guest: ") else { return Ok(None) };
+        let Ok(line) = text[at..].parse::<Line>() else { return Ok(None) };
+        match &line {
+            Line::Wrong { .. } | Line::Kernel(_) => bail!("{line}; {}", self.story()),
+            _ => Ok(wanted(&line)),
+        }
+    }
+
+    /// Waits until the guest is up.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`wait_for`](Self::wait_for).
+    pub fn wait_ready(&mut self) -> Result<u64> {
+        self.wait_for(|line| match line {
+            Line::Ready { cpus, .. } => Some(*cpus),
+            _ => None,
+        })
+    }
+
+    /// Waits for so many beats.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`wait_for`](Self::wait_for).
+    pub fn wait_beats(&mut self, mut count: u32) -> Result<guest_work::Beat> {
+        self.wait_for(|line| match line {
+            Line::Beat(beat) => {
+                count = count.saturating_sub(1);
+                (count == 0).then_some(*beat)
+            }
+            _ => None,
+        })
+    }
+
+    /// Takes a snapshot, and waits for it.
+    ///
+    /// # Errors
+    ///
+    /// The VMM's.
+    pub fn snapshot(&self, destination: &Path, then: Option<Go>) -> Result<SnapshotSummary> {
+        let request = SnapshotRequest { destination: destination.into(), then };
+        self.api()
+            .snapshot(&request, &mut |_| {})
+            .with_context(|| format!("take a snapshot; {}", self.story()))
+    }
+
+    /// Kills the VMM and the back-ends at once, as a machine that loses power would.
+    pub fn kill(self) {
+        drop(self);
+    }
+
+    /// Has the guest stop its work, verify all of it and switch itself off; returns what it had done
+    /// and the VMM's report.
+    ///
+    /// # Errors
+    ///
+    /// If anything is wrong.
+    pub fn finish(mut self) -> Result<(u64, u64, Report)> {
+        self.type_line("stop")?;
+        let (pages, records) = self.wait_for(|line| match line {
+            Line::Done { pages, records, complaints: 0 } => Some((*pages, *records)),
+            _ => None,
+        })?;
+        Ok((pages, records, self.ended()?))
+    }
+
+    /// Waits for the VMM's end, which must be a success; returns its report.
+    ///
+    /// # Errors
+    ///
+    /// If it is none.
+    pub fn ended(&mut self) -> Result<Report> {
+        let status = self.wait_end()?;
+        ensure!(status.success(), "the VMM ended with {status}; {}", self.story());
+        for back_end in self.back_ends.drain(..) {
+            drop(back_end);
+        }
+        let text = std::fs::read_to_string(&self.report).context("read the report")?;
+        Ok(serde_json::from_str(&text)?)
+    }
+
+    /// Waits for the VMM's end.
+    ///
+    /// # Errors
+    ///
+    /// If it does not end.
+    pub fn wait_end(&mut self) -> Result<ExitStatus> {
+        let status = self.vmm.wait(PATIENCE).with_context(|| self.story());
+        while let Ok(line) = self.lines.recv_timeout(Duration::from_secs(5)) {
+            self.console.push(line);
+        }
+        status
+    }
+
+    /// What the VMM has said on standard error.
+    pub fn said(&self) -> String {
+        std::fs::read_to_string(&self.stderr).unwrap_or_default()
+    }
+}
