@@ -12,9 +12,11 @@ use crate::archive::{self, Sources};
 use crate::{cache, compile};
 
 /// Goes up whenever the way of building changes what comes out.
-const RECIPE: &str = "1";
+const RECIPE: &str = "2";
 /// The kernel image's name, in the build tree and in the cache.
 pub const IMAGE: &str = "bzImage";
+/// The same kernel as an ELF file with a PVH entry, for guests; without symbols.
+pub const ELF: &str = "vmlinux";
 
 /// What the kernel is made of, beside Debian's source.
 #[derive(Debug)]
@@ -90,7 +92,9 @@ pub fn ensure() -> Result<PathBuf> {
     let image = inputs.image(&version)?;
     if !image.exists() {
         let built = compile::build(&version, &archive::package(&version)?, &inputs)?;
-        install(&built, &image)?;
+        // The image last: it says that all is there.
+        install(&built.elf, &image.with_file_name(ELF))?;
+        install(&built.image, &image)?;
     }
     Ok(image)
 }
@@ -156,7 +160,7 @@ fn compare(a: &str, b: &str) -> Ordering {
     parts(a).cmp(&parts(b))
 }
 
-/// Puts an image in its place, whole or not at all.
+/// Puts a file in its place, whole or not at all.
 fn install(built: &Path, image: &Path) -> Result<()> {
     let folder = image.parent().context("an image lies in a folder")?;
     fs::create_dir_all(folder)?;
