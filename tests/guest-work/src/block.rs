@@ -1,0 +1,123 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! A page or record that tells where it belongs and what it must hold: three words that name it, a
+//! checksum of the rest, and content that follows from its name.
+
+use twox_hash::XxHash3_64;
+
+/// Bytes of a block: a page of memory, a record of the journal.
+pub const SIZE: usize = 4096;
+/// Names of a block: which it is, which version, of what.
+pub type Tags = [u64; 3];
+
+const WORD: usize = 8;
+const SUM: usize = 3 * WORD;
+const CONTENT: usize = 4 * WORD;
+
+/// A block, aligned for direct I/O.
+#[derive(Clone)]
+#[repr(C, align(4096))]
+pub struct Block(pub [u8; SIZE]);
+
+impl Block {
+    /// A block of zeros.
+    pub const ZERO: Self = Self([0; SIZE]);
+
+    /// Writes what a block of this name holds.
+    pub fn fill(&mut self, tags: Tags) {
+        for (place, tag) in self.0.chunks_exact_mut(WORD).zip(tags) {
+            place.copy_from_slice(&tag.to_le_bytes());
+        }
+        for (place, word) in self.0[CONTENT..].chunks_exact_mut(WORD).zip(content(tags)) {
+            place.copy_from_slice(&word.to_le_bytes());
+        }
+        let sum = self.sum();
+        self.0[SUM..CONTENT].copy_from_slice(&sum.to_le_bytes());
+    }
+
+    /// Whether it holds what a block of this name must.
+    ///
+    /// # Errors
+    ///
+    /// What is there instead.
+    pub fn check(&self, tags: Tags) -> Result<(), String> {
+        if self.tags() == tags && self.word(SUM) == self.sum() {
+            return Ok(());
+        }
+        Err(self.difference(tags))
+    }
+
+    fn sum(&self) -> u64 {
+        XxHash3_64::oneshot(&self.0[CONTENT..])
+    }
+
+    fn tags(&self) -> Tags {
+        [0, WORD, 2 * WORD].map(|at| self.word(at))
+    }
+
+    fn word(&self, at: usize) -> u64 {
+        u64::from_le_bytes(self.0[at..at + WORD].try_into().expect("a word"))
+    }
+
+    fn difference(&self, tags: Tags) -> String {
+        if self.0.iter().all(|byte| *byte == 0) {
+            return format!("all zeros, where {tags:x?} was written");
+        }
+        let found = self.tags();
+        let mut other = Self::ZERO;
+        other.fill(found);
+        if found != tags && other.0 == self.0 {
+            return format!("holds {found:x?}, whole, where {tags:x?} was written");
+        }
+        other.fill(tags);
+        let wrong = self.0.iter().zip(&other.0).filter(|(is, must)| is != must).count();
+        let at = self.0.iter().zip(&other.0).position(|(is, must)| is != must).unwrap_or(0);
+        let at = at / WORD * WORD;
+        format!(
+            "{wrong} bytes are not as they were written for {tags:x?}; at {at:#x} is {:#018x} for {:#018x}",
+            self.word(at),
+            other.word(at)
+        )
+    }
+}
+
+fn content(tags: Tags) -> impl Iterator<Item = u64> {
+    let seed = tags.iter().fold(0x2545_f491_4f6c_dd1d, |seed: u64, tag| step(seed ^ tag));
+    std::iter::successors(Some(seed), |word| Some(step(*word)))
+}
+
+/// A step of a 64-bit generator; also scatters a number.
+pub fn step(word: u64) -> u64 {
+    let word = word.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(0x1405_7b7e_f767_814f);
+    word ^ (word >> 31)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_byte_counts() {
+        let tags = [5, 7, 9];
+        let mut block = Block::ZERO;
+        block.fill(tags);
+        assert_eq!(block.check(tags), Ok(()));
+        for at in 0..SIZE {
+            block.0[at] ^= 1;
+            assert!(block.check(tags).is_err(), "{at}");
+            block.0[at] ^= 1;
+        }
+    }
+
+    #[test]
+    fn an_older_version_is_told_from_a_torn_one_and_from_zeros() {
+        let mut block = Block::ZERO;
+        assert!(block.check([1, 2, 3]).unwrap_err().contains("zeros"));
+        block.fill([1, 2, 3]);
+        assert!(block.check([1, 3, 3]).unwrap_err().contains("holds [1, 2, 3], whole"));
+        let mut newer = Block::ZERO;
+        newer.fill([1, 3, 3]);
+        block.0[..SIZE / 2].copy_from_slice(&newer.0[..SIZE / 2]);
+        let why = block.check([1, 3, 3]).unwrap_err();
+        assert!(why.contains("at 0x800 is"), "{why}");
+    }
+}

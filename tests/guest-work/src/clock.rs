@@ -1,0 +1,172 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The clocks: CLOCK_MONOTONIC never goes back, on whatever CPU it is read; a CPU's time stamp
+//! counter never goes back; no clock jumps unless that was announced.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, UNIX_EPOCH};
+
+use guest_work::Line;
+use rustix::time::{ClockId, clock_gettime};
+
+/// CLOCK_REALTIME is not sane before this, 2020-01-01, in microseconds since 1970.
+const SANE_US: i64 = 1_577_836_800_000_000;
+/// How far CLOCK_REALTIME and CLOCK_MONOTONIC may drift apart between two beats, in microseconds:
+/// nobody corrects either of them here, so this is only what lies between two readings.
+const APART_US: i64 = 1_000_000;
+
+/// The latest CLOCK_MONOTONIC that any CPU saw, in nanoseconds.
+static LATEST: AtomicU64 = AtomicU64::new(0);
+
+/// Reads CLOCK_MONOTONIC in nanoseconds.
+///
+/// # Errors
+///
+/// It is behind what some CPU saw before.
+pub fn monotonic() -> Result<u64, String> {
+    let before = LATEST.load(Ordering::SeqCst);
+    let now = nanoseconds(ClockId::Monotonic).cast_unsigned();
+    if now < before {
+        return Err(format!("CLOCK_MONOTONIC went back by {} ns, from {before} ns", before - now));
+    }
+    LATEST.fetch_max(now, Ordering::SeqCst);
+    Ok(now)
+}
+
+fn nanoseconds(id: ClockId) -> i64 {
+    let time = clock_gettime(id);
+    time.tv_sec * 1_000_000_000 + time.tv_nsec
+}
+
+/// The time stamp counter of the one CPU that its thread runs on.
+#[derive(Debug, Default)]
+pub struct Counter(u64);
+
+impl Counter {
+    /// Whether it goes on.
+    ///
+    /// # Errors
+    ///
+    /// It went back.
+    pub fn check(&mut self) -> Result<(), String> {
+        // SAFETY: every x86-64 CPU has the instruction, and nothing in a guest of ours turns it off
+        // for programs.
+        let now = unsafe { std::arch::x86_64::_rdtsc() };
+        if now < self.0 {
+            return Err(format!("the time stamp counter went back from {} to {now}", self.0));
+        }
+        self.0 = now;
+        Ok(())
+    }
+}
+
+/// Both clocks at one beat, in microseconds.
+#[derive(Debug, Clone, Copy)]
+pub struct Reading {
+    /// CLOCK_MONOTONIC.
+    pub mono_us: u64,
+    /// CLOCK_REALTIME since 1970.
+    pub real_us: i64,
+}
+
+impl Reading {
+    /// Reads both.
+    ///
+    /// # Errors
+    ///
+    /// CLOCK_MONOTONIC went back.
+    pub fn now() -> Result<Self, String> {
+        Ok(Self { mono_us: monotonic()? / 1000, real_us: nanoseconds(ClockId::Realtime) / 1000 })
+    }
+}
+
+/// Compares each beat's clocks with those of the beat before.
+#[derive(Debug)]
+pub struct Beats {
+    last: Reading,
+    most_us: u64,
+    announced: bool,
+}
+
+impl Beats {
+    /// Beats that come at most `most` after each other.
+    ///
+    /// # Errors
+    ///
+    /// The clocks are not sane.
+    pub fn start(most: Duration) -> Result<Self, String> {
+        let last = Reading::now()?;
+        if last.real_us < SANE_US {
+            let since = UNIX_EPOCH + Duration::from_micros(last.real_us.max(0).cast_unsigned());
+            return Err(format!("CLOCK_REALTIME says {since:?}, which is long ago"));
+        }
+        Ok(Self { last, most_us: most.as_micros() as u64, announced: false })
+    }
+
+    /// Lets the clocks jump once.
+    pub fn announce(&mut self) {
+        self.announced = true;
+    }
+
+    /// Looks at this beat's clocks; returns what to say of a jump that was announced.
+    ///
+    /// # Errors
+    ///
+    /// They jumped, and that was not announced.
+    pub fn check(&mut self, now: Reading) -> Result<Option<Line>, String> {
+        let mono_us = now.mono_us - self.last.mono_us;
+        let real_us = now.real_us - self.last.real_us;
+        let apart = real_us - mono_us.cast_signed();
+        let jumped = mono_us > self.most_us || apart.abs() > APART_US;
+        self.last = now;
+        if !jumped {
+            return Ok(None);
+        }
+        if !std::mem::take(&mut self.announced) {
+            return Err(format!(
+                "CLOCK_MONOTONIC went on by {mono_us} us and CLOCK_REALTIME by {real_us} us between two beats, where at most {} us were right for both",
+                self.most_us
+            ));
+        }
+        Ok(Some(Line::Jump { mono_us, real_us }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn beats() -> Beats {
+        let last = Reading { mono_us: 1_000_000, real_us: SANE_US };
+        Beats { last, most_us: 500_000, announced: false }
+    }
+
+    fn after(mono_us: u64, real_us: i64) -> Reading {
+        Reading { mono_us: 1_000_000 + mono_us, real_us: SANE_US + real_us }
+    }
+
+    #[test]
+    fn jumps_are_wrong_unless_announced() {
+        assert_eq!(beats().check(after(400_000, 400_100)), Ok(None));
+        assert!(beats().check(after(500_001, 500_001)).is_err());
+        assert!(beats().check(after(400_000, 2_000_000)).is_err());
+        assert!(beats().check(after(400_000, -700_000)).is_err());
+        let mut beats = beats();
+        beats.announce();
+        let jump = Line::Jump { mono_us: 400_000, real_us: 9_000_000 };
+        assert_eq!(beats.check(after(400_000, 9_000_000)), Ok(Some(jump)));
+        // That was the one.
+        assert!(beats.check(after(2_000_000, 10_600_000)).is_err());
+    }
+
+    #[test]
+    fn the_clock_that_goes_back_is_noticed() {
+        let now = monotonic().expect("goes on");
+        LATEST.store(now + 1_000_000_000_000, Ordering::SeqCst);
+        assert!(monotonic().is_err());
+        LATEST.store(0, Ordering::SeqCst);
+        let mut counter = Counter::default();
+        assert_eq!(counter.check(), Ok(()));
+        counter.0 = u64::MAX;
+        assert!(counter.check().is_err());
+    }
+}

@@ -1,0 +1,54 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What the guest's program can be told on the console.
+
+use std::fmt;
+use std::str::FromStr;
+
+/// A command: one line on the guest's console.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Command {
+    /// Ends the work, verifies all of it, says `done`, and turns the machine off.
+    Stop,
+    /// Restarts the machine, at once.
+    Reset,
+    /// Announces that the clocks are about to jump: the next jump is told, not taken for wrong.
+    Jump,
+    /// Spoils one byte of the memory that is worked on, which must be noticed.
+    Poke,
+}
+
+impl Command {
+    const ALL: [(Self, &'static str); 4] =
+        [(Self::Stop, "stop"), (Self::Reset, "reset"), (Self::Jump, "jump"), (Self::Poke, "poke")];
+}
+
+impl fmt::Display for Command {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let name = Self::ALL.iter().find(|(command, _)| command == self);
+        f.write_str(name.expect("all are listed").1)
+    }
+}
+
+impl FromStr for Command {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let known = Self::ALL.iter().find(|(_, name)| *name == text);
+        known.map(|(command, _)| *command).ok_or_else(|| {
+            format!("{text:?} is no command: the commands are stop, reset, jump and poke")
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn commands_come_through() {
+        for (command, _) in Command::ALL {
+            assert_eq!(command.to_string().parse(), Ok(command));
+        }
+        assert!("halt".parse::<Command>().is_err());
+    }
+}

@@ -1,0 +1,118 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The kernel's log: complaints are passed on, and so is that the kernel noticed to be a copy.
+
+use std::fs::File;
+use std::io::{ErrorKind, Read};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread;
+
+use guest_work::Line;
+
+use crate::console::{say, wrong};
+
+const PATH: &str = "/dev/kmsg";
+
+/// What a complaint has somewhere, each as kernels from 6.1 on write it.
+const COMPLAINTS: [&str; 20] = [
+    "WARNING:",
+    "BUG:",
+    "Oops",
+    "soft lockup",
+    "hard LOCKUP",
+    // "INFO: task init:1 blocked for more than 120 seconds."
+    "blocked for more than",
+    // "rcu: INFO: rcu_sched self-detected stall on CPU", "detected stalls on CPUs"
+    "detected stall",
+    "detected expedited stall",
+    // "clocksource: timekeeping watchdog on CPU0: Marking clocksource 'tsc' as unstable"
+    "as unstable",
+    "TSC ADJUST",
+    "I/O error",
+    "EXT4-fs error",
+    "EXT4-fs warning",
+    "JBD2: Error",
+    "Aborting journal",
+    "general protection fault",
+    "Bad page",
+    "Out of memory",
+    "nobody cared",
+    "segfault at",
+];
+/// See `add_vmfork_randomness` in drivers/char/random.c.
+const RESEEDED: &str = "crng reseeded due to virtual machine fork";
+
+static COUNT: AtomicU64 = AtomicU64::new(0);
+
+/// Complaints up to now.
+pub fn complaints() -> u64 {
+    COUNT.load(Ordering::SeqCst)
+}
+
+/// Watches the log from its start on, in a thread.
+pub fn watch() {
+    let mut log = File::open(PATH)
+        .unwrap_or_else(|error| wrong("work", &format!("{PATH} could not be opened: {error}")));
+    thread::spawn(move || {
+        let mut record = [0; 8192];
+        loop {
+            // Each read is one record, and waits for it.
+            match log.read(&mut record) {
+                Ok(n) => {
+                    if let Some(line) = line_of(&String::from_utf8_lossy(&record[..n])) {
+                        if matches!(line, Line::Kernel(_)) {
+                            COUNT.fetch_add(1, Ordering::SeqCst);
+                        }
+                        say(&line);
+                    }
+                }
+                // Records were overwritten before they could be read: go on with the oldest.
+                Err(error) if error.kind() == ErrorKind::BrokenPipe => {}
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => wrong("work", &format!("{PATH} could not be read: {error}")),
+            }
+        }
+    });
+}
+
+/// What is to be said about a record, "prefix;message" and perhaps more lines.
+fn line_of(record: &str) -> Option<Line> {
+    let first = record.lines().next()?;
+    let (prefix, message) = first.split_once(';')?;
+    // Facility 0 is the kernel; programs may write here, too. See dev-kmsg in the kernel's ABI.
+    let priority: u32 = prefix.split(',').next()?.parse().ok()?;
+    if priority >> 3 != 0 {
+        return None;
+    }
+    if message.contains(RESEEDED) {
+        return Some(Line::Reseeded);
+    }
+    COMPLAINTS
+        .iter()
+        .any(|complaint| message.contains(complaint))
+        .then(|| Line::Kernel(message.into()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn complaints_of_the_kernel_are_told_from_the_rest() {
+        for (record, line) in [
+            ("6,1,2,-;smp: Brought up 1 node, 2 CPUs\n", None),
+            ("5,1,2,-;random: crng reseeded due to virtual machine fork\n", Some(Line::Reseeded)),
+            (
+                "4,1,2,-;watchdog: BUG: soft lockup - CPU#0 stuck for 22s!\n SUBSYSTEM=x\n",
+                Some(Line::Kernel("watchdog: BUG: soft lockup - CPU#0 stuck for 22s!".into())),
+            ),
+            (
+                "3,1,2,-;INFO: task jbd2:9 blocked for more than 120 seconds.\n",
+                Some(Line::Kernel("INFO: task jbd2:9 blocked for more than 120 seconds.".into())),
+            ),
+            // A program's.
+            ("12,1,2,-;BUG: not the kernel's\n", None),
+        ] {
+            assert_eq!(line_of(record), line, "{record}");
+        }
+    }
+}

@@ -1,0 +1,26 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What the first program of a test's Linux guest and the test agree on: [`Work`] is what the
+//! program is asked for, on the kernel's command line, and [`Line`] is what it says, on the console.
+//!
+//! The program itself, `guest-work`, is `/init` of the guest's initramfs. While it runs it takes
+//! commands from the console, a line each; see [`Command`].
+//!
+//! ```
+//! use guest_work::{Line, Work};
+//!
+//! let work: Work = "prove,memory=16M,journal=ext4".parse().unwrap();
+//! assert_eq!(work.to_string(), "prove,memory=16M,journal=ext4");
+//!
+//! match "guest: beat 3 pages=4096 records=12 mono_us=1500000 real_us=1700000000000000".parse() {
+//!     Ok(Line::Beat(beat)) => assert_eq!(beat.records, 12),
+//!     other => panic!("{other:?}"),
+//! }
+//! ```
+
+mod command;
+mod line;
+mod work;
+
+pub use command::Command;
+pub use line::{Beat, Line, NoLine};
+pub use work::{Journal, Prove, Work};

@@ -1,0 +1,173 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What the guest's program says on the console.
+
+use std::fmt;
+use std::str::FromStr;
+
+/// What each line starts with.
+const START: &str = "guest: ";
+
+/// How far the work is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Beat {
+    /// Which beat this is, from 1 on.
+    pub number: u64,
+    /// Pages of 4K that were verified and written again, each time counted.
+    pub pages: u64,
+    /// Records that were written, synced and read back.
+    pub records: u64,
+    /// The guest's `CLOCK_MONOTONIC`, in microseconds.
+    pub mono_us: u64,
+    /// The guest's `CLOCK_REALTIME`, in microseconds since 1970.
+    pub real_us: u64,
+}
+
+/// One line of the guest's program.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Line {
+    /// The guest is up; the work begins.
+    Ready {
+        /// CPUs that are online.
+        cpus: u64,
+        /// The kernel's release.
+        kernel: String,
+    },
+    /// The work goes on.
+    Beat(Beat),
+    /// The kernel was told that this machine is a copy, and reseeded its random numbers.
+    Reseeded,
+    /// The clocks jumped, which was announced.
+    Jump {
+        /// How far `CLOCK_MONOTONIC` went since the beat before, in microseconds.
+        mono_us: u64,
+        /// How far `CLOCK_REALTIME` went since the beat before, in microseconds.
+        real_us: i64,
+    },
+    /// The kernel complained.
+    Kernel(String),
+    /// Something is not as it must be; the machine is turned off.
+    Wrong {
+        /// What: `memory`, `journal`, `clock`, `disk`, `work`.
+        what: String,
+        /// How.
+        why: String,
+    },
+    /// The work ended, and all of it was verified; the machine is turned off.
+    Done {
+        /// Pages of 4K that were verified and written again, each time counted.
+        pages: u64,
+        /// Records that were written, synced and read back.
+        records: u64,
+        /// Complaints of the kernel; each had a line.
+        complaints: u64,
+    },
+}
+
+/// A line that is not one of the guest's program.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NoLine;
+
+impl fmt::Display for NoLine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("this is no line of the guest's program")
+    }
+}
+
+impl std::error::Error for NoLine {}
+
+impl fmt::Display for Line {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(START)?;
+        match self {
+            Self::Ready { cpus, kernel } => write!(f, "ready cpus={cpus} kernel={kernel}"),
+            Self::Beat(Beat { number, pages, records, mono_us, real_us }) => write!(
+                f,
+                "beat {number} pages={pages} records={records} mono_us={mono_us} real_us={real_us}"
+            ),
+            Self::Reseeded => f.write_str("reseeded"),
+            Self::Jump { mono_us, real_us } => {
+                write!(f, "jump mono_us={mono_us} real_us={real_us}")
+            }
+            Self::Kernel(text) => write!(f, "KERNEL {text}"),
+            Self::Wrong { what, why } => write!(f, "WRONG {what} {why}"),
+            Self::Done { pages, records, complaints } => {
+                write!(f, "done pages={pages} records={records} complaints={complaints}")
+            }
+        }
+    }
+}
+
+impl FromStr for Line {
+    type Err = NoLine;
+
+    fn from_str(line: &str) -> Result<Self, NoLine> {
+        // What the kernel printed before it may lack its end of line.
+        let at = line.find(START).ok_or(NoLine)?;
+        let line = line[at + START.len()..].trim_end();
+        let (word, rest) = line.split_once(' ').unwrap_or((line, ""));
+        Ok(match word {
+            "ready" => Self::Ready { cpus: field(rest, "cpus")?, kernel: field(rest, "kernel")? },
+            "beat" => Self::Beat(Beat {
+                number: rest.split(' ').next().and_then(|n| n.parse().ok()).ok_or(NoLine)?,
+                pages: field(rest, "pages")?,
+                records: field(rest, "records")?,
+                mono_us: field(rest, "mono_us")?,
+                real_us: field(rest, "real_us")?,
+            }),
+            "reseeded" => Self::Reseeded,
+            "jump" => {
+                Self::Jump { mono_us: field(rest, "mono_us")?, real_us: field(rest, "real_us")? }
+            }
+            "KERNEL" => Self::Kernel(rest.into()),
+            "WRONG" => {
+                let (what, why) = rest.split_once(' ').ok_or(NoLine)?;
+                Self::Wrong { what: what.into(), why: why.into() }
+            }
+            "done" => Self::Done {
+                pages: field(rest, "pages")?,
+                records: field(rest, "records")?,
+                complaints: field(rest, "complaints")?,
+            },
+            _ => return Err(NoLine),
+        })
+    }
+}
+
+/// The value of `name=value` among words.
+fn field<T: FromStr>(words: &str, name: &str) -> Result<T, NoLine> {
+    words
+        .split(' ')
+        .filter_map(|word| word.split_once('='))
+        .find(|(found, _)| *found == name)
+        .and_then(|(_, value)| value.parse().ok())
+        .ok_or(NoLine)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_come_through() {
+        let beat = Beat { number: 7, pages: 8, records: 9, mono_us: 10, real_us: 11 };
+        let lines = [
+            Line::Ready { cpus: 2, kernel: "6.12.1".into() },
+            Line::Beat(beat),
+            Line::Reseeded,
+            Line::Jump { mono_us: 5, real_us: -6 },
+            Line::Kernel("BUG: soft lockup - CPU#0 stuck".into()),
+            Line::Wrong { what: "memory".into(), why: "page 3 is off".into() },
+            Line::Done { pages: 1, records: 2, complaints: 0 },
+        ];
+        for line in lines {
+            assert_eq!(format!("[ 1.5] x{line}\r\n").parse(), Ok(line));
+        }
+    }
+
+    #[test]
+    fn half_a_line_is_none() {
+        for bad in ["", "guest: ", "guest: beat 3 pages=1", "beat 3", "guest: WRONG memory"] {
+            assert_eq!(bad.parse::<Line>(), Err(NoLine), "{bad}");
+        }
+    }
+}

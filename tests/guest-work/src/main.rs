@@ -1,0 +1,62 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! `guest-work`: the first program of a test's Linux guest. It makes the guest fit for work, does
+//! what the kernel's command line asks for, and turns the machine off. See the library for what it
+//! is asked and what it says.
+//!
+//! It must not end: the kernel panics without its first program. Whatever goes wrong is said on the
+//! console, and ends with the machine turned off.
+
+mod block;
+mod clock;
+mod console;
+mod journal;
+mod kernel_log;
+mod memory;
+mod prove;
+mod setup;
+
+use std::fs;
+use std::panic;
+use std::process::ExitCode;
+
+use guest_work::{Command, Line, Work};
+use rustix::system::RebootCommand;
+
+use crate::console::{say, wrong};
+
+fn main() -> ExitCode {
+    if std::process::id() != 1 {
+        eprintln!(
+            "guest-work: this turns the machine off when it is done, so it runs only as the first program of a test's guest (see tests/guest-work)"
+        );
+        return ExitCode::from(2);
+    }
+    // A thread that is gone must not go unnoticed.
+    panic::set_hook(Box::new(|panic| wrong("work", &panic.to_string())));
+    if let Err(error) = setup::machine() {
+        wrong("work", &format!("{error:#}"));
+    }
+    let work = fs::read_to_string("/proc/cmdline")
+        .map_err(|error| format!("/proc/cmdline could not be read: {error}"))
+        .and_then(|line| Work::of_command_line(&line))
+        .unwrap_or_else(|error| wrong("work", &error));
+    kernel_log::watch();
+    let commands = console::commands();
+    match &work {
+        Work::Idle => {
+            say(&setup::ready());
+            for command in commands {
+                match command {
+                    Command::Stop => break,
+                    Command::Reset => console::end(RebootCommand::Restart),
+                    // There is nothing that it could be about.
+                    Command::Jump | Command::Poke => {}
+                }
+            }
+            let complaints = kernel_log::complaints();
+            say(&Line::Done { pages: 0, records: 0, complaints });
+        }
+        Work::Prove(asked) => prove::run(asked, &commands),
+    }
+    console::end(RebootCommand::PowerOff)
+}

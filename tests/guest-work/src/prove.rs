@@ -1,0 +1,58 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The work that proves itself: memory, a journal and clocks, until it is told to stop.
+
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::time::Duration;
+
+use guest_work::{Beat, Command, Journal as Kind, Line, Prove};
+use rustix::system::RebootCommand;
+
+use crate::clock::{Beats, Reading};
+use crate::console::{self, say, wrong};
+use crate::journal::Journal;
+use crate::memory::Memory;
+use crate::{kernel_log, setup};
+
+/// Works until it is told to stop, or has done the beats that were asked for; then verifies all.
+pub fn run(asked: &Prove, commands: &Receiver<Command>) {
+    if asked.journal != Kind::None {
+        setup::await_disk(&asked.device).unwrap_or_else(|why| wrong("disk", &format!("{why:#}")));
+    }
+    let beat = Duration::from_millis(asked.beat_ms);
+    let late = Duration::from_millis(asked.jump_ms);
+    let memory = Memory::start(asked.memory, Duration::from_micros(asked.rest_us));
+    let journal = Journal::start(asked).unwrap_or_else(|why| wrong("disk", &format!("{why:#}")));
+    say(&setup::ready());
+    let mut beats =
+        Beats::start(beat.saturating_add(late)).unwrap_or_else(|why| wrong("clock", &why));
+    let records = || journal.as_ref().map_or(0, Journal::records);
+    let mut number = 0;
+    while asked.beats == 0 || number < asked.beats {
+        match commands.recv_timeout(beat) {
+            Ok(Command::Stop) => break,
+            Ok(Command::Reset) => console::end(RebootCommand::Restart),
+            Ok(Command::Jump) => beats.announce(),
+            Ok(Command::Poke) => memory.poke(),
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => wrong("work", "commands are no longer read"),
+        }
+        let now = Reading::now().unwrap_or_else(|why| wrong("clock", &why));
+        if let Some(jump) = beats.check(now).unwrap_or_else(|why| wrong("clock", &why)) {
+            say(&jump);
+        }
+        number += 1;
+        say(&Line::Beat(Beat {
+            number,
+            pages: memory.pages(),
+            records: records(),
+            mono_us: now.mono_us,
+            real_us: now.real_us.cast_unsigned(),
+        }));
+    }
+    let (pages, records) = (memory.pages(), records());
+    memory.finish();
+    if let Some(journal) = journal {
+        journal.finish();
+    }
+    say(&Line::Done { pages, records, complaints: kernel_log::complaints() });
+}

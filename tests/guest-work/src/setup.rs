@@ -1,0 +1,83 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Makes the guest fit for work: mounts, the console, modules, the disk.
+
+use std::fs::{self, File};
+use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use guest_work::Line;
+use rustix::io::Errno;
+use rustix::mount::{MountFlags, mount};
+use rustix::system::{finit_module, uname};
+
+use crate::console;
+
+/// Where the initramfs has modules, and the list of them in the order in which they are loaded.
+const MODULES: &str = "/modules";
+/// `MODULE_INIT_COMPRESSED_FILE` of `finit_module(2)`.
+const COMPRESSED: i32 = 4;
+/// How long a disk may take to appear; a guest in an emulated machine is slow.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Everything that needs no disk.
+pub fn machine() -> Result<()> {
+    for (kind, place) in [("devtmpfs", "/dev"), ("proc", "/proc"), ("sysfs", "/sys")] {
+        fs::create_dir_all(place)?;
+        match mount(kind, place, kind, MountFlags::empty(), None) {
+            // The kernel mounts /dev by itself if it is built so.
+            Ok(()) | Err(Errno::BUSY) => {}
+            Err(error) => {
+                return Err(error).with_context(|| format!("{kind} could not be mounted"));
+            }
+        }
+    }
+    console::open()?;
+    // From here on the kernel's messages come out as lines of this program's, which are whole; only
+    // emergencies still go to the console directly.
+    fs::write("/proc/sys/kernel/printk", "1").context("the log level could not be set")?;
+    load_modules()
+}
+
+fn load_modules() -> Result<()> {
+    let list = Path::new(MODULES).join("order");
+    if !list.exists() {
+        return Ok(());
+    }
+    for name in fs::read_to_string(&list)?.lines() {
+        let path = Path::new(MODULES).join(name);
+        let file = File::open(&path)
+            .with_context(|| format!("the module {} could not be opened", path.display()))?;
+        let flags = if name.ends_with(".ko") { 0 } else { COMPRESSED };
+        match finit_module(&file, c"", flags) {
+            Ok(()) | Err(Errno::EXIST) => {}
+            Err(error) => {
+                bail!("the module {name} could not be loaded: {error} (see the kernel's log)")
+            }
+        }
+    }
+    Ok(())
+}
+
+/// What to say once the guest is up.
+pub fn ready() -> Line {
+    Line::Ready {
+        cpus: thread::available_parallelism().map_or(1, |cpus| cpus.get() as u64),
+        kernel: uname().release().to_string_lossy().into_owned(),
+    }
+}
+
+/// Waits for the disk, which appears a moment after its driver.
+pub fn await_disk(device: &str) -> Result<()> {
+    let begun = Instant::now();
+    while !Path::new(device).exists() {
+        if begun.elapsed() > PATIENCE {
+            bail!(
+                "{device} did not appear within {PATIENCE:?}: is it declared, is its driver there?"
+            );
+        }
+        thread::sleep(Duration::from_millis(20));
+    }
+    Ok(())
+}
