@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Debian's kernel source package: which version is newest, and having its file.
-//! Nothing on the machine is reconfigured: what its own package sources lack is
-//! looked for with lists that the lab keeps for itself.
+//! Packages of Debian's: which version is newest, and having its file. Nothing on the
+//! machine is reconfigured: what its own package sources lack is looked for with lists
+//! that the lab keeps for itself.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -11,8 +11,6 @@ use anyhow::{Context, Result, bail, ensure};
 
 use crate::cache;
 
-/// The package with the kernel's source.
-pub const PACKAGE: &str = "linux-source-6.12";
 /// Where Debian keeps the keys of its archive, should a source not say.
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 
@@ -25,69 +23,132 @@ pub enum Sources {
     Private,
 }
 
-/// The folder of source packages; a file that is put there is used, too.
+/// The folder of packages; a file that is put there is used, too.
 pub fn folder() -> Result<PathBuf> {
     cache::folder("packages")
 }
 
-/// The newest version that those lists know; asks no network.
-pub fn newest(sources: Sources) -> Result<Option<String>> {
+/// A package, of whatever version.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Package {
+    /// Its name.
+    pub name: String,
+    /// About how much it takes to fetch it.
+    pub size: &'static str,
+}
+
+impl Package {
+    /// The newest version that those lists know; asks no network.
+    pub fn newest(&self, sources: Sources) -> Result<Option<String>> {
+        Ok(candidate(&ask(sources, "policy", &self.name)?))
+    }
+
+    /// Versions whose file is in the cache.
+    pub fn cached(&self) -> Result<Vec<String>> {
+        let mut versions = Vec::new();
+        for entry in fs::read_dir(folder()?)? {
+            if let Some(version) = self.version_of(&entry?.file_name().to_string_lossy()) {
+                versions.push(version);
+            }
+        }
+        Ok(versions)
+    }
+
+    /// The file of a version that is in the cache.
+    pub fn file(&self, version: &str) -> Result<PathBuf> {
+        let folder = folder()?;
+        for entry in fs::read_dir(&folder)? {
+            let entry = entry?;
+            let name = entry.file_name();
+            if self.version_of(&name.to_string_lossy()).as_deref() == Some(version) {
+                return Ok(entry.path());
+            }
+        }
+        bail!("{} {version} is not in {}", self.name, folder.display())
+    }
+
+    /// Has that version in the cache.
+    fn download(&self, sources: Sources, version: &str) -> Result<()> {
+        if self.file(version).is_ok() {
+            return Ok(());
+        }
+        eprintln!("lab: fetching {} {version} (about {}, once)", self.name, self.size);
+        // apt checks what it fetched before the file gets its name.
+        let mut apt = Command::new("apt-get");
+        apt.args(options(sources)?)
+            .args(["--quiet=2", "download", &format!("{}={version}", self.name)])
+            .current_dir(folder()?);
+        run(&mut apt)?;
+        self.file(version)?;
+        // One is enough to do without the network.
+        for old in self.cached()?.iter().filter(|old| *old != version) {
+            fs::remove_file(self.file(old)?)?;
+        }
+        Ok(())
+    }
+
+    /// The version in the name of a package's file.
+    fn version_of(&self, name: &str) -> Option<String> {
+        let rest = name.strip_prefix(&self.name)?.strip_prefix('_')?;
+        let version = rest.strip_suffix(".deb")?.rsplit_once('_')?.0;
+        // apt writes the colon of an epoch so.
+        Some(version.replace("%3a", ":"))
+    }
+}
+
+/// Has a package in the cache, as `find` picks it from lists: first from the machine's
+/// own; they may be old, or without it, so then from lists of the lab's own.
+pub fn fetch<T>(
+    name: &str,
+    find: impl Fn(Sources) -> Result<Option<(Package, T)>>,
+) -> Result<(Package, T)>
+where
+    T: AsRef<str>,
+{
+    let mut problem = None;
+    for sources in [Sources::System, Sources::Private] {
+        let refreshed = match sources {
+            Sources::System => Ok(()),
+            Sources::Private => refresh(),
+        };
+        let Some((package, version)) = find(sources)? else {
+            problem = refreshed.err().or(problem);
+            continue;
+        };
+        match package.download(sources, version.as_ref()) {
+            Ok(()) => return Ok((package, version)),
+            Err(error) => problem = Some(error),
+        }
+    }
+    match problem {
+        Some(error) => Err(error),
+        None => bail!(
+            "{name} is in none of apt's sources: the lab needs a Debian archive, or the package's file in {}",
+            folder()?.display()
+        ),
+    }
+}
+
+/// The package that the newest version of one that is but a name depends on.
+pub fn meant_by(name: &str, sources: Sources) -> Result<Option<String>> {
+    Ok(dependency(&ask(sources, "depends", name)?, name))
+}
+
+/// Asks the lists about a package.
+fn ask(sources: Sources, what: &str, name: &str) -> Result<String> {
     let mut apt = Command::new("apt-cache");
-    apt.args(options(sources)?).args(["policy", PACKAGE]);
-    // Without apt there is no list, which need not be the end: see `cached`.
-    let Ok(output) = apt.env("LC_ALL", "C").output() else {
-        return Ok(None);
-    };
-    Ok(candidate(&String::from_utf8_lossy(&output.stdout)))
-}
-
-/// Versions whose package is in the cache.
-pub fn cached() -> Result<Vec<String>> {
-    let mut versions = Vec::new();
-    for entry in fs::read_dir(folder()?)? {
-        if let Some(version) = version_of(&entry?.file_name().to_string_lossy()) {
-            versions.push(version);
-        }
-    }
-    Ok(versions)
-}
-
-/// The file of a version that is in the cache.
-pub fn package(version: &str) -> Result<PathBuf> {
-    let folder = folder()?;
-    for entry in fs::read_dir(&folder)? {
-        let entry = entry?;
-        if version_of(&entry.file_name().to_string_lossy()).as_deref() == Some(version) {
-            return Ok(entry.path());
-        }
-    }
-    bail!("{PACKAGE} {version} is not in {}", folder.display())
-}
-
-/// Has that version in the cache.
-pub fn download(sources: Sources, version: &str) -> Result<()> {
-    if package(version).is_ok() {
-        return Ok(());
-    }
-    eprintln!("lab: fetching {PACKAGE} {version} (about 150 MB, once)");
-    // apt checks what it fetched before the file gets its name.
-    let mut apt = Command::new("apt-get");
-    apt.args(options(sources)?)
-        .args(["--quiet=2", "download", &format!("{PACKAGE}={version}")])
-        .current_dir(folder()?);
-    run(&mut apt)?;
-    package(version)?;
-    // One is enough to build without the network.
-    for old in cached()?.iter().filter(|old| *old != version) {
-        fs::remove_file(package(old)?)?;
-    }
-    Ok(())
+    apt.args(options(sources)?).args([what, name]);
+    // Without apt there is no list, which need not be the end: the cache may do.
+    Ok(match apt.env("LC_ALL", "C").output() {
+        Ok(output) => String::from_utf8_lossy(&output.stdout).into_owned(),
+        Err(_) => String::new(),
+    })
 }
 
 /// Fetches the lab's own lists: of the suites beside those that the machine's
 /// sources name, at the same addresses. An error need not be the end: apt has one
 /// for every suite that an address does not have, and goes on to the next.
-pub fn refresh() -> Result<()> {
+fn refresh() -> Result<()> {
     let sources = source_lines(&targets()?, &codename()?);
     ensure!(!sources.is_empty(), "none of apt's sources is an archive of this system's release");
     let state = cache::folder("apt")?;
@@ -185,12 +246,13 @@ fn candidate(policy: &str) -> Option<String> {
         .map(str::to_owned)
 }
 
-/// The version in the name of a package's file.
-fn version_of(name: &str) -> Option<String> {
-    let rest = name.strip_prefix(PACKAGE)?.strip_prefix('_')?;
-    let version = rest.strip_suffix(".deb")?.rsplit_once('_')?.0;
-    // apt writes the colon of an epoch so.
-    Some(version.replace("%3a", ":"))
+/// The first dependency in the output of `apt-cache depends`.
+fn dependency(depends: &str, name: &str) -> Option<String> {
+    depends
+        .lines()
+        .skip_while(|line| *line != name)
+        .find_map(|line| line.trim().strip_prefix("Depends: "))
+        .map(str::to_owned)
 }
 
 #[cfg(test)]
@@ -207,10 +269,19 @@ mod tests {
 
     #[test]
     fn files_name_their_version() {
+        let package = Package { name: "linux-source-6.12".into(), size: "" };
         let name = "linux-source-6.12_6.12.117-1~deb12u1_all.deb";
-        assert_eq!(version_of(name).as_deref(), Some("6.12.117-1~deb12u1"));
-        assert_eq!(version_of("linux-source-6.1_6.1.1-1_all.deb"), None);
-        assert_eq!(version_of("partial"), None);
+        assert_eq!(package.version_of(name).as_deref(), Some("6.12.117-1~deb12u1"));
+        assert_eq!(package.version_of("linux-source-6.1_6.1.1-1_all.deb"), None);
+        assert_eq!(package.version_of("partial"), None);
+    }
+
+    #[test]
+    fn what_a_mere_name_means_is_found() {
+        let depends = "linux-image-x\n  Depends: linux-image-6.1.0-48-x\n";
+        let found = dependency(depends, "linux-image-x");
+        assert_eq!(found.as_deref(), Some("linux-image-6.1.0-48-x"));
+        assert_eq!(dependency("", "linux-image-x"), None);
     }
 
     #[test]

@@ -37,6 +37,16 @@ fn root() -> Result<PathBuf> {
     Ok(base.join("demand-paging"))
 }
 
+/// The target directory of cargo's that the lab was built in, for what belongs to this
+/// checkout.
+pub fn target() -> Result<PathBuf> {
+    // <target>/<profile>/lab
+    let program = env::current_exe().context("the lab's own binary could not be found")?;
+    let target =
+        program.ancestors().nth(2).context("the lab's binary is in no target directory")?;
+    Ok(target.to_owned())
+}
+
 /// Held while the cache is changed; other processes wait for it.
 #[derive(Debug)]
 pub struct Lock(#[expect(dead_code, reason = "closing it unlocks")] File);
@@ -49,7 +59,7 @@ pub fn lock() -> Result<Lock> {
     match file.try_lock() {
         Ok(()) => {}
         Err(TryLockError::WouldBlock) => {
-            eprintln!("lab: another process prepares the kernel; waiting for it");
+            eprintln!("lab: another process prepares a kernel; waiting for it");
             file.lock()?;
         }
         Err(TryLockError::Error(error)) => {

@@ -15,7 +15,7 @@ use clap::{Args, Parser, Subcommand};
 use crate::machine::Machine;
 use crate::protocol::Job;
 use crate::session::{self, Limits};
-use crate::{agent, kernel};
+use crate::{agent, cache, guests, kernel};
 
 /// Runs this project's binaries with a real KVM that has the KVM Userfault ABI,
 /// inside a machine that QEMU emulates.
@@ -38,12 +38,17 @@ enum Task {
     },
     /// `cargo test` with every test binary run in the lab (options by environment: LAB_MEMORY, ...)
     Test {
+        /// Have what tests boot as Linux guests; first of the arguments
+        #[arg(long, env = "LAB_GUESTS", value_parser = FalseyValueParser::new())]
+        guests: bool,
         /// Arguments of `cargo test`
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<OsString>,
     },
     /// Build the lab's kernel unless it is there, and print where it is
     Kernel,
+    /// Have what tests boot as Linux guests, and print where it is, as NAME=PATH
+    Guests,
     /// Runs inside the lab, started by its init
     #[command(hide = true)]
     Agent,
@@ -77,6 +82,9 @@ pub struct Options {
     /// Kernel image to boot instead of the lab's own
     #[arg(long, env = "LAB_KERNEL", value_name = "FILE")]
     kernel: Option<PathBuf>,
+    /// Have what tests boot as Linux guests, and tell the command where (LAB_GUEST_...)
+    #[arg(long, env = "LAB_GUESTS", value_parser = FalseyValueParser::new())]
+    guests: bool,
     /// Unix socket for QEMU's monitor, to look at a machine that hangs
     #[arg(long, env = "LAB_MONITOR", value_name = "SOCKET")]
     monitor: Option<PathBuf>,
@@ -113,9 +121,15 @@ impl Cli {
     pub fn execute(self) -> Result<u8> {
         match self.task {
             Task::Run { options, command } => run(&options, command),
-            Task::Test { arguments } => test(&arguments),
+            Task::Test { guests, arguments } => test(guests, &arguments),
             Task::Kernel => {
                 println!("{}", kernel::ensure()?.display());
+                Ok(0)
+            }
+            Task::Guests => {
+                for (name, path) in guests::prepare()? {
+                    println!("{name}={}", path.display());
+                }
                 Ok(0)
             }
             Task::Agent => agent::main(),
@@ -137,6 +151,12 @@ fn run(options: &Options, command: Vec<OsString>) -> Result<u8> {
         .collect();
     environment.push(("LAB".into(), "1".into()));
     environment.push(("LAB_OUT".into(), out.clone().into()));
+    if options.guests {
+        for (name, path) in guests::prepare()? {
+            environment.retain(|(old, _)| old != name);
+            environment.push((name.into(), path.into()));
+        }
+    }
     let job = Job {
         command,
         environment,
@@ -152,8 +172,10 @@ fn run(options: &Options, command: Vec<OsString>) -> Result<u8> {
     session::run(&machine, &kernel, job, &limits)
 }
 
-fn test(arguments: &[OsString]) -> Result<u8> {
+fn test(with_guests: bool, arguments: &[OsString]) -> Result<u8> {
     refuse_nesting()?;
+    // Once, not under each test program.
+    let guests = if with_guests { guests::prepare()? } else { Vec::new() };
     if env::var_os("LAB_KERNEL").is_none() {
         // Now, where its progress can be seen, rather than under the first test.
         kernel::ensure()?;
@@ -170,6 +192,8 @@ fn test(arguments: &[OsString]) -> Result<u8> {
         .arg("--config")
         .arg(format!("target.'cfg(all())'.runner={runner}"))
         .args(arguments)
+        .env("LAB_GUESTS", u8::from(with_guests).to_string())
+        .envs(guests)
         .status()
         .with_context(|| format!("{} could not be run", cargo.display()))?;
     let code = status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0));
@@ -189,12 +213,7 @@ fn refuse_nesting() -> Result<()> {
 fn output_folder() -> Result<PathBuf> {
     let folder = match env::var_os("LAB_OUT") {
         Some(folder) => PathBuf::from(folder),
-        // <target>/<profile>/lab
-        None => env::current_exe()?
-            .ancestors()
-            .nth(2)
-            .context("the lab's binary is not in a target directory: set LAB_OUT")?
-            .join("lab-out"),
+        None => cache::target().context("set LAB_OUT")?.join("lab-out"),
     };
     std::fs::create_dir_all(&folder)
         .and_then(|()| folder.canonicalize())

@@ -14,9 +14,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::archive::PACKAGE;
 use crate::cache;
-use crate::kernel::{ELF, IMAGE, Inputs};
+use crate::kernel::{ELF, IMAGE, Inputs, SOURCE};
 
 /// Bulky parts of the source that this configuration never looks at.
 const UNUSED: [&str; 4] =
@@ -55,7 +54,7 @@ impl Tree {
     fn prepare(version: &str, package: &Path) -> Result<Self> {
         let builds = cache::folder("build")?;
         let home = builds.join(version);
-        let tree = Self { folder: home.join(PACKAGE), log: home.join("build.log") };
+        let tree = Self { folder: home.join(SOURCE), log: home.join("build.log") };
         if tree.applied().is_dir() {
             return Ok(tree);
         }
@@ -63,15 +62,15 @@ impl Tree {
             fs::remove_dir_all(entry?.path())?;
         }
         fs::create_dir_all(&home)?;
-        eprintln!("lab: unpacking {PACKAGE} {version}");
+        eprintln!("lab: unpacking {SOURCE} {version}");
         let archive = home.join("package");
         run(Command::new("dpkg").arg("-x").arg(package).arg(&archive))?;
         let mut tar = Command::new("tar");
         tar.arg("--extract").arg("--directory").arg(&home);
         for part in UNUSED {
-            tar.arg(format!("--exclude={PACKAGE}/{part}"));
+            tar.arg(format!("--exclude={SOURCE}/{part}"));
         }
-        run(tar.arg("--file").arg(archive.join(format!("usr/src/{PACKAGE}.tar.xz"))))?;
+        run(tar.arg("--file").arg(archive.join(format!("usr/src/{SOURCE}.tar.xz"))))?;
         fs::remove_dir_all(&archive)?;
         // Marks the tree as whole.
         fs::create_dir(tree.applied())?;
@@ -207,7 +206,7 @@ impl Tree {
     }
 }
 
-fn run(command: &mut Command) -> Result<()> {
+pub fn run(command: &mut Command) -> Result<()> {
     let program = command.get_program().display().to_string();
     let status = command
         .status()

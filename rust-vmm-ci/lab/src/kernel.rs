@@ -5,10 +5,10 @@ use std::cmp::Ordering;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use sha2::{Digest, Sha256};
 
-use crate::archive::{self, Sources};
+use crate::archive::{self, Package, Sources};
 use crate::{cache, compile};
 
 /// Goes up whenever the way of building changes what comes out.
@@ -17,6 +17,13 @@ const RECIPE: &str = "2";
 pub const IMAGE: &str = "bzImage";
 /// The same kernel as an ELF file with a PVH entry, for guests; without symbols.
 pub const ELF: &str = "vmlinux";
+
+/// The name of the package with the kernel's source, and of the folder in it.
+pub const SOURCE: &str = "linux-source-6.12";
+
+fn source() -> Package {
+    Package { name: SOURCE.into(), size: "150 MB" }
+}
 
 /// What the kernel is made of, beside Debian's source.
 #[derive(Debug)]
@@ -70,7 +77,7 @@ impl Inputs {
 /// that is not in the cache.
 pub fn ensure() -> Result<PathBuf> {
     let inputs = Inputs::read()?;
-    if let Some(version) = archive::newest(Sources::System)? {
+    if let Some(version) = source().newest(Sources::System)? {
         let image = inputs.image(&version)?;
         if image.exists() {
             return Ok(image);
@@ -91,7 +98,7 @@ pub fn ensure() -> Result<PathBuf> {
     };
     let image = inputs.image(&version)?;
     if !image.exists() {
-        let built = compile::build(&version, &archive::package(&version)?, &inputs)?;
+        let built = compile::build(&version, &source().file(&version)?, &inputs)?;
         // The image last: it says that all is there.
         install(&built.elf, &image.with_file_name(ELF))?;
         install(&built.image, &image)?;
@@ -101,36 +108,13 @@ pub fn ensure() -> Result<PathBuf> {
 
 /// Has the newest source package in the cache; returns its version.
 fn fetch() -> Result<String> {
-    let mut problem = None;
-    // First as the machine's own lists have it; they may be old, or without the
-    // package, so then by lists of the lab's own.
-    for sources in [Sources::System, Sources::Private] {
-        let refreshed = match sources {
-            Sources::System => Ok(()),
-            Sources::Private => archive::refresh(),
-        };
-        let Some(version) = archive::newest(sources)? else {
-            problem = refreshed.err().or(problem);
-            continue;
-        };
-        match archive::download(sources, &version) {
-            Ok(()) => return Ok(version),
-            Err(error) => problem = Some(error),
-        }
-    }
-    match problem {
-        Some(error) => Err(error),
-        None => bail!(
-            "{} is in none of apt's sources: the lab needs a Debian archive, or the package's file in {}",
-            archive::PACKAGE,
-            archive::folder()?.display()
-        ),
-    }
+    let find = |sources| Ok(source().newest(sources)?.map(|version| (source(), version)));
+    Ok(archive::fetch(SOURCE, find)?.1)
 }
 
 /// The newest version that can be had without the network.
 fn newest_cached(inputs: &Inputs) -> Result<Option<String>> {
-    let mut versions = archive::cached()?;
+    let mut versions = source().cached()?;
     for entry in fs::read_dir(cache::folder("kernel")?)? {
         let name = entry?.file_name();
         let name = name.to_string_lossy();
@@ -144,7 +128,7 @@ fn newest_cached(inputs: &Inputs) -> Result<Option<String>> {
 }
 
 /// Compares versions, runs of digits by their value.
-fn compare(a: &str, b: &str) -> Ordering {
+pub fn compare(a: &str, b: &str) -> Ordering {
     fn parts(version: &str) -> Vec<(u64, String)> {
         let mut parts = vec![(0, String::new())];
         for c in version.chars() {

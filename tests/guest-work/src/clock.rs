@@ -3,7 +3,7 @@
 //! counter never goes back; no clock jumps unless that was announced.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, UNIX_EPOCH};
+use std::time::Duration;
 
 use guest_work::Line;
 use rustix::time::{ClockId, clock_gettime};
@@ -96,8 +96,10 @@ impl Beats {
     pub fn start(most: Duration) -> Result<Self, String> {
         let last = Reading::now()?;
         if last.real_us < SANE_US {
-            let since = UNIX_EPOCH + Duration::from_micros(last.real_us.max(0).cast_unsigned());
-            return Err(format!("CLOCK_REALTIME says {since:?}, which is long ago"));
+            return Err(format!(
+                "CLOCK_REALTIME is {} us since 1970, which is long ago: the machine told the kernel no time of day",
+                last.real_us
+            ));
         }
         Ok(Self { last, most_us: most.as_micros() as u64, announced: false })
     }

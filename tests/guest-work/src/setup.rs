@@ -16,8 +16,6 @@ use crate::console;
 
 /// Where the initramfs has modules, and the list of them in the order in which they are loaded.
 const MODULES: &str = "/modules";
-/// `MODULE_INIT_COMPRESSED_FILE` of `finit_module(2)`.
-const COMPRESSED: i32 = 4;
 /// How long a disk may take to appear; a guest in an emulated machine is slow.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -49,8 +47,7 @@ fn load_modules() -> Result<()> {
         let path = Path::new(MODULES).join(name);
         let file = File::open(&path)
             .with_context(|| format!("the module {} could not be opened", path.display()))?;
-        let flags = if name.ends_with(".ko") { 0 } else { COMPRESSED };
-        match finit_module(&file, c"", flags) {
+        match finit_module(&file, c"", 0) {
             Ok(()) | Err(Errno::EXIST) => {}
             Err(error) => {
                 bail!("the module {name} could not be loaded: {error} (see the kernel's log)")

@@ -1,0 +1,127 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What tests boot as Linux guests: kernels, and for each an initramfs with this
+//! workspace's `guest-work` as its first program. Prepared on the host, for inside the
+//! lab everything is read-only and there is no network.
+
+use std::env;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+
+use crate::cpio::{Archive, DIRECTORY, PROGRAM};
+use crate::modules::Module;
+use crate::{cache, debian, initramfs, kernel};
+
+/// The variables that tell tests where the files are.
+const VARIABLES: [&str; 5] = [
+    // The lab's kernel, in both forms, and its initramfs.
+    "LAB_GUEST_BZIMAGE",
+    "LAB_GUEST_VMLINUX",
+    "LAB_GUEST_INITRAMFS",
+    // Debian's kernel, and its initramfs.
+    "LAB_GUEST_DEBIAN_BZIMAGE",
+    "LAB_GUEST_DEBIAN_INITRAMFS",
+];
+
+const PROGRAM_NAME: &str = "guest-work";
+const TARGET: &str = "x86_64-unknown-linux-gnu";
+
+/// Prepares all that is not there and returns the variables with their values. Those that
+/// are set already, by whoever prepared before, are left as they are.
+pub fn prepare() -> Result<Vec<(&'static str, PathBuf)>> {
+    if VARIABLES.iter().all(|name| env::var_os(name).is_some()) {
+        return Ok(Vec::new());
+    }
+    let image = kernel::ensure()?;
+    let debian = debian::ensure()?;
+    let folder = cache::target()?.join("guests");
+    fs::create_dir_all(&folder)
+        .with_context(|| format!("{} could not be created", folder.display()))?;
+    let program = build(&folder)?;
+    let elf = image.with_file_name(kernel::ELF);
+    let values = [
+        image,
+        elf,
+        put(&folder.join("lab.cpio"), &pack(&program, &[]))?,
+        debian.image()?,
+        put(&folder.join("debian.cpio"), &pack(&program, &debian.modules()?))?,
+    ];
+    Ok(VARIABLES.into_iter().zip(values).collect())
+}
+
+/// Builds the program without shared libraries: the initramfs has none.
+fn build(folder: &Path) -> Result<Vec<u8>> {
+    let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let status = Command::new(&cargo)
+        .args(["build", "--quiet", "--release", "--package", PROGRAM_NAME, "--target", TARGET])
+        .arg("--manifest-path")
+        .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("Cargo.toml"))
+        // A target directory of its own, for the flags are others: nothing is built twice
+        // because somebody else's were used in between.
+        .arg("--target-dir")
+        .arg(folder)
+        .env_remove("CARGO_ENCODED_RUSTFLAGS")
+        .env("RUSTFLAGS", "-C target-feature=+crt-static -C strip=symbols")
+        .status()
+        .with_context(|| format!("{} could not be run", cargo.display()))?;
+    ensure!(status.success(), "{PROGRAM_NAME}, the guests' program, could not be built");
+    let path = folder.join(TARGET).join("release").join(PROGRAM_NAME);
+    let program =
+        fs::read(&path).with_context(|| format!("{} could not be read", path.display()))?;
+    ensure!(
+        !initramfs::asks_for_loader(&program),
+        "{} needs shared libraries, which an initramfs has not",
+        path.display()
+    );
+    Ok(program)
+}
+
+/// An initramfs with the program and modules, as the program expects them.
+fn pack(program: &[u8], modules: &[Module]) -> Vec<u8> {
+    let mut archive = Archive::default();
+    for folder in ["dev", "proc", "sys", "mnt"] {
+        archive.entry(folder, DIRECTORY, &[]);
+    }
+    archive.entry("init", PROGRAM, program);
+    if !modules.is_empty() {
+        archive.entry("modules", DIRECTORY, &[]);
+        let mut order = String::new();
+        for module in modules {
+            let name = format!("{}.ko", module.name);
+            archive.entry(&format!("modules/{name}"), PROGRAM, &module.content);
+            order += &name;
+            order.push('\n');
+        }
+        archive.entry("modules/order", PROGRAM, order.as_bytes());
+    }
+    archive.finish()
+}
+
+/// Has a file with that content. One that has it is left alone, for a guest may be
+/// reading it; otherwise it is replaced as a whole.
+fn put(path: &Path, content: &[u8]) -> Result<PathBuf> {
+    if !fs::read(path).is_ok_and(|old| old == content) {
+        let part = path.with_extension(format!("part-{}", std::process::id()));
+        fs::write(&part, content)
+            .and_then(|()| fs::rename(&part, path))
+            .with_context(|| format!("{} could not be written", path.display()))?;
+    }
+    Ok(path.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn modules_are_listed_in_their_order() {
+        let module = |name: &str| Module { name: name.into(), content: b"ELF".to_vec() };
+        let bytes = pack(b"program", &[module("b"), module("a")]);
+        let has = |text: &[u8]| bytes.windows(text.len()).any(|part| part == text);
+        assert!(has(b"b.ko\na.ko\n"));
+        assert!(has(b"modules/a.ko\0"));
+        assert!(!pack(b"program", &[]).windows(7).any(|part| part == b"modules"));
+    }
+}
