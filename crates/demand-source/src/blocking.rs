@@ -232,7 +232,7 @@ mod tests {
     }
 
     fn request(offset: u64, priority: Priority) -> Request {
-        let (destination, _) = Destination::owned(vec![0; 4096].into());
+        let (destination, _) = Destination::owned(vec![0; 4096]);
         Request { priority, chunks: vec![Chunk { offset, destination }] }
     }
 

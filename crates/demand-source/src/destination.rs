@@ -153,11 +153,11 @@ impl<'a> From<&'a mut [u8]> for Destination<'a> {
 }
 
 /// The bytes behind [`Destination::owned`].
-pub struct OwnedBytes(Arc<Mutex<Box<[u8]>>>);
+pub struct OwnedBytes(Arc<Mutex<Vec<u8>>>);
 
 impl OwnedBytes {
     /// The bytes, or `None` while a source still holds the destination.
-    pub fn take(self) -> Option<Box<[u8]>> {
+    pub fn take(self) -> Option<Vec<u8>> {
         let bytes = Arc::into_inner(self.0)?;
         Some(bytes.into_inner().unwrap_or_else(PoisonError::into_inner))
     }
@@ -172,17 +172,18 @@ impl Destination<'static> {
     /// ```
     /// use demand_source::Destination;
     ///
-    /// let (mut destination, bytes) = Destination::owned(vec![0; 4].into());
+    /// let (mut destination, bytes) = Destination::owned(vec![0; 4]);
     /// destination.write_at(1, &[7]);
     /// drop(destination);
-    /// assert_eq!(*bytes.take().unwrap(), [0, 7, 0, 0]);
+    /// assert_eq!(bytes.take().unwrap(), [0, 7, 0, 0]);
     /// ```
-    pub fn owned(mut bytes: Box<[u8]>) -> (Destination<'static>, OwnedBytes) {
+    pub fn owned(mut bytes: Vec<u8>) -> (Destination<'static>, OwnedBytes) {
         let len = bytes.len();
-        let address = NonNull::from(&mut *bytes).cast();
+        let address = NonNull::from(&mut bytes[..]).cast();
         let shared = Arc::new(Mutex::new(bytes));
-        // SAFETY: the box's memory stays where it is while the `Arc` lives, which the destination
-        // keeps; `OwnedBytes` hands the box out only when it holds the last reference.
+        // SAFETY: the vector's bytes stay where they are while the `Arc` lives, which the
+        // destination keeps; `OwnedBytes` hands the vector out only when it holds the last
+        // reference.
         let destination = unsafe { Destination::new(address, len, Some(shared.clone())) };
         (destination, OwnedBytes(shared))
     }

@@ -4,13 +4,12 @@
 use std::cell::Cell;
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
-use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::mapped::{MappedBytes, MappedFile};
-use crate::{Completion, Destination, Extent, PageSource, Request, SourceError};
+use crate::{Completion, Destination, Extent, PageSource, Request, SourceError, extent_of_file};
 
 /// A raw image in a local file or block device: byte i of the file is byte i of the image.
 ///
@@ -125,37 +124,17 @@ impl LocalFile {
         Ok(())
     }
 
-    /// Asks the file system where the next byte of a kind is.
-    fn seek(&self, offset: u64, whence: libc::c_int) -> io::Result<u64> {
-        let offset = libc::off64_t::try_from(offset)
-            .map_err(|_| io::Error::from_raw_os_error(libc::EOVERFLOW))?;
-        // SAFETY: lseek touches no memory; the file's position, which it moves, is used by
-        // nobody: all reads name their offset.
-        let found = unsafe { libc::lseek64(self.file.as_raw_fd(), offset, whence) };
-        u64::try_from(found).map_err(|_| io::Error::last_os_error())
-    }
-
     /// What the file system says of the byte at `offset`, which lies in the image.
     pub(crate) fn find_extent(&self, offset: u64) -> Result<Extent, SourceError> {
-        let data = match self.seek(offset, libc::SEEK_DATA) {
-            Ok(data) => data,
-            Err(error) => {
-                // ENXIO: no data from here on, which is a hole only as long as the image is.
-                let end = (&self.file).seek(SeekFrom::End(0)).unwrap_or(0);
-                return match error.raw_os_error() {
-                    Some(libc::ENXIO) if end >= self.size => Ok(Extent::Hole { end: self.size }),
-                    Some(libc::ENXIO) => Err(self.shrunk(offset, self.size - offset)),
-                    // A file system that knows no holes has data everywhere.
-                    Some(libc::EINVAL) => Ok(Extent::Data { end: self.size }),
-                    _ => Err(SourceError::Read { image: self.name(), offset, len: 0, error }),
-                };
-            }
-        };
-        if data > offset {
-            return Ok(Extent::Hole { end: data.min(self.size) });
+        match extent_of_file(&self.file, offset, self.size) {
+            Ok(Some(extent)) => Ok(extent),
+            // No data from here on, which is a hole only as long as the image is.
+            Ok(None) => match (&self.file).seek(SeekFrom::End(0)) {
+                Ok(end) if end >= self.size => Ok(Extent::Hole { end: self.size }),
+                _ => Err(self.shrunk(offset, self.size - offset)),
+            },
+            Err(error) => Err(SourceError::Read { image: self.name(), offset, len: 0, error }),
         }
-        let end = self.seek(offset, libc::SEEK_HOLE).unwrap_or(self.size);
-        Ok(Extent::Data { end: end.min(self.size) })
     }
 
     /// As [`extent`](PageSource::extent), through `check`, which may refuse what was found or

@@ -10,6 +10,7 @@ mod hash;
 mod hashed;
 mod mapped;
 mod source;
+mod sparse;
 mod table;
 mod writer;
 
@@ -22,4 +23,5 @@ pub use hash::page_hash;
 pub use hashed::HashedImage;
 pub use mapped::MappedBytes;
 pub use source::{Chunk, Extent, PageSource, Priority, Request};
+pub use sparse::extent_of_file;
 pub use writer::{ImageSummary, ImageWriter, ImageWriterError, PageCounts};

@@ -149,7 +149,7 @@ pub trait PageSource: Send + Sync {
         if let Some(result) = self.read_now(offset, destination) {
             return result;
         }
-        let (bounce, bytes) = Destination::owned(vec![0; destination.len()].into());
+        let (bounce, bytes) = Destination::owned(vec![0; destination.len()]);
         let chunks = vec![Chunk { offset, destination: bounce }];
         self.submit(Request { priority: Priority::Demand, chunks }).wait()?;
         destination.write_at(0, &bytes.take().ok_or(SourceError::Abandoned)?);
