@@ -67,22 +67,33 @@ impl MissingBitmap {
     ///
     /// The system's, if the memory for it cannot be had; `InvalidInput` for no pages at all.
     pub fn new(pages: u64) -> io::Result<Self> {
+        let mut bitmap = Self::present(pages)?;
+        bitmap.missing.set_first(pages)?;
+        let words = bitmap.missing.len();
+        for (group, left) in bitmap.groups.iter_mut().enumerate() {
+            *left = AtomicU64::new(GROUP.min(words - group * GROUP) as u64);
+        }
+        bitmap.groups_left = AtomicU64::new(bitmap.groups.len() as u64);
+        Ok(bitmap)
+    }
+
+    /// A bitmap in which all of `pages` pages are present: no page of it is touched.
+    ///
+    /// # Errors
+    ///
+    /// As for [`new`](Self::new).
+    pub fn present(pages: u64) -> io::Result<Self> {
         let words = usize::try_from(pages.div_ceil(64)).ok().filter(|words| *words > 0);
         let words = words.ok_or_else(|| {
             io::Error::new(io::ErrorKind::InvalidInput, "a bitmap needs at least one page")
         })?;
         let (missing, claimed) = (Words::new(words)?, Words::new(words)?);
-        missing.set_first(pages)?;
-        let groups: Box<[AtomicU64]> = (0..words.div_ceil(GROUP))
-            .map(|group| AtomicU64::new(GROUP.min(words - group * GROUP) as u64))
-            .collect();
-        let groups_left = AtomicU64::new(groups.len() as u64);
         Ok(MissingBitmap {
             pages,
             missing,
             claimed,
-            groups,
-            groups_left,
+            groups: (0..words.div_ceil(GROUP)).map(|_| AtomicU64::new(0)).collect(),
+            groups_left: AtomicU64::new(0),
             waiting: WaitTable::new(),
         })
     }
@@ -266,6 +277,19 @@ mod tests {
             assert_eq!(u64::from(beyond), pages, "no bit behind the last page");
         }
         assert!(MissingBitmap::new(0).is_err());
+    }
+
+    #[test]
+    fn what_is_present_from_the_start_is_complete_and_costs_nothing() {
+        use std::os::unix::fs::MetadataExt;
+        // 1 TiB of memory.
+        let bitmap = MissingBitmap::present(1 << 28).unwrap();
+        assert!(bitmap.is_complete() && !bitmap.is_missing((1 << 28) - 1));
+        assert!(bitmap.claim(PageRange::new(1 << 20, 5000)).is_empty());
+        let metadata = bitmap.words().file().metadata().unwrap();
+        assert_eq!(metadata.len(), 1 << 25);
+        assert!(metadata.blocks() * 512 < 1 << 16, "{} blocks", metadata.blocks());
+        assert!(MissingBitmap::present(0).is_err());
     }
 
     #[test]

@@ -131,7 +131,7 @@ impl<B: Bitmap> GuestMemoryBackend for DemandMemory<B> {
     }
 
     // By hand: vm-memory's own searches, and then checks the address once more.
-    #[inline(never)] // `DemandRegion::present` says why.
+    #[inline(never)] // `DemandRegion::if_present` says why.
     fn to_region_addr(&self, addr: GuestAddress) -> Option<(&Self::R, MemoryRegionAddress)> {
         if self.num_regions() <= FEW {
             return self.iter().find_map(|region| Some((region, region.offset_of(addr)?)));

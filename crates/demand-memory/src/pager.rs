@@ -6,9 +6,11 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Instant;
 
-use demand_source::{Chunk, Destination, Extent, PageSource, Priority, Request, SourceError};
+use demand_source::{
+    Chunk, Completion, Destination, Extent, PageSource, Priority, Request, SourceError,
+};
 
-use crate::retry::{Attempts, Retrier};
+use crate::retry::{Attempts, Retrier, RetryPolicy};
 use crate::{
     Backing, BackingError, LoadUnit, Mapping, MissingBitmap, PAGE_SIZE, PageRange, Path, Published,
     Stats, Trap, Wait, Waiter,
@@ -115,9 +117,33 @@ impl Pager {
         if image_offset.checked_add(size).is_none_or(|end| end > image_size) {
             return Err(PagerError::ImageShort { size, image_offset, image_size });
         }
+        Self::with_bitmap(MissingBitmap::new, backing, source, image_offset, stats, retrier)
+    }
+
+    /// A pager of memory that is present from the start, zeros at first, as of a VM that boots.
+    /// Nothing is ever fetched, and none of the memory is allocated here: it comes into being as it
+    /// is touched. So huge pages that were not set aside must be there by then (see
+    /// [`MemfdBacking::new`](crate::MemfdBacking::new)), as for every other VMM.
+    ///
+    /// # Errors
+    ///
+    /// [`PagerError::Backing`] and [`PagerError::Bitmap`].
+    pub fn present(backing: Arc<dyn Backing>, stats: Arc<Stats>) -> Result<Arc<Self>, PagerError> {
+        let retrier = Retrier::new(RetryPolicy::default(), |_| {});
+        Self::with_bitmap(MissingBitmap::present, backing, Arc::new(NoSource), 0, stats, retrier)
+    }
+
+    fn with_bitmap(
+        bitmap: impl FnOnce(u64) -> std::io::Result<MissingBitmap>,
+        backing: Arc<dyn Backing>,
+        source: Arc<dyn PageSource>,
+        image_offset: u64,
+        stats: Arc<Stats>,
+        retrier: Arc<Retrier>,
+    ) -> Result<Arc<Self>, PagerError> {
+        let size = backing.size();
         let pages = size / PAGE_SIZE;
-        let bitmap =
-            MissingBitmap::new(pages).map_err(|error| PagerError::Bitmap { pages, error })?;
+        let bitmap = bitmap(pages).map_err(|error| PagerError::Bitmap { pages, error })?;
         let populate = Arc::new(backing.map()?);
         let unit = backing.kind().unit();
         let allocated = (unit > PAGE_SIZE)
@@ -285,23 +311,18 @@ impl Pager {
     ) -> Result<(u64, bool), PopulateError> {
         let offset = self.image_offset + run.offset();
         let extent = self.source.extent(offset)?;
-        // An extent that ends within a page: the page is data, read as a whole.
-        let pages = (extent.end().saturating_sub(offset) / PAGE_SIZE).clamp(1, run.count);
+        let (pages, hole) = pages_of(extent, offset, run.count);
         let pages = pages.min(self.to_unit_border(run.first).unwrap_or(pages));
         let run = PageRange::new(run.first, pages);
-        match extent {
-            Extent::Hole { end } if end - offset >= PAGE_SIZE => {
-                // New memory is zero, which is what the image says.
-                self.allocate(run, true)?;
-                return Ok((pages, self.publish(run, path, 0, tried)));
-            }
-            _ => {
-                if let Some(unit) = self.load_unit(run) {
-                    return Ok((unit.count, self.publish(unit, path, unit.bytes(), tried)));
-                }
-                self.allocate(run, false)?;
-            }
+        if hole {
+            // New memory is zero, which is what the image says.
+            self.allocate(run, true)?;
+            return Ok((pages, self.publish(run, path, 0, tried)));
         }
+        if let Some(unit) = self.load_unit(run) {
+            return Ok((unit.count, self.publish(unit, path, unit.bytes(), tried)));
+        }
+        self.allocate(run, false)?;
         let (address, len) = (self.populate.at(run.offset()), run.bytes() as usize);
         // SAFETY: `at` and the range check in `fetch` keep the loan within the populate mapping,
         // which `self` keeps mapped writable during this call. No Rust reference to guest memory
@@ -444,6 +465,11 @@ impl Pager {
         });
     }
 
+    /// Where missing pages come from, and where the region begins there, in bytes.
+    pub(crate) fn source(&self) -> (&Arc<dyn PageSource>, u64) {
+        (&self.source, self.image_offset)
+    }
+
     /// The address of a byte in the populate mapping. The caller must look only at present pages.
     pub(crate) fn populate_mapping(&self) -> &Arc<Mapping> {
         &self.populate
@@ -456,6 +482,31 @@ impl fmt::Debug for Pager {
             .field("backing", &self.backing)
             .field("bitmap", &self.bitmap)
             .finish_non_exhaustive()
+    }
+}
+
+/// How many of the `most` pages from `offset` (bytes in the image) on lie in the extent that was
+/// found there, and whether they are a hole. Where it ends within a page, the page is data, read as
+/// a whole.
+pub(crate) fn pages_of(extent: Extent, offset: u64, most: u64) -> (u64, bool) {
+    let pages = extent.end().saturating_sub(offset) / PAGE_SIZE;
+    (pages.clamp(1, most), extent.is_hole() && pages > 0)
+}
+
+/// The source of memory that was present from the start: nobody asks it.
+struct NoSource;
+
+impl PageSource for NoSource {
+    fn size(&self) -> u64 {
+        0
+    }
+
+    fn extent(&self, _: u64) -> Result<Extent, SourceError> {
+        Err(SourceError::Abandoned)
+    }
+
+    fn submit(&self, _: Request) -> Completion {
+        Completion::ready(Err(SourceError::Abandoned))
     }
 }
 

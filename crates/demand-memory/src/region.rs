@@ -71,10 +71,42 @@ impl<B: Bitmap> DemandRegion<B> {
     pub fn new(config: RegionConfig, bitmap: B) -> Result<Self, PagerError> {
         let RegionConfig { start, backing, source, image_offset, stats, retrier } = config;
         let pager = Pager::new(backing, source, image_offset, stats, retrier)?;
+        Ok(Self::with_pager(start, pager, bitmap))
+    }
+
+    /// Makes a region whose pages are all present, and zero at first: [`Pager::present`].
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Pager::present`].
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use std::sync::Arc;
+    /// use demand_memory::{BackingKind, DemandRegion, MemfdBacking, Stats};
+    /// use vm_memory::{Bytes, GuestAddress, MemoryRegionAddress};
+    ///
+    /// let backing = Arc::new(MemfdBacking::new(BackingKind::Shmem, 1 << 20, true).unwrap());
+    /// let region =
+    ///     DemandRegion::present(GuestAddress(0), backing, Arc::new(Stats::new()), ()).unwrap();
+    /// assert!(region.pager().bitmap().is_complete());
+    /// assert_eq!(region.read_obj::<u64>(MemoryRegionAddress(8)).unwrap(), 0);
+    /// ```
+    pub fn present(
+        start: GuestAddress,
+        backing: Arc<dyn Backing>,
+        stats: Arc<Stats>,
+        bitmap: B,
+    ) -> Result<Self, PagerError> {
+        Ok(Self::with_pager(start, Pager::present(backing, stats)?, bitmap))
+    }
+
+    fn with_pager(start: GuestAddress, pager: Arc<Pager>, bitmap: B) -> Self {
         let populate = pager.populate_mapping().clone();
         let len = pager.pages() * PAGE_SIZE;
         assert!(len <= populate.len(), "the populate mapping holds the region");
-        Ok(DemandRegion { start, len, pager, populate, access: OnceLock::new(), bitmap })
+        DemandRegion { start, len, pager, populate, access: OnceLock::new(), bitmap }
     }
 
     /// The region's pager.
@@ -99,7 +131,7 @@ impl<B: Bitmap> DemandRegion<B> {
     // then small enough to be taken apart where memory is read, which saves more than the calls
     // cost.
     #[inline(never)]
-    fn present(&self, offset: u64, len: u64) -> Option<NonNull<u8>> {
+    fn if_present(&self, offset: u64, len: u64) -> Option<NonNull<u8>> {
         // No bytes lie in no page: `None`.
         let last = offset.checked_add(len.checked_sub(1)?)?;
         let present = last < self.len
@@ -184,7 +216,7 @@ impl<B: Bitmap> GuestMemoryRegion for DemandRegion<B> {
         offset: MemoryRegionAddress,
         count: usize,
     ) -> guest_memory::Result<VolatileSlice<'_, BS<'_, B>>> {
-        let address = match self.present(offset.0, count as u64) {
+        let address = match self.if_present(offset.0, count as u64) {
             Some(address) => address,
             None => self.bring_in(offset.0, count as u64)?,
         };
