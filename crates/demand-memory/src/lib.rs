@@ -13,6 +13,8 @@ mod backing;
 #[cfg(not(loom))]
 mod fill;
 #[cfg(not(loom))]
+mod image;
+#[cfg(not(loom))]
 mod latency;
 #[cfg(not(loom))]
 mod load;
@@ -43,6 +45,7 @@ pub use demand_source::MappedBytes;
 pub use self::{
     backing::{Backing, BackingError, BackingKind, MemfdBacking, transparent_huge_pages_of_shmem},
     fill::{Fill, FillRate},
+    image::{ImageProgress, WriteImageError},
     load::LoadUnit,
     mapping::Mapping,
     memory::DemandMemory,

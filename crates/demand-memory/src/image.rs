@@ -1,0 +1,334 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Copies memory out to an image, while pages may be missing.
+
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
+use std::time::Duration;
+
+use demand_source::{
+    Chunk, Destination, Extent, ImageWriter, ImageWriterError, PageCounts, PageSource, Priority,
+    Request, SourceError, extent_of_file,
+};
+use vm_memory::bitmap::Bitmap;
+use vm_memory::{Bytes, GuestMemoryBackend, MemoryRegionAddress};
+
+use crate::pager::pages_of;
+use crate::{DemandMemory, DemandRegion, PAGE_SIZE, PageRange};
+
+/// Pages that are copied at once: 1 MiB.
+const CHUNK: u64 = 256;
+/// Pauses after each failure of a source but the last.
+const PAUSES: [Duration; 4] = [
+    Duration::from_millis(50),
+    Duration::from_millis(100),
+    Duration::from_millis(200),
+    Duration::from_millis(400),
+];
+/// How often whoever watches is asked while a source takes its time.
+const WATCH: Duration = Duration::from_millis(200);
+
+/// How far [`DemandMemory::write_image`] has come.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ImageProgress {
+    /// Bytes of memory that are done, holes included.
+    pub bytes: u64,
+    /// Bytes of memory in all.
+    pub total: u64,
+    /// What the pages that are done were.
+    pub pages: PageCounts,
+    /// Bytes that were read from memory: present pages.
+    pub from_memory: u64,
+    /// Bytes that were read from sources: missing pages.
+    pub from_source: u64,
+}
+
+/// Why memory was not copied to an image. The memory is as it was.
+#[derive(Debug, thiserror::Error)]
+pub enum WriteImageError {
+    /// The image has another size.
+    #[error(
+        "copy {memory} bytes of memory to an image of {image} bytes: make it as long as memory"
+    )]
+    Size {
+        /// Size of all regions, in bytes.
+        memory: u64,
+        /// Size of the image, in bytes.
+        image: u64,
+    },
+    /// Whoever watched had it end.
+    #[error("copy memory to an image: ended after {bytes} of {total} bytes, as was asked")]
+    Cancelled {
+        /// Bytes that were done.
+        bytes: u64,
+        /// Bytes in all.
+        total: u64,
+    },
+    /// The image could not be written.
+    #[error(transparent)]
+    Write(#[from] ImageWriterError),
+    /// Memory could not be read.
+    #[error(
+        "copy memory to an image: read {len} bytes at offset {offset} of a memory object: {error}; \
+         see what the kernel says of this machine's memory"
+    )]
+    Memory {
+        /// Offset in the region, in bytes.
+        offset: u64,
+        /// Length of the read, in bytes.
+        len: u64,
+        /// What the system said.
+        error: io::Error,
+    },
+    /// Missing pages could not be had from their source.
+    #[error(
+        "copy memory to an image: get missing pages at offset {offset} of their source, tried \
+         {attempts} times: {error}; the VM can go on, try again when the source is back"
+    )]
+    Source {
+        /// Offset in the source's image, in bytes.
+        offset: u64,
+        /// How often it was tried.
+        attempts: u32,
+        /// What the source said last.
+        error: SourceError,
+    },
+}
+
+impl<B: Bitmap> DemandMemory<B> {
+    /// Copies all regions to an image, one behind the other: a region begins in the image where the
+    /// one before it ends. Finishing the image is left to the caller.
+    ///
+    /// Present pages come from memory, missing ones straight from their source: they stay missing,
+    /// and holes of the source are not read. Untouched memory is not allocated. At most 1 MiB is
+    /// held in buffers.
+    ///
+    /// vCPUs, devices and whoever else writes to memory must be stopped meanwhile. Background fill
+    /// and service threads may go on: a page that becomes present is taken from where it was found
+    /// first, which is the same.
+    ///
+    /// `progress` is told after each MiB how far it has come, and again and again while a source
+    /// takes its time; it ends it by `false`. A source that fails is tried five times within a
+    /// second.
+    ///
+    /// # Errors
+    ///
+    /// [`WriteImageError`] tells what failed. The image is then not usable; memory is as it was.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use std::sync::Arc;
+    /// use demand_memory::{BackingKind, DemandMemory, DemandRegion, MemfdBacking, Stats};
+    /// use demand_source::ImageWriter;
+    /// use vm_memory::{Bytes, GuestAddress};
+    ///
+    /// let backing = Arc::new(MemfdBacking::new(BackingKind::Shmem, 1 << 20, true).unwrap());
+    /// let region =
+    ///     DemandRegion::present(GuestAddress(0), backing, Arc::new(Stats::new()), ()).unwrap();
+    /// let memory = DemandMemory::new(vec![region]).unwrap();
+    /// memory.write_obj(7u8, GuestAddress(0x5000)).unwrap();
+    ///
+    /// let folder = tempfile::tempdir().unwrap();
+    /// let (image, table) = (folder.path().join("memory"), folder.path().join("memory.hashes"));
+    /// let mut writer = ImageWriter::create(&image, &table, 1 << 20, [0; 16]).unwrap();
+    /// let done = memory.write_image(&mut writer, &mut |_| true).unwrap();
+    /// assert_eq!((done.bytes, done.pages.data, done.pages.holes), (1 << 20, 1, 255));
+    /// writer.finish().unwrap();
+    /// ```
+    pub fn write_image(
+        &self,
+        writer: &mut ImageWriter,
+        progress: &mut dyn FnMut(ImageProgress) -> bool,
+    ) -> Result<ImageProgress, WriteImageError> {
+        let total = self.pagers().map(|pager| pager.pages() * PAGE_SIZE).sum();
+        if total != writer.size() {
+            return Err(WriteImageError::Size { memory: total, image: writer.size() });
+        }
+        let so_far = ImageProgress { total, ..ImageProgress::default() };
+        let mut copy = Copy { writer, progress, so_far, buffer: Vec::new() };
+        let mut base = 0;
+        for region in self.iter() {
+            copy.region(region, base)?;
+            base += region.pager().pages() * PAGE_SIZE;
+        }
+        Ok(copy.so_far)
+    }
+}
+
+/// A copy under way.
+struct Copy<'a> {
+    writer: &'a mut ImageWriter,
+    progress: &'a mut dyn FnMut(ImageProgress) -> bool,
+    so_far: ImageProgress,
+    /// Used again and again.
+    buffer: Vec<u8>,
+}
+
+impl Copy<'_> {
+    /// Copies a region to byte `base` of the image and on.
+    fn region<B: Bitmap>(
+        &mut self,
+        region: &DemandRegion<B>,
+        base: u64,
+    ) -> Result<(), WriteImageError> {
+        let (bitmap, pages) = (region.pager().bitmap(), region.pager().pages());
+        for first in (0..pages).step_by(CHUNK as usize) {
+            let chunk = PageRange::new(first, CHUNK.min(pages - first));
+            let data_before = self.so_far.pages.data;
+            let mut at = chunk.first;
+            while at < chunk.end() {
+                let missing = bitmap.is_missing(at);
+                let alike =
+                    (at..chunk.end()).take_while(|page| bitmap.is_missing(*page) == missing);
+                // The first may have become present between the two looks.
+                let run = PageRange::new(at, (alike.count() as u64).max(1));
+                if missing {
+                    let (source, image_offset) = region.pager().source();
+                    self.missing(&**source, image_offset + run.offset(), base + run.offset(), run)?;
+                } else {
+                    self.present(region, base, run)?;
+                }
+                at = run.end();
+            }
+            self.so_far.bytes += chunk.bytes();
+            self.so_far.pages.holes += chunk.count - (self.so_far.pages.data - data_before);
+            self.report()?;
+        }
+        Ok(())
+    }
+
+    /// Copies pages that are present. That they are must have been seen before: where the memory
+    /// object has holes, it is asked only here.
+    fn present<B: Bitmap>(
+        &mut self,
+        region: &DemandRegion<B>,
+        base: u64,
+        run: PageRange,
+    ) -> Result<(), WriteImageError> {
+        let refused = |offset, len, error| WriteImageError::Memory { offset, len, error };
+        let (mut at, end) = (run.offset(), run.offset() + run.bytes());
+        while at < end {
+            // Through the file, as reading an untouched page in a mapping would allocate it.
+            let file = region.pager().backing().file();
+            let extent = match file {
+                Some(file) => {
+                    extent_of_file(file, at, end).map_err(|e| refused(at, end - at, e))?
+                }
+                None => Some(Extent::Data { end }),
+            };
+            let Some(extent) = extent else { return Ok(()) };
+            let (pages, hole) = pages_of(extent, at, (end - at) / PAGE_SIZE);
+            let len = pages * PAGE_SIZE;
+            if !hole {
+                self.buffer.resize(len as usize, 0);
+                match file {
+                    Some(file) => file.read_exact_at(&mut self.buffer, at),
+                    None => region
+                        .read_slice(&mut self.buffer, MemoryRegionAddress(at))
+                        .map_err(io::Error::other),
+                }
+                .map_err(|error| refused(at, len, error))?;
+                self.so_far.from_memory += len;
+                self.write(base + at)?;
+            }
+            at += len;
+        }
+        Ok(())
+    }
+
+    /// Copies pages that are missing, from byte `offset` of their source to byte `to` of the image.
+    fn missing(
+        &mut self,
+        source: &dyn PageSource,
+        offset: u64,
+        to: u64,
+        run: PageRange,
+    ) -> Result<(), WriteImageError> {
+        let mut done = 0;
+        while done < run.count {
+            let here = done * PAGE_SIZE;
+            let extent = self.persist(offset + here, |_| Ok(source.extent(offset + here)))?;
+            let (pages, hole) = pages_of(extent, offset + here, run.count - done);
+            if !hole {
+                let len = pages * PAGE_SIZE;
+                self.persist(offset + here, |copy| copy.read(source, offset + here, len as usize))?;
+                self.so_far.from_source += len;
+                self.write(to + here)?;
+            }
+            done += pages;
+        }
+        Ok(())
+    }
+
+    /// Asks a source until it answers, but not for ever.
+    fn persist<T>(
+        &mut self,
+        offset: u64,
+        mut ask: impl FnMut(&mut Self) -> Result<Result<T, SourceError>, WriteImageError>,
+    ) -> Result<T, WriteImageError> {
+        let mut attempts = 1;
+        let mut pauses = PAUSES.iter();
+        loop {
+            let error = match ask(self)? {
+                Ok(answer) => return Ok(answer),
+                Err(error) => error,
+            };
+            let Some(pause) = pauses.next() else {
+                return Err(WriteImageError::Source { offset, attempts, error });
+            };
+            log::warn!("copy memory to an image: {error}; attempt {attempts} failed");
+            thread::sleep(*pause);
+            self.report()?;
+            attempts += 1;
+        }
+    }
+
+    /// Fills the buffer from a source.
+    fn read(
+        &mut self,
+        source: &dyn PageSource,
+        offset: u64,
+        len: usize,
+    ) -> Result<Result<(), SourceError>, WriteImageError> {
+        self.buffer.resize(len, 0);
+        if let Some(read) = source.read_now(offset, &mut Destination::from(&mut self.buffer[..])) {
+            return Ok(read);
+        }
+        let (destination, bytes) = Destination::owned(std::mem::take(&mut self.buffer));
+        let chunks = vec![Chunk { offset, destination }];
+        // Whoever waits for this waits with the VM stopped.
+        let request = Request { priority: Priority::Demand, chunks };
+        let (sender, receiver) = mpsc::channel();
+        source.submit(request).then(move |outcome| {
+            // Nobody listens any more if the copy was ended.
+            let _ = sender.send(outcome);
+        });
+        let outcome = loop {
+            match receiver.recv_timeout(WATCH) {
+                Ok(outcome) => break outcome,
+                Err(RecvTimeoutError::Timeout) => self.report()?,
+                Err(RecvTimeoutError::Disconnected) => break Err(SourceError::Abandoned),
+            }
+        };
+        // After a failure the source may still hold them: the next attempt makes new ones.
+        let bytes = bytes.take();
+        Ok(outcome.and_then(|()| {
+            self.buffer = bytes.ok_or(SourceError::Abandoned)?;
+            Ok(())
+        }))
+    }
+
+    /// Writes the buffer to byte `to` of the image.
+    fn write(&mut self, to: u64) -> Result<(), WriteImageError> {
+        self.so_far.pages.data += self.writer.write(to, &self.buffer)?.data;
+        Ok(())
+    }
+
+    fn report(&mut self) -> Result<(), WriteImageError> {
+        let ImageProgress { bytes, total, .. } = self.so_far;
+        let go_on = (self.progress)(self.so_far);
+        if go_on { Ok(()) } else { Err(WriteImageError::Cancelled { bytes, total }) }
+    }
+}

@@ -1,0 +1,393 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Memory that is copied to an image: lazy, present from the start, and while its source fails.
+#![cfg(not(loom))]
+
+use std::fs::File;
+use std::os::unix::fs::MetadataExt;
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use demand_memory::{
+    Backing, BackingError, BackingKind, DemandMemory, DemandRegion, Fill, FillRate, ImageProgress,
+    Mapping, MemfdBacking, PAGE_SIZE, PageRange, Pager, Path, RegionConfig, Retrier, RetryPolicy,
+    Stats, Waiter, WriteImageError,
+};
+use demand_source::{Destination, HashedImage, ImageWriter, PageCounts, PageSource};
+use proptest::prelude::*;
+use test_support::host;
+use test_support::image::{Near, far, is_hole, page_of};
+use vm_memory::{Address, Bytes, GuestAddress};
+
+fn region(
+    start: u64,
+    kind: BackingKind,
+    pages: u64,
+    source: &Arc<dyn PageSource>,
+    image_offset: u64,
+) -> DemandRegion {
+    let config = RegionConfig {
+        start: GuestAddress(start),
+        backing: Arc::new(MemfdBacking::new(kind, pages * PAGE_SIZE, true).unwrap()),
+        source: source.clone(),
+        image_offset,
+        stats: Arc::new(Stats::new()),
+        retrier: Retrier::new(RetryPolicy::default(), |_| {}),
+    };
+    DemandRegion::new(config, ()).unwrap()
+}
+
+/// Memory of two regions, the second of `second` pages, over one image.
+fn two(kind: BackingKind, second: u64, source: impl PageSource + 'static) -> DemandMemory {
+    let source: Arc<dyn PageSource> = Arc::new(source);
+    let first = region(0, kind, FIRST, &source, 0);
+    let second = region(SECOND, kind, second, &source, FIRST * PAGE_SIZE);
+    DemandMemory::new(vec![first, second]).unwrap()
+}
+
+/// Pages of the first region, which are those of a huge page.
+const FIRST: u64 = 512;
+/// Where the second region begins, in guest memory.
+const SECOND: u64 = 1 << 32;
+
+/// Where a page of the image is in guest memory.
+fn address(page: u64) -> GuestAddress {
+    GuestAddress(if page < FIRST { page } else { SECOND / PAGE_SIZE + page - FIRST } * PAGE_SIZE)
+}
+
+fn missing(memory: &DemandMemory) -> u64 {
+    let all = |pager: &Arc<Pager>| PageRange::new(0, pager.pages());
+    memory.pagers().map(|pager| pager.bitmap().count_missing(all(pager))).sum()
+}
+
+/// Bytes that the memory objects take.
+fn allocated(memory: &DemandMemory) -> u64 {
+    let blocks = |file: &File| file.metadata().unwrap().blocks() * 512;
+    memory.pagers().map(|pager| blocks(pager.backing().file().unwrap())).sum()
+}
+
+fn size(memory: &DemandMemory) -> u64 {
+    memory.pagers().map(|pager| pager.pages() * PAGE_SIZE).sum()
+}
+
+/// An image of memory, and how it came to be.
+struct Written {
+    _folder: tempfile::TempDir,
+    image: HashedImage,
+    done: ImageProgress,
+}
+
+fn try_write(
+    memory: &DemandMemory,
+    progress: &mut dyn FnMut(ImageProgress) -> bool,
+) -> Result<Written, WriteImageError> {
+    let folder = tempfile::tempdir().unwrap();
+    let (image, table) = (folder.path().join("image"), folder.path().join("table"));
+    let mut writer = ImageWriter::create(&image, &table, size(memory), [1; 16]).unwrap();
+    let done = memory.write_image(&mut writer, progress)?;
+    let summary = writer.finish().unwrap();
+    assert_eq!((summary.pages, summary.size), (done.pages, done.bytes));
+    let image = HashedImage::open(&image, &table).unwrap();
+    Ok(Written { _folder: folder, image, done })
+}
+
+/// Writes an image, and sees that memory is then what it was before.
+fn write(memory: &DemandMemory) -> Written {
+    let before = (missing(memory), allocated(memory));
+    let mut last = 0;
+    let written = try_write(memory, &mut |so_far| {
+        assert!(so_far.bytes >= last && so_far.total == size(memory), "{so_far:?} after {last}");
+        last = so_far.bytes;
+        true
+    });
+    assert_eq!(last, size(memory));
+    assert_eq!((missing(memory), allocated(memory)), before);
+    written.unwrap()
+}
+
+impl Written {
+    fn is(&self, expected: impl Fn(u64) -> Vec<u8>) {
+        self.image.verify(&mut |_| true).unwrap();
+        let mut content = [0xee; PAGE_SIZE as usize];
+        for page in 0..PageSource::size(&self.image) / PAGE_SIZE {
+            let offset = page * PAGE_SIZE;
+            self.image.read_through(offset, &mut Destination::from(&mut content[..])).unwrap();
+            assert!(content == expected(page)[..], "page {page}");
+        }
+    }
+}
+
+/// What the guest wrote to a page of the image, if it did.
+fn touched(page: u64) -> Vec<u8> {
+    let mut content = page_of(page);
+    content[9] = 0xd1;
+    content
+}
+
+/// Some pages are present, some of these are written to; the rest is missing.
+fn half_present(memory: &DemandMemory) -> impl Fn(u64) -> Vec<u8> {
+    let pages = size(memory) / PAGE_SIZE;
+    for page in (0..pages).filter(|page| page % 7 < 3) {
+        memory.read_obj::<u8>(address(page)).unwrap();
+    }
+    for page in (0..pages).filter(|page| page % 21 < 2) {
+        memory.write_obj(0xd1u8, address(page).unchecked_add(9)).unwrap();
+    }
+    // One that held something is zeros now.
+    assert!(!is_hole(7));
+    memory.write_slice(&[0; PAGE_SIZE as usize], address(7)).unwrap();
+    move |page| match page {
+        7 => vec![0; PAGE_SIZE as usize],
+        page if page % 21 < 2 => touched(page),
+        page => page_of(page),
+    }
+}
+
+fn is_what_the_guest_would_see(kind: BackingKind, second: u64) {
+    let bytes = (FIRST + second) * PAGE_SIZE;
+    // One source answers at once, the other on its threads.
+    for source in [None, Some(far(bytes).0)] {
+        let memory = match source {
+            None => two(kind, second, Near(bytes)),
+            Some(far) => two(kind, second, far),
+        };
+        let expected = half_present(&memory);
+        assert!(missing(&memory) > size(&memory) / PAGE_SIZE / 2);
+        let written = write(&memory);
+        written.is(&expected);
+        let data = (0..bytes / PAGE_SIZE).filter(|page| expected(*page).iter().any(|b| *b != 0));
+        let data = data.count() as u64;
+        let holes = bytes / PAGE_SIZE - data;
+        assert_eq!(written.done.pages, PageCounts { data, holes });
+        // Holes of the source were not read.
+        let read = (0..bytes / PAGE_SIZE).filter(|page| page % 7 >= 3 && page % 21 >= 2);
+        let read = read.filter(|page| !is_hole(*page)).count() as u64 * PAGE_SIZE;
+        assert_eq!(written.done.from_source, read);
+        // It is what completely filled memory holds.
+        for pager in memory.pagers() {
+            let all = PageRange::new(0, pager.pages());
+            pager.ensure(all, Path::Fill, &Waiter::new()).unwrap();
+        }
+        let complete = write(&memory);
+        complete.is(&expected);
+        assert_eq!((complete.done.pages, complete.done.from_source), (written.done.pages, 0));
+    }
+}
+
+#[test]
+fn an_image_of_lazy_memory_is_what_the_guest_would_see() {
+    // More than a MiB, and no multiple of it.
+    is_what_the_guest_would_see(BackingKind::Shmem, 300);
+}
+
+#[test]
+fn an_image_of_lazy_huge_pages_is_what_the_guest_would_see() {
+    let Some(_pool) = host::huge_pages(3) else { return };
+    is_what_the_guest_would_see(BackingKind::Hugetlb2M, 1024);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig {
+        cases: 15, failure_persistence: None, ..ProptestConfig::default()
+    })]
+
+    #[test]
+    fn whatever_is_present_the_image_is_the_same(
+        fetched in prop::collection::vec((0..FIRST + 64, 1..200u64), 0..8),
+        writes in prop::collection::vec(0..(FIRST + 64) * PAGE_SIZE, 0..20),
+    ) {
+        let pages = FIRST + 64;
+        let memory = two(BackingKind::Shmem, 64, Near(pages * PAGE_SIZE));
+        let mut model: Vec<u8> = (0..pages).flat_map(page_of).collect();
+        for (first, count) in fetched {
+            for page in first..pages.min(first + count) {
+                memory.read_obj::<u8>(address(page)).unwrap();
+            }
+        }
+        for at in writes {
+            model[at as usize] ^= 0xff;
+            let address = address(at / PAGE_SIZE).unchecked_add(at % PAGE_SIZE);
+            memory.write_obj(model[at as usize], address).unwrap();
+        }
+        let page = |page: u64| model[(page * PAGE_SIZE) as usize..][..PAGE_SIZE as usize].to_vec();
+        write(&memory).is(page);
+    }
+}
+
+#[test]
+fn background_fill_may_go_on() {
+    let pages = FIRST + 4096;
+    let (source, _) = far(pages * PAGE_SIZE);
+    let memory = two(BackingKind::Shmem, 4096, source);
+    memory.write_obj(0xd1u8, address(3).unchecked_add(9)).unwrap();
+    let pagers = memory.pagers().cloned().collect();
+    let mut fill = None;
+    let written = try_write(&memory, &mut |_| {
+        // From the middle of it, in the same order: each overtakes the other.
+        fill.get_or_insert_with(|| Fill::start(Vec::clone(&pagers), FillRate::Unlimited).unwrap());
+        true
+    });
+    written.unwrap().is(|page| if page == 3 { touched(page) } else { page_of(page) });
+}
+
+fn present(kind: BackingKind, size: u64) -> DemandMemory {
+    let backing = Arc::new(MemfdBacking::new(kind, size, true).unwrap());
+    let region = DemandRegion::present(GuestAddress(0), backing, Arc::new(Stats::new()), ());
+    DemandMemory::new(vec![region.unwrap()]).unwrap()
+}
+
+#[test]
+fn memory_that_is_present_from_the_start_costs_what_is_used() {
+    let begun = Instant::now();
+    let memory = present(BackingKind::Shmem, 64 << 30);
+    let took = begun.elapsed();
+    assert!(took < Duration::from_millis(200), "{took:?}");
+    assert_eq!((missing(&memory), allocated(&memory)), (0, 0));
+    let (sender, receiver) = std::sync::mpsc::channel();
+    memory.on_complete(move || sender.send(()).unwrap());
+    receiver.try_recv().expect("it is complete");
+    // Fill ends at once, and a fetch finds nothing to do.
+    let pager = memory.pagers().next().unwrap();
+    drop(Fill::start(vec![pager.clone()], FillRate::Unlimited).unwrap());
+    assert_eq!(pager.fetch(PageRange::new(0, 1 << 20), Path::BackEnd), Ok(0));
+    assert_eq!((pager.stats().source().reads, allocated(&memory)), (0, 0));
+}
+
+fn holds_what_was_written(kind: BackingKind, size: u64) {
+    let memory = present(kind, size);
+    let last = size / PAGE_SIZE - 1;
+    let content = |page| vec![(page + 1) as u8; PAGE_SIZE as usize];
+    for page in [0, 300, last] {
+        memory.write_slice(&content(page), GuestAddress(page * PAGE_SIZE)).unwrap();
+    }
+    // Touched, and zeros for all that.
+    memory.write_obj(0u64, GuestAddress(200 * PAGE_SIZE)).unwrap();
+    let written = write(&memory);
+    assert_eq!(written.done.pages, PageCounts { data: 3, holes: last + 1 - 3 });
+    let zeros = vec![0; PAGE_SIZE as usize];
+    let expected =
+        |page| if [0, 300, last].contains(&page) { content(page) } else { zeros.clone() };
+    written.is(expected);
+    if kind == BackingKind::Shmem {
+        assert_eq!(written.done.from_memory, 4 * PAGE_SIZE);
+    }
+}
+
+#[test]
+fn present_memory_is_copied() {
+    holds_what_was_written(BackingKind::Shmem, (64 << 20) + PAGE_SIZE);
+}
+
+#[test]
+fn present_huge_pages_are_copied() {
+    let Some(_pool) = host::huge_pages(3) else { return };
+    holds_what_was_written(BackingKind::Hugetlb2M, 6 << 20);
+}
+
+/// A memory object that is no file.
+#[derive(Debug)]
+struct Bare(MemfdBacking);
+
+impl Backing for Bare {
+    fn kind(&self) -> BackingKind {
+        self.0.kind()
+    }
+    fn size(&self) -> u64 {
+        self.0.size()
+    }
+    fn map(&self) -> Result<Mapping, BackingError> {
+        self.0.map()
+    }
+    fn allocate(&self, pages: PageRange) -> Result<(), BackingError> {
+        self.0.allocate(pages)
+    }
+    fn file(&self) -> Option<&Arc<File>> {
+        None
+    }
+}
+
+#[test]
+fn memory_that_is_no_file_is_read_where_it_is_mapped() {
+    let bare = Bare(MemfdBacking::new(BackingKind::Shmem, FIRST * PAGE_SIZE, true).unwrap());
+    let source: Arc<dyn PageSource> = Arc::new(Near(FIRST * PAGE_SIZE));
+    let config = RegionConfig {
+        start: GuestAddress(0),
+        backing: Arc::new(bare),
+        source,
+        image_offset: 0,
+        stats: Arc::new(Stats::new()),
+        retrier: Retrier::new(RetryPolicy::default(), |_| {}),
+    };
+    let memory = DemandMemory::new(vec![DemandRegion::<()>::new(config, ()).unwrap()]).unwrap();
+    let expected = half_present(&memory);
+    let before = missing(&memory);
+    try_write(&memory, &mut |_| true).unwrap().is(expected);
+    assert_eq!(missing(&memory), before);
+}
+
+#[test]
+fn a_source_that_fails_is_an_error_and_the_memory_goes_on() {
+    let pages = FIRST + 64;
+    let (source, control) = far(pages * PAGE_SIZE);
+    let memory = two(BackingKind::Shmem, 64, source);
+    let expected = half_present(&memory);
+    let before = missing(&memory);
+    // In the second region, and missing.
+    let victim = (FIRST..pages).find(|page| page % 7 == 4 && !is_hole(*page)).unwrap();
+    control.fail([victim]);
+    let error = try_write(&memory, &mut |_| true).err().unwrap();
+    let WriteImageError::Source { offset, attempts, .. } = &error else { panic!("{error}") };
+    assert_eq!(*attempts, 5);
+    // The run of pages that are read together, holes and present pages being left out.
+    assert!(((victim - 4) * PAGE_SIZE..=victim * PAGE_SIZE).contains(offset), "{error}");
+    let text = error.to_string();
+    assert!(text.contains("the VM can go on") && !text.contains('\n'), "{text}");
+    assert_eq!(missing(&memory), before);
+
+    // It comes back while it is tried again.
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            thread::sleep(Duration::from_millis(120));
+            control.recover();
+        });
+        try_write(&memory, &mut |_| true).unwrap().is(&expected);
+    });
+    let mut content = [0; PAGE_SIZE as usize];
+    memory.read_slice(&mut content, address(victim)).unwrap();
+    assert!(content == expected(victim)[..]);
+}
+
+#[test]
+fn a_copy_can_be_ended_also_while_the_source_takes_its_time() {
+    let pages = FIRST + 64;
+    let (source, control) = far(pages * PAGE_SIZE);
+    let _end = control.let_go_at_the_end();
+    let memory = two(BackingKind::Shmem, 64, source);
+    let error = try_write(&memory, &mut |_| false).err().unwrap();
+    assert!(
+        matches!(error, WriteImageError::Cancelled { bytes, total }
+            if bytes == 1 << 20 && total == pages * PAGE_SIZE),
+        "{error}"
+    );
+    // Nothing comes from the second region's first page.
+    control.hold([FIRST + 1]);
+    let mut asked_in_vain = 0;
+    let error = try_write(&memory, &mut |so_far| {
+        asked_in_vain += u32::from(so_far.bytes == FIRST * PAGE_SIZE);
+        asked_in_vain < 3
+    });
+    let error = error.err().unwrap();
+    assert!(matches!(error, WriteImageError::Cancelled { .. }), "{error}");
+    control.let_go();
+    write(&memory).is(page_of);
+}
+
+#[test]
+fn an_image_of_another_size_is_refused() {
+    let memory = present(BackingKind::Shmem, 8192);
+    let folder = tempfile::tempdir().unwrap();
+    let (image, table) = (folder.path().join("image"), folder.path().join("table"));
+    let mut writer = ImageWriter::create(&image, &table, 4096, [0; 16]).unwrap();
+    let error = memory.write_image(&mut writer, &mut |_| true).unwrap_err();
+    assert!(matches!(error, WriteImageError::Size { memory: 8192, image: 4096 }), "{error}");
+}
