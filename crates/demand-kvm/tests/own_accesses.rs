@@ -191,13 +191,6 @@ fn accesses_that_kvm_leaves_to_user_space_are_made_there() {
     }
 }
 
-/// Closes a mapping for everybody who uses it, KVM among them.
-fn close(mapping: &demand_memory::Mapping) {
-    let (address, len) = (mapping.address().as_ptr().cast(), mapping.len() as usize);
-    // SAFETY: the range is the mapping's, which nobody in this process looks at from here on.
-    assert_eq!(unsafe { libc::mprotect(address, len, libc::PROT_NONE) }, 0);
-}
-
 /// What the tests above would find where nothing is trapped, which is how they can fail: on huge
 /// pages under an engine whose kernel does not look at KVM's own accesses.
 #[test]

@@ -133,6 +133,13 @@ pub fn look(mapping: &Mapping, offset: u64, len: u64) -> Vec<u8> {
     bytes
 }
 
+/// Closes a mapping for everybody who uses it, KVM among them.
+pub fn close(mapping: &Mapping) {
+    let (address, len) = (mapping.address().as_ptr().cast(), mapping.len() as usize);
+    // SAFETY: the range is the mapping's, which nobody in this process looks at from here on.
+    assert_eq!(unsafe { libc::mprotect(address, len, libc::PROT_NONE) }, 0);
+}
+
 /// A word of a mapping, whoever else is at it.
 pub fn look_at_word(mapping: &Mapping, offset: u64) -> u32 {
     assert!(offset + 4 <= mapping.len() && offset.is_multiple_of(4));

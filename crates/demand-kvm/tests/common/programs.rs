@@ -2,7 +2,9 @@
 //! What small guests do.
 
 use super::*;
-use iced_x86::code_asm::{CodeAssembler, al, byte_ptr, dword_ptr, eax, ebp, ebx, ecx, edx, esi};
+use iced_x86::code_asm::{
+    CodeAssembler, al, byte_ptr, dword_ptr, dx, eax, ebp, ebx, ecx, edi, edx, esi,
+};
 
 /// Guest physical address of the code.
 pub const CODE: u64 = 0x1000;
@@ -59,6 +61,14 @@ pub struct Entries {
     /// Writes edx:eax to MSR ecx, reads it back and writes it to [`PORT`], low word first; then
     /// reads the byte at ebx and takes interrupts, if that is not 0, and halts.
     pub wrmsr: u64,
+    /// Writes eax to the port in edx.
+    pub port_out: u64,
+    /// Reads eax from the port in edx.
+    pub port_in: u64,
+    /// Writes eax to memory at edi, or to what is there instead.
+    pub store: u64,
+    /// Reads eax from memory at esi, or from what is there instead.
+    pub load: u64,
     /// Reads the byte at ebx, takes interrupts and spins.
     pub touch: u64,
     /// What an interrupt does: writes the byte at ebx to [`PORT`], ends the interrupt, and tells
@@ -168,6 +178,22 @@ pub fn assemble() -> Entries {
         asm.hlt().unwrap();
         asm.jmp(done).unwrap();
     });
+    let port_out = program(&|asm| {
+        asm.out(dx, eax).unwrap();
+        asm.hlt().unwrap();
+    });
+    let port_in = program(&|asm| {
+        asm.in_(eax, dx).unwrap();
+        asm.hlt().unwrap();
+    });
+    let store = program(&|asm| {
+        asm.mov(dword_ptr(edi), eax).unwrap();
+        asm.hlt().unwrap();
+    });
+    let load = program(&|asm| {
+        asm.mov(eax, dword_ptr(esi)).unwrap();
+        asm.hlt().unwrap();
+    });
     let touch = program(&|asm| {
         let mut here = asm.create_label();
         asm.mov(al, byte_ptr(ebx)).unwrap();
@@ -191,5 +217,21 @@ pub fn assemble() -> Entries {
     };
     table(GDT + 8, 0x00cf_9b00_0000_ffff); // Flat code, 32 bits.
     table(GATE, (interrupt & 0xffff_0000) << 32 | 0x8e00 << 32 | 8 << 16 | interrupt & 0xffff);
-    Entries { code, copy, write, check, spin, outs, ins, movs, wrmsr, touch, interrupt }
+    Entries {
+        code,
+        copy,
+        write,
+        check,
+        spin,
+        outs,
+        ins,
+        movs,
+        wrmsr,
+        port_out,
+        port_in,
+        store,
+        load,
+        touch,
+        interrupt,
+    }
 }

@@ -155,7 +155,8 @@ pub struct Device {
 }
 
 impl Device {
-    fn give(&mut self, data: &mut [u8]) {
+    /// Gives the next bytes.
+    pub fn give(&mut self, data: &mut [u8]) {
         for byte in data {
             *byte = device_byte(self.given);
             self.given += 1;

@@ -1,0 +1,265 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! A vCPU that is stopped in the middle of an instruction: once it is settled, its registers show
+//! the instruction as done, and another machine goes on from them.
+#![cfg(target_arch = "x86_64")]
+
+mod common;
+
+use std::sync::Arc;
+
+use common::*;
+use demand_kvm::{DemandVcpu, Engine, MsrTrap, Settle, Step, StepError};
+use demand_memory::{BackingKind, PAGE_SIZE};
+use demand_source::{PageSource, Threaded};
+use kvm_bindings::{kvm_regs, kvm_sregs};
+use kvm_ioctls::{Kvm, VcpuExit};
+use test_support::host::skip;
+use test_support::wait::until;
+
+const PAGES: u64 = 512;
+/// Across two pages.
+const ACROSS: u64 = PAGE_SIZE - 2;
+/// A vCPU's registers.
+type Registers = (kvm_regs, kvm_sregs);
+
+/// A machine with a vCPU and what it talks to.
+struct Stage {
+    // The vCPU before what it runs on.
+    vcpu: DemandVcpu,
+    device: Device,
+    rig: Rig,
+}
+
+impl Stage {
+    fn new(kvm: &Kvm, engine: Engine, source: Arc<dyn PageSource>) -> Self {
+        let rig = Rig::new(kvm, engine, BackingKind::Shmem, source);
+        let vcpu = DemandVcpu::new(rig.machine.vcpu(0).vcpu).unwrap();
+        Stage { vcpu, device: Device::default(), rig }
+    }
+
+    fn begin(&mut self, entry: fn(&Entries) -> u64, regs: kvm_regs) {
+        let rip = entry(&self.rig.machine.entries);
+        self.vcpu.fd().set_regs(&kvm_regs { rip, rflags: 2, ..regs }).unwrap();
+    }
+
+    fn registers(&self) -> Registers {
+        (self.vcpu.fd().get_regs().unwrap(), self.vcpu.fd().get_sregs().unwrap())
+    }
+
+    /// Runs until the device is asked, or the guest has halted, which is told.
+    fn until_exit(&mut self) -> bool {
+        loop {
+            match self.vcpu.step(&self.rig.handler, &self.rig.memory).unwrap() {
+                Step::Again => {}
+                Step::Exit(VcpuExit::Hlt) => return true,
+                Step::Exit(exit) => {
+                    serve(&mut self.device, exit);
+                    return false;
+                }
+            }
+        }
+    }
+
+    /// Settles the vCPU as far as its pages have come; how often the device was asked, and
+    /// whether its state is whole.
+    fn settle(&mut self) -> (u32, bool) {
+        let mut asked = 0;
+        loop {
+            match self.vcpu.settle_step(&self.rig.handler, &self.rig.memory).unwrap() {
+                Settle::Again => {}
+                Settle::Done => return (asked, true),
+                Settle::Waiting { gpa } => {
+                    assert!(gpa >= REGION, "{gpa:#x}");
+                    return (asked, false);
+                }
+                Settle::Exit(exit) => {
+                    serve(&mut self.device, exit);
+                    asked += 1;
+                }
+            }
+        }
+    }
+}
+
+fn serve(device: &mut Device, exit: VcpuExit<'_>) {
+    match exit {
+        VcpuExit::IoOut(PORT, data) => device.written.extend_from_slice(data),
+        VcpuExit::MmioWrite(DEVICE.., data) => device.written.extend_from_slice(data),
+        VcpuExit::IoIn(PORT, data) | VcpuExit::MmioRead(DEVICE.., data) => device.give(data),
+        other => panic!("{other:?}"),
+    }
+}
+
+/// The word that the device gives first.
+fn given() -> u64 {
+    u64::from(u32::from_le_bytes(std::array::from_fn(device_byte)))
+}
+
+#[test]
+fn an_instruction_that_asks_a_device_is_done_once_settled() {
+    let Some(kvm) = kvm_with(Engine::Uffd) else { return };
+    let image = full_image(PAGES);
+    let value = 0x0123_4567;
+    let port = kvm_regs { rax: value, rdx: u64::from(PORT), ..Default::default() };
+    let memory = |at| kvm_regs { rax: value, rsi: at, rdi: at, ..Default::default() };
+    for (what, entry, regs, len, rest) in [
+        ("out", (|e| e.port_out) as fn(&Entries) -> u64, port, 1, 0),
+        ("in", |e| e.port_in, port, 1, 0),
+        ("store", |e| e.store, memory(DEVICE), 2, 0),
+        ("load", |e| e.load, memory(DEVICE), 2, 0),
+        // In two parts.
+        ("store across pages", |e| e.store, memory(DEVICE + ACROSS), 2, 1),
+        ("load across pages", |e| e.load, memory(DEVICE + ACROSS), 2, 1),
+    ] {
+        println!("{what}");
+        let mut stage = Stage::new(&kvm, Engine::Uffd, source_of(&image));
+        stage.begin(entry, regs);
+        let begin = stage.registers().0.rip;
+        assert!(!stage.until_exit());
+        assert_eq!(stage.settle(), (rest, true));
+        // Once more: there is nothing left to do.
+        assert_eq!(stage.settle(), (0, true));
+        assert!(!stage.vcpu.kick().is_kicked());
+        let (now, sregs) = stage.registers();
+        let reads = matches!(what, "in" | "load" | "load across pages");
+        assert_eq!(now.rip, begin + len);
+        assert_eq!(now.rax, if reads { given() } else { value });
+        let written = if reads { vec![] } else { (value as u32).to_le_bytes().to_vec() };
+        assert_eq!(stage.device.written, written);
+
+        let mut other = Stage::new(&kvm, Engine::Uffd, source_of(&image));
+        other.vcpu.fd().set_sregs(&sregs).unwrap();
+        other.vcpu.fd().set_regs(&now).unwrap();
+        assert!(other.until_exit(), "the device is asked once more");
+        assert_eq!(other.registers().0.rax, now.rax);
+        // So does the machine itself.
+        assert!(stage.until_exit());
+        assert_eq!(stage.registers().0, other.registers().0);
+    }
+}
+
+/// A stage whose pages come when the gate is opened, and whose mapping is closed: KVM asks user
+/// space for what it emulates.
+fn closed(kvm: &Kvm, engine: Engine) -> (Stage, Gate) {
+    let gate = Gate::new(PAGES);
+    let source = Arc::new(Threaded::new(gate.clone(), 2).unwrap());
+    let stage = Stage::new(kvm, engine, source);
+    close(stage.rig.slot.mapping());
+    (stage, gate)
+}
+
+/// Lets the guest run into a page that does not come, and calls the vCPU away as it waits there.
+fn until_it_waits(stage: &mut Stage) {
+    // The waiter alone, so that the guest runs.
+    stage.vcpu.kick().waiter().kick();
+    let step = stage.vcpu.step(&stage.rig.handler, &stage.rig.memory).unwrap();
+    assert!(matches!(step, Step::Again), "{step:?}");
+}
+
+#[test]
+fn a_vcpu_that_waits_for_a_page_is_settled_once_it_comes() {
+    let image = full_image(PAGES);
+    const LEN: u64 = 3 * PAGE_SIZE;
+    let strings =
+        kvm_regs { rsi: REGION + ACROSS, rcx: LEN, rdx: u64::from(PORT), ..Default::default() };
+    for engine in [Engine::Uffd, Engine::KvmUserfault] {
+        let Some(kvm) = kvm_with(engine) else { continue };
+        println!("{engine}");
+        let (mut stage, gate) = closed(&kvm, engine);
+        stage.begin(|entries| entries.outs, strings);
+        until_it_waits(&mut stage);
+        // KVM that asks the bitmap shows the state before the instruction.
+        let asks = engine == Engine::KvmUserfault && features().own_accesses;
+        assert_eq!(stage.settle(), (0, asks));
+        assert_eq!(stage.settle(), (0, asks));
+        assert!(stage.rig.pager().bitmap().is_missing(0));
+        gate.open();
+        until("the page does not come", || stage.settle().1);
+        let (regs, sregs) = stage.registers();
+        let done = LEN - regs.rcx;
+        assert_eq!(regs.rsi, REGION + ACROSS + done);
+        assert_eq!(stage.device.written.len() as u64, done);
+        assert!(done > 0 || asks);
+
+        let mut other = Stage::new(&kvm, engine, source_of(&image));
+        other.vcpu.fd().set_sregs(&sregs).unwrap();
+        other.vcpu.fd().set_regs(&regs).unwrap();
+        while !other.until_exit() {}
+        let all = [&stage.device.written[..], &other.device.written].concat();
+        assert!(all == image[ACROSS as usize..(ACROSS + LEN) as usize]);
+        // So does the machine itself.
+        while !stage.until_exit() {}
+        assert!(stage.device.written == all);
+    }
+}
+
+/// What KVM leaves to user space at RAM in two parts, in both directions.
+#[test]
+fn an_access_across_missing_pages_is_made_whole() {
+    let image = full_image(PAGES);
+    let Some(kvm) = kvm_with(Engine::Uffd) else { return };
+    let at = |at| kvm_regs { rdi: REGION + at, rsi: DEVICE, rcx: 4, ..Default::default() };
+    let (mut stage, gate) = closed(&kvm, Engine::Uffd);
+    // From the device to RAM, a byte at a time: the last two lie in the next page.
+    stage.begin(|entries| entries.movs, at(ACROSS));
+    for index in 0..4u64 {
+        assert!(!stage.until_exit());
+        if index == 0 {
+            // It has read from the device, and is to write where a page is missing.
+            assert_eq!(stage.settle(), (0, false));
+            gate.open();
+        }
+        until("the page does not come", || stage.settle().1);
+        let (regs, _) = stage.registers();
+        assert_eq!((regs.rcx, regs.rdi), (3 - index, REGION + ACROSS + index + 1));
+    }
+    assert!(stage.until_exit());
+    let mut expected = image;
+    for (index, byte) in expected[ACROSS as usize..][..4].iter_mut().enumerate() {
+        *byte = device_byte(index);
+    }
+    stage.rig.check(&expected);
+}
+
+/// Before it is answered a guest's write to one of KVM's MSRs has not taken place.
+#[test]
+fn a_write_of_an_msr_that_waits_is_as_if_not_begun() {
+    const STEAL_TIME: u64 = 0x4b56_4d03;
+    let Some(kvm) = kvm_with(Engine::Uffd) else { return };
+    let gate = Gate::new(PAGES);
+    let source = Arc::new(Threaded::new(gate.clone(), 2).unwrap());
+    let mut stage = Stage::new(&kvm, Engine::Uffd, source);
+    let trap = match MsrTrap::new(&stage.rig.machine.vm) {
+        Ok(trap) => trap,
+        Err(error) => return skip(&error.to_string()),
+    };
+    let regs = kvm_regs { rax: REGION | 1, rcx: STEAL_TIME, ..Default::default() };
+    stage.begin(|entries| entries.wrmsr, regs);
+    let begin = stage.registers().0;
+    stage.vcpu.step(&stage.rig.handler, &stage.rig.memory).unwrap();
+    if stage.vcpu.pending().is_none() {
+        return skip("this KVM does not leave such an MSR to user space");
+    }
+    assert_eq!(stage.settle(), (0, true));
+    assert_eq!(stage.registers().0, begin);
+    assert!(stage.vcpu.pending().is_some());
+    gate.open();
+    until("it goes on", || {
+        stage.settle();
+        stage.registers().0.rip > begin.rip
+    });
+    drop(trap);
+}
+
+#[test]
+fn a_vcpu_whose_memory_was_stopped_says_so() {
+    let Some(kvm) = kvm_with(Engine::Uffd) else { return };
+    let (mut stage, _gate) = closed(&kvm, Engine::Uffd);
+    let regs = kvm_regs { rsi: REGION, rcx: 8, rdx: u64::from(PORT), ..Default::default() };
+    stage.begin(|entries| entries.outs, regs);
+    until_it_waits(&mut stage);
+    assert!(!stage.settle().1);
+    stage.rig.memory.stop();
+    let error = stage.vcpu.settle_step(&stage.rig.handler, &stage.rig.memory).unwrap_err();
+    assert!(matches!(error, StepError::Fault(demand_kvm::FaultError::Stopped { .. })), "{error}");
+}

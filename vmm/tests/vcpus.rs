@@ -1,0 +1,251 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! vCPUs are reached on their threads while they are paused, and only between two instructions.
+
+use std::fs::OpenOptions;
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::channel;
+use std::sync::{Arc, Mutex, OnceLock};
+use std::thread;
+use std::time::Duration;
+
+use demand_kvm::{DemandVcpu, Engine, EngineChoice, Virtualization, probe, resolve};
+use demand_memory::{BackingKind, PAGE_SIZE, Retrier, RetryPolicy, Stats};
+use demand_source::LocalFile;
+use demand_vmm::machine::{Machine, MachineConfig};
+use demand_vmm::options::MemoryOption;
+use demand_vmm::vcpu::{ServeExit, Served, VcpuContext, VcpuEvent, unserved};
+use demand_vmm::vcpus::{ParkedError, Vcpus};
+use kvm_bindings::kvm_regs;
+use kvm_ioctls::VcpuExit;
+use test_support::host::skip;
+use test_support::wait::until;
+
+const SIZE: u64 = 2 << 20;
+const SOON: Duration = Duration::from_secs(10);
+
+/// Guest physical addresses of what the guests do, in real mode.
+const SPIN: u64 = 0x1000;
+const OUTS: u64 = 0x1010;
+const TRIPLE_FAULT: u64 = 0x1020;
+/// What is written to the port.
+const DATA: u64 = 8 * PAGE_SIZE;
+const LEN: u64 = 64;
+const PORT: u16 = 0x90;
+
+fn image() -> Vec<u8> {
+    let mut image = vec![0; SIZE as usize];
+    let mut put = |at: u64, code: &[u8]| image[at as usize..][..code.len()].copy_from_slice(code);
+    put(SPIN, &[0xeb, 0xfe]); // jmp $
+    put(OUTS, &[0xf3, 0x6e, 0xf4]); // rep outsb; hlt
+    // lidt [0x1028], where there are zeros: no interrupt table; ud2
+    put(TRIPLE_FAULT, &[0x0f, 0x01, 0x1e, 0x28, 0x10, 0x0f, 0x0b]);
+    put(DATA, &std::array::from_fn::<u8, { LEN as usize }, _>(|index| index as u8 ^ 0x5a));
+    image
+}
+
+#[derive(Default)]
+struct Port {
+    written: Mutex<Vec<u8>>,
+    held: AtomicBool,
+}
+
+impl ServeExit for Port {
+    fn serve(&self, cpu: u32, exit: VcpuExit<'_>) -> Served {
+        match exit {
+            VcpuExit::IoOut(PORT, data) => {
+                self.written.lock().unwrap().extend_from_slice(data);
+                while self.held.load(Ordering::Acquire) {
+                    thread::yield_now();
+                }
+                Served::Continue
+            }
+            VcpuExit::Hlt => Served::End,
+            other => unserved(cpu, &other),
+        }
+    }
+}
+
+struct Rig {
+    // In the order in which it is taken down.
+    vcpus: Vcpus,
+    machine: Machine,
+    port: Arc<Port>,
+    stats: Arc<Stats>,
+    file: tempfile::NamedTempFile,
+}
+
+impl Rig {
+    fn new() -> Option<Self> {
+        let engine = EngineChoice::Only(Engine::Uffd);
+        if let Err(error) = resolve(engine, &probe()) {
+            skip(&error.to_string());
+            return None;
+        }
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().write_all_at(&image(), 0).unwrap();
+        let stats = Arc::new(Stats::new());
+        let backing = BackingKind::Shmem;
+        let machine = Machine::new(MachineConfig {
+            memory: &MemoryOption { size: SIZE, backing, reserve: true, thp: false },
+            engine,
+            source: Arc::new(LocalFile::open(file.path()).unwrap()),
+            stats: stats.clone(),
+            retrier: Retrier::new(RetryPolicy::default(), |_| {}),
+        })
+        .unwrap();
+        let port = Arc::new(Port::default());
+        let context = Arc::new(VcpuContext {
+            faults: machine.fault_handler().unwrap(),
+            memory: machine.memory().clone(),
+            exits: port.clone(),
+            first_run: OnceLock::new(),
+        });
+        Some(Rig { vcpus: Vcpus::paused(context), machine, port, stats, file })
+    }
+
+    /// Makes KVM ask user space for the data.
+    fn close_data(&self) {
+        let mapping = self.machine.slots()[0].mapping();
+        let address = mapping.at(DATA).as_ptr().cast();
+        // SAFETY: the page is the mapping's, which nobody in this process looks at.
+        assert_eq!(unsafe { libc::mprotect(address, PAGE_SIZE as usize, libc::PROT_NONE) }, 0);
+    }
+
+    fn set_source_len(&self, len: u64) {
+        OpenOptions::new().write(true).open(self.file.path()).unwrap().set_len(len).unwrap();
+    }
+
+    fn written(&self) -> Vec<u8> {
+        self.port.written.lock().unwrap().clone()
+    }
+}
+
+/// Makes a vCPU begin there.
+fn begin(vcpu: &mut DemandVcpu, rip: u64) {
+    let mut sregs = vcpu.fd().get_sregs().unwrap();
+    (sregs.cs.base, sregs.cs.selector) = (0, 0);
+    vcpu.fd().set_sregs(&sregs).unwrap();
+    let (rsi, rcx, rdx) = (DATA, LEN, u64::from(PORT));
+    let regs = kvm_regs { rip, rsi, rcx, rdx, rflags: 2, ..Default::default() };
+    vcpu.fd().set_regs(&regs).unwrap();
+}
+
+fn rip(_: u32, vcpu: &mut DemandVcpu) -> u64 {
+    vcpu.fd().get_regs().unwrap().rip
+}
+
+#[test]
+fn vcpus_that_are_started_paused_run_from_the_state_they_are_given() {
+    let Some(mut rig) = Rig::new() else { return };
+    let (said, events) = channel();
+    // In no order.
+    for cpu in [1, 0] {
+        let (vcpu, said) = (rig.machine.vm().create_vcpu(cpu).unwrap(), said.clone());
+        rig.vcpus.start(cpu as u32, vcpu, move |event| drop(said.send(event))).unwrap();
+    }
+    let threads = rig.vcpus.on_parked(SOON, |cpu, vcpu| {
+        begin(vcpu, if cpu == 0 { SPIN } else { OUTS });
+        (cpu, thread::current().name().map(str::to_owned))
+    });
+    let expected = [0, 1].map(|cpu| (cpu, Some(format!("vcpu-{cpu}"))));
+    assert_eq!(threads.unwrap(), expected);
+    assert!(rig.vcpus.context().first_run.get().is_none() && rig.written().is_empty());
+    rig.vcpus.resume();
+    // vCPU 1 comes to its end.
+    let event = events.recv_timeout(SOON).unwrap();
+    assert!(matches!(event, VcpuEvent::Ended { cpu: 1 }), "{event:?}");
+    assert!(rig.vcpus.context().first_run.get().is_some());
+    assert!(rig.written() == image()[DATA as usize..(DATA + LEN) as usize]);
+    // vCPU 0 runs on.
+    let running = rig.vcpus.on_parked(SOON, rip).unwrap_err();
+    assert_eq!(running, ParkedError::NotPaused { cpu: 0 });
+    rig.vcpus.pause(SOON).unwrap();
+    assert_eq!(rig.vcpus.on_parked(SOON, rip).unwrap_err(), ParkedError::Ended { cpu: 1 });
+    rig.vcpus.stop(SOON).unwrap();
+}
+
+#[test]
+fn a_vcpu_in_the_middle_of_an_instruction_is_reached_once_its_page_comes() {
+    let Some(mut rig) = Rig::new() else { return };
+    rig.close_data();
+    rig.set_source_len(DATA);
+    let (said, events) = channel();
+    for cpu in 0..2 {
+        let (vcpu, said) = (rig.machine.vm().create_vcpu(cpu).unwrap(), said.clone());
+        rig.vcpus.start(cpu as u32, vcpu, move |event| drop(said.send(event))).unwrap();
+    }
+    let set = |cpu, vcpu: &mut DemandVcpu| begin(vcpu, if cpu == 0 { SPIN } else { OUTS });
+    rig.vcpus.on_parked(SOON, set).unwrap();
+    rig.vcpus.resume();
+    until("nobody wants the page", || rig.stats.source().errors > 0);
+    rig.vcpus.pause(SOON).unwrap();
+    let within = Duration::from_millis(100);
+    let error = rig.vcpus.on_parked(within, rip).unwrap_err();
+    assert_eq!(error, ParkedError::Waiting { cpu: 1, gpa: DATA, within });
+    assert!(!error.to_string().contains('\n') && error.to_string().contains("0x8000"), "{error}");
+    // It is left as it was, and what was asked then is not done later.
+    std::fs::write(rig.file.path(), image()).unwrap();
+    let regs = rig.vcpus.on_parked(SOON, |_, vcpu| vcpu.fd().get_regs().unwrap()).unwrap();
+    assert_eq!(regs[0].rip, SPIN);
+    let done = LEN - regs[1].rcx;
+    assert_eq!((regs[1].rsi, rig.written().len() as u64), (DATA + done, done));
+    rig.vcpus.resume();
+    let event = events.recv_timeout(SOON).unwrap();
+    assert!(matches!(event, VcpuEvent::Ended { cpu: 1 }), "{event:?}");
+    assert!(rig.written() == image()[DATA as usize..(DATA + LEN) as usize]);
+    rig.vcpus.stop(SOON).unwrap();
+}
+
+#[test]
+fn who_is_late_or_called_back_does_not_get_through() {
+    let Some(mut rig) = Rig::new() else { return };
+    let vcpu = rig.machine.vm().create_vcpu(0).unwrap();
+    rig.vcpus.start(0, vcpu, |_| {}).unwrap();
+    rig.vcpus.on_parked(SOON, |_, vcpu| begin(vcpu, OUTS)).unwrap();
+    // The device is slow, so the vCPU does not come.
+    rig.port.held.store(true, Ordering::Release);
+    rig.vcpus.resume();
+    until("it writes", || !rig.written().is_empty());
+    let within = Duration::from_millis(50);
+    rig.vcpus.pause(within).unwrap_err();
+    let done = Arc::new(AtomicBool::new(false));
+    let job = {
+        let done = done.clone();
+        move |_, _: &mut DemandVcpu| done.store(true, Ordering::Release)
+    };
+    let late = rig.vcpus.on_parked(within, job.clone()).unwrap_err();
+    assert_eq!(late, ParkedError::Late { cpu: 0, within });
+    // Called back while it is on its way.
+    let called_back = thread::scope(|scope| {
+        let asked = scope.spawn(|| rig.vcpus.on_parked(SOON, job));
+        thread::sleep(within);
+        rig.vcpus.resume();
+        rig.port.held.store(false, Ordering::Release);
+        asked.join().unwrap().unwrap_err()
+    });
+    assert!(matches!(called_back, ParkedError::NotPaused { .. } | ParkedError::Ended { .. }));
+    assert!(!done.load(Ordering::Acquire));
+    rig.vcpus.stop(SOON).unwrap();
+}
+
+#[test]
+fn a_guest_that_cannot_go_on_is_told_of_in_one_line() {
+    let Some(mut rig) = Rig::new() else { return };
+    if probe().virtualization == Virtualization::Emulated {
+        return skip("this KVM emulates, and knows of no triple fault in real mode");
+    }
+    let (said, events) = channel();
+    let vcpu = rig.machine.vm().create_vcpu(0).unwrap();
+    rig.vcpus.start(0, vcpu, move |event| drop(said.send(event))).unwrap();
+    rig.vcpus.on_parked(SOON, |_, vcpu| begin(vcpu, TRIPLE_FAULT)).unwrap();
+    rig.vcpus.resume();
+    match events.recv_timeout(SOON).unwrap() {
+        VcpuEvent::Failed { cpu: 0, message } => {
+            assert!(message.starts_with("vCPU 0 ") && message.contains("triple"), "{message}");
+            assert!(!message.contains('\n'), "{message}");
+        }
+        event => panic!("{event:?}"),
+    }
+    rig.vcpus.stop(SOON).unwrap();
+}
