@@ -29,9 +29,8 @@ const MMIO_BYTES: usize = 8;
 /// what was read, and the MSR for written. So this is a value that is kept until
 /// [`answer`](Self::answer) has returned `Ok`, also over a pause. A snapshot that is taken
 /// meanwhile is right about an MSR, which the guest writes anew. With MMIO the instruction may be
-/// half done, so it is answered before (`Documentation/virt/kvm/api.rst`, section 5, on
-/// `KVM_EXIT_MMIO`: state is complete only after `KVM_RUN` was entered again, which `immediate_exit`
-/// keeps from running the guest).
+/// half done, so it is answered and completed before: see
+/// [`DemandVcpu::settle_step`](crate::DemandVcpu::settle_step).
 ///
 /// [`DemandVcpu`](crate::DemandVcpu) does so.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
