@@ -254,7 +254,9 @@ impl BackEnd {
     ///
     /// The back-end's refusals, and [`Error::Protocol`] if it has not offered `CONFIG`.
     pub fn write_config(&mut self, offset: u32, config: &[u8]) -> Result<()> {
-        let flags = VhostUserConfigFlags::WRITABLE;
+        // A driver's write is type 0 to back-ends, and what the vhost crate calls writable is what
+        // they take for a migration, and refuse.
+        let flags = VhostUserConfigFlags::empty();
         const ASKED: &str = "write its configuration";
         self.in_time(ASKED, |this| this.tell(ASKED, |f| f.set_config(offset, flags, config)))
     }
@@ -387,6 +389,8 @@ impl AsRawFd for BackEnd {
 
 impl Drop for BackEnd {
     fn drop(&mut self) {
+        // Whoever may hang up has a descriptor, too.
+        self.hang_up().hang_up();
         if let Sharing::Trapped { uffd, service, .. } = &self.sharing {
             service.forget(uffd);
         }

@@ -56,3 +56,40 @@ impl Drop for Requests {
         let _ = self.0.shutdown(Shutdown::Both);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read, Write};
+    use std::sync::mpsc;
+
+    /// Header of a request: its number, the flags (version 1, a reply is wanted), bytes that follow.
+    fn request(number: u32) -> Vec<u8> {
+        [number, 1 | 8, 0].iter().flat_map(|word| word.to_le_bytes()).collect()
+    }
+
+    /// The number that a reply is to, and its value.
+    fn reply(stream: &mut UnixStream) -> (u8, u64) {
+        let mut bytes = [0; 20];
+        stream.read_exact(&mut bytes).unwrap();
+        assert_eq!(bytes[4], 1 | 4, "version 1, a reply");
+        (bytes[0], u64::from_le_bytes(bytes[12..].try_into().unwrap()))
+    }
+
+    #[test]
+    fn a_change_is_told_and_answered_until_the_end() {
+        const CONFIG_CHANGE: u32 = 2;
+        let (sender, heard) = mpsc::channel();
+        let (requests, theirs) = Requests::serve(move || sender.send(()).unwrap()).unwrap();
+        let mut stream = UnixStream::from(theirs);
+        for _ in 0..2 {
+            stream.write_all(&request(CONFIG_CHANGE)).unwrap();
+            assert_eq!(reply(&mut stream), (2, 0));
+            heard.try_recv().unwrap();
+        }
+        drop(requests);
+        // The thread has gone, and with it what it calls.
+        heard.recv().unwrap_err();
+        assert_eq!(stream.read(&mut [0]).unwrap(), 0);
+    }
+}

@@ -12,7 +12,7 @@ use common::process::{self, Process, expect, expect_blocked};
 use common::{HIGH, Memory, PAGES, address_of};
 use demand_memory::{BackingKind, PAGE_SIZE, PageRange, Path};
 use demand_uffd::{ArmedMapping, FaultService, Features, Userfaultfd};
-use demand_vhost::{BackEnd, Error, Options, Vring};
+use demand_vhost::{BackEnd, Error, Options, VhostUserProtocolFeatures, Vring};
 use test_support::host::huge_pages;
 use test_support::wait::{A_WHILE, until};
 use vm_memory::GuestAddress;
@@ -117,6 +117,24 @@ fn memory_arrives_as_it_is_touched() {
 fn memory_arrives_as_it_is_touched_on_huge_pages() {
     let Some(_pool) = huge_pages(6) else { return };
     memory_arrives(BackingKind::Hugetlb2M);
+}
+
+#[test]
+fn changes_of_the_configuration_can_be_heard_where_they_are_told() {
+    for (unused, told) in [
+        (VhostUserProtocolFeatures::empty(), true),
+        (VhostUserProtocolFeatures::BACKEND_REQ, false),
+    ] {
+        let process = Process::start();
+        let options = Options { unused, ..Options::default() };
+        let mut back_end = BackEnd::connect(&process.socket, options).unwrap();
+        assert_eq!(back_end.on_config_change(|| ()).unwrap(), told);
+        back_end.write_config(0, &[1]).unwrap();
+        let hang_up = back_end.hang_up();
+        assert!(!hang_up.is_closed());
+        drop(back_end);
+        assert!(hang_up.is_closed(), "whoever may hang up keeps no connection open");
+    }
 }
 
 /// The back-end answers SET_VRING_ADDR only when the ring's page has arrived. Faults are served

@@ -75,6 +75,7 @@ impl VhostUserBackendMut for Device {
             | VhostUserProtocolFeatures::CONFIG
             | VhostUserProtocolFeatures::REPLY_ACK
             | VhostUserProtocolFeatures::PAGEFAULT
+            | VhostUserProtocolFeatures::BACKEND_REQ
     }
     fn set_event_idx(&mut self, _: bool) {}
     fn get_config(&self, offset: u32, size: u32) -> Vec<u8> {
