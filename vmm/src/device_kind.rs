@@ -128,6 +128,11 @@ impl DeviceKind {
         }
     }
 
+    /// Largest size of a queue, in descriptors, unless it is said: what the usual back-ends take.
+    pub(crate) fn queue_size(self) -> u16 {
+        if self == DeviceKind::Console { 64 } else { 256 }
+    }
+
     /// How many of `queues` queues, from the first on, the back-end serves. A vsock's event queue
     /// is the VMM's, as in QEMU: it tells the guest that it was moved.
     pub(crate) fn served_queues(self, queues: usize) -> usize {
@@ -138,6 +143,11 @@ impl DeviceKind {
     /// pairs with some back-ends, and queues with others.
     pub(crate) fn counts_queues(self) -> bool {
         self != DeviceKind::Net
+    }
+
+    /// Whether the device answers every request by itself, however long it has nothing to say.
+    pub(crate) fn answers_all(self) -> bool {
+        self == DeviceKind::Blk
     }
 
     /// Bytes of the configuration space that have a meaning.

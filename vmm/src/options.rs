@@ -224,9 +224,6 @@ pub struct VhostUserOption {
     pub cid: Option<u64>,
 }
 
-/// Largest queue of a device unless it is said.
-const QUEUE_SIZE: u16 = 256;
-
 impl VhostUserOption {
     /// A device of this kind, with a back-end that listens on `socket`, and all else as it is
     /// unless it is said.
@@ -235,7 +232,7 @@ impl VhostUserOption {
             kind,
             socket: socket.into(),
             queues: kind.fixed_queues().unwrap_or(1),
-            queue_size: QUEUE_SIZE,
+            queue_size: kind.queue_size(),
             lazy: Lazy::Auto,
             id: None,
             mac: None,

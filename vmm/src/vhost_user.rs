@@ -296,19 +296,25 @@ impl VhostUserDevice {
     }
 
     /// Stops the device, when the vCPUs are paused, and says what it has come to. Waits `within`
-    /// at most for requests in flight, beside what the back-end takes for its answers; and for the
-    /// pages that these requests wait for, if the source is away.
+    /// at most for requests in flight, beside what the back-end takes for its answers. A disk
+    /// answers all requests before anything is stopped; other back-ends hold buffers for what may
+    /// come, and are asked how far they have got.
     ///
     /// # Errors
     ///
     /// One line; the device runs on then, if its back-end does. Requests may be in flight for too
-    /// long, or the back-end may have taken requests that it does not account for.
+    /// long, as when the pages that they are about do not arrive.
     pub fn quiesce(&self, within: Duration) -> Result<DeviceState, Error> {
         self.can_snapshot()?;
         let mut inner = self.lock();
         self.look_at_config(&mut inner);
-        if let Err(why) = self.drain(&mut inner, within) {
-            let error = self.failed(format!("take a snapshot of it: {why}"));
+        let begun = Instant::now();
+        let failed = |why: String| self.failed(format!("take a snapshot of it: {why}"));
+        if self.option.kind.answers_all() {
+            await_answers(&inner, begun, within).map_err(failed)?;
+        }
+        if let Err(why) = self.drain(&mut inner, begun, within) {
+            let error = failed(why);
             if let Err(why) = self.go_on(&mut inner) {
                 log::error!("device {}: go on after a snapshot that failed: {why}", self.name);
             }
@@ -422,8 +428,7 @@ impl VhostUserDevice {
     }
 
     /// Stops all queues, and waits until each request that was taken is answered.
-    fn drain(&self, inner: &mut Inner, within: Duration) -> Result<(), String> {
-        let begun = Instant::now();
+    fn drain(&self, inner: &mut Inner, begun: Instant, within: Duration) -> Result<(), String> {
         let Inner { back_end, registers, memory, running, .. } = inner;
         // There is none only if nothing runs.
         let Some(memory) = memory else { return Ok(()) };
@@ -435,22 +440,7 @@ impl VhostUserDevice {
         }
         let stopped = registers.queues().iter().zip(were_running).enumerate();
         for (index, (queue, _)) in stopped.filter(|(_, (_, was_running))| *was_running) {
-            loop {
-                let used = used_index(memory, queue)?;
-                if used == queue.next_available {
-                    break;
-                }
-                if begun.elapsed() >= within {
-                    return Err(format!(
-                        "queue {index} has requests in flight: its back-end has taken them up to \
-                         index {}, and answered up to {used} within {} ms; try again when there is \
-                         less to do",
-                        queue.next_available,
-                        within.as_millis()
-                    ));
-                }
-                thread::sleep(LOOK_EVERY);
-            }
+            await_used(memory, (index, queue), queue.next_available, begun, within)?;
         }
         Ok(())
     }
@@ -689,10 +679,46 @@ fn check_rings(memory: &DemandMemory, queue: &QueueState) -> Result<(), String> 
     Ok(())
 }
 
-/// How many requests have been answered, counted by 16 bits (virtio 1.2, section 2.7.8).
-fn used_index(memory: &DemandMemory, queue: &QueueState) -> Result<u16, String> {
-    let at = GuestAddress(queue.used.wrapping_add(2));
-    memory.load(at, Ordering::Acquire).map_err(|error| format!("read its used ring: {error}"))
+/// Waits until every request that the guest has made is answered. Nothing is stopped yet: a disk's
+/// back-end may drop what it has in flight when it is.
+fn await_answers(inner: &Inner, begun: Instant, within: Duration) -> Result<(), String> {
+    let Some(memory) = &inner.memory else { return Ok(()) };
+    let queues = inner.registers.queues().iter().zip(&inner.running).enumerate();
+    for (index, (queue, _)) in queues.filter(|(_, (_, running))| **running) {
+        let made = ring_index(memory, queue.available)?;
+        await_used(memory, (index, queue), made, begun, within)?;
+    }
+    Ok(())
+}
+
+/// Waits until a queue's requests up to the index `taken` are answered.
+fn await_used(
+    memory: &DemandMemory,
+    (index, queue): (usize, &QueueState),
+    taken: u16,
+    begun: Instant,
+    within: Duration,
+) -> Result<(), String> {
+    loop {
+        let used = ring_index(memory, queue.used)?;
+        if used == taken {
+            return Ok(());
+        }
+        if begun.elapsed() >= within {
+            return Err(format!(
+                "queue {index} has requests in flight: they go up to index {taken}, and its \
+                 back-end has answered up to {used} within {} ms; try again when it has less to do",
+                within.as_millis()
+            ));
+        }
+        thread::sleep(LOOK_EVERY);
+    }
+}
+
+/// How many entries a ring has had, counted by 16 bits (virtio 1.2, sections 2.7.6 and 2.7.8).
+fn ring_index(memory: &DemandMemory, ring: u64) -> Result<u16, String> {
+    let at = GuestAddress(ring.wrapping_add(2));
+    memory.load(at, Ordering::Acquire).map_err(|error| format!("read a ring: {error}"))
 }
 
 fn signal(eventfd: &EventFd) {
