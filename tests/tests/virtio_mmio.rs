@@ -1,0 +1,665 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Disks behind virtio-mmio, driven as a guest's driver does, with real back-ends: used, reset,
+//! stopped under load, saved, and taken on by other processes.
+
+use std::collections::HashMap;
+use std::fs::{self, File};
+use std::io::{Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use demand_memory::{
+    BackingKind, DemandMemory, DemandRegion, MemfdBacking, PageRange, RegionConfig, Retrier,
+    RetryPolicy, Stats,
+};
+use demand_source::{LocalFile, PageSource};
+use demand_tests::backend::{BackEnd, BlkOptions};
+use demand_tests::host;
+use demand_tests::process::{Guarded, program};
+use demand_uffd::{DEFAULT_THREADS, FaultService};
+use demand_vmm::device_kind::DeviceKind;
+use demand_vmm::device_state::DeviceState;
+use demand_vmm::options::{Lazy, VhostUserOption};
+use demand_vmm::vhost_user::VhostUserDevice;
+use test_support::image;
+use test_support::wait::{listens, until};
+use vm_device::DeviceMmio;
+use vm_device::bus::MmioAddress;
+use vm_memory::{Bytes, GuestAddress};
+
+const MEMORY: u64 = 16 << 20;
+const DISK_SECTORS: u64 = 32 << 10;
+/// Rings and headers of each queue; data lies behind.
+const QUEUE_SPACE: u64 = 0x4000;
+const DATA: u64 = 0x10_0000;
+const SIZE: u16 = 64;
+/// A request has three descriptors.
+const SLOTS: u16 = SIZE / 3;
+
+const READ: u32 = 0;
+const WRITE: u32 = 1;
+const FLUSH: u32 = 4;
+const OK: u8 = 0;
+
+const FEATURES_OK: u32 = 8;
+const DRIVER_OK: u32 = 4;
+const NEEDS_RESET: u32 = 64;
+const EVENT_IDX: u64 = 1 << 29;
+
+/// Guest memory from a source, none of which has arrived.
+fn memory_of(source: Arc<dyn PageSource>) -> DemandMemory {
+    let config = RegionConfig {
+        start: GuestAddress(0),
+        backing: Arc::new(MemfdBacking::new(BackingKind::Shmem, MEMORY, true).unwrap()),
+        source,
+        image_offset: 0,
+        stats: Arc::new(Stats::new()),
+        retrier: Retrier::new(RetryPolicy::default(), |_| {}),
+    };
+    DemandMemory::new(vec![DemandRegion::new(config, ()).unwrap()]).unwrap()
+}
+
+fn memory(image: &Path) -> DemandMemory {
+    memory_of(Arc::new(LocalFile::open(image).unwrap()))
+}
+
+fn fill(memory: &DemandMemory) {
+    for pager in memory.pagers() {
+        pager.fetch(PageRange::new(0, pager.pages()), demand_memory::Path::Fill).unwrap();
+    }
+    until("memory is complete", || memory.pagers().all(|p| p.bitmap().is_complete()));
+}
+
+fn service() -> Arc<FaultService> {
+    Arc::new(FaultService::start(DEFAULT_THREADS).unwrap())
+}
+
+/// A disk's image, a memory image of random bytes, and a folder for sockets.
+struct Place {
+    folder: tempfile::TempDir,
+}
+
+impl Place {
+    fn new() -> Self {
+        let place = Place { folder: tempfile::tempdir().unwrap() };
+        let sector = |n: u64| n.to_le_bytes().repeat(64);
+        fs::write(place.disk(), (0..DISK_SECTORS).flat_map(sector).collect::<Vec<_>>()).unwrap();
+        // Each page holds its number; the rings' are zeros, as a driver allocates them.
+        let mut image = File::create(place.image()).unwrap();
+        image.set_len(MEMORY).unwrap();
+        image.seek(SeekFrom::Start(DATA)).unwrap();
+        let page = |n: u64| (n | 0xabcd << 48).to_le_bytes().repeat(512);
+        image.write_all(&(DATA / 4096..MEMORY / 4096).flat_map(page).collect::<Vec<_>>()).unwrap();
+        place
+    }
+
+    fn disk(&self) -> PathBuf {
+        self.folder.path().join("disk")
+    }
+
+    fn image(&self) -> PathBuf {
+        self.folder.path().join("memory")
+    }
+
+    /// A back-end process of our own, with as many queues.
+    fn back_end(&self, queues: u16) -> BackEnd {
+        let options = BlkOptions { queues, queue_size: 256, postcopy: true };
+        BackEnd::vhost_device_blk(self.folder.path(), &self.disk(), &options).unwrap()
+    }
+
+    /// A back-end that serves the disk read-only.
+    fn read_only(&self, queues: u16) -> (Guarded, PathBuf) {
+        let socket = self.folder.path().join("read-only.sock");
+        let mut command = Command::new(program("vhost-device-blk").unwrap());
+        command.arg("--socket").arg(&socket).arg("--disk").arg(self.disk()).arg("--read-only");
+        let process = Guarded::spawn(command.arg("--num-queues").arg(queues.to_string())).unwrap();
+        until("the back-end listens", || listens(process.id()));
+        (process, socket)
+    }
+
+    fn qemu(&self) -> BackEnd {
+        BackEnd::qemu_storage_daemon(self.folder.path(), &self.disk()).unwrap()
+    }
+}
+
+fn disk_of(back_end: &BackEnd, queues: u16) -> VhostUserOption {
+    VhostUserOption { queues, ..VhostUserOption::new(DeviceKind::Blk, back_end.socket()) }
+}
+
+/// A queue as its driver knows it, which outlives the device.
+#[derive(Clone)]
+struct Ring {
+    base: u64,
+    next_avail: u16,
+    last_used: u16,
+    /// The descriptors' state: what the request there writes or reads, and where.
+    pending: HashMap<u16, (u32, u64, u64, u32)>,
+}
+
+impl Ring {
+    fn new(index: u64) -> Self {
+        Ring { base: QUEUE_SPACE * index, next_avail: 0, last_used: 0, pending: HashMap::new() }
+    }
+    fn available(&self) -> u64 {
+        self.base + 0x1000
+    }
+    fn used(&self) -> u64 {
+        self.base + 0x2000
+    }
+    fn header(&self, slot: u16) -> u64 {
+        self.base + 0x3000 + 32 * u64::from(slot)
+    }
+}
+
+/// A guest's driver of a disk.
+struct Driver<'a> {
+    device: &'a VhostUserDevice,
+    memory: &'a DemandMemory,
+    rings: Vec<Ring>,
+}
+
+impl<'a> Driver<'a> {
+    fn new(device: &'a VhostUserDevice, memory: &'a DemandMemory, queues: u64) -> Self {
+        Driver { device, memory, rings: (0..queues).map(Ring::new).collect() }
+    }
+
+    fn get(&self, offset: u64) -> u32 {
+        let mut data = [0; 4];
+        self.device.mmio_read(MmioAddress(0), offset, &mut data);
+        u32::from_le_bytes(data)
+    }
+
+    fn set(&self, offset: u64, value: u32) {
+        self.device.mmio_write(MmioAddress(0), offset, &value.to_le_bytes());
+    }
+
+    fn config<const N: usize>(&self, offset: u64) -> [u8; N] {
+        let mut data = [0; N];
+        self.device.mmio_read(MmioAddress(0), 0x100 + offset, &mut data);
+        data
+    }
+
+    fn put<T: vm_memory::ByteValued>(&self, address: u64, value: T) {
+        self.memory.write_obj(value, GuestAddress(address)).unwrap();
+    }
+
+    /// From reset to ready, as virtio 1.2 says in section 3.1.1.
+    fn set_up(&mut self) {
+        self.prepare();
+        for (index, ring) in self.rings.iter_mut().enumerate() {
+            *ring = Ring::new(index as u64);
+        }
+        for index in 0..self.rings.len() {
+            let ring = &self.rings[index];
+            self.memory.write_slice(&[0; QUEUE_SPACE as usize], GuestAddress(ring.base)).unwrap();
+            self.set_up_queue(index, ring.base);
+        }
+        self.set(0x70, 3 | FEATURES_OK | DRIVER_OK);
+        assert_eq!(self.get(0x70), 3 | FEATURES_OK | DRIVER_OK, "the device runs");
+    }
+
+    fn prepare(&self) {
+        self.set(0x70, 0);
+        assert_eq!(self.get(0x70), 0);
+        assert_eq!((self.get(0), self.get(4), self.get(8)), (0x7472_6976, 2, 2));
+        self.set(0x70, 3);
+        for half in [0, 1] {
+            self.set(0x14, half);
+            let offered = self.get(0x10);
+            self.set(0x24, half);
+            // The driver of these tests polls, and kicks for each request.
+            self.set(0x20, if half == 0 { offered & !(EVENT_IDX as u32) } else { offered });
+        }
+        self.set(0x70, 3 | FEATURES_OK);
+        assert_eq!(self.get(0x70), 3 | FEATURES_OK);
+    }
+
+    fn set_up_queue(&self, index: usize, base: u64) {
+        self.set(0x30, index as u32);
+        assert_eq!((self.get(0x44), self.get(0x34)), (0, 256));
+        self.set(0x38, SIZE.into());
+        for (offset, ring) in [(0x80, 0), (0x90, 0x1000), (0xa0, 0x2000)] {
+            let address = base.wrapping_add(ring);
+            self.set(offset, address as u32);
+            self.set(offset + 4, (address >> 32) as u32);
+        }
+        self.set(0x44, 1);
+    }
+
+    /// Puts a request in the queue; false if it is full.
+    fn submit(&mut self, queue: usize, kind: u32, sector: u64, data: u64, len: u32) -> bool {
+        let ring = &self.rings[queue];
+        let Some(slot) = (0..SLOTS).find(|slot| !ring.pending.contains_key(slot)) else {
+            return false;
+        };
+        let (header, head) = (ring.header(slot), 3 * slot);
+        self.put(header, u64::from(kind));
+        self.put(header + 8, sector);
+        self.put(header + 16, 0xffu8);
+        let to_driver = if kind == READ { 2u16 } else { 0 };
+        let chain = [(header, 16, 1), (data, len, 1 | to_driver), (header + 16, 1, 2)];
+        // A flush has no data.
+        let chain = if len == 0 { vec![chain[0], chain[2]] } else { chain.to_vec() };
+        for (index, (address, len, flags)) in (head..).zip(chain) {
+            let at = self.rings[queue].base + 16 * u64::from(index);
+            self.put(at, address);
+            self.put(at + 8, len);
+            self.put(at + 12, flags);
+            self.put(at + 14, index + 1);
+        }
+        let ring = &self.rings[queue];
+        let place = u64::from(ring.next_avail % SIZE);
+        self.put(ring.available() + 4 + 2 * place, head);
+        let next = ring.next_avail.wrapping_add(1);
+        let index = GuestAddress(ring.available() + 2);
+        self.memory.store(next, index, Ordering::Release).unwrap();
+        let ring = &mut self.rings[queue];
+        ring.next_avail = next;
+        ring.pending.insert(slot, (kind, sector, data, len));
+        self.set(0x50, queue as u32);
+        true
+    }
+
+    /// Takes what the device has answered: each is one that was asked, once.
+    fn reap(&mut self, queue: usize) -> usize {
+        let ring = &mut self.rings[queue];
+        let index = GuestAddress(ring.used() + 2);
+        let used: u16 = self.memory.load(index, Ordering::Acquire).unwrap();
+        let mut count = 0;
+        while ring.last_used != used {
+            let at = ring.used() + 4 + 8 * u64::from(ring.last_used % SIZE);
+            let head: u32 = self.memory.read_obj(GuestAddress(at)).unwrap();
+            let slot = (head / 3) as u16;
+            let request = ring.pending.remove(&slot);
+            assert!(head.is_multiple_of(3) && request.is_some(), "{head} was not asked, or twice");
+            let status = GuestAddress(ring.header(slot) + 16);
+            assert_eq!(self.memory.read_obj::<u8>(status).unwrap(), OK, "{request:?}");
+            ring.last_used = ring.last_used.wrapping_add(1);
+            count += 1;
+        }
+        count
+    }
+
+    fn finish(&mut self) {
+        for queue in 0..self.rings.len() {
+            until("all requests are answered", || {
+                self.reap(queue);
+                self.rings[queue].pending.is_empty()
+            });
+        }
+    }
+
+    fn request(&mut self, kind: u32, sector: u64, data: u64, len: u32) {
+        assert!(self.submit(0, kind, sector, data, len));
+        self.finish();
+    }
+
+    fn word(&self, address: u64) -> u64 {
+        self.memory.read_obj(GuestAddress(address)).unwrap()
+    }
+}
+
+/// A request of each kind, of which what can be seen is looked at.
+fn use_disk(driver: &mut Driver<'_>, disk: &Path, sector: u64, mark: u64) {
+    driver.request(READ, sector, DATA + 0x3000, 4096);
+    assert_eq!(driver.word(DATA + 0x3000 + 512), sector + 1);
+    driver.put(DATA + 0x8000, mark);
+    driver.request(WRITE, sector + 100, DATA + 0x8000, 4096);
+    driver.request(FLUSH, 0, 0, 0);
+    let bytes = fs::read(disk).unwrap();
+    let at = (sector as usize + 100) * 512;
+    assert_eq!(bytes[at..at + 8], mark.to_le_bytes());
+}
+
+#[test]
+fn a_driver_uses_a_disk_and_sets_it_up_again() {
+    let place = Place::new();
+    let back_end = place.back_end(2);
+    let memory = memory(&place.image());
+    let device = VhostUserDevice::connect(&disk_of(&back_end, 2), 3).unwrap();
+    assert_eq!((device.name(), device.kind()), ("blk3", DeviceKind::Blk));
+    device.share_memory(&memory, &service()).unwrap();
+    let mut driver = Driver::new(&device, &memory, 2);
+    driver.set_up();
+    assert_eq!(driver.config::<8>(0), DISK_SECTORS.to_le_bytes());
+    assert_eq!(driver.config::<2>(34), 2u16.to_le_bytes());
+    assert_eq!(driver.get(0x60), 1, "interrupts are always about queues");
+    for round in 1..=3 {
+        use_disk(&mut driver, &place.disk(), 8 * round, 0x1111 * round);
+        // Pages that have not arrived are what the back-end writes to the disk.
+        assert!(driver.submit(1, WRITE, 2000, DATA + 0x10_0000 * round, 8192));
+        driver.finish();
+        let written = fs::read(place.disk()).unwrap()[2000 * 512..][..8].to_vec();
+        let page = (DATA + 0x10_0000 * round) / 4096;
+        assert_eq!(written, (page | 0xabcd << 48).to_le_bytes());
+        // The driver writes the state of the write cache, and nothing else.
+        device.mmio_write(MmioAddress(0), 0x100 + 32, &[0]);
+        device.mmio_write(MmioAddress(0), 0x100, &[0; 8]);
+        assert_eq!((driver.config::<1>(32), driver.config::<2>(0)), ([0], [0, 128]));
+        device.mmio_write(MmioAddress(0), 0x100 + 32, &[1]);
+        driver.set_up();
+    }
+    let interrupt = device.interrupts().next().unwrap();
+    assert!(interrupt.read().is_ok(), "the back-end has raised it");
+    fill(&memory);
+    device.end_postcopy().unwrap();
+    use_disk(&mut driver, &place.disk(), 999, 0x5555);
+    device.check_alive().unwrap();
+    back_end.terminate().unwrap();
+    until("its end is seen", || device.check_alive().is_err());
+    let error = device.can_snapshot().unwrap_err().to_string();
+    assert!(error.starts_with("device blk3: ") && error.contains("closed the connection"));
+}
+
+#[test]
+fn a_driver_that_is_wrong_about_its_rings_is_told() {
+    let place = Place::new();
+    let back_end = place.back_end(1);
+    let memory = memory(&place.image());
+    let device = VhostUserDevice::connect(&disk_of(&back_end, 1), 0).unwrap();
+    let mut driver = Driver::new(&device, &memory, 1);
+    driver.prepare();
+    driver.set_up_queue(0, 0);
+    driver.set(0x70, 15);
+    assert_eq!(driver.get(0x70), 15 | NEEDS_RESET, "no memory was shared yet");
+    device.share_memory(&memory, &service()).unwrap();
+    // Past the end, across the end, odd, and where addresses wrap around.
+    for base in [MEMORY, MEMORY - 0x1004, 0x1001, u64::MAX - 0xfff] {
+        driver.prepare();
+        driver.set_up_queue(0, base);
+        driver.set(0x70, 15);
+        assert_eq!(driver.get(0x70), 15 | NEEDS_RESET, "{base:#x}");
+        assert_eq!(driver.get(0x60) & 2, 2, "it is told");
+        driver.set(0x64, 2);
+        assert_eq!(driver.get(0x60) & 2, 0);
+    }
+    driver.prepare();
+    driver.set(0x38, 512);
+    driver.set(0x44, 1);
+    driver.set(0x70, 15);
+    assert_eq!(driver.get(0x70), 15 | NEEDS_RESET, "a queue of no size");
+    // A driver that gives up can come back.
+    driver.prepare();
+    driver.set(0x70, 128);
+    driver.set_up();
+    use_disk(&mut driver, &place.disk(), 5, 7);
+}
+
+/// The requests of the load: writes of pages that each say who they are, to places of their own.
+struct Load {
+    next: u64,
+}
+
+impl Load {
+    const LEN: u32 = 64 << 10;
+    const COUNT: u64 = (MEMORY - DATA) / Self::LEN as u64;
+
+    fn place(n: u64) -> (u64, u64) {
+        (n * u64::from(Self::LEN) / 512, DATA + n * u64::from(Self::LEN))
+    }
+
+    /// Submits until the queues are full, or all are.
+    fn submit(&mut self, driver: &mut Driver<'_>) {
+        for queue in (0..driver.rings.len()).cycle() {
+            let (sector, data) = Load::place(self.next);
+            if self.next == Load::COUNT || !driver.submit(queue, WRITE, sector, data, Load::LEN) {
+                return;
+            }
+            self.next += 1;
+        }
+    }
+
+    fn check(disk: &Path) {
+        let bytes = fs::read(disk).unwrap();
+        for n in 0..Load::COUNT {
+            let (sector, data) = Load::place(n);
+            for page in 0..u64::from(Load::LEN) / 4096 {
+                let at = (sector * 512 + page * 4096) as usize;
+                let expected = (data / 4096 + page) | 0xabcd << 48;
+                assert_eq!(bytes[at..at + 8], expected.to_le_bytes(), "write {n}, page {page}");
+            }
+        }
+    }
+}
+
+/// What is in memory now, as a snapshot has it.
+fn save(memory: &DemandMemory, path: &Path) {
+    let mut bytes = vec![0; MEMORY as usize];
+    memory.read_slice(&mut bytes, GuestAddress(0)).unwrap();
+    fs::write(path, bytes).unwrap();
+}
+
+/// Stopped again and again under load, each time taken on by a new process on memory that has not
+/// arrived; each request is answered once, and each write is on the disk.
+#[test]
+fn a_disk_goes_on_with_another_back_end() {
+    let place = Place::new();
+    let mut load = Load { next: 0 };
+    let mut saved: Option<(DeviceState, Vec<Ring>)> = None;
+    let mut left = 0;
+    for round in 0..6 {
+        let back_end = place.back_end(2);
+        let option = disk_of(&back_end, if round == 0 { 2 } else { 1 });
+        let memory = memory(&place.image());
+        let service = service();
+        let device = match &saved {
+            None => VhostUserDevice::connect(&option, 0),
+            Some((state, _)) => VhostUserDevice::restore(&option, 0, state),
+        };
+        let device = device.unwrap();
+        device.share_memory(&memory, &service).unwrap();
+        let mut driver = Driver::new(&device, &memory, 2);
+        match saved.take() {
+            None => driver.set_up(),
+            Some((_, rings)) => {
+                driver.rings = rings;
+                // Requests that were not taken need no kick from the driver.
+                device.resume().unwrap();
+                for interrupt in device.interrupts() {
+                    assert!(interrupt.read().is_ok(), "one may have been lost");
+                }
+                driver.finish();
+            }
+        }
+        load.submit(&mut driver);
+        // In this VM it goes on after a snapshot, and then is stopped once more.
+        if round % 2 == 1 {
+            device.quiesce(Duration::from_secs(10)).unwrap();
+            device.resume().unwrap();
+        }
+        let state = device.quiesce(Duration::from_secs(10)).unwrap();
+        // A kick of these went to nobody.
+        (0..2).for_each(|queue| _ = driver.reap(queue));
+        if round % 3 != 0 {
+            load.submit(&mut driver);
+        }
+        for queue in 0..2 {
+            let (ring, stopped) = (&driver.rings[queue], &state.registers.queues()[queue]);
+            assert_eq!(ring.last_used, stopped.next_available, "what was taken is answered");
+            left += ring.pending.len();
+        }
+        let text = serde_json::to_string(&state).unwrap();
+        saved = Some((serde_json::from_str(&text).unwrap(), driver.rings.clone()));
+        save(&memory, &place.image());
+        drop(device);
+        back_end.terminate().unwrap();
+    }
+    assert!(left > 0, "nothing was ever left for the next");
+    let (state, rings) = saved.unwrap();
+    let back_end = place.back_end(2);
+    let (memory, service) = (memory(&place.image()), service());
+    let device = VhostUserDevice::restore(&disk_of(&back_end, 2), 0, &state).unwrap();
+    device.share_memory(&memory, &service).unwrap();
+    device.resume().unwrap();
+    let mut driver = Driver { device: &device, memory: &memory, rings };
+    while load.next < Load::COUNT || driver.rings.iter().any(|ring| !ring.pending.is_empty()) {
+        load.submit(&mut driver);
+        driver.finish();
+    }
+    Load::check(&place.disk());
+    // The guest unbinds and binds its driver, which knows nothing of all this.
+    driver.set_up();
+    use_disk(&mut driver, &place.disk(), 31_000, 0x7777);
+}
+
+/// The state of a disk that has been used.
+fn state_of_disk(place: &Place, queues: u16) -> DeviceState {
+    let back_end = place.back_end(queues);
+    let memory = memory(&place.image());
+    let device = VhostUserDevice::connect(&disk_of(&back_end, queues), 0).unwrap();
+    device.share_memory(&memory, &service()).unwrap();
+    let mut driver = Driver::new(&device, &memory, queues.into());
+    driver.set_up();
+    use_disk(&mut driver, &place.disk(), 1, 2);
+    device.quiesce(Duration::from_secs(10)).unwrap()
+}
+
+#[test]
+fn a_back_end_that_is_not_as_good_is_refused() {
+    let place = Place::new();
+    let state = state_of_disk(&place, 2);
+    let refused = |option: &VhostUserOption, words: &[&str]| {
+        let error = VhostUserDevice::restore(option, 0, &state).unwrap_err().to_string();
+        assert!(error.starts_with("device blk0: "), "{error}");
+        words.iter().for_each(|word| assert!(error.contains(word), "{word}: {error}"));
+    };
+    {
+        let back_end = place.back_end(2);
+        let rng = VhostUserOption::new(DeviceKind::Rng, back_end.socket());
+        refused(&rng, &["was a device blk", "rng"]);
+    }
+    refused(&disk_of(&place.back_end(1), 1), &["2 queues", "serves 1"]);
+    refused(&disk_of(&place.qemu(), 2), &["2 queues", "serves 1"]);
+    {
+        // Not from the start: it could not have been written to.
+        let (_process, socket) = place.read_only(2);
+        let option = VhostUserOption::new(DeviceKind::Blk, socket);
+        refused(&option, &["does not offer: DISCARD, WRITE_ZEROES;"]);
+    }
+    File::options().write(true).open(place.disk()).unwrap().set_len(1 << 20).unwrap();
+    refused(&disk_of(&place.back_end(2), 2), &["capacity 32768", "2048"]);
+    File::options().write(true).open(place.disk()).unwrap().set_len(DISK_SECTORS * 512).unwrap();
+    let nobody = VhostUserOption::new(DeviceKind::Blk, place.folder.path().join("nobody"));
+    refused(&nobody, &["start the back-end first"]);
+    VhostUserDevice::restore(&disk_of(&place.back_end(4), 1), 0, &state).unwrap();
+    let more = VhostUserDevice::connect(&disk_of(&place.back_end(2), 4), 0).unwrap_err();
+    assert!(more.to_string().contains("ask for fewer"), "{more}");
+}
+
+/// Requests that wait for pages, from a source that is away.
+#[test]
+fn a_disk_with_requests_in_flight_is_not_stopped() {
+    let place = Place::new();
+    let back_end = place.back_end(1);
+    let (source, control) = image::far(MEMORY);
+    let _let_go = control.let_go_at_the_end();
+    let held = DATA + (8 << 20);
+    control.hold([held / 4096]);
+    let memory = memory_of(Arc::new(source));
+    let device = VhostUserDevice::connect(&disk_of(&back_end, 1), 0).unwrap();
+    device.share_memory(&memory, &service()).unwrap();
+    let mut driver = Driver::new(&device, &memory, 1);
+    driver.set_up();
+    assert!(driver.submit(0, WRITE, 8, held, 4096));
+    let error = device.quiesce(Duration::from_millis(200)).unwrap_err().to_string();
+    for words in ["device blk0", "queue 0", "up to index 1", "answered up to 0", "try again"] {
+        assert!(error.contains(words), "{words}: {error}");
+    }
+    // Nothing was stopped.
+    assert!(driver.submit(0, READ, 16, DATA, 512));
+    until("another request is answered", || driver.reap(0) == 1);
+    control.let_go();
+    driver.finish();
+    let bytes = fs::read(place.disk()).unwrap();
+    assert_eq!(bytes[4096..4104], image::word_of(held).to_ne_bytes());
+    assert_eq!(
+        device.quiesce(Duration::from_secs(10)).unwrap().registers.queues()[0].next_available,
+        2
+    );
+}
+
+/// A back-end whose post-copy does not work sees complete memory only.
+#[test]
+fn a_foreign_back_end_on_memory_that_is_there() {
+    let place = Place::new();
+    let memory = memory(&place.image());
+    let service = service();
+    {
+        let qemu = place.qemu();
+        let device = VhostUserDevice::connect(&disk_of(&qemu, 1), 0).unwrap();
+        let error = device.share_memory(&memory, &service).unwrap_err().to_string();
+        assert!(error.contains("lazy=fill"), "{error}");
+    }
+    let refuse = |lazy: Lazy, words: &str| {
+        let qemu = place.qemu();
+        let option = VhostUserOption { lazy, ..disk_of(&qemu, 1) };
+        let device = VhostUserDevice::connect(&option, 0).unwrap();
+        assert_eq!(device.wants_full_memory(), lazy == Lazy::Fill);
+        let error = device.share_memory(&memory, &service).unwrap_err().to_string();
+        assert!(error.contains(words), "{error}");
+    };
+    refuse(Lazy::Refuse, "lazy=refuse");
+    refuse(Lazy::Fill, "still missing");
+    fill(&memory);
+    let mut saved: Option<(DeviceState, Vec<Ring>)> = None;
+    let mut load = Load { next: 0 };
+    for round in 0..4 {
+        let qemu = place.qemu();
+        let option = VhostUserOption { lazy: Lazy::Fill, ..disk_of(&qemu, 1) };
+        let device = match &saved {
+            None => VhostUserDevice::connect(&option, 0),
+            Some((state, _)) => VhostUserDevice::restore(&option, 0, state),
+        };
+        let device = device.unwrap();
+        device.share_memory(&memory, &service).unwrap();
+        let mut driver = Driver::new(&device, &memory, 1);
+        match saved.take() {
+            None => {
+                driver.set_up();
+                use_disk(&mut driver, &place.disk(), 9, 0x99);
+                driver.set_up();
+            }
+            Some((_, rings)) => {
+                driver.rings = rings;
+                device.resume().unwrap();
+                driver.finish();
+            }
+        }
+        load.submit(&mut driver);
+        let state = device.quiesce(Duration::from_secs(10)).unwrap();
+        driver.reap(0);
+        assert_eq!(driver.rings[0].last_used, state.registers.queues()[0].next_available);
+        saved = Some((state, driver.rings.clone()));
+        assert!(driver.rings[0].pending.is_empty(), "round {round}");
+        qemu.terminate().unwrap();
+    }
+}
+
+/// Kicks and interrupts go through KVM.
+#[test]
+fn a_device_is_attached_to_a_vm() {
+    if !host::has_kvm() {
+        return host::skip("there is no usable /dev/kvm");
+    }
+    let place = Place::new();
+    let back_end = place.back_end(2);
+    let vm = kvm_ioctls::Kvm::new().unwrap().create_vm().unwrap();
+    let device = VhostUserDevice::connect(&disk_of(&back_end, 2), 0).unwrap();
+    let error = device.attach(&vm, 0xd000_0000, 5).unwrap_err().to_string();
+    assert!(error.contains("interrupt 5") && error.contains("KVM_CREATE_IRQCHIP"), "{error}");
+    drop(device);
+    vm.create_irq_chip().unwrap();
+    let devices: Vec<_> = (0..2)
+        .map(|n| {
+            let place = Place::new();
+            let back_end = place.back_end(2);
+            let device = VhostUserDevice::connect(&disk_of(&back_end, 2), n).unwrap();
+            device.attach(&vm, 0xd000_0000 + 0x1000 * n as u64, 5 + n as u32).unwrap();
+            device
+        })
+        .collect();
+    assert_eq!(devices[1].name(), "blk1");
+}
