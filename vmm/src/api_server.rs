@@ -195,6 +195,8 @@ pub fn serve(stream: &UnixStream, control: &dyn Control) {
             Ok(true) => connection.is_new = false,
             Ok(false) | Err(End::HangUp) => break,
             Err(End::Refuse(response)) => {
+                // It may be for the time that is up.
+                connection.stream.restart();
                 let _ = connection.send(&response.to_bytes(false, true));
                 break;
             }

@@ -1,0 +1,65 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! A snapshot on a disk that is full.
+
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::path::Path;
+use std::thread;
+
+use demand_vmm::snapshot_dir::{PartialSnapshot, read_state};
+use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
+use rustix::thread::UnshareFlags;
+
+/// Does something with a disk of 1 MiB at `folder`, that nobody else sees. `None` without root.
+fn on_small_disk(folder: &Path, work: impl FnOnce() + Send) -> Option<()> {
+    thread::scope(|scope| {
+        let thread = scope.spawn(|| {
+            // SAFETY: it parts only this thread's folders and mounts from the process's; the
+            // thread ends with them, and nobody relies on their being shared.
+            let parted =
+                unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNS | UnshareFlags::FS) };
+            parted.ok()?;
+            let apart = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
+            mount_change("/", apart).ok()?;
+            mount("none", folder, "tmpfs", MountFlags::empty(), c"size=1m").ok()?;
+            work();
+            Some(())
+        });
+        thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
+}
+
+fn names(folder: &Path) -> usize {
+    fs::read_dir(folder).unwrap().count()
+}
+
+#[test]
+fn a_full_disk_leaves_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let done = on_small_disk(folder.path(), || {
+        let dir = folder.path().join("snapshot");
+        // The image itself does not fit.
+        let partial = PartialSnapshot::create(&dir).unwrap();
+        let error = File::create(partial.memory()).unwrap().write_all(&[1; 2 << 20]).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::StorageFull);
+        drop(partial);
+        assert_eq!(names(folder.path()), 0);
+        // What comes last does not fit.
+        let partial = PartialSnapshot::create(&dir).unwrap();
+        fs::write(partial.memory(), [1; 512 << 10]).unwrap();
+        fs::write(partial.hashes(), [1; 1024]).unwrap();
+        let error = partial.publish(&"x".repeat(768 << 10)).unwrap_err().to_string();
+        assert!(error.contains("state: No space left on device"), "{error}");
+        assert!(error.contains("make room"), "{error}");
+        assert_eq!(names(folder.path()), 0);
+        // What does fit is written.
+        let partial = PartialSnapshot::create(&dir).unwrap();
+        fs::write(partial.memory(), [1; 512 << 10]).unwrap();
+        fs::write(partial.hashes(), [1; 1024]).unwrap();
+        partial.publish(&"x").unwrap();
+        assert_eq!(read_state::<String>(&dir).unwrap(), "x");
+    });
+    if done.is_none() {
+        test_support::host::skip("a disk of its own needs root");
+    }
+}
