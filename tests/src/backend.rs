@@ -45,11 +45,7 @@ impl BackEnd {
     /// # Errors
     ///
     /// As for [`vhost_device_blk`](Self::vhost_device_blk).
-    pub fn vhost_device_blk_at(
-        socket: PathBuf,
-        disk: &Path,
-        options: &BlkOptions,
-    ) -> Result<Self> {
+    pub fn vhost_device_blk_at(socket: PathBuf, disk: &Path, options: &BlkOptions) -> Result<Self> {
         let mut command = Command::new(program("vhost-device-blk")?);
         command
             .arg("--socket")

@@ -16,6 +16,8 @@ use demand_vmm::client::Client;
 use demand_vmm::report::Report;
 use guest_work::{Line, Work};
 
+use test_support::host::{is_lab, skip};
+
 use crate::backend::{BackEnd, BlkOptions};
 use crate::process::{Guarded, program};
 
@@ -29,6 +31,36 @@ pub struct Kernel {
     pub image: PathBuf,
     /// The initramfs.
     pub initramfs: PathBuf,
+}
+
+impl Kernel {
+    /// Where `cargo lab --guests` has put a kernel; `None`, with the reason said, outside the lab.
+    fn named(image: &str, initramfs: &str) -> Option<Self> {
+        match (std::env::var_os(image), std::env::var_os(initramfs)) {
+            (Some(image), Some(initramfs)) if is_lab() => {
+                Some(Kernel { image: image.into(), initramfs: initramfs.into() })
+            }
+            _ => {
+                skip("a Linux guest needs the lab (cargo lab test --guests)");
+                None
+            }
+        }
+    }
+
+    /// The lab's own kernel, as bzImage.
+    pub fn lab() -> Option<Self> {
+        Self::named("LAB_GUEST_BZIMAGE", "LAB_GUEST_INITRAMFS")
+    }
+
+    /// The lab's own kernel as ELF, with its PVH entry.
+    pub fn lab_elf() -> Option<Self> {
+        Self::named("LAB_GUEST_VMLINUX", "LAB_GUEST_INITRAMFS")
+    }
+
+    /// Debian's cloud kernel, with its modules in the initramfs.
+    pub fn debian() -> Option<Self> {
+        Self::named("LAB_GUEST_DEBIAN_BZIMAGE", "LAB_GUEST_DEBIAN_INITRAMFS")
+    }
 }
 
 /// A disk of a guest.
@@ -82,12 +114,7 @@ impl Guest {
     /// # Errors
     ///
     /// If a process cannot be started.
-    pub fn boot(
-        folder: &Path,
-        kernel: &Kernel,
-        work: &Work,
-        config: &GuestConfig,
-    ) -> Result<Self> {
+    pub fn boot(folder: &Path, kernel: &Kernel, work: &Work, config: &GuestConfig) -> Result<Self> {
         let mut command = Command::new(program("demand-vmm")?);
         command.arg("run").arg("--memory").arg(&config.memory);
         command.arg("--cpus").arg(config.cpus.to_string());
@@ -250,7 +277,7 @@ impl Guest {
     pub fn snapshot(&self, destination: &Path, then: Option<Go>) -> Result<SnapshotSummary> {
         let request = SnapshotRequest { destination: destination.into(), then };
         self.api()
-            .snapshot(&request, &mut |_| {})
+            .snapshot(&request, |_| {})
             .with_context(|| format!("take a snapshot; {}", self.story()))
     }
 

@@ -38,7 +38,7 @@ pub struct Machine {
     // Fields are dropped in this order: the guest's slots before the traps under them.
     slots: Vec<DemandSlot>,
     /// Those of memory that never was missing.
-    plain: Vec<PlainSlot>,
+    _plain: Vec<PlainSlot>,
     /// The guest's writes to MSRs that name memory for KVM, where KVM can leave them to us.
     msr_trap: Option<MsrTrap>,
     vm: Arc<VmFd>,
@@ -103,8 +103,8 @@ impl Machine {
         if let Ok(known) = &probe.kvm {
             slots = slots.into_iter().map(|slot| slot.with_features(known)).collect();
         }
-        let (plain, engine) = (Vec::new(), Some(engine));
-        Ok(Machine { slots, plain, msr_trap, vm, kvm, engine, memory, service })
+        let (_plain, engine) = (Vec::new(), Some(engine));
+        Ok(Machine { slots, _plain, msr_trap, vm, kvm, engine, memory, service })
     }
 
     /// Makes a machine whose memory is all there from the beginning: zeros, for a guest that boots.
@@ -120,19 +120,19 @@ impl Machine {
         let vm = Arc::new(kvm.create_vm().map_err(|error| {
             Error::host(format!("make a VM: {error}; the kernel's log may say more"))
         })?);
-        let (mut plain, mut present) = (Vec::new(), Vec::new());
+        let (mut _plain, mut present) = (Vec::new(), Vec::new());
         for (number, &Placement { start, size, .. }) in (0..).zip(&regions) {
             let backing = backing(option, size)?;
             let mapping = Arc::new(backing.map().map_err(backing_error)?);
             let slot = PlainSlot::new(vm.clone(), number, start, mapping, false);
-            plain.push(slot.map_err(Error::host)?);
+            _plain.push(slot.map_err(Error::host)?);
             let region = DemandRegion::present(start, backing, stats.clone(), ());
             present.push(region.map_err(pager_error)?);
         }
         let memory = DemandMemory::new(present).map_err(Error::failed)?;
         let service = Arc::new(FaultService::start(DEFAULT_THREADS).map_err(Error::host)?);
         let (slots, msr_trap, engine) = (Vec::new(), None, None);
-        Ok(Machine { slots, plain, msr_trap, vm, kvm, engine, memory, service })
+        Ok(Machine { slots, _plain, msr_trap, vm, kvm, engine, memory, service })
     }
 
     /// The virtual machine.

@@ -196,7 +196,10 @@ impl VcpuState {
             _ => vcpu.set_sregs(&self.sregs),
         };
         on.step("its system registers", sregs)?;
-        on.step("its extended control registers", vcpu.set_xcrs(&self.xcrs))?;
+        // Processors without XSAVE have none, and KVM refuses even that.
+        if self.xcrs.nr_xcrs > 0 {
+            on.step("its extended control registers", vcpu.set_xcrs(&self.xcrs))?;
+        }
         self.restore_xsave(&on, vcpu, shape)?;
         on.step("its debug registers", vcpu.set_debug_regs(&self.debugregs))?;
         // Before the MSRs: a deadline is only taken by a timer that waits for one.

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
-use demand_memory::{ImageProgress, Stats};
+use demand_memory::{ImageProgress, PAGE_SIZE, Stats};
 use demand_source::{ImageSummary, ImageWriter};
 
 use crate::api::{
@@ -287,7 +287,7 @@ impl Vm {
             ImageWriter::create(&partial.memory(), &partial.hashes(), self.memory.size, generation)
                 .map_err(Error::failed)?;
         let mut progress = |progress: ImageProgress| {
-            self.lifecycle.copied.store(progress.bytes, Ordering::Relaxed);
+            self.lifecycle.copied.store(progress.bytes / PAGE_SIZE, Ordering::Relaxed);
             !self.lifecycle.ending.load(Ordering::Acquire)
         };
         self.machine.memory().write_image(&mut writer, &mut progress).map_err(Error::failed)?;
@@ -394,9 +394,9 @@ impl Control for Vm {
         let image = taken?;
         Ok(SnapshotSummary {
             destination: request.destination.clone(),
-            data_pages: image.data_pages,
-            hole_pages: image.hole_pages,
-            bytes: image.bytes,
+            data_pages: image.pages.data,
+            hole_pages: image.pages.holes,
+            bytes: image.bytes_written,
             took_us: begun.elapsed().as_micros() as u64,
         })
     }
