@@ -4,6 +4,7 @@
 
 pub mod backend;
 pub mod guest;
+pub mod driver;
 pub mod process;
 pub mod sandbox;
 pub mod scenario;

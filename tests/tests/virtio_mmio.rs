@@ -2,13 +2,11 @@
 //! Disks behind virtio-mmio, driven as a guest's driver does, with real back-ends: used, reset,
 //! stopped under load, saved, and taken on by other processes.
 
-use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::{Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use demand_memory::{
@@ -17,6 +15,7 @@ use demand_memory::{
 };
 use demand_source::{LocalFile, PageSource};
 use demand_tests::backend::{BackEnd, BlkOptions};
+use demand_tests::driver::{Driver, FLUSH, READ, Ring, WRITE};
 use demand_tests::host;
 use demand_tests::process::{Guarded, program};
 use demand_uffd::{DEFAULT_THREADS, FaultService};
@@ -24,30 +23,21 @@ use demand_vmm::device_kind::DeviceKind;
 use demand_vmm::device_state::DeviceState;
 use demand_vmm::options::{Lazy, VhostUserOption};
 use demand_vmm::vhost_user::VhostUserDevice;
+use demand_vmm::virtio_mmio::WINDOW;
+use kvm_bindings::{KVM_IRQCHIP_PIC_MASTER, kvm_irqchip};
 use test_support::image;
 use test_support::wait::{listens, until};
 use vm_device::DeviceMmio;
-use vm_device::bus::MmioAddress;
+use vm_device::bus::{MmioAddress, MmioRange};
+use vm_device::device_manager::{IoManager, MmioManager};
 use vm_memory::{Bytes, GuestAddress};
 
 const MEMORY: u64 = 16 << 20;
 const DISK_SECTORS: u64 = 32 << 10;
-/// Rings and headers of each queue; data lies behind.
-const QUEUE_SPACE: u64 = 0x4000;
+/// Where data lies, behind the rings.
 const DATA: u64 = 0x10_0000;
-const SIZE: u16 = 64;
-/// A request has three descriptors.
-const SLOTS: u16 = SIZE / 3;
 
-const READ: u32 = 0;
-const WRITE: u32 = 1;
-const FLUSH: u32 = 4;
-const OK: u8 = 0;
-
-const FEATURES_OK: u32 = 8;
-const DRIVER_OK: u32 = 4;
 const NEEDS_RESET: u32 = 64;
-const EVENT_IDX: u64 = 1 << 29;
 
 /// Guest memory from a source, none of which has arrived.
 fn memory_of(source: Arc<dyn PageSource>) -> DemandMemory {
@@ -127,179 +117,6 @@ impl Place {
 
 fn disk_of(back_end: &BackEnd, queues: u16) -> VhostUserOption {
     VhostUserOption { queues, ..VhostUserOption::new(DeviceKind::Blk, back_end.socket()) }
-}
-
-/// A queue as its driver knows it, which outlives the device.
-#[derive(Clone)]
-struct Ring {
-    base: u64,
-    next_avail: u16,
-    last_used: u16,
-    /// The descriptors' state: what the request there writes or reads, and where.
-    pending: HashMap<u16, (u32, u64, u64, u32)>,
-}
-
-impl Ring {
-    fn new(index: u64) -> Self {
-        Ring { base: QUEUE_SPACE * index, next_avail: 0, last_used: 0, pending: HashMap::new() }
-    }
-    fn available(&self) -> u64 {
-        self.base + 0x1000
-    }
-    fn used(&self) -> u64 {
-        self.base + 0x2000
-    }
-    fn header(&self, slot: u16) -> u64 {
-        self.base + 0x3000 + 32 * u64::from(slot)
-    }
-}
-
-/// A guest's driver of a disk.
-struct Driver<'a> {
-    device: &'a VhostUserDevice,
-    memory: &'a DemandMemory,
-    rings: Vec<Ring>,
-}
-
-impl<'a> Driver<'a> {
-    fn new(device: &'a VhostUserDevice, memory: &'a DemandMemory, queues: u64) -> Self {
-        Driver { device, memory, rings: (0..queues).map(Ring::new).collect() }
-    }
-
-    fn get(&self, offset: u64) -> u32 {
-        let mut data = [0; 4];
-        self.device.mmio_read(MmioAddress(0), offset, &mut data);
-        u32::from_le_bytes(data)
-    }
-
-    fn set(&self, offset: u64, value: u32) {
-        self.device.mmio_write(MmioAddress(0), offset, &value.to_le_bytes());
-    }
-
-    fn config<const N: usize>(&self, offset: u64) -> [u8; N] {
-        let mut data = [0; N];
-        self.device.mmio_read(MmioAddress(0), 0x100 + offset, &mut data);
-        data
-    }
-
-    fn put<T: vm_memory::ByteValued>(&self, address: u64, value: T) {
-        self.memory.write_obj(value, GuestAddress(address)).unwrap();
-    }
-
-    /// From reset to ready, as virtio 1.2 says in section 3.1.1.
-    fn set_up(&mut self) {
-        self.prepare();
-        for (index, ring) in self.rings.iter_mut().enumerate() {
-            *ring = Ring::new(index as u64);
-        }
-        for index in 0..self.rings.len() {
-            let ring = &self.rings[index];
-            self.memory.write_slice(&[0; QUEUE_SPACE as usize], GuestAddress(ring.base)).unwrap();
-            self.set_up_queue(index, ring.base);
-        }
-        self.set(0x70, 3 | FEATURES_OK | DRIVER_OK);
-        assert_eq!(self.get(0x70), 3 | FEATURES_OK | DRIVER_OK, "the device runs");
-    }
-
-    fn prepare(&self) {
-        self.set(0x70, 0);
-        assert_eq!(self.get(0x70), 0);
-        assert_eq!((self.get(0), self.get(4), self.get(8)), (0x7472_6976, 2, 2));
-        self.set(0x70, 3);
-        for half in [0, 1] {
-            self.set(0x14, half);
-            let offered = self.get(0x10);
-            self.set(0x24, half);
-            // The driver of these tests polls, and kicks for each request.
-            self.set(0x20, if half == 0 { offered & !(EVENT_IDX as u32) } else { offered });
-        }
-        self.set(0x70, 3 | FEATURES_OK);
-        assert_eq!(self.get(0x70), 3 | FEATURES_OK);
-    }
-
-    fn set_up_queue(&self, index: usize, base: u64) {
-        self.set(0x30, index as u32);
-        assert_eq!((self.get(0x44), self.get(0x34)), (0, 256));
-        self.set(0x38, SIZE.into());
-        for (offset, ring) in [(0x80, 0), (0x90, 0x1000), (0xa0, 0x2000)] {
-            let address = base.wrapping_add(ring);
-            self.set(offset, address as u32);
-            self.set(offset + 4, (address >> 32) as u32);
-        }
-        self.set(0x44, 1);
-    }
-
-    /// Puts a request in the queue; false if it is full.
-    fn submit(&mut self, queue: usize, kind: u32, sector: u64, data: u64, len: u32) -> bool {
-        let ring = &self.rings[queue];
-        let Some(slot) = (0..SLOTS).find(|slot| !ring.pending.contains_key(slot)) else {
-            return false;
-        };
-        let (header, head) = (ring.header(slot), 3 * slot);
-        self.put(header, u64::from(kind));
-        self.put(header + 8, sector);
-        self.put(header + 16, 0xffu8);
-        let to_driver = if kind == READ { 2u16 } else { 0 };
-        let chain = [(header, 16, 1), (data, len, 1 | to_driver), (header + 16, 1, 2)];
-        // A flush has no data.
-        let chain = if len == 0 { vec![chain[0], chain[2]] } else { chain.to_vec() };
-        for (index, (address, len, flags)) in (head..).zip(chain) {
-            let at = self.rings[queue].base + 16 * u64::from(index);
-            self.put(at, address);
-            self.put(at + 8, len);
-            self.put(at + 12, flags);
-            self.put(at + 14, index + 1);
-        }
-        let ring = &self.rings[queue];
-        let place = u64::from(ring.next_avail % SIZE);
-        self.put(ring.available() + 4 + 2 * place, head);
-        let next = ring.next_avail.wrapping_add(1);
-        let index = GuestAddress(ring.available() + 2);
-        self.memory.store(next, index, Ordering::Release).unwrap();
-        let ring = &mut self.rings[queue];
-        ring.next_avail = next;
-        ring.pending.insert(slot, (kind, sector, data, len));
-        self.set(0x50, queue as u32);
-        true
-    }
-
-    /// Takes what the device has answered: each is one that was asked, once.
-    fn reap(&mut self, queue: usize) -> usize {
-        let ring = &mut self.rings[queue];
-        let index = GuestAddress(ring.used() + 2);
-        let used: u16 = self.memory.load(index, Ordering::Acquire).unwrap();
-        let mut count = 0;
-        while ring.last_used != used {
-            let at = ring.used() + 4 + 8 * u64::from(ring.last_used % SIZE);
-            let head: u32 = self.memory.read_obj(GuestAddress(at)).unwrap();
-            let slot = (head / 3) as u16;
-            let request = ring.pending.remove(&slot);
-            assert!(head.is_multiple_of(3) && request.is_some(), "{head} was not asked, or twice");
-            let status = GuestAddress(ring.header(slot) + 16);
-            assert_eq!(self.memory.read_obj::<u8>(status).unwrap(), OK, "{request:?}");
-            ring.last_used = ring.last_used.wrapping_add(1);
-            count += 1;
-        }
-        count
-    }
-
-    fn finish(&mut self) {
-        for queue in 0..self.rings.len() {
-            until("all requests are answered", || {
-                self.reap(queue);
-                self.rings[queue].pending.is_empty()
-            });
-        }
-    }
-
-    fn request(&mut self, kind: u32, sector: u64, data: u64, len: u32) {
-        assert!(self.submit(0, kind, sector, data, len));
-        self.finish();
-    }
-
-    fn word(&self, address: u64) -> u64 {
-        self.memory.read_obj(GuestAddress(address)).unwrap()
-    }
 }
 
 /// A request of each kind, of which what can be seen is looked at.
@@ -494,7 +311,8 @@ fn a_disk_goes_on_with_another_back_end() {
     let device = VhostUserDevice::restore(&disk_of(&back_end, 2), 0, &state).unwrap();
     device.share_memory(&memory, &service).unwrap();
     device.resume().unwrap();
-    let mut driver = Driver { device: &device, memory: &memory, rings };
+    let mut driver = Driver::new(&device, &memory, 2);
+    driver.rings = rings;
     while load.next < Load::COUNT || driver.rings.iter().any(|ring| !ring.pending.is_empty()) {
         load.submit(&mut driver);
         driver.finish();
@@ -638,28 +456,49 @@ fn a_foreign_back_end_on_memory_that_is_there() {
     }
 }
 
-/// Kicks and interrupts go through KVM.
+/// The interrupts that a KVM's first interrupt controller waits to hand over: bits by number.
+fn waiting_interrupts(vm: &kvm_ioctls::VmFd) -> u8 {
+    let mut chip = kvm_irqchip { chip_id: KVM_IRQCHIP_PIC_MASTER, ..Default::default() };
+    vm.get_irqchip(&mut chip).unwrap();
+    // SAFETY: the chip's state is of the kind that was asked for.
+    unsafe { chip.chip.pic.irr }
+}
+
+/// Interrupts go through KVM, each device's on its own line.
 #[test]
-fn a_device_is_attached_to_a_vm() {
+fn devices_are_attached_to_a_vm() {
     if !host::has_kvm() {
         return host::skip("there is no usable /dev/kvm");
     }
-    let place = Place::new();
-    let back_end = place.back_end(2);
+    let places = [Place::new(), Place::new()];
     let vm = kvm_ioctls::Kvm::new().unwrap().create_vm().unwrap();
-    let device = VhostUserDevice::connect(&disk_of(&back_end, 2), 0).unwrap();
-    let error = device.attach(&vm, 0xd000_0000, 5).unwrap_err().to_string();
-    assert!(error.contains("interrupt 5") && error.contains("KVM_CREATE_IRQCHIP"), "{error}");
-    drop(device);
+    {
+        let back_end = places[0].back_end(2);
+        let device = VhostUserDevice::connect(&disk_of(&back_end, 2), 0).unwrap();
+        let error = device.attach(&vm, 0xd000_0000, 5).unwrap_err().to_string();
+        assert!(error.contains("interrupt 5") && error.contains("KVM_CREATE_IRQCHIP"), "{error}");
+    }
     vm.create_irq_chip().unwrap();
-    let devices: Vec<_> = (0..2)
-        .map(|n| {
-            let place = Place::new();
-            let back_end = place.back_end(2);
-            let device = VhostUserDevice::connect(&disk_of(&back_end, 2), n).unwrap();
-            device.attach(&vm, 0xd000_0000 + 0x1000 * n as u64, 5 + n as u32).unwrap();
-            device
-        })
-        .collect();
-    assert_eq!(devices[1].name(), "blk1");
+    let mut bus = IoManager::new();
+    let devices = [0, 1].map(|n: u32| {
+        let back_end = places[n as usize].back_end(2);
+        let device = VhostUserDevice::connect(&disk_of(&back_end, 2), n as usize).unwrap();
+        let address = 0xd000_0000 + WINDOW * u64::from(n);
+        device.attach(&vm, address, 4 + n).unwrap();
+        let device = Arc::new(device);
+        let range = MmioRange::new(MmioAddress(address), WINDOW).unwrap();
+        bus.register_mmio(range, device.clone()).unwrap();
+        (device, back_end)
+    });
+    let mut magic = [0; 4];
+    bus.mmio_read(MmioAddress(0xd000_1000), &mut magic).unwrap();
+    assert_eq!(&magic, b"virt");
+    let memory = memory(&places[1].image());
+    let (device, _back_end) = &devices[1];
+    device.share_memory(&memory, &service()).unwrap();
+    let mut driver = Driver::new(device, &memory, 2);
+    driver.set_up();
+    assert_eq!(waiting_interrupts(&vm), 0);
+    use_disk(&mut driver, &places[1].disk(), 3, 4);
+    until("KVM has the interrupt", || waiting_interrupts(&vm) == 1 << 5);
 }

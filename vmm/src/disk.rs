@@ -15,7 +15,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use crate::device_kind::DeviceKind;
 use crate::error::Error;
 use crate::machine::Machine;
-use crate::notify::Notify;
+use crate::notify::{Notify, no_eventfd};
 use crate::options::VhostUserOption;
 
 /// What the guest's driver accepts of what a back-end offers. No event indices: the guest kicks
@@ -153,8 +153,4 @@ fn check_capacity(
         )));
     }
     Ok(())
-}
-
-fn no_eventfd(error: std::io::Error) -> Error {
-    Error::host(format!("make an eventfd: {error}; raise the limit of open files (ulimit -n)"))
 }

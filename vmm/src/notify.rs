@@ -6,6 +6,8 @@ use std::io;
 use kvm_ioctls::{IoEventAddress, VmFd};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use crate::error::Error;
+
 /// The register to which the guest writes the number of a queue that has something new (virtio
 /// 1.2, section 4.2.2, `QueueNotify`). Each queue has an eventfd that the device waits on.
 #[derive(Debug)]
@@ -54,10 +56,20 @@ impl Notify {
         if address != self.address {
             return false;
         }
-        // EAGAIN: the counter is at its end, so the device has enough to wake up for.
-        drop(kick.write(1));
+        signal(kick);
         true
     }
+}
+
+/// Wakes up whoever waits on an eventfd.
+pub(crate) fn signal(eventfd: &EventFd) {
+    // EAGAIN: the counter is at its end, so there is enough to wake up for.
+    drop(eventfd.write(1));
+}
+
+/// The error of a host that has no more eventfds.
+pub(crate) fn no_eventfd(error: io::Error) -> Error {
+    Error::host(format!("make an eventfd: {error}; raise the limit of open files (ulimit -n)"))
 }
 
 #[cfg(test)]

@@ -5,7 +5,6 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use demand_memory::DemandMemory;
@@ -14,23 +13,21 @@ use demand_vhost::{
     BackEnd, Error as BackEndError, HangUp, Options, VhostUserProtocolFeatures, Vring,
 };
 use kvm_ioctls::VmFd;
-use virtio_bindings::virtio_blk::VIRTIO_BLK_F_MQ;
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use vm_device::DeviceMmio;
 use vm_device::bus::{MmioAddress, MmioAddressOffset};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use crate::device_kind::{BLK_NUM_QUEUES, BLK_SEG_MAX, BLK_WRITE_BACK, DeviceKind, NET_F_MAC};
+use crate::device_kind::{BLK_WRITE_BACK, DeviceKind, NET_F_MAC};
 use crate::device_state::DeviceState;
 use crate::error::Error;
-use crate::notify::Notify;
+use crate::notify::{Notify, no_eventfd, signal};
+use crate::offer::{check_back_end, offered, read_config};
 use crate::options::{Lazy, VhostUserOption};
-use crate::virtio_mmio::{Action, QUEUE_NOTIFY, QueueState, Registers};
+use crate::rings::{await_used, check_rings, ring_index};
+use crate::virtio_mmio::{Action, QUEUE_NOTIFY, Registers};
 use crate::vsock;
-
-/// How often a used ring is looked at for requests that are still in flight.
-const LOOK_EVERY: Duration = Duration::from_millis(1);
 
 /// A device: the registers that a driver sees, and the back-end behind them.
 ///
@@ -565,120 +562,6 @@ impl AsRawFd for VhostUserDevice {
     }
 }
 
-/// What the guest is offered.
-fn offered(back_end: &BackEnd, option: &VhostUserOption) -> u64 {
-    let config = back_end.protocol_features().contains(VhostUserProtocolFeatures::CONFIG);
-    let features = option.kind.features(back_end.features(), config);
-    if option.kind == DeviceKind::Blk && option.queues == 1 {
-        return features & !(1 << VIRTIO_BLK_F_MQ);
-    }
-    features
-}
-
-fn check_back_end(back_end: &BackEnd, option: &VhostUserOption) -> Result<(), String> {
-    let socket = option.socket.display();
-    if back_end.features() & 1 << VIRTIO_F_VERSION_1 == 0 {
-        return Err(format!(
-            "the back-end at {socket} does not offer VERSION_1 (feature bit 32); use one that does"
-        ));
-    }
-    let served = option.kind.served_queues(usize::from(option.queues)) as u64;
-    let told = back_end.protocol_features().contains(VhostUserProtocolFeatures::MQ);
-    let known = told || option.kind == DeviceKind::Blk;
-    if known && back_end.queues() < served {
-        return Err(format!(
-            "it has {served} queues for the back-end at {socket}, which serves {}; start it with \
-             more, or ask for fewer",
-            back_end.queues()
-        ));
-    }
-    if served > 1
-        && option.kind == DeviceKind::Blk
-        && back_end.features() & 1 << VIRTIO_BLK_F_MQ == 0
-    {
-        return Err(format!(
-            "{served} queues were asked for, and the back-end at {socket} offers no more than one \
-             (feature MQ); start it with more, or ask for one"
-        ));
-    }
-    if option.lazy == Lazy::Postcopy && !back_end.has_pagefault() {
-        let error = BackEndError::NoPagefault { socket: option.socket.clone() };
-        return Err(format!("lazy=postcopy: {error}"));
-    }
-    Ok(())
-}
-
-/// The configuration space: the back-end's, with what the VMM knows better.
-fn read_config(
-    back_end: &mut BackEnd,
-    option: &VhostUserOption,
-    position: usize,
-) -> Result<Vec<u8>, String> {
-    let mut config = vec![0; option.kind.config_len()];
-    let from_back_end = back_end.protocol_features().contains(VhostUserProtocolFeatures::CONFIG);
-    if from_back_end && !config.is_empty() {
-        back_end.read_config(0, &mut config).map_err(|error| error.to_string())?;
-    }
-    match option.kind {
-        DeviceKind::Blk => {
-            let queues = option.queues.to_le_bytes();
-            config[BLK_NUM_QUEUES..BLK_NUM_QUEUES + 2].copy_from_slice(&queues);
-            // A chain has a header and a status beside its segments, and is no longer than a queue.
-            let seg_max = &mut config[BLK_SEG_MAX..BLK_SEG_MAX + 4];
-            let theirs = seg_max.iter().rev().fold(0, |value, byte| value << 8 | u32::from(*byte));
-            let ours = u32::from(option.queue_size.saturating_sub(2));
-            seg_max.copy_from_slice(&theirs.min(ours).to_le_bytes());
-        }
-        DeviceKind::Net => {
-            let theirs = from_back_end && back_end.features() & 1 << NET_F_MAC != 0;
-            let position = (position as u16).to_be_bytes();
-            // Administered locally; the same whenever the VM is started like this.
-            let made_up = [0x02, b'd', b'p', b'g', position[0], position[1]];
-            match option.mac {
-                Some(mac) => config[..6].copy_from_slice(&mac),
-                None if !theirs => config[..6].copy_from_slice(&made_up),
-                None => {}
-            }
-        }
-        DeviceKind::Vsock => {
-            let theirs: [u8; 8] = config[..].try_into().unwrap_or_default();
-            let theirs = u64::from_le_bytes(theirs);
-            let socket = option.socket.display();
-            match (option.cid, from_back_end) {
-                (Some(ours), true) if ours != theirs => {
-                    return Err(format!(
-                        "cid={ours}: the back-end at {socket} gives the guest the address {theirs}; \
-                         leave cid= out, or start the back-end with the same"
-                    ));
-                }
-                (Some(ours), _) => config.copy_from_slice(&ours.to_le_bytes()),
-                (None, true) => {}
-                (None, false) => {
-                    return Err(format!(
-                        "the back-end at {socket} does not say what address the guest has; say the \
-                         one that it was started with, as in cid=3"
-                    ));
-                }
-            }
-        }
-        DeviceKind::Rng | DeviceKind::Console => {}
-    }
-    Ok(config)
-}
-
-/// A queue's rings must lie in memory, each in one region: so far a back-end may go.
-fn check_rings(memory: &DemandMemory, queue: &QueueState) -> Result<(), String> {
-    for (address, len) in queue.extents()? {
-        let region = memory.find_region(GuestAddress(address));
-        let last = address.checked_add(len - 1);
-        let inside = region.zip(last).is_some_and(|(region, last)| last <= region.last_addr().0);
-        if !inside {
-            return Err(format!("there is no memory for its {len} bytes at {address:#x}"));
-        }
-    }
-    Ok(())
-}
-
 /// Waits until every request that the guest has made is answered. Nothing is stopped yet: a disk's
 /// back-end may drop what it has in flight when it is.
 fn await_answers(inner: &Inner, begun: Instant, within: Duration) -> Result<(), String> {
@@ -691,45 +574,6 @@ fn await_answers(inner: &Inner, begun: Instant, within: Duration) -> Result<(), 
     Ok(())
 }
 
-/// Waits until a queue's requests up to the index `taken` are answered.
-fn await_used(
-    memory: &DemandMemory,
-    (index, queue): (usize, &QueueState),
-    taken: u16,
-    begun: Instant,
-    within: Duration,
-) -> Result<(), String> {
-    loop {
-        let used = ring_index(memory, queue.used)?;
-        if used == taken {
-            return Ok(());
-        }
-        if begun.elapsed() >= within {
-            return Err(format!(
-                "queue {index} has requests in flight: they go up to index {taken}, and its \
-                 back-end has answered up to {used} within {} ms; try again when it has less to do",
-                within.as_millis()
-            ));
-        }
-        thread::sleep(LOOK_EVERY);
-    }
-}
-
-/// How many entries a ring has had, counted by 16 bits (virtio 1.2, sections 2.7.6 and 2.7.8).
-fn ring_index(memory: &DemandMemory, ring: u64) -> Result<u16, String> {
-    let at = GuestAddress(ring.wrapping_add(2));
-    memory.load(at, Ordering::Acquire).map_err(|error| format!("read a ring: {error}"))
-}
-
-fn signal(eventfd: &EventFd) {
-    // EAGAIN: the counter is at its end, so whoever waits has enough to wake up for.
-    drop(eventfd.write(1));
-}
-
 fn fail(name: &str, why: impl std::fmt::Display) -> Error {
     Error::failed(format!("device {name}: {why}"))
-}
-
-fn no_eventfd(error: std::io::Error) -> Error {
-    Error::host(format!("make an eventfd: {error}; raise the limit of open files (ulimit -n)"))
 }

@@ -1,0 +1,111 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What a guest is offered of a back-end: features and a configuration, with what the VMM knows
+//! better.
+
+use demand_vhost::{BackEnd, Error as BackEndError, VhostUserProtocolFeatures};
+use virtio_bindings::virtio_blk::VIRTIO_BLK_F_MQ;
+use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+
+use crate::device_kind::{BLK_NUM_QUEUES, BLK_SEG_MAX, DeviceKind, NET_F_MAC};
+use crate::options::{Lazy, VhostUserOption};
+
+/// What the guest is offered.
+pub(crate) fn offered(back_end: &BackEnd, option: &VhostUserOption) -> u64 {
+    let config = back_end.protocol_features().contains(VhostUserProtocolFeatures::CONFIG);
+    let features = option.kind.features(back_end.features(), config);
+    if option.kind == DeviceKind::Blk && option.queues == 1 {
+        return features & !(1 << VIRTIO_BLK_F_MQ);
+    }
+    features
+}
+
+pub(crate) fn check_back_end(back_end: &BackEnd, option: &VhostUserOption) -> Result<(), String> {
+    let socket = option.socket.display();
+    if back_end.features() & 1 << VIRTIO_F_VERSION_1 == 0 {
+        return Err(format!(
+            "the back-end at {socket} does not offer VERSION_1 (feature bit 32); use one that does"
+        ));
+    }
+    let served = option.kind.served_queues(usize::from(option.queues)) as u64;
+    let told = back_end.protocol_features().contains(VhostUserProtocolFeatures::MQ);
+    let known = told || option.kind == DeviceKind::Blk;
+    if known && back_end.queues() < served {
+        return Err(format!(
+            "it has {served} queues for the back-end at {socket}, which serves {}; start it with \
+             more, or ask for fewer",
+            back_end.queues()
+        ));
+    }
+    if served > 1
+        && option.kind == DeviceKind::Blk
+        && back_end.features() & 1 << VIRTIO_BLK_F_MQ == 0
+    {
+        return Err(format!(
+            "{served} queues were asked for, and the back-end at {socket} offers no more than one \
+             (feature MQ); start it with more, or ask for one"
+        ));
+    }
+    if option.lazy == Lazy::Postcopy && !back_end.has_pagefault() {
+        let error = BackEndError::NoPagefault { socket: option.socket.clone() };
+        return Err(format!("lazy=postcopy: {error}"));
+    }
+    Ok(())
+}
+
+/// The configuration space: the back-end's, with what the VMM knows better.
+pub(crate) fn read_config(
+    back_end: &mut BackEnd,
+    option: &VhostUserOption,
+    position: usize,
+) -> Result<Vec<u8>, String> {
+    let mut config = vec![0; option.kind.config_len()];
+    let from_back_end = back_end.protocol_features().contains(VhostUserProtocolFeatures::CONFIG);
+    if from_back_end && !config.is_empty() {
+        back_end.read_config(0, &mut config).map_err(|error| error.to_string())?;
+    }
+    match option.kind {
+        DeviceKind::Blk => {
+            let queues = option.queues.to_le_bytes();
+            config[BLK_NUM_QUEUES..BLK_NUM_QUEUES + 2].copy_from_slice(&queues);
+            // A chain has a header and a status beside its segments, and is no longer than a queue.
+            let seg_max = &mut config[BLK_SEG_MAX..BLK_SEG_MAX + 4];
+            let theirs = seg_max.iter().rev().fold(0, |value, byte| value << 8 | u32::from(*byte));
+            let ours = u32::from(option.queue_size.saturating_sub(2));
+            seg_max.copy_from_slice(&theirs.min(ours).to_le_bytes());
+        }
+        DeviceKind::Net => {
+            let theirs = from_back_end && back_end.features() & 1 << NET_F_MAC != 0;
+            let position = (position as u16).to_be_bytes();
+            // Administered locally; the same whenever the VM is started like this.
+            let made_up = [0x02, b'd', b'p', b'g', position[0], position[1]];
+            match option.mac {
+                Some(mac) => config[..6].copy_from_slice(&mac),
+                None if !theirs => config[..6].copy_from_slice(&made_up),
+                None => {}
+            }
+        }
+        DeviceKind::Vsock => {
+            let theirs: [u8; 8] = config[..].try_into().unwrap_or_default();
+            let theirs = u64::from_le_bytes(theirs);
+            let socket = option.socket.display();
+            match (option.cid, from_back_end) {
+                (Some(ours), true) if ours != theirs => {
+                    return Err(format!(
+                        "cid={ours}: the back-end at {socket} gives the guest the address {theirs}; \
+                         leave cid= out, or start the back-end with the same"
+                    ));
+                }
+                (Some(ours), _) => config.copy_from_slice(&ours.to_le_bytes()),
+                (None, true) => {}
+                (None, false) => {
+                    return Err(format!(
+                        "the back-end at {socket} does not say what address the guest has; say the \
+                         one that it was started with, as in cid=3"
+                    ));
+                }
+            }
+        }
+        DeviceKind::Rng | DeviceKind::Console => {}
+    }
+    Ok(config)
+}

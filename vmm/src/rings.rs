@@ -1,0 +1,57 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! A device's rings in guest memory, as far as the VMM looks at them.
+
+use std::sync::atomic::Ordering;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use demand_memory::DemandMemory;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+
+use crate::virtio_mmio::QueueState;
+
+/// How often a used ring is looked at for requests that are still in flight.
+const LOOK_EVERY: Duration = Duration::from_millis(1);
+
+/// A queue's rings must lie in memory, each in one region: so far a back-end may go.
+pub(crate) fn check_rings(memory: &DemandMemory, queue: &QueueState) -> Result<(), String> {
+    for (address, len) in queue.extents()? {
+        let region = memory.find_region(GuestAddress(address));
+        let last = address.checked_add(len - 1);
+        let inside = region.zip(last).is_some_and(|(region, last)| last <= region.last_addr().0);
+        if !inside {
+            return Err(format!("there is no memory for its {len} bytes at {address:#x}"));
+        }
+    }
+    Ok(())
+}
+
+/// Waits until a queue's requests up to the index `taken` are answered.
+pub(crate) fn await_used(
+    memory: &DemandMemory,
+    (index, queue): (usize, &QueueState),
+    taken: u16,
+    begun: Instant,
+    within: Duration,
+) -> Result<(), String> {
+    loop {
+        let used = ring_index(memory, queue.used)?;
+        if used == taken {
+            return Ok(());
+        }
+        if begun.elapsed() >= within {
+            return Err(format!(
+                "queue {index} has requests in flight: they go up to index {taken}, and its \
+                 back-end has answered up to {used} within {} ms; try again when it has less to do",
+                within.as_millis()
+            ));
+        }
+        thread::sleep(LOOK_EVERY);
+    }
+}
+
+/// How many entries a ring has had, counted by 16 bits (virtio 1.2, sections 2.7.6 and 2.7.8).
+pub(crate) fn ring_index(memory: &DemandMemory, ring: u64) -> Result<u16, String> {
+    let at = GuestAddress(ring.wrapping_add(2));
+    memory.load(at, Ordering::Acquire).map_err(|error| format!("read a ring: {error}"))
+}
