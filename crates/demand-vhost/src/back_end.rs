@@ -29,10 +29,6 @@ const USED: VhostUserProtocolFeatures = VhostUserProtocolFeatures::REPLY_ACK
     .union(VhostUserProtocolFeatures::CONFIG)
     .union(VhostUserProtocolFeatures::PAGEFAULT);
 
-/// Protocol features without which nothing works: a message that is not acknowledged may have
-/// failed.
-const NEEDED: VhostUserProtocolFeatures = VhostUserProtocolFeatures::REPLY_ACK;
-
 /// Queues of a back-end that does not say how many it has.
 const DEFAULT_QUEUES: u64 = 1;
 
@@ -42,8 +38,8 @@ const MAX_QUEUES: u64 = 256;
 /// How a back-end is used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Options {
-    /// Protocol features that must be there, beside those that always must. Whoever reads the
-    /// device's configuration from the back-end needs `CONFIG`.
+    /// Protocol features that must be there. Whoever reads the device's configuration from the
+    /// back-end needs `CONFIG`.
     pub needed: VhostUserProtocolFeatures,
     /// Protocol features that are left alone, even where they are offered. Without `MQ` the
     /// back-end is not asked for its number of queues: a network card's means pairs of queues with
@@ -150,7 +146,8 @@ impl BackEnd {
     ///
     /// # Errors
     ///
-    /// [`Error::Connect`] if nobody listens, [`Error::Features`] if it lacks what is needed.
+    /// [`Error::Connect`] if nobody listens, [`Error::Features`] and
+    /// [`Error::NoProtocolFeatures`] if it lacks what is needed.
     pub fn connect(socket: impl AsRef<Path>, options: Options) -> Result<Self> {
         let socket = socket.as_ref().to_path_buf();
         let refused = |error| Error::Connect { socket: socket.clone(), error };
@@ -175,11 +172,10 @@ impl BackEnd {
         const ASKED: &str = "agree on features";
         self.ask(ASKED, |f| f.set_owner())?;
         self.features = self.ask(ASKED, |f| f.get_features())?;
-        let needed = NEEDED | self.options.needed;
-        let lacks = |lacking| Err(Error::Features { socket: self.socket.clone(), lacking });
         if self.features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() == 0 {
-            return lacks(needed);
+            return Err(Error::NoProtocolFeatures { socket: self.socket.clone() });
         }
+        let needed = self.options.needed;
         let offered = self.ask(ASKED, |f| f.get_protocol_features())?;
         if !offered.contains(needed) {
             return Err(Error::Features {
@@ -188,6 +184,10 @@ impl BackEnd {
             });
         }
         self.protocol = offered & (USED.difference(self.options.unused) | needed);
+        if !self.protocol.contains(VhostUserProtocolFeatures::REPLY_ACK) {
+            // Its steps must be known to be done, one by one.
+            self.protocol.remove(VhostUserProtocolFeatures::PAGEFAULT);
+        }
         let agreed = self.protocol;
         self.ask(ASKED, |f| f.set_protocol_features(agreed))?;
         if agreed.contains(VhostUserProtocolFeatures::MQ) {
@@ -326,12 +326,18 @@ impl BackEnd {
     }
 
     /// Sends a message that has no reply of its own, and waits until the back-end has dealt with
-    /// it.
+    /// it. One that cannot acknowledge it answers the next when it has; or hangs up, if it has
+    /// failed.
     pub(crate) fn tell<T>(
         &mut self,
         asked: &'static str,
         call: impl FnOnce(&mut Frontend) -> vhost::Result<T>,
     ) -> Result<T> {
+        if !self.protocol.contains(VhostUserProtocolFeatures::REPLY_ACK) {
+            let told = self.ask(asked, call)?;
+            self.ask(asked, |f| f.get_features())?;
+            return Ok(told);
+        }
         self.frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
         call(&mut self.frontend).map_err(|error| self.failed(asked, error))
     }

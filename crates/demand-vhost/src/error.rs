@@ -28,8 +28,8 @@ pub enum Error {
     /// The back-end cannot page: it has no userfaultfd to offer.
     #[error(
         "share memory that has not arrived with the vhost-user back-end at {}: it does not offer \
-         PAGEFAULT (protocol feature bit 8) and would read zeros; use a back-end with post-copy, \
-         or fill the memory before the back-end sees it",
+         PAGEFAULT (protocol feature bit 8, together with bit 3, REPLY_ACK) and would read zeros; \
+         use a back-end with post-copy, or fill the memory before the back-end sees it",
         socket.display()
     )]
     NoPagefault {
@@ -48,7 +48,17 @@ pub enum Error {
         /// What its answer came to.
         error: vhost::Error,
     },
-    /// The back-end lacks protocol features that are always needed.
+    /// The back-end cannot agree on protocol features at all.
+    #[error(
+        "use the vhost-user back-end at {}: it does not offer PROTOCOL_FEATURES (feature bit 30), \
+         as all but very old ones do; use one that does",
+        socket.display()
+    )]
+    NoProtocolFeatures {
+        /// The back-end's socket.
+        socket: PathBuf,
+    },
+    /// The back-end lacks protocol features that are needed.
     #[error(
         "use the vhost-user back-end at {}: it does not offer the protocol features {lacking:?}; \
          use one that does",

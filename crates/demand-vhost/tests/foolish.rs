@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use common::Memory;
 use common::foolish::Foolish;
 use common::foolish::deed::{Base, Deed, Mischief, Sent, Step, Wrong};
-use common::foolish::hostile::{END, PAGEFAULT, REPLY_ACK, SET_MEM_TABLE};
+use common::foolish::hostile::{END, GET_FEATURES, PAGEFAULT, REPLY_ACK, SET_MEM_TABLE};
 use demand_memory::BackingKind;
 use demand_uffd::{FaultService, OpenError};
 use demand_vhost::{BackEnd, Error, Options, Vring};
@@ -80,16 +80,49 @@ fn a_back_end_without_pagefault_sees_no_missing_memory() {
 
 #[test]
 fn features_that_are_needed_and_lack_are_named() {
-    let foolish = Foolish::start(Deed::Behave, PAGEFAULT);
-    let error = BackEnd::connect(&foolish.socket, options()).unwrap_err();
-    assert!(error.to_string().contains("REPLY_ACK"), "{error}");
     let foolish = Foolish::start(Deed::Behave, REPLY_ACK | PAGEFAULT);
     let needed = VhostUserProtocolFeatures::CONFIG;
     let error = BackEnd::connect(&foolish.socket, Options { needed, ..options() }).unwrap_err();
     assert!(matches!(error, Error::Features { lacking, .. } if lacking == needed), "{error}");
     let foolish = Foolish::start(Deed::NoProtocolFeatures, 0);
     let error = BackEnd::connect(&foolish.socket, options()).unwrap_err();
-    assert!(matches!(error, Error::Features { .. }), "{error}");
+    assert!(matches!(error, Error::NoProtocolFeatures { .. }), "{error}");
+}
+
+/// It cannot say that it has done something: that it answers the next says so.
+#[test]
+fn a_back_end_that_acknowledges_nothing_sees_complete_memory() {
+    for deed in [Deed::Behave, Deed::At(Wrong::HangUp, Step::VringAddr)] {
+        let foolish = Foolish::start(deed, PAGEFAULT);
+        let memory = Memory::new(BackingKind::Shmem);
+        let mut back_end = BackEnd::connect(&foolish.socket, options()).unwrap();
+        let error = back_end.share_missing_memory(&memory.memory, &service()).unwrap_err();
+        assert!(error.to_string().contains("REPLY_ACK"), "{error}");
+        memory.fill();
+        back_end.set_features(back_end.features()).unwrap();
+        back_end.share_present_memory(&memory.memory).unwrap();
+        let (kick, call) = (EventFd::new(0).unwrap(), EventFd::new(0).unwrap());
+        let vring = Vring {
+            size: 16,
+            descriptors: GuestAddress(0),
+            available: GuestAddress(0x400),
+            used: GuestAddress(0x800),
+            next_available: 0,
+            kick: &kick,
+            call: &call,
+        };
+        let set = back_end.set_vring(0, &vring, true);
+        drop(back_end);
+        let requests = foolish.requests();
+        let place = requests.iter().position(|request| *request == 9).unwrap();
+        if deed == Deed::Behave {
+            set.unwrap();
+            assert_eq!(requests[place + 1], GET_FEATURES, "{requests:?}");
+        } else {
+            assert!(matches!(set, Err(Error::Disconnected { .. })), "{set:?}");
+            assert_eq!(place + 1, requests.len(), "{requests:?}");
+        }
+    }
 }
 
 #[test]

@@ -15,7 +15,7 @@ use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 use super::deed::{Base, Deed, Mischief, Sent, Step, Wrong};
 use super::memory::{self, Guarded, tempfile_of};
 
-const GET_FEATURES: u32 = 1;
+pub const GET_FEATURES: u32 = 1;
 pub const SET_MEM_TABLE: u32 = 5;
 const GET_PROTOCOL_FEATURES: u32 = 15;
 const GET_CONFIG: u32 = 24;
