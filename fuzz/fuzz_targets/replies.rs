@@ -250,7 +250,8 @@ fuzz_target!(|bytes: &[u8]| {
             // SAFETY: one entry, as the count says.
             unsafe { libc::poll(&mut poll, 1, 60_000) };
         });
-        let options = Options { needed: VhostUserProtocolFeatures::CONFIG, patience: PATIENCE };
+        let needed = VhostUserProtocolFeatures::CONFIG;
+        let options = Options { needed, patience: PATIENCE, ..Options::default() };
         let outcome = BackEnd::connect(&world.socket, options)
             .and_then(|back_end| use_back_end(back_end, memory));
         if let Err(error) = outcome {

@@ -42,7 +42,8 @@ pub(crate) fn await_used(
         if begun.elapsed() >= within {
             return Err(format!(
                 "queue {index} has requests in flight: they go up to index {taken}, and its \
-                 back-end has answered up to {used} within {} ms; try again when it has less to do",
+                 back-end has answered up to {used} within {} ms; try again when it has less to do, \
+                 or use one that answers what it takes",
                 within.as_millis()
             ));
         }
