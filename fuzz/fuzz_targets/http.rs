@@ -1,0 +1,135 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What clients of the API send: any bytes. They get answers that are whole, or are hung up on, and
+//! are never waited for when they have said everything.
+#![no_main]
+
+mod input;
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use demand_vmm::api::{Control, ControlError, SnapshotRequest, SnapshotSummary, State, Status};
+use demand_vmm::api_server::serve;
+use demand_vmm::http::{CONTINUE, Response, parse_head};
+use input::Input;
+use libfuzzer_sys::fuzz_target;
+
+/// Counts what was asked.
+struct Count(AtomicUsize);
+
+impl Count {
+    fn one(&self) -> Result<(), ControlError> {
+        match self.0.fetch_add(1, Ordering::Relaxed) % 3 {
+            0 => Ok(()),
+            1 => Err(ControlError::wrong_state("no:\nit has ended")),
+            _ => Err(ControlError::failed("no: it failed")),
+        }
+    }
+}
+
+impl Control for Count {
+    fn status(&self) -> Status {
+        Status {
+            state: State::Running,
+            engine: "uffd".into(),
+            backing: "shmem".into(),
+            memory_bytes: 0,
+            cpus: 1,
+            pages_total: 0,
+            pages_present: 0,
+            devices: vec![],
+            uptime_us: 0,
+            pid: 1,
+            version: "0".into(),
+            snapshot: None,
+            last_error: None,
+        }
+    }
+
+    fn pause(&self) -> Result<(), ControlError> {
+        self.one()
+    }
+
+    fn resume(&self) -> Result<(), ControlError> {
+        self.one()
+    }
+
+    fn snapshot(&self, request: &SnapshotRequest) -> Result<SnapshotSummary, ControlError> {
+        assert!(request.destination.is_absolute());
+        self.one()?;
+        let destination = request.destination.clone();
+        Ok(SnapshotSummary { destination, data_pages: 0, hole_pages: 0, bytes: 0, took_us: 0 })
+    }
+
+    fn shutdown(&self) -> Result<(), ControlError> {
+        self.one()
+    }
+}
+
+/// A head that is understood is understood in the same way whatever follows, and not before it is
+/// there.
+fn check_head(bytes: &[u8]) {
+    let Ok(Some(head)) = parse_head(bytes) else { return };
+    assert!(head.len <= bytes.len());
+    assert_eq!(parse_head(&bytes[..head.len]), Ok(Some(head.clone())));
+    assert_eq!(parse_head(&bytes[..head.len - 1]), Ok(None));
+}
+
+/// What a client has got: whole answers, and nothing after the last.
+fn check_answers(mut bytes: &[u8]) {
+    while !bytes.is_empty() {
+        if let Some(after) = bytes.strip_prefix(CONTINUE) {
+            bytes = after;
+            continue;
+        }
+        let answer = Response::parse(bytes, 1 << 20).unwrap();
+        let (answer, len) = answer.expect("the answer is whole");
+        let json: serde_json::Value = serde_json::from_slice(&answer.body).unwrap();
+        let error = json.get("error").and_then(|line| line.as_str());
+        assert_eq!(error.is_none(), answer.status == 200, "{json}");
+        assert!(error.is_none_or(|line| !line.contains('\n')), "{json}");
+        bytes = &bytes[len..];
+    }
+}
+
+fuzz_target!(|bytes: &[u8]| {
+    check_head(bytes);
+    let mut input = Input::new(bytes);
+    // It comes in one piece, or in two that are seen apart.
+    let first = match input.byte() {
+        b'0' => Some(input.below(512) as usize),
+        _ => None,
+    };
+    let bytes = first.map_or(bytes, |_| input.rest());
+    let (mut client, server) = UnixStream::pair().unwrap();
+    let control = Count(AtomicUsize::new(0));
+    let begun = Instant::now();
+    std::thread::scope(|scope| {
+        let (here, rest) = bytes.split_at(first.unwrap_or(bytes.len()).min(bytes.len()));
+        client.write_all(here).unwrap();
+        if first.is_none() {
+            client.shutdown(Shutdown::Write).unwrap();
+            serve(&server, &control);
+        } else {
+            let (control, server) = (&control, &server);
+            scope.spawn(move || serve(server, control));
+            std::thread::yield_now();
+            // It may have hung up.
+            let _ = client.write_all(rest);
+            let _ = client.shutdown(Shutdown::Write);
+        }
+    });
+    drop(server);
+    assert!(begun.elapsed() < Duration::from_secs(5), "it takes {:?}", begun.elapsed());
+    let mut got = Vec::new();
+    if let Err(error) = client.read_to_end(&mut got) {
+        assert_eq!(error.kind(), ErrorKind::ConnectionReset);
+    }
+    // (The answer to HEAD says how long the body would be, and has none.)
+    if !bytes.windows(4).any(|window| window == b"HEAD") {
+        check_answers(&got);
+    }
+});
