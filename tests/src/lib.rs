@@ -3,8 +3,8 @@
 //! would, as processes of their own, with real images, and look at what comes out.
 
 pub mod backend;
-pub mod guest;
 pub mod driver;
+pub mod guest;
 pub mod process;
 pub mod sandbox;
 pub mod scenario;

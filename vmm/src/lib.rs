@@ -47,6 +47,7 @@ mod supervise;
 mod terminal;
 pub mod test_exits;
 pub mod timeline;
+mod tsc;
 pub mod vcpu;
 pub mod vcpu_state;
 pub mod vcpus;

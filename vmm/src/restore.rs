@@ -227,6 +227,7 @@ fn begin(vm: &Vm, saved: SavedVm) -> Result<(), Error> {
     // Before the vCPUs, to which KVM tells the wall clock by it.
     saved.vm.restore_clock(vm.machine.vm())?;
     let (states, shape) = (Arc::new(saved.vcpus), vm.shape.clone());
+    let aligned = states.clone();
     vm.vcpus()
         .on_parked(STATE_WITHIN, move |cpu, vcpu| {
             states[cpu as usize].restore(cpu, vcpu.fd(), &shape)
@@ -239,5 +240,15 @@ fn begin(vm: &Vm, saved: SavedVm) -> Result<(), Error> {
     // Another guest than the snapshot's from here on.
     vm.chipset.generation.renew(vm.machine.memory())?;
     vm.devices.iter().try_for_each(|device| device.resume())?;
-    vm.chipset.generation.tell()
+    vm.chipset.generation.tell()?;
+    if let Some((then, now)) = saved.vm.align_clock(vm.machine.vm())? {
+        vm.vcpus()
+            .on_parked(STATE_WITHIN, move |cpu, vcpu| {
+                aligned[cpu as usize].align_tsc(cpu, vcpu.fd(), then, now)
+            })
+            .map_err(Error::failed)?
+            .into_iter()
+            .collect::<Result<(), _>>()?;
+    }
+    Ok(())
 }

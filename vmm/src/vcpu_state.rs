@@ -17,6 +17,7 @@ use vm_memory::GuestAddress;
 use crate::error::Error;
 use crate::hex;
 use crate::sregs2::{pdptrs, set_with_pdptrs};
+use crate::tsc::{self, Moment};
 
 const TSC: u32 = 0x10;
 const TSC_DEADLINE: u32 = 0x6e0;
@@ -111,6 +112,8 @@ impl StateShape {
 pub struct VcpuState {
     /// What the guest is told of its processor: leaf, subleaf, flags, EAX, EBX, ECX, EDX.
     cpuid: Vec<[u32; 7]>,
+    /// What is added to the host's TSC to make its own, if KVM tells.
+    tsc_offset: Option<u64>,
     /// What its TSC counts, in kHz, if KVM knows.
     tsc_khz: Option<u32>,
     #[serde(with = "hex")]
@@ -165,6 +168,7 @@ impl VcpuState {
             cpuid: cpuid.as_slice().iter().map(leaf_to_array).collect(),
             // An unstable TSC has no frequency (EIO).
             tsc_khz: vcpu.get_tsc_khz().ok(),
+            tsc_offset: tsc::offset(vcpu),
             mp_state,
             regs,
             sregs,
@@ -208,6 +212,27 @@ impl VcpuState {
         // After the registers, which forget exceptions when they are set.
         on.step("what it is about to meet", vcpu.set_vcpu_events(&self.events))?;
         on.step("whether it runs or waits", vcpu.set_mp_state(self.mp_state))
+    }
+
+    /// Has the vCPU's TSC go on from where it was at the moment `then` of the host that it was
+    /// saved on, as far as kvm-clock has gone until `now`. To be called on its thread, last.
+    /// Without it the TSC goes on from where it was when its MSR was read.
+    pub(crate) fn align_tsc(
+        &self,
+        cpu: u32,
+        vcpu: &VcpuFd,
+        then: Moment,
+        now: Moment,
+    ) -> Result<(), Error> {
+        let (Some(offset), Some(khz)) = (self.tsc_offset, self.tsc_khz) else { return Ok(()) };
+        // Offsets of scaled counters are in other ticks than the host's.
+        let scaled = vcpu.get_tsc_khz().is_ok_and(|ours| ours != khz);
+        if scaled || tsc::offset(vcpu).is_none() {
+            return Ok(());
+        }
+        let on = On { cpu, verb: "restore" };
+        let offset = tsc::offset_since(offset, then, now, khz);
+        on.step("its TSC's offset", tsc::set_offset(vcpu, offset))
     }
 
     /// The guest pages that KVM reads and writes while this state is set, and later when the

@@ -5,14 +5,15 @@
 //! `KVM_GET_CLOCK`.
 
 use kvm_bindings::{
-    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_clock_data, kvm_irqchip,
-    kvm_pit_state2,
+    KVM_CLOCK_HOST_TSC, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
+    kvm_clock_data, kvm_irqchip, kvm_pit_state2,
 };
 use kvm_ioctls::VmFd;
 use serde::{Deserialize, Serialize};
 
 use crate::error::Error;
 use crate::hex;
+use crate::tsc::Moment;
 
 /// The state of a VM with KVM's interrupt controllers and timer (`KVM_CREATE_IRQCHIP`,
 /// `KVM_CREATE_PIT2`), in JSON or whatever serde writes. All vCPUs are paused while it is saved.
@@ -42,6 +43,8 @@ use crate::hex;
 pub struct VmState {
     /// kvm-clock, in nanoseconds.
     clock: u64,
+    /// The host's TSC at the same moment, if KVM tells.
+    host_tsc: Option<u64>,
     #[serde(with = "hex")]
     pic_master: kvm_irqchip,
     #[serde(with = "hex")]
@@ -67,6 +70,7 @@ impl VmState {
         let clock = vm.get_clock().map_err(|error| failed("save", CLOCK, error))?;
         Ok(VmState {
             clock: clock.clock,
+            host_tsc: host_tsc(&clock),
             pic_master: chip(KVM_IRQCHIP_PIC_MASTER, PIC)?,
             pic_slave: chip(KVM_IRQCHIP_PIC_SLAVE, PIC)?,
             ioapic: chip(KVM_IRQCHIP_IOAPIC, IOAPIC)?,
@@ -86,6 +90,22 @@ impl VmState {
         // ever answers.
         let clock = kvm_clock_data { clock: self.clock, ..Default::default() };
         vm.set_clock(&clock).map_err(|error| failed("restore", CLOCK, error))
+    }
+
+    /// Sets the guest's clock to where it stopped once more, last of all, so that to the guest its
+    /// restoration took no time. Returns the moment at which it stopped and the present one, by
+    /// which the vCPUs' TSCs can be [aligned](crate::vcpu_state::VcpuState); `None` where KVM, then
+    /// or now, does not tell the host's TSC with the clock.
+    ///
+    /// # Errors
+    ///
+    /// What KVM refused: one line.
+    pub(crate) fn align_clock(&self, vm: &VmFd) -> Result<Option<(Moment, Moment)>, Error> {
+        self.restore_clock(vm)?;
+        let now = vm.get_clock().map_err(|error| failed("restore", CLOCK, error))?;
+        let moment = |clock, host_tsc: Option<u64>| Some(Moment { clock, host_tsc: host_tsc? });
+        let (then, now) = (moment(self.clock, self.host_tsc), moment(now.clock, host_tsc(&now)));
+        Ok(then.zip(now))
     }
 
     /// Sets the interrupt controllers and the timer. To be called **after** the vCPUs are
@@ -109,6 +129,11 @@ impl VmState {
     pub fn clock(&self) -> u64 {
         self.clock
     }
+}
+
+/// The host's TSC at the moment of the clock's value, where it belongs to it.
+fn host_tsc(clock: &kvm_clock_data) -> Option<u64> {
+    (clock.flags & KVM_CLOCK_HOST_TSC != 0).then_some(clock.host_tsc)
 }
 
 const CLOCK: &str = "clock";

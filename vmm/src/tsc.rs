@@ -1,0 +1,81 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! How far a guest's time-stamp counters are from the host's, and how to make them go on together
+//! with kvm-clock. A guest that finds the two apart stops trusting one of them.
+//!
+//! Source: `Documentation/virt/kvm/devices/vcpu.rst`, group `KVM_VCPU_TSC_CTRL`, whose algorithm
+//! for migration this is.
+
+use kvm_bindings::{KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, KVMIO, kvm_device_attr};
+use kvm_ioctls::VcpuFd;
+use vmm_sys_util::ioctl::ioctl_with_ref;
+use vmm_sys_util::ioctl_iow_nr;
+
+ioctl_iow_nr!(KVM_SET_DEVICE_ATTR, KVMIO, 0xe1, kvm_device_attr);
+ioctl_iow_nr!(KVM_GET_DEVICE_ATTR, KVMIO, 0xe2, kvm_device_attr);
+
+fn attribute(value: u64) -> kvm_device_attr {
+    kvm_device_attr {
+        group: KVM_VCPU_TSC_CTRL,
+        attr: u64::from(KVM_VCPU_TSC_OFFSET),
+        addr: value,
+        flags: 0,
+    }
+}
+
+/// What is added to the host's counter to make the vCPU's; `None` where KVM (before Linux 5.16)
+/// does not tell.
+pub(crate) fn offset(vcpu: &VcpuFd) -> Option<u64> {
+    let mut offset = 0u64;
+    let attribute = attribute(&raw mut offset as u64);
+    // SAFETY: the call reads a structure of this type, and writes 8 bytes to the address in it,
+    // which is a variable of this function that nothing else refers to meanwhile.
+    let result = unsafe { ioctl_with_ref(vcpu, KVM_GET_DEVICE_ATTR(), &attribute) };
+    (result == 0).then_some(offset)
+}
+
+/// Sets what is added to the host's counter.
+pub(crate) fn set_offset(vcpu: &VcpuFd, offset: u64) -> Result<(), kvm_ioctls::Error> {
+    let attribute = attribute(&raw const offset as u64);
+    // SAFETY: the call reads a structure of this type, and 8 bytes at the address in it, which is a
+    // variable of this function.
+    match unsafe { ioctl_with_ref(vcpu, KVM_SET_DEVICE_ATTR(), &attribute) } {
+        0 => Ok(()),
+        _ => Err(kvm_ioctls::Error::last()),
+    }
+}
+
+/// kvm-clock, in nanoseconds, and the host's counter at the same moment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Moment {
+    pub(crate) clock: u64,
+    pub(crate) host_tsc: u64,
+}
+
+/// The offset by which a counter of `khz` goes on from `then`, when its offset was `offset`, as
+/// seen from `now`: as far as kvm-clock has gone since.
+pub(crate) fn offset_since(offset: u64, then: Moment, now: Moment, khz: u32) -> u64 {
+    let elapsed = i128::from(now.clock) - i128::from(then.clock);
+    // Nanoseconds, of which a million are as many ticks as there are kHz.
+    let ticks = elapsed * i128::from(khz) / 1_000_000;
+    offset.wrapping_add(then.host_tsc).wrapping_add(ticks as u64).wrapping_sub(now.host_tsc)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_counter_goes_on_with_the_clock() {
+        let khz = 2_000_000;
+        let then = Moment { clock: 5_000_000_000, host_tsc: 70_000_000_000 };
+        let offset = 3u64.wrapping_sub(60_000_000_000);
+        let guest = |offset: u64, moment: Moment| offset.wrapping_add(moment.host_tsc);
+        assert_eq!(guest(offset, then), 10_000_000_003);
+        // On another host, whose counter is young, a millisecond later to the guest.
+        let now = Moment { clock: 5_001_000_000, host_tsc: 1_000 };
+        let moved = offset_since(offset, then, now, khz);
+        assert_eq!(guest(moved, now), 10_002_000_003);
+        // And as much back.
+        assert_eq!(offset_since(moved, now, then, khz), offset);
+    }
+}
