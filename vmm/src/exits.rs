@@ -1,12 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A Linux guest's exits: accesses to the buses, and its end.
 
+use std::thread;
+use std::time::Duration;
+
 use kvm_ioctls::VcpuExit;
 use vm_device::bus::{MmioAddress, PioAddress};
 use vm_device::device_manager::{IoManager, MmioManager, PioManager};
 
 use crate::power::{OnPower, PowerRequest};
 use crate::vcpu::{ServeExit, Served, unserved};
+
+/// How long a vCPU that has shut down rests before it looks again.
+const AFTER_SHUTDOWN: Duration = Duration::from_millis(5);
 
 /// Serves exits by the devices on the buses. Where there is none, reads give all ones and writes
 /// are lost, as on hardware: kernels look for what may not be there.
@@ -45,10 +51,11 @@ impl ServeExit for BusExits {
                     log::trace!("vCPU {cpu} wrote to {address:#x}, where nothing is");
                 }
             }
-            // A triple fault is how kernels reset that know no better way.
+            // A triple fault is how kernels reset that know no better way. Until the reset comes,
+            // KVM says the same again.
             VcpuExit::Shutdown => {
                 (self.power)(PowerRequest::Reset);
-                return Served::End;
+                thread::sleep(AFTER_SHUTDOWN);
             }
             other => return unserved(cpu, &other),
         }

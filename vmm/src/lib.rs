@@ -34,6 +34,7 @@ pub mod power;
 pub mod probe;
 mod progress;
 pub mod report;
+mod reset;
 pub mod restore;
 mod rings;
 pub mod run;

@@ -4,6 +4,7 @@
 use std::fs::File;
 use std::io::Write;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -20,9 +21,10 @@ use crate::interrupt::{Interrupt, on_signals};
 use crate::layout::{MAX_DEVICES, device_address, device_gsi};
 use crate::machine::Machine;
 use crate::options::VhostUserOption;
-use crate::power::OnPower;
+use crate::power::{OnPower, PowerRequest};
 use crate::progress::Bar;
 use crate::report::{Report, write_timeline};
+use crate::reset::Pristine;
 use crate::serial::SerialOption;
 use crate::supervise::supervise;
 use crate::terminal::RawTerminal;
@@ -59,6 +61,9 @@ pub(crate) struct Session {
     pub(crate) stats: Arc<Stats>,
     pub(crate) tell: Tell,
     pub(crate) last_error: LastError,
+    /// Whether the guest has asked for a reset that has not come yet: it may ask by more than one
+    /// vCPU.
+    reset_asked: Arc<AtomicBool>,
     /// Known to whoever ends the run, as soon as it is there.
     pub(crate) memory: Arc<OnceLock<DemandMemory>>,
 }
@@ -88,7 +93,12 @@ impl Session {
         devices: &[Arc<VhostUserDevice>],
     ) -> Result<Arc<VcpuContext>, Error> {
         let tell = self.tell.clone();
-        let power: OnPower = Arc::new(move |request| tell.tell(Event::Power(request)));
+        let asked = self.reset_asked.clone();
+        let power: OnPower = Arc::new(move |request| {
+            if request != PowerRequest::Reset || !asked.swap(true, Ordering::AcqRel) {
+                tell.tell(Event::Power(request));
+            }
+        });
         let virtio =
             devices.iter().map(|device| device.clone() as Arc<dyn DeviceMmio + Send + Sync>);
         let buses = chipset.buses(virtio, power.clone());
@@ -165,7 +175,8 @@ pub(crate) fn run_guest(
                 stats.keep_timeline();
             }
             let last_error = LastError::default();
-            let session = Session { started, guest, stats, tell, last_error, memory };
+            let reset_asked = Arc::default();
+            let session = Session { started, guest, stats, tell, last_error, reset_asked, memory };
             let prepared = prepare(&session)?;
             follow(session, prepared, &hear, console)
         }
@@ -188,7 +199,8 @@ fn follow(
     };
     let mut completed = None;
     let mut filling = None;
-    let outcome = begin(&vm).and_then(|()| {
+    let outcome = Pristine::of(&vm).and_then(|pristine| {
+        begin(&vm)?;
         if let Some(rate) = fill {
             let pagers = vm.machine.pagers().cloned().collect();
             filling = Some(Fill::start(pagers, rate).map_err(|error| {
@@ -203,14 +215,21 @@ fn follow(
         let bar = (fill.is_some() && !console && vm.missing_at_start > 0)
             .then(|| Bar::new("memory", "pages present", vm.missing_at_start));
         let mut said = Said { progress: session.guest.progress, last: u64::MAX };
-        drive(&vm, hear, console, |happened| {
+        let mut look = |happened: Option<Instant>| {
             completed = completed.or(happened);
             let arrived = vm.stats.pages_arrived();
             if let Some(bar) = &bar {
                 bar.set(arrived);
             }
             said.say(arrived, vm.missing_at_start);
-        })
+        };
+        loop {
+            match drive(&vm, hear, console, &mut look)? {
+                End::Reset => pristine.reset(&vm, vm.boot.as_ref())?,
+                End::Off | End::Asked => return Ok(()),
+            }
+            session.reset_asked.store(false, Ordering::Release);
+        }
     });
     // A snapshot under way ends, and nobody begins another.
     vm.lifecycle.end();
@@ -219,8 +238,8 @@ fn follow(
     let stopped = vm.stop_vcpus(VCPUS_WITHIN);
     vm.machine.memory().stop();
     drop(api);
-    let end = match (outcome, stopped) {
-        (Ok(end), Ok(())) => end,
+    match (outcome, stopped) {
+        (Ok(()), Ok(())) => {}
         (outcome, stopped) => {
             // Were the memory's traps removed first, a vCPU that is stuck in the kernel would see
             // zeros; the kernel takes it all down with the process.
@@ -229,9 +248,6 @@ fn follow(
                 Error::failed(stopped.err().map_or_else(String::new, |stuck| stuck.to_string()))
             }));
         }
-    };
-    if end == End::Reset {
-        log::warn!("the guest asked for a reset, and this VM has ended; start it again");
     }
     report(&session, &vm, completed)
 }

@@ -193,6 +193,20 @@ impl VcpuState {
         // First, as it decides what the registers may hold.
         on.step("its CPUID", self.cpuid().and_then(|cpuid| vcpu.set_cpuid2(&cpuid)))?;
         self.restore_tsc_khz(&on, vcpu)?;
+        self.set(&on, vcpu, shape)
+    }
+
+    /// Sets the state of vCPU `cpu`, which may have run, on its thread: all but what it was told of
+    /// itself, which stays as it is for as long as the vCPU exists.
+    ///
+    /// # Errors
+    ///
+    /// As for [`restore`](Self::restore).
+    pub(crate) fn reset(&self, cpu: u32, vcpu: &VcpuFd, shape: &StateShape) -> Result<(), Error> {
+        self.set(&On { cpu, verb: "reset" }, vcpu, shape)
+    }
+
+    fn set(&self, on: &On, vcpu: &VcpuFd, shape: &StateShape) -> Result<(), Error> {
         on.step("its registers", vcpu.set_regs(&self.regs))?;
         // Before the local APIC: it is on or off, and of what kind, by a register here.
         let sregs = match self.pdptrs {
@@ -204,11 +218,11 @@ impl VcpuState {
         if self.xcrs.nr_xcrs > 0 {
             on.step("its extended control registers", vcpu.set_xcrs(&self.xcrs))?;
         }
-        self.restore_xsave(&on, vcpu, shape)?;
+        self.restore_xsave(on, vcpu, shape)?;
         on.step("its debug registers", vcpu.set_debug_regs(&self.debugregs))?;
         // Before the MSRs: a deadline is only taken by a timer that waits for one.
         on.step("its local APIC", vcpu.set_lapic(&self.lapic))?;
-        self.restore_msrs(&on, vcpu)?;
+        self.restore_msrs(on, vcpu)?;
         // After the registers, which forget exceptions when they are set.
         on.step("what it is about to meet", vcpu.set_vcpu_events(&self.events))?;
         on.step("whether it runs or waits", vcpu.set_mp_state(self.mp_state))

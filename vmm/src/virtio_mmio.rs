@@ -15,6 +15,9 @@ pub const WINDOW: u64 = 0x1000;
 /// the window.
 pub const QUEUE_NOTIFY: u64 = VIRTIO_MMIO_QUEUE_NOTIFY as u64;
 
+/// Offset of the register with the device's status, in bytes; writing 0 resets the device.
+pub const STATUS: u64 = VIRTIO_MMIO_STATUS as u64;
+
 /// "virt"
 const MAGIC: u32 = 0x7472_6976;
 const VERSION: u32 = 2;

@@ -76,7 +76,7 @@ pub struct Vm {
     pub(crate) cpus: u32,
     pub(crate) shape: Arc<StateShape>,
     pub(crate) memory: MemoryOption,
-    boot: Option<BootSource>,
+    pub(crate) boot: Option<BootSource>,
     pub(crate) stats: Arc<Stats>,
     started: Instant,
     pub(crate) missing_at_start: u64,
@@ -185,6 +185,23 @@ impl Vm {
     pub(crate) fn go(&self) {
         self.lifecycle.set(State::Running);
         self.vcpus().resume();
+    }
+
+    /// Has `work` reset the devices and vCPUs while these are out of the guest and nobody else moves
+    /// the VM; then it goes on, or stays paused.
+    pub(crate) fn outside_guest(
+        &self,
+        within: Duration,
+        work: impl FnOnce() -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        let mut change = lock(&self.lifecycle.change);
+        self.vcpus().pause(within).map_err(Error::failed)?;
+        work()?;
+        change.quiesced = false;
+        if self.lifecycle.state() == State::Running {
+            self.vcpus().resume();
+        }
+        Ok(())
     }
 
     /// When the first vCPU entered the guest.
