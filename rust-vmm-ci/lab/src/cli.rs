@@ -12,6 +12,7 @@ use anyhow::{Context, Result, bail, ensure};
 use clap::builder::FalseyValueParser;
 use clap::{Args, Parser, Subcommand};
 
+use crate::guests::Guests;
 use crate::machine::Machine;
 use crate::protocol::Job;
 use crate::session::{self, Limits};
@@ -38,9 +39,12 @@ enum Task {
     },
     /// `cargo test` with every test binary run in the lab (options by environment: LAB_MEMORY, ...)
     Test {
-        /// Have what tests boot as Linux guests; first of the arguments
-        #[arg(long, env = "LAB_GUESTS", value_parser = FalseyValueParser::new())]
-        guests: bool,
+        /// Have what tests boot as Linux guests: the lab's own kernel, or Debian's as well; first of
+        /// the arguments
+        #[arg(long, env = "LAB_GUESTS", value_name = "lab|all", num_args = 0..=1,
+              require_equals = true, default_value = "no", default_missing_value = "all",
+              hide_default_value = true)]
+        guests: Guests,
         /// Arguments of `cargo test`
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<OsString>,
@@ -82,9 +86,12 @@ pub struct Options {
     /// Kernel image to boot instead of the lab's own
     #[arg(long, env = "LAB_KERNEL", value_name = "FILE")]
     kernel: Option<PathBuf>,
-    /// Have what tests boot as Linux guests, and tell the command where (LAB_GUEST_...)
-    #[arg(long, env = "LAB_GUESTS", value_parser = FalseyValueParser::new())]
-    guests: bool,
+    /// Have what tests boot as Linux guests, the lab's own kernel or Debian's as well, and tell the
+    /// command where (LAB_GUEST_...)
+    #[arg(long, env = "LAB_GUESTS", value_name = "lab|all", num_args = 0..=1,
+          require_equals = true, default_value = "no", default_missing_value = "all",
+          hide_default_value = true)]
+    guests: Guests,
     /// Unix socket for QEMU's monitor, to look at a machine that hangs
     #[arg(long, env = "LAB_MONITOR", value_name = "SOCKET")]
     monitor: Option<PathBuf>,
@@ -127,7 +134,7 @@ impl Cli {
                 Ok(0)
             }
             Task::Guests => {
-                for (name, path) in guests::prepare()? {
+                for (name, path) in guests::prepare(Guests::All)? {
                     println!("{name}={}", path.display());
                 }
                 Ok(0)
@@ -151,11 +158,9 @@ fn run(options: &Options, command: Vec<OsString>) -> Result<u8> {
         .collect();
     environment.push(("LAB".into(), "1".into()));
     environment.push(("LAB_OUT".into(), out.clone().into()));
-    if options.guests {
-        for (name, path) in guests::prepare()? {
-            environment.retain(|(old, _)| old != name);
-            environment.push((name.into(), path.into()));
-        }
+    for (name, path) in guests::prepare(options.guests)? {
+        environment.retain(|(old, _)| old != name);
+        environment.push((name.into(), path.into()));
     }
     let job = Job {
         command,
@@ -172,10 +177,10 @@ fn run(options: &Options, command: Vec<OsString>) -> Result<u8> {
     session::run(&machine, &kernel, job, &limits)
 }
 
-fn test(with_guests: bool, arguments: &[OsString]) -> Result<u8> {
+fn test(wanted: Guests, arguments: &[OsString]) -> Result<u8> {
     refuse_nesting()?;
     // Once, not under each test program.
-    let guests = if with_guests { guests::prepare()? } else { Vec::new() };
+    let guests = guests::prepare(wanted)?;
     if env::var_os("LAB_KERNEL").is_none() {
         // Now, where its progress can be seen, rather than under the first test.
         kernel::ensure()?;
@@ -192,7 +197,7 @@ fn test(with_guests: bool, arguments: &[OsString]) -> Result<u8> {
         .arg("--config")
         .arg(format!("target.'cfg(all())'.runner={runner}"))
         .args(arguments)
-        .env("LAB_GUESTS", u8::from(with_guests).to_string())
+        .env("LAB_GUESTS", wanted.word())
         .envs(guests)
         .status()
         .with_context(|| format!("{} could not be run", cargo.display()))?;
@@ -259,6 +264,14 @@ mod tests {
         let error =
             options(&["--memory", "1G", "--hugepages", "500"]).machine().expect_err("too small");
         assert!(error.to_string().contains("--memory"), "{error}");
+    }
+
+    #[test]
+    fn guests_are_debians_too_unless_it_is_said() {
+        assert_eq!(options(&[]).guests, Guests::No);
+        assert_eq!(options(&["--guests"]).guests, Guests::All);
+        assert_eq!(options(&["--guests=lab"]).guests, Guests::Lab);
+        assert!(Cli::try_parse_from(["lab", "run", "--guests=bsd", "--", "x"]).is_err());
     }
 
     #[test]

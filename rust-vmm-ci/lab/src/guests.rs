@@ -7,6 +7,7 @@ use std::env;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::str::FromStr;
 
 use anyhow::{Context, Result, ensure};
 
@@ -14,41 +15,77 @@ use crate::cpio::{Archive, DIRECTORY, PROGRAM};
 use crate::modules::Module;
 use crate::{cache, debian, initramfs, kernel};
 
-/// The variables that tell tests where the files are.
-const VARIABLES: [&str; 5] = [
-    // The lab's kernel, in both forms, and its initramfs.
-    "LAB_GUEST_BZIMAGE",
-    "LAB_GUEST_VMLINUX",
-    "LAB_GUEST_INITRAMFS",
-    // Debian's kernel, and its initramfs.
-    "LAB_GUEST_DEBIAN_BZIMAGE",
-    "LAB_GUEST_DEBIAN_INITRAMFS",
-];
+/// The variables that tell tests where the lab's kernel is, in both forms, and its initramfs.
+const LAB: [&str; 3] = ["LAB_GUEST_BZIMAGE", "LAB_GUEST_VMLINUX", "LAB_GUEST_INITRAMFS"];
+/// The variables for Debian's kernel, and its initramfs.
+const DEBIAN: [&str; 2] = ["LAB_GUEST_DEBIAN_BZIMAGE", "LAB_GUEST_DEBIAN_INITRAMFS"];
 
 const PROGRAM_NAME: &str = "guest-work";
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 
+/// Which guests are wanted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Guests {
+    /// None.
+    No,
+    /// The lab's kernel, which is there anyway.
+    Lab,
+    /// Debian's as well.
+    All,
+}
+
+impl Guests {
+    /// The word on the command line and in the environment.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::No => "no",
+            Self::Lab => "lab",
+            Self::All => "all",
+        }
+    }
+
+    fn variables(self) -> Vec<&'static str> {
+        match self {
+            Self::No => Vec::new(),
+            Self::Lab => LAB.into(),
+            Self::All => [&LAB[..], &DEBIAN].concat(),
+        }
+    }
+}
+
+impl FromStr for Guests {
+    type Err = String;
+
+    fn from_str(word: &str) -> Result<Self, String> {
+        match word {
+            "" | "0" | "no" => Ok(Self::No),
+            "lab" => Ok(Self::Lab),
+            "1" | "all" => Ok(Self::All),
+            _ => Err("choose lab, all or no".into()),
+        }
+    }
+}
+
 /// Prepares all that is not there and returns the variables with their values. Those that
 /// are set already, by whoever prepared before, are left as they are.
-pub fn prepare() -> Result<Vec<(&'static str, PathBuf)>> {
-    if VARIABLES.iter().all(|name| env::var_os(name).is_some()) {
+pub fn prepare(wanted: Guests) -> Result<Vec<(&'static str, PathBuf)>> {
+    let variables = wanted.variables();
+    if variables.iter().all(|name| env::var_os(name).is_some()) {
         return Ok(Vec::new());
     }
     let image = kernel::ensure()?;
-    let debian = debian::ensure()?;
+    let debian = (wanted == Guests::All).then(debian::ensure).transpose()?;
     let folder = cache::target()?.join("guests");
     fs::create_dir_all(&folder)
         .with_context(|| format!("{} could not be created", folder.display()))?;
     let program = build(&folder)?;
     let elf = image.with_file_name(kernel::ELF);
-    let values = [
-        image,
-        elf,
-        put(&folder.join("lab.cpio"), &pack(&program, &[]))?,
-        debian.image()?,
-        put(&folder.join("debian.cpio"), &pack(&program, &debian.modules()?))?,
-    ];
-    Ok(VARIABLES.into_iter().zip(values).collect())
+    let mut values = vec![image, elf, put(&folder.join("lab.cpio"), &pack(&program, &[]))?];
+    if let Some(debian) = debian {
+        values.push(debian.image()?);
+        values.push(put(&folder.join("debian.cpio"), &pack(&program, &debian.modules()?))?);
+    }
+    Ok(variables.into_iter().zip(values).collect())
 }
 
 /// Builds the program without shared libraries: the initramfs has none.
