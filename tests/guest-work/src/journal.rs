@@ -22,7 +22,7 @@ use crate::block::{Block, SIZE, step};
 use crate::console::wrong;
 
 /// Where the file system is mounted.
-const MOUNT: &str = "/mnt";
+pub const MOUNT: &str = "/mnt";
 /// The journal's file in it.
 const FILE: &str = "/mnt/journal";
 

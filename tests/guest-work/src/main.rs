@@ -9,6 +9,7 @@
 mod block;
 mod clock;
 mod console;
+mod file;
 mod journal;
 mod kernel_log;
 mod memory;

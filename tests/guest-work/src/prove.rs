@@ -9,6 +9,7 @@ use rustix::system::RebootCommand;
 
 use crate::clock::{Beats, Reading};
 use crate::console::{self, say, wrong};
+use crate::file::LargeFile;
 use crate::journal::Journal;
 use crate::memory::Memory;
 use crate::{kernel_log, setup};
@@ -22,6 +23,7 @@ pub fn run(asked: &Prove, commands: &Receiver<Command>) {
     let late = Duration::from_millis(asked.jump_ms);
     let memory = Memory::start(asked.memory, Duration::from_micros(asked.rest_us));
     let journal = Journal::start(asked).unwrap_or_else(|why| wrong("disk", &format!("{why:#}")));
+    let file = LargeFile::start(asked).unwrap_or_else(|why| wrong("disk", &format!("{why:#}")));
     say(&setup::ready());
     let mut beats =
         Beats::start(beat.saturating_add(late)).unwrap_or_else(|why| wrong("clock", &why));
@@ -51,6 +53,10 @@ pub fn run(asked: &Prove, commands: &Receiver<Command>) {
     }
     let (pages, records) = (memory.pages(), records());
     memory.finish();
+    // Before the journal, which unmounts the disk.
+    if let Some(file) = file {
+        file.finish();
+    }
     if let Some(journal) = journal {
         journal.finish();
     }

@@ -49,6 +49,9 @@ pub struct Prove {
     pub beat_ms: u64,
     /// `beats`: beats until the work stops by itself; 0, which is for ever, unless given.
     pub beats: u64,
+    /// `file`: bytes of a file that is read over and over from the disk, a multiple of 1 MiB, with
+    /// `journal=ext4` only; none unless given.
+    pub file: u64,
     /// `jump`: milliseconds that a beat may be late, which no clock may jump; 10000 unless given.
     pub jump_ms: u64,
 }
@@ -64,6 +67,7 @@ impl Default for Prove {
             every_ms: 10,
             beat_ms: 1000,
             beats: 0,
+            file: 0,
             jump_ms: 10_000,
         }
     }
@@ -103,6 +107,9 @@ impl fmt::Display for Prove {
         if self.device != usual.device {
             write!(f, ",device={}", self.device)?;
         }
+        if self.file != usual.file {
+            write!(f, ",file={}M", self.file >> 20)?;
+        }
         let numbers = [
             ("rest", self.rest_us, usual.rest_us),
             ("slots", self.slots, usual.slots),
@@ -137,13 +144,15 @@ impl FromStr for Work {
                 .split_once('=')
                 .ok_or_else(|| format!("work=prove,{option}: this takes NAME=VALUE"))?;
             let number = || value.parse().map_err(|_| format!("{option}: {value:?} is no number"));
+            let size = || {
+                let mebibytes = value.strip_suffix('M').and_then(|m| m.parse::<u64>().ok());
+                mebibytes
+                    .and_then(|m| m.checked_mul(1 << 20))
+                    .ok_or_else(|| format!("{option}: a size such as 32M is needed"))
+            };
             match name {
-                "memory" => {
-                    let mebibytes = value.strip_suffix('M').and_then(|m| m.parse::<u64>().ok());
-                    prove.memory = mebibytes
-                        .and_then(|m| m.checked_mul(1 << 20))
-                        .ok_or_else(|| format!("{option}: a size such as 32M is needed"))?;
-                }
+                "memory" => prove.memory = size()?,
+                "file" => prove.file = size()?,
                 "journal" => {
                     let known = Journal::ALL.iter().find(|(_, name)| *name == value);
                     prove.journal =
@@ -162,6 +171,9 @@ impl FromStr for Work {
         if prove.slots == 0 || prove.beat_ms == 0 {
             return Err("work=prove: slots and beat cannot be 0".into());
         }
+        if prove.file != 0 && prove.journal != Journal::Ext4 {
+            return Err("work=prove: a file is on a file system: journal=ext4 is needed".into());
+        }
         Ok(Self::Prove(prove))
     }
 }
@@ -175,7 +187,7 @@ mod tests {
         for text in [
             "idle",
             "prove",
-            "prove,memory=8M,journal=ext4,device=/dev/vdb,rest=1,slots=2,every=3,beat=4,beats=5,jump=6",
+            "prove,memory=8M,journal=ext4,device=/dev/vdb,file=2M,rest=1,slots=2,every=3,beat=4,beats=5,jump=6",
         ] {
             let work: Work = text.parse().expect("is right");
             assert_eq!(work.to_string(), text);
@@ -196,6 +208,7 @@ mod tests {
             ("prove,pages=1", "pages"),
             ("prove,memory=99999999999999999M", "memory"),
             ("prove,slots=0", "slots"),
+            ("prove,file=1M", "journal=ext4"),
         ] {
             let error = text.parse::<Work>().expect_err(text);
             assert!(error.contains(named), "{error}");
