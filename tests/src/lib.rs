@@ -4,6 +4,7 @@
 
 pub mod backend;
 pub mod driver;
+pub mod file_system;
 pub mod guest;
 pub mod process;
 pub mod sandbox;

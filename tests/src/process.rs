@@ -8,7 +8,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 
 /// The program `name` of this workspace, from the folder that the running program was built into.
 ///
@@ -189,4 +189,17 @@ pub fn run(command: &mut Command, limit: Duration) -> Result<Output> {
     let (stdout, stderr) = (stdout.join().unwrap_or_default(), stderr.join().unwrap_or_default());
     let status = waited.with_context(|| format!("it said: {stdout}{stderr}"))?;
     Ok(Output { status, stdout, stderr })
+}
+
+/// Runs a process that must succeed, within ten minutes.
+///
+/// # Errors
+///
+/// If it cannot be started or does not; with all that it said.
+pub fn succeed(command: &mut Command) -> Result<()> {
+    let output = run(command, Duration::from_secs(600))?;
+    let name = command.get_program().display();
+    let Output { status, stdout, stderr } = output;
+    ensure!(status.success(), "{name} ended with {status}: {stdout}{stderr}");
+    Ok(())
 }

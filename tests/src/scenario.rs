@@ -13,7 +13,8 @@ use demand_memory::BackingKind;
 use demand_vmm::report::Report;
 
 use crate::backend::{BackEnd, BlkOptions};
-use crate::process::{Guarded, program, run};
+use crate::file_system;
+use crate::process::{Guarded, program, succeed};
 
 /// What the guest's disk is made of.
 #[derive(Clone, Debug)]
@@ -117,7 +118,7 @@ impl Scenario {
             back_end.terminate()?;
         }
         if let Disk::FileSystem { .. } = self.disk {
-            check_file_system(&system.disk)?;
+            file_system::check(&system.disk)?;
         }
         Ok(report)
     }
@@ -178,7 +179,7 @@ impl System {
                 system.write_area = 8 << 20;
             }
             Disk::FileSystem { of, size, room } => {
-                make_file_system(&system.pristine, of, *size)?;
+                file_system::make(&system.pristine, of, *size)?;
                 let file = OpenOptions::new().write(true).open(&system.pristine)?;
                 file.set_len(size + room)?;
                 system.write_area = *room;
@@ -315,27 +316,4 @@ fn describe_threads(id: u32) -> String {
         format!("thread {name} is in {place}\n")
     };
     tasks.flatten().map(describe).collect()
-}
-
-fn succeed(command: &mut Command) -> Result<()> {
-    let output = run(command, Duration::from_secs(600))?;
-    let name = command.get_program().to_string_lossy();
-    ensure!(output.status.success(), "{name} ended with {}: {}", output.status, output.stderr);
-    Ok(())
-}
-
-fn make_file_system(path: &Path, of: &Path, size: u64) -> Result<()> {
-    fs::File::create(path)?.set_len(size)?;
-    // Debian keeps it where only root's PATH leads.
-    let mkfs =
-        ["/usr/sbin/mkfs.ext4", "/sbin/mkfs.ext4"].into_iter().find(|p| Path::new(p).exists());
-    let mut command = Command::new(mkfs.unwrap_or("mkfs.ext4"));
-    succeed(command.arg("-q").arg("-F").arg("-d").arg(of).arg(path))
-        .context("make a file system; install e2fsprogs")
-}
-
-fn check_file_system(path: &Path) -> Result<()> {
-    let e2fsck = ["/usr/sbin/e2fsck", "/sbin/e2fsck"].into_iter().find(|p| Path::new(p).exists());
-    let mut command = Command::new(e2fsck.unwrap_or("e2fsck"));
-    succeed(command.arg("-f").arg("-n").arg(path)).context("check the file system afterwards")
 }
