@@ -3,6 +3,7 @@
 //! would, as processes of their own, with real images, and look at what comes out.
 
 pub mod backend;
+pub mod comes_back;
 pub mod driver;
 pub mod file_system;
 pub mod guest;
