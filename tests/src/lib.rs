@@ -4,6 +4,7 @@
 
 pub mod backend;
 pub mod comes_back;
+pub mod commands;
 pub mod driver;
 pub mod file_system;
 pub mod guest;
