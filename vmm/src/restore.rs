@@ -103,7 +103,9 @@ fn prepare(session: &Session, options: &RestoreOptions) -> Result<Prepared, Erro
         vcpus.start(cpu, vcpu, session.tell_vcpu()).map_err(Error::host)?;
     }
     let vm = Vm::new(VmParts {
-        missing_at_start: machine.missing(),
+        // All of them: what has arrived by now is among those that have arrived. To look at the
+        // bitmap would take the longer the larger the memory is.
+        missing_at_start: machine.pages(),
         machine,
         chipset,
         devices,
