@@ -115,11 +115,26 @@ impl Guest {
     ///
     /// If a process cannot be started.
     pub fn boot(folder: &Path, kernel: &Kernel, work: &Work, config: &GuestConfig) -> Result<Self> {
+        Self::boot_with(folder, kernel, work, "", config)
+    }
+
+    /// As [`boot`](Self::boot), with more words for the kernel's command line, say "mem=512M".
+    ///
+    /// # Errors
+    ///
+    /// If a process cannot be started.
+    pub fn boot_with(
+        folder: &Path,
+        kernel: &Kernel,
+        work: &Work,
+        words: &str,
+        config: &GuestConfig,
+    ) -> Result<Self> {
         let mut command = Command::new(program("demand-vmm")?);
         command.arg("run").arg("--memory").arg(&config.memory);
         command.arg("--cpus").arg(config.cpus.to_string());
         command.arg("--kernel").arg(&kernel.image).arg("--initramfs").arg(&kernel.initramfs);
-        command.arg("--cmdline").arg(format!("console=ttyS0 panic=-1 quiet work={work}"));
+        command.arg("--cmdline").arg(format!("console=ttyS0 panic=-1 quiet work={work} {words}"));
         Self::start(folder, command, config)
     }
 
