@@ -25,6 +25,8 @@ mod memory;
 #[cfg(not(loom))]
 mod pager;
 #[cfg(not(loom))]
+mod pool;
+#[cfg(not(loom))]
 mod region;
 #[cfg(not(loom))]
 mod retry;
@@ -50,6 +52,7 @@ pub use self::{
     mapping::Mapping,
     memory::DemandMemory,
     pager::{FetchError, Pager, PagerError},
+    pool::HugePagePool,
     region::{DemandRegion, RegionConfig},
     retry::{Failure, Retrier, RetryPolicy},
     stats::{LatencyMicros, Path, PathReport, SourceReport, Stats, TimelineEvent},

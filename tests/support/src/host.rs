@@ -6,7 +6,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-use demand_memory::BackingKind;
+use demand_memory::{BackingKind, HugePagePool};
 
 /// Whether this is the lab, where nothing may be skipped.
 pub fn is_lab() -> bool {
@@ -23,22 +23,12 @@ pub fn skip(reason: &str) {
     println!("SKIPPED: {reason}");
 }
 
-/// One of the kernel's counts of huge pages of the kind; 0 where it has none of them.
-fn huge_page_count(backing: BackingKind, name: &str) -> u64 {
-    let folder = format!("/sys/kernel/mm/hugepages/hugepages-{}kB", backing.unit() >> 10);
-    fs::read_to_string(format!("{folder}/{name}"))
-        .ok()
-        .and_then(|text| text.trim().parse().ok())
-        .unwrap_or(0)
-}
-
 /// Huge pages of the kind that are free now; a number without bound for ordinary memory.
 pub fn free_units(backing: BackingKind) -> u64 {
     if backing == BackingKind::Shmem {
         return u64::MAX;
     }
-    huge_page_count(backing, "free_hugepages")
-        .saturating_sub(huge_page_count(backing, "resv_hugepages"))
+    HugePagePool::of(backing).map_or(0, |pool| pool.free)
 }
 
 /// Whether KVM can be opened here.
@@ -82,7 +72,7 @@ pub fn huge_pages(pages: u64) -> Option<MutexGuard<'static, ()>> {
     let guard = POOL.lock().unwrap_or_else(PoisonError::into_inner);
     // The test before may not have given back all of its pages yet.
     for _ in 0..50 {
-        if huge_page_count(BackingKind::Hugetlb2M, "free_hugepages") >= pages {
+        if free_units(BackingKind::Hugetlb2M) >= pages {
             return Some(guard);
         }
         if !is_lab() {
