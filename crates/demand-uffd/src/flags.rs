@@ -87,6 +87,13 @@ impl Features {
     pub const fn without(self, other: Features) -> Features {
         Features(self.0 & !other.0)
     }
+
+    /// Their names: the kernel's, without `UFFD_FEATURE_`, or the bit's number.
+    pub fn names(self) -> impl Iterator<Item = String> {
+        (0..u64::BITS as usize).filter(move |bit| self.0 >> bit & 1 == 1).map(|bit| {
+            NAMES.get(bit).map_or_else(|| format!("bit {bit}"), |name| (*name).to_owned())
+        })
+    }
 }
 
 impl BitOr for Features {
@@ -120,15 +127,10 @@ const NAMES: [&str; 17] = [
 
 impl fmt::Display for Features {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut separator = "";
-        for bit in (0..64).filter(|bit| self.0 >> bit & 1 == 1) {
-            match NAMES.get(bit) {
-                Some(name) => write!(f, "{separator}{name}")?,
-                None => write!(f, "{separator}bit {bit}")?,
-            }
-            separator = " ";
+        if *self == Features::NONE {
+            return f.write_str("none");
         }
-        if separator.is_empty() { f.write_str("none") } else { Ok(()) }
+        f.write_str(&self.names().collect::<Vec<_>>().join(" "))
     }
 }
 

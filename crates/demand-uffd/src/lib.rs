@@ -19,7 +19,7 @@ pub use self::{
     flags::{Features, Modes},
     guest::ArmGuestError,
     load::{LoaderError, UnitLoader},
-    probe::{Answer, Probe, probe},
+    probe::{Access, Answer, Probe, probe},
     service::{DEFAULT_THREADS, FaultService},
     userfaultfd::Userfaultfd,
 };

@@ -32,9 +32,23 @@ impl fmt::Display for Answer {
     }
 }
 
+/// How this process comes by a userfaultfd that serves faults of the kernel. Source:
+/// Documentation/admin-guide/mm/userfaultfd.rst, "Creating a userfaultfd".
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Access {
+    /// By `/dev/userfaultfd` (Linux 6.1), whose permissions say who may.
+    Device,
+    /// By the system call, which `CAP_SYS_PTRACE` allows, or the sysctl
+    /// `vm.unprivileged_userfaultfd`.
+    SystemCall,
+}
+
 /// What this host's userfaultfd can do, found out by trying.
 #[derive(Clone, Debug)]
 pub struct Probe {
+    /// How this process comes by one.
+    pub access: Access,
     /// The features that the kernel says it has.
     pub features: Features,
     /// Traps missing pages of shared memory.
@@ -58,6 +72,17 @@ impl Probe {
             self.missing_hugetlbfs.is_yes() && self.minor_hugetlbfs.is_yes()
         }
     }
+
+    /// What was tried, feature by feature.
+    pub fn answers(&self) -> [(Features, &Answer); 5] {
+        [
+            (Features::MISSING_SHMEM, &self.missing_shmem),
+            (Features::MINOR_SHMEM, &self.minor_shmem),
+            (Features::MISSING_HUGETLBFS, &self.missing_hugetlbfs),
+            (Features::MINOR_HUGETLBFS, &self.minor_hugetlbfs),
+            (Features::EXACT_ADDRESS, &self.exact_address),
+        ]
+    }
 }
 
 /// Tries what this host's userfaultfd can do. It needs no huge pages to tell what would work on
@@ -79,7 +104,7 @@ impl Probe {
 /// }
 /// ```
 pub fn probe() -> Result<Probe, OpenError> {
-    let features = Userfaultfd::kernel_features()?;
+    let (features, access) = Userfaultfd::ask()?;
     let answer = |feature: Features, kind: BackingKind, modes: Modes| {
         if !features.contains(feature) {
             return Answer::No(format!("the kernel lacks {feature}"));
@@ -91,6 +116,7 @@ pub fn probe() -> Result<Probe, OpenError> {
     };
     let (shmem, huge) = (BackingKind::Shmem, BackingKind::Hugetlb2M);
     Ok(Probe {
+        access,
         features,
         missing_shmem: answer(Features::MISSING_SHMEM, shmem, Modes::MISSING),
         minor_shmem: answer(Features::MINOR_SHMEM, shmem, Modes::ALL),

@@ -14,7 +14,7 @@ use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref, ioctl_with_val};
 use vmm_sys_util::ioctl_io_nr;
 
 use crate::event::{MESSAGE, Message};
-use crate::{Event, Features, Modes, OpenError, RangeError};
+use crate::{Access, Event, Features, Modes, OpenError, RangeError};
 
 ioctl_io_nr!(USERFAULTFD_IOC_NEW, raw::USERFAULTFD_IOC, 0);
 
@@ -56,7 +56,7 @@ impl Userfaultfd {
     ///
     /// [`OpenError`] with what to do.
     pub fn open(features: Features) -> Result<Self, OpenError> {
-        let fd = open_fd()?;
+        let (fd, _) = open_fd()?;
         if handshake(&fd, features).is_ok() {
             return Ok(Userfaultfd::of(fd));
         }
@@ -71,8 +71,14 @@ impl Userfaultfd {
     ///
     /// [`OpenError`] with what to do.
     pub fn kernel_features() -> Result<Features, OpenError> {
-        let fd = open_fd()?;
-        handshake(&fd, Features::NONE).map_err(OpenError::Failed)
+        Self::ask().map(|(features, _)| features)
+    }
+
+    /// The features that the kernel has, and how this process was let ask.
+    pub(crate) fn ask() -> Result<(Features, Access), OpenError> {
+        let (fd, access) = open_fd()?;
+        let features = handshake(&fd, Features::NONE).map_err(OpenError::Failed)?;
+        Ok((features, access))
     }
 
     /// Takes a userfaultfd that another process has opened and sent, after making sure that it is
@@ -443,7 +449,7 @@ fn read_by_flags(fd: &OwnedFd, messages: &mut [[u8; MESSAGE]; BATCH]) -> io::Res
 }
 
 /// A descriptor of a userfaultfd that is not ready for use.
-fn open_fd() -> Result<OwnedFd, OpenError> {
+fn open_fd() -> Result<(OwnedFd, Access), OpenError> {
     let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
     let device = match OpenOptions::new().read(true).write(true).open("/dev/userfaultfd") {
         Ok(device) => {
@@ -451,7 +457,7 @@ fn open_fd() -> Result<OwnedFd, OpenError> {
             let fd = unsafe { ioctl_with_val(&device, USERFAULTFD_IOC_NEW(), flags as _) };
             if fd >= 0 {
                 // SAFETY: the kernel has just given us this descriptor; nobody else owns it.
-                return Ok(unsafe { OwnedFd::from_raw_fd(fd) });
+                return Ok((unsafe { OwnedFd::from_raw_fd(fd) }, Access::Device));
             }
             io::Error::last_os_error()
         }
@@ -461,7 +467,7 @@ fn open_fd() -> Result<OwnedFd, OpenError> {
     let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, flags) };
     if let Ok(fd @ 0..) = RawFd::try_from(fd) {
         // SAFETY: the kernel has just given us this descriptor; nobody else owns it.
-        return Ok(unsafe { OwnedFd::from_raw_fd(fd) });
+        return Ok((unsafe { OwnedFd::from_raw_fd(fd) }, Access::SystemCall));
     }
     let call = io::Error::last_os_error();
     Err(match call.raw_os_error() {

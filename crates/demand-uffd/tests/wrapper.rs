@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use common::{base, mapping, pager, read, read_later, uffd};
 use demand_memory::{Backing, BackingKind, Mapping, PAGE_SIZE, PageRange, Path};
-use demand_uffd::{Cause, Event, Features, Modes, OpenError, Userfaultfd, probe};
+use demand_uffd::{Access, Cause, Event, Features, Modes, OpenError, Userfaultfd, probe};
 use test_support::wait::{PATIENCE, until};
 
 const PAGES: u64 = 8;
@@ -41,6 +41,9 @@ fn the_kernel_has_what_is_needed_and_lacks_what_does_not_exist() {
     let probe = probe().unwrap();
     assert!(BackingKind::ALL.into_iter().all(|kind| probe.can_page(kind)), "{probe:?}");
     assert!(probe.exact_address.is_yes(), "{probe:?}");
+    // The device comes first.
+    let device = std::fs::File::options().read(true).write(true).open("/dev/userfaultfd");
+    assert_eq!(probe.access == Access::Device, device.is_ok());
 }
 
 #[test]
