@@ -2,6 +2,7 @@
 #![doc = include_str!("../README.md")]
 
 pub mod acpi;
+mod advice;
 pub mod api;
 pub mod api_server;
 pub mod bench;

@@ -4,6 +4,8 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use demand_kvm::open_kvm;
+
 use crate::boot::{self, BootSource};
 use crate::chipset::{Chipset, create_irqchip};
 use crate::error::Error;
@@ -38,6 +40,26 @@ pub struct LinuxOptions {
 /// One line, with the exit status that belongs to it. After an error the process should end.
 pub fn run(options: LinuxOptions, started: Instant) -> Result<Report, Error> {
     run_guest(options.guest.clone(), started, move |session| prepare(session, &options))
+}
+
+/// Whether this host's KVM gives a VM and a vCPU all that Linux needs of it. That it then executes
+/// what Linux executes is another matter: one that emulates the processor does not.
+///
+/// # Errors
+///
+/// One line: what it does not give.
+pub fn check_kvm() -> Result<(), Error> {
+    let kvm = open_kvm().map_err(Error::host)?;
+    let refused = |what: &str, error: kvm_ioctls::Error| {
+        Error::host(format!("make {what} for Linux: {error}; the kernel's log may say more"))
+    };
+    let vm = kvm.create_vm().map_err(|error| refused("a VM", error))?;
+    create_irqchip(&vm)?;
+    StateShape::of(&kvm, &vm)?;
+    let processor = cpuid::guest_cpuid(&kvm)?;
+    let vcpu = vm.create_vcpu(0).map_err(|error| refused("a vCPU", error))?;
+    let own = cpuid::for_vcpu(&processor, 0, 1);
+    vcpu.set_cpuid2(&own).map_err(|error| refused("a processor", error))
 }
 
 fn prepare(session: &Session, options: &LinuxOptions) -> Result<Prepared, Error> {

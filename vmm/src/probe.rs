@@ -1,24 +1,34 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! `demand-vmm probe`: what this host can do, and why.
+//! `demand-vmm probe`: what this host can do, why, and what to change to get better.
 
 use std::fmt::Write;
 use std::fs;
 
-use demand_kvm::{Engine, EngineChoice, resolve};
-use demand_memory::BackingKind;
+use demand_kvm::{Engine, EngineChoice, Virtualization, resolve};
+use demand_memory::{BackingKind, HugePagePool, transparent_huge_pages_of_shmem};
+use demand_uffd::{Access, OpenError};
 use serde::Serialize;
 
+use crate::advice::{Advice, Found, advice};
 use crate::error::Error;
+use crate::linux;
+use crate::report::size;
 
 #[derive(Serialize)]
 struct Report {
     kvm: demand_kvm::Probe,
     userfaultfd: Userfaultfd,
     backings: Vec<BackingReport>,
+    transparent_huge_pages: Answer,
+    linux_guests: Answer,
     /// The engine that `auto` chooses; absent if there is none.
     auto: Option<String>,
+    /// Why it does.
+    auto_why: String,
     /// What is not covered here.
     limits: Vec<String>,
+    /// What to change.
+    advice: Vec<Advice>,
 }
 
 #[derive(Serialize)]
@@ -26,14 +36,33 @@ struct Userfaultfd {
     usable: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
     error: Option<String>,
+    /// How this process comes by one: `device` or `system-call`.
+    access: Option<&'static str>,
+    /// The sysctl `vm.unprivileged_userfaultfd`; absent where the kernel has none.
+    unprivileged: Option<u64>,
+    /// The kernel's names of all that it has.
+    features: Vec<String>,
+    /// What was tried of it and works.
+    works: Vec<String>,
+    /// What was tried of it and does not, with the reason.
+    lacking: Vec<String>,
+}
+
+/// Whether something can be had here, and why.
+#[derive(Serialize)]
+struct Answer {
+    usable: bool,
+    why: String,
 }
 
 #[derive(Serialize)]
 struct BackingReport {
     name: &'static str,
     unit_bytes: u64,
-    /// Free units; absent for ordinary memory.
+    /// Units that nobody uses and nobody has reserved; absent for ordinary memory.
     free_units: Option<u64>,
+    /// Units in use or not; absent for ordinary memory.
+    total_units: Option<u64>,
     /// Whether userfaultfd can trap both what is missing and what is half there.
     pageable: bool,
 }
@@ -46,22 +75,24 @@ struct BackingReport {
 pub fn probe(json: bool) -> Result<String, Error> {
     let kvm = demand_kvm::probe();
     let uffd = demand_uffd::probe();
-    let auto = resolve(EngineChoice::Auto, &kvm).ok();
-    let backings = BackingKind::ALL.map(|kind| BackingReport {
-        name: kind.name(),
-        unit_bytes: kind.unit(),
-        free_units: free_units(kind),
-        pageable: uffd.as_ref().is_ok_and(|uffd| uffd.can_page(kind)),
-    });
+    let pools = BackingKind::ALL.map(|kind| (kind, HugePagePool::of(kind)));
+    let transparent = transparent_huge_pages_of_shmem();
+    let (auto, auto_why) = auto(&kvm, &uffd);
+    let found =
+        Found { kvm: &kvm, userfaultfd: &uffd, pools: &pools, transparent: transparent.is_ok() };
     let report = Report {
         limits: limits(&kvm, auto),
-        kvm,
-        userfaultfd: Userfaultfd {
-            usable: uffd.is_ok(),
-            error: uffd.err().map(|error| error.to_string()),
+        advice: advice(&found),
+        linux_guests: linux_guests(kvm.virtualization),
+        backings: pools.iter().map(|(kind, pool)| backing(*kind, *pool, &uffd)).collect(),
+        userfaultfd: userfaultfd(&uffd),
+        transparent_huge_pages: Answer {
+            usable: transparent.is_ok(),
+            why: transparent.err().unwrap_or_else(|| "shared memory gets them (thp=on)".into()),
         },
-        backings: backings.into(),
+        kvm,
         auto: auto.map(|engine| engine.to_string()),
+        auto_why,
     };
     if json {
         let json = serde_json::to_string_pretty(&report)
@@ -69,6 +100,32 @@ pub fn probe(json: bool) -> Result<String, Error> {
         return Ok(json + "\n");
     }
     Ok(table(&report))
+}
+
+/// What `auto` chooses, and why.
+fn auto(
+    kvm: &demand_kvm::Probe,
+    uffd: &Result<demand_uffd::Probe, OpenError>,
+) -> (Option<Engine>, String) {
+    // Under every engine there are readers that only a userfaultfd traps.
+    let chosen = match uffd {
+        Ok(_) => resolve(EngineChoice::Auto, kvm).map_err(|error| error.to_string()),
+        Err(error) => Err(format!("every engine needs userfaultfd: {error}")),
+    };
+    match chosen {
+        Ok(Engine::KvmUserfault) => {
+            let why = "vCPUs fault at 4K on any backing, and fetch pages on their own threads";
+            (Some(Engine::KvmUserfault), why.into())
+        }
+        Ok(engine) => {
+            let engines = kvm.engines().into_iter();
+            let better = engines
+                .take_while(|report| report.engine != engine)
+                .map(|report| format!("{} is not to be had: {}", report.engine, report.why));
+            (Some(engine), better.collect::<Vec<_>>().join("; "))
+        }
+        Err(why) => (None, why),
+    }
 }
 
 /// What a user of this host has to know.
@@ -80,12 +137,58 @@ fn limits(kvm: &demand_kvm::Probe, auto: Option<Engine>) -> Vec<String> {
     kvm.limits(engine).into_iter().chain(of_uffd).map(String::from).collect()
 }
 
-fn free_units(kind: BackingKind) -> Option<u64> {
-    if kind == BackingKind::Shmem {
-        return None;
+fn linux_guests(virtualization: Virtualization) -> Answer {
+    let answer = |usable, why: &str| Answer { usable, why: why.into() };
+    match (linux::check_kvm(), virtualization) {
+        (Err(error), _) => answer(false, &error.to_string()),
+        (Ok(()), Virtualization::Emulated) => {
+            answer(false, "an emulating KVM cannot boot an unmodified Linux")
+        }
+        (Ok(()), _) => answer(true, "KVM has interrupt controllers, a timer and a processor"),
     }
-    let path = format!("/sys/kernel/mm/hugepages/hugepages-{}kB/free_hugepages", kind.unit() >> 10);
-    Some(fs::read_to_string(path).ok().and_then(|text| text.trim().parse().ok()).unwrap_or(0))
+}
+
+fn userfaultfd(probe: &Result<demand_uffd::Probe, OpenError>) -> Userfaultfd {
+    let unprivileged = fs::read_to_string("/proc/sys/vm/unprivileged_userfaultfd").ok();
+    let mut report = Userfaultfd {
+        usable: probe.is_ok(),
+        error: probe.as_ref().err().map(ToString::to_string),
+        access: None,
+        unprivileged: unprivileged.and_then(|text| text.trim().parse().ok()),
+        features: Vec::new(),
+        works: Vec::new(),
+        lacking: Vec::new(),
+    };
+    if let Ok(probe) = probe {
+        report.access = Some(match probe.access {
+            Access::Device => "device",
+            _ => "system-call",
+        });
+        report.features = probe.features.names().collect();
+        for (feature, answer) in probe.answers() {
+            match answer {
+                demand_uffd::Answer::Yes => report.works.push(feature.to_string()),
+                demand_uffd::Answer::No(why) => report.lacking.push(format!("{feature}: {why}")),
+            }
+        }
+    }
+    report
+}
+
+fn backing(
+    kind: BackingKind,
+    pool: Option<HugePagePool>,
+    uffd: &Result<demand_uffd::Probe, OpenError>,
+) -> BackingReport {
+    // A size that this machine does not have is a pool that is empty.
+    let pool = (kind != BackingKind::Shmem).then(|| pool.unwrap_or_default());
+    BackingReport {
+        name: kind.name(),
+        unit_bytes: kind.unit(),
+        free_units: pool.map(|pool| pool.free),
+        total_units: pool.map(|pool| pool.total),
+        pageable: uffd.as_ref().is_ok_and(|uffd| uffd.can_page(kind)),
+    }
 }
 
 fn table(report: &Report) -> String {
@@ -102,24 +205,46 @@ fn table(report: &Report) -> String {
             Err(error) => error.to_string(),
         },
     );
+    line("Linux guests", report.linux_guests.usable, &report.linux_guests.why);
     for engine in report.kvm.engines() {
         line(&format!("engine {}", engine.engine), engine.usable, &engine.why);
     }
-    let why = report.userfaultfd.error.as_deref().unwrap_or("kernel faults are served as well");
-    line("userfaultfd", report.userfaultfd.usable, why);
+    let auto = report.auto.as_deref().unwrap_or("none works");
+    line("engine auto", report.auto.is_some(), &format!("{auto}: {}", report.auto_why));
+    let uffd = &report.userfaultfd;
+    let why = match (&uffd.error, uffd.access, uffd.unprivileged) {
+        (Some(error), ..) => error,
+        (None, Some("device"), _) => "by /dev/userfaultfd; kernel faults are served as well",
+        (None, _, Some(1)) => {
+            "by the system call, which vm.unprivileged_userfaultfd=1 allows; kernel faults are \
+             served as well"
+        }
+        (None, ..) => {
+            "by the system call, which CAP_SYS_PTRACE allows; kernel faults are served as well"
+        }
+    };
+    line("userfaultfd", uffd.usable, why);
+    if uffd.usable {
+        line("userfaultfd features", uffd.lacking.is_empty(), &uffd.works.join(" "));
+        uffd.lacking.iter().for_each(|lacking| line("", false, lacking));
+    }
     for backing in &report.backings {
-        let (free, why) = match backing.free_units {
-            None => (true, "ordinary memory".to_string()),
-            Some(free) => (
-                free > 0,
-                format!("{free} pages of {} free", crate::report::size(backing.unit_bytes)),
-            ),
+        let unit = size(backing.unit_bytes);
+        let (free, why) = match (backing.free_units, backing.total_units) {
+            (Some(free), Some(total)) => {
+                (free > 0, format!("{free} of {total} pages of {unit} free"))
+            }
+            _ => (true, "ordinary memory".to_string()),
         };
         line(&format!("backing {}", backing.name), backing.pageable && free, &why);
     }
-    line("engine auto", report.auto.is_some(), report.auto.as_deref().unwrap_or("none works"));
-    for limit in &report.limits {
-        writeln!(table, "  note: {limit}").expect("a string takes everything");
+    let transparent = &report.transparent_huge_pages;
+    line("transparent huge pages", transparent.usable, &transparent.why);
+    let notes = report.limits.iter().map(|limit| format!("  note: {limit}"));
+    let better = report.advice.iter().map(|Advice { aim, step }| format!("    {aim}: {step}"));
+    let heading = (!report.advice.is_empty()).then(|| "  to get better:".to_string());
+    for line in notes.chain(heading).chain(better) {
+        writeln!(table, "{line}").expect("a string takes everything");
     }
     table
 }

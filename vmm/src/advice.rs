@@ -1,0 +1,221 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What to change on a host to get more out of it.
+
+use std::io;
+
+use demand_kvm::{KvmError, Virtualization};
+use demand_memory::{BackingKind, HugePagePool};
+use demand_uffd::OpenError;
+use serde::{Deserialize, Serialize};
+
+/// Something that a host could do, and does not.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Advice {
+    /// What would be had.
+    pub aim: String,
+    /// What to do for it: a command, or what to use instead.
+    pub step: String,
+}
+
+impl Advice {
+    fn new(aim: &str, step: impl Into<String>) -> Self {
+        Advice { aim: aim.into(), step: step.into() }
+    }
+}
+
+/// What was found out about a host.
+#[derive(Debug)]
+pub(crate) struct Found<'a> {
+    pub(crate) kvm: &'a demand_kvm::Probe,
+    pub(crate) userfaultfd: &'a Result<demand_uffd::Probe, OpenError>,
+    /// The huge pages of each kind of backing.
+    pub(crate) pools: &'a [(BackingKind, Option<HugePagePool>)],
+    /// Whether shared memory is given transparent huge pages.
+    pub(crate) transparent: bool,
+}
+
+/// The advice for a host: what lets guests run at all comes first.
+pub(crate) fn advice(found: &Found<'_>) -> Vec<Advice> {
+    let kvm = of_kvm(found.kvm);
+    let userfaultfd = of_userfaultfd(found.userfaultfd);
+    let pools = found.pools.iter().filter_map(|(kind, pool)| of_pool(*kind, (*pool)?));
+    let transparent = (!found.transparent).then(|| {
+        Advice::new(
+            "transparent huge pages for shared memory (thp=on)",
+            "echo advise > /sys/kernel/mm/transparent_hugepage/shmem_enabled",
+        )
+    });
+    kvm.into_iter().chain(userfaultfd).chain(pools).chain(transparent).collect()
+}
+
+fn of_kvm(probe: &demand_kvm::Probe) -> Vec<Advice> {
+    const LINUX: &str = "Linux guests, and guests at the processor's speed";
+    let features = match &probe.kvm {
+        Ok(features) => features,
+        Err(error) => {
+            let step = match error {
+                KvmError::NotThere(_) => "modprobe kvm_intel || modprobe kvm_amd".into(),
+                KvmError::Permission(_) => "usermod -aG kvm $USER, and log in again".into(),
+                // What to do comes last.
+                other => other.to_string().rsplit("; ").next().unwrap_or_default().to_owned(),
+            };
+            return vec![Advice::new("guests", step)];
+        }
+    };
+    let mut advice = Vec::new();
+    if probe.virtualization == Virtualization::Emulated {
+        advice.push(Advice::new(
+            LINUX,
+            "use a machine with Intel VMX or AMD SVM; if it is virtual, switch nested \
+             virtualization on where it is hosted",
+        ));
+    }
+    if !features.userfault.works() {
+        advice.push(Advice::new(
+            "vCPUs that fault at 4K on huge pages as well",
+            "use a kernel with KVM Userfault; rust-vmm-ci/kernel has the patches",
+        ));
+    } else if !features.own_accesses {
+        advice.push(Advice::new(
+            "KVM's own accesses at 4K on huge pages, and nested guests",
+            "use a kernel whose KVM keeps to the bitmap in all it does; rust-vmm-ci/kernel has \
+             the patches",
+        ));
+    }
+    advice
+}
+
+fn of_userfaultfd(probe: &Result<demand_uffd::Probe, OpenError>) -> Vec<Advice> {
+    let step = match probe {
+        Ok(probe) => {
+            let backings = [
+                (BackingKind::Shmem, "guests on shared memory", "use Linux 5.14 or newer"),
+                (BackingKind::Hugetlb2M, "guests on huge pages", "use Linux 5.13 or newer"),
+            ];
+            let lacking = backings.into_iter().filter(|(kind, ..)| !probe.can_page(*kind));
+            return lacking.map(|(_, aim, step)| Advice::new(aim, step)).collect();
+        }
+        // The device came with Linux 6.1.
+        Err(OpenError::NotPermitted { device, .. }) if device.kind() == io::ErrorKind::NotFound => {
+            "sysctl -w vm.unprivileged_userfaultfd=1"
+        }
+        Err(OpenError::NotPermitted { .. }) => {
+            "chgrp kvm /dev/userfaultfd && chmod g+rw /dev/userfaultfd, and be in the group kvm"
+        }
+        Err(OpenError::NoKernelSupport(_)) => "use a kernel built with CONFIG_USERFAULTFD",
+        Err(_) => "raise the limit of open files: ulimit -n 65536",
+    };
+    vec![Advice::new("memory that arrives when it is used", step)]
+}
+
+fn of_pool(kind: BackingKind, pool: HugePagePool) -> Option<Advice> {
+    if pool.free > 0 {
+        return None;
+    }
+    // Of 1 GiB, besides those that are in use.
+    let wanted = pool.total + (1 << 30) / kind.unit();
+    match kind {
+        BackingKind::Hugetlb2M => Some(Advice::new(
+            "1G of memory on huge pages of 2M",
+            format!("sysctl -w vm.nr_hugepages={wanted}"),
+        )),
+        BackingKind::Hugetlb1G => Some(Advice::new(
+            "1G of memory on a huge page of 1G",
+            format!(
+                "echo {wanted} > /sys/kernel/mm/hugepages/hugepages-1048576kB/nr_hugepages; if \
+                 memory is in pieces, hugepagesz=1G hugepages={wanted} on the kernel's command line"
+            ),
+        )),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use demand_kvm::{KvmFeatures, Probe, Trial};
+    use demand_uffd::{Access, Answer, Features};
+
+    fn uffd(answer: &Answer) -> demand_uffd::Probe {
+        demand_uffd::Probe {
+            access: Access::Device,
+            features: Features::GUEST_MEMORY,
+            missing_shmem: Answer::Yes,
+            minor_shmem: answer.clone(),
+            missing_hugetlbfs: Answer::Yes,
+            minor_hugetlbfs: Answer::Yes,
+            exact_address: Answer::Yes,
+        }
+    }
+
+    fn steps(
+        kvm: &Probe,
+        userfaultfd: &Result<demand_uffd::Probe, OpenError>,
+        total: u64,
+        free: u64,
+    ) -> Vec<String> {
+        let pool = Some(HugePagePool { total, free });
+        let pools = [
+            (BackingKind::Shmem, None),
+            (BackingKind::Hugetlb2M, pool),
+            (BackingKind::Hugetlb1G, pool),
+        ];
+        let found = Found { kvm, userfaultfd, pools: &pools, transparent: true };
+        advice(&found).into_iter().map(|advice| advice.step).collect()
+    }
+
+    fn kvm(virtualization: Virtualization, userfault: Trial, own_accesses: bool) -> Probe {
+        let features = KvmFeatures { userfault, own_accesses, ..Default::default() };
+        Probe { virtualization, kvm: Ok(features) }
+    }
+
+    #[test]
+    fn a_host_that_has_all_is_left_alone() {
+        let best = kvm(Virtualization::Svm, Trial::Works, true);
+        let uffd = Ok(uffd(&Answer::Yes));
+        assert!(steps(&best, &uffd, 4, 1).is_empty());
+        // Those in use stay in use.
+        let steps = steps(&best, &uffd, 4, 0);
+        assert_eq!(steps[0], "sysctl -w vm.nr_hugepages=516");
+        assert!(steps[1].starts_with("echo 5 > ") && steps.len() == 2, "{steps:?}");
+    }
+
+    #[test]
+    fn what_is_lacking_is_told_with_the_way_to_it() {
+        let expect = |kvm: &Probe, uffd: &Result<_, _>, wanted: &[&str]| {
+            let steps = steps(kvm, uffd, 4, 1);
+            assert_eq!(steps.len(), wanted.len(), "{steps:?}");
+            for (step, wanted) in steps.iter().zip(wanted) {
+                assert!(step.contains(wanted) && !step.contains('\n'), "{step}, not: {wanted}");
+            }
+        };
+        let best = kvm(Virtualization::Vmx, Trial::Works, true);
+        let all = Ok(uffd(&Answer::Yes));
+        expect(
+            &kvm(Virtualization::Emulated, Trial::Refused { errno: libc::EINVAL }, false),
+            &all,
+            &["VMX or AMD SVM", "with KVM Userfault"],
+        );
+        expect(&kvm(Virtualization::Vmx, Trial::Works, false), &all, &["in all it does"]);
+        let refused = |errno| Probe {
+            virtualization: Virtualization::Svm,
+            kvm: Err(match errno {
+                libc::ENOENT => KvmError::NotThere(kvm_ioctls::Error::new(errno)),
+                libc::EACCES => KvmError::Permission(kvm_ioctls::Error::new(errno)),
+                _ => KvmError::CreateVm(kvm_ioctls::Error::new(errno)),
+            }),
+        };
+        expect(&refused(libc::ENOENT), &all, &["modprobe"]);
+        expect(&refused(libc::EACCES), &all, &["usermod -aG kvm"]);
+        expect(&refused(libc::EBUSY), &all, &["another hypervisor"]);
+        let denied = |device| {
+            Err(OpenError::NotPermitted {
+                device: io::Error::from_raw_os_error(device),
+                call: io::Error::from_raw_os_error(libc::EPERM),
+            })
+        };
+        expect(&best, &denied(libc::EACCES), &["chmod g+rw /dev/userfaultfd"]);
+        expect(&best, &denied(libc::ENOENT), &["vm.unprivileged_userfaultfd=1"]);
+        expect(&best, &Ok(uffd(&Answer::No("old".into()))), &["Linux 5.14"]);
+    }
+}
