@@ -4,9 +4,12 @@
 use std::ffi::CStr;
 use std::fs;
 use std::io;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
 use std::process::Command;
+
+use crate::process::program;
 
 /// A device in a sandbox's `/dev`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,6 +25,26 @@ impl Device {
         let metadata = fs::metadata(path.to_str().ok()?).ok()?;
         Some(Device { path, number: metadata.rdev(), mode })
     }
+}
+
+/// Whether this process may make sandboxes.
+pub fn is_root() -> bool {
+    // SAFETY: the call has no arguments and cannot fail.
+    unsafe { libc::geteuid() == 0 }
+}
+
+/// Copies the VMM into a folder, where any user can run it, and lets any user read the folder.
+///
+/// # Errors
+///
+/// If it has not been built, and the system's.
+pub fn vmm_for_everybody(folder: &Path) -> anyhow::Result<PathBuf> {
+    let copy = folder.join("demand-vmm");
+    fs::copy(program("demand-vmm")?, &copy)?;
+    for path in [folder, &copy] {
+        fs::set_permissions(path, fs::Permissions::from_mode(0o755))?;
+    }
+    Ok(copy)
 }
 
 /// Gives the process a `/dev` of its own that has only these devices, and runs it as `user` if

@@ -2,7 +2,6 @@
 //! Bad input: each case is one clear line and the exit status that belongs to it.
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -12,7 +11,7 @@ use demand_tests::backend::{BackEnd, BlkOptions};
 use demand_tests::cannot_run;
 use demand_tests::host::{free_units, has_kvm, skip};
 use demand_tests::process::{Guarded, program, run};
-use demand_tests::sandbox::{Device, with_devices};
+use demand_tests::sandbox::{Device, is_root, vmm_for_everybody, with_devices};
 
 const FAILED: i32 = 1;
 const USAGE: i32 = 2;
@@ -79,21 +78,6 @@ fn refused(command: &mut Command, status: i32, words: &[&str]) {
     }
 }
 
-/// Copies the VMM to where any user can run it, with a folder that any user can read.
-fn for_everybody(setting: &Setting) -> PathBuf {
-    let copy = setting.path("demand-vmm");
-    fs::copy(program("demand-vmm").unwrap(), &copy).unwrap();
-    for path in [setting.folder.path(), &copy] {
-        fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
-    }
-    copy
-}
-
-fn is_root() -> bool {
-    // SAFETY: the call has no arguments and cannot fail.
-    unsafe { libc::geteuid() == 0 }
-}
-
 #[test]
 fn more_memory_than_the_guest_can_use() {
     let setting = Setting::new();
@@ -137,7 +121,7 @@ fn no_permission_on_dev_userfaultfd() {
         return skip("needs root, KVM and /dev/userfaultfd");
     };
     let setting = Setting::new();
-    let vmm = for_everybody(&setting);
+    let vmm = vmm_for_everybody(setting.folder.path()).unwrap();
     let mut command = setting.run_command(&vmm);
     command.args(["--memory", "size=8M"]);
     with_devices(&mut command, vec![kvm, uffd], Some(65534));

@@ -1,0 +1,142 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! `demand-vmm probe` says what this host can do, as it is, and what to change.
+
+use std::process::Command;
+use std::time::Duration;
+
+use demand_kvm::{Engine, EngineChoice, Virtualization};
+use demand_memory::BackingKind;
+use demand_tests::cannot_run;
+use demand_tests::host::{free_units, has_kvm, is_lab, skip};
+use demand_tests::process::{program, run};
+use demand_tests::sandbox::{Device, is_root, vmm_for_everybody, with_devices};
+use serde_json::Value;
+
+/// What the program prints, which is a success whatever it finds.
+fn printed(command: &mut Command) -> String {
+    let output = run(command, Duration::from_secs(60)).unwrap();
+    assert!(output.status.success(), "{}", output.stderr);
+    output.stdout
+}
+
+fn probe() -> Command {
+    let mut command = Command::new(program("demand-vmm").unwrap());
+    command.arg("probe");
+    command
+}
+
+fn as_json(command: &mut Command) -> Value {
+    serde_json::from_str(&printed(command.arg("--json"))).unwrap()
+}
+
+/// The steps that are advised.
+fn steps(report: &Value) -> Vec<&str> {
+    let advice = report["advice"].as_array().unwrap();
+    advice.iter().map(|advice| advice["step"].as_str().unwrap()).collect()
+}
+
+#[test]
+fn the_report_is_what_the_crates_say() {
+    if let Some(why) = cannot_run() {
+        return skip(&why);
+    }
+    let (kvm, uffd) = (demand_kvm::probe(), demand_uffd::probe().unwrap());
+    let report = as_json(&mut probe());
+    let auto = demand_kvm::resolve(EngineChoice::Auto, &kvm).unwrap();
+    assert_eq!(report["auto"], auto.to_string());
+    let names: Vec<_> = uffd.features.names().collect();
+    assert_eq!(report["userfaultfd"]["features"], serde_json::to_value(names).unwrap());
+    for (backing, kind) in report["backings"].as_array().unwrap().iter().zip(BackingKind::ALL) {
+        assert_eq!(backing["pageable"], uffd.can_page(kind), "{backing}");
+        // Tests of other programs may take some meanwhile, but none that are not there.
+        let (free, total) = (backing["free_units"].as_u64(), backing["total_units"].as_u64());
+        assert_eq!((free.is_some(), free <= total), (kind != BackingKind::Shmem, true));
+    }
+    let emulated = kvm.virtualization == Virtualization::Emulated;
+    assert_eq!(report["linux_guests"]["usable"], !emulated, "{report:#}");
+    let why = report["auto_why"].as_str().unwrap();
+    assert_eq!(auto == Engine::Uffd, why.contains("kvm-userfault is not to be had: "), "{why}");
+    let advised = |word: &str| steps(&report).iter().any(|step| step.contains(word));
+    assert_eq!(advised("KVM Userfault"), auto == Engine::Uffd);
+    assert_eq!(advised("VMX or AMD SVM"), emulated);
+    if is_lab() {
+        let works = report["userfaultfd"]["works"].as_array().unwrap().len();
+        assert_eq!((auto, works), (Engine::KvmUserfault, 5), "{report:#}");
+        assert!(free_units(BackingKind::Hugetlb2M) == 0 || !advised("vm.nr_hugepages="));
+    }
+}
+
+#[test]
+fn the_table_has_a_line_for_each_thing() {
+    if let Some(why) = cannot_run() {
+        return skip(&why);
+    }
+    let (table, report) = (printed(&mut probe()), as_json(&mut probe()));
+    for name in [
+        "KVM",
+        "Linux guests",
+        "engine kvm-userfault",
+        "engine uffd",
+        "engine kvm-attributes",
+        "engine auto",
+        "userfaultfd",
+        "userfaultfd features",
+        "backing shmem",
+        "backing hugetlb-2m",
+        "backing hugetlb-1g",
+        "transparent huge pages",
+    ] {
+        let lines = table.lines().filter(|line| {
+            let rest = line.trim_start().strip_prefix(name).unwrap_or("").trim_start();
+            rest.starts_with("yes ") || rest.starts_with("no ")
+        });
+        assert_eq!(lines.count(), 1, "{name} in:\n{table}");
+    }
+    for step in steps(&report) {
+        assert!(table.contains(&format!(": {step}\n")), "{step} is not in:\n{table}");
+    }
+    assert_eq!(table.contains("to get better:"), !steps(&report).is_empty(), "{table}");
+}
+
+#[test]
+fn a_host_without_kvm_can_do_nothing_and_is_told_so() {
+    if !is_root() {
+        return skip("only root can hide a device");
+    }
+    let hidden = || {
+        let mut command = probe();
+        with_devices(&mut command, Vec::new(), None);
+        command
+    };
+    let report = as_json(&mut hidden());
+    assert_eq!(report["kvm"]["usable"], false);
+    assert_eq!(report["linux_guests"]["usable"], false);
+    assert_eq!(report["auto"], Value::Null);
+    assert!(report["auto_why"].as_str().unwrap().contains("/dev/kvm"), "{report:#}");
+    assert!(steps(&report)[0].contains("modprobe"), "{report:#}");
+    // Root has a userfaultfd without the device.
+    assert_eq!(report["userfaultfd"]["access"], "system-call");
+    let table = printed(&mut hidden());
+    assert!(table.contains("by the system call, which "), "{table}");
+}
+
+#[test]
+fn a_user_without_a_userfaultfd_is_told_how_to_get_one() {
+    let kvm = Device::of_machine(c"/dev/kvm", 0o666);
+    let uffd = Device::of_machine(c"/dev/userfaultfd", 0o600);
+    let (true, true, Some(kvm), Some(uffd)) = (is_root(), has_kvm(), kvm, uffd) else {
+        return skip("needs root, KVM and /dev/userfaultfd");
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let mut command = Command::new(vmm_for_everybody(folder.path()).unwrap());
+    with_devices(command.arg("probe"), vec![kvm, uffd], Some(65534));
+    let report = as_json(&mut command);
+    if report["userfaultfd"]["unprivileged"] == 1 {
+        assert_eq!(report["userfaultfd"]["access"], "system-call", "{report:#}");
+        return;
+    }
+    assert_eq!(report["userfaultfd"]["usable"], false);
+    assert_eq!(report["auto"], Value::Null);
+    assert!(report["auto_why"].as_str().unwrap().contains("userfaultfd"), "{report:#}");
+    assert!(steps(&report).iter().any(|step| step.contains("chmod g+rw /dev/userfaultfd")));
+}
