@@ -4,7 +4,10 @@
 
 use std::sync::Arc;
 
-use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
+use kvm_bindings::{
+    KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_PIT_SPEAKER_DUMMY, kvm_irqchip,
+    kvm_pit_config,
+};
 use kvm_ioctls::VmFd;
 use vm_device::bus::{MmioAddress, MmioRange, PioAddress, PioRange};
 use vm_device::device_manager::{IoManager, MmioManager, PioManager};
@@ -33,8 +36,22 @@ pub fn create_irqchip(vm: &VmFd) -> Result<(), Error> {
         .map_err(|error| failed("an identity map", error))?;
     vm.set_tss_address(KVM_TSS as usize).map_err(|error| failed("a task state segment", error))?;
     vm.create_irq_chip().map_err(|error| failed("interrupt controllers", error))?;
+    mask_pics(vm).map_err(|error| failed("interrupt controllers", error))?;
     let timer = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
     vm.create_pit2(timer).map_err(|error| failed("a timer", error))
+}
+
+/// Masks the PICs, as firmware leaves them. KVM's begin with all interrupts let through, as vectors
+/// from 0 on; and a kernel that the MADT tells of no PICs never touches them. An interrupt early in
+/// its boot, as when it is restored there, would come as an exception.
+fn mask_pics(vm: &VmFd) -> Result<(), kvm_ioctls::Error> {
+    for chip_id in [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE] {
+        let mut pic = kvm_irqchip { chip_id, ..Default::default() };
+        vm.get_irqchip(&mut pic)?;
+        pic.chip.pic.imr = 0xff;
+        vm.set_irqchip(&pic)?;
+    }
+    Ok(())
 }
 
 /// The devices that every machine has.
@@ -92,5 +109,26 @@ impl Chipset {
             buses.register_mmio(range, device).expect(APART);
         }
         buses
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// In the end it is a guest that shows it, snapshotted early in its boot (`tests/tests/linux.rs`).
+    #[test]
+    fn no_interrupt_comes_before_the_guest_wants_any() {
+        let Ok(kvm) = demand_kvm::open_kvm() else {
+            return test_support::host::skip("there is no usable /dev/kvm");
+        };
+        let vm = kvm.create_vm().unwrap();
+        create_irqchip(&vm).unwrap();
+        for chip_id in [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE] {
+            let mut pic = kvm_irqchip { chip_id, ..Default::default() };
+            vm.get_irqchip(&mut pic).unwrap();
+            // SAFETY: the chip is a PIC, whose member this is, and KVM has written all of it.
+            assert_eq!(unsafe { pic.chip.pic.imr }, 0xff);
+        }
     }
 }
