@@ -284,6 +284,23 @@ impl Guest {
         })
     }
 
+    /// The last beat of all that the guest has said and nobody has looked at, without waiting.
+    ///
+    /// # Errors
+    ///
+    /// If the guest has said that something is wrong.
+    pub fn last_beat(&mut self) -> Result<Option<guest_work::Beat>> {
+        let mut last = None;
+        while let Ok(text) = self.lines.try_recv() {
+            let beat = self.take(text, &mut |line| match line {
+                Line::Beat(beat) => Some(*beat),
+                _ => None,
+            })?;
+            last = beat.or(last);
+        }
+        Ok(last)
+    }
+
     /// Takes a snapshot, and waits for it.
     ///
     /// # Errors

@@ -8,6 +8,7 @@ pub mod commands;
 pub mod driver;
 pub mod file_system;
 pub mod guest;
+pub mod life;
 pub mod process;
 pub mod sandbox;
 pub mod scenario;

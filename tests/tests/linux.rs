@@ -1,76 +1,324 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Linux guests, snapshotted under load and restored lazily: they prove by themselves that no byte
-//! is wrong and no request lost, and their kernels have nothing to complain of.
+//! Linux guests, snapshotted at random moments under load and restored lazily: they prove by
+//! themselves that no byte is wrong, no request lost or repeated and no clock astray, and that
+//! their kernels have nothing to complain of.
+//!
+//! `rust-vmm-ci/soak --snapshots` does what these tests do many times over: `LINUX_MOMENTS` is how
+//! many moments each engine and backing has, `LINUX_SEED` what the choices come from.
 
-use anyhow::Result;
-use demand_tests::guest::{DiskOption, Guest, GuestConfig, Kernel};
-use demand_vmm::api::Go;
-use guest_work::{Prove, Work};
+use std::fs::File;
+use std::hash::Hasher;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
 
-/// A folder that disappears with the test, and a disk in it.
-fn folder() -> Result<(tempfile::TempDir, DiskOption)> {
-    let folder = tempfile::tempdir()?;
-    let disk = folder.path().join("disk");
-    std::fs::File::create(&disk)?.set_len(64 << 20)?;
-    Ok((folder, DiskOption::new(disk)))
+use anyhow::{Context, Result, ensure};
+use demand_kvm::Engine;
+use demand_tests::guest::Kernel;
+use demand_tests::host::transparent_huge_pages;
+use demand_tests::life::{Birth, Life, Moment, Rebirth};
+use demand_vmm::api::Status;
+use guest_work::Journal;
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+
+/// Moments of one life: what a machine has room for, each a snapshot and a disk.
+const IN_A_LIFE: u64 = 5;
+/// Until when the first moment is, which is in the boot as a rule, in milliseconds.
+const BOOT_MS: u64 = 3000;
+/// Until when the next one is, in milliseconds.
+const NEXT_MS: u64 = 2500;
+
+const SHMEM: &str = "backing=shmem";
+const SHMEM_THP: &str = "backing=shmem,thp=on";
+const HUGETLB_2M: &str = "backing=hugetlb-2m";
+const HUGETLB_1G: &str = "backing=hugetlb-1g";
+
+fn number(variable: &str) -> Option<u64> {
+    std::env::var(variable).ok()?.parse().ok()
 }
 
-fn work() -> Work {
-    Work::Prove(Prove { memory: 16 << 20, beat_ms: 500, ..Prove::default() })
+/// Has `f` run with the kernel that there is in the lab.
+fn test(kernel: Option<Kernel>, f: impl FnOnce(Kernel) -> Result<()>) {
+    if let Some(kernel) = kernel {
+        f(kernel).unwrap_or_else(|error| panic!("{error:#}"));
+    }
 }
 
-/// Boots, snapshots under load, kills everything, restores, and has the guest prove itself.
-fn comes_back(
-    kernel: &Kernel,
-    cpus: u32,
-    memory: &str,
-    restored: &str,
-    more: &[&str],
-) -> Result<()> {
-    let (folder, disk) = folder()?;
-    let at = |name: &str| folder.path().join(name);
-    let mut config =
-        GuestConfig { cpus, memory: memory.into(), disks: vec![disk], more: Vec::new() };
-    let mut guest = Guest::boot(&at("first"), kernel, &work(), &config)?;
-    assert_eq!(guest.wait_ready()?, u64::from(cpus));
-    let before = guest.wait_beats(3)?;
-    guest.snapshot(&at("snapshot"), Some(Go::Pause))?;
-    guest.kill();
-    config.memory = restored.into();
-    config.more = more.iter().map(ToString::to_string).collect();
-    let mut guest = Guest::restore(&at("second"), &at("snapshot"), &config)?;
-    let after = guest.wait_beats(3)?;
-    assert!(after.records > before.records && after.mono_us > before.mono_us);
-    let (_, records, report) = guest.finish()?;
-    assert!(records > before.records);
-    assert!(report.guest.faults + report.kvm_internal.faults > 0, "{report:?}");
+/// Some moments of one life, all chosen by a seed.
+struct Plan {
+    birth: Birth,
+    engine: Engine,
+    restored: &'static str,
+    moments: u64,
+    seed: u64,
+}
+
+impl Plan {
+    /// Boots a guest, snapshots it in each moment, sees that it goes on as if nothing had been, and
+    /// then that each restored one does.
+    fn run(&self) -> Result<()> {
+        let temporary = tempfile::tempdir()?;
+        let at = |name: String| temporary.path().join(name);
+        let mut random = StdRng::seed_from_u64(self.seed);
+        let mut life = Life::boot(&at("life".into()), &self.birth)?;
+        let mut moments = Vec::new();
+        for number in 0..self.moments {
+            if number == 1 {
+                life.wait_beats(1)?;
+            }
+            let most_ms = if number == 0 { BOOT_MS } else { NEXT_MS };
+            let pause = Duration::from_millis(random.random_range(0..most_ms));
+            std::thread::sleep(pause);
+            let what = format!("moment {number}, {pause:?} after the one before");
+            let moment = life.stop_at(&at(format!("moment{number}")));
+            let moment = moment.with_context(|| what.clone())?;
+            life.go_on()?;
+            moments.push((moment, what));
+        }
+        life.finish().context("the guest that was snapshotted")?;
+        for (number, (moment, what)) in moments.into_iter().enumerate() {
+            let fill = ["off", "on", "rate=16M"][random.random_range(0..3)];
+            let rebirth = Rebirth { engine: self.engine.name(), memory: self.restored, fill };
+            let folder = at(format!("restored{number}"));
+            comes_back(&moment, &folder, &rebirth)
+                .with_context(|| format!("{what}, restored with --fill {fill}"))?;
+            std::fs::remove_dir_all(folder)?;
+            println!("came back: {} vCPUs, {what}, --fill {fill}", self.birth.cpus);
+        }
+        Ok(())
+    }
+}
+
+fn comes_back(moment: &Moment, folder: &Path, rebirth: &Rebirth) -> Result<()> {
+    let mut life = moment.restore(folder, rebirth)?;
+    life.wait_work()?;
+    let status = life.guest().api().status()?;
+    ensure!(status.engine == rebirth.engine, "{status:?}");
+    let report = life.finish()?;
+    ensure!(report.guest.faults + report.kvm_internal.faults > 0, "{report:?}");
+    // Of one page of 1 GiB the back-end's first access brings in all.
+    if rebirth.fill == "off" && rebirth.memory != HUGETLB_1G {
+        ensure!(report.fill.pages == 0 && report.time_to_complete_us == 0, "{report:?}");
+    }
     Ok(())
 }
 
-fn test(kernel: Option<Kernel>, f: impl FnOnce(&Kernel) -> Result<()>) {
-    if let Some(kernel) = kernel {
-        f(&kernel).unwrap();
+/// What an engine and a backing are tried with: guests of all kinds in turn, from the `first` on.
+fn moments(engine: Engine, restored: &'static str, first: u64) {
+    let (Some(image), Some(elf)) = (Kernel::lab(), Kernel::lab_elf()) else { return };
+    if restored == SHMEM_THP && !transparent_huge_pages() {
+        return;
+    }
+    let mut left = number("LINUX_MOMENTS").unwrap_or(2);
+    let seed = number("LINUX_SEED").unwrap_or(1);
+    for life in first.. {
+        if left == 0 {
+            return;
+        }
+        let (kernel, journal) = [
+            (&image, Journal::Raw),
+            (&elf, Journal::Ext4),
+            (&image, Journal::Ext4),
+            (&elf, Journal::Raw),
+        ][(life % 4) as usize];
+        let booted = if life % 2 == 0 { restored } else { SHMEM };
+        let plan = Plan {
+            birth: Birth {
+                kernel: kernel.clone(),
+                cpus: [1, 2, 4][(life % 3) as usize],
+                memory: format!("size=192M,{booted}"),
+                journal,
+                reseeds: true,
+            },
+            engine,
+            restored,
+            moments: left.min(IN_A_LIFE),
+            seed: seed + life,
+        };
+        left -= plan.moments;
+        plan.run().unwrap_or_else(|error| {
+            panic!("life {life} with LINUX_SEED={seed}, {:?}: {error:#}", plan.birth)
+        });
     }
 }
 
 #[test]
-fn the_labs_kernel_comes_back() {
-    test(Kernel::lab(), |kernel| comes_back(kernel, 2, "size=192M", "", &[]));
+fn kvm_userfault_on_shmem() {
+    moments(Engine::KvmUserfault, SHMEM, 0);
 }
 
 #[test]
-fn an_elf_kernel_comes_back() {
-    test(Kernel::lab_elf(), |kernel| comes_back(kernel, 1, "size=192M", "", &["--engine", "uffd"]));
+fn kvm_userfault_on_shmem_thp() {
+    moments(Engine::KvmUserfault, SHMEM_THP, 1);
 }
 
 #[test]
-fn debians_kernel_comes_back() {
-    test(Kernel::debian(), |kernel| comes_back(kernel, 4, "size=384M", "", &[]));
+fn kvm_userfault_on_hugetlb_2m() {
+    moments(Engine::KvmUserfault, HUGETLB_2M, 2);
 }
 
 #[test]
-fn a_guest_comes_back_on_huge_pages() {
+fn uffd_on_shmem() {
+    moments(Engine::Uffd, SHMEM, 3);
+}
+
+#[test]
+fn uffd_on_shmem_thp() {
+    moments(Engine::Uffd, SHMEM_THP, 4);
+}
+
+#[test]
+fn uffd_on_hugetlb_2m() {
+    moments(Engine::Uffd, HUGETLB_2M, 5);
+}
+
+fn birth(kernel: Kernel, cpus: u32, memory: &str) -> Birth {
+    Birth { kernel, cpus, memory: memory.into(), journal: Journal::Ext4, reseeds: true }
+}
+
+/// One moment of one kind, for what takes too long or too much to be tried in all of them.
+fn one(birth: &Birth, engine: Engine, restored: &'static str) -> Result<()> {
+    let temporary = tempfile::tempdir()?;
+    let at = |name: &str| temporary.path().join(name);
+    let mut life = Life::boot(&at("life"), birth)?;
+    life.wait_beats(2)?;
+    let moment = life.stop_at(&at("moment"))?;
+    drop(life);
+    let rebirth = Rebirth { engine: engine.name(), memory: restored, fill: "off" };
+    comes_back(&moment, &at("restored"), &rebirth)
+}
+
+#[test]
+fn kvm_attributes_on_shmem() {
+    test(Kernel::lab(), |kernel| one(&birth(kernel, 2, "size=192M"), Engine::KvmAttributes, SHMEM));
+}
+
+#[test]
+fn kvm_userfault_on_hugetlb_1g() {
     test(Kernel::lab(), |kernel| {
-        comes_back(kernel, 2, "size=192M,backing=hugetlb-2m", "", &["--fill", "off"])
+        one(&birth(kernel, 2, "size=1G"), Engine::KvmUserfault, HUGETLB_1G)
     });
+}
+
+#[test]
+fn debians_kernel() {
+    test(Kernel::debian(), |kernel| {
+        // It has no driver for that.
+        let birth = Birth { reseeds: false, ..birth(kernel, 4, "size=384M") };
+        one(&birth, Engine::KvmUserfault, HUGETLB_2M)
+    });
+}
+
+/// Keeps a directory from being written to, even by root.
+struct ReadOnly(PathBuf);
+
+impl ReadOnly {
+    fn new(path: PathBuf) -> Result<Self> {
+        mount(&["mount", "--bind"], &[&path, &path])?;
+        let this = ReadOnly(path);
+        mount(&["mount", "-o", "remount,bind,ro"], &[&this.0])?;
+        ensure!(File::create(this.0.join("new")).is_err(), "{:?} can be written to", this.0);
+        Ok(this)
+    }
+}
+
+impl Drop for ReadOnly {
+    fn drop(&mut self) {
+        let _ = mount(&["umount"], &[&self.0]);
+    }
+}
+
+fn mount(command: &[&str], paths: &[&Path]) -> Result<()> {
+    let status = Command::new(command[0]).args(&command[1..]).args(paths).status()?;
+    ensure!(status.success(), "{command:?} {paths:?} ended with {status}");
+    Ok(())
+}
+
+/// A directory's files, with the size and a hash of each.
+fn fingerprint(folder: &Path) -> Result<Vec<(PathBuf, u64, u64)>> {
+    let mut files = Vec::new();
+    for entry in std::fs::read_dir(folder)? {
+        let path = entry?.path();
+        let (mut hash, mut buffer) = (twox_hash::XxHash3_64::new(), vec![0; 1 << 20]);
+        let (mut file, mut size) = (File::open(&path)?, 0);
+        loop {
+            let length = file.read(&mut buffer)?;
+            if length == 0 {
+                break;
+            }
+            hash.write(&buffer[..length]);
+            size += length as u64;
+        }
+        files.push((path, size, hash.finish()));
+    }
+    files.sort();
+    Ok(files)
+}
+
+/// Snapshots of guests whose memory has not arrived, one from the other: each restored from the one
+/// before, with another engine or on other memory.
+#[test]
+fn a_chain_of_snapshots_while_still_lazy() {
+    const LINKS: [(Engine, &str, &str); 5] = [
+        (Engine::KvmUserfault, SHMEM, "off"),
+        (Engine::Uffd, HUGETLB_2M, "off"),
+        (Engine::KvmUserfault, HUGETLB_2M, "rate=64K"),
+        (Engine::Uffd, SHMEM_THP, "off"),
+        (Engine::KvmUserfault, SHMEM, "off"),
+    ];
+    test(Kernel::lab(), |kernel| {
+        transparent_huge_pages();
+        let temporary = tempfile::tempdir()?;
+        let at = |name: &str| temporary.path().join(name);
+        let mut life = Life::boot(&at("life"), &birth(kernel, 2, "size=192M"))?;
+        life.wait_beats(2)?;
+        let mut moment = life.stop_at(&at("moment"))?;
+        drop(life);
+        let mut first = None;
+        for (link, (engine, memory, fill)) in LINKS.into_iter().enumerate() {
+            let rebirth = Rebirth { engine: engine.name(), memory, fill };
+            let next = lazy_link(&moment, &rebirth, &at(&format!("link{link}")))
+                .with_context(|| format!("link {link}, {rebirth:?}"))?;
+            let before = std::mem::replace(&mut moment, next);
+            if link == 0 {
+                first = Some(before);
+            } else {
+                // Each snapshot stands for itself.
+                std::fs::remove_dir_all(before.snapshot())?;
+            }
+        }
+        let rebirth = Rebirth { engine: Engine::KvmUserfault.name(), memory: SHMEM, fill: "on" };
+        comes_back(&moment, &at("last"), &rebirth).context("the last of the chain")?;
+        let first = first.context("there is a first link")?;
+        comes_back(&first, &at("again"), &rebirth).context("the first of the chain, once more")
+    });
+}
+
+/// Restores a guest from a snapshot that cannot be written to, and takes the next one of it before
+/// its memory has arrived. Neither changes the former, nor does the latter make memory arrive.
+fn lazy_link(moment: &Moment, rebirth: &Rebirth, folder: &Path) -> Result<Moment> {
+    /// Pages that a request in flight may need, which is answered first: a few, or on huge pages
+    /// all of two units.
+    const NEEDED: u64 = 2 * 512;
+    let before = fingerprint(&moment.snapshot())?;
+    let read_only = ReadOnly::new(moment.snapshot())?;
+    let mut life = moment.restore(folder, rebirth)?;
+    life.wait_work()?;
+    life.guest().api().pause()?;
+    let present = |status: Status| (status.pages_present, status.pages_total);
+    let (paused, total) = present(life.guest().api().status()?);
+    ensure!(paused > 0 && paused < total, "{paused} of {total} pages are present");
+    let next = life.stop_at(&folder.join("moment"))?;
+    let (taken, _) = present(life.guest().api().status()?);
+    ensure!(
+        taken <= paused + NEEDED && taken < total,
+        "the snapshot made memory arrive: {paused} of {total} pages were present, now {taken}"
+    );
+    println!("{paused} of {total} pages were present before the snapshot, then {taken}");
+    drop(life);
+    drop(read_only);
+    ensure!(fingerprint(&moment.snapshot())? == before, "the snapshot has changed");
+    Ok(next)
 }

@@ -1,0 +1,295 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Lives of a Linux guest: booted or restored, working on memory and a disk of its own, stopped in
+//! some moment with all that a restored guest needs, and held to what it has said before.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use demand_vmm::api::{Go, State};
+use demand_vmm::report::Report;
+use guest_work::{Beat, Journal, Line, Prove, Work};
+
+use crate::guest::{DiskOption, Guest, GuestConfig, Kernel};
+
+/// Bytes of a guest's disk.
+const DISK: u64 = 24 << 20;
+/// How far a guest's clock may be ahead of the time that it can have run, in microseconds.
+const SLACK_US: u64 = 500_000;
+/// How long a VM may take until its guest runs.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// What a guest is booted with.
+#[derive(Clone, Debug)]
+pub struct Birth {
+    /// Its kernel.
+    pub kernel: Kernel,
+    /// Number of vCPUs.
+    pub cpus: u32,
+    /// `--memory`.
+    pub memory: String,
+    /// Where it writes records.
+    pub journal: Journal,
+    /// Whether its kernel takes new randomness when it is told to be a copy (VMGENID).
+    pub reseeds: bool,
+}
+
+impl Birth {
+    fn work(&self) -> Work {
+        Work::Prove(Prove {
+            memory: 16 << 20,
+            journal: self.journal,
+            beat_ms: 250,
+            ..Prove::default()
+        })
+    }
+}
+
+/// What a guest is restored with.
+#[derive(Clone, Debug, Default)]
+pub struct Rebirth {
+    /// `--engine`.
+    pub engine: &'static str,
+    /// `--memory`; empty for the snapshot's.
+    pub memory: &'static str,
+    /// `--fill`.
+    pub fill: &'static str,
+}
+
+/// A snapshot, and the disk as it was in that moment.
+#[derive(Debug)]
+pub struct Moment {
+    folder: PathBuf,
+    birth: Birth,
+    /// The guest's clock cannot have been further, in microseconds.
+    most_us: u64,
+    /// The last beat before it.
+    seen: Option<Beat>,
+}
+
+/// A guest that runs. Everything is killed when this is dropped.
+pub struct Life {
+    guest: Guest,
+    birth: Birth,
+    disk: PathBuf,
+    /// When this part of its life began, and how far its clock can have been then, in microseconds.
+    begun: Instant,
+    from_us: u64,
+    seen: Option<Beat>,
+    /// Whether it was restored while it worked.
+    restored: bool,
+}
+
+impl Life {
+    /// Boots a guest; everything of it is in `folder`, which is made. Returns when its first
+    /// instructions run.
+    ///
+    /// # Errors
+    ///
+    /// If it does not start.
+    pub fn boot(folder: &Path, birth: &Birth) -> Result<Self> {
+        std::fs::create_dir_all(folder)?;
+        let disk = folder.join("disk");
+        std::fs::File::create(&disk)?.set_len(DISK)?;
+        if birth.journal == Journal::Ext4 {
+            run(Command::new("mkfs.ext4").arg("-q").arg(&disk))?;
+        }
+        let config = GuestConfig {
+            cpus: birth.cpus,
+            memory: birth.memory.clone(),
+            disks: vec![DiskOption::new(&disk)],
+            more: Vec::new(),
+        };
+        let begun = Instant::now();
+        let guest = Guest::boot(folder, &birth.kernel, &birth.work(), &config)?;
+        let birth = birth.clone();
+        let life = Life { guest, birth, disk, begun, from_us: 0, seen: None, restored: false };
+        life.wait_running()?;
+        Ok(life)
+    }
+
+    fn wait_running(&self) -> Result<()> {
+        let api = self.guest.api();
+        while !api.status().is_ok_and(|status| status.state == State::Running) {
+            let late = self.begun.elapsed() > PATIENCE;
+            ensure!(!late, "the VM does not run within {PATIENCE:?}; {}", self.guest.story());
+            thread::sleep(Duration::from_millis(5));
+        }
+        Ok(())
+    }
+
+    /// The guest, for what is not about its life.
+    pub fn guest(&mut self) -> &mut Guest {
+        &mut self.guest
+    }
+
+    /// Waits for so many beats, and holds the last to what was before.
+    ///
+    /// # Errors
+    ///
+    /// If the guest finds something wrong, or its clocks or its work are not where they can be.
+    pub fn wait_beats(&mut self, count: u32) -> Result<()> {
+        let beat = self.guest.wait_beats(count)?;
+        let most_us = self.most_us();
+        ensure!(
+            beat.mono_us <= most_us,
+            "the guest's CLOCK_MONOTONIC is {} us, and it can have run for {most_us} us; {}",
+            beat.mono_us,
+            self.guest.story()
+        );
+        if let Some(seen) = self.seen {
+            let apart = |beat: &Beat| beat.real_us.wrapping_sub(beat.mono_us);
+            ensure!(
+                beat.number > seen.number
+                    && beat.mono_us > seen.mono_us
+                    && beat.pages >= seen.pages
+                    && beat.records >= seen.records
+                    && apart(&beat).abs_diff(apart(&seen)) < 2 * SLACK_US,
+                "after {seen:?} the guest says {beat:?}; {}",
+                self.guest.story()
+            );
+        }
+        self.seen = Some(beat);
+        Ok(())
+    }
+
+    /// Waits until there is more work done than when this part of its life began: two beats at
+    /// least.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`wait_beats`](Self::wait_beats), or that it does not get on.
+    pub fn wait_work(&mut self) -> Result<()> {
+        const BEATS: u32 = 100;
+        let before = self.seen;
+        for beat in 1..=BEATS {
+            self.wait_beats(1)?;
+            let done = |beat: Beat| (beat.pages, beat.records);
+            let ((pages, records), now) = (before.map_or((0, 0), done), self.seen.map(done));
+            if beat > 1 && now.is_some_and(|now| now.0 > pages && now.1 > records) {
+                return Ok(());
+            }
+        }
+        bail!("the guest does not get on within {BEATS} beats; {}", self.guest.story())
+    }
+
+    /// How far the guest's clock can be now, in microseconds.
+    fn most_us(&self) -> u64 {
+        self.from_us + self.begun.elapsed().as_micros() as u64 + SLACK_US
+    }
+
+    /// Takes a snapshot in `folder`, which is made, and copies the disk while nobody writes to it.
+    /// The guest is paused then.
+    ///
+    /// # Errors
+    ///
+    /// The VMM's, or what the guest has found wrong up to now.
+    pub fn stop_at(&mut self, folder: &Path) -> Result<Moment> {
+        std::fs::create_dir_all(folder)?;
+        self.guest.snapshot(&folder.join("snapshot"), Some(Go::Pause))?;
+        let most_us = self.most_us();
+        if let Some(beat) = self.guest.last_beat()? {
+            self.seen = Some(beat);
+        }
+        std::fs::copy(&self.disk, folder.join("disk"))?;
+        let (birth, seen) = (self.birth.clone(), self.seen);
+        Ok(Moment { folder: folder.into(), birth, most_us, seen })
+    }
+
+    /// Lets it go on.
+    ///
+    /// # Errors
+    ///
+    /// The VMM's.
+    pub fn go_on(&self) -> Result<()> {
+        self.guest.api().resume()?;
+        Ok(())
+    }
+
+    /// Has the guest verify all that it has done and end; holds the rest to that.
+    ///
+    /// # Errors
+    ///
+    /// If anything is wrong.
+    pub fn finish(self) -> Result<Report> {
+        let Life { mut guest, birth, disk, seen, restored, .. } = self;
+        guest.type_line("stop")?;
+        let (pages, records) = guest.wait_for(|line| match line {
+            Line::Done { pages, records, complaints: 0 } => Some((*pages, *records)),
+            _ => None,
+        })?;
+        let report = guest.ended()?;
+        let story = || guest.story();
+        if let Some(seen) = seen {
+            let more = pages >= seen.pages && records >= seen.records;
+            ensure!(
+                more,
+                "after {seen:?} {pages} pages and {records} records are done; {}",
+                story()
+            );
+        }
+        if restored && birth.reseeds {
+            let reseeded = guest.console.iter().any(|line| line.ends_with("guest: reseeded"));
+            ensure!(reseeded, "the guest's kernel has not noticed that it is a copy; {}", story());
+        }
+        if birth.journal == Journal::Ext4 {
+            run(Command::new("e2fsck").arg("-fn").arg(&disk))?;
+        }
+        Ok(report)
+    }
+}
+
+impl Moment {
+    /// The snapshot's directory.
+    pub fn snapshot(&self) -> PathBuf {
+        self.folder.join("snapshot")
+    }
+
+    /// What the disk was.
+    pub fn disk(&self) -> PathBuf {
+        self.folder.join("disk")
+    }
+
+    /// Restores the guest, with a copy of the disk; everything of it is in `folder`, which is made.
+    ///
+    /// # Errors
+    ///
+    /// If it does not start.
+    pub fn restore(&self, folder: &Path, rebirth: &Rebirth) -> Result<Life> {
+        std::fs::create_dir_all(folder)?;
+        let disk = folder.join("disk");
+        std::fs::copy(self.disk(), &disk)?;
+        let more = ["--engine", rebirth.engine, "--fill", rebirth.fill].map(String::from);
+        let config = GuestConfig {
+            cpus: 0,
+            memory: rebirth.memory.into(),
+            disks: vec![DiskOption::new(&disk)],
+            more: more.into(),
+        };
+        let begun = Instant::now();
+        let guest = Guest::restore(folder, &self.snapshot(), &config)?;
+        Ok(Life {
+            guest,
+            birth: self.birth.clone(),
+            disk,
+            begun,
+            from_us: self.most_us,
+            seen: self.seen,
+            restored: self.seen.is_some(),
+        })
+    }
+}
+
+fn run(command: &mut Command) -> Result<()> {
+    let output = command.output().with_context(|| format!("run {command:?}"))?;
+    ensure!(
+        output.status.success(),
+        "{command:?} ended with {}: {}{}",
+        output.status,
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
+    Ok(())
+}
