@@ -43,6 +43,9 @@ fn serve(control: &mut File) -> Result<()> {
     let stderr = open_port(STDERR_PORT)?;
     let job: Job = protocol::receive(&mut BufReader::new(&*control))?
         .context("the host gave the agent no job")?;
+    // Nudges have done their work when they arrive.
+    let mut nudges = control.try_clone()?;
+    thread::spawn(move || io::copy(&mut nudges, &mut io::sink()));
     mount_out(&job.out)?;
     set_up()?;
     check_pool("2048kB", job.hugepages)?;

@@ -64,6 +64,12 @@ pub fn send(mut port: impl Write, message: &impl Serialize) -> Result<()> {
     port.write_all(&line).context("a message was not sent")
 }
 
+/// Sends what is no message: the agent drops all that comes after its job. It is for the interrupt
+/// that it makes.
+pub fn nudge(mut port: impl Write) -> io::Result<()> {
+    port.write_all(b"\n")
+}
+
 /// Receives one message, or `None` if the other side is gone.
 pub fn receive<T: DeserializeOwned>(port: &mut impl BufRead) -> Result<Option<T>> {
     let mut line = Vec::new();

@@ -22,6 +22,11 @@ use crate::{cache, initramfs};
 const BOOT: Duration = Duration::from_secs(180);
 /// How long the last of the output may be under way after the command ended.
 const DRAIN: Duration = Duration::from_secs(30);
+/// How often the machine gets an interrupt from outside: the longest that it stands still by a fault
+/// of QEMU's. As its vCPU leaves a nested guest, QEMU (7.2) clears a flag in a word that another of
+/// its threads sets flags in, without a lock: now and then the news of an interrupt, mostly that of
+/// the only timer, is lost. It stays pending until another interrupt has QEMU look again.
+const NUDGE: Duration = Duration::from_millis(100);
 /// Lines of the console that a fault shows.
 const TAIL: usize = 25;
 
@@ -76,7 +81,14 @@ pub fn run(machine: &Machine, kernel: &Path, job: Job, limits: &Limits) -> Resul
 
     // The machine reads the job once it is up. One that never does is gone or too
     // late, which shows below.
-    thread::spawn(move || protocol::send(&control, &job));
+    // Where the clock counts instructions, QEMU's threads take turns, and runs are to be the same.
+    let nudge = !machine.icount;
+    thread::spawn(move || {
+        let sent = protocol::send(&control, &job);
+        while nudge && sent.is_ok() && protocol::nudge(&control).is_ok() {
+            thread::sleep(NUDGE);
+        }
+    });
     let ending = follow(&inbox, limits);
     // Nothing inside is worth an orderly shutdown.
     let died = stop(&mut qemu, ending.is_err());
