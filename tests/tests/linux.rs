@@ -11,7 +11,7 @@ use std::hash::Hasher;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use demand_kvm::Engine;
@@ -71,7 +71,7 @@ impl Plan {
             let most_ms = if number == 0 { BOOT_MS } else { NEXT_MS };
             let pause = Duration::from_millis(random.random_range(0..most_ms));
             std::thread::sleep(pause);
-            let what = format!("moment {number}, {pause:?} after the one before");
+            let what = format!("moment {number}, {pause:?} later");
             let moment = life.stop_at(&at(format!("moment{number}")));
             let moment = moment.with_context(|| what.clone())?;
             life.go_on()?;
@@ -82,10 +82,12 @@ impl Plan {
             let fill = ["off", "on", "rate=16M"][random.random_range(0..3)];
             let rebirth = Rebirth { engine: self.engine.name(), memory: self.restored, fill };
             let folder = at(format!("restored{number}"));
+            let begun = Instant::now();
             comes_back(&moment, &folder, &rebirth)
                 .with_context(|| format!("{what}, restored with --fill {fill}"))?;
             std::fs::remove_dir_all(folder)?;
-            println!("came back: {} vCPUs, {what}, --fill {fill}", self.birth.cpus);
+            let (cpus, took) = (self.birth.cpus, begun.elapsed());
+            println!("came back: {cpus} vCPUs, {what}, --fill {fill}, in {took:.1?}");
         }
         Ok(())
     }
