@@ -67,6 +67,15 @@ impl BackEnd {
     ///
     /// If it cannot be started, or does not listen soon.
     pub fn qemu_storage_daemon(folder: &Path, disk: &Path) -> Result<Self> {
+        Self::qemu_storage_daemon_with(folder, disk, 1)
+    }
+
+    /// As [`qemu_storage_daemon`](Self::qemu_storage_daemon), with so many queues.
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    pub fn qemu_storage_daemon_with(folder: &Path, disk: &Path, queues: u16) -> Result<Self> {
         let socket = folder.join("qsd.sock");
         let mut command = Command::new("qemu-storage-daemon");
         command
@@ -74,7 +83,8 @@ impl BackEnd {
             .arg(format!("driver=file,node-name=f,filename={},locking=off", disk.display()))
             .arg("--export")
             .arg(format!(
-                "type=vhost-user-blk,id=e,node-name=f,addr.type=unix,addr.path={},writable=on",
+                "type=vhost-user-blk,id=e,node-name=f,addr.type=unix,addr.path={},writable=on,\
+                 num-queues={queues}",
                 socket.display()
             ));
         BackEnd::start(command, socket)

@@ -10,6 +10,7 @@ pub mod file_system;
 pub mod guest;
 pub mod life;
 pub mod process;
+pub mod refusal;
 pub mod sandbox;
 pub mod scenario;
 

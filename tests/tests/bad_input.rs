@@ -11,11 +11,8 @@ use demand_tests::backend::{BackEnd, BlkOptions};
 use demand_tests::cannot_run;
 use demand_tests::host::{free_units, has_kvm, skip};
 use demand_tests::process::{Guarded, program, run};
+use demand_tests::refusal::{FAILED, HOST, USAGE, refused};
 use demand_tests::sandbox::{Device, is_root, vmm_for_everybody, with_devices};
-
-const FAILED: i32 = 1;
-const USAGE: i32 = 2;
-const HOST: i32 = 3;
 
 /// A folder with a memory image and a disk, and the words of a run on them that would succeed.
 struct Setting {
@@ -63,18 +60,6 @@ impl Setting {
             .arg("--test-guest")
             .arg(format!("requests=4,write-area=4M,pristine={0},disk={0}", disk.display()));
         command
-    }
-}
-
-/// The command ends with `status` and one line on standard error that has all of `words`.
-#[track_caller]
-fn refused(command: &mut Command, status: i32, words: &[&str]) {
-    let output = run(command, Duration::from_secs(120)).unwrap();
-    let said = output.stderr.trim_end();
-    assert_eq!(output.status.code(), Some(status), "it said: {said}");
-    assert_eq!(said.lines().count(), 1, "one line: {said}");
-    for word in words {
-        assert!(said.contains(word), "'{word}' is not in: {said}");
     }
 }
 

@@ -26,18 +26,21 @@ pub trait Control: Send + Sync {
     /// are under way, to see how far they are.
     fn status(&self) -> Status;
 
-    /// Stops all vCPUs and devices at a consistent point. Nothing to do if they are.
+    /// Stops all vCPUs at a consistent point.
     ///
     /// # Errors
     ///
-    /// [`WrongState`](ErrorKind::WrongState) if the VM has ended or is not yet running.
+    /// [`WrongState`](ErrorKind::WrongState) if the VM is paused already, is not yet running, or
+    /// has ended, and while something else is under way; [`Failed`](ErrorKind::Failed) if a vCPU
+    /// does not come out of the guest.
     fn pause(&self) -> Result<(), ControlError>;
 
-    /// Lets them go on. Nothing to do if they do.
+    /// Lets them go on, and the devices if a snapshot has stopped them.
     ///
     /// # Errors
     ///
-    /// As for [`pause`](Control::pause).
+    /// [`WrongState`](ErrorKind::WrongState) if the VM runs already, or is not paused, and while
+    /// something else is under way; [`Failed`](ErrorKind::Failed) if a device does not go on.
     fn resume(&self) -> Result<(), ControlError>;
 
     /// Writes a snapshot. It may take minutes.
@@ -50,11 +53,12 @@ pub trait Control: Send + Sync {
     fn snapshot(&self, request: &SnapshotRequest) -> Result<SnapshotSummary, ControlError>;
 
     /// Ends the VM in order. It returns when that is begun; a snapshot that is under way then
-    /// comes to an end with an error.
+    /// comes to an end with an error, and so does a restore that waits for the pages it needs to
+    /// begin. To ask again does no harm.
     ///
     /// # Errors
     ///
-    /// As for [`pause`](Control::pause).
+    /// [`WrongState`](ErrorKind::WrongState) where there is nothing to end.
     fn shutdown(&self) -> Result<(), ControlError>;
 }
 

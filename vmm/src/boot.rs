@@ -3,8 +3,9 @@
 //!
 //! Sources: `Documentation/arch/x86/boot.rst` for bzImage, Xen's `docs/misc/pvh.pandoc` for ELF.
 
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io::Read;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use demand_memory::{DemandMemory, PAGE_SIZE};
@@ -12,7 +13,7 @@ use linux_loader::cmdline::Cmdline;
 use linux_loader::configurator::linux::LinuxBootConfigurator;
 use linux_loader::configurator::pvh::PvhBootConfigurator;
 use linux_loader::configurator::{BootConfigurator, BootParams};
-use linux_loader::loader::bootparam::{boot_e820_entry, boot_params};
+use linux_loader::loader::bootparam::{boot_e820_entry, boot_params, setup_header};
 use linux_loader::loader::elf::PvhBootCapability;
 use linux_loader::loader::start_info::{hvm_memmap_table_entry, hvm_modlist_entry, hvm_start_info};
 use linux_loader::loader::{BzImage, Elf, KernelLoader, KernelLoaderResult, load_cmdline};
@@ -110,10 +111,9 @@ fn load_kernel(
     const WHAT: &str = "load the kernel";
     const KINDS: &str = "name a bzImage, or an ELF vmlinux with a PVH entry (CONFIG_PVH)";
     let refused = |why: &dyn std::fmt::Display| cannot(WHAT, path, why, KINDS);
-    let mut file = File::open(path)
-        .map_err(|error| cannot(WHAT, path, error, "name a file that can be read"))?;
+    let (mut file, len) = open(WHAT, path)?;
     let mut magic = [0; 4];
-    file.read_exact(&mut magic).map_err(|error| refused(&error))?;
+    file.read_exact(&mut magic).map_err(|_| refused(&"it is too short for a kernel"))?;
     if magic == *b"\x7fELF" {
         let loaded = Elf::load(memory, None, &mut file, Some(HIGH_START))
             .map_err(|error| refused(&error))?;
@@ -128,6 +128,15 @@ fn load_kernel(
     if header.version < WITH_XLOADFLAGS || header.xloadflags & XLF_KERNEL_64 == 0 {
         return Err(refused(&"it has no 64-bit entry"));
     }
+    let whole = bzimage_len(&header);
+    if len < whole {
+        return Err(cannot(
+            WHAT,
+            path,
+            format!("it is cut off: it says that it has {whole} bytes, and has {len}"),
+            "take another copy of it",
+        ));
+    }
     // A bzImage unpacks itself to where it lies, and says how much it takes.
     let end = loaded.kernel_load.0.saturating_add(header.init_size.into());
     if end > low_end(memory) {
@@ -139,6 +148,29 @@ fn load_kernel(
         )));
     }
     Ok((loaded, None))
+}
+
+/// Opens a file to be loaded; its length in bytes. It never waits, as for a pipe that nobody
+/// writes to.
+fn open(what: &str, path: &Path) -> Result<(File, u64), Error> {
+    const REMEDY: &str = "name a file that can be read";
+    let opened = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path);
+    let opened = opened.and_then(|file| Ok((file.metadata()?, file)));
+    let (there, file) = opened.map_err(|error| cannot(what, path, error, REMEDY))?;
+    if !there.is_file() {
+        return Err(cannot(what, path, "it is no file", REMEDY));
+    }
+    Ok((file, there.len()))
+}
+
+/// Bytes that a bzImage has by its header: the boot sector, the set-up code, and the kernel proper
+/// in units of 16 bytes (`Documentation/arch/x86/boot.rst`, `setup_sects` and `syssize`).
+fn bzimage_len(header: &setup_header) -> u64 {
+    let sectors = match header.setup_sects {
+        0 => 4,
+        some => u64::from(some),
+    };
+    (sectors + 1) * 512 + u64::from(header.syssize) * 16
 }
 
 /// Where the memory ends that begins at 0.
@@ -157,9 +189,7 @@ fn load_initramfs(
     kernel: &KernelLoaderResult,
 ) -> Result<Initramfs, Error> {
     const WHAT: &str = "load the initramfs";
-    let unreadable = |error| cannot(WHAT, path, error, "name a file that can be read");
-    let mut file = File::open(path).map_err(unreadable)?;
-    let size = file.metadata().map_err(unreadable)?.len();
+    let (mut file, size) = open(WHAT, path)?;
     if size == 0 {
         return Err(cannot(WHAT, path, "it is empty", "name a cpio archive"));
     }

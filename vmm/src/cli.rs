@@ -145,7 +145,7 @@ struct RunArgs {
     #[arg(long, conflicts_with = "kernel")]
     source: Option<PathBuf>,
     /// End with an error when the source has failed for this many seconds [default: never].
-    #[arg(long, value_name = "SECONDS", requires = "source")]
+    #[arg(long, value_name = "SECONDS", requires = "source", conflicts_with = "kernel")]
     source_limit: Option<u64>,
     /// Background fill: on, off or rate=BYTES/s.
     #[arg(long, default_value = "off")]
@@ -155,7 +155,7 @@ struct RunArgs {
     #[arg(long, default_value = "")]
     test_guest: TestGuestOption,
     /// Have a separate process compare memory and disk with what they must hold.
-    #[arg(long, requires = "source")]
+    #[arg(long, requires = "source", conflicts_with = "kernel")]
     verify: bool,
 }
 

@@ -4,7 +4,8 @@
 use serde::{Deserialize, Serialize};
 
 use crate::device_kind::DeviceKind;
-use crate::virtio_mmio::Registers;
+use crate::options::is_name;
+use crate::virtio_mmio::{MAX_QUEUE_SIZE, Registers};
 
 /// A device that has stopped with nothing in flight.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -23,11 +24,13 @@ impl DeviceState {
     pub(crate) fn check(&self) -> Result<(), String> {
         let (kind, registers) = (self.kind, &self.registers);
         let queues = registers.queues().len();
-        let right = registers.device_id() == kind.virtio_id()
+        let right = is_name(&self.name)
+            && registers.device_id() == kind.virtio_id()
             && registers.config().len() == kind.config_len()
             && kind
                 .fixed_queues()
                 .map_or((1..=256).contains(&queues), |n| usize::from(n) == queues)
+            && registers.queue_size_max() <= MAX_QUEUE_SIZE
             && registers.queues().iter().all(|queue| queue.size <= registers.queue_size_max());
         if right {
             return Ok(());

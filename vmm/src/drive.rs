@@ -175,11 +175,7 @@ fn on_event(vm: &Arc<Vm>, event: Event) -> Result<Option<End>, Error> {
         Event::Vcpu(_) => {}
         Event::Complete => finish(vm)?,
         Event::Finished(outcome) => outcome?,
-        Event::GivenUp(reason) => {
-            log::error!("{reason}; the VM is paused, resume it when the source is back");
-            let vm = vm.clone();
-            spawn("pause", move || vm.pause_for(reason))?;
-        }
+        Event::GivenUp(reason) => vm.give_up(reason)?,
     }
     Ok(None)
 }
@@ -190,7 +186,8 @@ fn finish(vm: &Arc<Vm>) -> Result<(), Error> {
     spawn("finish", move || vm.tell.tell(Event::Finished(vm.finish_paging())))
 }
 
-fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Result<(), Error> {
+/// Does something on a thread of its own.
+pub(crate) fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Result<(), Error> {
     let spawned = thread::Builder::new().name(name.into()).spawn(work);
     spawned.map(drop).map_err(|error| Error::host(format!("start a thread: {error}")))
 }

@@ -46,6 +46,8 @@ pub struct Machine {
     /// None where no page is ever missing.
     engine: Option<Engine>,
     memory: DemandMemory,
+    /// None where no page is ever missing.
+    retrier: Option<Arc<Retrier>>,
     service: Arc<FaultService>,
 }
 
@@ -103,8 +105,8 @@ impl Machine {
         if let Ok(known) = &probe.kvm {
             slots = slots.into_iter().map(|slot| slot.with_features(known)).collect();
         }
-        let (_plain, engine) = (Vec::new(), Some(engine));
-        Ok(Machine { slots, _plain, msr_trap, vm, kvm, engine, memory, service })
+        let (_plain, engine, retrier) = (Vec::new(), Some(engine), Some(retrier));
+        Ok(Machine { slots, _plain, msr_trap, vm, kvm, engine, memory, retrier, service })
     }
 
     /// Makes a machine whose memory is all there from the beginning: zeros, for a guest that boots.
@@ -131,8 +133,8 @@ impl Machine {
         }
         let memory = DemandMemory::new(present).map_err(Error::failed)?;
         let service = Arc::new(FaultService::start(DEFAULT_THREADS).map_err(Error::host)?);
-        let (slots, msr_trap, engine) = (Vec::new(), None, None);
-        Ok(Machine { slots, _plain, msr_trap, vm, kvm, engine, memory, service })
+        let (slots, msr_trap, engine, retrier) = (Vec::new(), None, None, None);
+        Ok(Machine { slots, _plain, msr_trap, vm, kvm, engine, memory, retrier, service })
     }
 
     /// The virtual machine.
@@ -192,6 +194,11 @@ impl Machine {
         let of =
             |pager: &Arc<Pager>| pager.bitmap().count_missing(PageRange::new(0, pager.pages()));
         self.pagers().map(of).sum()
+    }
+
+    /// Whether there are pages that could not be fetched, and are tried again and again.
+    pub fn is_source_failing(&self) -> bool {
+        self.retrier.as_ref().is_some_and(|retrier| retrier.is_failing())
     }
 
     /// Calls `callback` when the last page of all regions is present: at once if it is, else on

@@ -310,12 +310,17 @@ fn parse_queue_size(text: &str) -> Result<u16, String> {
 /// Smallest queue: a request to a disk has three descriptors.
 const MIN_QUEUE_SIZE: u16 = 4;
 
-fn parse_name(text: &str) -> Result<String, String> {
+/// Whether a device can be called so: what messages say is then one short line.
+pub(crate) fn is_name(text: &str) -> bool {
     let good = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
-    if text.is_empty() || text.len() > 32 || !text.chars().all(good) {
-        return Err("a name has 1 to 32 letters, digits, or any of - _ .".into());
+    !text.is_empty() && text.len() <= 32 && text.chars().all(good)
+}
+
+fn parse_name(text: &str) -> Result<String, String> {
+    match is_name(text) {
+        true => Ok(text.into()),
+        false => Err("a name has 1 to 32 letters, digits, or any of - _ .".into()),
     }
-    Ok(text.into())
 }
 
 fn parse_mac(text: &str) -> Result<[u8; 6], String> {

@@ -13,6 +13,7 @@ use crate::chipset::{Chipset, create_irqchip};
 use crate::cpuid;
 use crate::error::Error;
 use crate::events::{Event, Tell};
+use crate::layout::MAX_CPUS;
 use crate::machine::{Machine, MachineConfig};
 use crate::options::{FillOption, RestoreMemory};
 use crate::progress::Bar;
@@ -129,17 +130,18 @@ fn prepare(session: &Session, options: &RestoreOptions) -> Result<Prepared, Erro
 /// Refuses what the snapshot's guest was not.
 fn check(saved: &SavedVm, options: &RestoreOptions) -> Result<(), Error> {
     let cpus = saved.vcpus.len();
+    if cpus == 0 || cpus > MAX_CPUS as usize {
+        return Err(Error::failed(format!(
+            "restore the snapshot {}: it has {cpus} vCPUs, and a guest has 1 to {MAX_CPUS}; take \
+             another",
+            options.source.display()
+        )));
+    }
     if let Some(wanted) = options.cpus
         && wanted as usize != cpus
     {
         return Err(Error::usage(format!(
             "--cpus: {wanted}, and the snapshot's guest has {cpus}; leave the option out"
-        )));
-    }
-    if cpus == 0 {
-        return Err(Error::failed(format!(
-            "restore the snapshot {}: it has no vCPU; take another",
-            options.source.display()
         )));
     }
     let (given, had) = (&options.guest.vhost_user, &saved.devices);
@@ -182,16 +184,12 @@ fn verify(image: &HashedImage) -> Result<(), Error> {
 
 fn retrier(limit: Option<Duration>, tell: Tell, last_error: LastError) -> Arc<Retrier> {
     let policy = RetryPolicy { limit, ..RetryPolicy::default() };
-    let given_up = std::sync::atomic::AtomicBool::new(false);
     Retrier::new(policy, move |failure| {
-        use std::sync::atomic::Ordering;
         last_error.set(failure.error.to_string());
         if failure.given_up {
-            // Once: the attempts go on, and so do their failures.
-            if !given_up.swap(true, Ordering::Relaxed) {
-                let reason = format!("{} ({} attempts)", failure.error, failure.attempts);
-                tell.tell(Event::GivenUp(reason));
-            }
+            // Each time, as the VM may have been resumed before the source was back.
+            let reason = format!("{} ({} attempts)", failure.error, failure.attempts);
+            tell.tell(Event::GivenUp(reason));
         } else if failure.attempts.is_power_of_two() {
             // Each failure of a page, but not each attempt: the pauses are short at first.
             log::warn!("{} (attempt {})", failure.error, failure.attempts);

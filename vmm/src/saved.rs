@@ -71,6 +71,14 @@ impl SavedMemory {
         let kept = (self.thp && backing == BackingKind::Shmem).then_some(true);
         let thp = wanted.thp.or(kept);
         let reserve = wanted.reserve.unwrap_or(self.reserve);
-        MemoryOption::checked(self.size, backing, reserve, thp).map_err(Error::usage)
+        MemoryOption::checked(self.size, backing, reserve, thp).map_err(|error| {
+            if wanted.backing.is_some() || wanted.thp.is_some() {
+                return Error::usage(error);
+            }
+            Error::failed(format!(
+                "restore the snapshot's memory: {}; the snapshot is damaged, take another",
+                error.strip_prefix("--memory: ").unwrap_or(&error)
+            ))
+        })
     }
 }

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use demand_memory::{DemandMemory, Fill, FillRate, Stats};
 use vm_device::DeviceMmio;
 
+use crate::api::State;
 use crate::api_server::ApiServer;
 use crate::chipset::Chipset;
 use crate::drive::{End, drive};
@@ -231,6 +232,9 @@ fn follow(
             session.reset_asked.store(false, Ordering::Release);
         }
     });
+    // Who asks for the end before there was a beginning gets it.
+    let asked = vm.lifecycle.is_ending() && vm.lifecycle.state() == State::Starting;
+    let outcome = if asked { Ok(()) } else { outcome };
     // A snapshot under way ends, and nobody begins another.
     vm.lifecycle.end();
     drop(filling);

@@ -260,7 +260,9 @@ pub fn read_state<T: DeserializeOwned>(dir: &Path) -> Result<T, Error> {
     match dir.metadata() {
         Ok(there) if there.is_dir() => {}
         Ok(_) => return Err(failed("it is no snapshot, which would be a directory".into())),
-        Err(error) => return Err(failed(error.to_string())),
+        Err(error) => {
+            return Err(failed(format!("{error}; name the directory of a snapshot")));
+        }
     }
     for file in [STATE, MEMORY, HASHES] {
         match dir.join(file).metadata() {

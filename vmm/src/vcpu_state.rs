@@ -299,6 +299,15 @@ impl VcpuState {
     }
 
     fn restore_xsave(&self, on: &On, vcpu: &VcpuFd, shape: &StateShape) -> Result<(), Error> {
+        if self.xsave.len() < size_of::<kvm_xsave>() {
+            return Err(Error::failed(format!(
+                "restore vCPU {}: its FPU's state has {} bytes, and none has fewer than {}; the \
+                 snapshot is damaged, take another",
+                on.cpu,
+                self.xsave.len(),
+                size_of::<kvm_xsave>()
+            )));
+        }
         let mut area = shape.xsave();
         let room = size_of::<kvm_xsave>() + size_of_val(area.as_slice());
         let (fits, more) = self.xsave.split_at(room.min(self.xsave.len()));

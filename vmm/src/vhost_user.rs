@@ -24,7 +24,7 @@ use crate::device_state::DeviceState;
 use crate::error::Error;
 use crate::notify::{Notify, no_eventfd, signal};
 use crate::offer::{check_back_end, offered, read_config};
-use crate::options::{Lazy, VhostUserOption};
+use crate::options::{Lazy, VhostUserOption, is_name};
 use crate::rings::{await_used, check_rings, ring_index};
 use crate::virtio_mmio::{Action, QUEUE_NOTIFY, Registers};
 use crate::vsock;
@@ -152,7 +152,11 @@ impl VhostUserDevice {
         position: usize,
         state: &DeviceState,
     ) -> Result<Self, Error> {
-        let failed = |why: String| fail(&state.name, why);
+        let name = match is_name(&state.name) {
+            true => state.name.clone(),
+            false => format!("{}{position}", state.kind),
+        };
+        let failed = |why: String| fail(&name, why);
         if option.kind != state.kind {
             return Err(failed(format!(
                 "it was a device {}, and is to go on as {}; give the devices in the order in which \
@@ -374,7 +378,9 @@ impl VhostUserDevice {
         let Inner { back_end, registers, memory, running, restored } = inner;
         let memory = memory.as_ref().ok_or("no memory was shared with its back-end")?;
         for (index, queue) in registers.queues().iter().enumerate().filter(|(_, q)| q.ready) {
-            check_rings(memory, queue).map_err(|why| format!("queue {index}: {why}"))?;
+            // (A driver's mistake is logged, and a snapshot's ends the restore.)
+            let remedy = if *restored { "; the snapshot is damaged, take another" } else { "" };
+            check_rings(memory, queue).map_err(|why| format!("queue {index}: {why}{remedy}"))?;
         }
         let features = registers.driver_features();
         back_end.set_features(features).map_err(|error| error.to_string())?;

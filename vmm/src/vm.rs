@@ -15,6 +15,7 @@ use crate::api::{
 use crate::boot::BootSource;
 use crate::chipset::Chipset;
 use crate::device_state::DeviceState;
+use crate::drive::spawn;
 use crate::error::Error;
 use crate::events::{Event, Tell};
 use crate::machine::Machine;
@@ -112,6 +113,8 @@ pub struct Lifecycle {
     change: Mutex<Change>,
     /// Set when the VM is going away, so that a snapshot under way ends.
     ending: AtomicBool,
+    /// Whether it is being paused because the source fails.
+    giving_up: AtomicBool,
     /// Pages of memory that the snapshot under way has dealt with.
     copied: AtomicU64,
     /// Where it goes.
@@ -145,6 +148,11 @@ impl Lifecycle {
             Err(TryLockError::Poisoned(poisoned)) => Ok(poisoned.into_inner()),
             Err(TryLockError::WouldBlock) => Err(ControlError::wrong_state(BUSY)),
         }
+    }
+
+    /// Whether the VM is going away.
+    pub fn is_ending(&self) -> bool {
+        self.ending.load(Ordering::Acquire)
     }
 
     /// Ends a snapshot under way, and waits until nobody moves the VM any more.
@@ -240,12 +248,29 @@ impl Vm {
         Ok(())
     }
 
-    /// Pauses, because the source has failed for too long.
-    pub fn pause_for(&self, reason: String) {
-        self.last_error.set(reason);
-        if let Err(error) = self.pause() {
-            log::warn!("pause the VM: {}", error.message);
+    /// Pauses on a thread of its own, because the source has failed for too long. It may have been
+    /// paused since that was told, or the source may be back: then there is nothing to do.
+    ///
+    /// # Errors
+    ///
+    /// The host has no thread.
+    pub fn give_up(self: &Arc<Self>, reason: String) -> Result<(), Error> {
+        if self.lifecycle.state() != State::Running
+            || !self.machine.is_source_failing()
+            || self.lifecycle.giving_up.swap(true, Ordering::AcqRel)
+        {
+            return Ok(());
         }
+        let vm = self.clone();
+        spawn("pause", move || {
+            match vm.pause() {
+                Ok(()) => {
+                    log::error!("{reason}; the VM is paused, resume it when the source is back");
+                }
+                Err(error) => log::warn!("{reason}; pause the VM: {}", error.message),
+            }
+            vm.lifecycle.giving_up.store(false, Ordering::Release);
+        })
     }
 
     /// The state of all but the memory. The vCPUs are paused and the devices stopped.
@@ -345,7 +370,7 @@ impl Control for Vm {
             pid: std::process::id(),
             version: env!("CARGO_PKG_VERSION").into(),
             snapshot,
-            last_error: self.last_error.get(),
+            last_error: self.last_error.get().filter(|_| self.machine.is_source_failing()),
         }
     }
 
@@ -420,6 +445,12 @@ impl Control for Vm {
 
     fn shutdown(&self) -> Result<(), ControlError> {
         self.tell.tell(Event::Shutdown);
+        if self.lifecycle.state() == State::Starting {
+            // Nobody listens before the guest runs, and what it takes to begin may wait for pages
+            // that do not come.
+            self.lifecycle.ending.store(true, Ordering::Release);
+            self.machine.memory().stop();
+        }
         Ok(())
     }
 }

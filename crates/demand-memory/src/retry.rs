@@ -65,6 +65,8 @@ struct Queue {
     jobs: BTreeMap<(Instant, u64), Job>,
     next: u64,
     running: bool,
+    /// Whether a job is under way.
+    busy: bool,
     closed: bool,
 }
 
@@ -148,6 +150,13 @@ impl Retrier {
         self.inner.changed.notify_all();
     }
 
+    /// Whether there are pages that could not be fetched, and will be tried again. It is false
+    /// again once the source has delivered them.
+    pub fn is_failing(&self) -> bool {
+        let queue = self.inner.lock();
+        queue.busy || !queue.jobs.is_empty()
+    }
+
     /// Forgets all jobs.
     fn stop(&self) {
         let jobs = {
@@ -174,12 +183,14 @@ fn run(inner: &Inner) {
             continue;
         }
         let job = queue.jobs.pop_first().map(|(_, job)| job);
+        queue.busy = true;
         drop(queue);
         if let Some(job) = job {
             // A job that panics is a mistake, and has been reported; the others go on.
             let _ = panic::catch_unwind(AssertUnwindSafe(job));
         }
         queue = inner.lock();
+        queue.busy = false;
     }
     queue.running = false;
 }

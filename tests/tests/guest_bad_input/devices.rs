@@ -1,0 +1,91 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Back-ends that cannot go on where a snapshot's were.
+
+use std::fs::File;
+use std::path::Path;
+
+use demand_tests::backend::{BackEnd, BlkOptions};
+use demand_tests::guest::Guest;
+use demand_tests::refusal::{FAILED, Refusals};
+
+use crate::snapshot::{Snapshot, blk, restore_with};
+
+/// A restored guest works, and all that it had is there.
+fn proves_itself(mut guest: Guest) {
+    guest.wait_beats(2).unwrap();
+    guest.finish().unwrap();
+}
+
+#[test]
+fn back_ends_that_cannot_go_on() {
+    let Some(snapshot) = Snapshot::get() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let mut refusals = Refusals::new();
+    let mut refused = |case: &str, socket: &Path, words: &[&str]| {
+        let mut command = restore_with(&snapshot.dir(), socket);
+        refusals.check(case, &mut command, FAILED, &[words, &[socket.to_str().unwrap()]].concat());
+    };
+    let at = |name: &str| folder.path().join(name);
+    refused("nobody listens", &at("none.sock"), &["device blk0", "start the back-end first"]);
+    std::fs::write(at("file"), "x").unwrap();
+    refused("a file for a socket", &at("file"), &["device blk0"]);
+    let long = at(&"a".repeat(120));
+    refused("a socket's path that is too long", &long, &["device blk0"]);
+
+    let started = |name: &str, size: u64, options: BlkOptions| {
+        let disk = at(&format!("{name}.disk"));
+        File::create(&disk).unwrap().set_len(size).unwrap();
+        BackEnd::vhost_device_blk_at(at(&format!("{name}.sock")), &disk, &options).unwrap()
+    };
+    let fewer = started("fewer", 8 << 20, BlkOptions { queues: 1, ..blk() });
+    refused("fewer queues", fewer.socket(), &["it has 2 queues", "serves 1", "start it with more"]);
+    let lost = started("lost", 8 << 20, BlkOptions { postcopy: false, ..blk() });
+    refused("no post-copy", lost.socket(), &["PAGEFAULT", "lazy=fill"]);
+    refusals.end();
+
+    let mut refusals = Refusals::new();
+    for (name, size) in [("smaller", 4 << 20), ("larger", 16 << 20)] {
+        let other = started(name, size, blk());
+        let capacity = (size / 512).to_string();
+        let mut command = restore_with(&snapshot.dir(), other.socket());
+        let words = ["capacity 16384", &capacity, "start one like the old"];
+        refusals.check(&format!("a {name} disk"), &mut command, FAILED, &words);
+    }
+    let socket = lost.socket().display();
+    for (lazy, words) in [
+        ("postcopy", &["lazy=postcopy", "PAGEFAULT"][..]),
+        ("refuse", &["lazy=refuse", "lazy=auto or lazy=fill"]),
+        ("auto", &["PAGEFAULT", "lazy=fill fills memory"]),
+    ] {
+        let mut command = crate::snapshot::restore(&snapshot.dir());
+        command.arg("--vhost-user").arg(format!("blk,socket={socket},lazy={lazy}"));
+        refusals.check(&format!("lazy={lazy}"), &mut command, FAILED, words);
+    }
+    refusals.end();
+    snapshot.assert_unchanged();
+}
+
+#[test]
+fn a_back_end_without_post_copy_goes_on_when_memory_is_filled() {
+    let Some(snapshot) = Snapshot::get() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let back_end = snapshot.back_end(folder.path(), &BlkOptions { postcopy: false, ..blk() });
+    let socket = back_end.socket();
+    proves_itself(snapshot.restore_with(folder.path(), &snapshot.dir(), socket, ",lazy=fill", &[]));
+    snapshot.assert_unchanged();
+}
+
+#[test]
+fn a_back_end_that_echoes_addresses_goes_on_when_memory_is_filled() {
+    let Some(snapshot) = Snapshot::get() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let disk = snapshot.disk(folder.path());
+    let back_end = BackEnd::qemu_storage_daemon_with(folder.path(), &disk, blk().queues).unwrap();
+    let socket = back_end.socket();
+    let words = ["names our address", "lazy=fill", socket.to_str().unwrap()];
+    let mut refusals = Refusals::new();
+    refusals.check("auto", &mut restore_with(&snapshot.dir(), socket), FAILED, &words);
+    refusals.end();
+    proves_itself(snapshot.restore_with(folder.path(), &snapshot.dir(), socket, ",lazy=fill", &[]));
+    snapshot.assert_unchanged();
+}

@@ -1,0 +1,175 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Files of a snapshot that are not what they were, or not there.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::process::Command;
+
+use demand_source::ImageWriter;
+use demand_tests::refusal::{FAILED, Refusals};
+
+use crate::snapshot::{FILES, MEMORY, Snapshot, restore, seal};
+
+/// What there is to do about a state that was altered.
+const ALTERED: &[&str] = &["altered after it was written", "take another copy"];
+
+/// State files that are cut off, altered, or of another version: what, the file, what is said.
+fn spoilt(good: &[u8]) -> Vec<(String, Vec<u8>, &'static [&'static str])> {
+    let line = good.iter().position(|byte| *byte == b'\n').unwrap();
+    let mut cases = Vec::new();
+    let mut cut = |len: usize, words: &'static [&'static str]| {
+        cases.push((format!("state cut to {len} bytes"), good[..len].to_vec(), words));
+    };
+    for len in [0, 1, 18] {
+        cut(len, &["no snapshot", "does not begin as one"]);
+    }
+    for len in [19, 22, line / 2, line] {
+        cut(len, &["ends in its first line", "take another copy"]);
+    }
+    for len in [line + 1, line + 2, (line + good.len()) / 2, good.len() - 1] {
+        cut(len, &["is cut off", "take another copy"]);
+    }
+    cases.push(("state with a byte more".into(), [good, b"x"].concat(), ALTERED));
+    // Each word of the header (its version, length, and both sums), and all over the rest.
+    let words = (0..line).filter(|at| good[*at] == b' ').map(|at| at + 1);
+    let step = (good.len() - line).div_ceil(12);
+    for at in words.chain((line..good.len()).step_by(step)).chain([good.len() - 1]) {
+        let mut bytes = good.to_vec();
+        bytes[at] ^= 1;
+        cases.push((format!("state altered at byte {at}"), bytes, ALTERED));
+    }
+    let mut bytes = good.to_vec();
+    bytes[3] ^= 1;
+    cases.push(("state of something else".into(), bytes, &["does not begin as one does"]));
+    let json = &good[line + 1..];
+    let newer = &["version 2", "use a newer demand-vmm"];
+    cases.push(("a newer state".into(), seal(2, json), newer));
+    cases.push(("a state of the future".into(), seal(u32::MAX, b"?"), &["use a newer demand-vmm"]));
+    let older = &["version 0", "with the demand-vmm that wrote it"];
+    cases.push(("an older state".into(), seal(0, json), older));
+    for (what, json) in [
+        ("nothing", &b""[..]),
+        ("null", b"null"),
+        ("no JSON", b"\xff\xfe"),
+        ("half of a string", b"{\"memory\": \""),
+        ("an unknown field", b"{\"mammoth\": 1}"),
+    ] {
+        cases.push((format!("a state that holds {what}"), seal(1, json), &["is whole, but not"]));
+    }
+    let deep = "[".repeat(100_000);
+    cases.push(("a deep state".into(), seal(1, deep.as_bytes()), &["is whole, but not"]));
+    cases
+}
+
+/// Needs no guest: anything that was sealed will do for a state.
+#[test]
+fn a_state_that_was_cut_off_or_altered() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut refusals = Refusals::new();
+    for (case, bytes, words) in spoilt(&seal(1, &br#"{"memory":{"size":1}}"#.repeat(100))) {
+        for name in FILES {
+            fs::write(folder.path().join(name), &bytes).unwrap();
+        }
+        let dir = folder.path().to_str().unwrap();
+        let words = [words, &[dir]].concat();
+        refusals.check(&case, &mut restore(folder.path()), FAILED, &words);
+    }
+    refusals.end();
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), FILES.len());
+}
+
+#[test]
+fn a_real_state_that_was_cut_off_or_altered() {
+    let Some(snapshot) = Snapshot::get() else { return };
+    let mut refusals = Refusals::new();
+    let copy = snapshot.copy();
+    for (case, bytes, words) in spoilt(&snapshot.read("state")) {
+        copy.write("state", &bytes);
+        refusals.check(&case, &mut restore(&copy.dir()), FAILED, words);
+    }
+    refusals.end();
+    snapshot.assert_unchanged();
+}
+
+#[test]
+fn files_that_are_not_there() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let mut refusals = Refusals::new();
+    let mut refused = |case: &str, dir: &str, words: &[&str]| {
+        refusals.check(case, &mut restore(&at(dir)), FAILED, &[words, &[dir]].concat());
+    };
+    refused("nothing there", "none", &["No such file", "name the directory of a snapshot"]);
+    fs::write(at("file"), "x").unwrap();
+    refused("a file", "file", &["would be a directory"]);
+    symlink(at("none"), at("dangling")).unwrap();
+    refused("a symbolic link to nothing", "dangling", &["No such file"]);
+    for missing in FILES {
+        fs::create_dir(at(missing)).unwrap();
+        for name in FILES.iter().filter(|name| **name != missing) {
+            fs::write(at(missing).join(name), "x").unwrap();
+        }
+        let words = format!("has no file '{missing}'");
+        refused(&format!("no {missing}"), missing, &[&words]);
+        fs::create_dir(at(missing).join(missing)).unwrap();
+        refused(&format!("a folder for {missing}"), missing, &[&words]);
+        fs::remove_dir(at(missing).join(missing)).unwrap();
+        // Nobody waits for a writer.
+        let fifo = Command::new("mkfifo").arg(at(missing).join(missing)).status().unwrap();
+        assert!(fifo.success());
+        refused(&format!("a pipe for {missing}"), missing, &[&words]);
+    }
+    refusals.end();
+}
+
+#[test]
+fn a_memory_that_is_not_the_snapshots() {
+    let Some(snapshot) = Snapshot::get() else { return };
+    let mut refusals = Refusals::new();
+    let copy = snapshot.copy();
+    let mut refused = |case: &str, copy: &crate::snapshot::Spoilt, words: &[&str]| {
+        refusals.check(case, &mut restore(&copy.dir()), FAILED, words);
+    };
+    let memory = copy.own("memory");
+    for len in [0, 4096, MEMORY - 4096, MEMORY - 1, MEMORY + 1, MEMORY + 4096] {
+        memory.set_len(len).unwrap();
+        let words = ["the table is for 134217728 bytes", &format!("has {len}"), "one snapshot"];
+        refused(&format!("a memory of {len} bytes"), &copy, &words);
+    }
+    drop(memory);
+
+    // Another snapshot's, which is as good.
+    for (case, size, generation) in
+        [("another snapshot's memory", MEMORY, [7; 16]), ("a smaller guest's", MEMORY / 2, [8; 16])]
+    {
+        let copy = snapshot.copy();
+        copy.remove("memory");
+        copy.remove("hashes");
+        let (memory, hashes) = (copy.path("memory"), copy.path("hashes"));
+        let writer = ImageWriter::create(&memory, &hashes, size, generation).unwrap();
+        writer.finish().unwrap();
+        refused(case, &copy, &["another snapshot's", "put the files together"]);
+    }
+
+    let copy = snapshot.copy();
+    let good = snapshot.read("hashes");
+    for (case, bytes, word) in [
+        ("no hashes", &good[..0], "no header"),
+        ("half a header of hashes", &good[..100], "no header"),
+        ("fewer hashes", &good[..good.len() - 8], "instead of"),
+        ("half a hash", &good[..good.len() - 1], "instead of"),
+        ("more hashes", &[&good[..], &[0; 8]].concat(), "instead of"),
+        ("hashes that were not finished", &vec![0; good.len()], "not finished"),
+    ] {
+        copy.write("hashes", bytes);
+        refused(case, &copy, &[word, "one snapshot"]);
+    }
+    for (at, word) in [(3, "no table"), (8, "version"), (17, "damaged"), (30, "damaged")] {
+        let mut bytes = good.clone();
+        bytes[at] ^= 2;
+        copy.write("hashes", &bytes);
+        refused(&format!("hashes altered at byte {at}"), &copy, &[word, "one snapshot"]);
+    }
+    refusals.end();
+    snapshot.assert_unchanged();
+}

@@ -1,0 +1,105 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Snapshots that cannot be written: the guest goes on, and nothing is left that looks like one.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use demand_tests::refusal::Refusals;
+use demand_vmm::api::{Go, SnapshotRequest, State};
+
+use crate::snapshot::{FILES, Snapshot};
+
+/// A disk of its own, which goes with it.
+struct Disk(PathBuf);
+
+impl Disk {
+    /// A disk of this many bytes at `folder`, which is made.
+    fn new(folder: PathBuf, options: &str) -> Self {
+        fs::create_dir(&folder).unwrap();
+        mount(&["-t", "tmpfs", "-o", options, "none"], &folder);
+        Disk(folder)
+    }
+
+    fn names(&self) -> Vec<PathBuf> {
+        fs::read_dir(&self.0).unwrap().map(|entry| entry.unwrap().path()).collect()
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg(&self.0).status();
+    }
+}
+
+fn mount(arguments: &[&str], folder: &Path) {
+    assert!(Command::new("mount").args(arguments).arg(folder).status().unwrap().success());
+}
+
+#[test]
+fn a_snapshot_that_cannot_be_written_does_the_guest_no_harm() {
+    let Some(snapshot) = Snapshot::get() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let (mut guest, _back_end) = snapshot.restore(folder.path(), &snapshot.dir(), &[]);
+    guest.wait_beats(1).unwrap();
+    let small = [
+        Disk::new(at("tiny"), "size=64k"),
+        Disk::new(at("small"), "size=8m"),
+        // Room for everything, but not for the names of it.
+        Disk::new(at("names"), "size=256m,nr_inodes=4"),
+    ];
+    let sealed = Disk::new(at("sealed"), "size=1m");
+    mount(&["-o", "remount,ro"], &sealed.0);
+    fs::create_dir(at("taken")).unwrap();
+    fs::write(at("taken/file"), "precious").unwrap();
+    fs::write(at("file"), "precious").unwrap();
+
+    let mut refusals = Refusals::new();
+    let mut refused =
+        |guest: &mut demand_tests::guest::Guest, case: &str, to: PathBuf, words: &[&str]| {
+            let line = guest.api().snapshot(
+                &SnapshotRequest { destination: to.clone(), then: Some(Go::Shutdown) },
+                |_| {},
+            );
+            let line = match line {
+                Ok(done) => Err(format!("it was written: {done:?}")),
+                Err(error) => Ok(error.to_string()),
+            };
+            let name = to.to_str().unwrap();
+            refusals.check_line(case, line, &[words, &[name]].concat());
+            assert_eq!(guest.api().status().unwrap().state, State::Running, "{case}");
+            guest.wait_beats(1).unwrap();
+        };
+    for disk in &small {
+        let case = format!("no room in {}", disk.0.display());
+        refused(&mut guest, &case, disk.0.join("s"), &["No space left", "space", "another"]);
+        assert!(disk.names().is_empty(), "{case}: {:?}", disk.names());
+    }
+    refused(&mut guest, "a disk to be read only", sealed.0.join("s"), &["read-only"]);
+    refused(&mut guest, "it is taken", at("taken"), &["not empty", "another path"]);
+    refused(&mut guest, "a file", at("file"), &["no directory", "another path"]);
+    refused(&mut guest, "no such folder", at("none/s"), &["there is no folder", "make it"]);
+    refused(&mut guest, "under a file", at("file/s"), &["there is no folder", "make it"]);
+    refused(&mut guest, "the root", "/".into(), &["ends in no name"]);
+    refused(&mut guest, "a long name", at(&"s".repeat(300)), &["name"]);
+    refused(&mut guest, "a relative path", "s".into(), &["no absolute path"]);
+    refusals.end();
+    assert_eq!(fs::read_to_string(at("taken/file")).unwrap(), "precious");
+    assert_eq!(fs::read_to_string(at("file")).unwrap(), "precious");
+    let partial = |entry: fs::DirEntry| entry.file_name().to_string_lossy().contains(".partial-");
+    assert!(!fs::read_dir(folder.path()).unwrap().flatten().any(partial));
+
+    // It can still be written where there is room, by a guest that is paused as by one that runs.
+    guest.api().pause().unwrap();
+    let tiny = SnapshotRequest { destination: small[0].0.join("s"), then: None };
+    let error = guest.api().snapshot(&tiny, |_| {}).unwrap_err();
+    assert!(error.to_string().contains("No space left"), "{error}");
+    assert_eq!(guest.api().status().unwrap().state, State::Paused);
+    guest.api().resume().unwrap();
+    guest.snapshot(&at("s"), None).unwrap();
+    assert_eq!(fs::read_dir(at("s")).unwrap().count(), FILES.len());
+    guest.wait_beats(1).unwrap();
+    guest.finish().unwrap();
+    snapshot.assert_unchanged();
+}

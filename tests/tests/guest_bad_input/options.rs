@@ -1,0 +1,108 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Options of `restore` that the snapshot does not go with.
+
+use std::process::Command;
+
+use demand_tests::process::program;
+use demand_tests::refusal::{FAILED, Refusals, USAGE};
+
+use crate::snapshot::{Snapshot, restore_with};
+
+/// Needs no guest.
+#[test]
+fn options_that_are_none() {
+    let mut refusals = Refusals::new();
+    for (arguments, words) in [
+        (&["restore"][..], &["--source"][..]),
+        (&["restore", "--source", "x", "--cpus", "two"], &["--cpus"]),
+        (&["restore", "--source", "x", "--memory", "size=1Q"], &["--memory", "size=1Q"]),
+        (&["restore", "--source", "x", "--memory", "backing=paper"], &["--memory", "paper"]),
+        (&["restore", "--source", "x", "--engine", "magic"], &["--engine", "magic"]),
+        (&["restore", "--source", "x", "--fill", "rate=0"], &["--fill", "off"]),
+        (&["restore", "--source", "x", "--serial", "com1"], &["--serial", "tty"]),
+        (&["restore", "--source", "x", "--source-limit", "-1"], &["-1"]),
+        (&["restore", "--source", "x", "--vhost-user", "blk"], &["socket=PATH"]),
+        (&["restore", "--source", "x", "--vhost-user", "fs,socket=y"], &["--vhost-user"]),
+        (&["restore", "--source", "x", "--kernel", "y"], &["--kernel"]),
+        (&["snapshot", "--api-socket", "x"], &["DIR"]),
+        (&["snapshot", "--api-socket", "x", "--then", "fly", "y"], &["--then", "fly"]),
+        (&["pause"], &["--api-socket"]),
+    ] {
+        let mut command = Command::new(program("demand-vmm").unwrap());
+        refusals.check(&arguments.join(" "), command.args(arguments), USAGE, words);
+    }
+    for asked in ["status", "pause", "resume", "shutdown"] {
+        let mut command = Command::new(program("demand-vmm").unwrap());
+        command.args([asked, "--api-socket", "/nowhere/api.sock"]);
+        let words = [asked, "no VMM listens at /nowhere/api.sock"];
+        refusals.check(asked, &mut command, FAILED, &words);
+    }
+    refusals.end();
+}
+
+#[test]
+fn options_that_the_snapshot_does_not_go_with() {
+    let Some(snapshot) = Snapshot::get() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let back_end = snapshot.back_end(folder.path(), &crate::snapshot::blk());
+    let socket = back_end.socket();
+    let device = |kind: &str| format!("{kind},socket={}", socket.display());
+    let (blk, net) = (device("blk"), device("net"));
+    let seventeen: Vec<_> = (0..17).flat_map(|_| ["--vhost-user", &blk]).collect();
+    let one = ["--vhost-user", &blk];
+    let mut refusals = Refusals::new();
+    for (case, arguments, status, words) in [
+        ("other CPUs", &["--cpus", "2"][..], USAGE, &["--cpus: 2", "has 1", "leave"][..]),
+        ("no CPUs", &["--cpus", "0"], USAGE, &["--cpus: 0", "has 1"]),
+        ("more memory", &["--memory", "size=256M"], USAGE, &["size=268435456", "134217728"]),
+        ("less memory", &["--memory", "size=64M"], USAGE, &["size=67108864", "134217728"]),
+        ("no memory", &["--memory", "size=0"], USAGE, &["--memory", "134217728"]),
+        (
+            "a backing that does not divide it",
+            &["--memory", "backing=hugetlb-1g"],
+            USAGE,
+            &["size=134217728", "multiple of the 1073741824 bytes"],
+        ),
+        (
+            "huge pages of huge pages",
+            &["--memory", "backing=hugetlb-2m,thp=on"],
+            USAGE,
+            &["thp=", "leave it out"],
+        ),
+        ("two devices more", &[one, one].concat(), USAGE, &["3 devices", "has 1 (blk)"]),
+        ("more than there can be", &seventeen, USAGE, &["18 devices", "room for 16"]),
+        (
+            "a report into nowhere",
+            &["--report", "/nowhere/report"],
+            FAILED,
+            &["/nowhere/report", "can be written"],
+        ),
+        (
+            "a console into nowhere",
+            &["--serial", "file=/nowhere/console"],
+            FAILED,
+            &["/nowhere/console", "can be written"],
+        ),
+        (
+            "an API in nowhere",
+            &["--api-socket", "/nowhere/api.sock"],
+            FAILED,
+            &["/nowhere/api.sock", "is there such a folder?"],
+        ),
+    ] {
+        let mut command = restore_with(&snapshot.dir(), socket);
+        refusals.check(case, command.args(arguments), status, words);
+    }
+    let mut without = crate::snapshot::restore(&snapshot.dir());
+    refusals.check("no device", &mut without, USAGE, &["0 devices", "has 1 (blk)"]);
+    let mut other = crate::snapshot::restore(&snapshot.dir());
+    other.args(["--vhost-user", &net]);
+    let words = ["was a device blk", "as net", "in the order"];
+    refusals.check("another kind of device", &mut other, FAILED, &words);
+    let mut no_pool = restore_with(&snapshot.dir(), socket);
+    no_pool.args(["--engine", "kvm-attributes", "--memory", "backing=hugetlb-1g,size=128M"]);
+    refusals.check("all of it at once", &mut no_pool, USAGE, &["multiple"]);
+    refusals.end();
+    snapshot.assert_unchanged();
+    assert!(back_end.accepts());
+}

@@ -1,0 +1,163 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Pages of a snapshot's memory that are not what they were: nobody ever sees them.
+
+use std::os::unix::fs::FileExt;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use demand_tests::guest::Guest;
+use demand_tests::refusal::{FAILED, Refusals};
+use demand_vmm::api::{State, Status};
+use demand_vmm::snapshot_dir;
+use serde_json::Value;
+
+use crate::snapshot::{MEMORY, Snapshot, Spoilt, restore};
+
+const PAGE: u64 = 4096;
+/// What the third word of a page is that the guest's program works on.
+const WORKED_ON: u64 = 0x7972_6f6d_656d;
+/// The number of the register that holds where kvm-clock is (`MSR_KVM_SYSTEM_TIME_NEW`).
+const KVM_CLOCK: u64 = 0x4b56_4d01;
+
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// Offset of a page that the guest works on all the time.
+fn worked_on(snapshot: &Snapshot) -> u64 {
+    let memory = snapshot.read("memory");
+    let mut found = memory.chunks_exact(PAGE as usize).enumerate().filter(|(_, page)| {
+        page[16..24] == WORKED_ON.to_le_bytes() && page[32..].iter().any(|byte| *byte != 0)
+    });
+    // Not the first, lest the program has barely begun.
+    found.nth(100).unwrap().0 as u64 * PAGE
+}
+
+/// Offset of the page that kvm-clock is in.
+fn kvm_clock(snapshot: &Snapshot) -> u64 {
+    let state: Value = snapshot_dir::decode(&snapshot.read("state")).unwrap();
+    let msrs = state["vcpus"][0]["msrs"].as_array().unwrap();
+    let clock = msrs.iter().find(|msr| msr[0] == KVM_CLOCK).unwrap();
+    clock[1].as_u64().unwrap() & !(PAGE - 1)
+}
+
+/// Alters a byte of a copy's memory, or puts it back.
+fn flip(copy: &Spoilt, offset: u64) {
+    let memory = std::fs::File::options().read(true).write(true).open(copy.path("memory")).unwrap();
+    let mut byte = [0];
+    memory.read_exact_at(&mut byte, offset).unwrap();
+    memory.write_all_at(&[byte[0] ^ 0x10], offset).unwrap();
+}
+
+/// Asks for the status until it is as wanted.
+fn wait(guest: &Guest, what: &str, wanted: impl Fn(&Status) -> bool) -> Status {
+    let begun = Instant::now();
+    loop {
+        match guest.api().status() {
+            Ok(status) if wanted(&status) => return status,
+            status if begun.elapsed() > PATIENCE => panic!("{what}: {status:?}; {}", guest.story()),
+            _ => thread::sleep(Duration::from_millis(50)),
+        }
+    }
+}
+
+#[test]
+fn altered_pages_are_found_before_the_guest_runs_if_it_is_asked_for() {
+    let Some(snapshot) = Snapshot::get() else { return };
+    let page = worked_on(snapshot);
+    let zeros = {
+        let memory = snapshot.read("memory");
+        let is_zero = |page: &[u8]| page.iter().all(|byte| *byte == 0);
+        memory.chunks_exact(PAGE as usize).rposition(is_zero).unwrap() as u64 * PAGE
+    };
+    let mut refusals = Refusals::new();
+    for (case, page, at) in [
+        ("a byte of a page", page, page + 2000),
+        ("the first byte", 0, 0),
+        ("the last byte", MEMORY - PAGE, MEMORY - 1),
+        ("a byte of a hole", zeros, zeros + 7),
+    ] {
+        let copy = snapshot.copy();
+        drop(copy.own("memory"));
+        flip(&copy, at);
+        let mut command = restore(&copy.dir());
+        command.args(["--verify", "--vhost-user", "blk,socket=/nowhere"]);
+        let memory = copy.path("memory");
+        let words = [&*format!("offset {page} of"), memory.to_str().unwrap(), "put back"];
+        refusals.check(case, &mut command, FAILED, &words);
+    }
+    let copy = snapshot.copy();
+    let mut hashes = snapshot.read("hashes");
+    hashes[4096 + (page / PAGE) as usize * 8] ^= 1;
+    copy.write("hashes", &hashes);
+    let mut command = restore(&copy.dir());
+    command.args(["--verify", "--vhost-user", "blk,socket=/nowhere"]);
+    let words = [&*format!("offset {page} of"), "put back"];
+    refusals.check("a hash", &mut command, FAILED, &words);
+    refusals.end();
+    snapshot.assert_unchanged();
+}
+
+#[test]
+fn an_altered_page_is_waited_for_and_the_guest_goes_on_when_it_is_put_back() {
+    let Some(snapshot) = Snapshot::get() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let copy = snapshot.copy();
+    drop(copy.own("memory"));
+    let page = worked_on(snapshot);
+    flip(&copy, page + 2000);
+    let more = ["--source-limit", "1", "--fill", "off"];
+    let (mut guest, _back_end) = snapshot.restore(folder.path(), &copy.dir(), &more);
+    let paused = |status: &Status| status.state == State::Paused;
+    let words = format!("offset {page} of {}", copy.path("memory").display());
+    let status = wait(&guest, "the limit passes", paused);
+    let error = status.last_error.unwrap_or_default();
+    assert!(error.contains(&words) && error.contains("put back"), "{error}");
+    let said = guest.said();
+    assert!(said.contains(&words) && said.contains("the VM is paused"), "{said}");
+    // It is no better for being resumed.
+    guest.api().resume().unwrap();
+    let status = wait(&guest, "it is paused again", paused);
+    assert!(status.last_error.unwrap_or_default().contains(&words));
+
+    flip(&copy, page + 2000);
+    wait(&guest, "the page arrives", |status| status.last_error.is_none());
+    guest.api().resume().unwrap();
+    guest.wait_beats(3).unwrap();
+    let status = guest.api().status().unwrap();
+    assert_eq!((status.state, status.last_error), (State::Running, None));
+    guest.finish().unwrap();
+    snapshot.assert_unchanged();
+}
+
+#[test]
+fn a_page_that_is_needed_to_begin_is_waited_for() {
+    let Some(snapshot) = Snapshot::get() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let copy = snapshot.copy();
+    drop(copy.own("memory"));
+    let page = kvm_clock(snapshot);
+    flip(&copy, page + 4000);
+    let words = format!("offset {page} of");
+    let fails =
+        |status: &Status| status.last_error.as_ref().is_some_and(|error| error.contains(&words));
+    let (guest, back_end) = snapshot.restore(folder.path(), &copy.dir(), &["--fill", "off"]);
+    let status = wait(&guest, "the page is looked for", fails);
+    assert_eq!(status.state, State::Starting);
+    for error in [guest.api().pause().unwrap_err(), guest.api().resume().unwrap_err()] {
+        assert!(error.to_string().contains("the VM is starting"), "{error}");
+    }
+    // The page comes, and the guest never knows.
+    flip(&copy, page + 4000);
+    let mut guest = guest;
+    guest.wait_beats(2).unwrap();
+    guest.finish().unwrap();
+    drop(back_end);
+
+    // It does not come, and the VM is ended.
+    flip(&copy, page + 4000);
+    let (mut guest, _back_end) = snapshot.restore(folder.path(), &copy.dir(), &["--fill", "off"]);
+    wait(&guest, "the page is looked for", fails);
+    guest.api().shutdown().unwrap();
+    let status = guest.wait_end().unwrap();
+    assert!(status.success(), "{status}; {}", guest.story());
+    snapshot.assert_unchanged();
+}

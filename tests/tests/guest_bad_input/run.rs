@@ -1,0 +1,203 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! `run` with a kernel that is none, or that does not go with the rest.
+
+use std::fs::{self, File};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use demand_tests::guest::Kernel;
+use demand_tests::host::{has_kvm, skip};
+use demand_tests::process::program;
+use demand_tests::refusal::{FAILED, HOST, Refusals, USAGE};
+
+/// `demand-vmm run` of a kernel.
+fn run(memory: &str, kernel: &Path) -> Command {
+    let mut command = Command::new(program("demand-vmm").unwrap());
+    command.args(["run", "--memory", &format!("size={memory}")]).arg("--kernel").arg(kernel);
+    command
+}
+
+/// An ELF image that could be loaded at 16 MiB, and says nothing of how to begin.
+fn plain_elf() -> Vec<u8> {
+    // Values and their lengths: the lowest byte comes first.
+    let header = [
+        // 64 bits; an executable for x86-64 that begins at 16 MiB, with one program header.
+        (u64::from_le_bytes(*b"\x7fELF\x02\x01\x01\0"), 8),
+        (0, 8),
+        (2, 2),
+        (62, 2),
+        (1, 4),
+        (0x100_0000, 8),
+        (64, 8),
+        (0, 8),
+        (0, 4),
+        (64, 2),
+        (56, 2),
+        (1, 2),
+        (0, 6),
+    ];
+    // The whole file is to be loaded there.
+    let program =
+        [(1, 4), (5, 4), (0, 8), (0x100_0000, 8), (0x100_0000, 8), (120, 8), (120, 8), (4096, 8)];
+    let words = header.into_iter().chain(program);
+    words.flat_map(|(value, len)| value.to_le_bytes().into_iter().take(len)).collect()
+}
+
+/// Needs no kernel, and often no KVM.
+#[test]
+fn kernels_that_are_none() {
+    if !has_kvm() {
+        return skip("there is no usable /dev/kvm");
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let file = |name: &str, bytes: &[u8]| {
+        let path = folder.path().join(name);
+        fs::write(&path, bytes).unwrap();
+        path
+    };
+    let pipe = folder.path().join("pipe");
+    assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    let random: Vec<u8> =
+        (0..100_000u32).map(|n| (n.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+    const KINDS: &str = "name a bzImage, or an ELF vmlinux with a PVH entry";
+    let mut refusals = Refusals::new();
+    for (case, kernel, words) in [
+        ("no kernel", PathBuf::from("/nowhere/vmlinux"), &["No such file", "can be read"][..]),
+        ("a folder", folder.path().into(), &["is no file"]),
+        ("a pipe", pipe, &["is no file"]),
+        ("a device", "/dev/zero".into(), &["is no file"]),
+        ("an empty file", file("empty", b""), &[KINDS]),
+        ("three bytes", file("three", b"\x7fEL"), &[KINDS]),
+        ("noise", file("noise", &random), &[KINDS]),
+        ("a text", file("text", &b"#!/bin/sh\n".repeat(1000)), &[KINDS]),
+        ("an ELF header", file("header", b"\x7fELF\x02\x01\x01"), &[KINDS]),
+        ("a program", program("demand-vmm").unwrap(), &[KINDS]),
+        ("ELF without PVH", file("plain", &plain_elf()), &["ELF without a PVH entry", KINDS]),
+    ] {
+        let path = kernel.to_str().unwrap();
+        let words = [words, &["load the kernel", path]].concat();
+        refusals.check(case, &mut run("64M", &kernel), FAILED, &words);
+    }
+    refusals.end();
+}
+
+#[test]
+fn options_that_a_guest_cannot_have() {
+    let kernel = Path::new("/nowhere/vmlinux");
+    let folder = tempfile::tempdir().unwrap();
+    let taken = folder.path().join("taken.sock");
+    let _listener = UnixListener::bind(&taken).unwrap();
+    let disk = ["--vhost-user", "blk,socket=/nowhere/blk.sock"];
+    let mut refusals = Refusals::new();
+    for (case, memory, arguments, words) in [
+        ("no CPUs", "64M", &["--cpus", "0"][..], &["--cpus", "0"][..]),
+        ("17 CPUs", "64M", &["--cpus", "17"], &["--cpus: 17", "1 to 16"]),
+        ("CPUs below nothing", "64M", &["--cpus=-1"], &["--cpus", "-1"]),
+        ("half a page of memory", "2048", &[], &["--memory", "multiple"]),
+        ("half a huge page", "3M,backing=hugetlb-2m", &[], &["--memory", "multiple"]),
+        ("more memory than numbers", "99999999999T", &[], &["--memory", "no size"]),
+        ("17 devices", "64M", &disk.repeat(17), &["17 devices", "room for 16"]),
+        ("an unknown device", "64M", &["--vhost-user", "gpu,socket=x"], &["gpu"]),
+        (
+            "an unknown serial port",
+            "64M",
+            &["--serial", "com1"],
+            &["--serial", "tty, file=PATH or off"],
+        ),
+        ("a file without a name", "64M", &["--serial", "file="], &["--serial", "file=PATH"]),
+        ("a kernel and a source", "64M", &["--source", "x"], &["--source"]),
+        ("a limit of no source", "64M", &["--source-limit", "1"], &["--source"]),
+    ] {
+        refusals.check(case, run(memory, kernel).args(arguments), USAGE, words);
+    }
+    let mut without = Command::new(program("demand-vmm").unwrap());
+    without.args(["run", "--memory", "size=64M", "--initramfs", "x"]);
+    refusals.check("an initramfs alone", &mut without, USAGE, &["--kernel"]);
+    refusals.end();
+
+    if !has_kvm() {
+        return skip("there is no usable /dev/kvm");
+    }
+    let mut refusals = Refusals::new();
+    refusals.check("1M of memory", &mut run("1M", kernel), USAGE, &["--memory", "64M"]);
+    refusals.check("a page of memory", &mut run("4K", kernel), USAGE, &["--memory", "64M"]);
+    let words = ["--memory", "bits of physical address"];
+    refusals.check("more than there are addresses", &mut run("8192T", kernel), HOST, &words);
+    refusals.check(
+        "nobody listens",
+        run("64M", kernel).args(disk),
+        FAILED,
+        &["device blk0", "/nowhere/blk.sock", "start the back-end first"],
+    );
+    for option in ["--report", "--timeline"] {
+        let mut command = run("64M", kernel);
+        command.args([option, "/nowhere/file"]);
+        refusals.check(option, &mut command, FAILED, &["/nowhere/file", "can be written"]);
+    }
+    refusals.end();
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+}
+
+#[test]
+fn a_kernel_that_does_not_go_with_the_rest() {
+    let Some(kernel) = Kernel::lab() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let mut refusals = Refusals::new();
+    let bytes = fs::read(&kernel.image).unwrap();
+    fs::write(at("half"), &bytes[..bytes.len() / 2]).unwrap();
+    refusals.check("half a kernel", &mut run("128M", &at("half")), FAILED, &["is cut off", "half"]);
+    for memory in ["2M", "16M", "32M"] {
+        let mut command = run(memory, &kernel.image);
+        let words = ["load the kernel", "--memory"];
+        refusals.check(&format!("{memory} of memory"), &mut command, FAILED, &words);
+    }
+
+    File::create(at("empty")).unwrap();
+    File::create(at("huge")).unwrap().set_len(1 << 30).unwrap();
+    File::create(at("endless")).unwrap().set_len(1 << 50).unwrap();
+    assert!(Command::new("mkfifo").arg(at("pipe")).status().unwrap().success());
+    for (name, words) in [
+        ("none", &["No such file"][..]),
+        ("empty", &["it is empty"]),
+        ("huge", &["1073741824 bytes do not fit", "--memory"]),
+        ("endless", &["do not fit", "--memory"]),
+        ("pipe", &["is no file"]),
+        (".", &["is no file"]),
+    ] {
+        let mut command = run("128M", &kernel.image);
+        command.arg("--initramfs").arg(at(name));
+        let path = at(name);
+        let words = [words, &["load the initramfs", path.to_str().unwrap()]].concat();
+        refusals.check(&format!("initramfs {name}"), &mut command, FAILED, &words);
+    }
+
+    for (case, line, words) in [
+        ("a long command line", "x".repeat(3000), &["--cmdline", "3000 bytes", "at most"][..]),
+        ("a longer one", "x".repeat(100_000), &["--cmdline", "at most"]),
+        ("one of two lines", "a\nb".into(), &["--cmdline", "printable ASCII"]),
+        ("one with an ä", "ä".into(), &["--cmdline", "printable ASCII"]),
+    ] {
+        let mut command = run("128M", &kernel.image);
+        command.args(["--cmdline", &line]);
+        refusals.check(case, &mut command, USAGE, words);
+    }
+
+    let listener = UnixListener::bind(at("taken")).unwrap();
+    fs::write(at("precious"), "precious").unwrap();
+    let long = "a".repeat(120);
+    for (case, name, words) in [
+        ("an API where somebody listens", "taken", &["another process listens there"][..]),
+        ("an API over a file", "precious", &["no socket", "another path"]),
+        ("an API in nowhere", "no/where", &["is there such a folder?"]),
+        ("an API with a long path", &long, &["107 bytes"]),
+    ] {
+        let mut command = run("128M", &kernel.image);
+        command.arg("--api-socket").arg(at(name));
+        refusals.check(case, &mut command, FAILED, &[words, &["API's socket"]].concat());
+    }
+    drop(listener);
+    assert_eq!(fs::read_to_string(at("precious")).unwrap(), "precious");
+    refusals.end();
+}

@@ -1,0 +1,234 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The snapshot that all cases are about, taken once, and copies of it that are spoilt.
+
+use std::fmt::Write as _;
+use std::fs::{self, File};
+use std::hash::{DefaultHasher, Hasher};
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
+
+use demand_tests::backend::{BackEnd, BlkOptions};
+use demand_tests::guest::{Guest, GuestConfig, Kernel};
+use demand_tests::process::program;
+use demand_vmm::api::Go;
+use demand_vmm::snapshot_dir;
+use guest_work::{Prove, Work};
+use serde_json::Value;
+use sha2::{Digest, Sha256};
+
+/// Bytes of the guest's memory.
+pub const MEMORY: u64 = 128 << 20;
+/// Bytes of its disk.
+const DISK: u64 = 8 << 20;
+/// Queues of its disk.
+const QUEUES: u16 = 2;
+/// What a snapshot consists of.
+pub const FILES: [&str; 3] = ["state", "memory", "hashes"];
+
+/// A guest that has been snapshotted, and is gone.
+pub struct Snapshot {
+    folder: tempfile::TempDir,
+    before: [u64; 3],
+}
+
+impl Snapshot {
+    /// The snapshot; `None` where Linux guests cannot be run.
+    pub fn get() -> Option<&'static Self> {
+        static SNAPSHOT: OnceLock<Option<Snapshot>> = OnceLock::new();
+        SNAPSHOT.get_or_init(Self::take).as_ref()
+    }
+
+    fn take() -> Option<Self> {
+        let kernel = Kernel::lab()?;
+        let folder = tempfile::tempdir().unwrap();
+        let disk = folder.path().join("disk");
+        File::create(&disk).unwrap().set_len(DISK).unwrap();
+        let (_back_end, config) = booting(folder.path(), &disk);
+        let mut guest = Guest::boot(folder.path(), &kernel, &work(), &config).unwrap();
+        guest.wait_ready().unwrap();
+        guest.wait_beats(2).unwrap();
+        guest.snapshot(&folder.path().join("snapshot"), Some(Go::Pause)).unwrap();
+        guest.kill();
+        let mut taken = Snapshot { folder, before: [0; 3] };
+        taken.before = taken.digests();
+        Some(taken)
+    }
+
+    /// Its directory. Nobody may change anything there.
+    pub fn dir(&self) -> PathBuf {
+        self.folder.path().join("snapshot")
+    }
+
+    /// One of its files.
+    pub fn read(&self, name: &str) -> Vec<u8> {
+        fs::read(self.dir().join(name)).unwrap()
+    }
+
+    fn digests(&self) -> [u64; 3] {
+        FILES.map(|name| {
+            let mut file = File::open(self.dir().join(name)).unwrap();
+            let (mut hasher, mut bytes) = (DefaultHasher::new(), vec![0; 1 << 20]);
+            loop {
+                match file.read(&mut bytes).unwrap() {
+                    0 => return hasher.finish(),
+                    len => hasher.write(&bytes[..len]),
+                }
+            }
+        })
+    }
+
+    /// It is what it was, and nothing was put beside its files.
+    #[track_caller]
+    pub fn assert_unchanged(&self) {
+        assert_eq!(fs::read_dir(self.dir()).unwrap().count(), FILES.len());
+        assert_eq!(self.digests(), self.before, "the snapshot's files are not what they were");
+    }
+
+    /// A copy, to be spoilt.
+    pub fn copy(&self) -> Spoilt {
+        let copy = Spoilt { folder: tempfile::tempdir().unwrap() };
+        fs::create_dir(copy.dir()).unwrap();
+        for name in FILES {
+            fs::hard_link(self.dir().join(name), copy.path(name)).unwrap();
+        }
+        copy
+    }
+
+    /// A copy whose state was edited by somebody who knows how it is sealed.
+    pub fn edited(&self, edit: impl FnOnce(&mut Value)) -> Spoilt {
+        let mut state: Value = snapshot_dir::decode(&self.read("state")).unwrap();
+        edit(&mut state);
+        let copy = self.copy();
+        copy.write("state", &seal(1, &serde_json::to_vec(&state).unwrap()));
+        copy
+    }
+
+    /// A copy of the disk as it was, for a guest that goes on.
+    pub fn disk(&self, folder: &Path) -> PathBuf {
+        let disk = folder.join("disk");
+        fs::copy(self.folder.path().join("disk"), &disk).unwrap();
+        disk
+    }
+
+    /// A back-end like the one that there was.
+    pub fn back_end(&self, folder: &Path, options: &BlkOptions) -> BackEnd {
+        let disk = self.disk(folder);
+        BackEnd::vhost_device_blk_at(folder.join("restore.sock"), &disk, options).unwrap()
+    }
+
+    /// The guest goes on from `dir`, on a copy of its disk, with these arguments beside.
+    pub fn restore(&self, folder: &Path, dir: &Path, more: &[&str]) -> (Guest, BackEnd) {
+        let back_end = self.back_end(folder, &blk());
+        let guest = self.restore_with(folder, dir, back_end.socket(), "", more);
+        (guest, back_end)
+    }
+
+    /// As [`restore`](Self::restore), with a back-end that there is; `option` is what is added to
+    /// `--vhost-user`.
+    pub fn restore_with(
+        &self,
+        folder: &Path,
+        dir: &Path,
+        socket: &Path,
+        option: &str,
+        more: &[&str],
+    ) -> Guest {
+        let device = format!("blk,socket={}{option}", socket.display());
+        let mut config = config(String::new());
+        config.more = vec!["--vhost-user".into(), device];
+        config.more.extend(more.iter().map(ToString::to_string));
+        Guest::restore(folder, dir, &config).unwrap()
+    }
+}
+
+/// The back-end that the guest's disk has, unless a case is about it.
+pub fn blk() -> BlkOptions {
+    BlkOptions { queues: QUEUES, queue_size: 256, postcopy: true }
+}
+
+fn config(memory: String) -> GuestConfig {
+    GuestConfig { cpus: 1, memory, disks: Vec::new(), more: Vec::new() }
+}
+
+fn work() -> Work {
+    let prove = Prove { memory: 8 << 20, slots: 256, beat_ms: 300, ..Prove::default() };
+    Work::Prove(prove)
+}
+
+fn booting(folder: &Path, disk: &Path) -> (BackEnd, GuestConfig) {
+    let back_end = BackEnd::vhost_device_blk_at(folder.join("boot.sock"), disk, &blk()).unwrap();
+    let mut config = config(format!("size={MEMORY}"));
+    let device = format!("blk,socket={},queues={QUEUES}", back_end.socket().display());
+    config.more = vec!["--vhost-user".into(), device];
+    (back_end, config)
+}
+
+/// A state file of a version, as whoever writes one makes it.
+pub fn seal(version: u32, json: &[u8]) -> Vec<u8> {
+    let mut header = format!("demand-vmm-snapshot {version} {} {}", json.len(), hex(json));
+    let check = hex(header.as_bytes());
+    writeln!(header, " {check}").unwrap();
+    [header.as_bytes(), json].concat()
+}
+
+fn hex(bytes: &[u8]) -> String {
+    Sha256::digest(bytes).iter().fold(String::new(), |mut text, byte| {
+        write!(text, "{byte:02x}").unwrap();
+        text
+    })
+}
+
+/// A copy of a snapshot. What is not written to it is the original's, which must not be changed.
+pub struct Spoilt {
+    folder: tempfile::TempDir,
+}
+
+impl Spoilt {
+    /// Its directory.
+    pub fn dir(&self) -> PathBuf {
+        self.folder.path().join("copy")
+    }
+
+    /// One of its files.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir().join(name)
+    }
+
+    /// Takes a file away.
+    pub fn remove(&self, name: &str) {
+        fs::remove_file(self.path(name)).unwrap();
+    }
+
+    /// Replaces a file.
+    pub fn write(&self, name: &str, bytes: &[u8]) {
+        self.remove(name);
+        fs::write(self.path(name), bytes).unwrap();
+    }
+
+    /// Makes a file the copy's own, with the same content; the file, to be changed.
+    pub fn own(&self, name: &str) -> File {
+        let original = self.dir().join("original");
+        fs::rename(self.path(name), &original).unwrap();
+        let mut command = Command::new("cp");
+        command.arg("--sparse=always").arg(&original).arg(self.path(name));
+        assert!(command.status().unwrap().success());
+        fs::remove_file(original).unwrap();
+        File::options().read(true).write(true).open(self.path(name)).unwrap()
+    }
+}
+
+/// `demand-vmm restore` of the snapshot in `dir`. Its console would be standard output.
+pub fn restore(dir: &Path) -> Command {
+    let mut command = Command::new(program("demand-vmm").unwrap());
+    command.arg("restore").arg("--source").arg(dir);
+    command
+}
+
+/// As [`restore`], with a disk at `socket`.
+pub fn restore_with(dir: &Path, socket: &Path) -> Command {
+    let mut command = restore(dir);
+    command.arg("--vhost-user").arg(format!("blk,socket={}", socket.display()));
+    command
+}

@@ -1,0 +1,288 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! States that are whole, and that no VM can have, or none on this host.
+
+use demand_tests::refusal::{FAILED, HOST, Refusals, USAGE};
+use serde_json::{Value, json};
+
+use crate::snapshot::{MEMORY, Snapshot, blk, restore_with};
+
+/// What is done to a state: the exit status, what is said.
+type Case = (&'static str, fn(&mut Value), i32, &'static [&'static str]);
+
+/// The state is not a snapshot's.
+const MACHINE: &[Case] = &[
+    ("no vCPU", |s| s["vcpus"] = json!([]), FAILED, &["no vCPU", "take another"]),
+    (
+        "17 vCPUs",
+        |s| s["vcpus"] = Value::Array(vec![s["vcpus"][0].clone(); 17]),
+        FAILED,
+        &["17 vCPUs", "at most 16"],
+    ),
+    (
+        "1000 vCPUs",
+        |s| s["vcpus"] = Value::Array(vec![s["vcpus"][0].clone(); 1000]),
+        FAILED,
+        &["1000 vCPUs", "at most 16"],
+    ),
+    ("a petabyte", |s| s["memory"]["size"] = json!(1u64 << 50), FAILED, &["another snapshot's"]),
+    (
+        "all addresses",
+        |s| s["memory"]["size"] = json!(u64::MAX - 4095),
+        FAILED,
+        &["another snapshot's"],
+    ),
+    ("no memory", |s| s["memory"]["size"] = json!(0), FAILED, &["snapshot", "size=0"]),
+    ("half a page", |s| s["memory"]["size"] = json!(2048), FAILED, &["snapshot", "size=2048"]),
+    (
+        "a page more",
+        |s| s["memory"]["size"] = json!(MEMORY + 4096),
+        FAILED,
+        &["another snapshot's"],
+    ),
+    ("less than no memory", |s| s["memory"]["size"] = json!(-1), FAILED, &["at memory.size"]),
+    (
+        "another generation",
+        |s| s["memory"]["generation"] = json!("00".repeat(16)),
+        FAILED,
+        &["another snapshot's"],
+    ),
+    (
+        "a long generation",
+        |s| s["memory"]["generation"] = json!("00".repeat(17)),
+        FAILED,
+        &["another snapshot's"],
+    ),
+    (
+        "memory of paper",
+        |s| s["memory"]["backing"] = json!("paper"),
+        FAILED,
+        &["the snapshot's memory", "paper"],
+    ),
+    (
+        "huge pages of huge pages",
+        |s| {
+            s["memory"]["backing"] = json!("hugetlb-1g");
+            s["memory"]["thp"] = json!(true);
+        },
+        FAILED,
+        &["snapshot", "multiple"],
+    ),
+    ("a field more", |s| s["moon"] = json!(1), FAILED, &["moon", "is whole, but not"]),
+    ("a field less", |s| drop(s.as_object_mut().unwrap().remove("vm")), FAILED, &["vm"]),
+    (
+        "a serial port full of input",
+        |s| s["serial"]["in_buffer"] = json!(vec![7; 10_000]),
+        FAILED,
+        &["serial port", "take another"],
+    ),
+];
+
+/// The disk's state is none that a disk can have, or that this back-end can go on with.
+const DEVICE: &[Case] = &[
+    ("another kind", |s| device(s)["kind"] = json!("rng"), FAILED, &["was a device rng"]),
+    ("an unknown kind", |s| device(s)["kind"] = json!("gpu"), FAILED, &["devices[0].kind"]),
+    ("no device", |s| s["devices"] = json!([]), USAGE, &["1 devices", "has 0"]),
+    (
+        "a name of a million letters",
+        |s| device(s)["name"] = json!("A".repeat(1 << 20)),
+        FAILED,
+        &["device blk0", "damaged"],
+    ),
+    ("a name of two lines", |s| device(s)["name"] = json!("a\n\u{1b}[2J"), FAILED, &["damaged"]),
+    ("a device of another type", |s| registers(s)["device_id"] = json!(1), FAILED, &["damaged"]),
+    ("no queues", |s| registers(s)["queues"] = json!([]), FAILED, &["damaged"]),
+    (
+        "300 queues",
+        |s| {
+            let queue = queue(s).clone();
+            registers(s)["queues"] = Value::Array(vec![queue; 300]);
+        },
+        FAILED,
+        &["damaged"],
+    ),
+    (
+        "more queues than the back-end serves",
+        |s| {
+            let queue = queue(s).clone();
+            registers(s)["queues"] = Value::Array(vec![queue; 3]);
+        },
+        FAILED,
+        &["it has 3 queues", "serves 2"],
+    ),
+    ("half a configuration", |s| registers(s)["config"] = json!([1, 2, 3]), FAILED, &["damaged"]),
+    (
+        "features of another world",
+        |s| registers(s)["driver_features"] = json!(u64::MAX),
+        FAILED,
+        &["features that the new back-end does not offer"],
+    ),
+    ("a queue of no size", |s| queue(s)["size"] = json!(0), FAILED, &["queue 0", "damaged"]),
+    ("a queue of a strange size", |s| queue(s)["size"] = json!(3), FAILED, &["queue 0", "damaged"]),
+    ("a queue too large", |s| queue(s)["size"] = json!(65535), FAILED, &["damaged"]),
+    (
+        "queues larger than all",
+        |s| {
+            registers(s)["queue_size_max"] = json!(65535);
+            queue(s)["size"] = json!(65535);
+        },
+        FAILED,
+        &["queue 0", "damaged"],
+    ),
+    ("a queue of 70000", |s| queue(s)["size"] = json!(70000), FAILED, &["queues[0].size"]),
+    ("descriptors outside", |s| queue(s)["descriptors"] = json!(1u64 << 40), FAILED, OUTSIDE),
+    ("descriptors at the end", |s| queue(s)["descriptors"] = json!(MEMORY - 16), FAILED, OUTSIDE),
+    (
+        "descriptors at the end of all",
+        |s| queue(s)["descriptors"] = json!(u64::MAX - 15),
+        FAILED,
+        OUTSIDE,
+    ),
+    ("requests outside", |s| queue(s)["available"] = json!(MEMORY), FAILED, OUTSIDE),
+    ("answers in a device", |s| queue(s)["used"] = json!(0xd000_0000u64), FAILED, OUTSIDE),
+    ("an odd ring", |s| queue(s)["available"] = json!(0x1001), FAILED, &["queue 0", "aligned"]),
+];
+
+/// What is said of rings that are not in memory.
+const OUTSIDE: &[&str] = &["device blk0", "queue 0", "there is no memory", "damaged"];
+
+/// The processor's state is one that this KVM does not take.
+const PROCESSOR: &[Case] = &[
+    ("another vendor", |s| leaf(s, 0)[4] = json!(0x6c69_7645), HOST, &["vendor", "Evil"]),
+    ("another family", |s| leaf(s, 1)[3] = json!(0x0fff_0f00), HOST, &["family"]),
+    (
+        "features that no processor has",
+        |s| leaf(s, 1)[5] = json!(u32::MAX),
+        HOST,
+        &["CPUID leaf 0x1, subleaf 0, ECX, bits", "restore it on a host that does"],
+    ),
+    ("no CPUID", |s| vcpu(s)["cpuid"] = json!([]), HOST, &["vendor"]),
+    (
+        "300 leaves",
+        |s| {
+            let leaf = leaf(s, 0).clone();
+            vcpu(s)["cpuid"] = Value::Array(vec![leaf; 300]);
+        },
+        FAILED,
+        &["300 leaves", "damaged"],
+    ),
+    (
+        "half of the registers",
+        |s| {
+            let half = vcpu(s)["regs"].as_str().unwrap().len() / 2;
+            vcpu(s)["regs"] = json!(vcpu(s)["regs"].as_str().unwrap()[..half]);
+        },
+        FAILED,
+        &["vcpus[0].regs"],
+    ),
+    ("registers that are no numbers", |s| vcpu(s)["regs"] = json!("xyz"), FAILED, &["regs"]),
+    (
+        "system registers of ones",
+        |s| {
+            let len = vcpu(s)["sregs"].as_str().unwrap().len();
+            vcpu(s)["sregs"] = json!("f".repeat(len));
+        },
+        HOST,
+        &["vCPU 0", "its system registers"],
+    ),
+    ("no FPU", |s| vcpu(s)["xsave"] = json!(""), FAILED, &["its FPU's state", "0 bytes"]),
+    ("half an FPU", |s| cut(&mut vcpu(s)["xsave"], 2000), FAILED, &["FPU's state", "1000 bytes"]),
+    (
+        "a larger FPU",
+        |s| {
+            let text = vcpu(s)["xsave"].as_str().unwrap().to_owned();
+            vcpu(s)["xsave"] = json!(text + &"01".repeat(1 << 16));
+        },
+        HOST,
+        &["its FPU's state", "bytes"],
+    ),
+    (
+        "an unknown register",
+        |s| msrs(s).push(json!([0xdead_beefu32, 1])),
+        HOST,
+        &["vCPU 0", "MSR 0xdeadbeef"],
+    ),
+    (
+        "a strange mode",
+        |s| vcpu(s)["mp_state"] = json!("4d000000"),
+        HOST,
+        &["vCPU 0", "whether it runs or waits"],
+    ),
+    (
+        "an interrupt controller that there is not",
+        |s| replace(&mut s["vm"]["pic_master"], 0, "09"),
+        HOST,
+        &["interrupt controller"],
+    ),
+];
+
+fn device(state: &mut Value) -> &mut Value {
+    &mut state["devices"][0]
+}
+
+fn registers(state: &mut Value) -> &mut Value {
+    &mut device(state)["registers"]
+}
+
+fn queue(state: &mut Value) -> &mut Value {
+    &mut registers(state)["queues"][0]
+}
+
+fn vcpu(state: &mut Value) -> &mut Value {
+    &mut state["vcpus"][0]
+}
+
+fn msrs(state: &mut Value) -> &mut Vec<Value> {
+    vcpu(state)["msrs"].as_array_mut().unwrap()
+}
+
+/// The first leaf of this number: leaf, subleaf, flags, and four registers.
+fn leaf(state: &mut Value, number: u32) -> &mut Value {
+    let leaves = vcpu(state)["cpuid"].as_array_mut().unwrap();
+    leaves.iter_mut().find(|leaf| leaf[0] == number).unwrap()
+}
+
+/// Cuts a text.
+fn cut(text: &mut Value, len: usize) {
+    *text = json!(text.as_str().unwrap()[..len]);
+}
+
+/// Replaces a part of a text.
+fn replace(text: &mut Value, at: usize, part: &str) {
+    let mut long = text.as_str().unwrap().to_owned();
+    long.replace_range(at..at + part.len(), part);
+    *text = json!(long);
+}
+
+fn all_are_refused(cases: &[Case]) {
+    let Some(snapshot) = Snapshot::get() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let back_end = snapshot.back_end(folder.path(), &blk());
+    let mut refusals = Refusals::new();
+    for (case, edit, status, words) in cases {
+        let copy = snapshot.edited(edit);
+        let mut command = restore_with(&copy.dir(), back_end.socket());
+        let api = folder.path().join("api.sock");
+        command.args(["--fill", "off", "--api-socket"]).arg(&api);
+        refusals.check(case, &mut command, *status, words);
+        assert!(!api.exists(), "{case}: the API's socket is left");
+    }
+    refusals.end();
+    snapshot.assert_unchanged();
+    // The back-end has survived all of it.
+    assert!(back_end.accepts());
+}
+
+#[test]
+fn machines_that_there_are_not() {
+    all_are_refused(MACHINE);
+}
+
+#[test]
+fn devices_that_there_are_not() {
+    all_are_refused(DEVICE);
+}
+
+#[test]
+fn processors_that_there_are_not() {
+    all_are_refused(PROCESSOR);
+}

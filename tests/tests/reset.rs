@@ -1,0 +1,40 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! A guest that asks for a reset begins anew, in the same VM.
+
+use anyhow::Result;
+use demand_tests::guest::{DiskOption, Guest, GuestConfig, Kernel};
+use demand_vmm::api::Go;
+use guest_work::Work;
+
+/// On the same devices; also in a guest that was restored and whose memory has not all arrived.
+#[test]
+fn a_reset_begins_anew() {
+    let Some(kernel) = Kernel::lab() else { return };
+    begins_anew(&kernel).unwrap_or_else(|error| panic!("{error:#}"));
+}
+
+fn begins_anew(kernel: &Kernel) -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let at = |name: &str| folder.path().join(name);
+    std::fs::File::create(at("disk"))?.set_len(64 << 20)?;
+    let mut config = GuestConfig {
+        cpus: 2,
+        memory: "size=192M".into(),
+        disks: vec![DiskOption::new(at("disk"))],
+        more: Vec::new(),
+    };
+    let mut guest = Guest::boot(&at("first"), kernel, &Work::Idle, &config)?;
+    guest.wait_ready()?;
+    guest.type_line("reset")?;
+    assert_eq!(guest.wait_ready()?, 2);
+    guest.snapshot(&at("snapshot"), Some(Go::Pause))?;
+    guest.kill();
+    config.memory = String::new();
+    config.more = vec!["--fill".into(), "off".into()];
+    let mut guest = Guest::restore(&at("second"), &at("snapshot"), &config)?;
+    guest.type_line("reset")?;
+    assert_eq!(guest.wait_ready()?, 2);
+    guest.api().shutdown()?;
+    guest.ended()?;
+    Ok(())
+}
