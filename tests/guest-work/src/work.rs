@@ -52,7 +52,7 @@ pub struct Prove {
     /// `file`: bytes of a file that is read over and over from the disk, a multiple of 1 MiB, with
     /// `journal=ext4` only; none unless given.
     pub file: u64,
-    /// `jump`: milliseconds that a beat may be late, which no clock may jump; 10000 unless given.
+    /// `jump`: milliseconds that a beat may be late, which no clock may jump; 60000 unless given.
     pub jump_ms: u64,
 }
 
@@ -68,7 +68,7 @@ impl Default for Prove {
             beat_ms: 1000,
             beats: 0,
             file: 0,
-            jump_ms: 10_000,
+            jump_ms: 60_000,
         }
     }
 }
