@@ -16,7 +16,9 @@ use linux_loader::configurator::{BootConfigurator, BootParams};
 use linux_loader::loader::bootparam::{boot_e820_entry, boot_params, setup_header};
 use linux_loader::loader::elf::PvhBootCapability;
 use linux_loader::loader::start_info::{hvm_memmap_table_entry, hvm_modlist_entry, hvm_start_info};
-use linux_loader::loader::{BzImage, Elf, KernelLoader, KernelLoaderResult, load_cmdline};
+use linux_loader::loader::{
+    self, BzImage, Elf, KernelLoader, KernelLoaderResult, elf, load_cmdline,
+};
 use serde::{Deserialize, Serialize};
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
@@ -115,12 +117,24 @@ fn load_kernel(
     let mut magic = [0; 4];
     file.read_exact(&mut magic).map_err(|_| refused(&"it is too short for a kernel"))?;
     if magic == *b"\x7fELF" {
-        let loaded = Elf::load(memory, None, &mut file, Some(HIGH_START))
-            .map_err(|error| refused(&error))?;
+        let loaded =
+            Elf::load(memory, None, &mut file, Some(HIGH_START)).map_err(|error| match error {
+                loader::Error::Elf(elf::Error::ReadKernelImage) => cannot(
+                    WHAT,
+                    path,
+                    "a part of it is not in the file, or does not fit into memory",
+                    "take another copy of it, or give the guest more with --memory",
+                ),
+                error => refused(&error),
+            })?;
         let PvhBootCapability::PvhEntryPresent(entry) = loaded.pvh_boot_cap else {
             return Err(refused(&"it is ELF without a PVH entry"));
         };
         return Ok((loaded, Some(entry)));
+    }
+    // More than the kernel proper, and less than it takes when it has unpacked itself.
+    if HIGH_START.0.saturating_add(len) > low_end(memory) {
+        return Err(too_large(memory, path, HIGH_START.0.saturating_add(len)));
     }
     let loaded = BzImage::load(memory, None, &mut file, Some(HIGH_START))
         .map_err(|error| refused(&error))?;
@@ -140,14 +154,18 @@ fn load_kernel(
     // A bzImage unpacks itself to where it lies, and says how much it takes.
     let end = loaded.kernel_load.0.saturating_add(header.init_size.into());
     if end > low_end(memory) {
-        return Err(Error::failed(format!(
-            "load the kernel {}: it takes memory up to {end:#x}, and the guest's ends at {:#x}; \
-             give it more with --memory",
-            path.display(),
-            low_end(memory)
-        )));
+        return Err(too_large(memory, path, end));
     }
     Ok((loaded, None))
+}
+
+fn too_large(memory: &DemandMemory, path: &Path, end: u64) -> Error {
+    Error::failed(format!(
+        "load the kernel {}: it takes memory up to {end:#x}, and the guest's ends at {:#x}; give \
+         it more with --memory",
+        path.display(),
+        low_end(memory)
+    ))
 }
 
 /// Opens a file to be loaded; its length in bytes. It never waits, as for a pipe that nobody
@@ -224,8 +242,10 @@ fn load_command_line(
 ) -> Result<u32, Error> {
     let most = kernels.map_or(COMMAND_LINE_MAX, |most| COMMAND_LINE_MAX.min(most as usize));
     let wrong = |why: &dyn std::fmt::Display| {
+        let why = why.to_string();
         Error::usage(format!(
-            "--cmdline: {why}; it takes printable ASCII, at most {most} bytes for this kernel"
+            "--cmdline: {}; it takes printable ASCII, at most {most} bytes for this kernel",
+            why.trim_end_matches('.')
         ))
     };
     let mut line = Cmdline::new(COMMAND_LINE_MAX).map_err(|error| wrong(&error))?;
