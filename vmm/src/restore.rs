@@ -145,6 +145,12 @@ fn check(saved: &SavedVm, options: &RestoreOptions) -> Result<(), Error> {
         )));
     }
     let (given, had) = (&options.guest.vhost_user, &saved.devices);
+    if had.is_empty() && !given.is_empty() {
+        return Err(Error::usage(format!(
+            "--vhost-user: {} devices are given, and the snapshot's guest has none; leave them out",
+            given.len()
+        )));
+    }
     if given.len() != had.len() {
         let kinds: Vec<_> = had.iter().map(|device| device.kind.to_string()).collect();
         return Err(Error::usage(format!(
