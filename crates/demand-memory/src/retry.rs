@@ -218,4 +218,25 @@ mod tests {
         assert_eq!(pauses, [10, 20, 40, 80, 160, 320, 640, 1000, 1000]);
         assert_eq!(policy.pause(u32::MAX), policy.longest);
     }
+
+    #[test]
+    fn it_is_failing_until_the_last_job_is_done() {
+        let retrier = Retrier::new(RetryPolicy::default(), |_| {});
+        assert!(!retrier.is_failing());
+        let (sender, receiver) = std::sync::mpsc::channel::<()>();
+        let attempts = Attempts { count: 1, since: Instant::now() };
+        let wait = move || {
+            // It ends with the sender.
+            let _ = receiver.recv();
+        };
+        retrier.failed(&fmt::Error, PageRange::new(0, 1), 0, attempts, wait);
+        thread::sleep(Duration::from_millis(50));
+        assert!(retrier.is_failing(), "the job waits, or is under way");
+        drop(sender);
+        let begun = Instant::now();
+        while retrier.is_failing() {
+            assert!(begun.elapsed() < Duration::from_secs(30));
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
 }
