@@ -87,6 +87,11 @@ impl Refusals {
         }
     }
 
+    /// One that was not as it must be.
+    pub fn wrong(&mut self, case: &str, why: &str) {
+        self.wrong.push(format!("{case}: {why}"));
+    }
+
     /// The end.
     ///
     /// # Panics

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use demand_tests::backend::{BackEnd, BlkOptions};
 use demand_tests::guest::Guest;
-use demand_tests::refusal::{FAILED, Refusals};
+use demand_tests::refusal::{FAILED, Refusals, refused};
 
 use crate::snapshot::{Snapshot, blk, restore_with};
 
@@ -21,16 +21,16 @@ fn back_ends_that_cannot_go_on() {
     let Some(snapshot) = Snapshot::get() else { return };
     let folder = tempfile::tempdir().unwrap();
     let mut refusals = Refusals::new();
-    let mut refused = |case: &str, socket: &Path, words: &[&str]| {
+    let mut not_taken = |case: &str, socket: &Path, words: &[&str]| {
         let mut command = restore_with(&snapshot.dir(), socket);
         refusals.check(case, &mut command, FAILED, &[words, &[socket.to_str().unwrap()]].concat());
     };
     let at = |name: &str| folder.path().join(name);
-    refused("nobody listens", &at("none.sock"), &["device blk0", "start the back-end first"]);
+    not_taken("nobody listens", &at("none.sock"), &["device blk0", "start the back-end first"]);
     std::fs::write(at("file"), "x").unwrap();
-    refused("a file for a socket", &at("file"), &["device blk0"]);
+    not_taken("a file for a socket", &at("file"), &["device blk0"]);
     let long = at(&"a".repeat(120));
-    refused("a socket's path that is too long", &long, &["device blk0"]);
+    not_taken("a socket's path that is too long", &long, &["device blk0"]);
 
     let started = |name: &str, size: u64, options: BlkOptions| {
         let disk = at(&format!("{name}.disk"));
@@ -38,9 +38,13 @@ fn back_ends_that_cannot_go_on() {
         BackEnd::vhost_device_blk_at(at(&format!("{name}.sock")), &disk, &options).unwrap()
     };
     let fewer = started("fewer", 8 << 20, BlkOptions { queues: 1, ..blk() });
-    refused("fewer queues", fewer.socket(), &["it has 2 queues", "serves 1", "start it with more"]);
+    not_taken(
+        "fewer queues",
+        fewer.socket(),
+        &["it has 2 queues", "serves 1", "start it with more"],
+    );
     let lost = started("lost", 8 << 20, BlkOptions { postcopy: false, ..blk() });
-    refused("no post-copy", lost.socket(), &["PAGEFAULT", "lazy=fill"]);
+    not_taken("no post-copy", lost.socket(), &["PAGEFAULT", "lazy=fill"]);
     refusals.end();
 
     let mut refusals = Refusals::new();
@@ -51,6 +55,11 @@ fn back_ends_that_cannot_go_on() {
         let words = ["capacity 16384", &capacity, "start one like the old"];
         refusals.check(&format!("a {name} disk"), &mut command, FAILED, &words);
     }
+    let disk = snapshot.disk(folder.path());
+    let other = BackEnd::qemu_storage_daemon_with(folder.path(), &disk, blk().queues).unwrap();
+    let mut command = restore_with(&snapshot.dir(), other.socket());
+    let words = ["the guest knows it with", "start one like the old"];
+    refusals.check("another program", &mut command, FAILED, &words);
     let socket = lost.socket().display();
     for (lazy, words) in [
         ("postcopy", &["lazy=postcopy", "PAGEFAULT"][..]),
@@ -77,15 +86,15 @@ fn a_back_end_without_post_copy_goes_on_when_memory_is_filled() {
 
 #[test]
 fn a_back_end_that_echoes_addresses_goes_on_when_memory_is_filled() {
-    let Some(snapshot) = Snapshot::get() else { return };
+    let started = |folder: &Path, disk: &Path| {
+        BackEnd::qemu_storage_daemon_with(folder, disk, blk().queues).unwrap()
+    };
+    let Some(snapshot) = Snapshot::take_with(started) else { return };
     let folder = tempfile::tempdir().unwrap();
-    let disk = snapshot.disk(folder.path());
-    let back_end = BackEnd::qemu_storage_daemon_with(folder.path(), &disk, blk().queues).unwrap();
+    let back_end = started(folder.path(), &snapshot.disk(folder.path()));
     let socket = back_end.socket();
     let words = ["names our address", "lazy=fill", socket.to_str().unwrap()];
-    let mut refusals = Refusals::new();
-    refusals.check("auto", &mut restore_with(&snapshot.dir(), socket), FAILED, &words);
-    refusals.end();
+    refused(&mut restore_with(&snapshot.dir(), socket), FAILED, &words);
     proves_itself(snapshot.restore_with(folder.path(), &snapshot.dir(), socket, ",lazy=fill", &[]));
     snapshot.assert_unchanged();
 }

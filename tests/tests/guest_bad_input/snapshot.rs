@@ -41,11 +41,22 @@ impl Snapshot {
     }
 
     fn take() -> Option<Self> {
+        Self::take_with(|folder, disk| {
+            BackEnd::vhost_device_blk_at(folder.join("boot.sock"), disk, &blk()).unwrap()
+        })
+    }
+
+    /// A snapshot of a guest whose disk, in a folder, is served by this back-end; `None` where Linux
+    /// guests cannot be run.
+    pub fn take_with(back_end: impl FnOnce(&Path, &Path) -> BackEnd) -> Option<Self> {
         let kernel = Kernel::lab()?;
         let folder = tempfile::tempdir().unwrap();
         let disk = folder.path().join("disk");
         File::create(&disk).unwrap().set_len(DISK).unwrap();
-        let (_back_end, config) = booting(folder.path(), &disk);
+        let back_end = back_end(folder.path(), &disk);
+        let mut config = config(format!("size={MEMORY}"));
+        let device = format!("blk,socket={},queues={QUEUES}", back_end.socket().display());
+        config.more = vec!["--vhost-user".into(), device];
         let mut guest = Guest::boot(folder.path(), &kernel, &work(), &config).unwrap();
         guest.wait_ready().unwrap();
         guest.wait_beats(2).unwrap();
@@ -155,14 +166,6 @@ fn config(memory: String) -> GuestConfig {
 fn work() -> Work {
     let prove = Prove { memory: 8 << 20, slots: 256, beat_ms: 300, ..Prove::default() };
     Work::Prove(prove)
-}
-
-fn booting(folder: &Path, disk: &Path) -> (BackEnd, GuestConfig) {
-    let back_end = BackEnd::vhost_device_blk_at(folder.join("boot.sock"), disk, &blk()).unwrap();
-    let mut config = config(format!("size={MEMORY}"));
-    let device = format!("blk,socket={},queues={QUEUES}", back_end.socket().display());
-    config.more = vec!["--vhost-user".into(), device];
-    (back_end, config)
 }
 
 /// A state file of a version, as whoever writes one makes it.

@@ -11,18 +11,18 @@ type Case = (&'static str, fn(&mut Value), i32, &'static [&'static str]);
 
 /// The state is not a snapshot's.
 const MACHINE: &[Case] = &[
-    ("no vCPU", |s| s["vcpus"] = json!([]), FAILED, &["no vCPU", "take another"]),
+    ("no vCPU", |s| s["vcpus"] = json!([]), FAILED, &["0 vCPUs", "1 to 16", "take another"]),
     (
         "17 vCPUs",
         |s| s["vcpus"] = Value::Array(vec![s["vcpus"][0].clone(); 17]),
         FAILED,
-        &["17 vCPUs", "at most 16"],
+        &["17 vCPUs", "1 to 16"],
     ),
     (
         "1000 vCPUs",
         |s| s["vcpus"] = Value::Array(vec![s["vcpus"][0].clone(); 1000]),
         FAILED,
-        &["1000 vCPUs", "at most 16"],
+        &["1000 vCPUs", "1 to 16"],
     ),
     ("a petabyte", |s| s["memory"]["size"] = json!(1u64 << 50), FAILED, &["another snapshot's"]),
     (
@@ -81,7 +81,7 @@ const MACHINE: &[Case] = &[
 const DEVICE: &[Case] = &[
     ("another kind", |s| device(s)["kind"] = json!("rng"), FAILED, &["was a device rng"]),
     ("an unknown kind", |s| device(s)["kind"] = json!("gpu"), FAILED, &["devices[0].kind"]),
-    ("no device", |s| s["devices"] = json!([]), USAGE, &["1 devices", "has 0"]),
+    ("no device", |s| s["devices"] = json!([]), USAGE, &["1 devices", "has none"]),
     (
         "a name of a million letters",
         |s| device(s)["name"] = json!("A".repeat(1 << 20)),
@@ -126,7 +126,7 @@ const DEVICE: &[Case] = &[
             queue(s)["size"] = json!(65535);
         },
         FAILED,
-        &["queue 0", "damaged"],
+        &["damaged"],
     ),
     ("a queue of 70000", |s| queue(s)["size"] = json!(70000), FAILED, &["queues[0].size"]),
     ("descriptors outside", |s| queue(s)["descriptors"] = json!(1u64 << 40), FAILED, OUTSIDE),
@@ -264,7 +264,10 @@ fn all_are_refused(cases: &[Case]) {
         let api = folder.path().join("api.sock");
         command.args(["--fill", "off", "--api-socket"]).arg(&api);
         refusals.check(case, &mut command, *status, words);
-        assert!(!api.exists(), "{case}: the API's socket is left");
+        if api.exists() {
+            refusals.wrong(case, "the API's socket is left");
+            std::fs::remove_file(&api).unwrap();
+        }
     }
     refusals.end();
     snapshot.assert_unchanged();
