@@ -164,6 +164,19 @@ impl<'a> Driver<'a> {
     ///
     /// If there is no memory for its rings.
     pub fn submit(&mut self, queue: usize, kind: u32, sector: u64, data: u64, len: u32) -> bool {
+        let room = self.leave(queue, kind, sector, data, len);
+        if room {
+            self.set(0x50, queue as u32);
+        }
+        room
+    }
+
+    /// Puts a request in the queue, and does not tell the device; false if it is full.
+    ///
+    /// # Panics
+    ///
+    /// If there is no memory for its rings.
+    pub fn leave(&mut self, queue: usize, kind: u32, sector: u64, data: u64, len: u32) -> bool {
         let ring = &self.rings[queue];
         let Some(slot) = (0..SLOTS).find(|slot| !ring.pending.contains_key(slot)) else {
             return false;
@@ -192,7 +205,6 @@ impl<'a> Driver<'a> {
         let ring = &mut self.rings[queue];
         ring.next_avail = next;
         ring.pending.insert(slot, (kind, sector, data, len));
-        self.set(0x50, queue as u32);
         true
     }
 

@@ -399,6 +399,23 @@ fn a_disk_with_requests_in_flight_is_not_stopped() {
     );
 }
 
+/// A vCPU that is paused may have made a request, and not told the device of it yet.
+#[test]
+fn a_disk_is_stopped_between_a_request_and_its_kick() {
+    let place = Place::new();
+    let back_end = place.back_end(1);
+    let memory = memory(&place.image());
+    let device = VhostUserDevice::connect(&disk_of(&back_end, 1), 0).unwrap();
+    device.share_memory(&memory, &service()).unwrap();
+    let mut driver = Driver::new(&device, &memory, 1);
+    driver.set_up();
+    driver.request(READ, 8, DATA, 512);
+    assert!(driver.leave(0, READ, 16, DATA + 4096, 512));
+    let state = device.quiesce(Duration::from_secs(10)).unwrap();
+    assert_eq!(state.registers.queues()[0].next_available, 2);
+    driver.finish();
+}
+
 /// A back-end whose post-copy does not work sees complete memory only.
 #[test]
 fn a_foreign_back_end_on_memory_that_is_there() {

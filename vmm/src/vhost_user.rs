@@ -312,6 +312,8 @@ impl VhostUserDevice {
         let begun = Instant::now();
         let failed = |why: String| self.failed(format!("take a snapshot of it: {why}"));
         if self.option.kind.answers_all() {
+            // The guest may have been stopped between a request and its kick.
+            self.kick_running(&inner);
             await_answers(&inner, begun, within).map_err(failed)?;
         }
         if let Err(why) = self.drain(&mut inner, begun, within) {
@@ -419,8 +421,7 @@ impl VhostUserDevice {
     fn go_on(&self, inner: &mut Inner) -> Result<(), String> {
         if inner.registers.is_live() {
             self.start(inner).inspect_err(|_| self.stop(inner))?;
-            let running = self.notify.kicks().iter().zip(&inner.running);
-            running.filter(|(_, running)| **running).for_each(|(kick, _)| signal(kick));
+            self.kick_running(inner);
             if inner.restored && self.option.kind == DeviceKind::Vsock {
                 self.tell_of_move(inner);
             }
@@ -428,6 +429,11 @@ impl VhostUserDevice {
         }
         inner.restored = false;
         Ok(())
+    }
+
+    fn kick_running(&self, inner: &Inner) {
+        let running = self.notify.kicks().iter().zip(&inner.running);
+        running.filter(|(_, running)| **running).for_each(|(kick, _)| signal(kick));
     }
 
     /// Stops all queues, and waits until each request that was taken is answered.
