@@ -226,7 +226,10 @@ fn follow(
         };
         loop {
             match drive(&vm, hear, console, &mut look)? {
-                End::Reset => pristine.reset(&vm, vm.boot.as_ref())?,
+                End::Reset => {
+                    log::warn!("the guest resets itself, or has crashed into it: it begins anew");
+                    pristine.reset(&vm, vm.boot.as_ref())?;
+                }
                 End::Off | End::Asked => return Ok(()),
             }
             session.reset_asked.store(false, Ordering::Release);
