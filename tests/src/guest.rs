@@ -47,7 +47,7 @@ impl Kernel {
         }
     }
 
-    /// The lab's own kernel, as bzImage.
+    /// The lab's own kernel, as bzImage; everything is built in, VMGENID too.
     pub fn lab() -> Option<Self> {
         Self::named("LAB_GUEST_BZIMAGE", "LAB_GUEST_INITRAMFS")
     }
@@ -57,7 +57,8 @@ impl Kernel {
         Self::named("LAB_GUEST_VMLINUX", "LAB_GUEST_INITRAMFS")
     }
 
-    /// Debian's cloud kernel, with its modules in the initramfs.
+    /// Debian's cloud kernel, unmodified: virtio comes as modules, in the initramfs, ext4 is built in,
+    /// VMGENID is not there.
     pub fn debian() -> Option<Self> {
         Self::named("LAB_GUEST_DEBIAN_BZIMAGE", "LAB_GUEST_DEBIAN_INITRAMFS")
     }
@@ -364,5 +365,35 @@ impl Guest {
     /// What the VMM has said on standard error.
     pub fn said(&self) -> String {
         std::fs::read_to_string(&self.stderr).unwrap_or_default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileExt;
+
+    use super::*;
+
+    /// Whether the file has that there, in bytes from its start.
+    fn has(path: &Path, at: u64, wanted: &[u8]) -> bool {
+        let mut found = vec![0; wanted.len()];
+        File::open(path).and_then(|file| file.read_exact_at(&mut found, at)).expect("readable");
+        found == wanted
+    }
+
+    #[test]
+    fn kernels_are_what_they_are_called() {
+        let (Some(lab), Some(elf), Some(debian)) =
+            (Kernel::lab(), Kernel::lab_elf(), Kernel::debian())
+        else {
+            return;
+        };
+        // The boot protocol's magic number, an ELF file's, and that of a cpio archive.
+        assert!(has(&lab.image, 0x202, b"HdrS"));
+        assert!(has(&debian.image, 0x202, b"HdrS"));
+        assert!(has(&elf.image, 0, b"\x7fELF"));
+        for kernel in [&lab, &elf, &debian] {
+            assert!(has(&kernel.initramfs, 0, b"070701"), "{kernel:?}");
+        }
     }
 }

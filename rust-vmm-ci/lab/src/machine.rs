@@ -83,6 +83,7 @@ impl Machine {
     fn command(&self, kernel: &Path, initramfs: &File, out: &Path, ends: &Ends) -> Result<Command> {
         let mut qemu = Command::new(QEMU);
         qemu.args(["-nodefaults", "-no-user-config", "-no-reboot"])
+            // Without XSAVE: nested guests meet sizes of its state that do not fit, and warn.
             .args(["-display", "none", "-cpu", "max,-xsave"])
             // Little memory below 4G, where firmware and kernel break it up, so
             // that most of it is whole for huge pages of 1G.

@@ -1,9 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Fixtures that the tests of several crates share: what the host can do, waits, an image with
-//! sources that serve it, and Linux guests with their consoles.
+//! Fixtures that the tests of several crates share: what the host can do, waits, and an image with
+//! sources that serve it.
 
-pub mod console;
-pub mod guest;
 pub mod host;
 pub mod image;
 pub mod wait;
