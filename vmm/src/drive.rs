@@ -10,7 +10,7 @@ use std::time::Instant;
 
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 
-use crate::error::Error;
+use crate::error::{Error, no_thread};
 use crate::events::{Event, Hear};
 use crate::power::PowerRequest;
 use crate::terminal::{Keys, Typed};
@@ -171,8 +171,13 @@ fn on_event(vm: &Arc<Vm>, event: Event) -> Result<Option<End>, Error> {
         Event::Shutdown => return Ok(Some(End::Asked)),
         Event::Interrupted => return Err(Error::failed("the VM was interrupted")),
         Event::Vcpu(VcpuEvent::Failed { message, .. }) => return Err(Error::failed(message)),
-        // It has said why.
-        Event::Vcpu(_) => {}
+        // Nobody has told it to stop, and it has not said why: it has panicked.
+        Event::Vcpu(VcpuEvent::Ended { cpu }) => {
+            return Err(Error::failed(format!(
+                "run vCPU {cpu}: its thread has ended, and the guest cannot go on without it; what \
+                 it printed says why"
+            )));
+        }
         Event::Complete => finish(vm)?,
         Event::Finished(outcome) => outcome?,
         Event::GivenUp(reason) => vm.give_up(reason)?,
@@ -189,5 +194,5 @@ fn finish(vm: &Arc<Vm>) -> Result<(), Error> {
 /// Does something on a thread of its own.
 pub(crate) fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Result<(), Error> {
     let spawned = thread::Builder::new().name(name.into()).spawn(work);
-    spawned.map(drop).map_err(|error| Error::host(format!("start a thread: {error}")))
+    spawned.map(drop).map_err(|error| no_thread("do something beside the VM", error))
 }

@@ -61,6 +61,13 @@ impl Error {
     }
 }
 
+/// The host has no thread to `what` with.
+pub(crate) fn no_thread(what: &str, error: std::io::Error) -> Error {
+    Error::host(format!(
+        "start a thread to {what}: {error}; raise the limit of threads (ulimit -u)"
+    ))
+}
+
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.message)

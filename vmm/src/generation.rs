@@ -25,7 +25,10 @@ impl Generation {
     /// KVM's, and the host's if it has no eventfd.
     pub fn new(vm: &VmFd) -> Result<Self, Error> {
         let failed = |error: &dyn std::fmt::Display| {
-            Error::host(format!("connect the generation identifier's interrupt: {error}"))
+            Error::host(format!(
+                "connect the generation identifier's interrupt: {error}; raise the limit of open \
+                 files (ulimit -n)"
+            ))
         };
         let event = EventFd::new(EFD_NONBLOCK).map_err(|error| failed(&error))?;
         vm.register_irqfd(&event, GENERATION_GSI).map_err(|error| failed(&error))?;

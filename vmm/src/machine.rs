@@ -7,8 +7,8 @@ use demand_kvm::{
     DemandSlot, Engine, EngineChoice, FaultHandler, MsrTrap, PlainSlot, open_kvm, resolve,
 };
 use demand_memory::{
-    Backing, DemandMemory, DemandRegion, MemfdBacking, PageRange, Pager, RegionConfig, Retrier,
-    Stats, transparent_huge_pages_of_shmem,
+    Backing, DemandMemory, DemandRegion, MemfdBacking, Pager, RegionConfig, Retrier, Stats,
+    transparent_huge_pages_of_shmem,
 };
 use demand_source::PageSource;
 use demand_uffd::{ArmGuestError, DEFAULT_THREADS, FaultService};
@@ -187,13 +187,6 @@ impl Machine {
     /// Number of pages of all regions.
     pub fn pages(&self) -> u64 {
         self.pagers().map(|pager| pager.pages()).sum()
-    }
-
-    /// Number of pages that are missing now. It looks at the whole bitmap.
-    pub fn missing(&self) -> u64 {
-        let of =
-            |pager: &Arc<Pager>| pager.bitmap().count_missing(PageRange::new(0, pager.pages()));
-        self.pagers().map(of).sum()
     }
 
     /// Whether there are pages that could not be fetched, and are tried again and again.

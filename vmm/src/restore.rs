@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use demand_kvm::EngineChoice;
-use demand_memory::{Fill, FillRate, PAGE_SIZE, PageRange, Path, Retrier, RetryPolicy, Waiter};
+use demand_memory::{PAGE_SIZE, PageRange, Path, Retrier, RetryPolicy, Waiter};
 use demand_source::HashedImage;
 
 use crate::chipset::{Chipset, create_irqchip};
@@ -205,18 +205,18 @@ fn retrier(limit: Option<Duration>, tell: Tell, last_error: LastError) -> Arc<Re
 
 /// Brings all memory in, for back-ends that can wait for nothing.
 fn fill_first(machine: &Machine) -> Result<(), Error> {
-    let total = machine.missing();
-    let bar = Bar::new("memory, for a back-end without post-copy", "pages present", total);
-    let _fill = Fill::start(machine.pagers().cloned().collect(), FillRate::Unlimited)
-        .map_err(|error| Error::host(format!("start a thread for background fill: {error}")))?;
-    let waiter = Waiter::new();
+    /// Pages that are asked for at once: 128 MiB.
+    const STEP: u64 = 1 << 15;
+    let bar =
+        Bar::new("memory, for a back-end without post-copy", "pages present", machine.pages());
+    let (waiter, mut done) = (Waiter::new(), 0);
     for pager in machine.pagers() {
-        const STEP: u64 = 1 << 15;
         let pages = pager.pages();
         for first in (0..pages).step_by(STEP as usize) {
             let range = PageRange::new(first, STEP.min(pages - first));
             pager.ensure(range, Path::Fill, &waiter).map_err(Error::failed)?;
-            bar.set(total - machine.missing());
+            done += range.count;
+            bar.set(done);
         }
     }
     Ok(())

@@ -28,7 +28,7 @@ use crate::interrupt::{Interrupt, on_signals};
 use crate::machine::{Machine, MachineConfig};
 use crate::options::{FillOption, MemoryOption, TestGuestOption, VhostUserOption};
 use crate::placement::LOW_MEMORY_END;
-use crate::report::{Report, size, write_timeline};
+use crate::report::{Report, size, try_outputs, write_timeline};
 use crate::supervise::supervise;
 use crate::test_exits::TestExits;
 use crate::vcpu::VcpuContext;
@@ -133,14 +133,7 @@ fn run_parts(
 ) -> Result<Report, Error> {
     // What is wrong with the command line comes before what is wrong with the host.
     let plan = Arc::new(plan(options)?);
-    for path in options.timeline.iter().chain(&options.report) {
-        File::create(path).map_err(|error| {
-            Error::failed(format!(
-                "write {}: {error}; name a file that can be written",
-                path.display()
-            ))
-        })?;
-    }
+    try_outputs(options.timeline.iter().chain(&options.report))?;
     let (sender, events) = channel();
     let stats = Arc::new(Stats::new());
     if options.timeline.is_some() {

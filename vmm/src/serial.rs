@@ -134,7 +134,10 @@ impl SerialPort {
         saved: Option<&SavedSerial>,
     ) -> Result<Self, Error> {
         let failed = |error: &dyn fmt::Display| {
-            Error::host(format!("connect the serial port's interrupt: {error}"))
+            Error::host(format!(
+                "connect the serial port's interrupt: {error}; raise the limit of open \
+                 files (ulimit -n)"
+            ))
         };
         let event = EventFd::new(EFD_NONBLOCK).map_err(|error| failed(&error))?;
         vm.register_irqfd(&event, SERIAL_GSI).map_err(|error| failed(&error))?;

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A Linux guest from its start to its end, however it came to be.
 
-use std::fs::File;
 use std::io::Write;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -15,7 +14,7 @@ use crate::api::State;
 use crate::api_server::ApiServer;
 use crate::chipset::Chipset;
 use crate::drive::{End, drive};
-use crate::error::Error;
+use crate::error::{Error, no_thread};
 use crate::events::{Event, Hear, Tell, events};
 use crate::exits::BusExits;
 use crate::interrupt::{Interrupt, on_signals};
@@ -24,7 +23,7 @@ use crate::machine::Machine;
 use crate::options::VhostUserOption;
 use crate::power::{OnPower, PowerRequest};
 use crate::progress::Bar;
-use crate::report::{Report, write_timeline};
+use crate::report::{Report, try_outputs, write_timeline};
 use crate::reset::Pristine;
 use crate::serial::SerialOption;
 use crate::supervise::supervise;
@@ -146,17 +145,9 @@ pub(crate) fn run_guest(
     prepare: impl FnOnce(&Session) -> Result<Prepared, Error> + Send + 'static,
 ) -> Result<Report, Error> {
     check_devices(&guest.vhost_user)?;
-    for path in guest.timeline.iter().chain(&guest.report) {
-        File::create(path).map_err(|error| {
-            Error::failed(format!(
-                "write {}: {error}; name a file that can be written",
-                path.display()
-            ))
-        })?;
-    }
+    try_outputs(guest.timeline.iter().chain(&guest.report))?;
     let interrupt = Interrupt::default();
-    on_signals(interrupt.clone())
-        .map_err(|error| Error::host(format!("start a thread: {error}")))?;
+    on_signals(interrupt.clone()).map_err(|error| no_thread("listen for signals", error))?;
     let console = guest.serial == SerialOption::Terminal;
     // Kept here, where it is given back even if a thread hangs.
     let _terminal = console.then(RawTerminal::new).transpose().map_err(|error| {
@@ -204,9 +195,8 @@ fn follow(
         begin(&vm)?;
         if let Some(rate) = fill {
             let pagers = vm.machine.pagers().cloned().collect();
-            filling = Some(Fill::start(pagers, rate).map_err(|error| {
-                Error::host(format!("start a thread for background fill: {error}"))
-            })?);
+            let started = Fill::start(pagers, rate);
+            filling = Some(started.map_err(|error| no_thread("fill memory", error))?);
         }
         if vm.machine.engine().is_some() {
             let tell = session.tell.clone();

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use demand_memory::DemandMemory;
 
-use crate::error::Error;
+use crate::error::{Error, no_thread};
 use crate::interrupt::Interrupt;
 
 /// How long an end that was asked for from outside waits for what it ends, while pages still
@@ -44,7 +44,7 @@ pub(crate) fn supervise<T: Send + 'static>(
     thread::Builder::new()
         .name("run".into())
         .spawn(body)
-        .map_err(|error| Error::host(format!("start a thread: {error}")))?;
+        .map_err(|error| no_thread("run the VM", error))?;
 
     let mut patience = Duration::MAX;
     let outcome = loop {

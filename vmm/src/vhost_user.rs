@@ -42,23 +42,24 @@ use crate::vsock;
 ///
 /// ```no_run
 /// use demand_vmm::device_kind::DeviceKind;
+/// use demand_vmm::error::Error;
+/// use demand_vmm::machine::Machine;
 /// use demand_vmm::options::VhostUserOption;
 /// use demand_vmm::vhost_user::VhostUserDevice;
 /// use std::time::Duration;
 ///
-/// # fn main() -> Result<(), demand_vmm::error::Error> {
-/// # let (machine, address, gsi): (demand_vmm::machine::Machine, u64, u32) = todo!();
-/// let option = VhostUserOption::new(DeviceKind::Blk, "blk.sock");
-/// let device = VhostUserDevice::connect(&option, 0)?;
-/// device.share_memory(machine.memory(), machine.service())?;
-/// device.attach(machine.vm(), address, gsi)?;
-/// // ... the guest runs, until its vCPUs are paused:
-/// device.can_snapshot()?;
-/// let state = device.quiesce(Duration::from_secs(5))?;
-/// // ... its memory is saved, and then it goes on:
-/// device.resume()?;
-/// # Ok(())
-/// # }
+/// fn run(machine: &Machine, address: u64, gsi: u32) -> Result<(), Error> {
+///     let option = VhostUserOption::new(DeviceKind::Blk, "blk.sock");
+///     let device = VhostUserDevice::connect(&option, 0)?;
+///     device.share_memory(machine.memory(), machine.service())?;
+///     device.attach(machine.vm(), address, gsi)?;
+///     // ... the guest runs, until its vCPUs are paused:
+///     device.can_snapshot()?;
+///     let state = device.quiesce(Duration::from_secs(5))?;
+///     // ... its memory is saved, and then it goes on:
+///     device.resume()?;
+///     Ok(())
+/// }
 /// ```
 #[derive(Debug)]
 pub struct VhostUserDevice {
