@@ -416,6 +416,29 @@ fn a_disk_is_stopped_between_a_request_and_its_kick() {
     driver.finish();
 }
 
+/// An interrupt may be lost between a back-end that was stopped and a guest that is saved: each is
+/// raised once when the device goes on, though the back-end has nothing to say.
+#[test]
+fn a_device_that_goes_on_interrupts_once() {
+    let place = Place::new();
+    let back_end = place.back_end(1);
+    let memory = memory(&place.image());
+    let device = VhostUserDevice::connect(&disk_of(&back_end, 1), 0).unwrap();
+    device.share_memory(&memory, &service()).unwrap();
+    let mut driver = Driver::new(&device, &memory, 1);
+    driver.set_up();
+    driver.request(READ, 8, DATA, 512);
+    device.quiesce(Duration::from_secs(10)).unwrap();
+    for interrupt in device.interrupts() {
+        let _ = interrupt.read();
+        assert!(interrupt.read().is_err(), "nobody raises it while the device stands");
+    }
+    device.resume().unwrap();
+    for interrupt in device.interrupts() {
+        assert!(interrupt.read().is_ok(), "one may have been lost");
+    }
+}
+
 /// A back-end whose post-copy does not work sees complete memory only.
 #[test]
 fn a_foreign_back_end_on_memory_that_is_there() {
