@@ -11,6 +11,7 @@ pub mod guest;
 pub mod life;
 pub mod process;
 pub mod refusal;
+pub mod same_memory;
 pub mod sandbox;
 pub mod scenario;
 

@@ -85,10 +85,10 @@ pub(crate) fn try_own_accesses(kvm: &Kvm) -> bool {
 
 /// Memory with these pages, and a bitmap in which the first of them is missing.
 fn scratch(pages: &[&[u8; PAGE_SIZE as usize]]) -> io::Result<(Arc<Mapping>, Arc<Words>)> {
-    let words = Words::new(1)?;
+    let words = Words::new(c"probe-bitmap", 1)?;
     words[0].store(1, Ordering::Release);
     let size = pages.len() as u64 * PAGE_SIZE;
-    let memory = Words::new(size as usize / 8)?;
+    let memory = Words::new(c"probe-memory", size as usize / 8)?;
     for page in pages {
         memory.file().as_ref().write_all(&page[..])?;
     }

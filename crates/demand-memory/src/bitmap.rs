@@ -87,7 +87,8 @@ impl MissingBitmap {
         let words = words.ok_or_else(|| {
             io::Error::new(io::ErrorKind::InvalidInput, "a bitmap needs at least one page")
         })?;
-        let (missing, claimed) = (Words::new(words)?, Words::new(words)?);
+        let missing = Words::new(c"missing-bitmap", words)?;
+        let claimed = Words::new(c"claimed-bitmap", words)?;
         Ok(MissingBitmap {
             pages,
             missing,

@@ -19,14 +19,14 @@ pub struct Words {
 
 #[cfg(not(loom))]
 impl Words {
-    /// Makes `len` words.
+    /// Makes `len` words. `name` is what `/proc/PID/fd` and `/proc/PID/maps` call them.
     ///
     /// # Errors
     ///
     /// The system's, if the memory cannot be had.
-    pub fn new(len: usize) -> std::io::Result<Self> {
+    pub fn new(name: &std::ffi::CStr, len: usize) -> std::io::Result<Self> {
         let bytes = (len.max(1) * 8) as u64;
-        let file = crate::backing::memfd(c"missing-bitmap", 0)?;
+        let file = crate::backing::memfd(name, 0)?;
         file.set_len(bytes)?;
         let mapping = crate::mapping::Mapping::shared(&file, bytes, false)?;
         Ok(Words { mapping, file: std::sync::Arc::new(file), len })
@@ -83,7 +83,7 @@ pub struct Words(Box<[AtomicU64]>);
 #[cfg(loom)]
 impl Words {
     /// Makes `len` words.
-    pub fn new(len: usize) -> std::io::Result<Self> {
+    pub fn new(_: &std::ffi::CStr, len: usize) -> std::io::Result<Self> {
         Ok(Words((0..len).map(|_| AtomicU64::new(0)).collect()))
     }
 

@@ -1,0 +1,70 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! A snapshot's memory, byte by byte against the memory of the VM that it was taken of. What a
+//! guest proves by itself is about the pages that it uses; this is about all of them.
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use anyhow::{Context, Result, bail, ensure};
+
+const PAGE: usize = 4096;
+/// Bytes that are compared at once.
+const STEP: usize = 1 << 20;
+
+/// Holds the memory in the directory `snapshot` to that of the VMM's process `vmm`, whose guest has
+/// one region and has been paused since the snapshot was begun: a page that is present must be as it
+/// is there, one that is missing as it is in `source`, the directory that the VM was restored from.
+/// Pages may arrive meanwhile.
+///
+/// # Errors
+///
+/// The first page that differs, or that the process's memory cannot be read.
+pub fn same_memory(vmm: u32, snapshot: &Path, source: Option<&Path>) -> Result<()> {
+    // As it was at first: what arrives from now on is the source's, and so is the same in both.
+    let mut missing = Vec::new();
+    std::io::copy(&mut &one_file(vmm, "missing-bitmap")?, &mut missing)?;
+    let is_missing = |page: usize| missing[page / 8] & 1 << (page % 8) != 0;
+    let memory = one_file(vmm, "guest-memory")?;
+    let taken = File::open(snapshot.join("memory")).context("open the snapshot's memory")?;
+    let size = memory.metadata()?.len();
+    ensure!(taken.metadata()?.len() == size, "the snapshot's memory has another size");
+    let source = source.map(|source| File::open(source.join("memory"))).transpose()?;
+    let [mut now, mut then, mut before] = [(); 3].map(|()| vec![0; STEP]);
+    for at in (0..size).step_by(STEP) {
+        let length = STEP.min((size - at) as usize);
+        memory.read_exact_at(&mut now[..length], at)?;
+        taken.read_exact_at(&mut then[..length], at)?;
+        let first = at as usize / PAGE;
+        if (first..first + length / PAGE).any(is_missing) {
+            let source = source.as_ref().context("pages are missing, and there is no source")?;
+            source.read_exact_at(&mut before[..length], at)?;
+        }
+        for page in first..first + length / PAGE {
+            let bytes = (page - first) * PAGE..(page - first + 1) * PAGE;
+            let (what, must) = match is_missing(page) {
+                true => ("missing, and differs from the source's", &before),
+                false => ("present, and differs from the VM's", &now),
+            };
+            ensure!(must[bytes.clone()] == then[bytes], "page {page} of the snapshot was {what}");
+        }
+    }
+    Ok(())
+}
+
+/// The only memfd of that name that a process has.
+fn one_file(process: u32, name: &str) -> Result<File> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(format!("/proc/{process}/fd"))? {
+        let path = entry?.path();
+        // Some are closed meanwhile.
+        let Ok(target) = fs::read_link(&path) else { continue };
+        if target.to_string_lossy().starts_with(&format!("/memfd:{name} ")) {
+            found.push(path);
+        }
+    }
+    match &found[..] {
+        [path] => File::open(path).with_context(|| format!("open {name} of process {process}")),
+        _ => bail!("process {process} has {} memfds called {name}", found.len()),
+    }
+}
