@@ -327,8 +327,8 @@ impl Moment {
             again: None,
         };
         life.wait_running()?;
-        let from_us = self.seen.map_or(0, |beat| beat.mono_us);
-        life.again = Some(Again { since: Instant::now(), from_us });
+        // Before its first beat its kernel may not have a clock yet.
+        life.again = self.seen.map(|beat| Again { since: Instant::now(), from_us: beat.mono_us });
         Ok(life)
     }
 }
