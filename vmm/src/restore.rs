@@ -243,6 +243,10 @@ fn begin(vm: &Vm, saved: SavedVm) -> Result<(), Error> {
         .collect::<Result<(), _>>()?;
     // After the local APICs, which interrupts that were under way go to.
     saved.vm.restore(vm.machine.vm())?;
+    vm.chipset
+        .serial
+        .interrupt()
+        .map_err(|error| Error::host(format!("raise the serial port's interrupt: {error}")))?;
     // Another guest than the snapshot's from here on.
     vm.chipset.generation.renew(vm.machine.memory())?;
     vm.devices.iter().try_for_each(|device| device.resume())?;

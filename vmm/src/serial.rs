@@ -84,7 +84,7 @@ struct Registers {
     in_buffer: Vec<u8>,
 }
 
-struct Irq(EventFd);
+struct Irq(Arc<EventFd>);
 
 impl Trigger for Irq {
     type E = io::Error;
@@ -118,6 +118,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 /// A 16550 serial port.
 pub struct SerialPort {
     uart: Mutex<Serial<Irq, TellRoom, Box<dyn Write + Send>>>,
+    irq: Irq,
     room: Arc<EventFd>,
 }
 
@@ -139,24 +140,37 @@ impl SerialPort {
                  files (ulimit -n)"
             ))
         };
-        let event = EventFd::new(EFD_NONBLOCK).map_err(|error| failed(&error))?;
+        let event = EventFd::new(EFD_NONBLOCK).map(Arc::new).map_err(|error| failed(&error))?;
         vm.register_irqfd(&event, SERIAL_GSI).map_err(|error| failed(&error))?;
         let room = Arc::new(EventFd::new(EFD_NONBLOCK).map_err(|error| failed(&error))?);
         let registers = saved.map(|saved| saved.0.clone()).unwrap_or_default();
         let output = option.output()?;
-        let uart = Serial::from_state(&registers, Irq(event), TellRoom(room.clone()), output)
-            .map_err(|error| {
-                Error::failed(format!(
-                    "set up the serial port as the snapshot has it: {error}; the snapshot was \
+        let uart =
+            Serial::from_state(&registers, Irq(event.clone()), TellRoom(room.clone()), output)
+                .map_err(|error| {
+                    Error::failed(format!(
+                        "set up the serial port as the snapshot has it: {error}; the snapshot was \
                      altered, take another"
-                ))
-            })?;
-        Ok(SerialPort { uart: Mutex::new(uart), room })
+                    ))
+                })?;
+        Ok(SerialPort { uart: Mutex::new(uart), irq: Irq(event), room })
     }
 
     /// The registers, for a snapshot.
     pub fn save(&self) -> SavedSerial {
         SavedSerial(lock(&self.uart).state())
+    }
+
+    /// Interrupts the guest once, whether there is a reason or not. The one that belongs to the
+    /// registers of a snapshot may be in no state: KVM passes an eventfd's interrupt on in a thread
+    /// of its own, maybe after the local APICs were saved. Without it the guest's driver would
+    /// wait for it for ever; one too many does no harm.
+    ///
+    /// # Errors
+    ///
+    /// The system's.
+    pub fn interrupt(&self) -> io::Result<()> {
+        self.irq.trigger()
     }
 
     /// Hands as much of `bytes` to the guest as there is room for; returns how many.
