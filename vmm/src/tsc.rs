@@ -44,6 +44,13 @@ pub(crate) fn set_offset(vcpu: &VcpuFd, offset: u64) -> Result<(), kvm_ioctls::E
     }
 }
 
+/// Whether counters of so many kHz are taken for equally fast, so that neither is scaled. Hosts of
+/// the same kind differ by some millionths, as each measures its own. KVM takes 250 for the same,
+/// too (parameter `tsc_tolerance_ppm`).
+pub(crate) fn is_as_fast(its: u32, ours: u32) -> bool {
+    u64::from(its.abs_diff(ours)) * 1_000_000 <= u64::from(ours) * 250
+}
+
 /// kvm-clock, in nanoseconds, and the host's counter at the same moment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Moment {
@@ -63,6 +70,14 @@ pub(crate) fn offset_since(offset: u64, then: Moment, now: Moment, khz: u32) -> 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_two_measurements_make_of_one_counter_is_the_same() {
+        assert!(is_as_fast(2_000_000, 2_000_000));
+        assert!(is_as_fast(2_000_499, 2_000_000) && is_as_fast(1_999_501, 2_000_000));
+        assert!(!is_as_fast(2_000_501, 2_000_000) && !is_as_fast(1_000_000, 2_000_000));
+        assert!(is_as_fast(u32::MAX, u32::MAX));
+    }
 
     #[test]
     fn a_counter_goes_on_with_the_clock() {

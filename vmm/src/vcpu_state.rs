@@ -241,7 +241,7 @@ impl VcpuState {
     ) -> Result<(), Error> {
         let (Some(offset), Some(khz)) = (self.tsc_offset, self.tsc_khz) else { return Ok(()) };
         // Offsets of scaled counters are in other ticks than the host's.
-        let scaled = vcpu.get_tsc_khz().is_ok_and(|ours| ours != khz);
+        let scaled = vcpu.get_tsc_khz().is_ok_and(|ours| !tsc::is_as_fast(khz, ours));
         if scaled || tsc::offset(vcpu).is_none() {
             return Ok(());
         }
@@ -285,9 +285,7 @@ impl VcpuState {
 
     fn restore_tsc_khz(&self, on: &On, vcpu: &VcpuFd) -> Result<(), Error> {
         let (Some(its), Ok(ours)) = (self.tsc_khz, vcpu.get_tsc_khz()) else { return Ok(()) };
-        // Hosts of the same kind differ by some millionths, as each measures its own. KVM takes
-        // 250 for the same, too (parameter `tsc_tolerance_ppm`).
-        if u64::from(its.abs_diff(ours)) * 1_000_000 <= u64::from(ours) * 250 {
+        if tsc::is_as_fast(its, ours) {
             return Ok(());
         }
         vcpu.set_tsc_khz(its).map_err(|error| {
