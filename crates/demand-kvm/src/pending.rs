@@ -91,6 +91,15 @@ impl Pending {
         matches!(self, Pending::Read { .. } | Pending::Write { .. })
     }
 
+    /// Has the instruction fail, or come to anything: it is of no interest any more.
+    pub(crate) fn refuse(&self, vcpu: &mut VcpuFd) {
+        #[cfg(target_arch = "x86_64")]
+        if let Pending::Msr { .. } = self {
+            let run = vcpu.get_kvm_run();
+            run.__bindgen_anon_1.msr.error = 1;
+        }
+    }
+
     /// Fetches what is missing and answers the exit: the vCPU can be run again when this returns
     /// `Ok`. `memory` is the VM's, of which the accesses are made; it may be a
     /// [`DemandMemory`](demand_memory::DemandMemory), and must not fault. Called on the vCPU's

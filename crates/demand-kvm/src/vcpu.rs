@@ -226,6 +226,30 @@ impl DemandVcpu {
     }
 }
 
+impl DemandVcpu {
+    /// Forgets the instruction that waits for an answer, if there is one, without making its
+    /// accesses: for a vCPU that is about to be given another state. Its state is none that a guest
+    /// could go on from. It waits for no page.
+    ///
+    /// # Errors
+    ///
+    /// [`StepError::Run`].
+    pub fn abandon(&mut self) -> Result<(), StepError> {
+        let Some(pending) = self.pending.take() else { return Ok(()) };
+        pending.refuse(&mut self.vcpu);
+        // KVM completes the instruction, maybe part by part, and does not run the guest.
+        self.kick.kick_self();
+        let _clear = ClearKick(&self.kick);
+        loop {
+            match self.vcpu.run() {
+                Ok(_) => {}
+                Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => return Ok(()),
+                Err(error) => return Err(StepError::Run(error)),
+            }
+        }
+    }
+}
+
 /// What came of one `KVM_RUN`.
 enum Ran<'a> {
     /// The exit was one of demand paging, and was served or is kept to be answered.
