@@ -1,18 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A Linux guest's exits: accesses to the buses, and its end.
 
-use std::thread;
-use std::time::Duration;
-
 use kvm_ioctls::VcpuExit;
 use vm_device::bus::{MmioAddress, PioAddress};
 use vm_device::device_manager::{IoManager, MmioManager, PioManager};
 
 use crate::power::{OnPower, PowerRequest};
 use crate::vcpu::{ServeExit, Served, unserved};
-
-/// How long a vCPU that has shut down rests before it looks again.
-const AFTER_SHUTDOWN: Duration = Duration::from_millis(5);
 
 /// Serves exits by the devices on the buses. Where there is none, reads give all ones and writes
 /// are lost, as on hardware: kernels look for what may not be there.
@@ -51,11 +45,12 @@ impl ServeExit for BusExits {
                     log::trace!("vCPU {cpu} wrote to {address:#x}, where nothing is");
                 }
             }
-            // A triple fault is how kernels reset that know no better way. Until the reset comes,
-            // KVM says the same again.
+            // A triple fault is how kernels reset that know no better way. With SVM, KVM has put
+            // the vCPU back to its power-on state by itself, from which it would run where there
+            // is no firmware.
             VcpuExit::Shutdown => {
                 (self.power)(PowerRequest::Reset);
-                thread::sleep(AFTER_SHUTDOWN);
+                return Served::Hold;
             }
             other => return unserved(cpu, &other),
         }

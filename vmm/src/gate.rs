@@ -2,7 +2,7 @@
 //! What each vCPU's thread passes before it enters the guest, and where it waits while the VM is
 //! paused.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -59,6 +59,8 @@ pub(crate) enum Turn {
 struct State {
     places: BTreeMap<u32, Place>,
     jobs: BTreeMap<u32, Job>,
+    /// vCPUs that stay out of the guest although it runs.
+    held: BTreeSet<u32>,
 }
 
 /// How often a vCPU whose state is wanted looks again whether its page has come.
@@ -130,6 +132,10 @@ impl Gate {
             if !self.wants(Wanted::Pause) {
                 // Whoever asked for something finds out that it was not done.
                 state.jobs.remove(&cpu);
+                if self.wants(Wanted::Run) && state.held.contains(&cpu) {
+                    state = self.wait_changed(state);
+                    continue;
+                }
                 state.places.insert(cpu, Place::Running);
                 return if self.wants(Wanted::Run) { Turn::Go } else { Turn::Stop };
             }
@@ -154,6 +160,27 @@ impl Gate {
                 None => continue,
             }
         }
+    }
+
+    /// Keeps a vCPU out of the guest until all are [released](Self::release).
+    pub(crate) fn hold(&self, cpu: u32) {
+        self.lock().held.insert(cpu);
+    }
+
+    /// Whether a vCPU is kept out of the guest.
+    pub(crate) fn is_held(&self, cpu: u32) -> bool {
+        self.lock().held.contains(&cpu)
+    }
+
+    /// Whether some vCPU is kept out of the guest.
+    pub(crate) fn holds_any(&self) -> bool {
+        !self.lock().held.is_empty()
+    }
+
+    /// Lets all vCPUs into the guest again, when it runs.
+    pub(crate) fn release(&self) {
+        self.lock().held.clear();
+        self.changed.notify_all();
     }
 
     /// Notes that a vCPU's thread begins.

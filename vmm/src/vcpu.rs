@@ -34,6 +34,9 @@ pub enum VcpuEvent {
 pub enum Served {
     /// The vCPU runs on.
     Continue,
+    /// The vCPU cannot run on before it was given another state: it is kept out of the guest until
+    /// the VM was reset. It can be paused and stopped meanwhile.
+    Hold,
     /// The vCPU has nothing more to do: its thread ends.
     End,
     /// The vCPU cannot go on, and why: one line that names the vCPU.
@@ -162,8 +165,8 @@ pub(crate) fn run(
 ) {
     let _ended = TellEnd(cpu, gate, tell);
     vcpu.kick().attach();
-    let mut runner = Runner { cpu, vcpu, context, has_run: false };
-    if let End::Failed(message) = runner.run(gate) {
+    let mut runner = Runner { cpu, vcpu, context, gate, has_run: false, held: false };
+    if let End::Failed(message) = runner.run() {
         tell(VcpuEvent::Failed { cpu, message });
     }
 }
@@ -172,14 +175,18 @@ struct Runner<'a> {
     cpu: u32,
     vcpu: DemandVcpu,
     context: &'a VcpuContext,
+    gate: &'a Gate,
+    /// Whether it is to stay out of the guest until the VM was reset.
+    held: bool,
     /// Whether there can be an instruction that is half done.
     has_run: bool,
 }
 
 impl Runner<'_> {
-    fn run(&mut self, gate: &Gate) -> End {
+    fn run(&mut self) -> End {
+        let gate = self.gate;
         loop {
-            if !gate.is_open()
+            if (!gate.is_open() || self.held)
                 && let Err(end) = self.pause(gate)
             {
                 return end;
@@ -196,7 +203,10 @@ impl Runner<'_> {
         match self.vcpu.step(&self.context.faults, &self.context.memory) {
             Ok(Step::Again) => Ok(()),
             Ok(Step::Exit(VcpuExit::InternalError)) => Err(self.internal_error()),
-            Ok(Step::Exit(exit)) => serve(self.cpu, self.context, exit),
+            Ok(Step::Exit(exit)) => {
+                self.held = serve(self.cpu, self.context, self.gate, exit)?;
+                Ok(())
+            }
             Err(error) => Err(self.failed(error)),
         }
     }
@@ -215,6 +225,8 @@ impl Runner<'_> {
             }
             parked = true;
         }
+        // Released, or held once more while it was on its way in.
+        self.held = self.held && gate.is_held(self.cpu);
         if parked {
             self.was_paused();
         }
@@ -241,7 +253,9 @@ impl Runner<'_> {
                 Ok(Settle::Done) => return Ok(Settled::Yes),
                 Ok(Settle::Waiting { gpa }) => return Ok(Settled::Waiting { gpa }),
                 Ok(Settle::Exit(VcpuExit::InternalError)) => return Err(self.internal_error()),
-                Ok(Settle::Exit(exit)) => serve(self.cpu, self.context, exit)?,
+                Ok(Settle::Exit(exit)) => {
+                    self.held |= serve(self.cpu, self.context, self.gate, exit)?;
+                }
                 Err(error) => return Err(self.failed(error)),
             }
         }
@@ -272,7 +286,8 @@ impl Runner<'_> {
     }
 }
 
-fn serve(cpu: u32, context: &VcpuContext, exit: VcpuExit<'_>) -> Result<(), End> {
+/// Serves an exit; whether the vCPU is held from now on.
+fn serve(cpu: u32, context: &VcpuContext, gate: &Gate, exit: VcpuExit<'_>) -> Result<bool, End> {
     if let VcpuExit::FailEntry(reason, _) = exit {
         let why = format!(
             "vCPU {cpu}: the processor refused to enter the guest (reason {reason:#x}); the \
@@ -281,7 +296,11 @@ fn serve(cpu: u32, context: &VcpuContext, exit: VcpuExit<'_>) -> Result<(), End>
         return Err(End::Failed(why));
     }
     match context.exits.serve(cpu, exit) {
-        Served::Continue => Ok(()),
+        Served::Continue => Ok(false),
+        Served::Hold => {
+            gate.hold(cpu);
+            Ok(true)
+        }
         Served::End => Err(End::Quiet),
         Served::Failed(message) => Err(End::Failed(message)),
     }

@@ -156,6 +156,17 @@ impl Vcpus {
         self.gate.want(Wanted::Run);
     }
 
+    /// Whether a vCPU is [held](crate::vcpu::Served::Hold).
+    pub(crate) fn is_held(&self) -> bool {
+        self.gate.holds_any()
+    }
+
+    /// Lets those that are [held](crate::vcpu::Served::Hold) into the guest again: they have
+    /// another state.
+    pub(crate) fn release(&self) {
+        self.gate.release();
+    }
+
     /// Calls `f` with each vCPU and its number, on the vCPU's own thread as KVM wants it, one after
     /// the other in the order of their numbers; returns what it returned. The vCPUs must be
     /// paused, and each is between two instructions when `f` gets it. `within` is how long all of
