@@ -88,7 +88,7 @@ impl MutEventSubscriber for Descriptors {
         let mut fds = vec![self.hear.as_raw_fd(), room.as_raw_fd()];
         fds.extend(self.back_ends.iter().map(|(fd, _)| *fd));
         for fd in fds {
-            if let Err(error) = ops.add(Events::new_raw(fd, EventSet::IN)) {
+            if let Err(error) = ops.add(Events::new_raw(fd, EventSet::READ_HANG_UP)) {
                 log::error!("watch a descriptor of the VM: {error:?}");
             }
         }
