@@ -10,6 +10,7 @@ pub mod file_system;
 pub mod guest;
 pub mod life;
 pub mod process;
+pub mod pseudo_terminal;
 pub mod refusal;
 pub mod same_memory;
 pub mod sandbox;

@@ -1,0 +1,108 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! A terminal for a program to run on, whose keys and screen are a test's.
+
+use std::fs::{File, OpenOptions};
+use std::io::{Read, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::process::Command;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
+use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
+use rustix::termios::{LocalModes, Winsize, tcgetattr, tcsetwinsize};
+
+/// How long something may take to appear: guests are emulated, twice.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// A terminal of 100 columns.
+#[derive(Debug)]
+pub struct PseudoTerminal {
+    keys: File,
+    /// The side that programs see; open, so that it lasts from one program to the next.
+    line: File,
+    screen: Arc<Mutex<Vec<u8>>>,
+}
+
+impl PseudoTerminal {
+    /// A terminal that nobody uses yet.
+    ///
+    /// # Errors
+    ///
+    /// The system's.
+    pub fn new() -> Result<Self> {
+        let ours: OwnedFd = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY)?;
+        grantpt(&ours)?;
+        unlockpt(&ours)?;
+        let path = ptsname(&ours, Vec::new())?.into_string()?;
+        let line =
+            OpenOptions::new().read(true).write(true).custom_flags(libc::O_NOCTTY).open(path)?;
+        tcsetwinsize(&line, Winsize { ws_row: 40, ws_col: 100, ws_xpixel: 0, ws_ypixel: 0 })?;
+        let (keys, screen) = (File::from(ours), Arc::new(Mutex::new(Vec::new())));
+        let (mut shown, seen) = (keys.try_clone()?, screen.clone());
+        thread::spawn(move || {
+            let mut bytes = [0; 4096];
+            // The read fails when nobody has the other side open any more.
+            while let Ok(count) = shown.read(&mut bytes) {
+                let mut seen = seen.lock().unwrap_or_else(PoisonError::into_inner);
+                seen.extend_from_slice(&bytes[..count]);
+            }
+        });
+        Ok(PseudoTerminal { keys, line, screen })
+    }
+
+    /// Has `command` run on it: it is all three of its streams.
+    ///
+    /// # Errors
+    ///
+    /// The system's.
+    pub fn attach(&self, command: &mut Command) -> Result<()> {
+        let line = || self.line.try_clone();
+        command.stdin(line()?).stdout(line()?).stderr(line()?);
+        command.env("TERM", "xterm");
+        Ok(())
+    }
+
+    /// Types.
+    ///
+    /// # Errors
+    ///
+    /// The system's.
+    pub fn type_keys(&self, keys: &[u8]) -> Result<()> {
+        Ok((&self.keys).write_all(keys)?)
+    }
+
+    /// Whether keys are handed on as they are typed, rather than lines that can be edited and
+    /// signals.
+    ///
+    /// # Errors
+    ///
+    /// The system's.
+    pub fn is_raw(&self) -> Result<bool> {
+        let cooked = LocalModes::ICANON | LocalModes::ECHO | LocalModes::ISIG;
+        Ok(!tcgetattr(self.line.as_fd())?.local_modes.intersects(cooked))
+    }
+
+    /// All that was ever shown.
+    pub fn shown(&self) -> String {
+        let screen = self.screen.lock().unwrap_or_else(PoisonError::into_inner);
+        String::from_utf8_lossy(&screen).into_owned()
+    }
+
+    /// Waits until `text` has been shown.
+    ///
+    /// # Errors
+    ///
+    /// If that does not happen.
+    pub fn wait_shown(&self, text: &str) -> Result<()> {
+        let begun = Instant::now();
+        while !self.shown().contains(text) {
+            let shown = || self.shown();
+            ensure!(begun.elapsed() < PATIENCE, "{text:?} was not shown, but {:?}", shown());
+            thread::sleep(Duration::from_millis(20));
+        }
+        Ok(())
+    }
+}
