@@ -2,6 +2,7 @@
 //! A reset: the machine begins anew, with the back-ends that it has and the memory as it is.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use vm_device::DeviceMmio;
@@ -38,16 +39,27 @@ impl Pristine {
     }
 
     /// Takes the machine back to its beginning, and lets the guest's kernel boot again. Pages that
-    /// are missing arrive as ever, and this waits for those that it needs.
+    /// are missing arrive as ever, and this waits for those that it needs. `asked` says whether the
+    /// guest has asked for a reset that has not come; then no more.
     ///
     /// # Errors
     ///
     /// If there is no kernel to boot, or KVM or a back-end refuses.
-    pub(crate) fn reset(&self, vm: &Vm, boot: Option<&BootSource>) -> Result<(), Error> {
+    pub(crate) fn reset(
+        &self,
+        vm: &Vm,
+        boot: Option<&BootSource>,
+        asked: &AtomicBool,
+    ) -> Result<(), Error> {
         let boot = boot.ok_or_else(|| {
             Error::failed("reset the guest: its snapshot does not say what it was booted from")
         })?;
-        vm.outside_guest(WITHIN, || self.begin_anew(vm, boot))
+        vm.outside_guest(WITHIN, || {
+            self.begin_anew(vm, boot)?;
+            // Before the guest runs again and may ask again.
+            asked.store(false, Ordering::Release);
+            Ok(())
+        })
     }
 
     fn begin_anew(&self, vm: &Vm, boot: &BootSource) -> Result<(), Error> {
@@ -62,6 +74,7 @@ impl Pristine {
         let memory = vm.machine.memory().clone();
         vm.vcpus()
             .on_parked(WITHIN, move |cpu, vcpu| {
+                vcpu.abandon().map_err(|error| Error::host(format!("vCPU {cpu}: {error}")))?;
                 states[cpu as usize].reset(cpu, vcpu.fd(), &shape)?;
                 if cpu == 0 { boot_cpu::set_up(vcpu.fd(), &memory, entry) } else { Ok(()) }
             })

@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use demand_memory::DemandMemory;
+use demand_memory::{DemandMemory, PAGE_SIZE, PageRange, Path};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::virtio_mmio::QueueState;
@@ -35,7 +35,7 @@ pub(crate) fn await_used(
     within: Duration,
 ) -> Result<(), String> {
     loop {
-        let used = ring_index(memory, queue.used)?;
+        let used = ring_index(memory, queue.used, begun, within)?;
         if used == taken {
             return Ok(());
         }
@@ -51,8 +51,29 @@ pub(crate) fn await_used(
     }
 }
 
-/// How many entries a ring has had, counted by 16 bits (virtio 1.2, sections 2.7.6 and 2.7.8).
-pub(crate) fn ring_index(memory: &DemandMemory, ring: u64) -> Result<u16, String> {
+/// How many entries a ring has had, counted by 16 bits (virtio 1.2, sections 2.7.6 and 2.7.8). Waits
+/// for the ring's page, but not for ever.
+pub(crate) fn ring_index(
+    memory: &DemandMemory,
+    ring: u64,
+    begun: Instant,
+    within: Duration,
+) -> Result<u16, String> {
     let at = GuestAddress(ring.wrapping_add(2));
+    if let Some((region, offset)) = memory.to_region_addr(at) {
+        let (pager, page) = (region.pager(), PageRange::new(offset.0 / PAGE_SIZE, 1));
+        while pager.bitmap().is_missing(page.first) {
+            pager.fetch(page, Path::Vmm).map_err(|error| format!("read a ring: {error}"))?;
+            if begun.elapsed() >= within {
+                return Err(format!(
+                    "read a ring: its page at {:#x} has not arrived within {} ms; see that the \
+                     source answers",
+                    at.0,
+                    within.as_millis()
+                ));
+            }
+            thread::sleep(LOOK_EVERY);
+        }
+    }
     memory.load(at, Ordering::Acquire).map_err(|error| format!("read a ring: {error}"))
 }

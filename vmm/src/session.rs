@@ -218,18 +218,17 @@ fn follow(
             match drive(&vm, hear, console, &mut look)? {
                 End::Reset => {
                     log::warn!("the guest resets itself, or has crashed into it: it begins anew");
-                    pristine.reset(&vm, vm.boot.as_ref())?;
+                    pristine.reset(&vm, vm.boot.as_ref(), &session.reset_asked)?;
                 }
                 End::Off | End::Asked => return Ok(()),
             }
-            session.reset_asked.store(false, Ordering::Release);
         }
     });
     // Who asks for the end before there was a beginning gets it.
     let asked = vm.lifecycle.is_ending() && vm.lifecycle.state() == State::Starting;
     let outcome = if asked { Ok(()) } else { outcome };
     // A snapshot under way ends, and nobody begins another.
-    vm.lifecycle.end();
+    vm.end();
     drop(filling);
     // As long as pages arrive, for a vCPU may wait for one where no kick reaches it.
     let stopped = vm.stop_vcpus(VCPUS_WITHIN);

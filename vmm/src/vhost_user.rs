@@ -581,7 +581,7 @@ fn await_answers(inner: &Inner, begun: Instant, within: Duration) -> Result<(), 
     let Some(memory) = &inner.memory else { return Ok(()) };
     let queues = inner.registers.queues().iter().zip(&inner.running).enumerate();
     for (index, (queue, _)) in queues.filter(|(_, (_, running))| **running) {
-        let made = ring_index(memory, queue.available)?;
+        let made = ring_index(memory, queue.available, begun, within)?;
         await_used(memory, (index, queue), made, begun, within)?;
     }
     Ok(())

@@ -3,6 +3,7 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use demand_memory::{ImageProgress, PAGE_SIZE, Stats};
@@ -33,6 +34,11 @@ const PAUSE_WITHIN: Duration = Duration::from_secs(10);
 const STATE_WITHIN: Duration = Duration::from_secs(10);
 /// How long a snapshot waits for a device's requests in flight.
 const DRAIN_WITHIN: Duration = Duration::from_secs(10);
+
+/// How long an end waits for a snapshot under way, while pages still arrive.
+const END_WITHIN: Duration = Duration::from_secs(2);
+/// How often it looks.
+const LOOK_EVERY: Duration = Duration::from_millis(5);
 
 /// Who asks for something, while something else is under way.
 const BUSY: &str =
@@ -101,6 +107,18 @@ impl LastError {
     }
 }
 
+/// One error that says what all say, if there are any.
+fn all_of(results: impl Iterator<Item = Result<(), Error>>) -> Option<Error> {
+    let errors: Vec<Error> = results.filter_map(Result::err).collect();
+    match errors.len() {
+        0 | 1 => errors.into_iter().next(),
+        _ => {
+            let words: Vec<String> = errors.iter().map(ToString::to_string).collect();
+            Some(Error::failed(words.join("; ")))
+        }
+    }
+}
+
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -155,9 +173,17 @@ impl Lifecycle {
         self.ending.load(Ordering::Acquire)
     }
 
-    /// Ends a snapshot under way, and waits until nobody moves the VM any more.
-    pub fn end(&self) {
+    /// Ends a snapshot under way, and waits until nobody moves the VM any more. Calls `unblock`
+    /// if that takes longer than `within`.
+    pub fn end(&self, within: Duration, unblock: impl FnOnce()) {
         self.ending.store(true, Ordering::Release);
+        let due = Instant::now() + within;
+        while self.change().is_err() && Instant::now() < due {
+            thread::sleep(LOOK_EVERY);
+        }
+        if self.change().is_err() {
+            unblock();
+        }
         let _change = lock(&self.change);
         self.set(State::Stopped);
     }
@@ -189,10 +215,23 @@ impl Vm {
         lock(&self.vcpus)
     }
 
-    /// Lets the vCPUs begin.
+    /// Lets the vCPUs begin. They run before anybody is told so: who pauses them finds them running.
     pub(crate) fn go(&self) {
-        self.lifecycle.set(State::Running);
+        let _change = lock(&self.lifecycle.change);
         self.vcpus().resume();
+        self.lifecycle.set(State::Running);
+    }
+
+    /// Ends a snapshot under way, and waits until nobody moves the VM any more: for a short while
+    /// as long as pages arrive, and then for none of them, and for no back-end.
+    pub(crate) fn end(&self) {
+        self.lifecycle.end(END_WITHIN, || self.unblock());
+    }
+
+    /// Ends every wait for a page or a back-end.
+    fn unblock(&self) {
+        self.machine.memory().stop();
+        self.devices.iter().for_each(|device| device.hang_up().hang_up());
     }
 
     /// Has `work` reset the devices and vCPUs while these are out of the guest and nobody else moves
@@ -206,6 +245,7 @@ impl Vm {
         self.vcpus().pause(within).map_err(Error::failed)?;
         work()?;
         change.quiesced = false;
+        self.vcpus().release();
         if self.lifecycle.state() == State::Running {
             self.vcpus().resume();
         }
@@ -237,10 +277,13 @@ impl Vm {
         self.machine.finish()
     }
 
-    /// Lets the vCPUs go on, the devices first if a snapshot has stopped them.
+    /// Lets the vCPUs go on, the devices first if a snapshot has stopped them: as many as can.
     fn go_on(&self, change: &mut Change) -> Result<(), Error> {
         if change.quiesced {
-            self.devices.iter().try_for_each(|device| device.resume())?;
+            let resumed = self.devices.iter().map(|device| device.resume());
+            if let Some(error) = all_of(resumed) {
+                return Err(error);
+            }
             change.quiesced = false;
         }
         self.vcpus().resume();
@@ -296,24 +339,10 @@ impl Vm {
         })
     }
 
-    /// Stops the devices; if one refuses, those before it are started again.
+    /// Stops the devices. If one refuses, those before it are started again when the VM goes on.
     fn quiesce(&self, change: &mut Change) -> Result<Vec<DeviceState>, Error> {
-        let mut states = Vec::new();
-        for (position, device) in self.devices.iter().enumerate() {
-            match device.quiesce(DRAIN_WITHIN) {
-                Ok(state) => states.push(state),
-                Err(error) => {
-                    for stopped in &self.devices[..position] {
-                        if let Err(error) = stopped.resume() {
-                            log::error!("{error}");
-                        }
-                    }
-                    return Err(error);
-                }
-            }
-        }
         change.quiesced = true;
-        Ok(states)
+        self.devices.iter().map(|device| device.quiesce(DRAIN_WITHIN)).collect()
     }
 
     /// Takes the snapshot of a VM whose vCPUs are paused.
@@ -416,6 +445,11 @@ impl Control for Vm {
                 vcpus.resume();
                 return Err(ControlError::failed(error));
             }
+            // Its state is none that a guest could go on from.
+            if vcpus.is_held() {
+                vcpus.resume();
+                return Err(ControlError::wrong_state("the guest is resetting itself; ask again"));
+            }
         }
         *lock(&self.lifecycle.destination) = request.destination.display().to_string();
         self.lifecycle.copied.store(0, Ordering::Relaxed);
@@ -428,12 +462,29 @@ impl Control for Vm {
             (Ok(_), Some(then)) => then,
         };
         self.lifecycle.set(State::Paused);
-        match then {
-            Go::Resume => self.go_on(&mut change).map_err(ControlError::failed)?,
-            Go::Pause => {}
-            Go::Shutdown => self.tell.tell(Event::Shutdown),
-        }
-        let image = taken?;
+        let gone_on = match then {
+            Go::Resume => self.go_on(&mut change),
+            Go::Pause => Ok(()),
+            Go::Shutdown => {
+                self.tell.tell(Event::Shutdown);
+                Ok(())
+            }
+        };
+        let image = match (taken, gone_on) {
+            (Ok(image), Ok(())) => image,
+            (Err(error), Ok(())) => return Err(error.into()),
+            (Err(error), Err(why)) => {
+                return Err(ControlError::failed(format!(
+                    "{error}; and the VM stays paused: {why}"
+                )));
+            }
+            (Ok(_), Err(why)) => {
+                return Err(ControlError::failed(format!(
+                    "the snapshot {} is complete, but the VM stays paused: {why}",
+                    request.destination.display()
+                )));
+            }
+        };
         Ok(SnapshotSummary {
             destination: request.destination.clone(),
             data_pages: image.pages.data,
@@ -449,7 +500,7 @@ impl Control for Vm {
             // Nobody listens before the guest runs, and what it takes to begin may wait for pages
             // that do not come.
             self.lifecycle.ending.store(true, Ordering::Release);
-            self.machine.memory().stop();
+            self.unblock();
         }
         Ok(())
     }

@@ -39,6 +39,13 @@ fn kvm_clock(snapshot: &Snapshot) -> u64 {
     clock[1].as_u64().unwrap() & !(PAGE - 1)
 }
 
+/// Offset of the page that the used ring of the disk's first queue begins in.
+fn used_ring(snapshot: &Snapshot) -> u64 {
+    let state: Value = snapshot_dir::decode(&snapshot.read("state")).unwrap();
+    let ring = &state["devices"][0]["registers"]["queues"][0]["used"];
+    ring.as_u64().unwrap() & !(PAGE - 1)
+}
+
 /// Alters a byte of a copy's memory, or puts it back.
 fn flip(copy: &Spoilt, offset: u64) {
     let memory = std::fs::File::options().read(true).write(true).open(copy.path("memory")).unwrap();
@@ -159,5 +166,28 @@ fn a_page_that_is_needed_to_begin_is_waited_for() {
     guest.api().shutdown().unwrap();
     let status = guest.wait_end().unwrap();
     assert!(status.success(), "{status}; {}", guest.story());
+    snapshot.assert_unchanged();
+}
+
+/// A back-end reads it as it is told of the ring, and the VMM waits for the back-end meanwhile.
+#[test]
+fn a_page_that_a_back_end_needs_to_begin_does_not_keep_the_end() {
+    let Some(snapshot) = Snapshot::get() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let copy = snapshot.copy();
+    drop(copy.own("memory"));
+    let page = used_ring(snapshot);
+    flip(&copy, page + 4000);
+    let words = format!("offset {page} of");
+    let (mut guest, _back_end) = snapshot.restore(folder.path(), &copy.dir(), &["--fill", "off"]);
+    let status = wait(&guest, "the page is looked for", |status| {
+        status.last_error.as_ref().is_some_and(|error| error.contains(&words))
+    });
+    assert_eq!(status.state, State::Starting);
+    let asked = Instant::now();
+    guest.api().shutdown().unwrap();
+    let status = guest.wait_end().unwrap();
+    assert!(status.success(), "{status}; {}", guest.story());
+    assert!(asked.elapsed() < Duration::from_secs(20), "{:?}", asked.elapsed());
     snapshot.assert_unchanged();
 }
