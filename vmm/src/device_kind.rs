@@ -285,6 +285,15 @@ impl Field {
         bytes.rev().fold(0, |value, byte| value << 8 | u64::from(byte))
     }
 
+    /// A value of it, for people.
+    pub(crate) fn show(&self, value: u64) -> String {
+        if self.feature != Some(NET_F_MAC) {
+            return value.to_string();
+        }
+        let bytes = value.to_le_bytes();
+        bytes[..self.len].iter().map(|byte| format!("{byte:02x}")).collect::<Vec<_>>().join(":")
+    }
+
     /// Whether a guest that has read `before` gets on with `now`.
     pub(crate) fn fits(&self, before: u64, now: u64) -> bool {
         now == before || self.limit && now > before
@@ -353,6 +362,9 @@ mod tests {
         let [capacity, seg_max] = [&BLK_FIELDS[0], &BLK_FIELDS[2]];
         assert!(seg_max.fits(3, 4) && !seg_max.fits(3, 2));
         assert!(capacity.fits(3, 3) && !capacity.fits(3, 4));
+        let mac = &NET_FIELDS[0];
+        assert_eq!(mac.show(mac.value(&[2, 0, 0, 0x5e, 0, 1, 9])), "02:00:00:5e:00:01");
+        assert_eq!(capacity.show(513), "513");
     }
 
     #[test]

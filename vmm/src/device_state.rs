@@ -59,10 +59,10 @@ impl DeviceState {
         for field in self.kind.fixed_fields(accepted) {
             let (before, now) = (field.value(self.registers.config()), field.value(config));
             if !field.fits(before, now) {
+                let (name, before, now) = (field.name, field.show(before), field.show(now));
                 return Err(format!(
-                    "the guest knows it with {} {before}, and the new back-end's is {now}; start \
-                     one like the old",
-                    field.name
+                    "the guest knows it with {name} {before}, and the new one's is {now}; start one \
+                     like the old, with the same options"
                 ));
             }
         }
@@ -73,13 +73,18 @@ impl DeviceState {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::device_kind::NET_F_MAC;
 
     const FEATURES: u64 = 1 << 32 | 1 << 9 | 1 << 2;
 
     fn agreed(kind: DeviceKind, config: Vec<u8>) -> DeviceState {
-        let mut registers = Registers::new(kind.virtio_id(), FEATURES, 1, 64, config);
+        agreed_on(FEATURES, kind, config)
+    }
+
+    fn agreed_on(features: u64, kind: DeviceKind, config: Vec<u8>) -> DeviceState {
+        let mut registers = Registers::new(kind.virtio_id(), features, 1, 64, config);
         for (offset, value) in
-            [(0x24, 0), (0x20, FEATURES as u32), (0x24, 1), (0x20, 1), (0x70, 11)]
+            [(0x24, 0), (0x20, features as u32), (0x24, 1), (0x20, 1), (0x70, 11)]
         {
             let _ = registers.write(offset, &u32::to_le_bytes(value));
         }
@@ -103,6 +108,18 @@ mod tests {
         assert!(error.contains("capacity 100") && error.contains("99"), "{error}");
         config[..13].copy_from_slice(&[100, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 29]);
         assert!(state.check_successor(FEATURES, &config).unwrap_err().contains("seg_max"));
+    }
+
+    #[test]
+    fn a_card_keeps_its_address() {
+        let config = |last| [&[2, 0, 0, 0, 0, last][..], &[0; 6]].concat();
+        let mut state = agreed(DeviceKind::Net, config(1));
+        // What was not agreed on nobody has looked at.
+        assert_eq!(state.check_successor(FEATURES, &config(0xa)), Ok(()));
+        state = agreed_on(FEATURES | 1 << NET_F_MAC, DeviceKind::Net, config(1));
+        let error = state.check_successor(u64::MAX, &config(0xa)).unwrap_err();
+        let both = ["02:00:00:00:00:01", "02:00:00:00:00:0a"];
+        assert!(both.iter().all(|mac| error.contains(mac)), "{error}");
     }
 
     #[test]
