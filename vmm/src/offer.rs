@@ -52,6 +52,12 @@ pub(crate) fn check_back_end(back_end: &BackEnd, option: &VhostUserOption) -> Re
     Ok(())
 }
 
+/// Whether a network card's address is the back-end's: it says that it has one, and lets it be read.
+pub(crate) fn has_address(back_end: &BackEnd) -> bool {
+    back_end.features() & 1 << NET_F_MAC != 0
+        && back_end.protocol_features().contains(VhostUserProtocolFeatures::CONFIG)
+}
+
 /// The configuration space: the back-end's, with what the VMM knows better.
 pub(crate) fn read_config(
     back_end: &mut BackEnd,
@@ -74,13 +80,12 @@ pub(crate) fn read_config(
             seg_max.copy_from_slice(&theirs.min(ours).to_le_bytes());
         }
         DeviceKind::Net => {
-            let theirs = from_back_end && back_end.features() & 1 << NET_F_MAC != 0;
             let position = (position as u16).to_be_bytes();
             // Administered locally; the same whenever the VM is started like this.
             let made_up = [0x02, b'd', b'p', b'g', position[0], position[1]];
             match option.mac {
                 Some(mac) => config[..6].copy_from_slice(&mac),
-                None if !theirs => config[..6].copy_from_slice(&made_up),
+                None if !has_address(back_end) => config[..6].copy_from_slice(&made_up),
                 None => {}
             }
         }

@@ -19,11 +19,11 @@ use vm_device::bus::{MmioAddress, MmioAddressOffset};
 use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use crate::device_kind::{BLK_WRITE_BACK, DeviceKind, NET_F_MAC};
+use crate::device_kind::{BLK_WRITE_BACK, DeviceKind};
 use crate::device_state::DeviceState;
 use crate::error::Error;
 use crate::notify::{Notify, no_eventfd, signal};
-use crate::offer::{check_back_end, offered, read_config};
+use crate::offer::{check_back_end, has_address, offered, read_config};
 use crate::options::{Lazy, VhostUserOption, is_name};
 use crate::rings::{await_used, check_rings, ring_index};
 use crate::virtio_mmio::{Action, QUEUE_NOTIFY, Registers};
@@ -176,7 +176,7 @@ impl VhostUserDevice {
             let mut inner = device.lock();
             let features = offered(&inner.back_end, &option);
             let mut config = inner.registers.config().to_vec();
-            let theirs = inner.back_end.features() & 1 << NET_F_MAC != 0;
+            let theirs = has_address(&inner.back_end);
             if option.kind == DeviceKind::Net && option.mac.is_none() && !theirs {
                 // Nobody but the guest has a word in it.
                 config[..6].copy_from_slice(&state.registers.config()[..6]);
