@@ -328,7 +328,7 @@ impl Guest {
     pub fn finish(mut self) -> Result<(u64, u64, Report)> {
         self.type_line("stop")?;
         let (pages, records) = self.wait_for(|line| match line {
-            Line::Done { pages, records, complaints: 0 } => Some((*pages, *records)),
+            Line::Done { pages, records, complaints: 0, .. } => Some((*pages, *records)),
             _ => None,
         })?;
         Ok((pages, records, self.ended()?))

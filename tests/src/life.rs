@@ -259,7 +259,7 @@ impl Life {
         let Life { mut guest, birth, disk, seen, restored, .. } = self;
         guest.type_line("stop")?;
         let (pages, records) = guest.wait_for(|line| match line {
-            Line::Done { pages, records, complaints: 0 } => Some((*pages, *records)),
+            Line::Done { pages, records, complaints: 0, .. } => Some((*pages, *records)),
             _ => None,
         })?;
         let report = guest.ended()?;

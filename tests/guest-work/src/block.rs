@@ -59,9 +59,6 @@ impl Block {
     }
 
     fn difference(&self, tags: Tags) -> String {
-        if self.0.iter().all(|byte| *byte == 0) {
-            return format!("all zeros, where {tags:x?} was written");
-        }
         let found = self.tags();
         let mut other = Self::ZERO;
         other.fill(found);
@@ -69,15 +66,39 @@ impl Block {
             return format!("holds {found:x?}, whole, where {tags:x?} was written");
         }
         other.fill(tags);
-        let wrong = self.0.iter().zip(&other.0).filter(|(is, must)| is != must).count();
-        let at = self.0.iter().zip(&other.0).position(|(is, must)| is != must).unwrap_or(0);
-        let at = at / WORD * WORD;
-        format!(
-            "{wrong} bytes are not as they were written for {tags:x?}; at {at:#x} is {:#018x} for {:#018x}",
-            self.word(at),
-            other.word(at)
-        )
+        difference(&self.0, &other.0, tags)
     }
+}
+
+/// Whether these bytes are what a block of this name starts with.
+///
+/// # Errors
+///
+/// What is there instead.
+pub fn check_start(found: &[u8], tags: Tags) -> Result<(), String> {
+    let mut block = Block::ZERO;
+    block.fill(tags);
+    let must = &block.0[..found.len().min(SIZE)];
+    if found == must { Ok(()) } else { Err(difference(found, must, tags)) }
+}
+
+fn difference(found: &[u8], must: &[u8], tags: Tags) -> String {
+    if found.iter().all(|byte| *byte == 0) {
+        return format!("all zeros, where {tags:x?} was written");
+    }
+    let wrong = found.iter().zip(must).filter(|(is, must)| is != must).count();
+    let at = found.iter().zip(must).position(|(is, must)| is != must).unwrap_or(0);
+    let at = at / WORD * WORD;
+    // The last one may not be whole.
+    let word = |bytes: &[u8]| {
+        let bytes = bytes[at..].iter().take(WORD);
+        bytes.rev().fold(0_u64, |word, byte| word << 8 | u64::from(*byte))
+    };
+    format!(
+        "{wrong} bytes are not as they were written for {tags:x?}; at {at:#x} is {:#018x} for {:#018x}",
+        word(found),
+        word(must)
+    )
 }
 
 fn content(tags: Tags) -> impl Iterator<Item = u64> {
@@ -106,6 +127,21 @@ mod tests {
             assert!(block.check(tags).is_err(), "{at}");
             block.0[at] ^= 1;
         }
+    }
+
+    #[test]
+    fn every_byte_of_a_start_counts() {
+        let mut block = Block::ZERO;
+        block.fill([5, 7, 9]);
+        let mut start = block.0[..77].to_vec();
+        assert_eq!(check_start(&start, [5, 7, 9]), Ok(()));
+        for at in 0..start.len() {
+            start[at] ^= 1;
+            let why = check_start(&start, [5, 7, 9]).unwrap_err();
+            assert!(why.starts_with("1 bytes are not"), "{why}");
+            start[at] ^= 1;
+        }
+        assert!(check_start(&[0; 77], [5, 7, 9]).unwrap_err().contains("zeros"));
     }
 
     #[test]

@@ -16,6 +16,10 @@ pub struct Beat {
     pub pages: u64,
     /// Records that were written, synced and read back.
     pub records: u64,
+    /// Echo requests that were answered.
+    pub echoes: u64,
+    /// Echo requests, or answers to them, that got lost; they were asked again.
+    pub lost: u64,
     /// The guest's `CLOCK_MONOTONIC`, in microseconds.
     pub mono_us: u64,
     /// The guest's `CLOCK_REALTIME`, in microseconds since 1970.
@@ -47,7 +51,7 @@ pub enum Line {
     Kernel(String),
     /// Something is not as it must be; the machine is turned off.
     Wrong {
-        /// What: `memory`, `journal`, `clock`, `disk`, `work`.
+        /// What: `memory`, `journal`, `echo`, `clock`, `disk`, `net`, `work`.
         what: String,
         /// How.
         why: String,
@@ -58,6 +62,10 @@ pub enum Line {
         pages: u64,
         /// Records that were written, synced and read back.
         records: u64,
+        /// Echo requests that were answered.
+        echoes: u64,
+        /// Echo requests, or answers to them, that got lost; they were asked again.
+        lost: u64,
         /// Complaints of the kernel; each had a line.
         complaints: u64,
     },
@@ -80,9 +88,10 @@ impl fmt::Display for Line {
         f.write_str(START)?;
         match self {
             Self::Ready { cpus, kernel } => write!(f, "ready cpus={cpus} kernel={kernel}"),
-            Self::Beat(Beat { number, pages, records, mono_us, real_us }) => write!(
+            Self::Beat(Beat { number, pages, records, echoes, lost, mono_us, real_us }) => write!(
                 f,
-                "beat {number} pages={pages} records={records} mono_us={mono_us} real_us={real_us}"
+                "beat {number} pages={pages} records={records} echoes={echoes} lost={lost} \
+                 mono_us={mono_us} real_us={real_us}"
             ),
             Self::Reseeded => f.write_str("reseeded"),
             Self::Jump { mono_us, real_us } => {
@@ -90,9 +99,11 @@ impl fmt::Display for Line {
             }
             Self::Kernel(text) => write!(f, "KERNEL {text}"),
             Self::Wrong { what, why } => write!(f, "WRONG {what} {why}"),
-            Self::Done { pages, records, complaints } => {
-                write!(f, "done pages={pages} records={records} complaints={complaints}")
-            }
+            Self::Done { pages, records, echoes, lost, complaints } => write!(
+                f,
+                "done pages={pages} records={records} echoes={echoes} lost={lost} \
+                 complaints={complaints}"
+            ),
         }
     }
 }
@@ -111,6 +122,8 @@ impl FromStr for Line {
                 number: rest.split(' ').next().and_then(|n| n.parse().ok()).ok_or(NoLine)?,
                 pages: field(rest, "pages")?,
                 records: field(rest, "records")?,
+                echoes: field(rest, "echoes")?,
+                lost: field(rest, "lost")?,
                 mono_us: field(rest, "mono_us")?,
                 real_us: field(rest, "real_us")?,
             }),
@@ -126,6 +139,8 @@ impl FromStr for Line {
             "done" => Self::Done {
                 pages: field(rest, "pages")?,
                 records: field(rest, "records")?,
+                echoes: field(rest, "echoes")?,
+                lost: field(rest, "lost")?,
                 complaints: field(rest, "complaints")?,
             },
             _ => return Err(NoLine),
@@ -149,7 +164,15 @@ mod tests {
 
     #[test]
     fn lines_come_through() {
-        let beat = Beat { number: 7, pages: 8, records: 9, mono_us: 10, real_us: 11 };
+        let beat = Beat {
+            number: 7,
+            pages: 8,
+            records: 9,
+            echoes: 12,
+            lost: 13,
+            mono_us: 10,
+            real_us: 11,
+        };
         let lines = [
             Line::Ready { cpus: 2, kernel: "6.12.1".into() },
             Line::Beat(beat),
@@ -157,7 +180,7 @@ mod tests {
             Line::Jump { mono_us: 5, real_us: -6 },
             Line::Kernel("BUG: soft lockup - CPU#0 stuck".into()),
             Line::Wrong { what: "memory".into(), why: "page 3 is off".into() },
-            Line::Done { pages: 1, records: 2, complaints: 0 },
+            Line::Done { pages: 1, records: 2, echoes: 3, lost: 4, complaints: 0 },
         ];
         for line in lines {
             assert_eq!(format!("[ 1.5] x{line}\r\n").parse(), Ok(line));

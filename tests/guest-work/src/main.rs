@@ -9,10 +9,12 @@
 mod block;
 mod clock;
 mod console;
+mod echo;
 mod file;
 mod journal;
 mod kernel_log;
 mod memory;
+mod network;
 mod prove;
 mod setup;
 
@@ -55,7 +57,7 @@ fn main() -> ExitCode {
                 }
             }
             let complaints = kernel_log::complaints();
-            say(&Line::Done { pages: 0, records: 0, complaints });
+            say(&Line::Done { pages: 0, records: 0, echoes: 0, lost: 0, complaints });
         }
         Work::Prove(asked) => prove::run(asked, &commands),
     }

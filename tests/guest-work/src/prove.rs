@@ -9,6 +9,7 @@ use rustix::system::RebootCommand;
 
 use crate::clock::{Beats, Reading};
 use crate::console::{self, say, wrong};
+use crate::echo::Echo;
 use crate::file::LargeFile;
 use crate::journal::Journal;
 use crate::memory::Memory;
@@ -17,17 +18,20 @@ use crate::{kernel_log, setup};
 /// Works until it is told to stop, or has done the beats that were asked for; then verifies all.
 pub fn run(asked: &Prove, commands: &Receiver<Command>) {
     if asked.journal != Kind::None {
-        setup::await_disk(&asked.device).unwrap_or_else(|why| wrong("disk", &format!("{why:#}")));
+        setup::await_path(asked.device.as_ref())
+            .unwrap_or_else(|why| wrong("disk", &format!("{why:#}")));
     }
     let beat = Duration::from_millis(asked.beat_ms);
     let late = Duration::from_millis(asked.jump_ms);
     let memory = Memory::start(asked.memory, Duration::from_micros(asked.rest_us));
     let journal = Journal::start(asked).unwrap_or_else(|why| wrong("disk", &format!("{why:#}")));
     let file = LargeFile::start(asked).unwrap_or_else(|why| wrong("disk", &format!("{why:#}")));
+    let echo = Echo::start(asked).unwrap_or_else(|why| wrong("net", &format!("{why:#}")));
     say(&setup::ready());
     let mut beats =
         Beats::start(beat.saturating_add(late)).unwrap_or_else(|why| wrong("clock", &why));
     let records = || journal.as_ref().map_or(0, Journal::records);
+    let echoes = || echo.as_ref().map_or((0, 0), Echo::echoes);
     let mut number = 0;
     while asked.beats == 0 || number < asked.beats {
         match commands.recv_timeout(beat) {
@@ -43,10 +47,13 @@ pub fn run(asked: &Prove, commands: &Receiver<Command>) {
             say(&jump);
         }
         number += 1;
+        let (echoes, lost) = echoes();
         say(&Line::Beat(Beat {
             number,
             pages: memory.pages(),
             records: records(),
+            echoes,
+            lost,
             mono_us: now.mono_us,
             real_us: now.real_us.cast_unsigned(),
         }));
@@ -60,5 +67,6 @@ pub fn run(asked: &Prove, commands: &Receiver<Command>) {
     if let Some(journal) = journal {
         journal.finish();
     }
-    say(&Line::Done { pages, records, complaints: kernel_log::complaints() });
+    let (echoes, lost) = echo.map_or((0, 0), Echo::finish);
+    say(&Line::Done { pages, records, echoes, lost, complaints: kernel_log::complaints() });
 }

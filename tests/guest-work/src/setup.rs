@@ -16,7 +16,7 @@ use crate::console;
 
 /// Where the initramfs has modules, and the list of them in the order in which they are loaded.
 const MODULES: &str = "/modules";
-/// How long a disk may take to appear; a guest in an emulated machine is slow.
+/// How long a device may take to appear; a guest in an emulated machine is slow.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Everything that needs no disk.
@@ -65,13 +65,14 @@ pub fn ready() -> Line {
     }
 }
 
-/// Waits for the disk, which appears a moment after its driver.
-pub fn await_disk(device: &str) -> Result<()> {
+/// Waits for a device, which appears a moment after its driver.
+pub fn await_path(path: &Path) -> Result<()> {
     let begun = Instant::now();
-    while !Path::new(device).exists() {
+    while !path.exists() {
         if begun.elapsed() > PATIENCE {
             bail!(
-                "{device} did not appear within {PATIENCE:?}: is it declared, is its driver there?"
+                "{} did not appear within {PATIENCE:?}: is it declared, is its driver there?",
+                path.display()
             );
         }
         thread::sleep(Duration::from_millis(20));

@@ -52,9 +52,15 @@ pub struct Prove {
     /// `file`: bytes of a file that is read over and over from the disk, a multiple of 1 MiB, with
     /// `journal=ext4` only; none unless given.
     pub file: u64,
+    /// `echo`: echo requests that are under way at a time, over the network card eth0 to whoever
+    /// answers for 10.0.0.2, 64 at most; none, and no card is needed, unless given.
+    pub echo: u64,
     /// `jump`: milliseconds that a beat may be late, which no clock may jump; 60000 unless given.
     pub jump_ms: u64,
 }
+
+/// Few enough to have numbers of 16 bits apart, and to fit where packets wait.
+const MOST_ECHOES: u64 = 64;
 
 impl Default for Prove {
     fn default() -> Self {
@@ -68,6 +74,7 @@ impl Default for Prove {
             beat_ms: 1000,
             beats: 0,
             file: 0,
+            echo: 0,
             jump_ms: 60_000,
         }
     }
@@ -116,6 +123,7 @@ impl fmt::Display for Prove {
             ("every", self.every_ms, usual.every_ms),
             ("beat", self.beat_ms, usual.beat_ms),
             ("beats", self.beats, usual.beats),
+            ("echo", self.echo, usual.echo),
             ("jump", self.jump_ms, usual.jump_ms),
         ];
         for (name, number, usual) in numbers {
@@ -164,6 +172,7 @@ impl FromStr for Work {
                 "every" => prove.every_ms = number()?,
                 "beat" => prove.beat_ms = number()?,
                 "beats" => prove.beats = number()?,
+                "echo" => prove.echo = number()?,
                 "jump" => prove.jump_ms = number()?,
                 _ => return Err(format!("work=prove has no option {name:?}")),
             }
@@ -173,6 +182,11 @@ impl FromStr for Work {
         }
         if prove.file != 0 && prove.journal != Journal::Ext4 {
             return Err("work=prove: a file is on a file system: journal=ext4 is needed".into());
+        }
+        if prove.echo > MOST_ECHOES {
+            return Err(format!(
+                "work=prove: at most {MOST_ECHOES} echoes are under way at a time"
+            ));
         }
         Ok(Self::Prove(prove))
     }
@@ -187,7 +201,7 @@ mod tests {
         for text in [
             "idle",
             "prove",
-            "prove,memory=8M,journal=ext4,device=/dev/vdb,file=2M,rest=1,slots=2,every=3,beat=4,beats=5,jump=6",
+            "prove,memory=8M,journal=ext4,device=/dev/vdb,file=2M,rest=1,slots=2,every=3,beat=4,beats=5,echo=6,jump=7",
         ] {
             let work: Work = text.parse().expect("is right");
             assert_eq!(work.to_string(), text);
@@ -209,6 +223,7 @@ mod tests {
             ("prove,memory=99999999999999999M", "memory"),
             ("prove,slots=0", "slots"),
             ("prove,file=1M", "journal=ext4"),
+            ("prove,echo=65", "64 echoes"),
         ] {
             let error = text.parse::<Work>().expect_err(text);
             assert!(error.contains(named), "{error}");
