@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Back-end processes: the project's own, and qemu-storage-daemon.
+//! Back-end processes: the project's own, qemu-storage-daemon, and DPDK's testpmd.
 
+use std::fs::File;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -12,11 +13,13 @@ use test_support::wait::listens;
 
 use crate::process::{Guarded, program};
 
-/// A back-end that serves one disk on a socket.
+/// A back-end that serves one device on a socket.
 #[derive(Debug)]
 pub struct BackEnd {
     process: Guarded,
     socket: PathBuf,
+    /// What it says, where that is kept.
+    log: Option<PathBuf>,
 }
 
 /// How the project's own back-end is started.
@@ -90,9 +93,44 @@ impl BackEnd {
         BackEnd::start(command, socket)
     }
 
+    /// Starts DPDK's testpmd as a network card's back-end, listening at `socket`: it answers what
+    /// the guest asks of whatever address by ARP, and sends echoes back. What it says is in a file
+    /// beside the socket.
+    ///
+    /// # Errors
+    ///
+    /// If it cannot be started, or does not listen soon.
+    pub fn testpmd(socket: PathBuf, postcopy: bool) -> Result<Self> {
+        let log = socket.with_extension("log");
+        let output = File::create(&log).with_context(|| format!("create {}", log.display()))?;
+        // It polls, on a CPU that it has not for itself: others go first.
+        let mut command = Command::new("nice");
+        command
+            .args(["-n", "10", "dpdk-testpmd"])
+            // Nothing of its own on huge pages, nor for other processes, and no cards of the host.
+            .args(["--no-huge", "-m", "64", "--no-shconf", "--no-telemetry", "--no-pci"])
+            // A thread that commands and one that polls, both on CPU 0.
+            .args(["--lcores", "0@0,1@0"])
+            .arg("--vdev")
+            .arg(format!(
+                "net_vhost0,iface={},queues=1,postcopy-support={}",
+                socket.display(),
+                u8::from(postcopy)
+            ))
+            // Locked memory would be touched at once. With a period it waits for no input.
+            .args(["--", "--no-mlockall", "--stats-period=3600"])
+            .args(["--forward-mode=icmpecho", "--auto-start", "--total-num-mbufs=2048"])
+            .stdout(output.try_clone()?)
+            .stderr(output);
+        let mut this = BackEnd::start(command, socket)
+            .context("start dpdk-testpmd, which rust-vmm-ci/setup --tests installs")?;
+        this.log = Some(log);
+        Ok(this)
+    }
+
     fn start(mut command: Command, socket: PathBuf) -> Result<Self> {
         let process = Guarded::spawn(command.stdin(Stdio::null()))?;
-        let mut this = BackEnd { process, socket };
+        let mut this = BackEnd { process, socket, log: None };
         let begun = Instant::now();
         while !listens(this.process.id()) {
             if let Some(status) = this.process.try_wait()? {
@@ -109,6 +147,12 @@ impl BackEnd {
     /// Where it listens.
     pub fn socket(&self) -> &Path {
         &self.socket
+    }
+
+    /// What it has said, where that is kept.
+    pub fn said(&self) -> Option<String> {
+        let said = std::fs::read(self.log.as_ref()?).unwrap_or_default();
+        Some(String::from_utf8_lossy(&said).into_owned())
     }
 
     /// The back-end's process.
