@@ -79,7 +79,7 @@ pub fn run(stage: Stage<'_>) -> Result<Report> {
         cpus: 2,
         memory: format!("size={MEMORY},backing=hugetlb-2m"),
         disks: vec![DiskOption::new(at("disk"))],
-        more: Vec::new(),
+        ..GuestConfig::default()
     };
     let work = Work::Prove(Prove {
         memory: WORKED_ON,

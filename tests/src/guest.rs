@@ -82,8 +82,24 @@ impl DiskOption {
     }
 }
 
-/// How a guest is started.
+/// A network card of a guest, with testpmd behind it.
 #[derive(Clone, Debug)]
+pub struct CardOption {
+    /// Whether its back-end offers post-copy.
+    pub postcopy: bool,
+    /// What is added to `--vhost-user`, say ",lazy=fill".
+    pub more: String,
+}
+
+impl Default for CardOption {
+    /// A card with post-copy.
+    fn default() -> Self {
+        CardOption { postcopy: true, more: String::new() }
+    }
+}
+
+/// How a guest is started.
+#[derive(Clone, Debug, Default)]
 pub struct GuestConfig {
     /// `--cpus`, where it is said.
     pub cpus: u32,
@@ -91,11 +107,13 @@ pub struct GuestConfig {
     pub memory: String,
     /// The disks, by position.
     pub disks: Vec<DiskOption>,
+    /// The network cards, which come after the disks.
+    pub cards: Vec<CardOption>,
     /// More arguments.
     pub more: Vec<String>,
 }
 
-/// A running guest, and its disks' back-ends. All of it is killed when this is dropped.
+/// A running guest, and its devices' back-ends. All of it is killed when this is dropped.
 pub struct Guest {
     vmm: Guarded,
     back_ends: Vec<BackEnd>,
@@ -166,6 +184,13 @@ impl Guest {
             command.arg("--vhost-user").arg(format!("blk,socket={socket}{}", disk.more));
             back_ends.push(back_end);
         }
+        for (index, card) in config.cards.iter().enumerate() {
+            let socket = folder.join(format!("net{index}.sock"));
+            let back_end = BackEnd::testpmd(socket, card.postcopy)?;
+            let socket = back_end.socket().display();
+            command.arg("--vhost-user").arg(format!("net,socket={socket}{}", card.more));
+            back_ends.push(back_end);
+        }
         command.arg("--api-socket").arg(&socket).arg("--report").arg(&report);
         command.args(&config.more);
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(File::create(&stderr)?);
@@ -200,7 +225,13 @@ impl Guest {
     pub fn story(&self) -> String {
         let said = std::fs::read_to_string(&self.stderr).unwrap_or_default();
         let from = self.console.len().saturating_sub(40);
-        format!("the console:\n{}\nthe VMM:\n{said}", self.console[from..].join("\n"))
+        let mut story =
+            format!("the console:\n{}\nthe VMM:\n{said}", self.console[from..].join("\n"));
+        for said in self.back_ends.iter().filter_map(BackEnd::said) {
+            story.push_str("\na back-end:\n");
+            story.push_str(&said);
+        }
+        story
     }
 
     /// Types a line at the console.

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Lives of a Linux guest: booted or restored, working on memory and a disk of its own, stopped in
+//! Lives of a Linux guest: booted or restored, working on memory and devices of its own, stopped in
 //! some moment with all that a restored guest needs, and held to what it has said before.
 
 use std::path::{Path, PathBuf};
@@ -12,13 +12,15 @@ use demand_vmm::api::{Go, State};
 use demand_vmm::report::Report;
 use guest_work::{Beat, Journal, Line, Prove, Work};
 
-use crate::guest::{DiskOption, Guest, GuestConfig, Kernel};
+use crate::guest::{CardOption, DiskOption, Guest, GuestConfig, Kernel};
 use crate::same_memory::same_memory;
 
 /// Bytes of a guest's disk.
 const DISK: u64 = 24 << 20;
 /// How far a guest's clock may be ahead of the time that it can have run, in microseconds.
 const SLACK_US: u64 = 500_000;
+/// Echoes that a guest with a network card has under way at a time.
+const ECHOES: u64 = 8;
 /// How long a VM may take until its guest runs.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -31,8 +33,10 @@ pub struct Birth {
     pub cpus: u32,
     /// `--memory`.
     pub memory: String,
-    /// Where it writes records.
+    /// Where it writes records; it has a disk unless that is nowhere.
     pub journal: Journal,
+    /// Whether it has a network card, and asks for echoes.
+    pub net: bool,
     /// Whether its kernel takes new randomness when it is told to be a copy (VMGENID).
     pub reseeds: bool,
 }
@@ -43,8 +47,29 @@ impl Birth {
             memory: 16 << 20,
             journal: self.journal,
             beat_ms: 250,
+            echo: if self.net { ECHOES } else { 0 },
             ..Prove::default()
         })
+    }
+
+    fn has_disk(&self) -> bool {
+        self.journal != Journal::None
+    }
+
+    fn disks(&self, disk: &Path) -> Vec<DiskOption> {
+        self.has_disk().then(|| DiskOption::new(disk)).into_iter().collect()
+    }
+
+    fn cards(&self, card: &CardOption) -> Vec<CardOption> {
+        self.net.then(|| card.clone()).into_iter().collect()
+    }
+
+    /// Whether between these beats there was work of each kind.
+    fn gets_on(&self, before: Option<Beat>, now: Beat) -> bool {
+        let before = before.map_or((0, 0, 0), |beat| (beat.pages, beat.records, beat.echoes));
+        now.pages > before.0
+            && (now.records > before.1 || !self.has_disk())
+            && (now.echoes > before.2 || !self.net)
     }
 }
 
@@ -57,6 +82,8 @@ pub struct Rebirth {
     pub memory: &'static str,
     /// `--fill`.
     pub fill: &'static str,
+    /// Its network card, where it has one.
+    pub card: CardOption,
 }
 
 /// A snapshot, and the disk as it was in that moment.
@@ -68,6 +95,8 @@ pub struct Moment {
     most_us: u64,
     /// The last beat before it.
     seen: Option<Beat>,
+    /// How often the guest was stopped up to it.
+    stops: u64,
 }
 
 /// A guest that runs. Everything is killed when this is dropped.
@@ -81,6 +110,8 @@ pub struct Life {
     seen: Option<Beat>,
     /// The snapshot that it was restored from.
     source: Option<PathBuf>,
+    /// How often it was stopped, in all of its life.
+    stops: u64,
     /// Whether it was restored while it worked.
     restored: bool,
     /// How it began to run again, until its clock is seen to have gone on since.
@@ -111,7 +142,8 @@ impl Life {
         let config = GuestConfig {
             cpus: birth.cpus,
             memory: birth.memory.clone(),
-            disks: vec![DiskOption::new(&disk)],
+            disks: birth.disks(&disk),
+            cards: birth.cards(&CardOption::default()),
             more: Vec::new(),
         };
         let begun = Instant::now();
@@ -125,6 +157,7 @@ impl Life {
             from_us: 0,
             seen: None,
             source: None,
+            stops: 0,
             restored: false,
             again: None,
         };
@@ -168,6 +201,7 @@ impl Life {
                     && beat.mono_us > seen.mono_us
                     && beat.pages >= seen.pages
                     && beat.records >= seen.records
+                    && beat.echoes >= seen.echoes
                     && apart(&beat).abs_diff(apart(&seen)) < 2 * SLACK_US,
                 "after {seen:?} the guest says {beat:?}; {}",
                 self.guest.story()
@@ -195,9 +229,7 @@ impl Life {
         let before = self.seen;
         for beat in 1..=BEATS {
             self.wait_beats(1)?;
-            let done = |beat: Beat| (beat.pages, beat.records);
-            let ((pages, records), now) = (before.map_or((0, 0), done), self.seen.map(done));
-            let more = now.is_some_and(|now| now.0 > pages && now.1 > records);
+            let more = self.seen.is_some_and(|now| self.birth.gets_on(before, now));
             if beat > 1 && more && self.again.is_none() {
                 return Ok(());
             }
@@ -236,8 +268,26 @@ impl Life {
             self.seen = Some(beat);
         }
         std::fs::copy(&self.disk, folder.join("disk"))?;
-        let (birth, seen) = (self.birth.clone(), self.seen);
-        Ok(Moment { folder: folder.into(), birth, most_us, seen })
+        self.stops += 1;
+        let (birth, seen, stops) = (self.birth.clone(), self.seen, self.stops);
+        Ok(Moment { folder: folder.into(), birth, most_us, seen, stops })
+    }
+
+    /// Waits until all pages of its memory are present.
+    ///
+    /// # Errors
+    ///
+    /// If they do not come, or what the guest has found wrong up to now.
+    pub fn wait_complete(&mut self) -> Result<()> {
+        let begun = Instant::now();
+        loop {
+            let status = self.guest.api().status()?;
+            if status.pages_present == status.pages_total {
+                return Ok(());
+            }
+            ensure!(begun.elapsed() < PATIENCE, "{status:?}; {}", self.guest.story());
+            self.wait_beats(1)?;
+        }
     }
 
     /// Lets it go on.
@@ -256,10 +306,12 @@ impl Life {
     ///
     /// If anything is wrong.
     pub fn finish(self) -> Result<Report> {
-        let Life { mut guest, birth, disk, seen, restored, .. } = self;
+        let Life { mut guest, birth, disk, seen, stops, restored, .. } = self;
         guest.type_line("stop")?;
-        let (pages, records) = guest.wait_for(|line| match line {
-            Line::Done { pages, records, complaints: 0, .. } => Some((*pages, *records)),
+        let (pages, records, echoes, lost) = guest.wait_for(|line| match line {
+            Line::Done { pages, records, echoes, lost, complaints: 0 } => {
+                Some((*pages, *records, *echoes, *lost))
+            }
             _ => None,
         })?;
         let report = guest.ended()?;
@@ -267,13 +319,18 @@ impl Life {
         ensure!(guest.said().is_empty(), "the VMM had something to say; {}", guest.story());
         let story = || guest.story();
         if let Some(seen) = seen {
-            let more = pages >= seen.pages && records >= seen.records;
             ensure!(
-                more,
-                "after {seen:?} {pages} pages and {records} records are done; {}",
+                pages >= seen.pages && records >= seen.records && echoes >= seen.echoes,
+                "after {seen:?} {pages} pages, {records} records and {echoes} echoes are done; {}",
                 story()
             );
         }
+        // A back-end that is stopped may drop what it has just taken.
+        ensure!(
+            lost <= ECHOES * stops,
+            "of {echoes} echoes {lost} were lost, and the guest was stopped {stops} times; {}",
+            story()
+        );
         if restored && birth.reseeds {
             let reseeded = guest.console.iter().any(|line| line.ends_with("guest: reseeded"));
             ensure!(reseeded, "the guest's kernel has not noticed that it is a copy; {}", story());
@@ -310,7 +367,8 @@ impl Moment {
         let config = GuestConfig {
             cpus: 0,
             memory: rebirth.memory.into(),
-            disks: vec![DiskOption::new(&disk)],
+            disks: self.birth.disks(&disk),
+            cards: self.birth.cards(&rebirth.card),
             more: more.into(),
         };
         let begun = Instant::now();
@@ -323,6 +381,7 @@ impl Moment {
             from_us: self.most_us,
             seen: self.seen,
             source: Some(self.snapshot()),
+            stops: self.stops,
             restored: self.seen.is_some(),
             again: None,
         };

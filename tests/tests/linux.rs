@@ -80,7 +80,12 @@ impl Plan {
         life.finish().context("the guest that was snapshotted")?;
         for (number, (moment, what)) in moments.into_iter().enumerate() {
             let fill = ["off", "on", "rate=16M"][random.random_range(0..3)];
-            let rebirth = Rebirth { engine: self.engine.name(), memory: self.restored, fill };
+            let rebirth = Rebirth {
+                engine: self.engine.name(),
+                memory: self.restored,
+                fill,
+                ..Rebirth::default()
+            };
             let folder = at(format!("restored{number}"));
             let begun = Instant::now();
             comes_back(&moment, &folder, &rebirth)
@@ -132,6 +137,7 @@ fn moments(engine: Engine, restored: &'static str, first: u64) {
                 cpus: [1, 2, 4][(life % 3) as usize],
                 memory: format!("size=192M,{booted}"),
                 journal,
+                net: life / 2 % 2 == 1,
                 reseeds: true,
             },
             engine,
@@ -177,7 +183,7 @@ fn uffd_on_hugetlb_2m() {
 }
 
 fn birth(kernel: Kernel, cpus: u32, memory: &str) -> Birth {
-    Birth { kernel, cpus, memory: memory.into(), journal: Journal::Ext4, reseeds: true }
+    Birth { kernel, cpus, memory: memory.into(), journal: Journal::Ext4, net: false, reseeds: true }
 }
 
 /// One moment of one kind, for what takes too long or too much to be tried in all of them.
@@ -188,7 +194,8 @@ fn one(birth: &Birth, engine: Engine, restored: &'static str) -> Result<()> {
     life.wait_beats(2)?;
     let moment = life.stop_at(&at("moment"))?;
     drop(life);
-    let rebirth = Rebirth { engine: engine.name(), memory: restored, fill: "off" };
+    let rebirth =
+        Rebirth { engine: engine.name(), memory: restored, fill: "off", ..Rebirth::default() };
     comes_back(&moment, &at("restored"), &rebirth)
 }
 
@@ -280,7 +287,7 @@ fn a_chain_of_snapshots_while_still_lazy() {
         drop(life);
         let mut first = None;
         for (link, (engine, memory, fill)) in LINKS.into_iter().enumerate() {
-            let rebirth = Rebirth { engine: engine.name(), memory, fill };
+            let rebirth = Rebirth { engine: engine.name(), memory, fill, ..Rebirth::default() };
             let next = lazy_link(&moment, &rebirth, &at(&format!("link{link}")))
                 .with_context(|| format!("link {link}, {rebirth:?}"))?;
             let before = std::mem::replace(&mut moment, next);
@@ -291,7 +298,12 @@ fn a_chain_of_snapshots_while_still_lazy() {
                 std::fs::remove_dir_all(before.snapshot())?;
             }
         }
-        let rebirth = Rebirth { engine: Engine::KvmUserfault.name(), memory: SHMEM, fill: "on" };
+        let rebirth = Rebirth {
+            engine: Engine::KvmUserfault.name(),
+            memory: SHMEM,
+            fill: "on",
+            ..Rebirth::default()
+        };
         comes_back(&moment, &at("last"), &rebirth).context("the last of the chain")?;
         let first = first.context("there is a first link")?;
         comes_back(&first, &at("again"), &rebirth).context("the first of the chain, once more")

@@ -26,7 +26,7 @@ const RESIDENT: u64 = 64 << 20;
 
 fn config(cpus: u32, memory: &str, more: &[&str]) -> GuestConfig {
     let more = more.iter().map(ToString::to_string).collect();
-    GuestConfig { cpus, memory: memory.into(), disks: Vec::new(), more }
+    GuestConfig { cpus, memory: memory.into(), more, ..GuestConfig::default() }
 }
 
 /// A guest that was up once.

@@ -21,7 +21,7 @@ fn begins_anew(kernel: &Kernel) -> Result<()> {
         cpus: 2,
         memory: "size=192M".into(),
         disks: vec![DiskOption::new(at("disk"))],
-        more: Vec::new(),
+        ..GuestConfig::default()
     };
     let mut guest = Guest::boot(&at("first"), kernel, &Work::Idle, &config)?;
     guest.wait_ready()?;
@@ -49,8 +49,13 @@ fn a_triple_fault_begins_anew() {
 
 fn faults_three_times(kernel: &Kernel) -> Result<()> {
     let folder = tempfile::tempdir()?;
-    let config =
-        GuestConfig { cpus: 2, memory: "size=192M".into(), disks: Vec::new(), more: Vec::new() };
+    let config = GuestConfig {
+        cpus: 2,
+        memory: "size=192M".into(),
+        disks: Vec::new(),
+        cards: Vec::new(),
+        more: Vec::new(),
+    };
     let mut guest = Guest::boot_with(folder.path(), kernel, &Work::Idle, "reboot=t", &config)?;
     for _ in 0..2 {
         guest.wait_ready()?;

@@ -160,7 +160,7 @@ pub fn blk() -> BlkOptions {
 }
 
 fn config(memory: String) -> GuestConfig {
-    GuestConfig { cpus: 1, memory, disks: Vec::new(), more: Vec::new() }
+    GuestConfig { cpus: 1, memory, ..GuestConfig::default() }
 }
 
 fn work() -> Work {

@@ -1,0 +1,115 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Linux guests with a network card before DPDK's testpmd: a back-end that is not the project's
+//! own, that polls, and that offers post-copy. They are snapshotted while echoes are under way, and
+//! restored lazily before another testpmd. `linux.rs` does so in many moments.
+
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+use demand_kvm::Engine;
+use demand_tests::guest::{CardOption, Kernel};
+use demand_tests::life::{Birth, Life, Moment, Rebirth};
+use demand_vmm::report::Report;
+use guest_work::Journal;
+
+const SHMEM: &str = "backing=shmem";
+const HUGETLB_2M: &str = "backing=hugetlb-2m";
+
+/// Has `f` run in the lab, with a guest that works and a folder for what becomes of it.
+fn test(journal: Journal, f: impl FnOnce(Life, &Path) -> Result<()>) {
+    let Some(kernel) = Kernel::lab() else { return };
+    let birth =
+        Birth { kernel, cpus: 2, memory: "size=192M".into(), journal, net: true, reseeds: true };
+    let run = || {
+        let folder = tempfile::tempdir()?;
+        let mut life = Life::boot(&folder.path().join("life"), &birth)?;
+        life.wait_work()?;
+        f(life, folder.path())
+    };
+    run().unwrap_or_else(|error| panic!("{error:#}"));
+}
+
+/// Restores the guest with no page of its memory, and none that comes unless it is touched.
+fn restore(moment: &Moment, folder: &Path, engine: Engine, memory: &'static str) -> Result<Life> {
+    let rebirth = Rebirth { engine: engine.name(), memory, fill: "off", ..Rebirth::default() };
+    let mut life = moment.restore(folder, &rebirth)?;
+    life.wait_work()?;
+    Ok(life)
+}
+
+fn still_lazy(report: &Report, engine: Engine) -> Result<()> {
+    println!("{}", report.table());
+    ensure!(report.engine == engine.name(), "{report:?}");
+    ensure!(report.guest.faults + report.kvm_internal.faults > 0, "{report:?}");
+    ensure!(report.back_end.faults > 0, "{report:?}");
+    ensure!(report.fill.pages == 0 && report.time_to_complete_us == 0, "{report:?}");
+    Ok(())
+}
+
+/// With no disk, the back-ends' faults are testpmd's alone.
+fn alone(engine: Engine, memory: &'static str) {
+    test(Journal::None, |mut life, folder| {
+        let moment = life.stop_at(&folder.join("moment"))?;
+        drop(life);
+        let life = restore(&moment, &folder.join("restored"), engine, memory)?;
+        still_lazy(&life.finish()?, engine)
+    });
+}
+
+#[test]
+fn alone_with_kvm_userfault_on_hugetlb_2m() {
+    alone(Engine::KvmUserfault, HUGETLB_2M);
+}
+
+#[test]
+fn alone_with_uffd_on_shmem() {
+    alone(Engine::Uffd, SHMEM);
+}
+
+/// The guest that was snapshotted goes on with the testpmd that it had, and the restored one is
+/// snapshotted while most of its memory is missing.
+#[test]
+fn beside_a_disk_in_a_chain_of_snapshots() {
+    test(Journal::Ext4, |mut life, folder| {
+        let moment = life.stop_at(&folder.join("moment"))?;
+        life.go_on()?;
+        life.wait_work()?;
+        life.finish().context("the guest that was snapshotted")?;
+        let engine = Engine::KvmUserfault;
+        let mut life = restore(&moment, &folder.join("restored"), engine, HUGETLB_2M)?;
+        let moment = life.stop_at(&folder.join("moment again"))?;
+        life.go_on()?;
+        life.wait_work()?;
+        still_lazy(&life.finish()?, engine)?;
+        let engine = Engine::Uffd;
+        let life = restore(&moment, &folder.join("restored again"), engine, SHMEM)?;
+        still_lazy(&life.finish()?, engine)
+    });
+}
+
+/// Post-copy ends while echoes are under way. Then it goes on before a testpmd that has none, which
+/// sees memory when all of it is there.
+#[test]
+fn until_all_is_there_and_then_without_postcopy() {
+    test(Journal::Ext4, |mut life, folder| {
+        let moment = life.stop_at(&folder.join("moment"))?;
+        drop(life);
+        let engine = Engine::KvmUserfault.name();
+        let mut rebirth =
+            Rebirth { engine, memory: HUGETLB_2M, fill: "rate=32M", ..Rebirth::default() };
+        let mut life = moment.restore(&folder.join("restored"), &rebirth)?;
+        life.wait_complete()?;
+        life.wait_work()?;
+        let moment = life.stop_at(&folder.join("moment again"))?;
+        life.go_on()?;
+        life.wait_work()?;
+        let report = life.finish()?;
+        ensure!(report.back_end.faults > 0 && report.time_to_complete_us > 0, "{report:?}");
+        rebirth.card = CardOption { postcopy: false, more: ",lazy=fill".into() };
+        let mut life = moment.restore(&folder.join("restored again"), &rebirth)?;
+        life.wait_work()?;
+        let report = life.finish()?;
+        ensure!(report.time_to_complete_us > 0, "{report:?}");
+        Ok(())
+    });
+}
