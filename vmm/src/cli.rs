@@ -336,7 +336,16 @@ fn run_command(args: RunArgs, started: Instant) -> Result<(), Error> {
             )));
         }
         let output = args.guest.output();
-        let boot = BootSource { kernel, initramfs: args.initramfs, cmdline: args.cmdline };
+        // A reset reads them again, maybe of a guest that was restored from another directory.
+        let absolute = |path: PathBuf| {
+            std::path::absolute(&path)
+                .map_err(|error| Error::failed(format!("find {}: {error}", path.display())))
+        };
+        let boot = BootSource {
+            kernel: absolute(kernel)?,
+            initramfs: args.initramfs.map(absolute).transpose()?,
+            cmdline: args.cmdline,
+        };
         let options = LinuxOptions {
             guest: args.guest.options(),
             memory: args.memory,
