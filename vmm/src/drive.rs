@@ -85,10 +85,11 @@ impl Descriptors {
 impl MutEventSubscriber for Descriptors {
     fn init(&mut self, ops: &mut EventOps<'_>) {
         let room = self.vm.chipset.serial.room().clone();
-        let mut fds = vec![self.hear.as_raw_fd(), room.as_raw_fd()];
-        fds.extend(self.back_ends.iter().map(|(fd, _)| *fd));
-        for fd in fds {
-            if let Err(error) = ops.add(Events::new_raw(fd, EventSet::READ_HANG_UP)) {
+        let mut fds = vec![(self.hear.as_raw_fd(), EventSet::IN), (room.as_raw_fd(), EventSet::IN)];
+        // Not what they say: nobody has asked them.
+        fds.extend(self.back_ends.iter().map(|(fd, _)| (*fd, EventSet::READ_HANG_UP)));
+        for (fd, set) in fds {
+            if let Err(error) = ops.add(Events::new_raw(fd, set)) {
                 log::error!("watch a descriptor of the VM: {error:?}");
             }
         }
@@ -181,6 +182,7 @@ fn on_event(vm: &Arc<Vm>, event: Event) -> Result<Option<End>, Error> {
         Event::Complete => finish(vm)?,
         Event::Finished(outcome) => outcome?,
         Event::GivenUp(reason) => vm.give_up(reason)?,
+        Event::Reset(outcome) => outcome?,
     }
     Ok(None)
 }

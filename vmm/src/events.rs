@@ -22,6 +22,8 @@ pub enum Event {
     Complete,
     /// Demand paging has been taken away, or could not be.
     Finished(Result<(), Error>),
+    /// The machine is back at its beginning, or could not be brought there.
+    Reset(Result<(), Error>),
     /// The source has failed for as long as the user lets it.
     GivenUp(String),
     /// Somebody asks for the VM's end through the API.

@@ -39,7 +39,10 @@ pub struct LinuxOptions {
 ///
 /// One line, with the exit status that belongs to it. After an error the process should end.
 pub fn run(options: LinuxOptions, started: Instant) -> Result<Report, Error> {
-    run_guest(options.guest.clone(), started, move |session| prepare(session, &options))
+    let boot = options.boot.clone();
+    let inputs: Vec<_> =
+        [Some(&*boot.kernel), boot.initramfs.as_deref()].into_iter().flatten().collect();
+    run_guest(options.guest.clone(), &inputs, started, move |session| prepare(session, &options))
 }
 
 /// Whether this host's KVM gives a VM and a vCPU all that Linux needs of it. That it then executes

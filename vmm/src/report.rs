@@ -2,8 +2,7 @@
 //! What a run reports.
 
 use std::fmt::Write;
-use std::fs::File;
-use std::path::{Path as FilePath, PathBuf};
+use std::path::Path as FilePath;
 
 use demand_memory::{Path, PathReport, SourceReport, Stats};
 use serde::{Deserialize, Serialize};
@@ -140,18 +139,6 @@ impl Report {
         }
         table
     }
-}
-
-/// Tries whether the files can be written that a run is to leave, before it begins.
-pub(crate) fn try_outputs<'a>(paths: impl IntoIterator<Item = &'a PathBuf>) -> Result<(), Error> {
-    paths.into_iter().try_for_each(|path| {
-        File::create(path).map(drop).map_err(|error| {
-            Error::failed(format!(
-                "write {}: {error}; name a file that can be written",
-                path.display()
-            ))
-        })
-    })
 }
 
 /// Draws the pages of a run over time into a file.

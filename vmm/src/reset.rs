@@ -20,6 +20,7 @@ use crate::{acpi, boot, boot_cpu};
 const WITHIN: Duration = Duration::from_secs(10);
 
 /// What KVM has of a machine that was just made: what a reset leads back to.
+#[derive(Clone)]
 pub(crate) struct Pristine {
     vcpus: Arc<Vec<VcpuState>>,
     vm: VmState,

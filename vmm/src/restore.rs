@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use demand_kvm::EngineChoice;
+use demand_kvm::{EngineChoice, open_kvm};
 use demand_memory::{PAGE_SIZE, PageRange, Path, Retrier, RetryPolicy, Waiter};
 use demand_source::HashedImage;
 
@@ -58,7 +58,9 @@ pub struct RestoreOptions {
 /// One line, with the exit status that belongs to it; nothing of the snapshot is changed. After an
 /// error the process should end.
 pub fn restore(options: RestoreOptions, started: Instant) -> Result<Report, Error> {
-    run_guest(options.guest.clone(), started, move |session| prepare(session, &options))
+    let files = snapshot_dir::files(&options.source);
+    let inputs = files.each_ref().map(|path| path.as_path());
+    run_guest(options.guest.clone(), &inputs, started, move |session| prepare(session, &options))
 }
 
 fn prepare(session: &Session, options: &RestoreOptions) -> Result<Prepared, Error> {
@@ -66,6 +68,11 @@ fn prepare(session: &Session, options: &RestoreOptions) -> Result<Prepared, Erro
     let memory = saved.memory.option(&options.memory)?;
     check(&saved, options)?;
     let image = open_image(&saved, options)?;
+    // Before what takes long.
+    let host = cpuid::guest_cpuid(&open_kvm().map_err(Error::host)?)?;
+    for vcpu in &saved.vcpus {
+        cpuid::check_host(&vcpu.told()?, &host)?;
+    }
     if options.verify {
         verify(&image)?;
     }
@@ -77,10 +84,6 @@ fn prepare(session: &Session, options: &RestoreOptions) -> Result<Prepared, Erro
         retrier: retrier(options.source_limit, session.tell.clone(), session.last_error.clone()),
     })?);
     let _ = session.memory.set(machine.memory().clone());
-    let host = cpuid::guest_cpuid(machine.kvm())?;
-    for vcpu in &saved.vcpus {
-        cpuid::check_host(&vcpu.told()?, &host)?;
-    }
     let shape = Arc::new(StateShape::of(machine.kvm(), machine.vm())?);
     create_irqchip(machine.vm())?;
     let chipset = Chipset::new(machine.vm(), &session.guest.serial, Some(&saved.serial))?;

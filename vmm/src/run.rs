@@ -27,8 +27,9 @@ use crate::error::Error;
 use crate::interrupt::{Interrupt, on_signals};
 use crate::machine::{Machine, MachineConfig};
 use crate::options::{FillOption, MemoryOption, TestGuestOption, VhostUserOption};
+use crate::outputs::Outputs;
 use crate::placement::LOW_MEMORY_END;
-use crate::report::{Report, size, try_outputs, write_timeline};
+use crate::report::{Report, size, write_timeline};
 use crate::supervise::supervise;
 use crate::test_exits::TestExits;
 use crate::vcpu::VcpuContext;
@@ -133,7 +134,10 @@ fn run_parts(
 ) -> Result<Report, Error> {
     // What is wrong with the command line comes before what is wrong with the host.
     let plan = Arc::new(plan(options)?);
-    try_outputs(options.timeline.iter().chain(&options.report))?;
+    let mut outputs = Outputs::default();
+    for (option, path) in [("--report", &options.report), ("--timeline", &options.timeline)] {
+        path.iter().try_for_each(|path| outputs.add(option, path, &[&options.source]))?;
+    }
     let (sender, events) = channel();
     let stats = Arc::new(Stats::new());
     if options.timeline.is_some() {
@@ -239,6 +243,7 @@ fn run_parts(
     if let Some(path) = &options.timeline {
         write_timeline(path, &report, &stats, machine.pages())?;
     }
+    outputs.keep();
     Ok(report)
 }
 

@@ -4,11 +4,14 @@
 use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use kvm_ioctls::VmFd;
+use rustix::fs::OFlags;
 use serde::{Deserialize, Serialize};
 use vm_device::DevicePio;
 use vm_device::bus::{PioAddress, PioAddressOffset};
@@ -16,8 +19,9 @@ use vm_superio::serial::SerialEvents;
 use vm_superio::{Serial, SerialState, Trigger};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use crate::error::Error;
+use crate::error::{Error, no_thread};
 use crate::layout::SERIAL_GSI;
+use crate::spool::Spool;
 
 /// `--serial tty|file=PATH|off`
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -51,7 +55,10 @@ impl SerialOption {
             SerialOption::Terminal => Ok(Box::new(io::stdout())),
             SerialOption::Off => Ok(Box::new(io::sink())),
             SerialOption::File(path) => {
-                let file: Result<File, _> = OpenOptions::new().create(true).append(true).open(path);
+                let mut options = OpenOptions::new();
+                // A FIFO that nobody reads is refused, in place of waited for.
+                options.create(true).append(true).custom_flags(libc::O_NONBLOCK);
+                let file: Result<File, _> = options.open(path);
                 let refused = |error| {
                     Error::failed(format!(
                         "write the serial port's output to {}: {error}; name a file that can be \
@@ -59,7 +66,9 @@ impl SerialOption {
                         path.display()
                     ))
                 };
-                Ok(Box::new(file.map_err(refused)?))
+                let file = file.map_err(refused)?;
+                rustix::fs::fcntl_setfl(&file, OFlags::APPEND).map_err(|e| refused(e.into()))?;
+                Ok(Box::new(file))
             }
         }
     }
@@ -120,6 +129,7 @@ pub struct SerialPort {
     uart: Mutex<Serial<Irq, TellRoom, Box<dyn Write + Send>>>,
     irq: Irq,
     room: Arc<EventFd>,
+    spool: Spool,
 }
 
 impl SerialPort {
@@ -144,7 +154,9 @@ impl SerialPort {
         vm.register_irqfd(&event, SERIAL_GSI).map_err(|error| failed(&error))?;
         let room = Arc::new(EventFd::new(EFD_NONBLOCK).map_err(|error| failed(&error))?);
         let registers = saved.map(|saved| saved.0.clone()).unwrap_or_default();
-        let output = option.output()?;
+        let spool = Spool::new(option.output()?)
+            .map_err(|error| no_thread("write the serial port's output", error))?;
+        let output: Box<dyn Write + Send> = Box::new(spool.clone());
         let uart =
             Serial::from_state(&registers, Irq(event.clone()), TellRoom(room.clone()), output)
                 .map_err(|error| {
@@ -153,7 +165,7 @@ impl SerialPort {
                      altered, take another"
                     ))
                 })?;
-        Ok(SerialPort { uart: Mutex::new(uart), irq: Irq(event), room })
+        Ok(SerialPort { uart: Mutex::new(uart), irq: Irq(event), room, spool })
     }
 
     /// The registers, for a snapshot.
@@ -173,6 +185,11 @@ impl SerialPort {
         self.irq.trigger()
     }
 
+    /// Waits until all that the guest has said is written, for `within` at most.
+    pub fn drain(&self, within: Duration) {
+        self.spool.drain(within);
+    }
+
     /// Hands as much of `bytes` to the guest as there is room for; returns how many.
     pub fn type_in(&self, bytes: &[u8]) -> usize {
         // A full buffer is no error of anybody's.
@@ -182,6 +199,12 @@ impl SerialPort {
     /// Becomes readable when the guest has read all that was typed.
     pub fn room(&self) -> &Arc<EventFd> {
         &self.room
+    }
+}
+
+impl Drop for SerialPort {
+    fn drop(&mut self) {
+        self.spool.close();
     }
 }
 

@@ -2,7 +2,7 @@
 //! A Linux guest from its start to its end, however it came to be.
 
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
@@ -10,10 +10,9 @@ use std::time::{Duration, Instant};
 use demand_memory::{DemandMemory, Fill, FillRate, Stats};
 use vm_device::DeviceMmio;
 
-use crate::api::State;
 use crate::api_server::ApiServer;
 use crate::chipset::Chipset;
-use crate::drive::{End, drive};
+use crate::drive::{End, drive, spawn};
 use crate::error::{Error, no_thread};
 use crate::events::{Event, Hear, Tell, events};
 use crate::exits::BusExits;
@@ -21,9 +20,10 @@ use crate::interrupt::{Interrupt, on_signals};
 use crate::layout::{MAX_DEVICES, device_address, device_gsi};
 use crate::machine::Machine;
 use crate::options::VhostUserOption;
+use crate::outputs::Outputs;
 use crate::power::{OnPower, PowerRequest};
 use crate::progress::Bar;
-use crate::report::{Report, try_outputs, write_timeline};
+use crate::report::{Report, write_timeline};
 use crate::reset::Pristine;
 use crate::serial::SerialOption;
 use crate::supervise::supervise;
@@ -34,6 +34,9 @@ use crate::vm::{LastError, Vm};
 
 /// How long an end waits for the vCPUs to come out of the guest.
 const VCPUS_WITHIN: Duration = Duration::from_secs(2);
+
+/// How long an end waits until what the guest has said last is written.
+const CONSOLE_WITHIN: Duration = Duration::from_secs(1);
 
 /// What all commands take that run a Linux guest.
 #[derive(Clone, Debug)]
@@ -132,7 +135,22 @@ pub(crate) fn attach(
     device.attach(machine.vm(), device_address(position), device_gsi(position))
 }
 
-/// Runs the guest that `prepare` makes, until its end. SIGINT, SIGTERM and SIGHUP end it; this
+impl GuestOptions {
+    fn try_outputs(&self, inputs: &[&Path]) -> Result<Outputs, Error> {
+        let mut outputs = Outputs::default();
+        let files = [("--report", &self.report), ("--timeline", &self.timeline)];
+        for (option, path) in files {
+            path.iter().try_for_each(|path| outputs.add(option, path, inputs))?;
+        }
+        if let SerialOption::File(path) = &self.serial {
+            outputs.add("--serial", path, inputs)?;
+        }
+        Ok(outputs)
+    }
+}
+
+/// Runs the guest that `prepare` makes, until its end. `inputs` are files that it must not write to.
+/// SIGINT, SIGTERM and SIGHUP end it; this
 /// should be called before the process starts other threads.
 ///
 /// # Errors
@@ -141,11 +159,12 @@ pub(crate) fn attach(
 /// may wait in the kernel for a page that never comes, and what would free it would show it zeros.
 pub(crate) fn run_guest(
     guest: GuestOptions,
+    inputs: &[&Path],
     started: Instant,
     prepare: impl FnOnce(&Session) -> Result<Prepared, Error> + Send + 'static,
 ) -> Result<Report, Error> {
     check_devices(&guest.vhost_user)?;
-    try_outputs(guest.timeline.iter().chain(&guest.report))?;
+    let outputs = guest.try_outputs(inputs)?;
     let interrupt = Interrupt::default();
     on_signals(interrupt.clone()).map_err(|error| no_thread("listen for signals", error))?;
     let console = guest.serial == SerialOption::Terminal;
@@ -173,7 +192,9 @@ pub(crate) fn run_guest(
             follow(session, prepared, &hear, console)
         }
     };
-    supervise(&interrupt, &memory, work)
+    let report = supervise(&interrupt, &memory, work)?;
+    outputs.keep();
+    Ok(report)
 }
 
 /// From the first instruction to the last.
@@ -214,25 +235,32 @@ fn follow(
             }
             said.say(arrived, vm.missing_at_start);
         };
+        let mut quick = QuickResets::default();
         loop {
             match drive(&vm, hear, console, &mut look)? {
                 End::Reset => {
+                    quick.count()?;
                     log::warn!("the guest resets itself, or has crashed into it: it begins anew");
-                    pristine.reset(&vm, vm.boot.as_ref(), &session.reset_asked)?;
+                    let (vm, pristine) = (vm.clone(), pristine.clone());
+                    let (asked, tell) = (session.reset_asked.clone(), session.tell.clone());
+                    // It may wait for pages, and there is more to hear meanwhile.
+                    spawn("reset", move || {
+                        tell.tell(Event::Reset(pristine.reset(&vm, vm.boot.as_ref(), &asked)));
+                    })?;
                 }
                 End::Off | End::Asked => return Ok(()),
             }
         }
     });
-    // Who asks for the end before there was a beginning gets it.
-    let asked = vm.lifecycle.is_ending() && vm.lifecycle.state() == State::Starting;
-    let outcome = if asked { Ok(()) } else { outcome };
+    // Who asks for the end gets it, before there was a beginning or in a reset, too.
+    let outcome = if vm.lifecycle.was_asked() { Ok(()) } else { outcome };
     // A snapshot under way ends, and nobody begins another.
     vm.end();
     drop(filling);
     // As long as pages arrive, for a vCPU may wait for one where no kick reaches it.
     let stopped = vm.stop_vcpus(VCPUS_WITHIN);
     vm.machine.memory().stop();
+    vm.chipset.serial.drain(CONSOLE_WITHIN);
     drop(api);
     match (outcome, stopped) {
         (Ok(()), Ok(())) => {}
@@ -246,6 +274,35 @@ fn follow(
         }
     }
     report(&session, &vm, completed)
+}
+
+/// Resets of a guest that does not get anywhere.
+#[derive(Default)]
+struct QuickResets {
+    last: Option<Instant>,
+    count: u32,
+}
+
+impl QuickResets {
+    /// Resets in a row after which it is given up.
+    const MOST: u32 = 10;
+    /// How soon after the one before a reset counts: no kernel does anything useful meanwhile.
+    const WITHIN: Duration = Duration::from_millis(500);
+
+    fn count(&mut self) -> Result<(), Error> {
+        let last = self.last.replace(Instant::now());
+        let quick = last.is_some_and(|last| last.elapsed() < Self::WITHIN);
+        self.count = if quick { self.count + 1 } else { 0 };
+        if self.count < Self::MOST {
+            return Ok(());
+        }
+        Err(Error::failed(format!(
+            "run the guest: it has reset itself {} times, each within {} ms of its beginning; see \
+             that the kernel goes with its memory, command line and initramfs",
+            Self::MOST,
+            Self::WITHIN.as_millis()
+        )))
+    }
 }
 
 /// Says how many pages are present, for whoever reads it.

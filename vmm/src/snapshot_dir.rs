@@ -55,6 +55,11 @@ pub fn hashes(dir: &Path) -> PathBuf {
     dir.join(HASHES)
 }
 
+/// All files of the snapshot `dir`.
+pub fn files(dir: &Path) -> [PathBuf; 3] {
+    [STATE, MEMORY, HASHES].map(|name| dir.join(name))
+}
+
 /// A snapshot that is being written. Unless it is published it is removed when it is dropped.
 ///
 /// # Examples

@@ -42,7 +42,7 @@ const LOOK_EVERY: Duration = Duration::from_millis(5);
 
 /// Who asks for something, while something else is under way.
 const BUSY: &str =
-    "something else is under way (a pause, or a snapshot); ask again when it is done";
+    "something else is under way (a pause, a snapshot or a reset); ask again when it is done";
 
 /// What a VM is made of.
 pub struct VmParts {
@@ -131,6 +131,8 @@ pub struct Lifecycle {
     change: Mutex<Change>,
     /// Set when the VM is going away, so that a snapshot under way ends.
     ending: AtomicBool,
+    /// Whether that is because somebody has asked for it.
+    asked: AtomicBool,
     /// Whether it is being paused because the source fails.
     giving_up: AtomicBool,
     /// Pages of memory that the snapshot under way has dealt with.
@@ -168,9 +170,9 @@ impl Lifecycle {
         }
     }
 
-    /// Whether the VM is going away.
-    pub fn is_ending(&self) -> bool {
-        self.ending.load(Ordering::Acquire)
+    /// Whether the VM is going away because somebody has asked for it.
+    pub fn was_asked(&self) -> bool {
+        self.asked.load(Ordering::Acquire)
     }
 
     /// Ends a snapshot under way, and waits until nobody moves the VM any more. Calls `unblock`
@@ -445,11 +447,13 @@ impl Control for Vm {
                 vcpus.resume();
                 return Err(ControlError::failed(error));
             }
-            // Its state is none that a guest could go on from.
-            if vcpus.is_held() {
-                vcpus.resume();
-                return Err(ControlError::wrong_state("the guest is resetting itself; ask again"));
+        }
+        // Its state is none that a guest could go on from.
+        if self.vcpus().is_held() {
+            if before == State::Running {
+                self.vcpus().resume();
             }
+            return Err(ControlError::wrong_state("the guest is resetting itself; ask again"));
         }
         *lock(&self.lifecycle.destination) = request.destination.display().to_string();
         self.lifecycle.copied.store(0, Ordering::Relaxed);
@@ -495,6 +499,7 @@ impl Control for Vm {
     }
 
     fn shutdown(&self) -> Result<(), ControlError> {
+        self.lifecycle.asked.store(true, Ordering::Release);
         self.tell.tell(Event::Shutdown);
         if self.lifecycle.state() == State::Starting {
             // Nobody listens before the guest runs, and what it takes to begin may wait for pages

@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Options of `restore` that the snapshot does not go with.
 
+use std::fs;
 use std::process::Command;
 
 use demand_tests::process::program;
 use demand_tests::refusal::{FAILED, Refusals, USAGE};
+use demand_vmm::snapshot_dir;
 
 use crate::snapshot::{Snapshot, restore_with};
 
@@ -38,6 +40,39 @@ fn options_that_are_none() {
         refusals.check(asked, &mut command, FAILED, &words);
     }
     refusals.end();
+}
+
+/// What a run leaves must not be what it reads, and a run that is refused leaves nothing.
+#[test]
+fn outputs_that_are_in_the_way() {
+    let Some(snapshot) = Snapshot::get() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let old = folder.path().join("old");
+    fs::write(&old, "of another run").unwrap();
+    let new = folder.path().join("new");
+    let (old_name, new_name) = (old.to_str().unwrap(), new.to_str().unwrap());
+    let files = snapshot_dir::files(&snapshot.dir());
+    let [state, memory, hashes] = files.each_ref().map(|path| path.to_str().unwrap());
+    let serial = format!("file={memory}");
+    let mut refusals = Refusals::new();
+    for (case, arguments, words) in [
+        ("the memory", &["--report", memory][..], &["--report", "memory", "which is read"][..]),
+        ("the hashes", &["--timeline", hashes], &["--timeline", "hashes", "which is read"]),
+        ("the state", &["--timeline", state], &["--timeline", "state", "which is read"]),
+        ("the console", &["--serial", &serial], &["--serial", "memory", "which is read"]),
+        ("twice", &["--report", new_name, "--timeline", new_name], &["--report writes it"]),
+        // It has a disk, and none is named.
+        ("a refusal", &["--report", old_name, "--timeline", new_name], &["has 1 (blk)"]),
+    ] {
+        let status = if case == "a refusal" { USAGE } else { FAILED };
+        let mut command = Command::new(program("demand-vmm").unwrap());
+        command.arg("restore").arg("--source").arg(snapshot.dir()).args(arguments);
+        refusals.check(case, &mut command, status, words);
+    }
+    refusals.end();
+    assert_eq!(fs::read_to_string(old).unwrap(), "of another run");
+    assert!(!new.exists());
+    snapshot.assert_unchanged();
 }
 
 #[test]

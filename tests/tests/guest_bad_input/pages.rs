@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use demand_tests::guest::Guest;
 use demand_tests::refusal::{FAILED, Refusals};
 use demand_vmm::api::{State, Status};
+use demand_vmm::layout::COMMAND_LINE;
 use demand_vmm::snapshot_dir;
 use serde_json::Value;
 
@@ -189,5 +190,30 @@ fn a_page_that_a_back_end_needs_to_begin_does_not_keep_the_end() {
     let status = guest.wait_end().unwrap();
     assert!(status.success(), "{status}; {}", guest.story());
     assert!(asked.elapsed() < Duration::from_secs(20), "{:?}", asked.elapsed());
+    snapshot.assert_unchanged();
+}
+
+/// The VM can be ended all the same, and says what it is doing.
+#[test]
+fn a_reset_that_waits_for_a_page_does_not_keep_the_end() {
+    let Some(snapshot) = Snapshot::get() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let copy = snapshot.copy();
+    drop(copy.own("memory"));
+    // A kernel that runs has read it long ago; a reset writes it.
+    let page = COMMAND_LINE.0;
+    flip(&copy, page + 4000);
+    let words = format!("offset {page} of");
+    let (mut guest, _back_end) = snapshot.restore(folder.path(), &copy.dir(), &["--fill", "off"]);
+    guest.wait_beats(2).unwrap();
+    guest.type_line("reset").unwrap();
+    wait(&guest, "the page is looked for", |status| {
+        status.last_error.as_ref().is_some_and(|error| error.contains(&words))
+    });
+    let error = guest.api().pause().unwrap_err().to_string();
+    assert!(error.contains("a reset"), "{error}");
+    guest.api().shutdown().unwrap();
+    let status = guest.wait_end().unwrap();
+    assert!(status.success(), "{status}; {}", guest.story());
     snapshot.assert_unchanged();
 }

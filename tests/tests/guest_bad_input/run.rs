@@ -5,11 +5,15 @@ use std::fs::{self, File};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use demand_tests::guest::Kernel;
 use demand_tests::host::{has_kvm, skip};
-use demand_tests::process::program;
+use demand_tests::process::{self, program};
 use demand_tests::refusal::{FAILED, HOST, Refusals, USAGE};
+
+/// How long a guest may take to its end.
+const PATIENCE: Duration = Duration::from_secs(120);
 
 /// `demand-vmm run` of a kernel.
 fn run(memory: &str, kernel: &Path) -> Command {
@@ -42,6 +46,43 @@ fn plain_elf() -> Vec<u8> {
         [(1, 4), (5, 4), (0, 8), (0x100_0000, 8), (0x100_0000, 8), (120, 8), (120, 8), (4096, 8)];
     let words = header.into_iter().chain(program);
     words.flat_map(|(value, len)| value.to_le_bytes().into_iter().take(len)).collect()
+}
+
+/// An ELF image with a PVH entry, at which there is an instruction that is none. Without an interrupt
+/// table that is a triple fault.
+fn crashing_elf() -> Vec<u8> {
+    /// Where the note is in the file, behind two program headers; the code is behind the note.
+    const NOTE: u64 = 64 + 2 * 56;
+    let mut file = plain_elf();
+    // Two program headers; the first loads all of the file.
+    file[56] = 2;
+    let len = NOTE + 24 + 2;
+    for at in [64 + 32, 64 + 40] {
+        file[at..at + 8].copy_from_slice(&len.to_le_bytes());
+    }
+    let note = [(4, 4), (4, 4), (NOTE, 8), (0, 8), (0, 8), (24, 8), (24, 8), (4, 8)];
+    // XEN_ELFNOTE_PHYS32_ENTRY, by "Xen".
+    let content = [(4, 4), (8, 4), (18, 4), (u64::from(u32::from_le_bytes(*b"Xen\0")), 4)];
+    let code = [(0x100_0000 + NOTE + 24, 8), (0x0b0f, 2)];
+    let words = note.into_iter().chain(content).chain(code);
+    file.extend(words.flat_map(|(value, len)| value.to_le_bytes().into_iter().take(len)));
+    file
+}
+
+/// A guest that only ever crashes ends, and says so.
+#[test]
+fn a_kernel_that_does_not_get_anywhere() {
+    if !has_kvm() {
+        return skip("there is no usable /dev/kvm");
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let kernel = folder.path().join("kernel");
+    fs::write(&kernel, crashing_elf()).unwrap();
+    let output = process::run(&mut run("64M", &kernel), PATIENCE).unwrap();
+    assert_eq!(output.status.code(), Some(FAILED), "{output:?}");
+    assert!(output.stderr.contains("it begins anew"), "{output:?}");
+    let last = output.stderr.trim_end().lines().last().unwrap();
+    assert!(last.contains("has reset itself 10 times") && last.contains("see that"), "{last}");
 }
 
 /// Needs no kernel, and often no KVM.
@@ -164,6 +205,7 @@ fn a_kernel_that_does_not_go_with_the_rest() {
     let words = ["is not in the file", "another copy"];
     refusals.check("half an ELF kernel", &mut run("256M", &at("half-elf")), FAILED, &words);
 
+    fs::create_dir(at("directory")).unwrap();
     File::create(at("empty")).unwrap();
     File::create(at("huge")).unwrap().set_len(1 << 30).unwrap();
     File::create(at("endless")).unwrap().set_len(1 << 50).unwrap();
@@ -174,7 +216,7 @@ fn a_kernel_that_does_not_go_with_the_rest() {
         ("huge", &["1073741824 bytes do not fit", "--memory"]),
         ("endless", &["do not fit", "--memory"]),
         ("pipe", &["is no file"]),
-        (".", &["is no file"]),
+        ("directory", &["is no file"]),
     ] {
         let mut command = run("128M", &kernel.image);
         command.arg("--initramfs").arg(at(name));
