@@ -35,7 +35,7 @@ pub enum Served {
     /// The vCPU runs on.
     Continue,
     /// The vCPU cannot run on before it was given another state: it is kept out of the guest until
-    /// the VM was reset. It can be paused and stopped meanwhile.
+    /// [`Vcpus::release`](crate::vcpus::Vcpus::release). It can be paused and stopped meanwhile.
     Hold,
     /// The vCPU has nothing more to do: its thread ends.
     End,

@@ -156,14 +156,14 @@ impl Vcpus {
         self.gate.want(Wanted::Run);
     }
 
-    /// Whether a vCPU is [held](crate::vcpu::Served::Hold).
-    pub(crate) fn is_held(&self) -> bool {
+    /// Whether some vCPU is [held](crate::vcpu::Served::Hold).
+    pub fn is_held(&self) -> bool {
         self.gate.holds_any()
     }
 
-    /// Lets those that are [held](crate::vcpu::Served::Hold) into the guest again: they have
-    /// another state.
-    pub(crate) fn release(&self) {
+    /// Lets vCPUs that are [held](crate::vcpu::Served::Hold) into the guest again: they have another
+    /// state. To be called while all are paused.
+    pub fn release(&self) {
         self.gate.release();
     }
 

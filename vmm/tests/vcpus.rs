@@ -3,7 +3,7 @@
 
 use std::fs::OpenOptions;
 use std::os::unix::fs::FileExt;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex, OnceLock};
 use std::thread;
@@ -48,6 +48,7 @@ fn image() -> Vec<u8> {
 struct Port {
     written: Mutex<Vec<u8>>,
     held: AtomicBool,
+    shutdowns: AtomicU32,
 }
 
 impl ServeExit for Port {
@@ -59,6 +60,10 @@ impl ServeExit for Port {
                     thread::yield_now();
                 }
                 Served::Continue
+            }
+            VcpuExit::Shutdown if self.held.load(Ordering::Acquire) => {
+                self.shutdowns.fetch_add(1, Ordering::AcqRel);
+                Served::Hold
             }
             VcpuExit::Hlt => Served::End,
             other => unserved(cpu, &other),
@@ -162,6 +167,51 @@ fn vcpus_that_are_started_paused_run_from_the_state_they_are_given() {
     assert_eq!(running, ParkedError::NotPaused { cpu: 0 });
     rig.vcpus.pause(SOON).unwrap();
     assert_eq!(rig.vcpus.on_parked(SOON, rip).unwrap_err(), ParkedError::Ended { cpu: 1 });
+    rig.vcpus.stop(SOON).unwrap();
+}
+
+/// Whatever KVM makes of a vCPU that has shut down, it does not run on from there.
+#[test]
+fn a_vcpu_that_is_held_runs_again_from_another_state() {
+    if probe().virtualization == Virtualization::Emulated {
+        return skip("this KVM emulates, and knows of no triple fault in real mode");
+    }
+    let Some(mut rig) = Rig::new() else { return };
+    rig.port.held.store(true, Ordering::Release);
+    let (said, events) = channel();
+    let vcpu = rig.machine.vm().create_vcpu(0).unwrap();
+    rig.vcpus.start(0, vcpu, move |event| drop(said.send(event))).unwrap();
+    rig.vcpus.on_parked(SOON, |_, vcpu| begin(vcpu, TRIPLE_FAULT)).unwrap();
+    rig.vcpus.resume();
+    let shut_down = || rig.port.shutdowns.load(Ordering::Acquire) > 0;
+    until("it shuts down", shut_down);
+    // A pause changes nothing about it.
+    for _ in 0..2 {
+        thread::sleep(Duration::from_millis(50));
+        rig.vcpus.pause(SOON).unwrap();
+        assert!(rig.vcpus.is_held());
+        rig.vcpus.resume();
+    }
+    thread::sleep(Duration::from_millis(50));
+    assert_eq!(rig.port.shutdowns.load(Ordering::Acquire), 1);
+    let event = events.try_recv();
+    assert!(event.is_err(), "{event:?}");
+
+    rig.vcpus.pause(SOON).unwrap();
+    rig.port.held.store(false, Ordering::Release);
+    let begun = rig.vcpus.on_parked(SOON, |_, vcpu| {
+        begin(vcpu, OUTS);
+        // KVM with SVM forgets its page tables in a shutdown without paging, until CR0 changes.
+        let mut sregs = vcpu.fd().get_sregs().unwrap();
+        sregs.cr0 &= !0x6000_0000;
+        vcpu.fd().set_sregs(&sregs).unwrap();
+    });
+    begun.unwrap();
+    rig.vcpus.release();
+    rig.vcpus.resume();
+    let event = events.recv_timeout(SOON).unwrap();
+    assert!(matches!(event, VcpuEvent::Ended { cpu: 0 }), "{event:?}");
+    assert!(rig.written() == image()[DATA as usize..(DATA + LEN) as usize]);
     rig.vcpus.stop(SOON).unwrap();
 }
 
