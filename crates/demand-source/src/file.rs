@@ -2,8 +2,9 @@
 //! A raw image in a local file.
 
 use std::cell::Cell;
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -66,13 +67,14 @@ impl LocalFile {
     pub fn open(path: impl AsRef<Path>) -> Result<Self, SourceError> {
         let path = path.as_ref();
         let refused = |error| SourceError::Open { image: path.display().to_string(), error };
-        let mut file = File::open(path).map_err(refused)?;
+        // Not to wait for whoever opens the other end of a pipe.
+        let mut file = OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_NONBLOCK)
+            .open(path)
+            .map_err(refused)?;
         let kind = file.metadata().map_err(refused)?.file_type();
-        let seekable = {
-            use std::os::unix::fs::FileTypeExt;
-            kind.is_file() || kind.is_block_device()
-        };
-        if !seekable {
+        if !kind.is_file() && !kind.is_block_device() {
             let what = if kind.is_dir() { "it is a directory" } else { "it is a special file" };
             return Err(refused(io::Error::new(io::ErrorKind::InvalidInput, what)));
         }
@@ -194,6 +196,10 @@ impl PageSource for LocalFile {
 mod tests {
     use super::*;
     use std::os::unix::fs::FileExt;
+    use std::process::Command;
+    use std::sync::mpsc;
+    use std::thread;
+    use std::time::Duration;
 
     /// 3 MiB: data in the first page, a hole, data in the last page.
     fn image() -> (tempfile::NamedTempFile, LocalFile) {
@@ -259,5 +265,16 @@ mod tests {
         for path in ["/", "/nonexistent/image"] {
             assert!(matches!(LocalFile::open(path), Err(SourceError::Open { .. })));
         }
+    }
+
+    #[test]
+    fn a_pipe_is_refused_and_not_waited_for() {
+        let folder = tempfile::tempdir().unwrap();
+        let pipe = folder.path().join("pipe");
+        assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+        let (tell, told) = mpsc::channel();
+        thread::spawn(move || tell.send(LocalFile::open(pipe).unwrap_err().to_string()));
+        let error = told.recv_timeout(Duration::from_secs(10)).expect("nobody waits");
+        assert!(error.contains("it is a special file"), "{error}");
     }
 }
