@@ -3,10 +3,10 @@
 //! that only its owner can use and that replaces what a dead process left, and a connection that
 //! does not wait for a server that hangs. See unix(7).
 
-use std::fs::{File, TryLockError};
+use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::thread;
@@ -108,7 +108,8 @@ fn lock_folder(path: &Path) -> io::Result<File> {
         Some(folder) if !folder.as_os_str().is_empty() => folder,
         _ => Path::new("."),
     };
-    let folder = File::open(folder)?;
+    // Nothing else is opened: of a pipe, say, that would wait for somebody who writes to it.
+    let folder = OpenOptions::new().read(true).custom_flags(libc::O_DIRECTORY).open(folder)?;
     let begun = Instant::now();
     loop {
         match folder.try_lock() {
@@ -188,6 +189,21 @@ mod tests {
         let error = Listener::bind(&long).unwrap_err().to_string();
         assert!(error.contains("107 bytes"), "{error}");
         let error = Listener::bind(&folder.path().join("no/api.sock")).unwrap_err().to_string();
+        assert!(error.contains("is there such a folder?"), "{error}");
+    }
+
+    #[test]
+    fn a_pipe_is_no_folder_and_not_waited_for() {
+        let folder = tempfile::tempdir().unwrap();
+        let pipe = folder.path().join("pipe");
+        let fifo = rustix::fs::FileType::Fifo;
+        rustix::fs::mknodat(rustix::fs::CWD, &pipe, fifo, Mode::RUSR, 0).unwrap();
+        let (tell, told) = std::sync::mpsc::channel();
+        thread::spawn(move || {
+            tell.send(Listener::bind(&pipe.join("api.sock")).unwrap_err().to_string())
+        });
+        let error = told.recv_timeout(Duration::from_secs(10)).expect("nobody waits");
+        assert!(error.contains("Not a directory"), "{error}");
         assert!(error.contains("is there such a folder?"), "{error}");
     }
 
