@@ -130,6 +130,10 @@ fn load_kernel(
         let PvhBootCapability::PvhEntryPresent(entry) = loaded.pvh_boot_cap else {
             return Err(refused(&"it is ELF without a PVH entry"));
         };
+        // With what is not in the file, as .bss, which the kernel clears as it begins.
+        if loaded.kernel_end > low_end(memory) {
+            return Err(too_large(memory, path, loaded.kernel_end));
+        }
         return Ok((loaded, Some(entry)));
     }
     // More than the kernel proper, and less than it takes when it has unpacked itself.
@@ -329,4 +333,81 @@ fn write_start_info(memory: &DemandMemory, initramfs: Option<Initramfs>) -> Resu
     }
     PvhBootConfigurator::write_bootparams(&params, memory)
         .map_err(|error| Error::failed(format!("write PVH's start information: {error}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Arc;
+
+    use demand_memory::{
+        BackingKind, DemandRegion, MemfdBacking, RegionConfig, Retrier, RetryPolicy, Stats,
+    };
+    use demand_source::LocalFile;
+
+    const MEMORY: u64 = 16 << 20;
+
+    fn memory() -> DemandMemory {
+        let image = tempfile::NamedTempFile::new().unwrap();
+        image.as_file().set_len(MEMORY).unwrap();
+        let config = RegionConfig {
+            start: GuestAddress(0),
+            backing: Arc::new(MemfdBacking::new(BackingKind::Shmem, MEMORY, true).unwrap()),
+            source: Arc::new(LocalFile::open(image.path()).unwrap()),
+            image_offset: 0,
+            stats: Arc::new(Stats::new()),
+            retrier: Retrier::new(RetryPolicy::default(), |_| {}),
+        };
+        DemandMemory::new(vec![DemandRegion::new(config, ()).unwrap()]).unwrap()
+    }
+
+    /// An ELF kernel with a PVH entry that lies at 1 MiB and takes `size` bytes there.
+    fn elf_kernel(size: u64) -> Vec<u8> {
+        // Values and their lengths: the lowest byte comes first.
+        let header = [
+            // 64 bits; an executable for x86-64 that begins at 1 MiB, with two program headers.
+            (u64::from_le_bytes(*b"\x7fELF\x02\x01\x01\0"), 8),
+            (0, 8),
+            (2, 2),
+            (62, 2),
+            (1, 4),
+            (HIGH_START.0, 8),
+            (64, 8),
+            (0, 8),
+            (0, 4),
+            (64, 2),
+            (56, 2),
+            (2, 2),
+            (0, 6),
+        ];
+        let program = |kind, offset, len, size| {
+            let at = HIGH_START.0;
+            [(kind, 4), (5, 4), (offset, 8), (at, 8), (at, 8), (len, 8), (size, 8), (4096, 8)]
+        };
+        // All of the file but the note at its end is to be loaded.
+        let load = program(1, 0, 176, size);
+        let note_at = program(4, 176, 20, 20);
+        let name = u64::from(u32::from_le_bytes(*b"Xen\0"));
+        let note = [(4, 4), (4, 4), (18, 4), (name, 4), (HIGH_START.0, 4)];
+        let words = header.into_iter().chain(load).chain(note_at).chain(note);
+        words.flat_map(|(value, len)| value.to_le_bytes().into_iter().take(len)).collect()
+    }
+
+    #[test]
+    fn what_an_elf_kernel_takes_beside_its_file_must_fit() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let room = MEMORY - HIGH_START.0;
+        let load = |size| {
+            std::fs::write(file.path(), elf_kernel(size)).unwrap();
+            load_kernel(&memory(), file.path()).map_err(|error| error.to_string())
+        };
+        let (_, entry) = load(room).unwrap();
+        assert_eq!(entry, Some(HIGH_START));
+        for (size, end) in [(room + 1, "0x1000001"), (1 << 40, "0x10000100000")] {
+            let error = load(size).unwrap_err();
+            for words in ["load the kernel", end, "ends at 0x1000000;", "--memory"] {
+                assert!(error.contains(words), "{error}");
+            }
+        }
+    }
 }
