@@ -62,6 +62,9 @@ const XLF_KERNEL_64: u16 = 1;
 const WITH_XLOADFLAGS: u16 = 0x20c;
 /// Where the 64-bit entry is.
 const ENTRY_64: u64 = 0x200;
+/// Bytes of a command line without the NUL that Linux keeps on x86, if it does not say otherwise
+/// (`arch/x86/include/asm/setup.h`, `COMMAND_LINE_SIZE`). It cuts off what is longer.
+const LINUX_KEEPS: usize = 2047;
 /// What begins `hvm_start_info`, and the version of it with a memory map.
 const START_INFO_MAGIC: u32 = 0x336e_c578;
 const START_INFO_VERSION: u32 = 1;
@@ -238,13 +241,14 @@ fn load_initramfs(
     Ok((address, size))
 }
 
-/// Writes the command line; returns its length.
+/// Writes the command line; returns its length with the NUL. `kernels` is the most that the kernel
+/// says it takes without.
 fn load_command_line(
     memory: &DemandMemory,
     text: &str,
     kernels: Option<u32>,
 ) -> Result<u32, Error> {
-    let most = kernels.map_or(COMMAND_LINE_MAX, |most| COMMAND_LINE_MAX.min(most as usize));
+    let most = kernels.map_or(LINUX_KEEPS, |most| most as usize).min(COMMAND_LINE_MAX - 1);
     let wrong = |why: &dyn std::fmt::Display| {
         let why = why.to_string();
         Error::usage(format!(
@@ -256,12 +260,12 @@ fn load_command_line(
     if !text.is_empty() {
         line.insert_str(text).map_err(|error| wrong(&error))?;
     }
-    let len = line.as_cstring().map_err(|error| wrong(&error))?.as_bytes_with_nul().len();
+    let len = line.as_cstring().map_err(|error| wrong(&error))?.as_bytes().len();
     if len > most {
-        return Err(wrong(&format_args!("it has {} bytes", len - 1)));
+        return Err(wrong(&format_args!("it has {len} bytes")));
     }
     load_cmdline(memory, COMMAND_LINE, &line).map_err(|error| wrong(&error))?;
-    Ok(len as u32)
+    Ok(len as u32 + 1)
 }
 
 /// The address space as the kernel is told of it: start, length and type.
@@ -409,5 +413,20 @@ mod tests {
                 assert!(error.contains(words), "{error}");
             }
         }
+    }
+
+    #[test]
+    fn a_command_line_is_no_longer_than_the_kernel_keeps() {
+        let memory = memory();
+        // An ELF kernel does not say what it keeps.
+        for (kernels, most) in [(None, 2047), (Some(2047), 2047), (Some(255), 255)] {
+            let load = |len: usize| load_command_line(&memory, &"x".repeat(len), kernels);
+            assert_eq!(load(most).unwrap() as usize, most + 1);
+            for len in [most + 1, 9000, 100_000] {
+                let error = load(len).unwrap_err().to_string();
+                assert!(error.contains(&format!("at most {most} bytes")), "{error}");
+            }
+        }
+        assert_eq!(load_command_line(&memory, "", None).unwrap(), 1);
     }
 }

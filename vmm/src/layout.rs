@@ -21,7 +21,7 @@ pub const BOOT_STACK: u64 = 0x8ff0;
 pub const PAGE_TABLES: GuestAddress = GuestAddress(0x9000);
 /// The kernel's command line.
 pub const COMMAND_LINE: GuestAddress = GuestAddress(0x2_0000);
-/// Bytes that a command line may have, with the NUL at its end.
+/// Bytes that there are for a command line, with the NUL at its end.
 pub const COMMAND_LINE_MAX: usize = 0x1_0000;
 
 /// End of the memory below 1 MiB that a kernel may use for itself.
