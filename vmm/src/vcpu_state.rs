@@ -6,9 +6,8 @@
 
 use demand_kvm::own_pages;
 use kvm_bindings::{
-    CpuId, KVM_MAX_CPUID_ENTRIES, KVM_MAX_MSR_ENTRIES, Msrs, Xsave, kvm_cpuid_entry2,
-    kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs,
-    kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+    CpuId, KVM_MAX_CPUID_ENTRIES, Msrs, Xsave, kvm_cpuid_entry2, kvm_debugregs, kvm_lapic_state,
+    kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
@@ -21,6 +20,9 @@ use crate::tsc::{self, Moment};
 
 const TSC: u32 = 0x10;
 const TSC_DEADLINE: u32 = 0x6e0;
+
+/// MSRs that KVM reads or sets in one call: fewer than `MAX_IO_MSRS`, which is 256.
+const MSRS_AT_ONCE: usize = 255;
 
 /// Hyper-V's registers, which no guest is offered, and some of which count time.
 const HYPERV: std::ops::RangeInclusive<u32> = 0x4000_0000..=0x4000_ffff;
@@ -223,7 +225,7 @@ impl VcpuState {
         on.step("its debug registers", vcpu.set_debug_regs(&self.debugregs))?;
         // Before the MSRs: a deadline is only taken by a timer that waits for one.
         on.step("its local APIC", vcpu.set_lapic(&self.lapic))?;
-        self.restore_msrs(on, vcpu)?;
+        restore_msrs(&self.msrs, on, vcpu)?;
         // After the registers, which forget exceptions when they are set.
         on.step("what it is about to meet", vcpu.set_vcpu_events(&self.events))?;
         on.step("whether it runs or waits", vcpu.set_mp_state(self.mp_state))
@@ -327,33 +329,6 @@ impl VcpuState {
         // SAFETY: the area is as long as KVM said that it reads, for this VM.
         on.step("its FPU's state", unsafe { vcpu.set_xsave2(&area) })
     }
-
-    fn restore_msrs(&self, on: &On, vcpu: &VcpuFd) -> Result<(), Error> {
-        let entries: Vec<_> =
-            self.msrs.iter().map(|(index, data)| msr_entry(*index, *data)).collect();
-        let mut left = &entries[..];
-        while !left.is_empty() {
-            let chunk = &left[..left.len().min(KVM_MAX_MSR_ENTRIES)];
-            let msrs = Msrs::from_entries(chunk).expect("no more than there may be");
-            let set = on.step("its MSRs", vcpu.set_msrs(&msrs))?;
-            left = &left[set..];
-            if set == chunk.len() {
-                continue;
-            }
-            // KVM stopped at one that it does not take. Some can only be read.
-            let kvm_msr_entry { index, data, .. } = left[0];
-            let now = on.step("its MSRs", get_msrs(vcpu, &[index]))?;
-            if now.first() != Some(&(index, data)) && on.verb != RESET {
-                return Err(Error::host(format!(
-                    "restore vCPU {}: KVM refuses MSR {index:#x} with the value {data:#x}; restore \
-                     it on a host of the same kind",
-                    on.cpu
-                )));
-            }
-            left = &left[1..];
-        }
-        Ok(())
-    }
 }
 
 /// What becomes of the state of a vCPU that goes back to its beginning.
@@ -376,12 +351,38 @@ impl On {
     }
 }
 
+fn restore_msrs(msrs: &[(u32, u64)], on: &On, vcpu: &VcpuFd) -> Result<(), Error> {
+    let entries: Vec<_> = msrs.iter().map(|(index, data)| msr_entry(*index, *data)).collect();
+    let mut left = &entries[..];
+    while !left.is_empty() {
+        let chunk = &left[..left.len().min(MSRS_AT_ONCE)];
+        let msrs = Msrs::from_entries(chunk).expect("no more than there may be");
+        let set = on.step("its MSRs", vcpu.set_msrs(&msrs))?;
+        left = &left[set..];
+        if set == chunk.len() {
+            continue;
+        }
+        // KVM stopped at one that it does not take. Some can only be read.
+        let kvm_msr_entry { index, data, .. } = left[0];
+        let now = on.step("its MSRs", get_msrs(vcpu, &[index]))?;
+        if now.first() != Some(&(index, data)) && on.verb != RESET {
+            return Err(Error::host(format!(
+                "restore vCPU {}: KVM refuses MSR {index:#x} with the value {data:#x}; restore \
+                 it on a host of the same kind",
+                on.cpu
+            )));
+        }
+        left = &left[1..];
+    }
+    Ok(())
+}
+
 /// The MSRs that can be read, of these.
 fn get_msrs(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<(u32, u64)>, kvm_ioctls::Error> {
     let mut read = Vec::with_capacity(indices.len());
     let mut left = indices;
     while !left.is_empty() {
-        let chunk = &left[..left.len().min(KVM_MAX_MSR_ENTRIES)];
+        let chunk = &left[..left.len().min(MSRS_AT_ONCE)];
         let entries: Vec<_> = chunk.iter().map(|index| msr_entry(*index, 0)).collect();
         let mut msrs = Msrs::from_entries(&entries).expect("no more than there may be");
         let got = vcpu.get_msrs(&mut msrs)?;
@@ -427,5 +428,29 @@ fn leaf_from_array([function, index, flags, eax, ebx, ecx, edx]: &[u32; 7]) -> k
         ecx: *ecx,
         edx: *edx,
         ..Default::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use test_support::host::skip;
+
+    #[test]
+    fn more_msrs_than_kvm_takes_at_once_are_read_and_set() {
+        let kvm = match demand_kvm::open_kvm() {
+            Ok(kvm) => kvm,
+            Err(error) => return skip(&error.to_string()),
+        };
+        let vm = kvm.create_vm().unwrap();
+        vm.create_irq_chip().unwrap();
+        let vcpu = vm.create_vcpu(0).unwrap();
+        const SYSENTER_EIP: u32 = 0x176;
+        for count in [254, 255, 256, 257, 600] {
+            let msrs: Vec<_> = (1..=count).map(|value| (SYSENTER_EIP, value)).collect();
+            restore_msrs(&msrs, &On { cpu: 0, verb: "restore" }, &vcpu).unwrap();
+            let read = get_msrs(&vcpu, &vec![SYSENTER_EIP; count as usize]).unwrap();
+            assert_eq!(read, vec![(SYSENTER_EIP, count); count as usize]);
+        }
     }
 }
