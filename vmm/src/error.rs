@@ -61,6 +61,10 @@ impl Error {
     }
 }
 
+/// What to do if KVM refuses a state that was read from a snapshot.
+pub(crate) const STATE_REFUSED: &str = "the snapshot may be damaged or from another kind of host, \
+                                        and the kernel's log may say more";
+
 /// The host has no thread to `what` with.
 pub(crate) fn no_thread(what: &str, error: std::io::Error) -> Error {
     Error::host(format!(

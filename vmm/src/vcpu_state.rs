@@ -13,7 +13,7 @@ use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
 use vm_memory::GuestAddress;
 
-use crate::error::Error;
+use crate::error::{Error, STATE_REFUSED};
 use crate::hex;
 use crate::sregs2::{pdptrs, set_with_pdptrs};
 use crate::tsc::{self, Moment};
@@ -191,7 +191,7 @@ impl VcpuState {
     ///
     /// What KVM refused: one line that names the vCPU and the step. The vCPU is of no use then.
     pub fn restore(&self, cpu: u32, vcpu: &VcpuFd, shape: &StateShape) -> Result<(), Error> {
-        let on = On { cpu, verb: "restore" };
+        let on = On { cpu, verb: RESTORE };
         // First, as it decides what the registers may hold.
         on.step("its CPUID", self.cpuid().and_then(|cpuid| vcpu.set_cpuid2(&cpuid)))?;
         self.restore_tsc_khz(&on, vcpu)?;
@@ -247,7 +247,7 @@ impl VcpuState {
         if scaled || tsc::offset(vcpu).is_none() {
             return Ok(());
         }
-        let on = On { cpu, verb: "restore" };
+        let on = On { cpu, verb: RESTORE };
         let offset = tsc::offset_since(offset, then, now, khz);
         on.step("its TSC's offset", tsc::set_offset(vcpu, offset))
     }
@@ -331,6 +331,8 @@ impl VcpuState {
     }
 }
 
+/// What becomes of the state of a vCPU that a snapshot has.
+const RESTORE: &str = "restore";
 /// What becomes of the state of a vCPU that goes back to its beginning.
 const RESET: &str = "reset";
 
@@ -343,11 +345,8 @@ struct On {
 impl On {
     fn step<T>(&self, what: &str, result: Result<T, kvm_ioctls::Error>) -> Result<T, Error> {
         let On { cpu, verb } = self;
-        result.map_err(|error| {
-            Error::host(format!(
-                "{verb} vCPU {cpu}, {what}: {error}; the kernel's log may say more"
-            ))
-        })
+        let remedy = if *verb == RESTORE { STATE_REFUSED } else { "the kernel's log may say more" };
+        result.map_err(|error| Error::host(format!("{verb} vCPU {cpu}, {what}: {error}; {remedy}")))
     }
 }
 
@@ -448,9 +447,25 @@ mod tests {
         const SYSENTER_EIP: u32 = 0x176;
         for count in [254, 255, 256, 257, 600] {
             let msrs: Vec<_> = (1..=count).map(|value| (SYSENTER_EIP, value)).collect();
-            restore_msrs(&msrs, &On { cpu: 0, verb: "restore" }, &vcpu).unwrap();
+            restore_msrs(&msrs, &On { cpu: 0, verb: RESTORE }, &vcpu).unwrap();
             let read = get_msrs(&vcpu, &vec![SYSENTER_EIP; count as usize]).unwrap();
             assert_eq!(read, vec![(SYSENTER_EIP, count); count as usize]);
+        }
+    }
+
+    #[test]
+    fn only_of_a_restored_state_is_said_that_it_may_be_damaged() {
+        let says = |verb| {
+            let refused = Err::<(), _>(kvm_ioctls::Error::new(libc::EINVAL));
+            On { cpu: 3, verb }.step("its registers", refused).unwrap_err().to_string()
+        };
+        let error = says(RESTORE);
+        assert!(error.starts_with("restore vCPU 3, its registers: Invalid argument"), "{error}");
+        assert!(error.contains("; the snapshot may be damaged"), "{error}");
+        assert!(error.contains("the kernel's log"), "{error}");
+        for verb in ["save", RESET] {
+            let error = says(verb);
+            assert!(!error.contains("damaged") && error.contains("the kernel's log"), "{error}");
         }
     }
 }

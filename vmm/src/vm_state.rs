@@ -11,7 +11,7 @@ use kvm_bindings::{
 use kvm_ioctls::VmFd;
 use serde::{Deserialize, Serialize};
 
-use crate::error::Error;
+use crate::error::{Error, STATE_REFUSED};
 use crate::hex;
 use crate::tsc::Moment;
 
@@ -116,11 +116,11 @@ impl VmState {
     /// What KVM refused: one line.
     pub fn restore(&self, vm: &VmFd) -> Result<(), Error> {
         // The timer first: what its output does to the controllers is already in their state.
-        vm.set_pit2(&self.pit).map_err(|error| failed("restore", PIT, error))?;
+        vm.set_pit2(&self.pit).map_err(|error| refused(PIT, error))?;
         for (chip, what) in
             [(&self.pic_master, PIC), (&self.pic_slave, PIC), (&self.ioapic, IOAPIC)]
         {
-            vm.set_irqchip(chip).map_err(|error| failed("restore", what, error))?;
+            vm.set_irqchip(chip).map_err(|error| refused(what, error))?;
         }
         Ok(())
     }
@@ -143,4 +143,33 @@ const PIT: &str = "timer (PIT)";
 
 fn failed(verb: &str, what: &str, error: kvm_ioctls::Error) -> Error {
     Error::host(format!("{verb} the VM's {what}: {error}; the kernel's log may say more"))
+}
+
+/// KVM refuses a part of the state.
+fn refused(what: &str, error: kvm_ioctls::Error) -> Error {
+    Error::host(format!("restore the VM's {what}: {error}; {STATE_REFUSED}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use kvm_bindings::kvm_pit_config;
+    use test_support::host::skip;
+
+    #[test]
+    fn a_state_that_kvm_refuses_may_be_damaged() {
+        let kvm = match demand_kvm::open_kvm() {
+            Ok(kvm) => kvm,
+            Err(error) => return skip(&error.to_string()),
+        };
+        let vm = kvm.create_vm().unwrap();
+        vm.create_irq_chip().unwrap();
+        vm.create_pit2(kvm_pit_config::default()).unwrap();
+        let mut state = VmState::save(&vm).unwrap();
+        state.restore(&vm).unwrap();
+        state.ioapic.chip_id = 77;
+        let error = state.restore(&vm).unwrap_err().to_string();
+        assert!(error.contains("restore the VM's interrupt controller (IOAPIC)"), "{error}");
+        assert!(error.contains("; the snapshot may be damaged"), "{error}");
+    }
 }

@@ -366,6 +366,8 @@ fn a_state_that_kvm_cannot_take_is_refused_by_name() {
         let error = refused(change);
         assert!(error.contains(says) && !error.contains('\n'), "{error}");
     }
+    let error = refused(&|state| state["mp_state"] = json!("ff000000"));
+    assert!(error.contains("the snapshot may be damaged"), "{error}");
     // A vCPU of a VM without interrupt controllers has no such state.
     let bare = kvm.create_vm().unwrap();
     let vcpu = bare.create_vcpu(0).unwrap();
