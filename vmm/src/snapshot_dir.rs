@@ -216,7 +216,8 @@ fn warn_of_leftovers(parent: &Path, prefix: &OsString) {
 }
 
 fn write_synced(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let mut file = File::create_new(path)?;
+    // As the image and its table, also when it is moved out of its folder.
+    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
     step("created");
     let (first, rest) = bytes.split_at(bytes.len() / 2);
     file.write_all(first)?;
@@ -545,6 +546,15 @@ mod tests {
         let error = half.publish(&machine()).unwrap_err().to_string();
         assert!(error.contains("memory: No such file"), "{error}");
         assert!(names(folder.path()).is_empty());
+    }
+
+    #[test]
+    fn a_state_is_its_owners_only() {
+        let folder = tempfile::tempdir().unwrap();
+        let dir = folder.path().join("snapshot");
+        partial(&dir).publish(&machine()).unwrap();
+        let mode = fs::metadata(dir.join(STATE)).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
     }
 
     #[test]
