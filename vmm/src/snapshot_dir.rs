@@ -13,12 +13,14 @@
 //! told from a newer one.
 //!
 //! A snapshot is written beside its place, in a directory `DIR.partial-RANDOM` that only its owner
-//! can read, and renamed when all of it is on the disk. What a crash leaves is that directory.
+//! can read, and renamed when all of it is on the disk. What a crash leaves is that directory. Of a
+//! long name it has only the beginning.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fmt::Write as _;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write as _};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
@@ -44,6 +46,14 @@ const MAX_HEADER: usize = 512;
 const STATE: &str = "state";
 const MEMORY: &str = "memory";
 const HASHES: &str = "hashes";
+
+/// What follows the snapshot's name in that of the directory that it is written in, and the
+/// letters after it.
+const PARTIAL: &str = ".partial-";
+const RANDOM: usize = 8;
+
+/// Bytes that a name has at most: Linux's `NAME_MAX`.
+const NAME_MAX: usize = 255;
 
 /// The image of the memory in the snapshot `dir`.
 pub fn memory(dir: &Path) -> PathBuf {
@@ -103,12 +113,11 @@ impl PartialSnapshot {
             _ => Path::new("."),
         };
         check_free(dir).map_err(failed)?;
-        let mut prefix = OsString::from(name);
-        prefix.push(".partial-");
+        let prefix = partial_prefix(name);
         warn_of_leftovers(parent, &prefix);
         let partial = tempfile::Builder::new()
             .prefix(&prefix)
-            .rand_bytes(8)
+            .rand_bytes(RANDOM)
             .permissions(fs::Permissions::from_mode(0o700))
             .tempdir_in(parent)
             .map_err(|error| match error.kind() {
@@ -182,6 +191,18 @@ impl PartialSnapshot {
     }
 }
 
+/// What the name of the directory begins with that a snapshot called `name` is written in. All of
+/// it fits where `name` does.
+fn partial_prefix(name: &OsStr) -> OsString {
+    let most = name.len().min(NAME_MAX - PARTIAL.len() - RANDOM);
+    // Some file systems take only whole characters.
+    let is_end = |at: &usize| name.to_str().is_none_or(|text| text.is_char_boundary(*at));
+    let len = (0..=most).rev().find(is_end).unwrap_or(0);
+    let mut prefix = OsStr::from_bytes(&name.as_bytes()[..len]).to_os_string();
+    prefix.push(PARTIAL);
+    prefix
+}
+
 /// Refuses a place that is taken.
 fn check_free(dir: &Path) -> Result<(), String> {
     let there = match dir.symlink_metadata() {
@@ -189,6 +210,9 @@ fn check_free(dir: &Path) -> Result<(), String> {
         // Its parent is looked at later.
         Err(error) if matches!(error.kind(), io::ErrorKind::NotFound) => return Ok(()),
         Err(error) if matches!(error.kind(), io::ErrorKind::NotADirectory) => return Ok(()),
+        Err(error) if matches!(error.kind(), io::ErrorKind::InvalidFilename) => {
+            return Err(format!("{error}; give a shorter one"));
+        }
         Err(error) => return Err(error.to_string()),
     };
     if !there.is_dir() {
@@ -437,6 +461,7 @@ use tests::step;
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::ffi::OsStringExt;
     use std::os::unix::process::ExitStatusExt;
     use std::process::Command;
 
@@ -546,6 +571,28 @@ mod tests {
         let error = half.publish(&machine()).unwrap_err().to_string();
         assert!(error.contains("memory: No such file"), "{error}");
         assert!(names(folder.path()).is_empty());
+    }
+
+    #[test]
+    fn a_snapshot_can_have_any_name_that_a_file_can_have() {
+        let folder = tempfile::tempdir().unwrap();
+        let names = [237, 238, 239, 254, 255].map(|len| "s".repeat(len));
+        // Characters of two and four bytes, and no characters.
+        let names = names.into_iter().chain(["ä".repeat(127), "a".to_string() + &"🦀".repeat(63)]);
+        let names = names.map(OsString::from);
+        for name in names.chain([OsString::from_vec(vec![0xbf; 255])]) {
+            let dir = folder.path().join(&name);
+            let half = partial(&dir);
+            let beside = fs::read_dir(folder.path()).unwrap().next().unwrap().unwrap().file_name();
+            assert_eq!(beside.to_str().is_some(), name.to_str().is_some(), "{beside:?}");
+            half.publish(&machine()).unwrap();
+            assert_eq!(read_state::<Machine>(&dir).unwrap(), machine());
+            fs::remove_dir_all(&dir).unwrap();
+        }
+        let error = PartialSnapshot::create(&folder.path().join("s".repeat(256))).unwrap_err();
+        assert!(error.to_string().contains("name too long"), "{error}");
+        assert!(error.to_string().contains("give a shorter one"), "{error}");
+        assert!(self::names(folder.path()).is_empty());
     }
 
     #[test]
