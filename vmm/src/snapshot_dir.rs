@@ -297,7 +297,9 @@ pub fn read_state<T: DeserializeOwned>(dir: &Path) -> Result<T, Error> {
     for file in [STATE, MEMORY, HASHES] {
         match dir.join(file).metadata() {
             Ok(there) if there.is_file() => {}
-            Ok(_) => return Err(lacks(file)),
+            Ok(_) => {
+                return Err(failed(format!("it is no snapshot: its '{file}' is no regular file")));
+            }
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(lacks(file)),
             Err(error) => return Err(failed(format!("{file}: {error}"))),
         }
@@ -713,7 +715,8 @@ mod tests {
                 0,
             )
             .unwrap();
-            assert_eq!(told(&dir), error);
+            let error = told(&dir);
+            assert!(error.contains(&format!("its '{file}' is no regular file")), "{error}");
             fs::remove_file(dir.join(file)).unwrap();
             fs::write(dir.join(file), "").unwrap();
         }

@@ -112,6 +112,7 @@ fn files_that_are_not_there() {
         }
         let words = format!("has no file '{missing}'");
         refused(&format!("no {missing}"), missing, &[&words]);
+        let words = format!("'{missing}' is no regular file");
         fs::create_dir(at(missing).join(missing)).unwrap();
         refused(&format!("a folder for {missing}"), missing, &[&words]);
         fs::remove_dir(at(missing).join(missing)).unwrap();
