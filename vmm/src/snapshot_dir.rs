@@ -18,12 +18,13 @@
 
 use std::ffi::{OsStr, OsString};
 use std::fmt::Write as _;
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File, Metadata, OpenOptions};
 use std::io::{self, Read, Write as _};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
+use rustix::fs::{AtFlags, CWD, StatxAttributes, StatxFlags, statx};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use sha2::{Digest, Sha256};
@@ -97,11 +98,11 @@ pub struct PartialSnapshot {
 
 impl PartialSnapshot {
     /// Makes a directory beside `dir`, which must not exist or be an empty directory; that is then
-    /// replaced.
+    /// replaced, which a mount point cannot be.
     ///
     /// # Errors
     ///
-    /// If there is something at `dir`, if its parent is no directory, or cannot be written to.
+    /// If there is something else at `dir`, if its parent is no directory, or cannot be written to.
     pub fn create(dir: &Path) -> Result<Self, Error> {
         let failed =
             |why: String| Error::failed(format!("make the snapshot {}: {why}", dir.display()));
@@ -112,7 +113,7 @@ impl PartialSnapshot {
             Some(parent) if !parent.as_os_str().is_empty() => parent,
             _ => Path::new("."),
         };
-        check_free(dir).map_err(failed)?;
+        check_free(dir, parent).map_err(failed)?;
         let prefix = partial_prefix(name);
         warn_of_leftovers(parent, &prefix);
         let partial = tempfile::Builder::new()
@@ -175,6 +176,8 @@ impl PartialSnapshot {
             | io::ErrorKind::NotADirectory => {
                 failed("rename", &"there is something now that was not there; give another path")
             }
+            // Of a folder of the same disk, or that was mounted in the meantime.
+            io::ErrorKind::ResourceBusy => failed("rename", &MOUNT_POINT),
             _ => failed("rename", &error),
         })?;
         // There is nothing to be removed any more.
@@ -203,8 +206,11 @@ fn partial_prefix(name: &OsStr) -> OsString {
     prefix
 }
 
-/// Refuses a place that is taken.
-fn check_free(dir: &Path) -> Result<(), String> {
+/// Why a snapshot cannot take the place of an empty directory.
+const MOUNT_POINT: &str = "it is a mount point, which nothing can replace; name a directory in it";
+
+/// Refuses a place that is taken, or that a rename in `parent` cannot take.
+fn check_free(dir: &Path, parent: &Path) -> Result<(), String> {
     let there = match dir.symlink_metadata() {
         Ok(there) => there,
         // Its parent is looked at later.
@@ -219,10 +225,21 @@ fn check_free(dir: &Path) -> Result<(), String> {
         return Err("there is something that is no directory; give another path".into());
     }
     match fs::read_dir(dir).map(|mut entries| entries.next()) {
+        Ok(None) if is_mount_point(dir, &there, parent) => Err(MOUNT_POINT.into()),
         Ok(None) => Ok(()),
         Ok(Some(_)) => Err("it exists and is not empty; give another path, or remove it".into()),
         Err(error) => Err(format!("it exists, and cannot be read: {error}; give another path")),
     }
+}
+
+/// Whether something is mounted at `dir`, as far as the kernel tells: before Linux 5.8 not of a
+/// folder of the disk that `parent` is on.
+fn is_mount_point(dir: &Path, there: &Metadata, parent: &Path) -> bool {
+    let on_another_disk = parent.metadata().is_ok_and(|parent| parent.dev() != there.dev());
+    let flags = AtFlags::SYMLINK_NOFOLLOW;
+    let told = statx(CWD, dir, flags, StatxFlags::empty());
+    on_another_disk
+        || told.is_ok_and(|told| told.stx_attributes.contains(StatxAttributes::MOUNT_ROOT))
 }
 
 /// Says what attempts have left that did not end: nobody else removes it.

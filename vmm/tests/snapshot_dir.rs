@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A snapshot on a disk that is full.
+//! A snapshot on a disk that is full, or in place of a disk.
 
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -7,7 +7,7 @@ use std::path::Path;
 use std::thread;
 
 use demand_vmm::snapshot_dir::{PartialSnapshot, read_state};
-use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
+use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_bind, mount_change};
 use rustix::thread::UnshareFlags;
 
 /// Does something with a disk of 1 MiB at `folder`, that nobody else sees. `None` without root.
@@ -58,6 +58,38 @@ fn a_full_disk_leaves_nothing() {
         fs::write(partial.hashes(), [1; 1024]).unwrap();
         partial.publish(&"x").unwrap();
         assert_eq!(read_state::<String>(&dir).unwrap(), "x");
+    });
+    if done.is_none() {
+        test_support::host::skip("a disk of its own needs root");
+    }
+}
+
+#[test]
+fn a_mount_point_is_not_replaced() {
+    let folder = tempfile::tempdir().unwrap();
+    let done = on_small_disk(folder.path(), || {
+        let at = |name: &str| folder.path().join(name);
+        let make = |name: &str| fs::create_dir(at(name)).map(|()| at(name)).unwrap();
+        let remedy = "it is a mount point, which nothing can replace; name a directory in it";
+        let (disk, bound, late, other) = (make("disk"), make("bound"), make("late"), make("other"));
+        mount("none", &disk, "tmpfs", MountFlags::empty(), c"size=1m").unwrap();
+        // A folder of the same disk.
+        mount_bind(&other, &bound).unwrap();
+        for dir in [&disk, &bound] {
+            let error = PartialSnapshot::create(dir).unwrap_err().to_string();
+            assert!(error.contains(remedy), "{error}");
+        }
+        // Nothing has been written, and a directory in it will do.
+        assert_eq!(names(folder.path()), 4);
+        drop(PartialSnapshot::create(&disk.join("snapshot")).unwrap());
+        // What is mounted in the meantime is only found at the end.
+        let partial = PartialSnapshot::create(&late).unwrap();
+        fs::write(partial.memory(), [1; 4096]).unwrap();
+        fs::write(partial.hashes(), [1; 8]).unwrap();
+        mount_bind(&other, &late).unwrap();
+        let error = partial.publish(&"x").unwrap_err().to_string();
+        assert!(error.contains(&format!("rename: {remedy}")), "{error}");
+        assert_eq!((names(folder.path()), names(&other)), (4, 0));
     });
     if done.is_none() {
         test_support::host::skip("a disk of its own needs root");

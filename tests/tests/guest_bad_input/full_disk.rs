@@ -78,6 +78,8 @@ fn a_snapshot_that_cannot_be_written_does_the_guest_no_harm() {
     }
     refused(&mut guest, "a disk to be read only", sealed.0.join("s"), &["read-only"]);
     refused(&mut guest, "it is taken", at("taken"), &["not empty", "another path"]);
+    let mounted = small[0].0.clone();
+    refused(&mut guest, "a mount point", mounted, &["mount point", "name a directory in it"]);
     refused(&mut guest, "a file", at("file"), &["no directory", "another path"]);
     refused(&mut guest, "no such folder", at("none/s"), &["there is no folder", "make it"]);
     refused(&mut guest, "under a file", at("file/s"), &["there is no folder", "make it"]);
