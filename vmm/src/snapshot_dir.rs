@@ -146,13 +146,13 @@ impl PartialSnapshot {
 
     /// Writes the state, sees to it that everything is on the disk, and gives the snapshot its
     /// name. Memory and hashes must have been written. Both happen at once for whoever looks, also
-    /// after a power cut.
+    /// after a power cut. Returns the bytes of the files beside the memory.
     ///
     /// # Errors
     ///
     /// If that cannot be: nothing is left then. Only if the name itself cannot be brought to the
     /// disk, the snapshot is there and whole.
-    pub fn publish<T: Serialize>(self, state: &T) -> Result<(), Error> {
+    pub fn publish<T: Serialize>(self, state: &T) -> Result<u64, Error> {
         let name = self.dir.display();
         let failed = |what: &str, why: &dyn std::fmt::Display| {
             Error::failed(format!("write the snapshot {name}: {what}: {why}"))
@@ -161,11 +161,13 @@ impl PartialSnapshot {
         step("encoded");
         let path = self.partial.path().join(STATE);
         write_synced(&path, &bytes).map_err(|error| failed(STATE, &room(&error)))?;
-        for file in [MEMORY, HASHES] {
-            let path = self.partial.path().join(file);
+        let sync = |file| {
             step(file);
-            sync_file(&path).map_err(|error| failed(file, &room(&error)))?;
-        }
+            let path = self.partial.path().join(file);
+            sync_file(&path).map_err(|error| failed(file, &room(&error)))
+        };
+        sync(MEMORY)?;
+        let beside = sync(HASHES)? + bytes.len() as u64;
         step("directory");
         sync_dir(self.partial.path()).map_err(|error| failed("its folder", &error))?;
         step("rename");
@@ -190,7 +192,7 @@ impl PartialSnapshot {
             )
         })?;
         step("published");
-        Ok(())
+        Ok(beside)
     }
 }
 
@@ -268,12 +270,15 @@ fn write_synced(path: &Path, bytes: &[u8]) -> io::Result<()> {
     file.sync_all()
 }
 
-fn sync_file(path: &Path) -> io::Result<()> {
+/// Brings a file to the disk; its length in bytes.
+fn sync_file(path: &Path) -> io::Result<u64> {
     let file = open(path)?;
-    if !file.metadata()?.is_file() {
+    let there = file.metadata()?;
+    if !there.is_file() {
         return Err(io::Error::other("it is no file"));
     }
-    file.sync_all()
+    file.sync_all()?;
+    Ok(there.len())
 }
 
 fn sync_dir(path: &Path) -> io::Result<()> {
@@ -615,12 +620,13 @@ mod tests {
     }
 
     #[test]
-    fn a_state_is_its_owners_only() {
+    fn a_state_is_its_owners_only_and_counted() {
         let folder = tempfile::tempdir().unwrap();
         let dir = folder.path().join("snapshot");
-        partial(&dir).publish(&machine()).unwrap();
-        let mode = fs::metadata(dir.join(STATE)).unwrap().permissions().mode();
-        assert_eq!(mode & 0o777, 0o600);
+        let beside = partial(&dir).publish(&machine()).unwrap();
+        let state = fs::metadata(dir.join(STATE)).unwrap();
+        assert_eq!(state.permissions().mode() & 0o777, 0o600);
+        assert_eq!(beside, 16 + state.len());
     }
 
     #[test]

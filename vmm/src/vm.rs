@@ -364,8 +364,9 @@ impl Vm {
             !self.lifecycle.ending.load(Ordering::Acquire)
         };
         self.machine.memory().write_image(&mut writer, &mut progress).map_err(Error::failed)?;
-        let image = writer.finish().map_err(Error::failed)?;
-        partial.publish(&saved)?;
+        let mut image = writer.finish().map_err(Error::failed)?;
+        // With what lies beside the image.
+        image.bytes_written += partial.publish(&saved)?;
         Ok(image)
     }
 }

@@ -5,6 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use demand_memory::PAGE_SIZE;
 use demand_tests::refusal::Refusals;
 use demand_vmm::api::{Go, SnapshotRequest, State};
 
@@ -99,7 +100,9 @@ fn a_snapshot_that_cannot_be_written_does_the_guest_no_harm() {
     assert!(error.to_string().contains("No space left"), "{error}");
     assert_eq!(guest.api().status().unwrap().state, State::Paused);
     guest.api().resume().unwrap();
-    guest.snapshot(&at("s"), None).unwrap();
+    let done = guest.snapshot(&at("s"), None).unwrap();
+    let len = |name: &str| fs::metadata(at("s").join(name)).unwrap().len();
+    assert_eq!(done.bytes, done.data_pages * PAGE_SIZE + len("hashes") + len("state"));
     assert_eq!(fs::read_dir(at("s")).unwrap().count(), FILES.len());
     guest.wait_beats(1).unwrap();
     guest.finish().unwrap();
