@@ -91,7 +91,8 @@ impl Pending {
         matches!(self, Pending::Read { .. } | Pending::Write { .. })
     }
 
-    /// Has the instruction fail, or come to anything: it is of no interest any more.
+    /// Has a write of an MSR fault in the guest. What else waits completes with whatever KVM finds in
+    /// the exit: only for a vCPU whose state is thrown away.
     pub(crate) fn refuse(&self, vcpu: &mut VcpuFd) {
         #[cfg(target_arch = "x86_64")]
         if let Pending::Msr { .. } = self {

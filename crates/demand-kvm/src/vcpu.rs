@@ -224,9 +224,7 @@ impl DemandVcpu {
             Err(error) => Err(error),
         }
     }
-}
 
-impl DemandVcpu {
     /// Forgets the instruction that waits for an answer, if there is one, without making its
     /// accesses: for a vCPU that is about to be given another state. Its state is none that a guest
     /// could go on from. It waits for no page.
