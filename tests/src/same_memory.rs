@@ -13,9 +13,9 @@ const PAGE: usize = 4096;
 const STEP: usize = 1 << 20;
 
 /// Holds the memory in the directory `snapshot` to that of the VMM's process `vmm`, whose guest has
-/// one region and has been paused since the snapshot was begun: a page that is present must be as it
-/// is there, one that is missing as it is in `source`, the directory that the VM was restored from.
-/// Pages may arrive meanwhile.
+/// one region and has been paused since the snapshot was begun: a page that is populated must be as
+/// it is there, one that is missing as it is in `source`, the directory that the VM was restored
+/// from. Pages may arrive meanwhile.
 ///
 /// # Errors
 ///
@@ -24,7 +24,13 @@ pub fn same_memory(vmm: u32, snapshot: &Path, source: Option<&Path>) -> Result<(
     // As it was at first: what arrives from now on is the source's, and so is the same in both.
     let mut missing = Vec::new();
     std::io::copy(&mut &one_file(vmm, "missing-bitmap")?, &mut missing)?;
-    let is_missing = |page: usize| missing[page / 8] & 1 << (page % 8) != 0;
+    // Two words for each of the bitmap's: claims, and which of the claimed pages are populated.
+    let mut claims = Vec::new();
+    std::io::copy(&mut &one_file(vmm, "claimed-bitmap")?, &mut claims)?;
+    let is_missing = |page: usize| {
+        let populated = claims[page / 64 * 16 + 8 + page % 64 / 8];
+        missing[page / 8] & !populated & 1 << (page % 8) != 0
+    };
     let memory = one_file(vmm, "guest-memory")?;
     let taken = File::open(snapshot.join("memory")).context("open the snapshot's memory")?;
     let size = memory.metadata()?.len();

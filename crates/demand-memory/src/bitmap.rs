@@ -28,9 +28,11 @@ pub enum Published {
 /// The missing bitmap of a region, and the claims on its pages.
 ///
 /// Bit i of the words is page i: 1 while its content has not arrived. This is the memory that KVM
-/// reads (`userfault_bitmap` of `KVM_SET_USER_MEMORY_REGION2`). Beside it lies a bitmap of claims
-/// that nobody else sees: whoever sets a page's bit there may populate the page, and nobody else
-/// ever does. A page goes from missing to claimed to present and never back.
+/// reads (`userfault_bitmap` of `KVM_SET_USER_MEMORY_REGION2`). Beside it lie two private bits for
+/// each page. The thread that sets the first claims the page: it may populate it, and no other
+/// thread ever does. The second tells that the page is populated: its content is complete, and
+/// readers may reach it before the missing bit is cleared, as an armed mapping is made to show a
+/// page first. A page goes from missing to claimed to populated to present and never back.
 ///
 /// # Examples
 ///
@@ -48,13 +50,25 @@ pub enum Published {
 pub struct MissingBitmap {
     pages: u64,
     missing: Words,
-    claimed: Words,
+    /// Two words for each word of `missing`, side by side in one cache line: see [`claimed`] and
+    /// [`populated`].
+    claims: Words,
     /// For each group of words, how many are not zero; written once per word, so that threads on
     /// disjoint pages share no written line but the word's.
     groups: Box<[AtomicU64]>,
     /// How many groups are not zero.
     groups_left: AtomicU64,
     waiting: WaitTable,
+}
+
+/// Index of the claims on a word's pages.
+const fn claimed(word: usize) -> usize {
+    word * 2
+}
+
+/// Index of the bits that tell which of a word's claimed pages are populated.
+const fn populated(word: usize) -> usize {
+    word * 2 + 1
 }
 
 /// Runs of pages that a claim has given.
@@ -88,11 +102,11 @@ impl MissingBitmap {
             io::Error::new(io::ErrorKind::InvalidInput, "a bitmap needs at least one page")
         })?;
         let missing = Words::new(c"missing-bitmap", words)?;
-        let claimed = Words::new(c"claimed-bitmap", words)?;
+        let claims = Words::new(c"claimed-bitmap", words * 2)?;
         Ok(MissingBitmap {
             pages,
             missing,
-            claimed,
+            claims,
             groups: (0..words.div_ceil(GROUP)).map(|_| AtomicU64::new(0)).collect(),
             groups_left: AtomicU64::new(0),
             waiting: WaitTable::new(),
@@ -137,6 +151,19 @@ impl MissingBitmap {
             let bits = self.missing[word].load(Ordering::Acquire) & mask;
             (bits != 0).then(|| word as u64 * 64 + u64::from(bits.trailing_zeros()))
         })
+    }
+
+    /// Whether the page's content is in memory: it is present, or about to be, and readers may
+    /// have reached it, and written to it, already. As long as it is not, its content is what the
+    /// source has, whether a thread has claimed the page or not.
+    ///
+    /// # Panics
+    ///
+    /// If there is no such page.
+    pub fn is_populated(&self, page: u64) -> bool {
+        // Acquire: the content is visible to the thread that sees the bit.
+        let populated = &self.claims[populated((page / 64) as usize)];
+        !self.is_missing(page) || populated.load(Ordering::Acquire) >> (page % 64) & 1 == 1
     }
 
     /// Number of missing pages in the range.
@@ -193,7 +220,18 @@ impl MissingBitmap {
         if wanted == 0 {
             return 0;
         }
-        wanted & !self.claimed[word].fetch_or(wanted, Ordering::AcqRel)
+        wanted & !self.claims[claimed(word)].fetch_or(wanted, Ordering::AcqRel)
+    }
+
+    /// Notes that the content of claimed pages is complete. It must precede everything by which a
+    /// reader reaches a page before [`publish`](Self::publish) has cleared its bit, such as mapping
+    /// it in an armed mapping; where nothing does, it may be left out.
+    pub fn mark_populated(&self, range: PageRange) {
+        for (word, mask) in range.words() {
+            debug_assert_eq!(self.claims[claimed(word)].load(Ordering::Relaxed) & mask, mask);
+            // Release: the content, written before, is visible to the thread that sees the bit.
+            self.claims[populated(word)].fetch_or(mask, Ordering::Release);
+        }
     }
 
     /// Makes claimed pages present and lets those go on that wait for them. Their content must be
@@ -216,7 +254,7 @@ impl MissingBitmap {
     /// Makes claimed pages of a word present; whether they were the bitmap's last.
     #[inline]
     fn publish_in(&self, word: usize, mask: u64) -> bool {
-        debug_assert_eq!(self.claimed[word].load(Ordering::Relaxed) & mask, mask);
+        debug_assert_eq!(self.claims[claimed(word)].load(Ordering::Relaxed) & mask, mask);
         // Release: the content, written before, is visible to whoever sees the bit cleared.
         // Acquire: the thread that clears the last bit has seen all that others published.
         let before = self.missing[word].fetch_and(!mask, Ordering::AcqRel);

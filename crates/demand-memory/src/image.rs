@@ -5,17 +5,17 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use demand_source::{
     Chunk, Destination, Extent, ImageWriter, ImageWriterError, PageCounts, PageSource, Priority,
     Request, SourceError, extent_of_file,
 };
+use vm_memory::GuestMemoryBackend;
 use vm_memory::bitmap::Bitmap;
-use vm_memory::{Bytes, GuestMemoryBackend, MemoryRegionAddress};
 
 use crate::pager::pages_of;
-use crate::{DemandMemory, DemandRegion, PAGE_SIZE, PageRange};
+use crate::{DemandMemory, DemandRegion, PAGE_SIZE, PageRange, Pager};
 
 /// Pages that are copied at once: 1 MiB.
 const CHUNK: u64 = 256;
@@ -28,6 +28,10 @@ const PAUSES: [Duration; 4] = [
 ];
 /// How often whoever watches is asked while a source takes its time.
 const WATCH: Duration = Duration::from_millis(200);
+/// How long a huge page may take that is being created with its content.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// How often it is looked whether one still is.
+const LOOK_EVERY: Duration = Duration::from_millis(1);
 
 /// How far [`DemandMemory::write_image`] has come.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -81,6 +85,15 @@ pub enum WriteImageError {
         /// What the system said.
         error: io::Error,
     },
+    /// A huge page was being created all the time, and the hypervisor may have written to it.
+    #[error(
+        "cannot copy memory to an image: a huge page is still being created after {waited:?}; try \
+         again when the source answers"
+    )]
+    Busy {
+        /// How long it was waited for.
+        waited: Duration,
+    },
     /// Missing pages could not be had from their source.
     #[error(
         "copy memory to an image: get missing pages at offset {offset} of their source, tried \
@@ -100,13 +113,13 @@ impl<B: Bitmap> DemandMemory<B> {
     /// Copies all regions to an image, one behind the other: a region begins in the image where the
     /// one before it ends. Finishing the image is left to the caller.
     ///
-    /// Present pages come from memory, missing ones straight from their source: they stay missing,
-    /// and holes of the source are not read. Untouched memory is not allocated. At most 1 MiB is
-    /// held in buffers.
+    /// [Populated](crate::MissingBitmap::is_populated) pages come from memory, the others straight
+    /// from their source: they stay missing, and holes of the source are not read. Untouched memory
+    /// is not allocated. At most 1 MiB is held in buffers.
     ///
-    /// vCPUs, devices and whoever else writes to memory must be stopped meanwhile. Background fill
-    /// and service threads may go on: a page that becomes present is taken from where it was found
-    /// first, which is the same.
+    /// vCPUs, devices and all others that write to memory must be stopped meanwhile. Background fill
+    /// and service threads may go on: no writer has reached a page that is not populated, so a page
+    /// that becomes present is the same in both places.
     ///
     /// `progress` is told after each MiB how far it has come, and again and again while a source
     /// takes its time; it ends it by `false`. A source that fails is tried five times within a
@@ -174,21 +187,24 @@ impl Copy<'_> {
         base: u64,
     ) -> Result<(), WriteImageError> {
         let (bitmap, pages) = (region.pager().bitmap(), region.pager().pages());
+        self.await_units(region.pager())?;
         for first in (0..pages).step_by(CHUNK as usize) {
             let chunk = PageRange::new(first, CHUNK.min(pages - first));
             let data_before = self.so_far.pages.data;
             let mut at = chunk.first;
             while at < chunk.end() {
-                let missing = bitmap.is_missing(at);
+                // Not only present pages: the guest may have written to a page that is mapped where
+                // it looks and still counts as missing.
+                let populated = bitmap.is_populated(at);
                 let alike =
-                    (at..chunk.end()).take_while(|page| bitmap.is_missing(*page) == missing);
+                    (at..chunk.end()).take_while(|page| bitmap.is_populated(*page) == populated);
                 // The first may have become present between the two looks.
                 let run = PageRange::new(at, (alike.count() as u64).max(1));
-                if missing {
+                if populated {
+                    self.populated(region, base, run)?;
+                } else {
                     let (source, image_offset) = region.pager().source();
                     self.missing(&**source, image_offset + run.offset(), base + run.offset(), run)?;
-                } else {
-                    self.present(region, base, run)?;
                 }
                 at = run.end();
             }
@@ -199,9 +215,23 @@ impl Copy<'_> {
         Ok(())
     }
 
-    /// Copies pages that are present. That they are must have been seen before: where the memory
+    /// Waits for huge pages that are being created with their content, and that the hypervisor may
+    /// have written to already. Those that are begun later it cannot reach: vCPUs are stopped.
+    fn await_units(&mut self, pager: &Pager) -> Result<(), WriteImageError> {
+        let begun = Instant::now();
+        while !pager.is_no_unit_loading() {
+            let waited = begun.elapsed();
+            if waited >= PATIENCE {
+                return Err(WriteImageError::Busy { waited });
+            }
+            thread::sleep(LOOK_EVERY);
+        }
+        Ok(())
+    }
+
+    /// Copies pages that are populated. That they are must have been seen before: where the memory
     /// object has holes, it is asked only here.
-    fn present<B: Bitmap>(
+    fn populated<B: Bitmap>(
         &mut self,
         region: &DemandRegion<B>,
         base: u64,
@@ -224,12 +254,11 @@ impl Copy<'_> {
             if !hole {
                 self.buffer.resize(len as usize, 0);
                 match file {
-                    Some(file) => file.read_exact_at(&mut self.buffer, at),
-                    None => region
-                        .read_slice(&mut self.buffer, MemoryRegionAddress(at))
-                        .map_err(io::Error::other),
+                    Some(file) => file
+                        .read_exact_at(&mut self.buffer, at)
+                        .map_err(|error| refused(at, len, error))?,
+                    None => region.read_populated(&mut self.buffer, at),
                 }
-                .map_err(|error| refused(at, len, error))?;
                 self.so_far.from_memory += len;
                 self.write(base + at)?;
             }

@@ -3,7 +3,7 @@
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock, TryLockError};
 use std::time::Instant;
 
 use demand_source::{
@@ -89,6 +89,9 @@ pub struct Pager {
     allocated: Option<Box<[AtomicU64]>>,
     guest_trap: OnceLock<Arc<dyn Trap>>,
     unit_loader: OnceLock<Arc<dyn LoadUnit>>,
+    /// Read-locked while a unit is created: the hypervisor may write to it as soon as it exists,
+    /// and its pages are marked as populated only after that.
+    loading: RwLock<()>,
     /// Whether a page was ever asked for.
     begun: AtomicBool,
     on_complete: Mutex<Vec<Callback>>,
@@ -157,6 +160,7 @@ impl Pager {
             allocated,
             guest_trap: OnceLock::new(),
             unit_loader: OnceLock::new(),
+            loading: RwLock::default(),
             begun: AtomicBool::new(false),
             on_complete: Mutex::default(),
             stats,
@@ -375,11 +379,15 @@ impl Pager {
             return None;
         }
         let content = self.source.mapped(self.image_offset + unit.offset(), unit.bytes())?;
+        let _loading = self.loading.read().unwrap_or_else(PoisonError::into_inner);
         loader.load(unit.offset(), content).ok()?;
         word.fetch_or(bit, Ordering::Relaxed);
         // Looked at after the last byte was read. If not, the bits stay set, and reading it in the
         // ordinary way tells what is wrong.
-        self.source.is_intact().then_some(unit)
+        self.source.is_intact().then(|| {
+            self.bitmap.mark_populated(unit);
+            unit
+        })
     }
 
     /// Makes sure that memory for `run` exists. Pages of shared memory come into being when they
@@ -400,9 +408,16 @@ impl Pager {
         Ok(())
     }
 
+    /// Whether no unit is being created just now. All writes to units that were created before
+    /// are then found by [`MissingBitmap::is_populated`].
+    pub(crate) fn is_no_unit_loading(&self) -> bool {
+        !matches!(self.loading.try_write(), Err(TryLockError::WouldBlock))
+    }
+
     /// Makes pages present whose content is complete; false if they could not be mapped, and will
-    /// be later. The order is what keeps readers from seeing anything else: content; the guest's
-    /// armed mapping; the bit; those who wait.
+    /// be later. The order is what keeps readers from seeing anything else, and what readers write
+    /// from being lost: content; the mark that it is complete; the guest's armed mapping; the bit;
+    /// waiters.
     fn publish(
         self: &Arc<Self>,
         run: PageRange,
@@ -410,14 +425,15 @@ impl Pager {
         bytes_read: u64,
         tried: Option<Attempts>,
     ) -> bool {
-        if let Some(trap) = self.guest_trap.get()
-            && let Err(error) = trap.map_present(run)
-        {
-            // Some of the pages may be mapped, and the guest may have written to them already:
-            // their content is never brought in again.
-            let left = Left::Publish { bytes_read };
-            self.retry(run, left, path, &PopulateError::Map(error), tried);
-            return false;
+        if let Some(trap) = self.guest_trap.get() {
+            self.bitmap.mark_populated(run);
+            if let Err(error) = trap.map_present(run) {
+                // Some of the pages may be mapped, and the guest may have written to them already:
+                // their content is never brought in again.
+                let left = Left::Publish { bytes_read };
+                self.retry(run, left, path, &PopulateError::Map(error), tried);
+                return false;
+            }
         }
         self.stats.arrived(path, run.count, bytes_read);
         if self.bitmap.publish(run) == Published::Last {

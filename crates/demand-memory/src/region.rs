@@ -159,6 +159,16 @@ impl<B: Bitmap> DemandRegion<B> {
         unsafe { self.populate.address().add(offset as usize) }
     }
 
+    /// Reads pages that are populated, whether their bits are cleared or not.
+    pub(crate) fn read_populated(&self, buffer: &mut [u8], offset: u64) {
+        assert!(offset.checked_add(buffer.len() as u64).is_some_and(|end| end <= self.len));
+        // SAFETY: the assertion keeps the bytes within the region, and so within the populate
+        // mapping, which `self` keeps mapped for longer than the slice lives. The pager does not
+        // write them any more; all others access them volatilely, as this does.
+        let bytes = unsafe { VolatileSlice::new(self.address(offset).as_ptr(), buffer.len()) };
+        bytes.copy_to(buffer);
+    }
+
     /// The address in the region that `address` means, if it lies there.
     #[inline]
     pub(crate) fn offset_of(&self, address: GuestAddress) -> Option<MemoryRegionAddress> {

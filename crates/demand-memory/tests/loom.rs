@@ -121,6 +121,36 @@ fn a_reader_of_the_bitmap_never_sees_a_page_before_its_content() {
 }
 
 #[test]
+fn copy_misses_no_write_before_publication() {
+    loom::model(|| {
+        let memory = Memory::new(1);
+        let mapped = Arc::new(AtomicUsize::new(0));
+        let pager = {
+            let (memory, mapped) = (memory.clone(), mapped.clone());
+            thread::spawn(move || {
+                let page = PageRange::page(0);
+                assert!(memory.bitmap.claim_page(0));
+                memory.pages[0].populate();
+                memory.bitmap.mark_populated(page);
+                // From here on the guest gets at the page.
+                mapped.store(1, Ordering::Release);
+                memory.bitmap.publish(page);
+            })
+        };
+        let wrote = mapped.load(Ordering::Acquire) == 1;
+        if wrote {
+            memory.pages[0].populate();
+        }
+        // The guest is paused, and memory is copied.
+        match memory.bitmap.is_populated(0) {
+            true => assert_eq!(memory.pages[0].read(), 1 + u64::from(wrote)),
+            false => assert!(!wrote, "the source has not what the guest wrote"),
+        }
+        pager.join().unwrap();
+    });
+}
+
+#[test]
 fn the_last_page_is_told_once_and_everything_is_there_by_then() {
     loom::model(|| {
         // Two words, so that two counters have to agree.

@@ -1,0 +1,179 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Images of memory to which the guest wrote before its pages counted as present.
+
+mod common;
+
+use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::{Arc, Mutex};
+use std::thread;
+
+use common::{expect, mapping, read_later, uffd};
+use demand_memory::{
+    BackingKind, DemandMemory, DemandRegion, LoadUnit, MappedBytes, Mapping, PAGE_SIZE, PageRange,
+    Pager, Path, RegionConfig, Retrier, RetryPolicy, Stats, Trap, WriteImageError,
+};
+use demand_source::{Destination, HashedImage, ImageWriter, LocalFile, PageSource};
+use demand_uffd::{ArmedMapping, DEFAULT_THREADS, FaultService, UnitLoader};
+use test_support::host::huge_pages;
+use test_support::image::{Near, page_of};
+use test_support::wait::{PATIENCE, until};
+use vm_memory::GuestAddress;
+
+/// What the guest writes.
+const WRITTEN: u64 = 0xd1d1_d1d1;
+
+fn memory(kind: BackingKind, source: impl PageSource + 'static) -> (DemandMemory, Arc<Pager>) {
+    let size = source.size();
+    let config = RegionConfig {
+        start: GuestAddress(0),
+        backing: common::backing(kind, size),
+        source: Arc::new(source),
+        image_offset: 0,
+        stats: Arc::new(Stats::new()),
+        retrier: Retrier::new(RetryPolicy::default(), |_| {}),
+    };
+    let region = DemandRegion::new(config, ()).unwrap();
+    let pager = region.pager().clone();
+    (DemandMemory::new(vec![region]).unwrap(), pager)
+}
+
+/// Writes a word on a thread of its own, as a vCPU would; waits if the page is trapped.
+fn write_later(mapping: &Arc<Mapping>, offset: u64) -> Receiver<()> {
+    let (sender, receiver) = mpsc::channel();
+    let mapping = mapping.clone();
+    thread::spawn(move || {
+        // SAFETY: `at` keeps the word within the mapping, and nothing refers to it.
+        unsafe { mapping.at(offset).cast::<u64>().as_ptr().write_volatile(WRITTEN) };
+        let _ = sender.send(());
+    });
+    receiver
+}
+
+/// The memory's image, page by page.
+fn image(memory: &DemandMemory) -> Result<Vec<Vec<u8>>, WriteImageError> {
+    let folder = tempfile::tempdir().unwrap();
+    let (image, table) = (folder.path().join("image"), folder.path().join("table"));
+    let size = memory.pagers().map(|pager| pager.pages() * PAGE_SIZE).sum();
+    let mut writer = ImageWriter::create(&image, &table, size, [1; 16]).unwrap();
+    memory.write_image(&mut writer, &mut |_| true)?;
+    writer.finish().unwrap();
+    let mut content = vec![0xee; size as usize];
+    let image = HashedImage::open(&image, &table).unwrap();
+    image.read_through(0, &mut Destination::from(&mut content[..])).unwrap();
+    Ok(content.chunks_exact(PAGE_SIZE as usize).map(<[u8]>::to_vec).collect())
+}
+
+/// A page of the source to whose first word the guest has written.
+fn touched(mut page: Vec<u8>) -> Vec<u8> {
+    page[..8].copy_from_slice(&WRITTEN.to_ne_bytes());
+    page
+}
+
+/// A real armed mapping, which maps only the first page of what it is asked for until it is whole.
+struct Half {
+    armed: Arc<ArmedMapping>,
+    whole: AtomicBool,
+}
+
+impl Trap for Half {
+    fn granularity(&self) -> u64 {
+        self.armed.granularity()
+    }
+    fn map_present(&self, pages: PageRange) -> io::Result<()> {
+        if self.whole.load(Ordering::Relaxed) {
+            return self.armed.map_present(pages);
+        }
+        self.armed.map_present(PageRange::page(pages.first))?;
+        Err(io::Error::from_raw_os_error(libc::ENOMEM))
+    }
+    fn release(&self, pages: PageRange) -> io::Result<()> {
+        self.armed.release(pages)
+    }
+}
+
+#[test]
+fn writes_to_half_mapped_pages_are_in_the_image() {
+    const PAGES: u64 = 64;
+    let (memory, pager) = memory(BackingKind::Shmem, Near(PAGES * PAGE_SIZE));
+    let guest = mapping(&pager);
+    let armed = ArmedMapping::own(&uffd(), guest.clone(), &pager, Path::Guest).unwrap();
+    let trap = Arc::new(Half { armed, whole: AtomicBool::new(false) });
+    pager.set_guest_trap(trap.clone());
+
+    let written = write_later(&guest, PAGE_SIZE);
+    assert_eq!(pager.fetch(PageRange::new(1, 4), Path::Fill), Ok(0));
+    written.recv_timeout(PATIENCE).expect("the first page is mapped");
+    assert!(pager.bitmap().is_missing(1), "and does not count as present");
+
+    let check = || {
+        for (page, content) in (0..).zip(image(&memory).unwrap()) {
+            let source = page_of(page);
+            let expected = if page == 1 { touched(source) } else { source };
+            assert!(content == expected, "page {page}");
+        }
+    };
+    check();
+    trap.whole.store(true, Ordering::Relaxed);
+    until("the pages are present", || !pager.bitmap().is_missing(4));
+    check();
+}
+
+/// A real loader that does not return until it is told to.
+struct Held {
+    loader: UnitLoader,
+    loaded: Mutex<Sender<()>>,
+    go: Mutex<Receiver<()>>,
+}
+
+impl LoadUnit for Held {
+    fn load(&self, offset: u64, content: MappedBytes<'_>) -> io::Result<()> {
+        self.loader.load(offset, content)?;
+        let _ = self.loaded.lock().unwrap().send(());
+        let _ = self.go.lock().unwrap().recv();
+        Ok(())
+    }
+    fn finish(&self) {
+        self.loader.finish();
+    }
+}
+
+#[test]
+fn writes_to_units_just_created_are_in_the_image() {
+    const UNIT: u64 = 512;
+    let Some(_pool) = huge_pages(1) else { return };
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let content: Vec<u8> = (0..UNIT).flat_map(|_| page_of(1)).collect();
+    std::fs::write(file.path(), content).unwrap();
+    let (memory, pager) = memory(BackingKind::Hugetlb2M, LocalFile::open(file.path()).unwrap());
+    let (loaded, is_loaded) = mpsc::channel();
+    let (go, told) = mpsc::channel();
+    let loader = UnitLoader::new(&**pager.backing()).unwrap();
+    let held = Held { loader, loaded: Mutex::new(loaded), go: Mutex::new(told) };
+    pager.set_unit_loader(Arc::new(held));
+    // As KVM's own accesses are trapped: only until the unit exists.
+    let guest = mapping(&pager);
+    let own = ArmedMapping::own_missing_units(&uffd(), guest.clone(), &pager, Path::KvmInternal);
+    let armed = own.unwrap();
+    pager.set_guest_trap(armed.clone());
+    let service = FaultService::start(DEFAULT_THREADS).unwrap();
+    service.serve(&[armed]).unwrap();
+    // Dropped before the service, whose thread waits for it.
+    let go = go;
+
+    let reader = read_later(&guest, PAGE_SIZE + 8);
+    is_loaded.recv_timeout(PATIENCE).expect("the unit is asked for as a whole");
+    let written = write_later(&guest, PAGE_SIZE);
+    written.recv_timeout(PATIENCE).expect("the unit exists");
+    assert!(pager.bitmap().is_missing(1), "and does not count as present");
+    let error = image(&memory).map(drop).unwrap_err();
+    assert!(matches!(error, WriteImageError::Busy { .. }), "{error}");
+
+    let copying = thread::spawn(move || image(&memory));
+    go.send(()).unwrap();
+    let image = copying.join().unwrap().unwrap();
+    assert!(image[1] == touched(page_of(1)) && image[2] == page_of(1));
+    expect(&reader, PAGE_SIZE + 8);
+    service.stop();
+}
