@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A guest that asks for a reset begins anew, in the same VM.
 
-use anyhow::Result;
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
 use demand_tests::guest::{DiskOption, Guest, GuestConfig, Kernel};
-use demand_vmm::api::Go;
+use demand_vmm::api::{Go, State};
 use guest_work::Work;
 
 /// On the same devices; also in a guest that was restored and whose memory has not all arrived.
@@ -32,6 +34,13 @@ fn begins_anew(kernel: &Kernel) -> Result<()> {
     config.memory = String::new();
     config.more = vec!["--fill".into(), "off".into()];
     let mut guest = Guest::restore(&at("second"), &at("snapshot"), &config)?;
+    // The kernel comes from the snapshot, whatever becomes of that.
+    let due = Instant::now() + Duration::from_secs(60);
+    while guest.api().status().map_or(true, |status| status.state == State::Starting) {
+        ensure!(Instant::now() < due, "it does not begin; {}", guest.story());
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    std::fs::remove_dir_all(at("snapshot"))?;
     guest.type_line("reset")?;
     assert_eq!(guest.wait_ready()?, 2);
     guest.api().shutdown()?;

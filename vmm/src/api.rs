@@ -251,6 +251,9 @@ pub struct SnapshotSummary {
     pub bytes: u64,
     /// Microseconds that it took.
     pub took_us: u64,
+    /// What it lacks: one line.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub warning: Option<String>,
 }
 
 /// What is asked for.

@@ -3,10 +3,7 @@
 //!
 //! Sources: `Documentation/arch/x86/boot.rst` for bzImage, Xen's `docs/misc/pvh.pandoc` for ELF.
 
-use std::fs::{File, OpenOptions};
 use std::io::Read;
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
 
 use demand_memory::{DemandMemory, PAGE_SIZE};
 use linux_loader::cmdline::Cmdline;
@@ -19,25 +16,14 @@ use linux_loader::loader::start_info::{hvm_memmap_table_entry, hvm_modlist_entry
 use linux_loader::loader::{
     self, BzImage, Elf, KernelLoader, KernelLoaderResult, elf, load_cmdline,
 };
-use serde::{Deserialize, Serialize};
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
+use crate::boot_files::{BootFile, BootSource};
 use crate::error::Error;
 use crate::layout::{
     ACPI, COMMAND_LINE, COMMAND_LINE_MAX, HIGH_START, LOW_END, PVH_START_INFO, ZERO_PAGE,
 };
 use crate::placement::LOW_MEMORY_END;
-
-/// What a Linux guest starts from.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct BootSource {
-    /// The kernel: a bzImage, or an ELF image with a PVH entry.
-    pub kernel: PathBuf,
-    /// The first file system, a cpio archive.
-    pub initramfs: Option<PathBuf>,
-    /// The kernel's command line.
-    pub cmdline: String,
-}
 
 /// Where and how the first processor begins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,7 +55,7 @@ const LINUX_KEEPS: usize = 2047;
 const START_INFO_MAGIC: u32 = 0x336e_c578;
 const START_INFO_VERSION: u32 = 1;
 
-/// Loads what `source` names into memory, all of which must be present or zero. ACPI's tables are
+/// Loads what `source` holds into memory, all of which must be present or zero. ACPI's tables are
 /// somebody else's.
 ///
 /// # Errors
@@ -82,11 +68,8 @@ pub fn load(memory: &DemandMemory, source: &BootSource) -> Result<Entry, Error> 
         ));
     }
     let (loaded, pvh) = load_kernel(memory, &source.kernel)?;
-    let initramfs = source
-        .initramfs
-        .as_deref()
-        .map(|path| load_initramfs(memory, path, &loaded))
-        .transpose()?;
+    let initramfs =
+        source.initramfs.as_ref().map(|file| load_initramfs(memory, file, &loaded)).transpose()?;
     let cmdline_size = load_command_line(
         memory,
         &source.cmdline,
@@ -104,28 +87,21 @@ pub fn load(memory: &DemandMemory, source: &BootSource) -> Result<Entry, Error> 
     }
 }
 
-fn cannot(what: &str, path: &Path, why: impl std::fmt::Display, remedy: &str) -> Error {
-    Error::failed(format!("{what} {}: {why}; {remedy}", path.display()))
-}
-
 /// Loads the kernel; with the PVH entry if it is an ELF image.
 fn load_kernel(
     memory: &DemandMemory,
-    path: &Path,
+    kernel: &BootFile,
 ) -> Result<(KernelLoaderResult, Option<GuestAddress>), Error> {
-    const WHAT: &str = "load the kernel";
     const KINDS: &str = "name a bzImage, or an ELF vmlinux with a PVH entry (CONFIG_PVH)";
-    let refused = |why: &dyn std::fmt::Display| cannot(WHAT, path, why, KINDS);
-    let (mut file, len) = open(WHAT, path)?;
+    let refused = |why: &dyn std::fmt::Display| kernel.cannot_load(why, KINDS);
+    let (mut file, len) = (kernel.rewound()?, kernel.size());
     let mut magic = [0; 4];
     file.read_exact(&mut magic).map_err(|_| refused(&"it is too short for a kernel"))?;
     if magic == *b"\x7fELF" {
         let loaded =
             Elf::load(memory, None, &mut file, Some(HIGH_START)).map_err(|error| match error {
-                loader::Error::Elf(elf::Error::ReadKernelImage) => cannot(
-                    WHAT,
-                    path,
-                    "a part of it is not in the file, or does not fit into memory",
+                loader::Error::Elf(elf::Error::ReadKernelImage) => kernel.cannot_load(
+                    &"a part of it is not in the file, or does not fit into memory",
                     "take another copy of it, or give the guest more with --memory",
                 ),
                 error => refused(&error),
@@ -135,13 +111,13 @@ fn load_kernel(
         };
         // With what is not in the file, as .bss, which the kernel clears as it begins.
         if loaded.kernel_end > low_end(memory) {
-            return Err(too_large(memory, path, loaded.kernel_end));
+            return Err(too_large(memory, kernel, loaded.kernel_end));
         }
         return Ok((loaded, Some(entry)));
     }
     // More than the kernel proper, and less than it takes when it has unpacked itself.
     if HIGH_START.0.saturating_add(len) > low_end(memory) {
-        return Err(too_large(memory, path, HIGH_START.0.saturating_add(len)));
+        return Err(too_large(memory, kernel, HIGH_START.0.saturating_add(len)));
     }
     let loaded = BzImage::load(memory, None, &mut file, Some(HIGH_START))
         .map_err(|error| refused(&error))?;
@@ -151,41 +127,25 @@ fn load_kernel(
     }
     let whole = bzimage_len(&header);
     if len < whole {
-        return Err(cannot(
-            WHAT,
-            path,
-            format!("it is cut off: it says that it has {whole} bytes, and has {len}"),
+        return Err(kernel.cannot_load(
+            &format_args!("it is cut off: it says that it has {whole} bytes, and has {len}"),
             "take another copy of it",
         ));
     }
     // A bzImage unpacks itself to where it lies, and says how much it takes.
     let end = loaded.kernel_load.0.saturating_add(header.init_size.into());
     if end > low_end(memory) {
-        return Err(too_large(memory, path, end));
+        return Err(too_large(memory, kernel, end));
     }
     Ok((loaded, None))
 }
 
-fn too_large(memory: &DemandMemory, path: &Path, end: u64) -> Error {
-    Error::failed(format!(
-        "load the kernel {}: it takes memory up to {end:#x}, and the guest's ends at {:#x}; give \
-         it more with --memory",
-        path.display(),
-        low_end(memory)
-    ))
-}
-
-/// Opens a file to be loaded; its length in bytes. It never waits, as for a pipe that nobody
-/// writes to.
-fn open(what: &str, path: &Path) -> Result<(File, u64), Error> {
-    const REMEDY: &str = "name a file that can be read";
-    let opened = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path);
-    let opened = opened.and_then(|file| Ok((file.metadata()?, file)));
-    let (there, file) = opened.map_err(|error| cannot(what, path, error, REMEDY))?;
-    if !there.is_file() {
-        return Err(cannot(what, path, "it is no file", REMEDY));
-    }
-    Ok((file, there.len()))
+fn too_large(memory: &DemandMemory, kernel: &BootFile, end: u64) -> Error {
+    let guests = low_end(memory);
+    kernel.cannot_load(
+        &format_args!("it takes memory up to {end:#x}, and the guest's ends at {guests:#x}"),
+        "give it more with --memory",
+    )
 }
 
 /// Bytes that a bzImage has by its header: the boot sector, the set-up code, and the kernel proper
@@ -210,13 +170,12 @@ type Initramfs = (GuestAddress, u64);
 /// Loads the initramfs as high as the kernel can reach it.
 fn load_initramfs(
     memory: &DemandMemory,
-    path: &Path,
+    file: &BootFile,
     kernel: &KernelLoaderResult,
 ) -> Result<Initramfs, Error> {
-    const WHAT: &str = "load the initramfs";
-    let (mut file, size) = open(WHAT, path)?;
+    let size = file.size();
     if size == 0 {
-        return Err(cannot(WHAT, path, "it is empty", "name a cpio archive"));
+        return Err(file.cannot_load(&"it is empty", "name a cpio archive"));
     }
     let (limit, kernel_end) = match &kernel.setup_header {
         Some(header) => (
@@ -228,16 +187,18 @@ fn load_initramfs(
     let end = low_end(memory).min(limit);
     let start = end.checked_sub(size).map(|start| start & !(PAGE_SIZE - 1));
     let start = start.filter(|start| *start >= kernel_end).ok_or_else(|| {
-        Error::failed(format!(
-            "load the initramfs {}: its {size} bytes do not fit between the kernel, which ends at \
-             {kernel_end:#x}, and {end:#x}; give the guest more with --memory",
-            path.display()
-        ))
+        file.cannot_load(
+            &format_args!(
+                "its {size} bytes do not fit between the kernel, which ends at {kernel_end:#x}, and \
+                 {end:#x}"
+            ),
+            "give the guest more with --memory",
+        )
     })?;
     let address = GuestAddress(start);
     memory
-        .read_exact_volatile_from(address, &mut file, size as usize)
-        .map_err(|error| cannot(WHAT, path, error, "see that the file stays as it is"))?;
+        .read_exact_volatile_from(address, &mut file.rewound()?, size as usize)
+        .map_err(|error| file.cannot_load(&error, "see that the file stays as it is"))?;
     Ok((address, size))
 }
 
@@ -349,6 +310,8 @@ mod tests {
     };
     use demand_source::LocalFile;
 
+    use crate::boot_files::BootPart;
+
     const MEMORY: u64 = 16 << 20;
 
     fn memory() -> DemandMemory {
@@ -403,7 +366,8 @@ mod tests {
         let room = MEMORY - HIGH_START.0;
         let load = |size| {
             std::fs::write(file.path(), elf_kernel(size)).unwrap();
-            load_kernel(&memory(), file.path()).map_err(|error| error.to_string())
+            let kernel = BootFile::open(BootPart::Kernel, file.path()).unwrap();
+            load_kernel(&memory(), &kernel).map_err(|error| error.to_string())
         };
         let (_, entry) = load(room).unwrap();
         assert_eq!(entry, Some(HIGH_START));

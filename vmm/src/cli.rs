@@ -13,7 +13,7 @@ use test_guest::windows::Windows;
 
 use crate::api::{Go, SnapshotRequest, Status};
 use crate::bench::{Access, BenchOptions, SourceOption, bench};
-use crate::boot::BootSource;
+use crate::boot_files::BootOption;
 use crate::client::{self, Client, Progress};
 use crate::error::Error;
 use crate::layout::MAX_CPUS;
@@ -336,16 +336,7 @@ fn run_command(args: RunArgs, started: Instant) -> Result<(), Error> {
             )));
         }
         let output = args.guest.output();
-        // A reset reads them again, maybe of a guest that was restored from another directory.
-        let absolute = |path: PathBuf| {
-            std::path::absolute(&path)
-                .map_err(|error| Error::failed(format!("find {}: {error}", path.display())))
-        };
-        let boot = BootSource {
-            kernel: absolute(kernel)?,
-            initramfs: args.initramfs.map(absolute).transpose()?,
-            cmdline: args.cmdline,
-        };
+        let boot = BootOption { kernel, initramfs: args.initramfs, cmdline: args.cmdline };
         let options = LinuxOptions {
             guest: args.guest.options(),
             memory: args.memory,

@@ -299,13 +299,15 @@ fn share(part: u64, whole: u64) -> String {
 
 /// A snapshot that is written, as a line for people.
 pub fn summary(snapshot: &SnapshotSummary) -> String {
+    let warning = snapshot.warning.iter().map(|warning| format!("warning: {warning}\n"));
     format!(
-        "{}: {} with content, {} of holes, {} written in {}\n",
+        "{}: {} with content, {} of holes, {} written in {}\n{}",
         snapshot.destination.display(),
         size(snapshot.data_pages.saturating_mul(PAGE_SIZE)),
         size(snapshot.hole_pages.saturating_mul(PAGE_SIZE)),
         size(snapshot.bytes),
-        duration(snapshot.took_us)
+        duration(snapshot.took_us),
+        warning.collect::<String>()
     )
 }
 

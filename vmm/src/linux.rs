@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use demand_kvm::open_kvm;
 
-use crate::boot::{self, BootSource};
+use crate::boot_files::{BootOption, BootSource};
 use crate::chipset::{Chipset, create_irqchip};
 use crate::error::Error;
 use crate::machine::Machine;
@@ -17,7 +17,7 @@ use crate::vcpu_state::StateShape;
 use crate::vcpus::Vcpus;
 use crate::vhost_user::VhostUserDevice;
 use crate::vm::{Vm, VmParts};
-use crate::{acpi, boot_cpu, cpuid};
+use crate::{acpi, boot, boot_cpu, cpuid};
 
 /// What `run --kernel` was asked for.
 #[derive(Clone, Debug)]
@@ -29,7 +29,7 @@ pub struct LinuxOptions {
     /// Number of vCPUs.
     pub cpus: u32,
     /// Kernel, initramfs and command line.
-    pub boot: BootSource,
+    pub boot: BootOption,
 }
 
 /// Runs a Linux guest until it is switched off. `started` is when the process began. SIGINT,
@@ -66,6 +66,7 @@ pub fn check_kvm() -> Result<(), Error> {
 }
 
 fn prepare(session: &Session, options: &LinuxOptions) -> Result<Prepared, Error> {
+    let source = BootSource::open(&options.boot)?;
     let machine = Arc::new(Machine::present(&options.memory, &session.stats)?);
     let _ = session.memory.set(machine.memory().clone());
     create_irqchip(machine.vm())?;
@@ -76,7 +77,7 @@ fn prepare(session: &Session, options: &LinuxOptions) -> Result<Prepared, Error>
         attach(&device, position, &machine)?;
         devices.push(device);
     }
-    let entry = boot::load(machine.memory(), &options.boot)?;
+    let entry = boot::load(machine.memory(), &source)?;
     acpi::write(machine.memory(), options.cpus, devices.len())?;
     chipset.generation.renew(machine.memory())?;
 
@@ -107,7 +108,7 @@ fn prepare(session: &Session, options: &LinuxOptions) -> Result<Prepared, Error>
         cpus: options.cpus,
         shape,
         memory: options.memory.clone(),
-        boot: Some(options.boot.clone()),
+        boot: Some(source),
         stats: session.stats.clone(),
         started: session.started,
         missing_at_start: 0,

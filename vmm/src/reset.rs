@@ -8,7 +8,7 @@ use std::time::Duration;
 use vm_device::DeviceMmio;
 use vm_device::bus::MmioAddress;
 
-use crate::boot::BootSource;
+use crate::boot_files::BootSource;
 use crate::error::Error;
 use crate::vcpu_state::VcpuState;
 use crate::virtio_mmio::STATUS;
@@ -53,8 +53,13 @@ impl Pristine {
         asked: &AtomicBool,
     ) -> Result<(), Error> {
         let boot = boot.ok_or_else(|| {
-            Error::failed("reset the guest: its snapshot does not say what it was booted from")
+            Error::failed(
+                "cannot reset the guest: its snapshot holds no kernel, as one of version 1 and one \
+                 whose kernel was altered; boot the guest with demand-vmm run and take another",
+            )
         })?;
+        // Before anything of the guest is gone.
+        boot.check()?;
         vm.outside_guest(WITHIN, || {
             self.begin_anew(vm, boot)?;
             // Before the guest runs again and may ask again.

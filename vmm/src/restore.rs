@@ -9,12 +9,14 @@ use demand_kvm::{EngineChoice, open_kvm};
 use demand_memory::{PAGE_SIZE, PageRange, Path, Retrier, RetryPolicy, Waiter};
 use demand_source::HashedImage;
 
+use crate::boot_files::BootSource;
 use crate::chipset::{Chipset, create_irqchip};
 use crate::cpuid;
 use crate::error::Error;
 use crate::events::{Event, Tell};
 use crate::layout::MAX_CPUS;
 use crate::machine::{Machine, MachineConfig};
+use crate::open_snapshot::OpenSnapshot;
 use crate::options::{FillOption, RestoreMemory};
 use crate::progress::Bar;
 use crate::report::Report;
@@ -64,10 +66,12 @@ pub fn restore(options: RestoreOptions, started: Instant) -> Result<Report, Erro
 }
 
 fn prepare(session: &Session, options: &RestoreOptions) -> Result<Prepared, Error> {
-    let saved: SavedVm = snapshot_dir::read_state(&options.source)?;
+    let snapshot = OpenSnapshot::open(&options.source)?;
+    let saved: SavedVm = snapshot.read_state()?;
     let memory = saved.memory.option(&options.memory)?;
     check(&saved, options)?;
-    let image = open_image(&saved, options)?;
+    let image = open_image(&snapshot, &saved, options)?;
+    let boot = open_boot(&snapshot, &saved, options)?;
     // Before what takes long.
     let host = cpuid::guest_cpuid(&open_kvm().map_err(Error::host)?)?;
     for vcpu in &saved.vcpus {
@@ -75,6 +79,7 @@ fn prepare(session: &Session, options: &RestoreOptions) -> Result<Prepared, Erro
     }
     if options.verify {
         verify(&image)?;
+        boot.iter().try_for_each(BootSource::check)?;
     }
     let machine = Arc::new(Machine::new(MachineConfig {
         memory: &memory,
@@ -117,7 +122,7 @@ fn prepare(session: &Session, options: &RestoreOptions) -> Result<Prepared, Erro
         cpus,
         shape,
         memory,
-        boot: saved.boot.clone(),
+        boot,
         stats: session.stats.clone(),
         started: session.started,
         last_error: session.last_error.clone(),
@@ -167,10 +172,30 @@ fn check(saved: &SavedVm, options: &RestoreOptions) -> Result<(), Error> {
     Ok(())
 }
 
-fn open_image(saved: &SavedVm, options: &RestoreOptions) -> Result<HashedImage, Error> {
-    let (memory, hashes) =
-        (snapshot_dir::memory(&options.source), snapshot_dir::hashes(&options.source));
-    let image = HashedImage::open(memory, hashes).map_err(Error::failed)?;
+/// Opens what a reset boots from, if the snapshot has it.
+fn open_boot(
+    snapshot: &OpenSnapshot,
+    saved: &SavedVm,
+    options: &RestoreOptions,
+) -> Result<Option<BootSource>, Error> {
+    let Some(boot) = &saved.boot else {
+        log::warn!(
+            "the snapshot {} holds no kernel: a reset of its guest will end the VM with an error; \
+             boot the guest with demand-vmm run and take another",
+            options.source.display()
+        );
+        return Ok(None);
+    };
+    BootSource::in_snapshot(snapshot, boot).map(Some)
+}
+
+fn open_image(
+    snapshot: &OpenSnapshot,
+    saved: &SavedVm,
+    options: &RestoreOptions,
+) -> Result<HashedImage, Error> {
+    let image =
+        HashedImage::of_files(snapshot.memory()?, snapshot.hashes()?).map_err(Error::failed)?;
     if image.generation()[..] != saved.memory.generation[..] || image.size() != saved.memory.size {
         return Err(Error::failed(format!(
             "restore the snapshot {}: its memory is another snapshot's; put the files together \

@@ -4,7 +4,7 @@
 use demand_memory::BackingKind;
 use serde::{Deserialize, Serialize};
 
-use crate::boot::BootSource;
+use crate::boot_files::SavedBoot;
 use crate::device_state::DeviceState;
 use crate::error::Error;
 use crate::options::{MemoryOption, RestoreMemory};
@@ -26,8 +26,8 @@ pub struct SavedVm {
     pub serial: SavedSerial,
     /// Its virtio devices, by position.
     pub devices: Vec<DeviceState>,
-    /// What it was booted from, for a reset.
-    pub boot: Option<BootSource>,
+    /// What it was booted from, for a reset; `None` if the snapshot does not hold it.
+    pub boot: Option<SavedBoot>,
 }
 
 /// What a snapshot's memory is.

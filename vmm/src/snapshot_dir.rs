@@ -6,6 +6,12 @@
 //! | `state` | a header line, and the state of the VM as JSON |
 //! | `memory` | the image of its memory: raw, holes for zeros |
 //! | `hashes` | the image's table of hashes |
+//! | `kernel` | what the guest boots when it resets itself |
+//! | `initramfs` | its first file system, if it has one |
+//!
+//! The state tells the length and the SHA-256 of `kernel` and `initramfs`. Nothing in a snapshot names
+//! a file outside of it. (In version 1 the state named the kernel's path on the host, which is not
+//! looked at any more; such a snapshot has no `kernel`.)
 //!
 //! The header is `demand-vmm-snapshot VERSION LENGTH SHA256 CHECK`: the length of what follows the
 //! line in bytes, its SHA-256, and the SHA-256 of the header itself up to the space before it.
@@ -19,7 +25,7 @@
 use std::ffi::{OsStr, OsString};
 use std::fmt::Write as _;
 use std::fs::{self, File, Metadata, OpenOptions};
-use std::io::{self, Read, Write as _};
+use std::io::{self, Write as _};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
@@ -27,26 +33,33 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{AtFlags, CWD, StatxAttributes, StatxFlags, statx};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use serde_json::Value;
 use sha2::{Digest, Sha256};
 use tempfile::TempDir;
 
 use crate::error::Error;
+use crate::open_snapshot::OpenSnapshot;
 
-/// The version of the format that is written, and the only one that is read.
-pub const VERSION: u32 = 1;
+/// The version of the format that is written.
+pub const VERSION: u32 = 2;
+
+/// The oldest version that is read.
+pub const OLDEST: u32 = 1;
 
 /// What a state file begins with.
 const MAGIC: &str = "demand-vmm-snapshot";
 
 /// The most bytes of a state file: far more than a VM with 64 vCPUs has.
-const MAX_STATE: u64 = 64 << 20;
+pub(crate) const MAX_STATE: u64 = 64 << 20;
 
 /// The most bytes of a header of any version.
 const MAX_HEADER: usize = 512;
 
-const STATE: &str = "state";
-const MEMORY: &str = "memory";
-const HASHES: &str = "hashes";
+pub(crate) const STATE: &str = "state";
+pub(crate) const MEMORY: &str = "memory";
+pub(crate) const HASHES: &str = "hashes";
+pub(crate) const KERNEL: &str = "kernel";
+pub(crate) const INITRAMFS: &str = "initramfs";
 
 /// What follows the snapshot's name in that of the directory that it is written in, and the
 /// letters after it.
@@ -66,9 +79,9 @@ pub fn hashes(dir: &Path) -> PathBuf {
     dir.join(HASHES)
 }
 
-/// All files of the snapshot `dir`.
-pub fn files(dir: &Path) -> [PathBuf; 3] {
-    [STATE, MEMORY, HASHES].map(|name| dir.join(name))
+/// All files that the snapshot `dir` may have.
+pub fn files(dir: &Path) -> [PathBuf; 5] {
+    [STATE, MEMORY, HASHES, KERNEL, INITRAMFS].map(|name| dir.join(name))
 }
 
 /// A snapshot that is being written. Unless it is published it is removed when it is dropped.
@@ -144,6 +157,16 @@ impl PartialSnapshot {
         hashes(self.partial.path())
     }
 
+    /// Where another of its files goes. What is there is synced when the snapshot is published.
+    pub(crate) fn file(&self, name: &str) -> PathBuf {
+        self.partial.path().join(name)
+    }
+
+    /// The error that a part of it cannot be written.
+    pub(crate) fn failed(&self, what: &str, why: &dyn std::fmt::Display) -> Error {
+        cannot_write(&self.dir, what, why)
+    }
+
     /// Writes the state, sees to it that everything is on the disk, and gives the snapshot its
     /// name. Memory and hashes must have been written. Both happen at once for whoever looks, also
     /// after a power cut. Returns the bytes of the files beside the memory.
@@ -153,10 +176,8 @@ impl PartialSnapshot {
     /// If that cannot be: nothing is left then. Only if the name itself cannot be brought to the
     /// disk, the snapshot is there and whole.
     pub fn publish<T: Serialize>(self, state: &T) -> Result<u64, Error> {
-        let name = self.dir.display();
-        let failed = |what: &str, why: &dyn std::fmt::Display| {
-            Error::failed(format!("write the snapshot {name}: {what}: {why}"))
-        };
+        let dir = self.dir.clone();
+        let failed = |what: &str, why: &dyn std::fmt::Display| cannot_write(&dir, what, why);
         let bytes = encode(state).map_err(|error| failed(STATE, &error))?;
         step("encoded");
         let path = self.partial.path().join(STATE);
@@ -167,7 +188,12 @@ impl PartialSnapshot {
             sync_file(&path).map_err(|error| failed(file, &room(&error)))
         };
         sync(MEMORY)?;
-        let beside = sync(HASHES)? + bytes.len() as u64;
+        let mut beside = sync(HASHES)? + bytes.len() as u64;
+        for name in [KERNEL, INITRAMFS] {
+            if self.file(name).exists() {
+                beside += sync(name)?;
+            }
+        }
         step("directory");
         sync_dir(self.partial.path()).map_err(|error| failed("its folder", &error))?;
         step("rename");
@@ -194,6 +220,10 @@ impl PartialSnapshot {
         step("published");
         Ok(beside)
     }
+}
+
+fn cannot_write(dir: &Path, what: &str, why: &dyn std::fmt::Display) -> Error {
+    Error::failed(format!("cannot write the snapshot {}: {what}: {why}", dir.display()))
 }
 
 /// What the name of the directory begins with that a snapshot called `name` is written in. All of
@@ -291,7 +321,7 @@ fn open(path: &Path) -> io::Result<File> {
 }
 
 /// An error of writing, and what to do about it.
-fn room(error: &io::Error) -> String {
+pub(crate) fn room(error: &io::Error) -> String {
     match error.kind() {
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
             format!("{error}; make room, or give a path on another disk")
@@ -307,30 +337,7 @@ fn room(error: &io::Error) -> String {
 /// If there is no snapshot, if the state is shorter than it says or was altered, if it is of
 /// another version, or if it is not what this program writes: then the line names the field.
 pub fn read_state<T: DeserializeOwned>(dir: &Path) -> Result<T, Error> {
-    let failed = |why: String| Error::failed(format!("read the snapshot {}: {why}", dir.display()));
-    let lacks = |file: &str| failed(format!("it is no snapshot: it has no file '{file}'"));
-    match dir.metadata() {
-        Ok(there) if there.is_dir() => {}
-        Ok(_) => return Err(failed("it is no snapshot, which would be a directory".into())),
-        Err(error) => {
-            return Err(failed(format!("{error}; name the directory of a snapshot")));
-        }
-    }
-    for file in [STATE, MEMORY, HASHES] {
-        match dir.join(file).metadata() {
-            Ok(there) if there.is_file() => {}
-            Ok(_) => {
-                return Err(failed(format!("it is no snapshot: its '{file}' is no regular file")));
-            }
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(lacks(file)),
-            Err(error) => return Err(failed(format!("{file}: {error}"))),
-        }
-    }
-    let mut bytes = Vec::new();
-    open(&dir.join(STATE))
-        .and_then(|file| file.take(MAX_STATE + 1).read_to_end(&mut bytes))
-        .map_err(|error| failed(format!("{STATE}: {error}")))?;
-    decode(&bytes).map_err(failed)
+    OpenSnapshot::open(dir)?.read_state()
 }
 
 /// The bytes of a state file.
@@ -379,13 +386,14 @@ pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, String> {
     let version: u32 = words.next().and_then(|word| word.parse().ok()).ok_or_else(altered)?;
     if version > VERSION {
         return Err(format!(
-            "it has version {version}, and this program reads {VERSION}; use a newer demand-vmm"
+            "it has version {version}, and this program reads {OLDEST} to {VERSION}; use a newer \
+             demand-vmm"
         ));
     }
-    if version < VERSION {
+    if version < OLDEST {
         return Err(format!(
-            "it has version {version}, and this program reads {VERSION}; restore it with the \
-             demand-vmm that wrote it, and write it anew"
+            "it has version {version}, and this program reads {OLDEST} to {VERSION}; restore it with \
+             the demand-vmm that wrote it, and write it anew"
         ));
     }
     let (Some(length), Some(digest), None) = (words.next(), words.next(), words.next()) else {
@@ -403,6 +411,15 @@ pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, String> {
     if json.len() > length || sha256(json) != digest {
         return Err(format!("the file '{STATE}' {ALTERED}"));
     }
+    if version < VERSION {
+        let mut state: Value = parse(json)?;
+        upgrade(version, &mut state);
+        return parse(&serde_json::to_vec(&state).map_err(|error| error.to_string())?);
+    }
+    parse(json)
+}
+
+fn parse<T: DeserializeOwned>(json: &[u8]) -> Result<T, String> {
     serde_json::from_slice(json).map_err(|error| {
         let place = place(json, error.line(), error.column());
         format!(
@@ -410,6 +427,16 @@ pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, String> {
              use the one that wrote it"
         )
     })
+}
+
+/// Makes the state of an older version one of this version.
+fn upgrade(version: u32, state: &mut Value) {
+    if version < 2
+        && let Some(boot) = state.get_mut("boot")
+    {
+        // Paths of the host that wrote it. Whoever sealed the state chose them: they are never opened.
+        *boot = Value::Null;
+    }
 }
 
 fn sha256(bytes: &[u8]) -> String {
@@ -679,20 +706,35 @@ mod tests {
         assert!(told(&bytes[..30]).contains("ends in its first line"));
         assert!(told(&[&bytes[..], b" "].concat()).contains("was altered"));
         let mut altered = bytes.clone();
-        altered[MAGIC.len() + 1] = b'2';
+        altered[MAGIC.len() + 1] = b'3';
         assert!(told(&altered).contains("first line of 'state' was altered"), "not: newer");
         assert!(told(b"\x7fELF").contains("no snapshot"));
     }
 
     #[test]
     fn another_version_is_told_before_anything_else() {
-        for (version, what) in [(2, "use a newer demand-vmm"), (0, "that wrote it")] {
+        for (version, what) in [(3, "use a newer demand-vmm"), (0, "that wrote it")] {
             let covered = format!("{MAGIC} {version} more words than today");
             let state = format!("{covered} {}\nnot even JSON", sha256(covered.as_bytes()));
             let error = decode::<Machine>(state.as_bytes()).unwrap_err();
-            let both = format!("it has version {version}, and this program reads 1; ");
+            let both = format!("it has version {version}, and this program reads 1 to 2; ");
             assert!(error.starts_with(&both) && error.contains(what), "{error}");
         }
+    }
+
+    /// Version 1 named paths of the host, which are not even kept.
+    #[test]
+    fn an_older_state_is_upgraded() {
+        let json = br#"{"vcpus":[],"clock":3,"boot":{"kernel":"/etc/shadow","initramfs":null}}"#;
+        let sealed = |version| {
+            let covered = format!("{MAGIC} {version} {} {}", json.len(), sha256(json));
+            let line = format!("{covered} {}\n", sha256(covered.as_bytes()));
+            [line.as_bytes(), json].concat()
+        };
+        let state: Value = decode(&sealed(1)).unwrap();
+        assert_eq!(state, serde_json::json!({"vcpus": [], "clock": 3, "boot": null}));
+        let state: Value = decode(&sealed(2)).unwrap();
+        assert_eq!(state["boot"]["kernel"], "/etc/shadow");
     }
 
     #[test]

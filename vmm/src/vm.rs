@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A VM with a Linux guest, and what can be asked of it while it runs.
 
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::thread;
@@ -13,7 +14,7 @@ use crate::api::{
     Control, ControlError, DeviceStatus, Go, SnapshotProgress, SnapshotRequest, SnapshotSummary,
     State, Status,
 };
-use crate::boot::BootSource;
+use crate::boot_files::{BootSource, SavedBoot};
 use crate::chipset::Chipset;
 use crate::device_state::DeviceState;
 use crate::drive::spawn;
@@ -319,7 +320,12 @@ impl Vm {
     }
 
     /// The state of all but the memory. The vCPUs are paused and the devices stopped.
-    fn save(&self, generation: &[u8], devices: Vec<DeviceState>) -> Result<SavedVm, Error> {
+    fn save(
+        &self,
+        generation: &[u8],
+        devices: Vec<DeviceState>,
+        boot: Option<SavedBoot>,
+    ) -> Result<SavedVm, Error> {
         let shape = self.shape.clone();
         let states = self
             .vcpus()
@@ -337,7 +343,7 @@ impl Vm {
             vm: VmState::save(self.machine.vm())?,
             serial: self.chipset.serial.save(),
             devices,
-            boot: self.boot.clone(),
+            boot,
         })
     }
 
@@ -347,15 +353,39 @@ impl Vm {
         self.devices.iter().map(|device| device.quiesce(DRAIN_WITHIN)).collect()
     }
 
+    /// Puts what the guest boots from into a snapshot; with a warning if it cannot have it.
+    fn keep_boot(
+        &self,
+        partial: &PartialSnapshot,
+        destination: &Path,
+    ) -> Result<(Option<SavedBoot>, Option<String>), Error> {
+        let (saved, why) = match &self.boot {
+            Some(boot) => boot.keep_in(partial)?,
+            None => (None, Some(Error::failed("the VM's own snapshot holds none"))),
+        };
+        let warning = why.map(|why| {
+            format!(
+                "the snapshot {} holds no kernel, and a guest that is restored from it cannot \
+                 reset: {why}",
+                destination.display()
+            )
+        });
+        if let Some(warning) = &warning {
+            log::warn!("{warning}");
+        }
+        Ok((saved, warning))
+    }
+
     /// Takes the snapshot of a VM whose vCPUs are paused.
     fn take_snapshot(
         &self,
         partial: PartialSnapshot,
+        boot: Option<SavedBoot>,
         change: &mut Change,
     ) -> Result<ImageSummary, Error> {
         let states = self.quiesce(change)?;
         let generation: [u8; 16] = rand::random();
-        let saved = self.save(&generation, states)?;
+        let saved = self.save(&generation, states, boot)?;
         let mut writer =
             ImageWriter::create(&partial.memory(), &partial.hashes(), self.memory.size, generation)
                 .map_err(Error::failed)?;
@@ -442,6 +472,8 @@ impl Control for Vm {
         self.devices.iter().try_for_each(|device| device.can_snapshot())?;
         let partial =
             PartialSnapshot::create(&request.destination).map_err(ControlError::invalid)?;
+        // What does not change while the guest runs is written while it does.
+        let (boot, warning) = self.keep_boot(&partial, &request.destination)?;
         if before == State::Running {
             let vcpus = self.vcpus();
             if let Err(error) = vcpus.pause(PAUSE_WITHIN) {
@@ -459,7 +491,7 @@ impl Control for Vm {
         *lock(&self.lifecycle.destination) = request.destination.display().to_string();
         self.lifecycle.copied.store(0, Ordering::Relaxed);
         self.lifecycle.set(State::Snapshotting);
-        let taken = self.take_snapshot(partial, &mut change);
+        let taken = self.take_snapshot(partial, boot, &mut change);
         let then = match (&taken, request.then) {
             // It failed: the VM goes on as it was.
             (Err(_), _) | (Ok(_), None) if before == State::Running => Go::Resume,
@@ -496,6 +528,7 @@ impl Control for Vm {
             hole_pages: image.pages.holes,
             bytes: image.bytes_written,
             took_us: begun.elapsed().as_micros() as u64,
+            warning,
         })
     }
 

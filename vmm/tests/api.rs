@@ -114,6 +114,7 @@ impl Control for Record {
             hole_pages: 255,
             bytes: 4096,
             took_us: 7,
+            warning: None,
         })
     }
 

@@ -68,11 +68,22 @@ impl LocalFile {
         let path = path.as_ref();
         let refused = |error| SourceError::Open { image: path.display().to_string(), error };
         // Not to wait for whoever opens the other end of a pipe.
-        let mut file = OpenOptions::new()
+        let file = OpenOptions::new()
             .read(true)
             .custom_flags(libc::O_NONBLOCK)
             .open(path)
             .map_err(refused)?;
+        LocalFile::of_file(file, path)
+    }
+
+    /// An image that is open already; `path` is what errors call it.
+    ///
+    /// # Errors
+    ///
+    /// As [`open`](Self::open).
+    pub fn of_file(mut file: File, path: impl Into<PathBuf>) -> Result<Self, SourceError> {
+        let path = path.into();
+        let refused = |error| SourceError::Open { image: path.display().to_string(), error };
         let kind = file.metadata().map_err(refused)?.file_type();
         if !kind.is_file() && !kind.is_block_device() {
             let what = if kind.is_dir() { "it is a directory" } else { "it is a special file" };
@@ -82,7 +93,7 @@ impl LocalFile {
         let size = file.seek(SeekFrom::End(0)).map_err(refused)?;
         Ok(LocalFile {
             file,
-            path: path.to_owned(),
+            path,
             size,
             mapped: OnceLock::new(),
             id: NEXT_ID.fetch_add(1, Ordering::Relaxed),

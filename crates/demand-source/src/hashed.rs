@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A raw image whose every page is checked as it is fetched.
 
-use std::path::Path;
+use std::fs::File;
+use std::path::{Path, PathBuf};
 
 use crate::hash::{PAGE_BYTES, page_hash};
 use crate::mapped::MappedBytes;
@@ -55,8 +56,24 @@ impl HashedImage {
     /// [`SourceError::Open`] and [`SourceError::Read`] about one of the files, and
     /// [`SourceError::Table`] if the table is damaged, is not finished, or is another image's.
     pub fn open(image: impl AsRef<Path>, table: impl AsRef<Path>) -> Result<Self, SourceError> {
-        let image = LocalFile::open(image)?;
-        let table = HashTable::open(table.as_ref(), &image)?;
+        HashedImage::of(LocalFile::open(image)?, LocalFile::open(table)?)
+    }
+
+    /// An image and its table that are open already, as by a caller that follows no symbolic link;
+    /// with what errors call each.
+    ///
+    /// # Errors
+    ///
+    /// As [`open`](Self::open).
+    pub fn of_files(image: (File, PathBuf), table: (File, PathBuf)) -> Result<Self, SourceError> {
+        HashedImage::of(
+            LocalFile::of_file(image.0, image.1)?,
+            LocalFile::of_file(table.0, table.1)?,
+        )
+    }
+
+    fn of(image: LocalFile, table: LocalFile) -> Result<Self, SourceError> {
+        let table = HashTable::of(table, &image)?;
         Ok(HashedImage { image, table })
     }
 

@@ -2,8 +2,6 @@
 //! The table of page hashes beside an image: its format, which
 //! [`HashedImage`](crate::HashedImage) describes, and reading it.
 
-use std::path::Path;
-
 use twox_hash::XxHash3_64;
 
 use crate::hash::PAGE_BYTES;
@@ -97,9 +95,8 @@ pub(crate) struct HashTable {
 }
 
 impl HashTable {
-    /// Opens the table of `image`.
-    pub(crate) fn open(path: &Path, image: &LocalFile) -> Result<Self, SourceError> {
-        let file = LocalFile::open(path)?;
+    /// The table of `image` in a file.
+    pub(crate) fn of(file: LocalFile, image: &LocalFile) -> Result<Self, SourceError> {
         let unfit = |why| SourceError::Table { image: image.name(), table: file.name(), why };
         let len = file.size();
         let mut bytes = [0; HEADER_BYTES];

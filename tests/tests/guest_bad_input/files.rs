@@ -2,14 +2,17 @@
 //! Files of a snapshot that are not what they were, or not there.
 
 use std::fs;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{FileExt, symlink};
 use std::path::Path;
 use std::process::Command;
 
 use demand_source::ImageWriter;
 use demand_tests::refusal::{FAILED, Refusals};
+use demand_vmm::snapshot_dir::{OLDEST, VERSION};
 
-use crate::snapshot::{FILES, MEMORY, Snapshot, Spoilt, restore, restore_with, seal};
+use serde_json::json;
+
+use crate::snapshot::{BOOT_FILES, FILES, MEMORY, Snapshot, Spoilt, restore, restore_with, seal};
 
 /// What there is to do about a state that was altered.
 const ALTERED: &[&str] = &["altered after it was written", "take another copy"];
@@ -43,8 +46,8 @@ fn spoilt(good: &[u8]) -> Vec<(String, Vec<u8>, &'static [&'static str])> {
     bytes[3] ^= 1;
     cases.push(("state of something else".into(), bytes, &["does not begin as one does"]));
     let json = &good[line + 1..];
-    let newer = &["version 2", "use a newer demand-vmm"];
-    cases.push(("a newer state".into(), seal(2, json), newer));
+    let newer = &["it has version 3", "use a newer demand-vmm"];
+    cases.push(("a newer state".into(), seal(VERSION + 1, json), newer));
     cases.push(("a state of the future".into(), seal(u32::MAX, b"?"), &["use a newer demand-vmm"]));
     let older = &["version 0", "with the demand-vmm that wrote it"];
     cases.push(("an older state".into(), seal(0, json), older));
@@ -55,10 +58,17 @@ fn spoilt(good: &[u8]) -> Vec<(String, Vec<u8>, &'static [&'static str])> {
         ("half of a string", b"{\"memory\": \""),
         ("an unknown field", b"{\"mammoth\": 1}"),
     ] {
-        cases.push((format!("a state that holds {what}"), seal(1, json), &["is whole, but not"]));
+        cases.push((
+            format!("a state that holds {what}"),
+            seal(VERSION, json),
+            &["is whole, but not"],
+        ));
     }
     let deep = "[".repeat(100_000);
-    cases.push(("a deep state".into(), seal(1, deep.as_bytes()), &["is whole, but not"]));
+    for version in OLDEST..=VERSION {
+        let state = seal(version, deep.as_bytes());
+        cases.push((format!("a deep state of version {version}"), state, &["is whole, but not"]));
+    }
     cases
 }
 
@@ -67,7 +77,7 @@ fn spoilt(good: &[u8]) -> Vec<(String, Vec<u8>, &'static [&'static str])> {
 fn a_state_that_was_cut_off_or_altered() {
     let folder = tempfile::tempdir().unwrap();
     let mut refusals = Refusals::new();
-    for (case, bytes, words) in spoilt(&seal(1, &br#"{"memory":{"size":1}}"#.repeat(100))) {
+    for (case, bytes, words) in spoilt(&seal(VERSION, &br#"{"memory":{"size":1}}"#.repeat(100))) {
         for name in FILES {
             fs::write(folder.path().join(name), &bytes).unwrap();
         }
@@ -175,4 +185,64 @@ fn a_memory_that_is_not_the_snapshots() {
     }
     refusals.end();
     snapshot.assert_unchanged();
+}
+
+#[test]
+fn boot_files_that_are_not_the_snapshots() {
+    let Some(snapshot) = Snapshot::get() else { return };
+    let secret = tempfile::NamedTempFile::new().unwrap();
+    let mut refusals = Refusals::new();
+    for name in BOOT_FILES {
+        let mut refused = |case: &str, copy: &Spoilt, words: &[&str]| {
+            let mut command = restore_with(&copy.dir(), Path::new("/nowhere/blk.sock"));
+            refusals.check(&format!("{case} for {name}"), &mut command, FAILED, words);
+        };
+        let copy = snapshot.copy();
+        copy.remove(name);
+        refused("nothing", &copy, &[&format!("has no file '{name}'")]);
+        let not_regular = [&*format!("its '{name}' is no regular file")];
+        for target in [secret.path(), Path::new("../secret"), Path::new("/proc/self/fd/0")] {
+            symlink(target, copy.path(name)).unwrap();
+            refused(&format!("a link to {}", target.display()), &copy, &not_regular);
+            copy.remove(name);
+        }
+        assert!(Command::new("mkfifo").arg(copy.path(name)).status().unwrap().success());
+        refused("a pipe", &copy, &not_regular);
+        copy.write(name, b"short");
+        refused("another file", &copy, &[name, "it has 5 bytes", "belong together"]);
+        let altered = snapshot.copy();
+        let file = altered.own(name);
+        file.write_all_at(b"?", file.metadata().unwrap().len() / 2).unwrap();
+        let mut command = restore_with(&altered.dir(), Path::new("/nowhere/blk.sock"));
+        command.arg("--verify");
+        let path = altered.path(name);
+        let words = ["altered after the snapshot", path.to_str().unwrap()];
+        refusals.check(&format!("an altered {name}"), &mut command, FAILED, &words);
+    }
+    refusals.end();
+    snapshot.assert_unchanged();
+}
+
+/// A state of version 1 names the kernel and the initramfs of a reset by paths.
+#[test]
+fn a_reset_opens_no_path_of_an_old_state() {
+    let Some(snapshot) = Snapshot::get() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let secret = folder.path().join("secret");
+    fs::write(&secret, "the host's own").unwrap();
+    let kernel = demand_tests::guest::Kernel::lab().unwrap().image;
+    let copy = snapshot.edited_as(1, |state| {
+        state["boot"] = json!({"kernel": kernel, "initramfs": secret, "cmdline": "console=ttyS0"});
+    });
+    BOOT_FILES.iter().filter(|name| copy.path(name).exists()).for_each(|name| copy.remove(name));
+    let (mut guest, _back_end) = snapshot.restore(folder.path(), &copy.dir(), &[]);
+    // All else is as it was.
+    guest.wait_beats(1).unwrap();
+    let warned = format!("{} holds no kernel", copy.dir().display());
+    assert!(guest.said().contains(&warned), "{}", guest.story());
+    guest.type_line("reset").unwrap();
+    let status = guest.wait_end().unwrap();
+    assert_eq!(status.code(), Some(FAILED), "{}", guest.story());
+    let said = guest.said();
+    assert!(said.contains("cannot reset the guest: its snapshot holds no kernel"), "{said}");
 }

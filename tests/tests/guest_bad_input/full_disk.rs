@@ -9,7 +9,7 @@ use demand_memory::PAGE_SIZE;
 use demand_tests::refusal::Refusals;
 use demand_vmm::api::{Go, SnapshotRequest, State};
 
-use crate::snapshot::{FILES, Snapshot};
+use crate::snapshot::{BOOT_FILES, FILES, Snapshot};
 
 /// A disk of its own, which goes with it.
 struct Disk(PathBuf);
@@ -46,9 +46,9 @@ fn a_snapshot_that_cannot_be_written_does_the_guest_no_harm() {
     guest.wait_beats(1).unwrap();
     let small = [
         Disk::new(at("tiny"), "size=64k"),
-        Disk::new(at("small"), "size=8m"),
+        Disk::new(at("small"), "size=24m"),
         // Room for everything, but not for the names of it.
-        Disk::new(at("names"), "size=256m,nr_inodes=4"),
+        Disk::new(at("names"), "size=256m,nr_inodes=6"),
     ];
     let sealed = Disk::new(at("sealed"), "size=1m");
     mount(&["-o", "remount,ro"], &sealed.0);
@@ -102,8 +102,9 @@ fn a_snapshot_that_cannot_be_written_does_the_guest_no_harm() {
     guest.api().resume().unwrap();
     let done = guest.snapshot(&at("s"), None).unwrap();
     let len = |name: &str| fs::metadata(at("s").join(name)).unwrap().len();
-    assert_eq!(done.bytes, done.data_pages * PAGE_SIZE + len("hashes") + len("state"));
-    assert_eq!(fs::read_dir(at("s")).unwrap().count(), FILES.len());
+    let beside = ["hashes", "state", "kernel", "initramfs"].map(len);
+    assert_eq!(done.bytes, done.data_pages * PAGE_SIZE + beside.iter().sum::<u64>());
+    assert_eq!(fs::read_dir(at("s")).unwrap().count(), FILES.len() + BOOT_FILES.len());
     guest.wait_beats(1).unwrap();
     guest.finish().unwrap();
     snapshot.assert_unchanged();

@@ -52,13 +52,14 @@ fn outputs_that_are_in_the_way() {
     let new = folder.path().join("new");
     let (old_name, new_name) = (old.to_str().unwrap(), new.to_str().unwrap());
     let files = snapshot_dir::files(&snapshot.dir());
-    let [state, memory, hashes] = files.each_ref().map(|path| path.to_str().unwrap());
+    let [state, memory, hashes, kernel, _] = files.each_ref().map(|path| path.to_str().unwrap());
     let serial = format!("file={memory}");
     let mut refusals = Refusals::new();
     for (case, arguments, words) in [
         ("the memory", &["--report", memory][..], &["--report", "memory", "which is read"][..]),
         ("the hashes", &["--timeline", hashes], &["--timeline", "hashes", "which is read"]),
         ("the state", &["--timeline", state], &["--timeline", "state", "which is read"]),
+        ("the kernel", &["--timeline", kernel], &["--timeline", "kernel", "which is read"]),
         ("the console", &["--serial", &serial], &["--serial", "memory", "which is read"]),
         ("twice", &["--report", new_name, "--timeline", new_name], &["--report writes it"]),
         // It has a disk, and none is named.

@@ -13,7 +13,7 @@ use demand_tests::backend::{BackEnd, BlkOptions};
 use demand_tests::guest::{Guest, GuestConfig, Kernel};
 use demand_tests::process::program;
 use demand_vmm::api::Go;
-use demand_vmm::snapshot_dir;
+use demand_vmm::snapshot_dir::{self, VERSION};
 use guest_work::{Prove, Work};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
@@ -24,13 +24,15 @@ pub const MEMORY: u64 = 128 << 20;
 const DISK: u64 = 8 << 20;
 /// Queues of its disk.
 const QUEUES: u16 = 2;
-/// What a snapshot consists of.
+/// What each snapshot consists of.
 pub const FILES: [&str; 3] = ["state", "memory", "hashes"];
+/// What the snapshot has beside, to boot from.
+pub const BOOT_FILES: [&str; 2] = ["kernel", "initramfs"];
 
 /// A guest that has been snapshotted, and is gone.
 pub struct Snapshot {
     folder: tempfile::TempDir,
-    before: [u64; 3],
+    before: Vec<(String, u64)>,
 }
 
 impl Snapshot {
@@ -62,7 +64,7 @@ impl Snapshot {
         guest.wait_beats(2).unwrap();
         guest.snapshot(&folder.path().join("snapshot"), Some(Go::Pause)).unwrap();
         guest.kill();
-        let mut taken = Snapshot { folder, before: [0; 3] };
+        let mut taken = Snapshot { folder, before: Vec::new() };
         taken.before = taken.digests();
         Some(taken)
     }
@@ -77,23 +79,25 @@ impl Snapshot {
         fs::read(self.dir().join(name)).unwrap()
     }
 
-    fn digests(&self) -> [u64; 3] {
-        FILES.map(|name| {
-            let mut file = File::open(self.dir().join(name)).unwrap();
+    fn digests(&self) -> Vec<(String, u64)> {
+        let digest = |name: String| {
+            let mut file = File::open(self.dir().join(&name)).unwrap();
             let (mut hasher, mut bytes) = (DefaultHasher::new(), vec![0; 1 << 20]);
             loop {
                 match file.read(&mut bytes).unwrap() {
-                    0 => return hasher.finish(),
+                    0 => return (name, hasher.finish()),
                     len => hasher.write(&bytes[..len]),
                 }
             }
-        })
+        };
+        let mut digests: Vec<_> = names(&self.dir()).into_iter().map(digest).collect();
+        digests.sort();
+        digests
     }
 
     /// It is what it was, and nothing was put beside its files.
     #[track_caller]
     pub fn assert_unchanged(&self) {
-        assert_eq!(fs::read_dir(self.dir()).unwrap().count(), FILES.len());
         assert_eq!(self.digests(), self.before, "the snapshot's files are not what they were");
     }
 
@@ -101,18 +105,23 @@ impl Snapshot {
     pub fn copy(&self) -> Spoilt {
         let copy = Spoilt { folder: tempfile::tempdir().unwrap() };
         fs::create_dir(copy.dir()).unwrap();
-        for name in FILES {
-            fs::hard_link(self.dir().join(name), copy.path(name)).unwrap();
+        for name in names(&self.dir()) {
+            fs::hard_link(self.dir().join(&name), copy.path(&name)).unwrap();
         }
         copy
     }
 
     /// A copy whose state was edited by somebody who knows how it is sealed.
     pub fn edited(&self, edit: impl FnOnce(&mut Value)) -> Spoilt {
+        self.edited_as(VERSION, edit)
+    }
+
+    /// As [`edited`](Self::edited), as a state of another version.
+    pub fn edited_as(&self, version: u32, edit: impl FnOnce(&mut Value)) -> Spoilt {
         let mut state: Value = snapshot_dir::decode(&self.read("state")).unwrap();
         edit(&mut state);
         let copy = self.copy();
-        copy.write("state", &seal(1, &serde_json::to_vec(&state).unwrap()));
+        copy.write("state", &seal(version, &serde_json::to_vec(&state).unwrap()));
         copy
     }
 
@@ -166,6 +175,11 @@ fn config(memory: String) -> GuestConfig {
 fn work() -> Work {
     let prove = Prove { memory: 8 << 20, slots: 256, beat_ms: 300, ..Prove::default() };
     Work::Prove(prove)
+}
+
+fn names(dir: &Path) -> Vec<String> {
+    let entries = fs::read_dir(dir).unwrap();
+    entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
 }
 
 /// A state file of a version, as whoever writes one makes it.

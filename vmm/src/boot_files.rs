@@ -1,0 +1,494 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The files that a guest boots from: held open as long as it runs, and kept in its snapshots.
+//!
+//! A reset and a snapshot may come long after the boot. Neither opens a path again, and both compare
+//! the content with a digest that was taken at the boot.
+
+use std::fmt::{self, Write as _};
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{AtFlags, CWD, ioctl_ficlone, linkat};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use crate::error::Error;
+use crate::open_snapshot::OpenSnapshot;
+use crate::snapshot_dir::{self, PartialSnapshot};
+
+/// Bytes that a boot file has at most. A vmlinux with all that a debugger wants has a third of them.
+const MAX_BYTES: u64 = 2 << 30;
+
+/// Bytes that are read at once.
+const STEP: usize = 1 << 20;
+
+/// Which file of a boot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BootPart {
+    /// The kernel: a bzImage, or an ELF image with a PVH entry.
+    Kernel,
+    /// The first file system, a cpio archive.
+    Initramfs,
+}
+
+impl BootPart {
+    /// The part's name, also as a file of a snapshot.
+    pub fn name(self) -> &'static str {
+        match self {
+            BootPart::Kernel => snapshot_dir::KERNEL,
+            BootPart::Initramfs => snapshot_dir::INITRAMFS,
+        }
+    }
+}
+
+/// What a file holds, without its content.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Seal {
+    /// Bytes.
+    pub bytes: u64,
+    /// SHA-256 of all of them, as 64 hexadecimal digits.
+    pub sha256: String,
+}
+
+impl Seal {
+    /// Reads all of a file, wherever it is positioned.
+    fn of(file: &File) -> io::Result<Self> {
+        let (mut hasher, mut bytes) = (Sha256::new(), 0);
+        let mut buffer = vec![0; STEP];
+        loop {
+            match file.read_at(&mut buffer, bytes) {
+                Ok(0) => break,
+                Ok(len) => {
+                    hasher.update(&buffer[..len]);
+                    bytes += len as u64;
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+            // It grows as fast as it is read, or was swapped for a device's.
+            if bytes > MAX_BYTES {
+                return Err(io::ErrorKind::FileTooLarge.into());
+            }
+        }
+        let sha256 = hasher.finalize().iter().fold(String::new(), |mut text, byte| {
+            let _ = write!(text, "{byte:02x}");
+            text
+        });
+        Ok(Seal { bytes, sha256 })
+    }
+}
+
+/// What a snapshot's state tells of its boot files.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SavedBoot {
+    /// The snapshot's file `kernel`.
+    pub kernel: Seal,
+    /// The snapshot's file `initramfs`, if there is one.
+    pub initramfs: Option<Seal>,
+    /// The kernel's command line.
+    pub cmdline: String,
+}
+
+/// What the command line names to boot from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BootOption {
+    /// The kernel: a bzImage, or an ELF image with a PVH entry.
+    pub kernel: PathBuf,
+    /// The first file system, a cpio archive.
+    pub initramfs: Option<PathBuf>,
+    /// The kernel's command line.
+    pub cmdline: String,
+}
+
+/// What a Linux guest starts from, and starts from again when it resets itself.
+#[derive(Debug)]
+pub struct BootSource {
+    /// The kernel.
+    pub kernel: BootFile,
+    /// The first file system.
+    pub initramfs: Option<BootFile>,
+    /// The kernel's command line.
+    pub cmdline: String,
+}
+
+impl BootSource {
+    /// Opens and reads the files that the user names.
+    ///
+    /// # Errors
+    ///
+    /// One line that names the file.
+    pub fn open(option: &BootOption) -> Result<Self, Error> {
+        let initramfs = option.initramfs.as_deref();
+        Ok(BootSource {
+            kernel: BootFile::open(BootPart::Kernel, &option.kernel)?,
+            initramfs: initramfs
+                .map(|path| BootFile::open(BootPart::Initramfs, path))
+                .transpose()?,
+            cmdline: option.cmdline.clone(),
+        })
+    }
+
+    /// Opens the files of a snapshot. Their content is checked when it is used.
+    ///
+    /// # Errors
+    ///
+    /// One line: a file is missing, is not a regular one, or has another length.
+    pub fn in_snapshot(snapshot: &OpenSnapshot, saved: &SavedBoot) -> Result<Self, Error> {
+        let open = |part, seal| BootFile::in_snapshot(snapshot, part, seal);
+        Ok(BootSource {
+            kernel: open(BootPart::Kernel, &saved.kernel)?,
+            initramfs: saved
+                .initramfs
+                .as_ref()
+                .map(|seal| open(BootPart::Initramfs, seal))
+                .transpose()?,
+            cmdline: saved.cmdline.clone(),
+        })
+    }
+
+    fn files(&self) -> impl Iterator<Item = &BootFile> {
+        std::iter::once(&self.kernel).chain(&self.initramfs)
+    }
+
+    /// Reads the files and compares them with what they were at the boot.
+    ///
+    /// # Errors
+    ///
+    /// One line that names the file which cannot be read, or differs.
+    pub fn check(&self) -> Result<(), Error> {
+        self.files().try_for_each(BootFile::check)
+    }
+
+    /// Puts the files into a snapshot; returns what its state tells of them. Where they are not what
+    /// they were at the boot, the snapshot gets none, and the second value says why.
+    ///
+    /// # Errors
+    ///
+    /// One line: the snapshot cannot be written to.
+    pub(crate) fn keep_in(
+        &self,
+        partial: &PartialSnapshot,
+    ) -> Result<(Option<SavedBoot>, Option<Error>), Error> {
+        for file in self.files() {
+            if let Err(failure) = file.copy_to(&partial.file(file.part.name())) {
+                return match failure {
+                    CopyFailure::Source(error) => {
+                        for file in self.files() {
+                            let _ = std::fs::remove_file(partial.file(file.part.name()));
+                        }
+                        Ok((None, Some(error)))
+                    }
+                    CopyFailure::Destination(error) => {
+                        Err(partial.failed(file.part.name(), &snapshot_dir::room(&error)))
+                    }
+                };
+            }
+        }
+        let saved = SavedBoot {
+            kernel: self.kernel.seal.clone(),
+            initramfs: self.initramfs.as_ref().map(|file| file.seal.clone()),
+            cmdline: self.cmdline.clone(),
+        };
+        Ok((Some(saved), None))
+    }
+}
+
+/// Which end of a copy failed.
+enum CopyFailure {
+    Source(Error),
+    Destination(io::Error),
+}
+
+/// A file that a guest boots from. It stays open, so that a file which is renamed over it or
+/// removed makes no difference.
+#[derive(Debug)]
+pub struct BootFile {
+    part: BootPart,
+    path: PathBuf,
+    file: File,
+    seal: Seal,
+    /// Whether it is a snapshot's: those are never written to again.
+    is_snapshots: bool,
+}
+
+impl BootFile {
+    /// Opens and reads a file that the user names.
+    ///
+    /// # Errors
+    ///
+    /// One line that names it.
+    pub fn open(part: BootPart, path: &Path) -> Result<Self, Error> {
+        const REMEDY: &str = "name a file that can be read";
+        let refused = |why: &dyn fmt::Display| cannot_load(part, path, why, REMEDY);
+        // A pipe that has no writer is refused, in place of waited for.
+        let opened = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path);
+        let file = opened.map_err(|error| refused(&error))?;
+        let metadata = file.metadata().map_err(|error| refused(&error))?;
+        if !metadata.is_file() {
+            return Err(refused(&"it is no file"));
+        }
+        if metadata.len() > MAX_BYTES {
+            return Err(refused(&format_args!("it has more than {MAX_BYTES} bytes")));
+        }
+        let seal = Seal::of(&file).map_err(|error| refused(&error))?;
+        Ok(BootFile { part, path: path.into(), file, seal, is_snapshots: false })
+    }
+
+    fn in_snapshot(snapshot: &OpenSnapshot, part: BootPart, seal: &Seal) -> Result<Self, Error> {
+        let name = part.name();
+        let file = snapshot.file(name)?;
+        let len = file.metadata().map_err(|error| snapshot.failed(name, &error))?.len();
+        if len != seal.bytes || len > MAX_BYTES {
+            let why = format!(
+                "it has {len} bytes, and the state tells of {}; put the files together that belong \
+                 together",
+                seal.bytes
+            );
+            return Err(snapshot.failed(name, &why));
+        }
+        Ok(BootFile {
+            part,
+            path: snapshot.path(name),
+            file,
+            seal: seal.clone(),
+            is_snapshots: true,
+        })
+    }
+
+    /// Its length in bytes.
+    pub fn size(&self) -> u64 {
+        self.seal.bytes
+    }
+
+    /// What a message calls it.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The file, from its beginning on. One caller at a time may use it.
+    ///
+    /// # Errors
+    ///
+    /// One line that names the file.
+    pub fn rewound(&self) -> Result<&File, Error> {
+        (&self.file)
+            .seek(SeekFrom::Start(0))
+            .map_err(|error| self.cannot_load(&error, "take another copy of it"))?;
+        Ok(&self.file)
+    }
+
+    /// The error that it cannot be loaded.
+    pub(crate) fn cannot_load(&self, why: &dyn fmt::Display, remedy: &str) -> Error {
+        cannot_load(self.part, &self.path, why, remedy)
+    }
+
+    /// Reads it, and compares it with what it was at the boot.
+    ///
+    /// # Errors
+    ///
+    /// One line: it cannot be read, or differs.
+    pub fn check(&self) -> Result<(), Error> {
+        match Seal::of(&self.file) {
+            Ok(seal) => self.compare(&seal),
+            Err(error) => Err(self.cannot_load(&error, "see that its disk is well")),
+        }
+    }
+
+    fn compare(&self, seal: &Seal) -> Result<(), Error> {
+        if *seal == self.seal {
+            return Ok(());
+        }
+        let remedy = if self.is_snapshots {
+            "take another copy of the snapshot"
+        } else {
+            "replace a kernel or an initramfs by a new file of its name, and not by writing to it"
+        };
+        let since = if self.is_snapshots { "the snapshot" } else { "the guest's boot" };
+        Err(self.cannot_load(&format_args!("it was altered after {since}"), remedy))
+    }
+
+    /// Makes a file with its content, by sharing the room on the disk where that can be.
+    fn copy_to(&self, to: &Path) -> Result<(), CopyFailure> {
+        let cannot_write = CopyFailure::Destination;
+        let copy = if self.is_snapshots && self.link_to(to).is_ok() {
+            File::open(to).map_err(cannot_write)?
+        } else {
+            let mut options = OpenOptions::new();
+            let options = options.read(true).write(true).create_new(true).mode(0o600);
+            let copy = options.open(to).map_err(cannot_write)?;
+            if ioctl_ficlone(&copy, &self.file).is_err() {
+                self.copy_into(&copy)?;
+            }
+            copy
+        };
+        // What was written, whatever became of the original in the meantime.
+        let seal = Seal::of(&copy).map_err(cannot_write)?;
+        self.compare(&seal).map_err(CopyFailure::Source)?;
+        copy.sync_all().map_err(cannot_write)
+    }
+
+    /// Gives the file one more name. It has to have one.
+    fn link_to(&self, to: &Path) -> io::Result<()> {
+        let this = format!("/proc/self/fd/{}", self.file.as_raw_fd());
+        Ok(linkat(CWD, this, CWD, to, AtFlags::SYMLINK_FOLLOW)?)
+    }
+
+    fn copy_into(&self, mut to: &File) -> Result<(), CopyFailure> {
+        let cannot_read = |error| CopyFailure::Source(self.cannot_load(&error, "see its disk"));
+        let mut from = &self.file;
+        from.seek(SeekFrom::Start(0)).map_err(cannot_read)?;
+        let mut from = from.take(self.seal.bytes);
+        let mut buffer = vec![0; STEP];
+        loop {
+            match from.read(&mut buffer) {
+                Ok(0) => return Ok(()),
+                Ok(len) => to.write_all(&buffer[..len]).map_err(CopyFailure::Destination)?,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(cannot_read(error)),
+            }
+        }
+    }
+}
+
+fn cannot_load(part: BootPart, path: &Path, why: &dyn fmt::Display, remedy: &str) -> Error {
+    let name = part.name();
+    Error::failed(format!("cannot load the {name} {}: {why}; {remedy}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    use std::fs;
+    use std::os::unix::fs::{MetadataExt, symlink};
+    use std::process::Command;
+
+    use tempfile::TempDir;
+
+    /// A folder with a kernel and an initramfs, and what they were opened as.
+    fn booted() -> (TempDir, BootSource) {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        fs::write(at("vmlinuz"), vec![1; 3 << 20]).unwrap();
+        fs::write(at("archive"), [2; 5000]).unwrap();
+        let option = BootOption {
+            kernel: at("vmlinuz"),
+            initramfs: Some(at("archive")),
+            cmdline: "quiet".into(),
+        };
+        let source = BootSource::open(&option).unwrap();
+        (folder, source)
+    }
+
+    /// Takes a snapshot without a VM; what its state tells.
+    fn snapshot(source: &BootSource, dir: &Path) -> Result<Option<SavedBoot>, Error> {
+        let partial = PartialSnapshot::create(dir)?;
+        fs::write(partial.memory(), [1; 4096]).unwrap();
+        fs::write(partial.hashes(), [2; 8]).unwrap();
+        let (saved, warning) = source.keep_in(&partial)?;
+        assert_eq!(saved.is_none(), warning.is_some(), "{warning:?}");
+        partial.publish(&saved)?;
+        Ok(saved)
+    }
+
+    fn read(file: &BootFile) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        file.rewound().unwrap().read_to_end(&mut bytes).unwrap();
+        bytes
+    }
+
+    #[test]
+    fn a_chain_of_snapshots_keeps_the_kernel() {
+        let (folder, source) = booted();
+        let at = |name: &str| folder.path().join(name);
+        // Replaced, as a package manager does it.
+        fs::write(at("new"), "newer").unwrap();
+        fs::rename(at("new"), at("vmlinuz")).unwrap();
+        fs::remove_file(at("archive")).unwrap();
+        let first = snapshot(&source, &at("first")).unwrap().unwrap();
+        let text = fs::read_to_string(at("first/state")).unwrap();
+        assert!(!text.contains(folder.path().to_str().unwrap()), "{text}");
+        let opened = OpenSnapshot::open(&at("first")).unwrap();
+        let restored = BootSource::in_snapshot(&opened, &first).unwrap();
+        let second = snapshot(&restored, &at("second")).unwrap();
+        assert_eq!(second.as_ref(), Some(&first));
+        let inode = |name: &str| fs::metadata(at(name)).unwrap().ino();
+        assert_eq!(inode("first/kernel"), inode("second/kernel"), "no room was used");
+        // The directory goes while the guest runs.
+        fs::remove_dir_all(at("first")).unwrap();
+        fs::remove_dir_all(at("second")).unwrap();
+        restored.check().unwrap();
+        assert_eq!(read(&restored.kernel), vec![1; 3 << 20]);
+        assert_eq!(snapshot(&restored, &at("third")).unwrap(), Some(first));
+        assert_eq!(fs::read(at("third/initramfs")).unwrap(), [2; 5000]);
+        assert_eq!(fs::metadata(at("third/kernel")).unwrap().mode() & 0o777, 0o600);
+    }
+
+    #[test]
+    fn an_altered_kernel_is_not_kept() {
+        let (folder, source) = booted();
+        let at = |name: &str| folder.path().join(name);
+        let first = snapshot(&source, &at("first")).unwrap().unwrap();
+        fs::write(at("archive"), [3; 5000]).unwrap();
+        let error = source.check().unwrap_err().to_string();
+        assert!(error.contains("initramfs") && error.contains("was altered after"), "{error}");
+        assert_eq!(snapshot(&source, &at("second")).unwrap(), None);
+        assert_eq!(fs::read_dir(at("second")).unwrap().count(), 3);
+        // A snapshot's, whose length is the same.
+        fs::write(at("first/kernel"), vec![4; 3 << 20]).unwrap();
+        let opened = OpenSnapshot::open(&at("first")).unwrap();
+        let restored = BootSource::in_snapshot(&opened, &first).unwrap();
+        let error = restored.check().unwrap_err().to_string();
+        assert!(error.contains("take another copy of the snapshot"), "{error}");
+        assert_eq!(snapshot(&restored, &at("third")).unwrap(), None);
+    }
+
+    #[test]
+    fn files_of_the_host_are_not_opened() {
+        let (folder, source) = booted();
+        let at = |name: &str| folder.path().join(name);
+        let saved = snapshot(&source, &at("first")).unwrap().unwrap();
+        let secret = at("secret");
+        fs::write(&secret, vec![1; 3 << 20]).unwrap();
+        let told = || {
+            let opened = OpenSnapshot::open(&at("first"));
+            opened
+                .and_then(|opened| BootSource::in_snapshot(&opened, &saved).map(drop))
+                .unwrap_err()
+                .to_string()
+        };
+        for name in ["kernel", "initramfs", "memory", "hashes", "state"] {
+            let path = at("first").join(name);
+            let kept = fs::read(&path).unwrap();
+            fs::remove_file(&path).unwrap();
+            assert!(told().contains(&format!("it has no file '{name}'")), "{}", told());
+            for target in [&*secret, Path::new("../secret"), Path::new("/proc/self/fd/0")] {
+                symlink(target, &path).unwrap();
+                assert!(told().contains(&format!("'{name}' is no regular file")), "{}", told());
+                fs::remove_file(&path).unwrap();
+            }
+            assert!(Command::new("mkfifo").arg(&path).status().unwrap().success());
+            assert!(told().contains(&format!("'{name}' is no regular file")), "{}", told());
+            fs::remove_file(&path).unwrap();
+            fs::write(&path, kept).unwrap();
+        }
+        let open = OpenSnapshot::open(&at("first")).unwrap();
+        BootSource::in_snapshot(&open, &saved).unwrap();
+        fs::File::options().append(true).open(at("first/kernel")).unwrap().set_len(7).unwrap();
+        assert!(told().contains("kernel: it has 7 bytes"), "{}", told());
+    }
+
+    #[test]
+    fn a_file_without_end_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("kernel");
+        fs::File::create(&path).unwrap().set_len(1 << 40).unwrap();
+        let error = BootFile::open(BootPart::Kernel, &path).unwrap_err().to_string();
+        assert!(error.contains("more than"), "{error}");
+    }
+}
