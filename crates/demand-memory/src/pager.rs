@@ -44,6 +44,27 @@ pub enum PagerError {
         /// Size of the image, in bytes.
         image_size: u64,
     },
+    /// The backing's mapping is shorter than the backing says it is.
+    #[error(
+        "cannot use a backing of {size} bytes: it maps only {mapped}; that is a mistake in the \
+         backing's implementation"
+    )]
+    MappingShort {
+        /// Size of the backing, in bytes.
+        size: u64,
+        /// Length of its mapping, in bytes.
+        mapped: u64,
+    },
+    /// The region's last byte would lie past the end of all guest addresses.
+    #[error(
+        "cannot place {size} bytes of memory at {start:#x}: addresses end before; move it down"
+    )]
+    PastTheEnd {
+        /// Where the region begins in guest physical memory.
+        start: u64,
+        /// Size of the region, in bytes.
+        size: u64,
+    },
     /// The region's first page does not begin at a multiple of a page in the image.
     #[error("fill memory from byte {0} of the image: that is no multiple of 4096 bytes")]
     Unaligned(u64),
@@ -148,6 +169,10 @@ impl Pager {
         let pages = size / PAGE_SIZE;
         let bitmap = bitmap(pages).map_err(|error| PagerError::Bitmap { pages, error })?;
         let populate = Arc::new(backing.map()?);
+        // Content is written there: a length that the backing has wrong would be memory of others.
+        if populate.len() < size {
+            return Err(PagerError::MappingShort { size, mapped: populate.len() });
+        }
         let unit = backing.kind().unit();
         let allocated = (unit > PAGE_SIZE)
             .then(|| (0..(size / unit).div_ceil(64)).map(|_| AtomicU64::new(0)).collect());
@@ -379,6 +404,10 @@ impl Pager {
             return None;
         }
         let content = self.source.mapped(self.image_offset + unit.offset(), unit.bytes())?;
+        // More of it would reach into pages that others have claimed.
+        if content.len() as u64 != unit.bytes() {
+            return None;
+        }
         let _loading = self.loading.read().unwrap_or_else(PoisonError::into_inner);
         loader.load(unit.offset(), content).ok()?;
         word.fetch_or(bit, Ordering::Relaxed);

@@ -67,18 +67,18 @@ impl<B: Bitmap> DemandRegion<B> {
     ///
     /// # Errors
     ///
-    /// Those of [`Pager::new`].
+    /// Those of [`Pager::new`], and [`PagerError::PastTheEnd`].
     pub fn new(config: RegionConfig, bitmap: B) -> Result<Self, PagerError> {
         let RegionConfig { start, backing, source, image_offset, stats, retrier } = config;
         let pager = Pager::new(backing, source, image_offset, stats, retrier)?;
-        Ok(Self::with_pager(start, pager, bitmap))
+        Self::with_pager(start, pager, bitmap)
     }
 
     /// Makes a region whose pages are all present, and zero at first: [`Pager::present`].
     ///
     /// # Errors
     ///
-    /// Those of [`Pager::present`].
+    /// Those of [`Pager::present`], and [`PagerError::PastTheEnd`].
     ///
     /// # Examples
     ///
@@ -99,14 +99,17 @@ impl<B: Bitmap> DemandRegion<B> {
         stats: Arc<Stats>,
         bitmap: B,
     ) -> Result<Self, PagerError> {
-        Ok(Self::with_pager(start, Pager::present(backing, stats)?, bitmap))
+        Self::with_pager(start, Pager::present(backing, stats)?, bitmap)
     }
 
-    fn with_pager(start: GuestAddress, pager: Arc<Pager>, bitmap: B) -> Self {
+    fn with_pager(start: GuestAddress, pager: Arc<Pager>, bitmap: B) -> Result<Self, PagerError> {
         let populate = pager.populate_mapping().clone();
+        // At least a page, as a bitmap has.
         let len = pager.pages() * PAGE_SIZE;
-        assert!(len <= populate.len(), "the populate mapping holds the region");
-        DemandRegion { start, len, pager, populate, access: OnceLock::new(), bitmap }
+        if start.0.checked_add(len - 1).is_none() {
+            return Err(PagerError::PastTheEnd { start: start.0, size: len });
+        }
+        Ok(DemandRegion { start, len, pager, populate, access: OnceLock::new(), bitmap })
     }
 
     /// The region's pager.
@@ -154,8 +157,8 @@ impl<B: Bitmap> DemandRegion<B> {
     #[inline]
     fn address(&self, offset: u64) -> NonNull<u8> {
         debug_assert!(offset <= self.len);
-        // SAFETY: the callers keep `offset` within the region or at its end, and `new` has checked
-        // that the mapping is not shorter.
+        // SAFETY: the callers keep `offset` within the region or at its end, and the pager has
+        // checked that the mapping is not shorter.
         unsafe { self.populate.address().add(offset as usize) }
     }
 

@@ -25,7 +25,8 @@ impl Words {
     ///
     /// The system's, if the memory cannot be had.
     pub fn new(name: &std::ffi::CStr, len: usize) -> std::io::Result<Self> {
-        let bytes = (len.max(1) * 8) as u64;
+        let bytes = len.max(1).checked_mul(8);
+        let bytes = bytes.ok_or_else(|| std::io::Error::from_raw_os_error(libc::EOVERFLOW))? as u64;
         let file = crate::backing::memfd(name, 0)?;
         file.set_len(bytes)?;
         let mapping = crate::mapping::Mapping::shared(&file, bytes, false)?;
@@ -102,5 +103,20 @@ impl Deref for Words {
 
     fn deref(&self) -> &[AtomicU64] {
         &self.0
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn more_words_than_memory_can_hold_are_refused() {
+        // 8 and 16 bytes too many for 64 bits, and what is left is a bitmap of one or two words.
+        for len in [(1 << 61) + 1, (1 << 61) + 2, 1 << 61, usize::MAX] {
+            let error = Words::new(c"test", len).unwrap_err();
+            assert_eq!(error.raw_os_error(), Some(libc::EOVERFLOW), "{len:#x}");
+        }
+        assert!(Words::new(c"test", 1 << 60).is_err());
     }
 }
