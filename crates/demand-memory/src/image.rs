@@ -322,8 +322,9 @@ impl Copy<'_> {
         len: usize,
     ) -> Result<Result<(), SourceError>, WriteImageError> {
         self.buffer.resize(len, 0);
-        if let Some(read) = source.read_now(offset, &mut Destination::from(&mut self.buffer[..])) {
-            return Ok(read);
+        let mut destination = Destination::from(&mut self.buffer[..]);
+        if let Some(read) = source.read_now(offset, &mut destination) {
+            return Ok(read.and_then(|()| destination.check_filled()));
         }
         let (destination, bytes) = Destination::owned(std::mem::take(&mut self.buffer));
         let chunks = vec![Chunk { offset, destination }];
@@ -344,7 +345,7 @@ impl Copy<'_> {
         // After a failure the source may still hold them: the next attempt makes new ones.
         let bytes = bytes.take();
         Ok(outcome.and_then(|()| {
-            self.buffer = bytes.ok_or(SourceError::Abandoned)?;
+            self.buffer = bytes?;
             Ok(())
         }))
     }

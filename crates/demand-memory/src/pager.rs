@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock, TryLockError};
 use std::time::Instant;
 
 use demand_source::{
-    Chunk, Completion, Destination, Extent, PageSource, Priority, Request, SourceError,
+    Chunk, Completion, Destination, Extent, Lender, PageSource, Priority, Request, SourceError,
 };
 
 use crate::retry::{Attempts, Retrier, RetryPolicy};
@@ -358,23 +358,27 @@ impl Pager {
         // is ever made, and the pages are claimed by this call, so nobody else writes them.
         let mut destination = unsafe { Destination::new(address, len, None) };
         if let Some(read) = self.source.read_now(offset, &mut destination) {
-            read?;
+            read.and_then(|()| destination.check_filled())?;
             return Ok((pages, self.publish(run, path, run.bytes(), tried)));
         }
         // A page that cannot be allocated must fail here, not as a signal in a source's thread.
         self.allocate(run, true)?;
-        let owner = self.populate.clone();
-        // SAFETY: as above; `owner` keeps the mapping while the source holds the loan, and the
-        // claim stays until the completion below has published the pages.
-        let destination = unsafe { Destination::new(address, len, Some(owner)) };
+        let arrival = Arc::new(Arrival {
+            pager: self.clone(),
+            run,
+            path,
+            tried,
+            outcome: OnceLock::new(),
+            wrote: AtomicU64::new(0),
+        });
+        // SAFETY: as above; `arrival` keeps the mapping, and the pages stay claimed until it is
+        // dropped, which is after the loan has ended.
+        let destination = unsafe { Destination::new(address, len, Some(arrival.clone())) };
         let priority = if path == Path::Fill { Priority::Fill } else { Priority::Demand };
         let request = Request { priority, chunks: vec![Chunk { offset, destination }] };
-        let pager = self.clone();
-        self.source.submit(request).then(move |outcome| match outcome {
-            Ok(()) => {
-                pager.publish(run, path, run.bytes(), tried);
-            }
-            Err(error) => pager.retry(run, Left::Populate, path, &error, tried),
+        self.source.submit(request).then(move |outcome| {
+            // Told once.
+            let _ = arrival.outcome.set(outcome);
         });
         Ok((pages, false))
     }
@@ -552,6 +556,41 @@ impl PageSource for NoSource {
 
     fn submit(&self, _: Request) -> Completion {
         Completion::ready(Err(SourceError::Abandoned))
+    }
+}
+
+/// Claimed pages that are with the source. The outcome and the destination hold it, and what
+/// follows is done when both have let go: pages are published, or asked for again, only when the
+/// source cannot write to them any more.
+struct Arrival {
+    pager: Arc<Pager>,
+    run: PageRange,
+    path: Path,
+    tried: Option<Attempts>,
+    outcome: OnceLock<Result<(), SourceError>>,
+    /// Bytes that the source wrote.
+    wrote: AtomicU64,
+}
+
+impl Lender for Arrival {
+    fn take_back(&self, wrote: usize) {
+        self.wrote.store(wrote as u64, Ordering::Relaxed);
+    }
+}
+
+impl Drop for Arrival {
+    fn drop(&mut self) {
+        let Arrival { ref pager, run, path, tried, .. } = *self;
+        let outcome = self.outcome.take().unwrap_or(Err(SourceError::Abandoned));
+        // The bytes themselves were written before the loan let go of this.
+        let (wrote, len) = (*self.wrote.get_mut(), run.bytes());
+        let short = || if wrote == len { Ok(()) } else { Err(SourceError::Short { wrote, len }) };
+        match outcome.and_then(|()| short()) {
+            Ok(()) => {
+                pager.publish(run, path, len, tried);
+            }
+            Err(error) => pager.retry(run, Left::Populate, path, &error, tried),
+        }
     }
 }
 

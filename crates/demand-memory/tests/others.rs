@@ -4,15 +4,20 @@
 #![cfg(not(loom))]
 
 use std::fs::File;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread;
 
 use demand_memory::{
     Backing, BackingError, BackingKind, DemandRegion, Mapping, MemfdBacking, PAGE_SIZE, PageRange,
-    Pager, PagerError, RegionConfig, Retrier, RetryPolicy, Stats,
+    Pager, PagerError, Path, RegionConfig, Retrier, RetryPolicy, Stats,
 };
-use demand_source::PageSource;
-use test_support::image::Near;
-use vm_memory::GuestAddress;
+use demand_source::{
+    BlockingSource, Completion, Destination, Extent, PageSource, Request, SourceError, Threaded,
+};
+use test_support::image::{Near, page_of};
+use test_support::wait::{A_WHILE, until};
+use vm_memory::{Bytes, GuestAddress, MemoryRegionAddress};
 
 const PAGES: u64 = 64;
 const SIZE: u64 = PAGES * PAGE_SIZE;
@@ -73,4 +78,136 @@ fn memory_past_the_last_address_is_refused() {
     };
     assert!(matches!(at(u64::MAX - SIZE + 2), Err(PagerError::PastTheEnd { size: SIZE, .. })));
     at(u64::MAX - SIZE + 1).unwrap();
+}
+
+/// A page of the region, which must be present.
+fn content(region: &DemandRegion, page: u64) -> Vec<u8> {
+    let mut content = vec![0xee; PAGE_SIZE as usize];
+    assert!(!region.pager().bitmap().is_missing(page));
+    region.read_slice(&mut content, MemoryRegionAddress(page * PAGE_SIZE)).unwrap();
+    content
+}
+
+/// A source that answers before it has given back what it was lent.
+#[derive(Clone)]
+struct Keeper(Arc<Kept>);
+
+struct Kept {
+    kept: Mutex<Vec<Destination<'static>>>,
+    failing: AtomicBool,
+    requests: AtomicUsize,
+}
+
+impl PageSource for Keeper {
+    fn size(&self) -> u64 {
+        SIZE
+    }
+    fn extent(&self, _: u64) -> Result<Extent, SourceError> {
+        Ok(Extent::Data { end: SIZE })
+    }
+    fn submit(&self, request: Request) -> Completion {
+        self.0.requests.fetch_add(1, Ordering::Relaxed);
+        for mut chunk in request.chunks {
+            Near(SIZE).read_now(chunk.offset, &mut chunk.destination).unwrap().unwrap();
+            self.0.kept.lock().unwrap().push(chunk.destination);
+        }
+        let failing = self.0.failing.load(Ordering::Relaxed);
+        Completion::ready(if failing { Err(SourceError::Abandoned) } else { Ok(()) })
+    }
+}
+
+fn keeper(failing: bool) -> (Arc<Kept>, DemandRegion) {
+    let failing = AtomicBool::new(failing);
+    let kept = Arc::new(Kept { kept: Mutex::default(), failing, requests: AtomicUsize::new(0) });
+    let region = DemandRegion::new(config(backing(), Keeper(kept.clone())), ()).unwrap();
+    (kept, region)
+}
+
+#[test]
+fn a_page_is_missing_until_its_loan_ends() {
+    let (keeper, region) = keeper(false);
+    assert_eq!(region.pager().fetch(PageRange::page(1), Path::Guest), Ok(0));
+    assert!(region.pager().bitmap().is_missing(1), "the source can still write to it");
+    keeper.kept.lock().unwrap().clear();
+    assert!(content(&region, 1) == page_of(1));
+}
+
+#[test]
+fn a_failed_page_is_retried_after_its_loan() {
+    let (keeper, region) = keeper(true);
+    region.pager().fetch(PageRange::page(1), Path::Guest).unwrap();
+    thread::sleep(A_WHILE);
+    assert_eq!(keeper.requests.load(Ordering::Relaxed), 1, "the source can still write to it");
+    keeper.failing.store(false, Ordering::Relaxed);
+    keeper.kept.lock().unwrap().clear();
+    until("it is tried again", || keeper.requests.load(Ordering::Relaxed) == 2);
+    until("it is given back", || keeper.kept.lock().unwrap().pop().is_some());
+    assert!(content(&region, 1) == page_of(1));
+}
+
+/// A source that writes half of what it is asked for, and says that this was all.
+#[derive(Clone, Default)]
+struct Half {
+    whole: Arc<AtomicBool>,
+    near: bool,
+}
+
+impl BlockingSource for Half {
+    fn size(&self) -> u64 {
+        SIZE
+    }
+    fn extent(&self, _: u64) -> Result<Extent, SourceError> {
+        Ok(Extent::Data { end: SIZE })
+    }
+    fn read(&self, offset: u64, destination: &mut Destination<'_>) -> Result<(), SourceError> {
+        if self.whole.load(Ordering::Relaxed) {
+            return Near(SIZE).read_through(offset, destination);
+        }
+        destination.write_at(0, &vec![7; destination.len() / 2]);
+        Ok(())
+    }
+}
+
+impl PageSource for Half {
+    fn size(&self) -> u64 {
+        SIZE
+    }
+    fn extent(&self, offset: u64) -> Result<Extent, SourceError> {
+        BlockingSource::extent(self, offset)
+    }
+    fn submit(&self, request: Request) -> Completion {
+        for mut chunk in request.chunks {
+            self.read(chunk.offset, &mut chunk.destination).unwrap();
+        }
+        Completion::ready(Ok(()))
+    }
+    fn read_now(&self, at: u64, to: &mut Destination<'_>) -> Option<Result<(), SourceError>> {
+        self.near.then(|| self.read(at, to))
+    }
+}
+
+#[test]
+fn success_with_half_a_page_is_a_failure() {
+    let [near, far] = [true, false].map(|near| Half { whole: Arc::default(), near });
+    let third = Half::default();
+    let switches = [&near, &far, &third].map(|half| half.whole.clone());
+    let threaded = Arc::new(Threaded::new(third, 1).unwrap());
+    let sources: [Arc<dyn PageSource>; 3] = [Arc::new(near), Arc::new(far), threaded];
+    for (source, whole) in sources.into_iter().zip(switches) {
+        let told = Arc::new(Mutex::new(Vec::new()));
+        let tell = told.clone();
+        let retrier = Retrier::new(RetryPolicy::default(), move |failure| {
+            tell.lock().unwrap().push(failure.error.to_string());
+        });
+        let config = RegionConfig { source, retrier, ..config(backing(), Near(SIZE)) };
+        let region = DemandRegion::<()>::new(config, ()).unwrap();
+        region.pager().fetch(PageRange::page(1), Path::Guest).unwrap();
+        until("it is told", || !told.lock().unwrap().is_empty());
+        assert!(region.pager().bitmap().is_missing(1));
+        let short = SourceError::Short { wrote: 2048, len: 4096 }.to_string();
+        assert_eq!(told.lock().unwrap()[0], short);
+        whole.store(true, Ordering::Relaxed);
+        until("the page arrives", || !region.pager().bitmap().is_missing(1));
+        assert!(content(&region, 1) == page_of(1));
+    }
 }

@@ -24,7 +24,8 @@ pub trait BlockingSource: Send + Sync {
     /// Those of the source.
     fn extent(&self, offset: u64) -> Result<Extent, SourceError>;
 
-    /// Fills the destination with the bytes at `offset` (bytes) of the image.
+    /// Fills the destination with the bytes at `offset` (bytes) of the image: all of it, zeros
+    /// included. Success with less is [`SourceError::Short`] to the caller.
     ///
     /// # Errors
     ///
@@ -86,7 +87,9 @@ impl<S> Shared<S> {
 ///     }
 ///     fn read(&self, offset: u64, to: &mut Destination<'_>) -> Result<(), SourceError> {
 ///         std::thread::sleep(std::time::Duration::from_millis(1));
-///         to.write_at(0, &offset.to_le_bytes());
+///         for at in (0..to.len()).step_by(8) {
+///             to.write_at(at, &(offset + at as u64).to_le_bytes());
+///         }
 ///         Ok(())
 ///     }
 /// }
@@ -143,8 +146,9 @@ fn serve<S: BlockingSource>(shared: &Shared<S>, demand_only: bool) {
         drop(queues);
         let mut outcome = Ok(());
         for mut chunk in request.chunks {
-            outcome =
-                outcome.and_then(|()| shared.source.read(chunk.offset, &mut chunk.destination));
+            outcome = outcome
+                .and_then(|()| shared.source.read(chunk.offset, &mut chunk.destination))
+                .and_then(|()| chunk.destination.check_filled());
         }
         completer.complete(outcome);
     }
@@ -219,7 +223,8 @@ mod tests {
         fn extent(&self, _: u64) -> Result<Extent, SourceError> {
             Ok(Extent::Data { end: 1 << 20 })
         }
-        fn read(&self, offset: u64, _: &mut Destination<'_>) -> Result<(), SourceError> {
+        fn read(&self, offset: u64, to: &mut Destination<'_>) -> Result<(), SourceError> {
+            to.write_at(0, &vec![0; to.len()]);
             self.begun.lock().unwrap().send(offset).unwrap();
             self.go_on.lock().unwrap().recv().map_err(|_| SourceError::Abandoned)
         }
@@ -284,5 +289,31 @@ mod tests {
         go.send(()).unwrap();
         first.wait().unwrap();
         ender.join().unwrap();
+    }
+
+    /// Writes half of what it is asked for, and says that this was all.
+    struct Half;
+
+    impl BlockingSource for Half {
+        fn size(&self) -> u64 {
+            1 << 20
+        }
+        fn extent(&self, _: u64) -> Result<Extent, SourceError> {
+            Ok(Extent::Data { end: 1 << 20 })
+        }
+        fn read(&self, _: u64, to: &mut Destination<'_>) -> Result<(), SourceError> {
+            to.write_at(0, &vec![7; to.len() / 2]);
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn success_with_half_of_the_bytes_is_short() {
+        let source = Threaded::new(Half, 1).unwrap();
+        let error = source.submit(request(0, Priority::Demand)).wait().unwrap_err();
+        assert!(matches!(error, SourceError::Short { wrote: 2048, len: 4096 }), "{error}");
+        let mut page = [0; 4096];
+        let error = source.read_through(0, &mut Destination::from(&mut page[..])).unwrap_err();
+        assert!(matches!(error, SourceError::Short { wrote: 2048, len: 4096 }), "{error}");
     }
 }

@@ -1,19 +1,25 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Memory on loan to a source.
 
-use std::any::Any;
 use std::fmt;
 use std::fs::File;
 use std::io;
 use std::marker::PhantomData;
 use std::os::fd::AsRawFd;
 use std::ptr::NonNull;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::SourceError;
+use crate::written::Written;
 
 /// Memory that a source may write, and nothing else.
 ///
 /// It may be memory that other processes map as well, so it is never turned into a Rust slice:
-/// bytes go in by copy, or straight from a file.
+/// bytes go in by copy, or straight from a file. It knows which of them were written.
+///
+/// The loan ends when this is dropped, and not before: a source that reports success and keeps it
+/// delays the pages, and can never write to pages that count as present.
 ///
 /// # Examples
 ///
@@ -28,9 +34,30 @@ use std::sync::{Arc, Mutex, PoisonError};
 pub struct Destination<'a> {
     address: NonNull<u8>,
     len: usize,
-    // Keeps the memory mapped where the loan has no lifetime of its own.
-    owner: Option<Arc<dyn Any + Send + Sync>>,
+    loan: Loan,
     lifetime: PhantomData<&'a mut [u8]>,
+}
+
+/// The owner of lent memory, where the loan has no lifetime of its own.
+pub trait Lender: Send + Sync {
+    /// Called when the loan ends, as its last act: nothing is written through it any more. `wrote`
+    /// of its bytes were written, each counted once.
+    fn take_back(&self, wrote: usize);
+}
+
+/// How far a loan has come. Not part of `Destination` itself, which borrowers of slices could not
+/// let go before the end of their scope if it had a `Drop` of its own.
+struct Loan {
+    written: Written,
+    lender: Option<Arc<dyn Lender>>,
+}
+
+impl Drop for Loan {
+    fn drop(&mut self) {
+        if let Some(lender) = &self.lender {
+            lender.take_back(self.written.bytes());
+        }
+    }
 }
 
 // SAFETY: a destination is the only handle through which the source reaches the memory, it has no
@@ -38,19 +65,26 @@ pub struct Destination<'a> {
 unsafe impl Send for Destination<'_> {}
 
 impl<'a> Destination<'a> {
-    /// Lends `len` bytes at `address`; `owner`, if given, is dropped after the loan ends.
+    /// Lends `len` bytes at `address`; `lender`, if given, is told when the loan ends, and dropped
+    /// after that.
     ///
     /// # Safety
     ///
-    /// The bytes must stay mapped writable for `'a`, or where `owner` is given for as long as
-    /// `owner` lives. No Rust reference to them may exist during that time. Other processes and
+    /// The bytes must stay mapped writable for `'a`, or where `lender` is given for as long as
+    /// `lender` lives. No Rust reference to them may exist during that time. Other processes and
     /// other raw pointers may reach them: a race then spoils bytes, not memory safety.
-    pub unsafe fn new(
-        address: NonNull<u8>,
-        len: usize,
-        owner: Option<Arc<dyn Any + Send + Sync>>,
-    ) -> Self {
-        Destination { address, len, owner, lifetime: PhantomData }
+    pub unsafe fn new(address: NonNull<u8>, len: usize, lender: Option<Arc<dyn Lender>>) -> Self {
+        let loan = Loan { written: Written::default(), lender };
+        Destination { address, len, loan, lifetime: PhantomData }
+    }
+
+    /// Whether all bytes were written, by one call or another.
+    ///
+    /// # Errors
+    ///
+    /// [`SourceError::Short`] tells how many were.
+    pub fn check_filled(&self) -> Result<(), SourceError> {
+        check_filled(self.loan.written.bytes(), self.len)
     }
 
     /// Length of the loan, in bytes.
@@ -79,6 +113,7 @@ impl<'a> Destination<'a> {
                 bytes.len(),
             );
         }
+        self.loan.written.add(offset, bytes.len());
     }
 
     /// Copies the bytes at `offset` (bytes) of the loan to `bytes`: for a source that looks at what
@@ -134,6 +169,7 @@ impl<'a> Destination<'a> {
                 )
             };
             if let Ok(read) = usize::try_from(read) {
+                self.loan.written.add(offset, read);
                 return Ok(read);
             }
             let error = io::Error::last_os_error();
@@ -152,14 +188,42 @@ impl<'a> From<&'a mut [u8]> for Destination<'a> {
     }
 }
 
+/// Compares the bytes that were written with those that were lent.
+///
+/// # Errors
+///
+/// [`SourceError::Short`].
+pub(crate) fn check_filled(wrote: usize, len: usize) -> Result<(), SourceError> {
+    let (wrote, len) = (wrote as u64, len as u64);
+    if wrote == len { Ok(()) } else { Err(SourceError::Short { wrote, len }) }
+}
+
 /// The bytes behind [`Destination::owned`].
-pub struct OwnedBytes(Arc<Mutex<Vec<u8>>>);
+pub struct OwnedBytes(Arc<Owned>);
+
+struct Owned {
+    bytes: Mutex<Vec<u8>>,
+    wrote: AtomicUsize,
+}
+
+impl Lender for Owned {
+    fn take_back(&self, wrote: usize) {
+        self.wrote.store(wrote, Ordering::Release);
+    }
+}
 
 impl OwnedBytes {
-    /// The bytes, or `None` while a source still holds the destination.
-    pub fn take(self) -> Option<Vec<u8>> {
-        let bytes = Arc::into_inner(self.0)?;
-        Some(bytes.into_inner().unwrap_or_else(PoisonError::into_inner))
+    /// The bytes, all of which the source has written.
+    ///
+    /// # Errors
+    ///
+    /// [`SourceError::Abandoned`] while a source still holds the destination, and
+    /// [`SourceError::Short`].
+    pub fn take(self) -> Result<Vec<u8>, SourceError> {
+        let Owned { bytes, wrote } = Arc::into_inner(self.0).ok_or(SourceError::Abandoned)?;
+        let bytes = bytes.into_inner().unwrap_or_else(PoisonError::into_inner);
+        check_filled(wrote.into_inner(), bytes.len())?;
+        Ok(bytes)
     }
 }
 
@@ -173,14 +237,15 @@ impl Destination<'static> {
     /// use demand_source::Destination;
     ///
     /// let (mut destination, bytes) = Destination::owned(vec![0; 4]);
-    /// destination.write_at(1, &[7]);
+    /// destination.write_at(2, &[7, 8]);
+    /// destination.write_at(0, &[5, 6]);
     /// drop(destination);
-    /// assert_eq!(bytes.take().unwrap(), [0, 7, 0, 0]);
+    /// assert_eq!(bytes.take().unwrap(), [5, 6, 7, 8]);
     /// ```
     pub fn owned(mut bytes: Vec<u8>) -> (Destination<'static>, OwnedBytes) {
         let len = bytes.len();
         let address = NonNull::from(&mut bytes[..]).cast();
-        let shared = Arc::new(Mutex::new(bytes));
+        let shared = Arc::new(Owned { bytes: Mutex::new(bytes), wrote: AtomicUsize::new(0) });
         // SAFETY: the vector's bytes stay where they are while the `Arc` lives, which the
         // destination keeps; `OwnedBytes` hands the vector out only when it holds the last
         // reference.
@@ -200,7 +265,7 @@ impl fmt::Debug for Destination<'_> {
         f.debug_struct("Destination")
             .field("address", &self.address)
             .field("len", &self.len)
-            .field("owned", &self.owner.is_some())
+            .field("written", &self.loan.written.bytes())
             .finish()
     }
 }
@@ -213,6 +278,27 @@ mod tests {
     #[should_panic(expected = "do not fit")]
     fn a_copy_from_past_the_end_is_refused() {
         Destination::from(&mut [0u8; 8][..]).copy_out(8, &mut [0]);
+    }
+
+    #[test]
+    fn what_was_not_written_is_told() {
+        let mut bytes = [0; 8];
+        let mut destination = Destination::from(&mut bytes[..]);
+        // Twice the same half is no whole.
+        destination.write_at(4, &[1; 4]);
+        destination.write_at(4, &[2; 4]);
+        let error = destination.check_filled().unwrap_err();
+        assert!(matches!(error, SourceError::Short { wrote: 4, len: 8 }), "{error}");
+        destination.write_at(0, &[3; 4]);
+        destination.check_filled().unwrap();
+        assert_eq!(bytes, [3, 3, 3, 3, 2, 2, 2, 2]);
+
+        let (mut destination, bytes) = Destination::owned(vec![0; 8]);
+        destination.write_at(0, &[1]);
+        drop(destination);
+        assert!(matches!(bytes.take(), Err(SourceError::Short { wrote: 1, len: 8 })));
+        let (_destination, bytes) = Destination::owned(vec![0; 8]);
+        assert!(matches!(bytes.take(), Err(SourceError::Abandoned)));
     }
 
     #[test]

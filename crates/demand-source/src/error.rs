@@ -47,6 +47,17 @@ pub enum SourceError {
         /// Its size when it was opened, in bytes.
         size: u64,
     },
+    /// The source reported success and had not written all bytes.
+    #[error(
+        "cannot use {len} bytes of the page source: it wrote only {wrote} and reported success; \
+         that is a mistake in the source's implementation"
+    )]
+    Short {
+        /// Bytes that were written, each counted once.
+        wrote: u64,
+        /// Bytes that were asked for.
+        len: u64,
+    },
     /// The range was never part of the image.
     #[error(
         "read {len} bytes at offset {offset} of {image}: the image has {size} bytes; use an \

@@ -13,10 +13,11 @@ mod source;
 mod sparse;
 mod table;
 mod writer;
+mod written;
 
 pub use blocking::{BlockingSource, Threaded};
 pub use completion::{Completer, Completion};
-pub use destination::{Destination, OwnedBytes};
+pub use destination::{Destination, Lender, OwnedBytes};
 pub use error::SourceError;
 pub use file::LocalFile;
 pub use hash::page_hash;

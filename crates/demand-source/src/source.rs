@@ -108,7 +108,8 @@ pub trait PageSource: Send + Sync {
     fn extent(&self, offset: u64) -> Result<Extent, SourceError>;
 
     /// Starts a request. Its outcome arrives through the completion, from any thread, once every
-    /// destination has been filled and dropped, or has failed.
+    /// destination has been filled and dropped, or has failed. It counts once all destinations are
+    /// dropped; if one was not filled then, success is [`SourceError::Short`].
     fn submit(&self, request: Request) -> Completion;
 
     /// Reads on the calling thread, for sources whose answer is as near as a function call;
@@ -147,12 +148,12 @@ pub trait PageSource: Send + Sync {
         destination: &mut Destination<'_>,
     ) -> Result<(), SourceError> {
         if let Some(result) = self.read_now(offset, destination) {
-            return result;
+            return result.and_then(|()| destination.check_filled());
         }
         let (bounce, bytes) = Destination::owned(vec![0; destination.len()]);
         let chunks = vec![Chunk { offset, destination: bounce }];
         self.submit(Request { priority: Priority::Demand, chunks }).wait()?;
-        destination.write_at(0, &bytes.take().ok_or(SourceError::Abandoned)?);
+        destination.write_at(0, &bytes.take()?);
         Ok(())
     }
 }
