@@ -10,6 +10,7 @@ use std::time::Instant;
 
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 
+use crate::absence::AbsenceWatch;
 use crate::error::{Error, no_thread};
 use crate::events::{Event, Hear};
 use crate::power::PowerRequest;
@@ -144,8 +145,10 @@ pub(crate) fn drive(
         quit: false,
         lost: None,
     });
+    let mut absences = AbsenceWatch::new();
     loop {
         manager.run_with_timeout(LOOK_EVERY_MS).map_err(|error| failed(&error))?;
+        absences.look(vm);
         while let Some(event) = hear.next() {
             if matches!(event, Event::Complete) {
                 look(Some(Instant::now()));

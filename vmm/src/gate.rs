@@ -3,7 +3,7 @@
 //! paused.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -69,6 +69,8 @@ const SETTLE_EVERY: Duration = Duration::from_millis(2);
 /// While nobody wants anything, passing is one load of a word that nobody writes.
 pub(crate) struct Gate {
     wanted: AtomicU8,
+    /// How often all vCPUs were said to have been held up.
+    absences: AtomicU64,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -77,6 +79,7 @@ impl Gate {
     pub(crate) fn new(wanted: Wanted) -> Self {
         Gate {
             wanted: AtomicU8::new(wanted as u8),
+            absences: AtomicU64::new(0),
             state: Mutex::default(),
             changed: Condvar::new(),
         }
@@ -117,6 +120,16 @@ impl Gate {
     /// Whether vCPUs may enter the guest.
     pub(crate) fn is_open(&self) -> bool {
         self.wants(Wanted::Run)
+    }
+
+    /// Notes that the vCPUs were held up.
+    pub(crate) fn note_absence(&self) {
+        self.absences.fetch_add(1, Ordering::Release);
+    }
+
+    /// How often that was noted.
+    pub(crate) fn absences(&self) -> u64 {
+        self.absences.load(Ordering::Acquire)
     }
 
     /// Whether vCPUs are to be parked.

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 #![doc = include_str!("../README.md")]
 
+mod absence;
 pub mod acpi;
 mod advice;
 pub mod api;

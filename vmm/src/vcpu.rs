@@ -165,7 +165,8 @@ pub(crate) fn run(
 ) {
     let _ended = TellEnd(cpu, gate, tell);
     vcpu.kick().attach();
-    let mut runner = Runner { cpu, vcpu, context, gate, has_run: false, held: false };
+    let mut runner =
+        Runner { cpu, vcpu, context, gate, has_run: false, held: false, absences: (0, 0) };
     if let End::Failed(message) = runner.run() {
         tell(VcpuEvent::Failed { cpu, message });
     }
@@ -180,6 +181,8 @@ struct Runner<'a> {
     held: bool,
     /// Whether there can be an instruction that is half done.
     has_run: bool,
+    /// Absences that the guest was told of: this vCPU's, and those of all vCPUs.
+    absences: (u64, u64),
 }
 
 impl Runner<'_> {
@@ -190,6 +193,11 @@ impl Runner<'_> {
                 && let Err(end) = self.pause(gate)
             {
                 return end;
+            }
+            let absences = (self.vcpu.absences(), gate.absences());
+            if absences != self.absences {
+                self.absences = absences;
+                self.tell_absence();
             }
             self.context.first_run.get_or_init(Instant::now);
             self.has_run = true;
@@ -215,7 +223,6 @@ impl Runner<'_> {
     fn pause(&mut self, gate: &Gate) -> Result<(), End> {
         let settle = self.has_run && gate.is_pausing();
         let mut settled = if settle { self.settle()? } else { Settled::Yes };
-        let mut parked = false;
         loop {
             match gate.wait(self.cpu, settled) {
                 Turn::Go => break,
@@ -223,23 +230,21 @@ impl Runner<'_> {
                 Turn::Settle => settled = self.settle()?,
                 Turn::Do(job) => job(&mut self.vcpu),
             }
-            parked = true;
         }
         // Released, or held once more while it was on its way in.
         self.held = self.held && gate.is_held(self.cpu);
-        if parked {
-            self.was_paused();
-        }
+        // However short: a pause without a job is one turn.
+        self.tell_absence();
         Ok(())
     }
 
-    /// Tells the guest's clock of a pause, so that the guest's watchdogs do not take it for a
-    /// hang (`KVM_KVMCLOCK_CTRL`, `Documentation/virt/kvm/api.rst`).
-    fn was_paused(&self) {
+    /// Tells the guest by its clock that it was held up, so that its watchdogs do not take that for
+    /// a hang (`KVM_KVMCLOCK_CTRL`, `Documentation/virt/kvm/api.rst`).
+    fn tell_absence(&self) {
         match self.vcpu.fd().kvmclock_ctrl() {
             // EINVAL: the guest has no such clock.
             Err(error) if error.errno() != libc::EINVAL => {
-                log::debug!("tell vCPU {}'s clock of a pause: {error}", self.cpu);
+                log::debug!("cannot tell vCPU {} that it was held up: {error}", self.cpu);
             }
             _ => {}
         }

@@ -156,6 +156,13 @@ impl Vcpus {
         self.gate.want(Wanted::Run);
     }
 
+    /// Tells the guest, on each vCPU before it runs on, that it was held up for a time that it cannot
+    /// know of; a vCPU that still waits learns of it when its wait is over. It does not wait.
+    pub(crate) fn tell_absence(&self) {
+        self.gate.note_absence();
+        self.vcpus.iter().for_each(|vcpu| vcpu.kick.kick());
+    }
+
     /// Whether some vCPU is [held](crate::vcpu::Served::Hold).
     pub fn is_held(&self) -> bool {
         self.gate.holds_any()

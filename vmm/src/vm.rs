@@ -218,6 +218,11 @@ impl Vm {
         lock(&self.vcpus)
     }
 
+    /// The vCPUs, unless something else is being done with them.
+    pub(crate) fn try_vcpus(&self) -> Option<MutexGuard<'_, Vcpus>> {
+        self.vcpus.try_lock().ok()
+    }
+
     /// Lets the vCPUs begin. They run before anybody is told so: who pauses them finds them running.
     pub(crate) fn go(&self) {
         let _change = lock(&self.lifecycle.change);

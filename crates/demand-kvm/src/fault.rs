@@ -3,7 +3,7 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use demand_memory::{FetchError, PAGE_SIZE, PageRange, Pager, Path, Waiter};
 use vm_memory::GuestAddress;
@@ -191,6 +191,17 @@ impl FaultHandler {
         flags: u64,
         waiter: &Arc<Waiter>,
     ) -> Result<(), FaultError> {
+        self.handle_timed(gpa, size, flags, waiter).map(drop)
+    }
+
+    /// [`handle`](Self::handle); returns how long it took.
+    pub(crate) fn handle_timed(
+        &self,
+        gpa: u64,
+        size: u64,
+        flags: u64,
+        waiter: &Arc<Waiter>,
+    ) -> Result<Duration, FaultError> {
         let begun = Instant::now();
         let unexpected = FaultError::Unexpected { gpa, size, flags };
         let (Region { pager, trap, .. }, pages) = self
@@ -199,8 +210,9 @@ impl FaultHandler {
             .ok_or(unexpected)?;
         ensure(pager, pages, Path::Guest, gpa, waiter)?;
         trap.let_through(pager, pages).map_err(|error| FaultError::Attributes { gpa, error })?;
-        pager.stats().fault(Path::Guest, pages.bytes(), begun.elapsed());
-        Ok(())
+        let waited = begun.elapsed();
+        pager.stats().fault(Path::Guest, pages.bytes(), waited);
+        Ok(waited)
     }
 
     /// Whether any of `len` bytes at guest physical address `gpa` lies in a demand-paged region.

@@ -2,6 +2,7 @@
 //! A vCPU whose exits at missing pages are served.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use demand_memory::Waiter;
 use kvm_ioctls::{VcpuExit, VcpuFd};
@@ -90,7 +91,11 @@ pub struct DemandVcpu {
     kick: VcpuKick,
     /// What must be answered before the vCPU runs again.
     pending: Option<Pending>,
+    absences: u64,
 }
+
+/// A wait for a page that is longer counts as an [absence](DemandVcpu::absences).
+const LONG_WAIT: Duration = Duration::from_secs(1);
 
 impl DemandVcpu {
     /// Makes of a vCPU one that can be kicked.
@@ -100,7 +105,7 @@ impl DemandVcpu {
     /// [`KickError`].
     pub fn new(vcpu: VcpuFd) -> Result<Self, KickError> {
         let kick = VcpuKick::new(&vcpu)?;
-        Ok(DemandVcpu { vcpu, kick, pending: None })
+        Ok(DemandVcpu { vcpu, kick, pending: None, absences: 0 })
     }
 
     /// What calls it away. The thread that takes the steps attaches itself first.
@@ -125,6 +130,14 @@ impl DemandVcpu {
         self.pending
     }
 
+    /// How often the guest was held up for a time that it cannot know of: its thread waited for a
+    /// page for more than a second, or left `KVM_RUN` because of a signal that is not a
+    /// [kick](VcpuKick), as when the process is stopped (SIGSTOP, the freezer, a debugger). A guest
+    /// with kvm-clock should then be told (`KVM_KVMCLOCK_CTRL`), or its watchdogs report a lockup.
+    pub fn absences(&self) -> u64 {
+        self.absences
+    }
+
     /// Answers what is to be answered, and runs the vCPU until its next exit. `memory` is the
     /// VM's (see [`Pending::answer`]). It waits as long as the source does, unless the vCPU is
     /// kicked.
@@ -144,8 +157,12 @@ impl DemandVcpu {
             }
         }
         match run(&mut self.vcpu, &mut self.pending, handler, self.kick.waiter()) {
-            Ok(Ran::Served) => Ok(Step::Again),
+            Ok(Ran::Served { waited }) => {
+                self.absences += u64::from(waited > LONG_WAIT);
+                Ok(Step::Again)
+            }
             Ok(Ran::CalledAway) => {
+                self.absences += u64::from(!self.kick.is_kicked());
                 self.kick.clear();
                 Ok(Step::Again)
             }
@@ -217,7 +234,7 @@ impl DemandVcpu {
             }
         }
         match run(&mut self.vcpu, &mut self.pending, handler, self.kick.waiter()) {
-            Ok(Ran::Served) => Ok(Settle::Again),
+            Ok(Ran::Served { .. }) => Ok(Settle::Again),
             Ok(Ran::CalledAway) => Ok(Settle::Done),
             Ok(Ran::Exit(exit)) => Ok(Settle::Exit(exit)),
             Err(StepError::Fault(FaultError::Kicked { gpa })) => Ok(Settle::Waiting { gpa }),
@@ -251,7 +268,10 @@ impl DemandVcpu {
 /// What came of one `KVM_RUN`.
 enum Ran<'a> {
     /// The exit was one of demand paging, and was served or is kept to be answered.
-    Served,
+    Served {
+        /// How long its page took.
+        waited: Duration,
+    },
     /// Something called the vCPU away.
     CalledAway,
     /// An exit for the VMM.
@@ -274,12 +294,12 @@ fn run<'a>(
     };
     *pending = Pending::of(&exit, handler);
     if pending.is_some() {
-        return Ok(Ran::Served);
+        return Ok(Ran::Served { waited: Duration::ZERO });
     }
     match exit {
         VcpuExit::MemoryFault { flags, gpa, size } => {
-            match handler.handle(gpa, size, flags, waiter) {
-                Ok(()) => Ok(Ran::Served),
+            match handler.handle_timed(gpa, size, flags, waiter) {
+                Ok(waited) => Ok(Ran::Served { waited }),
                 // Not of missing pages: somebody else's, if anybody's.
                 Err(FaultError::Unexpected { .. }) => Ok(Ran::Exit(exit)),
                 Err(error) => Err(error.into()),

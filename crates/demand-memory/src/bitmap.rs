@@ -284,6 +284,11 @@ impl MissingBitmap {
         self.waiting.stop();
     }
 
+    /// Whether a thread or a callback waits for a page.
+    pub fn is_waited_for(&self) -> bool {
+        self.waiting.is_waited_for()
+    }
+
     /// Whether [`stop`](Self::stop) was called.
     pub fn is_stopped(&self) -> bool {
         self.waiting.is_stopped()

@@ -144,6 +144,11 @@ impl WaitTable {
         &self.buckets[(word % BUCKETS as u64) as usize]
     }
 
+    /// Whether anything waits.
+    pub(crate) fn is_waited_for(&self) -> bool {
+        self.buckets.iter().any(|bucket| bucket.waiting.load(Ordering::Relaxed) != 0)
+    }
+
     pub(crate) fn is_stopped(&self) -> bool {
         self.stopped.load(Ordering::Acquire)
     }

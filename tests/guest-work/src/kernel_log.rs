@@ -13,7 +13,7 @@ use crate::console::{say, wrong};
 const PATH: &str = "/dev/kmsg";
 
 /// What a complaint has somewhere, each as kernels from 6.1 on write it.
-const COMPLAINTS: [&str; 20] = [
+const COMPLAINTS: [&str; 21] = [
     "WARNING:",
     "BUG:",
     "Oops",
@@ -37,6 +37,7 @@ const COMPLAINTS: [&str; 20] = [
     "Out of memory",
     "nobody cared",
     "segfault at",
+    "Initramfs unpacking failed",
 ];
 /// See `add_vmfork_randomness` in drivers/char/random.c.
 const RESEEDED: &str = "crng reseeded due to virtual machine fork";

@@ -1,0 +1,111 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What a busy Linux guest makes of the times in which it did not run.
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use demand_tests::guest::{Guest, GuestConfig, Kernel};
+use demand_vmm::api::Go;
+use guest_work::{Journal, Prove, Work};
+use rustix::process::{Pid, Signal, kill_process};
+
+/// The guest's kernel reports a lockup after twice as long, in seconds.
+const WATCHDOG: &str = "watchdog_thresh=1";
+/// How long the guest is held up.
+const HELD_UP: Duration = Duration::from_millis(3500);
+/// Beats in which the guest's kernel finds a lockup, if it takes the time for one.
+const BEATS: u32 = 4;
+
+const PAGE: usize = 4096;
+/// Where the memory begins that no start needs.
+const SPARED: usize = 16 << 20;
+
+/// A guest whose CPUs never rest.
+fn busy() -> Work {
+    Work::Prove(Prove {
+        memory: 48 << 20,
+        rest_us: 0,
+        journal: Journal::None,
+        beat_ms: 250,
+        ..Prove::default()
+    })
+}
+
+fn config(cpus: u32, memory: &str, more: &[&str]) -> GuestConfig {
+    let more = more.iter().map(ToString::to_string).collect();
+    GuestConfig { cpus, memory: memory.into(), more, ..GuestConfig::default() }
+}
+
+/// Whether it goes on without a complaint.
+fn goes_on(guest: &mut Guest, after: &str) -> Result<()> {
+    guest.wait_beats(BEATS).map(drop).context(after.to_owned())
+}
+
+/// Alters pages of a snapshot's memory, or puts them back.
+fn flip(memory: &Path) -> Result<()> {
+    let content = fs::read(memory)?;
+    let file = File::options().write(true).open(memory)?;
+    for (number, page) in content.chunks_exact(PAGE).enumerate().skip(SPARED / PAGE) {
+        if page.iter().any(|byte| *byte != 0) {
+            file.write_all_at(&[page[7] ^ 0x55], (number * PAGE + 7) as u64)?;
+        }
+    }
+    Ok(())
+}
+
+/// Restores a guest, and has it wait for pages. With `uffd` a vCPU that waits takes interrupts, so
+/// that nothing could be seen.
+fn waits_for_pages(snapshot: &Path, folder: &Path) -> Result<()> {
+    let more = ["--engine", "kvm-userfault", "--fill", "off"];
+    let mut guest = Guest::restore(folder, snapshot, &config(0, "backing=shmem", &more))?;
+    // It has forgotten that it was restored, and does not yet have all that it works on.
+    guest.wait_beats(3)?;
+    let memory = snapshot.join("memory");
+    flip(&memory)?;
+    let begun = Instant::now();
+    while guest.api().status()?.last_error.is_none() {
+        ensure!(begun.elapsed() < Duration::from_secs(60), "it needs no page; {}", guest.story());
+        thread::sleep(Duration::from_millis(20));
+    }
+    thread::sleep(HELD_UP);
+    flip(&memory)?;
+    goes_on(&mut guest, "a wait for pages")?;
+    guest.finish()?;
+    Ok(())
+}
+
+#[test]
+fn time_out_of_the_guest_is_no_lockup() {
+    let Some(kernel) = Kernel::lab() else { return };
+    held_up(&kernel).unwrap_or_else(|error| panic!("{error:#}"));
+}
+
+fn held_up(kernel: &Kernel) -> Result<()> {
+    let temporary = tempfile::tempdir()?;
+    let at = |name: &str| temporary.path().join(name);
+    let config = config(2, "size=112M", &[]);
+    let mut guest = Guest::boot_with(&at("first"), kernel, &busy(), WATCHDOG, &config)?;
+    guest.wait_beats(2)?;
+    guest.api().pause()?;
+    thread::sleep(HELD_UP);
+    guest.api().resume()?;
+    goes_on(&mut guest, "a pause")?;
+
+    let process = Pid::from_raw(guest.id() as i32).context("a process")?;
+    kill_process(process, Signal::STOP)?;
+    thread::sleep(HELD_UP);
+    kill_process(process, Signal::CONT)?;
+    goes_on(&mut guest, "SIGSTOP and SIGCONT")?;
+
+    let snapshot = at("snapshot");
+    guest.snapshot(&snapshot, Some(Go::Pause))?;
+    thread::sleep(HELD_UP);
+    guest.api().resume()?;
+    goes_on(&mut guest, "a snapshot")?;
+    guest.finish()?;
+    waits_for_pages(&snapshot, &at("restored"))
+}
