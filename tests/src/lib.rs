@@ -15,6 +15,7 @@ pub mod refusal;
 pub mod same_memory;
 pub mod sandbox;
 pub mod scenario;
+pub mod tiny_kernel;
 
 use demand_kvm::Engine;
 use demand_memory::BackingKind;

@@ -75,8 +75,9 @@ struct GuestArgs {
     /// [,id=NAME]; once for each device.
     #[arg(long, value_name = "DEVICE")]
     vhost_user: Vec<VhostUserOption>,
-    /// Where a Linux guest's serial port leads: tty, file=PATH or off. On a terminal, Ctrl-A and x
-    /// end the VM.
+    /// Where a Linux guest's serial port leads: tty, file=PATH or off. A file has no bound: it grows
+    /// by all that the guest says, to the limit of its disk's quota. On a terminal, Ctrl-A and x end
+    /// the VM.
     #[arg(long, default_value = "tty")]
     serial: SerialOption,
     /// Serve the API on a Unix socket, for pause, resume, snapshot, status and shutdown.

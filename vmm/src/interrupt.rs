@@ -60,16 +60,12 @@ impl Interrupt {
 const SIGNALS: [(libc::c_int, &str); 3] =
     [(libc::SIGINT, "SIGINT"), (libc::SIGTERM, "SIGTERM"), (libc::SIGHUP, "SIGHUP")];
 
-/// Has the first SIGINT, SIGTERM or SIGHUP raise `interrupt`, and the second end the process at
-/// once. To be called before other threads are started: they must have the signals blocked, as
-/// this thread has from now on.
-///
-/// A signal that the process was started to ignore (`nohup`) stays ignored.
+/// Blocks the signals that end a run, in this thread and those that it starts; the set of them.
 ///
 /// # Errors
 ///
-/// The system's, if there is no thread to be had.
-pub fn on_signals(interrupt: Interrupt) -> io::Result<()> {
+/// The system's.
+pub(crate) fn block_signals() -> io::Result<libc::sigset_t> {
     let mut set = MaybeUninit::uninit();
     // SAFETY: `sigemptyset` makes it a set, and the signals' numbers are valid.
     let set = unsafe {
@@ -81,9 +77,22 @@ pub fn on_signals(interrupt: Interrupt) -> io::Result<()> {
     };
     // SAFETY: the set is one, and the old mask is not asked for.
     match unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &set, ptr::null_mut()) } {
-        0 => {}
-        error => return Err(io::Error::from_raw_os_error(error)),
+        0 => Ok(set),
+        error => Err(io::Error::from_raw_os_error(error)),
     }
+}
+
+/// Has the first SIGINT, SIGTERM or SIGHUP raise `interrupt`, and the second end the process at
+/// once. To be called before other threads are started: they must have the signals blocked, as
+/// this thread has from now on.
+///
+/// A signal that the process was started to ignore (`nohup`) stays ignored.
+///
+/// # Errors
+///
+/// The system's, if there is no thread to be had.
+pub fn on_signals(interrupt: Interrupt) -> io::Result<()> {
+    let set = block_signals()?;
     let wait = move || {
         loop {
             let mut signal = 0;

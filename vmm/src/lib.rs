@@ -28,6 +28,7 @@ pub mod http;
 mod interrupt;
 pub mod layout;
 pub mod linux;
+pub mod logger;
 pub mod machine;
 pub mod notify;
 mod offer;

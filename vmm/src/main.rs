@@ -4,16 +4,18 @@
 use std::process::ExitCode;
 use std::time::Instant;
 
+use demand_vmm::logger;
+
 fn main() -> ExitCode {
     let started = Instant::now();
-    env_logger::Builder::from_env(env_logger::Env::new().default_filter_or("warn"))
-        .format_timestamp_micros()
-        .init();
-    match demand_vmm::cli::main(started) {
+    logger::start();
+    let code = match demand_vmm::cli::main(started) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("demand-vmm: {error}");
+            logger::say(format_args!("demand-vmm: {error}"));
             error.exit_code()
         }
-    }
+    };
+    logger::end();
+    code
 }

@@ -25,6 +25,7 @@ use vm_memory::{Bytes, GuestAddress};
 use crate::disk::Disk;
 use crate::error::Error;
 use crate::interrupt::{Interrupt, on_signals};
+use crate::logger;
 use crate::machine::{Machine, MachineConfig};
 use crate::options::{FillOption, MemoryOption, TestGuestOption, VhostUserOption};
 use crate::outputs::Outputs;
@@ -476,7 +477,7 @@ fn verify(
     }
     let mut text = String::new();
     said.rewind().and_then(|()| said.read_to_string(&mut text)).map_err(refused)?;
-    eprint!("{text}");
+    logger::say(text.trim_end());
     Err(Error::failed(format!(
         "compare memory and disk with what they must hold: demand-verify ended with {}",
         status

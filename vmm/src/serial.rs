@@ -21,7 +21,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::error::{Error, no_thread};
 use crate::layout::SERIAL_GSI;
-use crate::spool::Spool;
+use crate::spool::{Overflow, Spool};
 
 /// `--serial tty|file=PATH|off`
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -154,7 +154,7 @@ impl SerialPort {
         vm.register_irqfd(&event, SERIAL_GSI).map_err(|error| failed(&error))?;
         let room = Arc::new(EventFd::new(EFD_NONBLOCK).map_err(|error| failed(&error))?);
         let registers = saved.map(|saved| saved.0.clone()).unwrap_or_default();
-        let spool = Spool::new(option.output()?)
+        let spool = Spool::new(option.output()?, "console", Overflow::Warn)
             .map_err(|error| no_thread("write the serial port's output", error))?;
         let output: Box<dyn Write + Send> = Box::new(spool.clone());
         let uart =

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A Linux guest from its start to its end, however it came to be.
 
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -18,6 +17,7 @@ use crate::events::{Event, Hear, Tell, events};
 use crate::exits::BusExits;
 use crate::interrupt::{Interrupt, on_signals};
 use crate::layout::{MAX_DEVICES, device_address, device_gsi};
+use crate::logger;
 use crate::machine::Machine;
 use crate::options::VhostUserOption;
 use crate::outputs::Outputs;
@@ -315,8 +315,7 @@ impl Said {
     fn say(&mut self, arrived: u64, total: u64) {
         if self.progress && arrived != self.last {
             self.last = arrived;
-            // Nobody reads it: then nobody misses it.
-            let _ = writeln!(std::io::stderr(), "progress {arrived} {total}");
+            logger::say(format_args!("progress {arrived} {total}"));
         }
     }
 }

@@ -7,6 +7,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crate::interrupt::block_signals;
+
 /// Bytes that are kept at most; what comes beyond that is lost.
 const CAPACITY: usize = 1 << 20;
 
@@ -15,6 +17,7 @@ struct State {
     kept: VecDeque<u8>,
     /// Bytes that are being passed on.
     under_way: usize,
+    /// What was lost: bytes, or writes where these are counted, since that was told.
     lost: u64,
     /// Nobody writes any more.
     closed: bool,
@@ -32,23 +35,39 @@ impl Shared {
     }
 }
 
+/// What is done about output that does not fit. It is lost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Overflow {
+    /// The log says so once. As much of a write is kept as fits.
+    Warn,
+    /// The output says in its place how many writes were lost. A write is kept as a whole or not at
+    /// all.
+    Count,
+}
+
 /// The end that is written to. Clones are the same one.
 ///
 /// A guest's console is read by whoever likes to, or by nobody; a vCPU that waited for that could
 /// not be paused.
 #[derive(Clone, Debug)]
-pub(crate) struct Spool(Arc<Shared>);
+pub(crate) struct Spool(Arc<Shared>, Overflow);
 
 impl Spool {
-    /// Passes on what is written to `output`, as fast as that takes it.
+    /// Passes on what is written to `output`, as fast as that takes it, on a thread called `name`.
     ///
     /// # Errors
     ///
     /// The system's, if there is no thread to be had.
-    pub(crate) fn new(mut output: impl Write + Send + 'static) -> io::Result<Self> {
+    pub(crate) fn new(
+        mut output: impl Write + Send + 'static,
+        name: &str,
+        overflow: Overflow,
+    ) -> io::Result<Self> {
         let shared = Arc::new(Shared::default());
         let ours = shared.clone();
         let pass_on = move || {
+            // The log's thread is there before all others.
+            let _ = block_signals();
             let mut bytes = Vec::new();
             loop {
                 let mut state = ours.lock();
@@ -62,16 +81,24 @@ impl Spool {
                 }
                 bytes.clear();
                 bytes.extend(state.kept.drain(..));
+                if overflow == Overflow::Count && state.lost > 0 {
+                    let lost = std::mem::take(&mut state.lost);
+                    let line =
+                        format!("({lost} messages were lost here: nobody had read those before)\n");
+                    bytes.extend(line.as_bytes());
+                }
                 state.under_way = bytes.len();
                 drop(state);
                 // The guest goes on: a console that cannot be written is no reason to stop.
-                if let Err(error) = output.write_all(&bytes).and_then(|()| output.flush()) {
+                if let Err(error) = output.write_all(&bytes).and_then(|()| output.flush())
+                    && overflow == Overflow::Warn
+                {
                     log::debug!("the serial port's output: {error}");
                 }
             }
         };
-        thread::Builder::new().name("console".into()).spawn(pass_on)?;
-        Ok(Spool(shared))
+        thread::Builder::new().name(name.into()).spawn(pass_on)?;
+        Ok(Spool(shared, overflow))
     }
 
     /// Has the thread end when all is passed on.
@@ -99,18 +126,24 @@ impl Write for Spool {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let mut state = self.0.lock();
         let fits = bytes.len().min(CAPACITY - state.kept.len());
-        state.kept.extend(&bytes[..fits]);
-        if fits < bytes.len() {
-            if state.lost == 0 {
-                log::warn!(
-                    "the guest's console: nobody reads it, and what it says is lost after the \
-                     first {CAPACITY} bytes; read it, or say --serial file=PATH or --serial off"
-                );
-            }
+        let mut warn = false;
+        if fits == bytes.len() {
+            state.kept.extend(bytes);
+        } else if self.1 == Overflow::Count {
+            state.lost += 1;
+        } else {
+            state.kept.extend(&bytes[..fits]);
+            warn = state.lost == 0;
             state.lost += (bytes.len() - fits) as u64;
         }
         drop(state);
         self.0.changed.notify_all();
+        if warn {
+            log::warn!(
+                "the guest's console: nobody reads it, and what it says is lost after the first \
+                 {CAPACITY} bytes; read it, or say --serial file=PATH or --serial off"
+            );
+        }
         Ok(bytes.len())
     }
 
@@ -128,7 +161,7 @@ mod tests {
     #[test]
     fn all_of_it_is_passed_on_in_order() {
         let (mut reader, writer) = io::pipe().unwrap();
-        let mut spool = Spool::new(writer).unwrap();
+        let mut spool = Spool::new(writer, "console", Overflow::Warn).unwrap();
         let all: Vec<u8> = (0..200_000u32).map(|n| n as u8).collect();
         let sent = all.clone();
         let sender = thread::spawn(move || {
@@ -146,7 +179,7 @@ mod tests {
     #[test]
     fn nobody_waits_for_who_does_not_read() {
         let (mut reader, writer) = io::pipe().unwrap();
-        let mut spool = Spool::new(writer).unwrap();
+        let mut spool = Spool::new(writer, "console", Overflow::Warn).unwrap();
         let begun = Instant::now();
         for _ in 0..3 * CAPACITY / 4096 {
             spool.write_all(&[7; 4096]).unwrap();
@@ -156,9 +189,32 @@ mod tests {
         let state = spool.0.lock();
         assert!(state.lost > 0 && state.kept.len() <= CAPACITY);
         drop(state);
-        // Who reads later gets what was said first.
+        // A reader that comes later gets what was said first.
         let mut read = vec![0; CAPACITY];
         reader.read_exact(&mut read).unwrap();
         assert!(read.iter().all(|byte| *byte == 7));
+    }
+
+    #[test]
+    fn lost_messages_are_counted_in_their_place() {
+        let (mut reader, writer) = io::pipe().unwrap();
+        let mut spool = Spool::new(writer, "log", Overflow::Count).unwrap();
+        let line = [&[b'x'; 99][..], b"\n"].concat();
+        // More than the pipe and the queue hold.
+        let lines = 3 * CAPACITY / line.len();
+        (0..lines).for_each(|_| spool.write_all(&line).unwrap());
+        spool.close();
+        let mut all = String::new();
+        let mut bytes = [0; 4096];
+        let mut said = 0;
+        while said == 0 {
+            let len = reader.read(&mut bytes).unwrap();
+            all.push_str(std::str::from_utf8(&bytes[..len]).unwrap());
+            let last = all.lines().rfind(|line| line.starts_with('('));
+            said = last.map_or(0, |line| line[1..].split(' ').next().unwrap().parse().unwrap());
+        }
+        let kept = all.lines().filter(|line| line.starts_with('x')).count();
+        assert!(all.lines().all(|line| line.len() == 99 || line.starts_with('(')), "no halves");
+        assert_eq!(kept + said, lines);
     }
 }

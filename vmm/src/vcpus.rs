@@ -27,6 +27,13 @@ pub struct StillInside {
     pub within: Duration,
 }
 
+impl StillInside {
+    /// The vCPUs, as a message calls them.
+    pub(crate) fn names(&self) -> String {
+        names(&self.cpus)
+    }
+}
+
 /// Why something was not done on the vCPUs' threads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]

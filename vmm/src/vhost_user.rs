@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A virtio-mmio device whose work a vhost-user back-end does.
 
+use std::fmt;
 use std::os::fd::{AsRawFd, RawFd};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -13,6 +14,7 @@ use demand_vhost::{
     BackEnd, Error as BackEndError, HangUp, Options, VhostUserProtocolFeatures, Vring,
 };
 use kvm_ioctls::VmFd;
+use log::Level;
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use vm_device::DeviceMmio;
 use vm_device::bus::{MmioAddress, MmioAddressOffset};
@@ -64,6 +66,8 @@ use crate::vsock;
 #[derive(Debug)]
 pub struct VhostUserDevice {
     name: String,
+    /// What it logs under.
+    log_target: String,
     option: VhostUserOption,
     link: HangUp,
     notify: Notify,
@@ -71,7 +75,25 @@ pub struct VhostUserDevice {
     calls: Vec<Arc<EventFd>>,
     /// Whether the back-end has said that its configuration is another, and nobody has looked.
     config_is_stale: Arc<AtomicBool>,
+    /// What a register access of the guest waits for at the back-end.
+    waits: Mutex<Option<&'static str>>,
     inner: Mutex<Inner>,
+}
+
+/// Says, as long as it lives, that a register access waits for the back-end.
+struct Waits<'a>(&'a Mutex<Option<&'static str>>);
+
+impl<'a> Waits<'a> {
+    fn for_back_end(waits: &'a Mutex<Option<&'static str>>, what: &'static str) -> Self {
+        *waits.lock().unwrap_or_else(PoisonError::into_inner) = Some(what);
+        Waits(waits)
+    }
+}
+
+impl Drop for Waits<'_> {
+    fn drop(&mut self) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
 }
 
 #[derive(Debug)]
@@ -130,6 +152,8 @@ impl VhostUserDevice {
         let (link, running) = (back_end.hang_up(), vec![false; queues]);
         let inner = Inner { back_end, registers, memory: None, running, restored: false };
         Ok(VhostUserDevice {
+            log_target: format!("{}::{name}", module_path!()),
+            waits: Mutex::default(),
             name,
             option: option.clone(),
             link,
@@ -320,7 +344,7 @@ impl VhostUserDevice {
         if let Err(why) = self.drain(&mut inner, begun, within) {
             let error = failed(why);
             if let Err(why) = self.go_on(&mut inner) {
-                log::error!("device {}: go on after a snapshot that failed: {why}", self.name);
+                self.log(Level::Error, format_args!("go on after a snapshot that failed: {why}"));
             }
             return Err(error);
         }
@@ -363,16 +387,27 @@ impl VhostUserDevice {
         Err(self.failed(BackEndError::Disconnected { socket, asked }))
     }
 
+    /// What the guest's access to a register waits for at the back-end, if one does. It never waits.
+    pub fn waits_for(&self) -> Option<&'static str> {
+        *self.waits.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// What ends the connection, and every wait for the back-end, from another thread.
     pub fn hang_up(&self) -> HangUp {
         self.link.clone()
+    }
+
+    /// Logs something that the guest can bring about: under a target of this device, which is how the
+    /// process's log limits each device for itself.
+    fn log(&self, level: Level, what: fmt::Arguments<'_>) {
+        log::log!(target: &self.log_target, level, "device {}: {what}", self.name);
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn failed(&self, why: impl std::fmt::Display) -> Error {
+    fn failed(&self, why: impl fmt::Display) -> Error {
         fail(&self.name, why)
     }
 
@@ -466,14 +501,14 @@ impl VhostUserDevice {
         if std::mem::take(&mut inner.running[queue])
             && let Err(error) = inner.back_end.stop_vring(queue)
         {
-            log::error!("device {}: {error}", self.name);
+            self.log(Level::Error, format_args!("{error}"));
         }
     }
 
     /// Starts the device for the driver. What the driver has done wrong is for the driver.
     fn start_for_driver(&self, inner: &mut Inner) {
         if let Err(why) = self.start(inner) {
-            log::error!("device {}: the guest's driver starts it: {why}", self.name);
+            self.log(Level::Error, format_args!("the guest's driver starts it: {why}"));
             self.stop(inner);
             if inner.registers.need_reset() {
                 signal(self.config_call());
@@ -486,12 +521,12 @@ impl VhostUserDevice {
         let has_config = back_end.protocol_features().contains(VhostUserProtocolFeatures::CONFIG);
         let features = registers.driver_features();
         if !has_config || !self.option.kind.may_write(offset, bytes, features) {
-            log::debug!("device {}: a write to its configuration is ignored", self.name);
+            self.log(Level::Debug, format_args!("a write to its configuration is ignored"));
             return;
         }
         // It was checked that the offset is a small one.
         if let Err(error) = back_end.write_config(offset as u32, bytes) {
-            log::error!("device {}: {error}", self.name);
+            self.log(Level::Error, format_args!("{error}"));
             return;
         }
         let mut config = registers.config().to_vec();
@@ -506,6 +541,7 @@ impl VhostUserDevice {
         if !self.config_is_stale.swap(false, Ordering::AcqRel) {
             return;
         }
+        let _waits = Waits::for_back_end(&self.waits, "its configuration to be read");
         // Only what comes from the back-end can be another.
         match read_config(&mut inner.back_end, &self.option, 0) {
             Ok(mut config) => {
@@ -514,7 +550,7 @@ impl VhostUserDevice {
                 }
                 inner.registers.change_config(config);
             }
-            Err(why) => log::error!("device {}: {why}", self.name),
+            Err(why) => self.log(Level::Error, format_args!("{why}")),
         }
     }
 
@@ -524,12 +560,14 @@ impl VhostUserDevice {
         let told = if queue.ready { vsock::tell_of_move(memory, queue) } else { Ok(false) };
         match told {
             Ok(true) => {}
-            Ok(false) => log::warn!(
-                "device {}: the guest cannot be told that its connections are gone: it has left no \
-                 buffer for events",
-                self.name
+            Ok(false) => self.log(
+                Level::Warn,
+                format_args!(
+                    "the guest cannot be told that its connections are gone: it has left no \
+                 buffer for events"
+                ),
             ),
-            Err(error) => log::error!("device {}: write to its event queue: {error}", self.name),
+            Err(error) => self.log(Level::Error, format_args!("write to its event queue: {error}")),
         }
     }
 
@@ -552,7 +590,9 @@ impl DeviceMmio for VhostUserDevice {
             return;
         }
         let mut inner = self.lock();
-        match inner.registers.write(offset, data) {
+        let action = inner.registers.write(offset, data);
+        let _waits = action.asks_back_end().map(|what| Waits::for_back_end(&self.waits, what));
+        match action {
             Action::None | Action::Notify => {}
             Action::Start => self.start_for_driver(&mut inner),
             Action::Reset => {
@@ -560,7 +600,7 @@ impl DeviceMmio for VhostUserDevice {
                 inner.restored = false;
             }
             Action::Fail => {
-                log::error!("device {}: the guest's driver has given it up", self.name);
+                self.log(Level::Error, format_args!("the guest's driver has given it up"));
                 self.stop(&mut inner);
             }
             Action::StopQueue(queue) => self.stop_queue(&mut inner, queue),
@@ -587,6 +627,6 @@ fn await_answers(inner: &Inner, begun: Instant, within: Duration) -> Result<(), 
     Ok(())
 }
 
-fn fail(name: &str, why: impl std::fmt::Display) -> Error {
+fn fail(name: &str, why: impl fmt::Display) -> Error {
     Error::failed(format!("device {name}: {why}"))
 }

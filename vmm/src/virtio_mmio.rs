@@ -91,6 +91,19 @@ pub(crate) enum Action {
     WriteConfig(usize, Vec<u8>),
 }
 
+impl Action {
+    /// What is asked of the back-end, which the access waits for.
+    pub(crate) fn asks_back_end(&self) -> Option<&'static str> {
+        match self {
+            Action::None | Action::Notify => None,
+            Action::Start => Some("the device to be started"),
+            Action::Reset | Action::Fail => Some("the device to be stopped"),
+            Action::StopQueue(_) => Some("a queue to be stopped"),
+            Action::WriteConfig(..) => Some("its configuration to be written"),
+        }
+    }
+}
+
 /// The registers, and what they have been set to. All of it is what a snapshot keeps.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Registers {

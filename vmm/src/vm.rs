@@ -250,7 +250,8 @@ impl Vm {
         work: impl FnOnce() -> Result<(), Error>,
     ) -> Result<(), Error> {
         let mut change = lock(&self.lifecycle.change);
-        self.vcpus().pause(within).map_err(Error::failed)?;
+        let paused = self.vcpus().pause(within);
+        paused.map_err(|error| self.explain(&error))?;
         work()?;
         change.quiesced = false;
         self.vcpus().release();
@@ -258,6 +259,22 @@ impl Vm {
             self.vcpus().resume();
         }
         Ok(())
+    }
+
+    /// Why vCPUs did not come out of the guest: where one waits for a back-end, that is named.
+    pub(crate) fn explain(&self, inside: &StillInside) -> Error {
+        let waits = |device: &Arc<VhostUserDevice>| Some((device.clone(), device.waits_for()?));
+        let Some((device, what)) = self.devices.iter().find_map(waits) else {
+            return Error::failed(inside);
+        };
+        Error::failed(format!(
+            "{} did not stop within {} ms: device {} waits for {what}, and its back-end at {} does \
+             not answer; see that it runs",
+            inside.names(),
+            inside.within.as_millis(),
+            device.name(),
+            device.socket().display()
+        ))
     }
 
     /// When the first vCPU entered the guest.
@@ -451,7 +468,7 @@ impl Control for Vm {
         let vcpus = self.vcpus();
         if let Err(error) = vcpus.pause(PAUSE_WITHIN) {
             vcpus.resume();
-            return Err(ControlError::failed(error));
+            return Err(self.explain(&error).into());
         }
         self.lifecycle.set(State::Paused);
         Ok(())
@@ -483,7 +500,7 @@ impl Control for Vm {
             let vcpus = self.vcpus();
             if let Err(error) = vcpus.pause(PAUSE_WITHIN) {
                 vcpus.resume();
-                return Err(ControlError::failed(error));
+                return Err(self.explain(&error).into());
             }
         }
         // Its state is none that a guest could go on from.

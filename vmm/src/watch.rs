@@ -2,7 +2,6 @@
 //! Watches over a run: waits for its threads' ends, and takes demand paging away when the last page
 //! is present.
 
-use std::io::Write;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::Duration;
 
@@ -12,6 +11,7 @@ use test_guest::plan::ActorError;
 
 use crate::disk::Disk;
 use crate::error::Error;
+use crate::logger;
 use crate::machine::Machine;
 use crate::test_exits::PortWrite;
 use crate::vcpu::VcpuEvent;
@@ -110,8 +110,7 @@ impl Watch<'_> {
             // All pagers count in the same statistics.
             let stats = self.machine.pagers().next().map(|pager| pager.stats());
             let arrived = stats.map_or(0, |stats| stats.pages_arrived());
-            // Nobody reads it: then nobody misses it.
-            let _ = writeln!(std::io::stderr(), "progress {arrived} {}", self.machine.pages());
+            logger::say(format_args!("progress {arrived} {}", self.machine.pages()));
         }
     }
 

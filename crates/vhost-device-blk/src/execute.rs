@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Carrying out a request: from a descriptor chain to its status byte.
 
-use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+use std::{io, mem};
 
 use virtio_bindings::bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_ID_BYTES,
@@ -63,11 +64,30 @@ impl Answer {
         match result {
             Ok(()) => Answer { moved: bytes, ..Answer::of(VIRTIO_BLK_S_OK) },
             Err(e) => {
-                log::error!("{what} the disk: {e}; the guest is told of an I/O error");
+                report(what, &e);
                 Answer::of(VIRTIO_BLK_S_IOERR)
             }
         }
     }
+}
+
+/// Logs a failure of the disk; once a second at most, as the guest can try as often as it likes.
+fn report(what: &str, e: &io::Error) {
+    static LAST: Mutex<(Option<Instant>, u64)> = Mutex::new((None, 0));
+    let left_out = {
+        let mut last = LAST.lock().unwrap_or_else(PoisonError::into_inner);
+        if last.0.is_some_and(|at| at.elapsed() < Duration::from_secs(1)) {
+            last.1 += 1;
+            return;
+        }
+        last.0 = Some(Instant::now());
+        mem::take(&mut last.1)
+    };
+    let more = match left_out {
+        0 => String::new(),
+        n => format!(" ({n} more since the last one were left out)"),
+    };
+    log::error!("{what} the disk: {e}; the guest is told of an I/O error{more}");
 }
 
 impl Executor {

@@ -11,6 +11,7 @@ use demand_tests::guest::Kernel;
 use demand_tests::host::{has_kvm, skip};
 use demand_tests::process::{self, program};
 use demand_tests::refusal::{FAILED, HOST, Refusals, USAGE};
+use demand_tests::tiny_kernel::{plain_elf, pvh_kernel};
 
 /// How long a guest may take to its end.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -22,52 +23,8 @@ fn run(memory: &str, kernel: &Path) -> Command {
     command
 }
 
-/// An ELF image that could be loaded at 16 MiB, and says nothing of how to begin.
-fn plain_elf() -> Vec<u8> {
-    // Values and their lengths: the lowest byte comes first.
-    let header = [
-        // 64 bits; an executable for x86-64 that begins at 16 MiB, with one program header.
-        (u64::from_le_bytes(*b"\x7fELF\x02\x01\x01\0"), 8),
-        (0, 8),
-        (2, 2),
-        (62, 2),
-        (1, 4),
-        (0x100_0000, 8),
-        (64, 8),
-        (0, 8),
-        (0, 4),
-        (64, 2),
-        (56, 2),
-        (1, 2),
-        (0, 6),
-    ];
-    // The whole file is to be loaded there.
-    let program =
-        [(1, 4), (5, 4), (0, 8), (0x100_0000, 8), (0x100_0000, 8), (120, 8), (120, 8), (4096, 8)];
-    let words = header.into_iter().chain(program);
-    words.flat_map(|(value, len)| value.to_le_bytes().into_iter().take(len)).collect()
-}
-
-/// An ELF image with a PVH entry, at which there is an instruction that is none. Without an interrupt
-/// table that is a triple fault.
-fn crashing_elf() -> Vec<u8> {
-    /// Where the note is in the file, behind two program headers; the code is behind the note.
-    const NOTE: u64 = 64 + 2 * 56;
-    let mut file = plain_elf();
-    // Two program headers; the first loads all of the file.
-    file[56] = 2;
-    let len = NOTE + 24 + 2;
-    for at in [64 + 32, 64 + 40] {
-        file[at..at + 8].copy_from_slice(&len.to_le_bytes());
-    }
-    let note = [(4, 4), (4, 4), (NOTE, 8), (0, 8), (0, 8), (24, 8), (24, 8), (4, 8)];
-    // XEN_ELFNOTE_PHYS32_ENTRY, by "Xen".
-    let content = [(4, 4), (8, 4), (18, 4), (u64::from(u32::from_le_bytes(*b"Xen\0")), 4)];
-    let code = [(0x100_0000 + NOTE + 24, 8), (0x0b0f, 2)];
-    let words = note.into_iter().chain(content).chain(code);
-    file.extend(words.flat_map(|(value, len)| value.to_le_bytes().into_iter().take(len)));
-    file
-}
+/// An instruction that is none. Without an interrupt table that is a triple fault.
+const CRASH: &[u8] = &[0x0f, 0x0b];
 
 /// A guest that only ever crashes ends, and says so.
 #[test]
@@ -77,7 +34,7 @@ fn a_kernel_that_does_not_get_anywhere() {
     }
     let folder = tempfile::tempdir().unwrap();
     let kernel = folder.path().join("kernel");
-    fs::write(&kernel, crashing_elf()).unwrap();
+    fs::write(&kernel, pvh_kernel(CRASH)).unwrap();
     let output = process::run(&mut run("64M", &kernel), PATIENCE).unwrap();
     assert_eq!(output.status.code(), Some(FAILED), "{output:?}");
     assert!(output.stderr.contains("it begins anew"), "{output:?}");
