@@ -8,7 +8,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use demand_memory::{MissingBitmap, PAGE_SIZE, PageRange};
+use demand_memory::{BitmapReader, PAGE_SIZE, PageRange};
 use kvm_ioctls::VmFd;
 use vm_memory::GuestAddress;
 
@@ -56,7 +56,7 @@ impl Attributes {
     /// A failure leaves the pages private: the vCPU leaves `KVM_RUN` for them again.
     pub(crate) fn clear(
         &self,
-        missing: &MissingBitmap,
+        missing: &BitmapReader,
         pages: PageRange,
     ) -> Result<(), kvm_ioctls::Error> {
         let Some((word, mask)) = self.present_around(missing, pages) else {
@@ -76,13 +76,13 @@ impl Attributes {
     /// word of the bitmaps: 64 pages, 256 KiB. `None` if this is not about a single page, or
     /// another vCPU is at work on it; then the page itself is cleared all the same, as that one
     /// may not be done yet.
-    fn present_around(&self, missing: &MissingBitmap, pages: PageRange) -> Option<(usize, u64)> {
+    fn present_around(&self, missing: &BitmapReader, pages: PageRange) -> Option<(usize, u64)> {
         if pages.count != 1 {
             return None;
         }
         let (word, bit) = ((pages.first / 64) as usize, pages.first % 64);
         // Acquire: what is let through has its content.
-        let missing = missing.words()[word].load(Ordering::Acquire);
+        let missing = missing.words().load(word);
         let run = run_around(self.private[word].load(Ordering::Relaxed) & !missing, bit as u32);
         (run != 0).then_some((word, run))
     }

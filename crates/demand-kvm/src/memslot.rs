@@ -6,7 +6,7 @@ use std::fmt;
 use std::mem::ManuallyDrop;
 use std::sync::Arc;
 
-use demand_memory::{Mapping, PAGE_SIZE, Pager, Words};
+use demand_memory::{BitmapReader, Mapping, MissingBitmap, PAGE_SIZE, Pager};
 use kvm_bindings::{kvm_userspace_memory_region, kvm_userspace_memory_region2};
 use kvm_ioctls::VmFd;
 use vm_memory::GuestAddress;
@@ -145,12 +145,16 @@ pub(crate) struct Bitmap {
 
 impl Bitmap {
     pub(crate) fn of_pager(pager: &Arc<Pager>) -> Self {
-        let words = pager.bitmap().words();
-        Bitmap { address: words.as_ptr() as u64, words: words.len(), _owner: pager.clone() }
+        Self::of(pager.bitmap(), pager.clone())
     }
 
-    pub(crate) fn of_words(words: &Arc<Words>) -> Self {
-        Bitmap { address: words.as_ptr() as u64, words: words.len(), _owner: words.clone() }
+    pub(crate) fn of_bitmap(bitmap: &Arc<MissingBitmap>) -> Self {
+        Self::of(bitmap, bitmap.clone())
+    }
+
+    fn of(bitmap: &BitmapReader, owner: Arc<dyn Any + Send + Sync>) -> Self {
+        let words = bitmap.words();
+        Bitmap { address: words.as_ptr() as u64, words: words.len(), _owner: owner }
     }
 }
 

@@ -3,9 +3,8 @@
 
 use std::io::{self, Write};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
-use demand_memory::{Mapping, PAGE_SIZE, Words};
+use demand_memory::{Backing, BackingKind, Mapping, MemfdBacking, MissingBitmap, PAGE_SIZE};
 use kvm_ioctls::Kvm;
 use vm_memory::GuestAddress;
 
@@ -29,12 +28,12 @@ const HLT: u8 = 0xf4;
 
 /// Runs a guest of one page, whose bit is set.
 pub(crate) fn try_userfault(kvm: &Kvm) -> Trial {
-    let Ok((mapping, words)) = scratch(&[&[HLT; PAGE_SIZE as usize]]) else {
+    let Ok((mapping, bitmap)) = scratch(&[&[HLT; PAGE_SIZE as usize]]) else {
         return Trial::Untried;
     };
     let Ok(vm) = Engine::KvmUserfault.create_vm(kvm) else { return Trial::Untried };
     let (vm, start) = (Arc::new(vm), GuestAddress(RESET_PAGE));
-    let bitmap = Some(Bitmap::of_words(&words));
+    let bitmap = Some(Bitmap::of_bitmap(&bitmap));
     let slot = Memslot::new(vm.clone(), 0, start, mapping.clone(), bitmap, KVM_MEM_USERFAULT);
     let refused = match slot {
         Ok(_slot) => return run::userfault(&vm),
@@ -73,10 +72,10 @@ pub(crate) fn try_own_accesses(kvm: &Kvm) -> bool {
     const CODE: [u8; 6] = [0xbe, 0x00, 0xe0, 0x2e, 0x6e, HLT];
     let mut code = [HLT; PAGE_SIZE as usize];
     code[RESET..RESET + CODE.len()].copy_from_slice(&CODE);
-    let Ok((mapping, words)) = scratch(&[&[0; PAGE_SIZE as usize], &code]) else { return false };
+    let Ok((mapping, bitmap)) = scratch(&[&[0; PAGE_SIZE as usize], &code]) else { return false };
     let Ok(vm) = Engine::KvmUserfault.create_vm(kvm) else { return false };
     let (vm, start) = (Arc::new(vm), GuestAddress(DATA_PAGE));
-    let bitmap = Some(Bitmap::of_words(&words));
+    let bitmap = Some(Bitmap::of_bitmap(&bitmap));
     match Memslot::new(vm.clone(), 0, start, mapping, bitmap, KVM_MEM_USERFAULT) {
         Ok(_slot) => run::own_access(&vm),
         Err(_) => false,
@@ -84,16 +83,15 @@ pub(crate) fn try_own_accesses(kvm: &Kvm) -> bool {
 }
 
 /// Memory with these pages, and a bitmap in which the first of them is missing.
-fn scratch(pages: &[&[u8; PAGE_SIZE as usize]]) -> io::Result<(Arc<Mapping>, Arc<Words>)> {
-    let words = Words::new(c"probe-bitmap", 1)?;
-    words[0].store(1, Ordering::Release);
+fn scratch(pages: &[&[u8; PAGE_SIZE as usize]]) -> io::Result<(Arc<Mapping>, Arc<MissingBitmap>)> {
     let size = pages.len() as u64 * PAGE_SIZE;
-    let memory = Words::new(c"probe-memory", size as usize / 8)?;
+    let memory = MemfdBacking::new(BackingKind::Shmem, size, true).map_err(io::Error::other)?;
+    let mapping = memory.map().map_err(io::Error::other)?;
+    let mut file = memory.file().map(|file| &**file).ok_or(io::ErrorKind::Unsupported)?;
     for page in pages {
-        memory.file().as_ref().write_all(&page[..])?;
+        file.write_all(&page[..])?;
     }
-    let mapping = Mapping::shared(memory.file(), size, false)?;
-    Ok((Arc::new(mapping), Arc::new(words)))
+    Ok((Arc::new(mapping), Arc::new(MissingBitmap::new(1)?)))
 }
 
 /// What a new vCPU does. It begins at the reset vector, so it needs no other state.

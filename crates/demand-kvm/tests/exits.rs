@@ -192,7 +192,9 @@ fn a_finished_slot_is_like_any_other() {
         assert_eq!(slot.finish(), Ok(Finished::Now));
         // KVM does not look at the bitmap any more: nobody would answer.
         let nobody = FaultHandler::new([]).unwrap();
-        pager.bitmap().words()[0].store(u64::MAX, std::sync::atomic::Ordering::SeqCst);
+        let word = pager.bitmap().words().as_ptr().cast::<std::sync::atomic::AtomicU64>();
+        // SAFETY: the word lives as long as the pager, and all access it atomically.
+        unsafe { &*word }.store(u64::MAX, std::sync::atomic::Ordering::SeqCst);
         slot.set_dirty_logging(true).unwrap();
         slot.set_dirty_logging(false).unwrap();
         machine.copy_and_compare(&mut cpu, &nobody, Pages::run(0, 512), 0, page);

@@ -195,7 +195,7 @@ impl MemfdBacking {
         let file = memfd(c"guest-memory", libc::MFD_ALLOW_SEALING | kind.memfd_flags())
             .map_err(refused)?;
         file.set_len(size).map_err(refused)?;
-        seal_size(&file).map_err(refused)?;
+        seal(&file, 0).map_err(refused)?;
         Ok(MemfdBacking { file: Arc::new(file), kind, size, reserve, transparent: false })
     }
 
@@ -287,10 +287,11 @@ impl Backing for MemfdBacking {
     }
 }
 
-/// Makes the size final. Other processes have the descriptor as well, and who touches a mapping
-/// past the end of its object gets SIGBUS.
-fn seal_size(file: &File) -> io::Result<()> {
-    let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
+/// Makes the size final, and what `more` seals, and that there are no further seals. Other processes
+/// have the descriptor as well, and a thread that touches a mapping past the end of its object gets
+/// SIGBUS.
+pub(crate) fn seal(file: &File, more: libc::c_int) -> io::Result<()> {
+    let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL | more;
     // SAFETY: fcntl with this command touches no memory.
     let result = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }

@@ -3,12 +3,16 @@
 
 use std::fmt;
 use std::io;
+use std::ops::Deref;
 
 use smallvec::SmallVec;
 
 use crate::sync::{Arc, AtomicU64, Ordering};
 use crate::wait::WaitTable;
-use crate::{PageRange, Wait, Waiter, Words};
+#[cfg(not(loom))]
+use crate::words::BitmapWords;
+use crate::words::Words;
+use crate::{PageRange, Wait, Waiter};
 
 /// Words of which one counter keeps the number that are not yet zero.
 #[cfg(not(loom))]
@@ -47,7 +51,18 @@ pub enum Published {
 /// assert_eq!(bitmap.publish(PageRange::page(7)), Published::Some);
 /// assert!(!bitmap.is_missing(7));
 /// ```
-pub struct MissingBitmap {
+pub struct MissingBitmap(BitmapReader);
+
+/// A [`MissingBitmap`] as all see it that do not fetch pages: nothing can be claimed or published
+/// through it, as a page that counts as present without its content reads as zeros.
+///
+/// ```compile_fail,E0599
+/// # use demand_memory::{BitmapReader, PageRange};
+/// fn publish(bitmap: &BitmapReader) {
+///     bitmap.publish(PageRange::page(0));
+/// }
+/// ```
+pub struct BitmapReader {
     pages: u64,
     missing: Words,
     /// Two words for each word of `missing`, side by side in one cache line: see [`claimed`] and
@@ -59,6 +74,15 @@ pub struct MissingBitmap {
     /// How many groups are not zero.
     groups_left: AtomicU64,
     waiting: WaitTable,
+}
+
+impl Deref for MissingBitmap {
+    type Target = BitmapReader;
+
+    #[inline]
+    fn deref(&self) -> &BitmapReader {
+        &self.0
+    }
 }
 
 /// Index of the claims on a word's pages.
@@ -81,14 +105,7 @@ impl MissingBitmap {
     ///
     /// The system's, if the memory for it cannot be had; `InvalidInput` for no pages at all.
     pub fn new(pages: u64) -> io::Result<Self> {
-        let mut bitmap = Self::present(pages)?;
-        bitmap.missing.set_first(pages)?;
-        let words = bitmap.missing.len();
-        for (group, left) in bitmap.groups.iter_mut().enumerate() {
-            *left = AtomicU64::new(GROUP.min(words - group * GROUP) as u64);
-        }
-        bitmap.groups_left = AtomicU64::new(bitmap.groups.len() as u64);
-        Ok(bitmap)
+        Self::with_missing(pages, pages)
     }
 
     /// A bitmap in which all of `pages` pages are present: no page of it is touched.
@@ -97,86 +114,29 @@ impl MissingBitmap {
     ///
     /// As for [`new`](Self::new).
     pub fn present(pages: u64) -> io::Result<Self> {
+        Self::with_missing(pages, 0)
+    }
+
+    /// A bitmap of `pages` pages, all of which are `missing`, or none.
+    fn with_missing(pages: u64, missing: u64) -> io::Result<Self> {
         let words = usize::try_from(pages.div_ceil(64)).ok().filter(|words| *words > 0);
         let words = words.ok_or_else(|| {
             io::Error::new(io::ErrorKind::InvalidInput, "a bitmap needs at least one page")
         })?;
-        let missing = Words::new(c"missing-bitmap", words)?;
-        let claims = Words::new(c"claimed-bitmap", words * 2)?;
-        Ok(MissingBitmap {
+        // First, as it fails where there is not so much memory.
+        let bits = Words::new(c"missing-bitmap", words, missing)?;
+        let claims = Words::new(c"claimed-bitmap", words * 2, 0)?;
+        let used = |group| if missing == 0 { 0 } else { GROUP.min(words - group * GROUP) as u64 };
+        let groups: Box<[_]> =
+            (0..words.div_ceil(GROUP)).map(|group| AtomicU64::new(used(group))).collect();
+        Ok(MissingBitmap(BitmapReader {
             pages,
-            missing,
+            missing: bits,
             claims,
-            groups: (0..words.div_ceil(GROUP)).map(|_| AtomicU64::new(0)).collect(),
-            groups_left: AtomicU64::new(0),
+            groups_left: AtomicU64::new(if missing == 0 { 0 } else { groups.len() as u64 }),
+            groups,
             waiting: WaitTable::new(),
-        })
-    }
-
-    /// Number of pages.
-    pub fn pages(&self) -> u64 {
-        self.pages
-    }
-
-    /// The missing bitmap's words, as KVM reads them.
-    pub fn words(&self) -> &Words {
-        &self.missing
-    }
-
-    /// Whether the page's content has not arrived.
-    ///
-    /// # Panics
-    ///
-    /// If there is no such page.
-    pub fn is_missing(&self, page: u64) -> bool {
-        // Acquire: who sees the bit cleared sees the content.
-        self.missing[(page / 64) as usize].load(Ordering::Acquire) >> (page % 64) & 1 == 1
-    }
-
-    /// Whether the pages from `first` to `last` lie in one word and are all present: what an access
-    /// to a few bytes asks first. `false` says nothing.
-    #[inline]
-    #[cfg(not(loom))] // The region, which asks, is not modelled.
-    pub(crate) fn present_in_word(&self, first: u64, last: u64) -> bool {
-        first / 64 == last / 64
-            && self.missing.get((first / 64) as usize).is_some_and(|word| {
-                let mask = (2u64 << (last - first)).wrapping_sub(1) << (first % 64);
-                word.load(Ordering::Acquire) & mask == 0
-            })
-    }
-
-    /// The first missing page of the range.
-    pub fn first_missing(&self, range: PageRange) -> Option<u64> {
-        range.words().find_map(|(word, mask)| {
-            let bits = self.missing[word].load(Ordering::Acquire) & mask;
-            (bits != 0).then(|| word as u64 * 64 + u64::from(bits.trailing_zeros()))
-        })
-    }
-
-    /// Whether the page's content is in memory: it is present, or about to be, and readers may
-    /// have reached it, and written to it, already. As long as it is not, its content is what the
-    /// source has, whether a thread has claimed the page or not.
-    ///
-    /// # Panics
-    ///
-    /// If there is no such page.
-    pub fn is_populated(&self, page: u64) -> bool {
-        // Acquire: the content is visible to the thread that sees the bit.
-        let populated = &self.claims[populated((page / 64) as usize)];
-        !self.is_missing(page) || populated.load(Ordering::Acquire) >> (page % 64) & 1 == 1
-    }
-
-    /// Number of missing pages in the range.
-    pub fn count_missing(&self, range: PageRange) -> u64 {
-        let count = |(word, mask): (usize, u64)| {
-            u64::from((self.missing[word].load(Ordering::Acquire) & mask).count_ones())
-        };
-        range.words().map(count).sum()
-    }
-
-    /// Whether no page is missing any more.
-    pub fn is_complete(&self) -> bool {
-        self.groups_left.load(Ordering::Acquire) == 0
+        }))
     }
 
     /// Claims all pages of the range that are missing and that nobody has claimed, and returns
@@ -264,6 +224,80 @@ impl MissingBitmap {
             && self.groups_left.fetch_sub(1, Ordering::AcqRel) == 1
     }
 
+    /// Ends all waiting, now and in the future: the VM is going away.
+    pub fn stop(&self) {
+        self.waiting.stop();
+    }
+}
+
+impl BitmapReader {
+    /// Number of pages.
+    pub fn pages(&self) -> u64 {
+        self.pages
+    }
+
+    /// The missing bitmap's words, as KVM reads them.
+    #[cfg(not(loom))] // Who reads them is not modelled.
+    pub fn words(&self) -> BitmapWords<'_> {
+        BitmapWords::new(&self.missing)
+    }
+
+    /// Whether the page's content has not arrived.
+    ///
+    /// # Panics
+    ///
+    /// If there is no such page.
+    pub fn is_missing(&self, page: u64) -> bool {
+        // Acquire: who sees the bit cleared sees the content.
+        self.missing[(page / 64) as usize].load(Ordering::Acquire) >> (page % 64) & 1 == 1
+    }
+
+    /// Whether the pages from `first` to `last` lie in one word and are all present: what an access
+    /// to a few bytes asks first. `false` says nothing.
+    #[inline]
+    #[cfg(not(loom))] // The region, which asks, is not modelled.
+    pub(crate) fn present_in_word(&self, first: u64, last: u64) -> bool {
+        first / 64 == last / 64
+            && self.missing.get((first / 64) as usize).is_some_and(|word| {
+                let mask = (2u64 << (last - first)).wrapping_sub(1) << (first % 64);
+                word.load(Ordering::Acquire) & mask == 0
+            })
+    }
+
+    /// The first missing page of the range.
+    pub fn first_missing(&self, range: PageRange) -> Option<u64> {
+        range.words().find_map(|(word, mask)| {
+            let bits = self.missing[word].load(Ordering::Acquire) & mask;
+            (bits != 0).then(|| word as u64 * 64 + u64::from(bits.trailing_zeros()))
+        })
+    }
+
+    /// Whether the page's content is in memory: it is present, or about to be, and readers may
+    /// have reached it, and written to it, already. As long as it is not, its content is what the
+    /// source has, whether a thread has claimed the page or not.
+    ///
+    /// # Panics
+    ///
+    /// If there is no such page.
+    pub fn is_populated(&self, page: u64) -> bool {
+        // Acquire: the content is visible to the thread that sees the bit.
+        let populated = &self.claims[populated((page / 64) as usize)];
+        !self.is_missing(page) || populated.load(Ordering::Acquire) >> (page % 64) & 1 == 1
+    }
+
+    /// Number of missing pages in the range.
+    pub fn count_missing(&self, range: PageRange) -> u64 {
+        let count = |(word, mask): (usize, u64)| {
+            u64::from((self.missing[word].load(Ordering::Acquire) & mask).count_ones())
+        };
+        range.words().map(count).sum()
+    }
+
+    /// Whether no page is missing any more.
+    pub fn is_complete(&self) -> bool {
+        self.groups_left.load(Ordering::Acquire) == 0
+    }
+
     /// Waits until no page of the range is missing. Somebody must have claimed those that are.
     pub fn wait(&self, range: PageRange, waiter: &Arc<Waiter>) -> Wait {
         if self.first_missing(range).is_none() {
@@ -274,14 +308,9 @@ impl MissingBitmap {
 
     /// Calls `callback` when no page of the range is missing: at once on this thread, or later on
     /// the thread that publishes the last of them; it must not wait. If the bitmap is
-    /// [stopped](Self::stop) before, it is dropped uncalled.
+    /// [stopped](MissingBitmap::stop) before, it is dropped uncalled.
     pub fn when_present(&self, range: PageRange, callback: impl FnOnce() + Send + 'static) {
         self.waiting.when_present(range, Box::new(callback), &|range| self.first_missing(range));
-    }
-
-    /// Ends all waiting, now and in the future: the VM is going away.
-    pub fn stop(&self) {
-        self.waiting.stop();
     }
 
     /// Whether a thread or a callback waits for a page.
@@ -289,13 +318,19 @@ impl MissingBitmap {
         self.waiting.is_waited_for()
     }
 
-    /// Whether [`stop`](Self::stop) was called.
+    /// Whether [`stop`](MissingBitmap::stop) was called.
     pub fn is_stopped(&self) -> bool {
         self.waiting.is_stopped()
     }
 }
 
 impl fmt::Debug for MissingBitmap {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl fmt::Debug for BitmapReader {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("MissingBitmap").field("pages", &self.pages).finish_non_exhaustive()
     }
@@ -312,15 +347,16 @@ mod tests {
     fn all_pages_are_missing_at_first_and_no_more() {
         let bitmap = MissingBitmap::new(130).unwrap();
         assert_eq!(bitmap.count_missing(PageRange::new(0, 130)), 130);
-        assert_eq!(bitmap.words()[2].load(Ordering::Relaxed), 3);
+        assert_eq!(bitmap.words().load(2), 3);
         for pages in [1, 7, 8, 9, 64, 1 << 17, (1 << 20) + 13] {
             let bitmap = MissingBitmap::new(pages).unwrap();
             assert_eq!(bitmap.count_missing(PageRange::new(0, pages)), pages);
             let beyond: u32 =
-                bitmap.words().iter().map(|w| w.load(Ordering::Relaxed).count_ones()).sum();
+                (0..bitmap.words().len()).map(|word| bitmap.words().load(word).count_ones()).sum();
             assert_eq!(u64::from(beyond), pages, "no bit behind the last page");
         }
         assert!(MissingBitmap::new(0).is_err());
+        assert!(MissingBitmap::present(u64::MAX).is_err());
     }
 
     #[test]
@@ -334,6 +370,36 @@ mod tests {
         assert_eq!(metadata.len(), 1 << 25);
         assert!(metadata.blocks() * 512 < 1 << 16, "{} blocks", metadata.blocks());
         assert!(MissingBitmap::present(0).is_err());
+    }
+
+    #[test]
+    fn holders_of_the_file_can_only_read() {
+        use std::os::fd::AsRawFd;
+        use std::os::unix::fs::FileExt;
+        // Some pages of it were never touched by then.
+        let bitmap = MissingBitmap::new(1 << 20).unwrap();
+        let file = bitmap.words().file().clone();
+        let refused = |error: io::Error| {
+            assert_eq!(error.kind(), io::ErrorKind::PermissionDenied, "{error}");
+        };
+        refused(file.write_all_at(&[0; 8], 0).unwrap_err());
+        refused(file.set_len(0).unwrap_err());
+        refused(file.set_len(1 << 20).unwrap_err());
+        refused(crate::Mapping::shared(&file, 1 << 17, false).unwrap_err());
+        let punch = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+        // SAFETY: the call takes no pointer.
+        let punched = unsafe { libc::fallocate(file.as_raw_fd(), punch, 0, 4096) };
+        assert_eq!(punched, -1, "a hole would make pages present");
+        refused(io::Error::last_os_error());
+        // We can write.
+        for page in [0, (1 << 20) - 1] {
+            assert!(bitmap.claim_page(page));
+            bitmap.mark_populated(PageRange::page(page));
+            bitmap.publish(PageRange::page(page));
+        }
+        let mut word = [0; 8];
+        file.read_exact_at(&mut word, (1 << 17) - 8).unwrap();
+        assert_eq!(u64::from_le_bytes(word), u64::MAX >> 1);
     }
 
     #[test]

@@ -113,7 +113,7 @@ impl<B: Bitmap> DemandMemory<B> {
     /// Copies all regions to an image, one behind the other: a region begins in the image where the
     /// one before it ends. Finishing the image is left to the caller.
     ///
-    /// [Populated](crate::MissingBitmap::is_populated) pages come from memory, the others straight
+    /// [Populated](crate::BitmapReader::is_populated) pages come from memory, the others straight
     /// from their source: they stay missing, and holes of the source are not read. Untouched memory
     /// is not allocated. At most 1 MiB is held in buffers.
     ///

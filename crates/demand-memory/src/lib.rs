@@ -35,10 +35,9 @@ mod stats;
 #[cfg(not(loom))]
 mod trap;
 
-pub use bitmap::{Claimed, MissingBitmap, Published};
+pub use bitmap::{BitmapReader, Claimed, MissingBitmap, Published};
 pub use page::{PAGE_SIZE, PageRange};
 pub use wait::{Wait, Waiter};
-pub use words::Words;
 
 #[cfg(not(loom))]
 pub use demand_source::MappedBytes;
@@ -57,4 +56,5 @@ pub use self::{
     retry::{Failure, Retrier, RetryPolicy},
     stats::{LatencyMicros, Path, PathReport, SourceReport, Stats, TimelineEvent},
     trap::{Trap, VcpuTrap},
+    words::BitmapWords,
 };

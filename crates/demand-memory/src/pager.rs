@@ -12,8 +12,8 @@ use demand_source::{
 
 use crate::retry::{Attempts, Retrier, RetryPolicy};
 use crate::{
-    Backing, BackingError, LoadUnit, Mapping, MissingBitmap, PAGE_SIZE, PageRange, Path, Published,
-    Stats, Trap, Wait, Waiter,
+    Backing, BackingError, BitmapReader, LoadUnit, Mapping, MissingBitmap, PAGE_SIZE, PageRange,
+    Path, Published, Stats, Trap, Wait, Waiter,
 };
 
 /// Why a pager could not be made.
@@ -195,7 +195,7 @@ impl Pager {
 
     /// The missing bitmap.
     #[inline]
-    pub fn bitmap(&self) -> &MissingBitmap {
+    pub fn bitmap(&self) -> &BitmapReader {
         &self.bitmap
     }
 
@@ -442,7 +442,7 @@ impl Pager {
     }
 
     /// Whether no unit is being created just now. All writes to units that were created before
-    /// are then found by [`MissingBitmap::is_populated`].
+    /// are then found by [`BitmapReader::is_populated`].
     pub(crate) fn is_no_unit_loading(&self) -> bool {
         !matches!(self.loading.try_write(), Err(TryLockError::WouldBlock))
     }

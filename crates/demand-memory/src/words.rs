@@ -5,13 +5,13 @@ use std::ops::Deref;
 
 use crate::sync::AtomicU64;
 
-/// An array of 64-bit words, zero at first.
+/// An array of 64-bit words.
 ///
-/// It lies in a memfd, so that KVM reads it and another process may map it read-only; pages of it
-/// that nobody wrote cost nothing.
+/// It lies in a memfd, so that KVM reads it and another process may map it, read-only: the file is
+/// sealed against all others. Pages of it that were never written cost nothing.
 #[cfg(not(loom))]
 #[derive(Debug)]
-pub struct Words {
+pub(crate) struct Words {
     mapping: crate::mapping::Mapping,
     file: std::sync::Arc<std::fs::File>,
     len: usize,
@@ -19,48 +19,44 @@ pub struct Words {
 
 #[cfg(not(loom))]
 impl Words {
-    /// Makes `len` words. `name` is what `/proc/PID/fd` and `/proc/PID/maps` call them.
+    /// Makes `len` words, of which the first `ones` bits are set. `name` is what `/proc/PID/fd` and
+    /// `/proc/PID/maps` call them.
     ///
     /// # Errors
     ///
     /// The system's, if the memory cannot be had.
-    pub fn new(name: &std::ffi::CStr, len: usize) -> std::io::Result<Self> {
+    pub(crate) fn new(name: &std::ffi::CStr, len: usize, ones: u64) -> std::io::Result<Self> {
         let bytes = len.max(1).checked_mul(8);
         let bytes = bytes.ok_or_else(|| std::io::Error::from_raw_os_error(libc::EOVERFLOW))? as u64;
-        let file = crate::backing::memfd(name, 0)?;
+        let file = crate::backing::memfd(name, libc::MFD_ALLOW_SEALING)?;
         file.set_len(bytes)?;
         let mapping = crate::mapping::Mapping::shared(&file, bytes, false)?;
+        set_first(&file, ones)?;
+        // From here on it is written through that mapping alone.
+        crate::backing::seal(&file, libc::F_SEAL_FUTURE_WRITE)?;
         Ok(Words { mapping, file: std::sync::Arc::new(file), len })
     }
+}
 
-    /// Sets the first `bits` bits, all others being zero. Through the file: a mapping would fault
-    /// at each page, which for large memories is most of what a start takes.
-    ///
-    /// # Errors
-    ///
-    /// The system's, if the memory cannot be had.
-    pub(crate) fn set_first(&self, bits: u64) -> std::io::Result<()> {
-        use std::os::unix::fs::FileExt;
-        const ONES: [u8; 1 << 14] = [0xff; 1 << 14];
-        let (bytes, rest) = (bits / 8, bits % 8);
-        let mut at = 0;
-        while at < bytes {
-            let now = (bytes - at).min(ONES.len() as u64);
-            self.file.write_all_at(&ONES[..now as usize], at)?;
-            at += now;
-        }
-        // The first bits of a word are the low bits of its first bytes on a little-endian machine.
-        const { assert!(cfg!(target_endian = "little")) };
-        if rest > 0 {
-            self.file.write_all_at(&[(1 << rest) - 1], bytes)?;
-        }
-        Ok(())
+/// Sets the first `bits` bits, all others being zero. Through the file: a mapping would fault at
+/// each page, which for large memories is most of what a start takes.
+#[cfg(not(loom))]
+fn set_first(file: &std::fs::File, bits: u64) -> std::io::Result<()> {
+    use std::os::unix::fs::FileExt;
+    const ONES: [u8; 1 << 14] = [0xff; 1 << 14];
+    let (bytes, rest) = (bits / 8, bits % 8);
+    let mut at = 0;
+    while at < bytes {
+        let now = (bytes - at).min(ONES.len() as u64);
+        file.write_all_at(&ONES[..now as usize], at)?;
+        at += now;
     }
-
-    /// The memfd that holds the words, from its first byte on.
-    pub fn file(&self) -> &std::sync::Arc<std::fs::File> {
-        &self.file
+    // The first bits of a word are the low bits of its first bytes on a little-endian machine.
+    const { assert!(cfg!(target_endian = "little")) };
+    if rest > 0 {
+        file.write_all_at(&[(1 << rest) - 1], bytes)?;
     }
+    Ok(())
 }
 
 #[cfg(not(loom))]
@@ -69,31 +65,76 @@ impl Deref for Words {
 
     #[inline]
     fn deref(&self) -> &[AtomicU64] {
-        // SAFETY: the mapping holds `len` words, is aligned to a page, was zeroed by the kernel
-        // and lives as long as `self`. All accesses to it are atomic: ours go through the slice,
-        // KVM only reads, and the memfd is given to others for reading only.
+        // SAFETY: the mapping holds `len` words, is aligned to a page and lives as long as `self`.
+        // All accesses to it are atomic: ours go through the slice, KVM only reads, and the seals
+        // keep others from writing.
         unsafe { std::slice::from_raw_parts(self.mapping.address().cast().as_ptr(), self.len) }
+    }
+}
+
+/// The words of a missing bitmap, to be read: by KVM and other processes as they are, and by a
+/// VMM's own code.
+///
+/// ```compile_fail,E0608
+/// # use std::sync::atomic::Ordering;
+/// # let bitmap = demand_memory::MissingBitmap::new(64).unwrap();
+/// bitmap.words()[0].store(0, Ordering::Relaxed);
+/// ```
+#[cfg(not(loom))]
+#[derive(Clone, Copy, Debug)]
+pub struct BitmapWords<'a>(&'a Words);
+
+#[cfg(not(loom))]
+impl<'a> BitmapWords<'a> {
+    pub(crate) fn new(words: &'a Words) -> Self {
+        BitmapWords(words)
+    }
+
+    /// Where the words begin. They stay there as long as the bitmap lives.
+    pub fn as_ptr(&self) -> *const u64 {
+        self.0.as_ptr().cast()
+    }
+
+    /// The number of words.
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Whether there are none; never.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// A word. The content of pages whose bits are clear there is visible to the caller.
+    ///
+    /// # Panics
+    ///
+    /// If there is no such word.
+    pub fn load(&self, index: usize) -> u64 {
+        self.0[index].load(crate::sync::Ordering::Acquire)
+    }
+
+    /// The memfd that holds the words, from its first byte on. It is sealed: its holders can read
+    /// it, map it to read, and nothing else.
+    pub fn file(&self) -> &'a std::sync::Arc<std::fs::File> {
+        &self.0.file
     }
 }
 
 /// The words as the model checker sees them.
 #[cfg(loom)]
 #[derive(Debug)]
-pub struct Words(Box<[AtomicU64]>);
+pub(crate) struct Words(Box<[AtomicU64]>);
 
 #[cfg(loom)]
 impl Words {
-    /// Makes `len` words.
-    pub fn new(_: &std::ffi::CStr, len: usize) -> std::io::Result<Self> {
-        Ok(Words((0..len).map(|_| AtomicU64::new(0)).collect()))
-    }
-
-    /// Sets the first `bits` bits, all others being zero.
-    pub(crate) fn set_first(&self, bits: u64) -> std::io::Result<()> {
-        for (word, mask) in crate::PageRange::new(0, bits).words() {
-            self.0[word].store(mask, crate::sync::Ordering::Relaxed);
+    /// Makes `len` words, of which the first `ones` bits are set.
+    pub(crate) fn new(_: &std::ffi::CStr, len: usize, ones: u64) -> std::io::Result<Self> {
+        let words: Box<[_]> = (0..len).map(|_| AtomicU64::new(0)).collect();
+        for (word, mask) in crate::PageRange::new(0, ones).words() {
+            words[word].store(mask, crate::sync::Ordering::Relaxed);
         }
-        Ok(())
+        Ok(Words(words))
     }
 }
 
@@ -112,11 +153,11 @@ mod tests {
 
     #[test]
     fn more_words_than_memory_can_hold_are_refused() {
-        // 8 and 16 bytes too many for 64 bits, and what is left is a bitmap of one or two words.
+        // In 64 bits the bytes would come round, and what is left is a bitmap of a word or two.
         for len in [(1 << 61) + 1, (1 << 61) + 2, 1 << 61, usize::MAX] {
-            let error = Words::new(c"test", len).unwrap_err();
+            let error = Words::new(c"test", len, 0).unwrap_err();
             assert_eq!(error.raw_os_error(), Some(libc::EOVERFLOW), "{len:#x}");
         }
-        assert!(Words::new(c"test", 1 << 60).is_err());
+        assert!(Words::new(c"test", 1 << 60, 0).is_err());
     }
 }
