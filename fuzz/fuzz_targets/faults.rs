@@ -207,7 +207,7 @@ fn faults(input: &mut Input<'_>) {
         ArmedMapping::foreign(&uffd, mapping.address().as_ptr() as u64, &pager).unwrap()
     } else {
         let armed = ArmedMapping::own(&uffd, mapping.clone(), &pager, Path::Guest).unwrap();
-        pager.set_guest_trap(armed.clone());
+        pager.set_guest_trap(armed.clone()).unwrap();
         armed
     };
     world.service.serve(std::slice::from_ref(&armed)).unwrap();

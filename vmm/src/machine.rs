@@ -2,6 +2,8 @@
 //! A virtual machine on demand-paged memory: the five crates, put together.
 
 use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
 
 use demand_kvm::{
     DemandSlot, Engine, EngineChoice, FaultHandler, MsrTrap, PlainSlot, open_kvm, resolve,
@@ -17,6 +19,14 @@ use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use crate::error::Error;
 use crate::options::MemoryOption;
 use crate::placement::{Placement, check_reach, place};
+use crate::vcpus::StillInside;
+
+/// How long an end waits for the vCPUs to come out of the guest while pages still arrive, and once
+/// more when the guest's memory is revoked.
+pub(crate) const VCPUS_WITHIN: Duration = Duration::from_secs(2);
+
+/// Interval at which the wait for open faults looks.
+const LOOK_EVERY: Duration = Duration::from_millis(5);
 
 /// What a machine is made from.
 pub struct MachineConfig<'a> {
@@ -35,7 +45,8 @@ pub struct MachineConfig<'a> {
 /// A machine without vCPUs: memory that nobody has touched, in a region or two, a VM that has them
 /// as memslots, and the service that answers faults.
 pub struct Machine {
-    // Fields are dropped in this order: the guest's slots before the traps under them.
+    // Fields are dropped in this order. A slot's end ends every wait for a page under it; only then
+    // may the VM be closed.
     slots: Vec<DemandSlot>,
     /// Those of memory that never was missing.
     _plain: Vec<PlainSlot>,
@@ -217,6 +228,49 @@ impl Machine {
     /// None that a machine can have: KVM has seen that its slots do not overlap.
     pub fn fault_handler(&self) -> Result<FaultHandler, Error> {
         FaultHandler::for_slots(&self.slots).map_err(Error::failed)
+    }
+
+    /// Ends the guest, whatever the reason: first the vCPUs leave it, by `stop_vcpus`, which is given
+    /// the time that it has; then the guest's memory is [revoked](DemandMemory::revoke). After that
+    /// neither a vCPU nor KVM itself waits for a page, and the machine can be dropped.
+    ///
+    /// # Errors
+    ///
+    /// [`StillInside`] if a vCPU blocks on something that is no page. The machine must not be dropped
+    /// then, as KVM would wait for that vCPU; it may be left to the end of the process.
+    pub fn end_guest(
+        &self,
+        mut stop_vcpus: impl FnMut(Duration) -> Result<(), StillInside>,
+    ) -> Result<(), StillInside> {
+        // While pages arrive: a vCPU may wait for one inside KVM, where no kick reaches it.
+        let stopped = stop_vcpus(VCPUS_WITHIN);
+        self.memory.revoke();
+        stopped.or_else(|stuck| {
+            log::warn!("{stuck}; the guest is ended in the middle of an instruction");
+            stop_vcpus(VCPUS_WITHIN)
+        })
+    }
+
+    /// Waits until KVM itself waits for no page of the guest's any more. To be called while all
+    /// vCPUs are outside the guest, before they get other MSRs: KVM then waits for its own faults,
+    /// and no signal ends that.
+    ///
+    /// # Errors
+    ///
+    /// The VM is going away.
+    pub fn wait_open_faults(&self) -> Result<(), Error> {
+        // Twice, for a thread of the kernel that was between two faults.
+        let mut quiet = 0;
+        while quiet < 2 {
+            if self.memory.is_stopped() {
+                return Err(Error::failed("cannot reset the guest: the VM is going away"));
+            }
+            quiet = if self.service.has_open_faults() { 0 } else { quiet + 1 };
+            if quiet < 2 {
+                thread::sleep(LOOK_EVERY);
+            }
+        }
+        Ok(())
     }
 
     /// Takes everything away that demand paging needed, when the last page is present and the

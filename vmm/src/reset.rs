@@ -76,6 +76,7 @@ impl Pristine {
         let entry = boot::load(vm.machine.memory(), boot)?;
         acpi::write(vm.machine.memory(), vm.cpus, vm.devices.len())?;
         vm.chipset.generation.renew(vm.machine.memory())?;
+        vm.machine.wait_open_faults()?;
         let (states, shape) = (self.vcpus.clone(), vm.shape.clone());
         let memory = vm.machine.memory().clone();
         vm.vcpus()

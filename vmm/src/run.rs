@@ -26,7 +26,7 @@ use crate::disk::Disk;
 use crate::error::Error;
 use crate::interrupt::{Interrupt, on_signals};
 use crate::logger;
-use crate::machine::{Machine, MachineConfig};
+use crate::machine::{Machine, MachineConfig, VCPUS_WITHIN};
 use crate::options::{FillOption, MemoryOption, TestGuestOption, VhostUserOption};
 use crate::outputs::Outputs;
 use crate::placement::LOW_MEMORY_END;
@@ -34,7 +34,7 @@ use crate::report::{Report, size, write_timeline};
 use crate::supervise::supervise;
 use crate::test_exits::TestExits;
 use crate::vcpu::VcpuContext;
-use crate::vcpus::{StillInside, Vcpus};
+use crate::vcpus::Vcpus;
 use crate::watch::{Event, Watch};
 
 /// What `run` was asked for.
@@ -68,17 +68,13 @@ pub struct RunOptions {
     pub report: Option<PathBuf>,
 }
 
-/// How long an end waits for the vCPUs to come out of the guest.
-const VCPUS_WITHIN: Duration = Duration::from_secs(2);
-
 /// Runs the test guest. `started` is when the process began. SIGINT, SIGTERM and SIGHUP end the
 /// run, and this tells so; it should be called before the process starts other threads.
 ///
 /// # Errors
 ///
-/// One line, with the exit status that belongs to it. After an error the process should end: a
-/// vCPU may wait in the kernel for a page that never comes, and what would free it would show it
-/// zeros.
+/// One line, with the exit status that belongs to it. After an error the process should end: a thread
+/// may be left that waits for something that does not come.
 pub fn run(options: RunOptions, started: Instant) -> Result<Report, Error> {
     let interrupt = Interrupt::default();
     on_signals(interrupt.clone())
@@ -107,16 +103,13 @@ struct Parts {
 }
 
 impl Parts {
-    /// Takes everything down, in order. Should a vCPU be stuck in the kernel, the rest is left as
-    /// it is, for the kernel to take down with the process: were its memory's traps removed first,
-    /// the vCPU would see zeros.
+    /// Takes everything down, in order. Should a vCPU be stuck in the kernel, the rest is left for
+    /// the kernel to take down with the process.
     fn take_down(mut self) {
-        // As long as pages arrive, for a vCPU may wait for one where no kick reaches it.
-        let stopped = self.threads.as_mut().map_or(Ok(()), |threads| threads.stop_vcpus());
-        if let Some(machine) = &self.machine {
-            machine.memory().stop();
-        }
-        match stopped {
+        let Some(machine) = &self.machine else { return };
+        let threads = &mut self.threads;
+        let stop = |within| threads.as_mut().map_or(Ok(()), |threads| threads.vcpus.stop(within));
+        match machine.end_guest(stop) {
             Ok(()) => self.threads.iter_mut().for_each(Threads::join_actor),
             Err(stuck) => {
                 log::debug!("{stuck}");
@@ -208,7 +201,7 @@ fn run_parts(
     watch.until_done(options.cpus)?;
     // Nobody waits for anything any more: the vCPUs have halted.
     if let Some(threads) = &mut parts.threads {
-        threads.stop_vcpus().map_err(Error::failed)?;
+        threads.vcpus.stop(VCPUS_WITHIN).map_err(Error::failed)?;
     }
     parts.fill = None;
     // What the guest does not use arrives only if it was asked for.
@@ -403,10 +396,6 @@ impl Threads {
             self.vcpus.start(cpu as u32, vcpu, tell).map_err(Error::host)?;
         }
         Ok(())
-    }
-
-    fn stop_vcpus(&mut self) -> Result<(), StillInside> {
-        self.vcpus.stop(VCPUS_WITHIN)
     }
 
     /// Ends the VMM's own part, which waits for no page any more.

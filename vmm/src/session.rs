@@ -32,9 +32,6 @@ use crate::vcpu::{VcpuContext, VcpuEvent};
 use crate::vhost_user::VhostUserDevice;
 use crate::vm::{LastError, Vm};
 
-/// How long an end waits for the vCPUs to come out of the guest.
-const VCPUS_WITHIN: Duration = Duration::from_secs(2);
-
 /// How long an end waits until what the guest has said last is written.
 const CONSOLE_WITHIN: Duration = Duration::from_secs(1);
 
@@ -155,8 +152,8 @@ impl GuestOptions {
 ///
 /// # Errors
 ///
-/// One line, with the exit status that belongs to it. After an error the process should end: a vCPU
-/// may wait in the kernel for a page that never comes, and what would free it would show it zeros.
+/// One line, with the exit status that belongs to it. After an error the process should end: a thread
+/// may be left that waits for something that does not come.
 pub(crate) fn run_guest(
     guest: GuestOptions,
     inputs: &[&Path],
@@ -257,16 +254,13 @@ fn follow(
     // A snapshot under way ends, and nobody begins another.
     vm.end();
     drop(filling);
-    // As long as pages arrive, for a vCPU may wait for one where no kick reaches it.
-    let stopped = vm.stop_vcpus(VCPUS_WITHIN);
-    vm.machine.memory().stop();
+    let stopped = vm.machine.end_guest(|within| vm.stop_vcpus(within));
     vm.chipset.serial.drain(CONSOLE_WITHIN);
     drop(api);
     match (outcome, stopped) {
         (Ok(()), Ok(())) => {}
         (outcome, stopped) => {
-            // Were the memory's traps removed first, a vCPU that is stuck in the kernel would see
-            // zeros; the kernel takes it all down with the process.
+            // A thread may use the machine still; the kernel takes it all down with the process.
             std::mem::forget(vm.clone());
             return Err(outcome.err().unwrap_or_else(|| {
                 Error::failed(stopped.err().map_or_else(String::new, |stuck| stuck.to_string()))

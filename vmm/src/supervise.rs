@@ -28,9 +28,8 @@ enum Said<T> {
 ///
 /// # Errors
 ///
-/// Those of the work, and the reason of the interrupt. After an error the process should end: a
-/// vCPU may wait in the kernel for a page that never comes, and what would free it would show it
-/// zeros.
+/// Those of the work, and the reason of the interrupt. After an error the process should end: the
+/// work may go on.
 pub(crate) fn supervise<T: Send + 'static>(
     interrupt: &Interrupt,
     memory: &Arc<OnceLock<DemandMemory>>,
@@ -52,9 +51,14 @@ pub(crate) fn supervise<T: Send + 'static>(
             Ok(Said::Ended(outcome)) => break Some(*outcome),
             Ok(Said::Interrupted) => patience = END_WITHIN,
             Err(RecvTimeoutError::Timeout) => match memory.get() {
-                // Whoever still waits for a page waits no longer.
+                // Ends every wait for a page, but for KVM's own.
                 Some(memory) if !memory.is_stopped() => memory.stop(),
-                _ => break None,
+                Some(memory) => {
+                    // Those too, or the process could not end.
+                    memory.revoke();
+                    break None;
+                }
+                None => break None,
             },
             Err(RecvTimeoutError::Disconnected) => {
                 break Some(Err(Error::failed("the run ended without a word")));

@@ -41,6 +41,15 @@ pub enum SlotError {
         /// Length of the region, in bytes.
         region: u64,
     },
+    /// The engine needs a mapping whose missing pages are trapped.
+    #[error(
+        "cannot make memslot {number}: accesses to missing pages of its mapping are not trapped, \
+         and the guest would read zeros; arm the mapping before the memslot is made"
+    )]
+    Unarmed {
+        /// Number of the slot.
+        number: u32,
+    },
     /// KVM refused the slot.
     #[error(
         "make memslot {number} of {size} bytes at guest address {start:#x}, flags {flags:#x}: \
@@ -276,7 +285,19 @@ fn set(
 
 impl Drop for Memslot {
     fn drop(&mut self) {
-        match set(&self.vm, self.number, self.start, &self.used, 0, 0) {
+        // KVM waits for pages on vCPUs' threads and on threads of the kernel, some of which no kick
+        // and no signal reaches, and closing the VM waits for those. From here on none of them
+        // waits, and none reads zeros.
+        let revoked = self.used.mapping.revoke();
+        if let Err(error) = &revoked {
+            log::error!("cannot make the memory of memslot {} inaccessible: {error}", self.number);
+        }
+        let deleted = set(&self.vm, self.number, self.start, &self.used, 0, 0);
+        // Ends the waits that are left where the mapping could not be revoked.
+        if revoked.is_ok() || deleted.is_ok() {
+            self.used.mapping.remove_guard();
+        }
+        match deleted {
             // SAFETY: the slot is gone and nobody in KVM uses what it held. `used` is not looked
             // at again.
             Ok(()) => unsafe { ManuallyDrop::drop(&mut self.used) },

@@ -4,7 +4,7 @@
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use demand_memory::{Mapping, PAGE_SIZE, PageRange, Pager};
+use demand_memory::{Mapping, PAGE_SIZE, PageRange, Pager, VcpuTrap};
 use kvm_bindings::KVM_MEM_LOG_DIRTY_PAGES;
 use kvm_ioctls::VmFd;
 use vm_memory::GuestAddress;
@@ -40,14 +40,17 @@ struct State {
 /// [`FaultHandler`](crate::FaultHandler) has brought the page in. With [`Engine::KvmAttributes`]
 /// it does so because the slot's pages are private to KVM, and the handler also lets KVM know of
 /// each page; the VM must be one of [`Engine::create_vm`]. With [`Engine::Uffd`] the slot is an
-/// ordinary one, and `mapping` must be armed by a userfaultfd **before** the slot is made:
-/// nothing else keeps the guest from reading zeros.
+/// ordinary one, and `mapping` must be armed by a userfaultfd before the slot is made: nothing else
+/// keeps the guest from reading zeros, and so the slot is refused otherwise.
 ///
 /// The methods that change flags are for control threads: KVM waits for all vCPUs in them, so a
 /// thread that serves faults must never call them.
 ///
-/// The slot is deleted when this is dropped. Until then it keeps the mapping, the pager (whose
-/// bitmap KVM reads) and the VM.
+/// When this is dropped, first the mapping is [revoked](Mapping::revoke), if it is armed: every
+/// thread that is blocked on a page there comes out, with an error. Then the slot is deleted, and
+/// then the mapping's trap is removed. Until then it keeps the mapping, the pager (whose bitmap KVM
+/// reads) and the VM: so a VM is never closed while KVM itself waits for a page of it, which nothing
+/// could end.
 ///
 /// # Examples
 ///
@@ -57,6 +60,7 @@ struct State {
 ///     BackingKind, MemfdBacking, PageRange, Pager, Path, Retrier, RetryPolicy, Stats, Waiter,
 /// };
 /// use demand_source::LocalFile;
+/// use demand_uffd::{DEFAULT_THREADS, FaultService};
 /// use std::sync::Arc;
 /// use vm_memory::GuestAddress;
 ///
@@ -75,8 +79,9 @@ struct State {
 ///     Retrier::new(RetryPolicy::default(), |failure| eprintln!("{}", failure.error)),
 /// )
 /// .unwrap();
-/// let mapping = Arc::new(pager.backing().map().unwrap());
-/// // With `Engine::Uffd`, here is where a VMM arms the mapping.
+/// // The guest's mapping, armed before anything can touch it.
+/// let service = FaultService::start(DEFAULT_THREADS).unwrap();
+/// let mapping = service.arm_guest([&pager], engine.vcpu_trap()).unwrap().remove(0);
 /// let slot = DemandSlot::new(vm, 0, GuestAddress(0), mapping, pager.clone(), engine).unwrap();
 /// let handler = FaultHandler::for_slots([&slot]).unwrap();
 ///
@@ -104,7 +109,8 @@ impl DemandSlot {
     /// # Errors
     ///
     /// [`SlotError::Unaligned`], [`SlotError::Size`] if the mapping is not as long as the
-    /// pager's region, and [`SlotError::Create`] if KVM refuses the slot, as it does under
+    /// pager's region, [`SlotError::Unarmed`] under [`Engine::Uffd`] if nothing traps accesses to
+    /// the mapping's missing pages, and [`SlotError::Create`] if KVM refuses the slot, as it does under
     /// [`Engine::KvmUserfault`] where the kernel does not have that; under
     /// [`Engine::KvmAttributes`] also [`SlotError::Attributes`].
     pub fn new(
@@ -122,9 +128,14 @@ impl DemandSlot {
         if !start.0.is_multiple_of(PAGE_SIZE) {
             return Err(SlotError::Unaligned { number, start: start.0 });
         }
+        let trapped = engine.vcpu_trap() == VcpuTrap::Hypervisor || mapping.traps_all();
+        if !trapped && !pager.bitmap().is_complete() {
+            return Err(SlotError::Unarmed { number });
+        }
         let trap = SetTrap(SlotTrap::set(engine, &vm, number, start, &pager)?);
         let (flags, bitmap) = (trap.0.slot_flags(), trap.0.bitmap(&pager));
         let memslot = Memslot::new(vm, number, start, mapping, bitmap, flags)?;
+        pager.note_memslot(memslot.mapping());
         let state = Mutex::new(State { flags, finish: false, free: false });
         Ok(DemandSlot { memslot, trap, pager, engine, logging_may_go: false, state })
     }

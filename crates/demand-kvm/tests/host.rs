@@ -3,6 +3,7 @@
 
 mod common;
 
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -12,8 +13,9 @@ use demand_kvm::{
     DemandSlot, Engine, FaultError, FaultHandler, Finished, KVM_MEMORY_EXIT_FLAG_USERFAULT,
     PlainSlot, SlotError, VcpuKick,
 };
-use demand_memory::{BackingKind, Mapping, PAGE_SIZE};
+use demand_memory::{BackingKind, GuestTrapError, Mapping, PAGE_SIZE, VcpuTrap};
 use demand_source::Threaded;
+use demand_uffd::{ArmGuestError, DEFAULT_THREADS, FaultService};
 use vm_memory::GuestAddress;
 
 const PAGES: u64 = 16;
@@ -34,13 +36,11 @@ fn a_guest_reads_the_image_and_its_writes_are_logged() {
     let Some(kvm) = kvm() else { return };
     let machine = Machine::new(&kvm, Engine::Uffd);
     let pager = file_pager(BackingKind::Shmem, PAGES);
+    fill(&pager);
     let slot = machine.slot(&pager, Engine::Uffd);
     assert!(!slot.is_trapping());
-    let error = slot.finish().unwrap_err();
-    assert!(matches!(error, SlotError::PagesMissing { missing: PAGES, .. }), "{error}");
     assert!(matches!(slot.dirty_log(), Err(SlotError::DirtyLog { .. })));
 
-    fill(&pager);
     let mut cpu = machine.vcpu(0);
     machine.copy_and_compare(&mut cpu, &no_faults(), Pages::run(0, PAGES), 0, page);
 
@@ -84,6 +84,7 @@ fn slots_that_cannot_be_are_refused() {
     let Some(kvm) = kvm() else { return };
     let machine = Machine::new(&kvm, Engine::Uffd);
     let pager = file_pager(BackingKind::Shmem, PAGES);
+    fill(&pager);
     let slot = machine.slot(&pager, Engine::Uffd);
     let mapping = slot.mapping();
     let new = |number, start, mapping: &Arc<Mapping>| {
@@ -100,6 +101,62 @@ fn slots_that_cannot_be_are_refused() {
     assert!(matches!(error, SlotError::Size { mapping: PAGE_SIZE, .. }), "{error}");
     let error = new(u32::MAX, 2 * REGION, mapping);
     assert!(error.to_string().contains("Invalid argument"), "{error}");
+}
+
+/// An unarmed mapping is refused under `uffd`, as is one armed against less than all accesses; the
+/// trap goes with the slot, and its pages are an error then and never zeros.
+#[test]
+fn unarmed_mapping_is_refused_under_uffd() {
+    let Some(kvm) = kvm() else { return };
+    let machine = Machine::new(&kvm, Engine::Uffd);
+    let pager = file_pager(BackingKind::Shmem, PAGES);
+    let new = |mapping: &Arc<Mapping>| {
+        let (vm, mapping) = (machine.vm.clone(), mapping.clone());
+        DemandSlot::new(vm, 2, GuestAddress(REGION), mapping, pager.clone(), Engine::Uffd)
+    };
+    let unarmed = Arc::new(pager.backing().map().unwrap());
+    let error = new(&unarmed).unwrap_err();
+    assert!(matches!(error, SlotError::Unarmed { number: 2 }), "{error}");
+
+    let service = FaultService::start(DEFAULT_THREADS).unwrap();
+    let armed = service.arm_guest([&pager], VcpuTrap::Mapping).unwrap().remove(0);
+    let slot = new(&armed).unwrap();
+    let error = slot.finish().unwrap_err();
+    assert!(matches!(error, SlotError::PagesMissing { missing: PAGES, .. }), "{error}");
+    assert!(armed.traps_all());
+    drop(slot);
+    // Read by the kernel, which says so; who reads it in user space gets a signal.
+    let (file, bytes) = (tempfile::tempfile().unwrap(), PAGE_SIZE as usize);
+    // SAFETY: the mapping is kept, and the kernel only reads it.
+    let wrote = unsafe { libc::write(file.as_raw_fd(), armed.address().as_ptr().cast(), bytes) };
+    let error = std::io::Error::last_os_error();
+    assert_eq!((wrote, error.raw_os_error()), (-1, Some(libc::EFAULT)));
+
+    // No way leads back: another mapping cannot be armed, before or after the slot.
+    let arm = || service.arm_guest([&pager], VcpuTrap::Mapping).unwrap_err();
+    assert!(matches!(arm(), ArmGuestError::Order(GuestTrapError::Twice)));
+}
+
+#[test]
+fn arming_after_the_slot_is_refused() {
+    let Some(kvm) = kvm() else { return };
+    let machine = Machine::new(&kvm, Engine::Uffd);
+    let service = FaultService::start(DEFAULT_THREADS).unwrap();
+    let pager = file_pager(BackingKind::Shmem, PAGES);
+    // As of an engine that does not need it, on a kernel that has none.
+    let mapping = Arc::new(pager.backing().map().unwrap());
+    pager.note_memslot(&mapping);
+    let error = service.arm_guest([&pager], VcpuTrap::Hypervisor).unwrap_err();
+    assert!(matches!(error, ArmGuestError::Order(GuestTrapError::AfterSlot)), "{error}");
+    // Of pages that were fetched the same holds.
+    let other = file_pager(BackingKind::Shmem, PAGES);
+    fill(&other);
+    let slot = machine.slot(&other, Engine::Uffd);
+    let error = service.arm_guest([&other], VcpuTrap::Mapping).unwrap_err();
+    assert!(matches!(error, ArmGuestError::Order(GuestTrapError::AfterSlot)), "{error}");
+    drop(slot);
+    let error = service.arm_guest([&other], VcpuTrap::Mapping).unwrap_err();
+    assert!(matches!(error, ArmGuestError::Order(GuestTrapError::AfterFetch)), "{error}");
 }
 
 #[test]

@@ -50,11 +50,11 @@ pub use self::{
     load::LoadUnit,
     mapping::Mapping,
     memory::DemandMemory,
-    pager::{FetchError, Pager, PagerError},
+    pager::{FetchError, GuestTrapError, Pager, PagerError},
     pool::HugePagePool,
     region::{DemandRegion, RegionConfig},
     retry::{Failure, Retrier, RetryPolicy},
     stats::{LatencyMicros, Path, PathReport, SourceReport, Stats, TimelineEvent},
-    trap::{Trap, VcpuTrap},
+    trap::{MappingGuard, Trap, VcpuTrap},
     words::BitmapWords,
 };

@@ -5,6 +5,9 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::ptr::NonNull;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::MappingGuard;
 
 /// A shared, writable mapping of a file from its first byte on, or of no file.
 ///
@@ -14,6 +17,8 @@ use std::ptr::NonNull;
 pub struct Mapping {
     address: NonNull<u8>,
     len: u64,
+    /// Dropped after the range is unmapped.
+    guard: Mutex<Option<Arc<dyn MappingGuard>>>,
 }
 
 // SAFETY: a mapping is an address range of the process, which belongs to no thread, and this type
@@ -61,7 +66,7 @@ impl Mapping {
             return Err(io::Error::last_os_error());
         }
         let address = NonNull::new(address.cast()).expect("mmap gives no null address");
-        Ok(Mapping { address, len })
+        Ok(Mapping { address, len, guard: Mutex::default() })
     }
 
     /// Where the mapping begins.
@@ -90,6 +95,56 @@ impl Mapping {
         // SAFETY: the assertion keeps the pointer within the mapping or one past its end, and a
         // mapping is smaller than `isize::MAX`.
         unsafe { self.address.add(offset as usize) }
+    }
+
+    /// Keeps the trap of this mapping for as long as the mapping exists, in place of the one before.
+    pub fn set_guard(&self, guard: Arc<dyn MappingGuard>) {
+        *self.guard.lock().unwrap_or_else(PoisonError::into_inner) = Some(guard);
+    }
+
+    /// The trap of this mapping, if it has an active one.
+    fn guard(&self) -> Option<Arc<dyn MappingGuard>> {
+        let guard = self.guard.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        guard.filter(|guard| guard.is_active())
+    }
+
+    /// Whether an access to any missing page is trapped here.
+    pub fn traps_all(&self) -> bool {
+        self.guard().is_some_and(|guard| guard.traps_all())
+    }
+
+    /// Ends all access to a trapped mapping for good: every thread blocked on a fault in it is
+    /// woken, and an access under way or in future is an error (of a system call, or of the
+    /// hypervisor) or a signal. No missing page reads as zeros. A mapping without an active trap is
+    /// left alone.
+    ///
+    /// It blocks on neither a page nor a source.
+    ///
+    /// # Errors
+    ///
+    /// The system's. The mapping then is as it was.
+    pub fn revoke(&self) -> io::Result<()> {
+        let Some(guard) = self.guard() else { return Ok(()) };
+        // First the access: a thread that is woken before would fault again and block again.
+        // SAFETY: the range is this mapping, and no Rust reference points into it. Its bytes stay
+        // as they are.
+        let result = unsafe {
+            libc::mprotect(self.address.as_ptr().cast(), self.len as usize, libc::PROT_NONE)
+        };
+        if result != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        guard.wake();
+        Ok(())
+    }
+
+    /// Removes the trap of a mapping that nothing can access any more, after
+    /// [`revoke`](Self::revoke) or once its memslot is deleted, and wakes every thread blocked on a
+    /// fault in it.
+    pub fn remove_guard(&self) {
+        if let Some(guard) = self.guard() {
+            guard.remove();
+        }
     }
 
     /// Gives the kernel an advice about the mapping, say `MADV_HUGEPAGE`.

@@ -106,6 +106,25 @@ impl<B: Bitmap> DemandMemory<B> {
         self.pagers().for_each(|pager| pager.stop());
     }
 
+    /// Takes the memory away from the guest for good, at any moment and without waiting for a page:
+    /// [stops](Self::stop) it, then makes the trapped mappings under its memslots inaccessible and
+    /// wakes every thread blocked on a fault there. A vCPU that still runs, and the hypervisor's
+    /// own threads, get errors. Nothing reads zeros.
+    ///
+    /// This is the first step of every end of a VM, once its vCPUs were asked to stop: a VM whose
+    /// hypervisor waits for a page cannot be closed, and cannot be killed either. Deleting a memslot
+    /// of `demand-kvm` does the same for its mapping.
+    pub fn revoke(&self) {
+        for pager in self.pagers() {
+            if let Err(error) = pager.revoke() {
+                log::error!(
+                    "cannot make guest memory inaccessible: {error}; the guest ends once its \
+                     memslots are deleted"
+                );
+            }
+        }
+    }
+
     /// Whether it was stopped.
     pub fn is_stopped(&self) -> bool {
         self.pagers().any(|pager| pager.bitmap().is_stopped())

@@ -2,8 +2,9 @@
 //! Brings a region's pages in: claim, populate, map, publish.
 
 use std::fmt;
+use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock, TryLockError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, TryLockError, Weak};
 use std::time::Instant;
 
 use demand_source::{
@@ -28,7 +29,7 @@ pub enum PagerError {
         /// Pages of the region.
         pages: u64,
         /// What the system said.
-        error: std::io::Error,
+        error: io::Error,
     },
     /// The image ends before the region does.
     #[error(
@@ -91,6 +92,24 @@ pub enum FetchError {
     },
 }
 
+/// Why the guest's mapping of a region cannot be armed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum GuestTrapError {
+    /// It has one already.
+    #[error("cannot arm the guest's mapping: the region has an armed one; arm each region once")]
+    Twice,
+    /// A memslot was made before: its mapping may have shown zeros.
+    #[error(
+        "cannot arm the guest's mapping: a memslot of this region exists; arm the mapping first, \
+         and make the memslot over that one"
+    )]
+    AfterSlot,
+    /// A page was asked for before.
+    #[error("cannot arm the guest's mapping: pages were fetched already; arm it before the first")]
+    AfterFetch,
+}
+
 type Callback = Box<dyn FnOnce() + Send>;
 
 /// The pager of one region.
@@ -109,6 +128,8 @@ pub struct Pager {
     /// One bit for each unit that is known to exist; only for units larger than a page.
     allocated: Option<Box<[AtomicU64]>>,
     guest_trap: OnceLock<Arc<dyn Trap>>,
+    /// What memslots were made over. They keep the mappings.
+    guest_mappings: Mutex<Vec<Weak<Mapping>>>,
     unit_loader: OnceLock<Arc<dyn LoadUnit>>,
     /// Read-locked while a unit is created: the hypervisor may write to it as soon as it exists,
     /// and its pages are marked as populated only after that.
@@ -158,7 +179,7 @@ impl Pager {
     }
 
     fn with_bitmap(
-        bitmap: impl FnOnce(u64) -> std::io::Result<MissingBitmap>,
+        bitmap: impl FnOnce(u64) -> io::Result<MissingBitmap>,
         backing: Arc<dyn Backing>,
         source: Arc<dyn PageSource>,
         image_offset: u64,
@@ -184,6 +205,7 @@ impl Pager {
             image_offset,
             allocated,
             guest_trap: OnceLock::new(),
+            guest_mappings: Mutex::default(),
             unit_loader: OnceLock::new(),
             loading: RwLock::default(),
             begun: AtomicBool::new(false),
@@ -220,15 +242,44 @@ impl Pager {
     }
 
     /// Says that the guest's mapping is armed: pages are mapped there before their bits are
-    /// cleared. Must be called before the first page is fetched, and once.
+    /// cleared. To be called once, before the memslot is made and the first page is fetched.
     ///
-    /// # Panics
+    /// # Errors
     ///
-    /// If it was called before, or a page was asked for already.
-    pub fn set_guest_trap(&self, trap: Arc<dyn Trap>) {
+    /// [`GuestTrapError`]. Nothing is changed then.
+    pub fn set_guest_trap(&self, trap: Arc<dyn Trap>) -> Result<(), GuestTrapError> {
+        self.can_set_guest_trap()?;
+        self.guest_trap.set(trap).map_err(|_| GuestTrapError::Twice)
+    }
+
+    /// Whether [`set_guest_trap`](Self::set_guest_trap) would succeed.
+    ///
+    /// # Errors
+    ///
+    /// As for [`set_guest_trap`](Self::set_guest_trap).
+    pub fn can_set_guest_trap(&self) -> Result<(), GuestTrapError> {
+        if self.guest_trap.get().is_some() {
+            return Err(GuestTrapError::Twice);
+        }
+        if self.guest_mappings().iter().any(|mapping| mapping.strong_count() > 0) {
+            return Err(GuestTrapError::AfterSlot);
+        }
         // Not the bitmap's count: this is part of each start, of memory of any size.
-        assert!(!self.begun.load(Ordering::Relaxed), "the guest is armed first");
-        assert!(self.guest_trap.set(trap).is_ok(), "a region has one guest mapping");
+        if self.begun.load(Ordering::Relaxed) {
+            return Err(GuestTrapError::AfterFetch);
+        }
+        Ok(())
+    }
+
+    /// Notes that a memslot is about to be made over `mapping`.
+    pub fn note_memslot(&self, mapping: &Arc<Mapping>) {
+        let mut mappings = self.guest_mappings();
+        mappings.retain(|known| known.strong_count() > 0);
+        mappings.push(Arc::downgrade(mapping));
+    }
+
+    fn guest_mappings(&self) -> MutexGuard<'_, Vec<Weak<Mapping>>> {
+        self.guest_mappings.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Gives the pager what creates huge pages together with their content. If it has one already,
@@ -255,6 +306,22 @@ impl Pager {
     /// Ends all waiting: the VM is going away. Nothing is asked of the source after this.
     pub fn stop(&self) {
         self.bitmap.stop();
+    }
+
+    /// [Stops](Self::stop) the region and takes it away from the guest: see
+    /// [`DemandMemory::revoke`](crate::DemandMemory::revoke).
+    ///
+    /// # Errors
+    ///
+    /// The system's. The other mappings are revoked all the same.
+    pub fn revoke(&self) -> io::Result<()> {
+        self.stop();
+        let mappings: Vec<_> = self.guest_mappings().iter().filter_map(Weak::upgrade).collect();
+        let mut outcome = Ok(());
+        for mapping in mappings {
+            outcome = outcome.and(mapping.revoke());
+        }
+        outcome
     }
 
     /// Starts bringing in the pages of `range` that are missing and that nobody has claimed. With
@@ -611,5 +678,5 @@ enum PopulateError {
     #[error(transparent)]
     Backing(#[from] BackingError),
     #[error("map pages that have arrived where the guest looks: {0}; it is tried again")]
-    Map(std::io::Error),
+    Map(io::Error),
 }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! What a pager asks of a mapping whose readers are trapped.
 
+use std::fmt;
 use std::io;
 
 use crate::PageRange;
@@ -42,4 +43,24 @@ pub trait Trap: Send + Sync {
     ///
     /// The system's.
     fn release(&self, pages: PageRange) -> io::Result<()>;
+}
+
+/// The trap of a mapping of this process, which the [`Mapping`](crate::Mapping) itself keeps.
+///
+/// A mapping whose trap were dropped before it would show zeros for pages that are missing.
+pub trait MappingGuard: fmt::Debug + Send + Sync {
+    /// Whether an access to any missing page is trapped. False for a mapping that guards only some
+    /// accesses, and once the trap is gone.
+    fn traps_all(&self) -> bool;
+
+    /// Whether the trap exists: an access may block.
+    fn is_active(&self) -> bool;
+
+    /// Wakes every thread blocked on a fault in the mapping, threads of the kernel included. A
+    /// thread whose page is still unmapped faults again.
+    fn wake(&self);
+
+    /// Removes the trap and wakes every blocked thread. The mapping must not be accessible any
+    /// more: missing pages would read as zeros.
+    fn remove(&self);
 }

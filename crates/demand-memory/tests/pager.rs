@@ -328,7 +328,7 @@ fn pages_are_mapped_for_the_guest_before_their_bits_are_cleared() {
         mapped: AtomicUsize::new(0),
     });
     trap.region.set(region.pager().clone()).unwrap();
-    region.pager().set_guest_trap(trap.clone());
+    region.pager().set_guest_trap(trap.clone()).unwrap();
     check(&region, 0..PAGES);
     assert_eq!(trap.mapped.load(Ordering::Relaxed) as u64, PAGES);
     assert_eq!(region.pager().stats().source().errors, 2, "a failed mapping is tried again");
@@ -362,7 +362,10 @@ fn a_mapping_that_failed_halfway_costs_no_write_of_the_guest() {
     let file = image();
     let region = region(LocalFile::open(file.path()).unwrap());
     let guest = region.pager().backing().map().unwrap();
-    region.pager().set_guest_trap(Arc::new(Halfway { guest, failed: AtomicBool::new(false) }));
+    region
+        .pager()
+        .set_guest_trap(Arc::new(Halfway { guest, failed: AtomicBool::new(false) }))
+        .unwrap();
     region.pager().ensure(PageRange::new(1, 4), Path::Guest, &Waiter::new()).unwrap();
     assert_eq!(region.read_obj::<u8>(MemoryRegionAddress(PAGE_SIZE)).unwrap(), 0x55);
 }

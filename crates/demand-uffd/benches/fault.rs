@@ -29,7 +29,7 @@ fn touch_all(service: &FaultService, unit: u64) -> (Duration, u64) {
         ArmedMapping::own(&uffd, mapping.clone(), &pager, Path::Guest).unwrap()
     };
     if unit == 4096 {
-        pager.set_guest_trap(armed.clone());
+        pager.set_guest_trap(armed.clone()).unwrap();
     }
     service.serve(&[armed]).unwrap();
     let begun = Instant::now();

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread;
 use std::time::Duration;
 
-use demand_memory::{BackingKind, Mapping, PAGE_SIZE, PageRange, Pager, Path, Trap};
+use demand_memory::{BackingKind, Mapping, MappingGuard, PAGE_SIZE, PageRange, Pager, Path, Trap};
 
 use crate::{Cause, Modes, RangeError, Userfaultfd};
 
@@ -29,8 +29,10 @@ const TRIES: u32 = 64;
 /// [`Trap`](demand_memory::Pager::set_guest_trap). The granularity is what one fault makes
 /// present and maps: a granule becomes reachable only once all of its pages are present.
 ///
-/// Keep it, and so the userfaultfd, for as long as somebody may read through the mapping: once
-/// the last holder of a userfaultfd is gone, missing pages read as zeros.
+/// A mapping of this process keeps its userfaultfd itself: without a service a fault stalls, and
+/// never shows zeros. Of another process' mapping keep this, and so the userfaultfd, for as long as
+/// the process may read through it: once the last holder of a userfaultfd is gone, missing pages
+/// read as zeros.
 pub struct ArmedMapping {
     uffd: Arc<Userfaultfd>,
     /// The pager may own this as its guest trap.
@@ -149,6 +151,9 @@ impl ArmedMapping {
     ) -> Result<Arc<Self>, RangeError> {
         let len = pager.pages() * PAGE_SIZE;
         uffd.register(base, len, modes)?;
+        if let Some(mapping) = &mapping {
+            mapping.set_guard(Arc::new(OwnGuard { uffd: uffd.clone(), base, len, modes }));
+        }
         Ok(Arc::new(ArmedMapping {
             uffd: uffd.clone(),
             pager: Arc::downgrade(pager),
@@ -200,6 +205,9 @@ impl ArmedMapping {
     /// for nothing else.
     pub fn is_waited_for(&self) -> bool {
         let Some(pager) = self.pager() else { return false };
+        if pager.bitmap().is_stopped() {
+            return false; // The source is asked no more.
+        }
         let granule = |first| PageRange::page(first).grow_to_units(self.granule, self.pages);
         let missing = |first| pager.bitmap().first_missing(granule(first)).is_some();
         self.pending().keys().any(|first| missing(*first))
@@ -215,6 +223,16 @@ impl ArmedMapping {
     pub(crate) fn granule_at(&self, address: u64) -> Option<PageRange> {
         let page = address.checked_sub(self.base)? / PAGE_SIZE;
         (page < self.pages).then(|| PageRange::page(page).grow_to_units(self.granule, self.pages))
+    }
+
+    /// Whether it is a mapping of this process.
+    pub(crate) fn is_own(&self) -> bool {
+        self._mapping.is_some()
+    }
+
+    /// Whether a fault was read that is not resolved yet.
+    pub(crate) fn has_pending(&self) -> bool {
+        !self.pending().is_empty()
     }
 
     /// Number of pages that are missing.
@@ -344,6 +362,38 @@ impl Trap for ArmedMapping {
             Err(error) if error.cause() == Cause::Closed => Ok(()),
             Err(_) if !self.uffd.is_process_alive(self.base) => Ok(()),
             Err(error) => Err(error.into()),
+        }
+    }
+}
+
+/// The trap of a mapping of this process, kept by the mapping. An own type, as an armed mapping
+/// keeps the mapping.
+#[derive(Debug)]
+struct OwnGuard {
+    uffd: Arc<Userfaultfd>,
+    base: u64,
+    len: u64,
+    modes: Modes,
+}
+
+impl MappingGuard for OwnGuard {
+    fn traps_all(&self) -> bool {
+        self.is_active() && self.modes == Modes::ALL
+    }
+
+    fn is_active(&self) -> bool {
+        !self.uffd.is_closed()
+    }
+
+    fn wake(&self) {
+        if let Err(error) = self.uffd.wake(self.base, self.len) {
+            log::debug!("{error}");
+        }
+    }
+
+    fn remove(&self) {
+        if let Err(error) = self.uffd.unregister(self.base, self.len) {
+            log::debug!("{error}");
         }
     }
 }

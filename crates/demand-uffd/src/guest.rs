@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use demand_memory::{BackingError, BackingKind, Mapping, Pager, Path, VcpuTrap};
+use demand_memory::{BackingError, BackingKind, GuestTrapError, Mapping, Pager, Path, VcpuTrap};
 
 use crate::{
     ArmedMapping, FaultService, Features, OpenError, RangeError, ServiceError, UnitLoader,
@@ -24,6 +24,9 @@ pub enum ArmGuestError {
     /// A mapping could not be registered.
     #[error(transparent)]
     Register(#[from] RangeError),
+    /// The region is armed already, or it is too late.
+    #[error(transparent)]
+    Order(#[from] GuestTrapError),
     /// The service cannot serve it.
     #[error(transparent)]
     Serve(#[from] ServiceError),
@@ -47,18 +50,19 @@ impl ArmedMapping {
     ///
     /// # Errors
     ///
-    /// [`RangeError`] with the system's error.
+    /// [`ArmGuestError::Register`] with the system's error, and [`ArmGuestError::Order`] if the
+    /// region has an armed guest mapping, a memslot, or pages that were fetched.
     ///
     /// # Panics
     ///
-    /// If the mapping is not as long as the region, the region has an armed guest mapping, or a
-    /// page of it is present: see [`Pager::set_guest_trap`].
+    /// If the mapping is not as long as the region.
     pub fn guest(
         uffd: &Arc<Userfaultfd>,
         mapping: Arc<Mapping>,
         pager: &Arc<Pager>,
         vcpus: VcpuTrap,
-    ) -> Result<Arc<Self>, RangeError> {
+    ) -> Result<Arc<Self>, ArmGuestError> {
+        pager.can_set_guest_trap()?;
         let huge = pager.backing().kind() != BackingKind::Shmem;
         let armed = match vcpus {
             VcpuTrap::Mapping => Self::own(uffd, mapping, pager, Path::Guest)?,
@@ -67,7 +71,7 @@ impl ArmedMapping {
             }
             VcpuTrap::Hypervisor => Self::own(uffd, mapping, pager, Path::KvmInternal)?,
         };
-        pager.set_guest_trap(armed.clone());
+        pager.set_guest_trap(armed.clone())?;
         Ok(armed)
     }
 }
@@ -80,11 +84,7 @@ impl FaultService {
     ///
     /// # Errors
     ///
-    /// [`ArmGuestError`].
-    ///
-    /// # Panics
-    ///
-    /// If a region has an armed guest mapping, or a page of it is present.
+    /// [`ArmGuestError`]. The regions before the one at fault may be armed: nothing of it is of use.
     ///
     /// # Examples
     ///

@@ -193,6 +193,17 @@ impl FaultService {
         self.shared.release(&tokens)
     }
 
+    /// Whether a thread is blocked on a fault in a mapping of this process, or was a moment ago. With
+    /// the vCPUs outside the guest it tells of the hypervisor's own threads.
+    pub fn has_open_faults(&self) -> bool {
+        let watches: Vec<_> = self.shared.watches().values().cloned().collect();
+        watches.iter().any(|watch| {
+            let mappings = watch.mappings();
+            mappings.iter().any(|mapping| mapping.is_own())
+                && (watch.uffd.has_messages() || mappings.iter().any(|m| m.has_pending()))
+        })
+    }
+
     /// Stops watching a userfaultfd whose process is gone. Its mappings stay armed.
     pub fn forget(&self, uffd: &Arc<Userfaultfd>) {
         self.shared.forget(uffd);

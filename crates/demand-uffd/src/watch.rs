@@ -143,8 +143,15 @@ impl Fault {
             let part = PageRange::new(left.first, left.count.min(FETCH));
             match pager.fetch(part, self.mapping.path()) {
                 Ok(pages) => arrived += pages,
-                // The memory was stopped: the fault stays open until its userfaultfd is closed.
-                Err(error) => return log::debug!("a fault is left open: {error}"),
+                // The memory was stopped. What is present is resolved until the very end; a fault
+                // on anything else stays open until the mapping is revoked.
+                Err(error) => {
+                    if pager.bitmap().first_missing(self.granule).is_none() {
+                        return self.resolve(&Arc::downgrade(shared));
+                    }
+                    self.mapping.end(self.granule);
+                    return log::debug!("a fault stays open: {error}");
+                }
             }
             left = PageRange::new(part.end(), left.count - part.count);
         }

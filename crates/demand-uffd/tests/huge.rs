@@ -88,7 +88,7 @@ fn missing_units_only() {
     let armed =
         ArmedMapping::own_missing_units(&uffd, mapping.clone(), &pager, Path::KvmInternal).unwrap();
     assert_eq!(armed.modes(), Modes::MISSING);
-    pager.set_guest_trap(armed.clone());
+    pager.set_guest_trap(armed.clone()).unwrap();
     let service = service(&[armed]);
     control.hold([UNIT + 511]);
     let reader = read_later(&mapping, (UNIT + 2) * PAGE_SIZE);

@@ -100,7 +100,7 @@ fn writes_to_half_mapped_pages_are_in_the_image() {
     let guest = mapping(&pager);
     let armed = ArmedMapping::own(&uffd(), guest.clone(), &pager, Path::Guest).unwrap();
     let trap = Arc::new(Half { armed, whole: AtomicBool::new(false) });
-    pager.set_guest_trap(trap.clone());
+    pager.set_guest_trap(trap.clone()).unwrap();
 
     let written = write_later(&guest, PAGE_SIZE);
     assert_eq!(pager.fetch(PageRange::new(1, 4), Path::Fill), Ok(0));
@@ -156,7 +156,7 @@ fn writes_to_units_just_created_are_in_the_image() {
     let guest = mapping(&pager);
     let own = ArmedMapping::own_missing_units(&uffd(), guest.clone(), &pager, Path::KvmInternal);
     let armed = own.unwrap();
-    pager.set_guest_trap(armed.clone());
+    pager.set_guest_trap(armed.clone()).unwrap();
     let service = FaultService::start(DEFAULT_THREADS).unwrap();
     service.serve(&[armed]).unwrap();
     // Dropped before the service, whose thread waits for it.

@@ -78,7 +78,7 @@ fn the_guests_mapping_is_mapped_by_the_pager() {
     let (pager, uffd) = (shmem(), uffd());
     let mapping = mapping(&pager);
     let armed = ArmedMapping::own(&uffd, mapping.clone(), &pager, Path::Guest).unwrap();
-    pager.set_guest_trap(armed.clone());
+    pager.set_guest_trap(armed.clone()).unwrap();
     // Nobody serves, and yet fetched pages can be read.
     pager.fetch(PageRange::new(0, 100), Path::Fill).unwrap();
     for page in 0..100 {
@@ -100,7 +100,7 @@ fn a_page_that_was_unmapped_comes_back() {
     let (pager, uffd) = (shmem(), uffd());
     let mapping = mapping(&pager);
     let armed = ArmedMapping::own(&uffd, mapping.clone(), &pager, Path::Guest).unwrap();
-    pager.set_guest_trap(armed.clone());
+    pager.set_guest_trap(armed.clone()).unwrap();
     let _service = service(1, &[armed]);
     check_page(&mapping, 3);
     // SAFETY: the range is the mapping's, nobody refers to it, and its object keeps the bytes.
@@ -175,7 +175,7 @@ fn a_slow_page_holds_up_nobody_else() {
     let pager = pager_on(common::backing(BackingKind::Shmem, SIZE), source);
     let (uffd, mapping) = (uffd(), mapping(&pager));
     let armed = ArmedMapping::own(&uffd, mapping.clone(), &pager, Path::Guest).unwrap();
-    pager.set_guest_trap(armed.clone());
+    pager.set_guest_trap(armed.clone()).unwrap();
     // A single thread, which must not be the one that waits.
     let service = service(1, &[armed]);
     let _guard = control.let_go_at_the_end();
@@ -228,7 +228,7 @@ fn everybody_reads_the_image_at_once() {
             ArmedMapping::own(&own, access.clone(), &pager, Path::Vmm).unwrap(),
             ArmedMapping::foreign(&theirs, base(&back_end), &pager).unwrap(),
         ];
-        pager.set_guest_trap(armed[0].clone());
+        pager.set_guest_trap(armed[0].clone()).unwrap();
         let service = service(DEFAULT_THREADS, &armed);
         let mut readers = Vec::new();
         for (index, mapping) in

@@ -44,7 +44,7 @@ fn neighbours_that_exist_have_not_arrived() {
     let (guest, back_end) = (mapping(&pager), mapping(&pager));
     let armed = ArmedMapping::own(&guest_uffd, guest.clone(), &pager, Path::Guest).unwrap();
     assert_eq!(armed.granularity(), PAGE_SIZE);
-    pager.set_guest_trap(armed.clone());
+    pager.set_guest_trap(armed.clone()).unwrap();
     let theirs = ArmedMapping::foreign(&back_end_uffd, base(&back_end), &pager).unwrap();
     let service = service(&[armed, theirs]);
 

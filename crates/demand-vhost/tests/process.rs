@@ -240,7 +240,7 @@ fn everybody_reads_the_same() {
     let pagers = memory.pagers();
     let guest = Arc::new(pagers[0].backing().map().unwrap());
     let armed = ArmedMapping::own(&uffd, guest.clone(), &pagers[0], Path::Guest).unwrap();
-    pagers[0].set_guest_trap(armed.clone());
+    pagers[0].set_guest_trap(armed.clone()).unwrap();
     service.serve(&[armed]).unwrap();
     let mut back_ends: Vec<_> =
         processes.iter().map(|process| connect(process, &memory, &service)).collect();

@@ -147,8 +147,8 @@ fn run(options: &Options) -> Result<()> {
     println!("running {engine} on {} with the disk at {}", options.backing, socket.display());
 
     // On this very thread; for one of its own, which can be called away, see lazy-vm. Ctrl-C ends
-    // the process: the kernel takes the VM, the memory and its traps down together, and the
-    // back-end's process sees to it that it reads no zeros.
+    // the process: the kernel closes the userfaultfd before the VM, as its descriptor has the higher
+    // number, and the back-end's process sees to it that it reads no zeros.
     let mut sum = None;
     loop {
         let Step::Exit(exit) = vcpu.step(&handler, &memory)? else { continue };

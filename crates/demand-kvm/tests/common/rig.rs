@@ -61,7 +61,7 @@ impl Rig {
             _ => ArmedMapping::own_missing_units(&uffd, guest.clone(), &pager, Path::KvmInternal),
         };
         let armed = armed.unwrap();
-        pager.set_guest_trap(armed.clone());
+        pager.set_guest_trap(armed.clone()).unwrap();
         let service = FaultService::start(DEFAULT_THREADS).unwrap();
         service.serve(&[armed]).unwrap();
         let vm = machine.vm.clone();

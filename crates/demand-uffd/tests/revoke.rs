@@ -1,0 +1,125 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The end of a mapping of this process: faults on present pages are resolved to the last, all
+//! others end with an error, and none with zeros.
+
+mod common;
+
+use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver};
+use std::thread;
+
+use common::{expect, expect_blocked, mapping, pager, read_later, uffd};
+use demand_memory::{BackingKind, GuestTrapError, Mapping, PAGE_SIZE, PageRange, Path, VcpuTrap};
+use demand_uffd::{ArmGuestError, ArmedMapping, FaultService};
+use test_support::host::huge_pages;
+use test_support::wait::{A_WHILE, PATIENCE, until};
+
+const SIZE: u64 = 4 << 20;
+/// Pages of a huge page.
+const UNIT: u64 = 512;
+
+/// Has the kernel read a page, on a thread of its own; what it says.
+fn kernel_reads(mapping: &Arc<Mapping>, page: u64) -> Receiver<io::Result<usize>> {
+    let (sender, receiver) = mpsc::channel();
+    let mapping = mapping.clone();
+    thread::spawn(move || {
+        let file = tempfile::tempfile().unwrap();
+        let from = mapping.at(page * PAGE_SIZE).as_ptr().cast();
+        // SAFETY: the page lies in the mapping, which this thread keeps, and the kernel only reads.
+        let wrote = unsafe { libc::write(file.as_raw_fd(), from, PAGE_SIZE as usize) };
+        let _ = sender.send(usize::try_from(wrote).map_err(|_| io::Error::last_os_error()));
+    });
+    receiver
+}
+
+fn expect_refused(reader: &Receiver<io::Result<usize>>) {
+    let outcome = reader.recv_timeout(PATIENCE).expect("the system call returns");
+    assert_eq!(outcome.unwrap_err().raw_os_error(), Some(libc::EFAULT));
+}
+
+/// Whether the service reads faults or not, and whoever holds the userfaultfd besides.
+fn revoke_ends_waits(kind: BackingKind) {
+    for stopped in [false, true] {
+        let (pager, uffd) = (pager(kind, SIZE), uffd());
+        let mapping = mapping(&pager);
+        let armed = ArmedMapping::own(&uffd, mapping.clone(), &pager, Path::Guest).unwrap();
+        pager.stop();
+        let service = FaultService::start(1).unwrap();
+        service.serve(&[armed]).unwrap();
+        if stopped {
+            service.stop();
+        }
+        let readers = [0, UNIT].map(|page| kernel_reads(&mapping, page));
+        for reader in &readers {
+            assert!(reader.recv_timeout(A_WHILE).is_err(), "a page that is missing");
+        }
+        mapping.revoke().unwrap();
+        readers.iter().for_each(expect_refused);
+        expect_refused(&kernel_reads(&mapping, 1));
+    }
+}
+
+#[test]
+fn revoke_ends_waits_on_shmem() {
+    revoke_ends_waits(BackingKind::Shmem);
+}
+
+#[test]
+fn revoke_ends_waits_on_hugetlb_2m() {
+    let Some(_pool) = huge_pages(2) else { return };
+    revoke_ends_waits(BackingKind::Hugetlb2M);
+}
+
+#[test]
+fn stopped_memory_resolves_present_pages() {
+    let (pager, uffd) = (pager(BackingKind::Shmem, SIZE), uffd());
+    let mapping = mapping(&pager);
+    let armed = ArmedMapping::own(&uffd, mapping.clone(), &pager, Path::Vmm).unwrap();
+    let service = FaultService::start(1).unwrap();
+    service.serve(std::slice::from_ref(&armed)).unwrap();
+    pager.fetch(PageRange::page(1), Path::Fill).unwrap();
+    pager.stop();
+    let missing = read_later(&mapping, 2 * PAGE_SIZE);
+    expect_blocked(&missing);
+    assert!(!armed.is_waited_for(), "the source is asked no more");
+    expect(&read_later(&mapping, PAGE_SIZE), PAGE_SIZE);
+    until("no fault is under way", || !service.has_open_faults());
+    expect_blocked(&missing);
+}
+
+#[test]
+fn mapping_keeps_its_userfaultfd() {
+    let pager = pager(BackingKind::Shmem, SIZE);
+    let mapping = mapping(&pager);
+    {
+        let uffd = uffd();
+        let armed = ArmedMapping::own(&uffd, mapping.clone(), &pager, Path::Vmm).unwrap();
+        FaultService::start(1).unwrap().serve(&[armed]).unwrap();
+    }
+    assert!(mapping.traps_all());
+    expect_blocked(&read_later(&mapping, PAGE_SIZE));
+}
+
+#[test]
+fn arming_twice_or_late_is_refused() {
+    let service = FaultService::start(1).unwrap();
+    let arm = |pager| service.arm_guest([pager], VcpuTrap::Mapping).map(drop);
+    let armed = pager(BackingKind::Shmem, SIZE);
+    arm(&armed).unwrap();
+    let error = arm(&armed).unwrap_err();
+    assert!(matches!(error, ArmGuestError::Order(GuestTrapError::Twice)), "{error}");
+
+    let slotted = pager(BackingKind::Shmem, SIZE);
+    let mapping = mapping(&slotted);
+    slotted.note_memslot(&mapping);
+    let error = arm(&slotted).unwrap_err();
+    assert!(matches!(error, ArmGuestError::Order(GuestTrapError::AfterSlot)), "{error}");
+
+    let begun = pager(BackingKind::Shmem, SIZE);
+    begun.fetch(PageRange::page(3), Path::Fill).unwrap();
+    let error = arm(&begun).unwrap_err();
+    assert!(matches!(error, ArmGuestError::Order(GuestTrapError::AfterFetch)), "{error}");
+    assert!(error.to_string().starts_with("cannot arm the guest's mapping: "), "{error}");
+}
