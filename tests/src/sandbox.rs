@@ -47,6 +47,18 @@ pub fn vmm_for_everybody(folder: &Path) -> anyhow::Result<PathBuf> {
     Ok(copy)
 }
 
+/// Limits the process to so much of a resource (`RLIMIT_NOFILE` and others), for good.
+pub fn with_limit(command: &mut Command, resource: libc::__rlimit_resource_t, most: u64) {
+    let set_up = move || {
+        let limit = libc::rlimit { rlim_cur: most, rlim_max: most };
+        // SAFETY: the call reads the structure, and changes only the child.
+        check(unsafe { libc::setrlimit(resource, &limit) })
+    };
+    // SAFETY: between fork and exec the closure makes one system call; it allocates nothing and takes
+    // no lock.
+    unsafe { command.pre_exec(set_up) };
+}
+
 /// Gives the process a `/dev` of its own that has only these devices, and runs it as `user` if
 /// one is given. Needs root.
 pub fn with_devices(command: &mut Command, devices: Vec<Device>, user: Option<u32>) {

@@ -4,6 +4,7 @@
 use std::fs;
 use std::io::{PipeReader, Read, pipe};
 use std::process::{Command, Stdio};
+use std::thread;
 use std::time::Duration;
 
 use demand_tests::backend::{BackEnd, BlkOptions};
@@ -123,6 +124,11 @@ fn a_pause_names_the_back_end_that_is_waited_for() {
     let mut vm = Writer::start(START, "warn");
     until("the guest makes its rounds", || vm.rounds() > 0);
     let stopped = Stopped::all_of(vm.back_end.process().id());
+    until("the guest waits", || {
+        let rounds = vm.rounds();
+        thread::sleep(Duration::from_millis(300));
+        vm.rounds() == rounds
+    });
     let error = vm.api().pause().unwrap_err().to_string();
     for words in ["vCPU 0 did not stop", "device blk0 waits for the device to be", "blk.sock"] {
         assert!(error.contains(words), "{error}");

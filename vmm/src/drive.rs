@@ -131,8 +131,8 @@ pub(crate) fn drive(
     console: bool,
     mut look: impl FnMut(Option<Instant>),
 ) -> Result<End, Error> {
-    let failed = |error: &dyn std::fmt::Debug| {
-        Error::host(format!("watch the VM's descriptors: {error:?}; raise the limit of open files"))
+    let failed = |error: &dyn std::fmt::Display| {
+        Error::host(format!("watch the VM's descriptors: {error}; raise the limit of open files"))
     };
     let mut manager = EventManager::new().map_err(|error| failed(&error))?;
     let back_ends = vm.devices.iter().map(|device| (device.as_raw_fd(), device.clone()));

@@ -5,6 +5,8 @@ use std::error::Error as StdError;
 use std::fmt;
 use std::process::ExitCode;
 
+use crate::limits::advise;
+
 /// Whose fault it is, which is what the exit status tells.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
@@ -43,6 +45,9 @@ impl Error {
     fn new(kind: Kind, message: impl fmt::Display) -> Self {
         // One line, whatever the message was made of.
         let message = message.to_string().split_whitespace().collect::<Vec<_>>().join(" ");
+        let (message, is_limit) = advise(message);
+        // Another host, or another user, could do it.
+        let kind = if is_limit && kind == Kind::Failed { Kind::Host } else { kind };
         Error { kind, message }
     }
 

@@ -27,6 +27,7 @@ mod hex;
 pub mod http;
 mod interrupt;
 pub mod layout;
+pub mod limits;
 pub mod linux;
 pub mod logger;
 pub mod machine;

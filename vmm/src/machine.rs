@@ -9,14 +9,15 @@ use demand_kvm::{
     DemandSlot, Engine, EngineChoice, FaultHandler, MsrTrap, PlainSlot, open_kvm, resolve,
 };
 use demand_memory::{
-    Backing, DemandMemory, DemandRegion, MemfdBacking, Pager, RegionConfig, Retrier, Stats,
-    transparent_huge_pages_of_shmem,
+    Backing, BackingKind, DemandMemory, DemandRegion, MemfdBacking, Pager, RegionConfig, Retrier,
+    Stats, transparent_huge_pages_of_shmem,
 };
 use demand_source::PageSource;
 use demand_uffd::{ArmGuestError, DEFAULT_THREADS, FaultService};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 
 use crate::error::Error;
+use crate::limits::warn_of_cgroup;
 use crate::options::MemoryOption;
 use crate::placement::{Placement, check_reach, place};
 use crate::vcpus::StillInside;
@@ -86,7 +87,7 @@ impl Machine {
         let engine = resolve(engine, &probe).map_err(Error::host)?;
         let kvm = open_kvm().map_err(Error::host)?;
 
-        warn_of_thp(option);
+        warn_of_host(option);
         let mut demand_regions = Vec::new();
         for &Placement { start, size, image_offset } in regions {
             let config = RegionConfig {
@@ -128,7 +129,7 @@ impl Machine {
     pub fn present(option: &MemoryOption, stats: &Arc<Stats>) -> Result<Self, Error> {
         let regions = place(option.size);
         check_reach(&regions)?;
-        warn_of_thp(option);
+        warn_of_host(option);
         let kvm = open_kvm().map_err(Error::host)?;
         let vm = Arc::new(kvm.create_vm().map_err(|error| {
             Error::host(format!("make a VM: {error}; the kernel's log may say more"))
@@ -288,7 +289,11 @@ impl Machine {
     }
 }
 
-fn warn_of_thp(option: &MemoryOption) {
+/// Says what of the host does not go with the memory, and does not keep it from being made.
+fn warn_of_host(option: &MemoryOption) {
+    if option.backing == BackingKind::Shmem {
+        warn_of_cgroup(option.size);
+    }
     if option.thp
         && let Err(why) = transparent_huge_pages_of_shmem()
     {

@@ -4,10 +4,11 @@
 use std::process::ExitCode;
 use std::time::Instant;
 
-use demand_vmm::logger;
+use demand_vmm::{limits, logger};
 
 fn main() -> ExitCode {
     let started = Instant::now();
+    limits::prepare();
     logger::start();
     let code = match demand_vmm::cli::main(started) {
         Ok(()) => ExitCode::SUCCESS,

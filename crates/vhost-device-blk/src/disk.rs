@@ -8,6 +8,7 @@ use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use rustix::process::{Resource, getrlimit};
 use vm_memory::VolatileSlice;
 use vm_memory::bitmap::BitmapSlice;
 
@@ -45,6 +46,20 @@ pub struct Disk {
     lost: AtomicBool,
 }
 
+/// Refuses an image that this process may not write to its end: the guest would find that out by I/O
+/// errors.
+fn check_file_limit(path: &Path, bytes: u64) -> Result<()> {
+    match getrlimit(Resource::Fsize).current {
+        Some(most) if most < bytes => Err(Error::Limit {
+            option: "--disk",
+            path: path.to_path_buf(),
+            problem: format!("it has {bytes} bytes, and a file of this process may have {most}"),
+            limit: "ulimit -f",
+        }),
+        _ => Ok(()),
+    }
+}
+
 /// The direction of a transfer.
 #[derive(Clone, Copy)]
 enum Transfer {
@@ -60,7 +75,9 @@ impl Disk {
     /// whole block.
     pub fn open(path: &Path, options: &DiskOptions) -> Result<Self> {
         let failed = |problem: String| Error::Disk { path: path.to_path_buf(), problem };
-        let io_failed = |e: io::Error| failed(e.to_string());
+        let io_failed = |e: io::Error| {
+            Error::too_many_files("--disk", path, &e).unwrap_or_else(|| failed(e.to_string()))
+        };
         // Not to wait for whoever opens the other end of a pipe.
         let mut file = OpenOptions::new()
             .read(true)
@@ -80,6 +97,9 @@ impl Disk {
         } else {
             (Topology::of_file(&metadata, options.block_size), None)
         };
+        if kind.is_file() && !options.read_only {
+            check_file_limit(path, bytes)?;
+        }
         let block_size = u64::from(topology.block_size);
         if bytes < block_size {
             return Err(failed(format!("{bytes} bytes, less than a block of {block_size}")));

@@ -2,7 +2,7 @@
 //! What can go wrong, each in one line: what was asked, what happened, what to do.
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Errors of the daemon.
 #[derive(Debug, thiserror::Error)]
@@ -36,8 +36,20 @@ pub enum Error {
         /// What to do about it.
         advice: &'static str,
     },
+    /// A limit of this process is in the way.
+    #[error("{option} {}: {problem}; raise the limit ({limit})", path.display())]
+    Limit {
+        /// The option whose file it is about.
+        option: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// What the host said.
+        problem: String,
+        /// How it is raised.
+        limit: &'static str,
+    },
     /// `--postcopy require` was given and the host does not permit post-copy.
-    #[error("--postcopy require: {0}; permit /dev/userfaultfd to this user or use --postcopy off")]
+    #[error("--postcopy require: {0}; {advice} or use --postcopy off", advice = .0.advice())]
     PostcopyUnavailable(crate::postcopy::Unavailable),
     /// The statistics could not be written.
     #[error("--stats {}: {source}; give a path this user may write", path.display())]
@@ -72,6 +84,20 @@ impl Error {
             Error::PostcopyUnavailable(_) => 3,
             _ => 1,
         }
+    }
+
+    /// That a file cannot be opened because too many are, if that is so.
+    pub(crate) fn too_many_files(
+        option: &'static str,
+        path: &Path,
+        error: &io::Error,
+    ) -> Option<Self> {
+        (error.raw_os_error() == Some(libc::EMFILE)).then(|| Error::Limit {
+            option,
+            path: path.to_path_buf(),
+            problem: error.to_string(),
+            limit: "ulimit -n",
+        })
     }
 
     /// What makes an [`Error::System`] of an I/O error.

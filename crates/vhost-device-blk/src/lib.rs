@@ -29,6 +29,7 @@ pub mod device;
 pub mod disk;
 pub mod error;
 mod execute;
+pub mod limits;
 mod pool;
 pub mod postcopy;
 mod present;

@@ -7,12 +7,13 @@ use clap::Parser;
 use clap::error::ErrorKind;
 
 use vhost_device_blk::args::Args;
-use vhost_device_blk::server;
+use vhost_device_blk::{limits, server};
 
 /// Exit status for a command line that is wrong.
 const USAGE: u8 = 2;
 
 fn main() -> ExitCode {
+    limits::prepare();
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn")).init();
 
     let args = match Args::try_parse() {

@@ -8,6 +8,17 @@ use userfaultfd::UffdBuilder;
 #[error("no userfaultfd for this process through /dev/userfaultfd ({0})")]
 pub struct Unavailable(String);
 
+impl Unavailable {
+    /// What can be done about it.
+    pub fn advice(&self) -> &'static str {
+        if self.0.contains("Too many open files") {
+            "raise the limit of open files (ulimit -n)"
+        } else {
+            "permit /dev/userfaultfd to this user"
+        }
+    }
+}
+
 /// Opens a userfaultfd just as `POSTCOPY_ADVISE` will (faults of system calls included, so that
 /// I/O into missing memory waits instead of failing), and closes it again.
 ///

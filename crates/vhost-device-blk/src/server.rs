@@ -141,8 +141,8 @@ fn offer_postcopy(wish: Postcopy) -> Result<bool> {
         Err(e) if wish == Postcopy::Require => Err(Error::PostcopyUnavailable(e)),
         Err(e) => {
             log::warn!(
-                "--postcopy on: {e}; PAGEFAULT is not offered: permit /dev/userfaultfd to this \
-                 user, or use --postcopy off"
+                "--postcopy on: {e}; PAGEFAULT is not offered: {}, or use --postcopy off",
+                e.advice()
             );
             Ok(false)
         }
@@ -301,7 +301,10 @@ impl Socket {
             Err(_) => {}
         }
         let advice = "give a path of at most 107 bytes, in a directory this user may write";
-        let listener = UnixListener::bind(path).map_err(|e| failed(e.to_string(), advice))?;
+        let listener = UnixListener::bind(path).map_err(|e| {
+            let too_many = Error::too_many_files("--socket", path, &e);
+            too_many.unwrap_or_else(|| failed(e.to_string(), advice))
+        })?;
         let made = fs::symlink_metadata(path).map_err(|e| failed(e.to_string(), advice))?;
         Ok(Socket { listener, path: path.to_path_buf(), id: (made.dev(), made.ino()) })
     }
