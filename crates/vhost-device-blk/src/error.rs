@@ -62,6 +62,12 @@ pub enum Error {
     /// A front-end's connection ended in an error (with `--once` only; otherwise it is logged).
     #[error("serving the front-end: {0}")]
     Connection(String),
+    /// The process has other threads.
+    #[error(
+        "cannot serve front-ends: this process has {0} threads, and a copy of it has one; call it \
+         before any other thread is started"
+    )]
+    Threads(usize),
     /// A system call that should not fail did.
     #[error("{what}: {source}; this is a shortage of the host's or a bug, please report it")]
     System {

@@ -60,12 +60,13 @@ pub struct Options {
 /// Serves `options.disk` on `options.socket`: until the first front-end has disconnected if
 /// `options.once`, else until SIGTERM or SIGINT. Removes the socket before it returns.
 ///
-/// Blocks the two signals, and forks for each front-end: call it from a process that has no other
-/// threads. No two front-ends are served at once; the next one waits until its turn comes.
+/// Blocks the two signals, and forks for each front-end, so the process must have no other threads.
+/// No two front-ends are served at once; the next one waits until its turn comes.
 ///
 /// # Errors
 /// [`Error`]; of a connection's own errors only with `options.once`.
 pub fn serve(options: &Options) -> Result<()> {
+    expect_no_threads()?;
     let signals = Signals::block()?;
     let disk_options = DiskOptions {
         read_only: options.read_only,
@@ -132,6 +133,16 @@ pub fn serve(options: &Options) -> Result<()> {
     }
 }
 
+/// In the child of a process with several threads hardly anything may be done: the locks of the
+/// others stay locked.
+fn expect_no_threads() -> Result<()> {
+    let threads = fs::read_dir("/proc/self/task").map_err(Error::system("counting threads"))?;
+    match threads.count() {
+        1 => Ok(()),
+        count => Err(Error::Threads(count)),
+    }
+}
+
 fn offer_postcopy(wish: Postcopy) -> Result<bool> {
     if wish == Postcopy::Off {
         return Ok(false);
@@ -161,7 +172,8 @@ impl Child {
     fn fork(work: impl FnOnce() -> Result<()>) -> Result<Self> {
         let (report, mut failure) = io::pipe().map_err(Error::system("making a pipe"))?;
         let parent = std::process::id();
-        // SAFETY: the caller has no other threads (see `serve`), so the child may do all it could.
+        // SAFETY: this process has no other threads, which `serve` has checked and neither it nor
+        // what it calls starts, so the child may do all that this process could.
         match unsafe { libc::fork() } {
             -1 => Err(Error::last_os("starting a process for the front-end")),
             0 => {
@@ -321,6 +333,22 @@ impl Drop for Socket {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_process_with_threads_is_refused() {
+        use clap::Parser;
+        let dir = tempfile::tempdir().unwrap();
+        let (disk, socket) = (dir.path().join("disk"), dir.path().join("s"));
+        fs::write(&disk, [0; 4096]).unwrap();
+        let paths = [disk, socket].map(|path| path.display().to_string());
+        let args = ["vhost-device-blk", "--disk", &paths[0], "--socket", &paths[1]];
+        let options = crate::args::Args::try_parse_from(args).unwrap().into_options().unwrap();
+        // On a thread, so that a server that begins all the same does not keep the test.
+        let (sender, result) = std::sync::mpsc::channel();
+        std::thread::spawn(move || sender.send(serve(&options)));
+        let result = result.recv_timeout(Duration::from_secs(10)).expect("it does not begin");
+        assert!(matches!(result, Err(Error::Threads(2..))), "{result:?}");
+    }
 
     #[test]
     fn sockets() {
