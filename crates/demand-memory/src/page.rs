@@ -87,7 +87,9 @@ impl PageRange {
 
     /// The words of a bitmap that the run lies in, each with the mask of the run's bits.
     pub(crate) fn words(self) -> impl Iterator<Item = (usize, u64)> {
-        let (first, end) = (self.first, self.end());
+        // Beyond all numbers there are no pages, and certainly no present ones.
+        let end = self.first.checked_add(self.count).expect("a run of pages ends somewhere");
+        let first = self.first;
         let words = if self.is_empty() { 0..0 } else { first / 64..end.div_ceil(64) };
         words.map(move |word| {
             let low = first.saturating_sub(word * 64);
@@ -118,6 +120,13 @@ mod tests {
                 assert_eq!(pages, (first..first + count).collect::<Vec<_>>(), "{range:?}");
             }
         }
+    }
+
+    #[test]
+    #[should_panic(expected = "a run of pages ends somewhere")]
+    fn a_run_past_all_numbers_has_no_words() {
+        // Nor is it a run without words, of which none is missing.
+        PageRange::new(u64::MAX, 2).words().for_each(drop);
     }
 
     #[test]

@@ -296,6 +296,21 @@ impl ArmedMapping {
         }
     }
 
+    /// Refuses pages that do not lie in the mapping: what lies there may be another's, also on the
+    /// same userfaultfd.
+    fn expect_inside(&self, pages: PageRange) -> io::Result<()> {
+        match pages.first.checked_add(pages.count) {
+            Some(end) if end <= self.pages => Ok(()),
+            _ => Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                format!(
+                    "cannot use {} pages from page {} on: the mapping has {}",
+                    pages.count, pages.first, self.pages
+                ),
+            )),
+        }
+    }
+
     /// Maps present pages, steps over those that are mapped, and wakes who waits for any.
     fn map(&self, pages: PageRange) -> Result<(), RangeError> {
         let mut at = self.base + pages.offset();
@@ -347,10 +362,12 @@ impl Trap for ArmedMapping {
         if !self.is_mapped_by_pager() {
             self.mapped_by_pager.store(true, Ordering::Relaxed);
         }
+        self.expect_inside(pages)?;
         Ok(self.map(pages)?)
     }
 
     fn release(&self, pages: PageRange) -> io::Result<()> {
+        self.expect_inside(pages)?;
         let missing = self.pager().map_or(0, |pager| pager.bitmap().count_missing(pages));
         if missing > 0 {
             return Err(io::Error::other(crate::ServiceError::Incomplete { missing }));

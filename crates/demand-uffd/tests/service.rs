@@ -94,6 +94,20 @@ fn the_guests_mapping_is_mapped_by_the_pager() {
     assert_eq!(pager.stats().path(Path::Guest).faults, PAGES - 100);
 }
 
+/// What lies beyond may be another region's mapping, and its pages missing.
+#[test]
+fn pages_outside_of_a_mapping_are_left_alone() {
+    // The last word of its bitmap has bits to spare, which say present.
+    let pager = pager(BackingKind::Shmem, 10 * PAGE_SIZE);
+    let armed = ArmedMapping::own(&uffd(), mapping(&pager), &pager, Path::Guest).unwrap();
+    for pages in [PageRange::page(10), PageRange::new(9, 2), PageRange::new(u64::MAX, 2)] {
+        for result in [armed.map_present(pages), armed.release(pages)] {
+            let error = result.unwrap_err();
+            assert!(error.to_string().contains("the mapping has 10"), "{pages:?}: {error}");
+        }
+    }
+}
+
 /// A page that is present is not mapped for ever: the kernel may take it back.
 #[test]
 fn a_page_that_was_unmapped_comes_back() {
