@@ -5,7 +5,7 @@
 
 use std::io::Read;
 
-use demand_memory::{DemandMemory, PAGE_SIZE};
+use demand_memory::DemandMemory;
 use linux_loader::cmdline::Cmdline;
 use linux_loader::configurator::linux::LinuxBootConfigurator;
 use linux_loader::configurator::pvh::PvhBootConfigurator;
@@ -19,6 +19,7 @@ use linux_loader::loader::{
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::boot_files::{BootFile, BootSource};
+use crate::boot_room::{self, KernelRoom};
 use crate::error::Error;
 use crate::layout::{
     ACPI, COMMAND_LINE, COMMAND_LINE_MAX, HIGH_START, LOW_END, PVH_START_INFO, ZERO_PAGE,
@@ -67,9 +68,13 @@ pub fn load(memory: &DemandMemory, source: &BootSource) -> Result<Entry, Error> 
             "--memory: a Linux guest takes more than 1M; give it at least 64M, say",
         ));
     }
-    let (loaded, pvh) = load_kernel(memory, &source.kernel)?;
-    let initramfs =
-        source.initramfs.as_ref().map(|file| load_initramfs(memory, file, &loaded)).transpose()?;
+    let (loaded, room, pvh) = load_kernel(memory, &source.kernel)?;
+    let unpacked = boot_room::unpacked(&source.cmdline);
+    let initramfs = source
+        .initramfs
+        .as_ref()
+        .map(|file| load_initramfs(memory, file, room, unpacked))
+        .transpose()?;
     let cmdline_size = load_command_line(
         memory,
         &source.cmdline,
@@ -87,11 +92,11 @@ pub fn load(memory: &DemandMemory, source: &BootSource) -> Result<Entry, Error> 
     }
 }
 
-/// Loads the kernel; with the PVH entry if it is an ELF image.
+/// Loads the kernel; returns the room that it takes, and the PVH entry if it is an ELF image.
 fn load_kernel(
     memory: &DemandMemory,
     kernel: &BootFile,
-) -> Result<(KernelLoaderResult, Option<GuestAddress>), Error> {
+) -> Result<(KernelLoaderResult, KernelRoom, Option<GuestAddress>), Error> {
     const KINDS: &str = "name a bzImage, or an ELF vmlinux with a PVH entry (CONFIG_PVH)";
     let refused = |why: &dyn std::fmt::Display| kernel.cannot_load(why, KINDS);
     let (mut file, len) = (kernel.rewound()?, kernel.size());
@@ -113,7 +118,8 @@ fn load_kernel(
         if loaded.kernel_end > low_end(memory) {
             return Err(too_large(memory, kernel, loaded.kernel_end));
         }
-        return Ok((loaded, Some(entry)));
+        let room = KernelRoom { end: loaded.kernel_end, reach: LOW_MEMORY_END };
+        return Ok((loaded, room, Some(entry)));
     }
     // More than the kernel proper, and less than it takes when it has unpacked itself.
     if HIGH_START.0.saturating_add(len) > low_end(memory) {
@@ -132,12 +138,11 @@ fn load_kernel(
             "take another copy of it",
         ));
     }
-    // A bzImage unpacks itself to where it lies, and says how much it takes.
-    let end = loaded.kernel_load.0.saturating_add(header.init_size.into());
-    if end > low_end(memory) {
-        return Err(too_large(memory, kernel, end));
+    let room = KernelRoom::of_bzimage(&header, HIGH_START.0, len);
+    if room.end > low_end(memory) {
+        return Err(too_large(memory, kernel, room.end));
     }
-    Ok((loaded, None))
+    Ok((loaded, room, None))
 }
 
 fn too_large(memory: &DemandMemory, kernel: &BootFile, end: u64) -> Error {
@@ -167,34 +172,21 @@ fn low_end(memory: &DemandMemory) -> u64 {
 /// Where the initramfs lies: address and length in bytes.
 type Initramfs = (GuestAddress, u64);
 
-/// Loads the initramfs as high as the kernel can reach it.
+/// Loads the initramfs as high as the kernel can reach it; see [`KernelRoom::place`].
 fn load_initramfs(
     memory: &DemandMemory,
     file: &BootFile,
-    kernel: &KernelLoaderResult,
+    room: KernelRoom,
+    unpacked: u64,
 ) -> Result<Initramfs, Error> {
     let size = file.size();
     if size == 0 {
         return Err(file.cannot_load(&"it is empty", "name a cpio archive"));
     }
-    let (limit, kernel_end) = match &kernel.setup_header {
-        Some(header) => (
-            u64::from(header.initrd_addr_max) + 1,
-            kernel.kernel_load.0 + u64::from(header.init_size),
-        ),
-        None => (LOW_MEMORY_END, kernel.kernel_end),
-    };
-    let end = low_end(memory).min(limit);
-    let start = end.checked_sub(size).map(|start| start & !(PAGE_SIZE - 1));
-    let start = start.filter(|start| *start >= kernel_end).ok_or_else(|| {
-        file.cannot_load(
-            &format_args!(
-                "its {size} bytes do not fit between the kernel, which ends at {kernel_end:#x}, and \
-                 {end:#x}"
-            ),
-            "give the guest more with --memory",
-        )
-    })?;
+    let total = memory.iter().map(|region| region.len()).sum();
+    let start = room
+        .place(size, unpacked, low_end(memory), total)
+        .map_err(|why| file.cannot_load(&why, &why.remedy()))?;
     let address = GuestAddress(start);
     memory
         .read_exact_volatile_from(address, &mut file.rewound()?, size as usize)
@@ -369,7 +361,8 @@ mod tests {
             let kernel = BootFile::open(BootPart::Kernel, file.path()).unwrap();
             load_kernel(&memory(), &kernel).map_err(|error| error.to_string())
         };
-        let (_, entry) = load(room).unwrap();
+        let (_, taken, entry) = load(room).unwrap();
+        assert_eq!(taken, KernelRoom { end: MEMORY, reach: LOW_MEMORY_END });
         assert_eq!(entry, Some(HIGH_START));
         for (size, end) in [(room + 1, "0x1000001"), (1 << 40, "0x10000100000")] {
             let error = load(size).unwrap_err();

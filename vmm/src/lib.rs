@@ -10,6 +10,7 @@ pub mod bench;
 pub mod boot;
 pub mod boot_cpu;
 pub mod boot_files;
+mod boot_room;
 pub mod chipset;
 pub mod cli;
 pub mod client;

@@ -236,8 +236,11 @@ fn follow(
         loop {
             match drive(&vm, hear, console, &mut look)? {
                 End::Reset => {
-                    quick.count()?;
+                    let loops = quick.count(Instant::now())?;
                     log::warn!("the guest resets itself, or has crashed into it: it begins anew");
+                    if loops {
+                        log::warn!("{}", QuickResets::LOOKS_LIKE);
+                    }
                     let (vm, pristine) = (vm.clone(), pristine.clone());
                     let (asked, tell) = (session.reset_asked.clone(), session.tell.clone());
                     // It may wait for pages, and there is more to hear meanwhile.
@@ -274,7 +277,9 @@ fn follow(
 #[derive(Default)]
 struct QuickResets {
     last: Option<Instant>,
-    count: u32,
+    /// Resets in a row that came quickly, and soon.
+    quick: u32,
+    soon: u32,
 }
 
 impl QuickResets {
@@ -282,13 +287,23 @@ impl QuickResets {
     const MOST: u32 = 10;
     /// How soon after the one before a reset counts: no kernel does anything useful meanwhile.
     const WITHIN: Duration = Duration::from_millis(500);
+    /// Resets in a row after which it is said what they look like.
+    const TOLD: u32 = 3;
+    /// How soon after the one before a reset counts for that: few systems are up by then.
+    const SOON: Duration = Duration::from_secs(10);
+    const LOOKS_LIKE: &str = "the guest has reset itself three times, each within 10 s of its \
+         beginning: this looks like a kernel that panics or crashes as it boots; its console may \
+         say why; if it is silent, give the guest more --memory, and see that the initramfs is \
+         whole and goes with the kernel";
 
-    fn count(&mut self) -> Result<(), Error> {
-        let last = self.last.replace(Instant::now());
-        let quick = last.is_some_and(|last| last.elapsed() < Self::WITHIN);
-        self.count = if quick { self.count + 1 } else { 0 };
-        if self.count < Self::MOST {
-            return Ok(());
+    /// Counts a reset at `now`; returns whether to say what they look like.
+    fn count(&mut self, now: Instant) -> Result<bool, Error> {
+        let last = self.last.replace(now);
+        let within = |most| last.is_some_and(|last| now.duration_since(last) < most);
+        self.quick = if within(Self::WITHIN) { self.quick + 1 } else { 0 };
+        self.soon = if within(Self::SOON) { self.soon + 1 } else { 1 };
+        if self.quick < Self::MOST {
+            return Ok(self.soon == Self::TOLD);
         }
         Err(Error::failed(format!(
             "run the guest: it has reset itself {} times, each within {} ms of its beginning; see \
@@ -331,4 +346,23 @@ fn report(session: &Session, vm: &Vm, completed: Option<Instant>) -> Result<Repo
         write_timeline(path, &report, &session.stats, vm.machine.pages())?;
     }
     Ok(report)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_third_reset_in_a_row_is_told() {
+        let (mut resets, mut now) = (QuickResets::default(), Instant::now());
+        let mut after = |seconds| {
+            now += Duration::from_secs(seconds);
+            resets.count(now).unwrap()
+        };
+        let told = [0, 11, 5, 5, 5, 20, 5, 9].map(&mut after);
+        assert_eq!(told, [false, false, false, true, false, false, false, true]);
+        now += Duration::from_secs(1);
+        let ended = (0..11).map(|_| resets.count(now)).find_map(Result::err).unwrap();
+        assert!(ended.to_string().contains("reset itself 10 times"), "{ended}");
+    }
 }

@@ -1,0 +1,162 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Room in memory for a kernel and its initramfs.
+//!
+//! Sources: `Documentation/arch/x86/boot.rst` for the fields of a bzImage's header,
+//! `Documentation/filesystems/ramfs-rootfs-initramfs.rst` and `tmpfs.rst` for what becomes of an
+//! initramfs.
+
+use std::fmt;
+
+use demand_memory::PAGE_SIZE;
+use linux_loader::loader::bootparam::setup_header;
+
+const MIB: u64 = 1 << 20;
+/// What Linux takes for itself before its first program runs, beside its image: measured, rounded.
+const KERNEL_OWN: u64 = 4 * MIB;
+/// Of so many bytes of memory Linux takes one to describe it (`struct page`).
+const DESCRIBED_BY_ONE: u64 = 64;
+
+/// What a kernel needs of the memory from address 0 on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct KernelRoom {
+    /// Nothing else lies below it: the kernel, and what it takes until it knows its memory map.
+    pub(crate) end: u64,
+    /// Where an initramfs must end.
+    pub(crate) reach: u64,
+}
+
+/// Why an initramfs has no room.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum NoRoom {
+    /// The memory is too small: so many bytes are needed.
+    Memory { size: u64, kernel_end: u64, needed: u64 },
+    /// No memory is large enough: the kernel reaches an initramfs below an address only.
+    Reach { size: u64, kernel_end: u64, reach: u64 },
+}
+
+impl fmt::Display for NoRoom {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            NoRoom::Memory { size, kernel_end, .. } => write!(
+                f,
+                "its {size} bytes do not fit beside the kernel, which takes memory up to \
+                 {kernel_end:#x}, and what they are unpacked to"
+            ),
+            NoRoom::Reach { size, kernel_end, reach } => write!(
+                f,
+                "its {size} bytes do not fit between the kernel, which takes memory up to \
+                 {kernel_end:#x}, and {reach:#x}, below which the kernel looks for them"
+            ),
+        }
+    }
+}
+
+impl NoRoom {
+    /// What the user can do.
+    pub(crate) fn remedy(&self) -> String {
+        match self {
+            NoRoom::Memory { needed, .. } => {
+                format!("give the guest at least {}M with --memory", needed.div_ceil(MIB))
+            }
+            NoRoom::Reach { .. } => "make it smaller; more --memory is of no use".into(),
+        }
+    }
+}
+
+impl KernelRoom {
+    /// The room of a bzImage of `len` bytes that was loaded at `load`. It moves itself to where it
+    /// prefers to run, if it lies below or cannot run elsewhere, and unpacks itself there.
+    pub(crate) fn of_bzimage(header: &setup_header, load: u64, len: u64) -> Self {
+        let start = if header.relocatable_kernel == 0 {
+            header.pref_address
+        } else {
+            let align = u64::from(header.kernel_alignment).max(1);
+            load.max(header.pref_address).checked_next_multiple_of(align).unwrap_or(u64::MAX)
+        };
+        let end = start.saturating_add(header.init_size.into());
+        KernelRoom {
+            end: end.max(load.saturating_add(len)),
+            reach: u64::from(header.initrd_addr_max) + 1,
+        }
+    }
+
+    /// The address of an initramfs of `size` bytes, as high as the kernel reaches, in memory that
+    /// has `low_end` bytes from address 0 on and `total` bytes in all. `unpacked` is how many bytes
+    /// of memory there must be for each byte of it.
+    pub(crate) fn place(
+        &self,
+        size: u64,
+        unpacked: u64,
+        low_end: u64,
+        total: u64,
+    ) -> Result<u64, NoRoom> {
+        let pages = size.checked_next_multiple_of(PAGE_SIZE).unwrap_or(u64::MAX);
+        let kernel_end = self.end;
+        let loaded = kernel_end.saturating_add(pages);
+        if loaded > self.reach {
+            return Err(NoRoom::Reach { size, kernel_end, reach: self.reach });
+        }
+        let used = loaded.saturating_add(size.saturating_mul(unpacked)).saturating_add(KERNEL_OWN);
+        let needed = used.saturating_add(used / (DESCRIBED_BY_ONE - 1));
+        if low_end < loaded || total < needed {
+            return Err(NoRoom::Memory { size, kernel_end, needed });
+        }
+        Ok((low_end.min(self.reach) - size) & !(PAGE_SIZE - 1))
+    }
+}
+
+/// How many bytes of memory there must be for each byte of an initramfs that is unpacked: Linux puts
+/// it into a tmpfs, which may have half of the memory, unless the command line asks for another
+/// root. What a compressed one takes cannot be told from outside, but not less than itself.
+pub(crate) fn unpacked(cmdline: &str) -> u64 {
+    let asks = |word: &str| word.starts_with("root=") || word.starts_with("rootfstype=");
+    if cmdline.split_whitespace().any(asks) { 1 } else { 2 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn header(relocatable: u8) -> setup_header {
+        setup_header {
+            relocatable_kernel: relocatable,
+            kernel_alignment: 2 << 20,
+            pref_address: 16 << 20,
+            init_size: (18 << 20) + 4096,
+            initrd_addr_max: 0x7fff_ffff,
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn a_bzimage_runs_where_it_prefers() {
+        for relocatable in [0, 1] {
+            let room = KernelRoom::of_bzimage(&header(relocatable), MIB, 5 * MIB);
+            assert_eq!(room, KernelRoom { end: 34 * MIB + 4096, reach: 2048 * MIB });
+        }
+        let above = |relocatable| KernelRoom::of_bzimage(&header(relocatable), 31 * MIB, MIB).end;
+        assert_eq!((above(0), above(1)), (34 * MIB + 4096, 50 * MIB + 4096));
+    }
+
+    #[test]
+    fn an_initramfs_lies_high_and_beside_the_kernel() {
+        let room = KernelRoom { end: 34 * MIB, reach: 2048 * MIB };
+        let place = |size, memory| room.place(size, 2, memory, memory);
+        assert_eq!(place(16 * MIB, 128 * MIB), Ok(112 * MIB));
+        assert_eq!(place(MIB + 1, 4096 * MIB), Ok(2047 * MIB - PAGE_SIZE));
+        let Err(NoRoom::Memory { needed, .. }) = place(16 * MIB, 48 * MIB) else { panic!() };
+        assert!(place(16 * MIB, needed).is_ok() && place(16 * MIB, needed - 1).is_err());
+        // With half of it above 4 GiB.
+        assert!(room.place(16 * MIB, 2, 50 * MIB, needed).is_ok());
+        assert!(room.place(16 * MIB, 2, 50 * MIB - 1, needed).is_err());
+        for size in [2014 * MIB + 1, 1 << 50, u64::MAX] {
+            let Err(error) = place(size, 4096 * MIB) else { panic!() };
+            assert!(matches!(error, NoRoom::Reach { .. }) && !error.remedy().is_empty());
+        }
+    }
+
+    #[test]
+    fn another_root_is_not_filled() {
+        assert_eq!((unpacked("quiet root=/dev/vda"), unpacked("quiet noroot=1")), (1, 2));
+    }
+}
