@@ -1,19 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! ACPI's tables: by them a distribution's kernel finds processors, interrupt controllers, the
-//! serial port, the virtio-mmio devices, the generation identifier, and the way to power off.
+//! serial port, the virtio-mmio devices, the generation identifier, the timer, and the ways to
+//! power off and to reset.
 //!
-//! The machine is "hardware-reduced" (ACPI 6.5, section 4.1): there is no legacy power management,
-//! and events are interrupts of their own.
+//! The machine has ACPI's fixed hardware (ACPI 6.5, section 4.8), PICs and a PIT. On a
+//! "hardware-reduced" one Linux uses neither of the latter, so that it cannot do without IO-APIC or
+//! kvm-clock, and resets by EFI or the BIOS only.
 
 use acpi_tables::aml::{
     Arg, Device, EISAName, Equal, IO, If, Interrupt, Memory32Fixed, Method, Name, Notify, Package,
     Path, ResourceTemplate, Scope,
 };
+use acpi_tables::facs::FACS;
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
-use acpi_tables::madt::{
-    EnabledStatus, IoApic, LocalInterruptController, MADT, ProcessorLocalApic,
-};
+use acpi_tables::madt::{EnabledStatus, IoApic, ProcessorLocalApic};
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
@@ -23,8 +24,9 @@ use vm_memory::Bytes;
 
 use crate::error::Error;
 use crate::layout::{
-    ACPI, ACPI_SIZE, DEVICE_SIZE, GENERATION_GSI, GENERATION_ID, IO_APIC, LOCAL_APIC, POWER,
-    SERIAL, SERIAL_GSI, SERIAL_SIZE, device_address, device_gsi,
+    ACPI, ACPI_SIZE, BIOS_ENTRY, DEVICE_SIZE, GENERATION_GSI, GENERATION_ID, IO_APIC, LOCAL_APIC,
+    PM_TIMER, PM1_CONTROL, PM1_STATUS, RESET, SCI_GSI, SERIAL, SERIAL_GSI, SERIAL_SIZE,
+    device_address, device_gsi,
 };
 use crate::power::{RESET_VALUE, S5};
 
@@ -35,11 +37,35 @@ const OEM_REVISION: u32 = 1;
 const ALIGN: u64 = 64;
 /// Virtio over MMIO, as Linux knows it (`drivers/virtio/virtio_mmio.c`).
 const VIRTIO_MMIO: &str = "LNRO0005";
-/// `IAPC_BOOT_ARCH` (ACPI 6.5, table 5.11): there is no VGA; there is no real-time clock.
+/// `IAPC_BOOT_ARCH` (ACPI 6.5, table 5.11): there is no VGA; there is no real-time clock. Without
+/// further bits there is no keyboard controller: it has only the reset line.
 const NO_VGA: u16 = 1 << 2;
 const NO_RTC: u16 = 1 << 5;
+/// Latencies by which the processors have no such state (ACPI 6.5, table 5.9).
+const NO_C2: u16 = 101;
+const NO_C3: u16 = 1001;
+/// MADT: there are PICs, too.
+const PCAT_COMPAT: u32 = 1;
+/// MADT: an interrupt source override, and its bytes.
+const OVERRIDE: u8 = 2;
+const OVERRIDE_LEN: u8 = 10;
+/// An override's flags: active high, level-triggered.
+const HIGH_LEVEL: u16 = 0b1101;
 
-/// Writes the tables of a machine with so many processors and virtio-mmio devices.
+/// What lies where a processor in real mode enters the BIOS: a reset by the reset control register,
+/// as firmware would do. Some kernels know no better way, some try all others before.
+///
+/// ```asm
+/// mov al, 0x06
+/// mov dx, 0xcf9
+/// out dx, al
+/// hlt
+/// jmp short -3
+/// ```
+const BIOS: [u8; 9] = [0xb0, 0x06, 0xba, 0xf9, 0x0c, 0xee, 0xf4, 0xeb, 0xfd];
+
+/// Writes the tables of a machine with so many processors and virtio-mmio devices, and all there is
+/// of a BIOS.
 ///
 /// # Errors
 ///
@@ -55,6 +81,7 @@ pub fn write(memory: &DemandMemory, cpus: u32, devices: usize) -> Result<(), Err
     }
     memory
         .write_slice(&tables, ACPI)
+        .and_then(|()| memory.write_slice(&BIOS, BIOS_ENTRY))
         .map_err(|error| Error::failed(format!("write ACPI's tables: {error}")))
 }
 
@@ -64,7 +91,8 @@ fn tables(cpus: u32, devices: usize) -> Vec<u8> {
     // The root pointer comes first and is written last: it names the others.
     area.add(&Rsdp::new(OEM, 0));
     let dsdt = area.add(&dsdt(devices));
-    let fadt = area.add(&fadt(dsdt));
+    let facs = area.add(&FACS::new());
+    let fadt = area.add(&fadt(dsdt, facs));
     let madt = area.add(&madt(cpus));
     let mut xsdt = XSDT::new(OEM, OEM_TABLE, OEM_REVISION);
     xsdt.add_entry(fadt);
@@ -94,34 +122,59 @@ impl Area {
     }
 }
 
-/// A register of one byte.
-fn port(address: u16) -> GAS {
-    GAS::new(AddressSpace::SystemIo, 8, 0, AccessSize::ByteAccess, address.into())
+/// A register of 1, 2 or 4 bytes.
+fn port(address: u16, bytes: u8) -> GAS {
+    let access = match bytes {
+        1 => AccessSize::ByteAccess,
+        2 => AccessSize::WordAccess,
+        _ => AccessSize::DwordAccess,
+    };
+    GAS::new(AddressSpace::SystemIo, bytes * 8, 0, access, address.into())
 }
 
-fn fadt(dsdt: u64) -> impl Aml {
+fn fadt(dsdt: u64, facs: u64) -> impl Aml {
+    // Both lie below 4 GiB, and systems as old as that read nothing else.
     let mut fadt = FADTBuilder::new(OEM, OEM_TABLE, OEM_REVISION)
-        .dsdt_64(dsdt)
-        .flag(Flags::HwReducedAcpi)
-        .flag(Flags::ResetRegSup)
+        .dsdt_32(dsdt as u32)
+        .firmware_ctrl_32(facs as u32)
+        .flag(Flags::Wbinvd)
+        .flag(Flags::ProcC1)
         .flag(Flags::PwrButton)
-        .flag(Flags::SlpButton);
+        .flag(Flags::SlpButton)
+        .flag(Flags::FixRtc)
+        .flag(Flags::TmrValExt)
+        .flag(Flags::ResetRegSup);
+    fadt.x_dsdt = dsdt.into();
+    fadt.sci_int = (SCI_GSI as u16).into();
+    (fadt.p_lvl2_lat, fadt.p_lvl3_lat) = (NO_C2.into(), NO_C3.into());
+    (fadt.pm1a_evt_blk, fadt.pm1_evt_len) = (u32::from(PM1_STATUS).into(), 4);
+    (fadt.pm1a_cnt_blk, fadt.pm1_cnt_len) = (u32::from(PM1_CONTROL).into(), 2);
+    (fadt.pm_tmr_blk, fadt.pm_tmr_len) = (u32::from(PM_TIMER).into(), 4);
+    fadt.x_pm1a_evt_blk = port(PM1_STATUS, 4);
+    fadt.x_pm1a_cnt_blk = port(PM1_CONTROL, 2);
+    fadt.x_pm_tmr_blk = port(PM_TIMER, 4);
     fadt.iapc_boot_arch = (NO_VGA | NO_RTC).into();
-    fadt.sleep_control_reg = port(POWER);
-    fadt.sleep_status_reg = port(POWER + 1);
-    fadt.reset_reg = port(POWER + 2);
+    fadt.reset_reg = port(RESET, 1);
     fadt.reset_value = RESET_VALUE;
     fadt.finalize()
 }
 
-fn madt(cpus: u32) -> MADT {
-    let mut madt =
-        MADT::new(OEM, OEM_TABLE, OEM_REVISION, LocalInterruptController::Address(LOCAL_APIC));
+/// The interrupt controllers. `acpi_tables::madt` can tell neither of PICs nor of overrides.
+fn madt(cpus: u32) -> Sdt {
+    let mut body = Vec::new();
     for cpu in 0..cpus as u8 {
-        madt.add_structure(ProcessorLocalApic::new(cpu, cpu, EnabledStatus::Enabled));
+        ProcessorLocalApic::new(cpu, cpu, EnabledStatus::Enabled).to_aml_bytes(&mut body);
     }
     // Its number is one that no processor has.
-    madt.add_structure(IoApic::new(cpus as u8, IO_APIC, 0));
+    IoApic::new(cpus as u8, IO_APIC, 0).to_aml_bytes(&mut body);
+    let (flags, gsi) = (HIGH_LEVEL.to_le_bytes(), SCI_GSI.to_le_bytes());
+    // Of ISA's bus, which is 0.
+    body.extend([OVERRIDE, OVERRIDE_LEN, 0, SCI_GSI as u8]);
+    body.extend(gsi.into_iter().chain(flags));
+    let mut madt = Sdt::new(*b"APIC", 36, 5, OEM, OEM_TABLE, OEM_REVISION);
+    madt.append_slice(&LOCAL_APIC.to_le_bytes());
+    madt.append_slice(&PCAT_COMPAT.to_le_bytes());
+    madt.append_slice(&body);
     madt
 }
 
@@ -137,7 +190,7 @@ fn dsdt(devices: usize) -> Sdt {
     }
     serial(&mut body);
     generation(&mut body);
-    // How to switch off: what to write to the sleep control register.
+    // How to switch off: the sleep types for the control registers.
     let s5 = Package::new(vec![&S5, &S5]);
     Name::new("_S5_".into(), &s5).to_aml_bytes(&mut body);
     // Revision 2: integers have 64 bits.
@@ -242,8 +295,11 @@ mod tests {
             let (fadt, madt) = (table(&all, word(xsdt, 36)), table(&all, word(xsdt, 44)));
             assert_eq!((&fadt[..4], sum(fadt)), (&b"FACP"[..], 0));
             assert_eq!((&madt[..4], sum(madt)), (&b"APIC"[..], 0));
-            assert_eq!(madt.len(), 44 + 8 * cpus as usize + 12);
+            assert_eq!(madt.len(), 44 + 8 * cpus as usize + 12 + 10);
+            assert_eq!(madt[madt.len() - 10..], [2, 10, 0, 5, 5, 0, 0, 0, 0xd, 0]);
             let dsdt = table(&all, word(fadt, 140));
+            let facs = u32::from_le_bytes(fadt[36..40].try_into().unwrap());
+            assert_eq!((&table(&all, facs.into())[..4], facs % 64), (&b"FACS"[..], 0));
             assert_eq!((&dsdt[..4], sum(dsdt)), (&b"DSDT"[..], 0));
             let declared = dsdt.windows(8).filter(|name| *name == VIRTIO_MMIO.as_bytes()).count();
             assert_eq!(declared, devices);

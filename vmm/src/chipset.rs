@@ -2,7 +2,7 @@
 //! What a Linux guest finds on its buses: interrupt controllers, the serial port, the ways to power
 //! off, the generation identifier, and the virtio devices.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use kvm_bindings::{
     KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_PIT_SPEAKER_DUMMY, kvm_irqchip,
@@ -16,10 +16,13 @@ use vm_device::{DeviceMmio, DevicePio};
 use crate::error::Error;
 use crate::generation::Generation;
 use crate::layout::{
-    DEVICE_SIZE, I8042, I8042_SIZE, KVM_IDENTITY_MAP, KVM_TSS, POWER, POWER_SIZE, SERIAL,
-    SERIAL_SIZE, device_address,
+    DEVICE_SIZE, I8042, I8042_SIZE, KVM_IDENTITY_MAP, KVM_TSS, PCI, PCI_SIZE, POWER, POWER_SIZE,
+    SERIAL, SERIAL_SIZE, device_address,
 };
+use crate::pci::PciPorts;
+use crate::pm_timer::PmTimer;
 use crate::power::{Keyboard, OnPower, PowerRegisters};
+use crate::registers::SavedRegisters;
 use crate::serial::{SavedSerial, SerialOption, SerialPort};
 
 /// Gives a VM its interrupt controllers and its timer, all of them KVM's. Comes before the first
@@ -42,8 +45,8 @@ pub fn create_irqchip(vm: &VmFd) -> Result<(), Error> {
 }
 
 /// Masks the PICs, as firmware leaves them. KVM's begin with all interrupts let through, as vectors
-/// from 0 on; and a kernel that the MADT tells of no PICs never touches them. An interrupt early in
-/// its boot, as when it is restored there, would come as an exception.
+/// from 0 on. An interrupt before the kernel has set them up, as when it is restored early in its
+/// boot, would come as an exception.
 fn mask_pics(vm: &VmFd) -> Result<(), kvm_ioctls::Error> {
     for chip_id in [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE] {
         let mut pic = kvm_irqchip { chip_id, ..Default::default() };
@@ -55,12 +58,13 @@ fn mask_pics(vm: &VmFd) -> Result<(), kvm_ioctls::Error> {
 }
 
 /// The devices that every machine has.
-#[derive(Debug)]
 pub struct Chipset {
     /// The guest's console.
     pub serial: Arc<SerialPort>,
     /// The generation identifier.
     pub generation: Generation,
+    timer: Arc<PmTimer>,
+    registers: Arc<Mutex<SavedRegisters>>,
 }
 
 impl Chipset {
@@ -70,14 +74,29 @@ impl Chipset {
     ///
     /// Those of [`SerialPort::new`] and [`Generation::new`].
     pub fn new(
-        vm: &VmFd,
+        vm: &Arc<VmFd>,
         serial: &SerialOption,
-        saved: Option<&SavedSerial>,
+        saved: Option<(&SavedSerial, &SavedRegisters)>,
     ) -> Result<Self, Error> {
+        let (saved, registers) = saved.unzip();
         Ok(Chipset {
             serial: Arc::new(SerialPort::new(vm, serial, saved)?),
             generation: Generation::new(vm)?,
+            timer: Arc::new(PmTimer::new(Arc::downgrade(vm))),
+            registers: Arc::new(Mutex::new(registers.cloned().unwrap_or_default())),
         })
+    }
+
+    /// The registers of ACPI and PCI, for a snapshot.
+    pub fn registers(&self) -> SavedRegisters {
+        self.registers.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Takes the registers back to their beginning. The vCPUs are outside the guest, and the VM's
+    /// clock begins anew.
+    pub fn reset(&self) {
+        *self.registers.lock().unwrap_or_else(PoisonError::into_inner) = SavedRegisters::default();
+        self.timer.reset();
     }
 
     /// The buses: these devices, and virtio's in their order. What the guest asks of its power goes
@@ -93,10 +112,14 @@ impl Chipset {
         power: OnPower,
     ) -> IoManager {
         let mut buses = IoManager::new();
-        let ports: [(u16, u16, Arc<dyn DevicePio + Send + Sync>); 3] = [
+        let pci = PciPorts::new(self.registers.clone(), power.clone());
+        let keyboard = Keyboard::new(power.clone());
+        let acpi = PowerRegisters::new(self.registers.clone(), self.timer.clone(), power);
+        let ports: [(u16, u16, Arc<dyn DevicePio + Send + Sync>); 4] = [
             (SERIAL, SERIAL_SIZE, self.serial.clone()),
-            (I8042, I8042_SIZE, Arc::new(Keyboard::new(power.clone()))),
-            (POWER, POWER_SIZE, Arc::new(PowerRegisters::new(power))),
+            (I8042, I8042_SIZE, Arc::new(keyboard)),
+            (POWER, POWER_SIZE, Arc::new(acpi)),
+            (PCI, PCI_SIZE, Arc::new(pci)),
         ];
         const APART: &str = "the layout keeps devices apart";
         for (base, size, device) in ports {

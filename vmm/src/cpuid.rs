@@ -254,6 +254,66 @@ pub fn for_vcpu(cpuid: &CpuId, cpu: u32, cpus: u32) -> CpuId {
     CpuId::from_entries(&entries).expect("six entries more than KVM's are few enough")
 }
 
+/// The TSC's frequency, and that of the crystal.
+const TSC_FREQUENCY: u32 = 0x15;
+/// The highest of the hypervisor's leaves.
+const HYPERVISOR_LEAVES: u32 = 0x4000_0000;
+/// The hypervisor's leaf of frequencies: of the TSC, and of the local APIC's timer, in kHz.
+const HYPERVISOR_FREQUENCIES: u32 = 0x4000_0010;
+/// What KVM's local APIC timer counts, in kHz.
+const APIC_KHZ: u32 = 1_000_000;
+/// How far a frequency of leaf 0x15 may be off, in millionths: as far as crystals are.
+const CRYSTAL_PPM: u64 = 20;
+
+/// Adds the frequency of the TSC, in kHz, to what a vCPU is told: for systems that know no
+/// kvm-clock, and cannot or need not measure it. 0 is one that is unknown.
+///
+/// Intel's processors tell it as a ratio to the frequency of the crystal, which is also the local
+/// APIC timer's, and so 1 GHz here. Leaf 0x16 adds nothing to that, and stays empty.
+pub fn with_frequency(cpuid: &CpuId, tsc_khz: u32) -> CpuId {
+    let highest = find(cpuid, 0, 0).map_or(0, |entry| entry.eax);
+    let mut entries = cpuid.as_slice().to_vec();
+    let leaves = entries.iter_mut().find(|entry| entry.function == HYPERVISOR_LEAVES);
+    let Some(leaves) = leaves.filter(|_| tsc_khz != 0) else {
+        return cpuid.clone();
+    };
+    leaves.eax = leaves.eax.max(HYPERVISOR_FREQUENCIES);
+    let mut put = |function, [eax, ebx, ecx]: [u32; 3]| {
+        entries.retain(|entry| entry.function != function);
+        entries.push(kvm_cpuid_entry2 { function, eax, ebx, ecx, ..Default::default() });
+    };
+    put(HYPERVISOR_FREQUENCIES, [tsc_khz, APIC_KHZ, 0]);
+    if vendor(cpuid) == INTEL
+        && highest >= TSC_FREQUENCY
+        && let Some((numerator, denominator)) = ratio(tsc_khz)
+    {
+        put(TSC_FREQUENCY, [denominator, numerator, APIC_KHZ * 1000]);
+    }
+    CpuId::from_entries(&entries).expect("two entries more than KVM's are few enough")
+}
+
+/// The TSC's frequency as a ratio to [`APIC_KHZ`]: the continued fraction, as far as the product
+/// of numerator and `APIC_KHZ` has 32 bits, in which Linux computes it.
+fn ratio(tsc_khz: u32) -> Option<(u32, u32)> {
+    const MOST: u64 = (u32::MAX / APIC_KHZ) as u64;
+    let (mut rest, mut divisor) = (u64::from(tsc_khz), u64::from(APIC_KHZ));
+    let ((mut before, mut numerator), (mut under, mut denominator)) = ((0, 1), (1, 0));
+    while divisor != 0 {
+        let whole = rest / divisor;
+        let next = whole * numerator + before;
+        if next > MOST {
+            break;
+        }
+        (before, numerator) = (numerator, next);
+        (under, denominator) = (denominator, whole * denominator + under);
+        (rest, divisor) = (divisor, rest % divisor);
+    }
+    let told = u64::from(APIC_KHZ) * numerator / denominator.max(1);
+    let off = told.abs_diff(tsc_khz.into()) * 1_000_000;
+    let close = denominator != 0 && off <= u64::from(tsc_khz) * CRYSTAL_PPM;
+    close.then_some((numerator as u32, denominator as u32))
+}
+
 /// Leaves of features: leaf, subleaf, register, and the bits that are none, or that change while
 /// the guest runs.
 const CHECKED: &[(u32, u32, Reg, u32)] = &[
@@ -362,6 +422,8 @@ fn vendor(cpuid: &CpuId) -> String {
     bytes.map(char::from).filter(char::is_ascii_graphic).collect()
 }
 
+const INTEL: &str = "GenuineIntel";
+
 fn is_amd(cpuid: &CpuId) -> bool {
     matches!(vendor(cpuid).as_str(), "AuthenticAMD" | "HygonGenuine")
 }
@@ -398,6 +460,7 @@ mod tests {
         let leaves = HIDDEN.iter().chain(CHECKED).map(|(leaf, subleaf, ..)| (*leaf, *subleaf));
         let leaves = leaves.chain(HIDDEN_LEAVES.iter().map(|leaf| (*leaf, 0)));
         let leaves = leaves.chain([(XSAVE, 17), (0x8000_000a, 0), (0x8000_001e, 0)]);
+        let leaves = leaves.chain([(HYPERVISOR_LEAVES, 0)]);
         for (leaf, subleaf) in leaves {
             if !entries.iter().any(|e| (e.function, e.index) == (leaf, subleaf)) {
                 entries.push(entry(leaf, subleaf, all));
@@ -466,6 +529,31 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn frequency_is_told_as_systems_compute_it() {
+        for khz in [800_000, 1_000_000, 2_399_998, 2_595_124, 2_999_990, 3_700_000, 4_200_001] {
+            let intel = with_frequency(&full(b"GenuineIntel"), khz);
+            let leaf = |cpuid, leaf| *find(cpuid, leaf, 0).unwrap();
+            let hypervisor = leaf(&intel, HYPERVISOR_FREQUENCIES);
+            assert_eq!((hypervisor.eax, hypervisor.ebx), (khz, 1_000_000));
+            assert!(leaf(&intel, HYPERVISOR_LEAVES).eax >= HYPERVISOR_FREQUENCIES);
+            // As Linux does, in 32 bits.
+            let told = leaf(&intel, TSC_FREQUENCY);
+            assert_eq!(told.ecx, 1_000_000_000);
+            let computed = (told.ecx / 1000).checked_mul(told.ebx).unwrap() / told.eax;
+            assert!(computed.abs_diff(khz) <= khz / 50_000, "{khz} kHz: {computed}");
+            check_host(&intel, &full(b"GenuineIntel")).unwrap();
+        }
+        assert_eq!(ratio(2_400_000), Some((12, 5)));
+        // Neither is the ratio exact enough, nor is there a simple one.
+        assert_eq!(ratio(3_000_100), None);
+        let amd = with_frequency(&full(b"AuthenticAMD"), 2_400_000);
+        assert!(find(&amd, TSC_FREQUENCY, 0).is_none());
+        assert_eq!(find(&amd, HYPERVISOR_FREQUENCIES, 0).unwrap().eax, 2_400_000);
+        let unknown = with_frequency(&full(b"GenuineIntel"), 0);
+        assert!(find(&unknown, HYPERVISOR_FREQUENCIES, 0).is_none());
     }
 
     #[test]

@@ -31,8 +31,10 @@ pub const LOW_END: u64 = 0x9_fc00;
 pub const ACPI: GuestAddress = GuestAddress(0xe_0000);
 /// Bytes that the tables may take.
 pub const ACPI_SIZE: u64 = 0x1_0000;
-/// The generation identifier: one page that nothing else is in.
+/// The generation identifier, in a page of what the guest takes for firmware.
 pub const GENERATION_ID: GuestAddress = GuestAddress(0xf_f000);
+/// Where a processor in real mode enters the BIOS to reset the machine.
+pub const BIOS_ENTRY: GuestAddress = GuestAddress(0xf_fff0);
 /// Where a kernel lies, and all memory from here on is the guest's.
 pub const HIGH_START: GuestAddress = GuestAddress(0x10_0000);
 
@@ -63,10 +65,28 @@ pub const SERIAL_GSI: u32 = 4;
 pub const I8042: u16 = 0x60;
 /// Its ports.
 pub const I8042_SIZE: u16 = 5;
-/// ACPI's sleep control register, sleep status register and reset register, a byte each.
+/// ACPI's registers.
 pub const POWER: u16 = 0x600;
 /// Their ports.
-pub const POWER_SIZE: u16 = 3;
+pub const POWER_SIZE: u16 = 16;
+/// The sleep control register, and the sleep status register behind it, a byte each.
+pub const SLEEP_CONTROL: u16 = POWER;
+/// The reset register, a byte.
+pub const RESET: u16 = POWER + 2;
+/// The status of ACPI's events, 16 bits.
+pub const PM1_STATUS: u16 = POWER + 4;
+/// Which of these events interrupt, 16 bits.
+pub const PM1_ENABLE: u16 = POWER + 6;
+/// The power management timer, 32 bits.
+pub const PM_TIMER: u16 = POWER + 8;
+/// ACPI's control register, 16 bits.
+pub const PM1_CONTROL: u16 = POWER + 12;
+/// The interrupt of ACPI's events. It is one that no device has; none of the events ever comes.
+pub const SCI_GSI: u32 = 5;
+/// PCI's configuration ports, and the reset control register.
+pub const PCI: u16 = 0xcf8;
+/// Their number.
+pub const PCI_SIZE: u16 = 8;
 /// The interrupt by which the machine tells the guest of a new generation.
 pub const GENERATION_GSI: u32 = 6;
 
@@ -86,4 +106,6 @@ pub fn device_gsi(position: usize) -> u32 {
 // An I/O APIC has 24 pins.
 const _: () = assert!(DEVICE_GSI as usize + MAX_DEVICES <= 24);
 const _: () = assert!(ACPI.0 + ACPI_SIZE <= GENERATION_ID.0);
+const _: () = assert!(GENERATION_ID.0 + 16 <= BIOS_ENTRY.0);
+const _: () = assert!(SCI_GSI < DEVICE_GSI && SCI_GSI != SERIAL_GSI && SCI_GSI != GENERATION_GSI);
 const _: () = assert!(COMMAND_LINE.0 + COMMAND_LINE_MAX as u64 <= LOW_END);

@@ -88,6 +88,7 @@ fn prepare(session: &Session, options: &LinuxOptions) -> Result<Prepared, Error>
     for cpu in 0..options.cpus {
         let vcpu = machine.create_vcpu(cpu)?;
         let own = cpuid::for_vcpu(&processor, cpu, options.cpus);
+        let own = cpuid::with_frequency(&own, vcpu.get_tsc_khz().unwrap_or(0));
         vcpu.set_cpuid2(&own).map_err(|error| {
             Error::host(format!("tell vCPU {cpu} what processor it is: {error}"))
         })?;

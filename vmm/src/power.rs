@@ -1,21 +1,40 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The guest's ways to end: ACPI's sleep control and reset registers, and the keyboard
+//! ACPI's fixed hardware, by which a guest switches itself off or resets, and the keyboard
 //! controller's reset line.
+//!
+//! Source: ACPI 6.5, section 4.8.
 
-use std::sync::Mutex;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vm_device::DevicePio;
 use vm_device::bus::{PioAddress, PioAddressOffset};
 use vm_superio::{I8042Device, Trigger};
 
+use crate::layout::{PM_TIMER, PM1_CONTROL, PM1_ENABLE, POWER, POWER_SIZE, RESET, SLEEP_CONTROL};
+use crate::pm_timer::PmTimer;
+use crate::registers::SavedRegisters;
+
 /// What to write to the reset register.
 pub const RESET_VALUE: u8 = 1;
 /// The sleep type of "soft off".
 pub const S5: u8 = 5;
-/// The bit of the sleep control register that makes it happen (ACPI 6.5, section 4.8.3.7).
+/// The bit of the sleep control register that makes it happen (section 4.8.3.7).
 const SLEEP_ENABLE: u8 = 1 << 5;
 /// Where its sleep type lies.
 const SLEEP_TYPE_SHIFT: u8 = 2;
+
+/// Events that can be enabled: timer, global lock, power button, sleep button, real-time clock,
+/// and wake-up by PCI Express. None of them ever comes: the bits only keep what is written.
+const EVENTS: u16 = 1 | 1 << 5 | 1 << 8 | 1 << 9 | 1 << 10 | 1 << 14;
+/// Control: the machine is in ACPI mode, always.
+const SCI_ENABLE: u16 = 1;
+/// Control: where the sleep type lies.
+const PM1_SLEEP_TYPE_SHIFT: u16 = 10;
+/// Control: what is kept of what is written, BM_RLD and the sleep type.
+const PM1_KEPT: u16 = 1 << 1 | 7 << PM1_SLEEP_TYPE_SHIFT;
+/// Control: the bit that makes it sleep.
+const PM1_SLEEP_ENABLE: u16 = 1 << 13;
 
 /// What a guest asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,29 +48,93 @@ pub enum PowerRequest {
 /// Called on the vCPU's thread, with what its guest asks for. It must not wait.
 pub type OnPower = std::sync::Arc<dyn Fn(PowerRequest) + Send + Sync>;
 
-/// ACPI's registers.
-pub struct PowerRegisters(OnPower);
+/// ACPI's registers: those of [`SavedRegisters`], the timer, and those by which a guest ends.
+///
+/// The sleep control register is of a machine without fixed hardware, which guests of older
+/// snapshots take this one for.
+pub struct PowerRegisters {
+    registers: Arc<Mutex<SavedRegisters>>,
+    timer: Arc<PmTimer>,
+    tell: OnPower,
+}
+
+/// The offset of a port.
+const fn offset_of(port: u16) -> usize {
+    (port - POWER) as usize
+}
+
+/// The bytes of a register of 16 bits.
+const fn word_at(port: u16) -> Range<usize> {
+    offset_of(port)..offset_of(port) + 2
+}
 
 impl PowerRegisters {
     /// Registers that tell of what is asked.
-    pub fn new(tell: OnPower) -> Self {
-        PowerRegisters(tell)
+    pub fn new(registers: Arc<Mutex<SavedRegisters>>, timer: Arc<PmTimer>, tell: OnPower) -> Self {
+        PowerRegisters { registers, timer, tell }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, SavedRegisters> {
+        self.registers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// All bytes that can be read, but the timer's.
+    fn bytes(&self) -> [u8; POWER_SIZE as usize] {
+        let registers = self.lock();
+        let mut bytes = [0; POWER_SIZE as usize];
+        bytes[word_at(PM1_ENABLE)].copy_from_slice(&registers.pm1_enable.to_le_bytes());
+        let control = registers.pm1_control | SCI_ENABLE;
+        bytes[word_at(PM1_CONTROL)].copy_from_slice(&control.to_le_bytes());
+        bytes
     }
 }
 
+fn overlap(a: &Range<usize>, b: &Range<usize>) -> bool {
+    a.start < b.end && b.start < a.end
+}
+
 impl DevicePio for PowerRegisters {
-    fn pio_read(&self, _base: PioAddress, _offset: PioAddressOffset, data: &mut [u8]) {
-        // The machine never wakes from sleep, so the status is always 0.
-        data.fill(0);
+    fn pio_read(&self, _base: PioAddress, offset: PioAddressOffset, data: &mut [u8]) {
+        let mut bytes = self.bytes();
+        let timer = offset_of(PM_TIMER)..offset_of(PM_TIMER) + 4;
+        let read = usize::from(offset)..usize::from(offset) + data.len();
+        if overlap(&read, &timer) {
+            bytes[timer].copy_from_slice(&self.timer.count().to_le_bytes());
+        }
+        // The bus has seen to it that the access ends with the registers.
+        data.copy_from_slice(&bytes[read]);
     }
 
     fn pio_write(&self, _base: PioAddress, offset: PioAddressOffset, data: &[u8]) {
-        match (offset, data) {
-            (0, &[value]) if value == SLEEP_ENABLE | S5 << SLEEP_TYPE_SHIFT => {
-                (self.0)(PowerRequest::Off);
+        let written = usize::from(offset)..usize::from(offset) + data.len();
+        let mut bytes = self.bytes();
+        bytes[written.clone()].copy_from_slice(data);
+        // What a register has after the access, if that touches it.
+        let word = |port| {
+            overlap(&written, &word_at(port))
+                .then(|| u16::from_le_bytes([bytes[offset_of(port)], bytes[offset_of(port) + 1]]))
+        };
+        let mut asked = None;
+        if let Some(enable) = word(PM1_ENABLE) {
+            self.lock().pm1_enable = enable & EVENTS;
+        }
+        if let Some(control) = word(PM1_CONTROL) {
+            self.lock().pm1_control = control & PM1_KEPT;
+            let sleep = control & (PM1_SLEEP_ENABLE | 7 << PM1_SLEEP_TYPE_SHIFT);
+            if sleep == PM1_SLEEP_ENABLE | u16::from(S5) << PM1_SLEEP_TYPE_SHIFT {
+                asked = Some(PowerRequest::Off);
             }
-            (2, &[RESET_VALUE]) => (self.0)(PowerRequest::Reset),
-            _ => {}
+        }
+        let byte =
+            |port, value| written.contains(&offset_of(port)) && bytes[offset_of(port)] == value;
+        if byte(SLEEP_CONTROL, SLEEP_ENABLE | S5 << SLEEP_TYPE_SHIFT) {
+            asked = Some(PowerRequest::Off);
+        }
+        if byte(RESET, RESET_VALUE) {
+            asked = Some(PowerRequest::Reset);
+        }
+        if let Some(request) = asked {
+            (self.tell)(request);
         }
     }
 }
@@ -97,28 +180,65 @@ impl DevicePio for Keyboard {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::sync::Arc;
+    use std::sync::Weak;
+
+    use crate::layout::PM1_STATUS;
+
+    const BASE: PioAddress = PioAddress(POWER);
+
+    fn registers() -> (PowerRegisters, OnPower, Arc<Mutex<Vec<PowerRequest>>>) {
+        let asked = Arc::new(Mutex::new(Vec::new()));
+        let told = asked.clone();
+        let tell: OnPower = Arc::new(move |request| told.lock().unwrap().push(request));
+        let timer = Arc::new(PmTimer::new(Weak::new()));
+        (PowerRegisters::new(Arc::default(), timer, tell.clone()), tell, asked)
+    }
+
+    fn read(registers: &PowerRegisters, port: u16) -> u16 {
+        let mut word = [0; 2];
+        registers.pio_read(BASE, port - POWER, &mut word);
+        u16::from_le_bytes(word)
+    }
 
     #[test]
     fn only_what_asks_for_an_end_is_an_end() {
-        let asked = Arc::new(Mutex::new(Vec::new()));
-        let tell: OnPower = {
-            let asked = asked.clone();
-            Arc::new(move |request| asked.lock().unwrap().push(request))
-        };
-        let registers = PowerRegisters::new(tell.clone());
+        let (registers, tell, asked) = registers();
         let keyboard = Keyboard::new(tell);
-        let base = PioAddress(0);
         for (offset, value) in [(0, S5 << SLEEP_TYPE_SHIFT), (0, 0x20), (1, 0x34), (2, 0)] {
-            registers.pio_write(base, offset, &[value]);
+            registers.pio_write(BASE, offset, &[value]);
         }
-        registers.pio_write(base, 0, &[0x34, 0]);
-        keyboard.pio_write(base, 4, &[0xf0]);
+        // The type alone, the bit alone, another type; and an event.
+        for control in [0x1400, 0x2000, 0x3000] {
+            registers.pio_write(BASE, PM1_CONTROL - POWER, &u16::to_le_bytes(control));
+        }
+        registers.pio_write(BASE, PM1_ENABLE - POWER, &[0x21, 0x34]);
+        keyboard.pio_write(PioAddress(0x60), 4, &[0xf0]);
         assert_eq!(*asked.lock().unwrap(), []);
-        registers.pio_write(base, 0, &[S5 << SLEEP_TYPE_SHIFT | SLEEP_ENABLE]);
-        registers.pio_write(base, 2, &[RESET_VALUE]);
-        keyboard.pio_write(base, 4, &[0xfe]);
-        let expected = [PowerRequest::Off, PowerRequest::Reset, PowerRequest::Reset];
+        registers.pio_write(BASE, 0, &[S5 << SLEEP_TYPE_SHIFT | SLEEP_ENABLE]);
+        registers.pio_write(BASE, 2, &[RESET_VALUE]);
+        keyboard.pio_write(PioAddress(0x60), 4, &[0xfe]);
+        registers.pio_write(BASE, PM1_CONTROL - POWER, &0x3401u16.to_le_bytes());
+        let expected =
+            [PowerRequest::Off, PowerRequest::Reset, PowerRequest::Reset, PowerRequest::Off];
         assert_eq!(*asked.lock().unwrap(), expected);
+    }
+
+    /// Linux takes an event that does not stay enabled for broken hardware.
+    #[test]
+    fn registers_keep_what_is_written() {
+        let (registers, _, asked) = registers();
+        assert_eq!(read(&registers, PM1_CONTROL), SCI_ENABLE);
+        registers.pio_write(BASE, PM1_ENABLE - POWER, &0x0021u16.to_le_bytes());
+        assert_eq!(read(&registers, PM1_ENABLE), 0x0021);
+        registers.pio_write(BASE, PM1_ENABLE - POWER + 1, &[0xff]);
+        assert_eq!(read(&registers, PM1_ENABLE), 0x4721);
+        registers.pio_write(BASE, PM1_CONTROL - POWER, &0x1403u16.to_le_bytes());
+        assert_eq!(read(&registers, PM1_CONTROL), 0x1403);
+        // By clearing nothing comes to be set.
+        registers.pio_write(BASE, PM1_STATUS - POWER, &u16::MAX.to_le_bytes());
+        assert_eq!((read(&registers, PM1_STATUS), read(&registers, PM1_ENABLE)), (0, 0x4721));
+        let mut timer = [1; 4];
+        registers.pio_read(BASE, PM_TIMER - POWER, &mut timer);
+        assert_eq!((timer, asked.lock().unwrap().len()), ([0; 4], 0));
     }
 }

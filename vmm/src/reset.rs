@@ -73,6 +73,7 @@ impl Pristine {
             device.mmio_write(MmioAddress(0), STATUS, &0u32.to_le_bytes());
         }
         self.vm.restore_clock(vm.machine.vm())?;
+        vm.chipset.reset();
         let entry = boot::load(vm.machine.memory(), boot)?;
         acpi::write(vm.machine.memory(), vm.cpus, vm.devices.len())?;
         vm.chipset.generation.renew(vm.machine.memory())?;

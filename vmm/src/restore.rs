@@ -91,7 +91,8 @@ fn prepare(session: &Session, options: &RestoreOptions) -> Result<Prepared, Erro
     let _ = session.memory.set(machine.memory().clone());
     let shape = Arc::new(StateShape::of(machine.kvm(), machine.vm())?);
     create_irqchip(machine.vm())?;
-    let chipset = Chipset::new(machine.vm(), &session.guest.serial, Some(&saved.serial))?;
+    let registers = Some((&saved.serial, &saved.registers));
+    let chipset = Chipset::new(machine.vm(), &session.guest.serial, registers)?;
     let mut devices = Vec::new();
     let options_and_states = session.guest.vhost_user.iter().zip(&saved.devices);
     for (position, (option, state)) in options_and_states.enumerate() {

@@ -8,6 +8,7 @@ use crate::boot_files::SavedBoot;
 use crate::device_state::DeviceState;
 use crate::error::Error;
 use crate::options::{MemoryOption, RestoreMemory};
+use crate::registers::SavedRegisters;
 use crate::serial::SavedSerial;
 use crate::vcpu_state::VcpuState;
 use crate::vm_state::VmState;
@@ -24,6 +25,9 @@ pub struct SavedVm {
     pub vm: VmState,
     /// Its serial port.
     pub serial: SavedSerial,
+    /// The registers of ACPI and PCI. Older snapshots have none.
+    #[serde(default)]
+    pub registers: SavedRegisters,
     /// Its virtio devices, by position.
     pub devices: Vec<DeviceState>,
     /// What it was booted from, for a reset; `None` if the snapshot does not hold it.

@@ -364,6 +364,7 @@ impl Vm {
             vcpus: states.into_iter().collect::<Result<_, _>>()?,
             vm: VmState::save(self.machine.vm())?,
             serial: self.chipset.serial.save(),
+            registers: self.chipset.registers(),
             devices,
             boot,
         })

@@ -10,16 +10,59 @@ pub enum Command {
     /// Ends the work, verifies all of it, says `done`, and turns the machine off.
     Stop,
     /// Restarts the machine, at once.
-    Reset,
+    Reset(ResetBy),
+    /// Makes the kernel panic.
+    Panic,
     /// Announces that the clocks are about to jump: the next jump is told, not taken for wrong.
     Jump,
     /// Spoils one byte of the memory that is worked on, which must be noticed.
     Poke,
 }
 
+/// By what the kernel restarts the machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ResetBy {
+    /// What it chooses.
+    Choice,
+    /// ACPI's reset register.
+    Acpi,
+    /// The keyboard controller.
+    Keyboard,
+    /// The reset control register.
+    Pci,
+    /// The BIOS's entry.
+    Bios,
+    /// A triple fault.
+    TripleFault,
+}
+
+impl ResetBy {
+    /// The kernel's word for it, in `/sys/kernel/reboot/type`.
+    pub fn word(self) -> Option<&'static str> {
+        match self {
+            Self::Choice => None,
+            Self::Acpi => Some("acpi"),
+            Self::Keyboard => Some("kbd"),
+            Self::Pci => Some("pci"),
+            Self::Bios => Some("bios"),
+            Self::TripleFault => Some("triple"),
+        }
+    }
+}
+
 impl Command {
-    const ALL: [(Self, &'static str); 4] =
-        [(Self::Stop, "stop"), (Self::Reset, "reset"), (Self::Jump, "jump"), (Self::Poke, "poke")];
+    const ALL: [(Self, &'static str); 10] = [
+        (Self::Stop, "stop"),
+        (Self::Reset(ResetBy::Choice), "reset"),
+        (Self::Reset(ResetBy::Acpi), "reset-acpi"),
+        (Self::Reset(ResetBy::Keyboard), "reset-kbd"),
+        (Self::Reset(ResetBy::Pci), "reset-pci"),
+        (Self::Reset(ResetBy::Bios), "reset-bios"),
+        (Self::Reset(ResetBy::TripleFault), "reset-triple"),
+        (Self::Panic, "panic"),
+        (Self::Jump, "jump"),
+        (Self::Poke, "poke"),
+    ];
 }
 
 impl fmt::Display for Command {
@@ -35,7 +78,8 @@ impl FromStr for Command {
     fn from_str(text: &str) -> Result<Self, String> {
         let known = Self::ALL.iter().find(|(_, name)| *name == text);
         known.map(|(command, _)| *command).ok_or_else(|| {
-            format!("{text:?} is no command: the commands are stop, reset, jump and poke")
+            let names: Vec<_> = Self::ALL.iter().map(|(_, name)| *name).collect();
+            format!("{text:?} is no command: the commands are {}", names.join(", "))
         })
     }
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The console: lines out, commands in, and the end of the machine.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io::{BufRead, BufReader, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver};
@@ -9,11 +9,15 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 use std::thread;
 
 use anyhow::{Context, Result};
-use guest_work::{Command, Line};
+use guest_work::{Command, Line, ResetBy};
 use rustix::system::{RebootCommand, reboot};
 use rustix::termios::{LocalModes, OptionalActions, tcdrain, tcgetattr, tcsetattr};
 
 const PATH: &str = "/dev/console";
+/// How the kernel restarts the machine.
+const REBOOT_TYPE: &str = "/sys/kernel/reboot/type";
+/// What the kernel does at once, by a letter.
+const SYSRQ: &str = "/proc/sysrq-trigger";
 
 static CONSOLE: OnceLock<Mutex<File>> = OnceLock::new();
 
@@ -54,6 +58,25 @@ pub fn wrong(what: &str, why: &str) -> ! {
     }
     say(&Line::Wrong { what: what.into(), why: why.replace('\n', "; ") });
     end(RebootCommand::PowerOff)
+}
+
+/// Restarts the machine.
+pub fn reset(by: ResetBy) -> ! {
+    if let Some(word) = by.word()
+        && let Err(error) = fs::write(REBOOT_TYPE, word)
+    {
+        wrong("work", &format!("{word:?} could not be written to {REBOOT_TYPE}: {error}"));
+    }
+    end(RebootCommand::Restart)
+}
+
+/// Makes the kernel panic.
+pub fn panic() -> ! {
+    let why = match fs::write(SYSRQ, "c") {
+        Ok(()) => "the kernel did not panic".into(),
+        Err(error) => format!("\"c\" could not be written to {SYSRQ}: {error}"),
+    };
+    wrong("work", &why)
 }
 
 /// Ends the machine once all that was said is out.

@@ -22,6 +22,6 @@ mod command;
 mod line;
 mod work;
 
-pub use command::Command;
+pub use command::{Command, ResetBy};
 pub use line::{Beat, Line, NoLine};
 pub use work::{Journal, Prove, Work};

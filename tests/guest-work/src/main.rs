@@ -51,7 +51,8 @@ fn main() -> ExitCode {
             for command in commands {
                 match command {
                     Command::Stop => break,
-                    Command::Reset => console::end(RebootCommand::Restart),
+                    Command::Reset(by) => console::reset(by),
+                    Command::Panic => console::panic(),
                     // There is nothing that it could be about.
                     Command::Jump | Command::Poke => {}
                 }

@@ -5,7 +5,6 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::Duration;
 
 use guest_work::{Beat, Command, Journal as Kind, Line, Prove};
-use rustix::system::RebootCommand;
 
 use crate::clock::{Beats, Reading};
 use crate::console::{self, say, wrong};
@@ -36,7 +35,8 @@ pub fn run(asked: &Prove, commands: &Receiver<Command>) {
     while asked.beats == 0 || number < asked.beats {
         match commands.recv_timeout(beat) {
             Ok(Command::Stop) => break,
-            Ok(Command::Reset) => console::end(RebootCommand::Restart),
+            Ok(Command::Reset(by)) => console::reset(by),
+            Ok(Command::Panic) => console::panic(),
             Ok(Command::Jump) => beats.announce(),
             Ok(Command::Poke) => memory.poke(),
             Err(RecvTimeoutError::Timeout) => {}
