@@ -35,6 +35,8 @@ pub enum Line {
         cpus: u64,
         /// The kernel's release.
         kernel: String,
+        /// By what the kernel tells the time.
+        clock: String,
     },
     /// The work goes on.
     Beat(Beat),
@@ -87,7 +89,9 @@ impl fmt::Display for Line {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(START)?;
         match self {
-            Self::Ready { cpus, kernel } => write!(f, "ready cpus={cpus} kernel={kernel}"),
+            Self::Ready { cpus, kernel, clock } => {
+                write!(f, "ready cpus={cpus} kernel={kernel} clock={clock}")
+            }
             Self::Beat(Beat { number, pages, records, echoes, lost, mono_us, real_us }) => write!(
                 f,
                 "beat {number} pages={pages} records={records} echoes={echoes} lost={lost} \
@@ -117,7 +121,11 @@ impl FromStr for Line {
         let line = line[at + START.len()..].trim_end();
         let (word, rest) = line.split_once(' ').unwrap_or((line, ""));
         Ok(match word {
-            "ready" => Self::Ready { cpus: field(rest, "cpus")?, kernel: field(rest, "kernel")? },
+            "ready" => Self::Ready {
+                cpus: field(rest, "cpus")?,
+                kernel: field(rest, "kernel")?,
+                clock: field(rest, "clock")?,
+            },
             "beat" => Self::Beat(Beat {
                 number: rest.split(' ').next().and_then(|n| n.parse().ok()).ok_or(NoLine)?,
                 pages: field(rest, "pages")?,
@@ -174,7 +182,7 @@ mod tests {
             real_us: 11,
         };
         let lines = [
-            Line::Ready { cpus: 2, kernel: "6.12.1".into() },
+            Line::Ready { cpus: 2, kernel: "6.12.1".into(), clock: "tsc".into() },
             Line::Beat(beat),
             Line::Reseeded,
             Line::Jump { mono_us: 5, real_us: -6 },

@@ -11,11 +11,14 @@ use guest_work::Line;
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, mount};
 use rustix::system::{finit_module, uname};
+use rustix::time::{ClockId, Timespec, clock_settime};
 
 use crate::console;
 
 /// Where the initramfs has modules, and the list of them in the order in which they are loaded.
 const MODULES: &str = "/modules";
+/// By what the kernel tells the time.
+const CLOCK: &str = "/sys/devices/system/clocksource/clocksource0/current_clocksource";
 /// How long a device may take to appear; a guest in an emulated machine is slow.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -35,6 +38,7 @@ pub fn machine() -> Result<()> {
     // From here on the kernel's messages come out as lines of this program's, which are whole; only
     // emergencies still go to the console directly.
     fs::write("/proc/sys/kernel/printk", "1").context("the log level could not be set")?;
+    set_time()?;
     load_modules()
 }
 
@@ -62,7 +66,19 @@ pub fn ready() -> Line {
     Line::Ready {
         cpus: thread::available_parallelism().map_or(1, |cpus| cpus.get() as u64),
         kernel: uname().release().to_string_lossy().into_owned(),
+        clock: fs::read_to_string(CLOCK).map_or("none".into(), |clock| clock.trim().into()),
     }
+}
+
+/// Sets the time of day to what the command line says (`epoch=SECONDS`): a kernel without kvm-clock
+/// finds none.
+fn set_time() -> Result<()> {
+    let line = fs::read_to_string("/proc/cmdline")?;
+    let Some(epoch) = line.split_whitespace().find_map(|word| word.strip_prefix("epoch=")) else {
+        return Ok(());
+    };
+    let time = Timespec { tv_sec: epoch.parse().context("epoch=")?, tv_nsec: 0 };
+    clock_settime(ClockId::Realtime, time).context("the time of day could not be set")
 }
 
 /// Waits for a device, which appears a moment after its driver.
