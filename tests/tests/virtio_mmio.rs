@@ -205,6 +205,83 @@ fn a_driver_that_is_wrong_about_its_rings_is_told() {
     use_disk(&mut driver, &place.disk(), 5, 7);
 }
 
+/// Ready without agreed features, with each feature that the back-end offers and the device does
+/// not, and with features that the driver takes back in the last moment.
+#[test]
+fn driver_ok_needs_agreed_features() {
+    let place = Place::new();
+    let back_end = place.back_end(1);
+    let memory = memory(&place.image());
+    let device = VhostUserDevice::connect(&disk_of(&back_end, 1), 0).unwrap();
+    device.share_memory(&memory, &service()).unwrap();
+    let mut driver = Driver::new(&device, &memory, 1);
+    let offered = |driver: &Driver<'_>| {
+        [0, 1].map(|half| {
+            driver.set(0x14, half);
+            driver.get(0x10)
+        })
+    };
+    let accept = |driver: &Driver<'_>, [low, high]: [u32; 2]| {
+        for (half, bits) in [(0, low), (1, high)] {
+            driver.set(0x24, half);
+            driver.set(0x20, bits);
+        }
+    };
+    let refused = |driver: &Driver<'_>, what: &str| {
+        assert_eq!(driver.get(0x70) & NEEDS_RESET, NEEDS_RESET, "{what}");
+        assert_eq!(driver.get(0x60) & 2, 2, "it is told: {what}");
+        let kick = device.interrupts().last().unwrap();
+        assert!(kick.read().is_ok(), "it is interrupted: {what}");
+        // The back-end was given no queue.
+        driver.set(0x50, 0);
+        assert_eq!(driver.word(0x2000), 0, "no request is answered: {what}");
+    };
+    // Nothing agreed on, and then nothing that may be agreed on: LOG_ALL, PROTOCOL_FEATURES,
+    // ACCESS_PLATFORM, packed rings, legacy.
+    let log_and_protocol = 1 << 26 | 1 << 30;
+    for (what, agree, low, high) in [
+        ("FEATURES_OK was never set", 0, 0, 1),
+        ("a feature below was not offered", 8, log_and_protocol, 1),
+        ("a feature above was not offered", 8, 0, 1 | 1 << 1 | 1 << 2),
+        ("a legacy driver", 8, 0, 0),
+    ] {
+        driver.set(0x70, 0);
+        driver.set(0x70, 3);
+        accept(&driver, [low, high]);
+        driver.set(0x70, 3 | agree);
+        assert_eq!(driver.get(0x70), 3, "{what}");
+        // The write cache is a feature's, and nobody has agreed on it.
+        device.mmio_write(MmioAddress(0), 0x100 + 32, &[0]);
+        assert_eq!(driver.config::<1>(32), [1], "{what}");
+        driver.set_up_queue(0, 0);
+        driver.set(0x70, 3 | agree | 4);
+        refused(&driver, what);
+        // Too late.
+        accept(&driver, offered(&driver));
+        driver.set(0x70, 15);
+        assert_eq!(driver.get(0x70) & NEEDS_RESET, NEEDS_RESET, "{what}");
+    }
+    driver.set_up();
+    use_disk(&mut driver, &place.disk(), 5, 7);
+    let agreed = device.quiesce(Duration::from_secs(10)).unwrap();
+    drop((device, back_end));
+
+    // A state that was altered so: its features were not offered, or not agreed on.
+    let text = serde_json::to_value(&agreed).unwrap();
+    for (what, field, value) in [
+        ("LOG_ALL", "driver_features", agreed.registers.driver_features() | 1 << 26),
+        ("no VERSION_1", "driver_features", agreed.registers.driver_features() & !(1 << 32)),
+        ("not agreed", "status", 7),
+    ] {
+        let mut altered = text.clone();
+        altered["registers"][field] = value.into();
+        let state: DeviceState = serde_json::from_value(altered).unwrap();
+        let back_end = place.back_end(1);
+        let error = VhostUserDevice::restore(&disk_of(&back_end, 1), 0, &state).unwrap_err();
+        assert!(error.to_string().contains("damaged"), "{what}: {error}");
+    }
+}
+
 /// The requests of the load: writes of pages that each say who they are, to places of their own.
 struct Load {
     next: u64,

@@ -26,6 +26,7 @@ impl DeviceState {
         let queues = registers.queues().len();
         let right = is_name(&self.name)
             && registers.device_id() == kind.virtio_id()
+            && registers.is_coherent()
             && registers.config().len() == kind.config_len()
             && kind
                 .fixed_queues()

@@ -415,6 +415,9 @@ impl VhostUserDevice {
     fn start(&self, inner: &mut Inner) -> Result<(), String> {
         let Inner { back_end, registers, memory, running, restored } = inner;
         let memory = memory.as_ref().ok_or("no memory was shared with its back-end")?;
+        if !registers.has_agreed() {
+            return Err("it has not agreed on features (status bit FEATURES_OK)".into());
+        }
         for (index, queue) in registers.queues().iter().enumerate().filter(|(_, q)| q.ready) {
             // (A driver's mistake is logged, and a snapshot's ends the restore.)
             let remedy = if *restored { "; the snapshot is damaged, take another" } else { "" };

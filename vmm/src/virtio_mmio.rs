@@ -77,7 +77,8 @@ impl QueueState {
 pub(crate) enum Action {
     /// Nothing.
     None,
-    /// The driver is ready: the queues that are ready begin to run.
+    /// The driver says that it is ready: the queues that are ready begin to run, if it has agreed
+    /// on features.
     Start,
     /// The driver wants the device as it was at first. The registers are so already.
     Reset,
@@ -155,9 +156,10 @@ impl Registers {
         self.device_id
     }
 
-    /// What the driver has accepted.
+    /// The features that the driver and the device have agreed on: none before `FEATURES_OK`, and
+    /// never one that was not offered.
     pub fn driver_features(&self) -> u64 {
-        self.driver_features
+        if self.has_agreed() { self.driver_features & self.features } else { 0 }
     }
 
     /// The queues.
@@ -175,10 +177,21 @@ impl Registers {
         &self.config
     }
 
-    /// Whether the driver has said that the device may run, and nothing speaks against it.
+    /// Whether the driver has agreed on features and said that the device may run, and nothing
+    /// speaks against it.
     pub fn is_live(&self) -> bool {
+        self.is_started() && self.has_agreed()
+    }
+
+    /// Whether the driver has said that the device may run, rightly or not.
+    fn is_started(&self) -> bool {
         let bad = VIRTIO_CONFIG_S_FAILED | VIRTIO_CONFIG_S_NEEDS_RESET;
         self.status & VIRTIO_CONFIG_S_DRIVER_OK != 0 && self.status & bad == 0
+    }
+
+    /// Whether the status and the accepted features are such that a driver can have brought about.
+    pub(crate) fn is_coherent(&self) -> bool {
+        if self.has_agreed() { self.features_are_acceptable() } else { !self.is_started() }
     }
 
     /// Whether the driver has agreed on features.
@@ -316,7 +329,7 @@ impl Registers {
         if new & VIRTIO_CONFIG_S_FAILED != 0 {
             return Action::Fail;
         }
-        if new & VIRTIO_CONFIG_S_DRIVER_OK != 0 && self.is_live() {
+        if new & VIRTIO_CONFIG_S_DRIVER_OK != 0 && self.is_started() {
             return Action::Start;
         }
         Action::None
@@ -439,6 +452,23 @@ mod tests {
         assert!(accept(&mut agreed, FEATURES));
         set(&mut agreed, VIRTIO_MMIO_DRIVER_FEATURES, 0);
         assert_eq!(agreed.driver_features, FEATURES);
+    }
+
+    #[test]
+    fn only_agreed_features_count() {
+        let mut registers = registers();
+        set(&mut registers, VIRTIO_MMIO_DRIVER_FEATURES, 1 << 9 | 1 << 26);
+        assert!(registers.is_coherent());
+        assert_eq!(registers.driver_features(), 0, "not before FEATURES_OK");
+        assert_eq!(write(&mut registers, VIRTIO_MMIO_STATUS, 7), Action::Start);
+        assert!(!registers.is_live() && !registers.is_coherent());
+        assert_eq!(write(&mut registers, VIRTIO_MMIO_STATUS, 0), Action::Reset);
+        assert!(accept(&mut registers, FEATURES));
+        assert!(registers.is_coherent());
+        assert_eq!(registers.driver_features(), FEATURES);
+        registers.driver_features |= 1 << 26;
+        assert!(!registers.is_coherent());
+        assert_eq!(registers.driver_features(), FEATURES, "that was not offered");
     }
 
     #[test]
