@@ -3,15 +3,14 @@
 
 use std::fs;
 use std::io;
-use std::mem::{align_of, size_of};
 use std::path::Path;
-use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde::Serialize;
 
+use crate::Result;
 use crate::args::MAX_QUEUES;
-use crate::{Error, Result};
+use crate::shared::{Shareable, Shared};
 
 /// Makes the counters of a queue and the fields of their sum of one list.
 macro_rules! counters {
@@ -93,22 +92,20 @@ counters! {
 
 #[derive(Debug)]
 #[repr(C)]
-struct Shared {
+struct AllCounters {
     connections: AtomicU64,
     queues: [QueueCounters; MAX_QUEUES as usize],
 }
 
+// SAFETY: it consists of atomic integers.
+unsafe impl Shareable for AllCounters {}
+
 /// Counters of a device. A process forked after [`Counters::new`] counts in the same memory.
 #[derive(Debug)]
 pub struct Counters {
-    shared: NonNull<Shared>,
+    all: Shared<AllCounters>,
     num_queues: usize,
 }
-
-// SAFETY: the memory is only ever used through shared references to atomics.
-unsafe impl Send for Counters {}
-// SAFETY: as above.
-unsafe impl Sync for Counters {}
 
 impl Counters {
     /// Counters for `num_queues` queues, all zero.
@@ -120,30 +117,8 @@ impl Counters {
     /// If `num_queues` exceeds [`MAX_QUEUES`].
     pub fn new(num_queues: u16) -> Result<Self> {
         assert!(num_queues <= MAX_QUEUES);
-        const { assert!(align_of::<Shared>() <= 4096) };
-        // SAFETY: a new anonymous mapping, which touches nothing that exists.
-        let addr = unsafe {
-            libc::mmap(
-                ptr::null_mut(),
-                size_of::<Shared>(),
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_SHARED | libc::MAP_ANONYMOUS,
-                -1,
-                0,
-            )
-        };
-        if addr == libc::MAP_FAILED {
-            return Err(Error::last_os("mapping memory for the counters"));
-        }
-        // A fresh mapping is all zeros, which is what atomics of value 0 are made of.
-        let shared = NonNull::new(addr.cast())
-            .ok_or_else(|| Error::last_os("mapping memory for the counters"))?;
-        Ok(Counters { shared, num_queues: usize::from(num_queues) })
-    }
-
-    fn shared(&self) -> &Shared {
-        // SAFETY: the mapping is large and aligned enough, initialized, and lives as long as self.
-        unsafe { self.shared.as_ref() }
+        let all = Shared::zeroed("mapping memory for the counters")?;
+        Ok(Counters { all, num_queues: usize::from(num_queues) })
     }
 
     /// The counters of queue `index`.
@@ -151,21 +126,21 @@ impl Counters {
     /// # Panics
     /// If the device has no such queue.
     pub fn queue(&self, index: usize) -> &QueueCounters {
-        &self.shared().queues[..self.num_queues][index]
+        &self.all.queues[..self.num_queues][index]
     }
 
     /// Counts one front-end.
     pub fn connected(&self) {
-        self.shared().connections.fetch_add(1, Ordering::Relaxed);
+        self.all.connections.fetch_add(1, Ordering::Relaxed);
     }
 
     /// What has been counted up to now.
     pub fn snapshot(&self) -> Snapshot {
         let mut sum = Snapshot {
-            connections: self.shared().connections.load(Ordering::Relaxed),
+            connections: self.all.connections.load(Ordering::Relaxed),
             ..Snapshot::default()
         };
-        for queue in &self.shared().queues[..self.num_queues] {
+        for queue in &self.all.queues[..self.num_queues] {
             sum.add(queue);
             sum.queue_requests.push(queue.requests.load(Ordering::Relaxed));
             sum.most_in_hand = sum.most_in_hand.max(queue.most_in_hand.load(Ordering::Relaxed));
@@ -183,13 +158,6 @@ impl Counters {
         ];
         sum.abandoned = sum.requests.saturating_sub(outcomes.iter().sum());
         sum
-    }
-}
-
-impl Drop for Counters {
-    fn drop(&mut self) {
-        // SAFETY: the mapping is ours, of this size, and no reference to it outlives self.
-        unsafe { libc::munmap(self.shared.as_ptr().cast(), size_of::<Shared>()) };
     }
 }
 

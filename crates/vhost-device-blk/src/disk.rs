@@ -13,7 +13,8 @@ use vm_memory::VolatileSlice;
 use vm_memory::bitmap::BitmapSlice;
 
 use crate::range::Range;
-use crate::topology::Topology;
+use crate::shared::Shared;
+use crate::topology::{self, Topology};
 use crate::zero::Means;
 use crate::{Error, Result};
 
@@ -42,8 +43,9 @@ pub struct Disk {
     read_only: bool,
     topology: Topology,
     means: Means,
-    /// Something written has been lost; no later flush may say otherwise.
-    lost: AtomicBool,
+    /// Something written has been lost; no later flush may say otherwise. Shared with the processes
+    /// that serve front-ends: the host reports a loss once, to whichever of them flushes next.
+    lost: Shared<AtomicBool>,
 }
 
 /// Refuses an image that this process may not write to its end: the guest would find that out by I/O
@@ -118,7 +120,7 @@ impl Disk {
             read_only: options.read_only,
             topology,
             means: Means::probe(&file, bytes, device_block, discard),
-            lost: AtomicBool::new(false),
+            lost: Shared::zeroed("mapping memory for the state of the disk")?,
             file,
         })
     }
@@ -186,11 +188,13 @@ impl Disk {
     /// Returns when everything written so far is on stable storage.
     ///
     /// # Errors
-    /// Whatever the host says; and ever again once it has failed, as the host reports only once
-    /// that it lost something.
+    /// Whatever the host says; and ever again once it has failed, in this process or in another
+    /// that was forked with this disk: the host reports only once that it lost something.
     pub fn flush(&self) -> io::Result<()> {
         if self.lost.load(Ordering::SeqCst) {
-            return Err(io::Error::other("what was written before has been lost"));
+            return Err(io::Error::other(
+                "an earlier write was lost; check the disk, and start this daemon anew",
+            ));
         }
         self.file.sync_data().inspect_err(|_| self.lost.store(true, Ordering::SeqCst))
     }

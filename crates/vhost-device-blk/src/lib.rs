@@ -37,6 +37,7 @@ mod queue;
 pub mod range;
 pub mod request;
 pub mod server;
+mod shared;
 mod signals;
 pub mod topology;
 mod zero;

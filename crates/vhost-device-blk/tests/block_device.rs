@@ -6,7 +6,7 @@ mod common;
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, FromRawFd};
 use std::os::unix::fs::{MetadataExt, symlink};
 use std::path::{Path, PathBuf};
 
@@ -30,11 +30,24 @@ fn ioctl(file: &File, request: libc::Ioctl, argument: libc::c_ulong) -> io::Resu
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
 }
 
+fn open(path: &Path) -> io::Result<File> {
+    OpenOptions::new().read(true).write(true).open(path)
+}
+
 impl Loop {
-    fn set_up(backing: &Path) -> io::Result<Self> {
-        let open = |path: &Path| OpenOptions::new().read(true).write(true).open(path);
+    /// A loop device on a file; says so if there can be none.
+    fn set_up(backing: &File) -> Option<Self> {
+        match Self::try_set_up(backing) {
+            Ok(device) => Some(device),
+            Err(e) => {
+                eprintln!("SKIPPED: no loop device: {e}");
+                None
+            }
+        }
+    }
+
+    fn try_set_up(backing: &File) -> io::Result<Self> {
         let control = open(Path::new("/dev/loop-control"))?;
-        let backing = open(backing)?;
         loop {
             let number = ioctl(&control, LOOP_CTL_GET_FREE, 0)?;
             let path = PathBuf::from(format!("/dev/loop{number}"));
@@ -65,13 +78,7 @@ fn a_loop_device() {
     let backing = dir.path().join("backing");
     let mut wanted = vec![0xaa; 4 << 20];
     fs::write(&backing, &wanted).unwrap();
-    let device = match Loop::set_up(&backing) {
-        Ok(device) => device,
-        Err(e) => {
-            eprintln!("SKIPPED: no loop device: {e}");
-            return;
-        }
-    };
+    let Some(device) = Loop::set_up(&open(&backing).unwrap()) else { return };
     symlink(&device.path, dir.path().join("disk")).unwrap();
     let process = spawn(dir.path(), &[]);
     let mut daemon = Daemon { process, dir };
@@ -122,4 +129,64 @@ fn a_loop_device() {
     assert!(daemon.disk() == wanted);
     assert!(fs::read(&backing).unwrap() == wanted);
     assert_eq!(daemon.stderr(), "");
+}
+
+/// A device that begins to fail: what was written is lost, which the host reports to one flush. All
+/// that follow fail as well, those of later front-ends too.
+#[test]
+fn lost_write_fails_flushes_of_later_front_ends() {
+    // SAFETY: the name is a C string; the descriptor is new and ours alone.
+    let backing = unsafe {
+        let fd = libc::memfd_create(c"disk".as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING);
+        assert!(fd >= 0);
+        File::from_raw_fd(fd)
+    };
+    backing.set_len(4 << 20).unwrap();
+    let Some(device) = Loop::set_up(&backing) else { return };
+    let dir = tempfile::tempdir().unwrap();
+    symlink(&device.path, dir.path().join("disk")).unwrap();
+    let process = spawn(dir.path(), &[]);
+    let mut daemon = Daemon { process, dir };
+    daemon.await_socket();
+    let mut guest = Guest::connect(&daemon.socket(), 1);
+    assert_eq!(guest.request(0, T_OUT, 8, DATA, 4096), (OK, 1));
+    assert_eq!(guest.request(0, T_FLUSH, 0, 0, 0), (OK, 1));
+
+    // The device takes no write from now on; the host's cache does.
+    // SAFETY: fcntl with this command touches no memory.
+    let sealed = unsafe { libc::fcntl(backing.as_raw_fd(), libc::F_ADD_SEALS, libc::F_SEAL_WRITE) };
+    assert_eq!(sealed, 0, "{}", io::Error::last_os_error());
+    assert_eq!(guest.request(0, T_OUT, 8, DATA, 4096), (OK, 1));
+    assert_eq!(guest.request(0, T_FLUSH, 0, 0, 0).0, IOERR);
+    assert_eq!(guest.request(0, T_FLUSH, 0, 0, 0).0, IOERR);
+    for _ in 0..2 {
+        drop(guest);
+        guest = Guest::connect(&daemon.socket(), 1);
+        assert_eq!(guest.request(0, T_FLUSH, 0, 0, 0).0, IOERR, "to a later front-end");
+        assert_eq!(guest.request(0, T_IN, 16, DATA, 4096), (OK, 4097), "what is there is read");
+    }
+    drop(guest);
+    daemon.signal(libc::SIGTERM);
+    assert!(daemon.wait().success());
+}
+
+/// The host opens such a device for writing, and refuses the writes.
+#[test]
+fn read_only_device_is_refused_at_start() {
+    let dir = tempfile::tempdir().unwrap();
+    let backing = dir.path().join("backing");
+    fs::write(&backing, vec![0xaa; 1 << 20]).unwrap();
+    // What lies behind it cannot be written, so neither can the device.
+    let Some(device) = Loop::set_up(&File::open(&backing).unwrap()) else { return };
+    symlink(&device.path, dir.path().join("disk")).unwrap();
+    let process = spawn(dir.path(), &[]);
+    let mut daemon = Daemon { process, dir };
+    assert_eq!(daemon.wait().code(), Some(1));
+    let said = daemon.stderr();
+    assert!(said.contains("the block device is read-only; serve it with --read-only"), "{said}");
+    daemon.process = spawn(daemon.dir.path(), &["--read-only"]);
+    daemon.await_socket();
+    let mut guest = Guest::connect(&daemon.socket(), 1);
+    assert_eq!(guest.request(0, T_IN, 8, DATA, 4096), (OK, 4097));
+    assert_eq!(guest.request(0, T_OUT, 8, DATA, 4096).0, IOERR);
 }
