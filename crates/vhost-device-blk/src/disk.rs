@@ -74,23 +74,31 @@ impl Disk {
     ///
     /// # Errors
     /// [`Error::Disk`] if it cannot be opened, is neither a file nor a block device, or holds no
-    /// whole block.
+    /// whole block; [`Error::ReadOnly`] if it is to be written and can only be read.
     pub fn open(path: &Path, options: &DiskOptions) -> Result<Self> {
         let failed = |problem: String| Error::Disk { path: path.to_path_buf(), problem };
         let io_failed = |e: io::Error| {
             Error::too_many_files("--disk", path, &e).unwrap_or_else(|| failed(e.to_string()))
         };
-        // Not to wait for whoever opens the other end of a pipe.
-        let mut file = OpenOptions::new()
-            .read(true)
-            .write(!options.read_only)
-            .custom_flags(libc::O_NONBLOCK)
-            .open(path)
-            .map_err(io_failed)?;
+        let read_only = |problem: String| Error::ReadOnly { path: path.to_path_buf(), problem };
+        let open = |write: bool| {
+            // Not to wait for whoever opens the other end of a pipe.
+            let flags = libc::O_NONBLOCK;
+            OpenOptions::new().read(true).write(write).custom_flags(flags).open(path)
+        };
+        let mut file = open(!options.read_only).map_err(|e| {
+            // A file system, a flag or a permission may be in the way of writing alone.
+            let only_read = !options.read_only && is_forbidden(&e) && open(false).is_ok();
+            if only_read { read_only(e.to_string()) } else { io_failed(e) }
+        })?;
         let metadata = file.metadata().map_err(io_failed)?;
         let kind = metadata.file_type();
         if !kind.is_file() && !kind.is_block_device() {
             return Err(failed("neither a regular file nor a block device".into()));
+        }
+        // The host opens it for writing all the same, and refuses the writes.
+        if !options.read_only && kind.is_block_device() && topology::is_read_only(&file) {
+            return Err(read_only("the block device is read-only".into()));
         }
         let bytes = file.seek(SeekFrom::End(0)).map_err(io_failed)?;
         let (topology, device_block) = if kind.is_block_device() {
@@ -261,6 +269,11 @@ impl Disk {
         }
         Ok(())
     }
+}
+
+/// Whether opening a file failed for want of a right.
+fn is_forbidden(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EACCES | libc::EPERM | libc::EROFS))
 }
 
 /// Takes `n` bytes off the front, and vectors with nothing in them.

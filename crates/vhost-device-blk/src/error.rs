@@ -26,6 +26,18 @@ pub enum Error {
         /// What the host said.
         problem: String,
     },
+    /// The disk is to be written, and can only be read.
+    #[error(
+        "cannot open --disk {} for writing: {problem}; serve it with --read-only, or make it \
+         writable",
+        path.display()
+    )]
+    ReadOnly {
+        /// The image or block device.
+        path: PathBuf,
+        /// What the host said.
+        problem: String,
+    },
     /// The socket could not be made.
     #[error("--socket {}: {problem}; {advice}", path.display())]
     Socket {

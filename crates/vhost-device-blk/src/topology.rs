@@ -5,6 +5,9 @@ use std::fs::{File, Metadata};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 
+/// Whether the device is read-only (`<linux/fs.h>`).
+const BLKROGET: libc::Ioctl = 0x125e;
+
 /// Smallest logical block: a sector.
 pub const MIN_BLOCK_SIZE: u32 = 512;
 /// Largest logical block: what the smallest page holds.
@@ -34,12 +37,7 @@ impl Topology {
 
     /// Of a block device; and the size of the device's own logical blocks.
     pub fn of_device(file: &File, block_size: Option<u32>) -> (Self, u64) {
-        let ask = |request: libc::Ioctl| {
-            let mut answer: libc::c_uint = 0;
-            // SAFETY: these requests write one int there, and nothing else.
-            let ok = unsafe { libc::ioctl(file.as_raw_fd(), request, &raw mut answer) } == 0;
-            ok.then_some(answer)
-        };
+        let ask = |request| ask(file, request);
         let own = ask(libc::BLKSSZGET).filter(|n| n.is_power_of_two()).unwrap_or(MIN_BLOCK_SIZE);
         let physical = ask(libc::BLKPBSZGET).unwrap_or(own);
         let block_size = block_size.unwrap_or(own.clamp(MIN_BLOCK_SIZE, MAX_BLOCK_SIZE));
@@ -56,6 +54,20 @@ impl Topology {
         let opt_io = if opt_io.is_multiple_of(min_io) { opt_io } else { 0 };
         Topology { block_size, physical, min_io, opt_io }
     }
+}
+
+/// Whether a block device takes no writes: its own flag says so, or the disk's that it is a
+/// partition of.
+pub(crate) fn is_read_only(device: &File) -> bool {
+    ask(device, BLKROGET).is_some_and(|read_only| read_only != 0)
+}
+
+/// Asks a block device for a number.
+fn ask(device: &File, request: libc::Ioctl) -> Option<libc::c_uint> {
+    let mut answer: libc::c_uint = 0;
+    // SAFETY: the requests that are used here write one int there, and nothing else.
+    let ok = unsafe { libc::ioctl(device.as_raw_fd(), request, &raw mut answer) } == 0;
+    ok.then_some(answer)
 }
 
 #[cfg(test)]

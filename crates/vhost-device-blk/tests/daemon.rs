@@ -3,9 +3,14 @@
 
 mod common;
 
+use std::ffi::{CStr, CString};
 use std::fs;
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
-use std::process::Command;
+use std::os::unix::process::CommandExt;
+use std::process::{Command, Stdio};
 
 use common::*;
 use vhost::VhostBackend;
@@ -131,4 +136,64 @@ fn command_lines_that_cannot_be() {
         assert!(stderr.contains(text), "{args:?}: {stderr}");
         assert_eq!(stderr.lines().count(), 1, "{args:?}: {stderr}");
     }
+}
+
+/// An image that a file system or its permissions let nobody write: the message names the option.
+#[test]
+fn read_only_image_is_refused_by_option() {
+    let folder = tempfile::tempdir().unwrap();
+    let image = folder.path().join("image");
+    fs::write(&image, [0; 512]).unwrap();
+    let program = folder.path().join("program");
+    fs::copy(env!("CARGO_BIN_EXE_vhost-device-blk"), &program).unwrap();
+    for (path, mode) in [(folder.path(), 0o755), (&image, 0o444), (&program, 0o755)] {
+        fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+    }
+    let refused = |command: &mut Command, cause: &str| {
+        command.arg("--socket").arg(folder.path().join("socket")).arg("--disk").arg(&image);
+        let output = command.output().unwrap();
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(1), "{said}");
+        assert!(said.contains("for writing") && said.contains(cause), "{said}");
+        assert!(said.contains("serve it with --read-only"), "{said}");
+    };
+    let mut command = Command::new(&program);
+    // SAFETY: geteuid has no arguments and cannot fail.
+    if unsafe { libc::geteuid() } == 0 {
+        // Root may write it all the same.
+        command.uid(65534);
+    }
+    refused(&mut command, "Permission denied");
+
+    let place = CString::new(folder.path().as_os_str().as_bytes()).unwrap();
+    let read_only_file_system = move || {
+        let mount = |target: &CStr, flags| {
+            let (none, at) = (std::ptr::null(), target.as_ptr());
+            // SAFETY: all strings are C strings that outlive the call, and no data is given.
+            match unsafe { libc::mount(at, at, none, flags, none.cast()) } {
+                0 => Ok(()),
+                _ => Err(io::Error::last_os_error()),
+            }
+        };
+        // SAFETY: the child has one thread, and its mounts part from the machine's.
+        if unsafe { libc::unshare(libc::CLONE_NEWNS) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        mount(c"/", libc::MS_REC | libc::MS_PRIVATE)?;
+        mount(&place, libc::MS_BIND)?;
+        mount(&place, libc::MS_BIND | libc::MS_REMOUNT | libc::MS_RDONLY)
+    };
+    let command = || {
+        let mut command = Command::new(&program);
+        // SAFETY: it makes system calls only.
+        unsafe { command.pre_exec(read_only_file_system.clone()) };
+        command
+    };
+    match command().arg("--help").stdout(Stdio::null()).status() {
+        Err(e) if e.raw_os_error() == Some(libc::EPERM) => {
+            return eprintln!("SKIPPED: no mounts: {e}");
+        }
+        status => assert!(status.unwrap().success()),
+    }
+    refused(&mut command(), "Read-only file system");
 }
