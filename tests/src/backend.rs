@@ -94,13 +94,14 @@ impl BackEnd {
     }
 
     /// Starts DPDK's testpmd as a network card's back-end, listening at `socket`: it answers what
-    /// the guest asks of whatever address by ARP, and sends echoes back. What it says is in a file
-    /// beside the socket.
+    /// the guest asks of whatever address by ARP, and sends echoes back. If `locked`, it has all of
+    /// its memory locked, so that the kernel touches what it maps at once. What it says is in a
+    /// file beside the socket.
     ///
     /// # Errors
     ///
     /// If it cannot be started, or does not listen soon.
-    pub fn testpmd(socket: PathBuf, postcopy: bool) -> Result<Self> {
+    pub fn testpmd(socket: PathBuf, postcopy: bool, locked: bool) -> Result<Self> {
         let log = socket.with_extension("log");
         let output = File::create(&log).with_context(|| format!("create {}", log.display()))?;
         // It polls, on a CPU that it has not for itself: others go first.
@@ -117,8 +118,9 @@ impl BackEnd {
                 socket.display(),
                 u8::from(postcopy)
             ))
-            // Locked memory would be touched at once. With a period it waits for no input.
-            .args(["--", "--no-mlockall", "--stats-period=3600"])
+            .args(["--", if locked { "--mlockall" } else { "--no-mlockall" }])
+            // With a period it waits for no input.
+            .arg("--stats-period=3600")
             .args(["--forward-mode=icmpecho", "--auto-start", "--total-num-mbufs=2048"])
             .stdout(output.try_clone()?)
             .stderr(output);

@@ -87,6 +87,8 @@ impl DiskOption {
 pub struct CardOption {
     /// Whether its back-end offers post-copy.
     pub postcopy: bool,
+    /// Whether its back-end has its memory locked, and so touches the guest's before it is trapped.
+    pub locked: bool,
     /// What is added to `--vhost-user`, say ",lazy=fill".
     pub more: String,
 }
@@ -94,7 +96,7 @@ pub struct CardOption {
 impl Default for CardOption {
     /// A card with post-copy.
     fn default() -> Self {
-        CardOption { postcopy: true, more: String::new() }
+        CardOption { postcopy: true, locked: false, more: String::new() }
     }
 }
 
@@ -186,7 +188,7 @@ impl Guest {
         }
         for (index, card) in config.cards.iter().enumerate() {
             let socket = folder.join(format!("net{index}.sock"));
-            let back_end = BackEnd::testpmd(socket, card.postcopy)?;
+            let back_end = BackEnd::testpmd(socket, card.postcopy, card.locked)?;
             let socket = back_end.socket().display();
             command.arg("--vhost-user").arg(format!("net,socket={socket}{}", card.more));
             back_ends.push(back_end);

@@ -31,7 +31,17 @@ fn test(journal: Journal, f: impl FnOnce(Life, &Path) -> Result<()>) {
 
 /// Restores the guest with no page of its memory, and none that comes unless it is touched.
 fn restore(moment: &Moment, folder: &Path, engine: Engine, memory: &'static str) -> Result<Life> {
-    let rebirth = Rebirth { engine: engine.name(), memory, fill: "off", ..Rebirth::default() };
+    restore_with(CardOption::default(), moment, folder, engine, memory)
+}
+
+fn restore_with(
+    card: CardOption,
+    moment: &Moment,
+    folder: &Path,
+    engine: Engine,
+    memory: &'static str,
+) -> Result<Life> {
+    let rebirth = Rebirth { engine: engine.name(), memory, fill: "off", card };
     let mut life = moment.restore(folder, &rebirth)?;
     life.wait_work()?;
     Ok(life)
@@ -46,24 +56,26 @@ fn still_lazy(report: &Report, engine: Engine) -> Result<()> {
     Ok(())
 }
 
-/// With no disk, the back-ends' faults are testpmd's alone.
-fn alone(engine: Engine, memory: &'static str) {
+/// With no disk, the back-ends' faults are testpmd's alone. That has locked all of its memory, as it
+/// does unless it is told not to, and so has touched the guest's before its accesses are trapped.
+fn alone_and_locked(engine: Engine, memory: &'static str) {
     test(Journal::None, |mut life, folder| {
         let moment = life.stop_at(&folder.join("moment"))?;
         drop(life);
-        let life = restore(&moment, &folder.join("restored"), engine, memory)?;
+        let card = CardOption { locked: true, ..CardOption::default() };
+        let life = restore_with(card, &moment, &folder.join("restored"), engine, memory)?;
         still_lazy(&life.finish()?, engine)
     });
 }
 
 #[test]
-fn alone_with_kvm_userfault_on_hugetlb_2m() {
-    alone(Engine::KvmUserfault, HUGETLB_2M);
+fn alone_and_locked_with_kvm_userfault_on_hugetlb_2m() {
+    alone_and_locked(Engine::KvmUserfault, HUGETLB_2M);
 }
 
 #[test]
-fn alone_with_uffd_on_shmem() {
-    alone(Engine::Uffd, SHMEM);
+fn alone_and_locked_with_uffd_on_shmem() {
+    alone_and_locked(Engine::Uffd, SHMEM);
 }
 
 /// The guest that was snapshotted goes on with the testpmd that it had, and the restored one is
@@ -105,7 +117,8 @@ fn until_all_is_there_and_then_without_postcopy() {
         life.wait_work()?;
         let report = life.finish()?;
         ensure!(report.back_end.faults > 0 && report.time_to_complete_us > 0, "{report:?}");
-        rebirth.card = CardOption { postcopy: false, more: ",lazy=fill".into() };
+        rebirth.card =
+            CardOption { postcopy: false, more: ",lazy=fill".into(), ..CardOption::default() };
         let mut life = moment.restore(&folder.join("restored again"), &rebirth)?;
         life.wait_work()?;
         let report = life.finish()?;

@@ -270,6 +270,7 @@ impl VhostUserDevice {
             BackEndError::NoPagefault { .. }
             | BackEndError::NoUserfaultfd { .. }
             | BackEndError::EchoedAddress { .. }
+            | BackEndError::Prefaulted { .. }
             | BackEndError::Arm { .. } => {
                 self.failed(format!("{error}; lazy=fill fills memory before the back-end sees it"))
             }

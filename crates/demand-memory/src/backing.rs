@@ -6,6 +6,7 @@ use std::fmt;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd};
+use std::os::unix::fs::MetadataExt;
 use std::str::FromStr;
 use std::sync::Arc;
 
@@ -112,6 +113,20 @@ pub enum BackingError {
         /// What the system said.
         error: io::Error,
     },
+    /// Memory that exists without content could not be found or removed.
+    #[error(
+        "cannot remove {len} bytes of {kind} at offset {offset} that no page has arrived in: {error}"
+    )]
+    Remove {
+        /// Offset in the region, in bytes.
+        offset: u64,
+        /// Length, in bytes.
+        len: u64,
+        /// The region's kind.
+        kind: BackingKind,
+        /// What the system said.
+        error: io::Error,
+    },
 }
 
 fn advice(kind: BackingKind) -> &'static str {
@@ -153,6 +168,23 @@ pub trait Backing: Send + Sync + fmt::Debug {
     ///
     /// [`BackingError::Allocate`] with the system's error.
     fn allocate(&self, pages: PageRange) -> Result<(), BackingError>;
+
+    /// The first run of units from page `from` on that may exist, be it that a process has touched
+    /// them. All that do lie in one that is found so.
+    ///
+    /// # Errors
+    ///
+    /// [`BackingError::Remove`] with the system's error.
+    fn next_existing(&self, from: u64) -> Result<Option<PageRange>, BackingError>;
+
+    /// Removes whole units from the object and from every mapping of it, in all processes. What was
+    /// set aside for them stays set aside. The next access to them finds new units of zeros, so only
+    /// the pager calls it, with units that no page has arrived in.
+    ///
+    /// # Errors
+    ///
+    /// [`BackingError`] with the system's error.
+    fn remove(&self, units: PageRange) -> Result<(), BackingError>;
 
     /// The file through which other processes map the object, from its first byte on.
     fn file(&self) -> Option<&Arc<File>>;
@@ -267,23 +299,83 @@ impl Backing for MemfdBacking {
         let unit = self.kind.unit();
         let units = pages.grow_to_units(unit / PAGE_SIZE, self.size / PAGE_SIZE);
         let (offset, len) = (units.offset(), units.bytes());
-        loop {
-            // SAFETY: fallocate without flags makes pages that were not there; it changes no
-            // byte of those that were.
-            let result =
-                unsafe { libc::fallocate64(self.file.as_raw_fd(), 0, offset as i64, len as i64) };
-            if result == 0 {
-                return Ok(());
-            }
-            let error = io::Error::last_os_error();
-            if error.kind() != io::ErrorKind::Interrupted {
-                return Err(BackingError::Allocate { offset, len, kind: self.kind, error });
-            }
+        // Without flags it makes pages that were not there, and changes no byte of those that were.
+        fallocate(&self.file, 0, units).map_err(|error| BackingError::Allocate {
+            offset,
+            len,
+            kind: self.kind,
+            error,
+        })
+    }
+
+    fn next_existing(&self, from: u64) -> Result<Option<PageRange>, BackingError> {
+        let end = self.size / PAGE_SIZE;
+        let failed = |error| {
+            let (offset, kind) = (from * PAGE_SIZE, self.kind);
+            BackingError::Remove { offset, len: self.size - offset, kind, error }
+        };
+        if from >= end {
+            return Ok(None);
         }
+        if self.kind.is_hugetlb() {
+            // Huge pages cannot be looked for, but they are counted.
+            let blocks = self.file.metadata().map_err(failed)?.blocks();
+            return Ok((blocks > 0).then_some(PageRange::new(from, end - from)));
+        }
+        let Some(first) = seek(&self.file, from, libc::SEEK_DATA).map_err(failed)? else {
+            return Ok(None);
+        };
+        let end = seek(&self.file, first, libc::SEEK_HOLE).map_err(failed)?.unwrap_or(end);
+        Ok(Some(PageRange::new(first, end - first)))
+    }
+
+    fn remove(&self, units: PageRange) -> Result<(), BackingError> {
+        let (offset, len) = (units.offset(), units.bytes());
+        let how = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+        fallocate(&self.file, how, units).map_err(|error| BackingError::Remove {
+            offset,
+            len,
+            kind: self.kind,
+            error,
+        })?;
+        if self.kind.is_hugetlb() && self.reserve {
+            // A huge page that goes takes along what was set aside for its place; a new mapping
+            // sets aside what is lacking.
+            self.map()?;
+        }
+        Ok(())
     }
 
     fn file(&self) -> Option<&Arc<File>> {
         Some(&self.file)
+    }
+}
+
+fn fallocate(file: &File, mode: libc::c_int, pages: PageRange) -> io::Result<()> {
+    let (offset, len) = (pages.offset() as i64, pages.bytes() as i64);
+    loop {
+        // SAFETY: the call touches no memory of this process. What it does to the memory object
+        // is for the caller, who knows what is mapped.
+        if unsafe { libc::fallocate64(file.as_raw_fd(), mode, offset, len) } == 0 {
+            return Ok(());
+        }
+        let error = io::Error::last_os_error();
+        if error.kind() != io::ErrorKind::Interrupted {
+            return Err(error);
+        }
+    }
+}
+
+/// The first page from `from` on that is data or a hole, as `whence` says; `None` if there is none.
+fn seek(file: &File, from: u64, whence: libc::c_int) -> io::Result<Option<u64>> {
+    // SAFETY: the call touches no memory.
+    let at = unsafe { libc::lseek64(file.as_raw_fd(), (from * PAGE_SIZE) as i64, whence) };
+    match u64::try_from(at) {
+        Ok(at) => Ok(Some(at / PAGE_SIZE)),
+        Err(_) => match io::Error::last_os_error() {
+            error if error.raw_os_error() == Some(libc::ENXIO) => Ok(None),
+            error => Err(error),
+        },
     }
 }
 
@@ -347,6 +439,25 @@ mod tests {
             assert_eq!(error.kind(), io::ErrorKind::PermissionDenied, "{size}: {error}");
         }
         assert_eq!(backing.file().unwrap().metadata().unwrap().len(), 1 << 20);
+    }
+
+    #[test]
+    fn units_that_exist_are_found_and_removed() {
+        let backing = MemfdBacking::new(BackingKind::Shmem, 1 << 20, true).unwrap();
+        assert_eq!(backing.next_existing(0).unwrap(), None);
+        let mapping = backing.map().unwrap();
+        for page in [3, 4, 255] {
+            // SAFETY: the byte lies in the mapping, and nothing else refers to it.
+            unsafe { mapping.at(page * PAGE_SIZE).write_volatile(1) };
+        }
+        assert_eq!(backing.next_existing(0).unwrap(), Some(PageRange::new(3, 2)));
+        assert_eq!(backing.next_existing(4).unwrap(), Some(PageRange::page(4)));
+        backing.remove(PageRange::new(3, 200)).unwrap();
+        assert_eq!(backing.next_existing(0).unwrap(), Some(PageRange::page(255)));
+        assert_eq!(backing.next_existing(256).unwrap(), None);
+        // SAFETY: as above.
+        let bytes = [4, 255].map(|page| unsafe { mapping.at(page * PAGE_SIZE).read_volatile() });
+        assert_eq!(bytes, [0, 1]);
     }
 
     #[test]

@@ -7,6 +7,7 @@ use std::ops::Deref;
 
 use smallvec::SmallVec;
 
+use crate::gate::Gate;
 use crate::sync::{Arc, AtomicU64, Ordering};
 use crate::wait::WaitTable;
 #[cfg(not(loom))]
@@ -73,6 +74,8 @@ pub struct BitmapReader {
     groups: Box<[AtomicU64]>,
     /// How many groups are not zero.
     groups_left: AtomicU64,
+    /// Passed with each claim.
+    gate: Gate,
     waiting: WaitTable,
 }
 
@@ -135,6 +138,7 @@ impl MissingBitmap {
             claims,
             groups_left: AtomicU64::new(if missing == 0 { 0 } else { groups.len() as u64 }),
             groups,
+            gate: Gate::new(),
             waiting: WaitTable::new(),
         }))
     }
@@ -180,7 +184,46 @@ impl MissingBitmap {
         if wanted == 0 {
             return 0;
         }
-        wanted & !self.claims[claimed(word)].fetch_or(wanted, Ordering::AcqRel)
+        let ours = wanted & !self.claims[claimed(word)].fetch_or(wanted, Ordering::AcqRel);
+        if ours != 0 {
+            self.gate.pass();
+        }
+        ours
+    }
+
+    /// Calls `remove` with runs of those units of `range` (whole units of `unit` pages) of which no
+    /// page is present or claimed. No thread is given a claim on one before `remove` has returned.
+    /// Returns the other units that have missing pages.
+    ///
+    /// # Errors
+    ///
+    /// The first that `remove` returns.
+    pub fn sweep<E>(
+        &self,
+        range: PageRange,
+        unit: u64,
+        remove: impl FnMut(PageRange) -> Result<(), E>,
+    ) -> Result<Vec<PageRange>, E> {
+        let _closed = self.gate.close();
+        let (mut untouched, mut others) = (Vec::new(), Vec::new());
+        for first in (range.first..range.end()).step_by(unit as usize) {
+            let unit = PageRange::new(first, unit);
+            if self.is_untouched(unit) {
+                push(&mut untouched, unit);
+            } else if self.first_missing(unit).is_some() {
+                push(&mut others, unit);
+            }
+        }
+        untouched.into_iter().try_for_each(remove)?;
+        Ok(others)
+    }
+
+    /// Whether all pages of the range are missing, and none is claimed.
+    fn is_untouched(&self, range: PageRange) -> bool {
+        range.words().all(|(word, mask)| {
+            self.missing[word].load(Ordering::Acquire) & mask == mask
+                && self.claims[claimed(word)].load(Ordering::Acquire) & mask == 0
+        })
     }
 
     /// Notes that the content of claimed pages is complete. It must precede everything by which a
@@ -324,6 +367,14 @@ impl BitmapReader {
     }
 }
 
+/// Adds a run to ascending ones.
+fn push(runs: &mut Vec<PageRange>, run: PageRange) {
+    match runs.last_mut() {
+        Some(last) if last.end() == run.first => last.count += run.count,
+        _ => runs.push(run),
+    }
+}
+
 impl fmt::Debug for MissingBitmap {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.fmt(f)
@@ -422,6 +473,30 @@ mod tests {
         bitmap.publish(PageRange::page(64));
         assert!(!bitmap.claim_page(64), "it is present");
         assert!(bitmap.is_missing(63) && !bitmap.is_missing(64) && bitmap.is_missing(65));
+    }
+
+    #[test]
+    fn sweep_leaves_claimed_units_alone() {
+        let bitmap = MissingBitmap::new(512).unwrap();
+        bitmap.claim(PageRange::page(70));
+        bitmap.claim(PageRange::new(128, 64));
+        bitmap.publish(PageRange::new(128, 64));
+        let mut removed = Vec::new();
+        let others = bitmap.sweep(PageRange::new(0, 512), 64, |run| {
+            removed.push(run);
+            Ok::<_, ()>(())
+        });
+        assert_eq!(others, Ok(vec![PageRange::new(64, 64)]));
+        assert_eq!(removed, [PageRange::new(0, 64), PageRange::new(192, 320)]);
+        assert_eq!(bitmap.sweep(PageRange::new(192, 64), 64, |_| Err("full")), Err("full"));
+        // By single pages.
+        removed.clear();
+        let others = bitmap.sweep(PageRange::new(64, 65), 1, |run| {
+            removed.push(run);
+            Ok::<_, ()>(())
+        });
+        assert_eq!(others, Ok(vec![PageRange::page(70)]));
+        assert_eq!(removed, [PageRange::new(64, 6), PageRange::new(71, 57)]);
     }
 
     #[test]

@@ -2,6 +2,7 @@
 #![doc = include_str!("../README.md")]
 
 mod bitmap;
+mod gate;
 mod page;
 mod sync;
 mod wait;
@@ -34,6 +35,8 @@ mod retry;
 mod stats;
 #[cfg(not(loom))]
 mod trap;
+#[cfg(not(loom))]
+mod unmap;
 
 pub use bitmap::{BitmapReader, Claimed, MissingBitmap, Published};
 pub use page::{PAGE_SIZE, PageRange};
@@ -56,5 +59,6 @@ pub use self::{
     retry::{Failure, Retrier, RetryPolicy},
     stats::{LatencyMicros, Path, PathReport, SourceReport, Stats, TimelineEvent},
     trap::{MappingGuard, Trap, VcpuTrap},
+    unmap::UnmapError,
     words::BitmapWords,
 };

@@ -581,6 +581,11 @@ impl Pager {
         });
     }
 
+    /// The bitmap through which pages are claimed.
+    pub(crate) fn claims(&self) -> &MissingBitmap {
+        &self.bitmap
+    }
+
     /// Where missing pages come from, and where the region begins there, in bytes.
     pub(crate) fn source(&self) -> (&Arc<dyn PageSource>, u64) {
         (&self.source, self.image_offset)

@@ -300,6 +300,12 @@ impl Backing for Bare {
     fn allocate(&self, pages: PageRange) -> Result<(), BackingError> {
         self.0.allocate(pages)
     }
+    fn next_existing(&self, from: u64) -> Result<Option<PageRange>, BackingError> {
+        self.0.next_existing(from)
+    }
+    fn remove(&self, units: PageRange) -> Result<(), BackingError> {
+        self.0.remove(units)
+    }
     fn file(&self) -> Option<&Arc<File>> {
         None
     }

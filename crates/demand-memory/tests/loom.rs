@@ -225,6 +225,28 @@ fn a_kick_ends_a_wait_and_the_next_wait_is_whole() {
 }
 
 #[test]
+fn swept_page_is_not_claimed_meanwhile() {
+    loom::model(|| {
+        let memory = Memory::new(2);
+        let faulter = {
+            let memory = memory.clone();
+            thread::spawn(move || memory.fetch(PageRange::page(1)))
+        };
+        let others = memory.bitmap.sweep(PageRange::new(0, 2), 1, |run| {
+            for page in run.first..run.end() {
+                // What was there is taken away. SAFETY: loom reports it if anybody else is there.
+                memory.pages[page as usize].0.with_mut(|content| unsafe { *content = 0 });
+            }
+            Ok::<_, ()>(())
+        });
+        assert!(others.unwrap().iter().all(|run| *run == PageRange::page(1)));
+        faulter.join().unwrap();
+        memory.fetch(PageRange::page(0));
+        memory.check(PageRange::new(0, 2));
+    });
+}
+
+#[test]
 fn stopping_leaves_nobody_waiting() {
     loom::model(|| {
         let memory = Memory::new(1);

@@ -5,6 +5,7 @@ use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use demand_memory::UnmapError;
 use demand_uffd::{OpenError, RangeError, ServiceError};
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
 
@@ -202,6 +203,19 @@ pub enum Error {
         socket: PathBuf,
         /// What the system said.
         error: RangeError,
+    },
+    /// The back-end may have memory mapped that has not arrived.
+    #[error(
+        "cannot take memory that has not arrived from the vhost-user back-end at {}, which has \
+         touched it when it was given it: {error}; start it without mlockall and MAP_POPULATE \
+         (DPDK's testpmd: --no-mlockall), or fill the memory before the back-end sees it",
+        socket.display()
+    )]
+    Prefaulted {
+        /// The back-end's socket.
+        socket: PathBuf,
+        /// What went wrong.
+        error: UnmapError,
     },
     /// The fault service refused.
     #[error(transparent)]

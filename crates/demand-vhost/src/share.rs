@@ -4,7 +4,7 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use demand_memory::DemandMemory;
+use demand_memory::{DemandMemory, Waiter};
 use demand_uffd::{ArmedMapping, FaultService, Userfaultfd};
 use vhost::VhostBackend;
 use vhost::vhost_user::VhostUserFrontend;
@@ -45,13 +45,14 @@ impl BackEnd {
     /// are trapped through a userfaultfd of its own, and served by `service` from now on.
     ///
     /// It must be the first that the back-end sees of the memory, and comes before the queues. A
-    /// back-end that touches memory at once makes this wait for the pages.
+    /// back-end that touches memory at once makes this wait for the pages. What it has touched even
+    /// before it could be trapped (by `mlockall`, say) is taken from it again.
     ///
     /// # Errors
     ///
     /// [`Error::NoPagefault`], with nothing shared, if the back-end cannot do it, and a refusal of
     /// everything that would make it read zeros: [`Error::EchoedAddress`], [`Error::BadBase`],
-    /// [`Error::Arm`]. After any error but the first the back-end is of no more use.
+    /// [`Error::Arm`], [`Error::Prefaulted`]. After any error but the first the back-end is of no more use.
     pub fn share_missing_memory<B: Bitmap>(
         &mut self,
         memory: &DemandMemory<B>,
@@ -78,8 +79,8 @@ impl BackEnd {
             let bases = this.ask(ASKED, |f| f.set_mem_table(&infos))?.unwrap_or_default();
             check_bases(this.socket(), &regions, &bases)?;
             // Between its answer and our acknowledgement: it has registered its mappings for
-            // MISSING at most, and touched nothing. This adds MINOR, without which it would read
-            // zeros in half-filled huge pages, and fails if the addresses are wrong.
+            // MISSING at most. This adds MINOR, without which it would read zeros in half-filled
+            // huge pages, and fails if the addresses are wrong.
             let armed = regions
                 .iter()
                 .zip(bases)
@@ -89,14 +90,27 @@ impl BackEnd {
             service.serve(&armed)?;
             // From here on dropping the back-end ends the service of its faults.
             this.set_sharing(Sharing::Trapped { regions, uffd, armed, service: service.clone() });
-            this.tell("acknowledge its addresses", |f| {
-                f.postcopy_ack_mem_regions(FrontendReq::SET_MEM_TABLE)
-            })
+            Ok(())
+        })?;
+        self.unmap_missing(ASKED)?;
+        const ACKNOWLEDGE: &str = "acknowledge its addresses";
+        self.in_time(ACKNOWLEDGE, |this| {
+            this.tell(ACKNOWLEDGE, |f| f.postcopy_ack_mem_regions(FrontendReq::SET_MEM_TABLE))
         })?;
         // The acknowledgement has no answer: that the back-end took it shows in that it answers
         // something else.
         const BEGIN: &str = "begin to use memory";
         self.in_time(BEGIN, |this| this.ask(BEGIN, |f| f.get_features())).map(drop)
+    }
+
+    /// Takes from the back-end what it has touched before its accesses were trapped: those pages
+    /// are zeros, and mapped. A back-end that has touched nothing costs a look at each region.
+    fn unmap_missing(&self, asked: &'static str) -> Result<()> {
+        let waiter = Waiter::new();
+        let mut regions = self.regions(asked)?.iter();
+        regions
+            .try_for_each(|region| region.pager.unmap_missing(&waiter))
+            .map_err(|error| Error::Prefaulted { socket: self.socket().into(), error })
     }
 
     /// Shares memory all of whose pages are present: nothing is trapped.

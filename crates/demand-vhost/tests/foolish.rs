@@ -10,10 +10,11 @@ use common::Memory;
 use common::foolish::Foolish;
 use common::foolish::deed::{Base, Deed, Mischief, Sent, Step, Wrong};
 use common::foolish::hostile::{END, GET_FEATURES, PAGEFAULT, REPLY_ACK, SET_MEM_TABLE};
-use demand_memory::BackingKind;
+use demand_memory::{BackingKind, PageRange, Path};
 use demand_uffd::{FaultService, OpenError};
 use demand_vhost::{BackEnd, Error, Options, Vring};
-use test_support::wait::PATIENCE;
+use test_support::host::huge_pages;
+use test_support::wait::{PATIENCE, until};
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
 use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::EventFd;
@@ -263,6 +264,56 @@ fn silence_at_any_step_ends() {
         assert!(matches!(error, Error::Silent { .. }), "{}: {error}", step.name());
         assert!(begun.elapsed() < Duration::from_secs(10), "{}", step.name());
     }
+}
+
+/// Shares memory with a back-end that touches it before its accesses are trapped, while some of it
+/// is present and a page is on its way.
+fn prefaulted(what: Mischief, kind: BackingKind) {
+    let foolish = Foolish::start(Deed::Memory(what), REPLY_ACK | PAGEFAULT);
+    let memory = Memory::new(kind);
+    let pagers = memory.pagers();
+    for page in [1, 7] {
+        pagers[0].fetch(PageRange::page(page), Path::Guest).unwrap();
+    }
+    until("they arrive", || !pagers[0].bitmap().is_missing(7));
+    const HELD: u64 = 701;
+    memory.control.hold([HELD]);
+    pagers[0].fetch(PageRange::page(HELD), Path::Guest).unwrap();
+    let mut back_end = BackEnd::connect(&foolish.socket, options()).unwrap();
+    let guest_memory = memory.memory.clone();
+    let sharing = std::thread::spawn(move || {
+        back_end.share_missing_memory(&guest_memory, &service()).map(|()| back_end)
+    });
+    std::thread::sleep(options().patience / 2);
+    let waits = !sharing.is_finished();
+    memory.control.let_go();
+    let _back_end = sharing.join().unwrap().unwrap();
+    let mappings = foolish.mappings();
+    let (sender, receiver) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        let wrong = |page: &u64| {
+            let (mapping, at) = (&mappings[(page / common::PAGES) as usize], page % common::PAGES);
+            let word = mapping.read_word((at * 4096) as usize + 8);
+            word != common::word_of(common::address_of(*page) + 8)
+        };
+        let _ = sender.send((0..2 * common::PAGES).filter(wrong).count());
+    });
+    let wrong = receiver.recv_timeout(PATIENCE).expect("it can read all of it");
+    assert_eq!(wrong, 0, "{what:?}: pages that it reads as something else");
+    assert!(waits, "{what:?}: a page that it has mapped had not arrived");
+}
+
+const EARLY: [Mischief; 3] = [Mischief::TouchEarly, Mischief::PopulateEarly, Mischief::LockEarly];
+
+#[test]
+fn prefaulted_memory_is_not_read_as_zeros() {
+    EARLY.into_iter().for_each(|what| prefaulted(what, BackingKind::Shmem));
+}
+
+#[test]
+fn prefaulted_huge_pages_are_not_read_as_zeros() {
+    let Some(_pool) = huge_pages(6) else { return };
+    EARLY.into_iter().for_each(|what| prefaulted(what, BackingKind::Hugetlb2M));
 }
 
 /// A back-end that waits for a page of the source's may take its time.

@@ -145,6 +145,12 @@ named! {
         Punch = "punch",
         /// Pages are overwritten.
         Scribble = "scribble",
+        /// All of it is touched before the front-end is told where it is mapped, and read later.
+        TouchEarly = "touch-early",
+        /// The same, by the kernel, as for `MAP_POPULATE`.
+        PopulateEarly = "populate-early",
+        /// The same, as `mlockall` has it done.
+        LockEarly = "lock-early",
     }
 }
 

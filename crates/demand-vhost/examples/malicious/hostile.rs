@@ -296,6 +296,9 @@ impl Connection {
                 Some(Base::Another) => Guarded::new(&tempfile_of(len), len),
                 _ => Guarded::new(file, len),
             });
+            if let Deed::Memory(what) = self.deed {
+                memory::prefault(what, &mapping);
+            }
             let base = mapping.base();
             let mut mappings = self.mappings.lock().unwrap();
             mappings.push(mapping);

@@ -74,6 +74,14 @@ impl Guarded {
         unsafe { self.at(offset).read_volatile() }
     }
 
+    /// Reads a word; waits if its page is trapped.
+    #[allow(dead_code)] // Only tests look at content.
+    pub fn read_word(&self, offset: usize) -> u64 {
+        assert!(offset.is_multiple_of(8));
+        // SAFETY: the word lies in the mapping, and no reference to it exists.
+        unsafe { self.at(offset).cast::<u64>().read_volatile() }
+    }
+
     /// Whether the canaries are as they were.
     pub fn is_intact(&self) -> bool {
         // SAFETY: the margins are ordinary memory of this process that nobody writes.
@@ -134,10 +142,29 @@ pub fn insist(mapping: &Arc<Guarded>, uffd: &Arc<Userfaultfd>) {
     for_a_while(move |_| drop(uffd.wake(mapping.base(), mapping.len() as u64)));
 }
 
+/// Does what is done to memory before it may be used.
+pub fn prefault(what: Mischief, mapping: &Arc<Guarded>) {
+    let (at, len) = (mapping.at(0).cast(), mapping.len());
+    let result = match what {
+        Mischief::TouchEarly => {
+            read_all(mapping).join().unwrap();
+            0
+        }
+        // SAFETY: it touches pages of the mapping, and changes no byte.
+        Mischief::PopulateEarly => unsafe { libc::madvise(at, len, libc::MADV_POPULATE_WRITE) },
+        // SAFETY: as above.
+        Mischief::LockEarly => unsafe { libc::mlock(at, len) },
+        _ => 0,
+    };
+    assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
+}
+
 /// Does it. Floods go on after this has returned.
 pub fn mischief(what: Mischief, mapping: &Arc<Guarded>, file: &File, uffd: &Arc<Userfaultfd>) {
     match what {
-        Mischief::Read => read_all(mapping).join().unwrap(),
+        Mischief::Read | Mischief::TouchEarly | Mischief::PopulateEarly | Mischief::LockEarly => {
+            read_all(mapping).join().unwrap()
+        }
         Mischief::Outside => drop(touch_outside(uffd)),
         Mischief::FloodOutside => {
             let (outside, uffd) = (touch_outside(uffd), uffd.clone());

@@ -1,0 +1,111 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Pages that another process has touched before its mapping was trapped.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+
+use demand_memory::{
+    Backing, BackingKind, Mapping, MemfdBacking, PAGE_SIZE, PageRange, Pager, Path, Retrier,
+    RetryPolicy, Stats, Waiter,
+};
+use test_support::host;
+use test_support::image::{Near, word_of};
+
+const SIZE: u64 = 8 << 20;
+const PAGES: u64 = SIZE / PAGE_SIZE;
+
+/// A pager, and a mapping that nothing traps, as another process has one.
+fn memory(kind: BackingKind) -> (Arc<Pager>, Mapping) {
+    let backing = Arc::new(MemfdBacking::new(kind, SIZE, true).unwrap());
+    let other = backing.map().unwrap();
+    let retrier = Retrier::new(RetryPolicy::default(), |_| {});
+    let source = Arc::new(Near(SIZE));
+    (Pager::new(backing, source, 0, Arc::new(Stats::new()), retrier).unwrap(), other)
+}
+
+/// The first word of a page.
+fn read(mapping: &Mapping, page: u64) -> u64 {
+    let at = mapping.at(page * PAGE_SIZE).cast::<u64>();
+    // SAFETY: the word lies in the mapping, and no reference to it exists.
+    unsafe { at.read_volatile() }
+}
+
+fn touch(mapping: &Mapping, pages: impl Iterator<Item = u64>) {
+    pages.for_each(|page| _ = read(mapping, page));
+}
+
+/// Pages that the memory object has.
+fn existing(pager: &Pager) -> u64 {
+    pager.backing().file().unwrap().metadata().unwrap().blocks() * 512 / PAGE_SIZE
+}
+
+fn check(mapping: &Mapping) {
+    let wrong = |page: &u64| read(mapping, *page) != word_of(page * PAGE_SIZE);
+    assert_eq!((0..PAGES).find(wrong), None, "a page that is not what the source has");
+}
+
+#[test]
+fn touched_pages_are_removed_unless_claimed() {
+    let (pager, other) = memory(BackingKind::Shmem);
+    let waiter = Waiter::new();
+    pager.unmap_missing(&waiter).unwrap();
+    pager.ensure(PageRange::new(100, 7), Path::Guest, &waiter).unwrap();
+    touch(&other, 0..PAGES);
+    assert_eq!(existing(&pager), PAGES);
+    pager.unmap_missing(&waiter).unwrap();
+    assert_eq!(existing(&pager), 7);
+    assert_eq!(pager.bitmap().count_missing(PageRange::new(0, PAGES)), PAGES - 7);
+    pager.ensure(PageRange::new(0, PAGES), Path::Guest, &waiter).unwrap();
+    check(&other);
+    pager.unmap_missing(&waiter).unwrap();
+    assert_eq!(existing(&pager), PAGES);
+}
+
+/// What arrives at the same time is left alone.
+#[test]
+fn removal_costs_no_arriving_page() {
+    let (pager, other) = memory(BackingKind::Shmem);
+    let done = AtomicBool::new(false);
+    thread::scope(|scope| {
+        for first in [0, 1] {
+            let (pager, done) = (&pager, &done);
+            scope.spawn(move || {
+                let waiter = Waiter::new();
+                for page in (first..PAGES).step_by(2) {
+                    pager.ensure(PageRange::page(page), Path::Guest, &waiter).unwrap();
+                }
+                done.store(true, Ordering::Relaxed);
+            });
+        }
+        let waiter = Waiter::new();
+        while !done.load(Ordering::Relaxed) {
+            touch(&other, 0..PAGES);
+            pager.unmap_missing(&waiter).unwrap();
+        }
+    });
+    check(&other);
+}
+
+#[test]
+fn removed_huge_pages_stay_reserved() {
+    let Some(_pool) = host::huge_pages(SIZE >> 21) else { return };
+    const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/resv_hugepages";
+    let reserved = || fs::read_to_string(POOL).unwrap().trim().parse::<u64>().unwrap();
+    let before = reserved();
+    let (pager, other) = memory(BackingKind::Hugetlb2M);
+    assert_eq!(reserved(), before + 4);
+    let waiter = Waiter::new();
+    pager.ensure(PageRange::page(600), Path::Guest, &waiter).unwrap();
+    touch(&other, 0..PAGES);
+    assert_eq!((reserved(), existing(&pager)), (before, PAGES));
+    pager.unmap_missing(&waiter).unwrap();
+    // The unit that was half-filled is whole, and the others are as they were.
+    assert_eq!((reserved(), existing(&pager)), (before + 3, 512));
+    assert_eq!(pager.bitmap().first_missing(PageRange::new(512, 512)), None);
+    assert_eq!(pager.bitmap().count_missing(PageRange::new(0, PAGES)), PAGES - 512);
+    pager.ensure(PageRange::new(0, PAGES), Path::Guest, &waiter).unwrap();
+    check(&other);
+}
