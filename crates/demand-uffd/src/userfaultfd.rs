@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A thin safe wrapper of the kernel's userfaultfd.
 
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::MetadataExt;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
@@ -93,12 +94,16 @@ impl Userfaultfd {
     /// [`OpenError::NoUserfaultfd`] says what it is instead.
     pub fn from_received(fd: OwnedFd) -> Result<Self, OpenError> {
         let refuse = |what: String| Err(OpenError::NoUserfaultfd(what));
-        // Without /proc the request below has to tell.
-        if let Ok(name) = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd())) {
-            let name = name.to_string_lossy();
-            if name != "anon_inode:[userfaultfd]" {
-                return refuse(format!("{name}, not a userfaultfd"));
-            }
+        match std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd())) {
+            Ok(name) if name.as_os_str() == "anon_inode:[userfaultfd]" => {}
+            Ok(name) => return refuse(format!("{}, not a userfaultfd", name.display())),
+            // Without /proc the request below tells, of those files that have no name at all. A
+            // device can answer a request as it likes, and be read as what the sender likes.
+            Err(_) => match is_anonymous(&fd) {
+                Ok(true) => {}
+                Ok(false) => return refuse("a file or a device, not a userfaultfd".into()),
+                Err(error) => return refuse(format!("unusable ({error})")),
+            },
         }
         // SAFETY: fcntl with these commands touches no memory.
         let flags = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GETFL) };
@@ -435,6 +440,12 @@ impl Userfaultfd {
             }
         }
     }
+}
+
+/// Whether a descriptor is of a file that the kernel has made for itself, as a userfaultfd is: only
+/// those are of no type.
+fn is_anonymous(fd: &OwnedFd) -> io::Result<bool> {
+    Ok(File::from(fd.try_clone()?).metadata()?.mode() & libc::S_IFMT == 0)
 }
 
 /// A descriptor that somebody keeps open, as the request functions take it.

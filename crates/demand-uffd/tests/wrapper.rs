@@ -4,6 +4,7 @@
 mod common;
 
 use std::os::fd::OwnedFd;
+use std::ptr::null;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
@@ -12,6 +13,7 @@ use std::time::{Duration, Instant};
 use common::{base, mapping, pager, read, read_later, uffd};
 use demand_memory::{Backing, BackingKind, Mapping, PAGE_SIZE, PageRange, Path};
 use demand_uffd::{Access, Cause, Event, Features, Modes, OpenError, Userfaultfd, probe};
+use test_support::host::{has_kvm, skip};
 use test_support::wait::{PATIENCE, until};
 
 const PAGES: u64 = 8;
@@ -164,6 +166,35 @@ fn only_a_userfaultfd_that_is_ready_is_taken() {
 
     let uffd = Userfaultfd::from_received(uffd().try_clone_fd().unwrap()).unwrap();
     assert_eq!(uffd.read(&mut Vec::new()).unwrap(), 0);
+}
+
+/// KVM's device answers a request that it does not know as a userfaultfd does one of no bytes.
+#[test]
+fn a_device_is_refused_without_proc_too() {
+    if !has_kvm() {
+        return skip("/dev/kvm is needed");
+    }
+    let refused = thread::spawn(|| {
+        // SAFETY: the calls take constants, and change what this thread alone sees.
+        let alone = unsafe {
+            libc::unshare(libc::CLONE_NEWNS) == 0
+                && libc::mount(
+                    null(),
+                    c"/".as_ptr(),
+                    null(),
+                    libc::MS_REC | libc::MS_PRIVATE,
+                    null(),
+                ) == 0
+                && libc::umount2(c"/proc".as_ptr(), libc::MNT_DETACH) == 0
+        };
+        assert!(alone, "{}", std::io::Error::last_os_error());
+        assert!(!std::path::Path::new("/proc/self/fd").exists());
+        Userfaultfd::from_received(uffd().try_clone_fd().unwrap()).unwrap();
+        let device = std::fs::File::open("/dev/kvm").unwrap();
+        Userfaultfd::from_received(OwnedFd::from(device)).map(drop).unwrap_err()
+    });
+    let error = refused.join().unwrap();
+    assert!(error.to_string().contains("not a userfaultfd"), "{error}");
 }
 
 #[test]
