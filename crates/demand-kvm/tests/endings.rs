@@ -5,7 +5,6 @@
 
 mod common;
 
-use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::mem;
 use std::process::{Child, Command, Stdio};
@@ -19,7 +18,7 @@ use demand_kvm::{DemandSlot, Engine};
 use demand_memory::{BackingKind, PAGE_SIZE};
 use demand_source::{Completion, Extent, PageSource, Request, SourceError};
 use demand_uffd::{DEFAULT_THREADS, FaultService};
-use test_support::host::{free_units, huge_pages, is_lab, skip};
+use test_support::host::{free_units, huge_pages, is_lab, shared_memory_kib, skip, threads_of};
 use vm_memory::GuestAddress;
 
 const PAGES: u64 = 2048;
@@ -138,25 +137,6 @@ fn vmm() {
     }
 }
 
-/// What the process's threads do, for a test that has failed.
-fn threads(id: u32) -> String {
-    let Ok(tasks) = fs::read_dir(format!("/proc/{id}/task")) else { return "none".into() };
-    let of = |task: fs::DirEntry| {
-        let read = |name| fs::read_to_string(task.path().join(name)).unwrap_or_default();
-        let stat = read("stat");
-        let state = stat.rsplit(") ").next().and_then(|rest| rest.chars().next()).unwrap_or('?');
-        format!("{} {state} in {}", read("comm").trim(), read("wchan"))
-    };
-    tasks.flatten().map(of).collect::<Vec<_>>().join(", ")
-}
-
-/// Kibibytes of shared memory that exist.
-fn shmem() -> u64 {
-    let text = fs::read_to_string("/proc/meminfo").unwrap();
-    let line = text.lines().find_map(|line| line.strip_prefix("Shmem:")).unwrap();
-    line.trim().trim_end_matches(" kB").parse().unwrap()
-}
-
 fn start(ending: &str, kind: BackingKind, by_call: bool) -> Child {
     let mut command = Command::new(std::env::current_exe().unwrap());
     command.args(["--ignored", "--exact", "vmm", "--nocapture"]);
@@ -179,24 +159,29 @@ fn ended_vmm_leaves_no_process_and_no_page() {
     for (kind, by_call, endings) in shmem_cases.into_iter().chain([huge]) {
         for &ending in endings {
             let case = format!("{ending} on {kind}, by system call: {by_call}");
-            let before = (shmem(), free_units(kind));
+            let before = (shared_memory_kib(), free_units(kind));
             let mut child = start(ending, kind, by_call);
             let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
             let waits = |line: std::io::Result<String>| line.unwrap().contains("waiting");
-            assert!(lines.any(waits), "{case}: it never waited: {}", threads(child.id()));
+            assert!(lines.any(waits), "{case}: it never waited: {}", threads_of(child.id()));
             if ending.starts_with("killed") {
                 child.kill().unwrap();
             }
             let begun = Instant::now();
             while child.try_wait().unwrap().is_none() {
                 let late = begun.elapsed() > Duration::from_secs(8);
-                assert!(!late, "{case}: it does not end: {}", threads(child.id()));
+                assert!(!late, "{case}: it does not end: {}", threads_of(child.id()));
                 thread::sleep(Duration::from_millis(5));
             }
             // Threads of the kernel may hold the memory for another moment.
-            while shmem() > before.0 + 64 || free_units(kind) < before.1 {
+            while shared_memory_kib() > before.0 + 64 || free_units(kind) < before.1 {
                 let late = begun.elapsed() > Duration::from_secs(10);
-                assert!(!late, "{case}: {} KiB, {} units left", shmem(), free_units(kind));
+                assert!(
+                    !late,
+                    "{case}: {} KiB, {} units left",
+                    shared_memory_kib(),
+                    free_units(kind)
+                );
                 thread::sleep(Duration::from_millis(5));
             }
         }

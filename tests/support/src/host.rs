@@ -60,6 +60,30 @@ pub fn transparent_huge_pages() -> bool {
     }
 }
 
+/// Name, state and place in the kernel of each thread of a process.
+pub fn threads_of(id: u32) -> String {
+    let Ok(tasks) = fs::read_dir(format!("/proc/{id}/task")) else { return "none".into() };
+    let of = |task: fs::DirEntry| {
+        let read = |name| fs::read_to_string(task.path().join(name)).unwrap_or_default();
+        let stat = read("stat");
+        let state = stat.rsplit(") ").next().and_then(|rest| rest.chars().next()).unwrap_or('?');
+        format!("{} {state} in {}", read("comm").trim(), read("wchan"))
+    };
+    tasks.flatten().map(of).collect::<Vec<_>>().join(", ")
+}
+
+/// Shared memory that exists on the machine, in KiB.
+///
+/// # Panics
+///
+/// If the kernel does not tell.
+pub fn shared_memory_kib() -> u64 {
+    let text = fs::read_to_string("/proc/meminfo").expect("the kernel tells of its memory");
+    let line = text.lines().find_map(|line| line.strip_prefix("Shmem:"));
+    let kib = line.and_then(|line| line.trim().trim_end_matches(" kB").parse().ok());
+    kib.expect("there is a line of shared memory")
+}
+
 static POOL: Mutex<()> = Mutex::new(());
 
 /// Huge pages of 2 MiB for a test, one test of a process at a time. Outside the lab a test that

@@ -4,6 +4,7 @@
 
 mod api;
 mod devices;
+mod endings;
 mod files;
 mod full_disk;
 mod options;

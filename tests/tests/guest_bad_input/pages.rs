@@ -22,14 +22,19 @@ const KVM_CLOCK: u64 = 0x4b56_4d01;
 
 const PATIENCE: Duration = Duration::from_secs(120);
 
-/// Offset of a page that the guest works on all the time.
-fn worked_on(snapshot: &Snapshot) -> u64 {
+/// Offsets of the pages that the guest works on all the time.
+pub fn all_worked_on(snapshot: &Snapshot) -> Vec<u64> {
     let memory = snapshot.read("memory");
-    let mut found = memory.chunks_exact(PAGE as usize).enumerate().filter(|(_, page)| {
+    let found = memory.chunks_exact(PAGE as usize).enumerate().filter(|(_, page)| {
         page[16..24] == WORKED_ON.to_le_bytes() && page[32..].iter().any(|byte| *byte != 0)
     });
+    found.map(|(page, _)| page as u64 * PAGE).collect()
+}
+
+/// Offset of one of them.
+fn worked_on(snapshot: &Snapshot) -> u64 {
     // Not the first, lest the program has barely begun.
-    found.nth(100).unwrap().0 as u64 * PAGE
+    all_worked_on(snapshot)[100]
 }
 
 /// Offset of the page that kvm-clock is in.
@@ -48,7 +53,7 @@ fn used_ring(snapshot: &Snapshot) -> u64 {
 }
 
 /// Alters a byte of a copy's memory, or puts it back.
-fn flip(copy: &Spoilt, offset: u64) {
+pub fn flip(copy: &Spoilt, offset: u64) {
     let memory = std::fs::File::options().read(true).write(true).open(copy.path("memory")).unwrap();
     let mut byte = [0];
     memory.read_exact_at(&mut byte, offset).unwrap();

@@ -1,0 +1,173 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Ends of a Linux guest under `uffd` while pages are missing, at random moments: the process ends,
+//! whatever KVM waits for. `ENDINGS` says how many of each kind (`rust-vmm-ci/soak --endings`) and
+//! `ENDINGS_SEED` which moments; without, there is one of each.
+
+use std::fs;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use demand_tests::guest::Guest;
+use demand_vmm::layout::COMMAND_LINE;
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+use test_support::host::{free_units, shared_memory_kib, threads_of};
+
+use crate::pages::{all_worked_on, flip};
+use crate::snapshot::{Snapshot, Spoilt};
+
+/// How long a VM may take to end: it gives its vCPUs, its back-ends and its console some seconds.
+const WITHIN: Duration = Duration::from_secs(20);
+/// The latest moment of an end, after the restore was begun.
+const LATEST_MS: u64 = 1500;
+
+const DEVICE: &str = "/dev/userfaultfd";
+
+/// What ends a guest.
+#[derive(Clone, Copy, Debug)]
+enum Ending {
+    /// The API, while the guest waits for a page that does not come.
+    Shutdown,
+    /// A signal, likewise.
+    Signal(libc::c_int),
+    /// The guest, once it has verified its memory.
+    PowerOff,
+    /// A signal, while a reset waits for a page that does not come.
+    InReset(libc::c_int),
+}
+
+const ENDINGS: [Ending; 7] = [
+    Ending::Shutdown,
+    Ending::Signal(libc::SIGTERM),
+    Ending::Signal(libc::SIGKILL),
+    // What a panic comes to that is not caught.
+    Ending::Signal(libc::SIGABRT),
+    Ending::PowerOff,
+    Ending::InReset(libc::SIGTERM),
+    Ending::InReset(libc::SIGKILL),
+];
+
+/// Hides the device, so that the userfaultfd comes from the system call. The lab has one of its own.
+struct Hidden;
+
+impl Hidden {
+    fn new() -> Self {
+        fs::rename(DEVICE, "/dev/userfaultfd.hidden").unwrap();
+        Hidden
+    }
+}
+
+impl Drop for Hidden {
+    fn drop(&mut self) {
+        fs::rename("/dev/userfaultfd.hidden", DEVICE).unwrap();
+    }
+}
+
+fn signal(guest: &Guest, signal: libc::c_int) {
+    let id = libc::pid_t::try_from(guest.id()).unwrap();
+    // SAFETY: the process is this one's child and not reaped, so the id is its own.
+    assert_eq!(unsafe { libc::kill(id, signal) }, 0);
+}
+
+/// Asks for the end as soon as somebody listens.
+fn shut_down(guest: &Guest) {
+    let begun = Instant::now();
+    while let Err(error) = guest.api().shutdown() {
+        assert!(begun.elapsed() < WITHIN, "{error}; {}", guest.story());
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// The process's end: it is a zombie without another thread.
+fn wait_gone(guest: &mut Guest, case: &str) {
+    let begun = Instant::now();
+    let gone = |threads: &str| threads.contains(" Z ") && !threads.contains(',');
+    loop {
+        let threads = threads_of(guest.id());
+        if gone(&threads) {
+            break;
+        }
+        let late = begun.elapsed() > WITHIN;
+        assert!(!late, "{case}: it does not end: {threads}; {}", guest.story());
+        thread::sleep(Duration::from_millis(5));
+    }
+    guest.wait_end().unwrap();
+}
+
+fn spoil(snapshot: &Snapshot, ending: Ending) -> Spoilt {
+    let copy = snapshot.copy();
+    let pages = match ending {
+        Ending::PowerOff => return copy,
+        Ending::InReset(_) => vec![COMMAND_LINE.0],
+        Ending::Shutdown | Ending::Signal(_) => all_worked_on(snapshot),
+    };
+    drop(copy.own("memory"));
+    pages.iter().for_each(|page| flip(&copy, page + 4000));
+    copy
+}
+
+fn end(snapshot: &Snapshot, ending: Ending, backing: &str, moment: Duration, case: &str) {
+    let folder = tempfile::tempdir().unwrap();
+    let copy = spoil(snapshot, ending);
+    let memory = format!("backing={backing}");
+    let more = ["--engine", "uffd", "--fill", "off", "--memory", &memory];
+    let (mut guest, _back_end) = snapshot.restore(folder.path(), &copy.dir(), &more);
+    match ending {
+        Ending::Shutdown => {
+            thread::sleep(moment);
+            shut_down(&guest);
+        }
+        Ending::Signal(number) => {
+            thread::sleep(moment);
+            signal(&guest, number);
+        }
+        Ending::PowerOff => {
+            guest.wait_beats(1).unwrap();
+            guest.type_line("stop").unwrap();
+        }
+        Ending::InReset(number) => {
+            guest.wait_beats(1).unwrap();
+            guest.type_line("reset").unwrap();
+            thread::sleep(moment);
+            signal(&guest, number);
+        }
+    }
+    wait_gone(&mut guest, case);
+}
+
+fn number(name: &str) -> Option<u64> {
+    std::env::var(name).ok().map(|value| value.parse().unwrap())
+}
+
+#[test]
+fn every_ending_under_uffd_ends_the_process() {
+    let Some(snapshot) = Snapshot::get() else { return };
+    let (count, seed) = (number("ENDINGS"), number("ENDINGS_SEED").unwrap_or(1));
+    let alone = count.is_some();
+    let mut random = StdRng::seed_from_u64(seed);
+    for round in 0..count.unwrap_or(1) {
+        for (index, ending) in ENDINGS.into_iter().enumerate() {
+            let by_call = (round as usize + index).is_multiple_of(2);
+            let backing = if alone && round % 4 > 1 { "hugetlb-2m" } else { "shmem" };
+            let moment = Duration::from_millis(random.random_range(0..LATEST_MS));
+            let case = format!("{ending:?} after {moment:?} on {backing}, call {by_call}");
+            let kind = backing.parse().unwrap();
+            let before = (shared_memory_kib(), free_units(kind));
+            let hidden = by_call.then(Hidden::new);
+            end(snapshot, ending, backing, moment, &case);
+            drop(hidden);
+            // Of the machine's memory a test can tell only where it is alone there.
+            let begun = Instant::now();
+            while alone && (shared_memory_kib() > before.0 + 512 || free_units(kind) < before.1) {
+                let late = begun.elapsed() > WITHIN;
+                let left = (shared_memory_kib(), free_units(kind));
+                assert!(!late, "{case}: of {before:?} KiB and units {left:?} are left");
+                thread::sleep(Duration::from_millis(5));
+            }
+            if alone {
+                println!("ended: {case}");
+            }
+        }
+    }
+    snapshot.assert_unchanged();
+}
