@@ -56,6 +56,18 @@ const LINUX_KEEPS: usize = 2047;
 const START_INFO_MAGIC: u32 = 0x336e_c578;
 const START_INFO_VERSION: u32 = 1;
 
+/// Whether memory has room for a Linux guest at all.
+///
+/// # Errors
+///
+/// One line.
+pub(crate) fn check_size(memory: &DemandMemory) -> Result<(), Error> {
+    if low_end(memory) > HIGH_START.0 {
+        return Ok(());
+    }
+    Err(Error::usage("--memory: a Linux guest takes more than 1M; give it at least 64M, say"))
+}
+
 /// Loads what `source` holds into memory, all of which must be present or zero. ACPI's tables are
 /// somebody else's.
 ///
@@ -63,11 +75,7 @@ const START_INFO_VERSION: u32 = 1;
 ///
 /// One line that names the file: it cannot be read, is no kernel, or memory is too small for it.
 pub fn load(memory: &DemandMemory, source: &BootSource) -> Result<Entry, Error> {
-    if low_end(memory) <= HIGH_START.0 {
-        return Err(Error::usage(
-            "--memory: a Linux guest takes more than 1M; give it at least 64M, say",
-        ));
-    }
+    check_size(memory)?;
     let (loaded, room, pvh) = load_kernel(memory, &source.kernel)?;
     let unpacked = boot_room::unpacked(&source.cmdline);
     let initramfs = source

@@ -66,7 +66,6 @@ pub fn check_kvm() -> Result<(), Error> {
 }
 
 fn prepare(session: &Session, options: &LinuxOptions) -> Result<Prepared, Error> {
-    let source = BootSource::open(&options.boot)?;
     let machine = Arc::new(Machine::present(&options.memory, &session.stats)?);
     let _ = session.memory.set(machine.memory().clone());
     create_irqchip(machine.vm())?;
@@ -77,6 +76,8 @@ fn prepare(session: &Session, options: &LinuxOptions) -> Result<Prepared, Error>
         attach(&device, position, &machine)?;
         devices.push(device);
     }
+    boot::check_size(machine.memory())?;
+    let source = BootSource::open(&options.boot)?;
     let entry = boot::load(machine.memory(), &source)?;
     acpi::write(machine.memory(), options.cpus, devices.len())?;
     chipset.generation.renew(machine.memory())?;
