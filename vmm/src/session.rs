@@ -265,9 +265,11 @@ fn follow(
         (outcome, stopped) => {
             // A thread may use the machine still; the kernel takes it all down with the process.
             std::mem::forget(vm.clone());
-            return Err(outcome.err().unwrap_or_else(|| {
-                Error::failed(stopped.err().map_or_else(String::new, |stuck| stuck.to_string()))
-            }));
+            let stuck = stopped.err().map(|stuck| vm.explain(&stuck));
+            return Err(outcome
+                .err()
+                .or(stuck)
+                .unwrap_or_else(|| Error::failed("the VM did not end as it should")));
         }
     }
     report(&session, &vm, completed)
