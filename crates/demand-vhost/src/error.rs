@@ -147,6 +147,12 @@ pub enum Error {
          {MAX_REGIONS}; use fewer, larger regions"
     )]
     Regions(usize),
+    /// A region lies where no guest's memory can.
+    #[error(
+        "cannot share the memory at guest address {0:#x}: guest addresses have at most 52 bits; \
+         place it lower"
+    )]
+    TooHigh(u64),
     /// The memory cannot be mapped by another process.
     #[error(
         "share the memory at guest address {0:#x} with a vhost-user back-end: there is no file \

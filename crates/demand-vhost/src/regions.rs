@@ -42,6 +42,12 @@ impl Shared {
         if regions.len() > MAX_REGIONS {
             return Err(Error::Regions(regions.len()));
         }
+        // Guest addresses are at most 52 bits long; user addresses of longer ones would overflow.
+        let too_high =
+            |shared: &&Shared| shared.guest_address.saturating_add(shared.len()) > USER_ADDRESSES;
+        if let Some(shared) = regions.iter().find(too_high) {
+            return Err(Error::TooHigh(shared.guest_address));
+        }
         Ok(regions)
     }
 

@@ -109,3 +109,12 @@ fn nine_regions_are_too_many() {
     let memory = regions(&[(0, 1); MAX_REGIONS + 1], 0);
     assert!(matches!(Shared::all(&memory), Err(Error::Regions(9))));
 }
+
+#[test]
+fn memory_beyond_guest_addresses_is_refused() {
+    for high in [USER_ADDRESSES - PAGE_SIZE, u64::MAX - 2 * PAGE_SIZE + 1] {
+        let memory = regions(&[(0, 2)], high);
+        assert!(matches!(Shared::all(&memory), Err(Error::TooHigh(at)) if at == high), "{high:#x}");
+    }
+    assert!(Shared::all(&regions(&[(0, 2)], USER_ADDRESSES - 2 * PAGE_SIZE)).is_ok());
+}
