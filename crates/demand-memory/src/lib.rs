@@ -10,6 +10,8 @@ mod words;
 
 // The model checker looks at the words, the claims and the waiting; the rest needs a kernel.
 #[cfg(not(loom))]
+mod arrival;
+#[cfg(not(loom))]
 mod backing;
 #[cfg(not(loom))]
 mod fill;

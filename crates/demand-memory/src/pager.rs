@@ -8,9 +8,10 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, TryLockEr
 use std::time::Instant;
 
 use demand_source::{
-    Chunk, Completion, Destination, Extent, Lender, PageSource, Priority, Request, SourceError,
+    Chunk, Completion, Destination, Extent, PageSource, Priority, Request, SourceError,
 };
 
+use crate::arrival::Arrival;
 use crate::retry::{Attempts, Retrier, RetryPolicy};
 use crate::{
     Backing, BackingError, BitmapReader, LoadUnit, Mapping, MissingBitmap, PAGE_SIZE, PageRange,
@@ -430,22 +431,14 @@ impl Pager {
         }
         // A page that cannot be allocated must fail here, not as a signal in a source's thread.
         self.allocate(run, true)?;
-        let arrival = Arc::new(Arrival {
-            pager: self.clone(),
-            run,
-            path,
-            tried,
-            outcome: OnceLock::new(),
-            wrote: AtomicU64::new(0),
-        });
+        let arrival = Arc::new(Arrival::new(self.clone(), run, path, tried));
         // SAFETY: as above; `arrival` keeps the mapping, and the pages stay claimed until it is
         // dropped, which is after the loan has ended.
         let destination = unsafe { Destination::new(address, len, Some(arrival.clone())) };
         let priority = if path == Path::Fill { Priority::Fill } else { Priority::Demand };
         let request = Request { priority, chunks: vec![Chunk { offset, destination }] };
         self.source.submit(request).then(move |outcome| {
-            // Told once.
-            let _ = arrival.outcome.set(outcome);
+            arrival.tell(outcome);
         });
         Ok((pages, false))
     }
@@ -518,7 +511,7 @@ impl Pager {
     /// be later. The order is what keeps readers from seeing anything else, and what readers write
     /// from being lost: content; the mark that it is complete; the guest's armed mapping; the bit;
     /// waiters.
-    fn publish(
+    pub(crate) fn publish(
         self: &Arc<Self>,
         run: PageRange,
         path: Path,
@@ -552,7 +545,7 @@ impl Pager {
 
     /// Leaves claimed pages to the retrier. They stay missing and claimed, and faults on them
     /// stay open.
-    fn retry(
+    pub(crate) fn retry(
         self: &Arc<Self>,
         run: PageRange,
         left: Left,
@@ -631,44 +624,9 @@ impl PageSource for NoSource {
     }
 }
 
-/// Claimed pages that are with the source. The outcome and the destination hold it, and what
-/// follows is done when both have let go: pages are published, or asked for again, only when the
-/// source cannot write to them any more.
-struct Arrival {
-    pager: Arc<Pager>,
-    run: PageRange,
-    path: Path,
-    tried: Option<Attempts>,
-    outcome: OnceLock<Result<(), SourceError>>,
-    /// Bytes that the source wrote.
-    wrote: AtomicU64,
-}
-
-impl Lender for Arrival {
-    fn take_back(&self, wrote: usize) {
-        self.wrote.store(wrote as u64, Ordering::Relaxed);
-    }
-}
-
-impl Drop for Arrival {
-    fn drop(&mut self) {
-        let Arrival { ref pager, run, path, tried, .. } = *self;
-        let outcome = self.outcome.take().unwrap_or(Err(SourceError::Abandoned));
-        // The bytes themselves were written before the loan let go of this.
-        let (wrote, len) = (*self.wrote.get_mut(), run.bytes());
-        let short = || if wrote == len { Ok(()) } else { Err(SourceError::Short { wrote, len }) };
-        match outcome.and_then(|()| short()) {
-            Ok(()) => {
-                pager.publish(run, path, len, tried);
-            }
-            Err(error) => pager.retry(run, Left::Populate, path, &error, tried),
-        }
-    }
-}
-
 /// What is left to do for claimed pages.
 #[derive(Clone, Copy)]
-enum Left {
+pub(crate) enum Left {
     /// Their content.
     Populate,
     /// Their content is complete: mapping them, and the bits.
