@@ -236,8 +236,8 @@ impl Vcpus {
     ///
     /// # Errors
     ///
-    /// [`StillInside`] after `within`. Those vCPUs may wait in the kernel for a page. What traps
-    /// their accesses must not be taken away from under them: they would see zeros.
+    /// [`StillInside`] after `within`. Those vCPUs may wait in the kernel for a page;
+    /// [`DemandMemory::revoke`](demand_memory::DemandMemory::revoke) ends that.
     pub fn stop(&mut self, within: Duration) -> Result<(), StillInside> {
         self.call_out(Wanted::Stop, within)?;
         for vcpu in self.vcpus.drain(..) {
