@@ -1,15 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Pages that another process has touched before its mapping was trapped.
 
-use std::fs;
+use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, Sender};
+use std::sync::{Arc, Mutex};
 use std::thread;
+use std::time::Duration;
 
 use demand_memory::{
-    Backing, BackingKind, Mapping, MemfdBacking, PAGE_SIZE, PageRange, Pager, Path, Retrier,
-    RetryPolicy, Stats, Waiter,
+    Backing, BackingError, BackingKind, Mapping, MemfdBacking, PAGE_SIZE, PageRange, Pager, Path,
+    Retrier, RetryPolicy, Stats, Waiter,
 };
 use test_support::host;
 use test_support::image::{Near, word_of};
@@ -19,7 +20,11 @@ const PAGES: u64 = SIZE / PAGE_SIZE;
 
 /// A pager, and a mapping that nothing traps, as another process has one.
 fn memory(kind: BackingKind) -> (Arc<Pager>, Mapping) {
-    let backing = Arc::new(MemfdBacking::new(kind, SIZE, true).unwrap());
+    memory_on(MemfdBacking::new(kind, SIZE, true).unwrap())
+}
+
+fn memory_on(backing: impl Backing + 'static) -> (Arc<Pager>, Mapping) {
+    let backing = Arc::new(backing);
     let other = backing.map().unwrap();
     let retrier = Retrier::new(RetryPolicy::default(), |_| {});
     let source = Arc::new(Near(SIZE));
@@ -64,29 +69,50 @@ fn touched_pages_are_removed_unless_claimed() {
     assert_eq!(existing(&pager), PAGES);
 }
 
-/// What arrives at the same time is left alone.
+/// A memory object that takes its time to remove units, and tells when it begins.
+#[derive(Debug)]
+struct Slow(MemfdBacking, Mutex<Sender<()>>);
+
+impl Backing for Slow {
+    fn kind(&self) -> BackingKind {
+        self.0.kind()
+    }
+    fn size(&self) -> u64 {
+        self.0.size()
+    }
+    fn map(&self) -> Result<Mapping, BackingError> {
+        self.0.map()
+    }
+    fn allocate(&self, pages: PageRange) -> Result<(), BackingError> {
+        self.0.allocate(pages)
+    }
+    fn next_existing(&self, from: u64) -> Result<Option<PageRange>, BackingError> {
+        self.0.next_existing(from)
+    }
+    fn remove(&self, units: PageRange) -> Result<(), BackingError> {
+        self.1.lock().unwrap().send(()).unwrap();
+        thread::sleep(Duration::from_millis(200));
+        self.0.remove(units)
+    }
+    fn file(&self) -> Option<&Arc<File>> {
+        self.0.file()
+    }
+}
+
+/// A page that is asked for while it is being removed arrives after that.
 #[test]
 fn removal_costs_no_arriving_page() {
-    let (pager, other) = memory(BackingKind::Shmem);
-    let done = AtomicBool::new(false);
+    let (sender, removal) = mpsc::channel();
+    let backing = MemfdBacking::new(BackingKind::Shmem, SIZE, true).unwrap();
+    let (pager, other) = memory_on(Slow(backing, Mutex::new(sender)));
+    touch(&other, 0..PAGES);
     thread::scope(|scope| {
-        for first in [0, 1] {
-            let (pager, done) = (&pager, &done);
-            scope.spawn(move || {
-                let waiter = Waiter::new();
-                for page in (first..PAGES).step_by(2) {
-                    pager.ensure(PageRange::page(page), Path::Guest, &waiter).unwrap();
-                }
-                done.store(true, Ordering::Relaxed);
-            });
-        }
-        let waiter = Waiter::new();
-        while !done.load(Ordering::Relaxed) {
-            touch(&other, 0..PAGES);
-            pager.unmap_missing(&waiter).unwrap();
-        }
+        scope.spawn(|| pager.unmap_missing(&Waiter::new()).unwrap());
+        removal.recv().unwrap();
+        pager.ensure(PageRange::page(7), Path::Guest, &Waiter::new()).unwrap();
     });
-    check(&other);
+    assert_eq!(existing(&pager), 1);
+    assert_eq!(read(&other, 7), word_of(7 * PAGE_SIZE));
 }
 
 #[test]
