@@ -25,8 +25,8 @@ use vm_memory::Bytes;
 use crate::error::Error;
 use crate::layout::{
     ACPI, ACPI_SIZE, BIOS_ENTRY, DEVICE_SIZE, GENERATION_GSI, GENERATION_ID, IO_APIC, LOCAL_APIC,
-    PM_TIMER, PM1_CONTROL, PM1_STATUS, RESET, SCI_GSI, SERIAL, SERIAL_GSI, SERIAL_SIZE,
-    device_address, device_gsi,
+    PANIC, PANIC_SIZE, PM_TIMER, PM1_CONTROL, PM1_STATUS, RESET, SCI_GSI, SERIAL, SERIAL_GSI,
+    SERIAL_SIZE, device_address, device_gsi,
 };
 use crate::power::{RESET_VALUE, S5};
 
@@ -189,6 +189,7 @@ fn dsdt(devices: usize) -> Sdt {
         virtio_mmio(position, &mut body);
     }
     serial(&mut body);
+    panic_port(&mut body);
     generation(&mut body);
     // How to switch off: the sleep types for the control registers.
     let s5 = Package::new(vec![&S5, &S5]);
@@ -233,6 +234,15 @@ fn serial(sink: &mut dyn AmlSink) {
         ],
     )
     .to_aml_bytes(sink);
+}
+
+/// The port by which a kernel tells that it has panicked, as QEMU has it.
+fn panic_port(sink: &mut dyn AmlSink) {
+    let ports = IO::new(PANIC, PANIC, 1, PANIC_SIZE as u8);
+    let resources = ResourceTemplate::new(vec![&ports]);
+    let hid = Name::new("_HID".into(), &"QEMU0001");
+    let crs = Name::new("_CRS".into(), &resources);
+    Device::new("_SB_.PVPN".into(), vec![&hid, &crs]).to_aml_bytes(sink);
 }
 
 /// The generation identifier (Microsoft's "Virtual Machine Generation ID"), and the event that it

@@ -157,6 +157,25 @@ impl fmt::Display for State {
     }
 }
 
+/// What a guest has come to without asking for its end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum GuestCondition {
+    /// Its kernel has said that it has panicked.
+    Panicked,
+    /// All of its vCPUs are halted with interrupts off: nothing makes them run again.
+    Halted,
+}
+
+impl fmt::Display for GuestCondition {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            GuestCondition::Panicked => "its kernel has panicked; its console may say why",
+            GuestCondition::Halted => "all vCPUs are halted for good",
+        })
+    }
+}
+
 /// What a VM is, and how far its memory has arrived.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Status {
@@ -182,6 +201,9 @@ pub struct Status {
     pub pid: u32,
     /// The program's version.
     pub version: String,
+    /// What the guest has come to, if it neither runs on nor has asked for its end.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub guest: Option<GuestCondition>,
     /// How far a snapshot is, if one is being written.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub snapshot: Option<SnapshotProgress>,

@@ -15,9 +15,10 @@ use vm_device::{DeviceMmio, DevicePio};
 
 use crate::error::Error;
 use crate::generation::Generation;
+use crate::health::{GuestHealth, PanicPort};
 use crate::layout::{
-    DEVICE_SIZE, I8042, I8042_SIZE, KVM_IDENTITY_MAP, KVM_TSS, PCI, PCI_SIZE, POWER, POWER_SIZE,
-    SERIAL, SERIAL_SIZE, device_address,
+    DEVICE_SIZE, I8042, I8042_SIZE, KVM_IDENTITY_MAP, KVM_TSS, PANIC, PANIC_SIZE, PCI, PCI_SIZE,
+    POWER, POWER_SIZE, SERIAL, SERIAL_SIZE, device_address,
 };
 use crate::pci::PciPorts;
 use crate::pm_timer::PmTimer;
@@ -63,6 +64,8 @@ pub struct Chipset {
     pub serial: Arc<SerialPort>,
     /// The generation identifier.
     pub generation: Generation,
+    /// What the guest has come to.
+    pub health: Arc<GuestHealth>,
     timer: Arc<PmTimer>,
     registers: Arc<Mutex<SavedRegisters>>,
 }
@@ -82,6 +85,7 @@ impl Chipset {
         Ok(Chipset {
             serial: Arc::new(SerialPort::new(vm, serial, saved)?),
             generation: Generation::new(vm)?,
+            health: Arc::default(),
             timer: Arc::new(PmTimer::new(Arc::downgrade(vm))),
             registers: Arc::new(Mutex::new(registers.cloned().unwrap_or_default())),
         })
@@ -97,6 +101,7 @@ impl Chipset {
     pub fn reset(&self) {
         *self.registers.lock().unwrap_or_else(PoisonError::into_inner) = SavedRegisters::default();
         self.timer.reset();
+        self.health.reset();
     }
 
     /// The buses: these devices, and virtio's in their order. What the guest asks of its power goes
@@ -114,12 +119,14 @@ impl Chipset {
         let mut buses = IoManager::new();
         let pci = PciPorts::new(self.registers.clone(), power.clone());
         let keyboard = Keyboard::new(power.clone());
+        let panic = PanicPort::new(self.health.clone(), power.clone());
         let acpi = PowerRegisters::new(self.registers.clone(), self.timer.clone(), power);
-        let ports: [(u16, u16, Arc<dyn DevicePio + Send + Sync>); 4] = [
+        let ports: [(u16, u16, Arc<dyn DevicePio + Send + Sync>); 5] = [
             (SERIAL, SERIAL_SIZE, self.serial.clone()),
             (I8042, I8042_SIZE, Arc::new(keyboard)),
             (POWER, POWER_SIZE, Arc::new(acpi)),
             (PCI, PCI_SIZE, Arc::new(pci)),
+            (PANIC, PANIC_SIZE, Arc::new(panic)),
         ];
         const APART: &str = "the layout keeps devices apart";
         for (base, size, device) in ports {

@@ -18,7 +18,9 @@ use crate::client::{self, Client, Progress};
 use crate::error::Error;
 use crate::layout::MAX_CPUS;
 use crate::linux::{self, LinuxOptions};
-use crate::options::{FillOption, MemoryOption, RestoreMemory, TestGuestOption, VhostUserOption};
+use crate::options::{
+    FillOption, MemoryOption, OnPanic, RestoreMemory, TestGuestOption, VhostUserOption,
+};
 use crate::report::Report;
 use crate::restore::{RestoreOptions, restore};
 use crate::run::{RunOptions, run};
@@ -83,6 +85,9 @@ struct GuestArgs {
     /// Serve the API on a Unix socket, for pause, resume, snapshot, status and shutdown.
     #[arg(long, value_name = "PATH")]
     api_socket: Option<PathBuf>,
+    /// What to do when a Linux guest's kernel panics. It needs the kernel's pvpanic driver.
+    #[arg(long, default_value = "ignore")]
+    on_panic: OnPanic,
     /// Name of the run in its report.
     #[arg(long, default_value = "run")]
     stage: String,
@@ -106,6 +111,7 @@ impl GuestArgs {
             stage: self.stage,
             vhost_user: self.vhost_user,
             serial: self.serial,
+            on_panic: self.on_panic,
             api_socket: self.api_socket,
             timeline: self.timeline,
             report: self.report,

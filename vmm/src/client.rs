@@ -280,6 +280,9 @@ pub fn table(status: &Status) -> String {
         let socket = device.socket.as_deref().map_or(String::new(), |path| format!(", {path}"));
         lines.push(format!("  {:<10}{}{socket}", device.kind, device.state));
     }
+    if let Some(condition) = status.guest {
+        lines.push(format!("  {:<10}{condition}", "guest"));
+    }
     if let Some(snapshot) = &status.snapshot {
         let share = share(snapshot.pages_done, snapshot.pages_total);
         lines.push(format!("  {:<10}{share} written to {}", "snapshot", snapshot.destination));
@@ -362,7 +365,7 @@ mod tests {
     use super::*;
     use std::os::unix::net::UnixListener;
 
-    use crate::api::{DeviceStatus, SnapshotProgress, State};
+    use crate::api::{DeviceStatus, GuestCondition, SnapshotProgress, State};
 
     fn against(answer: &'static [u8]) -> String {
         let folder = tempfile::tempdir().unwrap();
@@ -424,6 +427,7 @@ mod tests {
             uptime_us: 1500,
             pid: 7,
             version: "0.1.0".into(),
+            guest: Some(GuestCondition::Panicked),
             snapshot: Some(SnapshotProgress {
                 destination: "/s".into(),
                 pages_done: 1,
@@ -437,6 +441,7 @@ mod tests {
              process   7, version 0.1.0, for 1500 us\n  \
              pages     3 of 4 (75.0 %) present\n  \
              blk       connected, /run/blk\n  \
+             guest     its kernel has panicked; its console may say why\n  \
              snapshot  1 of 4 (25.0 %) written to /s\n  \
              error     read /image: gone\n"
         );

@@ -13,6 +13,7 @@ use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber
 use crate::absence::AbsenceWatch;
 use crate::error::{Error, no_thread};
 use crate::events::{Event, Hear};
+use crate::health::HaltWatch;
 use crate::power::PowerRequest;
 use crate::terminal::{Keys, Typed};
 use crate::vcpu::VcpuEvent;
@@ -29,6 +30,8 @@ pub enum End {
     Off,
     /// The guest wants to begin anew.
     Reset,
+    /// The guest's kernel has panicked. It may go on.
+    Panicked,
     /// Somebody has asked for it, through the API or at the terminal.
     Asked,
 }
@@ -145,10 +148,11 @@ pub(crate) fn drive(
         quit: false,
         lost: None,
     });
-    let mut absences = AbsenceWatch::new();
+    let (mut absences, mut halts) = (AbsenceWatch::new(), HaltWatch::new());
     loop {
         manager.run_with_timeout(LOOK_EVERY_MS).map_err(|error| failed(&error))?;
         absences.look(vm);
+        halts.look(vm);
         while let Some(event) = hear.next() {
             if matches!(event, Event::Complete) {
                 look(Some(Instant::now()));
@@ -172,6 +176,7 @@ fn on_event(vm: &Arc<Vm>, event: Event) -> Result<Option<End>, Error> {
     match event {
         Event::Power(PowerRequest::Off) => return Ok(Some(End::Off)),
         Event::Power(PowerRequest::Reset) => return Ok(Some(End::Reset)),
+        Event::Power(PowerRequest::Panicked) => return Ok(Some(End::Panicked)),
         Event::Shutdown => return Ok(Some(End::Asked)),
         Event::Interrupted => return Err(Error::failed("the VM was interrupted")),
         Event::Vcpu(VcpuEvent::Failed { message, .. }) => return Err(Error::failed(message)),

@@ -61,6 +61,8 @@ struct State {
     jobs: BTreeMap<u32, Job>,
     /// vCPUs that stay out of the guest although it runs.
     held: BTreeSet<u32>,
+    /// At which look each vCPU has last said whether it is halted for good, and what.
+    halted: BTreeMap<u32, (u64, bool)>,
 }
 
 /// How often a vCPU whose state is wanted looks again whether its page has come.
@@ -71,6 +73,8 @@ pub(crate) struct Gate {
     wanted: AtomicU8,
     /// How often all vCPUs were said to have been held up.
     absences: AtomicU64,
+    /// How often it was asked whether the vCPUs are halted.
+    looks: AtomicU64,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -80,6 +84,7 @@ impl Gate {
         Gate {
             wanted: AtomicU8::new(wanted as u8),
             absences: AtomicU64::new(0),
+            looks: AtomicU64::new(0),
             state: Mutex::default(),
             changed: Condvar::new(),
         }
@@ -130,6 +135,27 @@ impl Gate {
     /// How often that was noted.
     pub(crate) fn absences(&self) -> u64 {
         self.absences.load(Ordering::Acquire)
+    }
+
+    /// Asks each vCPU whether it is halted; returns the number of this look.
+    pub(crate) fn look(&self) -> u64 {
+        self.looks.fetch_add(1, Ordering::AcqRel) + 1
+    }
+
+    /// The last look.
+    pub(crate) fn looks(&self) -> u64 {
+        self.looks.load(Ordering::Acquire)
+    }
+
+    /// Answers a look.
+    pub(crate) fn note_halted(&self, cpu: u32, look: u64, halted: bool) {
+        self.lock().halted.insert(cpu, (look, halted));
+    }
+
+    /// Whether all vCPUs have answered a look by now, and are halted.
+    pub(crate) fn are_halted(&self, look: u64) -> bool {
+        let state = self.lock();
+        state.places.keys().all(|cpu| state.halted.get(cpu) == Some(&(look, true)))
     }
 
     /// Whether vCPUs are to be parked.

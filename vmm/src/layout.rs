@@ -65,6 +65,10 @@ pub const SERIAL_GSI: u32 = 4;
 pub const I8042: u16 = 0x60;
 /// Its ports.
 pub const I8042_SIZE: u16 = 5;
+/// The port by which a kernel tells that it has panicked.
+pub const PANIC: u16 = 0x505;
+/// Its ports.
+pub const PANIC_SIZE: u16 = 1;
 /// ACPI's registers.
 pub const POWER: u16 = 0x600;
 /// Their ports.

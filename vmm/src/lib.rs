@@ -24,6 +24,7 @@ pub mod events;
 pub mod exits;
 mod gate;
 pub mod generation;
+pub mod health;
 mod hex;
 pub mod http;
 mod interrupt;

@@ -436,6 +436,20 @@ impl FromStr for TestGuestOption {
     }
 }
 
+/// What becomes of a VM whose guest's kernel panics.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum OnPanic {
+    /// It is said, and left to the guest: its kernel's `panic=` decides.
+    #[default]
+    Ignore,
+    /// The VM is paused.
+    Pause,
+    /// The run ends with an error.
+    Shutdown,
+    /// The guest begins anew.
+    Reset,
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -43,6 +43,8 @@ pub enum PowerRequest {
     Off,
     /// To begin anew.
     Reset,
+    /// Nothing, but its kernel has panicked.
+    Panicked,
 }
 
 /// Called on the vCPU's thread, with what its guest asks for. It must not wait.

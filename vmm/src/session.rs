@@ -19,7 +19,7 @@ use crate::interrupt::{Interrupt, on_signals};
 use crate::layout::{MAX_DEVICES, device_address, device_gsi};
 use crate::logger;
 use crate::machine::Machine;
-use crate::options::VhostUserOption;
+use crate::options::{OnPanic, VhostUserOption};
 use crate::outputs::Outputs;
 use crate::power::{OnPower, PowerRequest};
 use crate::progress::Bar;
@@ -44,6 +44,8 @@ pub struct GuestOptions {
     pub vhost_user: Vec<VhostUserOption>,
     /// Where the serial port leads.
     pub serial: SerialOption,
+    /// What becomes of the VM when the guest's kernel panics.
+    pub on_panic: OnPanic,
     /// Where the API listens, if it does.
     pub api_socket: Option<PathBuf>,
     /// Where the picture of the run goes.
@@ -94,7 +96,17 @@ impl Session {
     ) -> Result<Arc<VcpuContext>, Error> {
         let tell = self.tell.clone();
         let asked = self.reset_asked.clone();
+        let resets = self.guest.on_panic == OnPanic::Reset;
         let power: OnPower = Arc::new(move |request| {
+            let mut request = request;
+            if request == PowerRequest::Panicked {
+                tell.tell(Event::Power(request));
+                if !resets {
+                    return;
+                }
+                // The guest's kernel may ask for it as well.
+                request = PowerRequest::Reset;
+            }
             if request != PowerRequest::Reset || !asked.swap(true, Ordering::AcqRel) {
                 tell.tell(Event::Power(request));
             }
@@ -248,6 +260,7 @@ fn follow(
                         tell.tell(Event::Reset(pristine.reset(&vm, vm.boot.as_ref(), &asked)));
                     })?;
                 }
+                End::Panicked => on_panic(&vm, session.guest.on_panic)?,
                 End::Off | End::Asked => return Ok(()),
             }
         }
@@ -273,6 +286,20 @@ fn follow(
         }
     }
     report(&session, &vm, completed)
+}
+
+/// Says that the guest's kernel has panicked, and does what is wanted then.
+fn on_panic(vm: &Arc<Vm>, wanted: OnPanic) -> Result<(), Error> {
+    const PANICKED: &str = "the guest's kernel has panicked; its console may say why";
+    if wanted == OnPanic::Shutdown {
+        return Err(Error::failed(format!("{PANICKED}; the VM has ended, as --on-panic says")));
+    }
+    log::warn!("{PANICKED}");
+    match wanted {
+        OnPanic::Pause => vm.pause_panicked(),
+        // A reset is on its way.
+        OnPanic::Ignore | OnPanic::Reset | OnPanic::Shutdown => Ok(()),
+    }
 }
 
 /// Resets of a guest that does not get anywhere.

@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use demand_kvm::{DemandVcpu, FaultError, FaultHandler, KickError, Settle, Step, StepError};
 use demand_memory::DemandMemory;
+use kvm_bindings::{KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_UNINITIALIZED};
 use kvm_ioctls::VcpuExit;
 
 use crate::gate::{Gate, Settled, Turn};
@@ -165,8 +166,16 @@ pub(crate) fn run(
 ) {
     let _ended = TellEnd(cpu, gate, tell);
     vcpu.kick().attach();
-    let mut runner =
-        Runner { cpu, vcpu, context, gate, has_run: false, held: false, absences: (0, 0) };
+    let mut runner = Runner {
+        cpu,
+        vcpu,
+        context,
+        gate,
+        has_run: false,
+        held: false,
+        absences: (0, 0),
+        looks: 0,
+    };
     if let End::Failed(message) = runner.run() {
         tell(VcpuEvent::Failed { cpu, message });
     }
@@ -183,6 +192,8 @@ struct Runner<'a> {
     has_run: bool,
     /// Absences that the guest was told of: this vCPU's, and those of all vCPUs.
     absences: (u64, u64),
+    /// The last look that was answered.
+    looks: u64,
 }
 
 impl Runner<'_> {
@@ -198,6 +209,11 @@ impl Runner<'_> {
             if absences != self.absences {
                 self.absences = absences;
                 self.tell_absence();
+            }
+            let looks = gate.looks();
+            if looks != self.looks {
+                self.looks = looks;
+                gate.note_halted(self.cpu, looks, self.is_halted());
             }
             self.context.first_run.get_or_init(Instant::now);
             self.has_run = true;
@@ -247,6 +263,19 @@ impl Runner<'_> {
                 log::debug!("cannot tell vCPU {} that it was held up: {error}", self.cpu);
             }
             _ => {}
+        }
+    }
+
+    /// Whether no interrupt can make it run: it is halted with interrupts off, or was never started.
+    fn is_halted(&self) -> bool {
+        const INTERRUPTS: u64 = 1 << 9;
+        let fd = self.vcpu.fd();
+        match fd.get_mp_state().map(|state| state.mp_state) {
+            Ok(KVM_MP_STATE_HALTED) => {
+                fd.get_regs().is_ok_and(|registers| registers.rflags & INTERRUPTS == 0)
+            }
+            Ok(state) => matches!(state, KVM_MP_STATE_UNINITIALIZED | KVM_MP_STATE_INIT_RECEIVED),
+            Err(_) => false,
         }
     }
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! All vCPUs of a VM: started, paused, resumed and stopped together.
 
+use std::os::unix::thread::JoinHandleExt;
 use std::sync::Arc;
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::thread::{self, JoinHandle};
@@ -170,6 +171,24 @@ impl Vcpus {
         self.vcpus.iter().for_each(|vcpu| vcpu.kick.kick());
     }
 
+    /// Asks each vCPU whether it is halted for good, which it answers once it has left the guest for
+    /// that; returns what to ask [`are_halted`](Self::are_halted) a moment later.
+    pub(crate) fn look(&self) -> u64 {
+        let look = self.gate.look();
+        self.vcpus.iter().for_each(|vcpu| vcpu.kick.kick());
+        look
+    }
+
+    /// Whether at that look each vCPU was halted with interrupts off, or had never been started.
+    pub(crate) fn are_halted(&self, look: u64) -> bool {
+        self.gate.are_halted(look)
+    }
+
+    /// Processor time that the vCPUs' threads have used.
+    pub(crate) fn cpu_time(&self) -> Duration {
+        self.vcpus.iter().map(|vcpu| cpu_time(&vcpu.thread)).sum()
+    }
+
     /// Whether some vCPU is [held](crate::vcpu::Served::Hold).
     pub fn is_held(&self) -> bool {
         self.gate.holds_any()
@@ -257,6 +276,19 @@ impl Vcpus {
         });
         if cpus.is_empty() { Ok(()) } else { Err(StillInside { cpus, within }) }
     }
+}
+
+/// Processor time that a thread has used; none if it has ended.
+fn cpu_time(thread: &JoinHandle<()>) -> Duration {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    let mut clock = 0;
+    // SAFETY: the thread was not joined, as its handle is there, so its id is valid; both calls write
+    // to a variable of this function.
+    let known = unsafe {
+        libc::pthread_getcpuclockid(thread.as_pthread_t(), &mut clock) == 0
+            && libc::clock_gettime(clock, &mut time) == 0
+    };
+    if known { Duration::new(time.tv_sec as u64, time.tv_nsec as u32) } else { Duration::ZERO }
 }
 
 impl Drop for Vcpus {

@@ -341,6 +341,19 @@ impl Vm {
         })
     }
 
+    /// Pauses on a thread of its own, because the guest's kernel has panicked.
+    ///
+    /// # Errors
+    ///
+    /// The host has no thread.
+    pub(crate) fn pause_panicked(self: &Arc<Self>) -> Result<(), Error> {
+        let vm = self.clone();
+        spawn("pause", move || match vm.pause() {
+            Ok(()) => log::warn!("the VM is paused, as --on-panic says"),
+            Err(error) => log::warn!("cannot pause the VM: {}", error.message),
+        })
+    }
+
     /// The state of all but the memory. The vCPUs are paused and the devices stopped.
     fn save(
         &self,
@@ -454,6 +467,7 @@ impl Control for Vm {
             uptime_us: self.started.elapsed().as_micros() as u64,
             pid: std::process::id(),
             version: env!("CARGO_PKG_VERSION").into(),
+            guest: self.chipset.health.condition(),
             snapshot,
             last_error: self.last_error.get().filter(|_| self.machine.is_source_failing()),
         }

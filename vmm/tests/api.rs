@@ -81,6 +81,7 @@ impl Control for Record {
             uptime_us: 1,
             pid: std::process::id(),
             version: "0.1.0".into(),
+            guest: None,
             snapshot: self.progress.lock().unwrap().clone(),
             last_error: None,
         }

@@ -53,6 +53,7 @@ fn main() -> ExitCode {
                     Command::Stop => break,
                     Command::Reset(by) => console::reset(by),
                     Command::Panic => console::panic(),
+                    Command::Halt => console::end(RebootCommand::Halt),
                     // There is nothing that it could be about.
                     Command::Jump | Command::Poke => {}
                 }

@@ -5,6 +5,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::Duration;
 
 use guest_work::{Beat, Command, Journal as Kind, Line, Prove};
+use rustix::system::RebootCommand;
 
 use crate::clock::{Beats, Reading};
 use crate::console::{self, say, wrong};
@@ -37,6 +38,7 @@ pub fn run(asked: &Prove, commands: &Receiver<Command>) {
             Ok(Command::Stop) => break,
             Ok(Command::Reset(by)) => console::reset(by),
             Ok(Command::Panic) => console::panic(),
+            Ok(Command::Halt) => console::end(RebootCommand::Halt),
             Ok(Command::Jump) => beats.announce(),
             Ok(Command::Poke) => memory.poke(),
             Err(RecvTimeoutError::Timeout) => {}

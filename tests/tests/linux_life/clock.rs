@@ -8,15 +8,17 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use demand_tests::guest::{Guest, GuestConfig, Kernel};
+use demand_tests::guest::{Guest, Kernel};
 use demand_vmm::api::Go;
 use guest_work::{Journal, Prove, Work};
 use rustix::process::{Pid, Signal, kill_process};
 
+use crate::config;
+
 /// The guest's kernel reports a lockup after twice as long, in seconds.
 const WATCHDOG: &str = "watchdog_thresh=1";
 /// How long the guest is held up.
-const HELD_UP: Duration = Duration::from_millis(3500);
+const HELD_UP: Duration = Duration::from_millis(3000);
 /// Beats in which the guest's kernel finds a lockup, if it takes the time for one.
 const BEATS: u32 = 4;
 
@@ -33,11 +35,6 @@ fn busy() -> Work {
         beat_ms: 250,
         ..Prove::default()
     })
-}
-
-fn config(cpus: u32, memory: &str, more: &[&str]) -> GuestConfig {
-    let more = more.iter().map(ToString::to_string).collect();
-    GuestConfig { cpus, memory: memory.into(), more, ..GuestConfig::default() }
 }
 
 /// Whether it goes on without a complaint.

@@ -11,9 +11,11 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use demand_tests::guest::{Guest, GuestConfig, Kernel};
+use demand_tests::guest::{Guest, Kernel};
 use demand_tests::process::{program, run};
 use guest_work::Work;
+
+use crate::config;
 
 /// Sizes of archives, in MiB.
 const SMALL: usize = 2;
@@ -64,8 +66,7 @@ fn boots_or_is_refused(kernel: &Kernel, mib: usize) -> Result<()> {
     let least: usize = after.split_once('M').context("a size")?.0.parse()?;
     let refused = refusal(&kernel, least - 1)?;
     ensure!(refused.contains(&format!("at least {least}M")), "{refused}");
-    let config =
-        GuestConfig { cpus: 1, memory: format!("size={least}M"), ..GuestConfig::default() };
+    let config = config(1, &format!("size={least}M"), &[]);
     let mut guest = Guest::boot(&folder.path().join("guest"), &kernel, &Work::Idle, &config)?;
     guest.wait_ready().with_context(|| format!("{mib} MiB in {least}M"))?;
     guest.finish()?;

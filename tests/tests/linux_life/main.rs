@@ -1,0 +1,14 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! A Linux guest's life beside its work: the room it begins in, times in which it does not run, and
+//! ends that it does not ask for.
+
+mod clock;
+mod ends;
+mod room;
+
+use demand_tests::guest::GuestConfig;
+
+fn config(cpus: u32, memory: &str, more: &[&str]) -> GuestConfig {
+    let more = more.iter().map(ToString::to_string).collect();
+    GuestConfig { cpus, memory: memory.into(), more, ..GuestConfig::default() }
+}
