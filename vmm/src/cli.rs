@@ -19,7 +19,7 @@ use crate::error::Error;
 use crate::layout::MAX_CPUS;
 use crate::linux::{self, LinuxOptions};
 use crate::options::{
-    FillOption, MemoryOption, OnPanic, RestoreMemory, TestGuestOption, VhostUserOption,
+    ClockOption, FillOption, MemoryOption, OnPanic, RestoreMemory, TestGuestOption, VhostUserOption,
 };
 use crate::report::Report;
 use crate::restore::{RestoreOptions, restore};
@@ -188,6 +188,9 @@ struct RestoreArgs {
     /// Background fill: on, off or rate=BYTES/s.
     #[arg(long, default_value = "on")]
     fill: FillOption,
+    /// Where the guest's clocks go on: keep, where they were, or host, as if it had been paused.
+    #[arg(long, default_value = "keep")]
+    clock: ClockOption,
     /// Read and check all of the memory's image before the guest runs.
     #[arg(long)]
     verify: bool,
@@ -386,6 +389,7 @@ fn restore_command(args: RestoreArgs, started: Instant) -> Result<(), Error> {
         engine: args.engine,
         source_limit: args.source_limit.map(Duration::from_secs),
         fill: args.fill,
+        clock: args.clock,
         verify: args.verify,
     };
     output.write(&restore(options, started)?)

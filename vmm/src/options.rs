@@ -436,6 +436,16 @@ impl FromStr for TestGuestOption {
     }
 }
 
+/// Where a restored guest's clocks go on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum ClockOption {
+    /// Where they were: to the guest, no time has passed, and its wall clock is late.
+    #[default]
+    Keep,
+    /// Where they would be had the guest been paused: its wall clock is the host's.
+    Host,
+}
+
 /// What becomes of a VM whose guest's kernel panics.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum OnPanic {

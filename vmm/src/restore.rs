@@ -17,7 +17,7 @@ use crate::events::{Event, Tell};
 use crate::layout::MAX_CPUS;
 use crate::machine::{Machine, MachineConfig};
 use crate::open_snapshot::OpenSnapshot;
-use crate::options::{FillOption, RestoreMemory};
+use crate::options::{ClockOption, FillOption, RestoreMemory};
 use crate::progress::Bar;
 use crate::report::Report;
 use crate::saved::SavedVm;
@@ -48,6 +48,8 @@ pub struct RestoreOptions {
     pub source_limit: Option<Duration>,
     /// Background fill.
     pub fill: FillOption,
+    /// Where the guest's clocks go on.
+    pub clock: ClockOption,
     /// Whether all of the memory's image is read and checked before the guest runs.
     pub verify: bool,
 }
@@ -67,7 +69,10 @@ pub fn restore(options: RestoreOptions, started: Instant) -> Result<Report, Erro
 
 fn prepare(session: &Session, options: &RestoreOptions) -> Result<Prepared, Error> {
     let snapshot = OpenSnapshot::open(&options.source)?;
-    let saved: SavedVm = snapshot.read_state()?;
+    let mut saved: SavedVm = snapshot.read_state()?;
+    if options.clock == ClockOption::Host {
+        saved.vm.follow_host()?;
+    }
     let memory = saved.memory.option(&options.memory)?;
     check(&saved, options)?;
     let image = open_image(&snapshot, &saved, options)?;

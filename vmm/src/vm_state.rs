@@ -4,9 +4,11 @@
 //! Source: `Documentation/virt/kvm/api.rst`, sections `KVM_GET_IRQCHIP`, `KVM_GET_PIT2` and
 //! `KVM_GET_CLOCK`.
 
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
 use kvm_bindings::{
-    KVM_CLOCK_HOST_TSC, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
-    kvm_clock_data, kvm_irqchip, kvm_pit_state2,
+    KVM_CLOCK_HOST_TSC, KVM_CLOCK_REALTIME, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER,
+    KVM_IRQCHIP_PIC_SLAVE, kvm_clock_data, kvm_irqchip, kvm_pit_state2,
 };
 use kvm_ioctls::VmFd;
 use serde::{Deserialize, Serialize};
@@ -45,6 +47,13 @@ pub struct VmState {
     clock: u64,
     /// The host's TSC at the same moment, if KVM tells.
     host_tsc: Option<u64>,
+    /// The host's wall clock at the same moment, in nanoseconds since 1970; older snapshots do not
+    /// have it.
+    #[serde(default)]
+    realtime: Option<u64>,
+    /// Whether the clock goes on by as much as the host's wall clock has since.
+    #[serde(skip)]
+    follows_host: bool,
     #[serde(with = "hex")]
     pic_master: kvm_irqchip,
     #[serde(with = "hex")]
@@ -71,6 +80,8 @@ impl VmState {
         Ok(VmState {
             clock: clock.clock,
             host_tsc: host_tsc(&clock),
+            realtime: Some(realtime(&clock)),
+            follows_host: false,
             pic_master: chip(KVM_IRQCHIP_PIC_MASTER, PIC)?,
             pic_slave: chip(KVM_IRQCHIP_PIC_SLAVE, PIC)?,
             ioapic: chip(KVM_IRQCHIP_IOAPIC, IOAPIC)?,
@@ -78,7 +89,33 @@ impl VmState {
         })
     }
 
-    /// Sets the guest's clock to where it stopped: to it, no time has passed. To be called
+    /// Lets the guest's clock go on by as much as the host's wall clock has since the state was saved,
+    /// as if the guest had been paused. Where the host's shows an earlier time, it stays where it was:
+    /// a clock never goes back.
+    ///
+    /// # Errors
+    ///
+    /// If the snapshot does not say when it was taken.
+    pub fn follow_host(&mut self) -> Result<(), Error> {
+        let Some(then) = self.realtime else {
+            return Err(Error::failed(
+                "cannot set the guest's clock by the host's: the snapshot does not say when it was \
+                 taken; use --clock keep",
+            ));
+        };
+        if let Some(behind) = Duration::from_nanos(then).checked_sub(since_1970()) {
+            log::warn!(
+                "the host's clock is {} s behind the moment of the snapshot; the guest's clock goes \
+                 on from there",
+                behind.as_secs()
+            );
+        }
+        self.follows_host = true;
+        Ok(())
+    }
+
+    /// Sets the guest's clock to where it stopped, so that to it no time has passed, or
+    /// [further](Self::follow_host). To be called
     /// **before** the vCPUs are restored, as the wall clock that KVM tells the guest as one of
     /// their MSRs is set is the host's time without this one.
     ///
@@ -86,9 +123,12 @@ impl VmState {
     ///
     /// What KVM refused: one line.
     pub fn restore_clock(&self, vm: &VmFd) -> Result<(), Error> {
-        // Without KVM_CLOCK_REALTIME, which would add the time since; the other flags are only
-        // ever answers.
-        let clock = kvm_clock_data { clock: self.clock, ..Default::default() };
+        // KVM_CLOCK_REALTIME adds the time since; the other flags are only ever answers.
+        let mut clock = kvm_clock_data { clock: self.clock, ..Default::default() };
+        if let Some(realtime) = self.realtime.filter(|_| self.follows_host) {
+            clock.realtime = realtime;
+            clock.flags = KVM_CLOCK_REALTIME;
+        }
         vm.set_clock(&clock).map_err(|error| failed("restore", CLOCK, error))
     }
 
@@ -129,6 +169,18 @@ impl VmState {
     pub fn clock(&self) -> u64 {
         self.clock
     }
+}
+
+/// The host's wall clock at the moment of the clock's value; KVM says it where it can.
+fn realtime(clock: &kvm_clock_data) -> u64 {
+    match clock.flags & KVM_CLOCK_REALTIME {
+        0 => since_1970().as_nanos() as u64,
+        _ => clock.realtime,
+    }
+}
+
+fn since_1970() -> Duration {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
 }
 
 /// The host's TSC at the moment of the clock's value, where it belongs to it.

@@ -4,8 +4,9 @@
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::process::Command;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, UNIX_EPOCH};
 
 use anyhow::{Context, Result, ensure};
 use demand_tests::guest::{Guest, Kernel};
@@ -20,7 +21,7 @@ const WATCHDOG: &str = "watchdog_thresh=1";
 /// How long the guest is held up.
 const HELD_UP: Duration = Duration::from_millis(3000);
 /// Beats in which the guest's kernel finds a lockup, if it takes the time for one.
-const BEATS: u32 = 4;
+const BEATS: u32 = 3;
 
 const PAGE: usize = 4096;
 /// Where the memory begins that no start needs.
@@ -33,6 +34,8 @@ fn busy() -> Work {
         rest_us: 0,
         journal: Journal::None,
         beat_ms: 250,
+        // Both of its clocks may jump, together.
+        jump_ms: 1_000_000_000,
         ..Prove::default()
     })
 }
@@ -75,6 +78,54 @@ fn waits_for_pages(snapshot: &Path, folder: &Path) -> Result<()> {
     Ok(())
 }
 
+/// The lab's wall clock, moved by some seconds until this is dropped.
+struct Moved(i64);
+
+impl Moved {
+    fn by(seconds: i64) -> Result<Self> {
+        set_clock(now_us() / 1_000_000 + seconds)?;
+        Ok(Moved(seconds))
+    }
+}
+
+impl Drop for Moved {
+    fn drop(&mut self) {
+        let _ = set_clock(now_us() / 1_000_000 - self.0);
+    }
+}
+
+fn set_clock(seconds: i64) -> Result<()> {
+    let set = Command::new("date").arg("-s").arg(format!("@{seconds}")).output()?;
+    ensure!(set.status.success(), "{set:?}");
+    Ok(())
+}
+
+fn now_us() -> i64 {
+    UNIX_EPOCH.elapsed().map_or(0, |since| since.as_micros() as i64)
+}
+
+/// Restores a guest on hosts whose clocks are a day ahead of the snapshot, and behind.
+fn wall_clocks(snapshot: &Path, folder: &Path) -> Result<()> {
+    const DAY: i64 = 86_400;
+    for (number, (days, clock, late)) in
+        [(1, "keep", DAY), (1, "host", 0), (-1, "host", -DAY)].into_iter().enumerate()
+    {
+        let _moved = Moved::by(days * DAY)?;
+        let config = config(0, "", &["--clock", clock, "--fill", "off"]);
+        let mut guest = Guest::restore(&folder.join(number.to_string()), snapshot, &config)?;
+        let beat = guest.wait_beats(BEATS)?;
+        let is_late = (now_us() - beat.real_us.cast_signed()) / 1_000_000;
+        let story = || format!("{days} days, --clock {clock}: {is_late} s; {}", guest.story());
+        // What the tests before this one took is kept, too.
+        let kept = if late == 0 { 0..=5 } else { late - 5..=late + 600 };
+        ensure!(kept.contains(&is_late), "{}", story());
+        ensure!(guest.said().contains("s behind") == (days < 0), "{}", story());
+        guest.api().shutdown()?;
+        guest.ended()?;
+    }
+    Ok(())
+}
+
 #[test]
 fn time_out_of_the_guest_is_no_lockup() {
     let Some(kernel) = Kernel::lab() else { return };
@@ -104,5 +155,6 @@ fn held_up(kernel: &Kernel) -> Result<()> {
     guest.api().resume()?;
     goes_on(&mut guest, "a snapshot")?;
     guest.finish()?;
-    waits_for_pages(&snapshot, &at("restored"))
+    waits_for_pages(&snapshot, &at("restored"))?;
+    wall_clocks(&snapshot, &at("wall"))
 }
