@@ -55,11 +55,12 @@ pub struct Seal {
 }
 
 impl Seal {
-    /// Reads all of a file, wherever it is positioned.
-    fn of(file: &File) -> io::Result<Self> {
+    /// Reads all of a file, wherever it is positioned; an error once `ended` says so.
+    fn of(file: &File, ended: &dyn Fn() -> bool) -> io::Result<Self> {
         let (mut hasher, mut bytes) = (Sha256::new(), 0);
         let mut buffer = vec![0; STEP];
         loop {
+            go_on(ended)?;
             match file.read_at(&mut buffer, bytes) {
                 Ok(0) => break,
                 Ok(len) => {
@@ -169,13 +170,14 @@ impl BootSource {
     ///
     /// # Errors
     ///
-    /// One line: the snapshot cannot be written to.
+    /// One line: the snapshot cannot be written to, or `ended` has said that the VM goes away.
     pub(crate) fn keep_in(
         &self,
         partial: &PartialSnapshot,
+        ended: &dyn Fn() -> bool,
     ) -> Result<(Option<SavedBoot>, Option<Error>), Error> {
         for file in self.files() {
-            if let Err(failure) = file.copy_to(&partial.file(file.part.name())) {
+            if let Err(failure) = file.copy_to(&partial.file(file.part.name()), ended) {
                 return match failure {
                     CopyFailure::Source(error) => {
                         for file in self.files() {
@@ -235,7 +237,7 @@ impl BootFile {
         if metadata.len() > MAX_BYTES {
             return Err(refused(&format_args!("it has more than {MAX_BYTES} bytes")));
         }
-        let seal = Seal::of(&file).map_err(|error| refused(&error))?;
+        let seal = Seal::of(&file, &|| false).map_err(|error| refused(&error))?;
         Ok(BootFile { part, path: path.into(), file, seal, is_snapshots: false })
     }
 
@@ -293,7 +295,7 @@ impl BootFile {
     ///
     /// One line: it cannot be read, or differs.
     pub fn check(&self) -> Result<(), Error> {
-        match Seal::of(&self.file) {
+        match Seal::of(&self.file, &|| false) {
             Ok(seal) => self.compare(&seal),
             Err(error) => Err(self.cannot_load(&error, "see that its disk is well")),
         }
@@ -313,7 +315,7 @@ impl BootFile {
     }
 
     /// Makes a file with its content, by sharing the room on the disk where that can be.
-    fn copy_to(&self, to: &Path) -> Result<(), CopyFailure> {
+    fn copy_to(&self, to: &Path, ended: &dyn Fn() -> bool) -> Result<(), CopyFailure> {
         let cannot_write = CopyFailure::Destination;
         let copy = if self.is_snapshots && self.link_to(to).is_ok() {
             File::open(to).map_err(cannot_write)?
@@ -322,14 +324,13 @@ impl BootFile {
             let options = options.read(true).write(true).create_new(true).mode(0o600);
             let copy = options.open(to).map_err(cannot_write)?;
             if ioctl_ficlone(&copy, &self.file).is_err() {
-                self.copy_into(&copy)?;
+                self.copy_into(&copy, ended)?;
             }
             copy
         };
         // What was written, whatever became of the original in the meantime.
-        let seal = Seal::of(&copy).map_err(cannot_write)?;
-        self.compare(&seal).map_err(CopyFailure::Source)?;
-        copy.sync_all().map_err(cannot_write)
+        let seal = Seal::of(&copy, ended).map_err(cannot_write)?;
+        self.compare(&seal).map_err(CopyFailure::Source)
     }
 
     /// Gives the file one more name. It has to have one.
@@ -338,13 +339,14 @@ impl BootFile {
         Ok(linkat(CWD, this, CWD, to, AtFlags::SYMLINK_FOLLOW)?)
     }
 
-    fn copy_into(&self, mut to: &File) -> Result<(), CopyFailure> {
+    fn copy_into(&self, mut to: &File, ended: &dyn Fn() -> bool) -> Result<(), CopyFailure> {
         let cannot_read = |error| CopyFailure::Source(self.cannot_load(&error, "see its disk"));
         let mut from = &self.file;
         from.seek(SeekFrom::Start(0)).map_err(cannot_read)?;
         let mut from = from.take(self.seal.bytes);
         let mut buffer = vec![0; STEP];
         loop {
+            go_on(ended).map_err(CopyFailure::Destination)?;
             match from.read(&mut buffer) {
                 Ok(0) => return Ok(()),
                 Ok(len) => to.write_all(&buffer[..len]).map_err(CopyFailure::Destination)?,
@@ -353,6 +355,11 @@ impl BootFile {
             }
         }
     }
+}
+
+/// Fails if the VM that a copy is made for goes away: its end waits for the copy.
+fn go_on(ended: &dyn Fn() -> bool) -> io::Result<()> {
+    if ended() { Err(io::Error::other("the VM is ending")) } else { Ok(()) }
 }
 
 fn cannot_load(part: BootPart, path: &Path, why: &dyn fmt::Display, remedy: &str) -> Error {
@@ -390,7 +397,7 @@ mod tests {
         let partial = PartialSnapshot::create(dir)?;
         fs::write(partial.memory(), [1; 4096]).unwrap();
         fs::write(partial.hashes(), [2; 8]).unwrap();
-        let (saved, warning) = source.keep_in(&partial)?;
+        let (saved, warning) = source.keep_in(&partial, &|| false)?;
         assert_eq!(saved.is_none(), warning.is_some(), "{warning:?}");
         partial.publish(&saved)?;
         Ok(saved)
@@ -427,6 +434,17 @@ mod tests {
         assert_eq!(snapshot(&restored, &at("third")).unwrap(), Some(first));
         assert_eq!(fs::read(at("third/initramfs")).unwrap(), [2; 5000]);
         assert_eq!(fs::metadata(at("third/kernel")).unwrap().mode() & 0o777, 0o600);
+    }
+
+    #[test]
+    fn copy_ends_with_the_vm() {
+        let (folder, source) = booted();
+        let partial = PartialSnapshot::create(&folder.path().join("first")).unwrap();
+        let steps = std::cell::Cell::new(0);
+        let ended = || steps.replace(steps.get() + 1) >= 2;
+        let error = source.keep_in(&partial, &ended).unwrap_err().to_string();
+        assert!(error.contains("the VM is ending"), "{error}");
+        assert_eq!(steps.get(), 3, "it ends at the next step");
     }
 
     #[test]

@@ -116,6 +116,7 @@ fn prepare(session: &Session, options: &LinuxOptions) -> Result<Prepared, Error>
         missing_at_start: 0,
         last_error: session.last_error.clone(),
         tell: session.tell.clone(),
+        reset_asked: session.reset_asked.clone(),
     });
     Ok(Prepared { vm, begin: Box::new(|_| Ok(())), fill: None })
 }

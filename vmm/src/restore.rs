@@ -133,6 +133,7 @@ fn prepare(session: &Session, options: &RestoreOptions) -> Result<Prepared, Erro
         started: session.started,
         last_error: session.last_error.clone(),
         tell: session.tell.clone(),
+        reset_asked: session.reset_asked.clone(),
     });
     let fill = match options.fill {
         FillOption::On(rate) => Some(rate),

@@ -65,7 +65,7 @@ pub(crate) struct Session {
     pub(crate) last_error: LastError,
     /// Whether the guest has asked for a reset that has not come yet: it may ask by more than one
     /// vCPU.
-    reset_asked: Arc<AtomicBool>,
+    pub(crate) reset_asked: Arc<AtomicBool>,
     /// Known to whoever ends the run, as soon as it is there.
     pub(crate) memory: Arc<OnceLock<DemandMemory>>,
 }

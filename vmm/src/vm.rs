@@ -73,6 +73,8 @@ pub struct VmParts {
     pub last_error: LastError,
     /// Whom to tell.
     pub tell: Tell,
+    /// Whether the guest has asked for a reset that has not come yet.
+    pub reset_asked: Arc<AtomicBool>,
 }
 
 /// A VM. It is asked through [`Control`], from any thread.
@@ -90,6 +92,7 @@ pub struct Vm {
     pub(crate) missing_at_start: u64,
     last_error: LastError,
     pub(crate) tell: Tell,
+    reset_asked: Arc<AtomicBool>,
     pub(crate) lifecycle: Lifecycle,
 }
 
@@ -171,6 +174,11 @@ impl Lifecycle {
         }
     }
 
+    /// Whether the VM is going away.
+    fn is_ending(&self) -> bool {
+        self.ending.load(Ordering::Acquire)
+    }
+
     /// Whether the VM is going away because somebody has asked for it.
     pub fn was_asked(&self) -> bool {
         self.asked.load(Ordering::Acquire)
@@ -209,6 +217,7 @@ impl Vm {
             missing_at_start: parts.missing_at_start,
             last_error: parts.last_error,
             tell: parts.tell,
+            reset_asked: parts.reset_asked,
             lifecycle: Lifecycle::default(),
         }
     }
@@ -396,7 +405,7 @@ impl Vm {
         destination: &Path,
     ) -> Result<(Option<SavedBoot>, Option<String>), Error> {
         let (saved, why) = match &self.boot {
-            Some(boot) => boot.keep_in(partial)?,
+            Some(boot) => boot.keep_in(partial, &|| self.lifecycle.is_ending())?,
             None => (None, Some(Error::failed("the VM's own snapshot holds none"))),
         };
         let warning = why.map(|why| {
@@ -427,7 +436,7 @@ impl Vm {
                 .map_err(Error::failed)?;
         let mut progress = |progress: ImageProgress| {
             self.lifecycle.copied.store(progress.bytes / PAGE_SIZE, Ordering::Relaxed);
-            !self.lifecycle.ending.load(Ordering::Acquire)
+            !self.lifecycle.is_ending()
         };
         self.machine.memory().write_image(&mut writer, &mut progress).map_err(Error::failed)?;
         let mut image = writer.finish().map_err(Error::failed)?;
@@ -518,8 +527,8 @@ impl Control for Vm {
                 return Err(self.explain(&error).into());
             }
         }
-        // Its state is none that a guest could go on from.
-        if self.vcpus().is_held() {
+        // Its state is none that a guest could go on from: the request for the reset is not saved.
+        if self.vcpus().is_held() || self.reset_asked.load(Ordering::Acquire) {
             if before == State::Running {
                 self.vcpus().resume();
             }
