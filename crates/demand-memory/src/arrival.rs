@@ -6,9 +6,9 @@ use std::sync::{Arc, OnceLock};
 
 use demand_source::{Lender, SourceError};
 
-use crate::pager::Left;
-use crate::retry::Attempts;
-use crate::{PageRange, Pager, Path};
+use crate::errand::{Errand, Left};
+use crate::pager::{PopulateError, data_bytes};
+use crate::{PageRange, Pager};
 
 /// Claimed pages that are with the source. The outcome and the destination hold it, and what
 /// follows is done when both have let go: pages are published, or asked for again, only when the
@@ -16,22 +16,16 @@ use crate::{PageRange, Pager, Path};
 pub(crate) struct Arrival {
     pager: Arc<Pager>,
     run: PageRange,
-    path: Path,
-    tried: Option<Attempts>,
+    errand: Errand,
     outcome: OnceLock<Result<(), SourceError>>,
     /// Bytes that the source wrote.
     wrote: AtomicU64,
 }
 
 impl Arrival {
-    pub(crate) fn new(
-        pager: Arc<Pager>,
-        run: PageRange,
-        path: Path,
-        tried: Option<Attempts>,
-    ) -> Self {
+    pub(crate) fn new(pager: Arc<Pager>, run: PageRange, errand: Errand) -> Self {
         let (outcome, wrote) = (OnceLock::new(), AtomicU64::new(0));
-        Arrival { pager, run, path, tried, outcome, wrote }
+        Arrival { pager, run, errand, outcome, wrote }
     }
 
     /// Notes what the source said, once.
@@ -48,16 +42,20 @@ impl Lender for Arrival {
 
 impl Drop for Arrival {
     fn drop(&mut self) {
-        let Arrival { ref pager, run, path, tried, .. } = *self;
+        let Arrival { ref pager, run, errand, .. } = *self;
         let outcome = self.outcome.take().unwrap_or(Err(SourceError::Abandoned));
         // The bytes themselves were written before the loan let go of this.
         let (wrote, len) = (*self.wrote.get_mut(), run.bytes());
         let short = || if wrote == len { Ok(()) } else { Err(SourceError::Short { wrote, len }) };
         match outcome.and_then(|()| short()) {
             Ok(()) => {
-                pager.publish(run, path, len, tried);
+                let (source, start) = pager.source();
+                let bytes_read = data_bytes(&**source, start + run.offset(), len);
+                pager.publish(run, errand, bytes_read);
             }
-            Err(error) => pager.retry(run, Left::Populate, path, &error, tried),
+            Err(error) => {
+                pager.failed(run, Left::Populate, errand, &PopulateError::Source(error));
+            }
         }
     }
 }

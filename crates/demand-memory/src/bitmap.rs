@@ -349,6 +349,23 @@ impl BitmapReader {
         self.waiting.wait(range, waiter, &|range| self.first_missing(range))
     }
 
+    /// As [`wait`](Self::wait), but for about `limit` at most: `None` after that, or earlier.
+    #[cfg(not(loom))] // Fill, which asks, is not modelled.
+    pub(crate) fn wait_within(
+        &self,
+        range: PageRange,
+        waiter: &Arc<Waiter>,
+        limit: std::time::Duration,
+    ) -> Option<Wait> {
+        self.waiting.wait_within(range, waiter, Some(limit), &|range| self.first_missing(range))
+    }
+
+    /// Whether a thread or a callback waits for a page of the range, background fill excepted.
+    #[cfg(not(loom))]
+    pub(crate) fn is_wanted(&self, range: PageRange) -> bool {
+        self.waiting.is_wanted(range)
+    }
+
     /// Calls `callback` when no page of the range is missing: at once on this thread, or later on
     /// the thread that publishes the last of them; it must not wait. If the bitmap is
     /// [stopped](MissingBitmap::stop) before, it is dropped uncalled.

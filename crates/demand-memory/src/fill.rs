@@ -7,10 +7,16 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use crate::{FetchError, PageRange, Pager, Path, Waiter};
+use crate::{FetchError, PageRange, Pager, Path, Wait, Waiter, join_within};
 
 /// Pages of one step: 256 KiB, so that a demand fault never waits long behind one.
 const CHUNK: u64 = 64;
+
+/// How long its end waits for a source that does not return from a call, as it must.
+const END_WITHIN: Duration = Duration::from_secs(1);
+
+/// How often it is looked whether pages that do not arrive have failed one by one.
+const LOOK_EVERY: Duration = Duration::from_millis(10);
 
 /// How fast background fill goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,8 +27,8 @@ pub enum FillRate {
     BytesPerSecond(u64),
 }
 
-/// A thread that makes all pages of some regions present, in ascending order. It ends when they
-/// are, when the memory is stopped, or when this is dropped.
+/// A thread that makes all pages of some regions present, in ascending order. Pages that the source
+/// cannot deliver are passed over, and tried again until it can. It ends when all are present, when the memory is stopped, or when this is dropped.
 #[derive(Debug)]
 pub struct Fill {
     stop: Arc<AtomicBool>,
@@ -38,7 +44,7 @@ impl Fill {
     /// The system's, if the thread cannot be started.
     pub fn start(pagers: Vec<Arc<Pager>>, rate: FillRate) -> io::Result<Self> {
         let stop = Arc::new(AtomicBool::new(false));
-        let waiter = Waiter::new();
+        let waiter = Waiter::background();
         let thread = {
             let (stop, waiter) = (stop.clone(), waiter.clone());
             thread::Builder::new().name("fill".into()).spawn(move || {
@@ -94,20 +100,37 @@ fn fill(
         let chunk = PageRange::new(first, end.min(pages) - first);
         let missing = pager.bitmap().count_missing(chunk) * crate::PAGE_SIZE;
         pager.fetch(chunk, Path::Fill)?;
-        pager.ensure(before, Path::Fill, waiter)?;
+        settle(pager, before, waiter)?;
         pace.keep(missing, stop);
         (next, before) = (chunk.end(), chunk);
     }
     pager.ensure(PageRange::new(0, pages), Path::Fill, waiter)
 }
 
+/// Waits until the pages are present, or the source cannot deliver these very pages: those are
+/// tried again and again, and the others are not to wait for them.
+fn settle(pager: &Pager, pages: PageRange, waiter: &Arc<Waiter>) -> Result<(), FetchError> {
+    while !pager.is_set_aside(pages) {
+        match pager.bitmap().wait_within(pages, waiter, LOOK_EVERY) {
+            Some(Wait::Present) => return Ok(()),
+            Some(Wait::Kicked) => return Err(FetchError::Kicked),
+            Some(Wait::Stopped) => return Err(FetchError::Stopped),
+            None => {}
+        }
+    }
+    Ok(())
+}
+
 impl Drop for Fill {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
         self.waiter.kick();
-        if let Some(thread) = self.thread.take() {
-            // A panic there is reported by the thread itself.
-            let _ = thread.join();
+        let hanging = join_within(self.thread.take().into_iter().collect(), END_WITHIN);
+        if hanging > 0 {
+            log::warn!(
+                "cannot end background fill: its source does not return from a call; its thread is \
+                 left until it does, or the process ends"
+            );
         }
     }
 }

@@ -14,7 +14,7 @@ use demand_source::{
 use vm_memory::GuestMemoryBackend;
 use vm_memory::bitmap::Bitmap;
 
-use crate::pager::pages_of;
+use crate::pager::{data_bytes, extent_now, pages_of};
 use crate::{DemandMemory, DemandRegion, PAGE_SIZE, PageRange, Pager};
 
 /// Pages that are copied at once: 1 MiB.
@@ -278,12 +278,12 @@ impl Copy<'_> {
         let mut done = 0;
         while done < run.count {
             let here = done * PAGE_SIZE;
-            let extent = self.persist(offset + here, |_| Ok(source.extent(offset + here)))?;
+            let extent = self.persist(offset + here, |_| Ok(extent_now(source, offset + here)))?;
             let (pages, hole) = pages_of(extent, offset + here, run.count - done);
             if !hole {
                 let len = pages * PAGE_SIZE;
                 self.persist(offset + here, |copy| copy.read(source, offset + here, len as usize))?;
-                self.so_far.from_source += len;
+                self.so_far.from_source += data_bytes(source, offset + here, len);
                 self.write(to + here)?;
             }
             done += pages;

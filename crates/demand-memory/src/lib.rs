@@ -14,6 +14,8 @@ mod arrival;
 #[cfg(not(loom))]
 mod backing;
 #[cfg(not(loom))]
+mod errand;
+#[cfg(not(loom))]
 mod fill;
 #[cfg(not(loom))]
 mod image;
@@ -45,7 +47,7 @@ pub use page::{PAGE_SIZE, PageRange};
 pub use wait::{Wait, Waiter};
 
 #[cfg(not(loom))]
-pub use demand_source::MappedBytes;
+pub use demand_source::{MappedBytes, join_within};
 
 #[cfg(not(loom))]
 pub use self::{

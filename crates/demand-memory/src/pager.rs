@@ -3,6 +3,7 @@
 
 use std::fmt;
 use std::io;
+use std::panic::{self, AssertUnwindSafe};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, TryLockError, Weak};
 use std::time::Instant;
@@ -12,6 +13,7 @@ use demand_source::{
 };
 
 use crate::arrival::Arrival;
+use crate::errand::{Errand, Left, Role, SetAside, probe_of};
 use crate::retry::{Attempts, Retrier, RetryPolicy};
 use crate::{
     Backing, BackingError, BitmapReader, LoadUnit, Mapping, MissingBitmap, PAGE_SIZE, PageRange,
@@ -140,6 +142,7 @@ pub struct Pager {
     on_complete: Mutex<Vec<Callback>>,
     stats: Arc<Stats>,
     retrier: Arc<Retrier>,
+    set_aside: SetAside,
 }
 
 impl Pager {
@@ -189,12 +192,13 @@ impl Pager {
     ) -> Result<Arc<Self>, PagerError> {
         let size = backing.size();
         let pages = size / PAGE_SIZE;
-        let bitmap = bitmap(pages).map_err(|error| PagerError::Bitmap { pages, error })?;
+        // Before the bitmap, which takes memory: a size that cannot be mapped is refused for nothing.
         let populate = Arc::new(backing.map()?);
         // Content is written there: a length that the backing has wrong would be memory of others.
         if populate.len() < size {
             return Err(PagerError::MappingShort { size, mapped: populate.len() });
         }
+        let bitmap = bitmap(pages).map_err(|error| PagerError::Bitmap { pages, error })?;
         let unit = backing.kind().unit();
         let allocated = (unit > PAGE_SIZE)
             .then(|| (0..(size / unit).div_ceil(64)).map(|_| AtomicU64::new(0)).collect());
@@ -213,6 +217,7 @@ impl Pager {
             on_complete: Mutex::default(),
             stats,
             retrier,
+            set_aside: SetAside::default(),
         }))
     }
 
@@ -347,12 +352,12 @@ impl Pager {
         }
         if range.count == 1 {
             let claimed = self.bitmap.claim_page(range.first);
-            return Ok(if claimed { self.populate(range, path, None) } else { 0 });
+            return Ok(if claimed { self.populate(range, Errand::new(path)) } else { 0 });
         }
         // Claims of the whole range are taken before the first byte is read, so that nobody
         // else's page can be touched by what is written for this range.
         let claimed = self.bitmap.claim(range);
-        Ok(claimed.iter().map(|run| self.populate(*run, path, None)).sum())
+        Ok(claimed.iter().map(|run| self.populate(*run, Errand::new(path))).sum())
     }
 
     /// Makes all pages of `range` present: fetches those that nobody has claimed, and waits for
@@ -380,17 +385,21 @@ impl Pager {
 
     /// Brings in claimed pages; returns how many became present before it returned. The rest is
     /// with the source, or will be tried again.
-    fn populate(self: &Arc<Self>, run: PageRange, path: Path, tried: Option<Attempts>) -> u64 {
+    fn populate(self: &Arc<Self>, run: PageRange, errand: Errand) -> u64 {
         let mut left = run;
         let mut present = 0;
         while !left.is_empty() {
-            match self.populate_extent(left, path, tried) {
+            // The claims are this thread's: a panic of the source's code must not lose them.
+            let populate = AssertUnwindSafe(|| self.populate_extent(left, errand));
+            let outcome = panic::catch_unwind(populate)
+                .unwrap_or(Err(PopulateError::Source(SourceError::Panicked)));
+            match outcome {
                 Ok((done, arrived)) => {
                     left = PageRange::new(left.first + done, left.count - done);
                     present += if arrived { done } else { 0 };
                 }
                 Err(error) => {
-                    self.retry(left, Left::Populate, path, &error, tried);
+                    self.failed(left, Left::Populate, errand, &error);
                     break;
                 }
             }
@@ -403,21 +412,20 @@ impl Pager {
     fn populate_extent(
         self: &Arc<Self>,
         run: PageRange,
-        path: Path,
-        tried: Option<Attempts>,
+        errand: Errand,
     ) -> Result<(u64, bool), PopulateError> {
         let offset = self.image_offset + run.offset();
-        let extent = self.source.extent(offset)?;
+        let extent = extent_now(&*self.source, offset)?;
         let (pages, hole) = pages_of(extent, offset, run.count);
         let pages = pages.min(self.to_unit_border(run.first).unwrap_or(pages));
         let run = PageRange::new(run.first, pages);
         if hole {
             // New memory is zero, which is what the image says.
             self.allocate(run, true)?;
-            return Ok((pages, self.publish(run, path, 0, tried)));
+            return Ok((pages, self.publish(run, errand, 0)));
         }
         if let Some(unit) = self.load_unit(run) {
-            return Ok((unit.count, self.publish(unit, path, unit.bytes(), tried)));
+            return Ok((unit.count, self.publish(unit, errand, unit.bytes())));
         }
         self.allocate(run, false)?;
         let (address, len) = (self.populate.at(run.offset()), run.bytes() as usize);
@@ -427,19 +435,20 @@ impl Pager {
         let mut destination = unsafe { Destination::new(address, len, None) };
         if let Some(read) = self.source.read_now(offset, &mut destination) {
             read.and_then(|()| destination.check_filled())?;
-            return Ok((pages, self.publish(run, path, run.bytes(), tried)));
+            return Ok((pages, self.publish(run, errand, run.bytes())));
         }
         // A page that cannot be allocated must fail here, not as a signal in a source's thread.
         self.allocate(run, true)?;
-        let arrival = Arc::new(Arrival::new(self.clone(), run, path, tried));
+        let arrival = Arc::new(Arrival::new(self.clone(), run, errand));
         // SAFETY: as above; `arrival` keeps the mapping, and the pages stay claimed until it is
         // dropped, which is after the loan has ended.
         let destination = unsafe { Destination::new(address, len, Some(arrival.clone())) };
-        let priority = if path == Path::Fill { Priority::Fill } else { Priority::Demand };
+        let priority = if errand.is_wanted() { Priority::Demand } else { Priority::Fill };
         let request = Request { priority, chunks: vec![Chunk { offset, destination }] };
-        self.source.submit(request).then(move |outcome| {
-            arrival.tell(outcome);
-        });
+        let told = move |outcome| arrival.tell(outcome);
+        // After a panic the request and `told` are gone, and with them the arrival: it has failed.
+        let submit = AssertUnwindSafe(|| self.source.submit(request).then(told));
+        let _ = panic::catch_unwind(submit);
         Ok((pages, false))
     }
 
@@ -514,9 +523,8 @@ impl Pager {
     pub(crate) fn publish(
         self: &Arc<Self>,
         run: PageRange,
-        path: Path,
+        errand: Errand,
         bytes_read: u64,
-        tried: Option<Attempts>,
     ) -> bool {
         if let Some(trap) = self.guest_trap.get() {
             self.bitmap.mark_populated(run);
@@ -524,11 +532,12 @@ impl Pager {
                 // Some of the pages may be mapped, and the guest may have written to them already:
                 // their content is never brought in again.
                 let left = Left::Publish { bytes_read };
-                self.retry(run, left, path, &PopulateError::Map(error), tried);
+                self.failed(run, left, errand, &PopulateError::Map(error));
                 return false;
             }
         }
-        self.stats.arrived(path, run.count, bytes_read);
+        self.stats.arrived(errand.path, run.count, bytes_read);
+        self.set_aside.take_back(run);
         if self.bitmap.publish(run) == Published::Last {
             if let Some(loader) = self.unit_loader.get() {
                 loader.finish();
@@ -540,25 +549,80 @@ impl Pager {
                 callback();
             }
         }
+        self.populate_rest(run, errand);
         true
     }
 
-    /// Leaves claimed pages to the retrier. They stay missing and claimed, and faults on them
-    /// stay open.
-    pub(crate) fn retry(
+    /// Brings in the rest of a run that has failed, once one page of it has arrived: the source is
+    /// there, and it is some of the pages that it does not have.
+    fn populate_rest(self: &Arc<Self>, probe: PageRange, errand: Errand) {
+        let Role::Probe { of } = errand.role else { return };
+        let rest = Errand { role: Role::Part, ..errand };
+        for part in [
+            PageRange::new(of.first, probe.first - of.first),
+            PageRange::new(probe.end(), of.end() - probe.end()),
+        ] {
+            if !part.is_empty() {
+                self.populate(part, rest);
+            }
+        }
+    }
+
+    /// Deals with claimed pages that could not be populated or mapped. They stay missing and
+    /// claimed, and faults on them stay open.
+    ///
+    /// A run that the source does not deliver is tried by halves, down to the pages that are to
+    /// blame, so that no other waits for them. Whether the source delivers anything is found out
+    /// by one page first: while it is away, that is all that is asked of it beside the run.
+    pub(crate) fn failed(
         self: &Arc<Self>,
         run: PageRange,
         left: Left,
-        path: Path,
-        error: &dyn std::error::Error,
-        tried: Option<Attempts>,
+        errand: Errand,
+        error: &PopulateError,
     ) {
         if self.bitmap.is_stopped() {
             return;
         }
         self.stats.failed();
-        let mut attempts = tried.unwrap_or(Attempts { count: 0, since: Instant::now() });
+        if run.count > 1 && matches!(error, PopulateError::Source(_)) {
+            match errand.role {
+                Role::Whole => {
+                    let probe = Errand { role: Role::Probe { of: run }, ..errand };
+                    self.populate(probe_of(run, errand.tried), probe);
+                    return;
+                }
+                Role::Part => {
+                    let half = run.count / 2;
+                    self.populate(PageRange::new(run.first, half), errand);
+                    self.populate(PageRange::new(run.first + half, run.count - half), errand);
+                    return;
+                }
+                Role::Probe { .. } => {}
+            }
+        }
+        match (left, errand.role) {
+            (Left::Populate, Role::Probe { of }) => self.retry(of, left, errand, error),
+            _ => {
+                self.retry(run, left, errand, error);
+                // It has arrived, and only its mapping has failed.
+                self.populate_rest(run, errand);
+            }
+        }
+    }
+
+    /// Leaves claimed pages to the retrier.
+    fn retry(self: &Arc<Self>, run: PageRange, left: Left, errand: Errand, error: &PopulateError) {
+        let now = Instant::now();
+        let mut attempts = errand.tried.unwrap_or(Attempts { count: 0, since: now, wanted: None });
         attempts.count = attempts.count.saturating_add(1);
+        if attempts.wanted.is_none() && (errand.path != Path::Fill || self.bitmap.is_wanted(run)) {
+            attempts.wanted = Some(if attempts.count == 1 { attempts.since } else { now });
+        }
+        if run.count == 1 && matches!(left, Left::Populate) {
+            self.set_aside.add(run.first);
+        }
+        let errand = Errand { tried: Some(attempts), role: Role::Whole, ..errand };
         let pager = self.clone();
         self.retrier.failed(error, run, self.image_offset + run.offset(), attempts, move || {
             if pager.bitmap.is_stopped() {
@@ -566,10 +630,8 @@ impl Pager {
             }
             pager.stats.retried();
             match left {
-                Left::Populate => pager.populate(run, path, Some(attempts)),
-                Left::Publish { bytes_read } => {
-                    u64::from(pager.publish(run, path, bytes_read, Some(attempts)))
-                }
+                Left::Populate => pager.populate(run, errand),
+                Left::Publish { bytes_read } => u64::from(pager.publish(run, errand, bytes_read)),
             };
         });
     }
@@ -577,6 +639,12 @@ impl Pager {
     /// The bitmap through which pages are claimed.
     pub(crate) fn claims(&self) -> &MissingBitmap {
         &self.bitmap
+    }
+
+    /// Whether each missing page of the range was tried by itself and has failed: who need not
+    /// have it goes on, as it is tried again.
+    pub(crate) fn is_set_aside(&self, range: PageRange) -> bool {
+        self.set_aside.has_all(range, |page| self.bitmap.is_missing(page))
     }
 
     /// Where missing pages come from, and where the region begins there, in bytes.
@@ -597,6 +665,25 @@ impl fmt::Debug for Pager {
             .field("bitmap", &self.bitmap)
             .finish_non_exhaustive()
     }
+}
+
+/// The extent at `offset` (bytes) of the image; data without an end where only waiting for the
+/// source could tell.
+pub(crate) fn extent_now(source: &dyn PageSource, offset: u64) -> Result<Extent, SourceError> {
+    source.extent_now(offset).unwrap_or(Ok(Extent::Data { end: u64::MAX }))
+}
+
+/// How many of `len` bytes at `offset`, which have been read, were data. The source knows by now
+/// what were holes.
+pub(crate) fn data_bytes(source: &dyn PageSource, offset: u64, len: u64) -> u64 {
+    let (mut at, mut data, end) = (offset, 0, offset + len);
+    while at < end {
+        let extent = extent_now(source, at).unwrap_or(Extent::Data { end });
+        let until = extent.end().min(end).max(at + 1);
+        data += if extent.is_hole() { 0 } else { until - at };
+        at = until;
+    }
+    data
 }
 
 /// How many of the `most` pages from `offset` (bytes in the image) on lie in the extent that was
@@ -624,18 +711,9 @@ impl PageSource for NoSource {
     }
 }
 
-/// What is left to do for claimed pages.
-#[derive(Clone, Copy)]
-pub(crate) enum Left {
-    /// Their content.
-    Populate,
-    /// Their content is complete: mapping them, and the bits.
-    Publish { bytes_read: u64 },
-}
-
 /// Why claimed pages could not be populated.
 #[derive(Debug, thiserror::Error)]
-enum PopulateError {
+pub(crate) enum PopulateError {
     #[error(transparent)]
     Source(#[from] SourceError),
     #[error(transparent)]

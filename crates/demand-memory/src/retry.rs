@@ -18,8 +18,9 @@ pub struct RetryPolicy {
     pub first: Duration,
     /// The longest pause.
     pub longest: Duration,
-    /// After this time a failure is reported as given up, so that the VM can be paused. The
-    /// attempts go on: should the source come back, the VM can be resumed.
+    /// After this time a failure of pages that a thread waits for is reported as given up, so that
+    /// the VM can be paused. The attempts go on: should the source come back, the VM can be
+    /// resumed. Pages that only background fill asks for are never given up.
     pub limit: Option<Duration>,
 }
 
@@ -53,7 +54,9 @@ pub struct Failure<'a> {
     pub attempts: u32,
     /// Time since the first attempt.
     pub waiting: Duration,
-    /// Whether the policy's limit has passed.
+    /// Whether a thread has waited for the pages, or only background fill asks for them.
+    pub wanted: bool,
+    /// Whether the policy's limit has passed since the pages are wanted.
     pub given_up: bool,
 }
 
@@ -86,6 +89,8 @@ impl Inner {
 pub(crate) struct Attempts {
     pub(crate) count: u32,
     pub(crate) since: Instant,
+    /// Since when more than background fill wants the pages.
+    pub(crate) wanted: Option<Instant>,
 }
 
 /// Tries failed fetches again, on a thread that exists while there are any.
@@ -116,16 +121,21 @@ impl Retrier {
         job: impl FnOnce() + Send + 'static,
     ) {
         let waiting = attempts.since.elapsed();
-        let given_up = self.policy.limit.is_some_and(|limit| waiting >= limit);
+        let wanted = attempts.wanted.map(|since| since.elapsed());
+        let given_up =
+            wanted.is_some_and(|since| self.policy.limit.is_some_and(|limit| since >= limit));
         let count = attempts.count;
-        (self.observer)(&Failure {
+        let failure = Failure {
             error,
             image_offset,
             pages,
             attempts: count,
             waiting,
+            wanted: wanted.is_some(),
             given_up,
-        });
+        };
+        // The pages must be tried again, whatever the observer does.
+        let _ = panic::catch_unwind(AssertUnwindSafe(|| (self.observer)(&failure)));
         let mut queue = self.inner.lock();
         if queue.closed {
             return;
@@ -224,7 +234,7 @@ mod tests {
         let retrier = Retrier::new(RetryPolicy::default(), |_| {});
         assert!(!retrier.is_failing());
         let (sender, receiver) = std::sync::mpsc::channel::<()>();
-        let attempts = Attempts { count: 1, since: Instant::now() };
+        let attempts = Attempts { count: 1, since: Instant::now(), wanted: None };
         let wait = move || {
             // It ends with the sender.
             let _ = receiver.recv();

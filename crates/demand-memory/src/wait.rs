@@ -2,6 +2,7 @@
 //! Waiting for pages that somebody else brings in.
 
 use std::fmt;
+use std::time::Duration;
 
 use crossbeam_utils::CachePadded;
 use smallvec::SmallVec;
@@ -44,13 +45,27 @@ struct State {
 pub struct Waiter {
     state: Mutex<State>,
     changed: Condvar,
+    /// Whether it waits for background fill.
+    #[cfg_attr(loom, allow(dead_code))] // Fill is not modelled.
+    background: bool,
 }
 
 impl Waiter {
     /// A waiter that has not been kicked.
     #[allow(clippy::new_ret_no_self)] // It is only ever used behind an `Arc`.
     pub fn new() -> Arc<Waiter> {
-        Arc::new(Waiter { state: Mutex::new(State::default()), changed: Condvar::new() })
+        Self::with(false)
+    }
+
+    /// A waiter whose waits do not count as anybody's want.
+    #[cfg(not(loom))]
+    pub(crate) fn background() -> Arc<Waiter> {
+        Self::with(true)
+    }
+
+    fn with(background: bool) -> Arc<Waiter> {
+        let state = Mutex::new(State::default());
+        Arc::new(Waiter { state, changed: Condvar::new(), background })
     }
 
     /// Ends the wait under way, and every later one until [`clear_kick`](Self::clear_kick).
@@ -69,10 +84,22 @@ impl Waiter {
         self.changed.notify_all();
     }
 
-    /// Sleeps until woken or kicked.
-    fn sleep(&self) {
+    /// Sleeps until woken or kicked, or for `limit`, which the model checker does not know.
+    fn sleep(&self, limit: Option<Duration>) {
         let mut state = self.lock();
         while !state.woken && !state.kicked {
+            #[cfg(not(loom))]
+            if let Some(limit) = limit {
+                let sleep = self.changed.wait_timeout(state, limit);
+                let (back, time) = sleep.unwrap_or_else(|error| error.into_inner());
+                state = back;
+                if time.timed_out() {
+                    break;
+                }
+                continue;
+            }
+            #[cfg(loom)]
+            let _ = limit;
             state = self.changed.wait(state).unwrap_or_else(|error| error.into_inner());
         }
         state.woken = false;
@@ -200,24 +227,49 @@ impl WaitTable {
         waiter: &Arc<Waiter>,
         first_missing: &FirstMissing<'_>,
     ) -> Wait {
+        self.wait_within(range, waiter, None, first_missing).unwrap_or(Wait::Stopped)
+    }
+
+    /// As [`wait`](Self::wait); with a limit, `None` after the first wake-up that was not the last.
+    pub(crate) fn wait_within(
+        &self,
+        range: PageRange,
+        waiter: &Arc<Waiter>,
+        limit: Option<Duration>,
+        first_missing: &FirstMissing<'_>,
+    ) -> Option<Wait> {
+        let mut slept = false;
         loop {
             if first_missing(range).is_none() {
-                return Wait::Present;
+                return Some(Wait::Present);
             }
             if waiter.is_kicked() {
-                return Wait::Kicked;
+                return Some(Wait::Kicked);
+            }
+            if slept && limit.is_some() {
+                return None;
             }
             let entry = Entry { page: 0, range, told: Told::Thread(waiter.clone()) };
             match self.enter(entry, first_missing) {
                 Ok(()) => {
-                    waiter.sleep();
+                    waiter.sleep(limit);
+                    slept = true;
                     // Kicked, or woken late by an earlier wait: the entry may still be listed.
                     self.leave(range, waiter);
                 }
-                Err(_) if first_missing(range).is_none() => return Wait::Present,
-                Err(_) => return Wait::Stopped,
+                Err(_) if first_missing(range).is_none() => return Some(Wait::Present),
+                Err(_) => return Some(Wait::Stopped),
             }
         }
+    }
+
+    /// Whether anything but background fill waits for a page of the range.
+    #[cfg(not(loom))]
+    pub(crate) fn is_wanted(&self, range: PageRange) -> bool {
+        let background = |told: &Told| matches!(told, Told::Thread(waiter) if waiter.background);
+        let wants =
+            |entry: &Entry| !entry.range.intersect(range).is_empty() && !background(&entry.told);
+        self.buckets.iter().any(|bucket| bucket.lock().iter().any(wants))
     }
 
     /// Takes a thread's entry out, wherever in its range it waits.

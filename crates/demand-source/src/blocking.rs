@@ -4,11 +4,14 @@
 use std::collections::VecDeque;
 use std::fmt;
 use std::io;
+use std::panic::{self, AssertUnwindSafe};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use crate::{
     Completer, Completion, Destination, Extent, PageSource, Priority, Request, SourceError,
+    join_within,
 };
 
 /// A source that can only be asked and waited for.
@@ -33,6 +36,12 @@ pub trait BlockingSource: Send + Sync {
     fn read(&self, offset: u64, destination: &mut Destination<'_>) -> Result<(), SourceError>;
 }
 
+/// Threads end when nothing was asked of them for this long.
+const IDLE: Duration = Duration::from_secs(1);
+
+/// How long the end of a source waits for reads under way.
+const END_WITHIN: Duration = Duration::from_secs(1);
+
 struct Job {
     request: Request,
     completer: Completer,
@@ -42,17 +51,45 @@ struct Job {
 struct Queues {
     demand: VecDeque<Job>,
     fill: VecDeque<Job>,
+    /// Threads that were started; those that have ended are taken out as others are started.
+    threads: Vec<JoinHandle<()>>,
+    /// Number that names the next thread.
+    next: usize,
+    /// Threads that have not ended.
+    running: usize,
+    /// Threads that wait for a request.
+    idle: usize,
+    /// Threads that serve fill.
+    filling: usize,
     closed: bool,
 }
 
 impl Queues {
-    fn next(&mut self) -> Option<Job> {
-        self.demand.pop_front().or_else(|| self.fill.pop_front())
+    /// Takes the request that is served next, unless it is fill and too many threads serve fill.
+    fn next(&mut self, most_fill: usize) -> Option<(Job, Priority)> {
+        if let Some(job) = self.demand.pop_front() {
+            return Some((job, Priority::Demand));
+        }
+        if self.filling >= most_fill {
+            return None;
+        }
+        let job = self.fill.pop_front()?;
+        self.filling += 1;
+        Some((job, Priority::Fill))
+    }
+
+    /// Requests that could be served now.
+    fn ready(&self, most_fill: usize) -> usize {
+        self.demand.len() + self.fill.len().min(most_fill.saturating_sub(self.filling))
     }
 }
 
 struct Shared<S> {
     source: S,
+    /// Threads at most.
+    most: usize,
+    /// Threads that serve fill, at most.
+    most_fill: usize,
     queues: Mutex<Queues>,
     changed: Condvar,
 }
@@ -65,12 +102,14 @@ impl<S> Shared<S> {
 
 /// Runs a [`BlockingSource`] on threads of its own.
 ///
-/// As many requests are under way at once as there are threads; a demand request overtakes all
-/// fill that has not begun. One thread takes no fill, so that fill under way never delays demand
-/// (with a single thread it may, by one request).
+/// As many requests are under way at once as there may be threads; a demand request overtakes all
+/// fill that has not begun. Half of the threads take no fill, so that fill under way, even if it
+/// hangs, never delays demand (with a single thread it may, by one request). Threads exist only
+/// while there is something to read. A source that panics has failed to read, like others.
 ///
-/// Dropping it ends the threads: requests under way are finished, queued ones are reported as
-/// [`SourceError::Abandoned`].
+/// Dropping it ends the threads: queued requests are reported as [`SourceError::Abandoned`],
+/// requests under way are waited for, but for no more than a second. A thread that hangs in a read
+/// for longer ends when the read does, or with the process; it keeps the source.
 ///
 /// # Examples
 ///
@@ -101,60 +140,123 @@ impl<S> Shared<S> {
 /// ```
 pub struct Threaded<S> {
     shared: Arc<Shared<S>>,
-    threads: Vec<JoinHandle<()>>,
 }
 
 impl<S: BlockingSource + 'static> Threaded<S> {
-    /// Starts `threads` threads (at least one) that serve `source`.
+    /// Serves `source` with at most `threads` threads (at least one).
     ///
     /// # Errors
     ///
     /// The system's, if a thread cannot be started.
     pub fn new(source: S, threads: usize) -> io::Result<Self> {
-        let shared = Arc::new(Shared {
-            source,
-            queues: Mutex::new(Queues::default()),
-            changed: Condvar::new(),
-        });
-        let mut this = Threaded { shared, threads: Vec::new() };
-        let threads = threads.max(1);
-        for index in 0..threads {
-            let shared = this.shared.clone();
-            let demand_only = index == 0 && threads > 1;
-            let thread = thread::Builder::new()
-                .name(format!("source-{index}"))
-                .spawn(move || serve(&shared, demand_only))?;
-            this.threads.push(thread);
-        }
+        let this = Self::lazy(source, threads);
+        start(&this.shared, &mut this.shared.queues())?;
         Ok(this)
     }
-}
 
-fn serve<S: BlockingSource>(shared: &Shared<S>, demand_only: bool) {
-    loop {
-        let mut queues = shared.queues();
-        let Job { request, completer } = loop {
-            let job = if demand_only { queues.demand.pop_front() } else { queues.next() };
-            match job {
-                Some(job) => break job,
-                None if queues.closed => return,
-                None => {
-                    queues = shared.changed.wait(queues).unwrap_or_else(PoisonError::into_inner);
-                }
-            }
+    /// As [`new`](Self::new); the first thread is started when it is needed.
+    pub(crate) fn lazy(source: S, threads: usize) -> Self {
+        let most = threads.max(1);
+        let shared = Arc::new(Shared {
+            source,
+            most,
+            most_fill: most.div_ceil(2),
+            queues: Mutex::default(),
+            changed: Condvar::new(),
+        });
+        Threaded { shared }
+    }
+
+    /// The source, for calls that do not block.
+    pub(crate) fn source(&self) -> &S {
+        &self.shared.source
+    }
+
+    pub(crate) fn queue(&self, request: Request) -> Completion {
+        let (completer, completion) = Completion::pair();
+        let mut queues = self.shared.queues();
+        let queue = match request.priority {
+            Priority::Demand => &mut queues.demand,
+            Priority::Fill => &mut queues.fill,
         };
-        drop(queues);
-        let mut outcome = Ok(());
-        for mut chunk in request.chunks {
-            outcome = outcome
-                .and_then(|()| shared.source.read(chunk.offset, &mut chunk.destination))
-                .and_then(|()| chunk.destination.check_filled());
+        queue.push_back(Job { request, completer });
+        let mut failed = Vec::new();
+        if queues.ready(self.shared.most_fill) > queues.idle
+            && queues.running < self.shared.most
+            && let Err(error) = start(&self.shared, &mut queues)
+            && queues.running == 0
+        {
+            log::warn!("cannot start a thread that reads pages: {error}; reads are tried again");
+            failed.extend(queues.demand.drain(..));
+            failed.extend(queues.fill.drain(..));
         }
-        completer.complete(outcome);
+        drop(queues);
+        for job in failed {
+            job.completer.complete(Err(SourceError::Abandoned));
+        }
+        self.shared.changed.notify_one();
+        completion
     }
 }
 
-impl<S: BlockingSource> PageSource for Threaded<S> {
+fn start<S: BlockingSource + 'static>(
+    shared: &Arc<Shared<S>>,
+    queues: &mut Queues,
+) -> io::Result<()> {
+    queues.threads.retain(|thread| !thread.is_finished());
+    let name = format!("source-{}", queues.next);
+    let thread = {
+        let shared = shared.clone();
+        thread::Builder::new().name(name).spawn(move || serve(&shared))?
+    };
+    queues.threads.push(thread);
+    queues.next += 1;
+    queues.running += 1;
+    Ok(())
+}
+
+fn serve<S: BlockingSource>(shared: &Shared<S>) {
+    let mut queues = shared.queues();
+    loop {
+        let Some((job, priority)) = queues.next(shared.most_fill) else {
+            if queues.closed {
+                break;
+            }
+            queues.idle += 1;
+            let (back, wait) =
+                shared.changed.wait_timeout(queues, IDLE).unwrap_or_else(PoisonError::into_inner);
+            queues = back;
+            queues.idle -= 1;
+            if wait.timed_out() && queues.ready(shared.most_fill) == 0 {
+                break;
+            }
+            continue;
+        };
+        drop(queues);
+        answer(&shared.source, job);
+        queues = shared.queues();
+        if priority == Priority::Fill {
+            queues.filling -= 1;
+        }
+    }
+    queues.running -= 1;
+}
+
+/// Serves one request. Neither the source nor the caller's code ends the thread by a panic.
+fn answer<S: BlockingSource>(source: &S, Job { request, completer }: Job) {
+    let read = move || {
+        request.chunks.into_iter().try_for_each(|mut chunk| {
+            source.read(chunk.offset, &mut chunk.destination)?;
+            chunk.destination.check_filled()
+        })
+    };
+    let outcome = panic::catch_unwind(AssertUnwindSafe(read));
+    let outcome = outcome.unwrap_or(Err(SourceError::Panicked));
+    // What panics here has been reported by the panic itself.
+    let _ = panic::catch_unwind(AssertUnwindSafe(|| completer.complete(outcome)));
+}
+
+impl<S: BlockingSource + 'static> PageSource for Threaded<S> {
     fn size(&self) -> u64 {
         self.shared.source.size()
     }
@@ -164,43 +266,35 @@ impl<S: BlockingSource> PageSource for Threaded<S> {
     }
 
     fn submit(&self, request: Request) -> Completion {
-        let (completer, completion) = Completion::pair();
-        let mut queues = self.shared.queues();
-        let queue = match request.priority {
-            Priority::Demand => &mut queues.demand,
-            Priority::Fill => &mut queues.fill,
-        };
-        queue.push_back(Job { request, completer });
-        drop(queues);
-        // All of them: the one that a single wake-up reaches may be the one that takes no fill.
-        self.shared.changed.notify_all();
-        completion
+        self.queue(request)
     }
 }
 
 impl<S> Drop for Threaded<S> {
     fn drop(&mut self) {
-        let abandoned = {
+        let (threads, abandoned) = {
             let mut queues = self.shared.queues();
             queues.closed = true;
-            (std::mem::take(&mut queues.demand), std::mem::take(&mut queues.fill))
+            let abandoned = (std::mem::take(&mut queues.demand), std::mem::take(&mut queues.fill));
+            (std::mem::take(&mut queues.threads), abandoned)
         };
         self.shared.changed.notify_all();
         // Their completers report it as they go, and may run the askers' code: not under the lock.
         drop(abandoned);
-        let this_thread = thread::current().id();
-        for handle in self.threads.drain(..) {
-            // The last reference may go away in a completion, on one of these threads.
-            if handle.thread().id() != this_thread {
-                let _ = handle.join();
-            }
+        // The last reference may go away in a completion, on one of these threads.
+        let hanging = join_within(threads, END_WITHIN);
+        if hanging > 0 {
+            log::warn!(
+                "cannot end {hanging} threads that read pages: the storage does not answer; they \
+                 are left until it does, or the process ends"
+            );
         }
     }
 }
 
 impl<S> fmt::Debug for Threaded<S> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Threaded").field("threads", &self.threads.len()).finish_non_exhaustive()
+        f.debug_struct("Threaded").field("threads", &self.shared.most).finish_non_exhaustive()
     }
 }
 

@@ -154,20 +154,40 @@ impl<'a> Destination<'a> {
     ///
     /// If `offset` is past the end of the loan.
     pub fn read_from(&mut self, offset: usize, file: &File, file_offset: u64) -> io::Result<usize> {
+        self.pread(offset, file, file_offset, 0)
+    }
+
+    /// As [`read_from`](Self::read_from), but only what is in the page cache.
+    ///
+    /// # Errors
+    ///
+    /// `EAGAIN` if nothing is, and `EOPNOTSUPP` where the file system cannot tell.
+    pub(crate) fn read_cached(
+        &mut self,
+        offset: usize,
+        file: &File,
+        file_offset: u64,
+    ) -> io::Result<usize> {
+        self.pread(offset, file, file_offset, libc::RWF_NOWAIT)
+    }
+
+    fn pread(
+        &mut self,
+        offset: usize,
+        file: &File,
+        file_offset: u64,
+        flags: libc::c_int,
+    ) -> io::Result<usize> {
         assert!(offset <= self.len, "byte {offset} lies past {} bytes", self.len);
         let file_offset = libc::off64_t::try_from(file_offset)
             .map_err(|_| io::Error::from_raw_os_error(libc::EOVERFLOW))?;
         loop {
-            // SAFETY: the kernel writes at most `len - offset` bytes from `offset` on, which the
-            // assertion keeps within the loan; the loan is mapped writable while `self` lives.
-            let read = unsafe {
-                libc::pread64(
-                    file.as_raw_fd(),
-                    self.address.as_ptr().add(offset).cast(),
-                    self.len - offset,
-                    file_offset,
-                )
-            };
+            // SAFETY: the assertion keeps the address within the loan, or at its end.
+            let iov_base = unsafe { self.address.as_ptr().add(offset) }.cast();
+            let iov = libc::iovec { iov_base, iov_len: self.len - offset };
+            // SAFETY: the kernel writes at most `len - offset` bytes from `offset` on, which lie
+            // in the loan; the loan is mapped writable while `self` lives.
+            let read = unsafe { libc::preadv64v2(file.as_raw_fd(), &iov, 1, file_offset, flags) };
             if let Ok(read) = usize::try_from(read) {
                 self.loan.written.add(offset, read);
                 return Ok(read);
@@ -177,6 +197,39 @@ impl<'a> Destination<'a> {
                 return Err(error);
             }
         }
+    }
+
+    /// Has `fill` fill the `len` bytes at `offset` of the loan.
+    ///
+    /// # Errors
+    ///
+    /// Those of `fill`, and [`SourceError::Short`] if it leaves bytes out.
+    ///
+    /// # Panics
+    ///
+    /// If the loan has not so many bytes there.
+    pub(crate) fn fill_part(
+        &mut self,
+        offset: usize,
+        len: usize,
+        fill: impl FnOnce(&mut Destination<'_>) -> Result<(), SourceError>,
+    ) -> Result<(), SourceError> {
+        self.check(offset, len);
+        // SAFETY: the check keeps the bytes within this loan, which is borrowed exclusively for as
+        // long as the part lives, and whose own conditions hold for a part of it.
+        let mut part = unsafe { Destination::new(self.address.add(offset), len, None) };
+        fill(&mut part)?;
+        part.check_filled()?;
+        self.loan.written.add(offset, len);
+        Ok(())
+    }
+
+    /// Fills the loan with zeros.
+    pub(crate) fn fill_zeros(&mut self) {
+        // SAFETY: the loan is mapped writable while `self` lives, and no Rust reference to it
+        // exists.
+        unsafe { self.address.as_ptr().write_bytes(0, self.len) };
+        self.loan.written.add(0, self.len);
     }
 }
 

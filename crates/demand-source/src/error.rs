@@ -108,4 +108,7 @@ pub enum SourceError {
     /// The source was taken down before it had answered.
     #[error("the page source ended before it answered a request; start it again")]
     Abandoned,
+    /// The source's code panicked.
+    #[error("cannot read from the page source: its code panicked; the read is tried again")]
+    Panicked,
 }

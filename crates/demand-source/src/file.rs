@@ -1,21 +1,27 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A raw image in a local file.
 
-use std::cell::Cell;
-use std::fs::{File, OpenOptions};
-use std::io::{self, Seek, SeekFrom};
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::mapped::{MappedBytes, MappedFile};
-use crate::{Completion, Destination, Extent, PageSource, Request, SourceError, extent_of_file};
+use crate::image_file::ImageFile;
+use crate::{
+    BlockingSource, Completion, Destination, Extent, MappedBytes, PageSource, Request, SourceError,
+    Threaded,
+};
+
+/// Reads of one image that may wait for its storage at once: if so many hang, all others that are
+/// not in memory wait for the storage, too. Half of them serve no background fill.
+pub(crate) const READERS: usize = 32;
 
 /// A raw image in a local file or block device: byte i of the file is byte i of the image.
 ///
-/// Reads go straight into the destination, on the calling thread. Holes are found as they are
-/// met, so opening an image costs the same whatever its size.
+/// Pages in the page cache are read straight into the destination, on the calling thread; all else
+/// is read by threads of the image, so that storage that is slow, or hangs, holds up nobody who
+/// does not need the page. Only on a file system that lives in memory every read is of the first
+/// kind; on one that is not known to be local (overlayfs is one), none is.
+///
+/// Holes are found as they are met, so opening an image costs the same whatever its size.
 ///
 /// # Examples
 ///
@@ -32,30 +38,27 @@ use crate::{Completion, Destination, Extent, PageSource, Request, SourceError, e
 /// ```
 #[derive(Debug)]
 pub struct LocalFile {
-    file: File,
-    path: PathBuf,
-    size: u64,
-    // Made when it is first asked for; `None` where it cannot be.
-    mapped: OnceLock<Option<MappedFile>>,
-    // Tells images apart in the memory of the last extent that each thread keeps.
-    id: u64,
+    reads: Threaded<ImageFile>,
 }
 
-#[derive(Clone, Copy)]
-struct LastExtent {
-    id: u64,
-    start: u64,
-    extent: Extent,
-}
+impl BlockingSource for ImageFile {
+    fn size(&self) -> u64 {
+        self.size()
+    }
 
-thread_local! {
-    // Asking the file system costs a system call; neighbours mostly lie in the extent that was
-    // asked for last. One for each thread, so that threads share no written cache line.
-    static LAST: Cell<LastExtent> =
-        const { Cell::new(LastExtent { id: 0, start: 0, extent: Extent::Hole { end: 0 } }) };
-}
+    fn extent(&self, offset: u64) -> Result<Extent, SourceError> {
+        self.extent_checked(offset, Ok)
+    }
 
-static NEXT_ID: AtomicU64 = AtomicU64::new(1);
+    fn read(&self, offset: u64, destination: &mut Destination<'_>) -> Result<(), SourceError> {
+        self.read_extents(
+            offset,
+            destination,
+            |at| self.extent_afresh(at, Ok),
+            |at, part| ImageFile::read(self, at, part),
+        )
+    }
+}
 
 impl LocalFile {
     /// Opens an image.
@@ -65,15 +68,7 @@ impl LocalFile {
     /// [`SourceError::Open`] if it cannot be opened, or is neither a regular file nor a block
     /// device.
     pub fn open(path: impl AsRef<Path>) -> Result<Self, SourceError> {
-        let path = path.as_ref();
-        let refused = |error| SourceError::Open { image: path.display().to_string(), error };
-        // Not to wait for whoever opens the other end of a pipe.
-        let file = OpenOptions::new()
-            .read(true)
-            .custom_flags(libc::O_NONBLOCK)
-            .open(path)
-            .map_err(refused)?;
-        LocalFile::of_file(file, path)
+        ImageFile::open(path.as_ref()).map(LocalFile::of)
     }
 
     /// An image that is open already; `path` is what errors call it.
@@ -81,108 +76,38 @@ impl LocalFile {
     /// # Errors
     ///
     /// As [`open`](Self::open).
-    pub fn of_file(mut file: File, path: impl Into<PathBuf>) -> Result<Self, SourceError> {
-        let path = path.into();
-        let refused = |error| SourceError::Open { image: path.display().to_string(), error };
-        let kind = file.metadata().map_err(refused)?.file_type();
-        if !kind.is_file() && !kind.is_block_device() {
-            let what = if kind.is_dir() { "it is a directory" } else { "it is a special file" };
-            return Err(refused(io::Error::new(io::ErrorKind::InvalidInput, what)));
-        }
-        // A block device has no length in its metadata, but an end.
-        let size = file.seek(SeekFrom::End(0)).map_err(refused)?;
-        Ok(LocalFile {
-            file,
-            path,
-            size,
-            mapped: OnceLock::new(),
-            id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
-        })
+    pub fn of_file(file: File, path: impl Into<PathBuf>) -> Result<Self, SourceError> {
+        ImageFile::of_file(file, path.into()).map(LocalFile::of)
     }
 
-    /// The file, as the user named it.
-    pub(crate) fn name(&self) -> String {
-        self.path.display().to_string()
+    fn of(image: ImageFile) -> Self {
+        LocalFile { reads: Threaded::lazy(image, READERS) }
     }
 
-    fn shrunk(&self, offset: u64, len: u64) -> SourceError {
-        let end = (&self.file).seek(SeekFrom::End(0)).unwrap_or(0);
-        SourceError::Shrunk { image: self.name(), offset, len, end, size: self.size }
-    }
-
-    /// The end of `len` bytes at `offset`, if they lie in the image.
-    pub(crate) fn check_range(&self, offset: u64, len: u64) -> Result<u64, SourceError> {
-        offset.checked_add(len).filter(|end| *end <= self.size).ok_or_else(|| {
-            SourceError::OutOfRange { image: self.name(), offset, len, size: self.size }
-        })
-    }
-
-    pub(crate) fn read(
-        &self,
-        offset: u64,
-        destination: &mut Destination<'_>,
-    ) -> Result<(), SourceError> {
-        let len = destination.len() as u64;
-        self.check_range(offset, len)?;
-        let mut done = 0;
-        while done < destination.len() {
-            match destination.read_from(done, &self.file, offset + done as u64) {
-                Ok(0) => return Err(self.shrunk(offset, len)),
-                Ok(read) => done += read,
-                Err(error) => {
-                    return Err(SourceError::Read { image: self.name(), offset, len, error });
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// What the file system says of the byte at `offset`, which lies in the image.
-    pub(crate) fn find_extent(&self, offset: u64) -> Result<Extent, SourceError> {
-        match extent_of_file(&self.file, offset, self.size) {
-            Ok(Some(extent)) => Ok(extent),
-            // No data from here on, which is a hole only as long as the image is.
-            Ok(None) => match (&self.file).seek(SeekFrom::End(0)) {
-                Ok(end) if end >= self.size => Ok(Extent::Hole { end: self.size }),
-                _ => Err(self.shrunk(offset, self.size - offset)),
-            },
-            Err(error) => Err(SourceError::Read { image: self.name(), offset, len: 0, error }),
-        }
-    }
-
-    /// As [`extent`](PageSource::extent), through `check`, which may refuse what was found or
-    /// change it; it is not asked again for what this thread remembers.
-    pub(crate) fn extent_checked(
-        &self,
-        offset: u64,
-        check: impl FnOnce(Extent) -> Result<Extent, SourceError>,
-    ) -> Result<Extent, SourceError> {
-        self.check_range(offset, 1)?;
-        let last = LAST.get();
-        if last.id == self.id && last.start <= offset && offset < last.extent.end() {
-            return Ok(last.extent);
-        }
-        let extent = check(self.find_extent(offset)?)?;
-        LAST.set(LastExtent { id: self.id, start: offset, extent });
-        Ok(extent)
+    fn image(&self) -> &ImageFile {
+        self.reads.source()
     }
 }
 
 impl PageSource for LocalFile {
     fn size(&self) -> u64 {
-        self.size
+        self.image().size()
     }
 
     fn extent(&self, offset: u64) -> Result<Extent, SourceError> {
-        self.extent_checked(offset, Ok)
+        self.image().extent_checked(offset, Ok)
+    }
+
+    fn extent_now(&self, offset: u64) -> Option<Result<Extent, SourceError>> {
+        let image = self.image();
+        if image.is_memory() {
+            return Some(self.extent(offset));
+        }
+        image.known_extent(offset).map(Ok)
     }
 
     fn submit(&self, request: Request) -> Completion {
-        let mut outcome = Ok(());
-        for mut chunk in request.chunks {
-            outcome = outcome.and_then(|()| self.read(chunk.offset, &mut chunk.destination));
-        }
-        Completion::ready(outcome)
+        self.reads.queue(request)
     }
 
     fn read_now(
@@ -190,16 +115,15 @@ impl PageSource for LocalFile {
         offset: u64,
         destination: &mut Destination<'_>,
     ) -> Option<Result<(), SourceError>> {
-        Some(self.read(offset, destination))
+        self.image().read_now(offset, destination)
     }
 
     fn mapped(&self, offset: u64, len: u64) -> Option<MappedBytes<'_>> {
-        let mapped = self.mapped.get_or_init(|| MappedFile::new(&self.file, self.size).ok());
-        mapped.as_ref()?.bytes(offset, len)
+        self.image().mapped(offset, len)
     }
 
     fn is_intact(&self) -> bool {
-        (&self.file).seek(SeekFrom::End(0)).is_ok_and(|end| end >= self.size)
+        self.image().is_intact()
     }
 }
 

@@ -4,17 +4,21 @@
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
+use crate::file::READERS;
 use crate::hash::{PAGE_BYTES, page_hash};
-use crate::mapped::MappedBytes;
+use crate::image_file::ImageFile;
 use crate::table::{BLOCK, HashTable};
-use crate::{Completion, Destination, Extent, LocalFile, PageSource, Request, SourceError};
+use crate::{
+    BlockingSource, Completion, Destination, Extent, MappedBytes, PageSource, Request, SourceError,
+    Threaded,
+};
 
 const PAGE: u64 = PAGE_BYTES as u64;
 /// Bytes that are looked at in one go: one read of the table.
 const STEP: u64 = BLOCK as u64 * PAGE;
 
 /// A raw image with a table of 64-bit hashes, one for each page of 4096 bytes: a
-/// [`LocalFile`] of which no page is delivered before its content was found to be what it was when
+/// [`LocalFile`](crate::LocalFile) of which no page is delivered before its content was found to be what it was when
 /// the image was written. What is different is [`SourceError::Altered`].
 ///
 /// Opening costs the same whatever the size: of the table only the header is looked at. The rest is
@@ -44,7 +48,13 @@ const STEP: u64 = BLOCK as u64 * PAGE;
 /// [`ImageWriter`](crate::ImageWriter) has one that writes an image and reads it.
 #[derive(Debug)]
 pub struct HashedImage {
-    image: LocalFile,
+    reads: Threaded<Hashed>,
+}
+
+/// The image and its table; what it does may wait for the storage, unless it says otherwise.
+#[derive(Debug)]
+struct Hashed {
+    image: ImageFile,
     table: HashTable,
 }
 
@@ -56,7 +66,7 @@ impl HashedImage {
     /// [`SourceError::Open`] and [`SourceError::Read`] about one of the files, and
     /// [`SourceError::Table`] if the table is damaged, is not finished, or is another image's.
     pub fn open(image: impl AsRef<Path>, table: impl AsRef<Path>) -> Result<Self, SourceError> {
-        HashedImage::of(LocalFile::open(image)?, LocalFile::open(table)?)
+        HashedImage::of(ImageFile::open(image.as_ref())?, ImageFile::open(table.as_ref())?)
     }
 
     /// An image and its table that are open already, as by a caller that follows no symbolic link;
@@ -67,24 +77,28 @@ impl HashedImage {
     /// As [`open`](Self::open).
     pub fn of_files(image: (File, PathBuf), table: (File, PathBuf)) -> Result<Self, SourceError> {
         HashedImage::of(
-            LocalFile::of_file(image.0, image.1)?,
-            LocalFile::of_file(table.0, table.1)?,
+            ImageFile::of_file(image.0, image.1)?,
+            ImageFile::of_file(table.0, table.1)?,
         )
     }
 
-    fn of(image: LocalFile, table: LocalFile) -> Result<Self, SourceError> {
+    fn of(image: ImageFile, table: ImageFile) -> Result<Self, SourceError> {
         let table = HashTable::of(table, &image)?;
-        Ok(HashedImage { image, table })
+        Ok(HashedImage { reads: Threaded::lazy(Hashed { image, table }, READERS) })
+    }
+
+    fn hashed(&self) -> &Hashed {
+        self.reads.source()
     }
 
     /// The id that was given to the image when it was written.
     pub fn generation(&self) -> [u8; 16] {
-        self.table.generation()
+        self.hashed().table.generation()
     }
 
     /// Size of the image, in bytes.
     pub fn size(&self) -> u64 {
-        self.image.size()
+        self.hashed().image.size()
     }
 
     /// Reads all of the image and checks it, holes included. `progress` is told, again and again,
@@ -95,26 +109,29 @@ impl HashedImage {
     /// [`SourceError::Altered`] names the first page that differs; [`SourceError::Cancelled`]; and
     /// those of reading.
     pub fn verify(&self, progress: &mut dyn FnMut(u64) -> bool) -> Result<(), SourceError> {
+        let Hashed { image, .. } = self.hashed();
         let mut bytes = Vec::new();
         let mut at = 0;
         while at < self.size() {
             // Asked for afresh: what this thread remembers may be older than a change.
-            let extent = self.check_extent(at, self.image.find_extent(at)?)?;
+            let extent = self.hashed().check_extent(at, image.find_extent(at)?)?;
             if extent.is_hole() {
                 at = extent.end();
             } else {
                 let end = extent.end().next_multiple_of(PAGE).min(at + STEP);
                 bytes.resize((end - at) as usize, 0);
-                self.read_pages(at, &mut Destination::from(&mut bytes[..]))?;
+                self.hashed().read_pages(at, &mut Destination::from(&mut bytes[..]))?;
                 at = end;
             }
             if !progress(at) {
-                return Err(SourceError::Cancelled { image: self.image.name(), at });
+                return Err(SourceError::Cancelled { image: image.name(), at });
             }
         }
         Ok(())
     }
+}
 
+impl Hashed {
     fn altered(&self, page: u64) -> SourceError {
         SourceError::Altered { image: self.image.name(), offset: page * PAGE }
     }
@@ -124,38 +141,60 @@ impl HashedImage {
         &self,
         offset: u64,
         pages: u64,
-        mut hash_of: impl FnMut(u64) -> u64,
+        hash_of: impl FnMut(u64) -> u64,
     ) -> Result<(), SourceError> {
+        let read = |at, to: &mut Destination<'_>| Some(self.table.read(at, to));
+        self.check_with(offset, pages, hash_of, read).unwrap_or(Ok(()))
+    }
+
+    /// As [`check`](Self::check), with hashes that `read` reads: `None` if it gives none.
+    fn check_with(
+        &self,
+        offset: u64,
+        pages: u64,
+        mut hash_of: impl FnMut(u64) -> u64,
+        read: impl FnMut(u64, &mut Destination<'_>) -> Option<Result<(), SourceError>>,
+    ) -> Option<Result<(), SourceError>> {
         let first = offset / PAGE;
         let mut wrong = None;
-        self.table.look(first, pages, |page, hash| {
+        let looked = self.table.look_with(first, pages, read, |page, hash| {
             let right = hash_of(page - first) == hash;
             if !right {
                 wrong = Some(page);
             }
             right
         })?;
-        wrong.map_or(Ok(()), |page| Err(self.altered(page)))
+        Some(looked.and_then(|()| wrong.map_or(Ok(()), |page| Err(self.altered(page)))))
     }
 
     /// Reads whole pages.
     fn read_pages(&self, offset: u64, to: &mut Destination<'_>) -> Result<(), SourceError> {
         self.image.read(offset, to)?;
-        let mut content = [0; PAGE_BYTES];
-        self.check(offset, to.len() as u64 / PAGE, |page| {
-            to.copy_out(page as usize * PAGE_BYTES, &mut content);
-            page_hash(&content)
-        })
+        self.check(offset, to.len() as u64 / PAGE, hash_in(to))
     }
 
-    fn read(&self, offset: u64, to: &mut Destination<'_>) -> Result<(), SourceError> {
-        if offset.is_multiple_of(PAGE) && to.len().is_multiple_of(PAGE_BYTES) {
-            return self.read_pages(offset, to);
+    /// Reads whole pages if that needs no waiting.
+    fn read_pages_now(
+        &self,
+        offset: u64,
+        to: &mut Destination<'_>,
+    ) -> Option<Result<(), SourceError>> {
+        if let Err(error) = self.image.read_now(offset, to)? {
+            return Some(Err(error));
         }
+        let read = |at, to: &mut Destination<'_>| self.table.read_now(at, to);
+        self.check_with(offset, to.len() as u64 / PAGE, hash_in(to), read)
+    }
+
+    fn is_whole_pages(offset: u64, to: &Destination<'_>) -> bool {
+        offset.is_multiple_of(PAGE) && to.len().is_multiple_of(PAGE_BYTES)
+    }
+
+    /// Reads parts of pages, as only tools do: each page is read as a whole, and the part of it
+    /// that was asked for is handed on.
+    fn read_parts(&self, offset: u64, to: &mut Destination<'_>) -> Result<(), SourceError> {
         let len = to.len() as u64;
         let end = self.image.check_range(offset, len)?;
-        // Only a tool reads parts of pages. Each page is read as a whole, and what was asked for of
-        // it is handed on.
         let mut content = [0; PAGE_BYTES];
         let mut at = offset;
         while at < end {
@@ -191,7 +230,16 @@ impl HashedImage {
     }
 }
 
-impl PageSource for HashedImage {
+/// The hashes of the pages of a loan, by their number in it.
+fn hash_in(loan: &Destination<'_>) -> impl FnMut(u64) -> u64 {
+    let mut content = [0; PAGE_BYTES];
+    move |page| {
+        loan.copy_out(page as usize * PAGE_BYTES, &mut content);
+        page_hash(&content)
+    }
+}
+
+impl BlockingSource for Hashed {
     fn size(&self) -> u64 {
         self.image.size()
     }
@@ -200,12 +248,43 @@ impl PageSource for HashedImage {
         self.image.extent_checked(offset, |extent| self.check_extent(offset, extent))
     }
 
-    fn submit(&self, request: Request) -> Completion {
-        let mut outcome = Ok(());
-        for mut chunk in request.chunks {
-            outcome = outcome.and_then(|()| self.read(chunk.offset, &mut chunk.destination));
+    fn read(&self, offset: u64, to: &mut Destination<'_>) -> Result<(), SourceError> {
+        if !Self::is_whole_pages(offset, to) {
+            return self.read_parts(offset, to);
         }
-        Completion::ready(outcome)
+        let extent = |at| {
+            let extent = self.image.extent_afresh(at, |extent| self.check_extent(at, extent))?;
+            // Where an extent ends within a page, the page is read as a whole.
+            let end = extent.end() / PAGE * PAGE;
+            Ok(match extent {
+                Extent::Hole { .. } if end > at => Extent::Hole { end },
+                Extent::Hole { .. } => Extent::Data { end: at + PAGE },
+                Extent::Data { end } => Extent::Data { end: end.next_multiple_of(PAGE) },
+            })
+        };
+        self.image.read_extents(offset, to, extent, |at, part| self.read_pages(at, part))
+    }
+}
+
+impl PageSource for HashedImage {
+    fn size(&self) -> u64 {
+        self.size()
+    }
+
+    fn extent(&self, offset: u64) -> Result<Extent, SourceError> {
+        BlockingSource::extent(self.hashed(), offset)
+    }
+
+    fn extent_now(&self, offset: u64) -> Option<Result<Extent, SourceError>> {
+        let Hashed { image, table } = self.hashed();
+        if image.is_memory() && table.is_memory() {
+            return Some(self.extent(offset));
+        }
+        image.known_extent(offset).map(Ok)
+    }
+
+    fn submit(&self, request: Request) -> Completion {
+        self.reads.queue(request)
     }
 
     fn read_now(
@@ -213,17 +292,20 @@ impl PageSource for HashedImage {
         offset: u64,
         destination: &mut Destination<'_>,
     ) -> Option<Result<(), SourceError>> {
-        Some(self.read(offset, destination))
+        let hashed = self.hashed();
+        if Hashed::is_whole_pages(offset, destination) {
+            return hashed.read_pages_now(offset, destination);
+        }
+        None
     }
 
     /// A copy that has been checked, of at most 2 MiB.
     fn mapped(&self, offset: u64, len: u64) -> Option<MappedBytes<'_>> {
         let len = usize::try_from(len).ok().filter(|_| len <= STEP && len.is_multiple_of(PAGE))?;
         let mut bytes = MappedBytes::buffer(len);
-        self.image.read(offset, &mut Destination::from(&mut bytes[..])).ok()?;
-        let hash_of = |page| page_hash(&bytes[page as usize * PAGE_BYTES..][..PAGE_BYTES]);
         // What is wrong is told by whoever reads the pages in the ordinary way, which comes next.
-        self.check(offset, len as u64 / PAGE, hash_of).ok()?;
+        let read = self.read_now(offset, &mut Destination::from(&mut bytes[..]));
+        read?.ok()?;
         Some(MappedBytes::owned(bytes))
     }
 }

@@ -2,16 +2,19 @@
 #![doc = include_str!("../README.md")]
 
 mod blocking;
+mod cached;
 mod completion;
 mod destination;
 mod error;
 mod file;
 mod hash;
 mod hashed;
+mod image_file;
 mod mapped;
 mod source;
 mod sparse;
 mod table;
+mod threads;
 mod writer;
 mod written;
 
@@ -25,4 +28,5 @@ pub use hashed::HashedImage;
 pub use mapped::MappedBytes;
 pub use source::{Chunk, Extent, PageSource, Priority, Request};
 pub use sparse::extent_of_file;
+pub use threads::join_within;
 pub use writer::{ImageSummary, ImageWriter, ImageWriterError, PageCounts};

@@ -105,6 +105,21 @@ impl MappedFile {
         Ok(MappedFile { file, populated: AtomicU64::new(0) })
     }
 
+    /// Whether all of these bytes are in memory, so that reading them does not wait for a disk.
+    pub(crate) fn is_resident(&self, offset: u64, len: u64) -> bool {
+        if offset.checked_add(len).is_none_or(|end| end > self.file.len() as u64) {
+            return false;
+        }
+        let mut pages = vec![0u8; len.div_ceil(4096) as usize];
+        // SAFETY: the check keeps the range within the mapping, and the kernel writes one byte for
+        // each of its pages.
+        let result = unsafe {
+            let address = self.file.as_mut_ptr().add(offset as usize);
+            libc::mincore(address.cast(), len as usize, pages.as_mut_ptr())
+        };
+        result == 0 && pages.iter().all(|page| page & 1 == 1)
+    }
+
     /// Bytes of the file, read from the disk and in the page tables. `None` if they cannot be had
     /// like that: reading them in the ordinary way tells why.
     pub(crate) fn bytes(&self, offset: u64, len: u64) -> Option<MappedBytes<'_>> {

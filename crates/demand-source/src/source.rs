@@ -100,20 +100,34 @@ pub trait PageSource: Send + Sync {
     /// The image's size, in bytes.
     fn size(&self) -> u64;
 
-    /// What the image holds at `offset` (bytes), and how far that goes.
+    /// The extent at `offset` (bytes) of the image, and where it ends. It may wait for the storage:
+    /// threads that must not ask [`extent_now`](Self::extent_now).
     ///
     /// # Errors
     ///
     /// Those of the source; the caller treats them like a failed read.
     fn extent(&self, offset: u64) -> Result<Extent, SourceError>;
 
+    /// As [`extent`](Self::extent), without waiting for the storage, for threads that serve
+    /// faults; `None` where the answer is not at hand: such a range is read, holes included. A
+    /// source whose `extent` may wait must implement it.
+    ///
+    /// # Errors
+    ///
+    /// As for `extent`.
+    fn extent_now(&self, offset: u64) -> Option<Result<Extent, SourceError>> {
+        Some(self.extent(offset))
+    }
+
     /// Starts a request. Its outcome arrives through the completion, from any thread, once every
     /// destination has been filled and dropped, or has failed. It counts once all destinations are
     /// dropped; if one was not filled then, success is [`SourceError::Short`].
     fn submit(&self, request: Request) -> Completion;
 
-    /// Reads on the calling thread, for sources whose answer is as near as a function call;
-    /// `None` (as here) from all others. It spares the near ones the bookkeeping of a request.
+    /// Reads on the calling thread what is as near as a function call; `None` (as here) from all
+    /// other sources, and wherever the storage would have to be waited for: threads that serve
+    /// faults call it. It spares near bytes the bookkeeping of a request. After `None` nothing may
+    /// be assumed of the destination's bytes.
     fn read_now(
         &self,
         _offset: u64,
@@ -124,7 +138,8 @@ pub trait PageSource: Send + Sync {
 
     /// The `len` bytes at `offset` where they lie in this process, if they do and are at hand, or
     /// a copy that the source had to make anyhow; `None` (as here) from all other sources, and
-    /// where they cannot be had like that. `offset` and `len` are multiples of 4096.
+    /// where they cannot be had like that without waiting for the storage. `offset` and `len` are
+    /// multiples of 4096.
     fn mapped(&self, _offset: u64, _len: u64) -> Option<MappedBytes<'_>> {
         None
     }

@@ -5,7 +5,8 @@
 use twox_hash::XxHash3_64;
 
 use crate::hash::PAGE_BYTES;
-use crate::{Destination, LocalFile, PageSource, SourceError};
+use crate::image_file::ImageFile;
+use crate::{Destination, SourceError};
 
 /// Bytes of the header, which are also where the hashes begin.
 pub(crate) const HEADER_BYTES: usize = 4096;
@@ -90,13 +91,13 @@ pub(crate) fn hash_offset(page: u64) -> u64 {
 /// table that became shorter would end the process that looks at it.
 #[derive(Debug)]
 pub(crate) struct HashTable {
-    file: LocalFile,
+    file: ImageFile,
     header: Header,
 }
 
 impl HashTable {
     /// The table of `image` in a file.
-    pub(crate) fn of(file: LocalFile, image: &LocalFile) -> Result<Self, SourceError> {
+    pub(crate) fn of(file: ImageFile, image: &ImageFile) -> Result<Self, SourceError> {
         let unfit = |why| SourceError::Table { image: image.name(), table: file.name(), why };
         let len = file.size();
         let mut bytes = [0; HEADER_BYTES];
@@ -122,28 +123,60 @@ impl HashTable {
         self.header.generation
     }
 
+    /// Whether no read of it ever waits for anything but memory.
+    pub(crate) fn is_memory(&self) -> bool {
+        self.file.is_memory()
+    }
+
+    /// Reads bytes of the table, and waits for the storage.
+    pub(crate) fn read(&self, offset: u64, to: &mut Destination<'_>) -> Result<(), SourceError> {
+        self.file.read(offset, to)
+    }
+
+    /// Reads bytes of the table; `None` if waiting for the storage is needed.
+    pub(crate) fn read_now(
+        &self,
+        offset: u64,
+        to: &mut Destination<'_>,
+    ) -> Option<Result<(), SourceError>> {
+        self.file.read_now(offset, to)
+    }
+
     /// Calls `each` with each of `count` pages from page `first` on and its hash, until it says
-    /// `false`.
+    /// `false`. It waits for the storage.
     pub(crate) fn look(
         &self,
         first: u64,
         count: u64,
-        mut each: impl FnMut(u64, u64) -> bool,
+        each: impl FnMut(u64, u64) -> bool,
     ) -> Result<(), SourceError> {
+        self.look_with(first, count, |at, to| Some(self.read(at, to)), each).unwrap_or(Ok(()))
+    }
+
+    /// As [`look`](Self::look), with hashes that `read` reads; `None` as soon as it gives none.
+    pub(crate) fn look_with(
+        &self,
+        first: u64,
+        count: u64,
+        mut read: impl FnMut(u64, &mut Destination<'_>) -> Option<Result<(), SourceError>>,
+        mut each: impl FnMut(u64, u64) -> bool,
+    ) -> Option<Result<(), SourceError>> {
         let mut hashes = [[0; HASH_BYTES as usize]; BLOCK];
         let mut done = 0;
         while done < count {
             let now = (count - done).min(BLOCK as u64);
             let bytes = hashes[..now as usize].as_flattened_mut();
-            self.file.read(hash_offset(first + done), &mut Destination::from(bytes))?;
+            if let Err(error) = read(hash_offset(first + done), &mut Destination::from(bytes))? {
+                return Some(Err(error));
+            }
             for (page, hash) in (first + done..).zip(&hashes[..now as usize]) {
                 if !each(page, u64::from_le_bytes(*hash)) {
-                    return Ok(());
+                    return Some(Ok(()));
                 }
             }
             done += now;
         }
-        Ok(())
+        Some(Ok(()))
     }
 }
 

@@ -10,9 +10,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, Rw
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use demand_memory::{PageRange, Trap};
+use demand_memory::{PageRange, Trap, join_within};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::timerfd::TimerFd;
 
 use crate::watch::{Fault, Watch};
 use crate::{ArmedMapping, ServiceError, Userfaultfd};
@@ -20,9 +21,12 @@ use crate::{ArmedMapping, ServiceError, Userfaultfd};
 /// Threads of a service, unless its user knows better.
 pub const DEFAULT_THREADS: usize = 2;
 
+/// How long an end waits for threads that the kernel holds in a call.
+const END_WITHIN: Duration = Duration::from_secs(1);
+
 /// Epoll tokens that are no userfaultfd's.
 const STOP: u64 = 0;
-const POKE: u64 = 1;
+const DUE: u64 = 1;
 
 /// Serves the faults of several userfaultfds, of this process and of others, on threads of its
 /// own.
@@ -79,7 +83,9 @@ pub struct FaultService {
 pub(crate) struct Shared {
     epoll: Epoll,
     stop: EventFd,
-    poke: EventFd,
+    /// Expires when the next of `again` is due. Whichever thread is free sees it: one that knows
+    /// of it may be blocked by then.
+    timer: Mutex<TimerFd>,
     stopped: AtomicBool,
     next: AtomicU64,
     watches: RwLock<HashMap<u64, Arc<Watch>>>,
@@ -97,21 +103,20 @@ impl FaultService {
     /// [`ServiceError::System`].
     pub fn start(threads: usize) -> Result<Self, ServiceError> {
         let refused = |error| ServiceError::System { asked: "start a fault service", error };
+        let timer = TimerFd::new().map_err(|error| refused(error.into()))?;
+        let timer_fd = timer.as_raw_fd();
         let shared = Arc::new(Shared {
             epoll: Epoll::new().map_err(refused)?,
             stop: EventFd::new(EFD_NONBLOCK).map_err(refused)?,
-            poke: EventFd::new(EFD_NONBLOCK).map_err(refused)?,
+            timer: Mutex::new(timer),
             stopped: AtomicBool::new(false),
-            next: AtomicU64::new(POKE + 1),
+            next: AtomicU64::new(DUE + 1),
             watches: RwLock::default(),
             again: Mutex::default(),
         });
-        for (event, token) in [(&shared.stop, STOP), (&shared.poke, POKE)] {
+        for (fd, token) in [(shared.stop.as_raw_fd(), STOP), (timer_fd, DUE)] {
             let interest = EpollEvent::new(EventSet::IN, token);
-            shared
-                .epoll
-                .ctl(ControlOperation::Add, event.as_raw_fd(), interest)
-                .map_err(refused)?;
+            shared.epoll.ctl(ControlOperation::Add, fd, interest).map_err(refused)?;
         }
         // From here on dropping it ends the threads that were started.
         let service = FaultService { shared, threads: Mutex::default() };
@@ -230,17 +235,20 @@ impl FaultService {
         released
     }
 
-    /// Ends the threads. Faults stay open as long as their userfaultfds do.
+    /// Ends the threads, but waits for at most a second. Faults stay open as long as their
+    /// userfaultfds do.
     pub fn stop(&self) {
         self.shared.stopped.store(true, Ordering::Release);
         // Only a counter at its limit refuses this, and then the threads are awake anyway.
         let _ = self.shared.stop.write(1);
-        let this_thread = thread::current().id();
-        for thread in self.threads().drain(..) {
-            if thread.thread().id() != this_thread {
-                // A panic there was reported by the thread itself.
-                let _ = thread.join();
-            }
+        let threads = self.threads().drain(..).collect();
+        let hanging = join_within(threads, END_WITHIN);
+        if hanging > 0 {
+            log::warn!(
+                "cannot end {hanging} threads that serve faults: the kernel holds them in a call, \
+                 maybe for another process's memory; they are left until it returns, or the \
+                 process ends"
+            );
         }
     }
 }
@@ -299,34 +307,52 @@ impl Shared {
         released
     }
 
+    pub(crate) fn is_stopped(&self) -> bool {
+        self.stopped.load(Ordering::Acquire)
+    }
+
     fn again(&self) -> MutexGuard<'_, HashMap<(usize, u64), (Instant, Fault)>> {
         self.again.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Has a resolution tried again after a pause, by a thread of the service: it reads what may
-    /// stand in the resolution's way meanwhile.
+    /// Tries a resolution again after a pause, on a thread of the service: it reads what may stand
+    /// in the resolution's way meanwhile.
     pub(crate) fn resolve_again(&self, mut fault: Fault, pause: Duration) {
-        let by_service = !std::mem::replace(&mut fault.pause, pause).is_zero();
+        fault.pause = pause;
         let place = (Arc::as_ptr(&fault.mapping) as usize, fault.granule.first);
-        self.again().entry(place).or_insert((Instant::now() + pause, fault));
-        if !by_service {
-            // See `stop`.
-            let _ = self.poke.write(1);
-        }
+        let mut again = self.again();
+        again.entry(place).or_insert((Instant::now() + pause, fault));
+        self.set_timer(&again);
     }
 
-    /// Milliseconds until the next resolution is to be tried again, or -1, as epoll takes it.
-    fn timeout(&self) -> i32 {
-        let Some(due) = self.again().values().map(|(due, _)| *due).min() else { return -1 };
-        let left = due.saturating_duration_since(Instant::now());
-        // Rounded up, so that it is due then.
-        i32::try_from(left.as_micros().div_ceil(1000)).unwrap_or(i32::MAX)
+    /// Sets the timer for the resolution that is due next. The lock on `again` keeps two threads
+    /// from setting it in the wrong order.
+    fn set_timer(&self, again: &HashMap<(usize, u64), (Instant, Fault)>) {
+        let Some(due) = again.values().map(|(due, _)| *due).min() else { return };
+        // Zero would disarm it.
+        let left = due.saturating_duration_since(Instant::now()).max(Duration::from_micros(1));
+        let mut timer = self.timer.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Err(error) = timer.reset(left, None) {
+            log::error!("cannot set a timer: {error}; a fault may stay open");
+        }
     }
 
     /// Tries those resolutions again that are due.
     fn resolve_due(self: &Arc<Self>) {
-        let now = Instant::now();
-        let due: Vec<_> = self.again().extract_if(|_, (due, _)| *due <= now).collect();
+        {
+            // Disarming it makes it unreadable, as reading it would; but that could block.
+            let mut timer = self.timer.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Err(error) = timer.clear() {
+                log::debug!("a timer cannot be cleared: {error}");
+            }
+        }
+        let due: Vec<_> = {
+            let mut again = self.again();
+            let now = Instant::now();
+            let due = again.extract_if(|_, (due, _)| *due <= now).collect();
+            self.set_timer(&again);
+            due
+        };
         for (_, (_, fault)) in due {
             fault.let_go(&Arc::downgrade(self));
         }
@@ -344,7 +370,7 @@ impl Shared {
         let mut ready = [EpollEvent::default(); 8];
         let mut events = Vec::new();
         loop {
-            let count = match self.epoll.wait(self.timeout(), &mut ready) {
+            let count = match self.epoll.wait(-1, &mut ready) {
                 Ok(count) => count,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) => return log::error!("wait for faults: {error}"),
@@ -353,12 +379,10 @@ impl Shared {
                 match event.data() {
                     // Left as it is, for the other threads.
                     STOP => return,
-                    // Empty if another thread was quicker.
-                    POKE => drop(self.poke.read()),
+                    DUE => self.resolve_due(),
                     token => self.serve(token, event.event_set(), &mut events),
                 }
             }
-            self.resolve_due();
         }
     }
 

@@ -159,7 +159,10 @@ impl Fault {
             return self.mapped(&Arc::downgrade(shared));
         }
         let shared = Arc::downgrade(shared);
-        pager.bitmap().when_present(self.granule, move || self.resolve(&shared));
+        if self.mapping.is_own() || pager.bitmap().first_missing(self.granule).is_none() {
+            return pager.bitmap().when_present(self.granule, move || self.resolve(&shared));
+        }
+        pager.bitmap().when_present(self.granule, move || self.resolve_on_service(&shared));
     }
 
     /// Ends a fault whose granule the pager has mapped on this thread; that has woken who waited
@@ -177,6 +180,18 @@ impl Fault {
     fn resolve(self, shared: &Weak<Shared>) {
         self.mapping.end(self.granule);
         self.let_go(shared);
+    }
+
+    /// As [`resolve`](Self::resolve), but on a thread of the service: the other process can hold
+    /// its address space locked, and the thread that publishes a page may be a vCPU's.
+    fn resolve_on_service(self, shared: &Weak<Shared>) {
+        match shared.upgrade().filter(|shared| !shared.is_stopped()) {
+            Some(service) => {
+                self.mapping.end(self.granule);
+                service.resolve_again(self, Duration::ZERO);
+            }
+            None => self.resolve(shared),
+        }
     }
 
     /// Lets those go on that wait for the granule, which is whole.
@@ -246,7 +261,8 @@ mod tests {
     use std::thread;
 
     use demand_memory::{
-        Backing, BackingKind, Mapping, MemfdBacking, Pager, Path, Retrier, RetryPolicy, Stats, Trap,
+        Backing, BackingKind, Mapping, MemfdBacking, Pager, Path, Retrier, RetryPolicy, Stats,
+        Trap, Waiter,
     };
     use demand_source::LocalFile;
 
@@ -275,7 +291,7 @@ mod tests {
         let pager = Pager::new(Arc::new(backing), source, 0, stats, retrier).unwrap();
         let uffd = Arc::new(Userfaultfd::open(Features::GUEST_MEMORY).unwrap());
         let armed = ArmedMapping::own(&uffd, mapping.clone(), &pager, Path::Guest).unwrap();
-        pager.fetch(PAGE, Path::Fill).unwrap();
+        pager.ensure(PAGE, Path::Fill, &Waiter::new()).unwrap();
         Memory { mapping, armed, pager }
     }
 

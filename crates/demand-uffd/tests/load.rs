@@ -46,9 +46,10 @@ impl LoadUnit for Watched {
     }
 }
 
-/// An image in a file, of data but for one page of unit 1, which is a hole.
+/// An image in a file, of data but for one page of unit 1, which is a hole. It lies in memory, so
+/// that all of it is at hand.
 fn image() -> tempfile::NamedTempFile {
-    let file = tempfile::NamedTempFile::new().unwrap();
+    let file = tempfile::NamedTempFile::new_in("/dev/shm").unwrap();
     file.as_file().set_len(SIZE).unwrap();
     for page in (0..SIZE / PAGE_SIZE).filter(|page| *page != 600) {
         let words = (0..PAGE_SIZE / 8).map(|i| word(page * PAGE_SIZE + i * 8));

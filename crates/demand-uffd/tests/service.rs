@@ -4,17 +4,20 @@
 mod common;
 
 use std::os::fd::AsRawFd;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
 
 use common::{
     base, check_page, expect, expect_blocked, mapping, pager, pager_on, read_later, uffd,
 };
-use demand_memory::{BackingKind, PAGE_SIZE, PageRange, Pager, Path, Trap};
+use demand_memory::{
+    BackingKind, PAGE_SIZE, PageRange, Pager, Path, Retrier, RetryPolicy, Stats, Trap,
+};
+use demand_source::{Completion, Extent, PageSource, Request, SourceError};
 use demand_uffd::{ArmedMapping, DEFAULT_THREADS, FaultService, Modes, ServiceError};
 use linux_raw_sys::general as raw;
 use test_support::image::far;
-use test_support::wait::{A_WHILE, until};
+use test_support::wait::{A_WHILE, PATIENCE, until};
 
 /// Two chunks and a half, as another process maps them.
 const PAGES: u64 = 1280;
@@ -227,6 +230,60 @@ fn a_failing_source_leaves_the_fault_open() {
         control.recover();
         expect(&reader, PAGE_SIZE);
     }
+}
+
+/// A source that cannot be read.
+struct Broken;
+
+impl PageSource for Broken {
+    fn size(&self) -> u64 {
+        SIZE
+    }
+    fn extent(&self, _: u64) -> Result<Extent, SourceError> {
+        Err(SourceError::Abandoned)
+    }
+    fn submit(&self, _: Request) -> Completion {
+        Completion::ready(Err(SourceError::Abandoned))
+    }
+}
+
+/// Another process can hold its address space locked: a vCPU that publishes a page must not wait
+/// for it.
+#[test]
+fn the_service_resolves_other_processes_faults() {
+    let (source, control) = far(SIZE);
+    let pager = pager_on(common::backing(BackingKind::Shmem, SIZE), source);
+    let (theirs, mapping) = (uffd(), mapping(&pager));
+    let foreign = ArmedMapping::foreign(&theirs, base(&mapping), &pager).unwrap();
+    let service = service(1, &[foreign]);
+    let _guard = control.let_go_at_the_end();
+    control.hold([511]);
+    let reader = read_later(&mapping, 2 * PAGE_SIZE);
+    until("the others arrive", || !pager.bitmap().is_missing(2));
+
+    // The only thread of the service is busy, here with a report of a failure.
+    let (told, tell) = mpsc::channel();
+    let (free, busy) = mpsc::channel::<()>();
+    let (told, busy) = (Mutex::new(told), Mutex::new(busy));
+    let retrier = Retrier::new(RetryPolicy::default(), move |_| {
+        let _ = told.lock().unwrap().send(());
+        // It ends with the sender.
+        let _ = busy.lock().unwrap().recv();
+    });
+    let backing = common::backing(BackingKind::Shmem, SIZE);
+    let other = Pager::new(backing, Arc::new(Broken), 0, Arc::new(Stats::new()), retrier).unwrap();
+    let (own, blocked) = (uffd(), common::mapping(&other));
+    let armed = ArmedMapping::own(&own, blocked.clone(), &other, Path::Vmm).unwrap();
+    service.serve(&[armed]).unwrap();
+    let _reader = read_later(&blocked, 0);
+    tell.recv_timeout(PATIENCE).expect("the service is busy");
+
+    control.let_go();
+    until("the last page is present", || !pager.bitmap().is_missing(511));
+    expect_blocked(&reader);
+    drop(free);
+    expect(&reader, 2 * PAGE_SIZE);
+    other.stop();
 }
 
 /// Many readers of one memory, through all kinds of mappings at once, and background fill.

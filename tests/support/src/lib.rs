@@ -2,6 +2,7 @@
 //! Fixtures that the tests of several crates share: what the host can do, waits, and an image with
 //! sources that serve it.
 
+pub mod fuse;
 pub mod host;
 pub mod image;
 pub mod wait;

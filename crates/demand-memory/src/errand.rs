@@ -1,0 +1,98 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What a run of claimed pages is fetched for, and what is known of its failures.
+
+use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use crate::retry::Attempts;
+use crate::{PageRange, Path};
+
+/// What claimed pages are brought in for.
+#[derive(Clone, Copy)]
+pub(crate) struct Errand {
+    pub(crate) path: Path,
+    /// What was tried before.
+    pub(crate) tried: Option<Attempts>,
+    pub(crate) role: Role,
+}
+
+impl Errand {
+    pub(crate) fn new(path: Path) -> Self {
+        Errand { path, tried: None, role: Role::Whole }
+    }
+
+    /// Whether more than background fill wants the pages.
+    pub(crate) fn is_wanted(&self) -> bool {
+        self.path != Path::Fill || self.tried.is_some_and(|attempts| attempts.wanted.is_some())
+    }
+}
+
+/// The part that a run has in finding out which of its pages cannot be had.
+#[derive(Clone, Copy)]
+pub(crate) enum Role {
+    /// All that was claimed, or left to the retrier, together.
+    Whole,
+    /// One page of a run that has failed.
+    Probe {
+        /// That run.
+        of: PageRange,
+    },
+    /// A part of a run that has failed, while another has arrived.
+    Part,
+}
+
+/// The page by which it is found out whether the source is there: another one at each attempt, so
+/// that a page that cannot be had is not taken for a source that is away.
+pub(crate) fn probe_of(run: PageRange, tried: Option<Attempts>) -> PageRange {
+    let attempts = tried.map_or(0, |attempts| attempts.count);
+    // The fractions 0, 1/2, 1/4, 3/4, 1/8 and so on of the run.
+    let fraction = u64::from(attempts.reverse_bits());
+    let within = (u128::from(fraction) * u128::from(run.count)) >> 32;
+    PageRange::page(run.first + within as u64)
+}
+
+/// Pages that were tried one by one and have failed.
+#[derive(Default)]
+pub(crate) struct SetAside {
+    count: AtomicU64,
+    pages: Mutex<BTreeSet<u64>>,
+}
+
+impl SetAside {
+    fn lock(&self) -> MutexGuard<'_, BTreeSet<u64>> {
+        self.pages.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn add(&self, page: u64) {
+        let mut pages = self.lock();
+        pages.insert(page);
+        self.count.store(pages.len() as u64, Ordering::Relaxed);
+    }
+
+    /// Forgets pages that have arrived. Nearly always there are none, and nothing is written.
+    pub(crate) fn take_back(&self, range: PageRange) {
+        if self.count.load(Ordering::Relaxed) > 0 {
+            let mut pages = self.lock();
+            pages.retain(|page| !range.contains(*page));
+            self.count.store(pages.len() as u64, Ordering::Relaxed);
+        }
+    }
+
+    pub(crate) fn has_all(&self, range: PageRange, is_wanted: impl Fn(u64) -> bool) -> bool {
+        if self.count.load(Ordering::Relaxed) == 0 {
+            return false;
+        }
+        let pages = self.lock();
+        (range.first..range.end()).all(|page| pages.contains(&page) || !is_wanted(page))
+    }
+}
+
+/// What is left to do for claimed pages.
+#[derive(Clone, Copy)]
+pub(crate) enum Left {
+    /// Their content.
+    Populate,
+    /// Their content is complete: mapping them, and the bits.
+    Publish { bytes_read: u64 },
+}

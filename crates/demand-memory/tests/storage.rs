@@ -1,0 +1,289 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Memory whose image lies on storage that stops answering: a real file system, a real kernel.
+#![cfg(not(loom))]
+
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{self, Receiver};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use demand_memory::{
+    BackingKind, FetchError, Fill, FillRate, MemfdBacking, PAGE_SIZE, PageRange, Pager, Path,
+    Retrier, RetryPolicy, Stats, Waiter,
+};
+use demand_source::{
+    BlockingSource, Destination, Extent, HashedImage, ImageWriter, LocalFile, PageSource,
+    SourceError, Threaded,
+};
+use test_support::fuse::SlowFile;
+use test_support::image::page_of;
+use test_support::wait::{A_WHILE, PATIENCE, until};
+
+const PAGES: u64 = 1024;
+
+/// Soon, but on a busy machine.
+const SOON: Duration = Duration::from_secs(5);
+
+#[test]
+fn storage_server() {
+    test_support::fuse::serve();
+}
+
+fn slow_file() -> Option<SlowFile> {
+    SlowFile::new(&(0..PAGES).flat_map(page_of).collect::<Vec<_>>())
+}
+
+fn bytes(pages: std::ops::Range<u64>) -> std::ops::Range<u64> {
+    pages.start * PAGE_SIZE..pages.end * PAGE_SIZE
+}
+
+fn pager(source: impl PageSource + 'static) -> Arc<Pager> {
+    let backing = MemfdBacking::new(BackingKind::Shmem, PAGES * PAGE_SIZE, true).unwrap();
+    let retrier = Retrier::new(RetryPolicy::default(), |_| {});
+    Pager::new(Arc::new(backing), Arc::new(source), 0, Arc::new(Stats::new()), retrier).unwrap()
+}
+
+fn missing(pager: &Pager, range: PageRange) -> u64 {
+    pager.bitmap().count_missing(range)
+}
+
+/// Does something on a thread of its own, and tells when it is done.
+fn later<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Receiver<T> {
+    let (sender, receiver) = mpsc::channel();
+    thread::spawn(move || drop(sender.send(work())));
+    receiver
+}
+
+#[test]
+fn fetch_returns_while_the_storage_hangs() {
+    let Some(file) = slow_file() else { return };
+    let pager = pager(LocalFile::open(file.path()).unwrap());
+    let _guard = file.answer_at_the_end();
+    file.hold(bytes(1..2));
+    // What a service thread does for a fault.
+    let fetched = later({
+        let pager = pager.clone();
+        move || pager.fetch(PageRange::page(1), Path::Guest)
+    });
+    assert_eq!(fetched.recv_timeout(SOON).expect("fetch waits for nothing"), Ok(0));
+    until("the read hangs", || file.waiting() == 1);
+    // Others arrive meanwhile.
+    pager.ensure(PageRange::page(6), Path::Guest, &Waiter::new()).unwrap();
+    assert!(pager.bitmap().is_missing(1));
+    file.answer();
+    pager.ensure(PageRange::page(1), Path::Guest, &Waiter::new()).unwrap();
+}
+
+#[test]
+fn a_wait_for_hanging_storage_is_kicked() {
+    let Some(file) = slow_file() else { return };
+    let pager = pager(LocalFile::open(file.path()).unwrap());
+    let _guard = file.answer_at_the_end();
+    file.fall_silent();
+    let waiter = Waiter::new();
+    let vcpu = later({
+        let (pager, waiter) = (pager.clone(), waiter.clone());
+        move || pager.ensure(PageRange::page(1), Path::Guest, &waiter)
+    });
+    until("the storage is asked", || file.waiting() > 0);
+    waiter.kick();
+    assert_eq!(vcpu.recv_timeout(SOON).expect("it is kicked"), Err(FetchError::Kicked));
+}
+
+#[test]
+fn reads_that_hang_leave_threads_for_others() {
+    let Some(file) = slow_file() else { return };
+    let pager = pager(LocalFile::open(file.path()).unwrap());
+    let _guard = file.answer_at_the_end();
+    // One thread less than there may be.
+    file.hold(bytes(1..32));
+    for page in 1..32 {
+        pager.fetch(PageRange::page(page), Path::Guest).unwrap();
+    }
+    until("they hang", || file.waiting() == 31);
+    for page in [40, 41, 600] {
+        pager.ensure(PageRange::page(page), Path::Guest, &Waiter::new()).unwrap();
+    }
+    // Fill that hangs takes no thread from demand.
+    file.answer();
+    until("they arrive", || missing(&pager, PageRange::new(1, 31)) == 0);
+    file.hold(bytes(100..200));
+    for page in 100..200 {
+        pager.fetch(PageRange::page(page), Path::Fill).unwrap();
+    }
+    until("fill hangs", || file.waiting() == 16);
+    thread::sleep(A_WHILE);
+    assert_eq!(file.waiting(), 16);
+    pager.ensure(PageRange::page(900), Path::Guest, &Waiter::new()).unwrap();
+}
+
+#[test]
+fn fill_ends_while_the_storage_hangs() {
+    let Some(file) = slow_file() else { return };
+    let pager = pager(LocalFile::open(file.path()).unwrap());
+    let _guard = file.answer_at_the_end();
+    file.fall_silent();
+    let fill = Fill::start(vec![pager.clone()], FillRate::Unlimited).unwrap();
+    until("the storage is asked", || file.waiting() > 0);
+    let ended = later(move || drop(fill));
+    ended.recv_timeout(SOON).expect("the end of fill waits for nothing");
+    // The last reference to the source goes, and its threads still hang.
+    pager.stop();
+    let ended = later(move || drop(pager));
+    ended.recv_timeout(SOON).expect("the end of the memory waits for nothing");
+}
+
+#[test]
+fn a_checked_image_never_waits_where_faults_are_served() {
+    let folder = tempfile::tempdir().unwrap();
+    let (image, table) = (folder.path().join("memory"), folder.path().join("hashes"));
+    let mut writer = ImageWriter::create(&image, &table, PAGES * PAGE_SIZE, [7; 16]).unwrap();
+    for page in 0..PAGES {
+        writer.write(page * PAGE_SIZE, &page_of(page)).unwrap();
+    }
+    writer.finish().unwrap();
+    // The pages are near, and their hashes hang.
+    let Some(file) = SlowFile::new(&std::fs::read(&table).unwrap()) else { return };
+    let pager = pager(HashedImage::open(&image, file.path()).unwrap());
+    let _guard = file.answer_at_the_end();
+    file.fall_silent();
+    let fetched = later({
+        let pager = pager.clone();
+        move || pager.fetch(PageRange::new(0, 512), Path::BackEnd)
+    });
+    let fetched = fetched.recv_timeout(SOON).expect("fetch waits for nothing");
+    assert!(fetched.is_ok());
+    assert_eq!(missing(&pager, PageRange::new(1, 4)), 4, "nothing is present unchecked");
+    file.answer();
+    let begun = Instant::now();
+    pager.ensure(PageRange::new(0, 512), Path::BackEnd, &Waiter::new()).unwrap();
+    assert!(begun.elapsed() < PATIENCE);
+}
+
+/// What an observer was told: the first page, the number of pages, wanted, given up.
+type Told = Arc<Mutex<Vec<(PageRange, bool, bool, String)>>>;
+
+fn observed(source: impl PageSource + 'static) -> (Arc<Pager>, Told) {
+    let backing = MemfdBacking::new(BackingKind::Shmem, PAGES * PAGE_SIZE, true).unwrap();
+    let told = Told::default();
+    let seen = told.clone();
+    let policy = RetryPolicy {
+        longest: Duration::from_millis(100),
+        limit: Some(Duration::from_millis(300)),
+        ..RetryPolicy::default()
+    };
+    let retrier = Retrier::new(policy, move |failure| {
+        let words = failure.error.to_string();
+        seen.lock().unwrap().push((failure.pages, failure.wanted, failure.given_up, words));
+    });
+    let stats = Arc::new(Stats::new());
+    let pager = Pager::new(Arc::new(backing), Arc::new(source), 0, stats, retrier).unwrap();
+    (pager, told)
+}
+
+#[test]
+fn an_altered_page_costs_no_neighbour() {
+    let folder = tempfile::tempdir().unwrap();
+    let (image, table) = (folder.path().join("memory"), folder.path().join("hashes"));
+    let mut writer = ImageWriter::create(&image, &table, PAGES * PAGE_SIZE, [7; 16]).unwrap();
+    for page in 0..PAGES {
+        writer.write(page * PAGE_SIZE, &page_of(page)).unwrap();
+    }
+    writer.finish().unwrap();
+    let flip = |page: u64| {
+        let file = std::fs::OpenOptions::new().read(true).write(true).open(&image).unwrap();
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, page * PAGE_SIZE + 9).unwrap();
+        file.write_all_at(&[byte[0] ^ 1], page * PAGE_SIZE + 9).unwrap();
+    };
+    // The first one, one in the middle, and two in a row.
+    let altered = [1, 301, 303, 304];
+    altered.into_iter().for_each(flip);
+    let (pager, told) = observed(HashedImage::open(&image, &table).unwrap());
+    let unit = PageRange::new(0, 512);
+    pager.fetch(unit, Path::BackEnd).unwrap();
+    let begun = Instant::now();
+    until("the neighbours arrive", || missing(&pager, unit) == altered.len() as u64);
+    assert!(begun.elapsed() < SOON, "{:?}", begun.elapsed());
+    altered.iter().for_each(|page| assert!(pager.bitmap().is_missing(*page)));
+    until("each is named", || {
+        let told = told.lock().unwrap();
+        altered.iter().all(|page| {
+            let offset = format!("offset {} of", page * PAGE_SIZE);
+            told.iter().any(|(pages, wanted, _, words)| {
+                *pages == PageRange::page(*page) && *wanted && words.contains(&offset)
+            })
+        })
+    });
+    altered.into_iter().for_each(flip);
+    pager.ensure(unit, Path::BackEnd, &Waiter::new()).unwrap();
+}
+
+#[test]
+fn fill_passes_over_an_unreadable_page() {
+    let Some(file) = slow_file() else { return };
+    file.fail(bytes(131..132));
+    let (pager, told) = observed(LocalFile::open(file.path()).unwrap());
+    let _fill = Fill::start(vec![pager.clone()], FillRate::Unlimited).unwrap();
+    let all = PageRange::new(0, PAGES);
+    until("all others arrive", || missing(&pager, all) == 1);
+    assert!(pager.bitmap().is_missing(131));
+    // Nobody waits for it: it is told, and never given up.
+    thread::sleep(Duration::from_millis(500));
+    {
+        let told = told.lock().unwrap();
+        let (pages, ..) = told.last().expect("it is told");
+        assert_eq!(*pages, PageRange::page(131));
+        assert!(told.iter().all(|(_, wanted, given_up, _)| !wanted && !given_up), "{told:?}");
+    }
+    let vcpu = later({
+        let pager = pager.clone();
+        move || pager.ensure(PageRange::page(131), Path::Guest, &Waiter::new())
+    });
+    until("it is given up", || told.lock().unwrap().iter().any(|(_, _, given_up, _)| *given_up));
+    file.recover();
+    assert_eq!(vcpu.recv_timeout(PATIENCE).expect("it arrives"), Ok(()));
+    until("fill is done", || pager.bitmap().is_complete());
+}
+
+/// A source that is away is asked for little, and what it is asked for is told once.
+#[test]
+fn an_absent_source_is_asked_for_little() {
+    let Some(file) = slow_file() else { return };
+    file.fail(bytes(0..PAGES));
+    let (pager, told) = observed(LocalFile::open(file.path()).unwrap());
+    pager.fetch(PageRange::new(0, 512), Path::BackEnd).unwrap();
+    until("it is tried again", || told.lock().unwrap().len() >= 4);
+    let (told, errors) = (told.lock().unwrap().len() as u64, pager.stats().source().errors);
+    assert!(errors <= 2 * told + 2, "{errors} errors were told {told} times");
+    file.recover();
+    pager.ensure(PageRange::new(0, 512), Path::BackEnd, &Waiter::new()).unwrap();
+}
+
+/// A source whose code panics, on the thread that asks it and elsewhere.
+struct Panics(AtomicUsize);
+
+impl BlockingSource for Panics {
+    fn size(&self) -> u64 {
+        PAGES * PAGE_SIZE
+    }
+    fn extent(&self, _: u64) -> Result<Extent, SourceError> {
+        assert_ne!(self.0.fetch_add(1, Ordering::Relaxed), 0, "on purpose");
+        Ok(Extent::Data { end: PAGES * PAGE_SIZE })
+    }
+    fn read(&self, _: u64, to: &mut Destination<'_>) -> Result<(), SourceError> {
+        assert!(self.0.fetch_add(1, Ordering::Relaxed) > 3, "on purpose");
+        to.write_at(0, &vec![0; to.len()]);
+        Ok(())
+    }
+}
+
+#[test]
+fn a_panic_of_the_source_loses_no_page() {
+    let (pager, told) = observed(Threaded::new(Panics(AtomicUsize::new(0)), 1).unwrap());
+    let _fill = Fill::start(vec![pager.clone()], FillRate::Unlimited).unwrap();
+    until("fill completes all", || pager.bitmap().is_complete());
+    assert!(told.lock().unwrap().iter().any(|(.., words)| words.contains("panicked")));
+}

@@ -1,0 +1,282 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The file of an image: reads and extents, with and without waiting for its storage.
+
+use std::cell::Cell;
+use std::collections::BTreeMap;
+use std::fs::{File, OpenOptions};
+use std::io::{self, Seek, SeekFrom};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{OnceLock, PoisonError, RwLock};
+
+use crate::cached::Storage;
+use crate::mapped::{MappedBytes, MappedFile};
+use crate::{Destination, Extent, SourceError, extent_of_file};
+
+/// Extents that are remembered at most.
+const REMEMBERED: usize = 4096;
+
+/// A regular file or block device that is read as an image.
+#[derive(Debug)]
+pub(crate) struct ImageFile {
+    file: File,
+    path: PathBuf,
+    size: u64,
+    storage: Storage,
+    // Made when it is first asked for; `None` where it cannot be.
+    mapped: OnceLock<Option<MappedFile>>,
+    // Tells images apart in the memory of the last extent that each thread keeps.
+    id: u64,
+    // Extents that were found while waiting was allowed, by where they were asked for.
+    found: RwLock<BTreeMap<u64, Extent>>,
+}
+
+#[derive(Clone, Copy)]
+struct LastExtent {
+    id: u64,
+    start: u64,
+    extent: Extent,
+}
+
+thread_local! {
+    // Asking the file system costs a system call; neighbours mostly lie in the extent that was
+    // asked for last. One for each thread, so that threads share no written cache line.
+    static LAST: Cell<LastExtent> =
+        const { Cell::new(LastExtent { id: 0, start: 0, extent: Extent::Hole { end: 0 } }) };
+}
+
+static NEXT_ID: AtomicU64 = AtomicU64::new(1);
+
+impl ImageFile {
+    pub(crate) fn open(path: &Path) -> Result<Self, SourceError> {
+        let refused = |error| SourceError::Open { image: path.display().to_string(), error };
+        // Not to wait for whoever opens the other end of a pipe.
+        let file = OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_NONBLOCK)
+            .open(path)
+            .map_err(refused)?;
+        ImageFile::of_file(file, path.to_owned())
+    }
+
+    /// An image that is open already; `path` is what errors call it.
+    pub(crate) fn of_file(mut file: File, path: PathBuf) -> Result<Self, SourceError> {
+        let refused = |error| SourceError::Open { image: path.display().to_string(), error };
+        let kind = file.metadata().map_err(refused)?.file_type();
+        if !kind.is_file() && !kind.is_block_device() {
+            let what = if kind.is_dir() { "it is a directory" } else { "it is a special file" };
+            return Err(refused(io::Error::new(io::ErrorKind::InvalidInput, what)));
+        }
+        // A block device has no length in its metadata, but an end.
+        let size = file.seek(SeekFrom::End(0)).map_err(refused)?;
+        let storage = if kind.is_block_device() {
+            Storage::Cached
+        } else {
+            Storage::of(&file).map_err(refused)?
+        };
+        Ok(ImageFile {
+            file,
+            path,
+            size,
+            storage,
+            mapped: OnceLock::new(),
+            id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
+            found: RwLock::default(),
+        })
+    }
+
+    pub(crate) fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// The file, as the user named it.
+    pub(crate) fn name(&self) -> String {
+        self.path.display().to_string()
+    }
+
+    /// Whether no read of it ever waits for anything but memory.
+    pub(crate) fn is_memory(&self) -> bool {
+        self.storage == Storage::Memory
+    }
+
+    fn shrunk(&self, offset: u64, len: u64) -> SourceError {
+        let end = (&self.file).seek(SeekFrom::End(0)).unwrap_or(0);
+        SourceError::Shrunk { image: self.name(), offset, len, end, size: self.size }
+    }
+
+    fn refused(&self, offset: u64, len: u64, error: io::Error) -> SourceError {
+        SourceError::Read { image: self.name(), offset, len, error }
+    }
+
+    /// The end of `len` bytes at `offset`, if they lie in the image.
+    pub(crate) fn check_range(&self, offset: u64, len: u64) -> Result<u64, SourceError> {
+        offset.checked_add(len).filter(|end| *end <= self.size).ok_or_else(|| {
+            SourceError::OutOfRange { image: self.name(), offset, len, size: self.size }
+        })
+    }
+
+    /// Reads, and waits for the storage.
+    pub(crate) fn read(
+        &self,
+        offset: u64,
+        destination: &mut Destination<'_>,
+    ) -> Result<(), SourceError> {
+        let len = destination.len() as u64;
+        self.check_range(offset, len)?;
+        let mut done = 0;
+        while done < destination.len() {
+            match destination.read_from(done, &self.file, offset + done as u64) {
+                Ok(0) => return Err(self.shrunk(offset, len)),
+                Ok(read) => done += read,
+                Err(error) => return Err(self.refused(offset, len, error)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads what is in memory; `None` if waiting for the storage is needed. Part of the
+    /// destination may have been written then.
+    pub(crate) fn read_now(
+        &self,
+        offset: u64,
+        destination: &mut Destination<'_>,
+    ) -> Option<Result<(), SourceError>> {
+        let len = destination.len() as u64;
+        match self.storage {
+            Storage::Memory => return Some(self.read(offset, destination)),
+            Storage::Away => return None,
+            Storage::Cached => {}
+        }
+        if let Err(error) = self.check_range(offset, len) {
+            return Some(Err(error));
+        }
+        if !crate::cached::is_cached(&self.file, offset, len) {
+            return None;
+        }
+        let mut done = 0;
+        while done < destination.len() {
+            match destination.read_cached(done, &self.file, offset + done as u64) {
+                Ok(0) => return Some(Err(self.shrunk(offset, len))),
+                Ok(read) => done += read,
+                // Why it fails is told by the read that waits.
+                Err(_) => return None,
+            }
+        }
+        Some(Ok(()))
+    }
+
+    /// The bytes where they are mapped in this process, if they are in memory.
+    pub(crate) fn mapped(&self, offset: u64, len: u64) -> Option<MappedBytes<'_>> {
+        if self.storage == Storage::Away {
+            return None;
+        }
+        let mapped = self.mapped.get_or_init(|| MappedFile::new(&self.file, self.size).ok());
+        let mapped = mapped.as_ref()?;
+        if self.storage == Storage::Cached && !mapped.is_resident(offset, len) {
+            return None;
+        }
+        mapped.bytes(offset, len)
+    }
+
+    pub(crate) fn is_intact(&self) -> bool {
+        (&self.file).seek(SeekFrom::End(0)).is_ok_and(|end| end >= self.size)
+    }
+
+    /// Asks the file system for the extent of the byte at `offset`, which lies in the image. It
+    /// may wait for the storage.
+    pub(crate) fn find_extent(&self, offset: u64) -> Result<Extent, SourceError> {
+        match extent_of_file(&self.file, offset, self.size) {
+            Ok(Some(extent)) => Ok(extent),
+            // No data from here on, which is a hole only as long as the image is.
+            Ok(None) => match (&self.file).seek(SeekFrom::End(0)) {
+                Ok(end) if end >= self.size => Ok(Extent::Hole { end: self.size }),
+                _ => Err(self.shrunk(offset, self.size - offset)),
+            },
+            Err(error) => Err(self.refused(offset, 0, error)),
+        }
+    }
+
+    /// As [`extent`](crate::PageSource::extent), through `check`, which may refuse the extent or
+    /// change it; it is not asked again for an extent that this thread remembers.
+    pub(crate) fn extent_checked(
+        &self,
+        offset: u64,
+        check: impl FnOnce(Extent) -> Result<Extent, SourceError>,
+    ) -> Result<Extent, SourceError> {
+        self.check_range(offset, 1)?;
+        if let Some(extent) = self.last_extent(offset) {
+            return Ok(extent);
+        }
+        self.extent_afresh(offset, check)
+    }
+
+    /// As [`extent_checked`](Self::extent_checked), whatever this thread remembers.
+    pub(crate) fn extent_afresh(
+        &self,
+        offset: u64,
+        check: impl FnOnce(Extent) -> Result<Extent, SourceError>,
+    ) -> Result<Extent, SourceError> {
+        let extent = check(self.find_extent(offset)?)?;
+        self.remember(offset, extent);
+        Ok(extent)
+    }
+
+    /// The extent of the byte at `offset` if it was found before; never waits for the storage.
+    pub(crate) fn known_extent(&self, offset: u64) -> Option<Extent> {
+        self.last_extent(offset).or_else(|| {
+            let found = self.found.read().unwrap_or_else(PoisonError::into_inner);
+            let (&start, &extent) = found.range(..=offset).next_back()?;
+            drop(found);
+            (offset < extent.end()).then(|| {
+                LAST.set(LastExtent { id: self.id, start, extent });
+                extent
+            })
+        })
+    }
+
+    fn last_extent(&self, offset: u64) -> Option<Extent> {
+        let last = LAST.get();
+        let hit = last.id == self.id && last.start <= offset && offset < last.extent.end();
+        hit.then_some(last.extent)
+    }
+
+    fn remember(&self, start: u64, extent: Extent) {
+        LAST.set(LastExtent { id: self.id, start, extent });
+        // Threads that may wait need no memory of others' extents.
+        if self.is_memory() {
+            return;
+        }
+        let mut found = self.found.write().unwrap_or_else(PoisonError::into_inner);
+        if found.len() >= REMEMBERED {
+            found.clear();
+        }
+        found.insert(start, extent);
+    }
+
+    /// Reads extent by extent, as `extent` finds them afresh: holes are zeros, and the rest is left
+    /// to `data`. It may wait for the storage.
+    pub(crate) fn read_extents(
+        &self,
+        offset: u64,
+        destination: &mut Destination<'_>,
+        extent: impl Fn(u64) -> Result<Extent, SourceError>,
+        data: impl Fn(u64, &mut Destination<'_>) -> Result<(), SourceError>,
+    ) -> Result<(), SourceError> {
+        let end = self.check_range(offset, destination.len() as u64)?;
+        let mut at = offset;
+        while at < end {
+            let here = extent(at)?;
+            let until = here.end().min(end);
+            destination.fill_part((at - offset) as usize, (until - at) as usize, |part| {
+                if here.is_hole() {
+                    part.fill_zeros();
+                    return Ok(());
+                }
+                data(at, part)
+            })?;
+            at = until;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,324 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! A file whose storage stops answering, by a FUSE server in another process.
+//!
+//! It is another process because one that waits for itself cannot end: its files are closed after
+//! its last thread, and that waits for one of them.
+
+use std::ffi::OsStr;
+use std::io::{self, BufRead, BufReader, Write};
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdout, Command, Stdio};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, UNIX_EPOCH};
+
+use fuser::{
+    Config, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo,
+    LockOwner, MountOption, OpenFlags, ReplyAttr, ReplyData, ReplyEntry, ReplyLseek, ReplyOpen,
+    Request,
+};
+
+use crate::host::{is_lab, skip};
+
+const NAME: &str = "image";
+const MOUNT: &str = "mount";
+const CONTENT: &str = "content";
+const FILE: INodeNo = INodeNo(2);
+/// Nothing is kept by the kernel: each look at the file asks the server.
+const TTL: Duration = Duration::ZERO;
+
+type Answer = Box<dyn FnOnce() + Send>;
+
+#[derive(Default)]
+struct State {
+    /// Bytes whose reads are held back, or fail with an error.
+    held: Vec<Range<u64>>,
+    failing: Vec<Range<u64>>,
+    /// Whether nothing at all is answered but what is needed to open the file.
+    silent: bool,
+    waiting: Vec<Answer>,
+}
+
+struct Shared {
+    content: Vec<u8>,
+    state: Mutex<State>,
+}
+
+impl Shared {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn attributes(&self, inode: INodeNo) -> FileAttr {
+        let root = inode == INodeNo::ROOT;
+        FileAttr {
+            ino: inode,
+            size: if root { 0 } else { self.content.len() as u64 },
+            blocks: self.content.len() as u64 / 512,
+            atime: UNIX_EPOCH,
+            mtime: UNIX_EPOCH,
+            ctime: UNIX_EPOCH,
+            crtime: UNIX_EPOCH,
+            kind: if root { FileType::Directory } else { FileType::RegularFile },
+            perm: if root { 0o755 } else { 0o644 },
+            nlink: 1,
+            uid: 0,
+            gid: 0,
+            rdev: 0,
+            flags: 0,
+            blksize: 4096,
+        }
+    }
+}
+
+/// Names the folder, for the process that serves it.
+const FOLDER: &str = "SLOW_FILE_FOLDER";
+/// Begins each answer of the server.
+const SAYS: &str = "slow-file: ";
+
+/// A file with some content, on a FUSE file system that answers only as long as a test lets it.
+/// It is mounted until this is dropped.
+///
+/// The file's server is the test program, run once more: it needs a test named `storage_server`
+/// that calls [`serve`].
+pub struct SlowFile {
+    folder: tempfile::TempDir,
+    server: Arc<Mutex<Client>>,
+}
+
+struct Client {
+    process: Child,
+    answers: BufReader<ChildStdout>,
+}
+
+impl Client {
+    /// Has the server do something, and returns the number that it answers.
+    fn ask(&mut self, what: &str) -> io::Result<usize> {
+        let input = self.process.stdin.as_mut().ok_or(io::ErrorKind::BrokenPipe)?;
+        writeln!(input, "{what}")?;
+        loop {
+            let mut line = String::new();
+            if self.answers.read_line(&mut line)? == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            if let Some((_, answer)) = line.trim().split_once(SAYS) {
+                return answer.parse().map_err(|_| io::Error::other(answer.to_owned()));
+            }
+        }
+    }
+}
+
+impl SlowFile {
+    /// Mounts the file. `None`, and the test is skipped, where that is not possible or not
+    /// permitted.
+    ///
+    /// # Panics
+    ///
+    /// If the server cannot be run.
+    pub fn new(content: &[u8]) -> Option<Self> {
+        if is_lab() && !Path::new("/dev/fuse").exists() {
+            println!("on the host only: the lab's kernel has no FUSE");
+            return None;
+        }
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::create_dir(folder.path().join(MOUNT)).unwrap();
+        std::fs::write(folder.path().join(CONTENT), content).unwrap();
+        let mut process = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "storage_server", "--nocapture"])
+            .env(FOLDER, folder.path())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let answers = BufReader::new(process.stdout.take().unwrap());
+        let server = Arc::new(Mutex::new(Client { process, answers }));
+        let file = SlowFile { folder, server };
+        let mounted = file.client().ask("waiting");
+        match mounted {
+            Ok(_) => Some(file),
+            Err(error) => {
+                skip(&format!("a FUSE file system is needed (/dev/fuse, root): {error}"));
+                None
+            }
+        }
+    }
+
+    fn client(&self) -> MutexGuard<'_, Client> {
+        self.server.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn ask(&self, what: &str) -> usize {
+        self.client().ask(what).unwrap()
+    }
+
+    /// Where the file is.
+    pub fn path(&self) -> PathBuf {
+        self.folder.path().join(MOUNT).join(NAME)
+    }
+
+    /// Holds back reads of these bytes, too.
+    pub fn hold(&self, bytes: Range<u64>) {
+        self.ask(&format!("hold {} {}", bytes.start, bytes.end));
+    }
+
+    /// Answers nothing any more.
+    pub fn fall_silent(&self) {
+        self.ask("silent");
+    }
+
+    /// Fails reads of these bytes, too.
+    pub fn fail(&self, bytes: Range<u64>) {
+        self.ask(&format!("fail {} {}", bytes.start, bytes.end));
+    }
+
+    /// Fails no more reads.
+    pub fn recover(&self) {
+        self.ask("recover");
+    }
+
+    /// Answers what was held back, and everything from now on.
+    pub fn answer(&self) {
+        self.ask("answer");
+    }
+
+    /// Requests that are held back now.
+    pub fn waiting(&self) -> usize {
+        self.ask("waiting")
+    }
+
+    /// Lets all requests go when it is dropped, so that a test that fails can end.
+    pub fn answer_at_the_end(&self) -> impl Drop + use<> {
+        struct Guard(Arc<Mutex<Client>>);
+        impl Drop for Guard {
+            fn drop(&mut self) {
+                let mut client = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+                // It may be gone.
+                let _ = client.ask("answer");
+            }
+        }
+        Guard(self.server.clone())
+    }
+}
+
+impl Drop for SlowFile {
+    fn drop(&mut self) {
+        let mut client = self.client();
+        // What still waits for it fails.
+        let _ = client.process.kill();
+        let _ = client.process.wait();
+        drop(client);
+        let mount = self.folder.path().join(MOUNT);
+        let _ = rustix::mount::unmount(mount, rustix::mount::UnmountFlags::DETACH);
+    }
+}
+
+/// Serves the file of the test that has started this process; does nothing in any other.
+///
+/// # Panics
+///
+/// If the file system cannot be mounted.
+pub fn serve() {
+    let Some(folder) = std::env::var_os(FOLDER) else { return };
+    // Whoever waits for the file must not outlive who answers, nor the other way around.
+    let signal = rustix::process::Signal::KILL;
+    rustix::process::set_parent_process_death_signal(Some(signal)).unwrap();
+    let content = std::fs::read(Path::new(&folder).join(CONTENT)).unwrap();
+    let shared = Arc::new(Shared { content, state: Mutex::default() });
+    let mut config = Config::default();
+    config.mount_options = vec![MountOption::FSName("slow-file".into())];
+    let mount = Path::new(&folder).join(MOUNT);
+    let _session = match fuser::spawn_mount(Server(shared.clone()), mount, &config) {
+        Ok(session) => session,
+        Err(error) => return println!("{SAYS}{error}"),
+    };
+    for line in io::stdin().lines().map_while(Result::ok) {
+        let words: Vec<_> = line.split(' ').collect();
+        let range = || words[1].parse().unwrap()..words[2].parse().unwrap();
+        match words[0] {
+            "hold" => shared.state().held.push(range()),
+            "fail" => shared.state().failing.push(range()),
+            "silent" => shared.state().silent = true,
+            "recover" => shared.state().failing.clear(),
+            "answer" => answer(&shared),
+            _ => {}
+        }
+        println!("{SAYS}{}", shared.state().waiting.len());
+    }
+}
+
+fn answer(shared: &Shared) {
+    let waiting = {
+        let mut state = shared.state();
+        state.held.clear();
+        state.silent = false;
+        std::mem::take(&mut state.waiting)
+    };
+    waiting.into_iter().for_each(|answer| answer());
+}
+
+struct Server(Arc<Shared>);
+
+impl Server {
+    /// Answers at once, or when the test lets it.
+    fn respond(&self, held: impl FnOnce(&State) -> bool, answer: impl FnOnce() + Send + 'static) {
+        let mut state = self.0.state();
+        if state.silent || held(&state) {
+            state.waiting.push(Box::new(answer));
+            return;
+        }
+        drop(state);
+        answer();
+    }
+}
+
+impl Filesystem for Server {
+    fn lookup(&self, _: &Request, _: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        if Path::new(name) == Path::new(NAME) {
+            reply.entry(&TTL, &self.0.attributes(FILE), Generation(0));
+        } else {
+            reply.error(Errno::ENOENT);
+        }
+    }
+
+    fn getattr(&self, _: &Request, inode: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
+        let attributes = self.0.attributes(inode);
+        self.respond(|_| false, move || reply.attr(&TTL, &attributes));
+    }
+
+    fn open(&self, _: &Request, _: INodeNo, _: OpenFlags, reply: ReplyOpen) {
+        // Without the page cache, and so without a read-ahead that asks for neighbours.
+        reply.opened(FileHandle(0), FopenFlags::FOPEN_DIRECT_IO);
+    }
+
+    fn read(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        _: FileHandle,
+        offset: u64,
+        size: u32,
+        _: OpenFlags,
+        _: Option<LockOwner>,
+        reply: ReplyData,
+    ) {
+        let end = (offset + u64::from(size)).min(self.0.content.len() as u64);
+        let among = move |ranges: &[Range<u64>]| {
+            ranges.iter().any(|range| offset < range.end && range.start < end)
+        };
+        let shared = self.0.clone();
+        self.respond(
+            move |state| among(&state.held),
+            move || {
+                if among(&shared.state().failing) {
+                    return reply.error(Errno::EIO);
+                }
+                reply.data(shared.content.get(offset as usize..end as usize).unwrap_or_default());
+            },
+        );
+    }
+
+    fn lseek(&self, _: &Request, _: INodeNo, _: FileHandle, _: i64, _: i32, reply: ReplyLseek) {
+        // The kernel then takes the whole file for data.
+        self.respond(|_| false, move || reply.error(Errno::ENOSYS));
+    }
+}
