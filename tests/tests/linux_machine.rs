@@ -49,10 +49,13 @@ fn resets(kernel: &Kernel, words: &str, first: &[&str], then: &[&str]) -> Result
     Ok(console)
 }
 
+/// As for the last one: with SVM, KVM puts the vCPU that faults three times in one back to where
+/// processors begin, and nothing is there.
 #[test]
 fn each_way_to_reset_begins_anew() {
     test(Kernel::lab(), |kernel| {
-        let (first, then) = (["reset-acpi", "reset-kbd"], ["reset-bios", "reset-pci"]);
+        let (first, then) =
+            (["reset-acpi", "reset-kbd"], ["reset-bios", "reset-pci", "reset-triple"]);
         resets(kernel, "", &first, &then).map(drop)
     });
 }

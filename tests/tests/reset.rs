@@ -47,30 +47,3 @@ fn begins_anew(kernel: &Kernel) -> Result<()> {
     guest.ended()?;
     Ok(())
 }
-
-/// A kernel that knows no better way has its processor fault three times in one. KVM with SVM then
-/// puts that vCPU back to where processors begin, and nothing is there.
-#[test]
-fn a_triple_fault_begins_anew() {
-    let Some(kernel) = Kernel::lab() else { return };
-    faults_three_times(&kernel).unwrap_or_else(|error| panic!("{error:#}"));
-}
-
-fn faults_three_times(kernel: &Kernel) -> Result<()> {
-    let folder = tempfile::tempdir()?;
-    let config = GuestConfig {
-        cpus: 2,
-        memory: "size=192M".into(),
-        disks: Vec::new(),
-        cards: Vec::new(),
-        more: Vec::new(),
-    };
-    let mut guest = Guest::boot_with(folder.path(), kernel, &Work::Idle, "reboot=t", &config)?;
-    for _ in 0..2 {
-        guest.wait_ready()?;
-        guest.type_line("reset")?;
-    }
-    assert_eq!(guest.wait_ready()?, 2);
-    guest.finish()?;
-    Ok(())
-}
