@@ -41,8 +41,9 @@ pub fn serve(
     let local = listener.local_addr().map_err(Error::system("asking for the socket's address"))?;
     let memory = GuestMemoryAtomic::new(Memory::new());
     let backend = Arc::new(BlkBackend::new(disk, counters, memory.clone(), options));
+    let requests = backend.requests();
     let mut daemon =
-        VhostUserDaemon::new("vhost-user-blk".into(), backend.clone(), memory).map_err(failed)?;
+        VhostUserDaemon::new("vhost-user-blk".into(), backend, memory).map_err(failed)?;
     daemon.start(&mut Listener::from(listener)).map_err(failed)?;
     let connection = accepted(&local)?;
 
@@ -70,7 +71,7 @@ pub fn serve(
     // The requests in hand; then a message, which may be the one that waits for them.
     let _ = connection.shutdown(std::net::Shutdown::Read);
     let mut patience = GRACE;
-    if !backend.stop(GRACE) {
+    if !requests.stop(GRACE) {
         log::warn!("the front-end is gone, a request still waits (for a missing page?): given up");
         patience = Duration::ZERO;
     }

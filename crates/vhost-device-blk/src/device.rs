@@ -51,7 +51,11 @@ pub struct DeviceOptions {
 /// A virtio-blk device.
 ///
 /// With post-copy, whoever runs it must see to it that its threads end, with their process, when
-/// the front-end goes away while they wait for a page; [`crate::server::serve`] does.
+/// the front-end goes away while they wait for a page; [`crate::server::serve`] does. And the
+/// `VhostUserDaemon` must hold the last reference to the device: dropping it waits for the
+/// requests in hand, while the userfaultfd is still open. A reference that is kept elsewhere keeps
+/// the daemon from that, and a request that waits for a page then writes zeros to the disk. To stop
+/// the device keep its [`requests`](Self::requests) instead.
 pub struct BlkBackend {
     executor: Arc<Executor>,
     options: DeviceOptions,
@@ -80,16 +84,29 @@ impl BlkBackend {
         BlkBackend { executor, options, config, features, queues }
     }
 
+    /// A handle on the requests in hand, to be kept where the device itself must not be.
+    pub fn requests(&self) -> Requests {
+        let pools = self.queues.iter().map(|queue| queue.pool().clone()).collect();
+        Requests { executor: self.executor.clone(), pools }
+    }
+}
+
+/// The requests that a [`BlkBackend`] has in hand. It does not keep the device.
+pub struct Requests {
+    executor: Arc<Executor>,
+    pools: Vec<Arc<Pool>>,
+}
+
+impl Requests {
     /// Takes no request from now on, and waits until those in hand are answered. Gives up when
     /// nothing has happened for `patience`, though never while a request is at the disk: so what
     /// is given up waits for missing memory, and has not begun. Returns whether all are answered.
     pub fn stop(&self, patience: Duration) -> bool {
-        let pools: Vec<&Pool> = self.queues.iter().map(Queue::pool).collect();
-        for pool in &pools {
+        for pool in &self.pools {
             pool.close();
         }
         let start = Instant::now();
-        drain_all(&pools, patience, || match self.executor.at_the_disk() {
+        drain_all(&self.pools, patience, || match self.executor.at_the_disk() {
             0 => 0,
             _ => start.elapsed().as_nanos(),
         })

@@ -152,7 +152,7 @@ fn wait<'a>(condition: &Condvar, state: MutexGuard<'a, State>) -> MutexGuard<'a,
 
 /// Waits until no place of `pools` is taken. Gives up when nothing has happened for `patience`:
 /// `progress` says how much has.
-pub fn drain_all(pools: &[&Pool], patience: Duration, progress: impl Fn() -> u128) -> bool {
+pub fn drain_all(pools: &[Arc<Pool>], patience: Duration, progress: impl Fn() -> u128) -> bool {
     let mut last = None;
     let mut deadline = Instant::now();
     loop {
@@ -218,7 +218,7 @@ mod tests {
 
     #[test]
     fn jobs_in_hand_are_done_after_closing_even_if_one_panics() {
-        let pool = Pool::new("test".into(), 3);
+        let pool = Arc::new(Pool::new("test".into(), 3));
         let (sender, done) = mpsc::channel();
         pool.run(pool.reserve().unwrap(), || std::panic::resume_unwind(Box::new(())));
         for _ in 0..2 {
@@ -229,15 +229,15 @@ mod tests {
             });
         }
         pool.close();
-        assert!(drain_all(&[&pool], PATIENCE, || 0));
+        assert!(drain_all(&[pool], PATIENCE, || 0));
         assert_eq!(done.try_iter().count(), 2);
     }
 
     #[test]
     fn draining_is_given_up_without_progress_only() {
-        let pool = Pool::new("test".into(), 1);
-        let place = pool.reserve().unwrap();
-        assert!(!drain_all(&[&pool], Duration::from_millis(20), || 0));
+        let pool = [Arc::new(Pool::new("test".into(), 1))];
+        let place = pool[0].reserve().unwrap();
+        assert!(!drain_all(&pool, Duration::from_millis(20), || 0));
         let start = Instant::now();
         thread::scope(|scope| {
             scope.spawn(|| {
@@ -245,7 +245,7 @@ mod tests {
                 drop(place);
             });
             let millis = || start.elapsed().as_millis();
-            assert!(drain_all(&[&pool], Duration::from_millis(50), millis));
+            assert!(drain_all(&pool, Duration::from_millis(50), millis));
         });
     }
 }

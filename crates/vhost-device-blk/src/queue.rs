@@ -22,19 +22,19 @@ pub struct Queue {
     index: usize,
     executor: Arc<Executor>,
     mem: AtomicMemory,
-    pool: Pool,
+    pool: Arc<Pool>,
     /// A driver's broken ring is reported once, not at each kick.
     reported: Arc<AtomicBool>,
 }
 
 impl Queue {
     pub fn new(index: usize, executor: Arc<Executor>, mem: AtomicMemory, threads: usize) -> Self {
-        let pool = Pool::new(format!("queue {index}"), threads);
+        let pool = Arc::new(Pool::new(format!("queue {index}"), threads));
         Queue { index, executor, mem, pool, reported: Arc::new(AtomicBool::new(false)) }
     }
 
     /// The queue's requests in hand.
-    pub fn pool(&self) -> &Pool {
+    pub fn pool(&self) -> &Arc<Pool> {
         &self.pool
     }
 

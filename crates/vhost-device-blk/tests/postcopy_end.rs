@@ -276,6 +276,8 @@ fn a_device_that_is_dropped_with_a_request_in_a_fault() {
     let mem = AtomicMemory::new(Memory::new());
     let opened = Arc::new(Disk::open(&disk, &DiskOptions::default()).unwrap());
     let backend = Arc::new(BlkBackend::new(opened, counters, mem.clone(), device));
+    // What stops the device may outlive it.
+    let requests = backend.requests();
     let mut daemon = VhostUserDaemon::new("blk".into(), backend, mem).unwrap();
     let mut listener = Listener::new(&socket, true).unwrap();
     let waits = thread::spawn(move || {
@@ -290,8 +292,10 @@ fn a_device_that_is_dropped_with_a_request_in_a_fault() {
     drop(guest);
     thread::sleep(Duration::from_millis(200));
     assert!(!waits.is_finished());
+    assert!(!requests.stop(Duration::ZERO), "the request has not begun");
     assert!(fs::read(&disk).unwrap() == vec![7; 1 << 20], "went on over a hole");
     server.release(DATA);
     waits.join().unwrap();
+    assert!(requests.stop(Duration::ZERO));
     assert_eq!(fs::read(&disk).unwrap()[8 * 512..16 * 512], content(DATA));
 }
