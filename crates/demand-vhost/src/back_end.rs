@@ -357,7 +357,7 @@ impl BackEnd {
         }
     }
 
-    fn disconnected(&self, asked: &'static str) -> Error {
+    pub(crate) fn disconnected(&self, asked: &'static str) -> Error {
         Error::Disconnected { socket: self.socket.clone(), asked }
     }
 

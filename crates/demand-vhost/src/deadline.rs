@@ -9,7 +9,11 @@ use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// How often it is asked whether there is an excuse.
+use demand_memory::Waiter;
+
+use crate::HangUp;
+
+/// How often it is asked whether there is an excuse, or a connection.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 
 /// Runs `work`, which talks through `stream`, and shuts the connection down if it takes longer
@@ -51,6 +55,30 @@ pub(crate) fn within<T>(
         let result = work();
         drop(done);
         Ok((result, late.load(Ordering::Acquire)))
+    })
+}
+
+/// Runs `work`, which waits for pages through `waiter`, and kicks that when the connection is closed,
+/// by whichever side.
+pub(crate) fn while_open<T>(
+    connection: &HangUp,
+    waiter: &Waiter,
+    work: impl FnOnce() -> T,
+) -> io::Result<T> {
+    let (done, wait) = mpsc::channel::<()>();
+    thread::scope(|scope| {
+        let watch = || {
+            let wait = wait;
+            while wait.recv_timeout(LOOK_EVERY) == Err(RecvTimeoutError::Timeout) {
+                if connection.is_closed() {
+                    return waiter.kick();
+                }
+            }
+        };
+        thread::Builder::new().name("vhost-hang-up".into()).spawn_scoped(scope, watch)?;
+        let result = work();
+        drop(done);
+        Ok(result)
     })
 }
 

@@ -4,13 +4,14 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use demand_memory::{DemandMemory, Waiter};
+use demand_memory::{DemandMemory, FetchError, UnmapError, Waiter};
 use demand_uffd::{ArmedMapping, FaultService, Userfaultfd};
 use vhost::VhostBackend;
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::FrontendReq;
 use vm_memory::bitmap::Bitmap;
 
+use crate::deadline::while_open;
 use crate::regions::{Shared, check_bases};
 use crate::{BackEnd, Error, Result};
 
@@ -46,7 +47,13 @@ impl BackEnd {
     ///
     /// It must be the first that the back-end sees of the memory, and comes before the queues. A
     /// back-end that touches memory at once makes this wait for the pages. What it has touched even
-    /// before it could be trapped (by `mlockall`, say) is taken from it again.
+    /// before it could be trapped (by `mlockall`, say) is taken from it again. With huge pages this
+    /// also fetches, and waits for, the rest of each that has arrived in part, whoever touched it.
+    /// [`HangUp`](crate::HangUp) ends these waits.
+    ///
+    /// A back-end that touches memory before it can be trapped must be shared with before the guest
+    /// runs, or while its vCPUs are paused: what exists on its behalf opens the guest's own mapping
+    /// too, where that is armed against wholly missing huge pages only, until it is taken away.
     ///
     /// # Errors
     ///
@@ -106,11 +113,14 @@ impl BackEnd {
     /// Takes from the back-end what it has touched before its accesses were trapped: those pages
     /// are zeros, and mapped. A back-end that has touched nothing costs a look at each region.
     fn unmap_missing(&self, asked: &'static str) -> Result<()> {
-        let waiter = Waiter::new();
-        let mut regions = self.regions(asked)?.iter();
-        regions
-            .try_for_each(|region| region.pager.unmap_missing(&waiter))
-            .map_err(|error| Error::Prefaulted { socket: self.socket().into(), error })
+        let (waiter, mut regions) = (Waiter::new(), self.regions(asked)?.iter());
+        let unmap = || regions.try_for_each(|region| region.pager.unmap_missing(&waiter));
+        while_open(&self.hang_up(), &waiter, unmap)
+            .map_err(|error| Error::System { asked: "watch a vhost-user back-end", error })?
+            .map_err(|error| match error {
+                UnmapError::Fetch(FetchError::Kicked) => self.disconnected(asked),
+                error => Error::Prefaulted { socket: self.socket().into(), error },
+            })
     }
 
     /// Shares memory all of whose pages are present: nothing is trapped.

@@ -316,6 +316,28 @@ fn prefaulted_huge_pages_are_not_read_as_zeros() {
     EARLY.into_iter().for_each(|what| prefaulted(what, BackingKind::Hugetlb2M));
 }
 
+/// Pages that it has mapped are waited for, however long the source takes; but not beyond its
+/// connection.
+#[test]
+fn hanging_up_ends_the_wait_for_prefaulted_pages() {
+    let foolish = Foolish::start(Deed::Memory(Mischief::PopulateEarly), REPLY_ACK | PAGEFAULT);
+    let memory = Memory::new(BackingKind::Shmem);
+    memory.control.hold([701]);
+    memory.pagers()[0].fetch(PageRange::page(701), Path::Guest).unwrap();
+    let mut back_end = BackEnd::connect(&foolish.socket, options()).unwrap();
+    let hang_up = back_end.hang_up();
+    let (sender, shared) = std::sync::mpsc::channel();
+    let guest_memory = memory.memory.clone();
+    std::thread::spawn(move || {
+        let _ = sender.send(back_end.share_missing_memory(&guest_memory, &service()));
+    });
+    assert!(shared.recv_timeout(options().patience).is_err(), "the page has not arrived");
+    hang_up.hang_up();
+    let error = shared.recv_timeout(PATIENCE).expect("the wait ends").unwrap_err();
+    assert!(matches!(error, Error::Disconnected { .. }), "{error}");
+    memory.control.let_go();
+}
+
 /// A back-end that waits for a page of the source's may take its time.
 #[test]
 fn who_waits_for_a_page_is_not_silent() {
