@@ -341,7 +341,8 @@ impl Backing for MemfdBacking {
         if self.kind.is_hugetlb() && self.reserve {
             // A huge page that goes takes along what was set aside for its place; a new mapping
             // sets aside what is lacking.
-            self.map()?;
+            let refused = |error| BackingError::Create { size: self.size, kind: self.kind, error };
+            Mapping::reserve(&self.file, self.size).map_err(refused)?;
         }
         Ok(())
     }

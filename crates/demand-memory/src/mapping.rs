@@ -9,6 +9,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::MappingGuard;
 
+const ACCESSIBLE: libc::c_int = libc::PROT_READ | libc::PROT_WRITE;
+
 /// A shared, writable mapping of a file from its first byte on, or of no file.
 ///
 /// It is only an address range: what may be done with the bytes, and what traps an access, is
@@ -35,7 +37,18 @@ impl Mapping {
     ///
     /// The system's: `ENOMEM` where the huge pages that had to be set aside are not there.
     pub fn shared(file: &File, len: u64, no_reserve: bool) -> io::Result<Self> {
-        Self::map(len, if no_reserve { libc::MAP_NORESERVE } else { 0 }, file.as_raw_fd())
+        Self::map(
+            len,
+            ACCESSIBLE,
+            if no_reserve { libc::MAP_NORESERVE } else { 0 },
+            file.as_raw_fd(),
+        )
+    }
+
+    /// Sets huge pages aside for all `len` bytes of `file`. Unlike another mapping this creates
+    /// none of them where the process locks its memory.
+    pub(crate) fn reserve(file: &File, len: u64) -> io::Result<()> {
+        Self::map(len, libc::PROT_NONE, 0, file.as_raw_fd()).map(drop)
     }
 
     /// Maps `len` bytes of zeros that belong to no file.
@@ -44,23 +57,21 @@ impl Mapping {
     ///
     /// The system's.
     pub fn anonymous(len: u64) -> io::Result<Self> {
-        Self::map(len, libc::MAP_ANONYMOUS, -1)
+        Self::map(len, ACCESSIBLE, libc::MAP_ANONYMOUS, -1)
     }
 
-    fn map(len: u64, flags: libc::c_int, fd: libc::c_int) -> io::Result<Self> {
+    fn map(
+        len: u64,
+        protection: libc::c_int,
+        flags: libc::c_int,
+        fd: libc::c_int,
+    ) -> io::Result<Self> {
         let bytes =
             usize::try_from(len).map_err(|_| io::Error::from_raw_os_error(libc::EOVERFLOW))?;
         // SAFETY: a new mapping at an address of the kernel's choice changes no memory that
         // anything in this process refers to.
         let address = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                bytes,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_SHARED | flags,
-                fd,
-                0,
-            )
+            libc::mmap(std::ptr::null_mut(), bytes, protection, libc::MAP_SHARED | flags, fd, 0)
         };
         if address == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
@@ -147,6 +158,21 @@ impl Mapping {
         }
     }
 
+    /// Removes all pages from the mapping, so that the next access to each is a fault. The memory
+    /// object keeps them. Memory that the process has locked is no exception; it stays locked.
+    ///
+    /// # Errors
+    ///
+    /// The system's: `EINVAL` before Linux 5.18 for locked memory and for huge pages.
+    pub fn unmap_pages(&self) -> io::Result<()> {
+        match self.advise(libc::MADV_DONTNEED) {
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+                self.advise(libc::MADV_DONTNEED_LOCKED)
+            }
+            outcome => outcome,
+        }
+    }
+
     /// Gives the kernel an advice about the mapping, say `MADV_HUGEPAGE`.
     ///
     /// # Errors
@@ -154,7 +180,8 @@ impl Mapping {
     /// The system's.
     pub(crate) fn advise(&self, advice: libc::c_int) -> io::Result<()> {
         // SAFETY: the range is this mapping. The advices that this crate gives are about page
-        // sizes; none of them changes content.
+        // sizes, or unmap pages of a shared mapping, whose object keeps them; none of them changes
+        // content.
         let result =
             unsafe { libc::madvise(self.address.as_ptr().cast(), self.len as usize, advice) };
         if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }

@@ -10,7 +10,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread;
 use std::time::Duration;
 
-use demand_memory::{BackingKind, Mapping, MappingGuard, PAGE_SIZE, PageRange, Pager, Path, Trap};
+use demand_memory::{
+    BackingKind, Mapping, MappingGuard, PAGE_SIZE, PageRange, Pager, Path, Trap, Waiter,
+};
 
 use crate::{Cause, Modes, RangeError, Userfaultfd};
 
@@ -63,7 +65,9 @@ impl ArmedMapping {
     /// one that this process has opened. One fault maps a unit of the backing: 4096 bytes of
     /// shared memory, or a huge page. Faults are counted for `path`.
     ///
-    /// Nobody may have touched the mapping before.
+    /// Pages that the mapping has already, as in a process that locks its memory, are unmapped from
+    /// it. If `uffd` tells of that ([`EVENT_REMOVE`](crate::Features::EVENT_REMOVE)), this waits
+    /// until the event is read.
     ///
     /// # Errors
     ///
@@ -88,6 +92,11 @@ impl ArmedMapping {
     /// It is for a guest's mapping whose half-filled units KVM guards itself. A unit that is on
     /// its way is half-filled, unless a [`UnitLoader`](crate::UnitLoader) creates it: a second
     /// reader that KVM does not guard gets through to it.
+    ///
+    /// Units that exist already, as in a process that locks its memory, are removed from the memory
+    /// object, or fetched and waited for if any of their pages is present: see
+    /// [`Pager::unmap_missing`]. Any mapping of the object that such a process makes later creates
+    /// them anew.
     ///
     /// # Errors
     ///
@@ -152,6 +161,15 @@ impl ArmedMapping {
         let len = pager.pages() * PAGE_SIZE;
         uffd.register(base, len, modes)?;
         if let Some(mapping) = &mapping {
+            // What is mapped already is not trapped: memory that the process locks is mapped, and
+            // zeroed, by mmap.
+            unmap(mapping, pager, modes).map_err(|error| RangeError {
+                operation: "unmap",
+                address: base,
+                len,
+                done: 0,
+                error,
+            })?;
             mapping.set_guard(Arc::new(OwnGuard { uffd: uffd.clone(), base, len, modes }));
         }
         Ok(Arc::new(ArmedMapping {
@@ -381,6 +399,18 @@ impl Trap for ArmedMapping {
             Err(error) => Err(error.into()),
         }
     }
+}
+
+/// Makes sure that each missing page of a mapping of this process is trapped.
+fn unmap(mapping: &Mapping, pager: &Arc<Pager>, modes: Modes) -> io::Result<()> {
+    if modes.contains(Modes::MINOR) {
+        match mapping.unmap_pages() {
+            // Linux before 5.18 does that neither to huge pages nor to locked memory.
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {}
+            outcome => return outcome,
+        }
+    }
+    pager.unmap_missing(&Waiter::new()).map_err(io::Error::other)
 }
 
 /// The trap of a mapping of this process, kept by the mapping. An own type, as an armed mapping

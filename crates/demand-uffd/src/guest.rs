@@ -127,12 +127,15 @@ impl FaultService {
         let uffd = Arc::new(Userfaultfd::open(Features::GUEST_MEMORY)?);
         let (mut mappings, mut armed) = (Vec::new(), Vec::new());
         for pager in pagers {
-            let mapping = Arc::new(pager.backing().map()?);
-            armed.push(ArmedMapping::guest(&uffd, mapping.clone(), pager, vcpus)?);
-            mappings.push(mapping);
+            pager.can_set_guest_trap()?;
+            // First: where all memory is locked, the loader's mapping creates the units, and what
+            // is armed below must not find them.
             if let Err(error) = UnitLoader::install(pager) {
                 log::debug!("huge pages are zeroed before they are filled: {error}");
             }
+            let mapping = Arc::new(pager.backing().map()?);
+            armed.push(ArmedMapping::guest(&uffd, mapping.clone(), pager, vcpus)?);
+            mappings.push(mapping);
         }
         // All at once: a fault that is read before its mapping is known would have to come again.
         self.serve(&armed)?;
