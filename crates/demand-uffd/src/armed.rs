@@ -56,6 +56,8 @@ pub struct ArmedMapping {
     left_open: AtomicBool,
     /// Whether the pager maps pages here itself, as they arrive.
     mapped_by_pager: AtomicBool,
+    /// Whether all pages are present. The pager, which knows it too, may be gone.
+    complete: Arc<AtomicBool>,
     /// Keeps one's own mapping.
     _mapping: Option<Arc<Mapping>>,
 }
@@ -172,6 +174,11 @@ impl ArmedMapping {
             })?;
             mapping.set_guard(Arc::new(OwnGuard { uffd: uffd.clone(), base, len, modes }));
         }
+        let complete = Arc::new(AtomicBool::new(false));
+        pager.on_complete({
+            let complete = complete.clone();
+            move || complete.store(true, Ordering::Release)
+        });
         Ok(Arc::new(ArmedMapping {
             uffd: uffd.clone(),
             pager: Arc::downgrade(pager),
@@ -185,6 +192,7 @@ impl ArmedMapping {
             short_of_memory: AtomicBool::new(false),
             left_open: AtomicBool::new(false),
             mapped_by_pager: AtomicBool::new(false),
+            complete,
             _mapping: mapping,
         }))
     }
@@ -253,9 +261,13 @@ impl ArmedMapping {
         !self.pending().is_empty()
     }
 
-    /// Number of pages that are missing.
-    pub(crate) fn count_missing(&self) -> u64 {
-        self.pager().map_or(0, |pager| pager.bitmap().count_missing(PageRange::new(0, self.pages)))
+    /// Number of pages of the range that are missing; of a region that is gone, all that may be.
+    pub(crate) fn count_missing(&self, pages: PageRange) -> u64 {
+        match self.pager() {
+            Some(pager) => pager.bitmap().count_missing(pages),
+            None if self.complete.load(Ordering::Acquire) => 0,
+            None => pages.count,
+        }
     }
 
     fn pending(&self) -> MutexGuard<'_, HashMap<u64, bool>> {
@@ -381,12 +393,20 @@ impl Trap for ArmedMapping {
             self.mapped_by_pager.store(true, Ordering::Relaxed);
         }
         self.expect_inside(pages)?;
-        Ok(self.map(pages)?)
+        match self.map(pages) {
+            // The trap is gone, as after its memslot: nothing can be shown here any more, and other
+            // readers need the pages. Should the range be registered yet, a fault maps them.
+            Err(error) if matches!(error.cause(), Cause::NotRegistered | Cause::Closed) => {
+                log::debug!("{error}");
+                Ok(())
+            }
+            outcome => Ok(outcome?),
+        }
     }
 
     fn release(&self, pages: PageRange) -> io::Result<()> {
         self.expect_inside(pages)?;
-        let missing = self.pager().map_or(0, |pager| pager.bitmap().count_missing(pages));
+        let missing = self.count_missing(pages);
         if missing > 0 {
             return Err(io::Error::other(crate::ServiceError::Incomplete { missing }));
         }

@@ -191,8 +191,8 @@ impl FaultService {
     ///
     /// # Errors
     ///
-    /// [`ServiceError::Incomplete`], with nothing done, if pages are missing, and
-    /// [`ServiceError::System`] if the system refuses; it is watched no longer then.
+    /// [`ServiceError::Incomplete`], with nothing done, if pages are missing, or were when their
+    /// region was dropped, and [`ServiceError::System`] if the system refuses; it is watched no longer then.
     pub fn release(&self, uffd: &Arc<Userfaultfd>) -> Result<(), ServiceError> {
         let tokens = self.shared.tokens_of(Some(uffd));
         self.shared.release(&tokens)
@@ -289,14 +289,14 @@ impl Shared {
                 .flat_map(|w| w.mappings())
                 .collect()
         };
-        let missing = mappings.iter().map(|mapping| mapping.count_missing()).sum();
+        let all = |mapping: &ArmedMapping| PageRange::of_bytes(0, mapping.len());
+        let missing = mappings.iter().map(|mapping| mapping.count_missing(all(mapping))).sum();
         if missing > 0 {
             return Err(ServiceError::Incomplete { missing });
         }
         let mut released = Ok(());
         for mapping in mappings {
-            let all = PageRange::of_bytes(0, mapping.len());
-            if let Err(error) = mapping.release(all) {
+            if let Err(error) = mapping.release(all(&mapping)) {
                 let asked = "stop trapping accesses to guest memory";
                 released = Err(ServiceError::System { asked, error });
             }

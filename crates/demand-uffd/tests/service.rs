@@ -11,7 +11,7 @@ use common::{
     base, check_page, expect, expect_blocked, mapping, pager, pager_on, read_later, uffd,
 };
 use demand_memory::{
-    BackingKind, PAGE_SIZE, PageRange, Pager, Path, Retrier, RetryPolicy, Stats, Trap,
+    BackingKind, Mapping, PAGE_SIZE, PageRange, Pager, Path, Retrier, RetryPolicy, Stats, Trap,
 };
 use demand_source::{Completion, Extent, PageSource, Request, SourceError};
 use demand_uffd::{ArmedMapping, DEFAULT_THREADS, FaultService, Modes, ServiceError};
@@ -420,4 +420,62 @@ fn a_stopped_memory_leaves_faults_open() {
     expect_blocked(&reader);
     service.stop();
     expect_blocked(&reader);
+}
+
+/// With its pager gone nothing brings the missing pages any more, and yet they are not zeros.
+#[test]
+fn dropped_incomplete_region_is_not_released() {
+    let (pager, uffd) = (shmem(), uffd());
+    let mapping = mapping(&pager);
+    let armed = ArmedMapping::own(&uffd, mapping.clone(), &pager, Path::Vmm).unwrap();
+    let service = service(1, std::slice::from_ref(&armed));
+    check_page(&mapping, 1);
+    drop(pager);
+    let reader = read_later(&mapping, 2 * PAGE_SIZE);
+    expect_blocked(&reader);
+    assert!(matches!(service.finish(), Err(ServiceError::Incomplete { .. })));
+    assert!(matches!(service.release(&uffd), Err(ServiceError::Incomplete { .. })));
+    assert!(armed.release(PageRange::new(0, PAGES)).is_err());
+    expect_blocked(&reader);
+}
+
+#[test]
+fn dropped_complete_region_is_released() {
+    let (pager, uffd) = (shmem(), uffd());
+    let mapping = mapping(&pager);
+    let armed = ArmedMapping::own(&uffd, mapping.clone(), &pager, Path::Vmm).unwrap();
+    let service = service(1, &[armed]);
+    pager.fetch(PageRange::new(0, PAGES), Path::Fill).unwrap();
+    drop(pager);
+    service.finish().unwrap();
+    (0..PAGES).for_each(|page| check_page(&mapping, page));
+}
+
+/// Pages still arrive for readers of other mappings once the guest's cannot show them any more.
+fn pages_arrive_without_the_guests_trap(end: impl FnOnce(&ArmedMapping, &Mapping)) {
+    let (pager, uffd) = (shmem(), uffd());
+    let mapping = mapping(&pager);
+    let armed = ArmedMapping::own(&uffd, mapping.clone(), &pager, Path::Guest).unwrap();
+    pager.set_guest_trap(armed.clone()).unwrap();
+    let _service = service(1, std::slice::from_ref(&armed));
+    check_page(&mapping, 1);
+    end(&armed, &mapping);
+    pager.fetch(PageRange::new(0, PAGES), Path::Fill).unwrap();
+    until("all pages arrive", || pager.bitmap().is_complete());
+}
+
+#[test]
+fn pages_arrive_after_the_memslot_is_gone() {
+    pages_arrive_without_the_guests_trap(|_, mapping| {
+        mapping.revoke().unwrap();
+        mapping.remove_guard();
+    });
+}
+
+#[test]
+fn pages_arrive_after_the_userfaultfd_is_closed() {
+    pages_arrive_without_the_guests_trap(|armed, mapping| {
+        mapping.revoke().unwrap();
+        armed.uffd().close();
+    });
 }
