@@ -171,7 +171,7 @@ fn a_kernel_that_does_not_go_with_the_rest() {
         ("none", &["No such file"][..]),
         ("empty", &["it is empty"]),
         ("huge", &["1073741824 bytes do not fit", "--memory"]),
-        ("endless", &["do not fit", "--memory"]),
+        ("endless", &["more than 2147483648 bytes"]),
         ("pipe", &["is no file"]),
         ("directory", &["is no file"]),
     ] {
