@@ -59,7 +59,7 @@ pub use self::{
     memory::DemandMemory,
     pager::{FetchError, GuestTrapError, Pager, PagerError},
     pool::HugePagePool,
-    region::{DemandRegion, RegionConfig},
+    region::{AccessMappingError, DemandRegion, RegionConfig},
     retry::{Failure, Retrier, RetryPolicy},
     stats::{LatencyMicros, Path, PathReport, SourceReport, Stats, TimelineEvent},
     trap::{MappingGuard, Trap, VcpuTrap},

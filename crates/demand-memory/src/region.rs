@@ -41,6 +41,32 @@ pub struct RegionConfig {
     pub retrier: Arc<Retrier>,
 }
 
+/// Why raw pointers into a mapping cannot be given out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum AccessMappingError {
+    /// Missing pages would read as zeros.
+    #[error(
+        "cannot use a mapping for raw pointers: nothing traps accesses to missing pages there; arm \
+         it before"
+    )]
+    NotTrapped,
+    /// The region has one already.
+    #[error("cannot use a mapping for raw pointers: the region has one; set it once")]
+    Twice,
+    /// It is not as long as the region.
+    #[error(
+        "cannot use a mapping for raw pointers: it has {mapping} bytes, and the region {region}; \
+         map the region's backing"
+    )]
+    Length {
+        /// Length of the mapping, in bytes.
+        mapping: u64,
+        /// Length of the region, in bytes.
+        region: u64,
+    },
+}
+
 /// A region of guest memory whose pages arrive when they are first used.
 ///
 /// Every access through vm-memory's traits asks the pager for exactly the pages that it touches,
@@ -117,15 +143,20 @@ impl<B: Bitmap> DemandRegion<B> {
         &self.pager
     }
 
-    /// Gives the region a mapping for raw pointers. It must be armed: a touch of a missing page
-    /// there must wait until the page is present.
+    /// Gives the region a mapping for raw pointers. It must be armed unless all pages are present:
+    /// a touch of a missing page there must wait until the page is present.
     ///
-    /// # Panics
+    /// # Errors
     ///
-    /// If the region has one, or its size is not the region's.
-    pub fn set_access_mapping(&self, mapping: Arc<Mapping>) {
-        assert_eq!(mapping.len(), self.len(), "the access mapping is as long as the region");
-        assert!(self.access.set(mapping).is_ok(), "a region has one access mapping");
+    /// [`AccessMappingError`]. Nothing is changed then.
+    pub fn set_access_mapping(&self, mapping: Arc<Mapping>) -> Result<(), AccessMappingError> {
+        if mapping.len() != self.len {
+            return Err(AccessMappingError::Length { mapping: mapping.len(), region: self.len });
+        }
+        if !mapping.traps_all() && !self.pager.bitmap().is_complete() {
+            return Err(AccessMappingError::NotTrapped);
+        }
+        self.access.set(mapping).map_err(|_| AccessMappingError::Twice)
     }
 
     /// Where the `len` bytes at `offset` are, if they lie in the region and this is quick to tell:

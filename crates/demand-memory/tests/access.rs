@@ -4,8 +4,8 @@
 use std::sync::Arc;
 
 use demand_memory::{
-    BackingKind, DemandMemory, DemandRegion, MemfdBacking, PAGE_SIZE, PageRange, RegionConfig,
-    Retrier, RetryPolicy, Stats,
+    AccessMappingError, BackingKind, DemandMemory, DemandRegion, MemfdBacking, PAGE_SIZE,
+    PageRange, RegionConfig, Retrier, RetryPolicy, Stats,
 };
 use demand_source::LocalFile;
 use vm_memory::{
@@ -109,4 +109,23 @@ fn addresses_are_found_in_few_regions_and_in_many() {
         }
         assert!(memory.to_region_addr(GuestAddress(u64::MAX)).is_none());
     }
+}
+
+/// Raw pointers into a mapping that nothing traps show zeros for each missing page.
+#[test]
+fn untrapped_access_mapping_is_refused() {
+    let incomplete = region(0, 4);
+    let map = |region: &DemandRegion| Arc::new(region.pager().backing().map().unwrap());
+    let set = |region: &DemandRegion| region.set_access_mapping(map(region));
+    assert_eq!(set(&incomplete), Err(AccessMappingError::NotTrapped));
+    assert!(incomplete.get_host_address(MemoryRegionAddress(0)).is_err());
+
+    incomplete.read_slice(&mut [0; 4 * 4096], MemoryRegionAddress(0)).unwrap();
+    let other = AccessMappingError::Length { mapping: 5 * PAGE_SIZE, region: 4 * PAGE_SIZE };
+    assert_eq!(incomplete.set_access_mapping(map(&region(0, 5))), Err(other));
+    set(&incomplete).unwrap();
+    let address = incomplete.get_host_address(MemoryRegionAddress(3 * PAGE_SIZE)).unwrap();
+    // SAFETY: the byte lies in the mapping, which the region keeps, and nothing writes it.
+    assert_eq!(unsafe { address.read_volatile() }, 4);
+    assert_eq!(set(&incomplete), Err(AccessMappingError::Twice));
 }

@@ -19,7 +19,7 @@ use demand_uffd::{ArmedMapping, DEFAULT_THREADS, FaultService, UnitLoader};
 use test_support::host::huge_pages;
 use test_support::image::{Near, page_of};
 use test_support::wait::{PATIENCE, until};
-use vm_memory::GuestAddress;
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
 /// What the guest writes.
 const WRITTEN: u64 = 0xd1d1_d1d1;
@@ -176,4 +176,19 @@ fn writes_to_units_just_created_are_in_the_image() {
     assert!(image[1] == touched(page_of(1)) && image[2] == page_of(1));
     expect(&reader, PAGE_SIZE + 8);
     service.stop();
+}
+
+#[test]
+fn raw_pointers_wait_for_missing_pages() {
+    let (memory, pager) = memory(BackingKind::Shmem, Near(8 * PAGE_SIZE));
+    let region = memory.find_region(GuestAddress(0)).unwrap();
+    let access = mapping(&pager);
+    let armed = ArmedMapping::own(&uffd(), access.clone(), &pager, Path::Vmm).unwrap();
+    region.set_access_mapping(access).unwrap();
+    let service = FaultService::start(DEFAULT_THREADS).unwrap();
+    service.serve(&[armed]).unwrap();
+    let address = region.get_host_address(MemoryRegionAddress(3 * PAGE_SIZE)).unwrap();
+    // SAFETY: the word lies in the mapping, which the region keeps, and nothing writes it.
+    let word = unsafe { address.cast::<u64>().read_volatile() };
+    assert_eq!(word.to_ne_bytes(), page_of(3)[..8]);
 }
