@@ -49,6 +49,19 @@ pub(crate) struct Fault {
     pub(crate) pause: Duration,
 }
 
+/// A fault that waits for its granule. If it is dropped, as when the memory is stopped, later faults
+/// there count as new: the granule may still arrive.
+struct Open(Option<Fault>);
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        if let Some(fault) = self.0.take() {
+            fault.mapping.end(fault.granule);
+            log::debug!("a fault stays open: the memory was stopped");
+        }
+    }
+}
+
 impl Watch {
     pub(crate) fn new(uffd: Arc<Userfaultfd>) -> Self {
         Watch {
@@ -158,11 +171,14 @@ impl Fault {
         if arrived == self.granule.count && self.mapping.is_mapped_by_pager() {
             return self.mapped(&Arc::downgrade(shared));
         }
-        let shared = Arc::downgrade(shared);
-        if self.mapping.is_own() || pager.bitmap().first_missing(self.granule).is_none() {
-            return pager.bitmap().when_present(self.granule, move || self.resolve(&shared));
-        }
-        pager.bitmap().when_present(self.granule, move || self.resolve_on_service(&shared));
+        let (shared, granule) = (Arc::downgrade(shared), self.granule);
+        let here = self.mapping.is_own() || pager.bitmap().first_missing(granule).is_none();
+        let mut open = Open(Some(self));
+        pager.bitmap().when_present(granule, move || match open.0.take() {
+            Some(fault) if here => fault.resolve(&shared),
+            Some(fault) => fault.resolve_on_service(&shared),
+            None => {}
+        });
     }
 
     /// Ends a fault whose granule the pager has mapped on this thread; that has woken who waited

@@ -10,10 +10,11 @@ use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver};
 use std::thread;
 
-use common::{expect, expect_blocked, mapping, pager, read_later, uffd};
+use common::{backing, expect, expect_blocked, mapping, pager, pager_on, read_later, uffd};
 use demand_memory::{BackingKind, GuestTrapError, Mapping, PAGE_SIZE, PageRange, Path, VcpuTrap};
 use demand_uffd::{ArmGuestError, ArmedMapping, FaultService};
 use test_support::host::huge_pages;
+use test_support::image::far;
 use test_support::wait::{A_WHILE, PATIENCE, until};
 
 const SIZE: u64 = 4 << 20;
@@ -87,6 +88,26 @@ fn stopped_memory_resolves_present_pages() {
     expect(&read_later(&mapping, PAGE_SIZE), PAGE_SIZE);
     until("no fault is under way", || !service.has_open_faults());
     expect_blocked(&missing);
+}
+
+/// A page that was on its way when the memory was stopped still arrives, for new readers.
+#[test]
+fn stopped_memory_forgets_open_faults() {
+    let (source, control) = far(SIZE);
+    let _end = control.let_go_at_the_end();
+    control.hold([2]);
+    let (pager, uffd) = (pager_on(backing(BackingKind::Shmem, SIZE), source), uffd());
+    let mapping = mapping(&pager);
+    let armed = ArmedMapping::own(&uffd, mapping.clone(), &pager, Path::Vmm).unwrap();
+    let service = FaultService::start(1).unwrap();
+    service.serve(&[armed]).unwrap();
+    expect_blocked(&read_later(&mapping, 2 * PAGE_SIZE));
+    assert!(service.has_open_faults());
+    pager.stop();
+    until("no fault is under way", || !service.has_open_faults());
+    control.let_go();
+    until("the page arrives", || !pager.bitmap().is_missing(2));
+    expect(&read_later(&mapping, 2 * PAGE_SIZE), 2 * PAGE_SIZE);
 }
 
 #[test]
