@@ -5,8 +5,8 @@
 //! `KVM_EXIT_MEMORY_FAULT`. What happens to a private page of a slot without guest_memfd is the
 //! latter's: the vCPU leaves `KVM_RUN`.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use demand_memory::{BitmapReader, PAGE_SIZE, PageRange};
 use kvm_ioctls::VmFd;
@@ -105,6 +105,58 @@ impl Attributes {
 
     fn change(&self, pages: PageRange, attributes: u64) -> Result<(), kvm_ioctls::Error> {
         change(&self.vm, self.start + pages.offset(), pages.bytes(), attributes)
+    }
+}
+
+/// Guest addresses of a VM.
+#[derive(Clone, Copy, PartialEq)]
+struct Addresses {
+    /// Where the VM's descriptor lies.
+    vm: usize,
+    start: u64,
+    end: u64,
+}
+
+impl Addresses {
+    fn overlap(&self, other: &Addresses) -> bool {
+        self.vm == other.vm && self.start < other.end && other.start < self.end
+    }
+}
+
+/// What is reserved, in all VMs.
+static RESERVED: Mutex<Vec<Addresses>> = Mutex::new(Vec::new());
+
+fn reserved() -> MutexGuard<'static, Vec<Addresses>> {
+    RESERVED.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Guest addresses whose attributes one slot alone changes, until this is dropped.
+///
+/// KVM refuses slots that overlap, but attributes are changed before there is a slot to refuse:
+/// what is taken back with a refused slot would open another's missing pages to the guest.
+pub(crate) struct Reserved {
+    addresses: Addresses,
+    /// By whose place it is known.
+    _vm: Arc<VmFd>,
+}
+
+impl Reserved {
+    /// Reserves guest addresses of a VM; `None` if some are reserved.
+    pub(crate) fn take(vm: &Arc<VmFd>, start: GuestAddress, pages: u64) -> Option<Self> {
+        let end = start.0.saturating_add(pages.saturating_mul(PAGE_SIZE));
+        let new = Addresses { vm: Arc::as_ptr(vm) as usize, start: start.0, end };
+        let mut all = reserved();
+        if all.iter().any(|other| other.overlap(&new)) {
+            return None;
+        }
+        all.push(new);
+        Some(Reserved { addresses: new, _vm: vm.clone() })
+    }
+}
+
+impl Drop for Reserved {
+    fn drop(&mut self) {
+        reserved().retain(|other| *other != self.addresses);
     }
 }
 

@@ -132,7 +132,7 @@ impl DemandSlot {
         if !trapped && !pager.bitmap().is_complete() {
             return Err(SlotError::Unarmed { number });
         }
-        let trap = SetTrap(SlotTrap::set(engine, &vm, number, start, &pager)?);
+        let trap = SetTrap::set(engine, &vm, number, start, &pager)?;
         let (flags, bitmap) = (trap.0.slot_flags(), trap.0.bitmap(&pager));
         let memslot = Memslot::new(vm, number, start, mapping, bitmap, flags)?;
         pager.note_memslot(memslot.mapping());

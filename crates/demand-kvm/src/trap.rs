@@ -3,12 +3,12 @@
 
 use std::sync::Arc;
 
-use demand_memory::{PageRange, Pager};
+use demand_memory::{PAGE_SIZE, PageRange, Pager};
 use kvm_ioctls::VmFd;
 use vm_memory::GuestAddress;
 
 use crate::abi::{KVM_MEM_USERFAULT, KVM_MEMORY_EXIT_FLAG_PRIVATE, KVM_MEMORY_EXIT_FLAG_USERFAULT};
-use crate::attributes::Attributes;
+use crate::attributes::{Attributes, Reserved};
 use crate::memslot::Bitmap;
 use crate::{Engine, SlotError};
 
@@ -24,24 +24,6 @@ pub(crate) enum SlotTrap {
 }
 
 impl SlotTrap {
-    /// Sets the trap for memslot `number`, before the slot is made: so there is no moment at
-    /// which the guest could get past it.
-    pub(crate) fn set(
-        engine: Engine,
-        vm: &Arc<VmFd>,
-        number: u32,
-        start: GuestAddress,
-        pager: &Pager,
-    ) -> Result<Self, SlotError> {
-        Ok(match engine {
-            Engine::KvmUserfault => SlotTrap::Userfault,
-            Engine::KvmAttributes => {
-                SlotTrap::Attributes(Attributes::set(vm, number, start, pager.pages())?)
-            }
-            Engine::Uffd => SlotTrap::Mapping,
-        })
-    }
-
     /// The `KVM_MEM_` flags that the slot has as long as the trap is set.
     pub(crate) fn slot_flags(&self) -> u32 {
         match self {
@@ -91,8 +73,38 @@ impl SlotTrap {
     }
 }
 
-/// A trap that goes when this is dropped: to be dropped after the slot.
-pub(crate) struct SetTrap(pub(crate) SlotTrap);
+/// A trap that goes when this is dropped: to be dropped after the slot. What is reserved for it is
+/// given back after it.
+pub(crate) struct SetTrap(pub(crate) SlotTrap, #[allow(dead_code)] Option<Reserved>);
+
+impl SetTrap {
+    /// Sets the trap for memslot `number`, before the slot is made: so there is no moment at
+    /// which the guest could get past it.
+    pub(crate) fn set(
+        engine: Engine,
+        vm: &Arc<VmFd>,
+        number: u32,
+        start: GuestAddress,
+        pager: &Pager,
+    ) -> Result<Self, SlotError> {
+        Ok(match engine {
+            Engine::KvmUserfault => SetTrap(SlotTrap::Userfault, None),
+            Engine::KvmAttributes => {
+                let pages = pager.pages();
+                let reserved = Reserved::take(vm, start, pages).ok_or(SlotError::Create {
+                    number,
+                    start: start.0,
+                    size: pages * PAGE_SIZE,
+                    flags: 0,
+                    error: kvm_ioctls::Error::new(libc::EEXIST),
+                })?;
+                let attributes = Attributes::set(vm, number, start, pages)?;
+                SetTrap(SlotTrap::Attributes(attributes), Some(reserved))
+            }
+            Engine::Uffd => SetTrap(SlotTrap::Mapping, None),
+        })
+    }
+}
 
 impl Drop for SetTrap {
     fn drop(&mut self) {

@@ -8,9 +8,10 @@ use std::sync::Arc;
 use std::thread;
 
 use common::*;
-use demand_kvm::{Engine, FaultError, FaultHandler, Finished, SlotError};
+use demand_kvm::{DemandSlot, Engine, FaultError, FaultHandler, Finished, SlotError};
 use demand_memory::{BackingKind, Fill, FillRate, PAGE_SIZE, PageRange, Pager, Path, Waiter};
 use demand_source::Threaded;
+use vm_memory::GuestAddress;
 
 /// 4 MiB: two units of 2 MiB.
 const PAGES: u64 = 1024;
@@ -318,6 +319,29 @@ fn a_slot_takes_its_attributes_along() {
     let _slot = machine.slot(&pager, Engine::Uffd);
     let nobody = FaultHandler::new([]).unwrap();
     machine.copy_and_compare(&mut cpu, &nobody, Pages::run(0, 512), 0, page);
+}
+
+/// What is undone with a refused slot must not open the missing pages of the one in its way.
+#[test]
+fn refused_slot_leaves_attributes_alone() {
+    let Some(kvm) = kvm_with(Engine::KvmAttributes) else { return };
+    let machine = Machine::new(&kvm, Engine::KvmAttributes);
+    let pager = from_file(BackingKind::Shmem);
+    let slot = machine.slot(&pager, Engine::KvmAttributes);
+    let other = from_file(BackingKind::Shmem);
+    let overlapping = || {
+        let (vm, start) = (machine.vm.clone(), GuestAddress(REGION + PAGE_SIZE));
+        let mapping = Arc::new(other.backing().map().unwrap());
+        DemandSlot::new(vm, 3, start, mapping, other.clone(), Engine::KvmAttributes)
+    };
+    let error = overlapping().unwrap_err();
+    assert!(error.to_string().contains("overlaps another slot"), "{error}");
+    let mut cpu = machine.vcpu(0);
+    let handler = handler(&slot);
+    machine.copy_and_compare(&mut cpu, &handler, Pages::run(5, 5), 0, page);
+    // A handler outlives its slot, and reserves nothing.
+    drop(slot);
+    overlapping().unwrap();
 }
 
 /// On a kernel that is known to keep to the bitmap, dirty logging goes off at any time, and no
