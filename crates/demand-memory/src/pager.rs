@@ -394,8 +394,11 @@ impl Pager {
             let outcome = panic::catch_unwind(populate)
                 .unwrap_or(Err(PopulateError::Source(SourceError::Panicked)));
             match outcome {
-                Ok((done, arrived)) => {
-                    left = PageRange::new(left.first + done, left.count - done);
+                Ok((done, bytes_read)) => {
+                    // Not where panics are caught: pages that are present must not be tried again.
+                    let pages = PageRange::new(left.first, done);
+                    let arrived = bytes_read.is_some_and(|read| self.publish(pages, errand, read));
+                    left = PageRange::new(pages.end(), left.count - done);
                     present += if arrived { done } else { 0 };
                 }
                 Err(error) => {
@@ -408,12 +411,12 @@ impl Pager {
     }
 
     /// Brings in the pages at the beginning of `run` that lie in one extent of the image; returns
-    /// their number and whether they are present already.
+    /// their number and, if their content is complete already, how many bytes of it were read.
     fn populate_extent(
         self: &Arc<Self>,
         run: PageRange,
         errand: Errand,
-    ) -> Result<(u64, bool), PopulateError> {
+    ) -> Result<(u64, Option<u64>), PopulateError> {
         let offset = self.image_offset + run.offset();
         let extent = extent_now(&*self.source, offset)?;
         let (pages, hole) = pages_of(extent, offset, run.count);
@@ -422,10 +425,10 @@ impl Pager {
         if hole {
             // New memory is zero, which is what the image says.
             self.allocate(run, true)?;
-            return Ok((pages, self.publish(run, errand, 0)));
+            return Ok((pages, Some(0)));
         }
         if let Some(unit) = self.load_unit(run) {
-            return Ok((unit.count, self.publish(unit, errand, unit.bytes())));
+            return Ok((unit.count, Some(unit.bytes())));
         }
         self.allocate(run, false)?;
         let (address, len) = (self.populate.at(run.offset()), run.bytes() as usize);
@@ -435,7 +438,7 @@ impl Pager {
         let mut destination = unsafe { Destination::new(address, len, None) };
         if let Some(read) = self.source.read_now(offset, &mut destination) {
             read.and_then(|()| destination.check_filled())?;
-            return Ok((pages, self.publish(run, errand, run.bytes())));
+            return Ok((pages, Some(run.bytes())));
         }
         // A page that cannot be allocated must fail here, not as a signal in a source's thread.
         self.allocate(run, true)?;
@@ -449,7 +452,7 @@ impl Pager {
         // After a panic the request and `told` are gone, and with them the arrival: it has failed.
         let submit = AssertUnwindSafe(|| self.source.submit(request).then(told));
         let _ = panic::catch_unwind(submit);
-        Ok((pages, false))
+        Ok((pages, None))
     }
 
     /// Pages from here to the next unit, which may be created whole; `None` at the beginning of
@@ -546,7 +549,8 @@ impl Pager {
                 &mut *self.on_complete.lock().unwrap_or_else(PoisonError::into_inner),
             );
             for callback in callbacks {
-                callback();
+                // The others are to be told all the same, and the thread serves more than this.
+                let _ = panic::catch_unwind(AssertUnwindSafe(callback));
             }
         }
         self.populate_rest(run, errand);
@@ -670,7 +674,9 @@ impl fmt::Debug for Pager {
 /// The extent at `offset` (bytes) of the image; data without an end where only waiting for the
 /// source could tell.
 pub(crate) fn extent_now(source: &dyn PageSource, offset: u64) -> Result<Extent, SourceError> {
-    source.extent_now(offset).unwrap_or(Ok(Extent::Data { end: u64::MAX }))
+    panic::catch_unwind(AssertUnwindSafe(|| source.extent_now(offset)))
+        .unwrap_or(Some(Err(SourceError::Panicked)))
+        .unwrap_or(Ok(Extent::Data { end: u64::MAX }))
 }
 
 /// How many of `len` bytes at `offset`, which have been read, were data. The source knows by now

@@ -300,7 +300,7 @@ impl WaitTable {
         match entry.told {
             Told::Callback(callback) => {
                 if first_missing(entry.range).is_none() {
-                    callback();
+                    call(callback);
                 }
             }
             Told::Thread(waiter) => waiter.wake(),
@@ -355,6 +355,15 @@ impl WaitTable {
         let words = words.start..words.end.min(words.start + BUCKETS as u64);
         words.map(|word| self.bucket(word))
     }
+}
+
+/// Calls a callback. Its panic, which it has reported, keeps no other from being told.
+fn call(callback: Box<dyn FnOnce() + Send>) {
+    #[cfg(not(loom))]
+    let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(callback));
+    // The model checker's assertions are panics.
+    #[cfg(loom)]
+    callback();
 }
 
 /// The first page of a range that is missing.

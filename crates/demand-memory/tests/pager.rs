@@ -13,6 +13,7 @@ use demand_memory::{
 use demand_source::{
     BlockingSource, Destination, Extent, LocalFile, PageSource, SourceError, Threaded,
 };
+use test_support::image::Near;
 use vm_memory::{
     Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryRegion,
     MemoryRegionAddress,
@@ -408,6 +409,50 @@ fn the_end_is_told_once() {
         count.fetch_add(1, Ordering::Relaxed);
     });
     assert_eq!(told.load(Ordering::Relaxed), 2, "at once if it is complete");
+}
+
+/// A panic of the caller's code is no failure of the page: fetched again, it would lose a write.
+#[test]
+fn panic_of_a_callback_loses_no_write() {
+    let region = region(Near(PAGES * PAGE_SIZE));
+    let (pager, last) = (region.pager(), PageRange::page(PAGES - 1));
+    assert_eq!(pager.fetch(PageRange::new(0, PAGES - 1), Path::Guest), Ok(PAGES - 1));
+    let told = Arc::new(AtomicUsize::new(0));
+    let count = || {
+        let told = told.clone();
+        move || _ = told.fetch_add(1, Ordering::Relaxed)
+    };
+    pager.bitmap().when_present(last, || panic!("of a callback for a page"));
+    pager.bitmap().when_present(last, count());
+    pager.on_complete(|| panic!("of a callback for the end"));
+    pager.on_complete(count());
+    pager.fetch(last, Path::Guest).unwrap();
+    let address = MemoryRegionAddress(last.offset());
+    region.write_obj(0xd1u8, address).unwrap();
+    // Longer than until the first retry.
+    thread::sleep(Duration::from_millis(100));
+    assert_eq!(region.read_obj::<u8>(address).unwrap(), 0xd1);
+    assert_eq!(told.load(Ordering::Relaxed), 2);
+}
+
+#[test]
+fn fill_is_dropped_by_its_last_page() {
+    let region = region(Near(PAGES * PAGE_SIZE));
+    let slot = Arc::new(Mutex::new(None));
+    let (sender, dropped) = std::sync::mpsc::channel();
+    region.pager().on_complete({
+        let slot = slot.clone();
+        move || {
+            drop(slot.lock().unwrap().take());
+            sender.send(thread::current().name().map(str::to_owned)).unwrap();
+        }
+    });
+    {
+        let mut slot = slot.lock().unwrap();
+        *slot = Some(Fill::start(vec![region.pager().clone()], FillRate::Unlimited).unwrap());
+    }
+    let thread = dropped.recv_timeout(Duration::from_secs(20)).unwrap();
+    assert_eq!(thread.as_deref(), Some("fill"));
 }
 
 #[test]

@@ -287,3 +287,28 @@ fn a_panic_of_the_source_loses_no_page() {
     until("fill completes all", || pager.bitmap().is_complete());
     assert!(told.lock().unwrap().iter().any(|(.., words)| words.contains("panicked")));
 }
+
+/// A source that panics when it is asked what it has read.
+struct PanicsLate(AtomicUsize);
+
+impl BlockingSource for PanicsLate {
+    fn size(&self) -> u64 {
+        PAGES * PAGE_SIZE
+    }
+    fn extent(&self, _: u64) -> Result<Extent, SourceError> {
+        assert_eq!(self.0.load(Ordering::Relaxed), 0, "as the test wants it");
+        Ok(Extent::Data { end: PAGES * PAGE_SIZE })
+    }
+    fn read(&self, _: u64, destination: &mut Destination<'_>) -> Result<(), SourceError> {
+        self.0.fetch_add(1, Ordering::Relaxed);
+        destination.write_at(0, &vec![7; destination.len()]);
+        Ok(())
+    }
+}
+
+#[test]
+fn late_panic_of_the_source_loses_no_page() {
+    let (pager, _) = observed(Threaded::new(PanicsLate(AtomicUsize::new(0)), 1).unwrap());
+    pager.fetch(PageRange::page(3), Path::Guest).unwrap();
+    until("the page arrives", || !pager.bitmap().is_missing(3));
+}
