@@ -15,7 +15,7 @@ const LONG: Duration = Duration::from_secs(1);
 /// Looks for such times, now and then, and tells the guest.
 pub(crate) struct AbsenceWatch {
     looked: Instant,
-    /// Since when a page has been waited for whenever this looked.
+    /// Since when a vCPU has waited for a page whenever this looked.
     waiting: Option<Instant>,
 }
 
@@ -26,14 +26,17 @@ impl AbsenceWatch {
 
     /// To be called several times a second. It does not wait.
     pub(crate) fn look(&mut self, vm: &Vm) {
-        if self.was_absent(Instant::now(), vm.machine.is_waited_for())
-            && let Some(vcpus) = vm.try_vcpus()
+        let vcpus = vm.try_vcpus();
+        let service = vm.machine.service();
+        let waiting = vcpus.as_ref().is_some_and(|vcpus| vcpus.wait_for_pages(service));
+        if self.was_absent(Instant::now(), waiting)
+            && let Some(vcpus) = vcpus
         {
             vcpus.tell_absence();
         }
     }
 
-    /// Whether the guest is to be told at `now`, when a page is waited for or not. While a wait
+    /// Whether the guest is to be told at `now`, when a vCPU waits for a page or not. While a wait
     /// lasts it is so once in a while: a vCPU that does not wait spins for one that does, and its
     /// watchdog, which it runs, forgets.
     fn was_absent(&mut self, now: Instant, waited_for: bool) -> bool {

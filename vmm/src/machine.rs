@@ -206,11 +206,6 @@ impl Machine {
         self.retrier.as_ref().is_some_and(|retrier| retrier.is_failing())
     }
 
-    /// Whether a vCPU, a back-end or the VMM waits for a page.
-    pub(crate) fn is_waited_for(&self) -> bool {
-        self.pagers().any(|pager| pager.bitmap().is_waited_for())
-    }
-
     /// Calls `callback` when the last page of all regions is present: at once if it is, else on
     /// the thread that publishes it. The callback must not wait.
     pub fn on_complete(&self, callback: impl FnOnce() + Send + 'static) {

@@ -8,6 +8,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use demand_kvm::{DemandVcpu, VcpuKick};
+use demand_uffd::FaultService;
 use kvm_ioctls::VcpuFd;
 
 use crate::gate::{Gate, Place, Settled, Wanted};
@@ -162,6 +163,12 @@ impl Vcpus {
     /// Lets all vCPUs go on.
     pub fn resume(&self) {
         self.gate.want(Wanted::Run);
+    }
+
+    /// Whether a vCPU waits for a page: on its thread outside KVM, or inside KVM in a fault that
+    /// `service` serves. Waits of back-ends and of background fill hold up no vCPU.
+    pub fn wait_for_pages(&self, service: &FaultService) -> bool {
+        self.vcpus.iter().any(|vcpu| vcpu.kick.waiter().is_waiting()) || service.has_open_faults()
     }
 
     /// Tells the guest, on each vCPU before it runs on, that it was held up for a time that it cannot

@@ -10,7 +10,7 @@ use std::thread;
 use std::time::Duration;
 
 use demand_kvm::{DemandVcpu, Engine, EngineChoice, Virtualization, probe, resolve};
-use demand_memory::{BackingKind, PAGE_SIZE, Retrier, RetryPolicy, Stats};
+use demand_memory::{BackingKind, Fill, FillRate, PAGE_SIZE, Retrier, RetryPolicy, Stats};
 use demand_source::LocalFile;
 use demand_vmm::machine::{Machine, MachineConfig};
 use demand_vmm::options::MemoryOption;
@@ -245,6 +245,33 @@ fn a_vcpu_in_the_middle_of_an_instruction_is_reached_once_its_page_comes() {
     assert!(matches!(event, VcpuEvent::Ended { cpu: 1 }), "{event:?}");
     assert!(rig.written() == image()[DATA as usize..(DATA + LEN) as usize]);
     rig.vcpus.stop(SOON).unwrap();
+}
+
+/// Only what holds up a vCPU is an absence: background fill can wait for ever.
+#[test]
+fn only_waits_of_vcpus_count_for_the_guest() {
+    for outside_kvm in [false, true] {
+        let Some(mut rig) = Rig::new() else { return };
+        if outside_kvm {
+            rig.close_data();
+        }
+        rig.set_source_len(DATA);
+        let pagers = rig.machine.pagers().cloned().collect();
+        let fill = Fill::start(pagers, FillRate::Unlimited).unwrap();
+        until("fill meets the page", || rig.stats.source().errors > 0);
+        thread::sleep(Duration::from_millis(100));
+        assert!(!rig.vcpus.wait_for_pages(rig.machine.service()), "fill waits, and no vCPU");
+        let vcpu = rig.machine.vm().create_vcpu(0).unwrap();
+        rig.vcpus.start(0, vcpu, |_| {}).unwrap();
+        rig.vcpus.on_parked(SOON, |_, vcpu| begin(vcpu, OUTS)).unwrap();
+        rig.vcpus.resume();
+        until("the vCPU waits", || rig.vcpus.wait_for_pages(rig.machine.service()));
+        assert_eq!(rig.machine.service().has_open_faults(), !outside_kvm);
+        std::fs::write(rig.file.path(), image()).unwrap();
+        until("its page comes", || !rig.vcpus.wait_for_pages(rig.machine.service()));
+        drop(fill);
+        rig.vcpus.stop(SOON).unwrap();
+    }
 }
 
 #[test]

@@ -373,11 +373,6 @@ impl BitmapReader {
         self.waiting.when_present(range, Box::new(callback), &|range| self.first_missing(range));
     }
 
-    /// Whether a thread or a callback waits for a page.
-    pub fn is_waited_for(&self) -> bool {
-        self.waiting.is_waited_for()
-    }
-
     /// Whether [`stop`](MissingBitmap::stop) was called.
     pub fn is_stopped(&self) -> bool {
         self.waiting.is_stopped()

@@ -25,6 +25,7 @@ pub enum Wait {
 struct State {
     woken: bool,
     kicked: bool,
+    waiting: bool,
 }
 
 /// A thread that may wait for pages, and through which others can call it away.
@@ -79,6 +80,11 @@ impl Waiter {
         self.lock().kicked = false;
     }
 
+    /// Whether its thread waits for a page just now.
+    pub fn is_waiting(&self) -> bool {
+        self.lock().waiting
+    }
+
     fn wake(&self) {
         self.lock().woken = true;
         self.changed.notify_all();
@@ -87,6 +93,7 @@ impl Waiter {
     /// Sleeps until woken or kicked, or for `limit`, which the model checker does not know.
     fn sleep(&self, limit: Option<Duration>) {
         let mut state = self.lock();
+        state.waiting = true;
         while !state.woken && !state.kicked {
             #[cfg(not(loom))]
             if let Some(limit) = limit {
@@ -102,7 +109,7 @@ impl Waiter {
             let _ = limit;
             state = self.changed.wait(state).unwrap_or_else(|error| error.into_inner());
         }
-        state.woken = false;
+        (state.woken, state.waiting) = (false, false);
     }
 
     fn is_kicked(&self) -> bool {
@@ -169,11 +176,6 @@ impl WaitTable {
 
     fn bucket(&self, word: u64) -> &Bucket {
         &self.buckets[(word % BUCKETS as u64) as usize]
-    }
-
-    /// Whether anything waits.
-    pub(crate) fn is_waited_for(&self) -> bool {
-        self.buckets.iter().any(|bucket| bucket.waiting.load(Ordering::Relaxed) != 0)
     }
 
     pub(crate) fn is_stopped(&self) -> bool {
