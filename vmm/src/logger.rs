@@ -5,7 +5,7 @@
 //! Lines go into a queue of bounded length, and a thread writes them. If standard error takes none,
 //! the queue fills up, and later lines are lost; how many were is said in their place. Warnings and
 //! errors that come from one line of code for one target, such as a device, are limited to
-//! [`BURST`] and one each [`REFILL`] after that; the next one says how many were left out.
+//! `BURST` and one each `REFILL` after that; the next one says how many were left out.
 
 use std::backtrace::{Backtrace, BacktraceStatus};
 use std::collections::HashMap;

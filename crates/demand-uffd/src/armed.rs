@@ -11,7 +11,8 @@ use std::thread;
 use std::time::Duration;
 
 use demand_memory::{
-    BackingKind, Mapping, MappingGuard, PAGE_SIZE, PageRange, Pager, Path, Trap, Waiter,
+    BackingError, BackingKind, Mapping, MappingGuard, PAGE_SIZE, PageRange, Pager, Path, Trap,
+    Waiter,
 };
 
 use crate::{Cause, Modes, RangeError, Userfaultfd};
@@ -321,9 +322,25 @@ impl ArmedMapping {
         if self.modes.contains(Modes::MINOR) {
             self.map(granule)
         } else {
+            self.make_exist(granule)?;
             // Who was trapped because the unit did not exist finds it now.
             self.uffd.wake(self.base + granule.offset(), granule.bytes())
         }
+    }
+
+    /// Makes sure that units exist whose pages are present. Another process that holds the memory
+    /// object can have punched a hole, as it can have written zeros: without this, a thread that
+    /// touches the hole would be woken and fault again, without end.
+    fn make_exist(&self, granule: PageRange) -> Result<(), RangeError> {
+        let Some(pager) = self.pager() else { return Ok(()) };
+        pager.backing().allocate(granule).map_err(|error| {
+            let error = match error {
+                BackingError::Allocate { error, .. } => error,
+                error => io::Error::other(error),
+            };
+            let (address, len) = (self.base + granule.offset(), granule.bytes());
+            RangeError { operation: "make exist", address, len, done: 0, error }
+        })
     }
 
     /// Refuses pages that do not lie in the mapping: what lies there may be another's, also on the

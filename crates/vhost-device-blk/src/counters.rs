@@ -111,7 +111,7 @@ impl Counters {
     /// Counters for `num_queues` queues, all zero.
     ///
     /// # Errors
-    /// [`Error::System`] if the host has no memory to share.
+    /// [`Error::System`](crate::Error::System) if the host has no memory to share.
     ///
     /// # Panics
     /// If `num_queues` exceeds [`MAX_QUEUES`].
