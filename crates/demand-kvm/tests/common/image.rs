@@ -29,9 +29,9 @@ pub fn page(page: u64) -> Vec<u8> {
     if is_hole(page) { vec![0; PAGE_SIZE as usize] } else { full_page(page) }
 }
 
-/// An image file.
+/// An image file, in memory: a source reads it on the faulting thread, whatever the disk is.
 pub fn image_file(pages: u64) -> tempfile::NamedTempFile {
-    let file = tempfile::NamedTempFile::new().unwrap();
+    let file = tempfile::NamedTempFile::new_in("/dev/shm").unwrap();
     file.as_file().set_len(pages * PAGE_SIZE).unwrap();
     for index in (0..pages).filter(|index| !is_hole(*index)) {
         file.as_file().write_all_at(&full_page(index), index * PAGE_SIZE).unwrap();
