@@ -43,6 +43,7 @@ impl Control for Count {
             devices: vec![],
             uptime_us: 0,
             pid: 1,
+            guest: None,
             version: "0".into(),
             snapshot: None,
             last_error: None,
@@ -61,7 +62,14 @@ impl Control for Count {
         assert!(request.destination.is_absolute());
         self.one()?;
         let destination = request.destination.clone();
-        Ok(SnapshotSummary { destination, data_pages: 0, hole_pages: 0, bytes: 0, took_us: 0 })
+        Ok(SnapshotSummary {
+            destination,
+            data_pages: 0,
+            hole_pages: 0,
+            bytes: 0,
+            took_us: 0,
+            warning: None,
+        })
     }
 
     fn shutdown(&self) -> Result<(), ControlError> {

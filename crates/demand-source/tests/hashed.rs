@@ -29,7 +29,11 @@ struct Pair {
 impl Pair {
     /// Writes an image in steps, each of them some pages from one on, of one byte (0 is a hole).
     fn write(pages: u64, steps: &[(u64, u64, u8)]) -> Pair {
-        let folder = tempfile::tempdir().unwrap();
+        Pair::write_in(tempfile::tempdir().unwrap(), pages, steps)
+    }
+
+    /// As [`write`](Self::write), in this folder.
+    fn write_in(folder: tempfile::TempDir, pages: u64, steps: &[(u64, u64, u8)]) -> Pair {
         let (image, table) = (folder.path().join("image"), folder.path().join("table"));
         let mut writer = ImageWriter::create(&image, &table, pages * PAGE, [5; 16]).unwrap();
         let mut data = BTreeMap::new();
@@ -312,7 +316,9 @@ fn the_files_of_two_images_do_not_fit() {
 
 #[test]
 fn whole_units_come_checked() {
-    let pair = Pair::write(1024, &[(0, 1024, 3)]);
+    // Only what cannot wait is lent where it is mapped: files in memory, for one.
+    let folder = tempfile::tempdir_in("/dev/shm").unwrap();
+    let pair = Pair::write_in(folder, 1024, &[(0, 1024, 3)]);
     let source = pair.open().unwrap();
     let unit = source.mapped(512 * PAGE, 512 * PAGE).unwrap();
     let copy = tempfile::tempfile().unwrap();
