@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::fmt;
 use std::io;
 use std::os::fd::AsRawFd;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -93,6 +93,8 @@ pub(crate) struct Shared {
     /// are due. One lets all go on that wait for its granule, so there are never more than
     /// granules, however often a process touches them.
     again: Mutex<HashMap<(usize, u64), (Instant, Fault)>>,
+    /// Faults that are being resolved and counted just now, on whatever threads.
+    resolving: AtomicUsize,
 }
 
 impl FaultService {
@@ -113,6 +115,7 @@ impl FaultService {
             next: AtomicU64::new(DUE + 1),
             watches: RwLock::default(),
             again: Mutex::default(),
+            resolving: AtomicUsize::new(0),
         });
         for (fd, token) in [(shared.stop.as_raw_fd(), STOP), (timer_fd, DUE)] {
             let interest = EpollEvent::new(EventSet::IN, token);
@@ -236,7 +239,7 @@ impl FaultService {
     }
 
     /// Ends the threads, but waits for at most a second. Faults stay open as long as their
-    /// userfaultfds do.
+    /// userfaultfds do; those that were resolved before have been counted when this returns.
     pub fn stop(&self) {
         self.shared.stopped.store(true, Ordering::Release);
         // Only a counter at its limit refuses this, and then the threads are awake anyway.
@@ -250,10 +253,31 @@ impl FaultService {
                  process ends"
             );
         }
+        // Threads of a source resolve faults as well, and count them after the faulter resumes.
+        let due = Instant::now() + END_WITHIN;
+        while self.shared.resolving.load(Ordering::Acquire) > 0 && Instant::now() < due {
+            thread::sleep(Duration::from_micros(100));
+        }
+    }
+}
+
+/// A fault that is being resolved, until it has been counted.
+pub(crate) struct Resolving(Arc<Shared>);
+
+impl Drop for Resolving {
+    fn drop(&mut self) {
+        // Release: the end of the service sees what was counted.
+        self.0.resolving.fetch_sub(1, Ordering::Release);
     }
 }
 
 impl Shared {
+    /// Notes that a fault is being resolved.
+    pub(crate) fn resolving(self: Arc<Self>) -> Resolving {
+        self.resolving.fetch_add(1, Ordering::Relaxed);
+        Resolving(self)
+    }
+
     fn watches(&self) -> RwLockReadGuard<'_, HashMap<u64, Arc<Watch>>> {
         self.watches.read().unwrap_or_else(PoisonError::into_inner)
     }

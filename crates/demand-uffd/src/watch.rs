@@ -212,6 +212,7 @@ impl Fault {
 
     /// Lets those go on that wait for the granule, which is whole.
     pub(crate) fn let_go(self, shared: &Weak<Shared>) {
+        let _resolving = shared.upgrade().map(Shared::resolving);
         match self.mapping.resolve(self.granule) {
             Ok(()) => self.count(),
             Err(error) => self.failed(&error, shared),
