@@ -147,9 +147,16 @@ struct Stopped(Vec<i32>);
 impl Stopped {
     /// A process and its children.
     fn all_of(id: u32) -> Self {
-        let children = fs::read_to_string(format!("/proc/{id}/task/{id}/children")).unwrap();
-        let ids = children.split_whitespace().map(|child| child.parse().unwrap());
-        let stopped = Stopped([id as i32].into_iter().chain(ids).collect());
+        let parent = format!("PPid:\t{id}");
+        // Not by `children`, which a kernel may lack (CONFIG_PROC_CHILDREN).
+        let is_child = |id: &i32| {
+            let status = fs::read_to_string(format!("/proc/{id}/status"));
+            status.is_ok_and(|status| status.lines().any(|line| line == parent))
+        };
+        let entries = fs::read_dir("/proc").unwrap().filter_map(Result::ok);
+        let processes = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+        let children = processes.filter(is_child);
+        let stopped = Stopped([id as i32].into_iter().chain(children).collect());
         stopped.send(libc::SIGSTOP);
         stopped
     }

@@ -69,8 +69,7 @@ impl ArmedMapping {
     /// shared memory, or a huge page. Faults are counted for `path`.
     ///
     /// Pages that the mapping has already, as in a process that locks its memory, are unmapped from
-    /// it. If `uffd` tells of that ([`EVENT_REMOVE`](crate::Features::EVENT_REMOVE)), this waits
-    /// until the event is read.
+    /// it. No thread may touch the mapping while this runs.
     ///
     /// # Errors
     ///
@@ -162,10 +161,10 @@ impl ArmedMapping {
         mapping: Option<Arc<Mapping>>,
     ) -> Result<Arc<Self>, RangeError> {
         let len = pager.pages() * PAGE_SIZE;
-        uffd.register(base, len, modes)?;
         if let Some(mapping) = &mapping {
             // What is mapped already is not trapped: memory that the process locks is mapped, and
-            // zeroed, by mmap.
+            // zeroed, by mmap. Before the range is registered, as a userfaultfd that tells of
+            // removals would make this wait for its reader.
             unmap(mapping, pager, modes).map_err(|error| RangeError {
                 operation: "unmap",
                 address: base,
@@ -173,6 +172,9 @@ impl ArmedMapping {
                 done: 0,
                 error,
             })?;
+        }
+        uffd.register(base, len, modes)?;
+        if let Some(mapping) = &mapping {
             mapping.set_guard(Arc::new(OwnGuard { uffd: uffd.clone(), base, len, modes }));
         }
         let complete = Arc::new(AtomicBool::new(false));

@@ -114,7 +114,7 @@ const DEVICE: &[Case] = &[
         "features of another world",
         |s| registers(s)["driver_features"] = json!(u64::MAX),
         FAILED,
-        &["features that the new back-end does not offer"],
+        &["is no state of a device blk", "damaged"],
     ),
     ("a queue of no size", |s| queue(s)["size"] = json!(0), FAILED, &["queue 0", "damaged"]),
     ("a queue of a strange size", |s| queue(s)["size"] = json!(3), FAILED, &["queue 0", "damaged"]),
