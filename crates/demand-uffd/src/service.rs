@@ -161,10 +161,6 @@ impl FaultService {
             let same = |watch: &Arc<Watch>| Arc::ptr_eq(&watch.uffd, mapping.uffd());
             if let Some(watch) = watches.values().find(|watch| same(watch)) {
                 watch.add(mapping);
-                // Faults that were read before and belonged to nobody come again.
-                if let Err(error) = mapping.uffd().wake(mapping.base(), mapping.len()) {
-                    log::debug!("{error}");
-                }
             } else if let Some((_, watch)) = new.iter().find(|(_, watch)| same(watch)) {
                 watch.add(mapping);
             } else {
@@ -184,6 +180,13 @@ impl FaultService {
             {
                 watches.remove(&token);
                 return Err(refused(error));
+            }
+        }
+        for mapping in mappings {
+            // Faults come again that were read before and belonged to no mapping, or were put off
+            // and forgotten with an earlier watch.
+            if let Err(error) = mapping.uffd().wake(mapping.base(), mapping.len()) {
+                log::debug!("{error}");
             }
         }
         Ok(())
