@@ -313,9 +313,9 @@ fn a_chain_of_snapshots_while_still_lazy() {
 /// Restores a guest from a snapshot that cannot be written to, and takes the next one of it before
 /// its memory has arrived. Neither changes the former, nor does the latter make memory arrive.
 fn lazy_link(moment: &Moment, rebirth: &Rebirth, folder: &Path) -> Result<Moment> {
-    /// Pages that a request in flight may need, which is answered first: a few, or on huge pages
-    /// all of two units.
-    const NEEDED: u64 = 2 * 512;
+    /// Pages that requests in flight may need, which are answered first: back-ends fetch 2 MiB for
+    /// each fault, and storage that takes its time has more of them in flight.
+    const NEEDED: u64 = 6 * 512;
     let before = fingerprint(&moment.snapshot())?;
     let read_only = ReadOnly::new(moment.snapshot())?;
     let mut life = moment.restore(folder, rebirth)?;
