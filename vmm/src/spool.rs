@@ -204,15 +204,13 @@ mod tests {
         let lines = 3 * CAPACITY / line.len();
         (0..lines).for_each(|_| spool.write_all(&line).unwrap());
         spool.close();
+        // It ends when the thread has passed on all of it.
         let mut all = String::new();
-        let mut bytes = [0; 4096];
-        let mut said = 0;
-        while said == 0 {
-            let len = reader.read(&mut bytes).unwrap();
-            all.push_str(std::str::from_utf8(&bytes[..len]).unwrap());
-            let last = all.lines().rfind(|line| line.starts_with('('));
-            said = last.map_or(0, |line| line[1..].split(' ').next().unwrap().parse().unwrap());
-        }
+        reader.read_to_string(&mut all).unwrap();
+        let told = all.lines().filter_map(|line| line.strip_prefix('('));
+        let numbers = told.map(|line| line.split(' ').next().unwrap().parse::<usize>().unwrap());
+        let said: usize = numbers.sum();
+        assert!(said > 0);
         let kept = all.lines().filter(|line| line.starts_with('x')).count();
         assert!(all.lines().all(|line| line.len() == 99 || line.starts_with('(')), "no halves");
         assert_eq!(kept + said, lines);
