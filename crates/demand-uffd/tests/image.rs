@@ -143,7 +143,8 @@ impl LoadUnit for Held {
 fn writes_to_units_just_created_are_in_the_image() {
     const UNIT: u64 = 512;
     let Some(_pool) = huge_pages(1) else { return };
-    let file = tempfile::NamedTempFile::new().unwrap();
+    // Units are created with their content only from what cannot wait, as a file in memory.
+    let file = tempfile::NamedTempFile::new_in("/dev/shm").unwrap();
     let content: Vec<u8> = (0..UNIT).flat_map(|_| page_of(1)).collect();
     std::fs::write(file.path(), content).unwrap();
     let (memory, pager) = memory(BackingKind::Hugetlb2M, LocalFile::open(file.path()).unwrap());
