@@ -21,7 +21,7 @@ fn alone() -> MutexGuard<'static, ()> {
     ALONE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// What switches the machine off: the sleep type S5, and the bit that begins it.
+/// The value that switches the machine off: the sleep type S5, and the bit that begins it.
 const OFF: u8 = 5 << 2 | 1 << 5;
 
 /// A kernel that switches the machine off, as ACPI tells it to.

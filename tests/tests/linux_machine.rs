@@ -60,7 +60,7 @@ fn each_way_to_reset_begins_anew() {
     });
 }
 
-/// What a kernel says of every virtual machine with AMD's processors: its driver for their
+/// The message of a kernel on every virtual machine with AMD's processors: its driver for their
 /// frequencies wants what only firmware of real ones can know.
 const SAID_OF_ALL: [&str; 1] = ["amd_pstate: the _CPC object is not present"];
 

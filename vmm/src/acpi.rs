@@ -52,8 +52,8 @@ const OVERRIDE_LEN: u8 = 10;
 /// An override's flags: active high, level-triggered.
 const HIGH_LEVEL: u16 = 0b1101;
 
-/// What lies where a processor in real mode enters the BIOS: a reset by the reset control register,
-/// as firmware would do. Some kernels know no better way, some try all others before.
+/// The code at which a processor in real mode enters the BIOS: a reset by the reset control
+/// register, as firmware would do. Some kernels know no better way, some try all others before.
 ///
 /// ```asm
 /// mov al, 0x06

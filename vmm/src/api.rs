@@ -157,7 +157,7 @@ impl fmt::Display for State {
     }
 }
 
-/// What a guest has come to without asking for its end.
+/// The condition of a guest that neither runs nor asked for its end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum GuestCondition {
@@ -201,7 +201,7 @@ pub struct Status {
     pub pid: u32,
     /// The program's version.
     pub version: String,
-    /// What the guest has come to, if it neither runs on nor has asked for its end.
+    /// The guest's condition, if it neither runs nor asked for its end.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub guest: Option<GuestCondition>,
     /// How far a snapshot is, if one is being written.
@@ -273,7 +273,7 @@ pub struct SnapshotSummary {
     pub bytes: u64,
     /// Microseconds that it took.
     pub took_us: u64,
-    /// What it lacks: one line.
+    /// The part that it lacks: one line.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub warning: Option<String>,
 }

@@ -44,7 +44,7 @@ impl BootPart {
     }
 }
 
-/// What a file holds, without its content.
+/// A file's length and digest.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Seal {
@@ -83,7 +83,7 @@ impl Seal {
     }
 }
 
-/// What a snapshot's state tells of its boot files.
+/// The boot files as a snapshot's state describes them.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SavedBoot {
@@ -95,7 +95,7 @@ pub struct SavedBoot {
     pub cmdline: String,
 }
 
-/// What the command line names to boot from.
+/// The boot files that the command line names.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BootOption {
     /// The kernel: a bzImage, or an ELF image with a PVH entry.
@@ -106,7 +106,7 @@ pub struct BootOption {
     pub cmdline: String,
 }
 
-/// What a Linux guest starts from, and starts from again when it resets itself.
+/// The files that a Linux guest boots from, also after a reset.
 #[derive(Debug)]
 pub struct BootSource {
     /// The kernel.
@@ -267,7 +267,7 @@ impl BootFile {
         self.seal.bytes
     }
 
-    /// What a message calls it.
+    /// The path that messages name.
     pub fn path(&self) -> &Path {
         &self.path
     }

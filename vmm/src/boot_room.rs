@@ -11,12 +11,12 @@ use demand_memory::PAGE_SIZE;
 use linux_loader::loader::bootparam::setup_header;
 
 const MIB: u64 = 1 << 20;
-/// What Linux takes for itself before its first program runs, beside its image: measured, rounded.
+/// Bytes that Linux takes beside its image before its first program runs: measured, rounded.
 const KERNEL_OWN: u64 = 4 * MIB;
 /// Of so many bytes of memory Linux takes one to describe it (`struct page`).
 const DESCRIBED_BY_ONE: u64 = 64;
 
-/// What a kernel needs of the memory from address 0 on.
+/// The memory from address 0 on that a kernel needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct KernelRoom {
     /// Nothing else lies below it: the kernel, and what it takes until it knows its memory map.
@@ -52,7 +52,7 @@ impl fmt::Display for NoRoom {
 }
 
 impl NoRoom {
-    /// What the user can do.
+    /// The hint for the user.
     pub(crate) fn remedy(&self) -> String {
         match self {
             NoRoom::Memory { needed, .. } => {

@@ -64,7 +64,7 @@ pub struct Chipset {
     pub serial: Arc<SerialPort>,
     /// The generation identifier.
     pub generation: Generation,
-    /// What the guest has come to.
+    /// The guest's condition.
     pub health: Arc<GuestHealth>,
     timer: Arc<PmTimer>,
     registers: Arc<Mutex<SavedRegisters>>,

@@ -85,7 +85,7 @@ struct GuestArgs {
     /// Serve the API on a Unix socket, for pause, resume, snapshot, status and shutdown.
     #[arg(long, value_name = "PATH")]
     api_socket: Option<PathBuf>,
-    /// What to do when a Linux guest's kernel panics. It needs the kernel's pvpanic driver.
+    /// Action when a Linux guest's kernel panics. It needs the kernel's pvpanic driver.
     #[arg(long, default_value = "ignore")]
     on_panic: OnPanic,
     /// Name of the run in its report.

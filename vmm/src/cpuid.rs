@@ -260,7 +260,7 @@ const TSC_FREQUENCY: u32 = 0x15;
 const HYPERVISOR_LEAVES: u32 = 0x4000_0000;
 /// The hypervisor's leaf of frequencies: of the TSC, and of the local APIC's timer, in kHz.
 const HYPERVISOR_FREQUENCIES: u32 = 0x4000_0010;
-/// What KVM's local APIC timer counts, in kHz.
+/// The rate of KVM's local APIC timer, in kHz.
 const APIC_KHZ: u32 = 1_000_000;
 /// How far a frequency of leaf 0x15 may be off, in millionths: as far as crystals are.
 const CRYSTAL_PPM: u64 = 20;

@@ -18,7 +18,7 @@ use crate::vm::Vm;
 const PANICKED: u8 = 1 << 0;
 const CRASH_LOADED: u8 = 1 << 1;
 
-/// What is known of the guest beside what it asks for.
+/// The guest's condition, as far as the VMM can see it.
 #[derive(Debug, Default)]
 pub struct GuestHealth {
     panicked: AtomicBool,
@@ -26,7 +26,7 @@ pub struct GuestHealth {
 }
 
 impl GuestHealth {
-    /// What the guest has come to, if it has.
+    /// The guest's condition, if it does not simply run.
     pub fn condition(&self) -> Option<GuestCondition> {
         if self.panicked.load(Ordering::Acquire) {
             Some(GuestCondition::Panicked)

@@ -82,7 +82,7 @@ pub(crate) fn block_signals() -> io::Result<libc::sigset_t> {
     }
 }
 
-/// Has the first SIGINT, SIGTERM or SIGHUP raise `interrupt`, and the second end the process at
+/// Raises `interrupt` at the first SIGINT, SIGTERM or SIGHUP, and at the second ends the process at
 /// once. To be called before other threads are started: they must have the signals blocked, as
 /// this thread has from now on.
 ///

@@ -139,12 +139,12 @@ impl Log for Logger {
 /// Where a message comes from: its target, and the line of code.
 type Place = (String, Option<&'static str>, Option<u32>);
 
-/// What a place may still say.
+/// The messages that a place may still log.
 struct Bucket {
     left: u32,
     refilled: Instant,
     left_out: u64,
-    /// What it has said last.
+    /// Its last message.
     text: String,
 }
 

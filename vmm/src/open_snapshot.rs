@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A snapshot whose files are open.
 //!
-//! Whoever wrote the directory may be somebody else than its reader, with fewer rights. So each file
+//! The writer of the directory may have fewer rights than its reader. So each file
 //! is opened by its own name in the directory, which is opened once; a symbolic link is not followed,
 //! and nothing but a regular file is read. What is open stays so while the guest runs, whatever
 //! becomes of the directory.
@@ -93,7 +93,7 @@ impl OpenSnapshot {
         open_file(&self.dir, name, &self.path)
     }
 
-    /// What to call one of its files. It is never opened by this.
+    /// The path by which messages name one of its files. It is never opened by this.
     pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.path.join(name)
     }

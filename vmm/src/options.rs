@@ -446,7 +446,7 @@ pub enum ClockOption {
     Host,
 }
 
-/// What becomes of a VM whose guest's kernel panics.
+/// The action on a panic of the guest's kernel.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum OnPanic {
     /// It is said, and left to the guest: its kernel's `panic=` decides.

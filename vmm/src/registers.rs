@@ -11,7 +11,7 @@ pub struct SavedRegisters {
     pub pm1_enable: u16,
     /// ACPI's control register.
     pub pm1_control: u16,
-    /// What PCI's configuration data is of.
+    /// The address that PCI's configuration data refers to.
     pub pci_address: u32,
     /// The reset control register.
     pub reset_control: u8,

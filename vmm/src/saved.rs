@@ -30,7 +30,7 @@ pub struct SavedVm {
     pub registers: SavedRegisters,
     /// Its virtio devices, by position.
     pub devices: Vec<DeviceState>,
-    /// What it was booted from, for a reset; `None` if the snapshot does not hold it.
+    /// The boot files, for a reset; `None` if the snapshot does not hold it.
     pub boot: Option<SavedBoot>,
 }
 

@@ -44,7 +44,7 @@ pub struct GuestOptions {
     pub vhost_user: Vec<VhostUserOption>,
     /// Where the serial port leads.
     pub serial: SerialOption,
-    /// What becomes of the VM when the guest's kernel panics.
+    /// The action when the guest's kernel panics.
     pub on_panic: OnPanic,
     /// Where the API listens, if it does.
     pub api_socket: Option<PathBuf>,

@@ -17,7 +17,7 @@ struct State {
     kept: VecDeque<u8>,
     /// Bytes that are being passed on.
     under_way: usize,
-    /// What was lost: bytes, or writes where these are counted, since that was told.
+    /// The amount lost: bytes, or writes where these are counted, since that was told.
     lost: u64,
     /// Nobody writes any more.
     closed: bool,
@@ -35,7 +35,7 @@ impl Shared {
     }
 }
 
-/// What is done about output that does not fit. It is lost.
+/// The report of output that does not fit. It is lost.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Overflow {
     /// The log says so once. As much of a write is kept as fits.

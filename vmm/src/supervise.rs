@@ -28,8 +28,8 @@ enum Said<T> {
 ///
 /// # Errors
 ///
-/// Those of the work, and the reason of the interrupt. After an error the process should end: the
-/// work may go on.
+/// The errors of the work, and the reason of the interrupt. After an error the process should end:
+/// the work may go on.
 pub(crate) fn supervise<T: Send + 'static>(
     interrupt: &Interrupt,
     memory: &Arc<OnceLock<DemandMemory>>,

@@ -66,7 +66,7 @@ use crate::vsock;
 #[derive(Debug)]
 pub struct VhostUserDevice {
     name: String,
-    /// What it logs under.
+    /// The target that it logs under.
     log_target: String,
     option: VhostUserOption,
     link: HangUp,
@@ -75,7 +75,7 @@ pub struct VhostUserDevice {
     calls: Vec<Arc<EventFd>>,
     /// Whether the back-end has said that its configuration is another, and nobody has looked.
     config_is_stale: Arc<AtomicBool>,
-    /// What a register access of the guest waits for at the back-end.
+    /// The reply that a register access of the guest waits for.
     waits: Mutex<Option<&'static str>>,
     inner: Mutex<Inner>,
 }
@@ -388,7 +388,7 @@ impl VhostUserDevice {
         Err(self.failed(BackEndError::Disconnected { socket, asked }))
     }
 
-    /// What the guest's access to a register waits for at the back-end, if one does. It never waits.
+    /// The reply that the guest's access to a register waits for, if one does. This never waits.
     pub fn waits_for(&self) -> Option<&'static str> {
         *self.waits.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -93,7 +93,7 @@ pub(crate) enum Action {
 }
 
 impl Action {
-    /// What is asked of the back-end, which the access waits for.
+    /// The request to the back-end that the access waits for.
     pub(crate) fn asks_back_end(&self) -> Option<&'static str> {
         match self {
             Action::None | Action::Notify => None,

@@ -89,7 +89,7 @@ impl VmState {
         })
     }
 
-    /// Lets the guest's clock go on by as much as the host's wall clock has since the state was saved,
+    /// Advances the guest's clock by as much as the host's wall clock has since the state was saved,
     /// as if the guest had been paused. Where the host's shows an earlier time, it stays where it was:
     /// a clock never goes back.
     ///

@@ -123,7 +123,7 @@ impl Addresses {
     }
 }
 
-/// What is reserved, in all VMs.
+/// The reserved ranges of all VMs.
 static RESERVED: Mutex<Vec<Addresses>> = Mutex::new(Vec::new());
 
 fn reserved() -> MutexGuard<'static, Vec<Addresses>> {

@@ -75,7 +75,11 @@ impl SlotTrap {
 
 /// A trap that goes when this is dropped: to be dropped after the slot. What is reserved for it is
 /// given back after it.
-pub(crate) struct SetTrap(pub(crate) SlotTrap, #[allow(dead_code)] Option<Reserved>);
+pub(crate) struct SetTrap(
+    pub(crate) SlotTrap,
+    #[allow(dead_code, reason = "kept for its drop, which gives the addresses back")]
+    Option<Reserved>,
+);
 
 impl SetTrap {
     /// Sets the trap for memslot `number`, before the slot is made: so there is no moment at

@@ -321,7 +321,7 @@ fn a_slot_takes_its_attributes_along() {
     machine.copy_and_compare(&mut cpu, &nobody, Pages::run(0, 512), 0, page);
 }
 
-/// What is undone with a refused slot must not open the missing pages of the one in its way.
+/// Undoing a refused slot must not open the missing pages of the one in its way.
 #[test]
 fn refused_slot_leaves_attributes_alone() {
     let Some(kvm) = kvm_with(Engine::KvmAttributes) else { return };

@@ -98,7 +98,7 @@ pub enum BackingError {
         size: u64,
         /// The kind that was asked for.
         kind: BackingKind,
-        /// What the system said.
+        /// The system's error.
         error: io::Error,
     },
     /// Memory ran out while a page was brought in.
@@ -110,7 +110,7 @@ pub enum BackingError {
         len: u64,
         /// The region's kind.
         kind: BackingKind,
-        /// What the system said.
+        /// The system's error.
         error: io::Error,
     },
     /// Memory that exists without content could not be found or removed.
@@ -124,7 +124,7 @@ pub enum BackingError {
         len: u64,
         /// The region's kind.
         kind: BackingKind,
-        /// What the system said.
+        /// The system's error.
         error: io::Error,
     },
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What a run of claimed pages is fetched for, and what is known of its failures.
+//! The purpose for which a run of claimed pages is fetched, and its failures so far.
 
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -8,11 +8,11 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use crate::retry::Attempts;
 use crate::{PageRange, Path};
 
-/// What claimed pages are brought in for.
+/// The purpose for which claimed pages are fetched.
 #[derive(Clone, Copy)]
 pub(crate) struct Errand {
     pub(crate) path: Path,
-    /// What was tried before.
+    /// The attempts so far.
     pub(crate) tried: Option<Attempts>,
     pub(crate) role: Role,
 }
@@ -88,7 +88,7 @@ impl SetAside {
     }
 }
 
-/// What is left to do for claimed pages.
+/// The steps that claimed pages still need.
 #[derive(Clone, Copy)]
 pub(crate) enum Left {
     /// Their content.

@@ -3,8 +3,8 @@
 
 use crate::sync::{AtomicBool, Mutex, MutexGuard, Ordering, fence};
 
-/// What each claim passes. While it is closed, a new claim is either seen by the thread that has
-/// closed it, or its claimant waits until the gate is open.
+/// The gate that each claim passes. While it is closed, a new claim is either seen by the thread
+/// that has closed it, or its claimant waits until the gate is open.
 pub(crate) struct Gate {
     closed: AtomicBool,
     closing: Mutex<()>,

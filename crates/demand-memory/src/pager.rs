@@ -131,7 +131,7 @@ pub struct Pager {
     /// One bit for each unit that is known to exist; only for units larger than a page.
     allocated: Option<Box<[AtomicU64]>>,
     guest_trap: OnceLock<Arc<dyn Trap>>,
-    /// What memslots were made over. They keep the mappings.
+    /// The mappings that memslots were made over, which the slots keep.
     guest_mappings: Mutex<Vec<Weak<Mapping>>>,
     unit_loader: OnceLock<Arc<dyn LoadUnit>>,
     /// Read-locked while a unit is created: the hypervisor may write to it as soon as it exists,

@@ -93,7 +93,7 @@ impl<B: Bitmap> DemandRegion<B> {
     ///
     /// # Errors
     ///
-    /// Those of [`Pager::new`], and [`PagerError::PastTheEnd`].
+    /// The errors of [`Pager::new`], and [`PagerError::PastTheEnd`].
     pub fn new(config: RegionConfig, bitmap: B) -> Result<Self, PagerError> {
         let RegionConfig { start, backing, source, image_offset, stats, retrier } = config;
         let pager = Pager::new(backing, source, image_offset, stats, retrier)?;
@@ -104,7 +104,7 @@ impl<B: Bitmap> DemandRegion<B> {
     ///
     /// # Errors
     ///
-    /// Those of [`Pager::present`], and [`PagerError::PastTheEnd`].
+    /// The errors of [`Pager::present`], and [`PagerError::PastTheEnd`].
     ///
     /// # Examples
     ///

@@ -162,7 +162,7 @@ fn a_checked_image_never_waits_where_faults_are_served() {
     assert!(begun.elapsed() < PATIENCE);
 }
 
-/// What an observer was told: the first page, the number of pages, wanted, given up.
+/// The failure that an observer was told: the first page, the number of pages, wanted, given up.
 type Told = Arc<Mutex<Vec<(PageRange, bool, bool, String)>>>;
 
 fn observed(source: impl PageSource + 'static) -> (Arc<Pager>, Told) {

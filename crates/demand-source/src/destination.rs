@@ -199,11 +199,11 @@ impl<'a> Destination<'a> {
         }
     }
 
-    /// Has `fill` fill the `len` bytes at `offset` of the loan.
+    /// Fills the `len` bytes at `offset` of the loan by `fill`.
     ///
     /// # Errors
     ///
-    /// Those of `fill`, and [`SourceError::Short`] if it leaves bytes out.
+    /// The errors of `fill`, and [`SourceError::Short`] if it leaves bytes out.
     ///
     /// # Panics
     ///

@@ -21,7 +21,7 @@ use test_support::image::{Near, page_of};
 use test_support::wait::{PATIENCE, until};
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
-/// What the guest writes.
+/// The word that the guest writes.
 const WRITTEN: u64 = 0xd1d1_d1d1;
 
 fn memory(kind: BackingKind, source: impl PageSource + 'static) -> (DemandMemory, Arc<Pager>) {

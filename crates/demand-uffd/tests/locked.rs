@@ -18,7 +18,10 @@ const SIZE: u64 = 64 * PAGE_SIZE;
 static LOCK: Mutex<()> = Mutex::new(());
 
 /// Locks every new mapping of this process, one test at a time.
-struct Locked(#[allow(dead_code)] MutexGuard<'static, ()>);
+struct Locked(
+    #[allow(dead_code, reason = "kept for its drop, which lets the next test go on")]
+    MutexGuard<'static, ()>,
+);
 
 impl Locked {
     fn new(flags: libc::c_int) -> Self {

@@ -21,7 +21,7 @@ const SIZE: u64 = 4 << 20;
 /// Pages of a huge page.
 const UNIT: u64 = 512;
 
-/// Has the kernel read a page, on a thread of its own; what it says.
+/// Reads a page through the kernel on another thread, and sends the outcome.
 fn kernel_reads(mapping: &Arc<Mapping>, page: u64) -> Receiver<io::Result<usize>> {
     let (sender, receiver) = mpsc::channel();
     let mapping = mapping.clone();

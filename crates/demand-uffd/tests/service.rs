@@ -97,7 +97,7 @@ fn the_guests_mapping_is_mapped_by_the_pager() {
     assert_eq!(pager.stats().path(Path::Guest).faults, PAGES - 100);
 }
 
-/// What lies beyond may be another region's mapping, and its pages missing.
+/// Another region's mapping may lie beyond, with its pages missing.
 #[test]
 fn pages_outside_of_a_mapping_are_left_alone() {
     // The last word of its bitmap has bits to spare, which say present.

@@ -220,7 +220,7 @@ pub enum Error {
     Prefaulted {
         /// The back-end's socket.
         socket: PathBuf,
-        /// What went wrong.
+        /// The cause.
         error: UnmapError,
     },
     /// The fault service refused.

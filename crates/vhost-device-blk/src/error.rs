@@ -23,7 +23,7 @@ pub enum Error {
     Disk {
         /// The image.
         path: PathBuf,
-        /// What the host said.
+        /// The host's error.
         problem: String,
     },
     /// The disk is to be written, and can only be read.
@@ -35,7 +35,7 @@ pub enum Error {
     ReadOnly {
         /// The image or block device.
         path: PathBuf,
-        /// What the host said.
+        /// The host's error.
         problem: String,
     },
     /// The socket could not be made.
@@ -43,7 +43,7 @@ pub enum Error {
     Socket {
         /// The socket's path.
         path: PathBuf,
-        /// What the host said.
+        /// The host's error.
         problem: String,
         /// What to do about it.
         advice: &'static str,
@@ -55,7 +55,7 @@ pub enum Error {
         option: &'static str,
         /// The file.
         path: PathBuf,
-        /// What the host said.
+        /// The host's error.
         problem: String,
         /// How it is raised.
         limit: &'static str,
@@ -68,7 +68,7 @@ pub enum Error {
     Stats {
         /// The file.
         path: PathBuf,
-        /// What the host said.
+        /// The host's error.
         source: io::Error,
     },
     /// A front-end's connection ended in an error (with `--once` only; otherwise it is logged).
@@ -85,7 +85,7 @@ pub enum Error {
     System {
         /// What was attempted.
         what: &'static str,
-        /// What the host said.
+        /// The host's error.
         source: io::Error,
     },
 }

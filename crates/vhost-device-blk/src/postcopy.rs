@@ -9,7 +9,7 @@ use userfaultfd::UffdBuilder;
 pub struct Unavailable(String);
 
 impl Unavailable {
-    /// What can be done about it.
+    /// The hint for the user.
     pub fn advice(&self) -> &'static str {
         if self.0.contains("Too many open files") {
             "raise the limit of open files (ulimit -n)"

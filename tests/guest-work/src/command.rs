@@ -24,7 +24,7 @@ pub enum Command {
 /// By what the kernel restarts the machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ResetBy {
-    /// What it chooses.
+    /// The choice it makes.
     Choice,
     /// ACPI's reset register.
     Acpi,

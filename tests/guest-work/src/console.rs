@@ -16,7 +16,7 @@ use rustix::termios::{LocalModes, OptionalActions, tcdrain, tcgetattr, tcsetattr
 const PATH: &str = "/dev/console";
 /// How the kernel restarts the machine.
 const REBOOT_TYPE: &str = "/sys/kernel/reboot/type";
-/// What the kernel does at once, by a letter.
+/// An immediate action of the kernel, by its letter.
 const SYSRQ: &str = "/proc/sysrq-trigger";
 
 static CONSOLE: OnceLock<Mutex<File>> = OnceLock::new();

@@ -92,7 +92,7 @@ struct Client {
 }
 
 impl Client {
-    /// Has the server do something, and returns the number that it answers.
+    /// Sends the server a command, and returns the number that it answers.
     fn ask(&mut self, what: &str) -> io::Result<usize> {
         let input = self.process.stdin.as_mut().ok_or(io::ErrorKind::BrokenPipe)?;
         writeln!(input, "{what}")?;
@@ -182,7 +182,7 @@ impl SlowFile {
         self.ask("waiting")
     }
 
-    /// Lets all requests go when it is dropped, so that a test that fails can end.
+    /// Releases all requests when it is dropped, so that a failing test can end.
     pub fn answer_at_the_end(&self) -> impl Drop + use<> {
         struct Guard(Arc<Mutex<Client>>);
         impl Drop for Guard {

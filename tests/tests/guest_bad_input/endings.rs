@@ -23,7 +23,7 @@ const LATEST_MS: u64 = 1500;
 
 const DEVICE: &str = "/dev/userfaultfd";
 
-/// What ends a guest.
+/// A way in which a guest ends.
 #[derive(Clone, Copy, Debug)]
 enum Ending {
     /// The API, while the guest waits for a page that does not come.

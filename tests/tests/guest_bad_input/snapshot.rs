@@ -24,9 +24,9 @@ pub const MEMORY: u64 = 128 << 20;
 const DISK: u64 = 8 << 20;
 /// Queues of its disk.
 const QUEUES: u16 = 2;
-/// What each snapshot consists of.
+/// The files of each snapshot.
 pub const FILES: [&str; 3] = ["state", "memory", "hashes"];
-/// What the snapshot has beside, to boot from.
+/// The boot files beside them.
 pub const BOOT_FILES: [&str; 2] = ["kernel", "initramfs"];
 
 /// A guest that has been snapshotted, and is gone.

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What a busy Linux guest makes of the times in which it did not run.
+//! Clocks and watchdogs of a busy Linux guest after times in which it did not run.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
