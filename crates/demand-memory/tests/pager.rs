@@ -4,7 +4,7 @@
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use demand_memory::{
     BackingKind, DemandMemory, DemandRegion, FetchError, Fill, FillRate, MemfdBacking, PAGE_SIZE,
@@ -228,7 +228,12 @@ fn a_failing_source_is_never_zeros_and_the_wait_outlasts_it() {
         let region = DemandRegion::<()>::new(config, ()).unwrap();
         thread::scope(|scope| {
             let reader = scope.spawn(|| check(&region, 1..2));
-            thread::sleep(Duration::from_millis(150));
+            // However slow the machine is: until it was given up, and some attempts more.
+            let given_up = || failures.lock().unwrap().iter().filter(|(_, given)| *given).count();
+            let begun = Instant::now();
+            while given_up() < 2 && begun.elapsed() < Duration::from_secs(20) {
+                thread::sleep(Duration::from_millis(1));
+            }
             assert!(!reader.is_finished(), "the fault stays open");
             assert!(region.pager().bitmap().is_missing(1));
             failing.store(false, Ordering::Relaxed);
@@ -240,7 +245,7 @@ fn a_failing_source_is_never_zeros_and_the_wait_outlasts_it() {
         assert!(failures.last().unwrap().1, "given up after the limit: {failures:?}");
         let source = region.pager().stats().source();
         assert_eq!(source.errors, failures.len() as u64);
-        assert!(source.retries >= 3);
+        assert_eq!(source.retries, source.errors);
     }
 }
 
@@ -507,7 +512,7 @@ fn a_virtqueue_works_on_missing_memory() {
 fn fill_keeps_its_rate() {
     let file = image();
     let region = region(LocalFile::open(file.path()).unwrap());
-    let begun = std::time::Instant::now();
+    let begun = Instant::now();
     // 4 MiB at 16 MiB/s.
     let fill =
         Fill::start(vec![region.pager().clone()], FillRate::BytesPerSecond(16 << 20)).unwrap();
