@@ -90,6 +90,8 @@ struct Shared<S> {
     most: usize,
     /// Threads that serve fill, at most.
     most_fill: usize,
+    /// Called with where a request ended in the image, once it has been answered.
+    afterwards: fn(&S, u64),
     queues: Mutex<Queues>,
     changed: Condvar,
 }
@@ -149,18 +151,20 @@ impl<S: BlockingSource + 'static> Threaded<S> {
     ///
     /// The system's, if a thread cannot be started.
     pub fn new(source: S, threads: usize) -> io::Result<Self> {
-        let this = Self::lazy(source, threads);
+        let this = Self::lazy(source, threads, |_, _| {});
         start(&this.shared, &mut this.shared.queues())?;
         Ok(this)
     }
 
-    /// As [`new`](Self::new); the first thread is started when it is needed.
-    pub(crate) fn lazy(source: S, threads: usize) -> Self {
+    /// As [`new`](Self::new); the first thread is started when it is needed. After each request that
+    /// was served and answered, its thread calls `afterwards` with the end of the last chunk.
+    pub(crate) fn lazy(source: S, threads: usize, afterwards: fn(&S, u64)) -> Self {
         let most = threads.max(1);
         let shared = Arc::new(Shared {
             source,
             most,
             most_fill: most.div_ceil(2),
+            afterwards,
             queues: Mutex::default(),
             changed: Condvar::new(),
         });
@@ -233,7 +237,7 @@ fn serve<S: BlockingSource>(shared: &Shared<S>) {
             continue;
         };
         drop(queues);
-        answer(&shared.source, job);
+        answer(shared, job);
         queues = shared.queues();
         if priority == Priority::Fill {
             queues.filling -= 1;
@@ -243,7 +247,10 @@ fn serve<S: BlockingSource>(shared: &Shared<S>) {
 }
 
 /// Serves one request. Neither the source nor the caller's code ends the thread by a panic.
-fn answer<S: BlockingSource>(source: &S, Job { request, completer }: Job) {
+fn answer<S: BlockingSource>(shared: &Shared<S>, Job { request, completer }: Job) {
+    let source = &shared.source;
+    let last = request.chunks.last();
+    let end = last.map(|chunk| chunk.offset.saturating_add(chunk.destination.len() as u64));
     let read = move || {
         request.chunks.into_iter().try_for_each(|mut chunk| {
             source.read(chunk.offset, &mut chunk.destination)?;
@@ -252,8 +259,13 @@ fn answer<S: BlockingSource>(source: &S, Job { request, completer }: Job) {
     };
     let outcome = panic::catch_unwind(AssertUnwindSafe(read));
     let outcome = outcome.unwrap_or(Err(SourceError::Panicked));
+    let served = end.filter(|_| outcome.is_ok());
     // What panics here has been reported by the panic itself.
     let _ = panic::catch_unwind(AssertUnwindSafe(|| completer.complete(outcome)));
+    if let Some(end) = served {
+        let afterwards = || (shared.afterwards)(source, end);
+        let _ = panic::catch_unwind(AssertUnwindSafe(afterwards));
+    }
 }
 
 impl<S: BlockingSource + 'static> PageSource for Threaded<S> {

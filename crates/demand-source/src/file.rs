@@ -21,7 +21,8 @@ pub(crate) const READERS: usize = 32;
 /// does not need the page. Only on a file system that lives in memory every read is of the first
 /// kind; on one that is not known to be local (overlayfs is one), none is.
 ///
-/// Holes are found as they are met, so opening an image costs the same whatever its size.
+/// Holes are found as they are met, so opening an image costs the same whatever its size. On a local
+/// disk each read that waits finds some of those that follow, too.
 ///
 /// # Examples
 ///
@@ -81,7 +82,8 @@ impl LocalFile {
     }
 
     fn of(image: ImageFile) -> Self {
-        LocalFile { reads: Threaded::lazy(image, READERS) }
+        let ahead = |image: &ImageFile, end| image.look_ahead(end, |_, extent| Ok(extent));
+        LocalFile { reads: Threaded::lazy(image, READERS, ahead) }
     }
 
     fn image(&self) -> &ImageFile {
@@ -130,11 +132,14 @@ impl PageSource for LocalFile {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cached::Storage;
+    use crate::{Chunk, HashedImage, ImageWriter, Priority};
+    use std::os::fd::AsRawFd;
     use std::os::unix::fs::FileExt;
     use std::process::Command;
     use std::sync::mpsc;
     use std::thread;
-    use std::time::Duration;
+    use std::time::{Duration, Instant};
 
     /// 3 MiB: data in the first page, a hole, data in the last page.
     fn image() -> (tempfile::NamedTempFile, LocalFile) {
@@ -193,6 +198,92 @@ mod tests {
         assert!(matches!(error, SourceError::Shrunk { end, .. } if end == 1 << 20), "{error}");
         // Where a hole was, the end of the file must not pass for one.
         assert!(matches!(image.extent(2 << 20), Err(SourceError::Shrunk { .. })));
+    }
+
+    /// Fetches a page as a pager does; whether it took a thread of the image.
+    fn fetch(source: &dyn PageSource, page: u64) -> Result<bool, SourceError> {
+        let offset = page * 4096;
+        let extent = source.extent_now(offset).transpose()?;
+        if extent.is_some_and(|extent| extent.is_hole()) {
+            return Ok(false);
+        }
+        let (destination, _bytes) = Destination::owned(vec![0xee; 4096]);
+        let mut near = vec![0xee; 4096];
+        if let Some(read) = source.read_now(offset, &mut Destination::from(&mut near[..])) {
+            return read.map(|()| false);
+        }
+        let chunks = vec![Chunk { offset, destination }];
+        source.submit(Request { priority: Priority::Demand, chunks }).wait()?;
+        Ok(true)
+    }
+
+    /// An image in which every other page is a hole, and its hashes; `None` where the disk is not
+    /// known to be local.
+    fn fragmented(pages: u64) -> Option<(tempfile::TempDir, PathBuf, PathBuf)> {
+        let folder = tempfile::tempdir().unwrap();
+        let (image, table) = (folder.path().join("image"), folder.path().join("table"));
+        let mut writer = ImageWriter::create(&image, &table, pages * 4096, [5; 16]).unwrap();
+        for page in (0..pages).step_by(2) {
+            writer.write(page * 4096, &[7; 4096]).unwrap();
+        }
+        writer.finish().unwrap();
+        let local = Storage::of(&File::open(&image).unwrap()).unwrap() == Storage::Cached;
+        local.then_some((folder, image, table))
+    }
+
+    /// Waits until the extent of a page is known to threads that must not wait.
+    fn foreseen(source: &dyn PageSource, page: u64) -> Extent {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        loop {
+            if let Some(extent) = source.extent_now(page * 4096) {
+                return extent.unwrap();
+            }
+            assert!(Instant::now() < deadline, "page {page} is not foreseen");
+            thread::yield_now();
+        }
+    }
+
+    #[test]
+    fn few_holes_need_a_thread() {
+        const PAGES: u64 = 4096;
+        let Some((_folder, image, table)) = fragmented(PAGES) else { return };
+        // Upwards, and here and there: an odd step meets each page once.
+        for step in [1, 1597] {
+            let raw = LocalFile::open(&image).unwrap();
+            let hashed = HashedImage::open(&image, &table).unwrap();
+            for source in [&raw as &dyn PageSource, &hashed] {
+                let pages = (0..PAGES).map(|nth| nth * step % PAGES);
+                let waits = pages.filter(|page| fetch(source, *page).unwrap()).count();
+                assert!(waits < 700, "{waits} waits for {} holes in steps of {step}", PAGES / 2);
+            }
+        }
+    }
+
+    #[test]
+    fn foreseen_hole_of_shrunk_file_is_an_error() {
+        let Some((_folder, image, _)) = fragmented(64) else { return };
+        let source = LocalFile::open(&image).unwrap();
+        assert!(fetch(&source, 1).unwrap());
+        assert_eq!(foreseen(&source, 5), Extent::Hole { end: 6 * 4096 });
+        assert!(!fetch(&source, 5).unwrap());
+        File::options().write(true).open(&image).unwrap().set_len(4 * 4096).unwrap();
+        let error = fetch(&source, 5).unwrap_err();
+        assert!(matches!(error, SourceError::Shrunk { .. }), "{error}");
+    }
+
+    #[test]
+    fn foreseen_extents_are_checked() {
+        let Some((_folder, image, table)) = fragmented(64) else { return };
+        let file = File::options().write(true).open(&image).unwrap();
+        let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+        // SAFETY: the call touches no memory.
+        assert_eq!(unsafe { libc::fallocate64(file.as_raw_fd(), mode, 4 * 4096, 4096) }, 0);
+        let source = HashedImage::open(&image, &table).unwrap();
+        assert!(fetch(&source, 1).unwrap());
+        // The file has a hole up to page 6.
+        assert_eq!(foreseen(&source, 3), Extent::Hole { end: 4 * 4096 });
+        let error = fetch(&source, 4).unwrap_err();
+        assert!(matches!(error, SourceError::Altered { offset, .. } if offset == 4 * 4096));
     }
 
     #[test]

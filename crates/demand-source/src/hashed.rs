@@ -84,7 +84,10 @@ impl HashedImage {
 
     fn of(image: ImageFile, table: ImageFile) -> Result<Self, SourceError> {
         let table = HashTable::of(table, &image)?;
-        Ok(HashedImage { reads: Threaded::lazy(Hashed { image, table }, READERS) })
+        let ahead = |hashed: &Hashed, end| {
+            hashed.image.look_ahead(end, |at, extent| hashed.check_extent(at, extent));
+        };
+        Ok(HashedImage { reads: Threaded::lazy(Hashed { image, table }, READERS, ahead) })
     }
 
     fn hashed(&self) -> &Hashed {

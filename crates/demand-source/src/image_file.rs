@@ -8,14 +8,17 @@ use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{OnceLock, PoisonError, RwLock};
+use std::sync::{Mutex, OnceLock, PoisonError, RwLock};
 
 use crate::cached::Storage;
 use crate::mapped::{MappedBytes, MappedFile};
 use crate::{Destination, Extent, SourceError, extent_of_file};
 
-/// Extents that are remembered at most.
-const REMEMBERED: usize = 4096;
+/// Extents that are remembered at most: some 3 MiB.
+const REMEMBERED: usize = 1 << 16;
+
+/// Extents that are looked up after each read that waited, at most.
+const AHEAD: usize = 16;
 
 /// A regular file or block device that is read as an image.
 #[derive(Debug)]
@@ -30,6 +33,8 @@ pub(crate) struct ImageFile {
     id: u64,
     // Extents that were found while waiting was allowed, by where they were asked for.
     found: RwLock<BTreeMap<u64, Extent>>,
+    // Held by the thread that looks ahead: one, so that a disk that hangs costs one thread.
+    ahead: Mutex<()>,
 }
 
 #[derive(Clone, Copy)]
@@ -83,6 +88,7 @@ impl ImageFile {
             mapped: OnceLock::new(),
             id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
             found: RwLock::default(),
+            ahead: Mutex::default(),
         })
     }
 
@@ -179,8 +185,15 @@ impl ImageFile {
         mapped.bytes(offset, len)
     }
 
+    /// Whether the file is as long as it was. It does not wait for the storage.
     pub(crate) fn is_intact(&self) -> bool {
-        (&self.file).seek(SeekFrom::End(0)).is_ok_and(|end| end >= self.size)
+        // Not by a seek, which waits while another thread's seek for data waits for the storage.
+        // Such a seek never waits on a block device, which has no length here.
+        self.file.metadata().is_ok_and(|metadata| {
+            metadata.len() >= self.size
+                || !metadata.is_file()
+                    && (&self.file).seek(SeekFrom::End(0)).is_ok_and(|end| end >= self.size)
+        })
     }
 
     /// Asks the file system for the extent of the byte at `offset`, which lies in the image. It
@@ -224,15 +237,56 @@ impl ImageFile {
 
     /// The extent of the byte at `offset` if it was found before; never waits for the storage.
     pub(crate) fn known_extent(&self, offset: u64) -> Option<Extent> {
-        self.last_extent(offset).or_else(|| {
-            let found = self.found.read().unwrap_or_else(PoisonError::into_inner);
-            let (&start, &extent) = found.range(..=offset).next_back()?;
-            drop(found);
-            (offset < extent.end()).then(|| {
-                LAST.set(LastExtent { id: self.id, start, extent });
-                extent
-            })
-        })
+        let extent = self.last_extent(offset).or_else(|| {
+            let (start, extent) = self.found_extent(offset)?;
+            LAST.set(LastExtent { id: self.id, start, extent });
+            Some(extent)
+        })?;
+        // A hole that was found before the file shrank is none; the read that waits tells so.
+        let gone = self.storage == Storage::Cached && extent.is_hole() && !self.is_intact();
+        (!gone).then_some(extent)
+    }
+
+    /// The extent of the byte at `offset` if a thread found it that might wait, and where it was
+    /// asked for.
+    fn found_extent(&self, offset: u64) -> Option<(u64, Extent)> {
+        let found = self.found.read().unwrap_or_else(PoisonError::into_inner);
+        let (&start, &extent) = found.range(..=offset).next_back()?;
+        (offset < extent.end()).then_some((start, extent))
+    }
+
+    /// Looks up some extents from `offset` on, for faults to come, each through `check` as in
+    /// [`extent_checked`](Self::extent_checked). It may wait for the storage.
+    pub(crate) fn look_ahead(
+        &self,
+        offset: u64,
+        check: impl Fn(u64, Extent) -> Result<Extent, SourceError>,
+    ) {
+        // Each question to storage that is away may be a round trip.
+        if self.storage != Storage::Cached {
+            return;
+        }
+        let Ok(_alone) = self.ahead.try_lock() else { return };
+        let (mut at, mut extents) = (offset, Vec::with_capacity(AHEAD));
+        for _ in 0..AHEAD {
+            if at >= self.size {
+                break;
+            }
+            let extent = match self.found_extent(at) {
+                Some((_, extent)) => extent,
+                None => {
+                    let extent = self.find_extent(at).and_then(|extent| check(at, extent));
+                    // An error is told to the thread that needs the extent.
+                    let Some(extent) = extent.ok().filter(|extent| extent.end() > at) else {
+                        break;
+                    };
+                    extents.push((at, extent));
+                    extent
+                }
+            };
+            at = extent.end();
+        }
+        self.note(extents);
     }
 
     fn last_extent(&self, offset: u64) -> Option<Extent> {
@@ -247,11 +301,17 @@ impl ImageFile {
         if self.is_memory() {
             return;
         }
+        self.note([(start, extent)]);
+    }
+
+    /// Keeps extents for threads that must not wait.
+    fn note(&self, extents: impl IntoIterator<Item = (u64, Extent)>) {
         let mut found = self.found.write().unwrap_or_else(PoisonError::into_inner);
-        if found.len() >= REMEMBERED {
-            found.clear();
-        }
-        found.insert(start, extent);
+        // Freed when the lock is: that takes a while.
+        let full = (found.len() >= REMEMBERED).then(|| std::mem::take(&mut *found));
+        found.extend(extents);
+        drop(found);
+        drop(full);
     }
 
     /// Reads extent by extent, as `extent` finds them afresh: holes are zeros, and the rest is left
