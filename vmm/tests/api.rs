@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The API's server with real sockets, and with clients that are right, wrong, slow and many. What
-//! is behind it is no VM here but a record of what was asked.
+//! The API's server on real sockets, with correct, incorrect, slow and many clients. Behind it is
+//! not a VM but a record of the requests.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::Shutdown;
@@ -21,12 +21,12 @@ use demand_vmm::http::Response;
 use proptest::prelude::*;
 use serde_json::Value;
 
-/// Keeps what was asked.
+/// A record of the requests.
 struct Record {
     state: Mutex<State>,
     asked: Mutex<Vec<String>>,
     progress: Mutex<Option<SnapshotProgress>>,
-    /// Told that a snapshot has begun; it ends when there is a word.
+    /// Reports that a snapshot has begun; the snapshot ends at the reply.
     gate: Mutex<Option<(Sender<()>, Receiver<()>)>>,
 }
 
@@ -40,7 +40,8 @@ impl Record {
         })
     }
 
-    /// Has the next snapshot wait: says when it has begun, and lets it go on.
+    /// Makes the next snapshot wait. Returns the receiver that reports its beginning, and the
+    /// sender that lets it end.
     fn hold(&self) -> (Receiver<()>, Sender<()>) {
         let (begun, has_begun) = channel();
         let (go, may_go) = channel();
@@ -139,18 +140,18 @@ fn server() -> Server {
     Server { server, record, folder, path }
 }
 
-/// Reads everything until the server hangs up.
+/// Reads until the server hangs up.
 fn rest(mut stream: &UnixStream) -> Vec<u8> {
     let mut bytes = Vec::new();
     match stream.read_to_end(&mut bytes) {
-        // It hung up before it had read all of it.
+        // The server hung up before it had read all of the input.
         Err(error) if error.kind() == ErrorKind::ConnectionReset => {}
         outcome => drop(outcome.unwrap()),
     }
     bytes
 }
 
-/// The answers in what a server sent: nothing else is in it.
+/// Returns the answers in a server's output, which must hold nothing else.
 fn answers(mut bytes: &[u8]) -> Vec<Response> {
     let mut answers = Vec::new();
     while !bytes.is_empty() {
@@ -176,7 +177,7 @@ impl Server {
         UnixStream::connect(&self.path).unwrap()
     }
 
-    /// Sends bytes and an end, and says with which statuses they are answered.
+    /// Sends bytes and the end of the input, and returns the statuses of the answers.
     fn statuses(&self, bytes: &str) -> Vec<u16> {
         let mut stream = self.connect();
         stream.write_all(bytes.as_bytes()).unwrap();
@@ -241,7 +242,7 @@ fn a_connection_lasts_as_the_client_says() {
     assert_eq!(server.statuses(&[old, get].concat()), [200]);
     let lasting = "GET /api/v1/status HTTP/1.0\r\nConnection: keep-alive\r\n\r\n";
     assert_eq!(server.statuses(&[lasting, get].concat()), [200, 200]);
-    // Where the next request begins is not known.
+    // After these requests, the start of the next one is unknown.
     let chunked = "PUT /api/v1/snapshot HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n";
     assert_eq!(server.statuses(&[chunked, get].concat()), [501]);
     let unbounded = "PUT /api/v1/snapshot HTTP/1.1\r\nHost: a\r\n\r\n{}";
@@ -272,7 +273,7 @@ fn a_client_that_waits_with_its_body_is_told() {
     assert_eq!(told, demand_vmm::http::CONTINUE);
     stream.write_all(body.as_bytes()).unwrap();
     assert_eq!(answers(&rest(&stream))[0].status, 200);
-    // What would be refused anyway is not waited for.
+    // The server does not wait for a body that it would refuse.
     for (request, length, status) in [("/no", 5, 404), ("/api/v1/snapshot", 65537, 413)] {
         let mut stream = server.connect();
         stream.write_all(head(request, length).as_bytes()).unwrap();
@@ -307,7 +308,7 @@ fn a_status_is_told_while_a_snapshot_is_written() {
         let waiting = scope.spawn(|| {
             let request = SnapshotRequest { destination: "/a".into(), then: Some(Go::Pause) };
             client.snapshot(&request, |status| {
-                // Only once is needed for the test to go on.
+                // Once is enough for the test to continue.
                 if seen.lock().unwrap().replace(status.clone()).is_none() {
                     go.send(()).unwrap();
                 }
@@ -345,7 +346,7 @@ fn slow_clients_are_cut_off_and_hold_up_nobody() {
             ("", &[408][..]),
             ("GET /api", &[408]),
             (put, &[408]),
-            // Between two requests there is nothing to be told.
+            // Between two requests, the timeout has no answer.
             (get, &[200]),
         ] {
             let mut stream = server.connect();
@@ -357,7 +358,7 @@ fn slow_clients_are_cut_off_and_hold_up_nobody() {
                 in_time(begun);
             });
         }
-        // One that keeps dripping.
+        // A client that keeps dripping bytes.
         let mut dripping = server.connect();
         scope.spawn(move || {
             dripping.set_read_timeout(Some(Duration::from_millis(500))).unwrap();
@@ -372,7 +373,7 @@ fn slow_clients_are_cut_off_and_hold_up_nobody() {
             }
             in_time(begun);
         });
-        // One that never reads.
+        // A client that never reads.
         let mut deaf = server.connect();
         scope.spawn(move || {
             let error = loop {
@@ -409,7 +410,7 @@ fn too_many_connections_are_told() {
     }
     assert_eq!(server.statuses(get), [503]);
     assert!(Client::new(&server.path).status().unwrap_err().to_string().contains("32 connections"));
-    // Many more at once are not served either, and those who are served still are.
+    // Many more connections at once are not served either, and the served ones still are.
     let more: Vec<_> = (0..100).map(|_| server.connect()).collect();
     for stream in &mut served {
         assert_eq!(first_answer(stream), 200);
@@ -436,12 +437,12 @@ fn the_end_of_the_server_is_in_order() {
         let ending = scope.spawn(|| drop(server));
         assert_eq!(rest(&idle), b"");
         go.send(()).unwrap();
-        // What is under way is answered.
+        // The request in progress is answered.
         assert_eq!(waiting.join().unwrap().unwrap().bytes, 4096);
         ending.join().unwrap();
     });
     assert!(!path.exists());
-    // No thread of it holds it any more.
+    // The server's threads have dropped the record.
     assert_eq!(Arc::strong_count(&record), 1);
     assert!(client.status().unwrap_err().to_string().contains("no VMM listens"));
     drop(ApiServer::start(&path, record).unwrap());
@@ -465,7 +466,7 @@ fn curl_is_understood() {
     };
     let status = match curl(&["http://vmm/api/v1/status"]) {
         Ok(output) => told(output),
-        // The lab has no foreign programs, and the host's are enough.
+        // The lab has no foreign programs, and a run on the host is enough.
         Err(error) if error.kind() == ErrorKind::NotFound && test_support::host::is_lab() => return,
         Err(error) => return test_support::host::skip(&format!("curl: {error}")),
     };
@@ -474,7 +475,7 @@ fn curl_is_understood() {
     assert_eq!(told(curl(&both).unwrap()).matches("\"pid\"").count(), 2);
     assert!(told(curl(&["-X", "PUT", "http://vmm/api/v1/pause"]).unwrap()).ends_with(" 200"));
     assert!(told(curl(&["--head", "http://vmm/api/v1/status"]).unwrap()).ends_with(" 200"));
-    // With a body that is long enough for it to wait to be told.
+    // A body that is long enough for curl to wait for the server's word.
     let body = format!("{{\"destination\":\"/{}\"}}", "a".repeat(1 << 15));
     let url = "http://vmm/api/v1/snapshot";
     for (body, expect, status) in [
@@ -540,7 +541,7 @@ fn the_program_asks_and_tells() {
     assert_eq!(output.status.code(), Some(1));
 }
 
-/// Pieces of requests, in any order, among other bytes.
+/// Pieces of requests, which are combined in any order and with other bytes.
 const PIECES: &[&str] = &[
     "GET /api/v1/status HTTP/1.1\r\nHost: a\r\n\r\n",
     "PUT /api/v1/snapshot HTTP/1.1\r\n",
@@ -596,7 +597,7 @@ proptest! {
         drop(server);
         prop_assert!(begun.elapsed() < Duration::from_secs(5));
         let got = rest(&client);
-        // (The answers to HEAD have lengths of bodies that do not follow.)
+        // (The answers to HEAD have the lengths of bodies that do not follow.)
         if !bytes.windows(4).any(|window| window == b"HEAD") {
             let whole = answers(&got);
             prop_assert!(!whole.is_empty() || bytes.iter().all(|b| b"\r\n".contains(b)));

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Options with parts: what is right is understood, and nothing panics.
+//! Options with parts: correct values are accepted, and no text causes a panic.
 
 use demand_memory::{BackingKind, FillRate};
 use demand_vmm::device_kind::DeviceKind;
 use demand_vmm::options::{FillOption, MemoryOption, TestGuestOption, VhostUserOption, parse_size};
 use proptest::prelude::*;
 
-/// Words of options, in any order, among other text.
+/// Words of options, which are combined in any order and with other text.
 const WORDS: &[&str] = &[
     ",",
     "=",

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A snapshot on a disk that is full, or in place of a disk.
+//! Snapshots on a full disk, and at a mount point.
 
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -10,12 +10,13 @@ use demand_vmm::snapshot_dir::{PartialSnapshot, read_state};
 use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_bind, mount_change};
 use rustix::thread::UnshareFlags;
 
-/// Does something with a disk of 1 MiB at `folder`, that nobody else sees. `None` without root.
+/// Runs `work` with a disk of 1 MiB at `folder` that only its thread sees. `None` without root.
 fn on_small_disk(folder: &Path, work: impl FnOnce() + Send) -> Option<()> {
     thread::scope(|scope| {
         let thread = scope.spawn(|| {
-            // SAFETY: it parts only this thread's folders and mounts from the process's; the
-            // thread ends with them, and nobody relies on their being shared.
+            // SAFETY: the call separates only this thread's working directory and mounts from the
+            // process's. The thread ends together with them, and no other code relies on sharing
+            // them.
             let parted =
                 unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNS | UnshareFlags::FS) };
             parted.ok()?;
@@ -44,7 +45,7 @@ fn a_full_disk_leaves_nothing() {
         assert_eq!(error.kind(), io::ErrorKind::StorageFull);
         drop(partial);
         assert_eq!(names(folder.path()), 0);
-        // What comes last does not fit.
+        // The state, which is written last, does not fit.
         let partial = PartialSnapshot::create(&dir).unwrap();
         fs::write(partial.memory(), [1; 512 << 10]).unwrap();
         fs::write(partial.hashes(), [1; 1024]).unwrap();
@@ -52,7 +53,7 @@ fn a_full_disk_leaves_nothing() {
         assert!(error.contains("state: No space left on device"), "{error}");
         assert!(error.contains("make room"), "{error}");
         assert_eq!(names(folder.path()), 0);
-        // What does fit is written.
+        // A snapshot that fits is written.
         let partial = PartialSnapshot::create(&dir).unwrap();
         fs::write(partial.memory(), [1; 512 << 10]).unwrap();
         fs::write(partial.hashes(), [1; 1024]).unwrap();
@@ -73,16 +74,16 @@ fn a_mount_point_is_not_replaced() {
         let remedy = "it is a mount point, which nothing can replace; name a directory in it";
         let (disk, bound, late, other) = (make("disk"), make("bound"), make("late"), make("other"));
         mount("none", &disk, "tmpfs", MountFlags::empty(), c"size=1m").unwrap();
-        // A folder of the same disk.
+        // A bind mount from the same disk.
         mount_bind(&other, &bound).unwrap();
         for dir in [&disk, &bound] {
             let error = PartialSnapshot::create(dir).unwrap_err().to_string();
             assert!(error.contains(remedy), "{error}");
         }
-        // Nothing has been written, and a directory in it will do.
+        // Nothing has been written, and a directory inside the mount is accepted.
         assert_eq!(names(folder.path()), 4);
         drop(PartialSnapshot::create(&disk.join("snapshot")).unwrap());
-        // What is mounted in the meantime is only found at the end.
+        // A mount that is made after `create` is found only at the end.
         let partial = PartialSnapshot::create(&late).unwrap();
         fs::write(partial.memory(), [1; 4096]).unwrap();
         fs::write(partial.hashes(), [1; 8]).unwrap();

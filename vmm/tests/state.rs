@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! All that KVM keeps of a VM comes back in another one, by way of JSON. On a KVM that emulates
-//! much of it is not there; the lab has it.
+//! All KVM state of a VM, saved as JSON and restored in another VM. A KVM that emulates lacks much
+//! of it; the lab has it.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -30,15 +30,16 @@ const LSTAR: u32 = 0xc000_0082;
 const SYSTEM_TIME: u32 = 0x4b56_4d01;
 const WALL_CLOCK: u32 = 0x4b56_4d00;
 
-/// Where KVM tells the time.
+/// Guest physical addresses at which KVM writes the time.
 const CLOCK_AT: u64 = 0x2000;
 const WALL_CLOCK_AT: u64 = 0x3100;
-/// Where system management mode keeps the processor's state, unless a guest says otherwise.
+/// Guest physical address of the processor's state in system management mode, unless a guest moves
+/// it.
 const SMM_STATE_AT: u64 = 0x3_f000;
 
-/// A VM of two vCPUs with memory at 0.
+/// A VM with two vCPUs, and with memory at address 0.
 struct Rig {
-    // The vCPUs before what they run on.
+    // The vCPUs are dropped before the memory and the VM that they run on.
     vcpus: Vec<VcpuFd>,
     _memory: PlainSlot,
     file: File,
@@ -64,7 +65,7 @@ impl Rig {
     fn save(&self) -> Saved {
         let vcpus = self.vcpus.iter().zip(0..);
         let vcpus = vcpus.map(|(vcpu, cpu)| VcpuState::save(cpu, vcpu, &self.shape).unwrap());
-        // By way of JSON.
+        // The states pass through JSON.
         let vcpus = vcpus.map(|state| serde_json::to_string(&state).unwrap()).collect();
         Saved { vcpus, vm: serde_json::to_string(&VmState::save(&self.vm).unwrap()).unwrap() }
     }
@@ -85,7 +86,7 @@ struct Saved {
     vm: String,
 }
 
-/// KVM, if it can do what these tests need.
+/// Opens KVM, if it can do what these tests need.
 fn kvm() -> Option<Kvm> {
     let kvm = open_kvm().map_err(|error| skip(&error.to_string())).ok()?;
     if probe().virtualization == Virtualization::Emulated {
@@ -108,7 +109,7 @@ fn msr(vcpu: &VcpuFd, index: u32) -> u64 {
     msrs.as_slice()[0].data
 }
 
-/// Gives a vCPU values that no new one has.
+/// Gives a vCPU values that a new vCPU does not have.
 fn make_distinct(kvm: &Kvm, rig: &Rig, cpu: u32) {
     let vcpu = &rig.vcpus[cpu as usize];
     let id = u64::from(cpu);
@@ -123,7 +124,7 @@ fn make_distinct(kvm: &Kvm, rig: &Rig, cpu: u32) {
         ..Default::default()
     })
     .unwrap();
-    // Processors without XSAVE, the lab's for one, have none.
+    // Processors without XSAVE, such as the lab's, have none.
     let mut xcrs = vcpu.get_xcrs().unwrap();
     let has_xsave = xcrs.nr_xcrs > 0;
     let mut sregs = vcpu.get_sregs().unwrap();
@@ -152,10 +153,10 @@ fn make_distinct(kvm: &Kvm, rig: &Rig, cpu: u32) {
             *byte = value as std::ffi::c_char;
         }
     };
-    put(0x80, 0x50); // TPR, which CR8 shows.
-    put(0xf0, 0x1ff); // SVR: on.
-    put(0x220, 1 << 1); // IRR: vector 0x41.
-    put(0x320, 0x4_0040); // The timer waits for a deadline, vector 0x40.
+    put(0x80, 0x50); // TPR, which CR8 shows
+    put(0xf0, 0x1ff); // SVR: enabled
+    put(0x220, 1 << 1); // IRR: vector 0x41
+    put(0x320, 0x4_0040); // the timer: TSC-deadline mode, vector 0x40
     vcpu.set_lapic(&lapic).unwrap();
     for (index, data) in [
         (0xc000_0081, 0x0023_0010_0000_0000), // STAR
@@ -186,17 +187,17 @@ fn set_xmm0(rig: &Rig, vcpu: &VcpuFd, value: [u32; 4]) {
     let bytes = rig.vm.check_extension_int(Cap::Xsave2) as usize;
     let more = bytes.saturating_sub(size_of::<kvm_xsave>()).div_ceil(4);
     let mut area = Xsave::new(more).unwrap();
-    // SAFETY: the area is as long as KVM said.
+    // SAFETY: the area has the length that KVM reported, and the call writes no more.
     unsafe { vcpu.get_xsave2(&mut area) }.unwrap();
-    // SAFETY: the length is left as it is.
+    // SAFETY: this does not change the structure's length field.
     let head = unsafe { &mut area.as_mut_fam_struct().xsave.region };
     head[40..44].copy_from_slice(&value);
-    head[128] |= 0b11; // The FPU's and SSE's states are there.
-    // SAFETY: as above.
+    head[128] |= 0b11; // The states of the FPU and of SSE are present.
+    // SAFETY: the area has the length that KVM reported, and the call reads no more.
     unsafe { vcpu.set_xsave2(&area) }.unwrap();
 }
 
-/// A vCPU's state but for its counter, and the counter.
+/// Returns a vCPU's state without its TSC, and the TSC.
 fn without_tsc(state: &str) -> (Value, u64) {
     let mut state: Value = serde_json::from_str(state).unwrap();
     let msrs = state["msrs"].as_array_mut().unwrap();
@@ -219,7 +220,7 @@ fn all_of_it_comes_back() {
     rig.vm.set_irqchip(&chip).unwrap();
     let mut chip = kvm_irqchip { chip_id: KVM_IRQCHIP_IOAPIC, ..Default::default() };
     rig.vm.get_irqchip(&mut chip).unwrap();
-    // SAFETY: any bytes are a value of this member.
+    // SAFETY: all bytes are valid values of this member.
     unsafe { chip.chip.ioapic.redirtbl[4].bits = 0x0100_0000_0001_0034 };
     rig.vm.set_irqchip(&chip).unwrap();
     let mut pit = rig.vm.get_pit2().unwrap();
@@ -232,7 +233,7 @@ fn all_of_it_comes_back() {
     let now = other.save();
     for (saved, now) in saved.vcpus.iter().zip(&now.vcpus) {
         let ((saved, tsc), (now, later)) = (without_tsc(saved), without_tsc(now));
-        // What lies between it and the host's TSC follows from the TSC.
+        // The offset from the host's TSC follows from the TSC.
         let all = saved.as_object().unwrap().iter().filter(|(name, _)| *name != "tsc_offset");
         for (name, value) in all {
             assert_eq!(&now[name], value, "{name}");
@@ -250,7 +251,7 @@ fn all_of_it_comes_back() {
     let pit = other.vm.get_pit2().unwrap().channels[0];
     assert_eq!((pit.mode, pit.count), (2, 0x1234));
 
-    // It did what it was to do, in the terms of the calls that set it.
+    // The state also reads back through the counterparts of the calls that set it.
     let vcpus = &other.vcpus;
     assert_eq!(vcpus[1].get_regs().unwrap().rax, 0x1111_2222_3333_4445);
     assert_eq!(vcpus[0].get_sregs().unwrap().fs.base, 0x7f00_0000_1000);
@@ -264,15 +265,15 @@ fn all_of_it_comes_back() {
     assert_eq!(vcpus[1].get_mp_state().unwrap().mp_state, KVM_MP_STATE_UNINITIALIZED);
     let mut chip = kvm_irqchip { chip_id: KVM_IRQCHIP_PIC_MASTER, ..Default::default() };
     other.vm.get_irqchip(&mut chip).unwrap();
-    // SAFETY: any bytes are a value of this member.
+    // SAFETY: all bytes are valid values of this member.
     assert_eq!(unsafe { chip.chip.pic.imr }, 0x5a);
 
-    // The host goes with it, and KVM's pages are known.
+    // The host passes the check, and the pages that KVM accesses are known.
     let state: VcpuState = serde_json::from_str(&saved.vcpus[1]).unwrap();
     check_host(&state.told().unwrap(), &guest_cpuid(&kvm).unwrap()).unwrap();
     let pages = [CLOCK_AT, WALL_CLOCK_AT & !0xfff, SMM_STATE_AT].map(GuestAddress);
     assert_eq!(state.own_pages(), pages);
-    // The wall clock at the guest's start, and the guest's time, are the time.
+    // The wall clock at the guest's start plus the guest's time is the present time.
     let mut wall = [0; 8];
     other.file.read_exact_at(&mut wall, WALL_CLOCK_AT).unwrap();
     let seconds = u64::from(u32::from_le_bytes(wall[4..].try_into().unwrap()));
@@ -280,12 +281,12 @@ fn all_of_it_comes_back() {
     assert!((seconds + clock / 1_000_000_000).abs_diff(now) < 60, "{seconds} {clock} {now}");
 }
 
-/// Code of a guest in real mode that waits for an interrupt, and what the interrupt does.
+/// Guest physical addresses of real-mode code that waits for an interrupt, and of its handler.
 const WAIT: u64 = 0x1000;
 const HANDLER: u64 = 0x1100;
 const PORT: u16 = 0x90;
 
-/// The timer's deadline is only taken by a local APIC that waits for one.
+/// A local APIC accepts a deadline of its timer only in the mode that waits for one.
 #[test]
 fn a_timer_that_was_set_goes_off_in_the_restored_guest() {
     let Some(kvm) = kvm() else { return };
@@ -368,7 +369,7 @@ fn a_state_that_kvm_cannot_take_is_refused_by_name() {
     }
     let error = refused(&|state| state["mp_state"] = json!("ff000000"));
     assert!(error.contains("the snapshot may be damaged"), "{error}");
-    // A vCPU of a VM without interrupt controllers has no such state.
+    // A vCPU of a VM without interrupt controllers has no state of a local APIC.
     let bare = kvm.create_vm().unwrap();
     let vcpu = bare.create_vcpu(0).unwrap();
     let shape = StateShape::of(&kvm, &bare).unwrap();

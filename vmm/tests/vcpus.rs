@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! vCPUs are reached on their threads while they are paused, and only between two instructions.
+//! Jobs on the threads of paused vCPUs, which run only between two instructions.
 
 use std::fs::OpenOptions;
 use std::os::unix::fs::FileExt;
@@ -24,11 +24,11 @@ use test_support::wait::until;
 const SIZE: u64 = 2 << 20;
 const SOON: Duration = Duration::from_secs(10);
 
-/// Guest physical addresses of what the guests do, in real mode.
+/// Guest physical addresses of the guests' code, in real mode.
 const SPIN: u64 = 0x1000;
 const OUTS: u64 = 0x1010;
 const TRIPLE_FAULT: u64 = 0x1020;
-/// What is written to the port.
+/// The bytes that a guest writes to the port.
 const DATA: u64 = 8 * PAGE_SIZE;
 const LEN: u64 = 64;
 const PORT: u16 = 0x90;
@@ -38,7 +38,7 @@ fn image() -> Vec<u8> {
     let mut put = |at: u64, code: &[u8]| image[at as usize..][..code.len()].copy_from_slice(code);
     put(SPIN, &[0xeb, 0xfe]); // jmp $
     put(OUTS, &[0xf3, 0x6e, 0xf4]); // rep outsb; hlt
-    // lidt [0x1028], where there are zeros: no interrupt table; ud2
+    // lidt [0x1028], which holds zeros, so there is no interrupt table; ud2
     put(TRIPLE_FAULT, &[0x0f, 0x01, 0x1e, 0x28, 0x10, 0x0f, 0x0b]);
     put(DATA, &std::array::from_fn::<u8, { LEN as usize }, _>(|index| index as u8 ^ 0x5a));
     image
@@ -72,7 +72,7 @@ impl ServeExit for Port {
 }
 
 struct Rig {
-    // In the order in which it is taken down.
+    // In the order in which they are dropped.
     vcpus: Vcpus,
     machine: Machine,
     port: Arc<Port>,
@@ -109,11 +109,11 @@ impl Rig {
         Some(Rig { vcpus: Vcpus::paused(context), machine, port, stats, file })
     }
 
-    /// Makes KVM ask user space for the data.
+    /// Makes the data page inaccessible, so that KVM asks user space for it.
     fn close_data(&self) {
         let mapping = self.machine.slots()[0].mapping();
         let address = mapping.at(DATA).as_ptr().cast();
-        // SAFETY: the page is the mapping's, which nobody in this process looks at.
+        // SAFETY: the page belongs to the mapping, and no code of this process accesses it.
         assert_eq!(unsafe { libc::mprotect(address, PAGE_SIZE as usize, libc::PROT_NONE) }, 0);
     }
 
@@ -126,7 +126,7 @@ impl Rig {
     }
 }
 
-/// Makes a vCPU begin there.
+/// Makes a vCPU begin at `rip`.
 fn begin(vcpu: &mut DemandVcpu, rip: u64) {
     let mut sregs = vcpu.fd().get_sregs().unwrap();
     (sregs.cs.base, sregs.cs.selector) = (0, 0);
@@ -144,7 +144,7 @@ fn rip(_: u32, vcpu: &mut DemandVcpu) -> u64 {
 fn vcpus_that_are_started_paused_run_from_the_state_they_are_given() {
     let Some(mut rig) = Rig::new() else { return };
     let (said, events) = channel();
-    // In no order.
+    // The order of the starts does not matter.
     for cpu in [1, 0] {
         let (vcpu, said) = (rig.machine.vm().create_vcpu(cpu).unwrap(), said.clone());
         rig.vcpus.start(cpu as u32, vcpu, move |event| drop(said.send(event))).unwrap();
@@ -157,12 +157,12 @@ fn vcpus_that_are_started_paused_run_from_the_state_they_are_given() {
     assert_eq!(threads.unwrap(), expected);
     assert!(rig.vcpus.context().first_run.get().is_none() && rig.written().is_empty());
     rig.vcpus.resume();
-    // vCPU 1 comes to its end.
+    // vCPU 1 runs to its end.
     let event = events.recv_timeout(SOON).unwrap();
     assert!(matches!(event, VcpuEvent::Ended { cpu: 1 }), "{event:?}");
     assert!(rig.vcpus.context().first_run.get().is_some());
     assert!(rig.written() == image()[DATA as usize..(DATA + LEN) as usize]);
-    // vCPU 0 runs on.
+    // vCPU 0 still runs.
     let running = rig.vcpus.on_parked(SOON, rip).unwrap_err();
     assert_eq!(running, ParkedError::NotPaused { cpu: 0 });
     rig.vcpus.pause(SOON).unwrap();
@@ -170,7 +170,7 @@ fn vcpus_that_are_started_paused_run_from_the_state_they_are_given() {
     rig.vcpus.stop(SOON).unwrap();
 }
 
-/// Whatever KVM makes of a vCPU that has shut down, it does not run on from there.
+/// A vCPU that has shut down does not run on from there, in any state that KVM leaves it in.
 #[test]
 fn a_vcpu_that_is_held_runs_again_from_another_state() {
     if probe().virtualization == Virtualization::Emulated {
@@ -185,7 +185,7 @@ fn a_vcpu_that_is_held_runs_again_from_another_state() {
     rig.vcpus.resume();
     let shut_down = || rig.port.shutdowns.load(Ordering::Acquire) > 0;
     until("it shuts down", shut_down);
-    // A pause changes nothing about it.
+    // A pause does not release it.
     for _ in 0..2 {
         thread::sleep(Duration::from_millis(50));
         rig.vcpus.pause(SOON).unwrap();
@@ -201,7 +201,7 @@ fn a_vcpu_that_is_held_runs_again_from_another_state() {
     rig.port.held.store(false, Ordering::Release);
     let begun = rig.vcpus.on_parked(SOON, |_, vcpu| {
         begin(vcpu, OUTS);
-        // KVM with SVM forgets its page tables in a shutdown without paging, until CR0 changes.
+        // KVM with SVM drops its page tables in a shutdown without paging, until CR0 changes.
         let mut sregs = vcpu.fd().get_sregs().unwrap();
         sregs.cr0 &= !0x6000_0000;
         vcpu.fd().set_sregs(&sregs).unwrap();
@@ -234,7 +234,7 @@ fn a_vcpu_in_the_middle_of_an_instruction_is_reached_once_its_page_comes() {
     let error = rig.vcpus.on_parked(within, rip).unwrap_err();
     assert_eq!(error, ParkedError::Waiting { cpu: 1, gpa: DATA, within });
     assert!(!error.to_string().contains('\n') && error.to_string().contains("0x8000"), "{error}");
-    // It is left as it was, and what was asked then is not done later.
+    // The vCPU is unchanged, and the job that was too late never runs.
     std::fs::write(rig.file.path(), image()).unwrap();
     let regs = rig.vcpus.on_parked(SOON, |_, vcpu| vcpu.fd().get_regs().unwrap()).unwrap();
     assert_eq!(regs[0].rip, SPIN);
@@ -247,7 +247,7 @@ fn a_vcpu_in_the_middle_of_an_instruction_is_reached_once_its_page_comes() {
     rig.vcpus.stop(SOON).unwrap();
 }
 
-/// Only what holds up a vCPU is an absence: background fill can wait for ever.
+/// Only a wait of a vCPU is an absence: background fill can wait for ever.
 #[test]
 fn only_waits_of_vcpus_count_for_the_guest() {
     for outside_kvm in [false, true] {
@@ -280,7 +280,7 @@ fn who_is_late_or_called_back_does_not_get_through() {
     let vcpu = rig.machine.vm().create_vcpu(0).unwrap();
     rig.vcpus.start(0, vcpu, |_| {}).unwrap();
     rig.vcpus.on_parked(SOON, |_, vcpu| begin(vcpu, OUTS)).unwrap();
-    // The device is slow, so the vCPU does not come.
+    // The device is slow, so the vCPU does not leave it in time.
     rig.port.held.store(true, Ordering::Release);
     rig.vcpus.resume();
     until("it writes", || !rig.written().is_empty());
@@ -293,7 +293,7 @@ fn who_is_late_or_called_back_does_not_get_through() {
     };
     let late = rig.vcpus.on_parked(within, job.clone()).unwrap_err();
     assert_eq!(late, ParkedError::Late { cpu: 0, within });
-    // Called back while it is on its way.
+    // The vCPU is resumed before it is parked.
     let called_back = thread::scope(|scope| {
         let asked = scope.spawn(|| rig.vcpus.on_parked(SOON, job));
         thread::sleep(within);
