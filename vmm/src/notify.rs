@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The QueueNotify register of a virtio-mmio device.
+//! The QueueNotify register of a virtio-mmio device, with an ioeventfd for each queue.
 
 use std::io;
 
@@ -8,8 +8,8 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::error::Error;
 
-/// The register to which the guest writes the number of a queue that has something new (virtio
-/// 1.2, section 4.2.2, `QueueNotify`). Each queue has an eventfd that the device waits on.
+/// The register to which the guest writes the number of a queue with new buffers (virtio 1.2,
+/// section 4.2.2, `QueueNotify`). Each queue has an eventfd that the device waits on.
 #[derive(Debug)]
 pub struct Notify {
     address: u64,
@@ -17,29 +17,29 @@ pub struct Notify {
 }
 
 impl Notify {
-    /// The register at guest physical address `address` of a device with `queues` queues.
+    /// Creates the register at guest physical address `address`, for a device with `queues` queues.
     ///
     /// # Errors
     ///
-    /// The system's, if there are no eventfds to be had.
+    /// The system's error, if it has no more eventfds.
     pub fn new(address: u64, queues: u16) -> io::Result<Self> {
         let kicks = (0..queues).map(|_| EventFd::new(EFD_NONBLOCK)).collect::<io::Result<_>>()?;
         Ok(Notify { address, kicks })
     }
 
-    /// The eventfds, one for each queue.
+    /// Returns the eventfds, one for each queue.
     pub fn kicks(&self) -> &[EventFd] {
         &self.kicks
     }
 
-    /// Lets KVM serve the register, so that a kick does not leave the kernel. A KVM that cannot
-    /// leaves the writes to [`write`](Self::write).
+    /// Registers an ioeventfd for each queue, so that a kick does not leave the kernel. If KVM
+    /// refuses, [`write`](Self::write) serves the writes.
     pub fn serve_in_kvm(&self, vm: &VmFd) {
         self.serve_in_kvm_at(vm, self.address);
     }
 
-    /// The same for a device that knows its registers by their offsets, which is placed so that
-    /// this one is at guest physical address `address`.
+    /// As [`serve_in_kvm`](Self::serve_in_kvm), for a device that addresses its registers by
+    /// offset: `address` is the guest physical address of this register.
     pub fn serve_in_kvm_at(&self, vm: &VmFd, address: u64) {
         for (queue, kick) in self.kicks.iter().enumerate() {
             let address = IoEventAddress::Mmio(address);
@@ -49,7 +49,8 @@ impl Notify {
         }
     }
 
-    /// Serves a write of the guest's; false if it is not to this register, or not to a queue.
+    /// Serves a write by the guest. Returns false if the write is not to this register, or names no
+    /// queue.
     pub fn write(&self, address: u64, data: &[u8]) -> bool {
         let Ok(queue) = <[u8; 4]>::try_from(data).map(u32::from_le_bytes) else { return false };
         let Some(kick) = self.kicks.get(queue as usize) else { return false };
@@ -61,13 +62,13 @@ impl Notify {
     }
 }
 
-/// Wakes up whoever waits on an eventfd.
+/// Signals an eventfd.
 pub(crate) fn signal(eventfd: &EventFd) {
-    // EAGAIN: the counter is at its end, so there is enough to wake up for.
+    // EAGAIN: the counter is at its maximum, so the reader wakes anyway.
     drop(eventfd.write(1));
 }
 
-/// The error of a host that has no more eventfds.
+/// Returns the error for a host that has no more eventfds.
 pub(crate) fn no_eventfd(error: io::Error) -> Error {
     Error::host(format!("make an eventfd: {error}; raise the limit of open files (ulimit -n)"))
 }

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What a guest is offered of a back-end: features and a configuration, with what the VMM knows
-//! better.
+//! Feature and config-space negotiation between the back-end and the guest.
 
 use demand_vhost::{BackEnd, Error as BackEndError, VhostUserProtocolFeatures};
 use virtio_bindings::virtio_blk::VIRTIO_BLK_F_MQ;
@@ -9,7 +8,7 @@ use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use crate::device_kind::{BLK_NUM_QUEUES, BLK_SEG_MAX, DeviceKind, NET_F_MAC};
 use crate::options::{Lazy, VhostUserOption};
 
-/// What the guest is offered.
+/// Returns the features that the guest is offered.
 pub(crate) fn offered(back_end: &BackEnd, option: &VhostUserOption) -> u64 {
     let config = back_end.protocol_features().contains(VhostUserProtocolFeatures::CONFIG);
     let features = option.kind.features(back_end.features(), config);
@@ -52,13 +51,14 @@ pub(crate) fn check_back_end(back_end: &BackEnd, option: &VhostUserOption) -> Re
     Ok(())
 }
 
-/// Whether a network card's address is the back-end's: it says that it has one, and lets it be read.
+/// Whether the back-end determines a network card's address: it offers the feature, and its config
+/// space can be read.
 pub(crate) fn has_address(back_end: &BackEnd) -> bool {
     back_end.features() & 1 << NET_F_MAC != 0
         && back_end.protocol_features().contains(VhostUserProtocolFeatures::CONFIG)
 }
 
-/// The configuration space: the back-end's, with what the VMM knows better.
+/// Returns the config space: the back-end's, with the fields that the VMM determines.
 pub(crate) fn read_config(
     back_end: &mut BackEnd,
     option: &VhostUserOption,
@@ -73,7 +73,8 @@ pub(crate) fn read_config(
         DeviceKind::Blk => {
             let queues = option.queues.to_le_bytes();
             config[BLK_NUM_QUEUES..BLK_NUM_QUEUES + 2].copy_from_slice(&queues);
-            // A chain has a header and a status beside its segments, and is no longer than a queue.
+            // A chain holds a header and a status beside its segments, and cannot be longer than
+            // the queue.
             let seg_max = &mut config[BLK_SEG_MAX..BLK_SEG_MAX + 4];
             let theirs = seg_max.iter().rev().fold(0, |value, byte| value << 8 | u32::from(*byte));
             let ours = u32::from(option.queue_size.saturating_sub(2));
@@ -81,7 +82,8 @@ pub(crate) fn read_config(
         }
         DeviceKind::Net => {
             let position = (position as u16).to_be_bytes();
-            // Administered locally; the same whenever the VM is started like this.
+            // A locally administered address. It depends on the position only, so it is the same at
+            // each start.
             let made_up = [0x02, b'd', b'p', b'g', position[0], position[1]];
             match option.mac {
                 Some(mac) => config[..6].copy_from_slice(&mac),

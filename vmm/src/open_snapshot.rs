@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A snapshot whose files are open.
 //!
-//! The writer of the directory may have fewer rights than its reader. So each file
-//! is opened by its own name in the directory, which is opened once; a symbolic link is not followed,
-//! and nothing but a regular file is read. What is open stays so while the guest runs, whatever
-//! becomes of the directory.
+//! The directory's writer may have fewer rights than its reader. Therefore the directory is opened
+//! once, and each file is opened by its own name in it; symbolic links are not followed, and only
+//! regular files are read. The files stay open while the guest runs, even if the directory is
+//! changed or removed.
 
 use std::fmt;
 use std::fs::File;
@@ -29,12 +29,12 @@ pub struct OpenSnapshot {
 }
 
 impl OpenSnapshot {
-    /// Opens the snapshot `dir`. The directory itself may be named by a symbolic link.
+    /// Opens the snapshot `dir`. The path of the directory itself may be a symbolic link.
     ///
     /// # Errors
     ///
-    /// If it is no directory, or one of the files that each snapshot has is missing or is not a
-    /// regular one: one line that names it.
+    /// One line that names the cause, if `dir` is not a directory, or if one of the files that each
+    /// snapshot has is missing or is not a regular file.
     pub fn open(dir: &Path) -> Result<Self, Error> {
         let path = dir.to_owned();
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
@@ -52,12 +52,12 @@ impl OpenSnapshot {
         Ok(OpenSnapshot { state, memory, hashes, dir, path })
     }
 
-    /// Reads the state, and sees that it is whole.
+    /// Reads the state, and checks that it is complete.
     ///
     /// # Errors
     ///
-    /// If the state is shorter than it says or was altered, if it is of another version, or if it
-    /// is not what this program writes: then the line names the field.
+    /// If the state is shorter than its header says, was altered, has an unsupported version, or is
+    /// not in the format that this program writes. In the last case the line names the field.
     pub fn read_state<T: DeserializeOwned>(&self) -> Result<T, Error> {
         let mut bytes = Vec::new();
         let read = (&self.state).take(MAX_STATE + 1).read_to_end(&mut bytes);
@@ -65,20 +65,20 @@ impl OpenSnapshot {
         decode(&bytes).map_err(|why| cannot_read(&self.path, &why))
     }
 
-    /// The image of the memory and what to call it.
+    /// Returns the image of the memory, and its path for messages.
     ///
     /// # Errors
     ///
-    /// The host has no descriptor left.
+    /// If the process has no more file descriptors.
     pub fn memory(&self) -> Result<(File, PathBuf), Error> {
         self.another(MEMORY, &self.memory)
     }
 
-    /// The table of hashes and what to call it.
+    /// Returns the table of hashes, and its path for messages.
     ///
     /// # Errors
     ///
-    /// The host has no descriptor left.
+    /// If the process has no more file descriptors.
     pub fn hashes(&self) -> Result<(File, PathBuf), Error> {
         self.another(HASHES, &self.hashes)
     }
@@ -88,17 +88,17 @@ impl OpenSnapshot {
         Ok((file, self.path(name)))
     }
 
-    /// Opens another file of it.
+    /// Opens another file of the snapshot.
     pub(crate) fn file(&self, name: &str) -> Result<File, Error> {
         open_file(&self.dir, name, &self.path)
     }
 
-    /// The path by which messages name one of its files. It is never opened by this.
+    /// Returns the path of a file, for messages. Files are never opened by this path.
     pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.path.join(name)
     }
 
-    /// The error that one of its files cannot be read.
+    /// Returns the error for a file that cannot be read.
     pub(crate) fn failed(&self, file: &str, why: &dyn fmt::Display) -> Error {
         cannot_read(&self.path, &format_args!("{file}: {why}"))
     }
@@ -108,7 +108,7 @@ fn cannot_read(path: &Path, why: &dyn fmt::Display) -> Error {
     Error::failed(format!("cannot read the snapshot {}: {why}", path.display()))
 }
 
-/// Opens a file of a snapshot to be read; it never waits, whatever it is.
+/// Opens a file of a snapshot for reading. Never blocks, even if the file is a FIFO or a device.
 fn open_file(dir: &OwnedFd, name: &str, path: &Path) -> Result<File, Error> {
     let not_regular =
         || cannot_read(path, &format_args!("it is no snapshot: its '{name}' is no regular file"));
@@ -119,14 +119,14 @@ fn open_file(dir: &OwnedFd, name: &str, path: &Path) -> Result<File, Error> {
         }
         error => cannot_read(path, &format_args!("{name}: {}", io::Error::from(error))),
     };
-    // To open some devices does something to them.
+    // Opening some devices has side effects.
     let stat = statat(dir, name, AtFlags::SYMLINK_NOFOLLOW).map_err(failed)?;
     if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
         return Err(not_regular());
     }
     let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
     let file = File::from(openat(dir, name, flags, Mode::empty()).map_err(failed)?);
-    // It may be another by now.
+    // The file may have been replaced since the check.
     match file.metadata() {
         Ok(metadata) if metadata.is_file() => Ok(file),
         Ok(_) => Err(not_regular()),

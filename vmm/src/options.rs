@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The values of command-line options that have parts.
+//! Command-line options whose values have parts, such as `size=1G,thp=on`.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -11,7 +11,7 @@ use test_guest::plan::{Arrivals, Order};
 use crate::device_kind::DeviceKind;
 use crate::virtio_mmio::MAX_QUEUE_SIZE;
 
-/// Splits `key=value,key=value`; a part without `=` has its key as name and an empty value.
+/// Splits `key=value,key=value`. A part without `=` becomes a key with an empty value.
 struct Parts<'a> {
     option: &'static str,
     values: BTreeMap<&'a str, &'a str>,
@@ -46,11 +46,11 @@ impl<'a> Parts<'a> {
     }
 }
 
-/// A number of bytes: digits, and K, M, G or T for powers of 1024.
+/// Parses a number of bytes: digits, optionally followed by K, M, G or T for powers of 1024.
 ///
 /// # Errors
 ///
-/// A text that says what a size looks like.
+/// A text that describes the syntax of a size.
 pub fn parse_size(text: &str) -> Result<u64, String> {
     let (digits, shift) = match text.char_indices().last() {
         Some((at, 'K' | 'k')) => (&text[..at], 10),
@@ -78,11 +78,11 @@ fn parse_number<T: FromStr>(text: &str) -> Result<T, String> {
     text.parse().map_err(|_| "that is no number in range".into())
 }
 
-/// In what order pages are come to.
+/// Parses the order in which pages are touched.
 ///
 /// # Errors
 ///
-/// A text that names the orders.
+/// A text that lists the orders.
 pub fn parse_order(name: &str) -> Result<Order, String> {
     match name {
         "sequential" => Ok(Order::Sequential),
@@ -92,25 +92,25 @@ pub fn parse_order(name: &str) -> Result<Order, String> {
     }
 }
 
-/// `--memory size=1G,backing=hugetlb-2m,reserve=on`, `--memory size=1G,thp=on`
+/// The value of `--memory`, as in `size=1G,backing=hugetlb-2m,reserve=on` or `size=1G,thp=on`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MemoryOption {
-    /// Bytes.
+    /// Size of the memory, in bytes.
     pub size: u64,
-    /// What the memory is made of.
+    /// The backing of the memory.
     pub backing: BackingKind,
-    /// Whether huge pages are set aside at once.
+    /// Whether huge pages are reserved before they are used.
     pub reserve: bool,
     /// Whether shared memory may use transparent huge pages.
     pub thp: bool,
 }
 
 impl MemoryOption {
-    /// The option with these parts, if they go together.
+    /// Returns the option with these parts, if they are compatible.
     ///
     /// # Errors
     ///
-    /// A text that says what does not.
+    /// A text that names the incompatible part.
     pub fn checked(
         size: u64,
         backing: BackingKind,
@@ -144,15 +144,15 @@ impl FromStr for MemoryOption {
     }
 }
 
-/// `restore --memory backing=hugetlb-2m`: what a restored guest's memory is made of, where that is
-/// not what the snapshot says.
+/// The value of `restore --memory`, as in `backing=hugetlb-2m`: the properties of a restored
+/// guest's memory that differ from the snapshot's.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct RestoreMemory {
-    /// Bytes: the snapshot's, or an error.
+    /// Size in bytes, which must equal the snapshot's.
     pub size: Option<u64>,
-    /// What the memory is made of.
+    /// The backing of the memory.
     pub backing: Option<BackingKind>,
-    /// Whether huge pages are set aside at once.
+    /// Whether huge pages are reserved before they are used.
     pub reserve: Option<bool>,
     /// Whether shared memory may use transparent huge pages.
     pub thp: Option<bool>,
@@ -174,17 +174,17 @@ impl FromStr for RestoreMemory {
     }
 }
 
-/// What is done when memory is missing as a back-end is to see it.
+/// The treatment of a back-end while memory is missing.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Lazy {
-    /// Its accesses are trapped where it offers post-copy, else it is refused.
+    /// Its accesses are trapped if it offers post-copy; otherwise it is refused.
     #[default]
     Auto,
-    /// Its accesses are trapped: it must offer post-copy, missing pages or not.
+    /// Its accesses are trapped. It must offer post-copy, even if no page is missing.
     Postcopy,
-    /// All memory is filled before.
+    /// All memory is filled before the back-end sees it.
     Fill,
-    /// It is refused.
+    /// The back-end is refused.
     Refuse,
 }
 
@@ -203,30 +203,31 @@ impl FromStr for Lazy {
     }
 }
 
-/// `--vhost-user blk,socket=PATH,queues=N`, `--vhost-user net,socket=PATH,mac=02:00:00:00:00:01`
+/// The value of `--vhost-user`, as in `blk,socket=PATH,queues=N` or
+/// `net,socket=PATH,mac=02:00:00:00:00:01`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct VhostUserOption {
-    /// What it is to the guest.
+    /// The kind of device that the guest sees.
     pub kind: DeviceKind,
     /// The back-end's socket.
     pub socket: PathBuf,
-    /// Number of virtqueues. A device that is restored has as many as it had.
+    /// Number of virtqueues. A restored device keeps the number that it had.
     pub queues: u16,
-    /// Largest size of a queue, in descriptors. A device that is restored has what it had.
+    /// Largest size of a queue, in descriptors. A restored device keeps the size that it had.
     pub queue_size: u16,
-    /// What is done when memory is missing.
+    /// The treatment of the back-end while memory is missing.
     pub lazy: Lazy,
-    /// What messages call it; without it, its kind and position.
+    /// The device's name in messages; by default, its kind and position.
     pub id: Option<String>,
-    /// A network card's address; without it the back-end's, or one that the position gives.
+    /// A network card's address; by default the back-end's, or else one derived from the position.
     pub mac: Option<[u8; 6]>,
-    /// A vsock's address of the guest; without it the back-end's.
+    /// The guest's address on a vsock (CID); by default, the back-end's.
     pub cid: Option<u64>,
 }
 
 impl VhostUserOption {
-    /// A device of this kind, with a back-end that listens on `socket`, and all else as it is
-    /// unless it is said.
+    /// Creates the option for a device of this kind whose back-end listens on `socket`, with
+    /// defaults for all other parts.
     pub fn new(kind: DeviceKind, socket: impl Into<PathBuf>) -> Self {
         VhostUserOption {
             kind,
@@ -273,7 +274,7 @@ impl FromStr for VhostUserOption {
     }
 }
 
-/// The kind of device: a part without a value.
+/// Takes the kind of device, which is a part without a value.
 fn take_kind(parts: &mut Parts<'_>) -> Result<DeviceKind, String> {
     let none = |value: &str| if value.is_empty() { Ok(()) } else { Err("it has no value".into()) };
     let mut found = None;
@@ -294,7 +295,7 @@ fn parse_queues(kind: DeviceKind, text: &str) -> Result<u16, String> {
         (queues, Some(fixed)) if queues != fixed => {
             Err(format!("a device {kind} has {fixed}; leave it out"))
         }
-        // What the vhost-user protocol has numbers for.
+        // The vhost-user protocol numbers no more vrings than this.
         (queues, _) if queues > 256 => Err("a device has at most 256".into()),
         (queues, _) => Ok(queues),
     }
@@ -307,10 +308,10 @@ fn parse_queue_size(text: &str) -> Result<u16, String> {
     }
 }
 
-/// Smallest queue: a request to a disk has three descriptors.
+/// Smallest size of a queue: a request to a disk has three descriptors.
 const MIN_QUEUE_SIZE: u16 = 4;
 
-/// Whether a device can be called so: what messages say is then one short line.
+/// Whether `text` can be a device's name. The limits keep messages to one short line.
 pub(crate) fn is_name(text: &str) -> bool {
     let good = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
     !text.is_empty() && text.len() <= 32 && text.chars().all(good)
@@ -338,19 +339,19 @@ fn parse_mac(text: &str) -> Result<[u8; 6], String> {
 }
 
 fn parse_cid(text: &str) -> Result<u64, String> {
-    // 0 to 2 are the hypervisor, the local loop and the host (virtio 1.2, section 5.10.4).
+    // 0 to 2 denote the hypervisor, the local loop and the host (virtio 1.2, section 5.10.4).
     match parse_number::<u64>(text)? {
         cid if (3..u64::from(u32::MAX)).contains(&cid) => Ok(cid),
         _ => Err("a guest has an address from 3 to 4294967294".into()),
     }
 }
 
-/// `--fill on|off|rate=BYTES/s`
+/// The value of `--fill`: `on`, `off` or `rate=BYTES/s`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FillOption {
-    /// Pages arrive only when somebody wants them.
+    /// Pages arrive only when they are touched.
     Off,
-    /// The rest arrives in the background.
+    /// The remaining pages are fetched in the background.
     On(FillRate),
 }
 
@@ -375,31 +376,31 @@ impl FromStr for FillOption {
     }
 }
 
-/// `--test-guest seed=1,order=random,touches=144,...`: what the test guest does, beyond what other
-/// options say.
+/// The value of `--test-guest`, as in `seed=1,order=random,touches=144`: the parts of the test
+/// guest's workload that no other option determines.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TestGuestOption {
-    /// What everything random comes from, the image included.
+    /// Seed of all random choices, the image included.
     pub seed: u64,
-    /// Bytes of memory that the guest uses; `None`: all of it.
+    /// Bytes of memory that the guest uses; `None`: all memory.
     pub window: Option<u64>,
-    /// In what order units and pages are come to.
+    /// The order in which units and pages are touched.
     pub order: Order,
-    /// In what order the guest, the back-end and the VMM come to a unit.
+    /// The order in which the guest, the back-end and the VMM reach a unit.
     pub arrivals: Arrivals,
-    /// Pages of each unit that the guest comes to, at most.
+    /// Largest number of pages of each unit that the guest touches.
     pub touches: u32,
-    /// Pages of each unit that the VMM comes to, at most.
+    /// Largest number of pages of each unit that the VMM touches.
     pub vmm_touches: u32,
-    /// Requests to the disk.
+    /// Number of requests to the disk.
     pub requests: u32,
-    /// Descriptors of each queue.
+    /// Size of each queue, in descriptors.
     pub queue_size: u16,
-    /// Bytes at the end of the disk that may be written.
+    /// Size of the writable area at the end of the disk, in bytes.
     pub write_area: u64,
-    /// The disk as it was before anything ran.
+    /// A file with the disk's content before the run.
     pub pristine: Option<PathBuf>,
-    /// The disk that the back-end serves, to be compared in the end.
+    /// The disk that the back-end serves, which is compared after the run.
     pub disk: Option<PathBuf>,
 }
 
@@ -436,27 +437,27 @@ impl FromStr for TestGuestOption {
     }
 }
 
-/// Where a restored guest's clocks go on.
+/// The point from which a restored guest's clocks continue.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum ClockOption {
-    /// Where they were: to the guest, no time has passed, and its wall clock is late.
+    /// Where they stopped: to the guest, no time has passed, and its wall clock is late.
     #[default]
     Keep,
-    /// Where they would be had the guest been paused: its wall clock is the host's.
+    /// Where they would be if the guest had only been paused: its wall clock stays right.
     Host,
 }
 
-/// The action on a panic of the guest's kernel.
+/// The action when the guest's kernel panics.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum OnPanic {
-    /// It is said, and left to the guest: its kernel's `panic=` decides.
+    /// The panic is logged, and the guest's kernel proceeds as its `panic=` parameter says.
     #[default]
     Ignore,
     /// The VM is paused.
     Pause,
     /// The run ends with an error.
     Shutdown,
-    /// The guest begins anew.
+    /// The guest is reset.
     Reset,
 }
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Files that a run is to leave, tried before it begins.
+//! Output files (report, timeline, console log), checked to be writable before the VM starts.
 
 use std::fs::{self, Metadata, OpenOptions};
 use std::io::ErrorKind;
@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 
 use crate::error::Error;
 
-/// Files that can be written. What was made to find that out is removed again, unless the run has
-/// come to its end; what was there is left as it is.
+/// Output files that were found to be writable. Files that the check created and that are still
+/// empty are removed again, unless the run completes; existing files are left unchanged.
 #[derive(Debug, Default)]
 pub(crate) struct Outputs {
     known: Vec<(&'static str, Metadata)>,
@@ -17,12 +17,12 @@ pub(crate) struct Outputs {
 }
 
 impl Outputs {
-    /// Tries whether `path`, which the user has given with `option`, can be written. It must be none
-    /// of `inputs`, and not be given twice.
+    /// Checks that `path`, which the user gave with `option`, can be written. It must not be one of
+    /// `inputs`, and a regular file must not be given twice.
     ///
     /// # Errors
     ///
-    /// One line.
+    /// One line that names the option and the cause.
     pub(crate) fn add(
         &mut self,
         option: &'static str,
@@ -36,7 +36,7 @@ impl Outputs {
             ))
         };
         let mut options = OpenOptions::new();
-        // Nobody may read a FIFO; then it is refused, in place of waited for.
+        // A FIFO without a reader is refused; without O_NONBLOCK, opening it would block.
         options.write(true).custom_flags(libc::O_NONBLOCK);
         let file = match options.clone().create_new(true).open(path) {
             Ok(file) => {
@@ -56,7 +56,7 @@ impl Outputs {
         if let Some(input) = input {
             return Err(refused(&format_args!("that is {}, which is read", input.display())));
         }
-        // A terminal, or /dev/null, can be all of them.
+        // A terminal or /dev/null can serve several options.
         let known = self.known.iter().find(|(_, other)| metadata.is_file() && same(other));
         if let Some((other, _)) = known {
             return Err(refused(&format_args!("{other} writes it")));
@@ -65,7 +65,7 @@ impl Outputs {
         Ok(())
     }
 
-    /// Leaves all of them.
+    /// Keeps all files.
     pub(crate) fn keep(mut self) {
         self.made.clear();
     }
@@ -74,7 +74,7 @@ impl Outputs {
 impl Drop for Outputs {
     fn drop(&mut self) {
         for path in &self.made {
-            // What is in it by now may be of use.
+            // A file that has content by now may be of use.
             if fs::metadata(path).is_ok_and(|file| file.is_file() && file.len() == 0) {
                 let _ = fs::remove_file(path);
             }

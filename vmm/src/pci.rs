@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! PCI's configuration ports, with a host bridge and no device behind it, and the reset control
-//! register among them.
+//! PCI's configuration ports: a host bridge without devices, and the reset control register.
 //!
-//! Kernels probe these ports whatever the machine says of PCI. Where no bridge answers, Linux
-//! reports an error, and does not use the reset control register.
+//! Kernels probe these ports even if the machine's tables do not mention PCI. If no bridge answers,
+//! Linux reports an error, and does not use the reset control register.
 //!
 //! Sources: PCI Local Bus Specification 3.0, section 3.2.2.3.2; Intel's ICH9 datasheet, section
 //! 13.7.5, for the register.
@@ -17,44 +16,44 @@ use vm_device::bus::{PioAddress, PioAddressOffset};
 use crate::power::{OnPower, PowerRequest};
 use crate::registers::SavedRegisters;
 
-/// The address register.
+/// Offset of the address register.
 const ADDRESS: PioAddressOffset = 0;
-/// The reset control register.
+/// Offset of the reset control register.
 const RESET_CONTROL: PioAddressOffset = 1;
-/// The data that the address register selects.
+/// Offsets of the data that the address register selects.
 const DATA: Range<PioAddressOffset> = 4..8;
 
-/// Bit of the address register: accesses to the data go to configuration space.
+/// Address register: accesses to the data go to configuration space.
 const ENABLE: u32 = 1 << 31;
-/// Bits of the address register that select bus, device and function.
+/// Address register: the bits that select bus, device and function.
 const FUNCTION: u32 = 0xff_ff00;
-/// Bits of the address register that select four bytes of a function.
+/// Address register: the bits that select four bytes of a function.
 const REGISTER: u32 = 0xfc;
 
-/// Reset control: a reset is of the whole machine.
+/// Reset control: a reset affects the whole machine.
 const SYSTEM_RESET: u8 = 1 << 1;
-/// Reset control: a reset, when this bit becomes set.
+/// Reset control: a change of this bit from 0 to 1 resets.
 const RESET_CPU: u8 = 1 << 2;
-/// Reset control: by power.
+/// Reset control: a reset cycles the power.
 const FULL_RESET: u8 = 1 << 3;
 
-/// The host bridge that Firecracker's and Cloud Hypervisor's guests find: Intel's identifier for
-/// virtual machines. The rest of its header is zeros.
+/// The header of the host bridge that Firecracker's and Cloud Hypervisor's guests find: Intel's
+/// identifier for virtual machines. All other fields are zero.
 const BRIDGE: [(usize, u16); 3] = [
     (0x00, 0x8086),
     (0x02, 0x0d57),
-    // Its class: a host bridge.
+    // Class: host bridge.
     (0x0a, 0x0600),
 ];
 
-/// The ports.
+/// The configuration ports.
 pub struct PciPorts {
     registers: Arc<Mutex<SavedRegisters>>,
     tell: OnPower,
 }
 
 impl PciPorts {
-    /// Ports whose state is in `registers`, and that tell of resets.
+    /// Creates ports whose state is in `registers`, and that report resets through `tell`.
     pub fn new(registers: Arc<Mutex<SavedRegisters>>, tell: OnPower) -> Self {
         PciPorts { registers, tell }
     }
@@ -64,7 +63,7 @@ impl PciPorts {
     }
 }
 
-/// A byte of the configuration space that the address register selects.
+/// Returns a byte of the configuration space that the address register selects.
 fn config(address: u32, offset: PioAddressOffset) -> u8 {
     if address & ENABLE == 0 || address & FUNCTION != 0 {
         return 0xff;
@@ -102,7 +101,7 @@ impl DevicePio for PciPorts {
                     (self.tell)(PowerRequest::Reset);
                 }
             }
-            // The bridge has no register that can be written.
+            // The bridge has no writable register.
             _ => {}
         }
     }
@@ -137,7 +136,7 @@ mod tests {
             (read(&ports, 4, 2), read(&ports, 6, 2), read(&ports, 7, 1)),
             (0x8086, 0xd57, 0xd)
         );
-        // What Linux looks for; then the header's type, and a capability.
+        // Linux checks the class. The header type, BARs and capabilities are zero.
         select(ENABLE | 8);
         assert_eq!(read(&ports, 6, 2), 0x0600);
         for register in [0xc, 0x10, 0x34, 0xfc] {
@@ -148,7 +147,7 @@ mod tests {
             select(ENABLE | function);
             assert_eq!(read(&ports, 4, 4), u32::MAX, "{function:#x}");
         }
-        // A byte is not the address register's.
+        // An access of one byte does not reach the address register.
         ports.pio_write(PioAddress(0), 3, &[1]);
         assert_eq!(read(&ports, 0, 4), ENABLE | 1 << 16);
         assert_eq!(read(&ports, 0, 1), 0xff);

@@ -1,33 +1,34 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Where memory lies in a guest's address space.
+//! The placement of memory in a guest's address space.
 
 use test_guest::windows;
 use vm_memory::GuestAddress;
 
 use crate::error::Error;
 
-/// Where memory below 4 GiB ends at the latest: devices lie between here and [`HIGH_MEMORY`], as
-/// in QEMU's, Firecracker's and Cloud Hypervisor's machines.
+/// Upper limit of memory below 4 GiB. Devices lie between this address and [`HIGH_MEMORY`], as in
+/// the machines of QEMU, Firecracker and Cloud Hypervisor.
 pub const LOW_MEMORY_END: u64 = 3 << 30;
-/// Where the memory goes on that does not fit below.
+/// Start of the memory that does not fit below the devices.
 pub const HIGH_MEMORY: u64 = 4 << 30;
 
-// What the test guest takes for granted.
+// The test guest relies on these values.
 const _: () = assert!(LOW_MEMORY_END == windows::LOW_MEMORY_END);
 const _: () = assert!(HIGH_MEMORY == windows::HIGH_MEMORY);
 
-/// A piece of memory, which is a region and a memslot of its own.
+/// A piece of memory with its own region and memslot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Placement {
     /// Guest physical address of its first byte.
     pub start: GuestAddress,
-    /// Its length, in bytes.
+    /// Length, in bytes.
     pub size: u64,
-    /// Offset of its first byte in an image of the memory, in bytes: images have no holes.
+    /// Offset of its first byte in an image of the memory, in bytes. An image holds the pieces
+    /// without the gap between them.
     pub image_offset: u64,
 }
 
-/// Places `size` bytes of memory: below the devices, and what does not fit there above 4 GiB.
+/// Places `size` bytes of memory: below the devices as far as they fit, the rest above 4 GiB.
 ///
 /// # Examples
 ///
@@ -53,10 +54,10 @@ pub fn place(size: u64) -> Vec<Placement> {
         .collect()
 }
 
-/// Refuses memory that lies where this processor has no addresses.
+/// Refuses memory beyond this processor's physical addresses.
 pub(crate) fn check_reach(regions: &[Placement]) -> Result<(), Error> {
     let bits = physical_bits();
-    // By its last byte: sizes near the end of all addresses must not wrap.
+    // Compares the last byte, because sizes near 2^64 must not wrap.
     let last = |region: &Placement| region.start.0.saturating_add(region.size - 1);
     let last = regions.iter().map(last).max().unwrap_or(0);
     if last.checked_shr(bits).unwrap_or(0) == 0 {
@@ -69,9 +70,9 @@ pub(crate) fn check_reach(regions: &[Placement]) -> Result<(), Error> {
     )))
 }
 
-/// Bits that physical addresses have here (AMD64 manual, volume 3, Fn8000_0008).
+/// Returns the number of bits in a physical address here (AMD64 manual, volume 3, Fn8000_0008).
 fn physical_bits() -> u32 {
-    // Leaf 0x80000000 says whether there is the other.
+    // Leaf 0x80000000 returns the number of the highest extended leaf.
     if std::arch::x86_64::__cpuid(0x8000_0000).eax < 0x8000_0008 {
         return 36;
     }
@@ -103,7 +104,7 @@ mod tests {
         expect(500 * G, &[(0, 3 * G, 0), (4 * G, 497 * G, 3 * G)]);
     }
 
-    /// The test guest's plan and the machine agree on each byte.
+    /// The test guest's plan and the machine agree on the address of each byte.
     #[test]
     fn the_test_guest_finds_its_memory_there() {
         for size in [64 * M, 3 * G - 2 * M, 3 * G, 3 * G + 2 * M, 5 * G, 64 * G] {

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! ACPI's power management timer: a counter of fixed frequency, by which systems without a
-//! paravirtual clock measure their other timers.
+//! ACPI's power management timer: a counter of fixed frequency, which kernels without a paravirtual
+//! clock use to calibrate their other timers.
 //!
-//! It counts kvm-clock's nanoseconds. So it agrees with the TSC and with kvm-clock over a pause, a
-//! snapshot and a restore, and has no state that a snapshot would have to keep.
+//! The counter derives from kvm-clock. It therefore agrees with the TSC and kvm-clock across a
+//! pause, a snapshot and a restore, and needs no state in a snapshot.
 //!
 //! Source: ACPI 6.5, section 4.8.2.1.
 
@@ -12,43 +12,43 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use kvm_ioctls::VmFd;
 
-/// Ticks in a second.
+/// Ticks per second.
 const FREQUENCY: u64 = 3_579_545;
 const NANOSECONDS: u64 = 1_000_000_000;
 
-/// The timer of a VM.
+/// The power management timer of a VM.
 pub struct PmTimer {
     /// Weak, so that the devices on the buses do not keep the VM open.
     vm: Weak<VmFd>,
-    /// The latest time that the guest has seen, in nanoseconds: KVM corrects its clock by small
-    /// amounts in both directions.
+    /// The latest time that the guest has seen, in nanoseconds. KVM corrects its clock by small
+    /// amounts in both directions, and the count must not go back.
     latest: AtomicU64,
 }
 
 impl PmTimer {
-    /// The timer of this VM.
+    /// Creates the timer of a VM.
     pub fn new(vm: Weak<VmFd>) -> Self {
         PmTimer { vm, latest: AtomicU64::new(0) }
     }
 
-    /// Its count. It stands still where KVM does not tell its clock.
+    /// Returns the count. The count stands still if KVM cannot read its clock.
     pub fn count(&self) -> u32 {
         let now = self.vm.upgrade().and_then(|vm| vm.get_clock().ok());
         ticks(self.advance(now.map_or(0, |now| now.clock)))
     }
 
-    /// Starts anew, with the clock of a VM that is reset.
+    /// Restarts the timer with the clock of a VM that was reset.
     pub fn reset(&self) {
         self.latest.store(0, Ordering::Relaxed);
     }
 
-    /// The latest of this time and those before.
+    /// Records `now`, and returns the latest time so far.
     fn advance(&self, now: u64) -> u64 {
         self.latest.fetch_max(now, Ordering::Relaxed).max(now)
     }
 }
 
-/// Ticks in so many nanoseconds, of which the counter has 32 bits.
+/// Converts nanoseconds to ticks, modulo 2^32.
 fn ticks(nanoseconds: u64) -> u32 {
     (u128::from(nanoseconds) * u128::from(FREQUENCY) / u128::from(NANOSECONDS)) as u32
 }
@@ -66,7 +66,7 @@ mod tests {
     fn ticks_have_the_frequency_and_wrap() {
         assert_eq!(ticks(0), 0);
         assert_eq!(ticks(NANOSECONDS), FREQUENCY as u32);
-        // After 20 minutes it begins again.
+        // The counter wraps after 20 minutes.
         assert_eq!(ticks(1200 * NANOSECONDS), (1200 * FREQUENCY - (1 << 32)) as u32);
         // The clock of a VM that has run for a century.
         let century = 100 * 365 * 86_400;

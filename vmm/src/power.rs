@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! ACPI's fixed hardware, by which a guest switches itself off or resets, and the keyboard
-//! controller's reset line.
+//! ACPI's fixed hardware, through which a guest powers off or resets, and the keyboard controller's
+//! reset line.
 //!
 //! Source: ACPI 6.5, section 4.8.
 
@@ -15,63 +15,63 @@ use crate::layout::{PM_TIMER, PM1_CONTROL, PM1_ENABLE, POWER, POWER_SIZE, RESET,
 use crate::pm_timer::PmTimer;
 use crate::registers::SavedRegisters;
 
-/// What to write to the reset register.
+/// The value that resets the machine when it is written to the reset register.
 pub const RESET_VALUE: u8 = 1;
 /// The sleep type of "soft off".
 pub const S5: u8 = 5;
-/// The bit of the sleep control register that makes it happen (section 4.8.3.7).
+/// Sleep control: the bit that starts the sleep (section 4.8.3.7).
 const SLEEP_ENABLE: u8 = 1 << 5;
-/// Where its sleep type lies.
+/// Sleep control: position of the sleep type.
 const SLEEP_TYPE_SHIFT: u8 = 2;
 
-/// Events that can be enabled: timer, global lock, power button, sleep button, real-time clock,
-/// and wake-up by PCI Express. None of them ever comes: the bits only keep what is written.
+/// Events that can be enabled: timer, global lock, power button, sleep button, real-time clock, and
+/// wake-up by PCI Express. None of them ever occurs; the register only keeps the bits.
 const EVENTS: u16 = 1 | 1 << 5 | 1 << 8 | 1 << 9 | 1 << 10 | 1 << 14;
-/// Control: the machine is in ACPI mode, always.
+/// Control: the machine is always in ACPI mode.
 const SCI_ENABLE: u16 = 1;
-/// Control: where the sleep type lies.
+/// Control: position of the sleep type.
 const PM1_SLEEP_TYPE_SHIFT: u16 = 10;
-/// Control: what is kept of what is written, BM_RLD and the sleep type.
+/// Control: the bits that keep their written value, BM_RLD and the sleep type.
 const PM1_KEPT: u16 = 1 << 1 | 7 << PM1_SLEEP_TYPE_SHIFT;
-/// Control: the bit that makes it sleep.
+/// Control: the bit that starts the sleep.
 const PM1_SLEEP_ENABLE: u16 = 1 << 13;
 
-/// What a guest asked for.
+/// A request of the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PowerRequest {
-    /// To be switched off.
+    /// Power off.
     Off,
-    /// To begin anew.
+    /// Reset.
     Reset,
-    /// Nothing, but its kernel has panicked.
+    /// No request: the guest's kernel has panicked.
     Panicked,
 }
 
-/// Called on the vCPU's thread, with what its guest asks for. It must not wait.
+/// Callback for a guest's request. It runs on the vCPU's thread, and must not block.
 pub type OnPower = std::sync::Arc<dyn Fn(PowerRequest) + Send + Sync>;
 
-/// ACPI's registers: those of [`SavedRegisters`], the timer, and those by which a guest ends.
+/// ACPI's registers: those of [`SavedRegisters`], the timer, and those that power off or reset.
 ///
-/// The sleep control register is of a machine without fixed hardware, which guests of older
-/// snapshots take this one for.
+/// The sleep control register belongs to machines without fixed hardware. Guests of older snapshots
+/// believe that they run on such a machine.
 pub struct PowerRegisters {
     registers: Arc<Mutex<SavedRegisters>>,
     timer: Arc<PmTimer>,
     tell: OnPower,
 }
 
-/// The offset of a port.
+/// Returns the offset of a port.
 const fn offset_of(port: u16) -> usize {
     (port - POWER) as usize
 }
 
-/// The bytes of a register of 16 bits.
+/// Returns the byte range of a 16-bit register.
 const fn word_at(port: u16) -> Range<usize> {
     offset_of(port)..offset_of(port) + 2
 }
 
 impl PowerRegisters {
-    /// Registers that tell of what is asked.
+    /// Creates registers that report requests through `tell`.
     pub fn new(registers: Arc<Mutex<SavedRegisters>>, timer: Arc<PmTimer>, tell: OnPower) -> Self {
         PowerRegisters { registers, timer, tell }
     }
@@ -80,7 +80,7 @@ impl PowerRegisters {
         self.registers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// All bytes that can be read, but the timer's.
+    /// Returns all readable bytes except the timer's.
     fn bytes(&self) -> [u8; POWER_SIZE as usize] {
         let registers = self.lock();
         let mut bytes = [0; POWER_SIZE as usize];
@@ -103,7 +103,7 @@ impl DevicePio for PowerRegisters {
         if overlap(&read, &timer) {
             bytes[timer].copy_from_slice(&self.timer.count().to_le_bytes());
         }
-        // The bus has seen to it that the access ends with the registers.
+        // The bus ensures that no access reaches past the registers.
         data.copy_from_slice(&bytes[read]);
     }
 
@@ -111,7 +111,7 @@ impl DevicePio for PowerRegisters {
         let written = usize::from(offset)..usize::from(offset) + data.len();
         let mut bytes = self.bytes();
         bytes[written.clone()].copy_from_slice(data);
-        // What a register has after the access, if that touches it.
+        // The register's value after the access, if the access touches it.
         let word = |port| {
             overlap(&written, &word_at(port))
                 .then(|| u16::from_le_bytes([bytes[offset_of(port)], bytes[offset_of(port) + 1]]))
@@ -152,11 +152,11 @@ impl Trigger for ResetLine {
     }
 }
 
-/// A keyboard controller that has nothing but the reset line.
+/// A keyboard controller with only the reset line.
 pub struct Keyboard(Mutex<I8042Device<ResetLine>>);
 
 impl Keyboard {
-    /// A controller that tells of resets.
+    /// Creates a controller that reports resets through `tell`.
     pub fn new(tell: OnPower) -> Self {
         Keyboard(Mutex::new(I8042Device::new(ResetLine(tell))))
     }
@@ -209,7 +209,7 @@ mod tests {
         for (offset, value) in [(0, S5 << SLEEP_TYPE_SHIFT), (0, 0x20), (1, 0x34), (2, 0)] {
             registers.pio_write(BASE, offset, &[value]);
         }
-        // The type alone, the bit alone, another type; and an event.
+        // The sleep type alone, the sleep bit alone, another sleep type; then an event.
         for control in [0x1400, 0x2000, 0x3000] {
             registers.pio_write(BASE, PM1_CONTROL - POWER, &u16::to_le_bytes(control));
         }
@@ -225,7 +225,7 @@ mod tests {
         assert_eq!(*asked.lock().unwrap(), expected);
     }
 
-    /// Linux takes an event that does not stay enabled for broken hardware.
+    /// Linux takes the hardware for broken if an event does not stay enabled.
     #[test]
     fn registers_keep_what_is_written() {
         let (registers, _, asked) = registers();
@@ -236,7 +236,7 @@ mod tests {
         assert_eq!(read(&registers, PM1_ENABLE), 0x4721);
         registers.pio_write(BASE, PM1_CONTROL - POWER, &0x1403u16.to_le_bytes());
         assert_eq!(read(&registers, PM1_CONTROL), 0x1403);
-        // By clearing nothing comes to be set.
+        // Clearing a status bit sets nothing.
         registers.pio_write(BASE, PM1_STATUS - POWER, &u16::MAX.to_le_bytes());
         assert_eq!((read(&registers, PM1_STATUS), read(&registers, PM1_ENABLE)), (0, 0x4721));
         let mut timer = [1; 4];

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! `demand-vmm probe`: what this host can do, why, and what to change to get better.
+//! `demand-vmm probe`: the capabilities of this host, the reasons, and steps to improve them.
 
 use std::fmt::Write;
 use std::fs;
@@ -21,13 +21,13 @@ struct Report {
     backings: Vec<BackingReport>,
     transparent_huge_pages: Answer,
     linux_guests: Answer,
-    /// The engine that `auto` chooses; absent if there is none.
+    /// The engine that `auto` chooses; absent if no engine works.
     auto: Option<String>,
-    /// Why it does.
+    /// The reason for that choice.
     auto_why: String,
-    /// What is not covered here.
+    /// The limits of this host.
     limits: Vec<String>,
-    /// What to change.
+    /// The recommended changes.
     advice: Vec<Advice>,
 }
 
@@ -36,19 +36,19 @@ struct Userfaultfd {
     usable: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
     error: Option<String>,
-    /// How this process comes by one: `device` or `system-call`.
+    /// The way in which this process opens a userfaultfd: `device` or `system-call`.
     access: Option<&'static str>,
     /// The sysctl `vm.unprivileged_userfaultfd`; absent where the kernel has none.
     unprivileged: Option<u64>,
-    /// The kernel's names of all that it has.
+    /// The kernel's names of all its features.
     features: Vec<String>,
-    /// What was tried of it and works.
+    /// Features that were tried and work.
     works: Vec<String>,
-    /// What was tried of it and does not, with the reason.
+    /// Features that were tried and do not work, with the reason.
     lacking: Vec<String>,
 }
 
-/// Whether something can be had here, and why.
+/// Whether a capability is available on this host, and why.
 #[derive(Serialize)]
 struct Answer {
     usable: bool,
@@ -59,19 +59,19 @@ struct Answer {
 struct BackingReport {
     name: &'static str,
     unit_bytes: u64,
-    /// Units that nobody uses and nobody has reserved; absent for ordinary memory.
+    /// Units that are neither in use nor reserved; absent for ordinary memory.
     free_units: Option<u64>,
-    /// Units in use or not; absent for ordinary memory.
+    /// All units, in use or not; absent for ordinary memory.
     total_units: Option<u64>,
-    /// Whether userfaultfd can trap both what is missing and what is half there.
+    /// Whether userfaultfd traps accesses to both missing and half-filled units.
     pageable: bool,
 }
 
-/// What this host can do, as a table or as JSON.
+/// Reports the capabilities of this host, as a table or as JSON.
 ///
 /// # Errors
 ///
-/// None that a host can cause; a report that cannot be written as JSON is one.
+/// If the report cannot be written as JSON. No host causes an error.
 pub fn probe(json: bool) -> Result<String, Error> {
     let kvm = demand_kvm::probe();
     let uffd = demand_uffd::probe();
@@ -102,12 +102,12 @@ pub fn probe(json: bool) -> Result<String, Error> {
     Ok(table(&report))
 }
 
-/// What `auto` chooses, and why.
+/// Returns the engine that `auto` chooses, and the reason.
 fn auto(
     kvm: &demand_kvm::Probe,
     uffd: &Result<demand_uffd::Probe, OpenError>,
 ) -> (Option<Engine>, String) {
-    // Under every engine there are readers that only a userfaultfd traps.
+    // Under every engine, some of the readers are trapped only by a userfaultfd.
     let chosen = match uffd {
         Ok(_) => resolve(EngineChoice::Auto, kvm).map_err(|error| error.to_string()),
         Err(error) => Err(format!("every engine needs userfaultfd: {error}")),
@@ -128,7 +128,7 @@ fn auto(
     }
 }
 
-/// What a user of this host has to know.
+/// Returns the limits that a user of this host must know.
 fn limits(kvm: &demand_kvm::Probe, auto: Option<Engine>) -> Vec<String> {
     let Some(engine) = auto else { return vec!["no guest can run here".into()] };
     let by_unit =
@@ -180,7 +180,7 @@ fn backing(
     pool: Option<HugePagePool>,
     uffd: &Result<demand_uffd::Probe, OpenError>,
 ) -> BackingReport {
-    // A size that this machine does not have is a pool that is empty.
+    // A page size that this machine lacks counts as an empty pool.
     let pool = (kind != BackingKind::Shmem).then(|| pool.unwrap_or_default());
     BackingReport {
         name: kind.name(),

@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Progress bars, where there is a terminal to draw them on.
+//! Progress bars, drawn only on a terminal.
 
 use std::io::{self, IsTerminal};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-/// How far something is. Where standard error is no terminal it draws nothing.
+/// A progress bar. It draws nothing if standard error is not a terminal.
 #[derive(Debug)]
 pub struct Bar(ProgressBar);
 
 impl Bar {
-    /// A bar for `total` of what `unit` names, say "pages present".
+    /// Creates a bar for `total` units, which `unit` names, as in "pages present".
     pub fn new(name: &'static str, unit: &str, total: u64) -> Self {
         let target = if io::stderr().is_terminal() {
             ProgressDrawTarget::stderr()
@@ -26,7 +26,7 @@ impl Bar {
         Bar(bar)
     }
 
-    /// Says how far it is.
+    /// Sets the bar's position.
     pub fn set(&self, done: u64) {
         self.0.set_position(done);
     }

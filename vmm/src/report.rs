@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What a run reports.
+//! The report of a run, as JSON and as a table.
 
 use std::fmt::Write;
 use std::path::Path as FilePath;
@@ -12,41 +12,41 @@ use crate::error::Error;
 /// The report of one run.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Report {
-    /// What was run: "host", "lab", or what the user called it.
+    /// The stage of the run: "host", "lab", or the user's name for it.
     pub stage: String,
-    /// How vCPU accesses to missing pages were trapped.
+    /// The engine that trapped vCPU accesses to missing pages, or "none".
     pub engine: String,
-    /// What the memory was made of.
+    /// The backing of the memory.
     pub backing: String,
     /// Size of the memory, in bytes.
     pub memory_bytes: u64,
     /// Number of vCPUs.
     pub cpus: u32,
-    /// Whether memory and disk were found to hold what they must: the test guest's, when a separate
-    /// process has compared all of it (`--verify`). What a Linux guest's must hold only whoever runs
-    /// it can know, and say here.
+    /// Whether memory and disk were found to hold the expected content. For the test guest, a
+    /// separate process has compared all of it (`--verify`). For a Linux guest, only the user can
+    /// know the expected content, and can set this field.
     pub verified: bool,
-    /// The vCPUs.
+    /// Figures for the vCPUs.
     pub guest: PathReport,
-    /// KVM itself.
+    /// Figures for KVM itself.
     pub kvm_internal: PathReport,
-    /// The VMM.
+    /// Figures for the VMM.
     pub vmm: PathReport,
-    /// The vhost-user back-end.
+    /// Figures for the vhost-user back-end.
     pub back_end: PathReport,
-    /// Background fill.
+    /// Figures for background fill.
     pub fill: PathReport,
-    /// The page source.
+    /// Figures for the page source.
     pub source: SourceReport,
-    /// From the process's start to its first `KVM_RUN`, in microseconds.
+    /// Time from the process's start to its first `KVM_RUN`, in microseconds.
     pub time_to_first_instruction_us: u64,
-    /// From the process's start until the last page was present, in microseconds; 0 if some were
-    /// still missing at the end.
+    /// Time from the process's start until the last page was present, in microseconds; 0 if pages
+    /// were still missing at the end, or if all were present from the start.
     pub time_to_complete_us: u64,
 }
 
 impl Report {
-    /// Puts the paths' and the source's figures into the report.
+    /// Copies the figures of the paths and of the source into the report.
     pub fn set_paths(&mut self, stats: &Stats) {
         self.guest = stats.path(Path::Guest);
         self.kvm_internal = stats.path(Path::KvmInternal);
@@ -56,7 +56,7 @@ impl Report {
         self.source = stats.source();
     }
 
-    /// The paths' figures, in the order of the table.
+    /// Returns the figures of the paths, in the order of the table.
     pub fn paths(&self) -> [(&'static str, &PathReport); 5] {
         [
             (Path::Guest.name(), &self.guest),
@@ -67,7 +67,7 @@ impl Report {
         ]
     }
 
-    /// The report as a table for people.
+    /// Returns the report as a table for people.
     pub fn table(&self) -> String {
         let mut table = String::new();
         let line = |table: &mut String, text: std::fmt::Arguments<'_>| {
@@ -141,7 +141,7 @@ impl Report {
     }
 }
 
-/// Draws the pages of a run over time into a file.
+/// Writes a picture of a run's pages over time to a file.
 pub(crate) fn write_timeline(
     path: &FilePath,
     report: &Report,
@@ -157,7 +157,8 @@ pub(crate) fn write_timeline(
         .map_err(|error| Error::failed(format!("write {}: {error}", path.display())))
 }
 
-/// A number of bytes for people: exact, in the largest unit that divides it, or rounded.
+/// Formats a number of bytes for people: in the largest unit that it reaches, rounded to one
+/// decimal if it is not whole.
 pub fn size(bytes: u64) -> String {
     const UNITS: [&str; 5] = ["B", "K", "M", "G", "T"];
     let mut unit = 0;
@@ -173,7 +174,7 @@ pub fn size(bytes: u64) -> String {
     }
 }
 
-/// A number of microseconds for people, rounded.
+/// Formats a number of microseconds for people, rounded.
 pub fn duration(us: u64) -> String {
     match us {
         0..10_000 => format!("{us} us"),

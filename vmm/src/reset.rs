@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A reset: the machine begins anew, with the back-ends that it has and the memory as it is.
+//! A reset of the VM: the machine returns to its reset state, and keeps its back-ends and the
+//! content of its memory.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -16,10 +17,10 @@ use crate::vm::Vm;
 use crate::vm_state::VmState;
 use crate::{acpi, boot, boot_cpu};
 
-/// How long the vCPUs may take to come out of the guest, and to be reset.
+/// Time limit for the vCPUs to leave the guest, and again for each step on their threads.
 const WITHIN: Duration = Duration::from_secs(10);
 
-/// What KVM has of a machine that was just made: what a reset leads back to.
+/// The reset state: KVM's state of a machine that was just created.
 #[derive(Clone)]
 pub(crate) struct Pristine {
     vcpus: Arc<Vec<VcpuState>>,
@@ -39,13 +40,13 @@ impl Pristine {
         Ok(Pristine { vcpus: Arc::new(vcpus), vm: VmState::save(vm.machine.vm())? })
     }
 
-    /// Takes the machine back to its beginning, and lets the guest's kernel boot again. Pages that
-    /// are missing arrive as ever, and this waits for those that it needs. `asked` says whether the
-    /// guest has asked for a reset that has not come; then no more.
+    /// Returns the machine to its reset state, and boots the guest's kernel again. Missing pages
+    /// still arrive on demand, and this function waits for those that it needs. `asked` says
+    /// whether a reset that the guest requested is pending; a successful reset clears it.
     ///
     /// # Errors
     ///
-    /// If there is no kernel to boot, or KVM or a back-end refuses.
+    /// If there is no kernel to boot, if a boot file was altered, or if KVM or a back-end refuses.
     pub(crate) fn reset(
         &self,
         vm: &Vm,
@@ -58,11 +59,11 @@ impl Pristine {
                  whose kernel was altered; boot the guest with demand-vmm run and take another",
             )
         })?;
-        // Before anything of the guest is gone.
+        // Before any state of the guest is lost.
         boot.check()?;
         vm.outside_guest(WITHIN, || {
             self.begin_anew(vm, boot)?;
-            // Before the guest runs again and may ask again.
+            // Before the guest runs again, because it may then request another reset.
             asked.store(false, Ordering::Release);
             Ok(())
         })

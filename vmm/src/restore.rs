@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! `demand-vmm restore`: a Linux guest from a snapshot, which runs before its memory has arrived.
+//! `demand-vmm restore`: restores a Linux guest from a snapshot, and runs it before its memory has
+//! arrived.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -28,39 +29,39 @@ use crate::vcpus::Vcpus;
 use crate::vhost_user::VhostUserDevice;
 use crate::vm::{LastError, Vm, VmParts};
 
-/// How long each vCPU may take to be given its state.
+/// Time limit for setting the state of all vCPUs.
 const STATE_WITHIN: Duration = Duration::from_secs(60);
 
-/// What `restore` was asked for.
+/// The parameters of `restore`.
 #[derive(Clone, Debug)]
 pub struct RestoreOptions {
-    /// What every guest takes.
+    /// The options that every guest takes.
     pub guest: GuestOptions,
     /// The snapshot's directory.
     pub source: PathBuf,
-    /// What the memory is to be made of, where that is not the snapshot's.
+    /// The properties of the memory that differ from the snapshot's.
     pub memory: RestoreMemory,
-    /// The number of vCPUs that the user takes the snapshot to have.
+    /// The number of vCPUs that the user expects the snapshot to have.
     pub cpus: Option<u32>,
-    /// How vCPU accesses to missing pages are trapped.
+    /// The engine that traps vCPU accesses to missing pages.
     pub engine: EngineChoice,
-    /// How long the source may fail before the VM is paused with an error; `None`: for ever.
+    /// How long the source may fail before the VM is paused with an error; `None`: without limit.
     pub source_limit: Option<Duration>,
     /// Background fill.
     pub fill: FillOption,
-    /// Where the guest's clocks go on.
+    /// The point from which the guest's clocks continue.
     pub clock: ClockOption,
-    /// Whether all of the memory's image is read and checked before the guest runs.
+    /// Whether the whole memory image is read and checked before the guest runs.
     pub verify: bool,
 }
 
-/// Restores a guest and runs it until its end. `started` is when the process began. SIGINT, SIGTERM
-/// and SIGHUP end it; this should be called before the process starts other threads.
+/// Restores a guest and runs it until it ends. `started` is the time at which the process began.
+/// SIGINT, SIGTERM and SIGHUP end the guest; call this before the process starts other threads.
 ///
 /// # Errors
 ///
-/// One line, with the exit status that belongs to it; nothing of the snapshot is changed. After an
-/// error the process should end.
+/// One line, with its exit status. The snapshot is left unchanged. The process should exit after an
+/// error.
 pub fn restore(options: RestoreOptions, started: Instant) -> Result<Report, Error> {
     let files = snapshot_dir::files(&options.source);
     let inputs = files.each_ref().map(|path| path.as_path());
@@ -77,7 +78,7 @@ fn prepare(session: &Session, options: &RestoreOptions) -> Result<Prepared, Erro
     check(&saved, options)?;
     let image = open_image(&snapshot, &saved, options)?;
     let boot = open_boot(&snapshot, &saved, options)?;
-    // Before what takes long.
+    // Before the slow steps.
     let host = cpuid::guest_cpuid(&open_kvm().map_err(Error::host)?)?;
     for vcpu in &saved.vcpus {
         cpuid::check_host(&vcpu.told()?, &host)?;
@@ -118,8 +119,8 @@ fn prepare(session: &Session, options: &RestoreOptions) -> Result<Prepared, Erro
         vcpus.start(cpu, vcpu, session.tell_vcpu()).map_err(Error::host)?;
     }
     let vm = Vm::new(VmParts {
-        // All of them: what has arrived by now is among those that have arrived. To look at the
-        // bitmap would take the longer the larger the memory is.
+        // All pages, even if some have arrived by now: those are counted as arrivals, too. Reading
+        // the bitmap instead would take time in proportion to the size of memory.
         missing_at_start: machine.pages(),
         machine,
         chipset,
@@ -142,7 +143,7 @@ fn prepare(session: &Session, options: &RestoreOptions) -> Result<Prepared, Erro
     Ok(Prepared { vm, begin: Box::new(move |vm| begin(vm, saved)), fill })
 }
 
-/// Refuses what the snapshot's guest was not.
+/// Refuses options that do not match the snapshot's guest.
 fn check(saved: &SavedVm, options: &RestoreOptions) -> Result<(), Error> {
     let cpus = saved.vcpus.len();
     if cpus == 0 || cpus > MAX_CPUS as usize {
@@ -179,7 +180,7 @@ fn check(saved: &SavedVm, options: &RestoreOptions) -> Result<(), Error> {
     Ok(())
 }
 
-/// Opens what a reset boots from, if the snapshot has it.
+/// Opens the files that a reset boots from, if the snapshot holds them.
 fn open_boot(
     snapshot: &OpenSnapshot,
     saved: &SavedVm,
@@ -213,7 +214,7 @@ fn open_image(
     Ok(image)
 }
 
-/// Reads all of the image and compares it with its hashes.
+/// Reads the whole image, and compares it with its hashes.
 fn verify(image: &HashedImage) -> Result<(), Error> {
     let bar = Bar::new("verify", "pages", image.size() / PAGE_SIZE);
     let mut progress = |bytes: u64| {
@@ -228,19 +229,20 @@ fn retrier(limit: Option<Duration>, tell: Tell, last_error: LastError) -> Arc<Re
     Retrier::new(policy, move |failure| {
         last_error.set(failure.error.to_string());
         if failure.given_up {
-            // Each time, as the VM may have been resumed before the source was back.
+            // Each time, because the VM may have been resumed before the source was back.
             let reason = format!("{} ({} attempts)", failure.error, failure.attempts);
             tell.tell(Event::GivenUp(reason));
         } else if failure.attempts.is_power_of_two() {
-            // Each failure of a page, but not each attempt: the pauses are short at first.
+            // Only attempts 1, 2, 4 and so on, because the pauses between attempts are short at
+            // first.
             log::warn!("{} (attempt {})", failure.error, failure.attempts);
         }
     })
 }
 
-/// Brings all memory in, for back-ends that can wait for nothing.
+/// Fetches all memory, for back-ends that cannot wait for missing pages.
 fn fill_first(machine: &Machine) -> Result<(), Error> {
-    /// Pages that are asked for at once: 128 MiB.
+    /// Pages that are requested at once: 128 MiB.
     const STEP: u64 = 1 << 15;
     let bar =
         Bar::new("memory, for a back-end without post-copy", "pages present", machine.pages());
@@ -257,15 +259,15 @@ fn fill_first(machine: &Machine) -> Result<(), Error> {
     Ok(())
 }
 
-/// Gives the VM its state. This waits for the pages that KVM will touch by itself, and for those
-/// that the devices' queues are in.
+/// Sets the VM's state. Waits for the pages that KVM accesses by itself, and for those that hold
+/// the devices' queues.
 fn begin(vm: &Vm, saved: SavedVm) -> Result<(), Error> {
     let handler = vm.machine.fault_handler()?;
     let waiter = Waiter::new();
     for vcpu in &saved.vcpus {
         handler.fetch_pages(&vcpu.own_pages(), &waiter).map_err(Error::failed)?;
     }
-    // Before the vCPUs, to which KVM tells the wall clock by it.
+    // Before the vCPUs: when their MSRs are set, KVM computes the guest's wall clock from this one.
     saved.vm.restore_clock(vm.machine.vm())?;
     let (states, shape) = (Arc::new(saved.vcpus), vm.shape.clone());
     let aligned = states.clone();
@@ -276,13 +278,13 @@ fn begin(vm: &Vm, saved: SavedVm) -> Result<(), Error> {
         .map_err(Error::failed)?
         .into_iter()
         .collect::<Result<(), _>>()?;
-    // After the local APICs, which interrupts that were under way go to.
+    // After the local APICs, which receive the interrupts that were in flight.
     saved.vm.restore(vm.machine.vm())?;
     vm.chipset
         .serial
         .interrupt()
         .map_err(|error| Error::host(format!("raise the serial port's interrupt: {error}")))?;
-    // Another guest than the snapshot's from here on.
+    // From here on the guest differs from the snapshot's.
     vm.chipset.generation.renew(vm.machine.memory())?;
     vm.devices.iter().try_for_each(|device| device.resume())?;
     vm.chipset.generation.tell()?;

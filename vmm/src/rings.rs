@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A device's rings in guest memory, as far as the VMM looks at them.
+//! The VMM's accesses to a device's rings in guest memory.
 
 use std::sync::atomic::Ordering;
 use std::thread;
@@ -10,10 +10,10 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::virtio_mmio::QueueState;
 
-/// How often a used ring is looked at for requests that are still in flight.
+/// Interval at which a used ring is polled for requests in flight.
 const LOOK_EVERY: Duration = Duration::from_millis(1);
 
-/// A queue's rings must lie in memory, each in one region: so far a back-end may go.
+/// Checks that each of a queue's rings lies within one region of memory, before a back-end gets them.
 pub(crate) fn check_rings(memory: &DemandMemory, queue: &QueueState) -> Result<(), String> {
     for (address, len) in queue.extents()? {
         let region = memory.find_region(GuestAddress(address));
@@ -26,7 +26,7 @@ pub(crate) fn check_rings(memory: &DemandMemory, queue: &QueueState) -> Result<(
     Ok(())
 }
 
-/// Waits until a queue's requests up to the index `taken` are answered.
+/// Waits until the back-end has answered a queue's requests up to the index `taken`.
 pub(crate) fn await_used(
     memory: &DemandMemory,
     (index, queue): (usize, &QueueState),
@@ -51,8 +51,8 @@ pub(crate) fn await_used(
     }
 }
 
-/// How many entries a ring has had, counted by 16 bits (virtio 1.2, sections 2.7.6 and 2.7.8). Waits
-/// for the ring's page, but not for ever.
+/// Reads a ring's index: the number of its entries so far, modulo 2^16 (virtio 1.2, sections 2.7.6
+/// and 2.7.8). Waits for the ring's page until `within` has passed since `begun`.
 pub(crate) fn ring_index(
     memory: &DemandMemory,
     ring: u64,

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! `demand-vmm run`: the test guest on demand-paged memory, from its first instruction until
-//! memory and disk have been compared with what they must hold.
+//! `demand-vmm run` with the test guest: runs it on demand-paged memory, and then compares memory
+//! and disk with their expected content.
 
 use std::fs::File;
 use std::io::{Read, Seek};
@@ -37,44 +37,44 @@ use crate::vcpu::VcpuContext;
 use crate::vcpus::Vcpus;
 use crate::watch::{Event, Watch};
 
-/// What `run` was asked for.
+/// The parameters of `run`.
 #[derive(Clone, Debug)]
 pub struct RunOptions {
     /// Name of the run in its report.
     pub stage: String,
-    /// Memory.
+    /// The guest's memory.
     pub memory: MemoryOption,
     /// Number of vCPUs.
     pub cpus: u32,
-    /// How vCPU accesses to missing pages are trapped.
+    /// The engine that traps vCPU accesses to missing pages.
     pub engine: EngineChoice,
-    /// The image that memory is filled from.
+    /// The image that pages are fetched from.
     pub source: PathBuf,
-    /// How long the source may fail before the run ends with an error; `None`: for ever.
+    /// How long the source may fail before the run ends with an error; `None`: without limit.
     pub source_limit: Option<Duration>,
-    /// The disk's back-end, if there is one.
+    /// The disk's back-end, if the guest has a disk.
     pub vhost_user: Option<VhostUserOption>,
     /// Background fill.
     pub fill: FillOption,
-    /// What the guest does.
+    /// The guest's workload.
     pub test_guest: TestGuestOption,
-    /// Whether a separate process compares memory and disk in the end.
+    /// Whether a separate process compares memory and disk at the end.
     pub verify: bool,
-    /// Whether to say on standard error, now and then, how many pages are present.
+    /// Whether the number of present pages is printed on standard error from time to time.
     pub progress: bool,
-    /// Where the picture of the run goes.
+    /// The file for the picture of the run.
     pub timeline: Option<PathBuf>,
-    /// Where the caller is going to write the report: tried before the run.
+    /// The file to which the caller will write the report; it is checked before the run.
     pub report: Option<PathBuf>,
 }
 
-/// Runs the test guest. `started` is when the process began. SIGINT, SIGTERM and SIGHUP end the
-/// run, and this tells so; it should be called before the process starts other threads.
+/// Runs the test guest. `started` is the time at which the process began. SIGINT, SIGTERM and
+/// SIGHUP end the run with an error; call this before the process starts other threads.
 ///
 /// # Errors
 ///
-/// One line, with the exit status that belongs to it. After an error the process should end: a thread
-/// may be left that waits for something that does not come.
+/// One line, with its exit status. The process should exit after an error, because a thread may be
+/// left that is blocked for ever.
 pub fn run(options: RunOptions, started: Instant) -> Result<Report, Error> {
     let interrupt = Interrupt::default();
     on_signals(interrupt.clone())
@@ -92,7 +92,7 @@ pub fn run(options: RunOptions, started: Instant) -> Result<Report, Error> {
     supervise(&interrupt, &memory, work)
 }
 
-/// What a run is made of, in the order in which it is taken down.
+/// The parts of a run, in the order in which they are taken down.
 #[derive(Default)]
 struct Parts {
     fill: Option<Fill>,
@@ -103,8 +103,8 @@ struct Parts {
 }
 
 impl Parts {
-    /// Takes everything down, in order. Should a vCPU be stuck in the kernel, the rest is left for
-    /// the kernel to take down with the process.
+    /// Takes everything down, in order. If a vCPU is stuck in the kernel, the rest is left for the
+    /// kernel to take down with the process.
     fn take_down(mut self) {
         let Some(machine) = &self.machine else { return };
         let threads = &mut self.threads;
@@ -126,7 +126,7 @@ fn run_parts(
     memory: &OnceLock<DemandMemory>,
     parts: &mut Parts,
 ) -> Result<Report, Error> {
-    // What is wrong with the command line comes before what is wrong with the host.
+    // Errors in the command line are reported before those of the host.
     let plan = Arc::new(plan(options)?);
     let mut outputs = Outputs::default();
     for (option, path) in [("--report", &options.report), ("--timeline", &options.timeline)] {
@@ -153,7 +153,7 @@ fn run_parts(
         let (completed, sender) = (completed.clone(), sender.clone());
         machine.on_complete(move || {
             let _ = completed.set(Instant::now());
-            // The receiver goes away with the run only.
+            // This fails only after the run's end.
             let _ = sender.send(Event::Complete);
         });
     }
@@ -161,7 +161,7 @@ fn run_parts(
     let control = Arc::new(ControlMemory::new(&plan).map_err(Error::host)?);
     let control_slot = PlainSlot::new(
         machine.vm().clone(),
-        // The first that memory has left.
+        // The first number after memory's slots.
         machine.slots().len() as u32,
         GuestAddress(control.layout().address()),
         control.mapping().clone(),
@@ -179,7 +179,7 @@ fn run_parts(
         faults: machine.fault_handler()?,
         memory: machine.memory().clone(),
         exits: Arc::new(TestExits::new(parts.disk.as_ref().map(Disk::notify), move |write| {
-            // The receiver goes away with the run only.
+            // This fails only after the run's end.
             let _ = ports.send(Event::Port(write));
         })),
         first_run: OnceLock::new(),
@@ -199,12 +199,12 @@ fn run_parts(
         finished: false,
     };
     watch.until_done(options.cpus)?;
-    // Nobody waits for anything any more: the vCPUs have halted.
+    // The vCPUs have halted, so no thread waits for a page.
     if let Some(threads) = &mut parts.threads {
         threads.vcpus.stop(VCPUS_WITHIN).map_err(Error::failed)?;
     }
     parts.fill = None;
-    // What the guest does not use arrives only if it was asked for.
+    // Memory that the guest does not use arrives only by background fill.
     let untouched = options.fill == FillOption::Off && plan.windows().gaps().next().is_some();
     if options.verify && !watch.finished {
         if untouched {
@@ -247,13 +247,14 @@ fn retrier(limit: Option<Duration>, interrupt: Interrupt) -> Arc<Retrier> {
         if failure.given_up {
             interrupt.raise(format!("{} ({} attempts)", failure.error, failure.attempts));
         } else if failure.attempts.is_power_of_two() {
-            // Each failure of a page, but not each attempt: the pauses are short at first.
+            // Only attempts 1, 2, 4 and so on, because the pauses between attempts are short at
+            // first.
             log::warn!("{} (attempt {})", failure.error, failure.attempts);
         }
     })
 }
 
-/// The plan that the options describe.
+/// Makes the plan that the options describe.
 fn plan(options: &RunOptions) -> Result<Plan, Error> {
     let guest = &options.test_guest;
     let mut pristine = None;
@@ -312,8 +313,7 @@ fn failed_on(path: &FilePath, error: std::io::Error) -> Error {
     Error::failed(format!("open {}: {error}; name a file that can be read", path.display()))
 }
 
-/// The queues as a driver would have set them up, written through vm-memory into memory whose
-/// pages have not arrived.
+/// Lays out the queues as a driver would, with writes through vm-memory to missing pages.
 fn lay_out_rings(machine: &Machine, plan: &Plan) -> Result<(), Error> {
     let Some(rings) = plan.rings() else { return Ok(()) };
     for (address, bytes) in rings.writes() {
@@ -332,7 +332,7 @@ fn start_fill(machine: &Machine, rate: FillRate) -> Result<Fill, Error> {
         .map_err(|error| Error::host(format!("start a thread for background fill: {error}")))
 }
 
-/// Brings in what is missing of the memory under test.
+/// Fetches the missing pages of the memory under test.
 fn fetch_windows(machine: &Machine, plan: &Plan) -> Result<(), Error> {
     let waiter = Waiter::new();
     for window in plan.windows().list() {
@@ -398,18 +398,18 @@ impl Threads {
         Ok(())
     }
 
-    /// Ends the VMM's own part, which waits for no page any more.
+    /// Ends the VMM's actor thread, which waits for no page any more.
     fn join_actor(&mut self) {
         self.stop_actor.store(true, Ordering::Release);
         if let Some(actor) = self.actor.take() {
-            // A panic there has printed what it has to say.
+            // A thread that panicked has printed its message.
             let _ = actor.join();
         }
     }
 }
 
-/// Has a separate process compare memory and disk with what they must hold; with `untouched` it
-/// sees that what is not under test was left alone.
+/// Runs a separate process that compares memory and disk with their expected content. With
+/// `untouched`, the process also checks that memory outside the test was left alone.
 fn verify(
     options: &RunOptions,
     machine: &Machine,
@@ -431,7 +431,7 @@ fn verify(
             let why = "verify: this memory has no file that a process could look at";
             return Err(Error::failed(why));
         };
-        // The memory object itself, under the name that other processes reach it by.
+        // The memory object itself, by the path at which other processes can open it.
         let path = format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd());
         command.arg("--memory").arg(path);
     }
@@ -444,7 +444,8 @@ fn verify(
     {
         command.arg("--disk").arg(disk).arg("--pristine").arg(pristine);
     }
-    // A file, as nobody reads while it is waited for.
+    // A file, because this thread does not read while it waits, and a full pipe would block the
+    // process.
     let mut said = tempfile::tempfile().map_err(refused)?;
     let (out, err) = (said.try_clone().map_err(refused)?, said.try_clone().map_err(refused)?);
     let mut child =
@@ -454,7 +455,7 @@ fn verify(
             break status;
         }
         if let Some(reason) = interrupt.reason() {
-            // It has nothing to clean up. Both may fail if it has just ended by itself.
+            // The process has nothing to clean up. Both calls fail if it has just exited.
             let _ = child.kill();
             let _ = child.wait();
             return Err(Error::failed(reason));
