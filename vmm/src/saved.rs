@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What a snapshot's state holds: all of the VM but its memory.
+//! The content of a snapshot's state file: the whole VM except its memory.
 
 use demand_memory::BackingKind;
 use serde::{Deserialize, Serialize};
@@ -13,50 +13,51 @@ use crate::serial::SavedSerial;
 use crate::vcpu_state::VcpuState;
 use crate::vm_state::VmState;
 
-/// The state of a VM.
+/// The saved state of a VM.
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SavedVm {
-    /// Its memory.
+    /// The memory's properties.
     pub memory: SavedMemory,
-    /// Its processors, by number.
+    /// The vCPUs, by number.
     pub vcpus: Vec<VcpuState>,
-    /// Its interrupt controllers, timer and clock.
+    /// The interrupt controllers, the timer and the clock.
     pub vm: VmState,
-    /// Its serial port.
+    /// The serial port.
     pub serial: SavedSerial,
     /// The registers of ACPI and PCI. Older snapshots have none.
     #[serde(default)]
     pub registers: SavedRegisters,
-    /// Its virtio devices, by position.
+    /// The virtio devices, by position.
     pub devices: Vec<DeviceState>,
-    /// The boot files, for a reset; `None` if the snapshot does not hold it.
+    /// The boot files, for a reset; `None` if the snapshot does not hold them.
     pub boot: Option<SavedBoot>,
 }
 
-/// What a snapshot's memory is.
+/// The properties of a snapshot's memory.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SavedMemory {
-    /// Bytes.
+    /// Size, in bytes.
     pub size: u64,
-    /// What it was made of.
+    /// The name of its backing.
     pub backing: String,
-    /// Whether it was set aside at once.
+    /// Whether huge pages were reserved before they were used.
     pub reserve: bool,
     /// Whether it could use transparent huge pages.
     pub thp: bool,
-    /// The generation of the memory's image, so that it cannot be another snapshot's.
+    /// The generation of the memory's image, which tells it from another snapshot's.
     #[serde(with = "crate::hex::area")]
     pub generation: Vec<u8>,
 }
 
 impl SavedMemory {
-    /// The memory that a VM is restored with: the snapshot's, made of what the user wants.
+    /// Returns the properties of a restored VM's memory: the snapshot's, except for the user's
+    /// choices.
     ///
     /// # Errors
     ///
-    /// If the user wants another size, or a backing that this size does not go with.
+    /// If the user wants another size, or a backing that does not fit the size.
     pub fn option(&self, wanted: &RestoreMemory) -> Result<MemoryOption, Error> {
         if let Some(size) = wanted.size
             && size != self.size

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The serial port: the guest's console.
+//! The serial port, which is the guest's console.
 
 use std::fmt;
 use std::fs::{File, OpenOptions};
@@ -23,14 +23,14 @@ use crate::error::{Error, no_thread};
 use crate::layout::SERIAL_GSI;
 use crate::spool::{Overflow, Spool};
 
-/// `--serial tty|file=PATH|off`
+/// The value of `--serial`: `tty`, `file=PATH` or `off`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum SerialOption {
-    /// Standard output, and what is typed on standard input.
+    /// Output to standard output, input from standard input.
     Terminal,
-    /// Written to a file; nothing is ever read.
+    /// Output to a file, without input.
     File(PathBuf),
-    /// Written to nowhere.
+    /// Neither output nor input.
     Off,
 }
 
@@ -56,7 +56,7 @@ impl SerialOption {
             SerialOption::Off => Ok(Box::new(io::sink())),
             SerialOption::File(path) => {
                 let mut options = OpenOptions::new();
-                // A FIFO that nobody reads is refused, in place of waited for.
+                // A FIFO without a reader is refused; without O_NONBLOCK, opening it would block.
                 options.create(true).append(true).custom_flags(libc::O_NONBLOCK);
                 let file: Result<File, _> = options.open(path);
                 let refused = |error| {
@@ -100,14 +100,14 @@ impl Trigger for Irq {
 
     fn trigger(&self) -> io::Result<()> {
         match self.0.write(1) {
-            // The counter is at its end: there is an interrupt to come already.
+            // The counter is at its maximum: an interrupt is pending already.
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(()),
             other => other,
         }
     }
 }
 
-/// Tells whoever has input that there is room for it.
+/// Signals that the input buffer has room.
 struct TellRoom(Arc<EventFd>);
 
 impl SerialEvents for TellRoom {
@@ -115,7 +115,7 @@ impl SerialEvents for TellRoom {
     fn out_byte(&self) {}
     fn tx_lost_byte(&self) {}
     fn in_buffer_empty(&self) {
-        // A counter at its end has been told already.
+        // A counter at its maximum has been signalled already.
         let _ = self.0.write(1);
     }
 }
@@ -133,12 +133,13 @@ pub struct SerialPort {
 }
 
 impl SerialPort {
-    /// A port of the machine, whose output goes where the option says; with the registers of a
-    /// snapshot if there is one. The VM must have its interrupt controllers.
+    /// Creates the machine's port, with output as the option says and, if given, the registers of a
+    /// snapshot. The VM must have its interrupt controllers.
     ///
     /// # Errors
     ///
-    /// One line: the file cannot be written, the registers are none, or the host has no eventfd.
+    /// One line: the file cannot be written, the registers are invalid, or the host has no more
+    /// eventfds or threads.
     pub fn new(
         vm: &VmFd,
         option: &SerialOption,
@@ -168,35 +169,35 @@ impl SerialPort {
         Ok(SerialPort { uart: Mutex::new(uart), irq: Irq(event), room, spool })
     }
 
-    /// The registers, for a snapshot.
+    /// Returns the registers, for a snapshot.
     pub fn save(&self) -> SavedSerial {
         SavedSerial(lock(&self.uart).state())
     }
 
-    /// Interrupts the guest once, whether there is a reason or not. The one that belongs to the
-    /// registers of a snapshot may be in no state: KVM passes an eventfd's interrupt on in a thread
-    /// of its own, maybe after the local APICs were saved. Without it the guest's driver would
-    /// wait for it for ever; one too many does no harm.
+    /// Interrupts the guest once, whether or not there is a reason. An interrupt that belongs to
+    /// the registers of a snapshot may be missing from the saved state: KVM delivers an eventfd's
+    /// interrupt on a separate thread, possibly after the local APICs were saved. Without this one,
+    /// the guest's driver would wait for ever; an extra one does no harm.
     ///
     /// # Errors
     ///
-    /// The system's.
+    /// The system's error.
     pub fn interrupt(&self) -> io::Result<()> {
         self.irq.trigger()
     }
 
-    /// Waits until all that the guest has said is written, for `within` at most.
+    /// Waits until all of the guest's output is written, at most for `within`.
     pub fn drain(&self, within: Duration) {
         self.spool.drain(within);
     }
 
-    /// Hands as much of `bytes` to the guest as there is room for; returns how many.
+    /// Passes as many of `bytes` to the guest as fit, and returns their number.
     pub fn type_in(&self, bytes: &[u8]) -> usize {
-        // A full buffer is no error of anybody's.
+        // A full buffer is not an error.
         lock(&self.uart).enqueue_raw_bytes(bytes).unwrap_or(0)
     }
 
-    /// Becomes readable when the guest has read all that was typed.
+    /// Returns the eventfd that becomes readable when the guest has read all of its input.
     pub fn room(&self) -> &Arc<EventFd> {
         &self.room
     }
@@ -226,7 +227,7 @@ impl DevicePio for SerialPort {
         if let [byte] = data
             && let Err(error) = lock(&self.uart).write(offset as u8, *byte)
         {
-            // The guest goes on: a console that nobody reads is no reason to stop.
+            // A console that cannot be written is no reason to stop the guest.
             log::debug!("the serial port's output: {error}");
         }
     }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A Linux guest from its start to its end, however it came to be.
+//! The life of a Linux guest from its start to its end, whether it was booted or restored.
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -32,48 +32,48 @@ use crate::vcpu::{VcpuContext, VcpuEvent};
 use crate::vhost_user::VhostUserDevice;
 use crate::vm::{LastError, Vm};
 
-/// How long an end waits until what the guest has said last is written.
+/// Time limit for writing the guest's last output when it ends.
 const CONSOLE_WITHIN: Duration = Duration::from_secs(1);
 
-/// What all commands take that run a Linux guest.
+/// The options of every command that runs a Linux guest.
 #[derive(Clone, Debug)]
 pub struct GuestOptions {
     /// Name of the run in its report.
     pub stage: String,
     /// The devices' back-ends, by position.
     pub vhost_user: Vec<VhostUserOption>,
-    /// Where the serial port leads.
+    /// The destination of the serial port.
     pub serial: SerialOption,
     /// The action when the guest's kernel panics.
     pub on_panic: OnPanic,
-    /// Where the API listens, if it does.
+    /// The path of the API's socket; `None`: no API.
     pub api_socket: Option<PathBuf>,
-    /// Where the picture of the run goes.
+    /// The file for the picture of the run.
     pub timeline: Option<PathBuf>,
-    /// Where the caller is going to write the report: tried before the run.
+    /// The file to which the caller will write the report; it is checked before the run.
     pub report: Option<PathBuf>,
-    /// Whether to say on standard error, now and then, how many pages are present.
+    /// Whether the number of present pages is printed on standard error from time to time.
     pub progress: bool,
 }
 
-/// What a guest is prepared with.
+/// The shared parts of a run, which exist before the guest is prepared.
 pub(crate) struct Session {
     pub(crate) started: Instant,
     pub(crate) guest: GuestOptions,
     pub(crate) stats: Arc<Stats>,
     pub(crate) tell: Tell,
     pub(crate) last_error: LastError,
-    /// Whether the guest has asked for a reset that has not come yet: it may ask by more than one
-    /// vCPU.
+    /// Whether a reset that the guest requested is pending. The guest may request it on more than
+    /// one vCPU.
     pub(crate) reset_asked: Arc<AtomicBool>,
-    /// Known to whoever ends the run, as soon as it is there.
+    /// The guest's memory, once it exists. The thread that ends the run uses it.
     pub(crate) memory: Arc<OnceLock<DemandMemory>>,
 }
 
-/// What is left to do before the first instruction; it may wait for pages.
+/// The remaining work before the first instruction. It may wait for pages.
 pub(crate) type Begin = Box<dyn FnOnce(&Vm) -> Result<(), Error>>;
 
-/// A guest that can begin.
+/// A guest that is ready to begin.
 pub(crate) struct Prepared {
     pub(crate) vm: Vm,
     pub(crate) begin: Begin,
@@ -81,13 +81,13 @@ pub(crate) struct Prepared {
 }
 
 impl Session {
-    /// Tells what a vCPU's thread has to say.
+    /// Returns the callback through which a vCPU's thread reports events.
     pub(crate) fn tell_vcpu(&self) -> impl Fn(VcpuEvent) + Send + 'static {
         let tell = self.tell.clone();
         move |event| tell.tell(Event::Vcpu(event))
     }
 
-    /// What the vCPUs share, with the machine's devices on its buses.
+    /// Returns the context that the vCPUs share, with the machine's devices on its buses.
     pub(crate) fn context(
         &self,
         machine: &Machine,
@@ -104,7 +104,7 @@ impl Session {
                 if !resets {
                     return;
                 }
-                // The guest's kernel may ask for it as well.
+                // The guest's kernel may request the reset as well.
                 request = PowerRequest::Reset;
             }
             if request != PowerRequest::Reset || !asked.swap(true, Ordering::AcqRel) {
@@ -123,7 +123,7 @@ impl Session {
     }
 }
 
-/// Refuses more devices than a machine has room for.
+/// Refuses more devices than the machine has room for.
 pub(crate) fn check_devices(devices: &[VhostUserOption]) -> Result<(), Error> {
     if devices.len() > MAX_DEVICES {
         return Err(Error::usage(format!(
@@ -134,7 +134,7 @@ pub(crate) fn check_devices(devices: &[VhostUserOption]) -> Result<(), Error> {
     Ok(())
 }
 
-/// Shares memory with a device's back-end, and gives the device its registers and its interrupt.
+/// Shares memory with a device's back-end, and attaches the device's registers and interrupt.
 pub(crate) fn attach(
     device: &VhostUserDevice,
     position: usize,
@@ -158,14 +158,14 @@ impl GuestOptions {
     }
 }
 
-/// Runs the guest that `prepare` makes, until its end. `inputs` are files that it must not write to.
-/// SIGINT, SIGTERM and SIGHUP end it; this
-/// should be called before the process starts other threads.
+/// Runs the guest that `prepare` makes, until it ends. `inputs` are files that the run must not
+/// write to. SIGINT, SIGTERM and SIGHUP end the guest; call this before the process starts other
+/// threads.
 ///
 /// # Errors
 ///
-/// One line, with the exit status that belongs to it. After an error the process should end: a thread
-/// may be left that waits for something that does not come.
+/// One line, with its exit status. The process should exit after an error, because a thread may be
+/// left that is blocked for ever.
 pub(crate) fn run_guest(
     guest: GuestOptions,
     inputs: &[&Path],
@@ -177,7 +177,7 @@ pub(crate) fn run_guest(
     let interrupt = Interrupt::default();
     on_signals(interrupt.clone()).map_err(|error| no_thread("listen for signals", error))?;
     let console = guest.serial == SerialOption::Terminal;
-    // Kept here, where it is given back even if a thread hangs.
+    // Kept on this thread, which restores the terminal even if another thread hangs.
     let _terminal = console.then(RawTerminal::new).transpose().map_err(|error| {
         Error::failed(format!("use the terminal as the guest's console: {error}"))
     })?;
@@ -206,7 +206,7 @@ pub(crate) fn run_guest(
     Ok(report)
 }
 
-/// From the first instruction to the last.
+/// Follows the guest from its first instruction to its last.
 fn follow(
     session: Session,
     prepared: Prepared,
@@ -255,7 +255,8 @@ fn follow(
                     }
                     let (vm, pristine) = (vm.clone(), pristine.clone());
                     let (asked, tell) = (session.reset_asked.clone(), session.tell.clone());
-                    // It may wait for pages, and there is more to hear meanwhile.
+                    // On a separate thread, because a reset may wait for pages and other events
+                    // must be handled meanwhile.
                     spawn("reset", move || {
                         tell.tell(Event::Reset(pristine.reset(&vm, vm.boot.as_ref(), &asked)));
                     })?;
@@ -265,9 +266,9 @@ fn follow(
             }
         }
     });
-    // Who asks for the end gets it, before there was a beginning or in a reset, too.
+    // A requested end is not an error, even before the guest has begun or during a reset.
     let outcome = if vm.lifecycle.was_asked() { Ok(()) } else { outcome };
-    // A snapshot under way ends, and nobody begins another.
+    // This also ends a snapshot in progress, and prevents another one.
     vm.end();
     drop(filling);
     let stopped = vm.machine.end_guest(|within| vm.stop_vcpus(within));
@@ -276,7 +277,8 @@ fn follow(
     match (outcome, stopped) {
         (Ok(()), Ok(())) => {}
         (outcome, stopped) => {
-            // A thread may use the machine still; the kernel takes it all down with the process.
+            // A thread may still use the machine. The kernel takes everything down with the
+            // process.
             std::mem::forget(vm.clone());
             let stuck = stopped.err().map(|stuck| vm.explain(&stuck));
             return Err(outcome
@@ -288,7 +290,7 @@ fn follow(
     report(&session, &vm, completed)
 }
 
-/// Says that the guest's kernel has panicked, and does what is wanted then.
+/// Logs that the guest's kernel has panicked, and takes the configured action.
 fn on_panic(vm: &Arc<Vm>, wanted: OnPanic) -> Result<(), Error> {
     const PANICKED: &str = "the guest's kernel has panicked; its console may say why";
     if wanted == OnPanic::Shutdown {
@@ -297,35 +299,35 @@ fn on_panic(vm: &Arc<Vm>, wanted: OnPanic) -> Result<(), Error> {
     log::warn!("{PANICKED}");
     match wanted {
         OnPanic::Pause => vm.pause_panicked(),
-        // A reset is on its way.
+        // The reset is on its way.
         OnPanic::Ignore | OnPanic::Reset | OnPanic::Shutdown => Ok(()),
     }
 }
 
-/// Resets of a guest that does not get anywhere.
+/// A count of the resets in quick succession, which detects a guest that makes no progress.
 #[derive(Default)]
 struct QuickResets {
     last: Option<Instant>,
-    /// Resets in a row that came quickly, and soon.
+    /// Resets in a row that each came within `WITHIN`, and within `SOON`.
     quick: u32,
     soon: u32,
 }
 
 impl QuickResets {
-    /// Resets in a row after which it is given up.
+    /// Number of resets in a row that ends the run.
     const MOST: u32 = 10;
-    /// How soon after the one before a reset counts: no kernel does anything useful meanwhile.
+    /// The interval within which a reset counts for that: no kernel does useful work in less time.
     const WITHIN: Duration = Duration::from_millis(500);
-    /// Resets in a row after which it is said what they look like.
+    /// Number of resets in a row that is logged with a likely cause.
     const TOLD: u32 = 3;
-    /// How soon after the one before a reset counts for that: few systems are up by then.
+    /// The interval within which a reset counts for that: few systems are up in less time.
     const SOON: Duration = Duration::from_secs(10);
     const LOOKS_LIKE: &str = "the guest has reset itself three times, each within 10 s of its \
          beginning: this looks like a kernel that panics or crashes as it boots; its console may \
          say why; if it is silent, give the guest more --memory, and see that the initramfs is \
          whole and goes with the kernel";
 
-    /// Counts a reset at `now`; returns whether to say what they look like.
+    /// Counts a reset at `now`. Returns whether to log the likely cause.
     fn count(&mut self, now: Instant) -> Result<bool, Error> {
         let last = self.last.replace(now);
         let within = |most| last.is_some_and(|last| now.duration_since(last) < most);
@@ -343,7 +345,7 @@ impl QuickResets {
     }
 }
 
-/// Says how many pages are present, for whoever reads it.
+/// Prints the number of present pages when it has changed.
 struct Said {
     progress: bool,
     last: u64,

@@ -1,26 +1,26 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A snapshot as a directory, which is there as a whole or not at all.
+//! A snapshot as a directory that is either complete or absent.
 //!
-//! | file | what |
+//! | file | content |
 //! |---|---|
 //! | `state` | a header line, and the state of the VM as JSON |
-//! | `memory` | the image of its memory: raw, holes for zeros |
+//! | `memory` | the image of its memory: raw, with holes for zeros |
 //! | `hashes` | the image's table of hashes |
-//! | `kernel` | what the guest boots when it resets itself |
-//! | `initramfs` | its first file system, if it has one |
+//! | `kernel` | the kernel that the guest boots when it resets itself |
+//! | `initramfs` | the guest's initramfs, if it has one |
 //!
-//! The state tells the length and the SHA-256 of `kernel` and `initramfs`. Nothing in a snapshot names
-//! a file outside of it. (In version 1 the state named the kernel's path on the host, which is not
-//! looked at any more; such a snapshot has no `kernel`.)
+//! The state holds the length and the SHA-256 of `kernel` and `initramfs`. A snapshot names no file
+//! outside its directory. (In version 1 the state named the kernel's path on the host. That path is
+//! ignored now, and a snapshot of that version has no `kernel`.)
 //!
-//! The header is `demand-vmm-snapshot VERSION LENGTH SHA256 CHECK`: the length of what follows the
-//! line in bytes, its SHA-256, and the SHA-256 of the header itself up to the space before it.
-//! The first two words and the last keep their places in all versions, so that an altered version is
-//! told from a newer one.
+//! The header is `demand-vmm-snapshot VERSION LENGTH SHA256 CHECK`: the number of bytes after the
+//! header line, their SHA-256, and the SHA-256 of the header itself up to the space before it. The
+//! first two words and the last keep their places in all versions, so that an altered header can be
+//! told from a newer version.
 //!
-//! A snapshot is written beside its place, in a directory `DIR.partial-RANDOM` that only its owner
-//! can read, and renamed when all of it is on the disk. What a crash leaves is that directory. Of a
-//! long name it has only the beginning.
+//! A snapshot is written beside its destination, in a directory `DIR.partial-RANDOM` that only its
+//! owner can read, and renamed once all of it is on the disk. A crash leaves that directory behind.
+//! Its name holds only the beginning of a long DIR.
 
 use std::ffi::{OsStr, OsString};
 use std::fmt::Write as _;
@@ -40,19 +40,19 @@ use tempfile::TempDir;
 use crate::error::Error;
 use crate::open_snapshot::OpenSnapshot;
 
-/// The version of the format that is written.
+/// The version of the format that this program writes.
 pub const VERSION: u32 = 2;
 
-/// The oldest version that is read.
+/// The oldest version that this program reads.
 pub const OLDEST: u32 = 1;
 
-/// What a state file begins with.
+/// The first word of a state file.
 const MAGIC: &str = "demand-vmm-snapshot";
 
-/// The most bytes of a state file: far more than a VM with 64 vCPUs has.
+/// Largest size of a state file, in bytes: far more than a VM with 64 vCPUs needs.
 pub(crate) const MAX_STATE: u64 = 64 << 20;
 
-/// The most bytes of a header of any version.
+/// Largest size of a header of any version, in bytes.
 const MAX_HEADER: usize = 512;
 
 pub(crate) const STATE: &str = "state";
@@ -61,30 +61,30 @@ pub(crate) const HASHES: &str = "hashes";
 pub(crate) const KERNEL: &str = "kernel";
 pub(crate) const INITRAMFS: &str = "initramfs";
 
-/// What follows the snapshot's name in that of the directory that it is written in, and the
-/// letters after it.
+/// The part of a partial directory's name after the snapshot's name, and the number of random
+/// letters after that.
 const PARTIAL: &str = ".partial-";
 const RANDOM: usize = 8;
 
-/// Bytes that a name has at most: Linux's `NAME_MAX`.
+/// Largest length of a file's name, in bytes: Linux's `NAME_MAX`.
 const NAME_MAX: usize = 255;
 
-/// The image of the memory in the snapshot `dir`.
+/// Returns the path of the memory's image in the snapshot `dir`.
 pub fn memory(dir: &Path) -> PathBuf {
     dir.join(MEMORY)
 }
 
-/// The table of hashes in the snapshot `dir`.
+/// Returns the path of the table of hashes in the snapshot `dir`.
 pub fn hashes(dir: &Path) -> PathBuf {
     dir.join(HASHES)
 }
 
-/// All files that the snapshot `dir` may have.
+/// Returns the paths of all files that the snapshot `dir` may have.
 pub fn files(dir: &Path) -> [PathBuf; 5] {
     [STATE, MEMORY, HASHES, KERNEL, INITRAMFS].map(|name| dir.join(name))
 }
 
-/// A snapshot that is being written. Unless it is published it is removed when it is dropped.
+/// A snapshot that is being written. Dropping it removes it, unless it was published.
 ///
 /// # Examples
 ///
@@ -102,20 +102,20 @@ pub fn files(dir: &Path) -> [PathBuf; 5] {
 /// ```
 #[derive(Debug)]
 pub struct PartialSnapshot {
-    /// Where it is to be.
+    /// The destination.
     dir: PathBuf,
     parent: PathBuf,
-    /// Where it is.
+    /// The directory that it is written in.
     partial: TempDir,
 }
 
 impl PartialSnapshot {
-    /// Makes a directory beside `dir`, which must not exist or be an empty directory; that is then
-    /// replaced, which a mount point cannot be.
+    /// Creates a directory beside `dir`. `dir` must not exist, or must be an empty directory, which
+    /// is replaced later; a mount point cannot be replaced.
     ///
     /// # Errors
     ///
-    /// If there is something else at `dir`, if its parent is no directory, or cannot be written to.
+    /// If `dir` is taken, or if its parent is not a directory or cannot be written to.
     pub fn create(dir: &Path) -> Result<Self, Error> {
         let failed =
             |why: String| Error::failed(format!("make the snapshot {}: {why}", dir.display()));
@@ -138,7 +138,7 @@ impl PartialSnapshot {
                 io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => {
                     failed(format!("there is no folder {}; make it", parent.display()))
                 }
-                // (tempfile's own line names a file of ours that nobody knows.)
+                // (tempfile's own message names a temporary file that the user does not know.)
                 kind => failed(format!(
                     "write to {}: {kind}; may this user, and is there room?",
                     parent.display()
@@ -147,34 +147,35 @@ impl PartialSnapshot {
         Ok(PartialSnapshot { dir: dir.into(), parent: parent.into(), partial })
     }
 
-    /// Where the image of the memory goes.
+    /// Returns the path for the memory's image.
     pub fn memory(&self) -> PathBuf {
         memory(self.partial.path())
     }
 
-    /// Where its table of hashes goes.
+    /// Returns the path for the table of hashes.
     pub fn hashes(&self) -> PathBuf {
         hashes(self.partial.path())
     }
 
-    /// Where another of its files goes. What is there is synced when the snapshot is published.
+    /// Returns the path for another file of the snapshot. Publishing syncs the kernel and the
+    /// initramfs if they exist.
     pub(crate) fn file(&self, name: &str) -> PathBuf {
         self.partial.path().join(name)
     }
 
-    /// The error that a part of it cannot be written.
+    /// Returns the error for a part that cannot be written.
     pub(crate) fn failed(&self, what: &str, why: &dyn std::fmt::Display) -> Error {
         cannot_write(&self.dir, what, why)
     }
 
-    /// Writes the state, sees to it that everything is on the disk, and gives the snapshot its
-    /// name. Memory and hashes must have been written. Both happen at once for whoever looks, also
-    /// after a power cut. Returns the bytes of the files beside the memory.
+    /// Writes the state, syncs everything to the disk, and gives the snapshot its name. Memory and
+    /// hashes must have been written before. The snapshot appears complete or not at all, even
+    /// after a power cut. Returns the size of the files beside the memory, in bytes.
     ///
     /// # Errors
     ///
-    /// If that cannot be: nothing is left then. Only if the name itself cannot be brought to the
-    /// disk, the snapshot is there and whole.
+    /// If a step fails; nothing is left then. The exception is the last step, which syncs the name
+    /// itself: if that fails, the snapshot exists and is complete.
     pub fn publish<T: Serialize>(self, state: &T) -> Result<u64, Error> {
         let dir = self.dir.clone();
         let failed = |what: &str, why: &dyn std::fmt::Display| cannot_write(&dir, what, why);
@@ -197,18 +198,18 @@ impl PartialSnapshot {
         step("directory");
         sync_dir(self.partial.path()).map_err(|error| failed("its folder", &error))?;
         step("rename");
-        // The rename of a directory replaces nothing but an empty directory: rename(2).
+        // rename(2): a directory replaces nothing but an empty directory.
         fs::rename(self.partial.path(), &self.dir).map_err(|error| match error.kind() {
             io::ErrorKind::DirectoryNotEmpty
             | io::ErrorKind::AlreadyExists
             | io::ErrorKind::NotADirectory => {
                 failed("rename", &"there is something now that was not there; give another path")
             }
-            // Of a folder of the same disk, or that was mounted in the meantime.
+            // A bind mount from the same disk, or a mount made since `create`.
             io::ErrorKind::ResourceBusy => failed("rename", &MOUNT_POINT),
             _ => failed("rename", &error),
         })?;
-        // There is nothing to be removed any more.
+        // The directory has its final name, so nothing must be removed.
         let _ = self.partial.keep();
         step("parent");
         sync_dir(&self.parent).map_err(|error| {
@@ -226,11 +227,11 @@ fn cannot_write(dir: &Path, what: &str, why: &dyn std::fmt::Display) -> Error {
     Error::failed(format!("cannot write the snapshot {}: {what}: {why}", dir.display()))
 }
 
-/// What the name of the directory begins with that a snapshot called `name` is written in. All of
-/// it fits where `name` does.
+/// Returns the beginning of the partial directory's name for a snapshot called `name`. The whole
+/// name fits wherever `name` fits.
 fn partial_prefix(name: &OsStr) -> OsString {
     let most = name.len().min(NAME_MAX - PARTIAL.len() - RANDOM);
-    // Some file systems take only whole characters.
+    // Some file systems accept only whole characters.
     let is_end = |at: &usize| name.to_str().is_none_or(|text| text.is_char_boundary(*at));
     let len = (0..=most).rev().find(is_end).unwrap_or(0);
     let mut prefix = OsStr::from_bytes(&name.as_bytes()[..len]).to_os_string();
@@ -238,14 +239,14 @@ fn partial_prefix(name: &OsStr) -> OsString {
     prefix
 }
 
-/// Why a snapshot cannot take the place of an empty directory.
+/// The cause if a snapshot cannot take the place of an empty directory.
 const MOUNT_POINT: &str = "it is a mount point, which nothing can replace; name a directory in it";
 
-/// Refuses a place that is taken, or that a rename in `parent` cannot take.
+/// Refuses a destination that is taken, or that a rename within `parent` cannot replace.
 fn check_free(dir: &Path, parent: &Path) -> Result<(), String> {
     let there = match dir.symlink_metadata() {
         Ok(there) => there,
-        // Its parent is looked at later.
+        // The parent is checked later.
         Err(error) if matches!(error.kind(), io::ErrorKind::NotFound) => return Ok(()),
         Err(error) if matches!(error.kind(), io::ErrorKind::NotADirectory) => return Ok(()),
         Err(error) if matches!(error.kind(), io::ErrorKind::InvalidFilename) => {
@@ -264,8 +265,8 @@ fn check_free(dir: &Path, parent: &Path) -> Result<(), String> {
     }
 }
 
-/// Whether something is mounted at `dir`, as far as the kernel tells: before Linux 5.8 not of a
-/// folder of the disk that `parent` is on.
+/// Whether `dir` is a mount point, as far as the kernel tells: Linux before 5.8 does not tell of a
+/// bind mount from the disk that `parent` is on.
 fn is_mount_point(dir: &Path, there: &Metadata, parent: &Path) -> bool {
     let on_another_disk = parent.metadata().is_ok_and(|parent| parent.dev() != there.dev());
     let flags = AtFlags::SYMLINK_NOFOLLOW;
@@ -274,7 +275,7 @@ fn is_mount_point(dir: &Path, there: &Metadata, parent: &Path) -> bool {
         || told.is_ok_and(|told| told.stx_attributes.contains(StatxAttributes::MOUNT_ROOT))
 }
 
-/// Says what attempts have left that did not end: nobody else removes it.
+/// Warns of directories that unfinished attempts have left, because nothing else removes them.
 fn warn_of_leftovers(parent: &Path, prefix: &OsString) {
     let entries = fs::read_dir(parent).into_iter().flatten().flatten();
     for name in entries.map(|entry| entry.file_name()) {
@@ -289,7 +290,7 @@ fn warn_of_leftovers(parent: &Path, prefix: &OsString) {
 }
 
 fn write_synced(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    // As the image and its table, also when it is moved out of its folder.
+    // Mode 0600, as for the image and its table: it protects the file outside its directory, too.
     let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
     step("created");
     let (first, rest) = bytes.split_at(bytes.len() / 2);
@@ -300,7 +301,7 @@ fn write_synced(path: &Path, bytes: &[u8]) -> io::Result<()> {
     file.sync_all()
 }
 
-/// Brings a file to the disk; its length in bytes.
+/// Syncs a file to the disk, and returns its length in bytes.
 fn sync_file(path: &Path) -> io::Result<u64> {
     let file = open(path)?;
     let there = file.metadata()?;
@@ -315,12 +316,12 @@ fn sync_dir(path: &Path) -> io::Result<()> {
     File::open(path)?.sync_all()
 }
 
-/// Opens a file to be read; it never waits, whatever it is.
+/// Opens a file for reading. Never blocks, even if the file is a FIFO or a device.
 fn open(path: &Path) -> io::Result<File> {
     OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path)
 }
 
-/// An error of writing, and what to do about it.
+/// Formats a write error, with a remedy if the disk is full.
 pub(crate) fn room(error: &io::Error) -> String {
     match error.kind() {
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
@@ -330,21 +331,23 @@ pub(crate) fn room(error: &io::Error) -> String {
     }
 }
 
-/// Reads the state of the snapshot `dir`, and sees that it is whole.
+/// Reads the state of the snapshot `dir`, and checks that it is complete.
 ///
 /// # Errors
 ///
-/// If there is no snapshot, if the state is shorter than it says or was altered, if it is of
-/// another version, or if it is not what this program writes: then the line names the field.
+/// If `dir` is not a snapshot, or if the state is shorter than its header says, was altered, has an
+/// unsupported version, or is not in the format that this program writes. In the last case the line
+/// names the field.
 pub fn read_state<T: DeserializeOwned>(dir: &Path) -> Result<T, Error> {
     OpenSnapshot::open(dir)?.read_state()
 }
 
-/// The bytes of a state file.
+/// Encodes a state as the bytes of a state file.
 ///
 /// # Errors
 ///
-/// What serde_json says, if it cannot be written as JSON, and if it is longer than 64 MiB.
+/// The message of serde_json if the state cannot be written as JSON, or one line if the file would
+/// be longer than 64 MiB.
 pub fn encode<T: Serialize>(state: &T) -> Result<Vec<u8>, String> {
     let json = serde_json::to_vec(state).map_err(|error| error.to_string())?;
     let mut header = format!("{MAGIC} {VERSION} {} {}", json.len(), sha256(&json));
@@ -358,11 +361,11 @@ pub fn encode<T: Serialize>(state: &T) -> Result<Vec<u8>, String> {
     Ok(bytes)
 }
 
-/// Reads the bytes of a state file.
+/// Decodes the bytes of a state file.
 ///
 /// # Errors
 ///
-/// What is wrong with them, and what to do: the rest of a line.
+/// The cause and the remedy, as the rest of a line.
 pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, String> {
     const ALTERED: &str = "was altered after it was written; take another copy of the snapshot";
     let Some(rest) = bytes.strip_prefix(MAGIC.as_bytes()) else {
@@ -429,12 +432,13 @@ fn parse<T: DeserializeOwned>(json: &[u8]) -> Result<T, String> {
     })
 }
 
-/// Makes the state of an older version one of this version.
+/// Upgrades the state of an older version to this version.
 fn upgrade(version: u32, state: &mut Value) {
     if version < 2
         && let Some(boot) = state.get_mut("boot")
     {
-        // Paths of the host that wrote it. Whoever sealed the state chose them: they are never opened.
+        // These are paths on the host that wrote the snapshot. The state's writer chose them, so
+        // they are never opened.
         *boot = Value::Null;
     }
 }
@@ -446,10 +450,11 @@ fn sha256(bytes: &[u8]) -> String {
     })
 }
 
-/// What lies at a place of a JSON text, as in `vcpus[1].regs.rax`: serde_json tells lines and
-/// columns (both from 1 on, the column being that of the last byte it took).
+/// Returns the path to a position in a JSON text, as in `vcpus[1].regs.rax`. serde_json reports the
+/// position as a line and a column, both counted from 1; the column is that of the last byte that
+/// it read.
 fn place(json: &[u8], line: usize, column: usize) -> String {
-    /// Where one is in an array or an object.
+    /// A position in an array or an object.
     enum Level {
         Index(usize),
         Key(String),
@@ -502,7 +507,7 @@ fn place(json: &[u8], line: usize, column: usize) -> String {
     if path.is_empty() { "at its top".into() } else { format!("at {path}") }
 }
 
-/// A moment at which the test of crashes ends the process.
+/// A step at which the crash test kills the process.
 #[cfg(not(test))]
 fn step(_name: &str) {}
 
@@ -535,7 +540,7 @@ mod tests {
         Machine { vcpus: vec![vcpu(1), vcpu(2)], clock: 3 }
     }
 
-    /// A snapshot that lacks only its name.
+    /// Creates a snapshot that is ready to be published.
     fn partial(dir: &Path) -> PartialSnapshot {
         let partial = PartialSnapshot::create(dir).unwrap();
         fs::write(partial.memory(), [7; 8192]).unwrap();
@@ -548,7 +553,7 @@ mod tests {
         entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
     }
 
-    /// Where the child of a test ends, and where its snapshot goes.
+    /// The step at which a test's child process dies, and the destination of its snapshot.
     const CRASH_AT: &str = "SNAPSHOT_TEST_CRASH_AT";
     const CRASH_DIR: &str = "SNAPSHOT_TEST_DIR";
 
@@ -556,7 +561,7 @@ mod tests {
         if std::env::var(CRASH_AT).is_ok_and(|at| at == name) {
             let this = rustix::process::getpid();
             let _ = rustix::process::kill_process(this, rustix::process::Signal::KILL);
-            // Until it is here.
+            // Waits for the signal.
             std::thread::park();
         }
     }
@@ -564,7 +569,7 @@ mod tests {
     #[test]
     fn a_kill_at_any_step_leaves_all_or_nothing() {
         if let Some(dir) = std::env::var_os(CRASH_DIR) {
-            // This is the child.
+            // This process is the child.
             partial(Path::new(&dir)).publish(&machine()).unwrap();
             return;
         }
@@ -599,7 +604,7 @@ mod tests {
             }
         }
         assert_eq!(there, ["parent", "published"]);
-        // What the others have left hinders nobody.
+        // The directories that the other children left do no harm.
         assert_eq!(names(folder.path()).len(), 8);
         partial(&dir).publish(&machine()).unwrap();
         assert_eq!(read_state::<Machine>(&dir).unwrap(), machine());
@@ -616,7 +621,7 @@ mod tests {
         assert_eq!(mode & 0o777, 0o700);
         drop(half);
         assert!(names(folder.path()).is_empty());
-        // Without a memory it is none.
+        // A snapshot without its memory is refused.
         let half = partial(&dir);
         fs::remove_file(half.memory()).unwrap();
         let error = half.publish(&machine()).unwrap_err().to_string();
@@ -628,7 +633,7 @@ mod tests {
     fn a_snapshot_can_have_any_name_that_a_file_can_have() {
         let folder = tempfile::tempdir().unwrap();
         let names = [237, 238, 239, 254, 255].map(|len| "s".repeat(len));
-        // Characters of two and four bytes, and no characters.
+        // Characters of two and four bytes, and bytes that are no characters.
         let names = names.into_iter().chain(["ä".repeat(127), "a".to_string() + &"🦀".repeat(63)]);
         let names = names.map(OsString::from);
         for name in names.chain([OsString::from_vec(vec![0xbf; 255])]) {
@@ -672,7 +677,7 @@ mod tests {
         assert!(refused(&folder.path().join("no/x")).contains("make it"));
         assert!(refused(&folder.path().join("..")).contains("no name"));
         assert!(refused(Path::new("")).contains("no name"));
-        // It comes to be in the meantime.
+        // The destination is taken after the check.
         for make in [
             |dir: &Path| fs::write(dir, "precious"),
             |dir: &Path| fs::create_dir_all(dir.join("x")),
@@ -722,7 +727,7 @@ mod tests {
         }
     }
 
-    /// Version 1 named paths of the host, which are not even kept.
+    /// Version 1 named paths on the host, which are dropped.
     #[test]
     fn an_older_state_is_upgraded() {
         let json = br#"{"vcpus":[],"clock":3,"boot":{"kernel":"/etc/shadow","initramfs":null}}"#;
@@ -743,7 +748,7 @@ mod tests {
             let value: serde_json::Value = serde_json::from_str(json).unwrap();
             decode::<Machine>(&encode(&value).unwrap()).unwrap_err()
         };
-        // (serde_json's values are written with their keys in order.)
+        // (serde_json writes the keys of a value in order.)
         for (json, place) in [
             (r#"{"clock":"x","vcpus":[]}"#, "at clock: invalid type: string \"x\""),
             (
@@ -771,7 +776,7 @@ mod tests {
             fs::remove_file(dir.join(file)).unwrap();
             let error = told(&dir);
             assert!(error.contains(&format!("it has no file '{file}'")), "{error}");
-            // What is no file is never waited for.
+            // A FIFO in place of a file does not block the reader.
             rustix::fs::mknodat(
                 rustix::fs::CWD,
                 dir.join(file),

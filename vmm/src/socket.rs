@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Unix sockets with names in the file system, as servers and clients of the API need them: one
-//! that only its owner can use and that replaces what a dead process left, and a connection that
-//! does not wait for a server that hangs. See unix(7).
+//! Unix sockets with paths, for the API's servers and clients: a listener that only its owner can
+//! connect to and that replaces the socket of a dead process, and a connection that does not wait
+//! for a server that hangs. See unix(7).
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
@@ -20,10 +20,10 @@ use rustix::net::{
 
 use crate::error::Error;
 
-/// Connections that wait to be accepted.
+/// Largest number of connections that wait to be accepted.
 const BACKLOG: i32 = 128;
 
-/// How long somebody else may be setting up a socket in the same folder.
+/// How long to wait while another process sets up a socket in the same directory.
 const LOCK_PATIENCE: Duration = Duration::from_secs(5);
 
 /// A socket that listens. Dropping it removes its file.
@@ -31,25 +31,26 @@ const LOCK_PATIENCE: Duration = Duration::from_secs(5);
 pub(crate) struct Listener {
     listener: UnixListener,
     path: PathBuf,
-    /// Device and inode, to know it by.
+    /// Device and inode of the file, which identify it.
     identity: (u64, u64),
 }
 
 impl Listener {
-    /// Makes a socket at `path` that only this user can connect to (mode 0600). The socket of a
-    /// process that is gone is replaced.
+    /// Creates a socket at `path` that only this user can connect to (mode 0600). The socket of a
+    /// dead process is replaced.
     pub(crate) fn bind(path: &Path) -> Result<Self, Error> {
         let failed = |what: &str, why: &dyn std::fmt::Display| {
             Error::failed(format!("make the API's socket {}: {what}{why}", path.display()))
         };
         let address = address(path).map_err(|error| failed("", &error))?;
-        // Nobody else looks at a stale socket between our look and our replacing it.
+        // The lock keeps other processes from a stale socket between this check and its
+        // replacement.
         let _lock = lock_folder(path).map_err(|error| {
             failed("", &format!("its folder: {error}; is there such a folder?"))
         })?;
         remove_stale(path).map_err(|error| failed("", &error))?;
         let socket = new_socket(SocketFlags::CLOEXEC).map_err(|error| failed("", &error))?;
-        // The file gets the mode that the socket has, from its first moment on.
+        // The file has the socket's mode from the moment of its creation.
         fchmod(&socket, Mode::RUSR | Mode::WUSR).map_err(|error| failed("mode: ", &error))?;
         bind(&socket, &address).map_err(|error| failed("", &error))?;
         let listened = listen(&socket, BACKLOG).map_err(io::Error::from).and_then(|()| {
@@ -65,7 +66,7 @@ impl Listener {
         }
     }
 
-    /// The socket.
+    /// Returns the socket.
     pub(crate) fn socket(&self) -> &UnixListener {
         &self.listener
     }
@@ -73,7 +74,7 @@ impl Listener {
 
 impl Drop for Listener {
     fn drop(&mut self) {
-        // Only our own: another process may have put its socket there.
+        // Removes only this listener's file: another process may have put its socket there.
         let there = self.path.symlink_metadata();
         if there.is_ok_and(|file| (file.dev(), file.ino()) == self.identity) {
             let _ = std::fs::remove_file(&self.path);
@@ -81,7 +82,8 @@ impl Drop for Listener {
     }
 }
 
-/// Connects to the socket at `path`. If as many wait already as may, [`io::ErrorKind::WouldBlock`].
+/// Connects to the socket at `path`. The error is [`io::ErrorKind::WouldBlock`] if the listener's
+/// backlog is full.
 pub(crate) fn connect_now(path: &Path) -> io::Result<UnixStream> {
     let address = address(path).map_err(io::Error::other)?;
     let socket = new_socket(SocketFlags::CLOEXEC | SocketFlags::NONBLOCK)?;
@@ -102,13 +104,13 @@ fn address(path: &Path) -> Result<SocketAddrUnix, String> {
     })
 }
 
-/// Holds the folder's lock; it goes with the file.
+/// Locks the directory of `path` for as long as the returned file is open.
 fn lock_folder(path: &Path) -> io::Result<File> {
     let folder = match path.parent() {
         Some(folder) if !folder.as_os_str().is_empty() => folder,
         _ => Path::new("."),
     };
-    // Nothing else is opened: of a pipe, say, that would wait for somebody who writes to it.
+    // Opens directories only. To open a FIFO, for example, would wait for its writer.
     let folder = OpenOptions::new().read(true).custom_flags(libc::O_DIRECTORY).open(folder)?;
     let begun = Instant::now();
     loop {
@@ -123,7 +125,7 @@ fn lock_folder(path: &Path) -> io::Result<File> {
     }
 }
 
-/// Removes a socket on which nobody listens.
+/// Removes a socket without a listener.
 fn remove_stale(path: &Path) -> Result<(), String> {
     let there = match path.symlink_metadata() {
         Ok(there) => there,

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Output that never makes its writer wait: what is written is kept, and passed on by a thread.
+//! Output that never blocks its writer: a queue of bytes, and a thread that writes them.
 
 use std::collections::VecDeque;
 use std::io::{self, Write};
@@ -9,17 +9,18 @@ use std::time::{Duration, Instant};
 
 use crate::interrupt::block_signals;
 
-/// Bytes that are kept at most; what comes beyond that is lost.
+/// Capacity of the queue, in bytes. Output beyond it is lost.
 const CAPACITY: usize = 1 << 20;
 
 #[derive(Debug, Default)]
 struct State {
     kept: VecDeque<u8>,
-    /// Bytes that are being passed on.
+    /// Bytes that the thread is writing.
     under_way: usize,
-    /// The amount lost: bytes, or writes where these are counted, since that was told.
+    /// The amount lost: bytes with [`Overflow::Warn`], and with [`Overflow::Count`] writes since
+    /// the last note in the output.
     lost: u64,
-    /// Nobody writes any more.
+    /// Whether the thread ends once the queue is empty.
     closed: bool,
 }
 
@@ -35,29 +36,28 @@ impl Shared {
     }
 }
 
-/// The report of output that does not fit. It is lost.
+/// The report of output that does not fit and is lost.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Overflow {
-    /// The log says so once. As much of a write is kept as fits.
+    /// The log warns once. A write is kept as far as it fits.
     Warn,
-    /// The output says in its place how many writes were lost. A write is kept as a whole or not at
-    /// all.
+    /// The output holds, in place of the lost writes, their number. A write is kept as a whole or
+    /// not at all.
     Count,
 }
 
-/// The end that is written to. Clones are the same one.
+/// The writable end of a queue. Clones share the queue.
 ///
-/// A guest's console is read by whoever likes to, or by nobody; a vCPU that waited for that could
-/// not be paused.
+/// A guest's console may have no reader, and a vCPU that waited for one could not be paused.
 #[derive(Clone, Debug)]
 pub(crate) struct Spool(Arc<Shared>, Overflow);
 
 impl Spool {
-    /// Passes on what is written to `output`, as fast as that takes it, on a thread called `name`.
+    /// Starts a thread called `name`, which passes the queue on as fast as `output` takes it.
     ///
     /// # Errors
     ///
-    /// The system's, if there is no thread to be had.
+    /// The system's error, if it has no more threads.
     pub(crate) fn new(
         mut output: impl Write + Send + 'static,
         name: &str,
@@ -66,7 +66,8 @@ impl Spool {
         let shared = Arc::new(Shared::default());
         let ours = shared.clone();
         let pass_on = move || {
-            // The log's thread is there before all others.
+            // The log's thread starts before the others, so it does not inherit the blocked
+            // signals.
             let _ = block_signals();
             let mut bytes = Vec::new();
             loop {
@@ -89,7 +90,7 @@ impl Spool {
                 }
                 state.under_way = bytes.len();
                 drop(state);
-                // The guest goes on: a console that cannot be written is no reason to stop.
+                // A console that cannot be written is no reason to stop the guest.
                 if let Err(error) = output.write_all(&bytes).and_then(|()| output.flush())
                     && overflow == Overflow::Warn
                 {
@@ -101,13 +102,13 @@ impl Spool {
         Ok(Spool(shared, overflow))
     }
 
-    /// Has the thread end when all is passed on.
+    /// Makes the thread end once the queue is empty.
     pub(crate) fn close(&self) {
         self.0.lock().closed = true;
         self.0.changed.notify_all();
     }
 
-    /// Waits until all is passed on, or `within` has gone by.
+    /// Waits until all output is passed on, at most for `within`.
     pub(crate) fn drain(&self, within: Duration) {
         let due = Instant::now() + within;
         let mut state = self.0.lock();
@@ -189,7 +190,7 @@ mod tests {
         let state = spool.0.lock();
         assert!(state.lost > 0 && state.kept.len() <= CAPACITY);
         drop(state);
-        // A reader that comes later gets what was said first.
+        // A late reader gets the first output.
         let mut read = vec![0; CAPACITY];
         reader.read_exact(&mut read).unwrap();
         assert!(read.iter().all(|byte| *byte == 7));
@@ -200,11 +201,11 @@ mod tests {
         let (mut reader, writer) = io::pipe().unwrap();
         let mut spool = Spool::new(writer, "log", Overflow::Count).unwrap();
         let line = [&[b'x'; 99][..], b"\n"].concat();
-        // More than the pipe and the queue hold.
+        // More than the pipe and the queue hold together.
         let lines = 3 * CAPACITY / line.len();
         (0..lines).for_each(|_| spool.write_all(&line).unwrap());
         spool.close();
-        // It ends when the thread has passed on all of it.
+        // The output ends when the thread has passed on all of it.
         let mut all = String::new();
         reader.read_to_string(&mut all).unwrap();
         let told = all.lines().filter_map(|line| line.strip_prefix('('));

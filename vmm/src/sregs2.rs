@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The page-directory pointers of PAE paging, which a processor loads once and keeps, whatever
-//! becomes of the memory that they were in. `KVM_SET_SREGS` loads them anew, from memory.
+//! The page-directory pointers (PDPTRs) of PAE paging. A processor loads them once and keeps them,
+//! even if the memory that they came from changes. `KVM_SET_SREGS` loads them from memory again.
 //!
 //! Source: `Documentation/virt/kvm/api.rst`, sections `KVM_GET_SREGS2` and `KVM_SET_SREGS2`.
 
@@ -15,18 +15,18 @@ ioctl_iow_nr!(KVM_SET_SREGS2, KVMIO, 0xcd, kvm_sregs2);
 /// `KVM_SREGS2_FLAGS_PDPTRS_VALID`, which kvm-bindings does not have.
 const PDPTRS_VALID: u64 = 1;
 
-/// The pointers that are loaded, if any are.
+/// Returns the loaded pointers, if any.
 pub(crate) fn pdptrs(vcpu: &VcpuFd) -> Result<Option<[u64; 4]>, kvm_ioctls::Error> {
     let mut sregs = kvm_sregs2::default();
-    // SAFETY: the call writes a structure of this type.
+    // SAFETY: the call writes one `kvm_sregs2`, and `sregs` is a local variable of that type.
     if unsafe { ioctl_with_mut_ref(vcpu, KVM_GET_SREGS2(), &mut sregs) } != 0 {
         return Err(kvm_ioctls::Error::last());
     }
     Ok((sregs.flags & PDPTRS_VALID != 0).then_some(sregs.pdptrs))
 }
 
-/// Sets the system registers, and these pointers with them. What `kvm_sregs` has beyond that, the
-/// interrupt under way, is among what `KVM_SET_VCPU_EVENTS` sets.
+/// Sets the system registers together with these pointers. `KVM_SET_VCPU_EVENTS` sets the rest of
+/// `kvm_sregs`, the pending interrupt.
 pub(crate) fn set_with_pdptrs(
     vcpu: &VcpuFd,
     sregs: &kvm_sregs,
@@ -53,7 +53,7 @@ pub(crate) fn set_with_pdptrs(
         flags: PDPTRS_VALID,
         pdptrs,
     };
-    // SAFETY: the call reads a structure of this type.
+    // SAFETY: the call only reads one `kvm_sregs2`, and `sregs` is a local variable of that type.
     match unsafe { ioctl_with_ref(vcpu, KVM_SET_SREGS2(), &sregs) } {
         0 => Ok(()),
         _ => Err(kvm_ioctls::Error::last()),

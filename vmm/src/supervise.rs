@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Running something that may wait for pages, so that nothing it waits for keeps its end from it.
+//! Runs the VM on its own thread, so that a blocked page fault cannot delay shutdown.
 
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::sync::{Arc, OnceLock};
@@ -11,31 +11,30 @@ use demand_memory::DemandMemory;
 use crate::error::{Error, no_thread};
 use crate::interrupt::Interrupt;
 
-/// How long an end that was asked for from outside waits for what it ends, while pages still
-/// arrive, and once more when they do not.
+/// How long a requested end waits for the work while pages still arrive, and again after they stop.
 const END_WITHIN: Duration = Duration::from_millis(2500);
 
-/// What the thread that listens is told.
+/// A message to the thread that supervises the work.
 enum Said<T> {
-    /// The work is over.
+    /// The work has ended.
     Ended(Box<Result<T, Error>>),
-    /// It is to end.
+    /// The work must end.
     Interrupted,
 }
 
-/// Does `work` on a thread of its own, and returns what came of it; when `interrupt` is raised, at
-/// the latest after a few seconds. `memory` is what the work waits for, as soon as it is there.
+/// Runs `work` on its own thread, and returns the outcome. After `interrupt` is raised, that takes
+/// a few seconds at most. `memory` is the memory that the work waits for, once it exists.
 ///
 /// # Errors
 ///
-/// The errors of the work, and the reason of the interrupt. After an error the process should end:
-/// the work may go on.
+/// The errors of the work, or the reason of the interrupt. The process should exit after an error,
+/// because the work may still run.
 pub(crate) fn supervise<T: Send + 'static>(
     interrupt: &Interrupt,
     memory: &Arc<OnceLock<DemandMemory>>,
     work: impl FnOnce() -> Result<T, Error> + Send + 'static,
 ) -> Result<T, Error> {
-    // This thread only listens, so that nothing that waits for a page keeps the end from it.
+    // This thread only receives messages, so that no page fault can block it.
     let (sender, said) = channel();
     let interrupted = sender.clone();
     interrupt.when_raised(move || drop(interrupted.send(Said::Interrupted)));
@@ -51,10 +50,10 @@ pub(crate) fn supervise<T: Send + 'static>(
             Ok(Said::Ended(outcome)) => break Some(*outcome),
             Ok(Said::Interrupted) => patience = END_WITHIN,
             Err(RecvTimeoutError::Timeout) => match memory.get() {
-                // Ends every wait for a page, but for KVM's own.
+                // Ends every wait for a page except KVM's own.
                 Some(memory) if !memory.is_stopped() => memory.stop(),
                 Some(memory) => {
-                    // Those too, or the process could not end.
+                    // Ends KVM's own waits, too, because they would keep the process from its exit.
                     memory.revoke();
                     break None;
                 }
@@ -67,7 +66,7 @@ pub(crate) fn supervise<T: Send + 'static>(
     };
     match (outcome, interrupt.reason()) {
         (Some(Ok(report)), _) => Ok(report),
-        // What went wrong then went wrong because of that.
+        // The interrupt is the cause of any later error.
         (_, Some(reason)) => Err(Error::failed(reason)),
         (Some(Err(error)), None) => Err(error),
         (None, None) => Err(Error::failed("the run did not end")),
