@@ -1,21 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The user's terminal as the guest's console: every key is the guest's, but for one sequence.
+//! The user's terminal as the guest's console: all keys go to the guest, except one sequence.
 
 use std::io::{self, IsTerminal};
 use std::os::fd::AsFd;
 
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
 
-/// Makes standard input raw, if it is a terminal; as it was when this is dropped.
+/// Raw mode of standard input, if that is a terminal. Dropping it restores the previous mode.
 #[derive(Debug)]
 pub struct RawTerminal(Option<Termios>);
 
 impl RawTerminal {
-    /// Makes standard input raw. What is no terminal is left alone.
+    /// Makes standard input raw, if it is a terminal.
     ///
     /// # Errors
     ///
-    /// The system's.
+    /// The system's error.
     pub fn new() -> io::Result<Self> {
         let stdin = io::stdin();
         if !stdin.is_terminal() {
@@ -24,7 +24,7 @@ impl RawTerminal {
         let before = tcgetattr(stdin.as_fd())?;
         let mut raw = before.clone();
         raw.make_raw();
-        // Line ends that this program prints are still to look like ones.
+        // Output processing stays on, because this program prints lines, too.
         raw.output_modes = before.output_modes;
         tcsetattr(stdin.as_fd(), OptionalActions::Now, &raw)?;
         Ok(RawTerminal(Some(before)))
@@ -34,47 +34,49 @@ impl RawTerminal {
 impl Drop for RawTerminal {
     fn drop(&mut self) {
         if let Some(before) = &self.0 {
-            // There is nobody left to tell.
+            // An error cannot be reported any more.
             let _ = tcsetattr(io::stdin().as_fd(), OptionalActions::Now, before);
         }
     }
 }
 
-/// What begins the sequence: Ctrl-A, as in other VMMs.
+/// The first byte of the sequence: Ctrl-A, as in other VMMs.
 const ESCAPE: u8 = 0x01;
 
-/// What is typed, on its way to the guest.
+/// A filter for typed bytes on their way to the guest.
 #[derive(Debug, Default)]
 pub struct Keys {
     escaped: bool,
     is_terminal: bool,
 }
 
-/// What a user typed.
+/// Input from the user.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Typed {
     /// Bytes for the guest.
     Bytes(Vec<u8>),
     /// The sequence that ends the VM: Ctrl-A, x.
     Quit,
-    /// There will be no more.
+    /// The end of the input.
     End,
 }
 
 impl Keys {
-    /// Keys from standard input. Only on a terminal is there a sequence that is not the guest's.
+    /// Creates a filter for standard input. Only a terminal has a sequence that does not go to the
+    /// guest.
     pub fn new() -> Self {
         Keys { escaped: false, is_terminal: io::stdin().is_terminal() }
     }
 
-    /// Reads what is there.
+    /// Reads the available input.
     ///
     /// # Errors
     ///
-    /// The system's.
+    /// The system's error.
     pub fn read(&mut self) -> io::Result<Typed> {
         let mut bytes = [0; 256];
-        // Not through the library's buffer, which would keep bytes that nobody is told of.
+        // Bypasses the library's buffer, which would keep bytes without making the descriptor
+        // readable.
         let count = rustix::io::read(io::stdin(), &mut bytes)?;
         Ok(if count == 0 { Typed::End } else { self.filter(&bytes[..count]) })
     }
@@ -87,7 +89,7 @@ impl Keys {
         for &byte in bytes {
             match (std::mem::take(&mut self.escaped), byte) {
                 (true, b'x' | b'X') => return Typed::Quit,
-                // Twice is once.
+                // Ctrl-A twice sends it once.
                 (true, _) => kept.push(byte),
                 (false, ESCAPE) => self.escaped = true,
                 (false, _) => kept.push(byte),

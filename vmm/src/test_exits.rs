@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The machine around the test guest: a port on which it says how it fares, and the register of
-//! its disk.
+//! The machine around the test guest: a port through which the guest reports its outcome, and the
+//! notify register of its disk.
 
 use std::sync::Arc;
 use std::thread;
@@ -11,7 +11,7 @@ use test_guest::guest_code::PORT_WAIT;
 use crate::notify::Notify;
 use crate::vcpu::{ServeExit, Served, unserved};
 
-/// The guest wrote a byte to an I/O port: its word for "done" or "failed".
+/// A byte that the guest wrote to an I/O port, to report that it is done or has failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PortWrite {
     /// The vCPU.
@@ -24,13 +24,13 @@ pub struct PortWrite {
 
 /// Serves the exits of the test guest.
 pub struct TestExits {
-    /// The disk's register for kicks, where KVM does not serve it by itself.
+    /// The disk's notify register, for kicks that KVM does not serve.
     notify: Option<Arc<Notify>>,
     tell: Box<dyn Fn(PortWrite) + Send + Sync>,
 }
 
 impl TestExits {
-    /// What the guest writes to a port is passed to `tell`, on the vCPU's thread.
+    /// Creates the handler. The guest's writes to ports are passed to `tell`, on the vCPU's thread.
     pub fn new(
         notify: Option<Arc<Notify>>,
         tell: impl Fn(PortWrite) + Send + Sync + 'static,
@@ -49,7 +49,7 @@ impl ServeExit for TestExits {
             }
             VcpuExit::MmioWrite(address, data)
                 if self.notify.as_ref().is_some_and(|notify| notify.write(address, data)) => {}
-            // The test guest has nothing more to do, and no interrupt will come.
+            // The test guest has finished, and gets no interrupts.
             VcpuExit::Hlt => return Served::End,
             exit => return unserved(cpu, &exit),
         }

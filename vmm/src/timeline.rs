@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A picture of a run: pages over time, coloured by the path that brought them in.
+//! A picture of a run: pages over time, coloured by the path that fetched them.
 
 use std::fmt::Write;
 
@@ -21,11 +21,11 @@ fn colour(path: Path) -> &'static str {
     }
 }
 
-/// Draws the events as an SVG: the pages present over time, stacked by path. `total_pages` is
-/// the height of the picture.
+/// Draws the events as an SVG: the pages present over time, stacked by path. `total_pages` is the
+/// number of pages at the top of the picture.
 pub fn svg(title: &str, events: &[TimelineEvent], total_pages: u64) -> String {
     let end_us = events.iter().map(|event| event.at_us).max().unwrap_or(0).max(1);
-    // Pages that had arrived by the end of each column, for each path.
+    // For each column and path, the number of pages that had arrived by the column's end.
     let mut arrived = vec![[0u64; Path::ALL.len()]; COLUMNS];
     for event in events {
         let column = (event.at_us as u128 * (COLUMNS as u128 - 1) / end_us as u128) as usize;

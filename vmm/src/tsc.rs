@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! How far a guest's time-stamp counters are from the host's, and how to make them go on together
-//! with kvm-clock. A guest that finds the two apart stops trusting one of them.
+//! The offset between a guest's time-stamp counters and the host's, and its adjustment, which keeps
+//! the counters in step with kvm-clock. A guest that finds the two apart stops trusting one of
+//! them.
 //!
-//! Source: `Documentation/virt/kvm/devices/vcpu.rst`, group `KVM_VCPU_TSC_CTRL`, whose algorithm
-//! for migration this is.
+//! Source: `Documentation/virt/kvm/devices/vcpu.rst`, group `KVM_VCPU_TSC_CTRL`, which has this
+//! algorithm for migration.
 
 use kvm_bindings::{KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, KVMIO, kvm_device_attr};
 use kvm_ioctls::VcpuFd;
@@ -22,31 +23,31 @@ fn attribute(value: u64) -> kvm_device_attr {
     }
 }
 
-/// What is added to the host's counter to make the vCPU's; `None` where KVM (before Linux 5.16)
-/// does not tell.
+/// Returns the difference between the vCPU's counter and the host's; `None` if KVM does not report
+/// it (before Linux 5.16).
 pub(crate) fn offset(vcpu: &VcpuFd) -> Option<u64> {
     let mut offset = 0u64;
     let attribute = attribute(&raw mut offset as u64);
-    // SAFETY: the call reads a structure of this type, and writes 8 bytes to the address in it,
-    // which is a variable of this function that nothing else refers to meanwhile.
+    // SAFETY: the call reads `attribute`, and writes 8 bytes to the address in it, which is the
+    // local variable `offset`. Nothing else refers to that variable during the call.
     let result = unsafe { ioctl_with_ref(vcpu, KVM_GET_DEVICE_ATTR(), &attribute) };
     (result == 0).then_some(offset)
 }
 
-/// Sets what is added to the host's counter.
+/// Sets the difference between the vCPU's counter and the host's.
 pub(crate) fn set_offset(vcpu: &VcpuFd, offset: u64) -> Result<(), kvm_ioctls::Error> {
     let attribute = attribute(&raw const offset as u64);
-    // SAFETY: the call reads a structure of this type, and 8 bytes at the address in it, which is a
-    // variable of this function.
+    // SAFETY: the call only reads `attribute`, and 8 bytes at the address in it, which is the
+    // variable `offset` of this function.
     match unsafe { ioctl_with_ref(vcpu, KVM_SET_DEVICE_ATTR(), &attribute) } {
         0 => Ok(()),
         _ => Err(kvm_ioctls::Error::last()),
     }
 }
 
-/// Whether counters of so many kHz are taken for equally fast, so that neither is scaled. Hosts of
-/// the same kind differ by some millionths, as each measures its own. KVM takes 250 for the same,
-/// too (parameter `tsc_tolerance_ppm`).
+/// Whether two frequencies, in kHz, count as equal, so that neither counter is scaled. Hosts of the
+/// same kind differ by some millionths, because each measures its own frequency. As in KVM
+/// (parameter `tsc_tolerance_ppm`), the tolerance is 250 millionths.
 pub(crate) fn is_as_fast(its: u32, ours: u32) -> bool {
     u64::from(its.abs_diff(ours)) * 1_000_000 <= u64::from(ours) * 250
 }
@@ -58,11 +59,11 @@ pub(crate) struct Moment {
     pub(crate) host_tsc: u64,
 }
 
-/// The offset by which a counter of `khz` goes on from `then`, when its offset was `offset`, as
-/// seen from `now`: as far as kvm-clock has gone since.
+/// Returns the offset with which a counter of `khz` continues at `now`, if its offset was `offset`
+/// at `then`. The counter advances by as much as kvm-clock has in between.
 pub(crate) fn offset_since(offset: u64, then: Moment, now: Moment, khz: u32) -> u64 {
     let elapsed = i128::from(now.clock) - i128::from(then.clock);
-    // Nanoseconds, of which a million are as many ticks as there are kHz.
+    // A million nanoseconds have as many ticks as there are kHz.
     let ticks = elapsed * i128::from(khz) / 1_000_000;
     offset.wrapping_add(then.host_tsc).wrapping_add(ticks as u64).wrapping_sub(now.host_tsc)
 }
@@ -86,11 +87,11 @@ mod tests {
         let offset = 3u64.wrapping_sub(60_000_000_000);
         let guest = |offset: u64, moment: Moment| offset.wrapping_add(moment.host_tsc);
         assert_eq!(guest(offset, then), 10_000_000_003);
-        // On another host, whose counter is young, a millisecond later to the guest.
+        // Another host with a young counter, one millisecond later for the guest.
         let now = Moment { clock: 5_001_000_000, host_tsc: 1_000 };
         let moved = offset_since(offset, then, now, khz);
         assert_eq!(guest(moved, now), 10_002_000_003);
-        // And as much back.
+        // The way back leads to the same offset.
         assert_eq!(offset_since(moved, now, then, khz), offset);
     }
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A vCPU on its thread, whatever its guest is.
+//! The thread of a vCPU, for any kind of guest.
 
 use std::io;
 use std::sync::{Arc, OnceLock};
@@ -12,43 +12,44 @@ use kvm_ioctls::VcpuExit;
 
 use crate::gate::{Gate, Settled, Turn};
 
-/// What a vCPU's thread tells the VMM.
+/// A message from a vCPU's thread to the VMM.
 #[derive(Debug)]
 pub enum VcpuEvent {
-    /// The vCPU's thread has ended, for whatever reason: its guest came to an end, it was stopped,
-    /// has failed or panicked.
+    /// The vCPU's thread has ended, for any reason: its guest ended, or the vCPU was stopped,
+    /// failed or panicked.
     Ended {
         /// The vCPU.
         cpu: u32,
     },
-    /// The vCPU cannot go on.
+    /// The vCPU cannot continue.
     Failed {
         /// The vCPU.
         cpu: u32,
-        /// Why: one line.
+        /// The cause: one line.
         message: String,
     },
 }
 
-/// What came of serving an exit.
+/// The outcome of serving an exit.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Served {
-    /// The vCPU runs on.
+    /// The vCPU continues.
     Continue,
-    /// The vCPU cannot run on before it was given another state: it is kept out of the guest until
-    /// [`Vcpus::release`](crate::vcpus::Vcpus::release). It can be paused and stopped meanwhile.
+    /// The vCPU cannot continue before it gets another state. It stays parked outside the guest
+    /// until [`Vcpus::release`](crate::vcpus::Vcpus::release), and can be paused and stopped
+    /// meanwhile.
     Hold,
-    /// The vCPU has nothing more to do: its thread ends.
+    /// The vCPU has nothing more to do, and its thread ends.
     End,
-    /// The vCPU cannot go on, and why: one line that names the vCPU.
+    /// The vCPU cannot continue. One line names the vCPU and the cause.
     Failed(String),
 }
 
-/// The machine around the vCPUs, as far as they leave the guest for it: its devices, and its end.
+/// The machine around the vCPUs, as far as their exits need it: its devices, and its end.
 ///
 /// # Examples
 ///
-/// A machine of one port:
+/// A machine with one port:
 ///
 /// ```
 /// use demand_vmm::vcpu::{ServeExit, Served, unserved};
@@ -70,17 +71,18 @@ pub enum Served {
 /// assert_eq!(why, "vCPU 3 wrote 1 bytes to port 0x81, where nothing is");
 /// ```
 pub trait ServeExit: Send + Sync {
-    /// Serves an exit of vCPU `cpu`, on its thread: reads are answered in the exit's slice. It
-    /// is called for all exits but those at missing pages, and those by which KVM says that it
-    /// cannot run the vCPU; [`unserved`] is for what it does not know.
+    /// Serves an exit of vCPU `cpu`, on the vCPU's thread. The answer to a read goes into the
+    /// exit's slice. Two kinds of exits do not come here: those at missing pages, and those by
+    /// which KVM reports that it cannot run the vCPU. [`unserved`] handles exits that the machine
+    /// does not know.
     ///
-    /// It may be called while the vCPU is on its way into a pause, so it must not wait for the
+    /// This may be called while the vCPU is on its way into a pause, so it must not wait for the
     /// pause's end.
     fn serve(&self, cpu: u32, exit: VcpuExit<'_>) -> Served;
 }
 
-/// What comes of an exit that nobody serves: a failure of one line. Exits that only say that
-/// `KVM_RUN` was left are none.
+/// Returns the outcome of an exit that the machine does not serve: a failure of one line. An exit
+/// that only means that `KVM_RUN` has returned is not a failure.
 pub fn unserved(cpu: u32, exit: &VcpuExit<'_>) -> Served {
     let what = match exit {
         VcpuExit::Intr | VcpuExit::IrqWindowOpen => return Served::Continue,
@@ -114,30 +116,30 @@ pub fn unserved(cpu: u32, exit: &VcpuExit<'_>) -> Served {
     Served::Failed(format!("vCPU {cpu} {what}"))
 }
 
-/// What all vCPUs of a VM share.
+/// The context that all vCPUs of a VM share.
 pub struct VcpuContext {
-    /// Resolves exits at missing pages.
+    /// The handler of exits at missing pages.
     pub faults: FaultHandler,
-    /// The guest's memory, for what KVM asks the VMM to read and write there.
+    /// The guest's memory, for accesses that KVM leaves to the VMM.
     pub memory: DemandMemory,
-    /// Serves all other exits.
+    /// The handler of all other exits.
     pub exits: Arc<dyn ServeExit>,
-    /// When the first vCPU entered the guest.
+    /// The time at which the first vCPU entered the guest.
     pub first_run: OnceLock<Instant>,
 }
 
-/// Why a vCPU's thread could not be started.
+/// Errors from starting a vCPU's thread.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
     /// The vCPU cannot be kicked.
     #[error(transparent)]
     Kick(#[from] KickError),
-    /// There is no thread to be had.
+    /// The host has no more threads.
     #[error("start a thread for a vCPU: {0}; raise the limit of threads (ulimit -u)")]
     Thread(#[from] io::Error),
 }
 
-/// Tells that a vCPU's thread has ended, also by a panic.
+/// Reports the end of a vCPU's thread, even after a panic.
 struct TellEnd<'a>(u32, &'a Gate, &'a dyn Fn(VcpuEvent));
 
 impl Drop for TellEnd<'_> {
@@ -147,16 +149,16 @@ impl Drop for TellEnd<'_> {
     }
 }
 
-/// Why a vCPU's thread ends.
+/// The reason for the end of a vCPU's thread.
 enum End {
-    /// There is nothing to say about it.
+    /// A reason that needs no message.
     Quiet,
-    /// One line.
+    /// A failure: one line.
     Failed(String),
 }
 
-/// What a vCPU's thread does: runs the guest, and serves its exits, until it halts, fails, or is
-/// told to stop.
+/// Runs the guest on a vCPU's thread and serves its exits, until the vCPU halts, fails or is told
+/// to stop.
 pub(crate) fn run(
     cpu: u32,
     vcpu: DemandVcpu,
@@ -186,13 +188,13 @@ struct Runner<'a> {
     vcpu: DemandVcpu,
     context: &'a VcpuContext,
     gate: &'a Gate,
-    /// Whether it is to stay out of the guest until the VM was reset.
+    /// Whether the vCPU stays out of the guest until the VM is reset.
     held: bool,
-    /// Whether there can be an instruction that is half done.
+    /// Whether the vCPU may have an incomplete I/O or MMIO exit.
     has_run: bool,
-    /// Absences that the guest was told of: this vCPU's, and those of all vCPUs.
+    /// Absences that the guest knows of: those of this vCPU, and those of all vCPUs.
     absences: (u64, u64),
-    /// The last look that was answered.
+    /// The last halt check that was answered.
     looks: u64,
 }
 
@@ -235,7 +237,8 @@ impl Runner<'_> {
         }
     }
 
-    /// Stays out of the guest as long as that is wanted, and does meanwhile what is asked of it.
+    /// Parks the vCPU for as long as the gate is closed or the vCPU is held, and runs jobs
+    /// meanwhile.
     fn pause(&mut self, gate: &Gate) -> Result<(), End> {
         let settle = self.has_run && gate.is_pausing();
         let mut settled = if settle { self.settle()? } else { Settled::Yes };
@@ -247,18 +250,18 @@ impl Runner<'_> {
                 Turn::Do(job) => job(&mut self.vcpu),
             }
         }
-        // Released, or held once more while it was on its way in.
+        // The vCPU was released, or it was held again on its way into the pause.
         self.held = self.held && gate.is_held(self.cpu);
-        // However short: a pause without a job is one turn.
+        // Even after a short pause: a pause without a job is a single turn.
         self.tell_absence();
         Ok(())
     }
 
-    /// Tells the guest by its clock that it was held up, so that its watchdogs do not take that for
-    /// a hang (`KVM_KVMCLOCK_CTRL`, `Documentation/virt/kvm/api.rst`).
+    /// Tells the guest through its clock that the vCPU was held up, so that the guest's watchdogs
+    /// do not report a lockup (`KVM_KVMCLOCK_CTRL`, `Documentation/virt/kvm/api.rst`).
     fn tell_absence(&self) {
         match self.vcpu.fd().kvmclock_ctrl() {
-            // EINVAL: the guest has no such clock.
+            // EINVAL: the guest does not use this clock.
             Err(error) if error.errno() != libc::EINVAL => {
                 log::debug!("cannot tell vCPU {} that it was held up: {error}", self.cpu);
             }
@@ -266,7 +269,8 @@ impl Runner<'_> {
         }
     }
 
-    /// Whether no interrupt can make it run: it is halted with interrupts off, or was never started.
+    /// Whether no interrupt can wake the vCPU: it is halted with interrupts off, or was never
+    /// started.
     fn is_halted(&self) -> bool {
         const INTERRUPTS: u64 = 1 << 9;
         let fd = self.vcpu.fd();
@@ -279,7 +283,7 @@ impl Runner<'_> {
         }
     }
 
-    /// Makes the vCPU's state whole, as far as that goes without waiting for a page.
+    /// Completes pending I/O, as far as that does not need a missing page.
     fn settle(&mut self) -> Result<Settled, End> {
         loop {
             match self.vcpu.settle_step(&self.context.faults, &self.context.memory) {
@@ -302,11 +306,12 @@ impl Runner<'_> {
         }
     }
 
-    /// KVM cannot go on, mostly because it cannot emulate an instruction.
+    /// Returns the error for KVM's internal errors, most of which are instructions that it cannot
+    /// emulate.
     fn internal_error(&mut self) -> End {
         let cpu = self.cpu;
-        // SAFETY: the vCPU's last exit was KVM_EXIT_INTERNAL_ERROR, whose member this is, and any
-        // bytes are a value of it.
+        // SAFETY: the vCPU's last exit was KVM_EXIT_INTERNAL_ERROR, so `internal` is the union's
+        // member in use, and all bytes are valid values of it.
         let suberror =
             unsafe { self.vcpu.fd_mut().get_kvm_run().__bindgen_anon_1.internal.suberror };
         let why = match suberror {
@@ -320,7 +325,7 @@ impl Runner<'_> {
     }
 }
 
-/// Serves an exit; whether the vCPU is held from now on.
+/// Serves an exit. Returns whether the vCPU is held from now on.
 fn serve(cpu: u32, context: &VcpuContext, gate: &Gate, exit: VcpuExit<'_>) -> Result<bool, End> {
     if let VcpuExit::FailEntry(reason, _) = exit {
         let why = format!(

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! All that KVM keeps of a vCPU, to be saved and restored.
+//! The complete KVM state of a vCPU, for saving and restoring.
 //!
-//! Sources: `Documentation/virt/kvm/api.rst`, and for what depends on what
+//! Sources: `Documentation/virt/kvm/api.rst`; for dependencies between the parts,
 //! `arch/x86/kvm/x86.c` and `arch/x86/kvm/lapic.c`.
 
 use demand_kvm::own_pages;
@@ -21,39 +21,39 @@ use crate::tsc::{self, Moment};
 const TSC: u32 = 0x10;
 const TSC_DEADLINE: u32 = 0x6e0;
 
-/// MSRs that KVM reads or sets in one call: fewer than `MAX_IO_MSRS`, which is 256.
+/// Number of MSRs that KVM reads or sets in one call: fewer than `MAX_IO_MSRS`, which is 256.
 const MSRS_AT_ONCE: usize = 255;
 
-/// Hyper-V's registers, which no guest is offered, and some of which count time.
+/// Hyper-V's registers, which are offered to no guest, and some of which count time.
 const HYPERV: std::ops::RangeInclusive<u32> = 0x4000_0000..=0x4000_ffff;
 
-/// Registers that `KVM_GET_MSR_INDEX_LIST` leaves out although guests set them: the memory types
-/// (MTRR), and AMD's `DE_CFG`.
+/// Returns the registers that `KVM_GET_MSR_INDEX_LIST` omits although guests set them: the memory
+/// types (MTRR), and AMD's `DE_CFG`.
 fn unlisted() -> impl Iterator<Item = u32> {
     let mtrr = (0x200..=0x20f).chain([0x250, 0x258, 0x259]).chain(0x268..=0x26f).chain([0x2ff]);
     mtrr.chain([0xc001_1029])
 }
 
-/// What a vCPU's state consists of on this host: the same for all vCPUs of a VM.
+/// The parts of a vCPU's state on this host, which are the same for all vCPUs of a VM.
 #[derive(Clone, Debug)]
 pub struct StateShape {
-    /// The MSRs to save, those that hang on others last.
+    /// The MSRs to save; those that depend on others come last.
     msrs: Vec<u32>,
-    /// Bytes of the XSAVE area; `None` if KVM has only 4096 to give.
+    /// Size of the XSAVE area, in bytes; `None` if KVM has only the area of 4096 bytes.
     xsave_bytes: Option<usize>,
-    /// Whether KVM knows PDPTRs apart from memory.
+    /// Whether KVM reports PDPTRs separately from memory.
     sregs2: bool,
 }
 
 impl StateShape {
-    /// Asks KVM.
+    /// Queries KVM.
     ///
-    /// The process must not ask for more states of the processor (`arch_prctl`,
-    /// `ARCH_REQ_XCOMP_GUEST_PERM`) after this.
+    /// After this, the process must not request more processor states (`arch_prctl`,
+    /// `ARCH_REQ_XCOMP_GUEST_PERM`).
     ///
     /// # Errors
     ///
-    /// If KVM does not say what MSRs it has.
+    /// If KVM does not list its MSRs.
     pub fn of(kvm: &Kvm, vm: &VmFd) -> Result<Self, Error> {
         let listed = kvm
             .get_msr_index_list()
@@ -63,7 +63,7 @@ impl StateShape {
         msrs.retain(|msr| !HYPERV.contains(msr));
         msrs.sort_unstable();
         msrs.dedup();
-        // A deadline is one of the counter's.
+        // A deadline depends on the counter, so it comes after it.
         msrs.sort_by_key(|msr| match *msr {
             TSC => 1,
             TSC_DEADLINE => 2,
@@ -74,22 +74,23 @@ impl StateShape {
         Ok(StateShape { msrs, xsave_bytes: (xsave_bytes > 0).then_some(xsave_bytes), sregs2 })
     }
 
-    /// An area that is as long as KVM takes it to be.
+    /// Returns an area of the length that KVM expects.
     fn xsave(&self) -> Xsave {
         let more = self.xsave_bytes.unwrap_or(0).saturating_sub(size_of::<kvm_xsave>());
         Xsave::new(more.div_ceil(size_of::<u32>())).expect("some kilobytes of memory")
     }
 }
 
-/// A vCPU's state: what [`save`](Self::save) read and [`restore`](Self::restore) sets, in JSON or
-/// whatever serde writes. A vCPU whose state is saved must be settled
-/// ([`DemandVcpu::settle_step`](demand_kvm::DemandVcpu::settle_step)), and all vCPUs of the VM
-/// paused.
+/// A vCPU's state, which [`save`](Self::save) reads and [`restore`](Self::restore) sets, in JSON or
+/// another format of serde. When it is saved, the vCPU must have no pending I/O
+/// ([`DemandVcpu::settle_step`](demand_kvm::DemandVcpu::settle_step)), and all vCPUs of the VM must
+/// be paused.
 ///
-/// Not in it: nested guests, which [`guest_cpuid`](crate::cpuid::guest_cpuid) hides.
+/// It does not include nested guests, which [`guest_cpuid`](crate::cpuid::guest_cpuid) rules out.
 ///
-/// A VM is restored in this order: [`VmState::restore_clock`](crate::vm_state::VmState::restore_clock),
-/// the pages of [`own_pages`](Self::own_pages), the vCPUs by number,
+/// A VM is restored in this order:
+/// [`VmState::restore_clock`](crate::vm_state::VmState::restore_clock), the pages of
+/// [`own_pages`](Self::own_pages), the vCPUs by number,
 /// [`VmState::restore`](crate::vm_state::VmState::restore).
 ///
 /// # Examples
@@ -112,11 +113,11 @@ impl StateShape {
 /// ```
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct VcpuState {
-    /// What the guest is told of its processor: leaf, subleaf, flags, EAX, EBX, ECX, EDX.
+    /// The guest's CPUID: leaf, subleaf, flags, EAX, EBX, ECX, EDX.
     cpuid: Vec<[u32; 7]>,
-    /// What is added to the host's TSC to make its own, if KVM tells.
+    /// The difference between its TSC and the host's, if KVM reports it.
     tsc_offset: Option<u64>,
-    /// What its TSC counts, in kHz, if KVM knows.
+    /// The frequency of its TSC, in kHz, if KVM knows it.
     tsc_khz: Option<u32>,
     #[serde(with = "hex")]
     mp_state: kvm_mp_state,
@@ -124,9 +125,9 @@ pub struct VcpuState {
     regs: kvm_regs,
     #[serde(with = "hex")]
     sregs: kvm_sregs,
-    /// The page-directory pointers, where they are loaded and KVM knows them apart from memory.
+    /// The page-directory pointers, if they are loaded and KVM reports them separately from memory.
     pdptrs: Option<[u64; 4]>,
-    /// The FPU's and all other states of XSAVE, in the standard format.
+    /// The state of the FPU and all other XSAVE states, in the standard format.
     #[serde(with = "hex::area")]
     xsave: Vec<u8>,
     #[serde(with = "hex")]
@@ -135,21 +136,21 @@ pub struct VcpuState {
     debugregs: kvm_debugregs,
     #[serde(with = "hex")]
     lapic: kvm_lapic_state,
-    /// Numbers and values, in the order in which they are set.
+    /// Indices and values, in the order in which they are set.
     msrs: Vec<(u32, u64)>,
     #[serde(with = "hex")]
     events: kvm_vcpu_events,
 }
 
 impl VcpuState {
-    /// Reads the state of vCPU `cpu`, on its thread. It changes nothing that the guest sees.
+    /// Reads the state of vCPU `cpu`, on the vCPU's thread. The guest sees no change.
     ///
     /// # Errors
     ///
-    /// What KVM refused: one line that names the vCPU and the step.
+    /// KVM's refusal: one line that names the vCPU and the step.
     pub fn save(cpu: u32, vcpu: &VcpuFd, shape: &StateShape) -> Result<Self, Error> {
         let on = On { cpu, verb: "save" };
-        // First, as KVM acts on what other processors have sent (INIT, SIPI) before it answers.
+        // First, because KVM handles INIT and SIPI from other processors before it answers.
         let mp_state = on.step("whether it runs or waits", vcpu.get_mp_state())?;
         let cpuid = on.step("its CPUID", vcpu.get_cpuid2(KVM_MAX_CPUID_ENTRIES))?;
         let regs = on.step("its registers", vcpu.get_regs())?;
@@ -161,14 +162,14 @@ impl VcpuState {
         let xsave = on.step("its FPU's state", get_xsave(vcpu, shape))?;
         let xcrs = on.step("its extended control registers", vcpu.get_xcrs())?;
         let debugregs = on.step("its debug registers", vcpu.get_debug_regs())?;
-        // The timer's deadline before the interrupt that it becomes: in between it may expire, and
-        // then it is better there twice than not at all.
+        // The timer's deadline before the interrupt that it becomes: the deadline may expire in
+        // between, and then it is better saved twice than not at all.
         let msrs = on.step("its MSRs", get_msrs(vcpu, &shape.msrs))?;
         let lapic = on.step("its local APIC", vcpu.get_lapic())?;
         let events = on.step("what it is about to meet", vcpu.get_vcpu_events())?;
         Ok(VcpuState {
             cpuid: cpuid.as_slice().iter().map(leaf_to_array).collect(),
-            // An unstable TSC has no frequency (EIO).
+            // EIO: an unstable TSC has no frequency.
             tsc_khz: vcpu.get_tsc_khz().ok(),
             tsc_offset: tsc::offset(vcpu),
             mp_state,
@@ -184,23 +185,23 @@ impl VcpuState {
         })
     }
 
-    /// Sets the state of vCPU `cpu`, which has never run, on its thread. KVM reads and writes the
-    /// pages of [`own_pages`](Self::own_pages) meanwhile.
+    /// Sets the state of vCPU `cpu`, which must never have run, on the vCPU's thread. Meanwhile KVM
+    /// reads and writes the pages of [`own_pages`](Self::own_pages).
     ///
     /// # Errors
     ///
-    /// What KVM refused: one line that names the vCPU and the step. The vCPU is of no use then.
+    /// KVM's refusal: one line that names the vCPU and the step. The vCPU is unusable then.
     pub fn restore(&self, cpu: u32, vcpu: &VcpuFd, shape: &StateShape) -> Result<(), Error> {
         let on = On { cpu, verb: RESTORE };
-        // First, as it decides what the registers may hold.
+        // First, because CPUID decides which values the registers may hold.
         on.step("its CPUID", self.cpuid().and_then(|cpuid| vcpu.set_cpuid2(&cpuid)))?;
         self.restore_tsc_khz(&on, vcpu)?;
         self.set(&on, vcpu, shape)
     }
 
-    /// Sets the state of vCPU `cpu`, which may have run, on its thread: all but what it was told of
-    /// itself, which stays as it is for as long as the vCPU exists. So do the MSRs that tell of
-    /// features (`DE_CFG`, say), which KVM does not let anybody change once the vCPU has run.
+    /// Sets the state of vCPU `cpu`, which may have run, on the vCPU's thread. CPUID stays, because
+    /// it is fixed for the life of the vCPU; so do the MSRs that describe features (such as
+    /// `DE_CFG`), which KVM does not change once the vCPU has run.
     ///
     /// # Errors
     ///
@@ -211,29 +212,29 @@ impl VcpuState {
 
     fn set(&self, on: &On, vcpu: &VcpuFd, shape: &StateShape) -> Result<(), Error> {
         on.step("its registers", vcpu.set_regs(&self.regs))?;
-        // Before the local APIC: it is on or off, and of what kind, by a register here.
+        // Before the local APIC, because a register here decides whether it is on, and its mode.
         let sregs = match self.pdptrs {
             Some(pdptrs) if shape.sregs2 => set_with_pdptrs(vcpu, &self.sregs, pdptrs),
             _ => vcpu.set_sregs(&self.sregs),
         };
         on.step("its system registers", sregs)?;
-        // Processors without XSAVE have none, and KVM refuses even that.
+        // Processors without XSAVE have none, and KVM then refuses even an empty set.
         if self.xcrs.nr_xcrs > 0 {
             on.step("its extended control registers", vcpu.set_xcrs(&self.xcrs))?;
         }
         self.restore_xsave(on, vcpu, shape)?;
         on.step("its debug registers", vcpu.set_debug_regs(&self.debugregs))?;
-        // Before the MSRs: a deadline is only taken by a timer that waits for one.
+        // Before the MSRs: a timer accepts a deadline only in the mode that waits for one.
         on.step("its local APIC", vcpu.set_lapic(&self.lapic))?;
         restore_msrs(&self.msrs, on, vcpu)?;
-        // After the registers, which forget exceptions when they are set.
+        // After the registers, because setting those clears pending exceptions.
         on.step("what it is about to meet", vcpu.set_vcpu_events(&self.events))?;
         on.step("whether it runs or waits", vcpu.set_mp_state(self.mp_state))
     }
 
-    /// Has the vCPU's TSC go on from where it was at the moment `then` of the host that it was
-    /// saved on, as far as kvm-clock has gone until `now`. To be called on its thread, last.
-    /// Without it the TSC goes on from where it was when its MSR was read.
+    /// Makes the vCPU's TSC continue from its value at `then`, a moment on the host that it was
+    /// saved on, by as much as kvm-clock has advanced until `now`. Call it last, on the vCPU's
+    /// thread. Without it, the TSC continues from the value that its MSR had when it was read.
     pub(crate) fn align_tsc(
         &self,
         cpu: u32,
@@ -242,7 +243,7 @@ impl VcpuState {
         now: Moment,
     ) -> Result<(), Error> {
         let (Some(offset), Some(khz)) = (self.tsc_offset, self.tsc_khz) else { return Ok(()) };
-        // Offsets of scaled counters are in other ticks than the host's.
+        // Offsets of scaled counters are not in the host's ticks.
         let scaled = vcpu.get_tsc_khz().is_ok_and(|ours| !tsc::is_as_fast(khz, ours));
         if scaled || tsc::offset(vcpu).is_none() {
             return Ok(());
@@ -252,23 +253,22 @@ impl VcpuState {
         on.step("its TSC's offset", tsc::set_offset(vcpu, offset))
     }
 
-    /// The guest pages that KVM reads and writes while this state is set, and later when the
-    /// vCPU runs: to be fetched before [`restore`](Self::restore), by
-    /// [`FaultHandler::fetch_pages`](demand_kvm::FaultHandler::fetch_pages). Page addresses, in
-    /// order, each once; see [`own_pages`].
+    /// Returns the guest pages that KVM reads and writes while this state is set, and later when
+    /// the vCPU runs: page addresses, in order, without duplicates; see [`own_pages`]. They must be
+    /// fetched before [`restore`](Self::restore), by
+    /// [`FaultHandler::fetch_pages`](demand_kvm::FaultHandler::fetch_pages).
     pub fn own_pages(&self) -> Vec<GuestAddress> {
         let msrs: Vec<_> = self.msrs.iter().map(|(index, data)| msr_entry(*index, *data)).collect();
-        // With the pointers at hand KVM does not look for them in memory; but a host that cannot
-        // take them does.
+        // KVM does not read the pointers from memory if it gets them here, but a host that cannot
+        // take them does read them.
         own_pages(&msrs, Some(&self.sregs))
     }
 
-    /// What the guest was told of this processor, for
-    /// [`check_host`](crate::cpuid::check_host).
+    /// Returns the guest's CPUID, for [`check_host`](crate::cpuid::check_host).
     ///
     /// # Errors
     ///
-    /// If there are more leaves than KVM can take.
+    /// If there are more leaves than KVM takes.
     pub fn told(&self) -> Result<CpuId, Error> {
         self.cpuid().map_err(|_| {
             Error::failed(format!(
@@ -321,22 +321,23 @@ impl VcpuState {
             )));
         }
         let words: Vec<_> = fits.chunks(4).map(word).collect();
-        // SAFETY: the length is left as it is.
+        // SAFETY: this does not change the structure's length field.
         let head = unsafe { &mut area.as_mut_fam_struct().xsave.region };
         let (first, rest) = words.split_at(head.len().min(words.len()));
         head[..first.len()].copy_from_slice(first);
         area.as_mut_slice()[..rest.len()].copy_from_slice(rest);
-        // SAFETY: the area is as long as KVM said that it reads, for this VM.
+        // SAFETY: the area has the length that KVM reported for this VM, and the call reads no
+        // more.
         on.step("its FPU's state", unsafe { vcpu.set_xsave2(&area) })
     }
 }
 
-/// What becomes of the state of a vCPU that a snapshot has.
+/// The verb of errors while a snapshot's state is set.
 const RESTORE: &str = "restore";
-/// What becomes of the state of a vCPU that goes back to its beginning.
+/// The verb of errors while the reset state is set.
 const RESET: &str = "reset";
 
-/// Whose state it is, and what becomes of it, for errors.
+/// The vCPU and the operation, for errors.
 struct On {
     cpu: u32,
     verb: &'static str,
@@ -361,7 +362,8 @@ fn restore_msrs(msrs: &[(u32, u64)], on: &On, vcpu: &VcpuFd) -> Result<(), Error
         if set == chunk.len() {
             continue;
         }
-        // KVM stopped at one that it does not take. Some can only be read.
+        // KVM stopped at an MSR that it does not set. Some are read-only, and may have the value
+        // already.
         let kvm_msr_entry { index, data, .. } = left[0];
         let now = on.step("its MSRs", get_msrs(vcpu, &[index]))?;
         if now.first() != Some(&(index, data)) && on.verb != RESET {
@@ -376,7 +378,7 @@ fn restore_msrs(msrs: &[(u32, u64)], on: &On, vcpu: &VcpuFd) -> Result<(), Error
     Ok(())
 }
 
-/// The MSRs that can be read, of these.
+/// Reads those of the given MSRs that can be read.
 fn get_msrs(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<(u32, u64)>, kvm_ioctls::Error> {
     let mut read = Vec::with_capacity(indices.len());
     let mut left = indices;
@@ -386,7 +388,7 @@ fn get_msrs(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<(u32, u64)>, kvm_ioctl
         let mut msrs = Msrs::from_entries(&entries).expect("no more than there may be");
         let got = vcpu.get_msrs(&mut msrs)?;
         read.extend(msrs.as_slice()[..got].iter().map(|msr| (msr.index, msr.data)));
-        // KVM stops at the first that it does not have.
+        // KVM stops at the first MSR that it does not have.
         let stopped = usize::from(got < chunk.len());
         left = &left[got + stopped..];
     }
@@ -403,12 +405,12 @@ fn get_xsave(vcpu: &VcpuFd, shape: &StateShape) -> Result<Vec<u8>, kvm_ioctls::E
         return Ok(bytes(&vcpu.get_xsave()?.region));
     }
     let mut area = shape.xsave();
-    // SAFETY: the area is as long as KVM said that it writes, for this VM.
+    // SAFETY: the area has the length that KVM reported for this VM, and the call writes no more.
     unsafe { vcpu.get_xsave2(&mut area) }?;
     Ok(bytes(&[&area.as_fam_struct_ref().xsave.region, area.as_slice()].concat()))
 }
 
-/// A word of up to four bytes, the lowest first.
+/// Converts up to four bytes to a word, the lowest first.
 fn word(bytes: &[u8]) -> u32 {
     bytes.iter().rev().fold(0, |word, byte| word << 8 | u32::from(*byte))
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! All vCPUs of a VM: started, paused, resumed and stopped together.
+//! The vCPUs of a VM, which are started, paused, resumed and stopped together.
 
 use std::os::unix::thread::JoinHandleExt;
 use std::sync::Arc;
@@ -14,7 +14,7 @@ use kvm_ioctls::VcpuFd;
 use crate::gate::{Gate, Place, Settled, Wanted};
 use crate::vcpu::{StartError, VcpuContext, VcpuEvent, run};
 
-/// vCPUs that did not come out of the guest in time.
+/// Error for vCPUs that did not leave the guest in time.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
     "call {} out of the guest: not within {} ms; KVM itself waits there for a page, which no kick \
@@ -25,18 +25,18 @@ use crate::vcpu::{StartError, VcpuContext, VcpuEvent, run};
 pub struct StillInside {
     /// The vCPUs.
     pub cpus: Vec<u32>,
-    /// How long they were waited for.
+    /// The time limit.
     pub within: Duration,
 }
 
 impl StillInside {
-    /// The vCPUs, as a message calls them.
+    /// Returns the vCPUs' names for messages.
     pub(crate) fn names(&self) -> String {
         names(&self.cpus)
     }
 }
 
-/// Why something was not done on the vCPUs' threads.
+/// Errors from jobs on the vCPUs' threads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum ParkedError {
@@ -52,7 +52,7 @@ pub enum ParkedError {
         /// The vCPU.
         cpu: u32,
     },
-    /// The vCPU is in the middle of an instruction that needs a page that has not come.
+    /// The vCPU is in the middle of an instruction that needs a missing page.
     #[error(
         "reach vCPU {cpu} between two instructions: it waits for the page at guest address \
          {gpa:#x}, which did not come within {} ms; see that the source answers",
@@ -63,10 +63,10 @@ pub enum ParkedError {
         cpu: u32,
         /// Guest physical address.
         gpa: u64,
-        /// How long it was waited for.
+        /// The time limit.
         within: Duration,
     },
-    /// The vCPU did not come out of the guest, or has not done it in time.
+    /// The vCPU did not leave the guest, or did not finish the job, in time.
     #[error(
         "reach vCPU {cpu} while it is paused: not within {} ms; see that the source answers",
         within.as_millis()
@@ -74,7 +74,7 @@ pub enum ParkedError {
     Late {
         /// The vCPU.
         cpu: u32,
-        /// How long it was waited for.
+        /// The time limit.
         within: Duration,
     },
 }
@@ -91,7 +91,7 @@ struct Vcpu {
 }
 
 /// The running vCPUs of a VM. A vCPU that waits for a page is paused and stopped like any other:
-/// the page still arrives, and the vCPU finds it, or waits again, when it goes on.
+/// the page still arrives, and the vCPU finds it, or waits again, when it resumes.
 pub struct Vcpus {
     vcpus: Vec<Vcpu>,
     context: Arc<VcpuContext>,
@@ -99,13 +99,13 @@ pub struct Vcpus {
 }
 
 impl Vcpus {
-    /// None yet. Those that are started run at once.
+    /// Creates an empty set. vCPUs run as soon as they are started.
     pub fn new(context: Arc<VcpuContext>) -> Self {
         Vcpus::with(context, Wanted::Run)
     }
 
-    /// None yet. Those that are started are paused before their first instruction, so that their
-    /// state can be set by [`on_parked`](Self::on_parked), until [`resume`](Self::resume).
+    /// Creates an empty set. vCPUs are started in a pause before their first instruction, so that
+    /// [`on_parked`](Self::on_parked) can set their state, until [`resume`](Self::resume).
     pub fn paused(context: Arc<VcpuContext>) -> Self {
         Vcpus::with(context, Wanted::Pause)
     }
@@ -114,17 +114,16 @@ impl Vcpus {
         Vcpus { vcpus: Vec::new(), context, gate: Arc::new(Gate::new(wanted)) }
     }
 
-    /// What they share.
+    /// Returns the context that the vCPUs share.
     pub fn context(&self) -> &VcpuContext {
         &self.context
     }
 
-    /// Starts vCPU `cpu` on a thread of its own. What it has to say it says through `tell`, on
-    /// that thread.
+    /// Starts vCPU `cpu` on its own thread. The thread reports events through `tell`.
     ///
     /// # Errors
     ///
-    /// If the thread cannot be started, or the vCPU cannot be made one that can be kicked.
+    /// If the thread cannot be started, or the vCPU cannot be prepared for kicks.
     pub fn start(
         &mut self,
         cpu: u32,
@@ -147,75 +146,77 @@ impl Vcpus {
         Ok(())
     }
 
-    /// Calls all vCPUs out of the guest, and keeps them out until they are resumed. A vCPU
-    /// finishes the instruction that it is in the middle of, so that its state is whole, unless
-    /// that takes a page that is not there: it is paused all the same, and
-    /// [`on_parked`](Self::on_parked) tells.
+    /// Kicks all vCPUs out of the guest, and parks them until they are resumed. A vCPU first
+    /// completes its pending I/O, unless that needs a missing page. It is paused in that case, too,
+    /// and [`on_parked`](Self::on_parked) reports it.
     ///
     /// # Errors
     ///
-    /// [`StillInside`] after `within`. The others are out by then; those that are not stay out as
-    /// soon as they come. Call it again to wait longer.
+    /// [`StillInside`] after `within`. The other vCPUs are parked by then, and the late ones park
+    /// as soon as they leave the guest. Call it again to wait longer.
     pub fn pause(&self, within: Duration) -> Result<(), StillInside> {
         self.call_out(Wanted::Pause, within)
     }
 
-    /// Lets all vCPUs go on.
+    /// Resumes all vCPUs.
     pub fn resume(&self) {
         self.gate.want(Wanted::Run);
     }
 
-    /// Whether a vCPU waits for a page: on its thread outside KVM, or inside KVM in a fault that
-    /// `service` serves. Waits of back-ends and of background fill hold up no vCPU.
+    /// Whether a vCPU waits for a page, on its thread outside KVM, or inside KVM in a fault that
+    /// `service` serves. Waits of back-ends and of background fill do not count, because they hold
+    /// up no vCPU.
     pub fn wait_for_pages(&self, service: &FaultService) -> bool {
         self.vcpus.iter().any(|vcpu| vcpu.kick.waiter().is_waiting()) || service.has_open_faults()
     }
 
-    /// Tells the guest, on each vCPU before it runs on, that it was held up for a time that it cannot
-    /// know of; a vCPU that still waits learns of it when its wait is over. It does not wait.
+    /// Makes each vCPU tell the guest, before it next enters it, that it was held up for a time
+    /// that the guest cannot know of; a vCPU that still waits does so after its wait. Does not
+    /// block.
     pub(crate) fn tell_absence(&self) {
         self.gate.note_absence();
         self.vcpus.iter().for_each(|vcpu| vcpu.kick.kick());
     }
 
-    /// Asks each vCPU whether it is halted for good, which it answers once it has left the guest for
-    /// that; returns what to ask [`are_halted`](Self::are_halted) a moment later.
+    /// Asks each vCPU whether it is halted for good; the vCPU leaves the guest to answer. Returns
+    /// the number of this check, for a call of [`are_halted`](Self::are_halted) a moment later.
     pub(crate) fn look(&self) -> u64 {
         let look = self.gate.look();
         self.vcpus.iter().for_each(|vcpu| vcpu.kick.kick());
         look
     }
 
-    /// Whether at that look each vCPU was halted with interrupts off, or had never been started.
+    /// Whether each vCPU has answered this check that it is halted with interrupts off, or was
+    /// never started.
     pub(crate) fn are_halted(&self, look: u64) -> bool {
         self.gate.are_halted(look)
     }
 
-    /// Processor time that the vCPUs' threads have used.
+    /// Returns the processor time that the vCPUs' threads have used.
     pub(crate) fn cpu_time(&self) -> Duration {
         self.vcpus.iter().map(|vcpu| cpu_time(&vcpu.thread)).sum()
     }
 
-    /// Whether some vCPU is [held](crate::vcpu::Served::Hold).
+    /// Whether a vCPU is [held](crate::vcpu::Served::Hold).
     pub fn is_held(&self) -> bool {
         self.gate.holds_any()
     }
 
-    /// Lets vCPUs that are [held](crate::vcpu::Served::Hold) into the guest again: they have another
-    /// state. To be called while all are paused.
+    /// Releases the vCPUs that are [held](crate::vcpu::Served::Hold), which must have another state
+    /// by now. Call it while all vCPUs are paused.
     pub fn release(&self) {
         self.gate.release();
     }
 
-    /// Calls `f` with each vCPU and its number, on the vCPU's own thread as KVM wants it, one after
-    /// the other in the order of their numbers; returns what it returned. The vCPUs must be
-    /// paused, and each is between two instructions when `f` gets it. `within` is how long all of
-    /// that may take; a vCPU that waits for a page has as long for it to come.
+    /// Calls `f` with each vCPU and its number, on the vCPU's own thread as KVM requires, one after
+    /// the other in the order of their numbers, and returns the results. The vCPUs must be paused,
+    /// and each is between two instructions when `f` runs. `within` limits the total time, which
+    /// includes the time for which a vCPU waits for a page.
     ///
     /// # Errors
     ///
-    /// [`ParkedError`], with the first vCPU that cannot be reached. `f` was then called for those
-    /// before it, and if it took too long is still at work for that one.
+    /// [`ParkedError`], with the first vCPU that cannot be reached. `f` has then run for the vCPUs
+    /// before it; if it took too long, it still runs for that one.
     pub fn on_parked<T: Send + 'static>(
         &self,
         within: Duration,
@@ -229,7 +230,7 @@ impl Vcpus {
             .map(|cpu| {
                 let (sender, result) = channel();
                 let f = f.clone();
-                // Nobody listens any more once the time is up.
+                // The receiver is gone once the time is up.
                 let job = move |vcpu: &mut DemandVcpu| drop(sender.send(f(cpu, vcpu)));
                 if !self.gate.ask(cpu, Box::new(job)) {
                     return Err(self.unreachable(cpu, None));
@@ -246,7 +247,7 @@ impl Vcpus {
             .collect()
     }
 
-    /// Why a vCPU has not done what it was asked; `late` is how long it had.
+    /// Returns the reason for which a vCPU has not done its job; `late` is the time that it had.
     fn unreachable(&self, cpu: u32, late: Option<Duration>) -> ParkedError {
         match (self.gate.place(cpu), late) {
             (Some(Place::Ended) | None, _) => ParkedError::Ended { cpu },
@@ -258,16 +259,16 @@ impl Vcpus {
         }
     }
 
-    /// Ends all vCPUs: they never enter the guest again.
+    /// Stops all vCPUs for good: they never enter the guest again.
     ///
     /// # Errors
     ///
-    /// [`StillInside`] after `within`. Those vCPUs may wait in the kernel for a page;
+    /// [`StillInside`] after `within`. Those vCPUs may be blocked in the kernel on a page;
     /// [`DemandMemory::revoke`](demand_memory::DemandMemory::revoke) ends that.
     pub fn stop(&mut self, within: Duration) -> Result<(), StillInside> {
         self.call_out(Wanted::Stop, within)?;
         for vcpu in self.vcpus.drain(..) {
-            // A panic there has printed what it has to say.
+            // A thread that panicked has printed its message.
             let _ = vcpu.thread.join();
         }
         Ok(())
@@ -276,7 +277,7 @@ impl Vcpus {
     fn call_out(&self, wanted: Wanted, within: Duration) -> Result<(), StillInside> {
         self.gate.want(wanted);
         self.vcpus.iter().for_each(|vcpu| vcpu.kick.kick());
-        // A vCPU that is to stop has to come out of a pause, too.
+        // A vCPU that must stop has to leave a pause, too.
         let cpus = self.gate.until(within, |place| match wanted {
             Wanted::Stop => place == Place::Ended,
             Wanted::Pause | Wanted::Run => place != Place::Running,
@@ -285,12 +286,12 @@ impl Vcpus {
     }
 }
 
-/// Processor time that a thread has used; none if it has ended.
+/// Returns the processor time that a thread has used; zero if it has ended.
 fn cpu_time(thread: &JoinHandle<()>) -> Duration {
     let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     let mut clock = 0;
-    // SAFETY: the thread was not joined, as its handle is there, so its id is valid; both calls write
-    // to a variable of this function.
+    // SAFETY: the thread's id is valid, because its handle exists, so it was not joined. Both calls
+    // write only to local variables.
     let known = unsafe {
         libc::pthread_getcpuclockid(thread.as_pthread_t(), &mut clock) == 0
             && libc::clock_gettime(clock, &mut time) == 0
@@ -300,8 +301,8 @@ fn cpu_time(thread: &JoinHandle<()>) -> Duration {
 
 impl Drop for Vcpus {
     fn drop(&mut self) {
-        // Without a word, for want of somebody to say it to. Threads that do not come end with
-        // the process, or when their page arrives.
+        // An error cannot be reported here. Late threads end with the process, or when their page
+        // arrives.
         let _ = self.stop(Duration::from_secs(2));
     }
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A virtio-mmio device whose work a vhost-user back-end does.
+//! A virtio-mmio device that a vhost-user back-end serves.
 
 use std::fmt;
 use std::os::fd::{AsRawFd, RawFd};
@@ -33,12 +33,12 @@ use crate::vsock;
 
 /// A device: the registers that a driver sees, and the back-end behind them.
 ///
-/// The order of things: [`connect`](Self::connect) or [`restore`](Self::restore),
+/// The order of calls is [`connect`](Self::connect) or [`restore`](Self::restore),
 /// [`share_memory`](Self::share_memory), [`attach`](Self::attach), and for a restored device
 /// [`resume`](Self::resume); then the guest runs. The registers are served on the thread that calls
-/// the [`DeviceMmio`] methods, a vCPU's. A write that starts the device waits there for the
-/// back-end, which may itself wait for the pages of the rings; so these methods are not for a
-/// thread that serves faults. [`hang_up`](Self::hang_up) ends the wait.
+/// the [`DeviceMmio`] methods, which is a vCPU's. A write that starts the device waits there for
+/// the back-end, which may itself wait for the pages of the rings. Therefore a thread that serves
+/// faults must not call these methods. [`hang_up`](Self::hang_up) ends the wait.
 ///
 /// # Examples
 ///
@@ -66,21 +66,21 @@ use crate::vsock;
 #[derive(Debug)]
 pub struct VhostUserDevice {
     name: String,
-    /// The target that it logs under.
+    /// The target that the device logs under.
     log_target: String,
     option: VhostUserOption,
     link: HangUp,
     notify: Notify,
-    /// Interrupts: one for each queue, and the last for the configuration.
+    /// Interrupts: one for each queue, and the last for the config space.
     calls: Vec<Arc<EventFd>>,
-    /// Whether the back-end has said that its configuration is another, and nobody has looked.
+    /// Whether the back-end has announced a config space that was not read yet.
     config_is_stale: Arc<AtomicBool>,
     /// The reply that a register access of the guest waits for.
     waits: Mutex<Option<&'static str>>,
     inner: Mutex<Inner>,
 }
 
-/// Says, as long as it lives, that a register access waits for the back-end.
+/// Records, while it lives, that a register access waits for the back-end.
 struct Waits<'a>(&'a Mutex<Option<&'static str>>);
 
 impl<'a> Waits<'a> {
@@ -101,20 +101,20 @@ struct Inner {
     back_end: BackEnd,
     registers: Registers,
     memory: Option<DemandMemory>,
-    /// The queues that the back-end has been given and not been asked to stop.
+    /// Whether each queue runs: the back-end was given it, and was not asked to stop it.
     running: Vec<bool>,
-    /// Whether the device was another back-end's, and this one has not begun.
+    /// Whether the device was another back-end's, and this back-end was not started yet.
     restored: bool,
 }
 
 impl VhostUserDevice {
-    /// Connects to the back-end and finds out what it is. `position`: among the VM's devices,
-    /// from 0 on; the device's name comes from it, and a network card's address, unless they are
-    /// given.
+    /// Connects to the back-end, and negotiates with it. `position` is the device's index among the
+    /// VM's devices, from 0. The device's name derives from it, and so does a network card's
+    /// address, unless they are given.
     ///
     /// # Errors
     ///
-    /// One line: nobody listens, or the back-end lacks what the device needs.
+    /// One line: no back-end listens, or the back-end lacks a feature that the device needs.
     pub fn connect(option: &VhostUserOption, position: usize) -> Result<Self, Error> {
         let kind = option.kind;
         let name = option.id.clone().unwrap_or_else(|| format!("{kind}{position}"));
@@ -164,14 +164,14 @@ impl VhostUserDevice {
         })
     }
 
-    /// Connects to a back-end that is to go on where another one was stopped. The number and the
-    /// size of the queues are the state's. [`resume`](Self::resume) is what lets it go on.
+    /// Connects to a back-end that continues where another one was stopped. `state` determines the
+    /// number and the size of the queues. [`resume`](Self::resume) starts the device.
     ///
     /// # Errors
     ///
-    /// Those of [`connect`](Self::connect), and one line if the back-end is not as good: another
-    /// kind of device, fewer queues, features that the guest uses and the back-end lacks, or a
-    /// configuration that does not fit what the guest has read.
+    /// Those of [`connect`](Self::connect), and one line if the back-end cannot replace the other
+    /// one: it is another kind of device, it has fewer queues, it lacks features that the guest
+    /// uses, or its config space does not fit the one that the guest has read.
     pub fn restore(
         option: &VhostUserOption,
         position: usize,
@@ -190,7 +190,7 @@ impl VhostUserDevice {
             )));
         }
         state.check().map_err(failed)?;
-        // `check` has seen that there are few.
+        // `check` has limited their number.
         let queues = state.registers.queues().len() as u16;
         let queue_size = state.registers.queue_size_max();
         let id = Some(option.id.clone().unwrap_or_else(|| state.name.clone()));
@@ -202,7 +202,7 @@ impl VhostUserDevice {
             let mut config = inner.registers.config().to_vec();
             let theirs = has_address(&inner.back_end);
             if option.kind == DeviceKind::Net && option.mac.is_none() && !theirs {
-                // Nobody but the guest has a word in it.
+                // Neither the user nor the back-end sets the address, so the guest keeps it.
                 config[..6].copy_from_slice(&state.registers.config()[..6]);
             }
             state.check_successor(features, &config).map_err(failed)?;
@@ -217,17 +217,17 @@ impl VhostUserDevice {
         Ok(device)
     }
 
-    /// What messages call it.
+    /// Returns the device's name in messages.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// What it is.
+    /// Returns the device's kind.
     pub fn kind(&self) -> DeviceKind {
         self.option.kind
     }
 
-    /// Where its back-end listens.
+    /// Returns the path of the back-end's socket.
     pub fn socket(&self) -> &Path {
         &self.option.socket
     }
@@ -237,12 +237,12 @@ impl VhostUserDevice {
         self.option.lazy == Lazy::Fill
     }
 
-    /// Shares the guest's memory with the back-end: if pages are missing, by post-copy, and
-    /// `service` answers its faults from now on.
+    /// Shares the guest's memory with the back-end. If pages are missing, this uses post-copy, and
+    /// `service` serves the back-end's faults from now on.
     ///
     /// # Errors
     ///
-    /// One line, if pages are missing and the back-end must not or cannot see that, and the
+    /// One line, if pages are missing and the back-end must not or cannot wait for them, and the
     /// back-end's refusals.
     pub fn share_memory(
         &self,
@@ -252,7 +252,7 @@ impl VhostUserDevice {
         let mut inner = self.lock();
         let missing = memory.pagers().any(|pager| !pager.bitmap().is_complete());
         let back_end = &mut inner.back_end;
-        // Nothing is used before the driver agrees; some back-ends want to hear of version 1.
+        // No feature is used before the driver agrees, but some back-ends expect VERSION_1 here.
         back_end.set_features(1 << VIRTIO_F_VERSION_1).map_err(|error| self.failed(error))?;
         let shared = match self.option.lazy {
             Lazy::Auto | Lazy::Postcopy if missing => {
@@ -280,13 +280,13 @@ impl VhostUserDevice {
         Ok(())
     }
 
-    /// Puts the device where the guest finds it: its registers at guest physical address `address`
-    /// (a [window](crate::virtio_mmio::WINDOW)), its interrupts edges of `gsi`. Kicks and
-    /// interrupts go between KVM and the back-end from now on.
+    /// Attaches the device to the VM: its registers to guest physical address `address` (a
+    /// [window](crate::virtio_mmio::WINDOW)), its interrupts to edges of `gsi`. From now on, kicks
+    /// and interrupts pass between KVM and the back-end.
     ///
     /// # Errors
     ///
-    /// KVM's: there is no interrupt controller, or no such interrupt.
+    /// KVM's error, if it has no interrupt controller, or no such interrupt.
     pub fn attach(&self, vm: &VmFd, address: u64, gsi: u32) -> Result<(), Error> {
         self.notify.serve_in_kvm_at(vm, address + QUEUE_NOTIFY);
         for call in &self.calls {
@@ -301,36 +301,36 @@ impl VhostUserDevice {
         Ok(())
     }
 
-    /// The eventfds that stand for its interrupts: one for each queue, and the last for its
-    /// configuration. For a VMM that has no interrupt controller in KVM, in place of
+    /// Returns the eventfds for its interrupts: one for each queue, and the last for the config
+    /// space. A VMM without an interrupt controller in KVM uses them in place of
     /// [`attach`](Self::attach).
     pub fn interrupts(&self) -> impl Iterator<Item = &EventFd> {
         self.calls.iter().map(|call| &**call)
     }
 
-    /// Whether a snapshot can be taken of it.
+    /// Checks whether a snapshot of the device can be taken.
     ///
-    /// Only devices whose back-ends keep nothing that the guest relies on are taken on at all. Two
-    /// need a word: a console has one port, so what its back-end has is input that it has not
-    /// handed over yet; and the connections of a vsock end with its back-end, which a restored
-    /// guest is told.
+    /// Only kinds of devices whose back-ends keep no state that the guest relies on are supported
+    /// at all. Two of them need an argument. A console has one port, so its back-end holds only
+    /// input that it has not passed on yet. The connections of a vsock end with its back-end, and a
+    /// restored guest is told so.
     ///
     /// # Errors
     ///
-    /// One line, if the back-end is gone: what it had in flight is lost.
+    /// One line, if the back-end is gone: its requests in flight are lost.
     pub fn can_snapshot(&self) -> Result<(), Error> {
         self.check_alive()
     }
 
-    /// Stops the device, when the vCPUs are paused, and says what it has come to. Waits `within`
-    /// at most for requests in flight, beside what the back-end takes for its answers. A disk
-    /// answers all requests before anything is stopped; other back-ends hold buffers for what may
-    /// come, and are asked how far they have got.
+    /// Quiesces the device while the vCPUs are paused, and returns its state. Waits for requests in
+    /// flight at most for `within`, beside the time that the back-end takes for its replies. A disk
+    /// answers all requests before anything is stopped; other back-ends hold buffers for later
+    /// input, and are asked for their position in the queues.
     ///
     /// # Errors
     ///
-    /// One line; the device runs on then, if its back-end does. Requests may be in flight for too
-    /// long, as when the pages that they are about do not arrive.
+    /// One line; the device then still runs, if its back-end does. Requests may be in flight for
+    /// too long, for example if the pages that they need do not arrive.
     pub fn quiesce(&self, within: Duration) -> Result<DeviceState, Error> {
         self.can_snapshot()?;
         let mut inner = self.lock();
@@ -353,19 +353,19 @@ impl VhostUserDevice {
         Ok(DeviceState { kind: self.option.kind, name: self.name.clone(), registers })
     }
 
-    /// Lets the device go on: after [`quiesce`](Self::quiesce), in a VM that goes on, or after
-    /// [`restore`](Self::restore). Each queue is kicked, and each interrupt raised, once: one may
-    /// have been lost on the way, and one too many does no harm.
+    /// Starts the device again: after [`quiesce`](Self::quiesce), in a VM that continues, or after
+    /// [`restore`](Self::restore). Each queue is kicked, and each interrupt raised, once, because
+    /// one may have been lost; an extra one does no harm.
     ///
     /// # Errors
     ///
-    /// One line: no memory was shared, a ring lies outside of it, or the back-end refuses.
+    /// One line, if no memory was shared, a ring lies outside of it, or the back-end refuses.
     pub fn resume(&self) -> Result<(), Error> {
         let mut inner = self.lock();
         self.go_on(&mut inner).map_err(|why| self.failed(format!("let it go on: {why}")))
     }
 
-    /// All pages are present: the back-end's accesses need no trap any more.
+    /// Ends post-copy when all pages are present: the back-end's accesses need no trap any more.
     ///
     /// # Errors
     ///
@@ -374,12 +374,12 @@ impl VhostUserDevice {
         self.lock().back_end.end_postcopy().map_err(|error| self.failed(error))
     }
 
-    /// Whether the back-end is still there. To be told when it goes, watch the
-    /// [descriptor](AsRawFd): when it becomes readable, ask. It never waits.
+    /// Checks whether the back-end is still connected, without blocking. To learn of its end, watch
+    /// the [descriptor](AsRawFd), and call this when the descriptor becomes readable.
     ///
     /// # Errors
     ///
-    /// One line, if it is gone: requests that it had will never be answered.
+    /// One line, if the back-end is gone: its requests will never be answered.
     pub fn check_alive(&self) -> Result<(), Error> {
         if !self.link.is_closed() {
             return Ok(());
@@ -388,18 +388,19 @@ impl VhostUserDevice {
         Err(self.failed(BackEndError::Disconnected { socket, asked }))
     }
 
-    /// The reply that the guest's access to a register waits for, if one does. This never waits.
+    /// Returns the reply that the guest's access to a register waits for, if any. Never blocks.
     pub fn waits_for(&self) -> Option<&'static str> {
         *self.waits.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What ends the connection, and every wait for the back-end, from another thread.
+    /// Returns a handle that ends the connection, and every wait for the back-end, from another
+    /// thread.
     pub fn hang_up(&self) -> HangUp {
         self.link.clone()
     }
 
-    /// Logs something that the guest can bring about: under a target of this device, which is how the
-    /// process's log limits each device for itself.
+    /// Logs an event that the guest can cause, under this device's target, so that the log limits
+    /// each device separately.
     fn log(&self, level: Level, what: fmt::Arguments<'_>) {
         log::log!(target: &self.log_target, level, "device {}: {what}", self.name);
     }
@@ -412,7 +413,7 @@ impl VhostUserDevice {
         fail(&self.name, why)
     }
 
-    /// Gives the back-end what the driver has set up, from where each queue is to go on.
+    /// Starts the back-end with the queues that the driver has set up, each at its next request.
     fn start(&self, inner: &mut Inner) -> Result<(), String> {
         let Inner { back_end, registers, memory, running, restored } = inner;
         let memory = memory.as_ref().ok_or("no memory was shared with its back-end")?;
@@ -420,7 +421,7 @@ impl VhostUserDevice {
             return Err("it has not agreed on features (status bit FEATURES_OK)".into());
         }
         for (index, queue) in registers.queues().iter().enumerate().filter(|(_, q)| q.ready) {
-            // (A driver's mistake is logged, and a snapshot's ends the restore.)
+            // (The driver's mistake is logged; a snapshot's ends the restore.)
             let remedy = if *restored { "; the snapshot is damaged, take another" } else { "" };
             check_rings(memory, queue).map_err(|why| format!("queue {index}: {why}{remedy}"))?;
         }
@@ -439,7 +440,7 @@ impl VhostUserDevice {
         let calls = self.calls.iter().zip(self.notify.kicks());
         let queues = registers.queues().iter().zip(calls).enumerate().take(served);
         for (index, (queue, (call, kick))) in queues.filter(|(_, (queue, _))| queue.ready) {
-            // After a stop that failed half-way some still run.
+            // After a stop that failed half-way, some queues still run.
             if std::mem::replace(&mut running[index], true) {
                 continue;
             }
@@ -457,7 +458,8 @@ impl VhostUserDevice {
         Ok(())
     }
 
-    /// Starts what was stopped, if the guest wants it to run, and makes up for what was lost.
+    /// Starts the stopped device, if the guest wants it to run, and repeats signals that may be
+    /// lost.
     fn go_on(&self, inner: &mut Inner) -> Result<(), String> {
         if inner.registers.is_live() {
             self.start(inner).inspect_err(|_| self.stop(inner))?;
@@ -479,7 +481,7 @@ impl VhostUserDevice {
     /// Stops all queues, and waits until each request that was taken is answered.
     fn drain(&self, inner: &mut Inner, begun: Instant, within: Duration) -> Result<(), String> {
         let Inner { back_end, registers, memory, running, .. } = inner;
-        // There is none only if nothing runs.
+        // Without shared memory, no queue runs.
         let Some(memory) = memory else { return Ok(()) };
         let were_running = running.clone();
         for (index, running) in running.iter_mut().enumerate().filter(|(_, running)| **running) {
@@ -494,7 +496,7 @@ impl VhostUserDevice {
         Ok(())
     }
 
-    /// Stops all queues; where they were does not matter any more.
+    /// Stops all queues. Their positions do not matter any more.
     fn stop(&self, inner: &mut Inner) {
         for queue in 0..inner.running.len() {
             self.stop_queue(inner, queue);
@@ -509,7 +511,7 @@ impl VhostUserDevice {
         }
     }
 
-    /// Starts the device for the driver. What the driver has done wrong is for the driver.
+    /// Starts the device for the driver. A mistake of the driver is reported to the driver.
     fn start_for_driver(&self, inner: &mut Inner) {
         if let Err(why) = self.start(inner) {
             self.log(Level::Error, format_args!("the guest's driver starts it: {why}"));
@@ -528,7 +530,7 @@ impl VhostUserDevice {
             self.log(Level::Debug, format_args!("a write to its configuration is ignored"));
             return;
         }
-        // It was checked that the offset is a small one.
+        // `may_write` has checked that the offset is small.
         if let Err(error) = back_end.write_config(offset as u32, bytes) {
             self.log(Level::Error, format_args!("{error}"));
             return;
@@ -540,13 +542,13 @@ impl VhostUserDevice {
         registers.set_config(config);
     }
 
-    /// If the back-end has another configuration, reads it.
+    /// Reads the back-end's config space, if it has changed.
     fn look_at_config(&self, inner: &mut Inner) {
         if !self.config_is_stale.swap(false, Ordering::AcqRel) {
             return;
         }
         let _waits = Waits::for_back_end(&self.waits, "its configuration to be read");
-        // Only what comes from the back-end can be another.
+        // Only the fields of the back-end can change, so the position does not matter.
         match read_config(&mut inner.back_end, &self.option, 0) {
             Ok(mut config) => {
                 if self.option.kind == DeviceKind::Net {
@@ -576,7 +578,7 @@ impl VhostUserDevice {
     }
 
     fn config_call(&self) -> &EventFd {
-        // There is one more than there are queues.
+        // The calls are one more than the queues.
         &self.calls[usize::from(self.option.queues)]
     }
 }
@@ -589,7 +591,7 @@ impl DeviceMmio for VhostUserDevice {
     }
 
     fn mmio_write(&self, _base: MmioAddress, offset: MmioAddressOffset, data: &[u8]) {
-        // Where KVM does not serve it.
+        // A kick, if KVM does not serve it.
         if self.notify.write(offset, data) {
             return;
         }
@@ -619,8 +621,8 @@ impl AsRawFd for VhostUserDevice {
     }
 }
 
-/// Waits until every request that the guest has made is answered. Nothing is stopped yet: a disk's
-/// back-end may drop what it has in flight when it is.
+/// Waits until every request that the guest has made is answered. No queue is stopped before,
+/// because a disk's back-end may then drop its requests in flight.
 fn await_answers(inner: &Inner, begun: Instant, within: Duration) -> Result<(), String> {
     let Some(memory) = &inner.memory else { return Ok(()) };
     let queues = inner.registers.queues().iter().zip(&inner.running).enumerate();

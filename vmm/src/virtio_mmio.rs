@@ -8,27 +8,27 @@ use virtio_bindings::virtio_config::{
 };
 use virtio_bindings::virtio_mmio::*;
 
-/// Bytes of guest physical addresses that a device takes.
+/// Size of a device's window, in bytes of guest physical addresses.
 pub const WINDOW: u64 = 0x1000;
 
-/// Where the driver writes the number of a queue that has something new; bytes from the start of
+/// Offset of the register for the number of a queue with new buffers, in bytes from the start of
 /// the window.
 pub const QUEUE_NOTIFY: u64 = VIRTIO_MMIO_QUEUE_NOTIFY as u64;
 
-/// Offset of the register with the device's status, in bytes; writing 0 resets the device.
+/// Offset of the status register, in bytes; writing 0 resets the device.
 pub const STATUS: u64 = VIRTIO_MMIO_STATUS as u64;
 
 /// "virt"
 const MAGIC: u32 = 0x7472_6976;
 const VERSION: u32 = 2;
-/// Whose transport it is; drivers pay no attention.
+/// The vendor of the transport, which drivers ignore.
 const VENDOR: u32 = u32::from_le_bytes(*b"dmnd");
-/// Registers of later versions that are there to say that there is nothing.
+/// A register of later versions, which reads as zero because queues cannot be reset.
 const QUEUE_RESET: u32 = 0xc0;
-/// What shared memory regions that do not exist have for a length and an address.
+/// The length and address of a shared memory region that does not exist.
 const NO_SHARED_MEMORY: u32 = u32::MAX;
 
-/// Largest queue that virtio knows, in descriptors.
+/// Size of the largest queue that virtio allows, in descriptors.
 pub const MAX_QUEUE_SIZE: u16 = 32768;
 
 /// A queue, as the driver has set it up.
@@ -44,14 +44,14 @@ pub struct QueueState {
     pub available: u64,
     /// Guest physical address of the used ring.
     pub used: u64,
-    /// Index in the available ring of the first request that is not taken yet; counts on while
-    /// the queue runs, and is right when it is stopped.
+    /// Index in the available ring of the first request that the device has not taken. It is valid
+    /// only while the queue is stopped.
     pub next_available: u16,
 }
 
 impl QueueState {
-    /// What is wrong with the size or an address, by itself (virtio 1.2, section 2.7); the rings'
-    /// extents, in bytes, if nothing is.
+    /// Checks the size and the addresses by themselves (virtio 1.2, section 2.7). Returns the
+    /// rings' addresses and lengths, in bytes.
     pub(crate) fn extents(&self) -> Result<[(u64, u64); 3], String> {
         if !self.size.is_power_of_two() || self.size > MAX_QUEUE_SIZE {
             return Err(format!("{} descriptors are no power of two", self.size));
@@ -71,29 +71,28 @@ impl QueueState {
     }
 }
 
-/// What a write to a register is to the device.
+/// The effect of a register write on the device.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[must_use]
 pub(crate) enum Action {
-    /// Nothing.
+    /// No effect.
     None,
-    /// The driver says that it is ready: the queues that are ready begin to run, if it has agreed
-    /// on features.
+    /// The driver is ready: the queues that are ready start, if features were agreed on.
     Start,
-    /// The driver wants the device as it was at first. The registers are so already.
+    /// The driver resets the device. The registers have been reset.
     Reset,
-    /// The driver has given the device up.
+    /// The driver has given up on the device.
     Fail,
-    /// The driver takes a queue back.
+    /// The driver stops a queue.
     StopQueue(usize),
-    /// The driver tells of new requests.
+    /// The driver announces new requests.
     Notify,
-    /// The driver writes to the configuration space, from this offset (bytes) on.
+    /// The driver writes to the config space, at this offset in bytes.
     WriteConfig(usize, Vec<u8>),
 }
 
 impl Action {
-    /// The request to the back-end that the access waits for.
+    /// Returns the request to the back-end that the access waits for.
     pub(crate) fn asks_back_end(&self) -> Option<&'static str> {
         match self {
             Action::None | Action::Notify => None,
@@ -105,19 +104,19 @@ impl Action {
     }
 }
 
-/// The registers, and what they have been set to. All of it is what a snapshot keeps.
+/// The registers and their values. A snapshot keeps all of them.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Registers {
     device_id: u32,
-    /// What is offered.
+    /// The features that the device offers.
     features: u64,
-    /// What the driver has accepted.
+    /// The features that the driver has accepted.
     driver_features: u64,
     device_features_select: u32,
     driver_features_select: u32,
     queue_select: u32,
     status: u32,
-    /// Whether the driver is to look at the configuration.
+    /// Whether the driver has a changed config space to read.
     config_changed: bool,
     config_generation: u32,
     queue_size_max: u16,
@@ -126,8 +125,9 @@ pub struct Registers {
 }
 
 impl Registers {
-    /// The registers of a device that nobody has touched: virtio's number of its type, what it
-    /// offers, how many queues of how many descriptors at most, and its configuration.
+    /// Creates the registers of a device in its reset state, from virtio's number of its type, the
+    /// offered features, the number and the largest size (in descriptors) of its queues, and the
+    /// config space.
     pub(crate) fn new(
         device_id: u32,
         features: u64,
@@ -151,45 +151,46 @@ impl Registers {
         }
     }
 
-    /// Virtio's number of the device's type.
+    /// Returns virtio's number of the device's type.
     pub fn device_id(&self) -> u32 {
         self.device_id
     }
 
-    /// The features that the driver and the device have agreed on: none before `FEATURES_OK`, and
-    /// never one that was not offered.
+    /// Returns the features that the driver and the device have agreed on: none before
+    /// `FEATURES_OK`, and never one that was not offered.
     pub fn driver_features(&self) -> u64 {
         if self.has_agreed() { self.driver_features & self.features } else { 0 }
     }
 
-    /// The queues.
+    /// Returns the queues.
     pub fn queues(&self) -> &[QueueState] {
         &self.queues
     }
 
-    /// Largest size of a queue, in descriptors.
+    /// Returns the largest size of a queue, in descriptors.
     pub fn queue_size_max(&self) -> u16 {
         self.queue_size_max
     }
 
-    /// The configuration space, as the driver sees it.
+    /// Returns the config space, as the driver sees it.
     pub fn config(&self) -> &[u8] {
         &self.config
     }
 
-    /// Whether the driver has agreed on features and said that the device may run, and nothing
-    /// speaks against it.
+    /// Whether the device runs: the driver has agreed on features and set `DRIVER_OK`, and the
+    /// device has neither failed nor needs a reset.
     pub fn is_live(&self) -> bool {
         self.is_started() && self.has_agreed()
     }
 
-    /// Whether the driver has said that the device may run, rightly or not.
+    /// Whether the driver has set `DRIVER_OK`, even without agreed features, on a device that has
+    /// neither failed nor needs a reset.
     fn is_started(&self) -> bool {
         let bad = VIRTIO_CONFIG_S_FAILED | VIRTIO_CONFIG_S_NEEDS_RESET;
         self.status & VIRTIO_CONFIG_S_DRIVER_OK != 0 && self.status & bad == 0
     }
 
-    /// Whether the status and the accepted features are such that a driver can have brought about.
+    /// Whether a driver can have caused this combination of status and accepted features.
     pub(crate) fn is_coherent(&self) -> bool {
         if self.has_agreed() { self.features_are_acceptable() } else { !self.is_started() }
     }
@@ -203,31 +204,32 @@ impl Registers {
         &mut self.queues[queue]
     }
 
-    /// Offers other features from now on; what was agreed on stays.
+    /// Replaces the offered features. Agreed features stay.
     pub(crate) fn offer(&mut self, features: u64) {
         self.features = features;
     }
 
-    /// The device cannot go on before it is reset. Whether the driver is to be told.
+    /// Marks the device as unusable until it is reset. Returns whether the driver must be notified.
     pub(crate) fn need_reset(&mut self) -> bool {
         self.status |= VIRTIO_CONFIG_S_NEEDS_RESET;
         self.config_changed = true;
         self.status & VIRTIO_CONFIG_S_DRIVER_OK != 0
     }
 
-    /// The configuration is another, and the driver is to look at it.
+    /// Replaces the config space, and makes the driver read it.
     pub(crate) fn change_config(&mut self, config: Vec<u8>) {
         self.set_config(config);
         self.config_generation = self.config_generation.wrapping_add(1);
         self.config_changed = true;
     }
 
-    /// The configuration is what the driver has written, or what it will read again by itself.
+    /// Replaces the config space with one that the driver has written, or will read again by
+    /// itself.
     pub(crate) fn set_config(&mut self, config: Vec<u8>) {
         self.config = config;
     }
 
-    /// Serves a read from `offset` (bytes) on. What is not there reads as zeros.
+    /// Serves a read at `offset`, in bytes. Absent registers read as zeros.
     pub(crate) fn read(&self, offset: u64, data: &mut [u8]) {
         data.fill(0);
         if let Some(at) = offset.checked_sub(u64::from(VIRTIO_MMIO_CONFIG)) {
@@ -257,8 +259,8 @@ impl Registers {
             VIRTIO_MMIO_QUEUE_NUM_MAX if queue.is_some() => u32::from(self.queue_size_max),
             VIRTIO_MMIO_QUEUE_READY => queue.is_some_and(|queue| queue.ready).into(),
             VIRTIO_MMIO_INTERRUPT_STATUS => {
-                // Interrupts go from the back-end to KVM, so nobody here knows of them. The driver
-                // looks at all queues then, which is never wrong.
+                // Interrupts pass from the back-end to KVM, so their status is unknown here. With
+                // this answer the driver checks all queues, which is always correct.
                 let running = self.status & VIRTIO_CONFIG_S_DRIVER_OK != 0;
                 let queues = if running { VIRTIO_MMIO_INT_VRING } else { 0 };
                 queues | if self.config_changed { VIRTIO_MMIO_INT_CONFIG } else { 0 }
@@ -270,7 +272,7 @@ impl Registers {
         }
     }
 
-    /// Serves a write from `offset` (bytes) on; returns what the device has to do.
+    /// Serves a write at `offset`, in bytes, and returns its effect on the device.
     pub(crate) fn write(&mut self, offset: u64, data: &[u8]) -> Action {
         if let Some(at) = offset.checked_sub(u64::from(VIRTIO_MMIO_CONFIG)) {
             return Action::WriteConfig(usize::try_from(at).unwrap_or(usize::MAX), data.to_vec());
@@ -287,7 +289,7 @@ impl Registers {
                 match self.driver_features_select {
                     0 => set_low(&mut self.driver_features, value),
                     1 => set_high(&mut self.driver_features, value),
-                    // Nothing is offered up there.
+                    // The device offers no feature in the upper words.
                     _ => {}
                 }
             }
@@ -320,7 +322,7 @@ impl Registers {
             };
             return Action::Reset;
         }
-        // Only a reset takes bits away, and only the device says that it needs one.
+        // Only a reset clears bits, and only the device sets the bit for a needed reset.
         let new = value & !self.status & !VIRTIO_CONFIG_S_NEEDS_RESET;
         self.status |= new;
         if new & VIRTIO_CONFIG_S_FEATURES_OK != 0 && !self.features_are_acceptable() {
@@ -349,7 +351,7 @@ impl Registers {
                 queue.ready = false;
                 return if live { Action::StopQueue(index) } else { Action::None };
             }
-            // Queues are set up before the driver is ready (section 3.1.1).
+            // Queues are set up before DRIVER_OK (section 3.1.1).
             (1, false) if !live => {
                 queue.ready = true;
                 queue.next_available = 0;
@@ -365,7 +367,7 @@ impl Registers {
             return;
         }
         match offset {
-            // One that is too large is not taken, and so found out when the device is to start.
+            // A size that is too large is stored as 0, and refused when the device starts.
             VIRTIO_MMIO_QUEUE_NUM => {
                 let size = u16::try_from(value).ok().filter(|size| *size <= self.queue_size_max);
                 queue.size = size.unwrap_or(0);
@@ -447,7 +449,7 @@ mod tests {
         assert!(accept(&mut registers(), 1 << VIRTIO_F_VERSION_1));
         assert!(!accept(&mut registers(), 1 << 29), "legacy drivers are not served");
         assert!(!accept(&mut registers(), FEATURES | 1 << 28), "that was not offered");
-        // What was agreed on stays.
+        // Agreed features do not change.
         let mut agreed = registers();
         assert!(accept(&mut agreed, FEATURES));
         set(&mut agreed, VIRTIO_MMIO_DRIVER_FEATURES, 0);
@@ -482,7 +484,7 @@ mod tests {
         }
         set(&mut registers, VIRTIO_MMIO_QUEUE_READY, 1);
         assert_eq!(read(&registers, VIRTIO_MMIO_QUEUE_READY), 1);
-        // A queue that is ready is not changed any more.
+        // A queue that is ready does not change.
         set(&mut registers, VIRTIO_MMIO_QUEUE_NUM, 8);
         let queue = &registers.queues[1];
         assert_eq!((queue.size, queue.descriptors, queue.used), (64, 0x1_0000_1000, 0x3000));
@@ -533,7 +535,7 @@ mod tests {
         assert_eq!(read(&registers, VIRTIO_MMIO_INTERRUPT_STATUS), VIRTIO_MMIO_INT_CONFIG);
         set(&mut registers, VIRTIO_MMIO_INTERRUPT_ACK, 2);
         assert_eq!(read(&registers, VIRTIO_MMIO_INTERRUPT_STATUS), 0);
-        // A register has four bytes.
+        // Registers have four bytes.
         let mut half = [0xff; 2];
         registers.read(0, &mut half);
         assert_eq!(half, [0, 0]);

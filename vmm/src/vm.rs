@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A VM with a Linux guest, and what can be asked of it while it runs.
+//! A VM with a Linux guest, and the operations on it while it runs.
 
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
@@ -29,55 +29,55 @@ use crate::vcpus::{StillInside, Vcpus};
 use crate::vhost_user::VhostUserDevice;
 use crate::vm_state::VmState;
 
-/// How long a pause waits for the vCPUs to come out of the guest.
+/// Time limit of a pause, for the vCPUs to leave the guest.
 const PAUSE_WITHIN: Duration = Duration::from_secs(10);
-/// How long a snapshot waits for each vCPU's state.
+/// Time limit of a snapshot, for the state of all vCPUs.
 const STATE_WITHIN: Duration = Duration::from_secs(10);
-/// How long a snapshot waits for a device's requests in flight.
+/// Time limit of a snapshot, for each device's requests in flight.
 const DRAIN_WITHIN: Duration = Duration::from_secs(10);
 
-/// How long an end waits for a snapshot under way, while pages still arrive.
+/// How long an end waits for a snapshot in progress while pages still arrive.
 const END_WITHIN: Duration = Duration::from_secs(2);
-/// How often it looks.
+/// Polling interval of that wait.
 const LOOK_EVERY: Duration = Duration::from_millis(5);
 
-/// Who asks for something, while something else is under way.
+/// Error for a request that arrives while another lifecycle operation is in progress.
 const BUSY: &str =
     "something else is under way (a pause, a snapshot or a reset); ask again when it is done";
 
-/// What a VM is made of.
+/// The parts of a VM.
 pub struct VmParts {
-    /// Memory, slots, and the service that answers faults.
+    /// Memory, memslots, and the service that serves faults.
     pub machine: Arc<Machine>,
-    /// Serial port and generation identifier.
+    /// The fixed devices, such as the serial port and the generation identifier.
     pub chipset: Chipset,
     /// The virtio devices, by position.
     pub devices: Vec<Arc<VhostUserDevice>>,
     /// The vCPUs, paused.
     pub vcpus: Vcpus,
-    /// Their number.
+    /// The number of vCPUs.
     pub cpus: u32,
-    /// What KVM keeps of each.
+    /// The parts of each vCPU's state.
     pub shape: Arc<StateShape>,
-    /// What the memory is made of.
+    /// The properties of the memory.
     pub memory: MemoryOption,
-    /// What the guest was booted from.
+    /// The files that the guest was booted from.
     pub boot: Option<BootSource>,
-    /// Counts what happens.
+    /// The statistics of the run.
     pub stats: Arc<Stats>,
-    /// When the process began.
+    /// The time at which the process began.
     pub started: Instant,
-    /// Pages that are missing in the beginning.
+    /// The number of pages that are missing at the start.
     pub missing_at_start: u64,
-    /// What went wrong last, and did not end the VM.
+    /// The last error that did not end the VM.
     pub last_error: LastError,
-    /// Whom to tell.
+    /// The sender of events to the thread that follows the VM.
     pub tell: Tell,
-    /// Whether the guest has asked for a reset that has not come yet.
+    /// Whether a reset that the guest requested is pending.
     pub reset_asked: Arc<AtomicBool>,
 }
 
-/// A VM. It is asked through [`Control`], from any thread.
+/// A VM. Any thread can operate it through [`Control`].
 pub struct Vm {
     pub(crate) machine: Arc<Machine>,
     pub(crate) chipset: Chipset,
@@ -96,12 +96,12 @@ pub struct Vm {
     pub(crate) lifecycle: Lifecycle,
 }
 
-/// Whatever went wrong last.
+/// The last error that did not end the VM.
 #[derive(Clone, Debug, Default)]
 pub struct LastError(Arc<Mutex<Option<String>>>);
 
 impl LastError {
-    /// Keeps what went wrong: one line.
+    /// Stores an error: one line.
     pub fn set(&self, error: impl Into<String>) {
         *lock(&self.0) = Some(error.into());
     }
@@ -111,7 +111,7 @@ impl LastError {
     }
 }
 
-/// One error that says what all say, if there are any.
+/// Combines all errors into one, if there are any.
 fn all_of(results: impl Iterator<Item = Result<(), Error>>) -> Option<Error> {
     let errors: Vec<Error> = results.filter_map(Result::err).collect();
     match errors.len() {
@@ -127,27 +127,27 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Where a VM is, and who may move it.
+/// The VM's lifecycle state, and the lock that serialises its transitions.
 #[derive(Debug, Default)]
 pub struct Lifecycle {
     state: AtomicU8,
-    /// Held by whoever changes the state, for as long as that takes.
+    /// Locked for the whole of a transition.
     change: Mutex<Change>,
-    /// Set when the VM is going away, so that a snapshot under way ends.
+    /// Whether the VM is ending, so that a snapshot in progress stops.
     ending: AtomicBool,
-    /// Whether that is because somebody has asked for it.
+    /// Whether the end was requested.
     asked: AtomicBool,
-    /// Whether it is being paused because the source fails.
+    /// Whether the VM is being paused because its source fails.
     giving_up: AtomicBool,
-    /// Pages of memory that the snapshot under way has dealt with.
+    /// Pages of memory that the snapshot in progress has processed.
     copied: AtomicU64,
-    /// Where it goes.
+    /// The destination of that snapshot.
     destination: Mutex<String>,
 }
 
 #[derive(Debug, Default)]
 struct Change {
-    /// Whether the devices were stopped by a snapshot, and are to be started by a resume.
+    /// Whether a snapshot has quiesced the devices, so that a resume must start them.
     quiesced: bool,
 }
 
@@ -155,12 +155,12 @@ const STATES: [State; 5] =
     [State::Starting, State::Running, State::Paused, State::Snapshotting, State::Stopped];
 
 impl Lifecycle {
-    /// The state, without waiting.
+    /// Returns the state, without blocking.
     pub fn state(&self) -> State {
         STATES[usize::from(self.state.load(Ordering::Acquire))]
     }
 
-    /// Says where the VM is now.
+    /// Sets the state.
     pub fn set(&self, state: State) {
         let index = STATES.iter().position(|known| *known == state);
         self.state.store(index.unwrap_or_default() as u8, Ordering::Release);
@@ -174,17 +174,17 @@ impl Lifecycle {
         }
     }
 
-    /// Whether the VM is going away.
+    /// Whether the VM is ending.
     fn is_ending(&self) -> bool {
         self.ending.load(Ordering::Acquire)
     }
 
-    /// Whether the VM is going away because somebody has asked for it.
+    /// Whether the VM is ending because its end was requested.
     pub fn was_asked(&self) -> bool {
         self.asked.load(Ordering::Acquire)
     }
 
-    /// Ends a snapshot under way, and waits until nobody moves the VM any more. Calls `unblock`
+    /// Stops a snapshot in progress, and waits until no transition is in progress. Calls `unblock`
     /// if that takes longer than `within`.
     pub fn end(&self, within: Duration, unblock: impl FnOnce()) {
         self.ending.store(true, Ordering::Release);
@@ -201,7 +201,7 @@ impl Lifecycle {
 }
 
 impl Vm {
-    /// The VM that consists of these.
+    /// Creates a VM of these parts.
     pub fn new(parts: VmParts) -> Self {
         Vm {
             machine: parts.machine,
@@ -222,25 +222,26 @@ impl Vm {
         }
     }
 
-    /// The vCPUs.
+    /// Locks the vCPUs.
     pub(crate) fn vcpus(&self) -> MutexGuard<'_, Vcpus> {
         lock(&self.vcpus)
     }
 
-    /// The vCPUs, unless something else is being done with them.
+    /// Locks the vCPUs, unless another thread holds the lock.
     pub(crate) fn try_vcpus(&self) -> Option<MutexGuard<'_, Vcpus>> {
         self.vcpus.try_lock().ok()
     }
 
-    /// Lets the vCPUs begin. They run before anybody is told so: who pauses them finds them running.
+    /// Starts the vCPUs. They run before the state says so, so that a pause always finds them
+    /// running.
     pub(crate) fn go(&self) {
         let _change = lock(&self.lifecycle.change);
         self.vcpus().resume();
         self.lifecycle.set(State::Running);
     }
 
-    /// Ends a snapshot under way, and waits until nobody moves the VM any more: for a short while
-    /// as long as pages arrive, and then for none of them, and for no back-end.
+    /// Stops a snapshot in progress, and waits until no transition is in progress: for a short time
+    /// while pages arrive, and then without waiting for pages or back-ends.
     pub(crate) fn end(&self) {
         self.lifecycle.end(END_WITHIN, || self.unblock());
     }
@@ -251,8 +252,8 @@ impl Vm {
         self.devices.iter().for_each(|device| device.hang_up().hang_up());
     }
 
-    /// Has `work` reset the devices and vCPUs while these are out of the guest and nobody else moves
-    /// the VM; then it goes on, or stays paused.
+    /// Runs `work`, which resets the devices and the vCPUs, with every vCPU paused and the
+    /// lifecycle lock held. Afterwards the VM runs, or stays paused, as before.
     pub(crate) fn outside_guest(
         &self,
         within: Duration,
@@ -270,7 +271,8 @@ impl Vm {
         Ok(())
     }
 
-    /// Why vCPUs did not come out of the guest: where one waits for a back-end, that is named.
+    /// Returns the error for vCPUs that did not leave the guest. It names the device if one of them
+    /// waits for a back-end.
     pub(crate) fn explain(&self, inside: &StillInside) -> Error {
         let waits = |device: &Arc<VhostUserDevice>| Some((device.clone(), device.waits_for()?));
         let Some((device, what)) = self.devices.iter().find_map(waits) else {
@@ -286,12 +288,12 @@ impl Vm {
         ))
     }
 
-    /// When the first vCPU entered the guest.
+    /// Returns the time at which the first vCPU entered the guest.
     pub(crate) fn first_run(&self) -> Option<Instant> {
         self.vcpus().context().first_run.get().copied()
     }
 
-    /// Ends the vCPUs. To be called while pages still arrive.
+    /// Stops the vCPUs for good. Call it while pages still arrive.
     ///
     /// # Errors
     ///
@@ -300,8 +302,8 @@ impl Vm {
         self.vcpus().stop(within)
     }
 
-    /// Takes away what demand paging needed, when the last page is present: the back-ends' part
-    /// first. It waits for the back-ends.
+    /// Removes demand paging when the last page is present, the back-ends' part first. Waits for
+    /// the back-ends.
     ///
     /// # Errors
     ///
@@ -311,7 +313,8 @@ impl Vm {
         self.machine.finish()
     }
 
-    /// Lets the vCPUs go on, the devices first if a snapshot has stopped them: as many as can.
+    /// Resumes the vCPUs. If a snapshot has quiesced the devices, all of them are started first, as
+    /// far as they can.
     fn go_on(&self, change: &mut Change) -> Result<(), Error> {
         if change.quiesced {
             let resumed = self.devices.iter().map(|device| device.resume());
@@ -325,12 +328,12 @@ impl Vm {
         Ok(())
     }
 
-    /// Pauses on a thread of its own, because the source has failed for too long. It may have been
-    /// paused since that was told, or the source may be back: then there is nothing to do.
+    /// Pauses the VM on a separate thread, because the source has failed for too long. Does nothing
+    /// if the VM has been paused since then, or the source is back.
     ///
     /// # Errors
     ///
-    /// The host has no thread.
+    /// If the host has no more threads.
     pub fn give_up(self: &Arc<Self>, reason: String) -> Result<(), Error> {
         if self.lifecycle.state() != State::Running
             || !self.machine.is_source_failing()
@@ -350,11 +353,11 @@ impl Vm {
         })
     }
 
-    /// Pauses on a thread of its own, because the guest's kernel has panicked.
+    /// Pauses the VM on a separate thread, because the guest's kernel has panicked.
     ///
     /// # Errors
     ///
-    /// The host has no thread.
+    /// If the host has no more threads.
     pub(crate) fn pause_panicked(self: &Arc<Self>) -> Result<(), Error> {
         let vm = self.clone();
         spawn("pause", move || match vm.pause() {
@@ -363,7 +366,8 @@ impl Vm {
         })
     }
 
-    /// The state of all but the memory. The vCPUs are paused and the devices stopped.
+    /// Reads the state of everything but the memory. The vCPUs must be paused and the devices
+    /// quiesced.
     fn save(
         &self,
         generation: &[u8],
@@ -392,13 +396,13 @@ impl Vm {
         })
     }
 
-    /// Stops the devices. If one refuses, those before it are started again when the VM goes on.
+    /// Quiesces the devices. If one refuses, those before it are started again when the VM resumes.
     fn quiesce(&self, change: &mut Change) -> Result<Vec<DeviceState>, Error> {
         change.quiesced = true;
         self.devices.iter().map(|device| device.quiesce(DRAIN_WITHIN)).collect()
     }
 
-    /// Puts what the guest boots from into a snapshot; with a warning if it cannot have it.
+    /// Copies the boot files into a snapshot. Returns a warning if the snapshot cannot have them.
     fn keep_boot(
         &self,
         partial: &PartialSnapshot,
@@ -440,7 +444,7 @@ impl Vm {
         };
         self.machine.memory().write_image(&mut writer, &mut progress).map_err(Error::failed)?;
         let mut image = writer.finish().map_err(Error::failed)?;
-        // With what lies beside the image.
+        // Includes the files beside the image.
         image.bytes_written += partial.publish(&saved)?;
         Ok(image)
     }
@@ -514,11 +518,11 @@ impl Control for Vm {
         if !matches!(before, State::Running | State::Paused) {
             return Err(ControlError::wrong_state(format!("the VM is {before}")));
         }
-        // What can be refused is refused before anything stops.
+        // Checks for refusals before anything stops.
         self.devices.iter().try_for_each(|device| device.can_snapshot())?;
         let partial =
             PartialSnapshot::create(&request.destination).map_err(ControlError::invalid)?;
-        // What does not change while the guest runs is written while it does.
+        // The boot files do not change while the guest runs, so they are copied before the pause.
         let (boot, warning) = self.keep_boot(&partial, &request.destination)?;
         if before == State::Running {
             let vcpus = self.vcpus();
@@ -527,7 +531,8 @@ impl Control for Vm {
                 return Err(self.explain(&error).into());
             }
         }
-        // Its state is none that a guest could go on from: the request for the reset is not saved.
+        // The guest could not continue from this state, because the request for the reset is not
+        // saved.
         if self.vcpus().is_held() || self.reset_asked.load(Ordering::Acquire) {
             if before == State::Running {
                 self.vcpus().resume();
@@ -539,7 +544,7 @@ impl Control for Vm {
         self.lifecycle.set(State::Snapshotting);
         let taken = self.take_snapshot(partial, boot, &mut change);
         let then = match (&taken, request.then) {
-            // It failed: the VM goes on as it was.
+            // After a failure the VM continues as before.
             (Err(_), _) | (Ok(_), None) if before == State::Running => Go::Resume,
             (Err(_), _) | (Ok(_), None) => Go::Pause,
             (Ok(_), Some(then)) => then,
@@ -582,8 +587,8 @@ impl Control for Vm {
         self.lifecycle.asked.store(true, Ordering::Release);
         self.tell.tell(Event::Shutdown);
         if self.lifecycle.state() == State::Starting {
-            // Nobody listens before the guest runs, and what it takes to begin may wait for pages
-            // that do not come.
+            // No thread handles events before the guest runs, and the steps before that may wait
+            // for pages that do not arrive.
             self.lifecycle.ending.store(true, Ordering::Release);
             self.unblock();
         }

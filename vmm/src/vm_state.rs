@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What KVM keeps of a VM beside its vCPUs: the interrupt controllers, the timer, and the clock.
+//! The KVM state of a VM beside its vCPUs: the interrupt controllers, the timer, and the clock.
 //!
 //! Source: `Documentation/virt/kvm/api.rst`, sections `KVM_GET_IRQCHIP`, `KVM_GET_PIT2` and
 //! `KVM_GET_CLOCK`.
@@ -18,7 +18,8 @@ use crate::hex;
 use crate::tsc::Moment;
 
 /// The state of a VM with KVM's interrupt controllers and timer (`KVM_CREATE_IRQCHIP`,
-/// `KVM_CREATE_PIT2`), in JSON or whatever serde writes. All vCPUs are paused while it is saved.
+/// `KVM_CREATE_PIT2`), in JSON or another format of serde. All vCPUs must be paused while it is
+/// saved.
 ///
 /// # Examples
 ///
@@ -45,13 +46,13 @@ use crate::tsc::Moment;
 pub struct VmState {
     /// kvm-clock, in nanoseconds.
     clock: u64,
-    /// The host's TSC at the same moment, if KVM tells.
+    /// The host's TSC at the same moment, if KVM reports it.
     host_tsc: Option<u64>,
-    /// The host's wall clock at the same moment, in nanoseconds since 1970; older snapshots do not
+    /// The host's wall clock at the same moment, in nanoseconds since 1970. Older snapshots do not
     /// have it.
     #[serde(default)]
     realtime: Option<u64>,
-    /// Whether the clock goes on by as much as the host's wall clock has since.
+    /// Whether the clock advances by as much as the host's wall clock has since.
     #[serde(skip)]
     follows_host: bool,
     #[serde(with = "hex")]
@@ -69,7 +70,7 @@ impl VmState {
     ///
     /// # Errors
     ///
-    /// What KVM refused: one line.
+    /// KVM's refusal: one line.
     pub fn save(vm: &VmFd) -> Result<Self, Error> {
         let chip = |chip_id, what| {
             let mut chip = kvm_irqchip { chip_id, ..Default::default() };
@@ -89,13 +90,13 @@ impl VmState {
         })
     }
 
-    /// Advances the guest's clock by as much as the host's wall clock has since the state was saved,
-    /// as if the guest had been paused. Where the host's shows an earlier time, it stays where it was:
-    /// a clock never goes back.
+    /// Makes the restored clock advance by as much as the host's wall clock has since the state was
+    /// saved, as if the guest had been paused. If the host's clock shows an earlier time, the
+    /// guest's stays where it was: a clock never goes back.
     ///
     /// # Errors
     ///
-    /// If the snapshot does not say when it was taken.
+    /// If the snapshot does not hold the time at which it was taken.
     pub fn follow_host(&mut self) -> Result<(), Error> {
         let Some(then) = self.realtime else {
             return Err(Error::failed(
@@ -114,16 +115,16 @@ impl VmState {
         Ok(())
     }
 
-    /// Sets the guest's clock to where it stopped, so that to it no time has passed, or
-    /// [further](Self::follow_host). To be called
-    /// **before** the vCPUs are restored, as the wall clock that KVM tells the guest as one of
-    /// their MSRs is set is the host's time without this one.
+    /// Sets the guest's clock to the value at which it stopped, so that no time has passed for the
+    /// guest, or [further](Self::follow_host). Call it **before** the vCPUs are restored: when one
+    /// of their MSRs is set, KVM tells the guest the wall clock, which it computes as the host's
+    /// time minus this clock.
     ///
     /// # Errors
     ///
-    /// What KVM refused: one line.
+    /// KVM's refusal: one line.
     pub fn restore_clock(&self, vm: &VmFd) -> Result<(), Error> {
-        // KVM_CLOCK_REALTIME adds the time since; the other flags are only ever answers.
+        // KVM_CLOCK_REALTIME adds the time since then; the other flags are only answers.
         let mut clock = kvm_clock_data { clock: self.clock, ..Default::default() };
         if let Some(realtime) = self.realtime.filter(|_| self.follows_host) {
             clock.realtime = realtime;
@@ -132,14 +133,14 @@ impl VmState {
         vm.set_clock(&clock).map_err(|error| failed("restore", CLOCK, error))
     }
 
-    /// Sets the guest's clock to where it stopped once more, last of all, so that to the guest its
-    /// restoration took no time. Returns the moment at which it stopped and the present one, by
-    /// which the vCPUs' TSCs can be [aligned](crate::vcpu_state::VcpuState); `None` where KVM, then
-    /// or now, does not tell the host's TSC with the clock.
+    /// Sets the guest's clock once more, as the last step, so that the restore takes no time for
+    /// the guest. Returns the moment at which the clock stopped and the present one, by which the
+    /// vCPUs' TSCs can be [aligned](crate::vcpu_state::VcpuState); `None` if KVM did not report the
+    /// host's TSC with the clock, either then or now.
     ///
     /// # Errors
     ///
-    /// What KVM refused: one line.
+    /// KVM's refusal: one line.
     pub(crate) fn align_clock(&self, vm: &VmFd) -> Result<Option<(Moment, Moment)>, Error> {
         self.restore_clock(vm)?;
         let now = vm.get_clock().map_err(|error| failed("restore", CLOCK, error))?;
@@ -148,14 +149,14 @@ impl VmState {
         Ok(then.zip(now))
     }
 
-    /// Sets the interrupt controllers and the timer. To be called **after** the vCPUs are
-    /// restored, as an interrupt that is to be delivered goes to their local APICs at once.
+    /// Sets the interrupt controllers and the timer. Call it **after** the vCPUs are restored,
+    /// because a pending interrupt goes to their local APICs at once.
     ///
     /// # Errors
     ///
-    /// What KVM refused: one line.
+    /// KVM's refusal: one line.
     pub fn restore(&self, vm: &VmFd) -> Result<(), Error> {
-        // The timer first: what its output does to the controllers is already in their state.
+        // The timer first, because the state of the controllers includes the effect of its output.
         vm.set_pit2(&self.pit).map_err(|error| refused(PIT, error))?;
         for (chip, what) in
             [(&self.pic_master, PIC), (&self.pic_slave, PIC), (&self.ioapic, IOAPIC)]
@@ -165,13 +166,13 @@ impl VmState {
         Ok(())
     }
 
-    /// What kvm-clock showed, in nanoseconds.
+    /// Returns the saved value of kvm-clock, in nanoseconds.
     pub fn clock(&self) -> u64 {
         self.clock
     }
 }
 
-/// The host's wall clock at the moment of the clock's value; KVM says it where it can.
+/// Returns the host's wall clock at the moment of the clock's value, from KVM if KVM reports it.
 fn realtime(clock: &kvm_clock_data) -> u64 {
     match clock.flags & KVM_CLOCK_REALTIME {
         0 => since_1970().as_nanos() as u64,
@@ -183,7 +184,7 @@ fn since_1970() -> Duration {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
 }
 
-/// The host's TSC at the moment of the clock's value, where it belongs to it.
+/// Returns the host's TSC at the moment of the clock's value, if KVM reports it.
 fn host_tsc(clock: &kvm_clock_data) -> Option<u64> {
     (clock.flags & KVM_CLOCK_HOST_TSC != 0).then_some(clock.host_tsc)
 }
@@ -197,7 +198,7 @@ fn failed(verb: &str, what: &str, error: kvm_ioctls::Error) -> Error {
     Error::host(format!("{verb} the VM's {what}: {error}; the kernel's log may say more"))
 }
 
-/// KVM refuses a part of the state.
+/// Returns the error for a part of the state that KVM refuses.
 fn refused(what: &str, error: kvm_ioctls::Error) -> Error {
     Error::host(format!("restore the VM's {what}: {error}; {STATE_REFUSED}"))
 }

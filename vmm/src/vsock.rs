@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The event queue of a vsock, which the VMM serves: it tells the guest that it was moved.
+//! The event queue of a vsock, which the VMM serves to tell the guest that it was moved.
 
 use std::sync::atomic::Ordering;
 
@@ -8,7 +8,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 use crate::virtio_mmio::QueueState;
 
-/// The queue's index.
+/// The index of the event queue.
 pub(crate) const EVENT_QUEUE: usize = 2;
 
 /// `VIRTIO_VSOCK_EVENT_TRANSPORT_RESET` (virtio 1.2, section 5.10.6.7).
@@ -17,8 +17,9 @@ const TRANSPORT_RESET: u32 = 0;
 const WRITE: u16 = 2;
 const INDIRECT: u16 = 4;
 
-/// Tells the guest that all connections are gone and that its address may be another: the back-end
-/// had them, and this is a new one. False if the guest has left no buffer for it.
+/// Tells the guest that all connections are gone and that its address may have changed: the old
+/// back-end had the connections, and this is a new one. Returns false if the guest has left no
+/// buffer for the event.
 ///
 /// # Errors
 ///
@@ -104,7 +105,7 @@ mod tests {
         half(0x2002, 7);
         assert!(!tell_of_move(&memory, &mut queue).unwrap(), "there is no buffer");
 
-        // Descriptor 5 in the ring's last place, descriptor 6 (indirect) in its first.
+        // Descriptor 5 in the ring's last entry, descriptor 6 (indirect) in its first.
         half(0x2002, 9);
         half(0x2004 + 14, 5);
         half(0x2004, 6);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Watches over a run: waits for its threads' ends, and takes demand paging away when the last page
-//! is present.
+//! The loop that follows a run of the test guest: it waits for the ends of the run's threads, and
+//! removes demand paging when the last page is present.
 
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::Duration;
@@ -16,35 +16,35 @@ use crate::machine::Machine;
 use crate::test_exits::PortWrite;
 use crate::vcpu::VcpuEvent;
 
-/// What the threads of a run tell the one that watches over it.
+/// An event from the threads of a run.
 pub(crate) enum Event {
     Port(PortWrite),
     Vcpu(VcpuEvent),
     Actor(Result<(), ActorError>),
     Complete,
-    /// The run is to end.
+    /// The run must end.
     Interrupted,
 }
 
-/// How often progress is said.
+/// Interval between two lines of progress.
 const PROGRESS_EVERY: Duration = Duration::from_millis(200);
 
-/// Follows a run.
+/// The loop that follows a run.
 pub(crate) struct Watch<'a> {
-    /// Whether progress is said.
+    /// Whether progress is printed.
     pub(crate) progress: bool,
     pub(crate) machine: &'a Machine,
     pub(crate) control: &'a ControlMemory,
     pub(crate) disk: Option<&'a mut Disk>,
     pub(crate) events: Receiver<Event>,
-    /// Whether demand paging has been taken away.
+    /// Whether demand paging has been removed.
     pub(crate) finished: bool,
 }
 
 impl Watch<'_> {
-    /// Waits until all vCPUs and the VMM's own part have come to their end.
+    /// Waits until all vCPUs and the VMM's actor have ended.
     pub(crate) fn until_done(&mut self, cpus: u32) -> Result<(), Error> {
-        // Bit i: vCPU i has not said that it is done. (There are at most 64.)
+        // Bit i: vCPU i has not reported its end. (There are at most 64.)
         let (mut running, mut actor) = (u64::MAX >> (64 - cpus.min(64)), true);
         while running != 0 || actor {
             match self.next()? {
@@ -79,7 +79,7 @@ impl Watch<'_> {
         Ok(())
     }
 
-    /// Waits until all pages are present and demand paging is gone.
+    /// Waits until all pages are present and demand paging is removed.
     pub(crate) fn until_complete(&mut self) -> Result<(), Error> {
         while !self.finished {
             if let Event::Complete = self.next()? {
@@ -114,7 +114,7 @@ impl Watch<'_> {
         }
     }
 
-    /// The last page is present: takes demand paging away, the back-end's part first.
+    /// Removes demand paging when the last page is present, the back-end's part first.
     fn finish(&mut self) -> Result<(), Error> {
         if let Some(disk) = &mut self.disk {
             disk.end_postcopy()?;
