@@ -73,7 +73,7 @@ pub(crate) fn read_config(
         DeviceKind::Blk => {
             let queues = option.queues.to_le_bytes();
             config[BLK_NUM_QUEUES..BLK_NUM_QUEUES + 2].copy_from_slice(&queues);
-            // A chain holds a header and a status beside its segments, and cannot be longer than
+            // A chain holds a header, its segments and a status, and cannot be longer than
             // the queue.
             let seg_max = &mut config[BLK_SEG_MAX..BLK_SEG_MAX + 4];
             let theirs = seg_max.iter().rev().fold(0, |value, byte| value << 8 | u32::from(*byte));

@@ -225,7 +225,7 @@ mod tests {
         assert_eq!(*asked.lock().unwrap(), expected);
     }
 
-    /// Linux takes the hardware for broken if an event does not stay enabled.
+    /// Linux considers the hardware broken if an event does not stay enabled.
     #[test]
     fn registers_keep_what_is_written() {
         let (registers, _, asked) = registers();

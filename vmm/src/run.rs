@@ -74,7 +74,7 @@ pub struct RunOptions {
 /// # Errors
 ///
 /// One line, with its exit status. The process should exit after an error, because a thread may be
-/// left that is blocked for ever.
+/// left that is blocked forever.
 pub fn run(options: RunOptions, started: Instant) -> Result<Report, Error> {
     let interrupt = Interrupt::default();
     on_signals(interrupt.clone())

@@ -177,7 +177,7 @@ impl SerialPort {
     /// Interrupts the guest once, whether or not there is a reason. An interrupt that belongs to
     /// the registers of a snapshot may be missing from the saved state: KVM delivers an eventfd's
     /// interrupt on a separate thread, possibly after the local APICs were saved. Without this one,
-    /// the guest's driver would wait for ever; an extra one does no harm.
+    /// the guest's driver would wait forever; an extra one does no harm.
     ///
     /// # Errors
     ///

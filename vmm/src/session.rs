@@ -165,7 +165,7 @@ impl GuestOptions {
 /// # Errors
 ///
 /// One line, with its exit status. The process should exit after an error, because a thread may be
-/// left that is blocked for ever.
+/// left that is blocked forever.
 pub(crate) fn run_guest(
     guest: GuestOptions,
     inputs: &[&Path],

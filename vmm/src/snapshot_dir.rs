@@ -170,7 +170,7 @@ impl PartialSnapshot {
 
     /// Writes the state, syncs everything to the disk, and gives the snapshot its name. Memory and
     /// hashes must have been written before. The snapshot appears complete or not at all, even
-    /// after a power cut. Returns the size of the files beside the memory, in bytes.
+    /// after a power cut. Returns the size of all files but the memory, in bytes.
     ///
     /// # Errors
     ///

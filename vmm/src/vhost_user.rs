@@ -323,7 +323,7 @@ impl VhostUserDevice {
     }
 
     /// Quiesces the device while the vCPUs are paused, and returns its state. Waits for requests in
-    /// flight at most for `within`, beside the time that the back-end takes for its replies. A disk
+    /// flight at most for `within`, apart from the time that the back-end takes to reply. A disk
     /// answers all requests before anything is stopped; other back-ends hold buffers for later
     /// input, and are asked for their position in the queues.
     ///

@@ -444,7 +444,7 @@ impl Vm {
         };
         self.machine.memory().write_image(&mut writer, &mut progress).map_err(Error::failed)?;
         let mut image = writer.finish().map_err(Error::failed)?;
-        // Includes the files beside the image.
+        // Includes the files other than the image.
         image.bytes_written += partial.publish(&saved)?;
         Ok(image)
     }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The KVM state of a VM beside its vCPUs: the interrupt controllers, the timer, and the clock.
+//! The KVM state of a VM other than its vCPUs: the interrupt controllers, the timer, and the clock.
 //!
 //! Source: `Documentation/virt/kvm/api.rst`, sections `KVM_GET_IRQCHIP`, `KVM_GET_PIT2` and
 //! `KVM_GET_CLOCK`.

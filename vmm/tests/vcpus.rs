@@ -247,7 +247,7 @@ fn a_vcpu_in_the_middle_of_an_instruction_is_reached_once_its_page_comes() {
     rig.vcpus.stop(SOON).unwrap();
 }
 
-/// Only a wait of a vCPU is an absence: background fill can wait for ever.
+/// Only a wait of a vCPU is an absence: background fill can wait forever.
 #[test]
 fn only_waits_of_vcpus_count_for_the_guest() {
     for outside_kvm in [false, true] {
