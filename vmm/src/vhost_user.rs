@@ -58,7 +58,7 @@ use crate::vsock;
 ///     // ... the guest runs, until its vCPUs are paused:
 ///     device.can_snapshot()?;
 ///     let state = device.quiesce(Duration::from_secs(5))?;
-///     // ... its memory is saved, and then it goes on:
+///     // ... its memory is saved, and then the guest continues:
 ///     device.resume()?;
 ///     Ok(())
 /// }
