@@ -1,21 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Times in which a guest is held up without a pause: its process is stopped, or it waits for a page.
+//! Tells the guest of times when it was held up without a pause: its process was stopped, or a vCPU
+//! was blocked on a page.
 //!
-//! A guest that is not told of them sees its clock jump, and its watchdogs report a lockup. Where a
-//! vCPU's own thread sees it, that thread tells the guest
-//! ([`DemandVcpu::absences`](demand_kvm::DemandVcpu::absences)); this module covers the rest.
+//! Without that the guest sees its clock jump, and its watchdogs report a lockup. Where a vCPU's
+//! own thread notices the delay, that thread tells the guest
+//! ([`DemandVcpu::absences`](demand_kvm::DemandVcpu::absences)); this module covers the other
+//! cases.
 
 use std::time::{Duration, Instant};
 
 use crate::vm::Vm;
 
-/// From when on a time counts: well below what any watchdog allows.
+/// The shortest time that counts: well below the limit of any watchdog.
 const LONG: Duration = Duration::from_secs(1);
 
-/// Looks for such times, now and then, and tells the guest.
+/// Polls for such times and tells the guest.
 pub(crate) struct AbsenceWatch {
     looked: Instant,
-    /// Since when a vCPU has waited for a page whenever this looked.
+    /// Since when every poll has seen a vCPU blocked on a page.
     waiting: Option<Instant>,
 }
 
@@ -24,7 +26,7 @@ impl AbsenceWatch {
         AbsenceWatch { looked: Instant::now(), waiting: None }
     }
 
-    /// To be called several times a second. It does not wait.
+    /// Polls once, without blocking. The caller repeats this several times a second.
     pub(crate) fn look(&mut self, vm: &Vm) {
         let vcpus = vm.try_vcpus();
         let service = vm.machine.service();
@@ -36,11 +38,12 @@ impl AbsenceWatch {
         }
     }
 
-    /// Whether the guest is to be told at `now`, when a vCPU waits for a page or not. While a wait
-    /// lasts it is so once in a while: a vCPU that does not wait spins for one that does, and its
-    /// watchdog, which it runs, forgets.
+    /// Returns whether the guest must be told at `now`; `waited_for` says whether a vCPU is blocked
+    /// on a page. While a wait lasts, this returns true about once a second: another vCPU that
+    /// spins for the blocked one runs its own watchdog, and a notice lasts for only one check of
+    /// it.
     fn was_absent(&mut self, now: Instant, waited_for: bool) -> bool {
-        // Nothing here takes as long by itself: the process did not run.
+        // Nothing in this process takes that long by itself, so the process was stopped.
         let stopped = now.duration_since(std::mem::replace(&mut self.looked, now)) > LONG;
         let since = *self.waiting.get_or_insert(now);
         let waited = waited_for && now.duration_since(since) >= LONG;

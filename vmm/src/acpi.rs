@@ -1,11 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! ACPI's tables: by them a distribution's kernel finds processors, interrupt controllers, the
-//! serial port, the virtio-mmio devices, the generation identifier, the timer, and the ways to
-//! power off and to reset.
+//! ACPI tables, which tell a distribution's kernel of the processors, interrupt controllers, serial
+//! port, virtio-mmio devices, generation identifier, timer, and the ways to power off and to reset.
 //!
 //! The machine has ACPI's fixed hardware (ACPI 6.5, section 4.8), PICs and a PIT. On a
-//! "hardware-reduced" one Linux uses neither of the latter, so that it cannot do without IO-APIC or
-//! kvm-clock, and resets by EFI or the BIOS only.
+//! "hardware-reduced" machine Linux uses neither PICs nor PIT, so that it needs an I/O APIC and
+//! kvm-clock, and it resets only through EFI or the BIOS.
 
 use acpi_tables::aml::{
     Arg, Device, EISAName, Equal, IO, If, Interrupt, Memory32Fixed, Method, Name, Notify, Package,
@@ -33,27 +32,28 @@ use crate::power::{RESET_VALUE, S5};
 const OEM: [u8; 6] = *b"RSTVMM";
 const OEM_TABLE: [u8; 8] = *b"DEMANDPG";
 const OEM_REVISION: u32 = 1;
-/// Where the tables behind the root pointer begin to be, and what they are aligned to, in bytes.
+/// Alignment of the tables, in bytes. The first table behind the root pointer lies at this offset.
 const ALIGN: u64 = 64;
-/// Virtio over MMIO, as Linux knows it (`drivers/virtio/virtio_mmio.c`).
+/// The hardware ID of virtio over MMIO in Linux (`drivers/virtio/virtio_mmio.c`).
 const VIRTIO_MMIO: &str = "LNRO0005";
-/// `IAPC_BOOT_ARCH` (ACPI 6.5, table 5.11): there is no VGA; there is no real-time clock. Without
-/// further bits there is no keyboard controller: it has only the reset line.
+/// Flags of `IAPC_BOOT_ARCH` (ACPI 6.5, table 5.11): no VGA, no real-time clock. The flag for a
+/// keyboard controller stays clear, because the machine's has only the reset line.
 const NO_VGA: u16 = 1 << 2;
 const NO_RTC: u16 = 1 << 5;
-/// Latencies by which the processors have no such state (ACPI 6.5, table 5.9).
+/// Latencies that declare the states C2 and C3 absent (ACPI 6.5, table 5.9).
 const NO_C2: u16 = 101;
 const NO_C3: u16 = 1001;
-/// MADT: there are PICs, too.
+/// MADT flag: the machine also has PICs.
 const PCAT_COMPAT: u32 = 1;
-/// MADT: an interrupt source override, and its bytes.
+/// MADT: the type of an interrupt source override, and its length in bytes.
 const OVERRIDE: u8 = 2;
 const OVERRIDE_LEN: u8 = 10;
-/// An override's flags: active high, level-triggered.
+/// Flags of an override: active high, level-triggered.
 const HIGH_LEVEL: u16 = 0b1101;
 
-/// The code at which a processor in real mode enters the BIOS: a reset by the reset control
-/// register, as firmware would do. Some kernels know no better way, some try all others before.
+/// The code at which a processor in real mode enters the BIOS. It resets the machine through the
+/// reset control register, as firmware would. Some kernels know no other way to reset; others try
+/// this way last.
 ///
 /// ```asm
 /// mov al, 0x06
@@ -64,12 +64,12 @@ const HIGH_LEVEL: u16 = 0b1101;
 /// ```
 const BIOS: [u8; 9] = [0xb0, 0x06, 0xba, 0xf9, 0x0c, 0xee, 0xf4, 0xeb, 0xfd];
 
-/// Writes the tables of a machine with so many processors and virtio-mmio devices, and all there is
-/// of a BIOS.
+/// Writes the tables of a machine with `cpus` processors and `devices` virtio-mmio devices, and the
+/// few bytes of BIOS code.
 ///
 /// # Errors
 ///
-/// If they do not fit, or the memory refuses them.
+/// If the tables do not fit, or the memory cannot be written.
 pub fn write(memory: &DemandMemory, cpus: u32, devices: usize) -> Result<(), Error> {
     let tables = tables(cpus, devices);
     if tables.len() as u64 > ACPI_SIZE {
@@ -85,10 +85,10 @@ pub fn write(memory: &DemandMemory, cpus: u32, devices: usize) -> Result<(), Err
         .map_err(|error| Error::failed(format!("write ACPI's tables: {error}")))
 }
 
-/// All tables, as they lie from [`ACPI`] on.
+/// Returns all tables, as they lie from [`ACPI`] on.
 fn tables(cpus: u32, devices: usize) -> Vec<u8> {
     let mut area = Area::default();
-    // The root pointer comes first and is written last: it names the others.
+    // The root pointer comes first but is written last, because it holds the address of the XSDT.
     area.add(&Rsdp::new(OEM, 0));
     let dsdt = area.add(&dsdt(devices));
     let facs = area.add(&FACS::new());
@@ -102,12 +102,12 @@ fn tables(cpus: u32, devices: usize) -> Vec<u8> {
     area.0
 }
 
-/// Tables one behind the other.
+/// An area that holds the tables one after another.
 #[derive(Default)]
 struct Area(Vec<u8>);
 
 impl Area {
-    /// Adds a table; returns its address.
+    /// Adds a table and returns its guest address.
     fn add(&mut self, table: &dyn Aml) -> u64 {
         self.0.resize(self.0.len().next_multiple_of(ALIGN as usize), 0);
         let address = ACPI.0 + self.0.len() as u64;
@@ -122,7 +122,7 @@ impl Area {
     }
 }
 
-/// A register of 1, 2 or 4 bytes.
+/// Returns the description of a register of 1, 2 or 4 bytes.
 fn port(address: u16, bytes: u8) -> GAS {
     let access = match bytes {
         1 => AccessSize::ByteAccess,
@@ -133,7 +133,8 @@ fn port(address: u16, bytes: u8) -> GAS {
 }
 
 fn fadt(dsdt: u64, facs: u64) -> impl Aml {
-    // Both lie below 4 GiB, and systems as old as that read nothing else.
+    // Both tables lie below 4 GiB. Systems old enough to know only ACPI 1.0 read just the 32-bit
+    // fields.
     let mut fadt = FADTBuilder::new(OEM, OEM_TABLE, OEM_REVISION)
         .dsdt_32(dsdt as u32)
         .firmware_ctrl_32(facs as u32)
@@ -159,16 +160,17 @@ fn fadt(dsdt: u64, facs: u64) -> impl Aml {
     fadt.finalize()
 }
 
-/// The interrupt controllers. `acpi_tables::madt` can tell neither of PICs nor of overrides.
+/// Builds the table of interrupt controllers by hand: `acpi_tables::madt` supports neither the flag
+/// for PICs nor overrides.
 fn madt(cpus: u32) -> Sdt {
     let mut body = Vec::new();
     for cpu in 0..cpus as u8 {
         ProcessorLocalApic::new(cpu, cpu, EnabledStatus::Enabled).to_aml_bytes(&mut body);
     }
-    // Its number is one that no processor has.
+    // No processor has this APIC ID.
     IoApic::new(cpus as u8, IO_APIC, 0).to_aml_bytes(&mut body);
     let (flags, gsi) = (HIGH_LEVEL.to_le_bytes(), SCI_GSI.to_le_bytes());
-    // Of ISA's bus, which is 0.
+    // Bus 0 is ISA.
     body.extend([OVERRIDE, OVERRIDE_LEN, 0, SCI_GSI as u8]);
     body.extend(gsi.into_iter().chain(flags));
     let mut madt = Sdt::new(*b"APIC", 36, 5, OEM, OEM_TABLE, OEM_REVISION);
@@ -178,7 +180,7 @@ fn madt(cpus: u32) -> Sdt {
     madt
 }
 
-/// What a device uses, and its interrupt: edge-triggered, active high, its own.
+/// Returns an interrupt resource of a device: edge-triggered, active high, not shared.
 fn interrupt(gsi: u32) -> Interrupt {
     Interrupt::new(true, true, false, false, gsi)
 }
@@ -191,7 +193,7 @@ fn dsdt(devices: usize) -> Sdt {
     serial(&mut body);
     panic_port(&mut body);
     generation(&mut body);
-    // How to switch off: the sleep types for the control registers.
+    // The sleep types that the guest writes to the control registers to power off.
     let s5 = Package::new(vec![&S5, &S5]);
     Name::new("_S5_".into(), &s5).to_aml_bytes(&mut body);
     // Revision 2: integers have 64 bits.
@@ -203,7 +205,7 @@ fn dsdt(devices: usize) -> Sdt {
 fn virtio_mmio(position: usize, sink: &mut dyn AmlSink) {
     let name = format!("_SB_.V{position:03}");
     let uid = position as u64;
-    // Below 4 GiB, as `layout` says.
+    // Device registers lie below 4 GiB; see `layout`.
     let registers = Memory32Fixed::new(true, device_address(position) as u32, DEVICE_SIZE as u32);
     let interrupt = interrupt(device_gsi(position));
     let resources = ResourceTemplate::new(vec![&registers, &interrupt]);
@@ -212,7 +214,7 @@ fn virtio_mmio(position: usize, sink: &mut dyn AmlSink) {
         vec![
             &Name::new("_HID".into(), &VIRTIO_MMIO),
             &Name::new("_UID".into(), &uid),
-            // Accesses are coherent.
+            // DMA is cache-coherent.
             &Name::new("_CCA".into(), &1u8),
             &Name::new("_CRS".into(), &resources),
         ],
@@ -236,7 +238,7 @@ fn serial(sink: &mut dyn AmlSink) {
     .to_aml_bytes(sink);
 }
 
-/// The port by which a kernel tells that it has panicked, as QEMU has it.
+/// The port through which a kernel reports that it has panicked, described as in QEMU.
 fn panic_port(sink: &mut dyn AmlSink) {
     let ports = IO::new(PANIC, PANIC, 1, PANIC_SIZE as u8);
     let resources = ResourceTemplate::new(vec![&ports]);
@@ -245,8 +247,8 @@ fn panic_port(sink: &mut dyn AmlSink) {
     Device::new("_SB_.PVPN".into(), vec![&hid, &crs]).to_aml_bytes(sink);
 }
 
-/// The generation identifier (Microsoft's "Virtual Machine Generation ID"), and the event that it
-/// has changed.
+/// The generation identifier (Microsoft's "Virtual Machine Generation ID"), and the event that
+/// announces a change of it.
 fn generation(sink: &mut dyn AmlSink) {
     let (low, high) = (GENERATION_ID.0 as u32, (GENERATION_ID.0 >> 32) as u32);
     let address = Package::new(vec![&low, &high]);
@@ -287,7 +289,7 @@ mod tests {
         u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap())
     }
 
-    /// The table at a guest address, by its own length.
+    /// Returns the table at a guest address, cut to the length in its header.
     fn table(all: &[u8], address: u64) -> &[u8] {
         let at = (address - ACPI.0) as usize;
         let len = u32::from_le_bytes(all[at + 4..at + 8].try_into().unwrap()) as usize;

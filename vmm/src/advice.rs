@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What to change on a host to get more out of it.
+//! Advice on how to change a host so that it supports more.
 
 use std::io;
 
@@ -8,12 +8,12 @@ use demand_memory::{BackingKind, HugePagePool};
 use demand_uffd::OpenError;
 use serde::{Deserialize, Serialize};
 
-/// Something that a host could do, and does not.
+/// Advice on a capability that the host could have but lacks.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Advice {
-    /// What would be had.
+    /// The capability that the host would gain.
     pub aim: String,
-    /// What to do for it: a command, or what to use instead.
+    /// The way to it: a command, or a replacement.
     pub step: String,
 }
 
@@ -23,18 +23,18 @@ impl Advice {
     }
 }
 
-/// What was found out about a host.
+/// Findings about a host.
 #[derive(Debug)]
 pub(crate) struct Found<'a> {
     pub(crate) kvm: &'a demand_kvm::Probe,
     pub(crate) userfaultfd: &'a Result<demand_uffd::Probe, OpenError>,
-    /// The huge pages of each kind of backing.
+    /// The huge page pool of each kind of backing.
     pub(crate) pools: &'a [(BackingKind, Option<HugePagePool>)],
-    /// Whether shared memory is given transparent huge pages.
+    /// Whether shared memory may use transparent huge pages.
     pub(crate) transparent: bool,
 }
 
-/// The advice for a host: what lets guests run at all comes first.
+/// Returns the advice for a host. Steps without which no guest runs come first.
 pub(crate) fn advice(found: &Found<'_>) -> Vec<Advice> {
     let kvm = of_kvm(found.kvm);
     let userfaultfd = of_userfaultfd(found.userfaultfd);
@@ -56,7 +56,7 @@ fn of_kvm(probe: &demand_kvm::Probe) -> Vec<Advice> {
             let step = match error {
                 KvmError::NotThere(_) => "modprobe kvm_intel || modprobe kvm_amd".into(),
                 KvmError::Permission(_) => "usermod -aG kvm $USER, and log in again".into(),
-                // What to do comes last.
+                // The remedy is the last part of the message.
                 other => other.to_string().rsplit("; ").next().unwrap_or_default().to_owned(),
             };
             return vec![Advice::new("guests", step)];
@@ -95,7 +95,7 @@ fn of_userfaultfd(probe: &Result<demand_uffd::Probe, OpenError>) -> Vec<Advice> 
             let lacking = backings.into_iter().filter(|(kind, ..)| !probe.can_page(*kind));
             return lacking.map(|(_, aim, step)| Advice::new(aim, step)).collect();
         }
-        // The device came with Linux 6.1.
+        // `/dev/userfaultfd` exists since Linux 6.1.
         Err(OpenError::NotPermitted { device, .. }) if device.kind() == io::ErrorKind::NotFound => {
             "sysctl -w vm.unprivileged_userfaultfd=1"
         }
@@ -112,7 +112,7 @@ fn of_pool(kind: BackingKind, pool: HugePagePool) -> Option<Advice> {
     if pool.free > 0 {
         return None;
     }
-    // Of 1 GiB, besides those that are in use.
+    // Enough pages for 1 GiB, in addition to those in use.
     let wanted = pool.total + (1 << 30) / kind.unit();
     match kind {
         BackingKind::Hugetlb2M => Some(Advice::new(
@@ -174,7 +174,7 @@ mod tests {
         let best = kvm(Virtualization::Svm, Trial::Works, true);
         let uffd = Ok(uffd(&Answer::Yes));
         assert!(steps(&best, &uffd, 4, 1).is_empty());
-        // Those in use stay in use.
+        // Pages in use stay in use.
         let steps = steps(&best, &uffd, 4, 0);
         assert_eq!(steps[0], "sysctl -w vm.nr_hugepages=516");
         assert!(steps[1].starts_with("echo 5 > ") && steps.len() == 2, "{steps:?}");

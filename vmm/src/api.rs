@@ -1,15 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The API: what a running VMM can be asked, the values that go both ways, and which request asks
-//! for what. [`ApiServer`](crate::api_server::ApiServer) serves it on a Unix socket.
+//! The VMM's HTTP API: its endpoints, and the values in requests and answers.
+//! [`ApiServer`](crate::api_server::ApiServer) serves it on a Unix socket.
 //!
 //! | request | answer |
 //! |---|---|
 //! | `GET /api/v1/status` | [`Status`] |
-//! | `PUT /api/v1/pause`, `resume`, `shutdown` | [`Status`], as it is then |
+//! | `PUT /api/v1/pause`, `resume`, `shutdown` | [`Status`], after the request |
 //! | `PUT /api/v1/snapshot` with a [`SnapshotRequest`] | [`SnapshotSummary`] |
 //!
-//! `POST` does as well as `PUT`. Everything is JSON; what fails is `{"error": "one line"}`: 400 for
-//! a request that is wrong, 409 if the VM's state does not allow it, 500 if it was begun and failed.
+//! `POST` works as well as `PUT`. All bodies are JSON. A failure has the body
+//! `{"error": "one line"}`, with status 400 if the request is wrong, 409 if the VM's state does not
+//! allow it, and 500 if the operation started and failed.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -20,86 +21,87 @@ use serde::{Deserialize, Serialize};
 use crate::error::Error;
 use crate::http::Response;
 
-/// What a VMM does when the API asks for it. Requests come on several threads at once.
+/// The operations that a VMM offers through the API. Requests arrive on several threads at once.
 pub trait Control: Send + Sync {
-    /// What the VM is and does now. It never waits for anything: it is asked while other requests
-    /// are under way, to see how far they are.
+    /// Returns the VM's status. It never blocks: clients ask for it while other requests are in
+    /// progress, to see how far they are.
     fn status(&self) -> Status;
 
     /// Stops all vCPUs at a consistent point.
     ///
     /// # Errors
     ///
-    /// [`WrongState`](ErrorKind::WrongState) if the VM is paused already, is not yet running, or
-    /// has ended, and while something else is under way; [`Failed`](ErrorKind::Failed) if a vCPU
-    /// does not come out of the guest.
+    /// [`WrongState`](ErrorKind::WrongState) if the VM is already paused, is not yet running, or
+    /// has ended, or if another operation is in progress; [`Failed`](ErrorKind::Failed) if a vCPU
+    /// does not leave the guest.
     fn pause(&self) -> Result<(), ControlError>;
 
-    /// Lets them go on, and the devices if a snapshot has stopped them.
+    /// Resumes the vCPUs, and the devices if a snapshot has stopped them.
     ///
     /// # Errors
     ///
-    /// [`WrongState`](ErrorKind::WrongState) if the VM runs already, or is not paused, and while
-    /// something else is under way; [`Failed`](ErrorKind::Failed) if a device does not go on.
+    /// [`WrongState`](ErrorKind::WrongState) if the VM already runs, or is not paused, or if
+    /// another operation is in progress; [`Failed`](ErrorKind::Failed) if a device does not resume.
     fn resume(&self) -> Result<(), ControlError>;
 
-    /// Writes a snapshot. It may take minutes.
+    /// Writes a snapshot, which may take minutes.
     ///
     /// # Errors
     ///
-    /// [`Invalid`](ErrorKind::Invalid) for a destination that cannot be one,
-    /// [`WrongState`](ErrorKind::WrongState) if the VM has ended or a snapshot is under way,
-    /// [`Failed`](ErrorKind::Failed) if it was begun and nothing is left of it.
+    /// [`Invalid`](ErrorKind::Invalid) if the destination cannot hold a snapshot,
+    /// [`WrongState`](ErrorKind::WrongState) if the VM has ended or a snapshot is in progress,
+    /// [`Failed`](ErrorKind::Failed) if the snapshot started and failed, in which case nothing of
+    /// it remains.
     fn snapshot(&self, request: &SnapshotRequest) -> Result<SnapshotSummary, ControlError>;
 
-    /// Ends the VM in order. It returns when that is begun; a snapshot that is under way then
-    /// comes to an end with an error, and so does a restore that waits for the pages it needs to
-    /// begin. To ask again does no harm.
+    /// Ends the VM in order. It returns once the end has begun. A snapshot in progress then fails
+    /// with an error, and so does a restore that still waits for the pages that it needs to start.
+    /// A repeated call does no harm.
     ///
     /// # Errors
     ///
-    /// [`WrongState`](ErrorKind::WrongState) where there is nothing to end.
+    /// [`WrongState`](ErrorKind::WrongState) if there is no VM to end.
     fn shutdown(&self) -> Result<(), ControlError>;
 }
 
-/// Why a request was not done, which is what the HTTP status tells.
+/// The cause of a refused or failed request, which decides the HTTP status.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ErrorKind {
-    /// The VM's state does not allow it: 409.
+    /// The VM's state does not allow the request: 409.
     WrongState,
     /// The request is wrong: 400.
     Invalid,
-    /// It was begun and failed: 500.
+    /// The operation started and failed: 500.
     Failed,
 }
 
-/// A request that was not done: one line that says what was asked, what happened and what to do.
+/// A refused or failed request: one line with the request, the cause and a remedy.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ControlError {
-    /// Why.
+    /// The kind of cause.
     pub kind: ErrorKind,
-    /// The line.
+    /// The one-line message.
     pub message: String,
 }
 
 impl ControlError {
-    /// The VM's state does not allow it.
+    /// Returns an error of kind [`WrongState`](ErrorKind::WrongState).
     pub fn wrong_state(message: impl fmt::Display) -> Self {
         ControlError::new(ErrorKind::WrongState, message)
     }
 
-    /// The request is wrong.
+    /// Returns an error of kind [`Invalid`](ErrorKind::Invalid).
     pub fn invalid(message: impl fmt::Display) -> Self {
         ControlError::new(ErrorKind::Invalid, message)
     }
 
-    /// It was begun and failed.
+    /// Returns an error of kind [`Failed`](ErrorKind::Failed).
     pub fn failed(message: impl fmt::Display) -> Self {
         ControlError::new(ErrorKind::Failed, message)
     }
 
     fn new(kind: ErrorKind, message: impl fmt::Display) -> Self {
-        // One line, as all errors are.
+        // `Error` joins the message into one line.
         ControlError { kind, message: Error::failed(message).to_string() }
     }
 }
@@ -129,19 +131,19 @@ impl From<ControlError> for Response {
     }
 }
 
-/// What a VM is doing.
+/// The VM's state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum State {
-    /// It is being set up.
+    /// The VM is being set up.
     Starting,
-    /// Its vCPUs run.
+    /// The vCPUs run.
     Running,
-    /// They do not.
+    /// The vCPUs are stopped.
     Paused,
-    /// They do not, and a snapshot is being written.
+    /// The vCPUs are stopped while a snapshot is written.
     Snapshotting,
-    /// It has ended.
+    /// The VM has ended.
     Stopped,
 }
 
@@ -157,13 +159,13 @@ impl fmt::Display for State {
     }
 }
 
-/// The condition of a guest that neither runs nor asked for its end.
+/// The condition of a guest that neither runs nor has asked to end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum GuestCondition {
-    /// Its kernel has said that it has panicked.
+    /// The guest's kernel has reported a panic.
     Panicked,
-    /// All of its vCPUs are halted with interrupts off: nothing makes them run again.
+    /// All vCPUs are halted with interrupts off, so that nothing can wake them.
     Halted,
 }
 
@@ -176,109 +178,109 @@ impl fmt::Display for GuestCondition {
     }
 }
 
-/// What a VM is, and how far its memory has arrived.
+/// The VM's configuration and state, and how much of its memory is present.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Status {
-    /// What it is doing.
+    /// The VM's state.
     pub state: State,
     /// How vCPU accesses to missing pages are trapped.
     pub engine: String,
-    /// What the memory is made of.
+    /// The kind of the memory's backing.
     pub backing: String,
     /// Size of the memory, in bytes.
     pub memory_bytes: u64,
     /// Number of vCPUs.
     pub cpus: u32,
-    /// Pages of 4 KiB that the memory has.
+    /// Number of 4 KiB pages of the memory.
     pub pages_total: u64,
-    /// How many of them are present.
+    /// Number of pages that are present.
     pub pages_present: u64,
     /// The devices, in the order in which the guest finds them.
     pub devices: Vec<DeviceStatus>,
-    /// Microseconds since the process began.
+    /// Microseconds since the process started.
     pub uptime_us: u64,
-    /// The VMM's process.
+    /// Process ID of the VMM.
     pub pid: u32,
     /// The program's version.
     pub version: String,
-    /// The guest's condition, if it neither runs nor asked for its end.
+    /// The guest's condition, if it neither runs nor has asked to end.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub guest: Option<GuestCondition>,
-    /// How far a snapshot is, if one is being written.
+    /// Progress of the snapshot, if one is being written.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub snapshot: Option<SnapshotProgress>,
-    /// What went wrong last and still does, say a source that cannot be read: one line.
+    /// The last error whose cause persists, for example a source that cannot be read: one line.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_error: Option<String>,
 }
 
-/// What a device is.
+/// A device's kind and state.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DeviceStatus {
-    /// What it is to the guest, say `blk`.
+    /// The kind of device, for example `blk`.
     #[serde(rename = "type")]
     pub kind: String,
-    /// Its back-end's socket, if it is a back-end that serves it.
+    /// The socket of the back-end, if a back-end serves the device.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub socket: Option<String>,
-    /// What it is doing: one word.
+    /// The device's state, in one word.
     pub state: String,
 }
 
-/// How far a snapshot is.
+/// Progress of a snapshot.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SnapshotProgress {
-    /// Where it goes.
+    /// The snapshot's directory.
     pub destination: String,
-    /// Pages that are written, holes included.
+    /// Number of pages written so far, holes included.
     pub pages_done: u64,
-    /// Pages that the memory has.
+    /// Number of pages of the memory.
     pub pages_total: u64,
 }
 
-/// What the VM does after a snapshot.
+/// The VM's state after a snapshot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Go {
-    /// It runs.
+    /// The VM resumes.
     Resume,
-    /// It stays paused.
+    /// The VM stays paused.
     Pause,
-    /// It ends.
+    /// The VM ends.
     Shutdown,
 }
 
-/// Asks for a snapshot: `{"destination": "/snapshots/a", "then": "resume"}`.
+/// A request for a snapshot: `{"destination": "/snapshots/a", "then": "resume"}`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SnapshotRequest {
-    /// The directory to be made: an absolute path, since the VMM's working directory is not the
-    /// client's.
+    /// The directory to create: an absolute path, because the client and the VMM have different
+    /// working directories.
     pub destination: PathBuf,
-    /// What the VM does then; if nothing is said, what it did before.
+    /// The VM's state afterwards; by default its state before the snapshot.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub then: Option<Go>,
 }
 
-/// A snapshot that is written.
+/// A finished snapshot.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SnapshotSummary {
-    /// Where it is.
+    /// The snapshot's directory.
     pub destination: PathBuf,
-    /// Pages of 4 KiB with content.
+    /// Number of 4 KiB pages with content.
     pub data_pages: u64,
-    /// Pages that are holes: all zeros, and without room on the disk.
+    /// Number of pages that are holes: all zeros, without disk space.
     pub hole_pages: u64,
-    /// Bytes that were written, tables and state included.
+    /// Number of bytes written, tables and state included.
     pub bytes: u64,
-    /// Microseconds that it took.
+    /// Duration in microseconds.
     pub took_us: u64,
-    /// The part that it lacks: one line.
+    /// The part that the snapshot lacks, if any: one line.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub warning: Option<String>,
 }
 
-/// What is asked for.
+/// An operation of the API.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Endpoint {
     /// [`Control::status`]
@@ -302,7 +304,7 @@ impl Endpoint {
         Endpoint::Shutdown,
     ];
 
-    /// Its path.
+    /// Returns the endpoint's path.
     pub fn path(self) -> &'static str {
         match self {
             Endpoint::Status => "/api/v1/status",
@@ -313,11 +315,11 @@ impl Endpoint {
         }
     }
 
-    /// What a request with this method and this path asks for.
+    /// Returns the endpoint for a request's method and path.
     ///
     /// # Errors
     ///
-    /// The answer to a path (404) or a method (405) that there is not.
+    /// The answer for an unknown path (404), or for a method that the path does not support (405).
     pub fn find(method: &str, path: &str) -> Result<Endpoint, Response> {
         let Some(endpoint) = Endpoint::ALL.into_iter().find(|endpoint| endpoint.path() == path)
         else {
@@ -336,12 +338,12 @@ impl Endpoint {
         Err(Response { allow: Some(allow), ..Response::error(405, error) })
     }
 
-    /// Whether a request must have a body.
+    /// Returns whether a request must have a body.
     pub fn needs_body(self) -> bool {
         self == Endpoint::Snapshot
     }
 
-    /// Does what is asked for.
+    /// Performs the operation and returns its answer.
     pub fn answer(self, body: &[u8], control: &dyn Control) -> Response {
         match self.try_answer(body, control) {
             Ok(response) => response,

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Serves the API on a Unix socket: a thread that accepts, and one for each connection, so that a
-//! status is told while a snapshot is written. None of them touches the guest's memory.
+//! Serves the API on a Unix socket. One thread accepts, and each connection has its own thread, so
+//! that the VMM answers status requests while it writes a snapshot. No server thread touches guest
+//! memory.
 
 use std::collections::HashMap;
 use std::io::{self, Read, Write};
@@ -16,28 +17,29 @@ use crate::error::Error;
 use crate::http::{self, Response};
 use crate::socket::Listener;
 
-/// The most connections that are served at a time.
+/// Maximum number of connections that are served at a time.
 pub const MAX_CONNECTIONS: usize = 32;
 
-/// How long a request may take to come, from its first byte on; how long a client may take to
-/// begin with one; and how long it may take to take its answer.
+/// Time limit for a request to arrive, from its first byte on; for a client to start a request; and
+/// for a client to read its answer.
 pub const REQUEST_TIME: Duration = Duration::from_secs(10);
 
-/// How long the rest of what a client sends is waited for when it has its last answer: it may look
-/// for it only when it has sent everything.
+/// How long the server reads on after the last answer of a connection. A client may look for an
+/// answer only after it has sent everything.
 const LINGER: Duration = Duration::from_secs(1);
 
-/// The most connections that are told that there are too many. Beyond, they are closed at once.
+/// Maximum number of connections that get an answer saying that there are too many. The server
+/// closes further connections at once.
 const MAX_REFUSED: usize = 32;
 
-/// How long the end of the server waits for requests that are under way.
+/// How long the end of the server waits for requests in progress.
 const END_PATIENCE: Duration = Duration::from_secs(15);
 
 /// Serves the API until it is dropped.
 ///
-/// Dropping it removes the socket's file and ends the server's threads. A request that is under
-/// way still gets its answer: what it waits for must come to an end by itself. One that does not
-/// within 15 seconds is left behind, and that is logged.
+/// Dropping it removes the socket's file and ends the server's threads. A request in progress still
+/// gets its answer; the operation that it waits for must end by itself. The server abandons a
+/// request that takes longer than 15 seconds, and logs that.
 ///
 /// # Examples
 ///
@@ -67,7 +69,7 @@ const END_PATIENCE: Duration = Duration::from_secs(15);
 ///     # fn snapshot(&self, _: &SnapshotRequest) -> Result<SnapshotSummary, ControlError> {
 ///     #     Err(ControlError::wrong_state("snapshot: there is no VM; start one"))
 ///     # }
-///     // resume, snapshot and shutdown alike
+///     // resume, snapshot and shutdown are similar.
 /// }
 ///
 /// let folder = tempfile::tempdir().unwrap();
@@ -87,13 +89,13 @@ pub struct ApiServer {
 }
 
 impl ApiServer {
-    /// Begins to serve on a socket at `path`, of mode 0600. The socket of a process that is gone is
-    /// replaced.
+    /// Starts to serve on a socket at `path`, with mode 0600. It replaces the socket of a process
+    /// that has ended.
     ///
     /// # Errors
     ///
-    /// If somebody listens there, if there is something that is no socket, if there is no such
-    /// folder or no right to write in it, or if the path is longer than a socket's may be.
+    /// If another process listens on the socket, if the path exists and is not a socket, if the
+    /// directory does not exist or is not writable, or if the path is too long for a socket.
     pub fn start(path: &Path, control: Arc<dyn Control>) -> Result<Self, Error> {
         let listener = Arc::new(Listener::bind(path)?);
         let connections = Arc::new(Connections::default());
@@ -111,7 +113,7 @@ impl ApiServer {
 impl Drop for ApiServer {
     fn drop(&mut self) {
         self.connections.begin_end();
-        // Whoever waits in accept comes out.
+        // This wakes the thread that is blocked in accept.
         let _ = rustix::net::shutdown(self.listener.socket(), rustix::net::Shutdown::Both);
         if let Some(accepting) = self.accepting.take() {
             let _ = accepting.join();
@@ -134,7 +136,8 @@ fn accept(listener: &Listener, connections: &Arc<Connections>, control: &Arc<dyn
             Err(_) if connections.is_ending() => return,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
             Err(error) => {
-                // Say, no descriptors are left: who wants to connect waits.
+                // For example, the process has no file descriptors left. A connecting client waits
+                // meanwhile.
                 if !failing {
                     log::warn!("api: accept a connection: {error}; it is tried again");
                 }
@@ -159,7 +162,7 @@ fn accept(listener: &Listener, connections: &Arc<Connections>, control: &Arc<dyn
                     linger(&stream);
                 }
                 drop((stream, control));
-                // Last: the server's end waits for it.
+                // Dropped last, because the server's end waits for the slot.
                 drop(slot);
             })
         };
@@ -170,14 +173,15 @@ fn accept(listener: &Listener, connections: &Arc<Connections>, control: &Arc<dyn
     }
 }
 
-/// Says that there are too many. A socket that is new has room for it.
+/// Tells the client that there are too many connections. The answer fits into a new socket's
+/// buffer, so the write does not block.
 fn refuse(stream: &UnixStream) {
     let message = format!("{MAX_CONNECTIONS} connections are served already; try again later");
     let answer = Response::error(503, message).to_bytes(false, true);
     let _ = Timed::new(stream).write_all(&answer);
 }
 
-/// Lets the client read its last answer before the connection is gone.
+/// Waits until the client has read its last answer, before the connection is closed.
 fn linger(stream: &UnixStream) {
     let _ = stream.shutdown(Shutdown::Write);
     let mut rest = Timed { stream, deadline: Instant::now() + LINGER };
@@ -185,8 +189,8 @@ fn linger(stream: &UnixStream) {
     while rest.read(&mut buffer).is_ok_and(|len| len > 0) {}
 }
 
-/// Serves a connection until the client hangs up, is silent for [`REQUEST_TIME`], or has sent
-/// something after which there is no going on.
+/// Serves a connection until the client hangs up, is silent for [`REQUEST_TIME`], or sends a
+/// request after which the stream cannot be parsed further.
 pub fn serve(stream: &UnixStream, control: &dyn Control) {
     let mut connection =
         Connection { stream: Timed::new(stream), buffer: Vec::new(), is_new: true };
@@ -195,7 +199,7 @@ pub fn serve(stream: &UnixStream, control: &dyn Control) {
             Ok(true) => connection.is_new = false,
             Ok(false) | Err(End::HangUp) => break,
             Err(End::Refuse(response)) => {
-                // It may be for the time that is up.
+                // The refusal may be due to an expired deadline.
                 connection.stream.restart();
                 let _ = connection.send(&response.to_bytes(false, true));
                 break;
@@ -205,24 +209,24 @@ pub fn serve(stream: &UnixStream, control: &dyn Control) {
     linger(stream);
 }
 
-/// Why a connection ends.
+/// The reason for which a connection ends.
 enum End {
-    /// The client has gone.
+    /// The client has hung up.
     HangUp,
-    /// What it sent is answered, and no more.
+    /// A last answer to the client.
     Refuse(Response),
 }
 
-/// A connection, with what has come and is not yet understood.
+/// A connection, with the bytes received and not yet parsed.
 struct Connection<'a> {
     stream: Timed<'a>,
     buffer: Vec<u8>,
-    /// Whether there was no request yet.
+    /// Whether the connection has carried no request yet.
     is_new: bool,
 }
 
 impl Connection<'_> {
-    /// Takes one request and answers it; says whether another may follow.
+    /// Receives one request and answers it. Returns whether another may follow.
     fn exchange(&mut self, control: &dyn Control) -> Result<bool, End> {
         self.stream.restart();
         let head = loop {
@@ -253,13 +257,13 @@ impl Connection<'_> {
             }
         };
         log::debug!("api: {:?} {:?}: {}", head.method, head.path, response.status);
-        // What the request asked for may have taken long.
+        // The operation may have taken long.
         self.stream.restart();
         self.send(&response.to_bytes(head.keep_alive, head.method != "HEAD"))?;
         Ok(head.keep_alive)
     }
 
-    /// Waits for more bytes.
+    /// Blocks until more bytes arrive.
     fn receive(&mut self) -> Result<(), End> {
         let mut bytes = [0; 4096];
         match self.stream.read(&mut bytes) {
@@ -272,7 +276,8 @@ impl Connection<'_> {
                 self.buffer.extend_from_slice(&bytes[..len]);
                 Ok(())
             }
-            // A client between two requests is not told: it would take it for the next answer.
+            // A client that is idle between two requests gets no message: it would take it for the
+            // answer to its next request.
             Err(error) if is_timeout(&error) && (self.is_new || !self.buffer.is_empty()) => {
                 let seconds = REQUEST_TIME.as_secs();
                 let message = format!("no whole request came within {seconds} s");
@@ -291,7 +296,7 @@ fn is_timeout(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock)
 }
 
-/// A stream on which everything together is done by a deadline.
+/// A stream whose reads and writes share one deadline.
 struct Timed<'a> {
     stream: &'a UnixStream,
     deadline: Instant,
@@ -302,7 +307,7 @@ impl<'a> Timed<'a> {
         Timed { stream, deadline: Instant::now() + REQUEST_TIME }
     }
 
-    /// Gives it its time anew.
+    /// Sets the deadline anew.
     fn restart(&mut self) {
         self.deadline = Instant::now() + REQUEST_TIME;
     }
@@ -336,11 +341,11 @@ impl Write for Timed<'_> {
     }
 }
 
-/// The connections that there are.
+/// The open connections.
 #[derive(Debug, Default)]
 struct Connections {
     inner: Mutex<Inner>,
-    /// One has ended.
+    /// Notified when a connection ends.
     ended: Condvar,
 }
 
@@ -357,7 +362,7 @@ impl Connections {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A place for a connection; `None` if there are too many to even be told.
+    /// Registers a connection. Returns `None` if there are too many even for a refusal.
     fn add(self: &Arc<Self>, stream: &Arc<UnixStream>) -> Option<Slot> {
         let mut inner = self.lock();
         let is_served = inner.served < MAX_CONNECTIONS;
@@ -375,7 +380,8 @@ impl Connections {
         self.lock().is_ending
     }
 
-    /// No more connections, and no more requests than have been sent on those that there are.
+    /// Refuses further connections, and further requests on the open ones except those already
+    /// sent.
     fn begin_end(&self) {
         let mut inner = self.lock();
         inner.is_ending = true;
@@ -384,7 +390,7 @@ impl Connections {
         }
     }
 
-    /// Waits until there are none; says how many there are still.
+    /// Waits until no connection is open, or `patience` has passed. Returns the number still open.
     fn wait(&self, patience: Duration) -> usize {
         let outcome =
             self.ended.wait_timeout_while(self.lock(), patience, |inner| !inner.streams.is_empty());
@@ -392,7 +398,7 @@ impl Connections {
     }
 }
 
-/// A connection's place among them.
+/// A registered connection.
 struct Slot {
     connections: Arc<Connections>,
     id: u64,

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! `demand-vmm bench`: what a page costs that arrives when a guest touches it.
+//! `demand-vmm bench`: measures the cost of a guest's access to a missing page.
 //!
-//! A guest without an operating system touches each of its pages once, vCPUs on disjoint parts of
-//! memory. The memory is made as that of any other machine, by the same crates. What the guest
-//! has seen is compared with what the source holds, so a figure is never that of a wrong answer.
+//! A guest without an operating system touches each of its pages once, each vCPU in its own part of
+//! memory. The same crates set the memory up as for any other machine. The bench compares what the
+//! guest has read with the source, so that a wrong run yields no figure.
 
 mod guest;
 mod report;
@@ -30,12 +30,12 @@ use crate::placement::Placement;
 pub use self::report::BenchReport;
 pub use self::source::SourceOption;
 
-/// What the guest does to a page.
+/// The guest's access to a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {
-    /// It reads a word of it.
+    /// A read of one word of the page.
     Read,
-    /// It writes a word of it.
+    /// A write of one word of the page.
     Write,
 }
 
@@ -59,7 +59,7 @@ impl FromStr for Access {
     }
 }
 
-/// What is to be measured.
+/// Parameters of a measurement.
 #[derive(Clone, Debug)]
 pub struct BenchOptions {
     /// Memory of each vCPU.
@@ -68,22 +68,22 @@ pub struct BenchOptions {
     pub cpus: u32,
     /// How vCPU accesses to missing pages are trapped.
     pub engine: EngineChoice,
-    /// Where pages come from.
+    /// The source of the pages.
     pub source: SourceOption,
-    /// In what order each vCPU touches its pages.
+    /// The order in which each vCPU touches its pages.
     pub order: Order,
-    /// What it does to them.
+    /// The vCPUs' access to their pages.
     pub access: Access,
-    /// Pages that each vCPU touches; `None`: all that it has.
+    /// Number of pages that each vCPU touches; `None` for all of them.
     pub pages: Option<u64>,
 }
 
-/// Measures; `started` is when the process began.
+/// Runs the measurement. `started` is when the process started.
 ///
 /// # Errors
 ///
-/// One line, with the exit status that belongs to it. A guest that has seen anything but what the
-/// source holds is one.
+/// Returns a one-line error with its exit status, also if the guest has seen bytes that differ from
+/// the source.
 pub fn bench(options: &BenchOptions, started: Instant) -> Result<BenchReport, Error> {
     let MemoryOption { size, backing, reserve, thp } = options.memory;
     let pages = options.pages.unwrap_or(size / PAGE_SIZE);
@@ -94,7 +94,7 @@ pub fn bench(options: &BenchOptions, started: Instant) -> Result<BenchReport, Er
             size / PAGE_SIZE
         )));
     }
-    // Before the tables are made: they are as long as memory is large.
+    // This check comes before the tables are built, because they grow with the memory.
     let most = ADDRESS_END - MEMORY_ADDRESS;
     let all = size.checked_mul(options.cpus.into()).filter(|all| *all <= most).ok_or_else(|| {
         Error::usage(format!(
@@ -113,7 +113,7 @@ pub fn bench(options: &BenchOptions, started: Instant) -> Result<BenchReport, Er
 
     let mut vcpus = Vcpus::new();
     let complaint = vcpus.complaint();
-    // Who measures wants to know at once that a source fails, not to wait for it.
+    // A measurement must end at once when the source fails, and not wait for it.
     let policy = RetryPolicy { limit: Some(Duration::ZERO), ..RetryPolicy::default() };
     let retrier = Retrier::new(policy, move |failure| complaint.send(failure.error.to_string()));
     let stats = Arc::new(Stats::new());
@@ -131,8 +131,8 @@ pub fn bench(options: &BenchOptions, started: Instant) -> Result<BenchReport, Er
     let made: Result<Vec<_>, _> =
         (0..options.cpus).map(|cpu| control.vcpu(machine.kvm(), machine.vm(), cpu)).collect();
     let outcomes = vcpus.run(&machine, made?)?;
-    // All faults are counted once the threads that serve them have ended: the last one is
-    // counted after the guest goes on.
+    // The fault counts are complete only after the serving threads have ended: a thread counts the
+    // last fault after the guest has resumed.
     machine.service().stop();
     let (guest, kvm_internal) = (stats.path(Path::Guest), stats.path(Path::KvmInternal));
     let source_reads = stats.source();
@@ -174,7 +174,7 @@ const fn order_name(order: Order) -> &'static str {
     }
 }
 
-/// Compares what a vCPU has made of its pages with the source, and the pages themselves.
+/// Compares with the source both what a vCPU has read and the content of its pages.
 fn verify(
     cpu: usize,
     access: Access,

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Loading a Linux kernel: what lies in memory before the first instruction.
+//! Loads a Linux kernel, its initramfs and its boot parameters into guest memory.
 //!
 //! Sources: `Documentation/arch/x86/boot.rst` for bzImage, Xen's `docs/misc/pvh.pandoc` for ELF.
 
@@ -26,41 +26,41 @@ use crate::layout::{
 };
 use crate::placement::LOW_MEMORY_END;
 
-/// Where and how the first processor begins.
+/// The entry point of the first processor, and its boot protocol.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Entry {
-    /// In 64-bit mode, with the address of `boot_params` in RSI.
+    /// 64-bit mode, with the address of `boot_params` in RSI.
     Linux64(GuestAddress),
-    /// In 32-bit protected mode, with the address of `hvm_start_info` in EBX.
+    /// 32-bit protected mode, with the address of `hvm_start_info` in EBX.
     Pvh(GuestAddress),
 }
 
-/// A `boot_params` type of memory (`arch/x86/include/asm/e820/types.h`): the guest's.
+/// A memory type of `boot_params` (`arch/x86/include/asm/e820/types.h`): usable by the guest.
 const E820_RAM: u32 = 1;
-/// Not the guest's.
+/// A memory type of `boot_params`: not usable by the guest.
 const E820_RESERVED: u32 = 2;
-/// A boot loader that has no number of its own.
+/// The type of a boot loader without an assigned number.
 const LOADER_UNDEFINED: u8 = 0xff;
-/// `loadflags`: the heap may be used.
+/// Bit of `loadflags`: the heap may be used.
 const CAN_USE_HEAP: u8 = 0x80;
-/// `xloadflags`: there is a 64-bit entry, 0x200 bytes into the kernel.
+/// Bit of `xloadflags`: the kernel has a 64-bit entry, 0x200 bytes from its start.
 const XLF_KERNEL_64: u16 = 1;
-/// The first version of the boot protocol that knows `xloadflags`.
+/// The first version of the boot protocol with `xloadflags`.
 const WITH_XLOADFLAGS: u16 = 0x20c;
-/// Where the 64-bit entry is.
+/// Offset of the 64-bit entry, in bytes.
 const ENTRY_64: u64 = 0x200;
-/// Bytes of a command line without the NUL that Linux keeps on x86, if it does not say otherwise
-/// (`arch/x86/include/asm/setup.h`, `COMMAND_LINE_SIZE`). It cuts off what is longer.
+/// Bytes of the command line, without the NUL, that Linux keeps on x86 unless the kernel states
+/// another limit (`arch/x86/include/asm/setup.h`, `COMMAND_LINE_SIZE`). Linux cuts off the rest.
 const LINUX_KEEPS: usize = 2047;
-/// What begins `hvm_start_info`, and the version of it with a memory map.
+/// The magic number of `hvm_start_info`, and its first version with a memory map.
 const START_INFO_MAGIC: u32 = 0x336e_c578;
 const START_INFO_VERSION: u32 = 1;
 
-/// Whether memory has room for a Linux guest at all.
+/// Checks that memory is large enough for any Linux guest.
 ///
 /// # Errors
 ///
-/// One line.
+/// Returns a one-line error.
 pub(crate) fn check_size(memory: &DemandMemory) -> Result<(), Error> {
     if low_end(memory) > HIGH_START.0 {
         return Ok(());
@@ -68,12 +68,13 @@ pub(crate) fn check_size(memory: &DemandMemory) -> Result<(), Error> {
     Err(Error::usage("--memory: a Linux guest takes more than 1M; give it at least 64M, say"))
 }
 
-/// Loads what `source` holds into memory, all of which must be present or zero. ACPI's tables are
-/// somebody else's.
+/// Loads the files of `source` and the boot parameters. It waits for each page that it writes to
+/// and that is missing. The caller writes the ACPI tables.
 ///
 /// # Errors
 ///
-/// One line that names the file: it cannot be read, is no kernel, or memory is too small for it.
+/// Returns a one-line error that names the file: it cannot be read, is not a kernel, or does not
+/// fit into memory.
 pub fn load(memory: &DemandMemory, source: &BootSource) -> Result<Entry, Error> {
     check_size(memory)?;
     let (loaded, room, pvh) = load_kernel(memory, &source.kernel)?;
@@ -100,7 +101,7 @@ pub fn load(memory: &DemandMemory, source: &BootSource) -> Result<Entry, Error> 
     }
 }
 
-/// Loads the kernel; returns the room that it takes, and the PVH entry if it is an ELF image.
+/// Loads the kernel. Returns its size in memory, and the PVH entry if it is an ELF image.
 fn load_kernel(
     memory: &DemandMemory,
     kernel: &BootFile,
@@ -122,14 +123,15 @@ fn load_kernel(
         let PvhBootCapability::PvhEntryPresent(entry) = loaded.pvh_boot_cap else {
             return Err(refused(&"it is ELF without a PVH entry"));
         };
-        // With what is not in the file, as .bss, which the kernel clears as it begins.
+        // This end includes the parts that are not in the file, such as .bss, which the kernel
+        // clears as it starts.
         if loaded.kernel_end > low_end(memory) {
             return Err(too_large(memory, kernel, loaded.kernel_end));
         }
         let room = KernelRoom { end: loaded.kernel_end, reach: LOW_MEMORY_END };
         return Ok((loaded, room, Some(entry)));
     }
-    // More than the kernel proper, and less than it takes when it has unpacked itself.
+    // The file is longer than the kernel proper, but shorter than the unpacked kernel.
     if HIGH_START.0.saturating_add(len) > low_end(memory) {
         return Err(too_large(memory, kernel, HIGH_START.0.saturating_add(len)));
     }
@@ -161,8 +163,9 @@ fn too_large(memory: &DemandMemory, kernel: &BootFile, end: u64) -> Error {
     )
 }
 
-/// Bytes that a bzImage has by its header: the boot sector, the set-up code, and the kernel proper
-/// in units of 16 bytes (`Documentation/arch/x86/boot.rst`, `setup_sects` and `syssize`).
+/// Returns the length of a bzImage according to its header: the boot sector, the set-up code, and
+/// the kernel proper in units of 16 bytes (`Documentation/arch/x86/boot.rst`, `setup_sects` and
+/// `syssize`).
 fn bzimage_len(header: &setup_header) -> u64 {
     let sectors = match header.setup_sects {
         0 => 4,
@@ -171,13 +174,13 @@ fn bzimage_len(header: &setup_header) -> u64 {
     (sectors + 1) * 512 + u64::from(header.syssize) * 16
 }
 
-/// Where the memory ends that begins at 0.
+/// Returns the end of the region that starts at address 0.
 fn low_end(memory: &DemandMemory) -> u64 {
     let first = memory.find_region(GuestAddress(0));
     first.map_or(0, |region| region.last_addr().0 + 1)
 }
 
-/// Where the initramfs lies: address and length in bytes.
+/// The address of the initramfs, and its length in bytes.
 type Initramfs = (GuestAddress, u64);
 
 /// Loads the initramfs as high as the kernel can reach it; see [`KernelRoom::place`].
@@ -202,8 +205,8 @@ fn load_initramfs(
     Ok((address, size))
 }
 
-/// Writes the command line; returns its length with the NUL. `kernels` is the most that the kernel
-/// says it takes without.
+/// Writes the command line and returns its length with the NUL. `kernels` is the kernel's stated
+/// limit, without the NUL.
 fn load_command_line(
     memory: &DemandMemory,
     text: &str,
@@ -229,7 +232,7 @@ fn load_command_line(
     Ok(len as u32 + 1)
 }
 
-/// The address space as the kernel is told of it: start, length and type.
+/// Returns the guest's memory map: start, length and type of each range.
 fn memory_map(memory: &DemandMemory) -> Vec<(u64, u64, u32)> {
     let mut map = vec![
         (0, LOW_END, E820_RAM),
@@ -254,7 +257,7 @@ fn write_zero_page(
     params.hdr.cmd_line_ptr = COMMAND_LINE.0 as u32;
     params.hdr.cmdline_size = cmdline_size;
     if let Some((address, size)) = initramfs {
-        // Both lie below 4 GiB, as `initrd_addr_max` is a 32-bit number.
+        // Both values are below 4 GiB, because `initrd_addr_max` is a 32-bit number.
         params.hdr.ramdisk_image = address.0 as u32;
         params.hdr.ramdisk_size = size as u32;
     }
@@ -328,11 +331,11 @@ mod tests {
         DemandMemory::new(vec![DemandRegion::new(config, ()).unwrap()]).unwrap()
     }
 
-    /// An ELF kernel with a PVH entry that lies at 1 MiB and takes `size` bytes there.
+    /// Returns an ELF kernel with a PVH entry, placed at 1 MiB, that takes `size` bytes of memory.
     fn elf_kernel(size: u64) -> Vec<u8> {
-        // Values and their lengths: the lowest byte comes first.
+        // Values and their lengths in bytes, little-endian.
         let header = [
-            // 64 bits; an executable for x86-64 that begins at 1 MiB, with two program headers.
+            // A 64-bit executable for x86-64 with entry at 1 MiB and two program headers.
             (u64::from_le_bytes(*b"\x7fELF\x02\x01\x01\0"), 8),
             (0, 8),
             (2, 2),
@@ -351,7 +354,7 @@ mod tests {
             let at = HIGH_START.0;
             [(kind, 4), (5, 4), (offset, 8), (at, 8), (at, 8), (len, 8), (size, 8), (4096, 8)]
         };
-        // All of the file but the note at its end is to be loaded.
+        // The loadable segment covers all of the file except the note at its end.
         let load = program(1, 0, 176, size);
         let note_at = program(4, 176, 20, 20);
         let name = u64::from(u32::from_le_bytes(*b"Xen\0"));
@@ -383,7 +386,7 @@ mod tests {
     #[test]
     fn a_command_line_is_no_longer_than_the_kernel_keeps() {
         let memory = memory();
-        // An ELF kernel does not say what it keeps.
+        // An ELF kernel states no limit.
         for (kernels, most) in [(None, 2047), (Some(2047), 2047), (Some(255), 255)] {
             let load = |len: usize| load_command_line(&memory, &"x".repeat(len), kernels);
             assert_eq!(load(most).unwrap() as usize, most + 1);

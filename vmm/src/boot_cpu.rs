@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The first processor's registers, as boot protocols want them. The others wait for the kernel to
-//! start them.
+//! Sets up the first processor's registers for the boot protocol. The kernel starts the other
+//! processors later.
 
 use demand_memory::DemandMemory;
 use kvm_bindings::{kvm_regs, kvm_segment};
@@ -17,23 +17,23 @@ const CR0_PG: u64 = 1 << 31;
 const CR4_PAE: u64 = 1 << 5;
 const EFER_LME: u64 = 1 << 8;
 const EFER_LMA: u64 = 1 << 10;
-/// The one flag that is always set.
+/// The flag that is always set.
 const RFLAGS_RESERVED: u64 = 1 << 1;
 
-/// A table entry: present and writable.
+/// Flags of a page table entry: present and writable.
 const PRESENT_WRITABLE: u64 = 0x3;
-/// A table entry that maps a large page.
+/// Flag of a page table entry that maps a large page.
 const LARGE: u64 = 1 << 7;
 
-/// Kinds of segment descriptors (AMD64 Architecture Programmer's Manual, volume 2, section 4.7):
+/// Types of segment descriptors (AMD64 Architecture Programmer's Manual, volume 2, section 4.7):
 /// code, readable and accessed.
 const CODE: u8 = 0xb;
 /// Data, writable and accessed.
 const DATA: u8 = 0x3;
-/// A task state segment, busy.
+/// A busy task state segment.
 const TASK: u8 = 0xb;
 
-/// A flat segment; `selector` is its place in the descriptor table.
+/// Returns a flat segment; `selector` is its offset in the descriptor table.
 fn segment(selector: u16, type_: u8, long: bool) -> kvm_segment {
     kvm_segment {
         base: 0,
@@ -50,7 +50,7 @@ fn segment(selector: u16, type_: u8, long: bool) -> kvm_segment {
     }
 }
 
-/// The descriptor by which the processor would load `segment`.
+/// Returns the descriptor from which the processor would load `segment`.
 fn descriptor(segment: &kvm_segment) -> u64 {
     let limit = u64::from(if segment.g == 1 { segment.limit >> 12 } else { segment.limit });
     let flags = u64::from(segment.type_)
@@ -67,11 +67,11 @@ fn descriptor(segment: &kvm_segment) -> u64 {
         | (segment.base >> 24 & 0xff) << 56
 }
 
-/// Sets the first processor up to begin at `entry`, and writes the tables that it starts with.
+/// Sets the first processor up to start at `entry`, and writes the tables that it needs.
 ///
 /// # Errors
 ///
-/// Those of KVM and of the memory.
+/// If KVM or the guest memory returns an error.
 pub fn set_up(vcpu: &VcpuFd, memory: &DemandMemory, entry: Entry) -> Result<(), Error> {
     let failed = |error: &dyn std::fmt::Display| {
         Error::host(format!("set the first vCPU up to boot: {error}"))
@@ -110,7 +110,7 @@ pub fn set_up(vcpu: &VcpuFd, memory: &DemandMemory, entry: Entry) -> Result<(), 
     vcpu.set_regs(&regs).map_err(|error| failed(&error))
 }
 
-/// Maps the first GiB to itself, by pages of 2 MiB.
+/// Writes page tables that map the first GiB to itself with 2 MiB pages.
 fn write_page_tables(memory: &DemandMemory) -> Result<(), Error> {
     let table = |index: u64| GuestAddress(PAGE_TABLES.0 + index * 0x1000);
     write_words(memory, table(0), &[table(1).0 | PRESENT_WRITABLE])?;

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The files that a guest boots from: held open as long as it runs, and kept in its snapshots.
+//! The kernel and initramfs of a guest, held open while it runs and stored in its snapshots.
 //!
-//! A reset and a snapshot may come long after the boot. Neither opens a path again, and both compare
-//! the content with a digest that was taken at the boot.
+//! A reset or a snapshot may come long after the boot. Neither opens a path again, and both compare
+//! the content with a digest taken at the boot.
 
 use std::fmt::{self, Write as _};
 use std::fs::{File, OpenOptions};
@@ -19,23 +19,23 @@ use crate::error::Error;
 use crate::open_snapshot::OpenSnapshot;
 use crate::snapshot_dir::{self, PartialSnapshot};
 
-/// Bytes that a boot file has at most. A vmlinux with all that a debugger wants has a third of them.
+/// Maximum size of a boot file, in bytes: about three times a vmlinux with full debug information.
 const MAX_BYTES: u64 = 2 << 30;
 
-/// Bytes that are read at once.
+/// Number of bytes per read.
 const STEP: usize = 1 << 20;
 
-/// Which file of a boot.
+/// The role of a boot file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BootPart {
     /// The kernel: a bzImage, or an ELF image with a PVH entry.
     Kernel,
-    /// The first file system, a cpio archive.
+    /// The initramfs, a cpio archive.
     Initramfs,
 }
 
 impl BootPart {
-    /// The part's name, also as a file of a snapshot.
+    /// Returns the part's name, which is also its file name in a snapshot.
     pub fn name(self) -> &'static str {
         match self {
             BootPart::Kernel => snapshot_dir::KERNEL,
@@ -48,14 +48,14 @@ impl BootPart {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Seal {
-    /// Bytes.
+    /// Length in bytes.
     pub bytes: u64,
-    /// SHA-256 of all of them, as 64 hexadecimal digits.
+    /// SHA-256 of the content, as 64 hexadecimal digits.
     pub sha256: String,
 }
 
 impl Seal {
-    /// Reads all of a file, wherever it is positioned; an error once `ended` says so.
+    /// Computes the seal of a whole file, whatever its position. Fails once `ended` returns true.
     fn of(file: &File, ended: &dyn Fn() -> bool) -> io::Result<Self> {
         let (mut hasher, mut bytes) = (Sha256::new(), 0);
         let mut buffer = vec![0; STEP];
@@ -70,7 +70,7 @@ impl Seal {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(error),
             }
-            // It grows as fast as it is read, or was swapped for a device's.
+            // The file grows while it is read, or a device has replaced it before it was opened.
             if bytes > MAX_BYTES {
                 return Err(io::ErrorKind::FileTooLarge.into());
             }
@@ -83,13 +83,13 @@ impl Seal {
     }
 }
 
-/// The boot files as a snapshot's state describes them.
+/// The boot files as recorded in a snapshot's state.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SavedBoot {
-    /// The snapshot's file `kernel`.
+    /// The seal of the snapshot's file `kernel`.
     pub kernel: Seal,
-    /// The snapshot's file `initramfs`, if there is one.
+    /// The seal of the snapshot's file `initramfs`, if it has one.
     pub initramfs: Option<Seal>,
     /// The kernel's command line.
     pub cmdline: String,
@@ -100,29 +100,29 @@ pub struct SavedBoot {
 pub struct BootOption {
     /// The kernel: a bzImage, or an ELF image with a PVH entry.
     pub kernel: PathBuf,
-    /// The first file system, a cpio archive.
+    /// The initramfs, a cpio archive.
     pub initramfs: Option<PathBuf>,
     /// The kernel's command line.
     pub cmdline: String,
 }
 
-/// The files that a Linux guest boots from, also after a reset.
+/// The files from which a Linux guest boots, and boots again after a reset.
 #[derive(Debug)]
 pub struct BootSource {
     /// The kernel.
     pub kernel: BootFile,
-    /// The first file system.
+    /// The initramfs.
     pub initramfs: Option<BootFile>,
     /// The kernel's command line.
     pub cmdline: String,
 }
 
 impl BootSource {
-    /// Opens and reads the files that the user names.
+    /// Opens and reads the files that the user named.
     ///
     /// # Errors
     ///
-    /// One line that names the file.
+    /// Returns a one-line error that names the file.
     pub fn open(option: &BootOption) -> Result<Self, Error> {
         let initramfs = option.initramfs.as_deref();
         Ok(BootSource {
@@ -138,7 +138,7 @@ impl BootSource {
     ///
     /// # Errors
     ///
-    /// One line: a file is missing, is not a regular one, or has another length.
+    /// Returns a one-line error if a file is missing, is not a regular file, or has another length.
     pub fn in_snapshot(snapshot: &OpenSnapshot, saved: &SavedBoot) -> Result<Self, Error> {
         let open = |part, seal| BootFile::in_snapshot(snapshot, part, seal);
         Ok(BootSource {
@@ -156,21 +156,22 @@ impl BootSource {
         std::iter::once(&self.kernel).chain(&self.initramfs)
     }
 
-    /// Reads the files and compares them with what they were at the boot.
+    /// Reads the files and compares them with their seals from the boot.
     ///
     /// # Errors
     ///
-    /// One line that names the file which cannot be read, or differs.
+    /// Returns a one-line error that names the file that cannot be read, or differs.
     pub fn check(&self) -> Result<(), Error> {
         self.files().try_for_each(BootFile::check)
     }
 
-    /// Puts the files into a snapshot; returns what its state tells of them. Where they are not what
-    /// they were at the boot, the snapshot gets none, and the second value says why.
+    /// Stores the files in a snapshot and returns their description for its state. If a file
+    /// differs from its seal, the snapshot gets none of them, and the second value says why.
     ///
     /// # Errors
     ///
-    /// One line: the snapshot cannot be written to, or `ended` has said that the VM goes away.
+    /// Returns a one-line error if the snapshot cannot be written, or once `ended` returns true
+    /// because the VM is going away.
     pub(crate) fn keep_in(
         &self,
         partial: &PartialSnapshot,
@@ -200,34 +201,35 @@ impl BootSource {
     }
 }
 
-/// Which end of a copy failed.
+/// The end of a copy that failed.
 enum CopyFailure {
     Source(Error),
     Destination(io::Error),
 }
 
-/// A file that a guest boots from. It stays open, so that a file which is renamed over it or
-/// removed makes no difference.
+/// A file from which a guest boots. It stays open, so that its path can be replaced or removed
+/// meanwhile.
 #[derive(Debug)]
 pub struct BootFile {
     part: BootPart,
     path: PathBuf,
     file: File,
     seal: Seal,
-    /// Whether it is a snapshot's: those are never written to again.
+    /// Whether the file belongs to a snapshot. Such a file is never written again.
     is_snapshots: bool,
 }
 
 impl BootFile {
-    /// Opens and reads a file that the user names.
+    /// Opens and reads a file that the user named.
     ///
     /// # Errors
     ///
-    /// One line that names it.
+    /// Returns a one-line error that names the file.
     pub fn open(part: BootPart, path: &Path) -> Result<Self, Error> {
         const REMEDY: &str = "name a file that can be read";
         let refused = |why: &dyn fmt::Display| cannot_load(part, path, why, REMEDY);
-        // A pipe that has no writer is refused, in place of waited for.
+        // With O_NONBLOCK a pipe without a writer is refused at once; otherwise the open would
+        // block.
         let opened = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path);
         let file = opened.map_err(|error| refused(&error))?;
         let metadata = file.metadata().map_err(|error| refused(&error))?;
@@ -262,21 +264,21 @@ impl BootFile {
         })
     }
 
-    /// Its length in bytes.
+    /// Returns the file's length in bytes.
     pub fn size(&self) -> u64 {
         self.seal.bytes
     }
 
-    /// The path that messages name.
+    /// Returns the path for messages.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// The file, from its beginning on. One caller at a time may use it.
+    /// Returns the file, positioned at its start. Only one caller at a time may use it.
     ///
     /// # Errors
     ///
-    /// One line that names the file.
+    /// Returns a one-line error that names the file.
     pub fn rewound(&self) -> Result<&File, Error> {
         (&self.file)
             .seek(SeekFrom::Start(0))
@@ -284,16 +286,16 @@ impl BootFile {
         Ok(&self.file)
     }
 
-    /// The error that it cannot be loaded.
+    /// Returns an error for a file that cannot be loaded.
     pub(crate) fn cannot_load(&self, why: &dyn fmt::Display, remedy: &str) -> Error {
         cannot_load(self.part, &self.path, why, remedy)
     }
 
-    /// Reads it, and compares it with what it was at the boot.
+    /// Reads the file and compares it with its seal from the boot.
     ///
     /// # Errors
     ///
-    /// One line: it cannot be read, or differs.
+    /// Returns a one-line error if the file cannot be read, or differs.
     pub fn check(&self) -> Result<(), Error> {
         match Seal::of(&self.file, &|| false) {
             Ok(seal) => self.compare(&seal),
@@ -314,7 +316,7 @@ impl BootFile {
         Err(self.cannot_load(&format_args!("it was altered after {since}"), remedy))
     }
 
-    /// Makes a file with its content, by sharing the room on the disk where that can be.
+    /// Copies the file to `to`, sharing its disk space where the file system can.
     fn copy_to(&self, to: &Path, ended: &dyn Fn() -> bool) -> Result<(), CopyFailure> {
         let cannot_write = CopyFailure::Destination;
         let copy = if self.is_snapshots && self.link_to(to).is_ok() {
@@ -328,12 +330,12 @@ impl BootFile {
             }
             copy
         };
-        // What was written, whatever became of the original in the meantime.
+        // The seal of the copy itself counts, because the original may have changed meanwhile.
         let seal = Seal::of(&copy, ended).map_err(cannot_write)?;
         self.compare(&seal).map_err(CopyFailure::Source)
     }
 
-    /// Gives the file one more name. It has to have one.
+    /// Adds a name to the file. This fails if the file has no name left.
     fn link_to(&self, to: &Path) -> io::Result<()> {
         let this = format!("/proc/self/fd/{}", self.file.as_raw_fd());
         Ok(linkat(CWD, this, CWD, to, AtFlags::SYMLINK_FOLLOW)?)
@@ -357,7 +359,7 @@ impl BootFile {
     }
 }
 
-/// Fails if the VM that a copy is made for goes away: its end waits for the copy.
+/// Fails if the VM is going away, because its end waits for the copy.
 fn go_on(ended: &dyn Fn() -> bool) -> io::Result<()> {
     if ended() { Err(io::Error::other("the VM is ending")) } else { Ok(()) }
 }
@@ -377,7 +379,7 @@ mod tests {
 
     use tempfile::TempDir;
 
-    /// A folder with a kernel and an initramfs, and what they were opened as.
+    /// Returns a directory with a kernel and an initramfs, and the source opened from them.
     fn booted() -> (TempDir, BootSource) {
         let folder = tempfile::tempdir().unwrap();
         let at = |name: &str| folder.path().join(name);
@@ -392,7 +394,7 @@ mod tests {
         (folder, source)
     }
 
-    /// Takes a snapshot without a VM; what its state tells.
+    /// Takes a snapshot without a VM and returns the boot files in its state.
     fn snapshot(source: &BootSource, dir: &Path) -> Result<Option<SavedBoot>, Error> {
         let partial = PartialSnapshot::create(dir)?;
         fs::write(partial.memory(), [1; 4096]).unwrap();
@@ -413,7 +415,7 @@ mod tests {
     fn a_chain_of_snapshots_keeps_the_kernel() {
         let (folder, source) = booted();
         let at = |name: &str| folder.path().join(name);
-        // Replaced, as a package manager does it.
+        // Replace the files as a package manager does.
         fs::write(at("new"), "newer").unwrap();
         fs::rename(at("new"), at("vmlinuz")).unwrap();
         fs::remove_file(at("archive")).unwrap();
@@ -426,7 +428,7 @@ mod tests {
         assert_eq!(second.as_ref(), Some(&first));
         let inode = |name: &str| fs::metadata(at(name)).unwrap().ino();
         assert_eq!(inode("first/kernel"), inode("second/kernel"), "no room was used");
-        // The directory goes while the guest runs.
+        // The directories are removed while the guest runs.
         fs::remove_dir_all(at("first")).unwrap();
         fs::remove_dir_all(at("second")).unwrap();
         restored.check().unwrap();
@@ -457,7 +459,7 @@ mod tests {
         assert!(error.contains("initramfs") && error.contains("was altered after"), "{error}");
         assert_eq!(snapshot(&source, &at("second")).unwrap(), None);
         assert_eq!(fs::read_dir(at("second")).unwrap().count(), 3);
-        // A snapshot's, whose length is the same.
+        // A snapshot's file, altered without a change of length.
         fs::write(at("first/kernel"), vec![4; 3 << 20]).unwrap();
         let opened = OpenSnapshot::open(&at("first")).unwrap();
         let restored = BootSource::in_snapshot(&opened, &first).unwrap();

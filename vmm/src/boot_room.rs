@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Room in memory for a kernel and its initramfs.
+//! Computes where a kernel and its initramfs fit into guest memory.
 //!
 //! Sources: `Documentation/arch/x86/boot.rst` for the fields of a bzImage's header,
-//! `Documentation/filesystems/ramfs-rootfs-initramfs.rst` and `tmpfs.rst` for what becomes of an
+//! `Documentation/filesystems/ramfs-rootfs-initramfs.rst` and `tmpfs.rst` for the unpacking of an
 //! initramfs.
 
 use std::fmt;
@@ -11,26 +11,27 @@ use demand_memory::PAGE_SIZE;
 use linux_loader::loader::bootparam::setup_header;
 
 const MIB: u64 = 1 << 20;
-/// Bytes that Linux takes beside its image before its first program runs: measured, rounded.
+/// Bytes that Linux needs in addition to its image until its first program runs: measured, rounded.
 const KERNEL_OWN: u64 = 4 * MIB;
-/// Of so many bytes of memory Linux takes one to describe it (`struct page`).
+/// Linux needs one byte per this many bytes of memory to describe it (`struct page`).
 const DESCRIBED_BY_ONE: u64 = 64;
 
-/// The memory from address 0 on that a kernel needs.
+/// The memory that a kernel needs, from address 0 on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct KernelRoom {
-    /// Nothing else lies below it: the kernel, and what it takes until it knows its memory map.
+    /// End of the range reserved for the kernel: its image, and the memory that it uses before it
+    /// knows its memory map. Nothing else may lie below.
     pub(crate) end: u64,
-    /// Where an initramfs must end.
+    /// The highest end address of an initramfs.
     pub(crate) reach: u64,
 }
 
-/// Why an initramfs has no room.
+/// The reason for which an initramfs does not fit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum NoRoom {
-    /// The memory is too small: so many bytes are needed.
+    /// The memory is smaller than the `needed` bytes.
     Memory { size: u64, kernel_end: u64, needed: u64 },
-    /// No memory is large enough: the kernel reaches an initramfs below an address only.
+    /// No amount of memory helps: the kernel can read an initramfs only below the address `reach`.
     Reach { size: u64, kernel_end: u64, reach: u64 },
 }
 
@@ -52,7 +53,7 @@ impl fmt::Display for NoRoom {
 }
 
 impl NoRoom {
-    /// The hint for the user.
+    /// Returns the hint for the user.
     pub(crate) fn remedy(&self) -> String {
         match self {
             NoRoom::Memory { needed, .. } => {
@@ -64,8 +65,8 @@ impl NoRoom {
 }
 
 impl KernelRoom {
-    /// The room of a bzImage of `len` bytes that was loaded at `load`. It moves itself to where it
-    /// prefers to run, if it lies below or cannot run elsewhere, and unpacks itself there.
+    /// Returns the room for a bzImage of `len` bytes that was loaded at `load`. The kernel moves to
+    /// its preferred address if it lies below that or is not relocatable, and unpacks itself there.
     pub(crate) fn of_bzimage(header: &setup_header, load: u64, len: u64) -> Self {
         let start = if header.relocatable_kernel == 0 {
             header.pref_address
@@ -80,9 +81,9 @@ impl KernelRoom {
         }
     }
 
-    /// The address of an initramfs of `size` bytes, as high as the kernel reaches, in memory that
-    /// has `low_end` bytes from address 0 on and `total` bytes in all. `unpacked` is how many bytes
-    /// of memory there must be for each byte of it.
+    /// Returns the address of an initramfs of `size` bytes, as high as the kernel can reach. The
+    /// memory has `low_end` bytes from address 0 on and `total` bytes in all, and `unpacked` is the
+    /// number of bytes of memory needed per byte of the initramfs.
     pub(crate) fn place(
         &self,
         size: u64,
@@ -105,9 +106,10 @@ impl KernelRoom {
     }
 }
 
-/// How many bytes of memory there must be for each byte of an initramfs that is unpacked: Linux puts
-/// it into a tmpfs, which may have half of the memory, unless the command line asks for another
-/// root. What a compressed one takes cannot be told from outside, but not less than itself.
+/// Returns the number of bytes of memory needed per byte of an initramfs for unpacking. Linux
+/// unpacks it into a tmpfs, which may use half of the memory, unless the command line asks for
+/// another root. The unpacked size of a compressed initramfs is unknown, but not below its own
+/// size.
 pub(crate) fn unpacked(cmdline: &str) -> u64 {
     let asks = |word: &str| word.starts_with("root=") || word.starts_with("rootfstype=");
     if cmdline.split_whitespace().any(asks) { 1 } else { 2 }
@@ -146,7 +148,7 @@ mod tests {
         assert_eq!(place(MIB + 1, 4096 * MIB), Ok(2047 * MIB - PAGE_SIZE));
         let Err(NoRoom::Memory { needed, .. }) = place(16 * MIB, 48 * MIB) else { panic!() };
         assert!(place(16 * MIB, needed).is_ok() && place(16 * MIB, needed - 1).is_err());
-        // With half of it above 4 GiB.
+        // Half of the memory lies above 4 GiB.
         assert!(room.place(16 * MIB, 2, 50 * MIB, needed).is_ok());
         assert!(room.place(16 * MIB, 2, 50 * MIB - 1, needed).is_err());
         for size in [2014 * MIB + 1, 1 << 50, u64::MAX] {

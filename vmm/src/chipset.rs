@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What a Linux guest finds on its buses: interrupt controllers, the serial port, the ways to power
-//! off, the generation identifier, and the virtio devices.
+//! The devices of a Linux guest's machine: interrupt controllers, the serial port, the power
+//! registers, the generation identifier, and the virtio devices on its buses.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -26,12 +26,12 @@ use crate::power::{Keyboard, OnPower, PowerRegisters};
 use crate::registers::SavedRegisters;
 use crate::serial::{SavedSerial, SerialOption, SerialPort};
 
-/// Gives a VM its interrupt controllers and its timer, all of them KVM's. Comes before the first
-/// vCPU.
+/// Creates the VM's interrupt controllers and its timer, all inside KVM. The caller must do this
+/// before it creates the first vCPU.
 ///
 /// # Errors
 ///
-/// KVM's.
+/// If KVM returns an error.
 pub fn create_irqchip(vm: &VmFd) -> Result<(), Error> {
     let failed = |what: &str, error: kvm_ioctls::Error| {
         Error::host(format!("give the VM {what}: {error}; this KVM cannot run a Linux guest"))
@@ -45,9 +45,9 @@ pub fn create_irqchip(vm: &VmFd) -> Result<(), Error> {
     vm.create_pit2(timer).map_err(|error| failed("a timer", error))
 }
 
-/// Masks the PICs, as firmware leaves them. KVM's begin with all interrupts let through, as vectors
-/// from 0 on. An interrupt before the kernel has set them up, as when it is restored early in its
-/// boot, would come as an exception.
+/// Masks the PICs, as firmware leaves them. KVM's PICs start with all interrupts unmasked, at
+/// vectors from 0 on. An interrupt before the kernel has set the PICs up, for example after a
+/// restore early in its boot, would arrive as an exception.
 fn mask_pics(vm: &VmFd) -> Result<(), kvm_ioctls::Error> {
     for chip_id in [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE] {
         let mut pic = kvm_irqchip { chip_id, ..Default::default() };
@@ -58,7 +58,7 @@ fn mask_pics(vm: &VmFd) -> Result<(), kvm_ioctls::Error> {
     Ok(())
 }
 
-/// The devices that every machine has.
+/// The devices of every machine.
 pub struct Chipset {
     /// The guest's console.
     pub serial: Arc<SerialPort>,
@@ -71,7 +71,7 @@ pub struct Chipset {
 }
 
 impl Chipset {
-    /// The devices of a VM that has its interrupt controllers.
+    /// Creates the devices of a VM that already has its interrupt controllers.
     ///
     /// # Errors
     ///
@@ -91,26 +91,26 @@ impl Chipset {
         })
     }
 
-    /// The registers of ACPI and PCI, for a snapshot.
+    /// Returns the registers of ACPI and PCI, for a snapshot.
     pub fn registers(&self) -> SavedRegisters {
         self.registers.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Takes the registers back to their beginning. The vCPUs are outside the guest, and the VM's
-    /// clock begins anew.
+    /// Resets the registers. The vCPUs must be outside the guest, and the VM's clock must have been
+    /// reset.
     pub fn reset(&self) {
         *self.registers.lock().unwrap_or_else(PoisonError::into_inner) = SavedRegisters::default();
         self.timer.reset();
         self.health.reset();
     }
 
-    /// The buses: these devices, and virtio's in their order. What the guest asks of its power goes
-    /// to `power`.
+    /// Returns the buses with these devices and the virtio devices, in their order. The guest's
+    /// power requests go to `power`.
     ///
     /// # Panics
     ///
-    /// If there are more devices than `layout` has room for: whoever reads the command line or a
-    /// snapshot has refused them.
+    /// If there are more devices than `layout` has room for. The callers refuse more devices before
+    /// they create any.
     pub fn buses(
         &self,
         virtio: impl IntoIterator<Item = Arc<dyn DeviceMmio + Send + Sync>>,
@@ -146,7 +146,8 @@ impl Chipset {
 mod tests {
     use super::*;
 
-    /// In the end it is a guest that shows it, snapshotted early in its boot (`tests/tests/linux.rs`).
+    /// The whole-system test is a guest that is snapshotted early in its boot
+    /// (`tests/tests/linux.rs`).
     #[test]
     fn no_interrupt_comes_before_the_guest_wants_any() {
         let Ok(kvm) = demand_kvm::open_kvm() else {
@@ -157,7 +158,8 @@ mod tests {
         for chip_id in [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE] {
             let mut pic = kvm_irqchip { chip_id, ..Default::default() };
             vm.get_irqchip(&mut pic).unwrap();
-            // SAFETY: the chip is a PIC, whose member this is, and KVM has written all of it.
+            // SAFETY: the chip is a PIC, so `pic` is the active member of the union, and KVM has
+            // written all of it.
             assert_eq!(unsafe { pic.chip.pic.imr }, 0xff);
         }
     }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The command line.
+//! Command-line parsing and dispatch of the `demand-vmm` binary.
 
 use std::io::Write;
 use std::path::PathBuf;
@@ -27,10 +27,9 @@ use crate::run::{RunOptions, run};
 use crate::serial::SerialOption;
 use crate::session::GuestOptions;
 
-/// Runs virtual machines whose memory arrives when it is first used.
+/// Runs virtual machines whose memory pages are fetched when they are first used.
 ///
-/// Exit status: 0 done, 1 failed, 2 the command line is wrong, 3 this host cannot do what was
-/// asked.
+/// Exit status: 0 success, 1 failure, 2 wrong command line, 3 this host cannot do what was asked.
 #[derive(Debug, Parser)]
 #[command(name = "demand-vmm", version)]
 struct Cli {
@@ -40,24 +39,24 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Says what this host can do, and why.
+    /// Reports the capabilities of this host, and the reasons.
     Probe(ProbeArgs),
     /// Runs a Linux guest from its kernel (--kernel), or the built-in test guest on memory that is
     /// filled from an image (--source).
     Run(Box<RunArgs>),
-    /// Restores a Linux guest from a snapshot; it runs while its memory arrives.
+    /// Restores a Linux guest from a snapshot; the guest runs while its pages are fetched.
     Restore(Box<RestoreArgs>),
-    /// Writes the memory image, and if asked a disk, that a test guest of the same seed goes with.
+    /// Writes the memory image, and optionally a disk, for a test guest of the same seed.
     MakeImage(MakeImageArgs),
-    /// Measures what a page costs that arrives when a guest touches it.
+    /// Measures the cost of a guest's access to a missing page.
     Bench(BenchArgs),
-    /// Says what a running VM is and does.
+    /// Reports the configuration and state of a running VM.
     Status(StatusArgs),
     /// Pauses a running VM.
     Pause(ApiArgs),
-    /// Lets a paused VM go on.
+    /// Resumes a paused VM.
     Resume(ApiArgs),
-    /// Has a running or paused VM write a snapshot, and waits for it.
+    /// Writes a snapshot of a running or paused VM, and waits until it is complete.
     Snapshot(SnapshotArgs),
     /// Ends a VM in order.
     Shutdown(ApiArgs),
@@ -70,22 +69,22 @@ struct ProbeArgs {
     json: bool,
 }
 
-/// What every guest takes.
+/// Options that every guest takes.
 #[derive(Debug, Args)]
 struct GuestArgs {
-    /// blk|net|rng|console|vsock,socket=PATH[,queues=N][,queue-size=N][,lazy=auto|postcopy|fill|refuse]
-    /// [,id=NAME]; once for each device.
+    /// KIND,socket=PATH[,queues=N][,queue-size=N][,lazy=auto|postcopy|fill|refuse][,id=NAME]; KIND
+    /// is blk, net, rng, console or vsock; once for each device.
     #[arg(long, value_name = "DEVICE")]
     vhost_user: Vec<VhostUserOption>,
-    /// Where a Linux guest's serial port leads: tty, file=PATH or off. A file has no bound: it grows
-    /// by all that the guest says, to the limit of its disk's quota. On a terminal, Ctrl-A and x end
-    /// the VM.
+    /// Where a Linux guest's serial port leads: tty, file=PATH or off. A file grows without bound
+    /// by the guest's output, up to the disk quota. On a terminal, Ctrl-A followed by x ends the
+    /// VM.
     #[arg(long, default_value = "tty")]
     serial: SerialOption,
     /// Serve the API on a Unix socket, for pause, resume, snapshot, status and shutdown.
     #[arg(long, value_name = "PATH")]
     api_socket: Option<PathBuf>,
-    /// Action when a Linux guest's kernel panics. It needs the kernel's pvpanic driver.
+    /// Action when a Linux guest's kernel panics. The kernel must have the pvpanic driver.
     #[arg(long, default_value = "ignore")]
     on_panic: OnPanic,
     /// Name of the run in its report.
@@ -94,13 +93,13 @@ struct GuestArgs {
     /// Write the report (JSON) to this file.
     #[arg(long, value_name = "FILE")]
     report: Option<PathBuf>,
-    /// Draw pages over time (SVG) to this file.
+    /// Draw a timeline of the pages (SVG) to this file.
     #[arg(long, value_name = "FILE")]
     timeline: Option<PathBuf>,
     /// Print the report as JSON instead of a table.
     #[arg(long)]
     json: bool,
-    /// Say on standard error, now and then, how many pages are present.
+    /// Report the number of present pages on standard error from time to time.
     #[arg(long)]
     progress: bool,
 }
@@ -119,7 +118,8 @@ impl GuestArgs {
         }
     }
 
-    /// Where a report of a Linux guest goes: not between the lines of its console.
+    /// Returns the destination of a Linux guest's report. The table is left out where it would
+    /// appear between the lines of the guest's console.
     fn output(&self) -> Output {
         let table = self.serial != SerialOption::Terminal;
         Output { report: self.report.clone(), json: self.json, table }
@@ -137,41 +137,43 @@ struct RunArgs {
     /// The Linux kernel: a bzImage, or an ELF vmlinux with a PVH entry.
     #[arg(long, value_name = "FILE", required_unless_present = "source")]
     kernel: Option<PathBuf>,
-    /// Its first file system.
+    /// Initramfs of the Linux kernel.
     #[arg(long, value_name = "FILE", requires = "kernel")]
     initramfs: Option<PathBuf>,
-    /// Its command line.
+    /// Command line of the Linux kernel.
     #[arg(long, default_value = "console=ttyS0", requires = "kernel")]
     cmdline: String,
     #[command(flatten)]
     guest: GuestArgs,
-    /// How vCPU accesses to missing pages are trapped. (A guest that boots has none.)
+    /// How vCPU accesses to missing pages are trapped. (A guest that boots has no missing pages.)
     #[arg(long, default_value = "auto", long_help = Engine::HELP)]
     engine: EngineChoice,
-    /// The raw image that the test guest's memory is filled from.
+    /// The raw image from which the test guest's memory is filled.
     #[arg(long, conflicts_with = "kernel")]
     source: Option<PathBuf>,
-    /// End with an error when the source has failed for this many seconds [default: never].
+    /// End with an error after the source has failed for this many seconds [default: never].
     #[arg(long, value_name = "SECONDS", requires = "source", conflicts_with = "kernel")]
     source_limit: Option<u64>,
     /// Background fill: on, off or rate=BYTES/s.
     #[arg(long, default_value = "off")]
     fill: FillOption,
-    /// What the test guest does: seed=N,window=SIZE,order=sequential|random|strided,touches=N,requests=N,
+    /// Parameters of the test guest:
+    /// seed=N,window=SIZE,order=sequential|random|strided,touches=N,requests=N,
     /// write-area=SIZE,pristine=PATH,disk=PATH and more.
     #[arg(long, default_value = "")]
     test_guest: TestGuestOption,
-    /// Have a separate process compare memory and disk with what they must hold.
+    /// Compare memory and disk with their expected content, in a separate process.
     #[arg(long, requires = "source", conflicts_with = "kernel")]
     verify: bool,
 }
 
 #[derive(Debug, Args)]
 struct RestoreArgs {
-    /// The snapshot's directory.
+    /// Directory of the snapshot.
     #[arg(long, value_name = "DIR")]
     source: PathBuf,
-    /// [backing=shmem|hugetlb-2m|hugetlb-1g][,reserve=on|off][,thp=on|off] [default: the snapshot's]
+    /// [backing=shmem|hugetlb-2m|hugetlb-1g][,reserve=on|off][,thp=on|off]
+    /// [default: the snapshot's]
     #[arg(long, default_value = "", hide_default_value = true)]
     memory: RestoreMemory,
     /// Number of vCPUs that the snapshot must have.
@@ -182,38 +184,39 @@ struct RestoreArgs {
     /// How vCPU accesses to missing pages are trapped.
     #[arg(long, default_value = "auto", long_help = Engine::HELP)]
     engine: EngineChoice,
-    /// Pause the VM when the source has failed for this many seconds [default: never].
+    /// Pause the VM after the source has failed for this many seconds [default: never].
     #[arg(long, value_name = "SECONDS")]
     source_limit: Option<u64>,
     /// Background fill: on, off or rate=BYTES/s.
     #[arg(long, default_value = "on")]
     fill: FillOption,
-    /// Where the guest's clocks go on: keep, where they were, or host, as if it had been paused.
+    /// Where the guest's clocks continue: keep, at their old values, or host, as if the guest had
+    /// been paused.
     #[arg(long, default_value = "keep")]
     clock: ClockOption,
-    /// Read and check all of the memory's image before the guest runs.
+    /// Read and check the whole memory image before the guest runs.
     #[arg(long)]
     verify: bool,
 }
 
 #[derive(Debug, Args)]
 struct MakeImageArgs {
-    /// Where the memory image goes.
+    /// Path of the memory image.
     #[arg(long)]
     memory: Option<PathBuf>,
-    /// How much of memory the test guest uses.
+    /// Bytes of memory that the test guest uses.
     #[arg(long, value_parser = crate::options::parse_size, default_value = "64M")]
     size: u64,
-    /// Size of memory, most of which is a hole in the image then [default: --size].
+    /// Size of memory, with holes in the image where the test guest uses none [default: --size].
     #[arg(long, value_parser = crate::options::parse_size)]
     vm_size: Option<u64>,
-    /// Where the disk goes.
+    /// Path of the disk image.
     #[arg(long)]
     disk: Option<PathBuf>,
-    /// Its size.
+    /// Size of the disk image.
     #[arg(long, value_parser = crate::options::parse_size, default_value = "16M")]
     disk_size: u64,
-    /// What its content comes from.
+    /// Seed of the content.
     #[arg(long, default_value_t = 1)]
     seed: u64,
 }
@@ -223,22 +226,22 @@ struct BenchArgs {
     /// Memory of each vCPU: size=64M[,backing=shmem|hugetlb-2m|hugetlb-1g][,reserve=on|off]
     #[arg(long)]
     memory: MemoryOption,
-    /// Number of vCPUs, each on memory of its own.
+    /// Number of vCPUs, each with separate memory.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
     cpus: u32,
     /// How vCPU accesses to missing pages are trapped.
     #[arg(long, default_value = "auto", long_help = Engine::HELP)]
     engine: EngineChoice,
-    /// What pages are filled from: hot, a small buffer in memory, or a raw image.
+    /// Where pages come from: hot, a small buffer in memory, or a raw image.
     #[arg(long, default_value = "hot", value_name = "hot|FILE")]
     source: SourceOption,
-    /// In what order a vCPU touches its pages: sequential, random or strided.
+    /// Order in which a vCPU touches its pages: sequential, random or strided.
     #[arg(long, default_value = "sequential", value_parser = crate::options::parse_order)]
     order: test_guest::plan::Order,
-    /// What it does to them: read or write.
+    /// How a vCPU accesses its pages: read or write.
     #[arg(long, default_value = "read")]
     access: Access,
-    /// Pages that each vCPU touches [default: all that it has].
+    /// Number of pages that each vCPU touches [default: all].
     #[arg(long, value_name = "N")]
     pages: Option<u64>,
     /// Print JSON instead of a table.
@@ -248,7 +251,7 @@ struct BenchArgs {
 
 #[derive(Debug, Args)]
 struct ApiArgs {
-    /// The socket that the VM was given as its own --api-socket.
+    /// The socket given to the VM as --api-socket.
     #[arg(long, value_name = "PATH")]
     api_socket: PathBuf,
 }
@@ -266,26 +269,26 @@ struct StatusArgs {
 struct SnapshotArgs {
     #[command(flatten)]
     api: ApiArgs,
-    /// What the VM does then [default: what it did before].
+    /// State of the VM afterwards [default: its state before].
     #[arg(long)]
     then: Option<Go>,
     /// Print JSON instead of a line.
     #[arg(long)]
     json: bool,
-    /// The directory that becomes the snapshot. It must not exist, or be empty.
+    /// The directory that becomes the snapshot. It must not exist, or must be empty.
     #[arg(value_name = "DIR")]
     destination: PathBuf,
 }
 
-/// Does what the process's arguments say; `started` is when the process began.
+/// Runs the command that the process's arguments name. `started` is when the process started.
 ///
 /// # Errors
 ///
-/// One line, with the exit status that belongs to it.
+/// Returns a one-line error with its exit status.
 pub fn main(started: Instant) -> Result<(), Error> {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
-        // Help and version are not errors.
+        // clap reports the help and the version as errors that go to standard output.
         Err(error) if !error.use_stderr() => error.exit(),
         Err(error) => return Err(usage(&error)),
     };
@@ -303,7 +306,7 @@ pub fn main(started: Instant) -> Result<(), Error> {
     }
 }
 
-/// clap's error as one line: its first paragraph, without the tips and the usage below.
+/// Converts clap's error to one line: its first paragraph, without the tips and the usage below.
 fn usage(error: &clap::Error) -> Error {
     if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
         return Error::usage("say what to do, as in demand-vmm run; --help tells what there is");
@@ -314,7 +317,7 @@ fn usage(error: &clap::Error) -> Error {
     Error::usage(format!("{first}; --help lists the options"))
 }
 
-/// Where a report goes.
+/// The destination and formats of a report.
 struct Output {
     report: Option<PathBuf>,
     json: bool,
@@ -419,7 +422,7 @@ fn say_state(status: &Status) -> Result<(), Error> {
 }
 
 fn snapshot_command(args: SnapshotArgs) -> Result<(), Error> {
-    // The VMM's working directory is another.
+    // The VMM's working directory differs from this process's.
     let destination = std::path::absolute(&args.destination).map_err(|error| {
         Error::failed(format!("snapshot {}: {error}", args.destination.display()))
     })?;
@@ -431,7 +434,7 @@ fn snapshot_command(args: SnapshotArgs) -> Result<(), Error> {
     if args.json { say(&(to_json(&snapshot)? + "\n")) } else { say(&client::summary(&snapshot)) }
 }
 
-/// Writes to standard output, which may be a pipe that nobody reads any more.
+/// Writes to standard output, which may be a pipe without a reader.
 fn say(text: &str) -> Result<(), Error> {
     std::io::stdout()
         .write_all(text.as_bytes())

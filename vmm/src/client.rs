@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Asks a running VMM by its API.
+//! A client for the API of a running VMM.
 
 use std::fmt;
 use std::io::{self, ErrorKind, IsTerminal, Read, Write};
@@ -18,16 +18,16 @@ use crate::http::{ErrorBody, Response};
 use crate::report::{duration, size};
 use crate::socket::connect_now;
 
-/// How long a VMM may take to tell its status, which never waits for anything.
+/// Time limit for an answer to a status request, which never blocks in the VMM.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// How often the VMM is asked how far it is while it does something.
+/// Interval at which the client asks for progress while the VMM performs a request.
 const TICK: Duration = Duration::from_millis(250);
 
-/// The longest answer that is read, in bytes.
+/// Maximum length of an answer, in bytes.
 const MAX_ANSWER: usize = 1 << 20;
 
-/// A VMM whose API listens on a socket. Each request is a connection of its own.
+/// A VMM whose API listens on a socket. Each request uses its own connection.
 ///
 /// See [`ApiServer`](crate::api_server::ApiServer) for an example.
 #[derive(Clone, Debug)]
@@ -36,31 +36,31 @@ pub struct Client {
 }
 
 impl Client {
-    /// The VMM that listens at `socket`. Nothing is connected yet.
+    /// Returns a client for the VMM that listens at `socket`. It does not connect yet.
     pub fn new(socket: impl Into<PathBuf>) -> Self {
         Client { socket: socket.into() }
     }
 
-    /// What the VM is and does.
+    /// Returns the VM's status.
     ///
     /// # Errors
     ///
-    /// If nobody listens, or if there is no answer within 10 seconds.
+    /// If no VMM listens, or does not answer within 10 seconds.
     pub fn status(&self) -> Result<Status, Error> {
         self.try_status().map_err(|why| self.error("status", why))
     }
 
-    /// Pauses the VM; its status then.
+    /// Pauses the VM and returns its new status.
     ///
     /// # Errors
     ///
-    /// If nobody listens, if the VMM says that it cannot, or if it does not even tell its status
-    /// any more.
+    /// If no VMM listens, if the VMM answers with an error, or if it no longer answers status
+    /// requests.
     pub fn pause(&self) -> Result<Status, Error> {
         self.command("pause", Endpoint::Pause)
     }
 
-    /// Lets the VM go on; its status then.
+    /// Resumes the VM and returns its new status.
     ///
     /// # Errors
     ///
@@ -69,7 +69,7 @@ impl Client {
         self.command("resume", Endpoint::Resume)
     }
 
-    /// Ends the VM; its status then.
+    /// Ends the VM and returns its new status.
     ///
     /// # Errors
     ///
@@ -78,12 +78,13 @@ impl Client {
         self.command("shutdown", Endpoint::Shutdown)
     }
 
-    /// Has a snapshot written, and waits for it however long it takes; `progress` is told the
-    /// status now and then. A client that goes away does not end the snapshot.
+    /// Requests a snapshot and waits for it without a time limit. `progress` gets the status from
+    /// time to time. The snapshot continues even if the client goes away.
     ///
     /// # Errors
     ///
-    /// As for [`pause`](Client::pause); if the destination is no UTF-8, which JSON cannot carry.
+    /// As for [`pause`](Client::pause); also if the destination is not UTF-8, which JSON cannot
+    /// carry.
     pub fn snapshot(
         &self,
         request: &SnapshotRequest,
@@ -100,7 +101,7 @@ impl Client {
     fn error(&self, what: &str, why: Failure) -> Error {
         let socket = self.socket.display();
         match why {
-            // The VMM's line says it all.
+            // The VMM's line is complete by itself.
             Failure::Said(line) => Error::failed(line),
             Failure::Connect(error)
                 if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) =>
@@ -155,11 +156,12 @@ impl Client {
             if let Some(response) = exchange.receive()? {
                 return value(&response);
             }
-            // It takes its time. If it still tells its status, it lives.
+            // The request takes long. A VMM that still answers status requests is alive.
             match self.try_status() {
                 Ok(status) => progress(&status),
                 Err(Failure::Silent) => return Err(Failure::Silent),
-                // It may have ended: then its last answer is on its way. Or it is just busy.
+                // The VMM may have ended, in which case its last answer is on its way, or it may be
+                // busy.
                 Err(_) => {}
             }
         }
@@ -170,7 +172,7 @@ impl Client {
         let mut stream = loop {
             match connect_now(&self.socket) {
                 Ok(stream) => break stream,
-                // Many wait already.
+                // The listener's queue is full.
                 Err(error) if error.kind() == ErrorKind::WouldBlock => {
                     if begun.elapsed() > PATIENCE {
                         return Err(Failure::Silent);
@@ -188,7 +190,7 @@ impl Client {
         );
         stream.set_write_timeout(Some(PATIENCE)).map_err(Failure::gone)?;
         stream.set_read_timeout(Some(TICK)).map_err(Failure::gone)?;
-        // A server that is too busy answers without having read it.
+        // A server that is too busy answers before it reads the request.
         match stream.write_all(&[head.as_bytes(), body].concat()) {
             Ok(()) => {}
             Err(error) if error.kind() == ErrorKind::BrokenPipe => {}
@@ -198,15 +200,15 @@ impl Client {
     }
 }
 
-/// Why there is no value.
+/// The reason for which a request yields no value.
 enum Failure {
-    /// There is no connection.
+    /// No connection could be made.
     Connect(io::Error),
-    /// There is one, and nothing more.
+    /// The VMM accepted the connection but does not answer.
     Silent,
-    /// There was one.
+    /// The connection was lost.
     Gone(String),
-    /// The answer is none.
+    /// The answer is not one of the API.
     Answer(String),
     /// The answer is an error.
     Said(String),
@@ -218,14 +220,14 @@ impl Failure {
     }
 }
 
-/// A request that was sent.
+/// A request in progress.
 struct Exchange {
     stream: UnixStream,
     bytes: Vec<u8>,
 }
 
 impl Exchange {
-    /// The answer; `None` if it is not there within a [`TICK`].
+    /// Returns the answer, or `None` if it does not arrive within a [`TICK`].
     fn receive(&mut self) -> Result<Option<Response>, Failure> {
         let mut bytes = [0; 4096];
         loop {
@@ -255,7 +257,7 @@ fn value<T: DeserializeOwned>(response: &Response) -> Result<T, Failure> {
     serde_json::from_slice(&response.body).map_err(|error| Failure::Answer(error.to_string()))
 }
 
-/// A status as a table for people.
+/// Returns a status as a table for people.
 pub fn table(status: &Status) -> String {
     let mut lines = vec![
         format!(
@@ -294,13 +296,13 @@ pub fn table(status: &Status) -> String {
     lines.join("\n")
 }
 
-/// "3 of 4 (75.0 %)"
+/// Returns a share as "3 of 4 (75.0 %)".
 fn share(part: u64, whole: u64) -> String {
     let percent = if whole == 0 { 100.0 } else { part as f64 * 100.0 / whole as f64 };
     format!("{part} of {whole} ({percent:.1} %)")
 }
 
-/// A snapshot that is written, as a line for people.
+/// Returns the line that reports a finished snapshot to people.
 pub fn summary(snapshot: &SnapshotSummary) -> String {
     let warning = snapshot.warning.iter().map(|warning| format!("warning: {warning}\n"));
     format!(
@@ -314,8 +316,8 @@ pub fn summary(snapshot: &SnapshotSummary) -> String {
     )
 }
 
-/// Shows how far a command is that takes its time: a snapshot by a bar if standard error is a
-/// terminal, everything else by a line in the log every 10 seconds.
+/// Shows the progress of a long request: a snapshot's as a bar if standard error is a terminal, any
+/// other as a line in the log every 10 seconds.
 #[derive(Debug)]
 pub struct Progress {
     what: &'static str,
@@ -324,12 +326,12 @@ pub struct Progress {
 }
 
 impl Progress {
-    /// Shows nothing yet.
+    /// Returns a display that shows nothing yet.
     pub fn new(what: &'static str) -> Self {
         Progress { what, bar: None, said: Instant::now() }
     }
 
-    /// Shows a status.
+    /// Shows the progress that a status reports.
     pub fn show(&mut self, status: &Status) {
         if let Some(snapshot) = &status.snapshot
             && io::stderr().is_terminal()
@@ -404,7 +406,7 @@ mod tests {
         for _ in 0..2 {
             let error = Client::new(&path).pause().unwrap_err().to_string();
             assert!(error.starts_with("pause: no VMM listens at /"), "{error}");
-            // The second time: the socket of a process that is gone.
+            // The second pass meets the socket of a listener that is gone.
             let _ = UnixListener::bind(&path);
         }
     }

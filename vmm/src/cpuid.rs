@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What guests are told of their processors: only what can be saved and restored again.
+//! The CPUID of guests, limited to features whose state can be saved and restored.
 //!
 //! Sources: `Documentation/virt/kvm/api.rst`, section `KVM_GET_SUPPORTED_CPUID`;
 //! `Documentation/virt/kvm/x86/cpuid.rst` for KVM's own leaves; Intel's "Software Developer's
@@ -14,10 +14,10 @@ use kvm_ioctls::{Cap, Kvm};
 
 use crate::error::Error;
 
-/// The most vCPUs that a guest is told of.
+/// Maximum number of vCPUs in a guest's topology.
 pub const MAX_CPUS: u32 = 16;
 
-/// A register that a leaf answers in.
+/// An output register of a leaf.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Reg {
     Eax,
@@ -56,7 +56,7 @@ impl Reg {
     }
 }
 
-/// The leaf of features that all processors have.
+/// The leaf with the features common to all processors.
 const FEATURES: u32 = 1;
 const EXTENDED_FEATURES: u32 = 7;
 const XSAVE: u32 = 0xd;
@@ -64,26 +64,26 @@ const KVM_FEATURES: u32 = 0x4000_0001;
 const AMD_FEATURES: u32 = 0x8000_0001;
 const ADDRESS_SIZES: u32 = 0x8000_0008;
 
-/// Leaf 1, ECX: the local APIC's timer can wait for a value of the TSC.
+/// Leaf 1, ECX: the local APIC's timer supports TSC deadlines.
 const TSC_DEADLINE: u32 = 1 << 24;
-/// Leaf 1, ECX: there is a hypervisor.
+/// Leaf 1, ECX: the processor runs under a hypervisor.
 const HYPERVISOR: u32 = 1 << 31;
-/// Leaf 1, EDX: the number of logical processors is told.
+/// Leaf 1, EDX: the field for the number of logical processors is valid.
 const HTT: u32 = 1 << 28;
-/// Leaf 0x80000001, ECX: several cores, not several threads.
+/// Leaf 0x80000001, ECX: the logical processors are cores, not threads.
 const CMP_LEGACY: u32 = 1 << 1;
 
-/// Bits that no guest is told of: leaf, subleaf, register, bits.
+/// Feature bits hidden from all guests: leaf, subleaf, register, bits.
 const HIDDEN: &[(u32, u32, Reg, u32)] = &[
-    // MONITOR (3): a guest that waits so is not seen to be idle. DTES64 (2), DS-CPL (4), PDCM
-    // (15): performance monitoring.
+    // MONITOR (3): KVM does not see that a guest is idle while it waits in MWAIT. DTES64 (2),
+    // DS-CPL (4), PDCM (15): performance monitoring.
     (FEATURES, 0, Ecx, 1 << 2 | 1 << 3 | 1 << 4 | 1 << 15),
     // DS (21): performance monitoring.
     (FEATURES, 0, Edx, 1 << 21),
-    // SGX (2): enclaves are encrypted memory. Intel PT (25): its buffers are written by physical
-    // address.
+    // SGX (2): enclaves are encrypted memory. Intel PT (25): the processor writes its buffers by
+    // physical address.
     (EXTENDED_FEATURES, 0, Ebx, 1 << 2 | 1 << 25),
-    // SHSTK (7): KVM_GET_MSRS does not have its stack pointer. SGX_LC (30).
+    // SHSTK (7): KVM_GET_MSRS does not return the shadow stack pointer. SGX_LC (30).
     (EXTENDED_FEATURES, 0, Ecx, 1 << 7 | 1 << 30),
     // Architectural LBR (19), IBT (20), AMX (22, 24, 25).
     (EXTENDED_FEATURES, 0, Edx, 1 << 19 | 1 << 20 | 1 << 22 | 1 << 24 | 1 << 25),
@@ -91,24 +91,24 @@ const HIDDEN: &[(u32, u32, Reg, u32)] = &[
     (EXTENDED_FEATURES, 1, Eax, 1 << 8 | 1 << 21),
     // AMX_COMPLEX (8).
     (EXTENDED_FEATURES, 1, Edx, 1 << 8),
-    // The state of AMX.
+    // AMX state.
     (XSAVE, 0, Eax, AMX_STATE),
-    // XFD (4), by which AMX's state is asked for.
+    // XFD (4), through which a guest requests AMX state.
     (XSAVE, 1, Eax, 1 << 4),
     // The states of Intel PT (8), CET (11, 12) and LBR (15).
     (XSAVE, 1, Ecx, 1 << 8 | 1 << 11 | 1 << 12 | 1 << 15),
-    // Asynchronous page faults (4), also in nested guests (10) and by interrupt (14): what the
-    // guest is to be told of the end of one would be lost.
+    // Asynchronous page faults (4), also in nested guests (10) and by interrupt (14): a snapshot
+    // would lose a pending notice that a page is ready.
     (KVM_FEATURES, 0, Eax, 1 << 4 | 1 << 10 | 1 << 14),
     // IBS (10), PERFCTR_CORE (23), PERFCTR_NB (24), PERFCTR_LLC (28): performance monitoring.
     // MWAITX (29).
     (AMD_FEATURES, 0, Ecx, 1 << 10 | 1 << 23 | 1 << 24 | 1 << 28 | 1 << 29),
 ];
 
-/// The components of AMX's state, in XCR0.
+/// Components of AMX state in XCR0.
 const AMX_STATE: u32 = 1 << 17 | 1 << 18;
 
-/// Leaves that tell of such things alone: zeros for all guests.
+/// Leaves that describe only hidden features: zeros for all guests.
 const HIDDEN_LEAVES: &[u32] = &[
     5,           // MONITOR and MWAIT.
     0xa,         // Performance monitoring.
@@ -124,15 +124,15 @@ const HIDDEN_LEAVES: &[u32] = &[
     0x8000_0026, // The host's topology.
 ];
 
-/// What a guest can be told on this host, of a processor without topology: see [`for_vcpu`].
+/// Returns the CPUID that this host supports for guests, without topology; see [`for_vcpu`].
 ///
-/// That is what KVM supports without what a snapshot could not hold, or would be wrong about:
-/// nested virtualization, asynchronous page faults, performance monitoring, MWAIT, SGX, AMX,
-/// Intel PT, LBR, shadow stacks, and encrypted memory.
+/// This is the CPUID that KVM supports, without the features that a snapshot cannot hold or would
+/// record wrongly: nested virtualization, asynchronous page faults, performance monitoring, MWAIT,
+/// SGX, AMX, Intel PT, LBR, shadow stacks, and encrypted memory.
 ///
 /// # Errors
 ///
-/// If KVM does not say what it supports.
+/// If KVM does not return its supported CPUID.
 ///
 /// # Examples
 ///
@@ -151,7 +151,7 @@ pub fn guest_cpuid(kvm: &Kvm) -> Result<CpuId, Error> {
         Error::host(format!("ask KVM what it can tell a guest of its processors: {error}"))
     })?;
     hide(&mut cpuid);
-    // KVM's word for this one is a capability.
+    // KVM reports this feature through a capability, not in the CPUID.
     if kvm.check_extension(Cap::TscDeadlineTimer) {
         set(&mut cpuid, FEATURES, 0, Ecx, TSC_DEADLINE);
     }
@@ -159,14 +159,14 @@ pub fn guest_cpuid(kvm: &Kvm) -> Result<CpuId, Error> {
     Ok(cpuid)
 }
 
-/// Takes out what no guest is told of.
+/// Removes the hidden features.
 fn hide(cpuid: &mut CpuId) {
     hide_nested(cpuid);
     for entry in cpuid.as_mut_slice() {
         if HIDDEN_LEAVES.contains(&entry.function) {
             (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0);
         }
-        // The size and place of a state that is not there.
+        // Size and offset of hidden XSAVE states.
         let states = [8, 11, 12, 15, 17, 18];
         if entry.function == XSAVE && states.contains(&entry.index) {
             (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0);
@@ -185,8 +185,8 @@ fn hide(cpuid: &mut CpuId) {
     }
 }
 
-/// Bytes that the states of XCR0 take, in the standard format: 512 for FXSAVE and 64 for the
-/// header, and what comes behind.
+/// Returns the size of the states of XCR0 in the standard format, in bytes: 512 for FXSAVE, 64 for
+/// the header, and the extended states behind them.
 fn xsave_size(cpuid: &CpuId) -> u32 {
     let states = find(cpuid, XSAVE, 0).map_or(0, |entry| entry.eax);
     let behind = cpuid.as_slice().iter().filter(|entry| {
@@ -195,11 +195,11 @@ fn xsave_size(cpuid: &CpuId) -> u32 {
     behind.map(|entry| entry.ebx + entry.eax).fold(576, u32::max)
 }
 
-/// What vCPU `cpu` of `cpus`, [`MAX_CPUS`] at most, is told: one package of `cpus` cores, without
-/// hyper-threads. Its APIC's id is `cpu`.
+/// Returns the CPUID of vCPU `cpu` in a guest of `cpus` vCPUs, at most [`MAX_CPUS`]: one package of
+/// `cpus` cores without hyper-threads. The APIC ID is `cpu`.
 pub fn for_vcpu(cpuid: &CpuId, cpu: u32, cpus: u32) -> CpuId {
     debug_assert!(cpu < cpus && cpus <= MAX_CPUS);
-    // Bits of an APIC id that tell cores apart.
+    // Number of APIC ID bits that distinguish cores.
     let width = cpus.next_power_of_two().trailing_zeros();
     let ids = 1 << width;
     let highest = find(cpuid, 0, 0).map_or(0, |entry| entry.eax);
@@ -212,7 +212,8 @@ pub fn for_vcpu(cpuid: &CpuId, cpu: u32, cpus: u32) -> CpuId {
                 entry.ebx = cpu << 24 | ids << 16 | entry.ebx & 0xffff;
                 entry.edx = if cpus > 1 { entry.edx | HTT } else { entry.edx & !HTT };
             }
-            // Caches. Bits 5 to 7 are the level: each core has its own but for the third and on.
+            // Caches. Bits 5 to 7 are the level. Level 3 and above are shared, the others belong to
+            // one core.
             4 if entry.eax & 0x1f != 0 => {
                 let shared = if entry.eax >> 5 & 7 >= 3 { ids - 1 } else { 0 };
                 entry.eax = (ids - 1) << 26 | shared << 14 | entry.eax & 0x3fff;
@@ -228,13 +229,15 @@ pub fn for_vcpu(cpuid: &CpuId, cpu: u32, cpus: u32) -> CpuId {
                 let shared = if entry.eax >> 5 & 7 >= 3 { cpus - 1 } else { 0 };
                 entry.eax = shared << 14 | entry.eax & 0x3fff;
             }
-            // Without TOPOEXT it is empty, as KVM has it.
+            // KVM leaves this leaf zeroed. It holds the extended APIC ID and the core ID; a guest
+            // reads it only if it has TOPOEXT.
             0x8000_001e if amd => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (cpu, cpu, 0, 0),
             _ => {}
         }
     }
     for leaf in [0xb, 0x1f].into_iter().filter(|leaf| *leaf <= highest) {
-        // Of a level: bits to shift an id by for the next one's, processors, and its type.
+        // For each level: the shift from an APIC ID to the ID of the next level, the number of
+        // processors, and the level's type.
         for (index, (shift, processors, kind)) in
             [(0, 1, 1), (width, cpus, 2), (0, 0, 0)].into_iter().enumerate()
         {
@@ -254,22 +257,23 @@ pub fn for_vcpu(cpuid: &CpuId, cpu: u32, cpus: u32) -> CpuId {
     CpuId::from_entries(&entries).expect("six entries more than KVM's are few enough")
 }
 
-/// The TSC's frequency, and that of the crystal.
+/// The leaf of the TSC frequency and the crystal frequency.
 const TSC_FREQUENCY: u32 = 0x15;
-/// The highest of the hypervisor's leaves.
+/// The leaf that holds the highest hypervisor leaf.
 const HYPERVISOR_LEAVES: u32 = 0x4000_0000;
-/// The hypervisor's leaf of frequencies: of the TSC, and of the local APIC's timer, in kHz.
+/// The hypervisor's leaf of frequencies, in kHz: the TSC's, and the local APIC timer's.
 const HYPERVISOR_FREQUENCIES: u32 = 0x4000_0010;
-/// The rate of KVM's local APIC timer, in kHz.
+/// The frequency of KVM's local APIC timer, in kHz.
 const APIC_KHZ: u32 = 1_000_000;
-/// How far a frequency of leaf 0x15 may be off, in millionths: as far as crystals are.
+/// Tolerance of a frequency in leaf 0x15, in parts per million: that of a crystal.
 const CRYSTAL_PPM: u64 = 20;
 
-/// Adds the frequency of the TSC, in kHz, to what a vCPU is told: for systems that know no
-/// kvm-clock, and cannot or need not measure it. 0 is one that is unknown.
+/// Adds the TSC frequency, in kHz, to a vCPU's CPUID, for systems that do not support kvm-clock and
+/// cannot or need not measure the frequency. 0 means unknown, and adds nothing.
 ///
-/// Intel's processors tell it as a ratio to the frequency of the crystal, which is also the local
-/// APIC timer's, and so 1 GHz here. Leaf 0x16 adds nothing to that, and stays empty.
+/// Intel processors state the frequency as a ratio to that of the crystal. The crystal also drives
+/// the local APIC timer, so its frequency is 1 GHz here. Leaf 0x16 would add nothing, and stays
+/// empty.
 pub fn with_frequency(cpuid: &CpuId, tsc_khz: u32) -> CpuId {
     let highest = find(cpuid, 0, 0).map_or(0, |entry| entry.eax);
     let mut entries = cpuid.as_slice().to_vec();
@@ -292,8 +296,8 @@ pub fn with_frequency(cpuid: &CpuId, tsc_khz: u32) -> CpuId {
     CpuId::from_entries(&entries).expect("two entries more than KVM's are few enough")
 }
 
-/// The TSC's frequency as a ratio to [`APIC_KHZ`]: the continued fraction, as far as the product
-/// of numerator and `APIC_KHZ` has 32 bits, in which Linux computes it.
+/// Returns the TSC frequency as a ratio to [`APIC_KHZ`]: its continued fraction, expanded as long
+/// as the product of numerator and `APIC_KHZ` fits the 32 bits in which Linux computes it.
 fn ratio(tsc_khz: u32) -> Option<(u32, u32)> {
     const MOST: u64 = (u32::MAX / APIC_KHZ) as u64;
     let (mut rest, mut divisor) = (u64::from(tsc_khz), u64::from(APIC_KHZ));
@@ -314,16 +318,16 @@ fn ratio(tsc_khz: u32) -> Option<(u32, u32)> {
     close.then_some((numerator as u32, denominator as u32))
 }
 
-/// Leaves of features: leaf, subleaf, register, and the bits that are none, or that change while
-/// the guest runs.
+/// Leaves of features to compare: leaf, subleaf, register, and the bits to ignore, which are not
+/// features or change while the guest runs.
 const CHECKED: &[(u32, u32, Reg, u32)] = &[
-    // MWAIT, OSXSAVE: by what the guest sets. The hypervisor's bit is ours.
+    // MWAIT and OSXSAVE follow the guest's settings. The VMM sets the hypervisor bit.
     (FEATURES, 0, Ecx, 1 << 3 | 1 << 27 | HYPERVISOR),
-    // APIC: likewise. HTT: by the number of vCPUs.
+    // APIC follows the guest's settings, HTT the number of vCPUs.
     (FEATURES, 0, Edx, 1 << 9 | HTT),
     (6, 0, Eax, 0),
     (EXTENDED_FEATURES, 0, Ebx, 0),
-    // OSPKE; MAWAU, a number.
+    // OSPKE follows the guest's settings. MAWAU is a number.
     (EXTENDED_FEATURES, 0, Ecx, 1 << 4 | 0x1f << 17),
     (EXTENDED_FEATURES, 0, Edx, 0),
     (EXTENDED_FEATURES, 1, Eax, 0),
@@ -344,13 +348,13 @@ const CHECKED: &[(u32, u32, Reg, u32)] = &[
     (0x8000_0021, 0, Eax, 0),
 ];
 
-/// Refuses a guest that was told of what this host's KVM does not support: `saved` is what one of
-/// its vCPUs was told ([`for_vcpu`], `KVM_GET_CPUID2`), and `host` what [`guest_cpuid`] says here.
+/// Checks that this host's KVM supports a guest. `saved` is the CPUID of one of its vCPUs
+/// ([`for_vcpu`], `KVM_GET_CPUID2`), and `host` the result of [`guest_cpuid`] on this host.
 ///
 /// # Errors
 ///
-/// The first thing that is amiss: the vendor or family, a feature by leaf, register and bits, the
-/// layout of XSAVE's area, or the size of physical addresses.
+/// The first mismatch: the vendor or family, a feature by leaf, register and bits, the layout of
+/// the XSAVE area, or the width of physical addresses.
 pub fn check_host(saved: &CpuId, host: &CpuId) -> Result<(), Error> {
     let differs = |what: &str, saved: &str, host: &str| {
         Error::host(format!(
@@ -381,7 +385,7 @@ pub fn check_host(saved: &CpuId, host: &CpuId) -> Result<(), Error> {
             )));
         }
     }
-    // Where the states of XCR0 lie in memory that the guest itself keeps.
+    // The guest keeps XSAVE areas in its memory, so the offsets of the states must match.
     let states = find(saved, XSAVE, 0).map_or(0, |entry| entry.eax);
     for state in (2..32).filter(|state| states >> state & 1 == 1) {
         let place = |cpuid| find(cpuid, XSAVE, state).map(|entry| (entry.ebx, entry.eax));
@@ -415,7 +419,7 @@ fn set(cpuid: &mut CpuId, leaf: u32, subleaf: u32, reg: Reg, bits: u32) {
     }
 }
 
-/// The name that leaf 0 gives, as `GenuineIntel`.
+/// Returns the vendor in leaf 0, for example `GenuineIntel`.
 fn vendor(cpuid: &CpuId) -> String {
     let entry = find(cpuid, 0, 0).copied().unwrap_or_default();
     let bytes = [entry.ebx, entry.edx, entry.ecx].into_iter().flat_map(u32::to_le_bytes);
@@ -428,7 +432,7 @@ fn is_amd(cpuid: &CpuId) -> bool {
     matches!(vendor(cpuid).as_str(), "AuthenticAMD" | "HygonGenuine")
 }
 
-/// Family and extended family, added up as the manuals have it.
+/// Returns the sum of family and extended family, as the manuals define it.
 fn family(cpuid: &CpuId) -> u32 {
     let signature = find(cpuid, FEATURES, 0).map_or(0, |entry| entry.eax);
     let family = signature >> 8 & 0xf;
@@ -452,7 +456,7 @@ mod tests {
         kvm_cpuid_entry2 { function, index, eax, ebx, ecx, edx, ..Default::default() }
     }
 
-    /// A processor of that vendor with every bit of these leaves set.
+    /// Returns the CPUID of a processor of `vendor` with every bit of these leaves set.
     fn full(vendor: &[u8; 12]) -> CpuId {
         let word = |at: usize| u32::from_le_bytes(vendor[at..at + 4].try_into().unwrap());
         let all = [u32::MAX; 4];
@@ -466,7 +470,7 @@ mod tests {
                 entries.push(entry(leaf, subleaf, all));
             }
         }
-        // AVX's state, as it is everywhere; caches of the first and third level.
+        // AVX state, with the same layout everywhere; caches of levels 1 and 3.
         entries.push(entry(XSAVE, 2, [0x100, 0x240, 0, 0]));
         for leaf in [4, 0x8000_001d] {
             entries.push(entry(leaf, 0, [0x21, 1, 2, 3]));
@@ -482,7 +486,7 @@ mod tests {
         hide(&mut after);
         for (leaf, subleaf, reg, bits) in HIDDEN {
             let left = reg.of(find(&after, *leaf, *subleaf).unwrap());
-            // Nested virtualization is hidden by others.
+            // `hide_nested` also hides nested virtualization.
             let nested = match (*leaf, *reg) {
                 (FEATURES, Ecx) => 1 << 5,
                 (AMD_FEATURES, Ecx) => 1 << 2,
@@ -539,7 +543,7 @@ mod tests {
             let hypervisor = leaf(&intel, HYPERVISOR_FREQUENCIES);
             assert_eq!((hypervisor.eax, hypervisor.ebx), (khz, 1_000_000));
             assert!(leaf(&intel, HYPERVISOR_LEAVES).eax >= HYPERVISOR_FREQUENCIES);
-            // As Linux does, in 32 bits.
+            // Computed as in Linux, in 32 bits.
             let told = leaf(&intel, TSC_FREQUENCY);
             assert_eq!(told.ecx, 1_000_000_000);
             let computed = (told.ecx / 1000).checked_mul(told.ebx).unwrap() / told.eax;
@@ -547,7 +551,7 @@ mod tests {
             check_host(&intel, &full(b"GenuineIntel")).unwrap();
         }
         assert_eq!(ratio(2_400_000), Some((12, 5)));
-        // Neither is the ratio exact enough, nor is there a simple one.
+        // No simple ratio is close enough.
         assert_eq!(ratio(3_000_100), None);
         let amd = with_frequency(&full(b"AuthenticAMD"), 2_400_000);
         assert!(find(&amd, TSC_FREQUENCY, 0).is_none());

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What the VMM knows of each kind of virtio device whose work a back-end does.
+//! The kinds of virtio devices that back-ends serve, with their features, queues and config spaces.
 
 use std::fmt;
 use std::str::FromStr;
@@ -10,8 +10,8 @@ use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ids as ids;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
-/// A kind of device. Others are refused: their back-ends keep state that nobody could hand over
-/// (open files, say), or want things that this transport does not have.
+/// A kind of device. The VMM refuses all others, because their back-ends keep state that cannot be
+/// handed over (for example open files), or need more than this transport has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum DeviceKind {
@@ -27,14 +27,14 @@ pub enum DeviceKind {
     Vsock,
 }
 
-/// Features of the transport and the rings that can be passed on as they are. Not among them:
-/// packed rings, and what needs more registers or a translation of addresses.
+/// Transport and ring features that pass through unchanged. Packed rings are not among them, nor
+/// are features that need more registers or address translation.
 const TRANSPORT: u64 = 1 << VIRTIO_F_VERSION_1 | RINGS;
 
 /// Features of split rings.
 const RINGS: u64 = 1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_RING_F_INDIRECT_DESC;
 
-/// A disk's features, by name.
+/// Feature bits of a disk, with their names.
 const BLK: &[(u32, &str)] = &[
     (blk::VIRTIO_BLK_F_SIZE_MAX, "SIZE_MAX"),
     (blk::VIRTIO_BLK_F_SEG_MAX, "SEG_MAX"),
@@ -49,13 +49,13 @@ const BLK: &[(u32, &str)] = &[
     (blk::VIRTIO_BLK_F_WRITE_ZEROES, "WRITE_ZEROES"),
 ];
 
-/// The number of a network card's feature that says that it has an address (section 5.1.3), which
-/// the VMM gives it if the back-end does not.
+/// Feature bit: the network card has a MAC address (section 5.1.3). The VMM supplies the address if
+/// the back-end does not.
 pub(crate) const NET_F_MAC: u32 = 5;
 const NET_F_MTU: u32 = 3;
 const NET_F_STATUS: u32 = 16;
 
-/// A network card's features. Not among them: those that are used through a control queue.
+/// Feature bits of a network card, without those that need a control queue.
 const NET: &[(u32, &str)] = &[
     (0, "CSUM"),
     (1, "GUEST_CSUM"),
@@ -79,12 +79,12 @@ const NET: &[(u32, &str)] = &[
 
 const CONSOLE_F_EMERG_WRITE: u32 = 2;
 
-/// A console's features. Not among them: more ports, whose state a back-end would have to keep.
+/// Feature bits of a console, without multiple ports, whose state a back-end would have to keep.
 const CONSOLE: &[(u32, &str)] = &[(0, "SIZE"), (CONSOLE_F_EMERG_WRITE, "EMERG_WRITE")];
 
 const VSOCK: &[(u32, &str)] = &[(0, "STREAM"), (1, "SEQPACKET"), (2, "NO_IMPLIED_STREAM")];
 
-/// Features of every device, by name.
+/// Feature bits of all devices, with their names.
 const COMMON: &[(u32, &str)] = &[
     (VIRTIO_RING_F_INDIRECT_DESC, "INDIRECT_DESC"),
     (VIRTIO_RING_F_EVENT_IDX, "EVENT_IDX"),
@@ -96,7 +96,7 @@ impl DeviceKind {
     pub const ALL: [DeviceKind; 5] =
         [DeviceKind::Blk, DeviceKind::Net, DeviceKind::Rng, DeviceKind::Console, DeviceKind::Vsock];
 
-    /// The word for it on the command line.
+    /// Returns the kind's name on the command line.
     pub fn name(self) -> &'static str {
         match self {
             DeviceKind::Blk => "blk",
@@ -107,7 +107,7 @@ impl DeviceKind {
         }
     }
 
-    /// The number that a driver knows it by (virtio 1.2, section 5).
+    /// Returns the virtio device ID (virtio 1.2, section 5).
     pub fn virtio_id(self) -> u32 {
         match self {
             DeviceKind::Blk => ids::VIRTIO_ID_BLOCK,
@@ -118,7 +118,7 @@ impl DeviceKind {
         }
     }
 
-    /// Number of queues, where the kind has a fixed one.
+    /// Returns the number of queues, if the kind has a fixed number.
     pub fn fixed_queues(self) -> Option<u16> {
         match self {
             DeviceKind::Blk => None,
@@ -128,32 +128,33 @@ impl DeviceKind {
         }
     }
 
-    /// Largest size of a queue, in descriptors, unless it is said: what the usual back-ends take.
+    /// Returns the default maximum queue size, in descriptors: the one that the usual back-ends
+    /// accept.
     pub(crate) fn queue_size(self) -> u16 {
         if self == DeviceKind::Console { 64 } else { 256 }
     }
 
-    /// How many of `queues` queues, from the first on, the back-end serves. A vsock's event queue
-    /// is the VMM's, as in QEMU: it tells the guest that it was moved.
+    /// Returns how many of `queues` queues, from the first on, the back-end serves. The VMM serves
+    /// a vsock's event queue, as QEMU does, to tell the guest that it was moved.
     pub(crate) fn served_queues(self, queues: usize) -> usize {
         if self == DeviceKind::Vsock { queues.min(2) } else { queues }
     }
 
-    /// Whether the back-end's number of queues is to be asked for. That of a network card counts
-    /// pairs with some back-ends, and queues with others.
+    /// Returns whether the VMM may ask the back-end for its number of queues. For a network card
+    /// some back-ends return pairs, others queues.
     pub(crate) fn counts_queues(self) -> bool {
         self != DeviceKind::Net
     }
 
-    /// Whether the device answers every request by itself, however long it has nothing to say.
+    /// Returns whether the device answers every request without waiting for an outside event.
     pub(crate) fn answers_all(self) -> bool {
         self == DeviceKind::Blk
     }
 
-    /// Bytes of the configuration space that have a meaning.
+    /// Returns the length of the config space in bytes.
     pub(crate) fn config_len(self) -> usize {
         match self {
-            // Up to `write_zeroes_may_unmap`. Older back-ends refuse to be asked for more.
+            // Up to `write_zeroes_may_unmap`. Older back-ends refuse a request for more.
             DeviceKind::Blk => 60,
             // Up to `mtu`.
             DeviceKind::Net => 12,
@@ -163,7 +164,7 @@ impl DeviceKind {
         }
     }
 
-    /// Whether nothing goes without a configuration space from the back-end.
+    /// Returns whether the back-end must provide a config space.
     pub(crate) fn needs_config(self) -> bool {
         self == DeviceKind::Blk
     }
@@ -178,12 +179,12 @@ impl DeviceKind {
         }
     }
 
-    /// What the guest is offered of a back-end's features: what a transparent transport can pass
-    /// on. `config`: whether the back-end has a configuration space.
+    /// Returns the features to offer to the guest: those of the back-end's that a transparent
+    /// transport can pass on. `config` says whether the back-end has a config space.
     pub(crate) fn features(self, offered: u64, config: bool) -> u64 {
         let bits = |names: &[(u32, &str)]| names.iter().fold(0, |bits, (bit, _)| bits | 1 << bit);
         let known = bits(self.named_features());
-        // Those that are about fields which the VMM does not know.
+        // Features about config fields that the VMM cannot fill in.
         let fields = match self {
             DeviceKind::Net => 1 << NET_F_MTU | 1 << NET_F_STATUS,
             DeviceKind::Console => known,
@@ -194,7 +195,7 @@ impl DeviceKind {
         offered & (known | TRANSPORT) & !without | ours
     }
 
-    /// Names features, for people.
+    /// Returns the names of features, for people.
     pub(crate) fn name_features(self, features: u64) -> String {
         let name = |bit: u32| {
             let mut all = self.named_features().iter().chain(COMMON);
@@ -205,8 +206,8 @@ impl DeviceKind {
         set.map(name).collect::<Vec<_>>().join(", ")
     }
 
-    /// Whether the driver may write these bytes to the configuration space. Others are not passed
-    /// on: many back-ends answer what they do not like by hanging up.
+    /// Returns whether the driver may write these bytes to the config space. The VMM does not pass
+    /// other writes on: many back-ends respond to an invalid write by hanging up.
     pub(crate) fn may_write(self, offset: usize, bytes: &[u8], driver_features: u64) -> bool {
         match self {
             DeviceKind::Blk => {
@@ -222,13 +223,14 @@ impl DeviceKind {
         }
     }
 
-    /// What must not differ in the configuration of a device that a guest goes on with, given the
-    /// features that it has accepted: it has read it, and does not again.
+    /// Returns the config fields that must not change when another back-end takes over, given the
+    /// features that the driver has accepted. The guest has read these fields and does not read
+    /// them again.
     pub(crate) fn fixed_fields(self, driver_features: u64) -> impl Iterator<Item = &'static Field> {
         let fields: &[Field] = match self {
             DeviceKind::Blk => BLK_FIELDS,
             DeviceKind::Net => NET_FIELDS,
-            // A vsock's guest reads its address again when it is told that it was moved.
+            // A vsock driver reads its address again after the event that tells it of a move.
             DeviceKind::Rng | DeviceKind::Console | DeviceKind::Vsock => &[],
         };
         let accepted = move |bit: u32| driver_features & 1 << bit != 0;
@@ -236,24 +238,24 @@ impl DeviceKind {
     }
 }
 
-/// Where a disk's `writeback` lies in its configuration space.
+/// Offset of a disk's `writeback` in its config space.
 pub(crate) const BLK_WRITE_BACK: usize = 32;
 
-/// Where a disk says how many queues it has (2 bytes).
+/// Offset of a disk's number of queues (2 bytes).
 pub(crate) const BLK_NUM_QUEUES: usize = 34;
 
-/// Where a disk says how many segments a request may have (4 bytes).
+/// Offset of a disk's maximum number of segments per request (4 bytes).
 pub(crate) const BLK_SEG_MAX: usize = 12;
 
-/// A field of a configuration space.
+/// A field of a config space.
 #[derive(Debug)]
 pub(crate) struct Field {
     pub(crate) name: &'static str,
     offset: usize,
     len: usize,
-    /// The feature without which nobody looks at it.
+    /// The feature without which drivers do not read the field.
     feature: Option<u32>,
-    /// Whether more than before is as good.
+    /// Whether a larger value than before is also acceptable.
     limit: bool,
 }
 
@@ -279,13 +281,13 @@ const fn field(name: &'static str, offset: usize, len: usize, feature: u32) -> F
 }
 
 impl Field {
-    /// Its value in a configuration space; bytes that are not there count as zeros.
+    /// Returns the field's value in a config space; bytes beyond its end count as zeros.
     pub(crate) fn value(&self, config: &[u8]) -> u64 {
         let bytes = (0..self.len).map(|at| config.get(self.offset + at).copied().unwrap_or(0));
         bytes.rev().fold(0, |value, byte| value << 8 | u64::from(byte))
     }
 
-    /// A value of it, for people.
+    /// Formats a value of the field for people.
     pub(crate) fn show(&self, value: u64) -> String {
         if self.feature != Some(NET_F_MAC) {
             return value.to_string();
@@ -294,7 +296,7 @@ impl Field {
         bytes[..self.len].iter().map(|byte| format!("{byte:02x}")).collect::<Vec<_>>().join(":")
     }
 
-    /// Whether a guest that has read `before` gets on with `now`.
+    /// Returns whether a guest that has read `before` can work with `now`.
     pub(crate) fn fits(&self, before: u64, now: u64) -> bool {
         now == before || self.limit && now > before
     }
@@ -318,7 +320,7 @@ impl FromStr for DeviceKind {
 }
 
 impl DeviceKind {
-    /// What there is, for messages.
+    /// Returns the names of all kinds, for messages.
     pub(crate) fn known() -> String {
         let names: Vec<_> = DeviceKind::ALL.iter().map(|kind| kind.name()).collect();
         format!("there are {}", names.join(", "))
@@ -334,7 +336,7 @@ mod tests {
         let all = u64::MAX;
         for kind in DeviceKind::ALL {
             let offered = kind.features(all, true);
-            // Packed rings, in order, platform addresses, data in notifications, queue reset.
+            // Packed rings, in-order use, platform addresses, data in notifications, queue reset.
             for bit in [30, 33, 34, 35, 38, 40] {
                 assert_eq!(offered & 1 << bit, 0, "{kind}: {bit}");
             }

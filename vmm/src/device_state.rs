@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What a snapshot keeps of a device, and whether a back-end can go on with it.
+//! A device's state in a snapshot, and the check that a back-end can take it over.
 
 use serde::{Deserialize, Serialize};
 
@@ -7,20 +7,20 @@ use crate::device_kind::DeviceKind;
 use crate::options::is_name;
 use crate::virtio_mmio::{MAX_QUEUE_SIZE, Registers};
 
-/// A device that has stopped with nothing in flight.
+/// The state of a device that has stopped with nothing in flight.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DeviceState {
-    /// What it is.
+    /// The device's kind.
     pub kind: DeviceKind,
-    /// What messages called it.
+    /// The device's name in messages.
     pub name: String,
-    /// Its registers: features, queues and where they go on, and the configuration that the guest
+    /// The registers: features, queues with their positions, and the config space that the guest
     /// has read.
     pub registers: Registers,
 }
 
 impl DeviceState {
-    /// Whether it is one that a device of its kind can have: the file may have been changed.
+    /// Checks that a device of this kind can have this state: the file may have been altered.
     pub(crate) fn check(&self) -> Result<(), String> {
         let (kind, registers) = (self.kind, &self.registers);
         let queues = registers.queues().len();
@@ -42,8 +42,8 @@ impl DeviceState {
         ))
     }
 
-    /// Whether a back-end that offers these features and this configuration can go on where the
-    /// old one was.
+    /// Checks that a back-end with these features and this config space can continue for the old
+    /// one.
     pub(crate) fn check_successor(&self, features: u64, config: &[u8]) -> Result<(), String> {
         if !self.registers.has_agreed() {
             return Ok(());
@@ -115,7 +115,7 @@ mod tests {
     fn a_card_keeps_its_address() {
         let config = |last| [&[2, 0, 0, 0, 0, last][..], &[0; 6]].concat();
         let mut state = agreed(DeviceKind::Net, config(1));
-        // What was not agreed on nobody has looked at.
+        // The guest does not read a field whose feature it did not accept.
         assert_eq!(state.check_successor(FEATURES, &config(0xa)), Ok(()));
         state = agreed_on(FEATURES | 1 << NET_F_MAC, DeviceKind::Net, config(1));
         let error = state.check_successor(u64::MAX, &config(0xa)).unwrap_err();

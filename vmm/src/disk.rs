@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The guest's disk: a vhost-user back-end on memory that has not arrived.
+//! The test guest's disk: a vhost-user back-end that shares memory with missing pages.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -18,11 +18,11 @@ use crate::machine::Machine;
 use crate::notify::{Notify, no_eventfd};
 use crate::options::VhostUserOption;
 
-/// What the guest's driver accepts of what a back-end offers. No event indices: the guest kicks
+/// Features that the test guest's driver accepts. Without event indices, because the guest kicks
 /// for each request, and polls.
 const FEATURES: u64 = 1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_BLK_F_MQ | 1 << VIRTIO_BLK_F_FLUSH;
 
-/// How often the connection is looked at while the guest runs.
+/// Interval at which the connection is checked while the guest runs.
 const LOOK_EVERY: Duration = Duration::from_millis(200);
 
 /// A connected disk.
@@ -30,19 +30,20 @@ const LOOK_EVERY: Duration = Duration::from_millis(200);
 pub struct Disk {
     back_end: BackEnd,
     notify: Arc<Notify>,
-    /// The guest polls, so nobody reads them.
+    /// Not read, because the guest polls.
     _calls: Vec<EventFd>,
     looked: Instant,
 }
 
 impl Disk {
-    /// Connects to the back-end, shares the machine's memory with it, none of which needs to have
-    /// arrived, and starts the queues that the plan has laid out.
+    /// Connects to the back-end, shares the machine's memory with it, of which every page may be
+    /// missing, and starts the queues of the plan.
     ///
     /// # Errors
     ///
-    /// One line: nobody listens, the back-end cannot wait for missing pages or is wrong about
-    /// where it has mapped them, or its disk or queues are not what the plan needs.
+    /// Returns a one-line error if no back-end listens, if the back-end cannot wait for missing
+    /// pages or reports wrong addresses of its mappings, or if its disk or queues do not fit the
+    /// plan.
     pub fn connect(
         option: &VhostUserOption,
         machine: &Machine,
@@ -93,16 +94,17 @@ impl Disk {
         Ok(Disk { back_end, notify: Arc::new(notify), _calls: calls, looked: Instant::now() })
     }
 
-    /// The register that the guest kicks the device through.
+    /// Returns the register through which the guest kicks the device.
     pub fn notify(&self) -> Arc<Notify> {
         self.notify.clone()
     }
 
-    /// Whether the back-end is still there; it is asked now and then only.
+    /// Checks that the back-end is still connected. It looks at most once every 200 ms, so that the
+    /// caller may repeat it often.
     ///
     /// # Errors
     ///
-    /// If it is gone: requests that it had will never be answered.
+    /// If the back-end is gone, in which case its pending requests will never be answered.
     pub fn check_alive(&mut self) -> Result<(), Error> {
         if self.looked.elapsed() < LOOK_EVERY {
             return Ok(());
@@ -111,11 +113,11 @@ impl Disk {
         self.back_end.check().map_err(Error::failed)
     }
 
-    /// All pages are present: the back-end's accesses need no trap any more.
+    /// Ends post-copy. All pages must be present, so that the back-end's accesses need no trap.
     ///
     /// # Errors
     ///
-    /// The back-end's refusals.
+    /// If the back-end refuses.
     pub fn end_postcopy(&mut self) -> Result<(), Error> {
         self.back_end.end_postcopy().map_err(Error::failed)
     }
@@ -124,7 +126,7 @@ impl Disk {
     ///
     /// # Errors
     ///
-    /// The back-end's refusals.
+    /// If the back-end refuses.
     pub fn stop(&mut self) -> Result<(), Error> {
         for queue in 0..self.notify.kicks().len() {
             self.back_end.stop_vring(queue).map_err(Error::failed)?;
@@ -133,14 +135,14 @@ impl Disk {
     }
 }
 
-/// The disk must have the sectors that the plan's requests name.
+/// Checks that the disk has all sectors that the plan's requests name.
 fn check_capacity(
     back_end: &mut BackEnd,
     option: &VhostUserOption,
     plan: &Plan,
 ) -> Result<(), Error> {
     let Some(disk) = &plan.params().disk else { return Ok(()) };
-    // The capacity is the first field of the configuration (virtio 1.2, section 5.2.4).
+    // The capacity is the first field of the config space (virtio 1.2, section 5.2.4).
     let mut capacity = [0; 8];
     back_end.read_config(0, &mut capacity).map_err(Error::failed)?;
     let sectors = u64::from_le_bytes(capacity);

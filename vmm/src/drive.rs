@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Looks after a running VM: its console, its back-ends, and what its threads tell, until it ends.
+//! The main loop of a running VM: serves its console, watches its back-ends, and handles the events
+//! of its threads until the VM ends.
 
 use std::collections::VecDeque;
 use std::io;
@@ -20,30 +21,30 @@ use crate::vcpu::VcpuEvent;
 use crate::vhost_user::VhostUserDevice;
 use crate::vm::Vm;
 
-/// How often it is looked how far the memory is, in milliseconds.
+/// Interval of the main loop's polls, in milliseconds.
 const LOOK_EVERY_MS: i32 = 200;
 
-/// How a VM ended.
+/// The way in which a VM ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum End {
-    /// The guest has switched it off.
+    /// The guest has powered off.
     Off,
-    /// The guest wants to begin anew.
+    /// The guest has asked for a reset.
     Reset,
-    /// The guest's kernel has panicked. It may go on.
+    /// The guest's kernel has panicked. It may still run.
     Panicked,
-    /// Somebody has asked for it, through the API or at the terminal.
+    /// A client of the API, or the user at the terminal, has asked for the end.
     Asked,
 }
 
-/// What descriptors say.
+/// The file descriptors that the main loop watches, and the state of their handlers.
 struct Descriptors {
     hear: Arc<vmm_sys_util::eventfd::EventFd>,
     vm: Arc<Vm>,
     back_ends: Vec<(RawFd, Arc<VhostUserDevice>)>,
-    /// Standard input, if the console reads it.
+    /// Standard input, if it is the guest's console.
     keys: Option<Keys>,
-    /// What was typed and has no room yet.
+    /// Typed bytes for which the guest has no room yet.
     typed: VecDeque<u8>,
     quit: bool,
     lost: Option<Error>,
@@ -54,7 +55,7 @@ impl Descriptors {
         io::stdin().as_raw_fd()
     }
 
-    /// Hands on what was typed. While the guest has no room, standard input is not read.
+    /// Passes typed bytes on to the guest. Standard input is not read while the guest has no room.
     fn type_in(&mut self, ops: &mut EventOps<'_>) {
         while !self.typed.is_empty() {
             let taken = self.vm.chipset.serial.type_in(self.typed.make_contiguous());
@@ -64,7 +65,7 @@ impl Descriptors {
             }
         }
         if self.keys.is_some() {
-            // It may be watched already.
+            // This fails if the loop already watches it.
             let _ = ops.add(Events::new_raw(Self::stdin(), EventSet::IN));
         }
     }
@@ -90,14 +91,15 @@ impl MutEventSubscriber for Descriptors {
     fn init(&mut self, ops: &mut EventOps<'_>) {
         let room = self.vm.chipset.serial.room().clone();
         let mut fds = vec![(self.hear.as_raw_fd(), EventSet::IN), (room.as_raw_fd(), EventSet::IN)];
-        // Not what they say: nobody has asked them.
+        // Hang-ups only: a back-end sends only replies, and the requesting thread reads those.
         fds.extend(self.back_ends.iter().map(|(fd, _)| (*fd, EventSet::READ_HANG_UP)));
         for (fd, set) in fds {
             if let Err(error) = ops.add(Events::new_raw(fd, set)) {
                 log::error!("watch a descriptor of the VM: {error:?}");
             }
         }
-        // A file, or no input at all, cannot be watched, and nobody types there.
+        // epoll accepts no regular file, and standard input may be closed. Neither carries
+        // keystrokes.
         if self.keys.is_some() && ops.add(Events::new_raw(Self::stdin(), EventSet::IN)).is_err() {
             self.keys = None;
         }
@@ -121,13 +123,14 @@ impl MutEventSubscriber for Descriptors {
     }
 }
 
-/// Follows the VM until it ends. `console` says whether standard input is the guest's. `look` is
-/// called now and then, and with the time when the last page is present.
+/// Runs the main loop until the VM ends. `console` says whether standard input is the guest's
+/// console. `look` is called at each poll, and with the current time when the last page becomes
+/// present.
 ///
 /// # Errors
 ///
-/// One line: a vCPU cannot go on, a back-end is gone, demand paging cannot be taken away, or the
-/// process was asked to end.
+/// Returns a one-line error if a vCPU cannot continue, a back-end is gone, demand paging cannot be
+/// removed, or the process was asked to end.
 pub(crate) fn drive(
     vm: &Arc<Vm>,
     hear: &Hear,
@@ -180,7 +183,7 @@ fn on_event(vm: &Arc<Vm>, event: Event) -> Result<Option<End>, Error> {
         Event::Shutdown => return Ok(Some(End::Asked)),
         Event::Interrupted => return Err(Error::failed("the VM was interrupted")),
         Event::Vcpu(VcpuEvent::Failed { message, .. }) => return Err(Error::failed(message)),
-        // Nobody has told it to stop, and it has not said why: it has panicked.
+        // The thread was not told to stop and has not reported an error, so it has panicked.
         Event::Vcpu(VcpuEvent::Ended { cpu }) => {
             return Err(Error::failed(format!(
                 "run vCPU {cpu}: its thread has ended, and the guest cannot go on without it; what \
@@ -195,13 +198,13 @@ fn on_event(vm: &Arc<Vm>, event: Event) -> Result<Option<End>, Error> {
     Ok(None)
 }
 
-/// Takes demand paging away, on a thread of its own: it waits for the back-ends.
+/// Removes demand paging on a separate thread, because that waits for the back-ends.
 fn finish(vm: &Arc<Vm>) -> Result<(), Error> {
     let vm = vm.clone();
     spawn("finish", move || vm.tell.tell(Event::Finished(vm.finish_paging())))
 }
 
-/// Does something on a thread of its own.
+/// Runs `work` on a new thread.
 pub(crate) fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Result<(), Error> {
     let spawned = thread::Builder::new().name(name.into()).spawn(work);
     spawned.map(drop).map_err(|error| no_thread("do something beside the VM", error))

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Errors as the user meets them: one line, and an exit status.
+//! Errors as the user sees them: one line, and an exit status.
 
 use std::error::Error as StdError;
 use std::fmt;
@@ -7,10 +7,10 @@ use std::process::ExitCode;
 
 use crate::limits::advise;
 
-/// Whose fault it is, which is what the exit status tells.
+/// The kind of an error, which decides the exit status.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// What was asked was begun and failed: status 1.
+    /// The operation started and failed: status 1.
     Failed,
     /// The command line is wrong: status 2.
     Usage,
@@ -18,8 +18,7 @@ pub enum Kind {
     Host,
 }
 
-/// An error of the VMM: one line that says what was asked, what the host said, and what to do
-/// about it.
+/// An error of the VMM: one line with the operation, the cause, and a remedy.
 #[derive(Debug)]
 pub struct Error {
     kind: Kind,
@@ -27,36 +26,36 @@ pub struct Error {
 }
 
 impl Error {
-    /// What was asked failed.
+    /// Returns an error of kind [`Failed`](Kind::Failed).
     pub fn failed(message: impl fmt::Display) -> Self {
         Error::new(Kind::Failed, message)
     }
 
-    /// The command line is wrong.
+    /// Returns an error of kind [`Usage`](Kind::Usage).
     pub fn usage(message: impl fmt::Display) -> Self {
         Error::new(Kind::Usage, message)
     }
 
-    /// The host cannot do what was asked.
+    /// Returns an error of kind [`Host`](Kind::Host).
     pub fn host(message: impl fmt::Display) -> Self {
         Error::new(Kind::Host, message)
     }
 
     fn new(kind: Kind, message: impl fmt::Display) -> Self {
-        // One line, whatever the message was made of.
+        // Causes may contain line breaks.
         let message = message.to_string().split_whitespace().collect::<Vec<_>>().join(" ");
         let (message, is_limit) = advise(message);
-        // Another host, or another user, could do it.
+        // Another host or another user could perform the operation.
         let kind = if is_limit && kind == Kind::Failed { Kind::Host } else { kind };
         Error { kind, message }
     }
 
-    /// Whose fault it is.
+    /// Returns the kind.
     pub fn kind(&self) -> Kind {
         self.kind
     }
 
-    /// The exit status of the process.
+    /// Returns the exit status of the process.
     pub fn exit_code(&self) -> ExitCode {
         ExitCode::from(match self.kind {
             Kind::Failed => 1,
@@ -66,11 +65,11 @@ impl Error {
     }
 }
 
-/// What to do if KVM refuses a state that was read from a snapshot.
+/// The hint for a state from a snapshot that KVM refuses.
 pub(crate) const STATE_REFUSED: &str = "the snapshot may be damaged or from another kind of host, \
                                         and the kernel's log may say more";
 
-/// The host has no thread to `what` with.
+/// Returns the error for a thread that cannot be started; `what` is its duty.
 pub(crate) fn no_thread(what: &str, error: std::io::Error) -> Error {
     Error::host(format!(
         "start a thread to {what}: {error}; raise the limit of threads (ulimit -u)"

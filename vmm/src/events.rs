@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What the threads of a VM tell the one that looks after it.
+//! Events that the threads of a VM send to its main loop.
 
 use std::io;
 use std::sync::Arc;
@@ -11,28 +11,28 @@ use crate::error::Error;
 use crate::power::PowerRequest;
 use crate::vcpu::VcpuEvent;
 
-/// Something that happened.
+/// An event for the main loop.
 #[derive(Debug)]
 pub enum Event {
-    /// A vCPU's thread has ended, or cannot go on.
+    /// A vCPU's thread has ended, or cannot continue.
     Vcpu(VcpuEvent),
-    /// The guest asks for its end.
+    /// The guest has asked to end or to reset, or its kernel has panicked.
     Power(PowerRequest),
     /// The last page is present.
     Complete,
-    /// Demand paging has been taken away, or could not be.
+    /// Demand paging has been removed, or the removal has failed.
     Finished(Result<(), Error>),
-    /// The machine is back at its beginning, or could not be brought there.
+    /// The machine has been reset, or the reset has failed.
     Reset(Result<(), Error>),
-    /// The source has failed for as long as the user lets it.
+    /// The source has failed for longer than the user's limit.
     GivenUp(String),
-    /// Somebody asks for the VM's end through the API.
+    /// A client has asked for the VM's end through the API.
     Shutdown,
     /// The process was asked to end.
     Interrupted,
 }
 
-/// Tells events, from any thread; never waits.
+/// The sending end of the event queue. Any thread may use it, and it never blocks.
 #[derive(Clone, Debug)]
 pub struct Tell {
     sender: Sender<Event>,
@@ -40,15 +40,16 @@ pub struct Tell {
 }
 
 impl Tell {
-    /// Tells an event. Nobody hears it once the VM is gone.
+    /// Sends an event. It is lost if the VM is gone.
     pub fn tell(&self, event: Event) {
         let _ = self.sender.send(event);
-        // A counter at its end has woken whoever listens.
+        // This fails only if the counter is at its maximum, and then the receiver has been woken
+        // already.
         let _ = self.wake.write(1);
     }
 }
 
-/// Hears events.
+/// The receiving end of the event queue.
 #[derive(Debug)]
 pub struct Hear {
     receiver: Receiver<Event>,
@@ -56,22 +57,22 @@ pub struct Hear {
 }
 
 impl Hear {
-    /// Becomes readable when there is an event.
+    /// Returns an eventfd that becomes readable when an event arrives.
     pub fn wake(&self) -> &Arc<EventFd> {
         &self.wake
     }
 
-    /// The next event, if there is one.
+    /// Returns the next event, if any.
     pub fn next(&self) -> Option<Event> {
         self.receiver.try_recv().ok()
     }
 }
 
-/// Both ends.
+/// Creates the event queue.
 ///
 /// # Errors
 ///
-/// The host's, if there is no eventfd to be had.
+/// If the host cannot create an eventfd.
 pub fn events() -> io::Result<(Tell, Hear)> {
     let (sender, receiver) = channel();
     let wake = Arc::new(EventFd::new(EFD_NONBLOCK)?);

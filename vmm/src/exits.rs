@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A Linux guest's exits: accesses to the buses, and its end.
+//! Handles a Linux guest's vCPU exits: accesses to the buses, and shutdown.
 
 use kvm_ioctls::VcpuExit;
 use vm_device::bus::{MmioAddress, PioAddress};
@@ -8,15 +8,15 @@ use vm_device::device_manager::{IoManager, MmioManager, PioManager};
 use crate::power::{OnPower, PowerRequest};
 use crate::vcpu::{ServeExit, Served, unserved};
 
-/// Serves exits by the devices on the buses. Where there is none, reads give all ones and writes
-/// are lost, as on hardware: kernels look for what may not be there.
+/// Handles exits with the devices on the buses. Without a device at the address, reads return all
+/// ones and writes have no effect, as on hardware, because kernels probe for absent devices.
 pub struct BusExits {
     buses: IoManager,
     power: OnPower,
 }
 
 impl BusExits {
-    /// Serves by these buses; a guest that crashes into a reset tells `power`.
+    /// Returns a handler for these buses. It reports a guest that crashes into a reset to `power`.
     pub fn new(buses: IoManager, power: OnPower) -> Self {
         BusExits { buses, power }
     }
@@ -45,9 +45,9 @@ impl ServeExit for BusExits {
                     log::trace!("vCPU {cpu} wrote to {address:#x}, where nothing is");
                 }
             }
-            // A triple fault is how kernels reset that know no better way. With SVM, KVM has put
-            // the vCPU back to its power-on state by itself, from which it would run where there
-            // is no firmware.
+            // A kernel without a better way resets by a triple fault. With SVM, KVM has already put
+            // the vCPU into its power-on state, in which it would run at the reset vector, without
+            // any firmware there.
             VcpuExit::Shutdown => {
                 (self.power)(PowerRequest::Reset);
                 return Served::Hold;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What each vCPU's thread passes before it enters the guest, and where it waits while the VM is
-//! paused.
+//! The gate that each vCPU's thread passes before it enters the guest, and at which it is parked
+//! while the VM is paused.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use demand_kvm::DemandVcpu;
 
-/// What the vCPUs are to do.
+/// The state that the vCPUs must take.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub(crate) enum Wanted {
@@ -18,40 +18,40 @@ pub(crate) enum Wanted {
     Stop,
 }
 
-/// Whether a parked vCPU's state is whole.
+/// Whether the pending I/O of a parked vCPU is complete.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Settled {
     Yes,
-    /// An instruction is half done, and waits for a page.
+    /// An instruction is incomplete, and its page is missing.
     Waiting {
-        /// Guest physical address.
+        /// Guest physical address of the page.
         gpa: u64,
     },
 }
 
-/// Where a vCPU's thread is.
+/// The position of a vCPU's thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Place {
-    /// In the guest, or serving an exit.
+    /// In the guest, or handling an exit.
     Running,
-    /// At the gate, until it is told to go on.
+    /// Parked at the gate, until it may run.
     Parked(Settled),
-    /// Its thread has nothing more to do.
+    /// Ended.
     Ended,
 }
 
-/// What a parked vCPU's thread is asked to do.
+/// Work for a parked vCPU's thread.
 pub(crate) type Job = Box<dyn FnOnce(&mut DemandVcpu) + Send>;
 
-/// What a vCPU's thread does next.
+/// The next step of a vCPU's thread.
 pub(crate) enum Turn {
-    /// Enters the guest.
+    /// The thread enters the guest.
     Go,
-    /// Ends.
+    /// The thread ends.
     Stop,
-    /// Tries to make its state whole, and comes back.
+    /// The thread tries to complete the pending I/O, and returns to the gate.
     Settle,
-    /// Does this, and comes back.
+    /// The thread runs the job, and returns to the gate.
     Do(Job),
 }
 
@@ -59,21 +59,23 @@ pub(crate) enum Turn {
 struct State {
     places: BTreeMap<u32, Place>,
     jobs: BTreeMap<u32, Job>,
-    /// vCPUs that stay out of the guest although it runs.
+    /// vCPUs that stay parked even while the VM runs.
     held: BTreeSet<u32>,
-    /// At which look each vCPU has last said whether it is halted for good, and what.
+    /// For each vCPU the number of the last halt check that it answered, and whether it was halted
+    /// for good.
     halted: BTreeMap<u32, (u64, bool)>,
 }
 
-/// How often a vCPU whose state is wanted looks again whether its page has come.
+/// Interval at which a vCPU with a pending job checks whether its missing page has become present.
 const SETTLE_EVERY: Duration = Duration::from_millis(2);
 
-/// While nobody wants anything, passing is one load of a word that nobody writes.
+/// The gate of all vCPUs. While no request is pending, a vCPU passes it with three loads of words
+/// that no thread then writes, and without a lock.
 pub(crate) struct Gate {
     wanted: AtomicU8,
-    /// How often all vCPUs were said to have been held up.
+    /// Number of times when all vCPUs were reported held up.
     absences: AtomicU64,
-    /// How often it was asked whether the vCPUs are halted.
+    /// Number of halt checks so far.
     looks: AtomicU64,
     state: Mutex<State>,
     changed: Condvar,
@@ -111,10 +113,11 @@ impl Gate {
         woken.unwrap_or_else(PoisonError::into_inner).0
     }
 
-    /// Says what is wanted. Under the lock, so that nobody who has just looked goes to sleep.
+    /// Sets the wanted state. It holds the lock, so that a thread that has just checked the state
+    /// does not miss the wake-up.
     pub(crate) fn want(&self, what: Wanted) {
         let state = self.lock();
-        // A VM that is going away is not called back.
+        // A VM that is stopping cannot be resumed or paused.
         if !self.wants(Wanted::Stop) {
             self.wanted.store(what as u8, Ordering::Release);
         }
@@ -122,54 +125,54 @@ impl Gate {
         self.changed.notify_all();
     }
 
-    /// Whether vCPUs may enter the guest.
+    /// Returns whether vCPUs may enter the guest.
     pub(crate) fn is_open(&self) -> bool {
         self.wants(Wanted::Run)
     }
 
-    /// Notes that the vCPUs were held up.
+    /// Records that the vCPUs were held up.
     pub(crate) fn note_absence(&self) {
         self.absences.fetch_add(1, Ordering::Release);
     }
 
-    /// How often that was noted.
+    /// Returns the number of records by [`note_absence`](Self::note_absence).
     pub(crate) fn absences(&self) -> u64 {
         self.absences.load(Ordering::Acquire)
     }
 
-    /// Asks each vCPU whether it is halted; returns the number of this look.
+    /// Asks each vCPU whether it is halted. Returns the number of this check.
     pub(crate) fn look(&self) -> u64 {
         self.looks.fetch_add(1, Ordering::AcqRel) + 1
     }
 
-    /// The last look.
+    /// Returns the number of the last check.
     pub(crate) fn looks(&self) -> u64 {
         self.looks.load(Ordering::Acquire)
     }
 
-    /// Answers a look.
+    /// Records a vCPU's answer to a check.
     pub(crate) fn note_halted(&self, cpu: u32, look: u64, halted: bool) {
         self.lock().halted.insert(cpu, (look, halted));
     }
 
-    /// Whether all vCPUs have answered a look by now, and are halted.
+    /// Returns whether all vCPUs have answered this check and are halted.
     pub(crate) fn are_halted(&self, look: u64) -> bool {
         let state = self.lock();
         state.places.keys().all(|cpu| state.halted.get(cpu) == Some(&(look, true)))
     }
 
-    /// Whether vCPUs are to be parked.
+    /// Returns whether vCPUs must park.
     pub(crate) fn is_pausing(&self) -> bool {
         self.wants(Wanted::Pause)
     }
 
-    /// Parks a vCPU until there is something for it to do.
+    /// Parks a vCPU until its thread has a next step.
     pub(crate) fn wait(&self, cpu: u32, settled: Settled) -> Turn {
         let mut state = self.lock();
         let mut looked = false;
         loop {
             if !self.wants(Wanted::Pause) {
-                // Whoever asked for something finds out that it was not done.
+                // The dropped job tells its sender that it was not run.
                 state.jobs.remove(&cpu);
                 if self.wants(Wanted::Run) && state.held.contains(&cpu) {
                     state = self.wait_changed(state);
@@ -201,33 +204,33 @@ impl Gate {
         }
     }
 
-    /// Keeps a vCPU out of the guest until all are [released](Self::release).
+    /// Keeps a vCPU parked until all are [released](Self::release).
     pub(crate) fn hold(&self, cpu: u32) {
         self.lock().held.insert(cpu);
     }
 
-    /// Whether a vCPU is kept out of the guest.
+    /// Returns whether a vCPU stays parked even while the VM runs.
     pub(crate) fn is_held(&self, cpu: u32) -> bool {
         self.lock().held.contains(&cpu)
     }
 
-    /// Whether some vCPU is kept out of the guest.
+    /// Returns whether any vCPU does so.
     pub(crate) fn holds_any(&self) -> bool {
         !self.lock().held.is_empty()
     }
 
-    /// Lets all vCPUs into the guest again, when it runs.
+    /// Lets all vCPUs into the guest again once the VM runs.
     pub(crate) fn release(&self) {
         self.lock().held.clear();
         self.changed.notify_all();
     }
 
-    /// Notes that a vCPU's thread begins.
+    /// Records that a vCPU's thread has started.
     pub(crate) fn begins(&self, cpu: u32) {
         self.lock().places.insert(cpu, Place::Running);
     }
 
-    /// Notes that a vCPU's thread has nothing more to do.
+    /// Records that a vCPU's thread is ending.
     pub(crate) fn ended(&self, cpu: u32) {
         let mut state = self.lock();
         state.jobs.remove(&cpu);
@@ -236,13 +239,13 @@ impl Gate {
         self.changed.notify_all();
     }
 
-    /// Where a vCPU's thread is; `None` if it has none.
+    /// Returns the position of a vCPU's thread, or `None` if it has no thread.
     pub(crate) fn place(&self, cpu: u32) -> Option<Place> {
         self.lock().places.get(&cpu).copied()
     }
 
-    /// Waits until all vCPUs are where they are wanted; those that are not after `within` are
-    /// returned.
+    /// Waits until `there` holds for the positions of all vCPUs. Returns those for which it does
+    /// not hold after `within`.
     pub(crate) fn until(&self, within: Duration, there: impl Fn(Place) -> bool) -> Vec<u32> {
         let due = Instant::now() + within;
         let mut state = self.lock();
@@ -257,8 +260,8 @@ impl Gate {
         }
     }
 
-    /// Asks a vCPU's thread to do something while it is parked with its state whole. The job is
-    /// dropped undone if the vCPU does not come to that; false if it is not going to.
+    /// Asks a vCPU's thread to run a job once it is parked with complete I/O. The job is dropped
+    /// unrun if that does not happen. Returns false if it cannot happen.
     pub(crate) fn ask(&self, cpu: u32, job: Job) -> bool {
         let mut state = self.lock();
         let asked = self.wants(Wanted::Pause)
@@ -271,7 +274,7 @@ impl Gate {
         asked
     }
 
-    /// Takes back what was asked, if it was not begun.
+    /// Withdraws the job of a vCPU that has not started it.
     pub(crate) fn take_back(&self, cpu: u32) {
         drop(self.lock().jobs.remove(&cpu));
     }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The generation identifier: 16 random bytes in the guest's memory that change when it is
-//! restored, and an interrupt that says so. A Linux guest then takes new randomness, lest two VMs
-//! of one snapshot draw the same numbers.
+//! The generation identifier: 16 random bytes in guest memory that change at each restore and
+//! reset, and an interrupt that announces the change. A Linux guest then reseeds its random
+//! numbers, so that two VMs of one snapshot do not draw the same ones.
 //!
 //! Source: Microsoft's "Virtual Machine Generation ID"; `drivers/virt/vmgenid.c` in Linux.
 
@@ -22,7 +22,7 @@ impl Generation {
     ///
     /// # Errors
     ///
-    /// KVM's, and the host's if it has no eventfd.
+    /// If KVM refuses, or the host cannot create an eventfd.
     pub fn new(vm: &VmFd) -> Result<Self, Error> {
         let failed = |error: &dyn std::fmt::Display| {
             Error::host(format!(
@@ -35,12 +35,12 @@ impl Generation {
         Ok(Generation(event))
     }
 
-    /// Gives the guest an identifier that no other has. Its page arrives first if it is missing,
-    /// so never call this on a thread that serves faults.
+    /// Writes a new random identifier. If its page is missing, the call blocks until the page is
+    /// present, so a thread that serves faults must never make it.
     ///
     /// # Errors
     ///
-    /// Those of the memory.
+    /// If the memory cannot be written.
     pub fn renew(&self, memory: &DemandMemory) -> Result<(), Error> {
         let identifier: [u8; 16] = rand::random();
         memory
@@ -48,11 +48,11 @@ impl Generation {
             .map_err(|error| Error::failed(format!("write a generation identifier: {error}")))
     }
 
-    /// Tells the guest that its identifier has changed.
+    /// Notifies the guest of the new identifier.
     ///
     /// # Errors
     ///
-    /// The host's.
+    /// If the write to the eventfd fails.
     pub fn tell(&self) -> Result<(), Error> {
         self.0.write(1).map_err(|error| {
             Error::host(format!("tell the guest of its new generation identifier: {error}"))

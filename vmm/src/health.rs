@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A guest that has come to an end without asking for it: its kernel has panicked, or all of its
-//! vCPUs are halted for good.
+//! Detects a guest that has stopped working without a power request: its kernel has panicked, or
+//! all of its vCPUs are halted for good.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -13,8 +13,8 @@ use crate::api::{GuestCondition, State};
 use crate::power::{OnPower, PowerRequest};
 use crate::vm::Vm;
 
-/// Bits of the panic device's port (QEMU's `docs/specs/pvpanic.rst`): the kernel has panicked; it
-/// has, and boots another one that dumps its memory.
+/// Bits of the panic device's port (QEMU's `docs/specs/pvpanic.rst`): the kernel has panicked; the
+/// kernel has panicked and boots a second one that dumps its memory.
 const PANICKED: u8 = 1 << 0;
 const CRASH_LOADED: u8 = 1 << 1;
 
@@ -26,7 +26,7 @@ pub struct GuestHealth {
 }
 
 impl GuestHealth {
-    /// The guest's condition, if it does not simply run.
+    /// Returns the guest's condition, or `None` if it seems to run normally.
     pub fn condition(&self) -> Option<GuestCondition> {
         if self.panicked.load(Ordering::Acquire) {
             Some(GuestCondition::Panicked)
@@ -35,21 +35,21 @@ impl GuestHealth {
         }
     }
 
-    /// Notes that the guest begins anew.
+    /// Clears the condition after a reset.
     pub fn reset(&self) {
         self.panicked.store(false, Ordering::Release);
         self.halted.store(false, Ordering::Release);
     }
 }
 
-/// The device by which a kernel tells that it has panicked ("pvpanic"): a port of a byte.
+/// The device through which a kernel reports a panic ("pvpanic"): a port of one byte.
 pub struct PanicPort {
     health: Arc<GuestHealth>,
     tell: OnPower,
 }
 
 impl PanicPort {
-    /// A port that notes a panic, and tells it once until the guest begins anew.
+    /// Returns a port that records a panic, and reports it once until the next reset.
     pub fn new(health: Arc<GuestHealth>, tell: OnPower) -> Self {
         PanicPort { health, tell }
     }
@@ -64,7 +64,7 @@ impl DevicePio for PanicPort {
     }
 
     fn pio_write(&self, _base: PioAddress, _offset: PioAddressOffset, data: &[u8]) {
-        // With the other bit alone the guest goes on by itself, to dump its memory.
+        // With only the other bit set, the guest continues by itself and dumps its memory.
         if data.first().is_some_and(|event| event & PANICKED != 0)
             && !self.health.panicked.swap(true, Ordering::AcqRel)
         {
@@ -73,18 +73,19 @@ impl DevicePio for PanicPort {
     }
 }
 
-/// How long no vCPU may have used its processor before it is looked what they do.
+/// How long the vCPUs must have used no processor time before the watch examines them.
 const QUIET: Duration = Duration::from_secs(2);
 
-/// Sees whether all vCPUs are halted with interrupts off. A guest that uses its processors is not
-/// looked at, and an idle one at most every two seconds: its vCPUs leave the guest for that once.
+/// Detects that all vCPUs are halted with interrupts off. It leaves alone a guest that uses its
+/// processors. It examines an idle one at most every two seconds; each vCPU leaves the guest once
+/// for that.
 pub(crate) struct HaltWatch {
     /// Processor time of the vCPUs, and since when it has not changed.
     used: Duration,
     since: Instant,
-    /// The look whose outcome is not known.
+    /// The check whose outcome is not known yet.
     look: Option<u64>,
-    /// Whether the outcome is known, and the vCPUs have done nothing since.
+    /// Whether the outcome is known and the vCPUs have been idle since.
     known: bool,
 }
 
@@ -93,7 +94,7 @@ impl HaltWatch {
         HaltWatch { used: Duration::ZERO, since: Instant::now(), look: None, known: false }
     }
 
-    /// To be called several times a second. It does not wait.
+    /// Polls once, without blocking. The caller repeats this several times a second.
     pub(crate) fn look(&mut self, vm: &Vm) {
         let Some(vcpus) = vm.try_vcpus() else { return };
         if vm.lifecycle.state() != State::Running {

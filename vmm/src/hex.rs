@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! KVM's structures as strings of hexadecimal digits, for `#[serde(with = "hex")]`: in JSON they
-//! are arrays of numbers otherwise, a line for each byte.
+//! Serialization of KVM structures as hexadecimal strings, for `#[serde(with = "hex")]`. Otherwise
+//! they would be arrays of numbers in JSON, with one line per byte.
 
 use std::fmt::Write;
 
@@ -8,7 +8,7 @@ use serde::de::DeserializeOwned;
 use serde::de::value::BytesDeserializer;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de, ser};
 
-/// Writes a value that serializes as its bytes, as kvm-bindings has it.
+/// Serializes a value that serializes as its bytes, as the structures of kvm-bindings do.
 pub(crate) fn serialize<T: Serialize, S: Serializer>(
     value: &T,
     serializer: S,
@@ -17,8 +17,8 @@ pub(crate) fn serialize<T: Serialize, S: Serializer>(
     serializer.serialize_str(&digits(&bytes))
 }
 
-/// Reads what [`serialize`] wrote. Structures of another length are refused: kvm-bindings would
-/// cut them, or fill them up.
+/// Deserializes the output of [`serialize`]. It refuses structures of another length, which
+/// kvm-bindings would truncate or pad.
 pub(crate) fn deserialize<'de, T: Serialize + DeserializeOwned, D: Deserializer<'de>>(
     deserializer: D,
 ) -> Result<T, D::Error> {
@@ -36,7 +36,7 @@ pub(crate) fn deserialize<'de, T: Serialize + DeserializeOwned, D: Deserializer<
     }
 }
 
-/// The same for plain bytes.
+/// Serialization of plain bytes.
 pub(crate) mod area {
     use super::*;
 

@@ -1,47 +1,48 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! HTTP/1.1 messages with JSON bodies, as far as the API needs them: RFC 9110 (what they mean) and
-//! RFC 9112 (how they are framed). Pure functions of bytes; sockets are elsewhere.
+//! HTTP/1.1 messages with JSON bodies, as far as the API needs them: RFC 9110 (semantics) and RFC
+//! 9112 (framing). The functions work on bytes only, without sockets.
 //!
-//! What could be read in two ways is refused, and the connection closed: two lengths, a length
-//! beside a transfer coding, a second `Host`.
+//! The parser refuses ambiguous requests, after which the server closes the connection: two
+//! lengths, a length beside a transfer coding, a second `Host`.
 
 use std::fmt::Write;
 
 use serde::Serialize;
 
-/// The most bytes of a message's head: its first line and its headers.
+/// Maximum length of a message's head (its first line and its headers), in bytes.
 pub const MAX_HEAD: usize = 16 << 10;
-/// The most headers of a message.
+/// Maximum number of headers of a message.
 pub const MAX_HEADERS: usize = 64;
-/// The most bytes of a request's body.
+/// Maximum length of a request's body, in bytes.
 pub const MAX_BODY: usize = 64 << 10;
 
-/// What a server says to a client that waits with its body (RFC 9110, 10.1.1).
+/// The server's message to a client that waits before it sends its body (RFC 9110, 10.1.1).
 pub const CONTINUE: &[u8] = b"HTTP/1.1 100 Continue\r\n\r\n";
 
 /// The head of a request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Head {
-    /// The method, as it was sent: methods are case-sensitive.
+    /// The method as sent: methods are case-sensitive.
     pub method: String,
-    /// The target's path, without host and query.
+    /// The path of the target, without host and query.
     pub path: String,
-    /// Bytes of the body, at most [`MAX_BODY`]; `None` if the client does not say, which means none.
+    /// Length of the body in bytes, at most [`MAX_BODY`]; `None` without a Content-Length, which
+    /// means no body.
     pub body: Option<usize>,
-    /// Whether the client waits to be told to send its body.
+    /// Whether the client waits for a "100 Continue" before it sends its body.
     pub expects_continue: bool,
     /// Whether the client may send another request on the connection.
     pub keep_alive: bool,
-    /// Bytes of the head itself.
+    /// Length of the head in bytes.
     pub len: usize,
 }
 
-/// Reads the head of a request from the beginning of `bytes`; `None` if more bytes are needed.
+/// Parses the head of a request at the start of `bytes`. Returns `None` if it is incomplete.
 ///
 /// # Errors
 ///
-/// The answer that the client gets, after which the connection is to be closed: where the next
-/// request begins is not known.
+/// The answer for the client. The server must then close the connection, because the start of the
+/// next request is unknown.
 ///
 /// # Examples
 ///
@@ -66,7 +67,7 @@ pub fn parse_head(bytes: &[u8]) -> Result<Option<Head>, Response> {
     let len = match status {
         httparse::Status::Complete(len) if len <= MAX_HEAD => len,
         httparse::Status::Partial if bytes.len() < MAX_HEAD => return Ok(None),
-        // (Empty lines may come before the first.)
+        // Empty lines may precede the first line.
         _ if request.version.is_none() => {
             return Err(Response::error(
                 414,
@@ -100,7 +101,7 @@ pub fn parse_head(bytes: &[u8]) -> Result<Option<Head>, Response> {
         ));
     }
     let expects_continue = match fields.all("expect").next() {
-        // HTTP/1.0 does not know it (RFC 9110, 10.1.1).
+        // HTTP/1.0 has no Expect header (RFC 9110, 10.1.1).
         Some(value) if is_1_1 => {
             if !value.eq_ignore_ascii_case(b"100-continue") {
                 return Err(Response::error(417, "only Expect: 100-continue can be met"));
@@ -112,7 +113,7 @@ pub fn parse_head(bytes: &[u8]) -> Result<Option<Head>, Response> {
     Ok(Some(Head {
         method: request.method.unwrap_or_default().into(),
         path: path_of(request.path.unwrap_or_default()).into(),
-        // The limit is far below what a usize holds.
+        // The value is at most MAX_BODY, so it fits a usize.
         body: body.map(|len| len as usize),
         expects_continue,
         keep_alive: fields.keep_alive(is_1_1),
@@ -120,7 +121,7 @@ pub fn parse_head(bytes: &[u8]) -> Result<Option<Head>, Response> {
     }))
 }
 
-/// The path of a request's target, which may be a whole URI (RFC 9112, 3.2.2).
+/// Returns the path of a request's target, which may be a full URI (RFC 9112, 3.2.2).
 fn path_of(target: &str) -> &str {
     let target = match target.split_once("://") {
         Some((scheme, rest)) if !scheme.contains('/') => {
@@ -135,7 +136,7 @@ fn path_of(target: &str) -> &str {
 struct Fields<'a>(&'a [httparse::Header<'a>]);
 
 impl<'a> Fields<'a> {
-    /// The values of a header; its name is given in small letters.
+    /// Returns the values of a header; `name` is in lower case.
     fn all(&self, name: &'static str) -> impl Iterator<Item = &'a [u8]> {
         self.0
             .iter()
@@ -143,7 +144,7 @@ impl<'a> Fields<'a> {
             .map(|header| header.value.trim_ascii())
     }
 
-    /// The length of the body; several that are equal are one (RFC 9112, 6.3).
+    /// Returns the length of the body; several equal values count as one (RFC 9112, 6.3).
     fn content_length(&self) -> Result<Option<u64>, &'static str> {
         let mut length = None;
         for value in self.all("content-length").flat_map(|values| values.split(|&b| b == b',')) {
@@ -151,7 +152,7 @@ impl<'a> Fields<'a> {
             if digits.is_empty() || !digits.iter().all(u8::is_ascii_digit) {
                 return Err("the Content-Length is no number of bytes");
             }
-            // More digits than a u64 has are too much whatever they are.
+            // A number that overflows a u64 is too large in any case.
             let value = std::str::from_utf8(digits).ok().and_then(|text| text.parse().ok());
             let value: u64 = value.unwrap_or(u64::MAX);
             if length.is_some_and(|length| length != value) {
@@ -162,7 +163,7 @@ impl<'a> Fields<'a> {
         Ok(length)
     }
 
-    /// Whether the connection lasts (RFC 9112, 9.3).
+    /// Returns whether the connection persists after this request (RFC 9112, 9.3).
     fn keep_alive(&self, is_1_1: bool) -> bool {
         let said = |word: &[u8]| {
             self.all("connection")
@@ -173,23 +174,23 @@ impl<'a> Fields<'a> {
     }
 }
 
-/// An answer: its status, and its body, which is JSON.
+/// A response: its status, and its JSON body.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Response {
     /// The status code.
     pub status: u16,
     /// The body.
     pub body: Vec<u8>,
-    /// The methods that the target has, if the request's is none of them.
+    /// The methods of the target, if the request's method is not one of them.
     pub allow: Option<&'static str>,
 }
 
 impl Response {
-    /// An answer with a value; if that cannot be written as JSON, the error.
+    /// Returns a response with a value, or the error if the value cannot be written as JSON.
     pub fn json(status: u16, value: &impl Serialize) -> Self {
         match serde_json::to_vec(value) {
             Ok(mut body) => {
-                // For people who look at it in a terminal.
+                // A line break, for people who read it in a terminal.
                 body.push(b'\n');
                 Response { status, body, allow: None }
             }
@@ -197,12 +198,12 @@ impl Response {
         }
     }
 
-    /// `{"error": "one line"}`
+    /// Returns a response with the body `{"error": "one line"}`.
     pub fn error(status: u16, message: impl Into<String>) -> Self {
         Response::json(status, &ErrorBody { error: message.into() })
     }
 
-    /// The bytes to be sent. Without `with_body` only its head, as HEAD asks for.
+    /// Returns the bytes of the response. Without `with_body` these are only the head, as for HEAD.
     pub fn to_bytes(&self, keep_alive: bool, with_body: bool) -> Vec<u8> {
         let mut head = format!(
             "HTTP/1.1 {} {}\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\
@@ -223,13 +224,13 @@ impl Response {
         bytes
     }
 
-    /// Reads an answer, and how many bytes it has, from the beginning of `bytes`; `None` if more
-    /// bytes are needed. An answer without a length is not taken to last until the end: the API
-    /// gives none.
+    /// Parses a response at the start of `bytes`, and returns it with its length in bytes. Returns
+    /// `None` if it is incomplete. A response without a length is an error, because the API always
+    /// sends one.
     ///
     /// # Errors
     ///
-    /// What is wrong with it: a part of a sentence.
+    /// The fault of the response, as a part of a sentence.
     pub fn parse(bytes: &[u8], most: usize) -> Result<Option<(Self, usize)>, String> {
         let mut headers = [httparse::EMPTY_HEADER; MAX_HEADERS];
         let mut response = httparse::Response::new(&mut headers);
@@ -252,14 +253,14 @@ impl Response {
     }
 }
 
-/// The body of an answer that is an error.
+/// The body of an error response.
 #[derive(Debug, serde::Serialize, serde::Deserialize)]
 pub(crate) struct ErrorBody {
-    /// One line: what was asked, what happened, what to do.
+    /// One line: the operation, the cause, and a remedy.
     pub(crate) error: String,
 }
 
-/// What a status is called (RFC 9110, 15).
+/// Returns the reason phrase of a status (RFC 9110, 15).
 fn reason(status: u16) -> &'static str {
     match status {
         200 => "OK",
@@ -277,7 +278,7 @@ fn reason(status: u16) -> &'static str {
         501 => "Not Implemented",
         503 => "Service Unavailable",
         505 => "HTTP Version Not Supported",
-        // The text means nothing and may be left out (RFC 9112, 4).
+        // The phrase has no meaning and may be empty (RFC 9112, 4).
         _ => "",
     }
 }

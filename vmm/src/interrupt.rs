@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Ending a run from outside, at any moment: signals, and a source that has been away for too
-//! long.
+//! Requests to end a run at any moment: by a signal, or because the source has failed for too long.
 
 use std::io;
 use std::mem::MaybeUninit;
@@ -16,7 +15,7 @@ struct State {
     callbacks: Vec<Callback>,
 }
 
-/// Asks a run to end. Clones are the same one; what comes first counts.
+/// A request to end a run, shared by all clones. The first request counts.
 #[derive(Clone, Default)]
 pub struct Interrupt(Arc<Mutex<State>>);
 
@@ -25,7 +24,7 @@ impl Interrupt {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Asks the run to end, and says why: one line. Only the first reason is kept.
+    /// Asks the run to end, for a one-line reason. Later requests are ignored.
     pub fn raise(&self, reason: impl Into<String>) {
         let callbacks = {
             let mut state = self.lock();
@@ -38,13 +37,13 @@ impl Interrupt {
         callbacks.into_iter().for_each(|callback| callback());
     }
 
-    /// Why the run is to end, if it is.
+    /// Returns the reason, if the run was asked to end.
     pub fn reason(&self) -> Option<String> {
         self.lock().reason.clone()
     }
 
-    /// Calls `callback` when the run is asked to end, on the thread that asks; at once if it was.
-    /// It must not wait.
+    /// Calls `callback` when the run is asked to end, on the thread that asks, or at once if it was
+    /// asked already. The callback must not block.
     pub fn when_raised(&self, callback: impl FnOnce() + Send + 'static) {
         let mut state = self.lock();
         if state.reason.is_none() {
@@ -60,14 +59,16 @@ impl Interrupt {
 const SIGNALS: [(libc::c_int, &str); 3] =
     [(libc::SIGINT, "SIGINT"), (libc::SIGTERM, "SIGTERM"), (libc::SIGHUP, "SIGHUP")];
 
-/// Blocks the signals that end a run, in this thread and those that it starts; the set of them.
+/// Blocks the signals that end a run in this thread, and in the threads that it starts later.
+/// Returns the set of these signals.
 ///
 /// # Errors
 ///
-/// The system's.
+/// If the system call fails.
 pub(crate) fn block_signals() -> io::Result<libc::sigset_t> {
     let mut set = MaybeUninit::uninit();
-    // SAFETY: `sigemptyset` makes it a set, and the signals' numbers are valid.
+    // SAFETY: `sigemptyset` initialises the set before it is used, and the signal numbers are
+    // valid.
     let set = unsafe {
         libc::sigemptyset(set.as_mut_ptr());
         for (signal, _) in SIGNALS {
@@ -75,35 +76,37 @@ pub(crate) fn block_signals() -> io::Result<libc::sigset_t> {
         }
         set.assume_init()
     };
-    // SAFETY: the set is one, and the old mask is not asked for.
+    // SAFETY: the set is initialised, and a null pointer means that the old mask is not returned.
     match unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &set, ptr::null_mut()) } {
         0 => Ok(set),
         error => Err(io::Error::from_raw_os_error(error)),
     }
 }
 
-/// Raises `interrupt` at the first SIGINT, SIGTERM or SIGHUP, and at the second ends the process at
-/// once. To be called before other threads are started: they must have the signals blocked, as
-/// this thread has from now on.
+/// Raises `interrupt` at the first SIGINT, SIGTERM or SIGHUP, and ends the process at once at the
+/// second. The caller must do this before it starts other threads: they inherit the signals as
+/// blocked from this thread.
 ///
-/// A signal that the process was started to ignore (`nohup`) stays ignored.
+/// This includes a signal that the process was started to ignore (`nohup`): Linux queues a blocked
+/// signal even if it is ignored.
 ///
 /// # Errors
 ///
-/// The system's, if there is no thread to be had.
+/// If the system cannot block the signals or start a thread.
 pub fn on_signals(interrupt: Interrupt) -> io::Result<()> {
     let set = block_signals()?;
     let wait = move || {
         loop {
             let mut signal = 0;
-            // SAFETY: the set is one, and the number is written to a variable of this thread.
+            // SAFETY: the set is initialised, and the number is written to a variable of this
+            // thread.
             if unsafe { libc::sigwait(&set, &mut signal) } != 0 {
                 continue;
             }
             let name = SIGNALS.iter().find(|(number, _)| *number == signal).map_or("", |s| s.1);
             if interrupt.reason().is_some() {
-                // Whoever asks twice wants no more ceremony. The kernel takes everything down.
-                // SAFETY: ending the process touches no memory.
+                // A second signal means that the user does not want to wait. The kernel cleans up.
+                // SAFETY: `_exit` ends the process and touches no memory.
                 unsafe { libc::_exit(128 + signal) };
             }
             interrupt.raise(format!("ended by {name}"));

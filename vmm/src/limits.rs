@@ -1,29 +1,29 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The limits that the process runs under, and what to do about errors that come from one.
+//! The resource limits of the process, and advice for errors that come from one.
 //!
-//! Guest memory is a file to the kernel (a memfd), a VM takes some dozens of descriptors, and it
-//! starts threads. Nothing is locked in memory, so `RLIMIT_MEMLOCK` does not apply.
+//! To the kernel, guest memory is a file (a memfd). A VM needs several dozen file descriptors, and
+//! starts threads. It locks no memory, so `RLIMIT_MEMLOCK` does not apply.
 
 use std::path::{Path, PathBuf};
 use std::{fmt, fs};
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-/// Prepares the process for its limits. To be called before it does anything else.
+/// Prepares the process for its limits. The caller must do this first of all.
 ///
-/// A write beyond the limit of a file's size becomes an error, in place of a signal that ends the
-/// process without a word. The limit of open files is raised as far as the user may: it is kept low
-/// for programs that use `select`.
+/// A write beyond the file size limit becomes an error, instead of a signal that ends the process
+/// without a message. The limit of open files is raised as far as the user may: its default is low
+/// for the sake of programs that use `select`.
 pub fn prepare() {
-    // SAFETY: ignoring a signal runs no code of ours.
+    // SAFETY: ignoring a signal installs no handler, so no code of this process runs on it.
     unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
     let files = getrlimit(Resource::Nofile);
-    // It stays as it is where that is not permitted.
+    // The limit stays unchanged if raising it is not permitted.
     let _ = setrlimit(Resource::Nofile, Rlimit { current: files.maximum, maximum: files.maximum });
 }
 
-/// An error's line with what to do about the limit that it comes from, if it comes from one. The last
-/// words of the line, which tell what is mostly to be done, are replaced or added to. Whether it does.
+/// Adds advice to an error's line if the error comes from a resource limit. The advice replaces or
+/// extends the general remedy at the end of the line. Returns the line, and whether it was changed.
 pub(crate) fn advise(line: String) -> (String, bool) {
     match advise_under(&line, |resource| getrlimit(resource).current) {
         Some(advised) => (advised, true),
@@ -62,7 +62,8 @@ fn advise_under(line: &str, limit: impl Fn(Resource) -> Option<u64>) -> Option<S
             "{line}; or raise the limit of address space, {bytes} bytes (ulimit -v)"
         ));
     }
-    // What else it is an answer to starts no thread; a fault service is threads.
+    // Other causes of EAGAIN have nothing to do with threads. The fault service consists of
+    // threads.
     let starts_threads = line.contains("thread") || line.contains("service");
     if let (Some(at), true) = (says(libc::EAGAIN), starts_threads) {
         let threads = number(Resource::Nproc);
@@ -78,10 +79,11 @@ fn advise_under(line: &str, limit: impl Fn(Resource) -> Option<u64>) -> Option<S
     None
 }
 
-/// Where cgroups are.
+/// The mount point of cgroups.
 const CGROUPS: &str = "/sys/fs/cgroup";
 
-/// The lowest limit of this name (cgroup v2) of a cgroup and those above it: its file, and the value.
+/// Returns the lowest limit `name` (cgroup v2) among a cgroup and its ancestors: the file, and its
+/// value.
 fn cgroup_limit(root: &Path, own: &str, name: &str) -> Option<(PathBuf, u64)> {
     let own = own.lines().find_map(|line| line.strip_prefix("0::/"))?;
     let own = root.join(own);
@@ -93,8 +95,8 @@ fn cgroup_limit(root: &Path, own: &str, name: &str) -> Option<(PathBuf, u64)> {
     limits.min_by_key(|(_, value)| *value)
 }
 
-/// Says so where guest memory of so many bytes, of ordinary pages, is more than this process's cgroup
-/// may use. That is no error: the guest may never use all of it, or what it uses may be swapped out.
+/// Warns if ordinary guest memory of `bytes` bytes exceeds the limit of this process's cgroup. This
+/// is not an error: the guest may never use all of it, or the kernel may swap parts out.
 pub(crate) fn warn_of_cgroup(bytes: u64) {
     let own = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
     if let Some((file, most)) = cgroup_limit(Path::new(CGROUPS), &own, "memory.max")
@@ -147,7 +149,7 @@ mod tests {
         for line in ["read: x (os error 11); again", "open: x (os error 2); name a file"] {
             assert_eq!(advised(line), None);
         }
-        // A file can be too large for its file system, too.
+        // EFBIG can also mean that a file is too large for its file system.
         assert_eq!(advise_under("x (os error 27); y", |_| None), None);
     }
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! `demand-vmm run --kernel`: a Linux guest from its kernel, on memory that is all there.
+//! `demand-vmm run --kernel`: boots a Linux guest on memory whose pages are all present.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -19,10 +19,10 @@ use crate::vhost_user::VhostUserDevice;
 use crate::vm::{Vm, VmParts};
 use crate::{acpi, boot, boot_cpu, cpuid};
 
-/// What `run --kernel` was asked for.
+/// Options of `run --kernel`.
 #[derive(Clone, Debug)]
 pub struct LinuxOptions {
-    /// What every guest takes.
+    /// The options that every guest takes.
     pub guest: GuestOptions,
     /// Memory.
     pub memory: MemoryOption,
@@ -32,12 +32,12 @@ pub struct LinuxOptions {
     pub boot: BootOption,
 }
 
-/// Runs a Linux guest until it is switched off. `started` is when the process began. SIGINT,
-/// SIGTERM and SIGHUP end it; this should be called before the process starts other threads.
+/// Runs a Linux guest until it powers off. `started` is when the process started. SIGINT, SIGTERM
+/// and SIGHUP end the guest; the caller should call this before it starts other threads.
 ///
 /// # Errors
 ///
-/// One line, with the exit status that belongs to it. After an error the process should end.
+/// Returns a one-line error with its exit status. The process should end after an error.
 pub fn run(options: LinuxOptions, started: Instant) -> Result<Report, Error> {
     let boot = options.boot.clone();
     let inputs: Vec<_> =
@@ -45,12 +45,12 @@ pub fn run(options: LinuxOptions, started: Instant) -> Result<Report, Error> {
     run_guest(options.guest.clone(), &inputs, started, move |session| prepare(session, &options))
 }
 
-/// Whether this host's KVM gives a VM and a vCPU all that Linux needs of it. That it then executes
-/// what Linux executes is another matter: one that emulates the processor does not.
+/// Checks that this host's KVM supports the VM and vCPU configuration that Linux needs. A success
+/// does not mean that KVM can execute all of Linux: a KVM that emulates the processor cannot.
 ///
 /// # Errors
 ///
-/// One line: what it does not give.
+/// Returns a one-line error that names the missing part.
 pub fn check_kvm() -> Result<(), Error> {
     let kvm = open_kvm().map_err(Error::host)?;
     let refused = |what: &str, error: kvm_ioctls::Error| {
@@ -85,7 +85,7 @@ fn prepare(session: &Session, options: &LinuxOptions) -> Result<Prepared, Error>
     let processor = cpuid::guest_cpuid(machine.kvm())?;
     let shape = Arc::new(StateShape::of(machine.kvm(), machine.vm())?);
     let mut fds = Vec::new();
-    // All of them before the first one runs: they find each other by KVM's help.
+    // Create every vCPU before the first one runs: they reach each other through KVM.
     for cpu in 0..options.cpus {
         let vcpu = machine.create_vcpu(cpu)?;
         let own = cpuid::for_vcpu(&processor, cpu, options.cpus);

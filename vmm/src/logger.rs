@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Standard error of the process: what is logged and said there keeps no thread waiting, and a guest
-//! cannot fill it.
+//! The log and the messages on standard error. Writing them never blocks a thread, and a guest
+//! cannot flood them.
 //!
-//! Lines go into a queue of bounded length, and a thread writes them. If standard error takes none,
-//! the queue fills up, and later lines are lost; how many were is said in their place. Warnings and
-//! errors that come from one line of code for one target, such as a device, are limited to
-//! `BURST` and one each `REFILL` after that; the next one says how many were left out.
+//! Lines go into a bounded queue, and a separate thread writes them. If standard error accepts no
+//! data, the queue fills up and later lines are lost; a line with their number takes their place.
+//! Warnings and errors from one line of code for one target, such as a device, are limited to
+//! `BURST` and then to one per `REFILL`; the next one that passes states the number left out.
 
 use std::backtrace::{Backtrace, BacktraceStatus};
 use std::collections::HashMap;
@@ -20,25 +20,26 @@ use log::{Level, Log, Metadata, Record};
 
 use crate::spool::{Overflow, Spool};
 
-/// Messages of one place that pass in a row.
+/// Number of messages from one place that pass in a row.
 const BURST: u32 = 20;
 
-/// How long it takes for one more to pass.
+/// Time until one more message passes.
 const REFILL: Duration = Duration::from_secs(1);
 
-/// How long an end waits until all is written, should nobody read it.
+/// How long the end of the process waits for the writing thread, if standard error has no reader.
 const END_WITHIN: Duration = Duration::from_secs(1);
 
 static STDERR: OnceLock<Spool> = OnceLock::new();
 static LOGGER: OnceLock<Logger> = OnceLock::new();
 
-/// Sets up the process's log, with the level and the filters of the variable `RUST_LOG`. To be called
-/// once, before anything is logged.
+/// Sets up the process's log with the level and the filters in the variable `RUST_LOG`. The caller
+/// must do this once, before the first log message.
 pub fn start() {
     let mut builder =
         env_logger::Builder::from_env(env_logger::Env::new().default_filter_or("warn"));
     builder.format_timestamp_micros();
-    // Without a thread it is written as it comes; the VM, which needs some more, will not start.
+    // Without the thread, messages are written directly. The VM needs more threads and will not
+    // start.
     if let Ok(spool) = Spool::new(std::io::stderr(), "log", Overflow::Count) {
         builder.target(env_logger::Target::Pipe(Box::new(spool.clone())));
         let _ = STDERR.set(spool);
@@ -47,11 +48,11 @@ pub fn start() {
     let lines = builder.build();
     log::set_max_level(lines.filter());
     let logger = LOGGER.get_or_init(|| Logger { lines, limits: Limits::default() });
-    // It fails if another logger was set, which is then the one.
+    // This fails if another logger was set, which then stays in use.
     let _ = log::set_logger(logger);
 }
 
-/// Writes a line to standard error.
+/// Writes a line to standard error, through the queue.
 pub fn say(line: impl fmt::Display) {
     let line = format!("{line}\n");
     match STDERR.get() {
@@ -60,7 +61,7 @@ pub fn say(line: impl fmt::Display) {
     }
 }
 
-/// Waits until all that was logged is written, for a second at most.
+/// Waits until all log lines are written, for at most a second.
 pub fn end() {
     if let Some(logger) = LOGGER.get() {
         logger.say_left_out();
@@ -82,7 +83,7 @@ fn say_panic(info: &PanicHookInfo<'_>) {
         BacktraceStatus::Captured => say(trace),
         _ => say("note: RUST_BACKTRACE=1 shows a backtrace"),
     }
-    // It may have been the main thread.
+    // A panic of the main thread ends the process.
     flush();
 }
 
@@ -92,7 +93,7 @@ struct Logger {
 }
 
 impl Logger {
-    /// Says of each place how many of its messages were left out since the last one.
+    /// Logs, for each place, the number of messages left out since the last one that passed.
     fn say_left_out(&self) {
         for (target, text, left_out) in self.limits.take_left_out() {
             let record = |args: fmt::Arguments<'_>| {
@@ -114,7 +115,7 @@ impl Log for Logger {
         if !self.lines.matches(record) {
             return;
         }
-        // Whoever asks for more than warnings wants all of it.
+        // A user who enables more than warnings wants all of them.
         if record.level() > Level::Warn {
             return self.lines.log(record);
         }
@@ -136,24 +137,24 @@ impl Log for Logger {
     }
 }
 
-/// Where a message comes from: its target, and the line of code.
+/// The origin of a message: its target, and the line of code.
 type Place = (String, Option<&'static str>, Option<u32>);
 
-/// The messages that a place may still log.
+/// The remaining messages that a place may log.
 struct Bucket {
     left: u32,
     refilled: Instant,
     left_out: u64,
-    /// Its last message.
+    /// The message that used up the limit.
     text: String,
 }
 
-/// The limits of all places; there are as many as lines of code that log, times devices.
+/// The limits of all places. There are at most as many as logging lines of code times devices.
 #[derive(Default)]
 struct Limits(Mutex<HashMap<Place, Bucket>>);
 
 impl Limits {
-    /// Whether a message may pass: then how many before it did not.
+    /// Returns `None` if a message may not pass, else the number of messages left out before it.
     fn pass(&self, record: &Record<'_>, now: Instant) -> Option<u64> {
         let place = (record.target().to_owned(), record.file_static(), record.line());
         let mut buckets = self.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -200,7 +201,7 @@ mod tests {
         };
         let passed: Vec<_> = (0..1000).filter_map(|_| pass("disk0", 1, begin)).collect();
         assert_eq!(passed, vec![0; BURST as usize]);
-        // Neither another device nor another message is concerned.
+        // Other devices and other messages are unaffected.
         assert_eq!(pass("disk1", 1, begin), Some(0));
         assert_eq!(pass("disk0", 2, begin), Some(0));
         let later = begin + REFILL * 2;

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A virtual machine on demand-paged memory: the five crates, put together.
+//! A virtual machine on demand-paged memory, built from `demand-source`, `demand-memory`,
+//! `demand-kvm` and `demand-uffd`.
 
 use std::sync::Arc;
 use std::thread;
@@ -22,60 +23,60 @@ use crate::options::MemoryOption;
 use crate::placement::{Placement, check_reach, place};
 use crate::vcpus::StillInside;
 
-/// How long an end waits for the vCPUs to come out of the guest while pages still arrive, and once
-/// more when the guest's memory is revoked.
+/// How long an end waits for the vCPUs to leave the guest while pages can still become present, and
+/// once more after the guest's memory has been revoked.
 pub(crate) const VCPUS_WITHIN: Duration = Duration::from_secs(2);
 
-/// Interval at which the wait for open faults looks.
+/// Polling interval of the wait for open faults.
 const LOOK_EVERY: Duration = Duration::from_millis(5);
 
-/// What a machine is made from.
+/// The parts from which a machine is made.
 pub struct MachineConfig<'a> {
-    /// Memory.
+    /// Size and kind of the memory.
     pub memory: &'a MemoryOption,
     /// How vCPU accesses to missing pages are trapped.
     pub engine: EngineChoice,
-    /// Where the memory's pages come from.
+    /// The source of the memory's pages.
     pub source: Arc<dyn PageSource>,
-    /// Counts what happens.
+    /// The counters of faults and reads.
     pub stats: Arc<Stats>,
-    /// Tries failed fetches again.
+    /// The retrier of failed fetches.
     pub retrier: Arc<Retrier>,
 }
 
-/// A machine without vCPUs: memory that nobody has touched, in a region or two, a VM that has them
-/// as memslots, and the service that answers faults.
+/// A machine without vCPUs: untouched memory in one or two regions, a VM with these as memslots,
+/// and the service that handles faults.
 pub struct Machine {
-    // Fields are dropped in this order. A slot's end ends every wait for a page under it; only then
-    // may the VM be closed.
+    // Fields are dropped in this order. Dropping a slot ends every wait for a page in it, and only
+    // then may the VM be closed.
     slots: Vec<DemandSlot>,
-    /// Those of memory that never was missing.
+    /// Memslots of memory that was never missing.
     _plain: Vec<PlainSlot>,
-    /// The guest's writes to MSRs that name memory for KVM, where KVM can leave them to us.
+    /// The trap for the guest's writes to MSRs that name memory for KVM, if KVM supports it.
     msr_trap: Option<MsrTrap>,
     vm: Arc<VmFd>,
     kvm: Kvm,
-    /// None where no page is ever missing.
+    /// `None` if no page was ever missing.
     engine: Option<Engine>,
     memory: DemandMemory,
-    /// None where no page is ever missing.
+    /// `None` if no page was ever missing.
     retrier: Option<Arc<Retrier>>,
     service: Arc<FaultService>,
 }
 
 impl Machine {
-    /// Makes the machine. Nothing here depends on the size of the memory.
+    /// Creates a machine. The time does not depend on the size of the memory.
     ///
     /// # Errors
     ///
-    /// One line, with the exit status that belongs to it.
+    /// Returns a one-line error with its exit status.
     pub fn new(config: MachineConfig<'_>) -> Result<Self, Error> {
         let regions = place(config.memory.size);
         Machine::with_regions(config, &regions)
     }
 
-    /// Makes a machine whose memory lies at these places, in ascending order, whatever the
-    /// option's size.
+    /// Creates a machine whose memory lies at `regions`, in ascending order. The option's size is
+    /// ignored.
     ///
     /// # Errors
     ///
@@ -121,11 +122,11 @@ impl Machine {
         Ok(Machine { slots, _plain, msr_trap, vm, kvm, engine, memory, retrier, service })
     }
 
-    /// Makes a machine whose memory is all there from the beginning: zeros, for a guest that boots.
+    /// Creates a machine whose pages are all present and zero, for a guest that boots.
     ///
     /// # Errors
     ///
-    /// One line, with the exit status that belongs to it.
+    /// Returns a one-line error with its exit status.
     pub fn present(option: &MemoryOption, stats: &Arc<Stats>) -> Result<Self, Error> {
         let regions = place(option.size);
         check_reach(&regions)?;
@@ -149,96 +150,99 @@ impl Machine {
         Ok(Machine { slots, _plain, msr_trap, vm, kvm, engine, memory, retrier, service })
     }
 
-    /// The virtual machine.
+    /// Returns the VM.
     pub fn vm(&self) -> &Arc<VmFd> {
         &self.vm
     }
 
-    /// The KVM that it is one of.
+    /// Returns the handle of `/dev/kvm` from which the VM was created.
     pub fn kvm(&self) -> &Kvm {
         &self.kvm
     }
 
-    /// How vCPU accesses to missing pages are trapped; `None` where none ever was missing.
+    /// Returns how vCPU accesses to missing pages are trapped, or `None` if no page was ever
+    /// missing.
     pub fn engine(&self) -> Option<Engine> {
         self.engine
     }
 
-    /// The engine's name, or "none".
+    /// Returns the engine's name, or "none".
     pub fn engine_name(&self) -> &'static str {
         self.engine.map_or("none", Engine::name)
     }
 
-    /// Makes vCPU `cpu`.
+    /// Creates vCPU `cpu`.
     ///
     /// # Errors
     ///
-    /// KVM's.
+    /// If KVM refuses.
     pub fn create_vcpu(&self, cpu: u32) -> Result<VcpuFd, Error> {
         self.vm.create_vcpu(cpu.into()).map_err(|error| {
             Error::host(format!("make vCPU {cpu}: {error}; ask for fewer with --cpus"))
         })
     }
 
-    /// The guest's memory, for everybody who goes through vm-memory.
+    /// Returns the guest's memory, for all accesses through vm-memory.
     pub fn memory(&self) -> &DemandMemory {
         &self.memory
     }
 
-    /// The memslots of the demand-paged memory, by guest address, numbered from 0 on; none where
-    /// no page ever was missing.
+    /// Returns the memslots of the demand-paged memory, by guest address and numbered from 0 on.
+    /// There are none if no page was ever missing.
     pub fn slots(&self) -> &[DemandSlot] {
         &self.slots
     }
 
-    /// The regions' pagers, by guest address.
+    /// Returns the pagers of the regions, by guest address.
     pub fn pagers(&self) -> impl Iterator<Item = &Arc<Pager>> {
         self.memory.pagers()
     }
 
-    /// Number of pages of all regions.
+    /// Returns the number of pages in all regions.
     pub fn pages(&self) -> u64 {
         self.pagers().map(|pager| pager.pages()).sum()
     }
 
-    /// Whether there are pages that could not be fetched, and are tried again and again.
+    /// Returns whether fetches of some pages have failed and are being retried.
     pub fn is_source_failing(&self) -> bool {
         self.retrier.as_ref().is_some_and(|retrier| retrier.is_failing())
     }
 
-    /// Calls `callback` when the last page of all regions is present: at once if it is, else on
-    /// the thread that publishes it. The callback must not wait.
+    /// Calls `callback` when the last page of all regions becomes present: at once if it already
+    /// is, else on the thread that publishes it. The callback must not block.
     pub fn on_complete(&self, callback: impl FnOnce() + Send + 'static) {
         self.memory.on_complete(callback);
     }
 
-    /// Who answers faults, also those of back-ends.
+    /// Returns the service that handles faults, including those of back-ends.
     pub fn service(&self) -> &Arc<FaultService> {
         &self.service
     }
 
-    /// Resolves the vCPUs' exits at missing pages.
+    /// Returns a handler that resolves the vCPUs' exits at missing pages.
     ///
     /// # Errors
     ///
-    /// None that a machine can have: KVM has seen that its slots do not overlap.
+    /// None for a machine, because KVM has checked that its slots do not overlap.
     pub fn fault_handler(&self) -> Result<FaultHandler, Error> {
         FaultHandler::for_slots(&self.slots).map_err(Error::failed)
     }
 
-    /// Ends the guest, whatever the reason: first the vCPUs leave it, by `stop_vcpus`, which is given
-    /// the time that it has; then the guest's memory is [revoked](DemandMemory::revoke). After that
+    /// Ends the guest, for any reason. First `stop_vcpus`, which gets a time limit, makes the vCPUs
+    /// leave the guest; then the guest's memory is [revoked](DemandMemory::revoke). After that
     /// neither a vCPU nor KVM itself waits for a page, and the machine can be dropped.
     ///
     /// # Errors
     ///
-    /// [`StillInside`] if a vCPU blocks on something that is no page. The machine must not be dropped
-    /// then, as KVM would wait for that vCPU; it may be left to the end of the process.
+    /// [`StillInside`] if a vCPU is blocked on anything other than a page. The caller must not drop
+    /// the machine then, because KVM would wait for that vCPU; it may leave the machine to the end
+    /// of the process.
     pub fn end_guest(
         &self,
         mut stop_vcpus: impl FnMut(Duration) -> Result<(), StillInside>,
     ) -> Result<(), StillInside> {
-        // While pages arrive: a vCPU may wait for one inside KVM, where no kick reaches it.
+        // While pages can still become present: a vCPU may be blocked on one inside KVM, where a
+        // kick does not reach it.
         let stopped = stop_vcpus(VCPUS_WITHIN);
         self.memory.revoke();
         stopped.or_else(|stuck| {
@@ -247,15 +251,15 @@ impl Machine {
         })
     }
 
-    /// Waits until KVM itself waits for no page of the guest's any more. To be called while all
-    /// vCPUs are outside the guest, before they get other MSRs: KVM then waits for its own faults,
-    /// and no signal ends that.
+    /// Waits until KVM itself is not blocked on a page of the guest. The caller must do this while
+    /// all vCPUs are outside the guest, before it sets their MSRs: to set some of them, KVM waits
+    /// for its own faults, and no signal interrupts that.
     ///
     /// # Errors
     ///
-    /// The VM is going away.
+    /// If the VM is going away.
     pub fn wait_open_faults(&self) -> Result<(), Error> {
-        // Twice, for a thread of the kernel that was between two faults.
+        // Two checks, because a kernel thread may be between two faults.
         let mut quiet = 0;
         while quiet < 2 {
             if self.memory.is_stopped() {
@@ -269,8 +273,8 @@ impl Machine {
         Ok(())
     }
 
-    /// Takes everything away that demand paging needed, when the last page is present and the
-    /// back-ends have been told: the VM runs on as if it had never been demand-paged.
+    /// Removes all that demand paging needed. The last page must be present, and the back-ends must
+    /// have been told. The VM then runs as if it had never been demand-paged.
     ///
     /// # Errors
     ///
@@ -284,7 +288,7 @@ impl Machine {
     }
 }
 
-/// Says what of the host does not go with the memory, and does not keep it from being made.
+/// Warns about properties of the host that do not suit the memory but do not prevent its creation.
 fn warn_of_host(option: &MemoryOption) {
     if option.backing == BackingKind::Shmem {
         warn_of_cgroup(option.size);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The guest that is measured: it touches pages in the order of a table, and does nothing else.
+//! The measured guest, which only touches pages in the order of a table.
 
 use std::sync::Arc;
 
@@ -17,20 +17,20 @@ use vm_memory::GuestAddress;
 use super::Access;
 use crate::error::Error;
 
-/// Where the demand-paged memory begins. What the guest itself needs lies below.
+/// Start of the demand-paged memory. The guest's code and tables lie below.
 pub const MEMORY_ADDRESS: u64 = 4 << 30;
 
-/// End of what the guest's page tables can map: one table of tables for 1 GiB each.
+/// End of the range that the guest's page tables can map: one PDPT, whose entries cover 1 GiB each.
 pub const ADDRESS_END: u64 = 512 << 30;
 
-/// The port to which the guest writes when all that it needs itself is mapped.
+/// The port to which the guest writes when its code and tables are mapped.
 pub const PORT_READY: u16 = 0x20;
 
 /// Memslot of the control region.
 const CONTROL_SLOT: u32 = 1;
 
-// The control region, at guest address 0: code, page tables (a table of pages of 2 MiB for each
-// GiB, as not every KVM has pages of 1 GiB), then each vCPU's table of addresses.
+// The control region at guest address 0: code, page tables (for each GiB a table of 2 MiB pages,
+// because not every KVM supports 1 GiB pages), then each vCPU's table of addresses.
 const CODE: u64 = 0;
 const PML4: u64 = PAGE_SIZE;
 const PDPT: u64 = 2 * PAGE_SIZE;
@@ -39,18 +39,18 @@ const PDS: u64 = 3 * PAGE_SIZE;
 /// The guest's code, page tables and tables of addresses.
 pub struct Control {
     slot: PlainSlot,
-    /// Where the tables of addresses begin.
+    /// Start of the tables of addresses.
     tables: u64,
-    /// Addresses in each vCPU's table.
+    /// Number of addresses in each vCPU's table.
     entries: u64,
 }
 
-/// What the guest runs. In: rsi the table's address, rcx and rbp its number of entries. Out, for
-/// reads: ebx, which depends on each word that was read and on their order ([`mix`]).
+/// Assembles the guest's code. Input: rsi is the table's address, rcx and rbp its number of
+/// entries. Output, for reads: ebx, which depends on each word read and on their order ([`mix`]).
 fn assemble(access: Access) -> Result<Vec<u8>, IcedError> {
     let mut asm = CodeAssembler::new(64)?;
     let (mut warm, mut next) = (asm.create_label(), asm.create_label());
-    // The table is the guest's own: its pages are not to be counted.
+    // The guest reads its table once first, so that the measurement does not include faults on it.
     asm.set_label(&mut warm)?;
     asm.mov(rax, qword_ptr(rsi + rcx * 8 - 8))?;
     asm.dec(rcx)?;
@@ -74,25 +74,25 @@ fn assemble(access: Access) -> Result<Vec<u8>, IcedError> {
     asm.assemble(CODE)
 }
 
-/// What the guest makes of a word that it has read.
+/// Returns the guest's hash after it has read another word.
 pub fn mix(hash: u32, word: u32) -> u32 {
     hash.rotate_left(5).wrapping_add(word)
 }
 
-/// The word that the guest writes at entry `index` of `entries`.
+/// Returns the word that the guest writes at entry `index` of `entries`.
 pub fn written(index: usize, entries: usize) -> u32 {
     (entries - index) as u32
 }
 
 impl Control {
-    /// Makes the control region: `tables` has, for each vCPU, the addresses that it touches.
+    /// Creates the control region. `tables` holds, for each vCPU, the addresses that it touches.
     ///
     /// # Errors
     ///
-    /// One line, with the exit status that belongs to it.
+    /// Returns a one-line error with its exit status.
     pub fn new(vm: &Arc<VmFd>, access: Access, tables: &[Vec<u64>]) -> Result<Self, Error> {
         let entries = tables.first().map_or(0, Vec::len) as u64;
-        // No more than is touched: what is made here must not depend on the size of memory.
+        // Map only touched memory, so that this work does not depend on the size of memory.
         let last = tables.iter().flatten().max().copied().unwrap_or(0);
         assert!(last < ADDRESS_END);
         let gigabytes = (last >> 30) + 1;
@@ -104,14 +104,16 @@ impl Control {
             .map_err(|error| Error::failed(format!("assemble the guest: {error}")))?;
         let put = |offset: u64, bytes: &[u8]| {
             assert!(offset + bytes.len() as u64 <= len, "it was made large enough");
-            // SAFETY: the bytes lie in the mapping, by the assertion, and nobody else knows it.
+            // SAFETY: the assertion shows that the bytes lie in the mapping, and no other code has
+            // its address yet.
             unsafe {
                 let to = mapping.at(offset).as_ptr();
                 to.copy_from_nonoverlapping(bytes.as_ptr(), bytes.len());
             }
         };
         put(CODE, &code);
-        // Present, writable, accessed; pages also large and dirty: the guest's walk writes nothing.
+        // Present, writable, accessed; pages also large and dirty, so that the guest's page walk
+        // writes nothing.
         put(PML4, &(PDPT | 0x23).to_le_bytes());
         for gigabyte in 0..gigabytes {
             let table = PDS + gigabyte * PAGE_SIZE;
@@ -129,11 +131,11 @@ impl Control {
         Ok(Control { slot, tables: tables_at, entries })
     }
 
-    /// Makes vCPU `cpu`, at the guest's first instruction: long mode, flat.
+    /// Creates vCPU `cpu` at the guest's first instruction, in long mode with flat segments.
     ///
     /// # Errors
     ///
-    /// One line, with the exit status that belongs to it.
+    /// Returns a one-line error with its exit status.
     pub fn vcpu(&self, kvm: &Kvm, vm: &VmFd, cpu: u32) -> Result<VcpuFd, Error> {
         self.set_up(kvm, vm, cpu).map_err(|error| {
             Error::host(format!("make vCPU {cpu}: {error}; ask for fewer with --cpus"))
@@ -157,7 +159,7 @@ impl Control {
         let data = kvm_segment { selector: 16, type_: 3, l: 0, db: 1, ..code };
         sregs.cs = code;
         (sregs.ds, sregs.es, sregs.ss) = (data, data, data);
-        // No table of interrupts: an exception is a mistake, and ends in a shutdown.
+        // Without an interrupt table, an unexpected exception ends in a shutdown exit.
         sregs.idt.limit = 0;
         sregs.cr3 = self.slot.start().0 + PML4;
         // PAE; LME and LMA; PE, ET, WP, PG.

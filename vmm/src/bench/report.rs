@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What a measurement reports.
+//! The report of a measurement.
 
 use std::fmt::Write;
 
@@ -13,11 +13,11 @@ use crate::report::size;
 pub struct BenchReport {
     /// How vCPU accesses to missing pages were trapped.
     pub engine: String,
-    /// What the memory was made of.
+    /// The kind of the memory's backing.
     pub backing: String,
-    /// Where the pages came from: `hot`, or an image.
+    /// Source of the pages: `hot`, or an image.
     pub source: String,
-    /// In what order each vCPU touched its pages.
+    /// The order in which each vCPU touched its pages.
     pub order: String,
     /// `read` or `write`.
     pub access: String,
@@ -25,34 +25,34 @@ pub struct BenchReport {
     pub cpus: u32,
     /// Memory of each vCPU, in bytes.
     pub memory_bytes_per_cpu: u64,
-    /// Pages that the vCPUs touched, each once.
+    /// Number of pages touched by all vCPUs, each once.
     pub pages: u64,
-    /// Faults of the vCPUs.
+    /// Number of vCPU faults.
     pub faults: u64,
-    /// Whether each vCPU saw the bytes of the source in the order in which it read them, and the
-    /// memory held them (and what it wrote) in the end. Always so: else there is no report.
+    /// Whether each vCPU read the source's bytes in the right order, and the memory finally held
+    /// them, or the words that the vCPU wrote. Always true, because a mismatch yields no report.
     pub verified: bool,
-    /// From the first vCPU's first touch to the last one's last, in nanoseconds. Where the clock
-    /// counts instructions these are instructions.
+    /// Time from the first touch of any vCPU to the last, in nanoseconds; or in instructions, on a
+    /// machine whose clock counts those.
     pub time_ns: u64,
-    /// `time_ns` by `pages`.
+    /// `time_ns` divided by `pages`.
     pub ns_per_page: f64,
-    /// Pages of all vCPUs together in a second.
+    /// Pages per second of all vCPUs together.
     pub pages_per_second: f64,
     /// Latencies of the vCPUs' faults.
     pub latency_us: LatencyMicros,
-    /// The vCPUs' path as in other reports.
+    /// The vCPUs' path, as in other reports.
     pub guest: PathReport,
-    /// What KVM itself touched.
+    /// The path of KVM's own accesses.
     pub kvm_internal: PathReport,
     /// Reads of the source.
     pub source_reads: SourceReport,
-    /// From the process's start to its first `KVM_RUN`, in microseconds.
+    /// Time from the process's start to its first `KVM_RUN`, in microseconds.
     pub time_to_first_instruction_us: u64,
 }
 
 impl BenchReport {
-    /// The report for people.
+    /// Returns the report as a table for people.
     pub fn table(&self) -> String {
         let mut table = String::new();
         let plural = if self.cpus == 1 { "" } else { "s" };

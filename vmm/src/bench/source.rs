@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Where the measured pages come from, and in what order they are touched.
+//! The source of the measured pages, and the order in which the guest touches them.
 
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -11,17 +11,17 @@ use test_guest::plan::Order;
 
 use crate::error::Error;
 
-/// Pages of the hot buffer: small enough for a cache, and a prime number, so that the pages at
-/// the same place of two units differ.
+/// Number of pages in the hot buffer: few enough for a cache, and prime, so that pages at the same
+/// offset in two units differ.
 const HOT_PAGES: u64 = 61;
 
-/// Pages from one touch to the next in strided order: the next unit of 2 MiB.
+/// Distance between touches in strided order, in pages: one unit of 2 MiB.
 const STRIDE: usize = 512;
 
-/// `--source hot|FILE`
+/// The option `--source hot|FILE`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum SourceOption {
-    /// A small buffer in memory, over and over: what remains is the cost of the fault.
+    /// A small buffer in memory, used repeatedly, so that the cost of the fault dominates.
     Hot,
     /// A raw image.
     File(PathBuf),
@@ -40,7 +40,7 @@ impl FromStr for SourceOption {
 }
 
 impl SourceOption {
-    /// Its name in reports.
+    /// Returns the source's name in reports.
     pub fn name(&self) -> String {
         match self {
             SourceOption::Hot => "hot".into(),
@@ -48,11 +48,11 @@ impl SourceOption {
         }
     }
 
-    /// Opens it, as the source of `size` bytes.
+    /// Opens the source with a size of `size` bytes.
     ///
     /// # Errors
     ///
-    /// If there is no such image.
+    /// If the image cannot be opened.
     pub fn open(&self, size: u64) -> Result<Arc<dyn PageSource>, Error> {
         Ok(match self {
             SourceOption::Hot => Arc::new(HotBuffer::new(size)),
@@ -107,7 +107,7 @@ impl PageSource for HotBuffer {
     }
 }
 
-/// A number that has nothing to do with its neighbours: the finalizer of MurmurHash3, 64 bits.
+/// Returns a pseudo-random number: the 64-bit finalizer of MurmurHash3.
 fn scatter(mut x: u64) -> u64 {
     x ^= x >> 33;
     x = x.wrapping_mul(0xff51_afd7_ed55_8ccd);
@@ -116,8 +116,8 @@ fn scatter(mut x: u64) -> u64 {
     x ^ x >> 33
 }
 
-/// Offsets in a vCPU's memory, in bytes, that it touches one after another: one word of each of
-/// the first `pages` pages.
+/// Returns the offsets in a vCPU's memory, in bytes, in the order of its touches: one word in each
+/// of the first `pages` pages.
 pub fn touches(order: Order, pages: u64, seed: u64) -> Vec<u64> {
     let count = usize::try_from(pages).expect("a table of the pages fits into memory");
     let mut touches: Vec<u64> = match order {

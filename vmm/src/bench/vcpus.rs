@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The vCPUs of the machine that is measured: they start together, and tell what each took.
+//! The vCPUs of the measured machine, which start together and report their times.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -15,14 +15,14 @@ use super::guest::PORT_READY;
 use crate::error::Error;
 use crate::machine::Machine;
 
-/// What one vCPU did.
+/// The result of one vCPU.
 #[derive(Clone, Copy)]
 pub struct Outcome {
-    /// Before its first touch.
+    /// Time before the first touch.
     pub begun: Instant,
-    /// After its last.
+    /// Time after the last touch.
     pub ended: Instant,
-    /// What it made of the words that it read.
+    /// Hash of the words that the vCPU read.
     pub hash: u32,
 }
 
@@ -32,18 +32,18 @@ enum Event {
     Failed(String),
 }
 
-/// Tells whoever waits for the vCPUs that a page cannot be had.
+/// Reports to [`Vcpus::run`] that a page cannot be fetched.
 #[derive(Clone)]
 pub struct Complaint(Sender<Event>);
 
 impl Complaint {
     pub fn send(&self, message: String) {
-        // Nobody waits any more: then nobody needs it.
+        // This fails only if the measurement is over.
         let _ = self.0.send(Event::Failed(message));
     }
 }
 
-/// vCPUs on their threads. Dropping it ends them.
+/// vCPUs on their threads. Dropping this ends the threads.
 pub struct Vcpus {
     shared: Arc<Shared>,
     threads: Vec<(VcpuKick, JoinHandle<()>)>,
@@ -66,12 +66,12 @@ impl Vcpus {
         Vcpus { shared, threads, memory: None, go, events, tell }
     }
 
-    /// Through which failures of the source arrive here.
+    /// Returns the handle through which failures of the source are reported.
     pub fn complaint(&self) -> Complaint {
         Complaint(self.tell.clone())
     }
 
-    /// Runs the vCPUs, all at the same time, and waits for their ends.
+    /// Runs all vCPUs at the same time, and waits until they end.
     pub fn run(&mut self, machine: &Machine, vcpus: Vec<VcpuFd>) -> Result<Vec<Outcome>, Error> {
         self.memory = Some(machine.memory().clone());
         let faults = Arc::new(machine.fault_handler()?);
@@ -102,7 +102,7 @@ impl Vcpus {
             }
         }
         for go in self.go.drain(..) {
-            // A thread that is gone has said why.
+            // A thread that has ended has reported the reason.
             let _ = go.send(());
         }
         let mut outcomes = vec![None; count];
@@ -122,7 +122,7 @@ impl Vcpus {
         }
     }
 
-    /// When the first vCPU entered the guest.
+    /// Returns the time when the first vCPU entered the guest.
     pub fn first_run(&self) -> Option<Instant> {
         self.shared.first_run.get().copied()
     }
@@ -139,7 +139,7 @@ impl Drop for Vcpus {
         }
         for (kick, thread) in self.threads.drain(..) {
             kick.kick();
-            // A panic there has printed what it has to say.
+            // A panicked thread has printed its message.
             let _ = thread.join();
         }
     }
@@ -167,7 +167,7 @@ fn thread_of(
     Ok(Outcome { begun, ended, hash: regs.rbx as u32 })
 }
 
-/// Runs the vCPU until it says that it is ready (true), or halts.
+/// Runs the vCPU until it reports that it is ready (true), or halts (false).
 fn run(
     vcpu: &mut VcpuFd,
     kick: &VcpuKick,
