@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What a page passes through on its way into memory, and an access to pages that are there.
+//! Benchmarks of the steps that make a page present, and of an access to present pages.
 #![allow(missing_docs)] // criterion's macros make public items.
 
 use std::os::unix::fs::FileExt;
@@ -17,7 +17,7 @@ use vm_memory::{Bytes, GuestAddress};
 const PAGES: u64 = 256;
 
 fn bitmap(criterion: &mut Criterion) {
-    // The bitmap is dropped outside of what is measured.
+    // Returned, so that its drop is not measured.
     let per_page = |bitmap: MissingBitmap, publish: bool| {
         for page in 0..PAGES {
             assert_eq!(bitmap.claim(PageRange::page(page)).len(), 1);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The steps that follow when a source is done with pages.
+//! The end of a fetch: publishes or retries pages when their source is done with them.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -10,15 +10,15 @@ use crate::errand::{Errand, Left};
 use crate::pager::{PopulateError, data_bytes};
 use crate::{PageRange, Pager};
 
-/// Claimed pages that are with the source. The outcome and the destination hold it, and what
-/// follows is done when both have let go: pages are published, or asked for again, only when the
-/// source cannot write to them any more.
+/// Claimed pages that the source is working on. The outcome and the destination both hold it, and
+/// its drop takes the next step after both have released it: pages are published or retried only
+/// when the source can no longer write to them.
 pub(crate) struct Arrival {
     pager: Arc<Pager>,
     run: PageRange,
     errand: Errand,
     outcome: OnceLock<Result<(), SourceError>>,
-    /// Bytes that the source wrote.
+    /// Number of bytes that the source wrote.
     wrote: AtomicU64,
 }
 
@@ -28,7 +28,7 @@ impl Arrival {
         Arrival { pager, run, errand, outcome, wrote }
     }
 
-    /// Notes what the source said, once.
+    /// Records the source's outcome, once.
     pub(crate) fn tell(&self, outcome: Result<(), SourceError>) {
         let _ = self.outcome.set(outcome);
     }
@@ -44,7 +44,7 @@ impl Drop for Arrival {
     fn drop(&mut self) {
         let Arrival { ref pager, run, errand, .. } = *self;
         let outcome = self.outcome.take().unwrap_or(Err(SourceError::Abandoned));
-        // The bytes themselves were written before the loan let go of this.
+        // The bytes themselves were written before the loan released this.
         let (wrote, len) = (*self.wrote.get_mut(), run.bytes());
         let short = || if wrote == len { Ok(()) } else { Err(SourceError::Short { wrote, len }) };
         match outcome.and_then(|()| short()) {

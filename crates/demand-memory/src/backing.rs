@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The memory object behind a region.
+//! The memory object behind a region: shared memory or huge pages.
 
 use std::ffi::CStr;
 use std::fmt;
@@ -29,7 +29,7 @@ impl BackingKind {
     pub const ALL: [BackingKind; 3] =
         [BackingKind::Shmem, BackingKind::Hugetlb2M, BackingKind::Hugetlb1G];
 
-    /// The kind's unit: the page size of the backing, in bytes.
+    /// Returns the kind's unit: the page size of the backing, in bytes.
     pub const fn unit(self) -> u64 {
         match self {
             BackingKind::Shmem => PAGE_SIZE,
@@ -38,7 +38,7 @@ impl BackingKind {
         }
     }
 
-    /// The kind's name on command lines and in reports.
+    /// Returns the kind's name, as [`FromStr`] parses it and reports show it.
     pub const fn name(self) -> &'static str {
         match self {
             BackingKind::Shmem => "shmem",
@@ -77,31 +77,31 @@ impl FromStr for BackingKind {
     }
 }
 
-/// Why memory could not be had.
+/// Errors from creating, allocating or removing memory of a backing.
 #[derive(Debug, thiserror::Error)]
 pub enum BackingError {
-    /// The size is no multiple of the unit.
+    /// A size that is not a multiple of the unit.
     #[error(
         "back {size} bytes with {kind}: the size is no multiple of {} bytes; round it to one",
         kind.unit()
     )]
     Size {
-        /// The size that was asked for, in bytes.
+        /// The requested size, in bytes.
         size: u64,
-        /// The kind that was asked for.
+        /// The requested kind.
         kind: BackingKind,
     },
-    /// The memory object could not be made.
+    /// A memory object that could not be created or mapped.
     #[error("back {size} bytes with {kind}: {error}; {}", advice(*kind))]
     Create {
-        /// The size that was asked for, in bytes.
+        /// The requested size, in bytes.
         size: u64,
-        /// The kind that was asked for.
+        /// The requested kind.
         kind: BackingKind,
         /// The system's error.
         error: io::Error,
     },
-    /// Memory ran out while a page was brought in.
+    /// Memory that could not be allocated for pages.
     #[error("allocate {len} bytes of {kind} at offset {offset}: {error}; {}", advice(*kind))]
     Allocate {
         /// Offset in the region, in bytes.
@@ -113,7 +113,7 @@ pub enum BackingError {
         /// The system's error.
         error: io::Error,
     },
-    /// Memory that exists without content could not be found or removed.
+    /// Memory without content that could not be found or removed.
     #[error(
         "cannot remove {len} bytes of {kind} at offset {offset} that no page has arrived in: {error}"
     )]
@@ -143,54 +143,55 @@ fn advice(kind: BackingKind) -> &'static str {
     }
 }
 
-/// A memory object that a region can be made of.
+/// A memory object that can back a region.
 ///
 /// Nothing outside an implementation assumes that the object is a plain memfd, so that others
-/// (guest_memfd, say) can be added.
+/// (guest_memfd, for example) can be added.
 pub trait Backing: Send + Sync + fmt::Debug {
-    /// The kind of memory.
+    /// Returns the kind of memory.
     fn kind(&self) -> BackingKind;
 
-    /// Size of the object, in bytes: a multiple of the kind's unit.
+    /// Returns the size of the object, in bytes: a multiple of the kind's unit.
     fn size(&self) -> u64;
 
-    /// Maps the whole object, shared and writable. Each role has a mapping of its own.
+    /// Maps the whole object, shared and writable. Each call creates another mapping, so that each
+    /// role has a separate one.
     ///
     /// # Errors
     ///
     /// [`BackingError::Create`] with the system's error.
     fn map(&self) -> Result<Mapping, BackingError>;
 
-    /// Makes sure that the units of `pages` exist, zeroed if they are new, so that neither a
-    /// write to them nor a mapping of them can fail for want of memory.
+    /// Ensures that the units of `pages` exist, zeroed if they are new, so that neither a write to
+    /// them nor a mapping of them can fail for lack of memory.
     ///
     /// # Errors
     ///
     /// [`BackingError::Allocate`] with the system's error.
     fn allocate(&self, pages: PageRange) -> Result<(), BackingError>;
 
-    /// The first run of units from page `from` on that may exist, be it that a process has touched
-    /// them. All that do lie in one that is found so.
+    /// Returns the first run of units from page `from` on that may exist, for example because a
+    /// process has touched them. Repeated calls find every unit that exists.
     ///
     /// # Errors
     ///
     /// [`BackingError::Remove`] with the system's error.
     fn next_existing(&self, from: u64) -> Result<Option<PageRange>, BackingError>;
 
-    /// Removes whole units from the object and from every mapping of it, in all processes. What was
-    /// set aside for them stays set aside. The next access to them finds new units of zeros, so only
-    /// the pager calls it, with units that no page has arrived in.
+    /// Removes whole units from the object and from every mapping of it, in all processes. Their
+    /// reservations are kept. The next access to them finds new units of zeros, so only the pager
+    /// may call it, with units of which no page is present or claimed.
     ///
     /// # Errors
     ///
     /// [`BackingError`] with the system's error.
     fn remove(&self, units: PageRange) -> Result<(), BackingError>;
 
-    /// The file through which other processes map the object, from its first byte on.
+    /// Returns the file through which other processes map the object, from its first byte on.
     fn file(&self) -> Option<&Arc<File>>;
 }
 
-/// Shared or huge-page memory in a memfd.
+/// Shared memory or huge pages in a memfd.
 ///
 /// # Examples
 ///
@@ -199,7 +200,7 @@ pub trait Backing: Send + Sync + fmt::Debug {
 ///
 /// let backing = MemfdBacking::new(BackingKind::Shmem, 1 << 20, true).unwrap();
 /// assert_eq!(backing.size(), 1 << 20);
-/// // 3 MiB are no multiple of 2 MiB.
+/// // 3 MiB is not a multiple of 2 MiB.
 /// assert!(MemfdBacking::new(BackingKind::Hugetlb2M, 3 << 20, true).is_err());
 /// ```
 #[derive(Debug)]
@@ -212,9 +213,9 @@ pub struct MemfdBacking {
 }
 
 impl MemfdBacking {
-    /// Makes a memory object of `size` bytes. With `reserve`, huge pages for all of it are set
-    /// aside by the first mapping, which fails if they are not there; without, an empty pool
-    /// shows when a page is brought in.
+    /// Creates a memory object of `size` bytes. With `reserve`, the first mapping reserves huge
+    /// pages for all of it, and fails if they are not free; without, an empty pool causes an error
+    /// only when a page is fetched.
     ///
     /// # Errors
     ///
@@ -231,17 +232,16 @@ impl MemfdBacking {
         Ok(MemfdBacking { file: Arc::new(file), kind, size, reserve, transparent: false })
     }
 
-    /// Lets the kernel use transparent huge pages for shared memory, or not, which is how it
-    /// begins. To be called before the first mapping is made; without effect on huge pages.
+    /// Sets whether the kernel may use transparent huge pages for shared memory; initially it may
+    /// not. Must be called before the first mapping is created. Has no effect on hugetlb memory.
     ///
-    /// With them the kernel brings a page's neighbours into being with it. The traps take that
-    /// for what it is, memory without content: the neighbours stay missing, and readers still
-    /// fault by pages of 4096 bytes. What is gained is fewer allocations, and huge mappings in
-    /// the populate mapping at once, and elsewhere once all pages are present and the kernel
-    /// collapses them.
+    /// With them, the kernel allocates a page's neighbours together with it. To the traps, these
+    /// are memory without content: the neighbours stay missing, and readers still fault in pages of
+    /// 4096 bytes. The benefit is fewer allocations and huge mappings: at once in the populate
+    /// mapping, and elsewhere once all pages are present and the kernel collapses them.
     ///
-    /// Whether there are any is up to `shmem_enabled` (`Documentation/admin-guide/mm/transhuge.rst`):
-    /// see [`transparent_huge_pages_of_shmem`].
+    /// Whether the kernel provides any depends on `shmem_enabled`
+    /// (`Documentation/admin-guide/mm/transhuge.rst`): see [`transparent_huge_pages_of_shmem`].
     #[must_use]
     pub fn with_transparent_huge_pages(mut self, on: bool) -> Self {
         self.transparent = on;
@@ -249,12 +249,11 @@ impl MemfdBacking {
     }
 }
 
-/// Whether this kernel uses transparent huge pages for shared memory that asks for them; an error
-/// says why not, and what to do.
+/// Checks whether this kernel uses transparent huge pages for shared memory that asks for them.
 ///
 /// # Errors
 ///
-/// A text of one line.
+/// One line of text: the reason, and the remedy.
 pub fn transparent_huge_pages_of_shmem() -> Result<(), String> {
     const SETTING: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
     let text = std::fs::read_to_string(SETTING)
@@ -267,7 +266,7 @@ pub fn transparent_huge_pages_of_shmem() -> Result<(), String> {
     }
 }
 
-/// The word in brackets of a list such as `always [madvise] never`.
+/// Returns the word in brackets of a list such as `always [madvise] never`.
 fn chosen(setting: &str) -> Option<&str> {
     setting.split_once('[')?.1.split_once(']').map(|(word, _)| word)
 }
@@ -286,7 +285,7 @@ impl Backing for MemfdBacking {
         let no_reserve = self.kind.is_hugetlb() && !self.reserve;
         let mapping = Mapping::shared(&self.file, self.size, no_reserve).map_err(refused)?;
         if !self.kind.is_hugetlb() {
-            // Kernels built without huge pages for shared memory refuse either advice.
+            // Kernels built without transparent huge pages for shared memory refuse both values.
             let _ = mapping.advise(match self.transparent {
                 true => libc::MADV_HUGEPAGE,
                 false => libc::MADV_NOHUGEPAGE,
@@ -299,7 +298,7 @@ impl Backing for MemfdBacking {
         let unit = self.kind.unit();
         let units = pages.grow_to_units(unit / PAGE_SIZE, self.size / PAGE_SIZE);
         let (offset, len) = (units.offset(), units.bytes());
-        // Without flags it makes pages that were not there, and changes no byte of those that were.
+        // Without flags, it creates pages that do not exist and changes no byte of those that do.
         fallocate(&self.file, 0, units).map_err(|error| BackingError::Allocate {
             offset,
             len,
@@ -318,7 +317,7 @@ impl Backing for MemfdBacking {
             return Ok(None);
         }
         if self.kind.is_hugetlb() {
-            // Huge pages cannot be looked for, but they are counted.
+            // Huge pages cannot be located, but they are counted.
             let blocks = self.file.metadata().map_err(failed)?.blocks();
             return Ok((blocks > 0).then_some(PageRange::new(from, end - from)));
         }
@@ -339,8 +338,8 @@ impl Backing for MemfdBacking {
             error,
         })?;
         if self.kind.is_hugetlb() && self.reserve {
-            // A huge page that goes takes along what was set aside for its place; a new mapping
-            // sets aside what is lacking.
+            // The reservation of a huge page is lost with the page; a new mapping reserves the ones
+            // that lack it.
             let refused = |error| BackingError::Create { size: self.size, kind: self.kind, error };
             Mapping::reserve(&self.file, self.size).map_err(refused)?;
         }
@@ -355,8 +354,8 @@ impl Backing for MemfdBacking {
 fn fallocate(file: &File, mode: libc::c_int, pages: PageRange) -> io::Result<()> {
     let (offset, len) = (pages.offset() as i64, pages.bytes() as i64);
     loop {
-        // SAFETY: the call touches no memory of this process. What it does to the memory object
-        // is for the caller, who knows what is mapped.
+        // SAFETY: the call touches no memory of this process. The caller knows the mappings of the
+        // memory object, and answers for the effect on them.
         if unsafe { libc::fallocate64(file.as_raw_fd(), mode, offset, len) } == 0 {
             return Ok(());
         }
@@ -367,7 +366,8 @@ fn fallocate(file: &File, mode: libc::c_int, pages: PageRange) -> io::Result<()>
     }
 }
 
-/// The first page from `from` on that is data or a hole, as `whence` says; `None` if there is none.
+/// Returns the first page from `from` on that is data or a hole, as `whence` says; `None` if none
+/// follows.
 fn seek(file: &File, from: u64, whence: libc::c_int) -> io::Result<Option<u64>> {
     // SAFETY: the call touches no memory.
     let at = unsafe { libc::lseek64(file.as_raw_fd(), (from * PAGE_SIZE) as i64, whence) };
@@ -380,9 +380,8 @@ fn seek(file: &File, from: u64, whence: libc::c_int) -> io::Result<Option<u64>> 
     }
 }
 
-/// Makes the size final, and what `more` seals, and that there are no further seals. Other processes
-/// have the descriptor as well, and a thread that touches a mapping past the end of its object gets
-/// SIGBUS.
+/// Seals the size, adds the seals `more` and forbids further ones. Other processes hold the
+/// descriptor as well, and a thread that touches a mapping past the end of its object gets SIGBUS.
 pub(crate) fn seal(file: &File, more: libc::c_int) -> io::Result<()> {
     let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL | more;
     // SAFETY: fcntl with this command touches no memory.
@@ -390,14 +389,14 @@ pub(crate) fn seal(file: &File, more: libc::c_int) -> io::Result<()> {
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// Makes a memfd.
+/// Creates a memfd.
 pub(crate) fn memfd(name: &CStr, flags: libc::c_uint) -> io::Result<File> {
     // SAFETY: the name is a C string that outlives the call.
     let fd = unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC | flags) };
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: the kernel has just given us this descriptor; nobody else owns it.
+    // SAFETY: the kernel has just returned this descriptor, and nothing else owns it.
     Ok(unsafe { File::from_raw_fd(fd) })
 }
 
@@ -463,7 +462,7 @@ mod tests {
 
     #[test]
     fn an_empty_pool_is_an_error() {
-        // 1 PiB of huge pages is nowhere to be had.
+        // No machine has 1 PiB of huge pages.
         let backing = MemfdBacking::new(BackingKind::Hugetlb2M, 1 << 50, true).unwrap();
         let error = backing.map().unwrap_err();
         assert!(error.to_string().contains("vm.nr_hugepages"), "{error}");

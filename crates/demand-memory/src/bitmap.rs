@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Which pages are missing, and who may fetch them.
+//! The missing bitmap of a region, with the claims on its pages and the waits for them.
 
 use std::fmt;
 use std::io;
@@ -15,29 +15,29 @@ use crate::words::BitmapWords;
 use crate::words::Words;
 use crate::{PageRange, Wait, Waiter};
 
-/// Words of which one counter keeps the number that are not yet zero.
+/// Words per group. Each group has a counter of its words that are not yet zero.
 #[cfg(not(loom))]
 const GROUP: usize = 64;
 #[cfg(loom)]
 const GROUP: usize = 1;
 
-/// What publishing some pages has led to.
+/// The result of publishing pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Published {
-    /// Other pages of the bitmap are still missing.
+    /// Pages that were not the last: others of the bitmap are still missing.
     Some,
-    /// These were the last: no page is missing any more. Told once, to one thread.
+    /// The last missing pages of the bitmap. Returned once, to one thread.
     Last,
 }
 
 /// The missing bitmap of a region, and the claims on its pages.
 ///
-/// Bit i of the words is page i: 1 while its content has not arrived. This is the memory that KVM
-/// reads (`userfault_bitmap` of `KVM_SET_USER_MEMORY_REGION2`). Beside it lie two private bits for
-/// each page. The thread that sets the first claims the page: it may populate it, and no other
-/// thread ever does. The second tells that the page is populated: its content is complete, and
-/// readers may reach it before the missing bit is cleared, as an armed mapping is made to show a
-/// page first. A page goes from missing to claimed to populated to present and never back.
+/// Bit i of the words is page i: 1 while the page is missing. The hypervisor reads these words
+/// directly. Beside them lie two private bits for each page. The thread that sets the first claims
+/// the page: it may populate it, and no other thread ever does. The second marks the page as
+/// populated: its content is complete, and readers may reach it before the missing bit is cleared,
+/// because an armed mapping shows the page first. A page moves from missing to claimed to populated
+/// to present and never back.
 ///
 /// # Examples
 ///
@@ -45,17 +45,17 @@ pub enum Published {
 /// use demand_memory::{MissingBitmap, PageRange, Published};
 ///
 /// let bitmap = MissingBitmap::new(100).unwrap();
-/// // Two want page 7; one gets it.
+/// // Two callers claim page 7; one gets it.
 /// assert_eq!(bitmap.claim(PageRange::page(7))[..], [PageRange::page(7)]);
 /// assert!(bitmap.claim(PageRange::page(7)).is_empty());
-/// // ... here the content is written ...
+/// // ... the content is written here ...
 /// assert_eq!(bitmap.publish(PageRange::page(7)), Published::Some);
 /// assert!(!bitmap.is_missing(7));
 /// ```
 pub struct MissingBitmap(BitmapReader);
 
-/// A [`MissingBitmap`] as all see it that do not fetch pages: nothing can be claimed or published
-/// through it, as a page that counts as present without its content reads as zeros.
+/// A read-only view of a [`MissingBitmap`], for code that does not fetch pages. It can neither
+/// claim nor publish: a page published without its content would read as zeros.
 ///
 /// ```compile_fail,E0599
 /// # use demand_memory::{BitmapReader, PageRange};
@@ -66,15 +66,15 @@ pub struct MissingBitmap(BitmapReader);
 pub struct BitmapReader {
     pages: u64,
     missing: Words,
-    /// Two words for each word of `missing`, side by side in one cache line: see [`claimed`] and
-    /// [`populated`].
+    /// Two words of private bits for each word of `missing`, side by side in one cache line: see
+    /// [`claimed`] and [`populated`].
     claims: Words,
-    /// For each group of words, how many are not zero; written once per word, so that threads on
-    /// disjoint pages share no written line but the word's.
+    /// For each group of words, the number of its words that are not zero. Written once per word, so
+    /// that threads on disjoint pages share no written cache line but the word's.
     groups: Box<[AtomicU64]>,
-    /// How many groups are not zero.
+    /// Number of groups that have a word that is not zero.
     groups_left: AtomicU64,
-    /// Passed with each claim.
+    /// The gate that every claim passes.
     gate: Gate,
     waiting: WaitTable,
 }
@@ -88,30 +88,30 @@ impl Deref for MissingBitmap {
     }
 }
 
-/// Index of the claims on a word's pages.
+/// Returns the index of the bits that mark a word's claimed pages.
 const fn claimed(word: usize) -> usize {
     word * 2
 }
 
-/// Index of the bits that tell which of a word's claimed pages are populated.
+/// Returns the index of the bits that mark which of a word's claimed pages are populated.
 const fn populated(word: usize) -> usize {
     word * 2 + 1
 }
 
-/// Runs of pages that a claim has given.
+/// The runs of pages that a claim obtained.
 pub type Claimed = SmallVec<[PageRange; 2]>;
 
 impl MissingBitmap {
-    /// A bitmap in which all of `pages` pages are missing, and nobody has claimed one.
+    /// Creates a bitmap of `pages` pages, all missing and unclaimed.
     ///
     /// # Errors
     ///
-    /// The system's, if the memory for it cannot be had; `InvalidInput` for no pages at all.
+    /// The system's error if memory cannot be allocated; `InvalidInput` if `pages` is 0.
     pub fn new(pages: u64) -> io::Result<Self> {
         Self::with_missing(pages, pages)
     }
 
-    /// A bitmap in which all of `pages` pages are present: no page of it is touched.
+    /// Creates a bitmap of `pages` pages, all present. It touches no memory of the bitmap.
     ///
     /// # Errors
     ///
@@ -120,13 +120,13 @@ impl MissingBitmap {
         Self::with_missing(pages, 0)
     }
 
-    /// A bitmap of `pages` pages, all of which are `missing`, or none.
+    /// Creates a bitmap of `pages` pages, of which the first `missing` are missing: all or none.
     fn with_missing(pages: u64, missing: u64) -> io::Result<Self> {
         let words = usize::try_from(pages.div_ceil(64)).ok().filter(|words| *words > 0);
         let words = words.ok_or_else(|| {
             io::Error::new(io::ErrorKind::InvalidInput, "a bitmap needs at least one page")
         })?;
-        // First, as it fails where there is not so much memory.
+        // Before the counters: without enough memory this returns an error, and they would abort.
         let bits = Words::new(c"missing-bitmap", words, missing)?;
         let claims = Words::new(c"claimed-bitmap", words * 2, 0)?;
         let used = |group| if missing == 0 { 0 } else { GROUP.min(words - group * GROUP) as u64 };
@@ -143,9 +143,8 @@ impl MissingBitmap {
         }))
     }
 
-    /// Claims all pages of the range that are missing and that nobody has claimed, and returns
-    /// them as runs in ascending order. The caller must populate and
-    /// [`publish`](Self::publish) each of them.
+    /// Claims all pages of the range that are missing and unclaimed, and returns them as runs in
+    /// ascending order. The caller must populate and [`publish`](Self::publish) each of them.
     pub fn claim(&self, range: PageRange) -> Claimed {
         let mut runs = Claimed::new();
         for (word, mask) in range.words() {
@@ -164,22 +163,24 @@ impl MissingBitmap {
         runs
     }
 
-    /// Claims one page: [`claim`](Self::claim) without the runs, as most faults want it. Whether
-    /// the caller has got it, and so must populate and [`publish`](Self::publish) it.
+    /// Claims one page like [`claim`](Self::claim), without the runs, as most faults need it.
+    /// Returns whether the caller obtained the claim, and so must populate and
+    /// [`publish`](Self::publish) the page.
     ///
     /// # Panics
     ///
-    /// If there is no such page.
+    /// If the page does not exist.
     #[inline]
     pub fn claim_page(&self, page: u64) -> bool {
         self.claim_in((page / 64) as usize, 1 << (page % 64)) != 0
     }
 
-    /// Claims those of some pages of a word that are missing and that nobody has claimed.
+    /// Claims those pages of `mask` in a word that are missing and unclaimed, and returns their
+    /// bits.
     #[inline]
     fn claim_in(&self, word: usize, mask: u64) -> u64 {
-        // A page that is missing here and claimed below cannot have become present between the
-        // two: only its claimant publishes it, and claims stay set for ever.
+        // A page that is missing here and claimed below cannot have become present in between: only
+        // its claimant publishes it, and claims are never cleared.
         let wanted = self.missing[word].load(Ordering::Acquire) & mask;
         if wanted == 0 {
             return 0;
@@ -191,13 +192,13 @@ impl MissingBitmap {
         ours
     }
 
-    /// Calls `remove` with runs of those units of `range` (whole units of `unit` pages) of which no
-    /// page is present or claimed. No thread is given a claim on one before `remove` has returned.
-    /// Returns the other units that have missing pages.
+    /// Calls `remove` with runs of those units of `range` (whole units of `unit` pages) that have
+    /// no present and no claimed page. No thread obtains a claim on one before `remove` has
+    /// returned. Returns the other units that have missing pages.
     ///
     /// # Errors
     ///
-    /// The first that `remove` returns.
+    /// The first error that `remove` returns.
     pub fn sweep<E>(
         &self,
         range: PageRange,
@@ -218,7 +219,7 @@ impl MissingBitmap {
         Ok(others)
     }
 
-    /// Whether all pages of the range are missing, and none is claimed.
+    /// Returns whether all pages of the range are missing and unclaimed.
     fn is_untouched(&self, range: PageRange) -> bool {
         range.words().all(|(word, mask)| {
             self.missing[word].load(Ordering::Acquire) & mask == mask
@@ -226,9 +227,9 @@ impl MissingBitmap {
         })
     }
 
-    /// Notes that the content of claimed pages is complete. It must precede everything by which a
-    /// reader reaches a page before [`publish`](Self::publish) has cleared its bit, such as mapping
-    /// it in an armed mapping; where nothing does, it may be left out.
+    /// Marks claimed pages as populated: their content is complete. This must precede every step
+    /// that lets a reader reach a page before [`publish`](Self::publish) has cleared its bit, such
+    /// as mapping it in an armed mapping. Without such a step, it may be omitted.
     pub fn mark_populated(&self, range: PageRange) {
         for (word, mask) in range.words() {
             debug_assert_eq!(self.claims[claimed(word)].load(Ordering::Relaxed) & mask, mask);
@@ -237,13 +238,12 @@ impl MissingBitmap {
         }
     }
 
-    /// Makes claimed pages present and lets those go on that wait for them. Their content must be
-    /// complete, and mapped where an armed mapping of the guest's needs it.
+    /// Makes claimed pages present and wakes the threads that wait for them. Their content must be
+    /// complete and, if the guest's mapping is armed, mapped there.
     ///
     /// # Panics
     ///
-    /// If one of the pages was not claimed or is present already, in builds with debug
-    /// assertions.
+    /// In builds with debug assertions, if one of the pages is unclaimed or already present.
     pub fn publish(&self, range: PageRange) -> Published {
         let last = if range.count == 1 {
             self.publish_in((range.first / 64) as usize, 1 << (range.first % 64))
@@ -254,12 +254,12 @@ impl MissingBitmap {
         if last { Published::Last } else { Published::Some }
     }
 
-    /// Makes claimed pages of a word present; whether they were the bitmap's last.
+    /// Makes claimed pages of a word present. Returns whether they were the bitmap's last.
     #[inline]
     fn publish_in(&self, word: usize, mask: u64) -> bool {
         debug_assert_eq!(self.claims[claimed(word)].load(Ordering::Relaxed) & mask, mask);
-        // Release: the content, written before, is visible to whoever sees the bit cleared.
-        // Acquire: the thread that clears the last bit has seen all that others published.
+        // Release: the content, written before, is visible to a thread that sees the bit cleared.
+        // Acquire: the thread that clears the last bit has seen everything that others published.
         let before = self.missing[word].fetch_and(!mask, Ordering::AcqRel);
         debug_assert_eq!(before & mask, mask, "a page is published once");
         before & !mask == 0
@@ -267,38 +267,38 @@ impl MissingBitmap {
             && self.groups_left.fetch_sub(1, Ordering::AcqRel) == 1
     }
 
-    /// Ends all waiting, now and in the future: the VM is going away.
+    /// Ends all waits, current and future: the VM is shutting down.
     pub fn stop(&self) {
         self.waiting.stop();
     }
 }
 
 impl BitmapReader {
-    /// Number of pages.
+    /// Returns the number of pages.
     pub fn pages(&self) -> u64 {
         self.pages
     }
 
-    /// The missing bitmap's words, as KVM reads them.
-    #[cfg(not(loom))] // Who reads them is not modelled.
+    /// Returns the words of the missing bitmap, as the hypervisor reads them.
+    #[cfg(not(loom))] // The readers of the words are not modelled.
     pub fn words(&self) -> BitmapWords<'_> {
         BitmapWords::new(&self.missing)
     }
 
-    /// Whether the page's content has not arrived.
+    /// Returns whether the page is missing.
     ///
     /// # Panics
     ///
-    /// If there is no such page.
+    /// If the page does not exist.
     pub fn is_missing(&self, page: u64) -> bool {
-        // Acquire: who sees the bit cleared sees the content.
+        // Acquire: a thread that sees the bit cleared sees the content.
         self.missing[(page / 64) as usize].load(Ordering::Acquire) >> (page % 64) & 1 == 1
     }
 
-    /// Whether the pages from `first` to `last` lie in one word and are all present: what an access
-    /// to a few bytes asks first. `false` says nothing.
+    /// Returns true if the pages from `first` to `last` lie in one word and are all present: the
+    /// fast check of an access to a few bytes. `false` means that the slow path must decide.
     #[inline]
-    #[cfg(not(loom))] // The region, which asks, is not modelled.
+    #[cfg(not(loom))] // The only caller, the region, is not modelled.
     pub(crate) fn present_in_word(&self, first: u64, last: u64) -> bool {
         first / 64 == last / 64
             && self.missing.get((first / 64) as usize).is_some_and(|word| {
@@ -307,7 +307,7 @@ impl BitmapReader {
             })
     }
 
-    /// The first missing page of the range.
+    /// Returns the first missing page of the range.
     pub fn first_missing(&self, range: PageRange) -> Option<u64> {
         range.words().find_map(|(word, mask)| {
             let bits = self.missing[word].load(Ordering::Acquire) & mask;
@@ -315,20 +315,20 @@ impl BitmapReader {
         })
     }
 
-    /// Whether the page's content is in memory: it is present, or about to be, and readers may
-    /// have reached it, and written to it, already. As long as it is not, its content is what the
-    /// source has, whether a thread has claimed the page or not.
+    /// Returns whether the page's content is in memory: the page is present or about to be, and
+    /// readers may already have reached it and written to it. Otherwise its content is that of the
+    /// source, whether a thread has claimed the page or not.
     ///
     /// # Panics
     ///
-    /// If there is no such page.
+    /// If the page does not exist.
     pub fn is_populated(&self, page: u64) -> bool {
         // Acquire: the content is visible to the thread that sees the bit.
         let populated = &self.claims[populated((page / 64) as usize)];
         !self.is_missing(page) || populated.load(Ordering::Acquire) >> (page % 64) & 1 == 1
     }
 
-    /// Number of missing pages in the range.
+    /// Returns the number of missing pages in the range.
     pub fn count_missing(&self, range: PageRange) -> u64 {
         let count = |(word, mask): (usize, u64)| {
             u64::from((self.missing[word].load(Ordering::Acquire) & mask).count_ones())
@@ -336,12 +336,13 @@ impl BitmapReader {
         range.words().map(count).sum()
     }
 
-    /// Whether no page is missing any more.
+    /// Returns whether no page is missing any more.
     pub fn is_complete(&self) -> bool {
         self.groups_left.load(Ordering::Acquire) == 0
     }
 
-    /// Waits until no page of the range is missing. Somebody must have claimed those that are.
+    /// Waits until no page of the range is missing. The missing ones must be claimed: a wait
+    /// fetches nothing.
     pub fn wait(&self, range: PageRange, waiter: &Arc<Waiter>) -> Wait {
         if self.first_missing(range).is_none() {
             return Wait::Present;
@@ -349,8 +350,9 @@ impl BitmapReader {
         self.waiting.wait(range, waiter, &|range| self.first_missing(range))
     }
 
-    /// As [`wait`](Self::wait), but for about `limit` at most: `None` after that, or earlier.
-    #[cfg(not(loom))] // Fill, which asks, is not modelled.
+    /// Like [`wait`](Self::wait), but waits for about `limit` at most. Returns `None` after that
+    /// time, or earlier.
+    #[cfg(not(loom))] // The only caller, background fill, is not modelled.
     pub(crate) fn wait_within(
         &self,
         range: PageRange,
@@ -360,26 +362,27 @@ impl BitmapReader {
         self.waiting.wait_within(range, waiter, Some(limit), &|range| self.first_missing(range))
     }
 
-    /// Whether a thread or a callback waits for a page of the range, background fill excepted.
+    /// Returns whether a thread or a callback, background fill excepted, waits for a page of the
+    /// range.
     #[cfg(not(loom))]
     pub(crate) fn is_wanted(&self, range: PageRange) -> bool {
         self.waiting.is_wanted(range)
     }
 
     /// Calls `callback` when no page of the range is missing: at once on this thread, or later on
-    /// the thread that publishes the last of them; it must not wait. If the bitmap is
-    /// [stopped](MissingBitmap::stop) before, it is dropped uncalled.
+    /// the thread that publishes the last of them. The callback must not block. If the bitmap is
+    /// [stopped](MissingBitmap::stop) first, the callback is dropped without a call.
     pub fn when_present(&self, range: PageRange, callback: impl FnOnce() + Send + 'static) {
         self.waiting.when_present(range, Box::new(callback), &|range| self.first_missing(range));
     }
 
-    /// Whether [`stop`](MissingBitmap::stop) was called.
+    /// Returns whether [`stop`](MissingBitmap::stop) was called.
     pub fn is_stopped(&self) -> bool {
         self.waiting.is_stopped()
     }
 }
 
-/// Adds a run to ascending ones.
+/// Appends a run to ascending runs, and merges it with the last if they are adjacent.
 fn push(runs: &mut Vec<PageRange>, run: PageRange) {
     match runs.last_mut() {
         Some(last) if last.end() == run.first => last.count += run.count,
@@ -425,7 +428,7 @@ mod tests {
     #[test]
     fn what_is_present_from_the_start_is_complete_and_costs_nothing() {
         use std::os::unix::fs::MetadataExt;
-        // 1 TiB of memory.
+        // The bitmap of 1 TiB of memory.
         let bitmap = MissingBitmap::present(1 << 28).unwrap();
         assert!(bitmap.is_complete() && !bitmap.is_missing((1 << 28) - 1));
         assert!(bitmap.claim(PageRange::new(1 << 20, 5000)).is_empty());
@@ -439,7 +442,7 @@ mod tests {
     fn holders_of_the_file_can_only_read() {
         use std::os::fd::AsRawFd;
         use std::os::unix::fs::FileExt;
-        // Some pages of it were never touched by then.
+        // Large enough that the bitmap's own mapping has not yet touched all of its pages.
         let bitmap = MissingBitmap::new(1 << 20).unwrap();
         let file = bitmap.words().file().clone();
         let refused = |error: io::Error| {
@@ -450,11 +453,11 @@ mod tests {
         refused(file.set_len(1 << 20).unwrap_err());
         refused(crate::Mapping::shared(&file, 1 << 17, false).unwrap_err());
         let punch = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
-        // SAFETY: the call takes no pointer.
+        // SAFETY: the call takes no pointer, and all accesses to the file's content are atomic.
         let punched = unsafe { libc::fallocate(file.as_raw_fd(), punch, 0, 4096) };
         assert_eq!(punched, -1, "a hole would make pages present");
         refused(io::Error::last_os_error());
-        // We can write.
+        // The bitmap itself can still write.
         for page in [0, (1 << 20) - 1] {
             assert!(bitmap.claim_page(page));
             bitmap.mark_populated(PageRange::page(page));
@@ -501,7 +504,7 @@ mod tests {
         assert_eq!(others, Ok(vec![PageRange::new(64, 64)]));
         assert_eq!(removed, [PageRange::new(0, 64), PageRange::new(192, 320)]);
         assert_eq!(bitmap.sweep(PageRange::new(192, 64), 64, |_| Err("full")), Err("full"));
-        // By single pages.
+        // In units of one page.
         removed.clear();
         let others = bitmap.sweep(PageRange::new(64, 65), 1, |run| {
             removed.push(run);

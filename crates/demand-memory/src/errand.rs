@@ -12,7 +12,7 @@ use crate::{PageRange, Path};
 #[derive(Clone, Copy)]
 pub(crate) struct Errand {
     pub(crate) path: Path,
-    /// The attempts so far.
+    /// The attempts so far, if one has failed.
     pub(crate) tried: Option<Attempts>,
     pub(crate) role: Role,
 }
@@ -22,37 +22,37 @@ impl Errand {
         Errand { path, tried: None, role: Role::Whole }
     }
 
-    /// Whether more than background fill wants the pages.
+    /// Returns whether an accessor other than background fill wants the pages.
     pub(crate) fn is_wanted(&self) -> bool {
         self.path != Path::Fill || self.tried.is_some_and(|attempts| attempts.wanted.is_some())
     }
 }
 
-/// The part that a run has in finding out which of its pages cannot be had.
+/// The role of a run in the search for the pages that the source cannot deliver.
 #[derive(Clone, Copy)]
 pub(crate) enum Role {
-    /// All that was claimed, or left to the retrier, together.
+    /// All pages that were claimed, or handed to the retrier, together.
     Whole,
-    /// One page of a run that has failed.
+    /// One page of a failed run, to learn whether the source answers.
     Probe {
-        /// That run.
+        /// The failed run.
         of: PageRange,
     },
-    /// A part of a run that has failed, while another has arrived.
+    /// A part of a failed run of which another part has arrived.
     Part,
 }
 
-/// The page by which it is found out whether the source is there: another one at each attempt, so
-/// that a page that cannot be had is not taken for a source that is away.
+/// Returns the page that tests whether the source answers. It differs between attempts, so that one
+/// page that always fails is not mistaken for an unavailable source.
 pub(crate) fn probe_of(run: PageRange, tried: Option<Attempts>) -> PageRange {
     let attempts = tried.map_or(0, |attempts| attempts.count);
-    // The fractions 0, 1/2, 1/4, 3/4, 1/8 and so on of the run.
+    // The fractions 0, 1/2, 1/4, 3/4, 1/8 and so on of the run, one for each attempt.
     let fraction = u64::from(attempts.reverse_bits());
     let within = (u128::from(fraction) * u128::from(run.count)) >> 32;
     PageRange::page(run.first + within as u64)
 }
 
-/// Pages that were tried one by one and have failed.
+/// Pages that have failed when fetched one by one.
 #[derive(Default)]
 pub(crate) struct SetAside {
     count: AtomicU64,
@@ -70,7 +70,8 @@ impl SetAside {
         self.count.store(pages.len() as u64, Ordering::Relaxed);
     }
 
-    /// Forgets pages that have arrived. Nearly always there are none, and nothing is written.
+    /// Forgets pages that have arrived. The set is nearly always empty, and then nothing is
+    /// written.
     pub(crate) fn take_back(&self, range: PageRange) {
         if self.count.load(Ordering::Relaxed) > 0 {
             let mut pages = self.lock();
@@ -91,8 +92,8 @@ impl SetAside {
 /// The steps that claimed pages still need.
 #[derive(Clone, Copy)]
 pub(crate) enum Left {
-    /// Their content.
+    /// All steps, from their content on.
     Populate,
-    /// Their content is complete: mapping them, and the bits.
+    /// Mapping and publishing: their content is complete.
     Publish { bytes_read: u64 },
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Background fill: brings in what nobody has asked for yet.
+//! Background fill: fetches the pages that no accessor has asked for yet.
 
 use std::io;
 use std::sync::Arc;
@@ -9,26 +9,29 @@ use std::time::{Duration, Instant};
 
 use crate::{FetchError, PageRange, Pager, Path, Wait, Waiter, join_within};
 
-/// Pages of one step: 256 KiB, so that a demand fault never waits long behind one.
+/// Pages per step: 256 KiB, so that a demand fault never waits long behind one.
 const CHUNK: u64 = 64;
 
-/// How long its end waits for a source that does not return from a call, as it must.
+/// Longest wait of a dropped [`Fill`] for its thread, if the source does not return from a call as
+/// it should.
 const END_WITHIN: Duration = Duration::from_secs(1);
 
-/// How often it is looked whether pages that do not arrive have failed one by one.
+/// Interval between checks whether the awaited pages have failed one by one.
 const LOOK_EVERY: Duration = Duration::from_millis(10);
 
-/// How fast background fill goes.
+/// The rate of background fill.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FillRate {
-    /// As fast as the source.
+    /// The rate of the source.
     Unlimited,
     /// At most this many bytes per second on average.
     BytesPerSecond(u64),
 }
 
-/// A thread that makes all pages of some regions present, in ascending order. Pages that the source
-/// cannot deliver are passed over, and tried again until it can. It ends when all are present, when the memory is stopped, or when this is dropped.
+/// A thread that makes all pages of some regions present, in ascending order.
+///
+/// It passes over pages that the source cannot deliver, and they are retried until it can. The
+/// thread ends when all pages are present, when the memory is stopped, or when this is dropped.
 #[derive(Debug)]
 pub struct Fill {
     stop: Arc<AtomicBool>,
@@ -37,11 +40,11 @@ pub struct Fill {
 }
 
 impl Fill {
-    /// Starts filling the regions of these pagers, one after the other.
+    /// Starts to fill the regions of these pagers, one after the other.
     ///
     /// # Errors
     ///
-    /// The system's, if the thread cannot be started.
+    /// The system's error if the thread cannot be started.
     pub fn start(pagers: Vec<Arc<Pager>>, rate: FillRate) -> io::Result<Self> {
         let stop = Arc::new(AtomicBool::new(false));
         let waiter = Waiter::background();
@@ -67,7 +70,7 @@ struct Pace {
 }
 
 impl Pace {
-    /// Sleeps for as long as the bytes so far are ahead of the rate.
+    /// Sleeps for as long as the bytes fetched so far are ahead of the rate.
     fn keep(&mut self, bytes: u64, stop: &AtomicBool) {
         self.bytes += bytes;
         let FillRate::BytesPerSecond(rate) = self.rate else { return };
@@ -90,7 +93,7 @@ fn fill(
 ) -> Result<(), FetchError> {
     let pages = pager.pages();
     let mut next = 0;
-    // The pages asked for last: the source works on them while the next are looked for.
+    // The previous chunk: the source works on it while the next is looked up.
     let mut before = PageRange::new(0, 0);
     while let Some(first) = pager.bitmap().first_missing(PageRange::new(next, pages - next)) {
         if stop.load(Ordering::Relaxed) {
@@ -107,8 +110,8 @@ fn fill(
     pager.ensure(PageRange::new(0, pages), Path::Fill, waiter)
 }
 
-/// Waits until the pages are present, or the source cannot deliver these very pages: those are
-/// tried again and again, and the others are not to wait for them.
+/// Waits until the pages are present, or until all missing ones have failed one by one: these are
+/// retried again and again, and must not delay the others.
 fn settle(pager: &Pager, pages: PageRange, waiter: &Arc<Waiter>) -> Result<(), FetchError> {
     while !pager.is_set_aside(pages) {
         match pager.bitmap().wait_within(pages, waiter, LOOK_EVERY) {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Copies memory out to an image, while pages may be missing.
+//! Copies guest memory to an image, while pages may be missing.
 
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -17,41 +17,41 @@ use vm_memory::bitmap::Bitmap;
 use crate::pager::{data_bytes, extent_now, pages_of};
 use crate::{DemandMemory, DemandRegion, PAGE_SIZE, PageRange, Pager};
 
-/// Pages that are copied at once: 1 MiB.
+/// Pages copied at once: 1 MiB.
 const CHUNK: u64 = 256;
-/// Pauses after each failure of a source but the last.
+/// Pauses after each failed attempt of a source but the last.
 const PAUSES: [Duration; 4] = [
     Duration::from_millis(50),
     Duration::from_millis(100),
     Duration::from_millis(200),
     Duration::from_millis(400),
 ];
-/// How often whoever watches is asked while a source takes its time.
+/// Interval between calls of the progress callback while a source is slow.
 const WATCH: Duration = Duration::from_millis(200);
-/// How long a huge page may take that is being created with its content.
+/// Longest wait for a huge page that is being created with its content.
 const PATIENCE: Duration = Duration::from_secs(2);
-/// How often it is looked whether one still is.
+/// Interval between checks for the end of that creation.
 const LOOK_EVERY: Duration = Duration::from_millis(1);
 
-/// How far [`DemandMemory::write_image`] has come.
+/// The progress of [`DemandMemory::write_image`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ImageProgress {
-    /// Bytes of memory that are done, holes included.
+    /// Bytes of memory that were copied, holes included.
     pub bytes: u64,
-    /// Bytes of memory in all.
+    /// Bytes of memory in total.
     pub total: u64,
-    /// What the pages that are done were.
+    /// Numbers of data pages and holes that were copied.
     pub pages: PageCounts,
-    /// Bytes that were read from memory: present pages.
+    /// Bytes that were read from memory: populated pages.
     pub from_memory: u64,
-    /// Bytes that were read from sources: missing pages.
+    /// Bytes that were read from sources: pages that are not populated.
     pub from_source: u64,
 }
 
-/// Why memory was not copied to an image. The memory is as it was.
+/// Errors from copying memory to an image. The memory is unchanged.
 #[derive(Debug, thiserror::Error)]
 pub enum WriteImageError {
-    /// The image has another size.
+    /// An image of another size than the memory.
     #[error(
         "copy {memory} bytes of memory to an image of {image} bytes: make it as long as memory"
     )]
@@ -61,18 +61,18 @@ pub enum WriteImageError {
         /// Size of the image, in bytes.
         image: u64,
     },
-    /// Whoever watched had it end.
+    /// A copy that the progress callback ended.
     #[error("copy memory to an image: ended after {bytes} of {total} bytes, as was asked")]
     Cancelled {
-        /// Bytes that were done.
+        /// Bytes that were copied.
         bytes: u64,
-        /// Bytes in all.
+        /// Bytes in total.
         total: u64,
     },
-    /// The image could not be written.
+    /// A failure to write the image.
     #[error(transparent)]
     Write(#[from] ImageWriterError),
-    /// Memory could not be read.
+    /// A failure to read memory.
     #[error(
         "copy memory to an image: read {len} bytes at offset {offset} of a memory object: {error}; \
          see what the kernel says of this machine's memory"
@@ -82,19 +82,20 @@ pub enum WriteImageError {
         offset: u64,
         /// Length of the read, in bytes.
         len: u64,
-        /// What the system said.
+        /// The system's error.
         error: io::Error,
     },
-    /// A huge page was being created all the time, and the hypervisor may have written to it.
+    /// A huge page that was being created throughout the wait: the hypervisor may have written to
+    /// it.
     #[error(
         "cannot copy memory to an image: a huge page is still being created after {waited:?}; try \
          again when the source answers"
     )]
     Busy {
-        /// How long it was waited for.
+        /// Time spent waiting.
         waited: Duration,
     },
-    /// Missing pages could not be had from their source.
+    /// Missing pages that their source did not deliver.
     #[error(
         "copy memory to an image: get missing pages at offset {offset} of their source, tried \
          {attempts} times: {error}; the VM can go on, try again when the source is back"
@@ -102,32 +103,33 @@ pub enum WriteImageError {
     Source {
         /// Offset in the source's image, in bytes.
         offset: u64,
-        /// How often it was tried.
+        /// Number of attempts.
         attempts: u32,
-        /// What the source said last.
+        /// The source's last error.
         error: SourceError,
     },
 }
 
 impl<B: Bitmap> DemandMemory<B> {
     /// Copies all regions to an image, one behind the other: a region begins in the image where the
-    /// one before it ends. Finishing the image is left to the caller.
+    /// one before it ends. The caller finishes the image.
     ///
     /// [Populated](crate::BitmapReader::is_populated) pages come from memory, the others straight
     /// from their source: they stay missing, and holes of the source are not read. Untouched memory
     /// is not allocated. At most 1 MiB is held in buffers.
     ///
-    /// vCPUs, devices and all others that write to memory must be stopped meanwhile. Background fill
-    /// and service threads may go on: no writer has reached a page that is not populated, so a page
-    /// that becomes present is the same in both places.
+    /// vCPUs, devices and all other writers to memory must be stopped meanwhile. Background fill
+    /// and service threads may continue: no writer has reached a page that is not populated, so a
+    /// page that becomes present is the same in memory and in its source.
     ///
-    /// `progress` is told after each MiB how far it has come, and again and again while a source
-    /// takes its time; it ends it by `false`. A source that fails is tried five times within a
-    /// second.
+    /// `progress` is called after each MiB, and repeatedly while a source is slow. It ends the copy
+    /// by returning `false`. A source that fails is tried five times, with pauses of 750 ms in
+    /// total.
     ///
     /// # Errors
     ///
-    /// [`WriteImageError`] tells what failed. The image is then not usable; memory is as it was.
+    /// [`WriteImageError`] names the failure. The image is then not usable; the memory is
+    /// unchanged.
     ///
     /// # Examples
     ///
@@ -170,17 +172,17 @@ impl<B: Bitmap> DemandMemory<B> {
     }
 }
 
-/// A copy under way.
+/// A copy in progress.
 struct Copy<'a> {
     writer: &'a mut ImageWriter,
     progress: &'a mut dyn FnMut(ImageProgress) -> bool,
     so_far: ImageProgress,
-    /// Used again and again.
+    /// A buffer that all reads reuse.
     buffer: Vec<u8>,
 }
 
 impl Copy<'_> {
-    /// Copies a region to byte `base` of the image and on.
+    /// Copies a region to the image, from byte `base` on.
     fn region<B: Bitmap>(
         &mut self,
         region: &DemandRegion<B>,
@@ -193,12 +195,12 @@ impl Copy<'_> {
             let data_before = self.so_far.pages.data;
             let mut at = chunk.first;
             while at < chunk.end() {
-                // Not only present pages: the guest may have written to a page that is mapped where
-                // it looks and still counts as missing.
+                // Not only present pages: the guest may have written to a page that is mapped for
+                // it and still counts as missing.
                 let populated = bitmap.is_populated(at);
                 let alike =
                     (at..chunk.end()).take_while(|page| bitmap.is_populated(*page) == populated);
-                // The first may have become present between the two looks.
+                // The first page may have become populated between the two checks.
                 let run = PageRange::new(at, (alike.count() as u64).max(1));
                 if populated {
                     self.populated(region, base, run)?;
@@ -215,8 +217,9 @@ impl Copy<'_> {
         Ok(())
     }
 
-    /// Waits for huge pages that are being created with their content, and that the hypervisor may
-    /// have written to already. Those that are begun later it cannot reach: vCPUs are stopped.
+    /// Waits for huge pages that are being created with their content: the hypervisor may already
+    /// have written to them. It cannot reach those whose creation begins later, because vCPUs are
+    /// stopped.
     fn await_units(&mut self, pager: &Pager) -> Result<(), WriteImageError> {
         let begun = Instant::now();
         while !pager.is_no_unit_loading() {
@@ -229,8 +232,8 @@ impl Copy<'_> {
         Ok(())
     }
 
-    /// Copies pages that are populated. That they are must have been seen before: where the memory
-    /// object has holes, it is asked only here.
+    /// Copies populated pages. The caller must have checked that they are populated before this
+    /// asks the memory object for its holes.
     fn populated<B: Bitmap>(
         &mut self,
         region: &DemandRegion<B>,
@@ -240,7 +243,7 @@ impl Copy<'_> {
         let refused = |offset, len, error| WriteImageError::Memory { offset, len, error };
         let (mut at, end) = (run.offset(), run.offset() + run.bytes());
         while at < end {
-            // Through the file, as reading an untouched page in a mapping would allocate it.
+            // Through the file, because reading an untouched page in a mapping would allocate it.
             let file = region.pager().backing().file();
             let extent = match file {
                 Some(file) => {
@@ -267,7 +270,7 @@ impl Copy<'_> {
         Ok(())
     }
 
-    /// Copies pages that are missing, from byte `offset` of their source to byte `to` of the image.
+    /// Copies missing pages from byte `offset` of their source to byte `to` of the image.
     fn missing(
         &mut self,
         source: &dyn PageSource,
@@ -291,7 +294,7 @@ impl Copy<'_> {
         Ok(())
     }
 
-    /// Asks a source until it answers, but not for ever.
+    /// Asks a source until it answers, a limited number of times.
     fn persist<T>(
         &mut self,
         offset: u64,
@@ -328,11 +331,11 @@ impl Copy<'_> {
         }
         let (destination, bytes) = Destination::owned(std::mem::take(&mut self.buffer));
         let chunks = vec![Chunk { offset, destination }];
-        // Whoever waits for this waits with the VM stopped.
+        // Demand, because the VM is stopped while this waits.
         let request = Request { priority: Priority::Demand, chunks };
         let (sender, receiver) = mpsc::channel();
         source.submit(request).then(move |outcome| {
-            // Nobody listens any more if the copy was ended.
+            // The receiver is gone if the copy was ended.
             let _ = sender.send(outcome);
         });
         let outcome = loop {
@@ -342,7 +345,7 @@ impl Copy<'_> {
                 Err(RecvTimeoutError::Disconnected) => break Err(SourceError::Abandoned),
             }
         };
-        // After a failure the source may still hold them: the next attempt makes new ones.
+        // After a failure the source may still hold the bytes: the next attempt allocates new ones.
         let bytes = bytes.take();
         Ok(outcome.and_then(|()| {
             self.buffer = bytes?;

@@ -1,23 +1,24 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Latencies, counted without a lock.
+//! A histogram of latencies that is written without a lock.
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-/// Each power of two has 2^7 buckets, so that a bucket's middle is within 0.4 % of what it holds.
+/// Each power of two has 2^7 buckets, so that a bucket's middle is within 0.4 % of its values.
 const BITS: u32 = 7;
 
-/// Buckets for all values of 64 bits: those below 2^7 have one each, and each power of two from
-/// there on 2^7.
+/// Number of buckets for all values of 64 bits: those below 2^7 have one each, and each power of
+/// two from there on has 2^7.
 const BUCKETS: usize = (64 - BITS as usize + 1) << BITS;
 
-/// How often each latency was met. One thread mostly writes it; others may, and may read it.
+/// The number of times that each latency occurred. Mostly one thread writes it; others may write
+/// and read it.
 #[derive(Default)]
 pub(crate) struct Latencies {
-    /// Made by the first record; only the pages that are counted in come into being.
+    /// Allocated by the first record: 58 KiB.
     buckets: OnceLock<Box<[AtomicU64]>>,
-    /// In nanoseconds.
+    /// The longest latency, in nanoseconds.
     max: AtomicU64,
 }
 
@@ -29,7 +30,7 @@ impl Latencies {
         let buckets =
             self.buckets.get_or_init(|| (0..BUCKETS).map(|_| AtomicU64::new(0)).collect());
         buckets[bucket_of(nanos)].fetch_add(1, Ordering::Relaxed);
-        // Looked at first, as hardly any is the longest.
+        // Loaded first, because hardly any latency is the longest so far.
         if nanos > self.max.load(Ordering::Relaxed) {
             self.max.fetch_max(nanos, Ordering::Relaxed);
         }
@@ -37,19 +38,19 @@ impl Latencies {
 }
 
 fn bucket_of(value: u64) -> usize {
-    // How far the value is moved so that BITS bits follow its leading one.
+    // The shift that leaves BITS bits after the value's leading one.
     let shift = (u64::BITS - (value | 1 << BITS).leading_zeros()) - BITS - 1;
     ((shift as usize) << BITS) + (value >> shift) as usize
 }
 
-/// The middle of a bucket's values.
+/// Returns the middle of a bucket's values.
 fn middle_of(bucket: usize) -> u64 {
     let Some(shift) = (bucket >> BITS).checked_sub(1) else { return bucket as u64 };
     let first = (1 << BITS | (bucket as u64 & ((1 << BITS) - 1))) << shift;
     first + (1 << shift) / 2
 }
 
-/// Latencies of several threads together.
+/// The sum of the latencies of several threads.
 pub(crate) struct Sum {
     buckets: Vec<u64>,
     max: u64,
@@ -68,13 +69,13 @@ impl Sum {
         self.max = self.max.max(latencies.max.load(Ordering::Relaxed));
     }
 
-    /// The longest, in nanoseconds.
+    /// Returns the longest latency, in nanoseconds.
     pub(crate) fn max(&self) -> u64 {
         self.max
     }
 
-    /// The time, in nanoseconds, within which `percent` of 100 faults were resolved; 0 if there
-    /// was none.
+    /// Returns the time, in nanoseconds, within which `percent` of 100 faults were resolved; 0
+    /// without a fault.
     pub(crate) fn percentile(&self, percent: u64) -> u64 {
         let wanted = (self.buckets.iter().sum::<u64>() * percent).div_ceil(100);
         let mut seen = 0;
@@ -101,7 +102,7 @@ mod tests {
             assert!(error as f64 <= value as f64 / 256.0, "{value} is off by {error}");
             assert_eq!(bucket_of(middle_of(bucket)), bucket);
         }
-        // Without gap or step back.
+        // Without a gap or a step back.
         for value in 0..100_000 {
             let bucket = bucket_of(value);
             assert!(bucket == last || bucket == last + 1, "{value}");

@@ -8,7 +8,7 @@ mod sync;
 mod wait;
 mod words;
 
-// The model checker looks at the words, the claims and the waiting; the rest needs a kernel.
+// The model checker explores the words, the claims and the waits; the rest needs a kernel.
 #[cfg(not(loom))]
 mod arrival;
 #[cfg(not(loom))]

@@ -13,29 +13,30 @@ const ACCESSIBLE: libc::c_int = libc::PROT_READ | libc::PROT_WRITE;
 
 /// A shared, writable mapping of a file from its first byte on, or of no file.
 ///
-/// It is only an address range: what may be done with the bytes, and what traps an access, is
-/// said by whoever made it.
+/// It is only an address range. Its creator decides how the bytes may be used, and arms it if
+/// accesses must be trapped.
 #[derive(Debug)]
 pub struct Mapping {
     address: NonNull<u8>,
     len: u64,
-    /// Dropped after the range is unmapped.
+    /// The trap of the range, dropped after the range is unmapped.
     guard: Mutex<Option<Arc<dyn MappingGuard>>>,
 }
 
 // SAFETY: a mapping is an address range of the process, which belongs to no thread, and this type
 // gives no access to the bytes.
 unsafe impl Send for Mapping {}
-// SAFETY: as above; all methods only tell where the mapping is.
+// SAFETY: as above; the guard has a lock, and the methods only read the range or make system calls
+// on it.
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
-    /// Maps `len` bytes of `file`, shared and writable. With `no_reserve` the kernel sets no huge
-    /// pages aside for it.
+    /// Maps `len` bytes of `file`, shared and writable. With `no_reserve`, the kernel reserves no
+    /// huge pages for it.
     ///
     /// # Errors
     ///
-    /// The system's: `ENOMEM` where the huge pages that had to be set aside are not there.
+    /// The system's error: `ENOMEM` if the huge pages to reserve are not free.
     pub fn shared(file: &File, len: u64, no_reserve: bool) -> io::Result<Self> {
         Self::map(
             len,
@@ -45,8 +46,8 @@ impl Mapping {
         )
     }
 
-    /// Sets huge pages aside for all `len` bytes of `file`. Unlike another mapping this creates
-    /// none of them where the process locks its memory.
+    /// Reserves huge pages for all `len` bytes of `file`. Unlike an accessible mapping, this
+    /// allocates none of them in a process that locks its memory.
     pub(crate) fn reserve(file: &File, len: u64) -> io::Result<()> {
         Self::map(len, libc::PROT_NONE, 0, file.as_raw_fd()).map(drop)
     }
@@ -55,7 +56,7 @@ impl Mapping {
     ///
     /// # Errors
     ///
-    /// The system's.
+    /// The system's error.
     pub fn anonymous(len: u64) -> io::Result<Self> {
         Self::map(len, ACCESSIBLE, libc::MAP_ANONYMOUS, -1)
     }
@@ -80,23 +81,24 @@ impl Mapping {
         Ok(Mapping { address, len, guard: Mutex::default() })
     }
 
-    /// Where the mapping begins.
+    /// Returns the address of the mapping's first byte.
     #[inline]
     pub fn address(&self) -> NonNull<u8> {
         self.address
     }
 
-    /// Length of the mapping, in bytes.
+    /// Returns the length of the mapping, in bytes.
     pub fn len(&self) -> u64 {
         self.len
     }
 
-    /// Whether the mapping has no bytes; never, as the kernel refuses to make one.
+    /// Returns whether the mapping has no bytes, which is never the case: the kernel refuses to
+    /// create one.
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
 
-    /// The address of the byte at `offset`.
+    /// Returns the address of the byte at `offset`.
     ///
     /// # Panics
     ///
@@ -108,24 +110,25 @@ impl Mapping {
         unsafe { self.address.add(offset as usize) }
     }
 
-    /// Keeps the trap of this mapping for as long as the mapping exists, in place of the one before.
+    /// Sets the trap of this mapping, in place of the one before, and keeps it for as long as the
+    /// mapping exists.
     pub fn set_guard(&self, guard: Arc<dyn MappingGuard>) {
         *self.guard.lock().unwrap_or_else(PoisonError::into_inner) = Some(guard);
     }
 
-    /// The trap of this mapping, if it has an active one.
+    /// Returns the trap of this mapping, if it has an active one.
     fn guard(&self) -> Option<Arc<dyn MappingGuard>> {
         let guard = self.guard.lock().unwrap_or_else(PoisonError::into_inner).clone();
         guard.filter(|guard| guard.is_active())
     }
 
-    /// Whether an access to any missing page is trapped here.
+    /// Returns whether an access to any missing page is trapped here.
     pub fn traps_all(&self) -> bool {
         self.guard().is_some_and(|guard| guard.traps_all())
     }
 
-    /// Ends all access to a trapped mapping for good: every thread blocked on a fault in it is
-    /// woken, and an access under way or in future is an error (of a system call, or of the
+    /// Ends all access to a trapped mapping for good: wakes every thread blocked on a fault in it,
+    /// and turns each access in progress or in future into an error (of a system call, or of the
     /// hypervisor) or a signal. No missing page reads as zeros. A mapping without an active trap is
     /// left alone.
     ///
@@ -133,12 +136,12 @@ impl Mapping {
     ///
     /// # Errors
     ///
-    /// The system's. The mapping then is as it was.
+    /// The system's error. The mapping is then unchanged.
     pub fn revoke(&self) -> io::Result<()> {
         let Some(guard) = self.guard() else { return Ok(()) };
-        // First the access: a thread that is woken before would fault again and block again.
-        // SAFETY: the range is this mapping, and no Rust reference points into it. Its bytes stay
-        // as they are.
+        // Access ends first: a thread woken before that would fault again and block again.
+        // SAFETY: the range is this mapping, and no Rust reference points into it. Its content does
+        // not change.
         let result = unsafe {
             libc::mprotect(self.address.as_ptr().cast(), self.len as usize, libc::PROT_NONE)
         };
@@ -149,7 +152,7 @@ impl Mapping {
         Ok(())
     }
 
-    /// Removes the trap of a mapping that nothing can access any more, after
+    /// Removes the trap of a mapping that nothing can access any more, either after
     /// [`revoke`](Self::revoke) or once its memslot is deleted, and wakes every thread blocked on a
     /// fault in it.
     pub fn remove_guard(&self) {
@@ -159,11 +162,11 @@ impl Mapping {
     }
 
     /// Removes all pages from the mapping, so that the next access to each is a fault. The memory
-    /// object keeps them. Memory that the process has locked is no exception; it stays locked.
+    /// object keeps them. This includes memory that the process has locked, which stays locked.
     ///
     /// # Errors
     ///
-    /// The system's: `EINVAL` before Linux 5.18 for locked memory and for huge pages.
+    /// The system's error: `EINVAL` before Linux 5.18 for locked memory and for huge pages.
     pub fn unmap_pages(&self) -> io::Result<()> {
         match self.advise(libc::MADV_DONTNEED) {
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
@@ -173,15 +176,14 @@ impl Mapping {
         }
     }
 
-    /// Gives the kernel an advice about the mapping, say `MADV_HUGEPAGE`.
+    /// Gives the kernel advice about the mapping, such as `MADV_HUGEPAGE`.
     ///
     /// # Errors
     ///
-    /// The system's.
+    /// The system's error.
     pub(crate) fn advise(&self, advice: libc::c_int) -> io::Result<()> {
-        // SAFETY: the range is this mapping. The advices that this crate gives are about page
-        // sizes, or unmap pages of a shared mapping, whose object keeps them; none of them changes
-        // content.
+        // SAFETY: the range is this mapping. This crate gives advice about page sizes, or advice
+        // that unmaps pages of a shared mapping, whose object keeps them; neither changes content.
         let result =
             unsafe { libc::madvise(self.address.as_ptr().cast(), self.len as usize, advice) };
         if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
@@ -190,8 +192,8 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY: the range was mapped by `map` and is unmapped once. Whoever was given its
-        // address keeps the mapping alive while using it.
+        // SAFETY: the range was mapped by `map` and is unmapped once. All users of its address keep
+        // the mapping alive while they use it.
         unsafe { libc::munmap(self.address.as_ptr().cast(), self.len as usize) };
     }
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The regions of a guest, together.
+//! All memory of a guest: its regions together.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -12,15 +12,15 @@ use vm_memory::{
 
 use crate::{DemandRegion, Pager};
 
-/// Up to so many regions, looking at each is quicker than a search. A guest has one or two, unless
-/// memory was plugged in.
+/// Up to this number of regions, checking each is quicker than a search. A guest has one or two,
+/// unless memory was plugged in.
 const FEW: usize = 4;
 
-/// All memory of a guest, as linux-loader, virtio-queue and every other user of vm-memory takes
-/// it.
+/// All memory of a guest, in the form that linux-loader, virtio-queue and every other user of
+/// vm-memory takes.
 ///
-/// It differs from a plain collection of regions in one point: checking a range does not bring
-/// its pages in.
+/// It differs from a plain collection of regions in one point: checking a range does not fetch its
+/// pages.
 ///
 /// # Examples
 ///
@@ -56,7 +56,7 @@ const FEW: usize = 4;
 /// memory.read_slice(&mut word, GuestAddress(0x5000)).unwrap();
 /// assert_eq!(&word, b"hello");
 ///
-/// // Only the page that was read has come in.
+/// // Only the page that was read is present.
 /// let pager = memory.pagers().next().unwrap();
 /// assert_eq!(pager.bitmap().count_missing(PageRange::new(0, 256)), 255);
 /// assert!(!pager.bitmap().is_missing(5));
@@ -67,25 +67,25 @@ pub struct DemandMemory<B: Bitmap = ()> {
 }
 
 impl<B: Bitmap> DemandMemory<B> {
-    /// The memory that consists of these regions.
+    /// Creates a memory of these regions.
     ///
     /// # Errors
     ///
-    /// Those of [`GuestRegionCollection::from_regions`]: regions overlap, are not sorted, or there
-    /// are none.
+    /// Those of [`GuestRegionCollection::from_regions`]: regions overlap or are not sorted, or the
+    /// list is empty.
     pub fn new(regions: Vec<DemandRegion<B>>) -> Result<Self, GuestRegionCollectionError> {
         Ok(DemandMemory { regions: GuestRegionCollection::from_regions(regions)? })
     }
 
-    /// The regions' pagers, by guest address.
+    /// Returns the regions' pagers, in order of guest address.
     pub fn pagers(&self) -> impl Iterator<Item = &Arc<Pager>> {
         self.regions.iter().map(DemandRegion::pager)
     }
 
-    /// Calls `callback` when the last page of all regions is present: at once if it is, else on
-    /// the thread that publishes it. The callback must not wait; what is to follow (end post-copy,
-    /// [`release`](crate::Trap::release) the traps, make the slots like any other) waits, and is
-    /// for a thread that serves no faults.
+    /// Calls `callback` when the last page of all regions is present: at once if it already is,
+    /// else on the thread that publishes it. The callback must not block. The steps that follow
+    /// (ending post-copy, [releasing](crate::Trap::release) the traps, turning the memslots into
+    /// ordinary ones) block, and belong on a thread that serves no faults.
     pub fn on_complete(&self, callback: impl FnOnce() + Send + 'static) {
         let left = AtomicUsize::new(self.num_regions());
         let shared = Arc::new((left, Mutex::new(Some(callback))));
@@ -101,7 +101,7 @@ impl<B: Bitmap> DemandMemory<B> {
         }
     }
 
-    /// Ends all waiting for pages: the VM is going away.
+    /// Ends all waits for pages: the VM is shutting down.
     pub fn stop(&self) {
         self.pagers().for_each(|pager| pager.stop());
     }
@@ -111,9 +111,9 @@ impl<B: Bitmap> DemandMemory<B> {
     /// wakes every thread blocked on a fault there. A vCPU that still runs, and the hypervisor's
     /// own threads, get errors. Nothing reads zeros.
     ///
-    /// This is the first step of every end of a VM, once its vCPUs were asked to stop: a VM whose
-    /// hypervisor waits for a page cannot be closed, and cannot be killed either. Deleting a memslot
-    /// of `demand-kvm` does the same for its mapping.
+    /// This is the first step of every shutdown of a VM, once its vCPUs were asked to stop: a VM
+    /// whose hypervisor waits for a page can be neither closed nor killed. Deleting a memslot of
+    /// `demand-kvm` does the same for its mapping.
     pub fn revoke(&self) {
         for pager in self.pagers() {
             if let Err(error) = pager.revoke() {
@@ -125,7 +125,7 @@ impl<B: Bitmap> DemandMemory<B> {
         }
     }
 
-    /// Whether it was stopped.
+    /// Returns whether the memory was stopped.
     pub fn is_stopped(&self) -> bool {
         self.pagers().any(|pager| pager.bitmap().is_stopped())
     }
@@ -149,8 +149,8 @@ impl<B: Bitmap> GuestMemoryBackend for DemandMemory<B> {
         self.regions.find_region(addr)
     }
 
-    // By hand: vm-memory's own searches, and then checks the address once more.
-    #[inline(never)] // `DemandRegion::if_present` says why.
+    // Written by hand: vm-memory's own method searches, and then checks the address once more.
+    #[inline(never)] // As with `DemandRegion::if_present`.
     fn to_region_addr(&self, addr: GuestAddress) -> Option<(&Self::R, MemoryRegionAddress)> {
         if self.num_regions() <= FEW {
             return self.iter().find_map(|region| Some((region, region.offset_of(addr)?)));
@@ -168,7 +168,7 @@ impl<B: Bitmap> GuestMemoryBackend for DemandMemory<B> {
         let mut left = len as u64;
         while left > 0 {
             let Some(region) = self.find_region(address) else { return false };
-            // `find_region` found the address in the region.
+            // `find_region` has checked that the region contains the address.
             let here = region.last_addr().0 - address.0 + 1;
             left = left.saturating_sub(here);
             if left > 0 {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Pages, and runs of them.
+//! Pages, and runs of pages.
 
 /// Size of a page, in bytes: the granularity of the missing bitmap on every backing.
 pub const PAGE_SIZE: u64 = 4096;
@@ -11,7 +11,7 @@ pub const PAGE_SIZE: u64 = 4096;
 /// ```
 /// use demand_memory::PageRange;
 ///
-/// // The pages that bytes 4095 and 4096 of a region lie in.
+/// // The pages that contain bytes 4095 and 4096 of a region.
 /// let pages = PageRange::of_bytes(4095, 2);
 /// assert_eq!(pages, PageRange::new(0, 2));
 /// assert_eq!(pages.bytes(), 8192);
@@ -25,18 +25,18 @@ pub struct PageRange {
 }
 
 impl PageRange {
-    /// `count` pages from page `first` on.
+    /// Creates a run of `count` pages from page `first` on.
     pub const fn new(first: u64, count: u64) -> Self {
         PageRange { first, count }
     }
 
-    /// A single page.
+    /// Creates a run of one page.
     pub const fn page(index: u64) -> Self {
         PageRange { first: index, count: 1 }
     }
 
-    /// The pages that `len` bytes at `offset` (bytes in the region) lie in. The caller has
-    /// checked that they lie in a region, so they cannot overflow.
+    /// Returns the pages that contain the `len` bytes at `offset` (bytes in the region). The caller
+    /// has checked that the bytes lie in a region, so nothing overflows.
     pub const fn of_bytes(offset: u64, len: u64) -> Self {
         let first = offset / PAGE_SIZE;
         if len == 0 {
@@ -45,49 +45,49 @@ impl PageRange {
         PageRange { first, count: (offset + (len - 1)) / PAGE_SIZE - first + 1 }
     }
 
-    /// Index of the first page after the run.
+    /// Returns the index of the first page after the run.
     pub const fn end(&self) -> u64 {
         self.first + self.count
     }
 
-    /// Whether the run has no pages.
+    /// Returns whether the run has no pages.
     pub const fn is_empty(&self) -> bool {
         self.count == 0
     }
 
-    /// Offset of the first page in its region, in bytes.
+    /// Returns the offset of the first page in its region, in bytes.
     pub const fn offset(&self) -> u64 {
         self.first * PAGE_SIZE
     }
 
-    /// Length of the run, in bytes.
+    /// Returns the length of the run, in bytes.
     pub const fn bytes(&self) -> u64 {
         self.count * PAGE_SIZE
     }
 
-    /// Whether `page` lies in the run.
+    /// Returns whether `page` lies in the run.
     pub const fn contains(&self, page: u64) -> bool {
         self.first <= page && page < self.end()
     }
 
-    /// The pages that both runs have.
+    /// Returns the pages that lie in both runs.
     pub fn intersect(&self, other: PageRange) -> PageRange {
         let first = self.first.max(other.first);
         let end = self.end().min(other.end());
         PageRange { first, count: end.saturating_sub(first) }
     }
 
-    /// The smallest run of whole units of `unit` pages that holds this one, cut at `limit`, the
-    /// number of pages of the region.
+    /// Returns the smallest run of whole units of `unit` pages that contains this one, cut at
+    /// `limit`, the number of pages of the region.
     pub fn grow_to_units(&self, unit: u64, limit: u64) -> PageRange {
         let first = self.first - self.first % unit;
         let end = self.end().next_multiple_of(unit).min(limit);
         PageRange { first, count: end - first }
     }
 
-    /// The words of a bitmap that the run lies in, each with the mask of the run's bits.
+    /// Returns the bitmap words that contain the run, each with the mask of the run's bits.
     pub(crate) fn words(self) -> impl Iterator<Item = (usize, u64)> {
-        // Beyond all numbers there are no pages, and certainly no present ones.
+        // An empty list would count as present, so a run that overflows panics.
         let end = self.first.checked_add(self.count).expect("a run of pages ends somewhere");
         let first = self.first;
         let words = if self.is_empty() { 0..0 } else { first / 64..end.div_ceil(64) };
@@ -125,7 +125,7 @@ mod tests {
     #[test]
     #[should_panic(expected = "a run of pages ends somewhere")]
     fn a_run_past_all_numbers_has_no_words() {
-        // Nor is it a run without words, of which none is missing.
+        // An empty list of words would contain no missing page.
         PageRange::new(u64::MAX, 2).words().for_each(drop);
     }
 

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Brings a region's pages in: claim, populate, map, publish.
+//! The pager of a region: makes missing pages present, by claiming, populating, mapping and
+//! publishing them.
 
 use std::fmt;
 use std::io;
@@ -20,21 +21,21 @@ use crate::{
     Path, Published, Stats, Trap, Wait, Waiter,
 };
 
-/// Why a pager could not be made.
+/// Errors from creating a pager.
 #[derive(Debug, thiserror::Error)]
 pub enum PagerError {
-    /// The memory could not be had.
+    /// A backing that could not be mapped.
     #[error(transparent)]
     Backing(#[from] BackingError),
-    /// The missing bitmap could not be had.
+    /// A missing bitmap that could not be created.
     #[error("make a missing bitmap for {pages} pages: {error}; free memory, or ask for less")]
     Bitmap {
-        /// Pages of the region.
+        /// Number of pages of the region.
         pages: u64,
-        /// What the system said.
+        /// The system's error.
         error: io::Error,
     },
-    /// The image ends before the region does.
+    /// An image that ends before the region does.
     #[error(
         "fill {size} bytes of memory from byte {image_offset} of the image: the image has only \
          {image_size} bytes; use an image of at least {} bytes, or less memory",
@@ -43,12 +44,12 @@ pub enum PagerError {
     ImageShort {
         /// Size of the region, in bytes.
         size: u64,
-        /// Where the region begins in the image, in bytes.
+        /// Offset of the region in the image, in bytes.
         image_offset: u64,
         /// Size of the image, in bytes.
         image_size: u64,
     },
-    /// The backing's mapping is shorter than the backing says it is.
+    /// A mapping that is shorter than the size that the backing reports.
     #[error(
         "cannot use a backing of {size} bytes: it maps only {mapped}; that is a mistake in the \
          backing's implementation"
@@ -59,56 +60,56 @@ pub enum PagerError {
         /// Length of its mapping, in bytes.
         mapped: u64,
     },
-    /// The region's last byte would lie past the end of all guest addresses.
+    /// A region whose last byte would lie past the last guest address.
     #[error(
         "cannot place {size} bytes of memory at {start:#x}: addresses end before; move it down"
     )]
     PastTheEnd {
-        /// Where the region begins in guest physical memory.
+        /// Guest physical address of the region.
         start: u64,
         /// Size of the region, in bytes.
         size: u64,
     },
-    /// The region's first page does not begin at a multiple of a page in the image.
+    /// An image offset that is not a multiple of the page size.
     #[error("fill memory from byte {0} of the image: that is no multiple of 4096 bytes")]
     Unaligned(u64),
 }
 
-/// Why pages did not become present.
+/// Errors from fetching pages or waiting for them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum FetchError {
-    /// The waiting thread was called away; it may ask again.
+    /// A wait that a kick ended; the caller may ask again.
     #[error("the wait for a page was interrupted; ask again to go on")]
     Kicked,
-    /// The VM is going away, and the pages with it.
+    /// A stop of the memory: the VM is shutting down, and the pages will not arrive.
     #[error("the memory was stopped while pages were missing; they will not arrive")]
     Stopped,
-    /// There are no such pages.
+    /// A range that does not lie in the region.
     #[error("page {first} and the {count} from there on do not lie in a region of {pages} pages")]
     OutOfRange {
-        /// First page asked for.
+        /// First page of the request.
         first: u64,
-        /// Pages asked for.
+        /// Number of pages of the request.
         count: u64,
-        /// Pages of the region.
+        /// Number of pages of the region.
         pages: u64,
     },
 }
 
-/// Why the guest's mapping of a region cannot be armed.
+/// Errors from arming the guest's mapping of a region.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum GuestTrapError {
-    /// It has one already.
+    /// A guest mapping that is armed already.
     #[error("cannot arm the guest's mapping: the region has an armed one; arm each region once")]
     Twice,
-    /// A memslot was made before: its mapping may have shown zeros.
+    /// A memslot that was created earlier: its mapping may have shown zeros.
     #[error(
         "cannot arm the guest's mapping: a memslot of this region exists; arm the mapping first, \
          and make the memslot over that one"
     )]
     AfterSlot,
-    /// A page was asked for before.
+    /// A page that was requested earlier.
     #[error("cannot arm the guest's mapping: pages were fetched already; arm it before the first")]
     AfterFetch,
 }
@@ -117,27 +118,27 @@ type Callback = Box<dyn FnOnce() + Send>;
 
 /// The pager of one region.
 ///
-/// All paths ask it for pages: vCPUs, the VMM, back-ends and background fill. Whoever claims a
-/// page brings it in; others wait on the page. A failed fetch is tried again and is never
+/// vCPUs, the VMM, back-ends and background fill all ask it for pages. The thread that claims a
+/// page populates it; other threads wait on the page. A failed fetch is retried and is never
 /// answered with zeros.
 pub struct Pager {
     bitmap: MissingBitmap,
     backing: Arc<dyn Backing>,
-    /// Where content is written, unless it comes with its page. Nothing traps here, so no address
-    /// of it leaves the crate but for present pages.
+    /// The mapping through which content is written, except for units that are created with their
+    /// content. It is not trapped, so its addresses leave the crate only for present pages.
     populate: Arc<Mapping>,
     source: Arc<dyn PageSource>,
     image_offset: u64,
-    /// One bit for each unit that is known to exist; only for units larger than a page.
+    /// One bit for each unit that is known to exist; `None` where a unit is one page.
     allocated: Option<Box<[AtomicU64]>>,
     guest_trap: OnceLock<Arc<dyn Trap>>,
-    /// The mappings that memslots were made over, which the slots keep.
+    /// The mappings under the memslots, which the memslots keep alive.
     guest_mappings: Mutex<Vec<Weak<Mapping>>>,
     unit_loader: OnceLock<Arc<dyn LoadUnit>>,
-    /// Read-locked while a unit is created: the hypervisor may write to it as soon as it exists,
-    /// and its pages are marked as populated only after that.
+    /// Read-locked while a unit is created: the hypervisor may write to the unit as soon as it
+    /// exists, and its pages are marked as populated only after that.
     loading: RwLock<()>,
-    /// Whether a page was ever asked for.
+    /// Whether any page was ever requested.
     begun: AtomicBool,
     on_complete: Mutex<Vec<Callback>>,
     stats: Arc<Stats>,
@@ -146,12 +147,12 @@ pub struct Pager {
 }
 
 impl Pager {
-    /// A pager that fills `backing` from `source`, whose byte `image_offset` is the region's
-    /// first.
+    /// Creates a pager that fills `backing` from `source`. Byte `image_offset` of the source is the
+    /// region's first byte.
     ///
     /// # Errors
     ///
-    /// [`PagerError`] tells which part could not be had.
+    /// [`PagerError`] names the part that does not fit or could not be created.
     pub fn new(
         backing: Arc<dyn Backing>,
         source: Arc<dyn PageSource>,
@@ -169,10 +170,10 @@ impl Pager {
         Self::with_bitmap(MissingBitmap::new, backing, source, image_offset, stats, retrier)
     }
 
-    /// A pager of memory that is present from the start, zeros at first, as of a VM that boots.
-    /// Nothing is ever fetched, and none of the memory is allocated here: it comes into being as it
-    /// is touched. So huge pages that were not set aside must be there by then (see
-    /// [`MemfdBacking::new`](crate::MemfdBacking::new)), as for every other VMM.
+    /// Creates a pager of memory that is present from the start and initially zero, for a VM that
+    /// boots. Nothing is ever fetched. No memory is allocated here: each page is allocated when it
+    /// is first touched. Huge pages that were not reserved must therefore be free at that time (see
+    /// [`MemfdBacking::new`](crate::MemfdBacking::new)), as with any other VMM.
     ///
     /// # Errors
     ///
@@ -192,9 +193,10 @@ impl Pager {
     ) -> Result<Arc<Self>, PagerError> {
         let size = backing.size();
         let pages = size / PAGE_SIZE;
-        // Before the bitmap, which takes memory: a size that cannot be mapped is refused for nothing.
+        // Before the bitmap, which takes memory: refusing a size that cannot be mapped costs
+        // nothing.
         let populate = Arc::new(backing.map()?);
-        // Content is written there: a length that the backing has wrong would be memory of others.
+        // Content is written through it: past the end of a short mapping lies unrelated memory.
         if populate.len() < size {
             return Err(PagerError::MappingShort { size, mapped: populate.len() });
         }
@@ -221,44 +223,45 @@ impl Pager {
         }))
     }
 
-    /// The missing bitmap.
+    /// Returns the missing bitmap.
     #[inline]
     pub fn bitmap(&self) -> &BitmapReader {
         &self.bitmap
     }
 
-    /// The memory object.
+    /// Returns the memory object.
     pub fn backing(&self) -> &Arc<dyn Backing> {
         &self.backing
     }
 
-    /// The statistics that this pager counts in.
+    /// Returns the statistics that this pager updates.
     pub fn stats(&self) -> &Arc<Stats> {
         &self.stats
     }
 
-    /// Number of pages of the region.
+    /// Returns the number of pages of the region.
     pub fn pages(&self) -> u64 {
         self.bitmap.pages()
     }
 
-    /// Pages of one unit of the backing.
+    /// Returns the number of pages in one unit of the backing.
     pub fn unit_pages(&self) -> u64 {
         self.backing.kind().unit() / PAGE_SIZE
     }
 
-    /// Says that the guest's mapping is armed: pages are mapped there before their bits are
-    /// cleared. To be called once, before the memslot is made and the first page is fetched.
+    /// Sets the trap of the guest's mapping. From then on, pages are mapped there before their bits
+    /// are cleared. Must be called at most once, before the memslot is created and the first page
+    /// is fetched.
     ///
     /// # Errors
     ///
-    /// [`GuestTrapError`]. Nothing is changed then.
+    /// [`GuestTrapError`]; nothing has changed then.
     pub fn set_guest_trap(&self, trap: Arc<dyn Trap>) -> Result<(), GuestTrapError> {
         self.can_set_guest_trap()?;
         self.guest_trap.set(trap).map_err(|_| GuestTrapError::Twice)
     }
 
-    /// Whether [`set_guest_trap`](Self::set_guest_trap) would succeed.
+    /// Checks whether [`set_guest_trap`](Self::set_guest_trap) would succeed.
     ///
     /// # Errors
     ///
@@ -270,14 +273,14 @@ impl Pager {
         if self.guest_mappings().iter().any(|mapping| mapping.strong_count() > 0) {
             return Err(GuestTrapError::AfterSlot);
         }
-        // Not the bitmap's count: this is part of each start, of memory of any size.
+        // A flag and not the bitmap's count: every start runs this, and memory may have any size.
         if self.begun.load(Ordering::Relaxed) {
             return Err(GuestTrapError::AfterFetch);
         }
         Ok(())
     }
 
-    /// Notes that a memslot is about to be made over `mapping`.
+    /// Records that a memslot is about to be created over `mapping`.
     pub fn note_memslot(&self, mapping: &Arc<Mapping>) {
         let mut mappings = self.guest_mappings();
         mappings.retain(|known| known.strong_count() > 0);
@@ -288,17 +291,18 @@ impl Pager {
         self.guest_mappings.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Gives the pager what creates huge pages together with their content. If it has one already,
-    /// or all pages are present, the new one is told at once that it is not needed.
+    /// Sets the loader that creates units together with their content. If the pager has one
+    /// already, or all pages are present, the new loader is [finished](LoadUnit::finish) at once.
     pub fn set_unit_loader(&self, loader: Arc<dyn LoadUnit>) {
         let refused = self.unit_loader.set(loader).err();
-        // Whoever publishes the last page looks for a loader after that, so one of the two sees it.
+        // The thread that publishes the last page looks for a loader after that, so one of the two
+        // sees it.
         let complete = self.bitmap.is_complete().then(|| self.unit_loader.get()).flatten();
         refused.iter().chain(complete).for_each(|loader| loader.finish());
     }
 
-    /// Calls `callback` when the last page is present: at once if it is, else on the thread that
-    /// publishes it. The callback must not wait.
+    /// Calls `callback` when the last page is present: at once if it already is, else on the thread
+    /// that publishes it. The callback must not block.
     pub fn on_complete(&self, callback: impl FnOnce() + Send + 'static) {
         let mut callbacks = self.on_complete.lock().unwrap_or_else(PoisonError::into_inner);
         if self.bitmap.is_complete() {
@@ -309,17 +313,19 @@ impl Pager {
         }
     }
 
-    /// Ends all waiting: the VM is going away. Nothing is asked of the source after this.
+    /// Ends all waits: the VM is shutting down. Later fetches are refused, and failed ones are not
+    /// retried.
     pub fn stop(&self) {
         self.bitmap.stop();
     }
 
-    /// [Stops](Self::stop) the region and takes it away from the guest: see
+    /// [Stops](Self::stop) the region and revokes the guest's access to it: see
     /// [`DemandMemory::revoke`](crate::DemandMemory::revoke).
     ///
     /// # Errors
     ///
-    /// The system's. The other mappings are revoked all the same.
+    /// The system's error for the first mapping that cannot be revoked. The others are revoked all
+    /// the same.
     pub fn revoke(&self) -> io::Result<()> {
         self.stop();
         let mappings: Vec<_> = self.guest_mappings().iter().filter_map(Weak::upgrade).collect();
@@ -330,10 +336,9 @@ impl Pager {
         outcome
     }
 
-    /// Starts bringing in the pages of `range` that are missing and that nobody has claimed. With
-    /// a source that answers at once they are present when this returns; with others they arrive
-    /// later, on the source's threads. Returns the number of pages that became present through
-    /// this very call.
+    /// Starts to fetch the pages of `range` that are missing and unclaimed. If the source answers
+    /// at once, they are present on return; otherwise they arrive later, on the source's threads.
+    /// Returns the number of pages that this call made present.
     ///
     /// # Errors
     ///
@@ -346,7 +351,7 @@ impl Pager {
         if self.bitmap.is_stopped() {
             return Err(FetchError::Stopped);
         }
-        // Looked at first: threads on disjoint pages share no line that is written again and again.
+        // Loaded first: threads on disjoint pages must not share a line that is written repeatedly.
         if !self.begun.load(Ordering::Relaxed) {
             self.begun.store(true, Ordering::Relaxed);
         }
@@ -354,19 +359,19 @@ impl Pager {
             let claimed = self.bitmap.claim_page(range.first);
             return Ok(if claimed { self.populate(range, Errand::new(path)) } else { 0 });
         }
-        // Claims of the whole range are taken before the first byte is read, so that nobody
-        // else's page can be touched by what is written for this range.
+        // All claims of the range are taken before the first byte is read, so that content written
+        // for this range cannot reach a page that another thread has claimed.
         let claimed = self.bitmap.claim(range);
         Ok(claimed.iter().map(|run| self.populate(*run, Errand::new(path))).sum())
     }
 
-    /// Makes all pages of `range` present: fetches those that nobody has claimed, and waits for
-    /// the others. The wait lasts as long as the source is away.
+    /// Makes all pages of `range` present: fetches the unclaimed ones and waits for the others. The
+    /// wait lasts as long as the source is unavailable.
     ///
     /// # Errors
     ///
-    /// [`FetchError::Kicked`] if `waiter` was kicked meanwhile (pages that were asked for still
-    /// arrive), and the errors of [`fetch`](Self::fetch).
+    /// [`FetchError::Kicked`] if `waiter` was kicked (pages that were requested still arrive), and
+    /// the errors of [`fetch`](Self::fetch).
     pub fn ensure(
         self: &Arc<Self>,
         range: PageRange,
@@ -383,19 +388,19 @@ impl Pager {
         }
     }
 
-    /// Brings in claimed pages; returns how many became present before it returned. The rest is
-    /// with the source, or will be tried again.
+    /// Populates claimed pages and returns how many are present on return. The source still works
+    /// on the others, or they will be retried.
     fn populate(self: &Arc<Self>, run: PageRange, errand: Errand) -> u64 {
         let mut left = run;
         let mut present = 0;
         while !left.is_empty() {
-            // The claims are this thread's: a panic of the source's code must not lose them.
+            // This thread holds the claims: a panic in the source's code must not lose them.
             let populate = AssertUnwindSafe(|| self.populate_extent(left, errand));
             let outcome = panic::catch_unwind(populate)
                 .unwrap_or(Err(PopulateError::Source(SourceError::Panicked)));
             match outcome {
                 Ok((done, bytes_read)) => {
-                    // Not where panics are caught: pages that are present must not be tried again.
+                    // Outside the part that catches panics: present pages must not be retried.
                     let pages = PageRange::new(left.first, done);
                     let arrived = bytes_read.is_some_and(|read| self.publish(pages, errand, read));
                     left = PageRange::new(pages.end(), left.count - done);
@@ -410,8 +415,8 @@ impl Pager {
         present
     }
 
-    /// Brings in the pages at the beginning of `run` that lie in one extent of the image; returns
-    /// their number and, if their content is complete already, how many bytes of it were read.
+    /// Populates the pages at the beginning of `run` that lie in one extent of the image. Returns
+    /// their number and, if their content is already complete, how many bytes of it were read.
     fn populate_extent(
         self: &Arc<Self>,
         run: PageRange,
@@ -423,7 +428,7 @@ impl Pager {
         let pages = pages.min(self.to_unit_border(run.first).unwrap_or(pages));
         let run = PageRange::new(run.first, pages);
         if hole {
-            // New memory is zero, which is what the image says.
+            // New memory reads as zeros, as a hole does.
             self.allocate(run, true)?;
             return Ok((pages, Some(0)));
         }
@@ -433,30 +438,32 @@ impl Pager {
         self.allocate(run, false)?;
         let (address, len) = (self.populate.at(run.offset()), run.bytes() as usize);
         // SAFETY: `at` and the range check in `fetch` keep the loan within the populate mapping,
-        // which `self` keeps mapped writable during this call. No Rust reference to guest memory
-        // is ever made, and the pages are claimed by this call, so nobody else writes them.
+        // which `self` keeps mapped writable during this call. No Rust reference to guest memory is
+        // ever created, and this call holds the claims on the pages, so no other thread writes
+        // them.
         let mut destination = unsafe { Destination::new(address, len, None) };
         if let Some(read) = self.source.read_now(offset, &mut destination) {
             read.and_then(|()| destination.check_filled())?;
             return Ok((pages, Some(run.bytes())));
         }
-        // A page that cannot be allocated must fail here, not as a signal in a source's thread.
+        // A page that cannot be allocated must fail here, not as a signal in a thread of the
+        // source.
         self.allocate(run, true)?;
         let arrival = Arc::new(Arrival::new(self.clone(), run, errand));
-        // SAFETY: as above; `arrival` keeps the mapping, and the pages stay claimed until it is
-        // dropped, which is after the loan has ended.
+        // SAFETY: as above; `arrival` keeps the mapping alive, and the pages stay claimed until it
+        // is dropped, which happens after the loan has ended.
         let destination = unsafe { Destination::new(address, len, Some(arrival.clone())) };
         let priority = if errand.is_wanted() { Priority::Demand } else { Priority::Fill };
         let request = Request { priority, chunks: vec![Chunk { offset, destination }] };
         let told = move |outcome| arrival.tell(outcome);
-        // After a panic the request and `told` are gone, and with them the arrival: it has failed.
+        // A panic drops the request and `told`, and with them the arrival, which reports a failure.
         let submit = AssertUnwindSafe(|| self.source.submit(request).then(told));
         let _ = panic::catch_unwind(submit);
         Ok((pages, None))
     }
 
-    /// Pages from here to the next unit, which may be created whole; `None` at the beginning of
-    /// one, and where that is not done.
+    /// Returns the number of pages up to the next unit, which may be created as a whole. `None` at
+    /// the beginning of a unit, and without a loader.
     fn to_unit_border(&self, first: u64) -> Option<u64> {
         self.unit_loader.get()?;
         match first % self.unit_pages() {
@@ -465,9 +472,9 @@ impl Pager {
         }
     }
 
-    /// Creates the unit that `run` begins with, together with its content. `None` if the run, which
-    /// is data throughout, does not begin with a whole unit, or it cannot be created so: for one,
-    /// because it exists.
+    /// Creates the unit at the beginning of `run` together with its content. Returns `None` if the
+    /// run, which is data throughout, does not begin with a whole unit, or if the unit cannot be
+    /// created like this, for example because it exists.
     fn load_unit(&self, run: PageRange) -> Option<PageRange> {
         let (loader, allocated) = (self.unit_loader.get()?, self.allocated.as_ref()?);
         let unit = PageRange::new(run.first, self.unit_pages());
@@ -480,23 +487,23 @@ impl Pager {
             return None;
         }
         let content = self.source.mapped(self.image_offset + unit.offset(), unit.bytes())?;
-        // More of it would reach into pages that others have claimed.
+        // Longer content would reach into pages that other threads have claimed.
         if content.len() as u64 != unit.bytes() {
             return None;
         }
         let _loading = self.loading.read().unwrap_or_else(PoisonError::into_inner);
         loader.load(unit.offset(), content).ok()?;
         word.fetch_or(bit, Ordering::Relaxed);
-        // Looked at after the last byte was read. If not, the bits stay set, and reading it in the
-        // ordinary way tells what is wrong.
+        // Checked after the last byte was read. If the source has changed, the bits stay set, and
+        // the ordinary read reports the cause.
         self.source.is_intact().then(|| {
             self.bitmap.mark_populated(unit);
             unit
         })
     }
 
-    /// Makes sure that memory for `run` exists. Pages of shared memory come into being when they
-    /// are written, unless `always`.
+    /// Ensures that memory for `run` exists. Without `always`, pages of ordinary shared memory are
+    /// left to their first write.
     fn allocate(&self, run: PageRange, always: bool) -> Result<(), BackingError> {
         let Some(allocated) = &self.allocated else {
             return if always { self.backing.allocate(run) } else { Ok(()) };
@@ -505,7 +512,7 @@ impl Pager {
         for index in run.first / unit..run.end().div_ceil(unit) {
             let (word, bit) = (&allocated[(index / 64) as usize], 1 << (index % 64));
             if word.load(Ordering::Relaxed) & bit == 0 {
-                // Two threads may both get here: allocating what exists changes nothing.
+                // Two threads may both get here: allocating an existing unit changes nothing.
                 self.backing.allocate(PageRange::new(index * unit, unit))?;
                 word.fetch_or(bit, Ordering::Relaxed);
             }
@@ -513,16 +520,16 @@ impl Pager {
         Ok(())
     }
 
-    /// Whether no unit is being created just now. All writes to units that were created before
-    /// are then found by [`BitmapReader::is_populated`].
+    /// Returns whether no unit is being created at this moment. If so, every page that was written
+    /// in a unit created earlier is found by [`BitmapReader::is_populated`].
     pub(crate) fn is_no_unit_loading(&self) -> bool {
         !matches!(self.loading.try_write(), Err(TryLockError::WouldBlock))
     }
 
-    /// Makes pages present whose content is complete; false if they could not be mapped, and will
-    /// be later. The order is what keeps readers from seeing anything else, and what readers write
-    /// from being lost: content; the mark that it is complete; the guest's armed mapping; the bit;
-    /// waiters.
+    /// Makes pages present whose content is complete. Returns false if they could not be mapped;
+    /// the retrier then tries again. The order keeps readers from seeing incomplete pages, and
+    /// their writes from being lost: content, populated mark, the guest's armed mapping, missing
+    /// bit, waiters.
     pub(crate) fn publish(
         self: &Arc<Self>,
         run: PageRange,
@@ -532,8 +539,8 @@ impl Pager {
         if let Some(trap) = self.guest_trap.get() {
             self.bitmap.mark_populated(run);
             if let Err(error) = trap.map_present(run) {
-                // Some of the pages may be mapped, and the guest may have written to them already:
-                // their content is never brought in again.
+                // Some of the pages may be mapped, and the guest may already have written to them:
+                // their content must not be fetched again.
                 let left = Left::Publish { bytes_read };
                 self.failed(run, left, errand, &PopulateError::Map(error));
                 return false;
@@ -549,7 +556,7 @@ impl Pager {
                 &mut *self.on_complete.lock().unwrap_or_else(PoisonError::into_inner),
             );
             for callback in callbacks {
-                // The others are to be told all the same, and the thread serves more than this.
+                // The other callbacks must still run, and the thread serves more than this.
                 let _ = panic::catch_unwind(AssertUnwindSafe(callback));
             }
         }
@@ -557,8 +564,8 @@ impl Pager {
         true
     }
 
-    /// Brings in the rest of a run that has failed, once one page of it has arrived: the source is
-    /// there, and it is some of the pages that it does not have.
+    /// Populates the rest of a failed run once one of its pages has arrived: the source answers, so
+    /// it fails only on some of the pages.
     fn populate_rest(self: &Arc<Self>, probe: PageRange, errand: Errand) {
         let Role::Probe { of } = errand.role else { return };
         let rest = Errand { role: Role::Part, ..errand };
@@ -572,12 +579,12 @@ impl Pager {
         }
     }
 
-    /// Deals with claimed pages that could not be populated or mapped. They stay missing and
-    /// claimed, and faults on them stay open.
+    /// Handles claimed pages that could not be populated or mapped. They stay missing and claimed,
+    /// and faults on them stay open.
     ///
-    /// A run that the source does not deliver is tried by halves, down to the pages that are to
-    /// blame, so that no other waits for them. Whether the source delivers anything is found out
-    /// by one page first: while it is away, that is all that is asked of it beside the run.
+    /// A run on which the source fails is split into halves, down to the pages that fail alone, so
+    /// that no other page waits for them. One page is tried first, to learn whether the source
+    /// delivers anything: an unavailable source is asked only for the run and for this page.
     pub(crate) fn failed(
         self: &Arc<Self>,
         run: PageRange,
@@ -609,13 +616,13 @@ impl Pager {
             (Left::Populate, Role::Probe { of }) => self.retry(of, left, errand, error),
             _ => {
                 self.retry(run, left, errand, error);
-                // It has arrived, and only its mapping has failed.
+                // The probe has arrived, and only its mapping has failed.
                 self.populate_rest(run, errand);
             }
         }
     }
 
-    /// Leaves claimed pages to the retrier.
+    /// Hands claimed pages to the retrier.
     fn retry(self: &Arc<Self>, run: PageRange, left: Left, errand: Errand, error: &PopulateError) {
         let now = Instant::now();
         let mut attempts = errand.tried.unwrap_or(Attempts { count: 0, since: now, wanted: None });
@@ -640,23 +647,23 @@ impl Pager {
         });
     }
 
-    /// The bitmap through which pages are claimed.
+    /// Returns the bitmap through which pages are claimed.
     pub(crate) fn claims(&self) -> &MissingBitmap {
         &self.bitmap
     }
 
-    /// Whether each missing page of the range was tried by itself and has failed: who need not
-    /// have it goes on, as it is tried again.
+    /// Returns whether each missing page of the range has failed when fetched by itself. A caller
+    /// that does not need them may continue: they are retried.
     pub(crate) fn is_set_aside(&self, range: PageRange) -> bool {
         self.set_aside.has_all(range, |page| self.bitmap.is_missing(page))
     }
 
-    /// Where missing pages come from, and where the region begins there, in bytes.
+    /// Returns the source of missing pages and the region's offset in it, in bytes.
     pub(crate) fn source(&self) -> (&Arc<dyn PageSource>, u64) {
         (&self.source, self.image_offset)
     }
 
-    /// The address of a byte in the populate mapping. The caller must look only at present pages.
+    /// Returns the populate mapping. The caller must access only populated pages in it.
     pub(crate) fn populate_mapping(&self) -> &Arc<Mapping> {
         &self.populate
     }
@@ -671,7 +678,7 @@ impl fmt::Debug for Pager {
     }
 }
 
-/// The extent at `offset` (bytes) of the image; data without an end where only waiting for the
+/// Returns the extent at `offset` (bytes) of the image; data without an end if only waiting for the
 /// source could tell.
 pub(crate) fn extent_now(source: &dyn PageSource, offset: u64) -> Result<Extent, SourceError> {
     panic::catch_unwind(AssertUnwindSafe(|| source.extent_now(offset)))
@@ -679,8 +686,8 @@ pub(crate) fn extent_now(source: &dyn PageSource, offset: u64) -> Result<Extent,
         .unwrap_or(Ok(Extent::Data { end: u64::MAX }))
 }
 
-/// How many of `len` bytes at `offset`, which have been read, were data. The source knows by now
-/// what were holes.
+/// Returns how many of the `len` bytes at `offset` were data. They have been read, so the source
+/// knows its holes by now.
 pub(crate) fn data_bytes(source: &dyn PageSource, offset: u64, len: u64) -> u64 {
     let (mut at, mut data, end) = (offset, 0, offset + len);
     while at < end {
@@ -692,15 +699,15 @@ pub(crate) fn data_bytes(source: &dyn PageSource, offset: u64, len: u64) -> u64 
     data
 }
 
-/// How many of the `most` pages from `offset` (bytes in the image) on lie in the extent that was
-/// found there, and whether they are a hole. Where it ends within a page, the page is data, read as
-/// a whole.
+/// Returns how many of the `most` pages from `offset` (bytes in the image) lie in the extent found
+/// there, and whether they are a hole. If the extent ends within the first page, that page is data,
+/// to be read as a whole.
 pub(crate) fn pages_of(extent: Extent, offset: u64, most: u64) -> (u64, bool) {
     let pages = extent.end().saturating_sub(offset) / PAGE_SIZE;
     (pages.clamp(1, most), extent.is_hole() && pages > 0)
 }
 
-/// The source of memory that was present from the start: nobody asks it.
+/// The source of memory that is present from the start. The pager never asks it for a page.
 struct NoSource;
 
 impl PageSource for NoSource {
@@ -717,7 +724,7 @@ impl PageSource for NoSource {
     }
 }
 
-/// Why claimed pages could not be populated.
+/// Errors from populating or mapping claimed pages.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum PopulateError {
     #[error(transparent)]

@@ -1,25 +1,25 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! How many huge pages the kernel has.
+//! The kernel's pools of huge pages.
 
 use std::fs;
 
 use crate::BackingKind;
 
-/// The kernel's huge pages of one size, as it counts them for all of the machine.
+/// The kernel's huge pages of one size, counted for the whole machine.
 ///
 /// Source: Documentation/admin-guide/mm/hugetlbpage.rst.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct HugePagePool {
-    /// Pages of this size, in use or not.
+    /// Number of pages of this size, in use or not.
     pub total: u64,
-    /// Those that nobody uses and nobody has reserved: memory of so many units can be had, with
-    /// `reserve=on` as well.
+    /// Number of pages that are neither used nor reserved: this many units of memory can be
+    /// allocated or reserved.
     pub free: u64,
 }
 
 impl HugePagePool {
-    /// The pool that this kind of memory is taken from; `None` for ordinary memory, and where the
-    /// processor or the kernel has no pages of this size.
+    /// Returns the pool that this kind of memory is taken from. `None` for ordinary memory, and if
+    /// the processor or the kernel has no pages of this size.
     ///
     /// # Examples
     ///

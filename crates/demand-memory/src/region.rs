@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A region of guest memory as vm-memory sees it.
+//! A region of guest memory, with vm-memory's traits on top of a pager.
 
 use std::io;
 use std::ptr::NonNull;
@@ -20,41 +20,41 @@ use crate::{
 };
 
 thread_local! {
-    // Waits through vm-memory end with the page or with the VM: nobody kicks this waiter.
+    // Never kicked: a wait through vm-memory ends when the page arrives or the memory is stopped.
     static WAITER: Arc<Waiter> = Waiter::new();
 }
 
-/// What a region is made of.
+/// The configuration of a region.
 #[derive(Clone)]
 pub struct RegionConfig {
-    /// Where the region begins in guest physical memory.
+    /// Guest physical address of the region.
     pub start: GuestAddress,
     /// The memory object.
     pub backing: Arc<dyn Backing>,
-    /// Where its pages come from.
+    /// The source of its pages.
     pub source: Arc<dyn PageSource>,
     /// Offset of the region's first byte in the source's image, in bytes: a multiple of 4096.
     pub image_offset: u64,
-    /// Where the pager counts; one for the whole VM.
+    /// The statistics that the pager updates; one for the whole VM.
     pub stats: Arc<Stats>,
-    /// Who tries failed fetches again; one for the whole VM.
+    /// The retrier of failed fetches; one for the whole VM.
     pub retrier: Arc<Retrier>,
 }
 
-/// Why raw pointers into a mapping cannot be given out.
+/// Errors from setting a region's mapping for raw pointers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum AccessMappingError {
-    /// Missing pages would read as zeros.
+    /// A mapping without a trap: missing pages would read as zeros.
     #[error(
         "cannot use a mapping for raw pointers: nothing traps accesses to missing pages there; arm \
          it before"
     )]
     NotTrapped,
-    /// The region has one already.
+    /// A region that has an access mapping already.
     #[error("cannot use a mapping for raw pointers: the region has one; set it once")]
     Twice,
-    /// It is not as long as the region.
+    /// A mapping that is not as long as the region.
     #[error(
         "cannot use a mapping for raw pointers: it has {mapping} bytes, and the region {region}; \
          map the region's backing"
@@ -69,27 +69,27 @@ pub enum AccessMappingError {
 
 /// A region of guest memory whose pages arrive when they are first used.
 ///
-/// Every access through vm-memory's traits asks the pager for exactly the pages that it touches,
-/// so it neither faults nor sees anything that has not arrived. It waits while the source is
-/// away, and fails only once the memory is stopped.
+/// Every access through vm-memory's traits asks the pager for exactly the pages that it touches, so
+/// it neither faults nor sees a missing page. The access waits while the source is unavailable, and
+/// fails only once the memory is stopped.
 ///
-/// There is no [`file_offset`](GuestMemoryRegion::file_offset): whoever mapped that file without
-/// a trap would read zeros where pages are missing. Those who do have a trap find the file
-/// through [`Pager::backing`].
+/// [`file_offset`](GuestMemoryRegion::file_offset) is `None`: code that mapped the file without a
+/// trap would read zeros from missing pages. Code that has a trap finds the file through
+/// [`Pager::backing`].
 #[derive(Debug)]
 pub struct DemandRegion<B = ()> {
     start: GuestAddress,
     /// Length, in bytes.
     len: u64,
     pager: Arc<Pager>,
-    /// The pager's populate mapping: at hand, as each access needs it.
+    /// The pager's populate mapping, kept here because each access needs it.
     populate: Arc<Mapping>,
     access: OnceLock<Arc<Mapping>>,
     bitmap: B,
 }
 
 impl<B: Bitmap> DemandRegion<B> {
-    /// Makes a region; `bitmap` tracks what the VMM writes (`()` where nobody wants to know).
+    /// Creates a region. `bitmap` tracks the VMM's writes; `()` tracks nothing.
     ///
     /// # Errors
     ///
@@ -100,7 +100,7 @@ impl<B: Bitmap> DemandRegion<B> {
         Self::with_pager(start, pager, bitmap)
     }
 
-    /// Makes a region whose pages are all present, and zero at first: [`Pager::present`].
+    /// Creates a region whose pages are all present and initially zero: see [`Pager::present`].
     ///
     /// # Errors
     ///
@@ -130,7 +130,7 @@ impl<B: Bitmap> DemandRegion<B> {
 
     fn with_pager(start: GuestAddress, pager: Arc<Pager>, bitmap: B) -> Result<Self, PagerError> {
         let populate = pager.populate_mapping().clone();
-        // At least a page, as a bitmap has.
+        // At least one page, because the bitmap has one.
         let len = pager.pages() * PAGE_SIZE;
         if start.0.checked_add(len - 1).is_none() {
             return Err(PagerError::PastTheEnd { start: start.0, size: len });
@@ -138,17 +138,17 @@ impl<B: Bitmap> DemandRegion<B> {
         Ok(DemandRegion { start, len, pager, populate, access: OnceLock::new(), bitmap })
     }
 
-    /// The region's pager.
+    /// Returns the region's pager.
     pub fn pager(&self) -> &Arc<Pager> {
         &self.pager
     }
 
-    /// Gives the region a mapping for raw pointers. It must be armed unless all pages are present:
-    /// a touch of a missing page there must wait until the page is present.
+    /// Sets the mapping for raw pointers. It must be armed unless all pages are present: an access
+    /// to a missing page in it must wait until the page is present.
     ///
     /// # Errors
     ///
-    /// [`AccessMappingError`]. Nothing is changed then.
+    /// [`AccessMappingError`]; nothing has changed then.
     pub fn set_access_mapping(&self, mapping: Arc<Mapping>) -> Result<(), AccessMappingError> {
         if mapping.len() != self.len {
             return Err(AccessMappingError::Length { mapping: mapping.len(), region: self.len });
@@ -159,21 +159,21 @@ impl<B: Bitmap> DemandRegion<B> {
         self.access.set(mapping).map_err(|_| AccessMappingError::Twice)
     }
 
-    /// Where the `len` bytes at `offset` are, if they lie in the region and this is quick to tell:
-    /// `None` says only that [`bring_in`](Self::bring_in) must be asked.
-    // Out of line on purpose, as is the search for the region: vm-memory's iterator over slices is
-    // then small enough to be taken apart where memory is read, which saves more than the calls
-    // cost.
+    /// Returns the host address of the `len` bytes at `offset` if they lie in the region and one
+    /// bitmap word shows them present. `None` means "take the slow path,
+    /// [`bring_in`](Self::bring_in)", not "out of range".
+    // Not inlined on purpose, like the search for the region: vm-memory's iterator over slices then
+    // stays small enough to be optimised away in its callers, which saves more than the calls cost.
     #[inline(never)]
     fn if_present(&self, offset: u64, len: u64) -> Option<NonNull<u8>> {
-        // No bytes lie in no page: `None`.
+        // An empty range lies in no page: `None`.
         let last = offset.checked_add(len.checked_sub(1)?)?;
         let present = last < self.len
             && self.pager.bitmap().present_in_word(offset / PAGE_SIZE, last / PAGE_SIZE);
         present.then(|| self.address(offset))
     }
 
-    /// Makes the pages of the `len` bytes at `offset` present, and tells where the bytes are.
+    /// Makes the pages of the `len` bytes at `offset` present and returns the bytes' host address.
     #[cold]
     #[inline(never)]
     fn bring_in(&self, offset: u64, len: u64) -> guest_memory::Result<NonNull<u8>> {
@@ -184,34 +184,34 @@ impl<B: Bitmap> DemandRegion<B> {
         Ok(self.address(offset))
     }
 
-    /// The address of the byte at `offset`, which lies in the region or is its end.
+    /// Returns the host address of the byte at `offset`, which lies in the region or at its end.
     #[inline]
     fn address(&self, offset: u64) -> NonNull<u8> {
         debug_assert!(offset <= self.len);
         // SAFETY: the callers keep `offset` within the region or at its end, and the pager has
-        // checked that the mapping is not shorter.
+        // checked that the mapping is not shorter than the region.
         unsafe { self.populate.address().add(offset as usize) }
     }
 
-    /// Reads pages that are populated, whether their bits are cleared or not.
+    /// Copies populated pages to `buffer`, whether their bits are cleared or not.
     pub(crate) fn read_populated(&self, buffer: &mut [u8], offset: u64) {
         assert!(offset.checked_add(buffer.len() as u64).is_some_and(|end| end <= self.len));
         // SAFETY: the assertion keeps the bytes within the region, and so within the populate
-        // mapping, which `self` keeps mapped for longer than the slice lives. The pager does not
-        // write them any more; all others access them volatilely, as this does.
+        // mapping, which `self` keeps mapped for longer than the slice lives. The pager no longer
+        // writes them; all others access them volatilely, as this does.
         let bytes = unsafe { VolatileSlice::new(self.address(offset).as_ptr(), buffer.len()) };
         bytes.copy_to(buffer);
     }
 
-    /// The address in the region that `address` means, if it lies there.
+    /// Returns the address in the region that corresponds to `address`, if it lies there.
     #[inline]
     pub(crate) fn offset_of(&self, address: GuestAddress) -> Option<MemoryRegionAddress> {
-        // What lies below the region wraps around, to more than any region's length.
+        // An address below the region wraps around, to more than any region's length.
         let offset = address.0.wrapping_sub(self.start.0);
         (offset < self.len).then_some(MemoryRegionAddress(offset))
     }
 
-    /// The slice of at most `len` bytes at `address`, cut at the region's end.
+    /// Returns the slice of at most `len` bytes at `address`, cut at the region's end.
     fn slice_up_to(
         &self,
         address: MemoryRegionAddress,
@@ -264,10 +264,10 @@ impl<B: Bitmap> GuestMemoryRegion for DemandRegion<B> {
             Some(address) => address,
             None => self.bring_in(offset.0, count as u64)?,
         };
-        // SAFETY: both have checked that the range lies in the region, and so in the populate
-        // mapping, which `self` keeps mapped for longer than the slice lives. Its pages are
-        // present, and present is final: the pager never writes them again. All others who reach
-        // the bytes are other processes, the guest, and slices like this one, which access them
+        // SAFETY: `if_present` and `bring_in` both check that the range lies in the region, and so
+        // in the populate mapping, which `self` keeps mapped for longer than the slice lives. Its
+        // pages are present, and present is final: the pager never writes them again. Only other
+        // processes, the guest and slices like this one access the bytes otherwise, and they do so
         // volatilely.
         Ok(unsafe {
             VolatileSlice::with_bitmap(
@@ -284,7 +284,7 @@ impl<B: Bitmap> GuestMemoryRegion for DemandRegion<B> {
     }
 }
 
-// By hand: vm-memory's own implementation asks for a slice of the whole region for 8 bytes.
+// Written by hand: vm-memory's own implementation requests a slice of the whole region for 8 bytes.
 impl<B: Bitmap> Bytes<MemoryRegionAddress> for DemandRegion<B> {
     type E = GuestMemoryError;
 
@@ -358,7 +358,7 @@ impl<B: Bitmap> Bytes<MemoryRegionAddress> for DemandRegion<B> {
     }
 }
 
-/// Makes pages present; not generic, so that it is compiled once.
+/// Makes pages present. Not generic, so that it is compiled once.
 fn bring_in(pager: &Arc<Pager>, pages: PageRange) -> Result<(), GuestMemoryError> {
     let missing = pager.bitmap().count_missing(pages);
     if missing == 0 {
@@ -374,7 +374,8 @@ fn bring_in(pager: &Arc<Pager>, pages: PageRange) -> Result<(), GuestMemoryError
 
 impl<B> Drop for DemandRegion<B> {
     fn drop(&mut self) {
-        // Fetches under way hold the pager; nobody is left to want their pages.
+        // Fetches in progress keep the pager alive, but no access can wait for their pages any
+        // more.
         self.pager.stop();
     }
 }

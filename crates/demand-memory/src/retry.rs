@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What happens to pages that could not be fetched: they stay claimed, and are tried again.
+//! Retries of failed fetches: the pages stay claimed, and are tried again after growing pauses.
 
 use std::collections::BTreeMap;
 use std::error::Error;
@@ -11,21 +11,21 @@ use std::time::{Duration, Instant};
 
 use crate::PageRange;
 
-/// How often, and for how long, a page that could not be fetched is tried again.
+/// The pauses between attempts to fetch a page, and the limit after which it is given up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RetryPolicy {
-    /// Pause before the second attempt; it doubles with each further one.
+    /// Pause before the second attempt; it doubles with each further attempt.
     pub first: Duration,
     /// The longest pause.
     pub longest: Duration,
-    /// After this time a failure of pages that a thread waits for is reported as given up, so that
-    /// the VM can be paused. The attempts go on: should the source come back, the VM can be
+    /// The time after which a failure of pages that a thread waits for is reported as given up, so
+    /// that the VM can be paused. The attempts continue: if the source recovers, the VM can be
     /// resumed. Pages that only background fill asks for are never given up.
     pub limit: Option<Duration>,
 }
 
 impl Default for RetryPolicy {
-    /// 10 ms, doubling up to one second, without a limit.
+    /// Returns pauses of 10 ms, doubling up to one second, without a limit.
     fn default() -> Self {
         RetryPolicy {
             first: Duration::from_millis(10),
@@ -41,22 +41,22 @@ impl RetryPolicy {
     }
 }
 
-/// An attempt that failed.
+/// A failed attempt.
 #[derive(Debug)]
 pub struct Failure<'a> {
-    /// Why.
+    /// The error.
     pub error: &'a (dyn Error + 'a),
     /// Offset of the pages in the image, in bytes.
     pub image_offset: u64,
     /// The pages, by their index in the region.
     pub pages: PageRange,
-    /// Attempts so far.
+    /// Number of attempts so far.
     pub attempts: u32,
     /// Time since the first attempt.
     pub waiting: Duration,
-    /// Whether a thread has waited for the pages, or only background fill asks for them.
+    /// Whether an accessor other than background fill has asked for the pages.
     pub wanted: bool,
-    /// Whether the policy's limit has passed since the pages are wanted.
+    /// Whether the policy's limit has passed since the pages became wanted.
     pub given_up: bool,
 }
 
@@ -68,7 +68,7 @@ struct Queue {
     jobs: BTreeMap<(Instant, u64), Job>,
     next: u64,
     running: bool,
-    /// Whether a job is under way.
+    /// Whether a job is running.
     busy: bool,
     closed: bool,
 }
@@ -84,16 +84,16 @@ impl Inner {
     }
 }
 
-/// The state of one fetch that has failed at least once.
+/// The state of a fetch that has failed at least once.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Attempts {
     pub(crate) count: u32,
     pub(crate) since: Instant,
-    /// Since when more than background fill wants the pages.
+    /// The time since which an accessor other than background fill wants the pages.
     pub(crate) wanted: Option<Instant>,
 }
 
-/// Tries failed fetches again, on a thread that exists while there are any.
+/// Retries failed fetches, on a thread that exists only while some are pending.
 pub struct Retrier {
     inner: Arc<Inner>,
     policy: RetryPolicy,
@@ -101,8 +101,8 @@ pub struct Retrier {
 }
 
 impl Retrier {
-    /// A retrier that tells `observer` of each failed attempt. The observer is called on threads
-    /// that serve faults: it must not wait.
+    /// Creates a retrier that reports each failed attempt to `observer`. The observer runs on
+    /// threads that serve faults: it must not block.
     pub fn new(
         policy: RetryPolicy,
         observer: impl Fn(&Failure<'_>) + Send + Sync + 'static,
@@ -111,7 +111,7 @@ impl Retrier {
         Arc::new(Retrier { inner, policy, observer: Box::new(observer) })
     }
 
-    /// Reports a failure and runs `job` when it is time for the next attempt.
+    /// Reports a failure and runs `job` when the next attempt is due.
     pub(crate) fn failed(
         &self,
         error: &dyn Error,
@@ -134,7 +134,7 @@ impl Retrier {
             wanted: wanted.is_some(),
             given_up,
         };
-        // The pages must be tried again, whatever the observer does.
+        // The pages must be retried even if the observer panics.
         let _ = panic::catch_unwind(AssertUnwindSafe(|| (self.observer)(&failure)));
         let mut queue = self.inner.lock();
         if queue.closed {
@@ -149,7 +149,7 @@ impl Retrier {
             queue.running = spawned.is_ok();
             if let Err(error) = spawned {
                 log::error!("start a thread that tries failed fetches again: {error}; trying here");
-                // Without a thread, this one waits and tries, rather than nobody.
+                // Without a retry thread, this thread must wait and retry.
                 queue.running = true;
                 drop(queue);
                 run(&self.inner);
@@ -160,14 +160,14 @@ impl Retrier {
         self.inner.changed.notify_all();
     }
 
-    /// Whether there are pages that could not be fetched, and will be tried again. It is false
-    /// again once the source has delivered them.
+    /// Returns whether some pages could not be fetched and will be retried. It is false again once
+    /// the source has delivered them.
     pub fn is_failing(&self) -> bool {
         let queue = self.inner.lock();
         queue.busy || !queue.jobs.is_empty()
     }
 
-    /// Forgets all jobs.
+    /// Drops all jobs, and every later one.
     fn stop(&self) {
         let jobs = {
             let mut queue = self.inner.lock();
@@ -175,7 +175,7 @@ impl Retrier {
             std::mem::take(&mut queue.jobs)
         };
         self.inner.changed.notify_all();
-        // A job may hold the last reference to what owns this retrier: not under the lock.
+        // Outside the lock: a job may hold the last reference to the owner of this retrier.
         drop(jobs);
     }
 }
@@ -196,7 +196,7 @@ fn run(inner: &Inner) {
         queue.busy = true;
         drop(queue);
         if let Some(job) = job {
-            // A job that panics is a mistake, and has been reported; the others go on.
+            // A panic of a job is a bug, and has been reported; the other jobs continue.
             let _ = panic::catch_unwind(AssertUnwindSafe(job));
         }
         queue = inner.lock();
@@ -236,7 +236,7 @@ mod tests {
         let (sender, receiver) = std::sync::mpsc::channel::<()>();
         let attempts = Attempts { count: 1, since: Instant::now(), wanted: None };
         let wait = move || {
-            // It ends with the sender.
+            // Ends when the sender is dropped.
             let _ = receiver.recv();
         };
         retrier.failed(&fmt::Error, PageRange::new(0, 1), 0, attempts, wait);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What each path has fetched, and how long it waited.
+//! Statistics of each path and of the source: pages, bytes, latencies, failures.
 
 use std::cell::Cell;
 use std::collections::BTreeMap;
@@ -14,19 +14,19 @@ use serde::{Deserialize, Serialize};
 use crate::PAGE_SIZE;
 use crate::latency::{Latencies, Sum};
 
-/// Who asked for a page.
+/// The path by which a page is requested.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Path {
     /// A vCPU.
     Guest,
-    /// KVM itself: emulator operands, clock pages and the like.
+    /// The hypervisor itself: emulator operands, clock pages and the like.
     KvmInternal,
     /// The VMM, through vm-memory or a raw pointer.
     Vmm,
     /// A vhost-user back-end.
     BackEnd,
-    /// Nobody: background fill.
+    /// Background fill, for no particular accessor.
     Fill,
 }
 
@@ -35,7 +35,7 @@ impl Path {
     pub const ALL: [Path; 5] =
         [Path::Guest, Path::KvmInternal, Path::Vmm, Path::BackEnd, Path::Fill];
 
-    /// The path's name in reports.
+    /// Returns the path's name in reports.
     pub const fn name(self) -> &'static str {
         match self {
             Path::Guest => "guest",
@@ -50,61 +50,61 @@ impl Path {
 /// Latencies of one path, in microseconds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct LatencyMicros {
-    /// Half of the faults were resolved within this time.
+    /// The time within which half of the faults were resolved.
     pub p50: f64,
-    /// 99 of 100 faults were resolved within this time.
+    /// The time within which 99 of 100 faults were resolved.
     pub p99: f64,
-    /// The longest.
+    /// The longest latency.
     pub max: f64,
 }
 
-/// What one path did.
+/// The activity of one path.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct PathReport {
-    /// Faults: how often somebody of this path found a page missing.
+    /// Number of faults: accesses of this path to missing pages.
     pub faults: u64,
     /// Bytes mapped for the faulter by one resolution: the commonest value of
-    /// `granularity_histogram`; 0 if there was no fault.
+    /// `granularity_histogram`; 0 without a fault.
     pub granularity_bytes: u64,
-    /// Number of faults by the bytes that their resolution mapped.
+    /// Number of faults for each number of bytes that a resolution mapped.
     pub granularity_histogram: BTreeMap<u64, u64>,
-    /// Pages that this path brought in.
+    /// Number of pages that this path fetched.
     pub pages: u64,
-    /// Bytes that it read from the source; holes are not read.
+    /// Bytes that this path read from the source; holes are not read.
     pub bytes_fetched: u64,
-    /// From the fault's arrival in this process to its resolution.
+    /// Latency from the fault's arrival in this process to its resolution.
     pub latency_us: LatencyMicros,
 }
 
-/// What the source did.
+/// The activity of the source.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SourceReport {
-    /// Reads.
+    /// Number of reads.
     pub reads: u64,
     /// Bytes read.
     pub bytes: u64,
-    /// Attempts that failed.
+    /// Number of failed attempts.
     pub errors: u64,
-    /// Attempts after a failure.
+    /// Number of attempts after a failure.
     pub retries: u64,
 }
 
-/// Some pages that became present, for a picture of a run.
+/// A group of pages that became present, for a timeline of the run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TimelineEvent {
-    /// Time since the statistics began, in microseconds.
+    /// Time since the statistics were created, in microseconds.
     pub at_us: u64,
-    /// Pages that became present.
+    /// Number of pages.
     pub pages: u64,
-    /// Who brought them in.
+    /// The path that fetched them.
     pub path: Path,
 }
 
 #[derive(Default)]
 struct PathCounts {
-    /// Faults whose resolution mapped one page: nearly all of a guest's.
+    /// Number of faults whose resolution mapped one page: nearly all faults of a guest.
     of_a_page: AtomicU64,
-    /// The others, by the bytes that were mapped; these are worth a lock.
+    /// The other faults, by the bytes mapped. Each of them is costly enough to afford a lock.
     larger: Mutex<BTreeMap<u64, u64>>,
     pages: AtomicU64,
     reads: AtomicU64,
@@ -118,7 +118,8 @@ impl PathCounts {
     }
 }
 
-/// What the threads of one shard count. They are few, mostly one, and meet in an atomic at worst.
+/// The counters of the threads of one shard. There is mostly one thread, so that the atomics and
+/// locks are hardly ever contended.
 #[derive(Default)]
 struct Shard {
     paths: [PathCounts; Path::ALL.len()],
@@ -151,7 +152,7 @@ fn shard_of_thread() -> usize {
 
 /// Counters and latencies of all paths of a VM.
 ///
-/// Each thread counts for itself, so that threads on disjoint pages do not meet here.
+/// Each thread counts in one of 32 shards, so that threads on disjoint pages rarely meet here.
 pub struct Stats {
     shards: [CachePadded<Shard>; SHARDS],
     origin: Instant,
@@ -159,7 +160,7 @@ pub struct Stats {
 }
 
 impl Stats {
-    /// Empty statistics that begin now.
+    /// Creates empty statistics, which begin now.
     pub fn new() -> Self {
         Stats {
             shards: std::array::from_fn(|_| CachePadded::new(Shard::default())),
@@ -168,7 +169,7 @@ impl Stats {
         }
     }
 
-    /// Keeps, from now on, an event for each group of pages that becomes present.
+    /// Starts keeping an event for each group of pages that becomes present.
     pub fn keep_timeline(&self) {
         self.timeline.store(true, Ordering::Relaxed);
     }
@@ -189,7 +190,7 @@ impl Stats {
         counts.latencies.record(latency);
     }
 
-    /// Counts pages that became present, of which `bytes_read` bytes were read from the source.
+    /// Counts pages that became present; `bytes_read` of their bytes were read from the source.
     pub(crate) fn arrived(&self, path: Path, pages: u64, bytes_read: u64) {
         let shard = self.shard();
         let counts = &shard.paths[path as usize];
@@ -214,7 +215,7 @@ impl Stats {
         self.shard().retries.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// What one path did so far.
+    /// Returns the activity of one path so far.
     pub fn path(&self, path: Path) -> PathReport {
         let mut report = PathReport::default();
         let mut latency = Sum::new();
@@ -244,7 +245,7 @@ impl Stats {
         report
     }
 
-    /// What the source did so far.
+    /// Returns the activity of the source so far.
     pub fn source(&self) -> SourceReport {
         let mut report = SourceReport::default();
         for shard in &self.shards {
@@ -258,13 +259,13 @@ impl Stats {
         report
     }
 
-    /// Pages that became present so far, on all paths.
+    /// Returns the number of pages that became present so far, on all paths.
     pub fn pages_arrived(&self) -> u64 {
         let paths = self.shards.iter().flat_map(|shard| &shard.paths);
         paths.map(|counts| counts.pages.load(Ordering::Relaxed)).sum()
     }
 
-    /// The events that were kept, by time.
+    /// Returns the events kept so far, in order of time.
     pub fn timeline(&self) -> Vec<TimelineEvent> {
         let mut events: Vec<_> =
             self.shards.iter().flat_map(|shard| shard.events().clone()).collect();

@@ -1,20 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Takes pages whose content has not arrived out of the page tables of other processes.
+//! Removes missing pages from the page tables of other processes.
 
 use std::sync::Arc;
 
 use crate::{BackingError, FetchError, PAGE_SIZE, PageRange, Pager, Path, Waiter};
 
-/// Pages that claims are held off for at a time, unless a unit has more: 64 MiB.
+/// Pages swept at a time, while claims wait, unless a unit has more: 64 MiB.
 const CHUNK: u64 = (64 << 20) / PAGE_SIZE;
 
-/// Why missing pages may still be mapped somewhere.
+/// Errors from unmapping missing pages, some of which may still be mapped.
 #[derive(Debug, thiserror::Error)]
 pub enum UnmapError {
-    /// They could not be removed from the memory object.
+    /// A failure to remove them from the memory object.
     #[error(transparent)]
     Remove(#[from] BackingError),
-    /// They belong to a unit that exists rightly, and its other pages did not arrive.
+    /// A failure to fetch the missing pages of a unit that also has present or claimed ones.
     #[error(transparent)]
     Fetch(#[from] FetchError),
 }
@@ -23,11 +23,11 @@ impl Pager {
     /// Unmaps each missing page from every process that has the memory object mapped, so that the
     /// next access to it there is a fault.
     ///
-    /// It is for a mapping that is trapped from now on and was not before: another process may have
-    /// touched pages there (`mlockall` and `MAP_POPULATE` do), which are zeros that nothing traps
-    /// any more. Units of which no page is present or claimed are removed from the memory object.
-    /// The pages of others are fetched, and waited for: only units that exist already are
-    /// concerned, so where no process has touched any, nothing is done.
+    /// It serves a mapping that is trapped only from now on: another process may have touched pages
+    /// there before (`mlockall` and `MAP_POPULATE` do), and these are zeros that no trap covers any
+    /// more. Units of which no page is present or claimed are removed from the memory object. The
+    /// missing pages of other units are fetched, and waited for. Only units that already exist are
+    /// affected: if no process has touched any, nothing is done.
     ///
     /// # Errors
     ///

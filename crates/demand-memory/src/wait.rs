@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Waiting for pages that somebody else brings in.
+//! Waits for pages that another thread populates.
 
 use std::fmt;
 use std::time::Duration;
@@ -10,14 +10,14 @@ use smallvec::SmallVec;
 use crate::PageRange;
 use crate::sync::{Arc, AtomicBool, AtomicUsize, Condvar, Mutex, MutexGuard, Ordering, fence};
 
-/// How a wait ended.
+/// The result of a wait.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Wait {
-    /// All pages are present.
+    /// Success: all pages are present.
     Present,
-    /// The waiter was kicked: the pages may still be missing.
+    /// A kick of the waiter: the pages may still be missing.
     Kicked,
-    /// The memory was stopped: the pages will not come.
+    /// A stop of the memory: the pages will not arrive.
     Stopped,
 }
 
@@ -28,9 +28,9 @@ struct State {
     waiting: bool,
 }
 
-/// A thread that may wait for pages, and through which others can call it away.
+/// The handle of a thread that may wait for pages, through which other threads can kick it.
 ///
-/// Each thread has its own; a clone of the `Arc` is what a kicker holds.
+/// Each thread has a separate waiter; a kicking thread holds a clone of the `Arc`.
 ///
 /// # Examples
 ///
@@ -46,19 +46,19 @@ struct State {
 pub struct Waiter {
     state: Mutex<State>,
     changed: Condvar,
-    /// Whether it waits for background fill.
+    /// Whether the waiter belongs to background fill.
     #[cfg_attr(loom, allow(dead_code))] // Fill is not modelled.
     background: bool,
 }
 
 impl Waiter {
-    /// A waiter that has not been kicked.
-    #[allow(clippy::new_ret_no_self)] // It is only ever used behind an `Arc`.
+    /// Creates a waiter that has not been kicked.
+    #[allow(clippy::new_ret_no_self)] // It is only used behind an `Arc`.
     pub fn new() -> Arc<Waiter> {
         Self::with(false)
     }
 
-    /// A waiter whose waits do not count as anybody's want.
+    /// Creates a waiter for background fill, whose waits do not mark pages as wanted.
     #[cfg(not(loom))]
     pub(crate) fn background() -> Arc<Waiter> {
         Self::with(true)
@@ -69,18 +69,18 @@ impl Waiter {
         Arc::new(Waiter { state, changed: Condvar::new(), background })
     }
 
-    /// Ends the wait under way, and every later one until [`clear_kick`](Self::clear_kick).
+    /// Ends the current wait, and every later one until [`clear_kick`](Self::clear_kick).
     pub fn kick(&self) {
         self.lock().kicked = true;
         self.changed.notify_all();
     }
 
-    /// Lets the thread wait again.
+    /// Clears a kick, so that the thread can wait again.
     pub fn clear_kick(&self) {
         self.lock().kicked = false;
     }
 
-    /// Whether its thread waits for a page just now.
+    /// Returns whether the thread is waiting for a page at this moment.
     pub fn is_waiting(&self) -> bool {
         self.lock().waiting
     }
@@ -90,7 +90,7 @@ impl Waiter {
         self.changed.notify_all();
     }
 
-    /// Sleeps until woken or kicked, or for `limit`, which the model checker does not know.
+    /// Sleeps until woken or kicked, or for `limit`, which the model checker ignores.
     fn sleep(&self, limit: Option<Duration>) {
         let mut state = self.lock();
         state.waiting = true;
@@ -127,14 +127,14 @@ impl fmt::Debug for Waiter {
     }
 }
 
-/// Who is to be told.
+/// The recipient of a wake.
 enum Told {
     Thread(Arc<Waiter>),
     Callback(Box<dyn FnOnce() + Send>),
 }
 
 struct Entry {
-    /// The page that the entry waits for just now: the first of `range` that is missing.
+    /// The page that the entry currently waits for: the first missing page of `range`.
     page: u64,
     range: PageRange,
     told: Told,
@@ -142,8 +142,8 @@ struct Entry {
 
 #[derive(Default)]
 struct Bucket {
-    /// Entries that are in the list or about to be. Publishers read it and, as long as nobody
-    /// waits, touch nothing else here.
+    /// Number of entries that are in the list or about to be. Publishers read it and, while it is
+    /// 0, touch nothing else here.
     waiting: AtomicUsize,
     entries: Mutex<Vec<Entry>>,
 }
@@ -159,8 +159,8 @@ const BUCKETS: usize = 64;
 #[cfg(loom)]
 const BUCKETS: usize = 2;
 
-/// All who wait for pages of one bitmap, in lists chosen by the page's word, so that waiters for
-/// different words hardly ever meet.
+/// The waiters for pages of one bitmap, in lists chosen by the page's word, so that waiters for
+/// different words hardly ever contend.
 pub(crate) struct WaitTable {
     buckets: [CachePadded<Bucket>; BUCKETS],
     stopped: AtomicBool,
@@ -182,10 +182,11 @@ impl WaitTable {
         self.stopped.load(Ordering::Acquire)
     }
 
-    /// Wakes everybody for good. Callbacks are dropped: their pages will not come.
+    /// Wakes all waiters; all current and future waits for missing pages return [`Wait::Stopped`].
+    /// Callbacks are dropped: their pages will not arrive.
     pub(crate) fn stop(&self) {
         self.stopped.store(true, Ordering::Release);
-        // Pairs with the fence in `enter`: whoever this does not find in a list sees the flag.
+        // Pairs with the fence in `enter`: a waiter that this finds in no list sees the flag.
         fence(Ordering::SeqCst);
         for bucket in &self.buckets {
             let entries = std::mem::take(&mut *bucket.lock());
@@ -198,15 +199,15 @@ impl WaitTable {
         }
     }
 
-    /// Puts the entry into the list of the first page of its range that is missing, or gives it
-    /// back if there is none, or the table was stopped.
+    /// Adds the entry to the list of the first missing page of its range. Gives it back if no page
+    /// is missing, or the table was stopped.
     fn enter(&self, mut entry: Entry, first_missing: &FirstMissing<'_>) -> Result<(), Entry> {
         loop {
             let Some(page) = first_missing(entry.range) else { return Err(entry) };
             let bucket = self.bucket(page / 64);
             bucket.waiting.fetch_add(1, Ordering::Relaxed);
             // Pairs with the fences in `wake` and `stop`: either they see this entry's count, and
-            // then wait for the lock, or the look below sees what they have changed.
+            // then wait for the lock, or the check below sees their change.
             fence(Ordering::SeqCst);
             let mut entries = bucket.lock();
             if !self.is_stopped() && first_missing(PageRange::page(page)).is_some() {
@@ -232,7 +233,8 @@ impl WaitTable {
         self.wait_within(range, waiter, None, first_missing).unwrap_or(Wait::Stopped)
     }
 
-    /// As [`wait`](Self::wait); with a limit, `None` after the first wake-up that was not the last.
+    /// Like [`wait`](Self::wait). With a limit, returns `None` if pages are still missing after one
+    /// sleep.
     pub(crate) fn wait_within(
         &self,
         range: PageRange,
@@ -256,7 +258,8 @@ impl WaitTable {
                 Ok(()) => {
                     waiter.sleep(limit);
                     slept = true;
-                    // Kicked, or woken late by an earlier wait: the entry may still be listed.
+                    // After a kick, a timeout or a late wake from an earlier wait, the entry may
+                    // still be listed.
                     self.leave(range, waiter);
                 }
                 Err(_) if first_missing(range).is_none() => return Some(Wait::Present),
@@ -265,7 +268,7 @@ impl WaitTable {
         }
     }
 
-    /// Whether anything but background fill waits for a page of the range.
+    /// Returns whether a waiter other than background fill waits for a page of the range.
     #[cfg(not(loom))]
     pub(crate) fn is_wanted(&self, range: PageRange) -> bool {
         let background = |told: &Told| matches!(told, Told::Thread(waiter) if waiter.background);
@@ -274,7 +277,7 @@ impl WaitTable {
         self.buckets.iter().any(|bucket| bucket.lock().iter().any(wants))
     }
 
-    /// Takes a thread's entry out, wherever in its range it waits.
+    /// Removes a thread's entry, wherever in its range it waits.
     fn leave(&self, range: PageRange, waiter: &Arc<Waiter>) {
         let others = |entry: &Entry| !matches!(&entry.told, Told::Thread(other) if Arc::ptr_eq(other, waiter));
         for bucket in self.buckets_of(range) {
@@ -285,8 +288,9 @@ impl WaitTable {
         }
     }
 
-    /// Calls `callback` when no page of `range` is missing: now, on this thread, or on the thread
-    /// that publishes the last of them. It is dropped uncalled if the table is stopped.
+    /// Calls `callback` when no page of `range` is missing: now on this thread, or later on the
+    /// thread that publishes the last of them. If the table is stopped, the callback is dropped
+    /// without a call.
     pub(crate) fn when_present(
         &self,
         range: PageRange,
@@ -309,7 +313,7 @@ impl WaitTable {
         }
     }
 
-    /// Tells those who waited for one of these pages. Called after their bits were cleared.
+    /// Wakes the waiters for these pages. Must be called after the pages' bits are cleared.
     #[inline]
     pub(crate) fn wake(&self, range: PageRange, first_missing: &FirstMissing<'_>) {
         // Pairs with the fence in `enter`.
@@ -324,7 +328,7 @@ impl WaitTable {
 
     #[inline]
     fn wake_bucket(&self, bucket: &Bucket, first_missing: &FirstMissing<'_>) {
-        // Nearly always so: this is all that publishing does for those who might wait.
+        // Nearly always 0: publishing then costs no more than this load.
         if bucket.waiting.load(Ordering::Relaxed) != 0 {
             self.tell_arrived(bucket, first_missing);
         }
@@ -345,8 +349,8 @@ impl WaitTable {
             }
             bucket.waiting.fetch_sub(arrived.len(), Ordering::Relaxed);
         }
-        // Not under the lock: an entry may move on to another list, and a callback may do
-        // anything but wait.
+        // Outside the lock: an entry may move to another list, and a callback may do anything but
+        // block.
         for entry in arrived {
             self.enter_or_tell(entry, first_missing);
         }
@@ -359,14 +363,14 @@ impl WaitTable {
     }
 }
 
-/// Calls a callback. Its panic, which it has reported, keeps no other from being told.
+/// Calls a callback. A panic in it, already reported, must not keep the other waiters from waking.
 fn call(callback: Box<dyn FnOnce() + Send>) {
     #[cfg(not(loom))]
     let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(callback));
-    // The model checker's assertions are panics.
+    // The model checker's assertions are panics, and must pass.
     #[cfg(loom)]
     callback();
 }
 
-/// The first page of a range that is missing.
+/// A function that returns the first missing page of a range.
 pub(crate) type FirstMissing<'a> = dyn Fn(PageRange) -> Option<u64> + 'a;

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The words of a bitmap, in memory that can be shared.
+//! The words of a bitmap, in memory that other processes can map.
 
 use std::ops::Deref;
 
 use crate::sync::AtomicU64;
 
-/// An array of 64-bit words.
+/// An array of 64-bit words in a memfd.
 ///
-/// It lies in a memfd, so that KVM reads it and another process may map it, read-only: the file is
-/// sealed against all others. Pages of it that were never written cost nothing.
+/// The hypervisor reads it, and another process may map it read-only: the file is sealed against
+/// all other writers. Its pages that were never written take no memory.
 #[cfg(not(loom))]
 #[derive(Debug)]
 pub(crate) struct Words {
@@ -19,12 +19,12 @@ pub(crate) struct Words {
 
 #[cfg(not(loom))]
 impl Words {
-    /// Makes `len` words, of which the first `ones` bits are set. `name` is what `/proc/PID/fd` and
-    /// `/proc/PID/maps` call them.
+    /// Creates `len` words, of which the first `ones` bits are set. `name` appears in
+    /// `/proc/PID/fd` and `/proc/PID/maps`.
     ///
     /// # Errors
     ///
-    /// The system's, if the memory cannot be had.
+    /// The system's error if memory cannot be allocated.
     pub(crate) fn new(name: &std::ffi::CStr, len: usize, ones: u64) -> std::io::Result<Self> {
         let bytes = len.max(1).checked_mul(8);
         let bytes = bytes.ok_or_else(|| std::io::Error::from_raw_os_error(libc::EOVERFLOW))? as u64;
@@ -32,14 +32,14 @@ impl Words {
         file.set_len(bytes)?;
         let mapping = crate::mapping::Mapping::shared(&file, bytes, false)?;
         set_first(&file, ones)?;
-        // From here on it is written through that mapping alone.
+        // From here on, only that mapping can write to it.
         crate::backing::seal(&file, libc::F_SEAL_FUTURE_WRITE)?;
         Ok(Words { mapping, file: std::sync::Arc::new(file), len })
     }
 }
 
-/// Sets the first `bits` bits, all others being zero. Through the file: a mapping would fault at
-/// each page, which for large memories is most of what a start takes.
+/// Sets the first `bits` bits; all others are zero. Writes through the file: a mapping would fault
+/// at each page, which for large memories is most of the time that a start takes.
 #[cfg(not(loom))]
 fn set_first(file: &std::fs::File, bits: u64) -> std::io::Result<()> {
     use std::os::unix::fs::FileExt;
@@ -66,14 +66,14 @@ impl Deref for Words {
     #[inline]
     fn deref(&self) -> &[AtomicU64] {
         // SAFETY: the mapping holds `len` words, is aligned to a page and lives as long as `self`.
-        // All accesses to it are atomic: ours go through the slice, KVM only reads, and the seals
-        // keep others from writing.
+        // All accesses to it are atomic: this process goes through the slice, the hypervisor only
+        // reads, and the seals keep other processes from writing.
         unsafe { std::slice::from_raw_parts(self.mapping.address().cast().as_ptr(), self.len) }
     }
 }
 
-/// The words of a missing bitmap, to be read: by KVM and other processes as they are, and by a
-/// VMM's own code.
+/// A read-only view of the words of a missing bitmap. The hypervisor and other processes read the
+/// memory itself; the VMM's own code loads single words.
 ///
 /// ```compile_fail,E0608
 /// # use std::sync::atomic::Ordering;
@@ -90,45 +90,45 @@ impl<'a> BitmapWords<'a> {
         BitmapWords(words)
     }
 
-    /// Where the words begin. They stay there as long as the bitmap lives.
+    /// Returns the address of the first word, which does not change while the bitmap lives.
     pub fn as_ptr(&self) -> *const u64 {
         self.0.as_ptr().cast()
     }
 
-    /// The number of words.
+    /// Returns the number of words.
     pub fn len(&self) -> usize {
         self.0.len()
     }
 
-    /// Whether there are none; never.
+    /// Returns whether the array has no words, which is never the case.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// A word. The content of pages whose bits are clear there is visible to the caller.
+    /// Returns a word. The content of pages whose bits are clear in it is visible to the caller.
     ///
     /// # Panics
     ///
-    /// If there is no such word.
+    /// If the word does not exist.
     pub fn load(&self, index: usize) -> u64 {
         self.0[index].load(crate::sync::Ordering::Acquire)
     }
 
-    /// The memfd that holds the words, from its first byte on. It is sealed: its holders can read
-    /// it, map it to read, and nothing else.
+    /// Returns the memfd that holds the words, from its first byte on. It is sealed: its holders
+    /// can read it and map it for reading, and nothing else.
     pub fn file(&self) -> &'a std::sync::Arc<std::fs::File> {
         &self.0.file
     }
 }
 
-/// The words as the model checker sees them.
+/// The words for the model checker.
 #[cfg(loom)]
 #[derive(Debug)]
 pub(crate) struct Words(Box<[AtomicU64]>);
 
 #[cfg(loom)]
 impl Words {
-    /// Makes `len` words, of which the first `ones` bits are set.
+    /// Creates `len` words, of which the first `ones` bits are set.
     pub(crate) fn new(_: &std::ffi::CStr, len: usize, ones: u64) -> std::io::Result<Self> {
         let words: Box<[_]> = (0..len).map(|_| AtomicU64::new(0)).collect();
         for (word, mask) in crate::PageRange::new(0, ones).words() {
@@ -153,7 +153,7 @@ mod tests {
 
     #[test]
     fn more_words_than_memory_can_hold_are_refused() {
-        // In 64 bits the bytes would come round, and what is left is a bitmap of a word or two.
+        // In 64 bits, the number of bytes would wrap around to a bitmap of a word or two.
         for len in [(1 << 61) + 1, (1 << 61) + 2, 1 << 61, usize::MAX] {
             let error = Words::new(c"test", len, 0).unwrap_err();
             assert_eq!(error.raw_os_error(), Some(libc::EOVERFLOW), "{len:#x}");

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Accesses at the edges: of a page, of a word of the bitmap, of a region, and of memory.
+//! Accesses at the edges of a page, of a bitmap word, of a region and of memory.
 
 use std::sync::Arc;
 
@@ -64,7 +64,7 @@ fn slices_hold_what_the_image_does_at_each_edge_of_a_word() {
                 continue;
             }
             let region = region(0, 130);
-            // Present but for one page: each in turn decides.
+            // The first, middle and last page become present before the whole range is read.
             for absent in [first, first + count / 2, first + count - 1] {
                 let fetched = region.get_slice(MemoryRegionAddress(absent * PAGE_SIZE), 1).unwrap();
                 assert_eq!(
@@ -73,7 +73,7 @@ fn slices_hold_what_the_image_does_at_each_edge_of_a_word() {
                 );
             }
             let offset = first * PAGE_SIZE + 4095;
-            // From the last byte of the first page to the first of the last.
+            // From the last byte of the first page to the first byte of the last page.
             let len = ((count - 1) * PAGE_SIZE).saturating_sub(4094).max(1) as usize;
             let mut bytes = vec![0; len];
             region.read_slice(&mut bytes, MemoryRegionAddress(offset)).unwrap();
@@ -88,7 +88,7 @@ fn slices_hold_what_the_image_does_at_each_edge_of_a_word() {
 #[test]
 fn addresses_are_found_in_few_regions_and_in_many() {
     for regions in [1, 2, 4, 5, 9] {
-        // Each second one follows the one before it at once.
+        // Every second region directly follows the one before it.
         let starts: Vec<_> =
             (0..regions).map(|at| 0x10000 + at * 0x3000 - at % 2 * 0x1000).collect();
         let memory =
@@ -111,7 +111,7 @@ fn addresses_are_found_in_few_regions_and_in_many() {
     }
 }
 
-/// Raw pointers into a mapping that nothing traps show zeros for each missing page.
+/// Raw pointers into an untrapped mapping would show zeros for missing pages.
 #[test]
 fn untrapped_access_mapping_is_refused() {
     let incomplete = region(0, 4);
@@ -125,7 +125,7 @@ fn untrapped_access_mapping_is_refused() {
     assert_eq!(incomplete.set_access_mapping(map(&region(0, 5))), Err(other));
     set(&incomplete).unwrap();
     let address = incomplete.get_host_address(MemoryRegionAddress(3 * PAGE_SIZE)).unwrap();
-    // SAFETY: the byte lies in the mapping, which the region keeps, and nothing writes it.
+    // SAFETY: the byte lies in the mapping, which the region keeps alive, and nothing writes it.
     assert_eq!(unsafe { address.read_volatile() }, 4);
     assert_eq!(set(&incomplete), Err(AccessMappingError::Twice));
 }

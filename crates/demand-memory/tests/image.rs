@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Memory that is copied to an image: lazy, present from the start, and while its source fails.
+//! Copies of memory to an image: lazy, present from the start, and with a source that fails.
 #![cfg(not(loom))]
 
 use std::fs::File;
@@ -37,7 +37,7 @@ fn region(
     DemandRegion::new(config, ()).unwrap()
 }
 
-/// Memory of two regions, the second of `second` pages, over one image.
+/// Creates a memory of two regions, the second of `second` pages, over one image.
 fn two(kind: BackingKind, second: u64, source: impl PageSource + 'static) -> DemandMemory {
     let source: Arc<dyn PageSource> = Arc::new(source);
     let first = region(0, kind, FIRST, &source, 0);
@@ -45,12 +45,12 @@ fn two(kind: BackingKind, second: u64, source: impl PageSource + 'static) -> Dem
     DemandMemory::new(vec![first, second]).unwrap()
 }
 
-/// Pages of the first region, which are those of a huge page.
+/// Pages of the first region: as many as a huge page of 2 MiB has.
 const FIRST: u64 = 512;
-/// Where the second region begins, in guest memory.
+/// Guest physical address of the second region.
 const SECOND: u64 = 1 << 32;
 
-/// Where a page of the image is in guest memory.
+/// Returns the guest physical address of a page of the image.
 fn address(page: u64) -> GuestAddress {
     GuestAddress(if page < FIRST { page } else { SECOND / PAGE_SIZE + page - FIRST } * PAGE_SIZE)
 }
@@ -60,7 +60,7 @@ fn missing(memory: &DemandMemory) -> u64 {
     memory.pagers().map(|pager| pager.bitmap().count_missing(all(pager))).sum()
 }
 
-/// Bytes that the memory objects take.
+/// Returns the number of bytes allocated to the memory objects.
 fn allocated(memory: &DemandMemory) -> u64 {
     let blocks = |file: &File| file.metadata().unwrap().blocks() * 512;
     memory.pagers().map(|pager| blocks(pager.backing().file().unwrap())).sum()
@@ -70,7 +70,7 @@ fn size(memory: &DemandMemory) -> u64 {
     memory.pagers().map(|pager| pager.pages() * PAGE_SIZE).sum()
 }
 
-/// An image of memory, and how it came to be.
+/// An image of memory, and the progress that was reported last.
 struct Written {
     _folder: tempfile::TempDir,
     image: HashedImage,
@@ -91,7 +91,7 @@ fn try_write(
     Ok(Written { _folder: folder, image, done })
 }
 
-/// Writes an image, and sees that memory is then what it was before.
+/// Writes an image, and checks that this leaves memory unchanged.
 fn write(memory: &DemandMemory) -> Written {
     let before = (missing(memory), allocated(memory));
     let mut last = 0;
@@ -107,7 +107,7 @@ fn write(memory: &DemandMemory) -> Written {
 
 impl Written {
     fn is(&self, expected: impl Fn(u64) -> Vec<u8>) {
-        // Each page is compared with its hash here.
+        // The read compares each page with its hash.
         let mut content = vec![0xee; self.image.size() as usize];
         self.image.read_through(0, &mut Destination::from(&mut content[..])).unwrap();
         for (page, content) in (0..).zip(content.chunks_exact(PAGE_SIZE as usize)) {
@@ -116,14 +116,15 @@ impl Written {
     }
 }
 
-/// What the guest wrote to a page of the image, if it did.
+/// Returns a page of the image after a guest write to it.
 fn touched(page: u64) -> Vec<u8> {
     let mut content = page_of(page);
     content[9] = 0xd1;
     content
 }
 
-/// Some pages are present, some of these are written to; the rest is missing.
+/// Makes some pages present and writes to some of these; the rest stay missing. Returns the
+/// expected content of each page.
 fn half_present(memory: &DemandMemory) -> impl Fn(u64) -> Vec<u8> {
     let pages = size(memory) / PAGE_SIZE;
     for page in (0..pages).filter(|page| page % 7 < 3) {
@@ -132,7 +133,7 @@ fn half_present(memory: &DemandMemory) -> impl Fn(u64) -> Vec<u8> {
     for page in (0..pages).filter(|page| page % 21 < 2) {
         memory.write_obj(0xd1u8, address(page).unchecked_add(9)).unwrap();
     }
-    // One that held something is zeros now.
+    // A page with content is overwritten with zeros.
     assert!(!is_hole(7));
     memory.write_slice(&[0; PAGE_SIZE as usize], address(7)).unwrap();
     move |page| match page {
@@ -162,7 +163,7 @@ fn is_what_the_guest_would_see(kind: BackingKind, second: u64) {
         let read = (0..bytes / PAGE_SIZE).filter(|page| page % 7 >= 3 && page % 21 >= 2);
         let read = read.filter(|page| !is_hole(*page)).count() as u64 * PAGE_SIZE;
         assert_eq!(written.done.from_source, read);
-        // It is what completely filled memory holds.
+        // It equals an image of completely filled memory.
         for pager in memory.pagers() {
             let all = PageRange::new(0, pager.pages());
             pager.ensure(all, Path::Fill, &Waiter::new()).unwrap();
@@ -175,7 +176,7 @@ fn is_what_the_guest_would_see(kind: BackingKind, second: u64) {
 
 #[test]
 fn an_image_of_lazy_memory_is_what_the_guest_would_see() {
-    // More than a MiB, and no multiple of it.
+    // More than 1 MiB, and not a multiple of it.
     is_what_the_guest_would_see(BackingKind::Shmem, 300);
 }
 
@@ -222,7 +223,7 @@ fn background_fill_may_go_on() {
     let pagers = memory.pagers().cloned().collect();
     let mut fill = None;
     let written = try_write(&memory, &mut |_| {
-        // From the middle of it, in the same order: each overtakes the other.
+        // Started halfway through the copy, in the same order: each overtakes the other.
         fill.get_or_insert_with(|| Fill::start(Vec::clone(&pagers), FillRate::Unlimited).unwrap());
         true
     });
@@ -245,7 +246,7 @@ fn memory_that_is_present_from_the_start_costs_what_is_used() {
     let (sender, receiver) = std::sync::mpsc::channel();
     memory.on_complete(move || sender.send(()).unwrap());
     receiver.try_recv().expect("it is complete");
-    // Fill ends at once, and a fetch finds nothing to do.
+    // Fill ends at once, and a fetch has nothing to do.
     let pager = memory.pagers().next().unwrap();
     drop(Fill::start(vec![pager.clone()], FillRate::Unlimited).unwrap());
     assert_eq!(pager.fetch(PageRange::new(0, 1 << 20), Path::BackEnd), Ok(0));
@@ -259,7 +260,7 @@ fn holds_what_was_written(kind: BackingKind, size: u64) {
     for page in [0, 300, last] {
         memory.write_slice(&content(page), GuestAddress(page * PAGE_SIZE)).unwrap();
     }
-    // Touched, and zeros for all that.
+    // Touched, but still zeros.
     memory.write_obj(0u64, GuestAddress(200 * PAGE_SIZE)).unwrap();
     let written = write(&memory);
     assert_eq!(written.done.pages, PageCounts { data: 3, holes: last + 1 - 3 });
@@ -283,7 +284,7 @@ fn present_huge_pages_are_copied() {
     holds_what_was_written(BackingKind::Hugetlb2M, 6 << 20);
 }
 
-/// A memory object that is no file.
+/// A memory object that is not a file.
 #[derive(Debug)]
 struct Bare(MemfdBacking);
 
@@ -337,19 +338,19 @@ fn a_source_that_fails_is_an_error_and_the_memory_goes_on() {
     let memory = two(BackingKind::Shmem, 64, source);
     let expected = half_present(&memory);
     let before = missing(&memory);
-    // In the second region, and missing.
+    // A missing page of the second region.
     let victim = (FIRST..pages).find(|page| page % 7 == 4 && !is_hole(*page)).unwrap();
     control.fail([victim]);
     let error = try_write(&memory, &mut |_| true).err().unwrap();
     let WriteImageError::Source { offset, attempts, .. } = &error else { panic!("{error}") };
     assert_eq!(*attempts, 5);
-    // The run of pages that are read together, holes and present pages being left out.
+    // The offset of the run of pages that are read together, without holes and present pages.
     assert!(((victim - 4) * PAGE_SIZE..=victim * PAGE_SIZE).contains(offset), "{error}");
     let text = error.to_string();
     assert!(text.contains("the VM can go on") && !text.contains('\n'), "{text}");
     assert_eq!(missing(&memory), before);
 
-    // It comes back while it is tried again.
+    // The source recovers between attempts.
     thread::scope(|scope| {
         scope.spawn(|| {
             thread::sleep(Duration::from_millis(120));
@@ -374,7 +375,7 @@ fn a_copy_can_be_ended_also_while_the_source_takes_its_time() {
             if bytes == 1 << 20 && total == pages * PAGE_SIZE),
         "{error}"
     );
-    // Nothing comes from the second region's first page.
+    // The source does not answer in the first chunk of the second region.
     control.hold([FIRST + 1]);
     let mut asked_in_vain = 0;
     let error = try_write(&memory, &mut |so_far| {

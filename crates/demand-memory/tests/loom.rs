@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Every interleaving of claiming, publishing and waiting, explored by loom.
+//! Claiming, publishing and waiting in every interleaving, explored by loom.
 //!
 //! Run with `RUSTFLAGS="--cfg loom" cargo test --release -p demand-memory --test loom`.
 #![cfg(loom)]
@@ -13,18 +13,18 @@ use loom::thread;
 /// A page whose content loom watches: a read that is not ordered after the write is an error.
 struct Page(UnsafeCell<u64>);
 
-// SAFETY: that access is ordered is what loom checks.
+// SAFETY: loom checks that all accesses are ordered.
 unsafe impl Sync for Page {}
 
 impl Page {
     fn populate(&self) {
-        // SAFETY: loom reports it if anybody else is at the cell.
+        // SAFETY: loom reports any concurrent access to the cell.
         self.0.with_mut(|content| unsafe { *content += 1 });
     }
 
-    /// How often the page was populated.
+    /// Returns how often the page was populated.
     fn read(&self) -> u64 {
-        // SAFETY: loom reports it if anybody writes the cell.
+        // SAFETY: loom reports any concurrent write to the cell.
         self.0.with(|content| unsafe { *content })
     }
 }
@@ -42,7 +42,7 @@ impl Memory {
         })
     }
 
-    /// What a pager does for a fault.
+    /// Serves a fault as a pager does. Returns how often a publication was the last.
     fn fetch(&self, range: PageRange) -> usize {
         let mut last = 0;
         let claimed = match range.count {
@@ -109,7 +109,8 @@ fn a_reader_of_the_bitmap_never_sees_a_page_before_its_content() {
         let vcpu = {
             let memory = memory.clone();
             thread::spawn(move || {
-                // A vCPU that finds the bit cleared goes on without another word.
+                // A vCPU that finds the bit cleared accesses the page without further
+                // synchronization.
                 if !memory.bitmap.is_missing(0) {
                     memory.check(PageRange::page(0));
                 }
@@ -132,7 +133,7 @@ fn copy_misses_no_write_before_publication() {
                 assert!(memory.bitmap.claim_page(0));
                 memory.pages[0].populate();
                 memory.bitmap.mark_populated(page);
-                // From here on the guest gets at the page.
+                // From here on the guest can access the page.
                 mapped.store(1, Ordering::Release);
                 memory.bitmap.publish(page);
             })
@@ -153,7 +154,7 @@ fn copy_misses_no_write_before_publication() {
 #[test]
 fn the_last_page_is_told_once_and_everything_is_there_by_then() {
     loom::model(|| {
-        // Two words, so that two counters have to agree.
+        // Two words, so that two counters must agree.
         let memory = Memory::new(65);
         for run in memory.bitmap.claim(PageRange::new(0, 63)) {
             memory.bitmap.publish(run);
@@ -234,7 +235,7 @@ fn swept_page_is_not_claimed_meanwhile() {
         };
         let others = memory.bitmap.sweep(PageRange::new(0, 2), 1, |run| {
             for page in run.first..run.end() {
-                // What was there is taken away. SAFETY: loom reports it if anybody else is there.
+                // SAFETY: loom reports any concurrent access to the cell, whose content is removed.
                 memory.pages[page as usize].0.with_mut(|content| unsafe { *content = 0 });
             }
             Ok::<_, ()>(())

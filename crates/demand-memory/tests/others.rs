@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Backings and sources that do not do what they say: safe code of others must not reach memory
-//! that it was not given, and no page may count as present that was not filled.
+//! Backings and sources that break their contract: their safe code must not reach memory that it
+//! was not given, and no page may count as present that was not filled.
 #![cfg(not(loom))]
 
 use std::fs::File;
@@ -37,7 +37,7 @@ fn config(backing: impl Backing + 'static, source: impl PageSource + 'static) ->
     }
 }
 
-/// A backing whose mapping is shorter than it says.
+/// A backing whose mapping is shorter than its reported size.
 #[derive(Debug)]
 struct Short(MemfdBacking);
 
@@ -86,7 +86,7 @@ fn memory_past_the_last_address_is_refused() {
     at(u64::MAX - SIZE + 1).unwrap();
 }
 
-/// A page of the region, which must be present.
+/// Returns the content of a page, which must be present.
 fn content(region: &DemandRegion, page: u64) -> Vec<u8> {
     let mut content = vec![0xee; PAGE_SIZE as usize];
     assert!(!region.pager().bitmap().is_missing(page));
@@ -94,7 +94,7 @@ fn content(region: &DemandRegion, page: u64) -> Vec<u8> {
     content
 }
 
-/// A source that answers before it has given back what it was lent.
+/// A source that answers before it returns the memory that it was lent.
 #[derive(Clone)]
 struct Keeper(Arc<Kept>);
 
@@ -151,7 +151,7 @@ fn a_failed_page_is_retried_after_its_loan() {
     assert!(content(&region, 1) == page_of(1));
 }
 
-/// A source that writes half of what it is asked for, and says that this was all.
+/// A source that writes half of each request and reports success.
 #[derive(Clone, Default)]
 struct Half {
     whole: Arc<AtomicBool>,

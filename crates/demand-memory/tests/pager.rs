@@ -22,7 +22,7 @@ use vm_memory::{
 const PAGES: u64 = 1024;
 const SIZE: u64 = PAGES * PAGE_SIZE;
 
-/// Page p holds p + 1 in each byte's place; every fifth page is a hole.
+/// Returns the value of each byte of a page: p + 1 for page p, and 0 for every fifth, a hole.
 fn byte_of(page: u64) -> u8 {
     if page.is_multiple_of(5) { 0 } else { (page + 1) as u8 }
 }
@@ -61,7 +61,7 @@ fn check(region: &DemandRegion, pages: impl Iterator<Item = u64>) {
     }
 }
 
-/// A source that does what a test tells it.
+/// A source that fails and delays as a test demands.
 struct Fickle {
     image: Arc<LocalFile>,
     failing: Arc<AtomicBool>,
@@ -80,7 +80,7 @@ impl BlockingSource for Fickle {
         self.reads.fetch_add(1, Ordering::Relaxed);
         thread::sleep(self.delay);
         if self.failing.load(Ordering::Relaxed) {
-            // Whatever a failed read leaves behind must not be seen.
+            // No reader may see bytes that a failed read leaves behind.
             destination.write_at(0, &[0xee; 64]);
             return Err(SourceError::Abandoned);
         }
@@ -136,7 +136,7 @@ fn accesses_bring_in_exactly_what_they_touch() {
     assert_eq!(memory.read(&mut end, GuestAddress(base + SIZE - 4)).unwrap(), 4);
     assert!(memory.read_slice(&mut end, GuestAddress(base + SIZE - 4)).is_err());
 
-    // No trap, no raw pointer.
+    // Without an armed mapping, no raw pointer is available.
     let region = memory.iter().next().unwrap();
     assert!(matches!(
         region.get_host_address(MemoryRegionAddress(0)),
@@ -151,7 +151,7 @@ fn what_the_guest_wrote_is_never_overwritten() {
     for page in (1..PAGES).step_by(7) {
         region.write_obj(0xd1u8, MemoryRegionAddress(page * PAGE_SIZE + 8)).unwrap();
     }
-    // A unit's fetch and background fill go over the same pages.
+    // A fetch of a unit and background fill cover the same pages.
     region.pager().fetch(PageRange::new(0, 512), Path::BackEnd).unwrap();
     let fill = Fill::start(vec![region.pager().clone()], FillRate::Unlimited).unwrap();
     while !region.pager().bitmap().is_complete() {
@@ -181,7 +181,7 @@ fn many_threads_read_one_slow_source() {
             scope.spawn(move || check(region, (0..PAGES).map(|i| (i * 389 + seed * 101) % PAGES)));
         }
     });
-    // Each page was read once, whoever came first.
+    // Each page was read once, whichever thread came first.
     assert_eq!(reads.load(Ordering::Relaxed), (0..PAGES).filter(|page| page % 5 != 0).count());
 }
 
@@ -228,7 +228,7 @@ fn a_failing_source_is_never_zeros_and_the_wait_outlasts_it() {
         let region = DemandRegion::<()>::new(config, ()).unwrap();
         thread::scope(|scope| {
             let reader = scope.spawn(|| check(&region, 1..2));
-            // However slow the machine is: until it was given up, and some attempts more.
+            // Waits for an event, not a time, as the machine may be slow: two reports of giving up.
             let given_up = || failures.lock().unwrap().iter().filter(|(_, given)| *given).count();
             let begun = Instant::now();
             while given_up() < 2 && begun.elapsed() < Duration::from_secs(20) {
@@ -260,7 +260,7 @@ fn a_wait_for_a_slow_source_can_be_kicked_and_stopped() {
         waiter.kick();
         assert_eq!(vcpu.join().unwrap(), Err(FetchError::Kicked));
         waiter.clear_kick();
-        // The page was asked for, and comes.
+        // The page was requested, and still arrives.
         assert_eq!(pager.ensure(PageRange::page(1), Path::Guest, &waiter), Ok(()));
         let vcpu = scope.spawn(|| pager.ensure(PageRange::page(2), Path::Guest, &waiter));
         thread::sleep(Duration::from_millis(50));
@@ -293,7 +293,7 @@ fn pages_out_of_range_are_refused() {
     }
 }
 
-/// Records what a pager asks of an armed mapping, and how the bitmap stood then.
+/// A trap that counts the pages it maps, and checks that their bits are not cleared before.
 struct Recorder {
     region: std::sync::OnceLock<Arc<demand_memory::Pager>>,
     failures: AtomicUsize,
@@ -340,7 +340,7 @@ fn pages_are_mapped_for_the_guest_before_their_bits_are_cleared() {
     assert_eq!(region.pager().stats().source().errors, 2, "a failed mapping is tried again");
 }
 
-/// Maps in part: the guest sees the first page, writes to it, and then the mapping fails.
+/// A trap that fails halfway: the guest sees the first page and writes to it, then mapping fails.
 struct Halfway {
     guest: demand_memory::Mapping,
     failed: AtomicBool,
@@ -354,7 +354,7 @@ impl Trap for Halfway {
         if self.failed.swap(true, Ordering::Relaxed) {
             return Ok(());
         }
-        // SAFETY: the byte lies in the mapping, and nobody else is at it.
+        // SAFETY: the byte lies in the mapping, and no other thread accesses it.
         unsafe { self.guest.at(pages.offset()).as_ptr().write_volatile(0x55) };
         Err(std::io::Error::from_raw_os_error(libc::ENOMEM))
     }
@@ -416,7 +416,7 @@ fn the_end_is_told_once() {
     assert_eq!(told.load(Ordering::Relaxed), 2, "at once if it is complete");
 }
 
-/// A panic of the caller's code is no failure of the page: fetched again, it would lose a write.
+/// A panic of the caller's code is not a failure of the page: fetching it again would lose a write.
 #[test]
 fn panic_of_a_callback_loses_no_write() {
     let region = region(Near(PAGES * PAGE_SIZE));
@@ -434,7 +434,7 @@ fn panic_of_a_callback_loses_no_write() {
     pager.fetch(last, Path::Guest).unwrap();
     let address = MemoryRegionAddress(last.offset());
     region.write_obj(0xd1u8, address).unwrap();
-    // Longer than until the first retry.
+    // Longer than the pause before the first retry.
     thread::sleep(Duration::from_millis(100));
     assert_eq!(region.read_obj::<u8>(address).unwrap(), 0xd1);
     assert_eq!(told.load(Ordering::Relaxed), 2);

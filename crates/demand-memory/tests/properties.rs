@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Ranges, bitmaps and memory against models that are too simple to be wrong.
+//! Property tests of ranges, bitmaps and memory against models too simple to be wrong.
 #![cfg(not(loom))]
 
 use std::collections::BTreeSet;
@@ -24,7 +24,7 @@ fn range_in(pages: u64) -> impl Strategy<Value = PageRange> {
         .prop_map(|(first, count)| PageRange::new(first, count))
 }
 
-/// A bitmap as two sets.
+/// A model of a bitmap: two sets.
 struct Model {
     missing: BTreeSet<u64>,
     claimed: BTreeSet<u64>,
@@ -44,13 +44,13 @@ fn runs(pages: impl IntoIterator<Item = u64>) -> Vec<PageRange> {
 #[derive(Clone, Debug)]
 enum Step {
     Claim(PageRange),
-    /// Publishes one of the runs that were claimed, all of it or its first half.
+    /// Publication of a claimed run: all of it, or its first half.
     Publish(prop::sample::Index, bool),
     Look(PageRange),
 }
 
 fn bitmap_steps() -> impl Strategy<Value = (u64, Vec<Step>)> {
-    // Around the ends of words, and of the groups of words that are counted together.
+    // Sizes around the ends of words, and of the groups of words that share a counter.
     let pages = prop_oneof![1..200u64, 4090..4200u64, Just(64), Just(4096)];
     pages.prop_flat_map(|pages| {
         let step = prop_oneof![
@@ -96,14 +96,14 @@ proptest! {
         let grown = range.grow_to_units(unit, limit);
         prop_assert!(grown.first <= range.first && range.end() <= grown.end());
         prop_assert!(grown.first.is_multiple_of(unit));
-        // Cut at the region's end, which may be no multiple.
+        // Cut at the region's end, which need not be a multiple.
         prop_assert!(grown.end() <= limit);
         prop_assert!(grown.end() == limit || grown.end().is_multiple_of(unit));
         prop_assert!(range.first - grown.first < unit && grown.end() - range.end() < unit);
         prop_assert_eq!(grown.grow_to_units(unit, limit), grown);
     }
 
-    /// As large as a region can be: bytes fit in 64 bits.
+    /// A region can have at most this many pages: its bytes fit in 64 bits.
     #[test]
     fn nothing_overflows_in_the_largest_region(page in 0..1u64 << 52, unit in 0..=18u32) {
         let (unit, limit) = (1 << unit, 1 << 52);
@@ -122,7 +122,7 @@ proptest! {
         let bitmap = MissingBitmap::new(pages).unwrap();
         let all = PageRange::new(0, pages);
         let mut model = Model { missing: (0..pages).collect(), claimed: BTreeSet::new() };
-        // Claimed, and not yet published.
+        // Runs that are claimed and not yet published.
         let mut held: Vec<PageRange> = Vec::new();
         let mut last = 0;
         for step in steps {
@@ -154,7 +154,8 @@ proptest! {
                     let count = u64::from(first.is_some()) + missing.count() as u64;
                     prop_assert_eq!(bitmap.first_missing(range), first);
                     prop_assert_eq!(bitmap.count_missing(range), count);
-                    // A wait for what is there does not wait; another one can be called away.
+                    // A wait for present pages returns at once; one for missing pages can be
+                    // kicked.
                     let waiter = Waiter::new();
                     waiter.kick();
                     let wait = if first.is_some() { Wait::Kicked } else { Wait::Present };
@@ -191,7 +192,7 @@ proptest! {
 /// An image in memory that counts how often each page is read.
 struct Image {
     bytes: Vec<u8>,
-    /// Data, or a hole, up to this offset.
+    /// The end of each extent, and whether it is a hole.
     extents: Vec<(u64, bool)>,
     reads: Vec<AtomicU32>,
 }
@@ -251,7 +252,7 @@ fn region(start: u64, pages: u64, source: Arc<dyn PageSource>, first: u64) -> De
     DemandRegion::new(config, ()).unwrap()
 }
 
-/// Where an access begins, and how long it is: often up to the end of a page, or a byte more or
+/// Generates the start and length of an access, often up to the end of a page, or a byte more or
 /// less.
 fn access() -> impl Strategy<Value = (u64, u64)> {
     let near = (0..40u64, 0..6u64, 0..3u64).prop_flat_map(|(page, pages, off)| {
@@ -261,7 +262,7 @@ fn access() -> impl Strategy<Value = (u64, u64)> {
     prop_oneof![near, (0..40 * PAGE_SIZE, 0..6 * PAGE_SIZE)]
 }
 
-/// Gaps and lengths of regions, in pages.
+/// Generates the gaps and lengths of regions, in pages.
 fn layout() -> impl Strategy<Value = Vec<(u64, u64)>> {
     prop::collection::vec((prop_oneof![Just(0u64), 1..4u64], 1..6u64), 1..5)
 }
@@ -269,8 +270,8 @@ fn layout() -> impl Strategy<Value = Vec<(u64, u64)>> {
 proptest! {
     #![proptest_config(cases(200))]
 
-    /// Extents of any length, so that pages begin in one and end in another, and reads of any
-    /// range in any order.
+    /// Uses extents of any length, so that a page can begin in one and end in another, and reads of
+    /// any range in any order.
     #[test]
     fn memory_reads_as_its_image(
         parts in prop::collection::vec(
@@ -318,7 +319,7 @@ proptest! {
         }
     }
 
-    /// Regions with and without gaps between them. Checking brings nothing in.
+    /// Uses regions with and without gaps between them. A check fetches nothing.
     #[test]
     fn ranges_and_accesses_agree_with_a_map_of_bytes(
         layout in layout(),
@@ -327,7 +328,7 @@ proptest! {
     ) {
         let total: u64 = layout.iter().map(|(_, pages)| pages).sum();
         let image = Arc::new(Image::new(vec![(total * PAGE_SIZE, false)]));
-        // For each page of guest memory, where it lies in the image.
+        // The page of the image for each page of guest memory.
         let mut map: Vec<Option<u64>> = Vec::new();
         let mut regions = Vec::new();
         let mut first = 0;
@@ -367,7 +368,7 @@ proptest! {
                     prop_assert_eq!(*byte, image.bytes[from as usize]);
                 }
             }
-            // Up to where memory ends, pages may have come in.
+            // A read that fails may have fetched the pages up to the end of memory.
             let pages = PageRange::of_bytes(at, len);
             touched.extend((pages.first..pages.end()).filter_map(|index| page(index * PAGE_SIZE)));
         }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Memory whose image lies on storage that stops answering: a real file system, a real kernel.
+//! Memory whose image lies on storage that stops answering, with a real file system and kernel.
 #![cfg(not(loom))]
 
 use std::os::unix::fs::FileExt;
@@ -23,7 +23,7 @@ use test_support::wait::{A_WHILE, PATIENCE, until};
 
 const PAGES: u64 = 1024;
 
-/// Soon, but on a busy machine.
+/// The limit for a prompt answer on a busy machine.
 const SOON: Duration = Duration::from_secs(5);
 
 #[test]
@@ -49,7 +49,7 @@ fn missing(pager: &Pager, range: PageRange) -> u64 {
     pager.bitmap().count_missing(range)
 }
 
-/// Does something on a thread of its own, and tells when it is done.
+/// Runs `work` on another thread, and returns the channel of its result.
 fn later<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Receiver<T> {
     let (sender, receiver) = mpsc::channel();
     thread::spawn(move || drop(sender.send(work())));
@@ -62,14 +62,14 @@ fn fetch_returns_while_the_storage_hangs() {
     let pager = pager(LocalFile::open(file.path()).unwrap());
     let _guard = file.answer_at_the_end();
     file.hold(bytes(1..2));
-    // What a service thread does for a fault.
+    // A service thread makes this call for a fault.
     let fetched = later({
         let pager = pager.clone();
         move || pager.fetch(PageRange::page(1), Path::Guest)
     });
     assert_eq!(fetched.recv_timeout(SOON).expect("fetch waits for nothing"), Ok(0));
     until("the read hangs", || file.waiting() == 1);
-    // Others arrive meanwhile.
+    // Other pages arrive meanwhile.
     pager.ensure(PageRange::page(6), Path::Guest, &Waiter::new()).unwrap();
     assert!(pager.bitmap().is_missing(1));
     file.answer();
@@ -97,7 +97,7 @@ fn reads_that_hang_leave_threads_for_others() {
     let Some(file) = slow_file() else { return };
     let pager = pager(LocalFile::open(file.path()).unwrap());
     let _guard = file.answer_at_the_end();
-    // One thread less than there may be.
+    // One read less than the source has threads.
     file.hold(bytes(1..32));
     for page in 1..32 {
         pager.fetch(PageRange::page(page), Path::Guest).unwrap();
@@ -106,7 +106,7 @@ fn reads_that_hang_leave_threads_for_others() {
     for page in [40, 41, 600] {
         pager.ensure(PageRange::page(page), Path::Guest, &Waiter::new()).unwrap();
     }
-    // Fill that hangs takes no thread from demand.
+    // Hanging reads of background fill leave threads for demand.
     file.answer();
     until("they arrive", || missing(&pager, PageRange::new(1, 31)) == 0);
     file.hold(bytes(100..200));
@@ -129,7 +129,7 @@ fn fill_ends_while_the_storage_hangs() {
     until("the storage is asked", || file.waiting() > 0);
     let ended = later(move || drop(fill));
     ended.recv_timeout(SOON).expect("the end of fill waits for nothing");
-    // The last reference to the source goes, and its threads still hang.
+    // The last reference to the source is dropped while its threads still hang.
     pager.stop();
     let ended = later(move || drop(pager));
     ended.recv_timeout(SOON).expect("the end of the memory waits for nothing");
@@ -144,7 +144,7 @@ fn a_checked_image_never_waits_where_faults_are_served() {
         writer.write(page * PAGE_SIZE, &page_of(page)).unwrap();
     }
     writer.finish().unwrap();
-    // The pages are near, and their hashes hang.
+    // The pages can be read at once, but reads of their hashes hang.
     let Some(file) = SlowFile::new(&std::fs::read(&table).unwrap()) else { return };
     let pager = pager(HashedImage::open(&image, file.path()).unwrap());
     let _guard = file.answer_at_the_end();
@@ -162,7 +162,7 @@ fn a_checked_image_never_waits_where_faults_are_served() {
     assert!(begun.elapsed() < PATIENCE);
 }
 
-/// The failure that an observer was told: the first page, the number of pages, wanted, given up.
+/// The failures that an observer was told: pages, wanted, given up, error text.
 type Told = Arc<Mutex<Vec<(PageRange, bool, bool, String)>>>;
 
 fn observed(source: impl PageSource + 'static) -> (Arc<Pager>, Told) {
@@ -198,7 +198,7 @@ fn an_altered_page_costs_no_neighbour() {
         file.read_exact_at(&mut byte, page * PAGE_SIZE + 9).unwrap();
         file.write_all_at(&[byte[0] ^ 1], page * PAGE_SIZE + 9).unwrap();
     };
-    // The first one, one in the middle, and two in a row.
+    // One at the start and three in the middle, two of them adjacent.
     let altered = [1, 301, 303, 304];
     altered.into_iter().for_each(flip);
     let (pager, told) = observed(HashedImage::open(&image, &table).unwrap());
@@ -230,7 +230,7 @@ fn fill_passes_over_an_unreadable_page() {
     let all = PageRange::new(0, PAGES);
     until("all others arrive", || missing(&pager, all) == 1);
     assert!(pager.bitmap().is_missing(131));
-    // Nobody waits for it: it is told, and never given up.
+    // No thread waits for the page: it is reported, and never given up.
     thread::sleep(Duration::from_millis(500));
     {
         let told = told.lock().unwrap();
@@ -248,7 +248,7 @@ fn fill_passes_over_an_unreadable_page() {
     until("fill is done", || pager.bitmap().is_complete());
 }
 
-/// A source that is away is asked for little, and what it is asked for is told once.
+/// An unavailable source is asked for at most two reads per reported failure.
 #[test]
 fn an_absent_source_is_asked_for_little() {
     let Some(file) = slow_file() else { return };
@@ -262,7 +262,7 @@ fn an_absent_source_is_asked_for_little() {
     pager.ensure(PageRange::new(0, 512), Path::BackEnd, &Waiter::new()).unwrap();
 }
 
-/// A source whose code panics, on the thread that asks it and elsewhere.
+/// A source whose code panics, on the thread that asks it and on others.
 struct Panics(AtomicUsize);
 
 impl BlockingSource for Panics {
@@ -288,7 +288,7 @@ fn a_panic_of_the_source_loses_no_page() {
     assert!(told.lock().unwrap().iter().any(|(.., words)| words.contains("panicked")));
 }
 
-/// A source that panics when it is asked what it has read.
+/// A source that panics when it is asked for an extent that it has read.
 struct PanicsLate(AtomicUsize);
 
 impl BlockingSource for PanicsLate {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Pages that another process has touched before its mapping was trapped.
+//! Pages that another process touched before its mapping was trapped.
 
 use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;
@@ -18,7 +18,7 @@ use test_support::image::{Near, word_of};
 const SIZE: u64 = 8 << 20;
 const PAGES: u64 = SIZE / PAGE_SIZE;
 
-/// A pager, and a mapping that nothing traps, as another process has one.
+/// Creates a pager, and an untrapped mapping as another process has one.
 fn memory(kind: BackingKind) -> (Arc<Pager>, Mapping) {
     memory_on(MemfdBacking::new(kind, SIZE, true).unwrap())
 }
@@ -31,7 +31,7 @@ fn memory_on(backing: impl Backing + 'static) -> (Arc<Pager>, Mapping) {
     (Pager::new(backing, source, 0, Arc::new(Stats::new()), retrier).unwrap(), other)
 }
 
-/// The first word of a page.
+/// Returns the first word of a page.
 fn read(mapping: &Mapping, page: u64) -> u64 {
     let at = mapping.at(page * PAGE_SIZE).cast::<u64>();
     // SAFETY: the word lies in the mapping, and no reference to it exists.
@@ -42,7 +42,7 @@ fn touch(mapping: &Mapping, pages: impl Iterator<Item = u64>) {
     pages.for_each(|page| _ = read(mapping, page));
 }
 
-/// Pages that the memory object has.
+/// Returns the number of pages that the memory object holds.
 fn existing(pager: &Pager) -> u64 {
     pager.backing().file().unwrap().metadata().unwrap().blocks() * 512 / PAGE_SIZE
 }
@@ -69,7 +69,7 @@ fn touched_pages_are_removed_unless_claimed() {
     assert_eq!(existing(&pager), PAGES);
 }
 
-/// A memory object that takes its time to remove units, and tells when it begins.
+/// A memory object that removes units slowly, and reports when it begins.
 #[derive(Debug)]
 struct Slow(MemfdBacking, Mutex<Sender<()>>);
 
@@ -99,7 +99,7 @@ impl Backing for Slow {
     }
 }
 
-/// A page that is asked for while it is being removed arrives after that.
+/// A page that is requested during its removal arrives afterwards.
 #[test]
 fn removal_costs_no_arriving_page() {
     let (sender, removal) = mpsc::channel();
@@ -128,7 +128,7 @@ fn removed_huge_pages_stay_reserved() {
     touch(&other, 0..PAGES);
     assert_eq!((reserved(), existing(&pager)), (before, PAGES));
     pager.unmap_missing(&waiter).unwrap();
-    // The unit that was half-filled is whole, and the others are as they were.
+    // The half-filled unit is now complete; the others are removed and reserved again.
     assert_eq!((reserved(), existing(&pager)), (before + 3, 512));
     assert_eq!(pager.bitmap().first_missing(PageRange::new(512, 512)), None);
     assert_eq!(pager.bitmap().count_missing(PageRange::new(0, PAGES)), PAGES - 512);
