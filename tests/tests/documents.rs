@@ -12,31 +12,73 @@ fn top() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().into()
 }
 
+/// The names between back-quotes in a cell: files, and with each the names that follow it.
+fn named<'a>(cell: &'a str, row: &str) -> Vec<(String, &'a str)> {
+    let (mut file, mut names) = (String::new(), Vec::new());
+    for name in cell.split('`').skip(1).step_by(2) {
+        if name.ends_with(".rs") {
+            file = fs::read_to_string(top().join(name))
+                .unwrap_or_else(|error| panic!("{name}: {error}, which is named in: {row}"));
+        } else {
+            names.push((file.clone(), name));
+        }
+    }
+    names
+}
+
+/// Panics unless each name in the cell is a test of its file; returns the number of names.
+fn check_tests(cell: &str, row: &str) -> usize {
+    let names = named(cell, row);
+    for (file, name) in &names {
+        let test = file
+            .split("#[test]")
+            .skip(1)
+            .any(|rest| rest.trim_start().starts_with(&format!("fn {name}(")));
+        assert!(test, "there is no test '{name}', which is named in: {row}");
+    }
+    names.len()
+}
+
 /// Each test that the table of failures names exists, as a test, in the file that it names.
 #[test]
 fn each_failure_has_its_test() {
-    let top = top();
-    let document = fs::read_to_string(top.join("docs/failures.md")).unwrap();
-    let mut found = 0;
-    for row in document.lines().filter(|line| line.starts_with("| ") && line.contains(".rs`")) {
-        let shown_by = row.rsplit('|').nth(1).unwrap();
-        let mut file = String::new();
-        // Between each pair of back-quotes: a file, or a function of the last file.
-        for name in shown_by.split('`').skip(1).step_by(2) {
-            if name.ends_with(".rs") {
-                file = fs::read_to_string(top.join(name))
-                    .unwrap_or_else(|error| panic!("{name}: {error}"));
-                continue;
-            }
-            let test = file
-                .split("#[test]")
-                .skip(1)
-                .any(|rest| rest.trim_start().starts_with(&format!("fn {name}(")));
-            assert!(test, "there is no test '{name}', which is named in: {row}");
-            found += 1;
+    let document = fs::read_to_string(top().join("docs/failures.md")).unwrap();
+    let rows = document.lines().filter(|line| line.starts_with("| ") && line.contains(".rs`"));
+    let found: usize = rows.map(|row| check_tests(row.rsplit('|').nth(1).unwrap(), row)).sum();
+    assert!(found > 40, "only {found} tests are named");
+}
+
+/// The functions, tests and mutants of each invariant exist, and each mutant is named.
+#[test]
+fn each_invariant_has_its_links() {
+    let document = fs::read_to_string(top().join("DESIGN.md")).unwrap();
+    let mutants: Vec<String> = fs::read_dir(top().join("rust-vmm-ci/broken.d"))
+        .unwrap()
+        .filter_map(|entry| Some(entry.unwrap().path().file_stem()?.to_str()?.to_owned()))
+        .collect();
+    let rows: Vec<&str> = document.lines().filter(|line| line.starts_with("| **")).collect();
+    assert_eq!(rows.len(), 8, "invariants");
+    for row in rows {
+        let cells: Vec<&str> = row.split('|').map(str::trim).collect();
+        let [_, _, kept_by, shown_by, broken_by, _] = cells[..] else {
+            panic!("not four cells: {row}")
+        };
+        let kept_by = named(kept_by, row);
+        assert!(!kept_by.is_empty(), "no function keeps it: {row}");
+        for (file, name) in kept_by {
+            assert!(
+                file.contains(&format!("fn {name}(")) || file.contains(&format!("fn {name}<")),
+                "there is no function '{name}', which is named in: {row}"
+            );
+        }
+        assert!(check_tests(shown_by, row) > 0, "no test shows it: {row}");
+        for name in broken_by.split(", ") {
+            assert!(mutants.iter().any(|mutant| mutant == name), "there is no mutant '{name}'");
         }
     }
-    assert!(found > 40, "only {found} tests are named");
+    for mutant in mutants {
+        assert!(document.contains(&mutant), "DESIGN.md names no invariant for '{mutant}'");
+    }
 }
 
 /// Runs a document's commands as a user would who has built the workspace and has a guest.
