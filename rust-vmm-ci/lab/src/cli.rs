@@ -3,6 +3,7 @@
 
 use std::env;
 use std::ffi::OsString;
+use std::num::NonZero;
 use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::process::Command;
@@ -16,7 +17,7 @@ use crate::guests::Guests;
 use crate::machine::Machine;
 use crate::protocol::Job;
 use crate::session::{self, Limits};
-use crate::{agent, cache, guests, kernel};
+use crate::{agent, cache, guests, kernel, suite};
 
 /// Runs this project's binaries with a real KVM that has the KVM Userfault ABI,
 /// inside a machine that QEMU emulates.
@@ -45,6 +46,9 @@ enum Task {
               require_equals = true, default_value = "no", default_missing_value = "all",
               hide_default_value = true)]
         guests: Guests,
+        /// Machines that run test binaries at once; each takes one processor and LAB_MEMORY
+        #[arg(long, env = "LAB_MACHINES", value_name = "N", default_value_t = NonZero::<usize>::MIN)]
+        machines: NonZero<usize>,
         /// Arguments of `cargo test`
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<OsString>,
@@ -128,7 +132,7 @@ impl Cli {
     pub fn execute(self) -> Result<u8> {
         match self.task {
             Task::Run { options, command } => run(&options, command),
-            Task::Test { guests, arguments } => test(guests, &arguments),
+            Task::Test { guests, machines, arguments } => test(guests, machines.get(), &arguments),
             Task::Kernel => {
                 println!("{}", kernel::ensure()?.display());
                 Ok(0)
@@ -177,16 +181,22 @@ fn run(options: &Options, command: Vec<OsString>) -> Result<u8> {
     session::run(&machine, &kernel, job, &limits)
 }
 
-fn test(wanted: Guests, arguments: &[OsString]) -> Result<u8> {
+fn test(wanted: Guests, machines: usize, arguments: &[OsString]) -> Result<u8> {
     refuse_nesting()?;
     // Once, not under each test program.
     let guests = guests::prepare(wanted)?;
-    if env::var_os("LAB_KERNEL").is_none() {
-        // Now, where its progress can be seen, rather than under the first test.
-        kernel::ensure()?;
-    }
+    // Now, where its progress can be seen, rather than under the first test.
+    let kernel = match env::var_os("LAB_KERNEL") {
+        Some(kernel) => kernel,
+        None => kernel::ensure()?.into(),
+    };
     let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let lab = env::current_exe().context("the lab's own binary could not be found")?;
+    if machines > 1 {
+        let mut environment = vec![("LAB_KERNEL", kernel), ("LAB_GUESTS", wanted.word().into())];
+        environment.extend(guests.into_iter().map(|(name, path)| (name, path.into())));
+        return suite::run(&cargo, &lab, machines, arguments, &environment);
+    }
     let Some(lab) = lab.to_str() else {
         bail!("{} is no UTF-8: cargo's configuration cannot name it", lab.display());
     };
@@ -197,6 +207,7 @@ fn test(wanted: Guests, arguments: &[OsString]) -> Result<u8> {
         .arg("--config")
         .arg(format!("target.'cfg(all())'.runner={runner}"))
         .args(arguments)
+        .env("LAB_KERNEL", kernel)
         .env("LAB_GUESTS", wanted.word())
         .envs(guests)
         .status()

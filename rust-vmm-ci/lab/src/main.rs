@@ -21,6 +21,7 @@ mod machine;
 mod modules;
 mod protocol;
 mod session;
+mod suite;
 mod tsc;
 
 use std::process::ExitCode;
