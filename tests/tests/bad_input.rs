@@ -12,7 +12,7 @@ use demand_tests::cannot_run;
 use demand_tests::host::{free_units, has_kvm, skip};
 use demand_tests::process::{Guarded, program, run};
 use demand_tests::refusal::{FAILED, HOST, USAGE, refused};
-use demand_tests::sandbox::{Device, is_root, vmm_for_everybody, with_devices};
+use demand_tests::sandbox::{Device, is_root, vmm_for_everybody, with_devices, with_limit};
 
 /// A folder with a memory image and a disk, and the words of a run on them that would succeed.
 struct Setting {
@@ -128,6 +128,25 @@ fn hugetlb_asked_for_and_none_free() {
     let mut command = setting.vmm();
     command.args(["--memory", "size=3G,backing=hugetlb-2m"]);
     refused(&mut command, HOST, &["hugetlb-2m", "vm.nr_hugepages"]);
+}
+
+/// Without its bitmaps, which are gigabytes: more than a second's work for a processor.
+#[test]
+fn memory_of_many_tebibytes_is_refused_at_once() {
+    if let Some(why) = cannot_run() {
+        return skip(&why);
+    }
+    // Few file systems on disks have files of that size.
+    let image = tempfile::NamedTempFile::new_in("/dev/shm").unwrap();
+    image.as_file().set_len(60 << 40).unwrap();
+    for size in ["10T", "60T"] {
+        let mut command = Command::new(program("demand-vmm").unwrap());
+        command.arg("run").arg("--source").arg(image.path());
+        command.arg("--memory").arg(format!("size={size}")).args(["--test-guest", "window=64M"]);
+        with_limit(&mut command, libc::RLIMIT_CPU, 1);
+        // By the memslots, or the processor's addresses.
+        refused(&mut command, HOST, &[&format!("--memory: size={size}"), "ask for"]);
+    }
 }
 
 #[test]

@@ -20,7 +20,7 @@ use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use crate::error::Error;
 use crate::limits::warn_of_cgroup;
 use crate::options::MemoryOption;
-use crate::placement::{Placement, check_reach, place};
+use crate::placement::{Placement, check_places, place};
 use crate::vcpus::StillInside;
 
 /// How long an end waits for the vCPUs to leave the guest while pages can still become present, and
@@ -83,7 +83,7 @@ impl Machine {
     /// As for [`new`](Self::new).
     pub fn with_regions(config: MachineConfig<'_>, regions: &[Placement]) -> Result<Self, Error> {
         let MachineConfig { memory: option, engine, source, stats, retrier } = config;
-        check_reach(regions)?;
+        check_places(regions)?;
         let probe = demand_kvm::probe();
         let engine = resolve(engine, &probe).map_err(Error::host)?;
         let kvm = open_kvm().map_err(Error::host)?;
@@ -129,7 +129,7 @@ impl Machine {
     /// Returns a one-line error with its exit status.
     pub fn present(option: &MemoryOption, stats: &Arc<Stats>) -> Result<Self, Error> {
         let regions = place(option.size);
-        check_reach(&regions)?;
+        check_places(&regions)?;
         warn_of_host(option);
         let kvm = open_kvm().map_err(Error::host)?;
         let vm = Arc::new(kvm.create_vm().map_err(|error| {

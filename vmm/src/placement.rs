@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The placement of memory in a guest's address space.
 
+use demand_memory::PAGE_SIZE;
 use test_guest::windows;
 use vm_memory::GuestAddress;
 
@@ -54,8 +55,33 @@ pub fn place(size: u64) -> Vec<Placement> {
         .collect()
 }
 
+/// The most bytes in a memslot: `KVM_MEM_MAX_NR_PAGES` in include/linux/kvm_host.h.
+const MEMSLOT_MAX: u64 = ((1 << 31) - 1) * PAGE_SIZE;
+
+/// Refuses memory that no machine on this host can have. Call it before any work on the memory's size:
+/// the bitmaps of memory that is too large take gigabytes.
+pub(crate) fn check_places(regions: &[Placement]) -> Result<(), Error> {
+    check_reach(regions)?;
+    check_memslots(regions)
+}
+
+/// Refuses regions that are too large for a memslot.
+fn check_memslots(regions: &[Placement]) -> Result<(), Error> {
+    let Some(region) = regions.iter().find(|region| region.size > MEMSLOT_MAX) else {
+        return Ok(());
+    };
+    let size = crate::report::size(regions.iter().map(|region| region.size).sum());
+    Err(Error::host(format!(
+        "--memory: size={size} puts {} bytes at guest address {:#x}: a memslot of KVM holds at most \
+         {MEMSLOT_MAX}; ask for at most {}",
+        region.size,
+        region.start.0,
+        crate::report::size(MEMSLOT_MAX + PAGE_SIZE)
+    )))
+}
+
 /// Refuses memory beyond this processor's physical addresses.
-pub(crate) fn check_reach(regions: &[Placement]) -> Result<(), Error> {
+fn check_reach(regions: &[Placement]) -> Result<(), Error> {
     let bits = physical_bits();
     // Compares the last byte, because sizes near 2^64 must not wrap.
     let last = |region: &Placement| region.start.0.saturating_add(region.size - 1);
@@ -124,5 +150,17 @@ mod tests {
             let error = check_reach(&place(size)).unwrap_err().to_string();
             assert!(error.contains("bits of physical address"), "{error}");
         }
+    }
+
+    #[test]
+    fn memory_beyond_a_memslot_is_refused() {
+        const T: u64 = 1 << 40;
+        // What the error advises is among them.
+        for size in [8 * G, 8 * T, LOW_MEMORY_END + 8 * T - PAGE_SIZE] {
+            assert!(check_memslots(&place(size)).is_ok(), "{size:#x}");
+        }
+        let error = check_memslots(&place(LOW_MEMORY_END + 8 * T)).unwrap_err().to_string();
+        let words = ["8796093022208 bytes at guest address 0x100000000", "ask for at most 8T"];
+        assert!(words.iter().all(|words| error.contains(words)), "{error}");
     }
 }

@@ -19,6 +19,7 @@ use crate::layout::MAX_CPUS;
 use crate::machine::{Machine, MachineConfig};
 use crate::open_snapshot::OpenSnapshot;
 use crate::options::{ClockOption, FillOption, RestoreMemory};
+use crate::placement::{check_places, place};
 use crate::progress::Bar;
 use crate::report::Report;
 use crate::saved::SavedVm;
@@ -79,6 +80,7 @@ fn prepare(session: &Session, options: &RestoreOptions) -> Result<Prepared, Erro
     let image = open_image(&snapshot, &saved, options)?;
     let boot = open_boot(&snapshot, &saved, options)?;
     // Before the slow steps.
+    check_places(&place(memory.size))?;
     let host = cpuid::guest_cpuid(&open_kvm().map_err(Error::host)?)?;
     for vcpu in &saved.vcpus {
         cpuid::check_host(&vcpu.told()?, &host)?;
