@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The read path of a local file: asking what is there, and reading it.
-#![allow(missing_docs)] // criterion's macros make public items.
+//! Benchmarks of the read path of a local image: finding extents, and reading with and without
+//! hashes.
+#![allow(missing_docs)] // criterion's macros generate public items.
 
 use std::os::unix::fs::FileExt;
 use std::time::Duration;

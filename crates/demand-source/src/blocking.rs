@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! An adaptor that turns a source that blocks into one that does not.
+//! `Threaded`, which turns a blocking source into a `PageSource` by running it on threads.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -14,32 +14,32 @@ use crate::{
     join_within,
 };
 
-/// A source that can only be asked and waited for.
+/// A source whose reads block the calling thread.
 pub trait BlockingSource: Send + Sync {
-    /// The image's size, in bytes.
+    /// Returns the image's size, in bytes.
     fn size(&self) -> u64;
 
-    /// What the image holds at `offset` (bytes), and how far that goes. Must not block: it is
-    /// called by threads that serve faults. A source that does not know says "data".
+    /// Returns the extent at `offset` (bytes) of the image. It must not block, because the threads
+    /// that serve faults call it. A source that does not know its holes returns data.
     ///
     /// # Errors
     ///
-    /// Those of the source.
+    /// The source's errors.
     fn extent(&self, offset: u64) -> Result<Extent, SourceError>;
 
-    /// Fills the destination with the bytes at `offset` (bytes) of the image: all of it, zeros
-    /// included. Success with less is [`SourceError::Short`] to the caller.
+    /// Fills the whole destination with the bytes at `offset` (bytes) of the image, zeros included.
+    /// If it reports success after writing less, the caller gets [`SourceError::Short`].
     ///
     /// # Errors
     ///
-    /// Those of the source. Nothing may be assumed of the destination's bytes after one.
+    /// The source's errors. After an error the content of the destination is unspecified.
     fn read(&self, offset: u64, destination: &mut Destination<'_>) -> Result<(), SourceError>;
 }
 
-/// Threads end when nothing was asked of them for this long.
+/// Time without a request after which a thread ends.
 const IDLE: Duration = Duration::from_secs(1);
 
-/// How long the end of a source waits for reads under way.
+/// Time that dropping a source waits for reads in progress.
 const END_WITHIN: Duration = Duration::from_secs(1);
 
 struct Job {
@@ -51,21 +51,22 @@ struct Job {
 struct Queues {
     demand: VecDeque<Job>,
     fill: VecDeque<Job>,
-    /// Threads that were started; those that have ended are taken out as others are started.
+    /// Threads that were started. Those that have ended are removed when another is started.
     threads: Vec<JoinHandle<()>>,
-    /// Number that names the next thread.
+    /// Number in the name of the next thread.
     next: usize,
-    /// Threads that have not ended.
+    /// Number of threads that have not ended.
     running: usize,
-    /// Threads that wait for a request.
+    /// Number of threads that wait for a request.
     idle: usize,
-    /// Threads that serve fill.
+    /// Number of threads that serve fill.
     filling: usize,
     closed: bool,
 }
 
 impl Queues {
-    /// Takes the request that is served next, unless it is fill and too many threads serve fill.
+    /// Removes and returns the next request to serve. Returns no fill request if too many threads
+    /// already serve fill.
     fn next(&mut self, most_fill: usize) -> Option<(Job, Priority)> {
         if let Some(job) = self.demand.pop_front() {
             return Some((job, Priority::Demand));
@@ -78,7 +79,7 @@ impl Queues {
         Some((job, Priority::Fill))
     }
 
-    /// Requests that could be served now.
+    /// Returns the number of requests that could be served now.
     fn ready(&self, most_fill: usize) -> usize {
         self.demand.len() + self.fill.len().min(most_fill.saturating_sub(self.filling))
     }
@@ -86,11 +87,11 @@ impl Queues {
 
 struct Shared<S> {
     source: S,
-    /// Threads at most.
+    /// Maximum number of threads.
     most: usize,
-    /// Threads that serve fill, at most.
+    /// Maximum number of threads that serve fill at the same time.
     most_fill: usize,
-    /// Called with where a request ended in the image, once it has been answered.
+    /// Called with the offset at which a request ended, after the request was answered.
     afterwards: fn(&S, u64),
     queues: Mutex<Queues>,
     changed: Condvar,
@@ -102,16 +103,17 @@ impl<S> Shared<S> {
     }
 }
 
-/// Runs a [`BlockingSource`] on threads of its own.
+/// Runs a [`BlockingSource`] on a pool of threads.
 ///
-/// As many requests are under way at once as there may be threads; a demand request overtakes all
-/// fill that has not begun. Half of the threads take no fill, so that fill under way, even if it
-/// hangs, never delays demand (with a single thread it may, by one request). Threads exist only
-/// while there is something to read. A source that panics has failed to read, like others.
+/// Each thread serves one request at a time. A demand request overtakes all fill requests that have
+/// not begun. Half of the threads serve no fill, so fill in progress never delays a demand request,
+/// even if it hangs. (With a single thread, one fill request in progress may delay it.) Threads
+/// exist only while there are requests. A panic of the source counts as a failed read
+/// ([`SourceError::Panicked`]).
 ///
-/// Dropping it ends the threads: queued requests are reported as [`SourceError::Abandoned`],
-/// requests under way are waited for, but for no more than a second. A thread that hangs in a read
-/// for longer ends when the read does, or with the process; it keeps the source.
+/// Dropping it ends the threads. Queued requests are reported as [`SourceError::Abandoned`];
+/// requests in progress are waited for, for at most a second. A thread that hangs in a read for
+/// longer ends when the read returns, or with the process, and keeps the source alive until then.
 ///
 /// # Examples
 ///
@@ -145,19 +147,20 @@ pub struct Threaded<S> {
 }
 
 impl<S: BlockingSource + 'static> Threaded<S> {
-    /// Serves `source` with at most `threads` threads (at least one).
+    /// Serves `source` with at most `threads` threads; 0 counts as 1.
     ///
     /// # Errors
     ///
-    /// The system's, if a thread cannot be started.
+    /// The system's error if a thread cannot be started.
     pub fn new(source: S, threads: usize) -> io::Result<Self> {
         let this = Self::lazy(source, threads, |_, _| {});
         start(&this.shared, &mut this.shared.queues())?;
         Ok(this)
     }
 
-    /// As [`new`](Self::new); the first thread is started when it is needed. After each request that
-    /// was served and answered, its thread calls `afterwards` with the end of the last chunk.
+    /// Like [`new`](Self::new), but starts the first thread only when it is needed. After each
+    /// request that was read and answered, its thread calls `afterwards` with the end of the last
+    /// chunk.
     pub(crate) fn lazy(source: S, threads: usize, afterwards: fn(&S, u64)) -> Self {
         let most = threads.max(1);
         let shared = Arc::new(Shared {
@@ -171,7 +174,7 @@ impl<S: BlockingSource + 'static> Threaded<S> {
         Threaded { shared }
     }
 
-    /// The source, for calls that do not block.
+    /// Returns the source, for calls that do not block.
     pub(crate) fn source(&self) -> &S {
         &self.shared.source
     }
@@ -246,7 +249,7 @@ fn serve<S: BlockingSource>(shared: &Shared<S>) {
     queues.running -= 1;
 }
 
-/// Serves one request. Neither the source nor the caller's code ends the thread by a panic.
+/// Serves one request. A panic in the source or in the caller's callback does not end the thread.
 fn answer<S: BlockingSource>(shared: &Shared<S>, Job { request, completer }: Job) {
     let source = &shared.source;
     let last = request.chunks.last();
@@ -260,7 +263,7 @@ fn answer<S: BlockingSource>(shared: &Shared<S>, Job { request, completer }: Job
     let outcome = panic::catch_unwind(AssertUnwindSafe(read));
     let outcome = outcome.unwrap_or(Err(SourceError::Panicked));
     let served = end.filter(|_| outcome.is_ok());
-    // What panics here has been reported by the panic itself.
+    // The panic hook has already reported a panic of the callback.
     let _ = panic::catch_unwind(AssertUnwindSafe(|| completer.complete(outcome)));
     if let Some(end) = served {
         let afterwards = || (shared.afterwards)(source, end);
@@ -291,9 +294,11 @@ impl<S> Drop for Threaded<S> {
             (std::mem::take(&mut queues.threads), abandoned)
         };
         self.shared.changed.notify_all();
-        // Their completers report it as they go, and may run the askers' code: not under the lock.
+        // Dropping the completers reports `Abandoned` and may run the callers' callbacks, so it
+        // happens outside the lock.
         drop(abandoned);
-        // The last reference may go away in a completion, on one of these threads.
+        // `join_within` skips the calling thread: a completion may drop the last reference on one
+        // of these threads.
         let hanging = join_within(threads, END_WITHIN);
         if hanging > 0 {
             log::warn!(
@@ -316,7 +321,7 @@ mod tests {
     use crate::Chunk;
     use std::sync::mpsc;
 
-    /// Reports each read as it begins, and ends it when told to.
+    /// A source that reports when a read begins, and ends the read on request.
     struct Gate {
         begun: Mutex<mpsc::Sender<u64>>,
         go_on: Mutex<mpsc::Receiver<()>>,
@@ -372,7 +377,7 @@ mod tests {
         let fill: Vec<_> = (1..4).map(|i| source.submit(request(i, Priority::Fill))).collect();
         assert_eq!(begins.recv().unwrap(), 1);
         let demand = source.submit(request(9, Priority::Demand));
-        // Nothing was told to go on, and yet demand begins.
+        // No read has been allowed to end, but the demand read begins.
         assert_eq!(begins.recv().unwrap(), 9);
         for _ in 0..4 {
             go.send(()).unwrap();
@@ -397,7 +402,7 @@ mod tests {
         ender.join().unwrap();
     }
 
-    /// Writes half of what it is asked for, and says that this was all.
+    /// A source that writes half of the requested bytes and reports success.
     struct Half;
 
     impl BlockingSource for Half {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Which reads of a file do not wait for its storage.
+//! Predicts whether a read of a file has to wait for its storage.
 
 use std::fs::File;
 use std::io;
@@ -9,37 +9,40 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 const PAGE: u64 = 4096;
 
-/// How a file is stored.
+/// The kind of storage behind a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Storage {
-    /// In memory: no read of it waits.
+    /// Memory: no read waits.
     Memory,
-    /// Behind the page cache of a file system of this machine: reads of cached pages do not wait.
+    /// A local disk behind the page cache: reads of cached pages do not wait.
     Cached,
-    /// Anywhere else, for one on a network or in another process: every read may wait, also one
-    /// of cached pages, before which such file systems ask whether these are still right.
+    /// Anything else, such as a network or FUSE file system. Every read may wait, even of cached
+    /// pages: such a file system may first revalidate them.
     Away,
 }
 
-/// File systems that live in memory. Source: include/uapi/linux/magic.h.
+/// Magic numbers of the file systems in memory: tmpfs, ramfs, hugetlbfs. Source:
+/// include/uapi/linux/magic.h.
 const IN_MEMORY: [i64; 3] = [0x0102_1994, 0x8584_58f6, 0x9584_58f6];
 
-/// File systems on local disks whose files take `RWF_NOWAIT`: ext2 to ext4, XFS, Btrfs, F2FS.
+/// Magic numbers of the file systems on local disks that support `RWF_NOWAIT`: ext2 to ext4, XFS,
+/// Btrfs, F2FS.
 const ON_DISK: [i64; 4] = [0xef53, 0x5846_5342, 0x9123_683e, 0xf2f5_2010];
 
 impl Storage {
-    /// How a regular file is stored.
+    /// Returns the kind of storage behind a regular file.
     ///
     /// # Errors
     ///
-    /// The system's.
+    /// The system's error.
     pub(crate) fn of(file: &File) -> io::Result<Self> {
         let mut statfs = MaybeUninit::<libc::statfs64>::uninit();
-        // SAFETY: the kernel fills the structure, or the call fails.
+        // SAFETY: the pointer is valid for a write of the whole structure, which is all that the
+        // call writes.
         if unsafe { libc::fstatfs64(file.as_raw_fd(), statfs.as_mut_ptr()) } != 0 {
             return Err(io::Error::last_os_error());
         }
-        // SAFETY: the call has succeeded.
+        // SAFETY: the call has succeeded, so the kernel has filled the structure.
         let kind = unsafe { statfs.assume_init() }.f_type & 0xffff_ffff;
         Ok(if IN_MEMORY.contains(&kind) {
             Storage::Memory
@@ -51,7 +54,7 @@ impl Storage {
     }
 }
 
-/// The range and the answer of `cachestat` (Linux 6.5, include/uapi/linux/mman.h).
+/// The range argument of `cachestat` (Linux 6.5, include/uapi/linux/mman.h).
 #[repr(C)]
 struct Range {
     offset: u64,
@@ -68,26 +71,26 @@ struct Cachestat {
     recently_evicted: u64,
 }
 
-/// The number of `cachestat` on all architectures that use the common table.
+/// The system call number of `cachestat`, the same on all architectures that use the common table.
 const CACHESTAT: libc::c_long = 451;
 
-/// Whether the kernel has refused the call: it is then not asked again.
+/// Set once the kernel has answered that it lacks `cachestat`; the call is not made again.
 static REFUSED: AtomicBool = AtomicBool::new(false);
 
-/// Whether all of these bytes of a file are in the page cache. True also where the kernel does not
-/// tell (before Linux 6.5, or where the file belongs to somebody else): the read that follows does
-/// not wait for content, but may start a read-ahead, which a failing disk can hold up.
+/// Returns whether all bytes of the range are in the page cache. Also returns `true` where the
+/// kernel gives no answer (before Linux 6.5, or if another user owns the file). A read that then
+/// follows does not wait for content, but may start a read-ahead, which a failing disk can delay.
 ///
-/// Asked first because `RWF_NOWAIT` alone starts a read-ahead of what is not cached, and that
-/// waits for a file system's own tables.
+/// This check comes before a read with `RWF_NOWAIT` because that flag alone starts a read-ahead of
+/// pages that are not cached, and the read-ahead waits for the file system's own metadata.
 pub(crate) fn is_cached(file: &File, offset: u64, len: u64) -> bool {
     if len == 0 || REFUSED.load(Ordering::Relaxed) {
         return true;
     }
     let range = Range { offset, len };
     let mut answer = Cachestat::default();
-    // SAFETY: the call reads one structure and writes the other, both of which the kernel's ABI
-    // describes as they are here.
+    // SAFETY: the call reads `range` and writes `answer`, which both live through the call and have
+    // the layout of the kernel's ABI.
     let result = unsafe { libc::syscall(CACHESTAT, file.as_raw_fd(), &range, &mut answer, 0) };
     if result != 0 {
         if io::Error::last_os_error().raw_os_error() == Some(libc::ENOSYS) {
@@ -106,11 +109,11 @@ mod tests {
     #[test]
     fn only_memory_and_known_disks_are_near() {
         let storage = |path| Storage::of(&File::open(path).unwrap()).unwrap();
-        // SAFETY: the name is a C string.
+        // SAFETY: the name is a valid C string.
         let fd = unsafe { libc::memfd_create(c"memory".as_ptr(), libc::MFD_CLOEXEC) };
         assert!(fd >= 0);
         assert_eq!(storage(format!("/proc/self/fd/{fd}")), Storage::Memory);
-        // SAFETY: this test has opened it, and closes it once.
+        // SAFETY: this test opened the descriptor, and closes it exactly once.
         unsafe { libc::close(fd) };
         assert_eq!(storage("/proc/self/maps".into()), Storage::Away);
     }
@@ -125,11 +128,11 @@ mod tests {
         }
         assert!(is_cached(&file, 0, 1 << 16));
         assert!(is_cached(&file, 4095, 2));
-        // SAFETY: the call touches no memory.
+        // SAFETY: the call accesses no memory of this process.
         let dropped =
             unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
         assert_eq!(dropped, 0);
-        // Where the kernel does not tell, everything counts as cached.
+        // Where the kernel gives no answer, everything counts as cached.
         assert!(!is_cached(&file, 0, 4096) || REFUSED.load(Ordering::Relaxed));
     }
 }

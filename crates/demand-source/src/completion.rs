@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The two ends of a request's outcome.
+//! A one-shot channel for the outcome of a request: the source completes it, the caller awaits it.
 
 use std::fmt;
 use std::sync::mpsc;
@@ -17,7 +17,7 @@ enum State {
     Taken,
 }
 
-/// The asker's end: what becomes of a request.
+/// The caller's end: receives the outcome of a request.
 ///
 /// # Examples
 ///
@@ -31,23 +31,24 @@ enum State {
 #[must_use = "a request whose outcome nobody takes leaves its pages missing"]
 pub struct Completion(Arc<Mutex<State>>);
 
-/// The source's end. Dropped without an outcome, it reports [`SourceError::Abandoned`].
+/// The source's end: sends the outcome. If it is dropped without an outcome, it reports
+/// [`SourceError::Abandoned`].
 pub struct Completer(Option<Arc<Mutex<State>>>);
 
 impl Completion {
-    /// A completion and the end that completes it.
+    /// Returns a completion and the completer that completes it.
     pub fn pair() -> (Completer, Completion) {
         let state = Arc::new(Mutex::new(State::Waiting));
         (Completer(Some(state.clone())), Completion(state))
     }
 
-    /// A completion whose outcome is known already.
+    /// Returns a completion whose outcome is already known.
     pub fn ready(outcome: Result<(), SourceError>) -> Completion {
         Completion(Arc::new(Mutex::new(State::Done(outcome))))
     }
 
-    /// Calls `callback` with the outcome: now, on this thread, if it is known, else later on the
-    /// thread that completes the request.
+    /// Calls `callback` with the outcome: at once on this thread if it is known, otherwise later on
+    /// the thread that completes the request.
     pub fn then(self, callback: impl FnOnce(Result<(), SourceError>) + Send + 'static) {
         let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if let State::Done(outcome) = std::mem::replace(&mut *state, State::Taken) {
@@ -62,11 +63,11 @@ impl Completion {
     ///
     /// # Errors
     ///
-    /// Those of the source.
+    /// The source's errors.
     pub fn wait(self) -> Result<(), SourceError> {
         let (sender, receiver) = mpsc::sync_channel(1);
         self.then(move |outcome| {
-            // The receiver is on this function's stack until it has the outcome.
+            // It cannot fail: the receiver stays on this function's stack until it has the outcome.
             let _ = sender.send(outcome);
         });
         receiver.recv().unwrap_or(Err(SourceError::Abandoned))
@@ -74,7 +75,7 @@ impl Completion {
 }
 
 impl Completer {
-    /// Gives the outcome to whoever asked.
+    /// Delivers the outcome to the caller.
     pub fn complete(mut self, outcome: Result<(), SourceError>) {
         self.finish(outcome);
     }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Memory on loan to a source.
+//! Memory on loan to a source, which fills it.
 
 use std::fmt;
 use std::fs::File;
@@ -13,13 +13,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 use crate::SourceError;
 use crate::written::Written;
 
-/// Memory that a source may write, and nothing else.
+/// Memory on loan to a source, which may only write it.
 ///
-/// It may be memory that other processes map as well, so it is never turned into a Rust slice:
-/// bytes go in by copy, or straight from a file. It knows which of them were written.
+/// Other processes may map the memory as well, so it never becomes a Rust slice: bytes are copied
+/// in, or read straight from a file. The destination records which of them were written.
 ///
-/// The loan ends when this is dropped, and not before: a source that reports success and keeps it
-/// delays the pages, and can never write to pages that count as present.
+/// The loan ends only when the destination is dropped. A source that reports success and keeps the
+/// destination delays the pages, so it can never write to pages that are already present.
 ///
 /// # Examples
 ///
@@ -38,15 +38,16 @@ pub struct Destination<'a> {
     lifetime: PhantomData<&'a mut [u8]>,
 }
 
-/// The owner of lent memory, where the loan has no lifetime of its own.
+/// The owner of lent memory, for loans that are not bound to a lifetime.
 pub trait Lender: Send + Sync {
-    /// Called when the loan ends, as its last act: nothing is written through it any more. `wrote`
-    /// of its bytes were written, each counted once.
+    /// Called when the loan ends, as its last act: nothing is written through it afterwards.
+    /// `wrote` is the number of bytes that were written, each counted once.
     fn take_back(&self, wrote: usize);
 }
 
-/// How far a loan has come. Not part of `Destination` itself, which borrowers of slices could not
-/// let go before the end of their scope if it had a `Drop` of its own.
+/// The state of a loan, which reports to the lender when it is dropped. It is separate from
+/// `Destination`, because a `Drop` implementation on `Destination` would extend the borrow of a
+/// lent slice to the end of its scope.
 struct Loan {
     written: Written,
     lender: Option<Arc<dyn Lender>>,
@@ -60,39 +61,39 @@ impl Drop for Loan {
     }
 }
 
-// SAFETY: a destination is the only handle through which the source reaches the memory, it has no
-// tie to a thread, and its writes need `&mut self`.
+// SAFETY: a destination is the only handle through which the source reaches the memory, it is not
+// tied to a thread, and its writes need `&mut self`.
 unsafe impl Send for Destination<'_> {}
 
 impl<'a> Destination<'a> {
-    /// Lends `len` bytes at `address`; `lender`, if given, is told when the loan ends, and dropped
-    /// after that.
+    /// Lends `len` bytes at `address`. `lender`, if given, is notified when the loan ends, and
+    /// dropped after that.
     ///
     /// # Safety
     ///
-    /// The bytes must stay mapped writable for `'a`, or where `lender` is given for as long as
+    /// The bytes must stay mapped writable for `'a`, or, if `lender` is given, for as long as
     /// `lender` lives. No Rust reference to them may exist during that time. Other processes and
-    /// other raw pointers may reach them: a race then spoils bytes, not memory safety.
+    /// other raw pointers may access them: a race then corrupts bytes, not memory safety.
     pub unsafe fn new(address: NonNull<u8>, len: usize, lender: Option<Arc<dyn Lender>>) -> Self {
         let loan = Loan { written: Written::default(), lender };
         Destination { address, len, loan, lifetime: PhantomData }
     }
 
-    /// Whether all bytes were written, by one call or another.
+    /// Checks that all bytes have been written, in however many calls.
     ///
     /// # Errors
     ///
-    /// [`SourceError::Short`] tells how many were.
+    /// [`SourceError::Short`], with the number of bytes that were written.
     pub fn check_filled(&self) -> Result<(), SourceError> {
         check_filled(self.loan.written.bytes(), self.len)
     }
 
-    /// Length of the loan, in bytes.
+    /// Returns the length of the loan, in bytes.
     pub fn len(&self) -> usize {
         self.len
     }
 
-    /// Whether the loan has no bytes.
+    /// Returns whether the loan has no bytes.
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
@@ -116,12 +117,12 @@ impl<'a> Destination<'a> {
         self.loan.written.add(offset, bytes.len());
     }
 
-    /// Copies the bytes at `offset` (bytes) of the loan to `bytes`: for a source that looks at what
-    /// it has read before it says that it is done.
+    /// Copies the bytes at `offset` (bytes) of the loan to `bytes`, for a source that checks its
+    /// data before it reports success.
     ///
     /// # Panics
     ///
-    /// If the loan has not so many bytes there.
+    /// If the loan has fewer bytes there.
     pub fn copy_out(&self, offset: usize, bytes: &mut [u8]) {
         self.check(offset, bytes.len());
         // SAFETY: the check keeps the read within the loan, which is mapped while `self` lives;
@@ -143,12 +144,12 @@ impl<'a> Destination<'a> {
         );
     }
 
-    /// Reads from `file` at `file_offset` (bytes) into the loan from its byte `offset` on, with
-    /// one `pread`; returns the bytes read, 0 at the end of the file.
+    /// Reads from `file` at `file_offset` (bytes) into the loan, from its byte `offset` on, with
+    /// one `pread`. Returns the number of bytes read, which is 0 at the end of the file.
     ///
     /// # Errors
     ///
-    /// The system's, `EINTR` excepted.
+    /// The system's error, except `EINTR`, after which the call is repeated.
     ///
     /// # Panics
     ///
@@ -157,11 +158,12 @@ impl<'a> Destination<'a> {
         self.pread(offset, file, file_offset, 0)
     }
 
-    /// As [`read_from`](Self::read_from), but only what is in the page cache.
+    /// Like [`read_from`](Self::read_from), but reads only from the page cache.
     ///
     /// # Errors
     ///
-    /// `EAGAIN` if nothing is, and `EOPNOTSUPP` where the file system cannot tell.
+    /// `EAGAIN` if the first byte is not cached, and `EOPNOTSUPP` if the file system does not
+    /// support the flag.
     pub(crate) fn read_cached(
         &mut self,
         offset: usize,
@@ -182,7 +184,7 @@ impl<'a> Destination<'a> {
         let file_offset = libc::off64_t::try_from(file_offset)
             .map_err(|_| io::Error::from_raw_os_error(libc::EOVERFLOW))?;
         loop {
-            // SAFETY: the assertion keeps the address within the loan, or at its end.
+            // SAFETY: the assertion keeps the address within the loan, or one past its last byte.
             let iov_base = unsafe { self.address.as_ptr().add(offset) }.cast();
             let iov = libc::iovec { iov_base, iov_len: self.len - offset };
             // SAFETY: the kernel writes at most `len - offset` bytes from `offset` on, which lie
@@ -199,15 +201,15 @@ impl<'a> Destination<'a> {
         }
     }
 
-    /// Fills the `len` bytes at `offset` of the loan by `fill`.
+    /// Fills the `len` bytes at `offset` of the loan through `fill`.
     ///
     /// # Errors
     ///
-    /// The errors of `fill`, and [`SourceError::Short`] if it leaves bytes out.
+    /// The errors of `fill`, and [`SourceError::Short`] if it does not write all bytes.
     ///
     /// # Panics
     ///
-    /// If the loan has not so many bytes there.
+    /// If the loan has fewer bytes there.
     pub(crate) fn fill_part(
         &mut self,
         offset: usize,
@@ -215,8 +217,8 @@ impl<'a> Destination<'a> {
         fill: impl FnOnce(&mut Destination<'_>) -> Result<(), SourceError>,
     ) -> Result<(), SourceError> {
         self.check(offset, len);
-        // SAFETY: the check keeps the bytes within this loan, which is borrowed exclusively for as
-        // long as the part lives, and whose own conditions hold for a part of it.
+        // SAFETY: the check keeps the bytes within this loan, which is borrowed exclusively while
+        // the part lives; the conditions that hold for the loan hold for each part of it.
         let mut part = unsafe { Destination::new(self.address.add(offset), len, None) };
         fill(&mut part)?;
         part.check_filled()?;
@@ -235,23 +237,23 @@ impl<'a> Destination<'a> {
 
 impl<'a> From<&'a mut [u8]> for Destination<'a> {
     fn from(bytes: &'a mut [u8]) -> Self {
-        // SAFETY: the exclusive borrow lasts for `'a`, so the bytes stay mapped and nobody else
-        // refers to them. A slice's pointer is never null.
+        // SAFETY: the exclusive borrow lasts for `'a`, so the bytes stay mapped, and no other
+        // reference to them exists.
         unsafe { Destination::new(NonNull::from(&mut *bytes).cast(), bytes.len(), None) }
     }
 }
 
-/// Compares the bytes that were written with those that were lent.
+/// Checks that the number of bytes written equals the number of bytes lent.
 ///
 /// # Errors
 ///
-/// [`SourceError::Short`].
+/// [`SourceError::Short`] if it does not.
 pub(crate) fn check_filled(wrote: usize, len: usize) -> Result<(), SourceError> {
     let (wrote, len) = (wrote as u64, len as u64);
     if wrote == len { Ok(()) } else { Err(SourceError::Short { wrote, len }) }
 }
 
-/// The bytes behind [`Destination::owned`].
+/// The handle to the bytes behind a [`Destination::owned`].
 pub struct OwnedBytes(Arc<Owned>);
 
 struct Owned {
@@ -266,12 +268,12 @@ impl Lender for Owned {
 }
 
 impl OwnedBytes {
-    /// The bytes, all of which the source has written.
+    /// Returns the bytes, if the source has written all of them.
     ///
     /// # Errors
     ///
-    /// [`SourceError::Abandoned`] while a source still holds the destination, and
-    /// [`SourceError::Short`].
+    /// [`SourceError::Abandoned`] if the destination has not been dropped yet, and
+    /// [`SourceError::Short`] if bytes were not written.
     pub fn take(self) -> Result<Vec<u8>, SourceError> {
         let Owned { bytes, wrote } = Arc::into_inner(self.0).ok_or(SourceError::Abandoned)?;
         let bytes = bytes.into_inner().unwrap_or_else(PoisonError::into_inner);
@@ -281,8 +283,8 @@ impl OwnedBytes {
 }
 
 impl Destination<'static> {
-    /// A destination that owns its memory, and the handle that gives it back once the source has
-    /// let go of the destination.
+    /// Returns a destination that owns its memory, and the handle that returns the bytes once the
+    /// destination is dropped.
     ///
     /// # Examples
     ///
@@ -299,9 +301,8 @@ impl Destination<'static> {
         let len = bytes.len();
         let address = NonNull::from(&mut bytes[..]).cast();
         let shared = Arc::new(Owned { bytes: Mutex::new(bytes), wrote: AtomicUsize::new(0) });
-        // SAFETY: the vector's bytes stay where they are while the `Arc` lives, which the
-        // destination keeps; `OwnedBytes` hands the vector out only when it holds the last
-        // reference.
+        // SAFETY: the vector's bytes do not move while the `Arc` lives, and the destination holds a
+        // reference to it. `OwnedBytes` returns the vector only if it holds the last reference.
         let destination = unsafe { Destination::new(address, len, Some(shared.clone())) };
         (destination, OwnedBytes(shared))
     }
@@ -337,7 +338,7 @@ mod tests {
     fn what_was_not_written_is_told() {
         let mut bytes = [0; 8];
         let mut destination = Destination::from(&mut bytes[..]);
-        // Twice the same half is no whole.
+        // Writing the same half twice does not fill it.
         destination.write_at(4, &[1; 4]);
         destination.write_at(4, &[2; 4]);
         let error = destination.check_filled().unwrap_err();

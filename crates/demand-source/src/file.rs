@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A raw image in a local file.
+//! A raw image in a local file or block device.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -10,19 +10,20 @@ use crate::{
     Threaded,
 };
 
-/// Reads of one image that may wait for its storage at once: if so many hang, all others that are
-/// not in memory wait for the storage, too. Half of them serve no background fill.
+/// Maximum number of reads of one image that wait for its storage at the same time. If that many
+/// hang, all other reads that need the storage wait, too. Half of the threads serve no background
+/// fill.
 pub(crate) const READERS: usize = 32;
 
 /// A raw image in a local file or block device: byte i of the file is byte i of the image.
 ///
-/// Pages in the page cache are read straight into the destination, on the calling thread; all else
-/// is read by threads of the image, so that storage that is slow, or hangs, holds up nobody who
-/// does not need the page. Only on a file system that lives in memory every read is of the first
-/// kind; on one that is not known to be local (overlayfs is one), none is.
+/// Pages in the page cache are read straight into the destination, on the calling thread.
+/// Everything else is read by the image's threads, so that slow or hung storage delays only the
+/// threads that need the page. On a file system in memory, every read is of the first kind; on a
+/// file system that is not known to be local (such as overlayfs), none is.
 ///
-/// Holes are found as they are met, so opening an image costs the same whatever its size. On a local
-/// disk each read that waits finds some of those that follow, too.
+/// Holes are found as they are reached, so opening an image costs the same whatever its size. On a
+/// local disk, each read that waits also finds some of the extents that follow.
 ///
 /// # Examples
 ///
@@ -66,17 +67,17 @@ impl LocalFile {
     ///
     /// # Errors
     ///
-    /// [`SourceError::Open`] if it cannot be opened, or is neither a regular file nor a block
+    /// [`SourceError::Open`] if the file cannot be opened, or is neither a regular file nor a block
     /// device.
     pub fn open(path: impl AsRef<Path>) -> Result<Self, SourceError> {
         ImageFile::open(path.as_ref()).map(LocalFile::of)
     }
 
-    /// An image that is open already; `path` is what errors call it.
+    /// Wraps an image that is already open; errors name it `path`.
     ///
     /// # Errors
     ///
-    /// As [`open`](Self::open).
+    /// The same as those of [`open`](Self::open).
     pub fn of_file(file: File, path: impl Into<PathBuf>) -> Result<Self, SourceError> {
         ImageFile::of_file(file, path.into()).map(LocalFile::of)
     }
@@ -141,7 +142,7 @@ mod tests {
     use std::thread;
     use std::time::{Duration, Instant};
 
-    /// 3 MiB: data in the first page, a hole, data in the last page.
+    /// An image of 3 MiB: data in the first page, a hole, data in the last page.
     fn image() -> (tempfile::NamedTempFile, LocalFile) {
         let file = tempfile::NamedTempFile::new().unwrap();
         file.as_file().set_len(3 << 20).unwrap();
@@ -196,7 +197,7 @@ mod tests {
         let error =
             image.read_through(2 << 20, &mut Destination::from(&mut bytes[..])).unwrap_err();
         assert!(matches!(error, SourceError::Shrunk { end, .. } if end == 1 << 20), "{error}");
-        // Where a hole was, the end of the file must not pass for one.
+        // Beyond the new end there must not be a hole, even where one was before.
         assert!(matches!(image.extent(2 << 20), Err(SourceError::Shrunk { .. })));
     }
 

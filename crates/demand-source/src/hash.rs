@@ -1,22 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The hash that tells a page's content.
+//! The hash of a page's content.
 
 use twox_hash::XxHash3_64;
 
-/// Bytes of a page: what one hash stands for.
+/// Bytes of a page. Each page has one hash.
 pub(crate) const PAGE_BYTES: usize = 4096;
 
-/// Whether all bytes are zero.
+/// Returns whether all bytes are zero.
 fn is_zero(page: &[u8]) -> bool {
-    // By lines of a cache: one comparison for many bytes, and nearly all pages differ in the first.
+    // By cache lines: one comparison covers 64 bytes, and nearly every page of data already differs
+    // from zero in its first line.
     page.chunks(64).all(|line| line.iter().fold(0, |all, byte| all | byte) == 0)
 }
 
-/// The hash of a page of 4096 bytes: its XXH3-64 with seed 0 (the xxHash specification), but 0 for
-/// a page of zeros and for no other: content whose XXH3-64 is 0 has the hash 1.
+/// Returns the hash of a page of 4096 bytes: its XXH3-64 with seed 0 (see the xxHash
+/// specification). The hash 0 is reserved for the page of zeros: content whose XXH3-64 is 0 has the
+/// hash 1.
 ///
-/// It finds what disks and people do to a file by mistake. It is no protection against somebody who
-/// means to deceive.
+/// It detects accidental changes to a file. It does not protect against deliberate ones.
 ///
 /// # Panics
 ///
@@ -43,8 +44,8 @@ mod tests {
 
     #[test]
     fn the_hash_is_the_one_of_the_specification() {
-        // Images outlive programs: this must never change. The number is the reference
-        // implementation's (xxHash 0.8, XXH3_64bits).
+        // Images outlive programs, so this value must never change. It is the one that the
+        // reference implementation computes (xxHash 0.8, `XXH3_64bits`).
         let page: Vec<u8> = (0..PAGE_BYTES).map(|i| (i % 251) as u8).collect();
         assert_eq!(page_hash(&page), 0x7135_ffa5_04f1_bc71);
     }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A raw image whose every page is checked as it is fetched.
+//! A raw image with a hash for each page, checked as the page is fetched.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -14,19 +14,19 @@ use crate::{
 };
 
 const PAGE: u64 = PAGE_BYTES as u64;
-/// Bytes that are looked at in one go: one read of the table.
+/// Bytes of the image that one read of the table covers.
 const STEP: u64 = BLOCK as u64 * PAGE;
 
-/// A raw image with a table of 64-bit hashes, one for each page of 4096 bytes: a
-/// [`LocalFile`](crate::LocalFile) of which no page is delivered before its content was found to be what it was when
-/// the image was written. What is different is [`SourceError::Altered`].
+/// A raw image with a table of 64-bit hashes, one for each page of 4096 bytes. It is a
+/// [`LocalFile`](crate::LocalFile) that checks each page's content before it delivers the page.
+/// Content that has changed since the image was written is [`SourceError::Altered`].
 ///
-/// Opening costs the same whatever the size: of the table only the header is looked at. The rest is
-/// read in pieces, as pages are fetched.
+/// Opening costs the same whatever the size, because it reads only the header of the table. The
+/// hashes are read in pieces as pages are fetched.
 ///
 /// # The table
 ///
-/// All numbers are little-endian. The file is as long as the last hash reaches.
+/// All numbers are little-endian. The file ends with the last hash.
 ///
 /// | byte | length | |
 /// |---|---|---|
@@ -34,24 +34,24 @@ const STEP: u64 = BLOCK as u64 * PAGE;
 /// | 8 | 4 | version of the format: 1 |
 /// | 12 | 4 | bytes of a page: 4096 |
 /// | 16 | 8 | bytes of the image: a multiple of 4096, and not 0 |
-/// | 24 | 16 | generation id: whatever ties the image to its snapshot |
-/// | 40 | 8 | XXH3-64 of the 4096 bytes of the header, these eight being zero |
+/// | 24 | 16 | generation id, which ties the image to its snapshot |
+/// | 40 | 8 | XXH3-64 of the 4096 bytes of the header, with these eight as zeros |
 /// | 48 | 4048 | zeros |
 /// | 4096 + 8 i | 8 | hash of page i of the image: [`page_hash`](crate::page_hash) |
 ///
-/// A page of zeros is a hole of the image, and its hash is 0; where all hashes of a block are, the
-/// table has a hole. The header is written last, when all else is on the disk: a pair of files
-/// that was not finished is none.
+/// A page of zeros is a hole of the image, and its hash is 0. Where all hashes of a block of the
+/// table are 0, the table has a hole, too. The header is written last, after everything else is on
+/// the disk, so a table that was not finished has no valid header and is refused.
 ///
 /// # Examples
 ///
-/// [`ImageWriter`](crate::ImageWriter) has one that writes an image and reads it.
+/// See [`ImageWriter`](crate::ImageWriter), whose example writes an image and reads it back.
 #[derive(Debug)]
 pub struct HashedImage {
     reads: Threaded<Hashed>,
 }
 
-/// The image and its table; what it does may wait for the storage, unless it says otherwise.
+/// The image and its table. Its methods may wait for the storage, unless they say otherwise.
 #[derive(Debug)]
 struct Hashed {
     image: ImageFile,
@@ -63,18 +63,18 @@ impl HashedImage {
     ///
     /// # Errors
     ///
-    /// [`SourceError::Open`] and [`SourceError::Read`] about one of the files, and
-    /// [`SourceError::Table`] if the table is damaged, is not finished, or is another image's.
+    /// [`SourceError::Open`] or [`SourceError::Read`] for either file, and [`SourceError::Table`]
+    /// if the table is damaged, unfinished, or belongs to another image.
     pub fn open(image: impl AsRef<Path>, table: impl AsRef<Path>) -> Result<Self, SourceError> {
         HashedImage::of(ImageFile::open(image.as_ref())?, ImageFile::open(table.as_ref())?)
     }
 
-    /// An image and its table that are open already, as by a caller that follows no symbolic link;
-    /// with what errors call each.
+    /// Wraps an image and its table that are already open, for example by a caller that follows no
+    /// symbolic links. Errors name each file by its path.
     ///
     /// # Errors
     ///
-    /// As [`open`](Self::open).
+    /// The same as those of [`open`](Self::open).
     pub fn of_files(image: (File, PathBuf), table: (File, PathBuf)) -> Result<Self, SourceError> {
         HashedImage::of(
             ImageFile::of_file(image.0, image.1)?,
@@ -94,29 +94,29 @@ impl HashedImage {
         self.reads.source()
     }
 
-    /// The id that was given to the image when it was written.
+    /// Returns the generation id that the image was written with.
     pub fn generation(&self) -> [u8; 16] {
         self.hashed().table.generation()
     }
 
-    /// Size of the image, in bytes.
+    /// Returns the size of the image, in bytes.
     pub fn size(&self) -> u64 {
         self.hashed().image.size()
     }
 
-    /// Reads all of the image and checks it, holes included. `progress` is told, again and again,
-    /// how many bytes have been checked, and ends it by `false`.
+    /// Reads and checks the whole image, holes included. It calls `progress` repeatedly with the
+    /// number of bytes checked so far; `progress` cancels the check by returning `false`.
     ///
     /// # Errors
     ///
-    /// [`SourceError::Altered`] names the first page that differs; [`SourceError::Cancelled`]; and
-    /// those of reading.
+    /// [`SourceError::Altered`] for the first page that differs, [`SourceError::Cancelled`], and
+    /// the errors of reading.
     pub fn verify(&self, progress: &mut dyn FnMut(u64) -> bool) -> Result<(), SourceError> {
         let Hashed { image, .. } = self.hashed();
         let mut bytes = Vec::new();
         let mut at = 0;
         while at < self.size() {
-            // Asked for afresh: what this thread remembers may be older than a change.
+            // The remembered extent may be older than a change, so this asks the file system.
             let extent = self.hashed().check_extent(at, image.find_extent(at)?)?;
             if extent.is_hole() {
                 at = extent.end();
@@ -139,7 +139,7 @@ impl Hashed {
         SourceError::Altered { image: self.image.name(), offset: page * PAGE }
     }
 
-    /// Compares pages of the image, from the one at `offset` on, with their hashes.
+    /// Compares `pages` pages of the image, from `offset` on, with their hashes.
     fn check(
         &self,
         offset: u64,
@@ -150,7 +150,8 @@ impl Hashed {
         self.check_with(offset, pages, hash_of, read).unwrap_or(Ok(()))
     }
 
-    /// As [`check`](Self::check), with hashes that `read` reads: `None` if it gives none.
+    /// Like [`check`](Self::check), but reads the table through `read`. Returns `None` if `read`
+    /// does.
     fn check_with(
         &self,
         offset: u64,
@@ -170,13 +171,13 @@ impl Hashed {
         Some(looked.and_then(|()| wrong.map_or(Ok(()), |page| Err(self.altered(page)))))
     }
 
-    /// Reads whole pages.
+    /// Reads and checks whole pages.
     fn read_pages(&self, offset: u64, to: &mut Destination<'_>) -> Result<(), SourceError> {
         self.image.read(offset, to)?;
         self.check(offset, to.len() as u64 / PAGE, hash_in(to))
     }
 
-    /// Reads whole pages if that needs no waiting.
+    /// Reads and checks whole pages, or returns `None` if that would have to wait for the storage.
     fn read_pages_now(
         &self,
         offset: u64,
@@ -193,8 +194,8 @@ impl Hashed {
         offset.is_multiple_of(PAGE) && to.len().is_multiple_of(PAGE_BYTES)
     }
 
-    /// Reads parts of pages, as only tools do: each page is read as a whole, and the part of it
-    /// that was asked for is handed on.
+    /// Reads parts of pages, which only tools do: reads and checks each page as a whole, and copies
+    /// out the requested part.
     fn read_parts(&self, offset: u64, to: &mut Destination<'_>) -> Result<(), SourceError> {
         let len = to.len() as u64;
         let end = self.image.check_range(offset, len)?;
@@ -210,8 +211,9 @@ impl Hashed {
         Ok(())
     }
 
-    /// What an extent of the file at `offset` is by the table: a hole only where all hashes say so.
-    /// It ends where the table has not been looked at, so that one fault never looks at much.
+    /// Checks an extent of the file at `offset` against the table: it is a hole only if all its
+    /// hashes are 0. The returned extent covers at most one read of the table, which bounds the
+    /// work of one fault.
     fn check_extent(&self, offset: u64, extent: Extent) -> Result<Extent, SourceError> {
         let Extent::Hole { end } = extent else { return Ok(extent) };
         let first = offset / PAGE;
@@ -224,7 +226,8 @@ impl Hashed {
         match used {
             None => Ok(Extent::Hole { end: limit }),
             Some(page) if page > first => Ok(Extent::Hole { end: page * PAGE }),
-            // A page of data that begins or ends with a hole, on a file system of smaller blocks.
+            // A page of data that begins or ends with a hole: the blocks of the file system are
+            // smaller than a page.
             Some(page) if !offset.is_multiple_of(PAGE) || end < (page + 1) * PAGE => {
                 Ok(Extent::Data { end: (page + 1) * PAGE })
             }
@@ -233,7 +236,7 @@ impl Hashed {
     }
 }
 
-/// The hashes of the pages of a loan, by their number in it.
+/// Returns a function that hashes a page of the loan, by the page's index in it.
 fn hash_in(loan: &Destination<'_>) -> impl FnMut(u64) -> u64 {
     let mut content = [0; PAGE_BYTES];
     move |page| {
@@ -257,7 +260,7 @@ impl BlockingSource for Hashed {
         }
         let extent = |at| {
             let extent = self.image.extent_afresh(at, |extent| self.check_extent(at, extent))?;
-            // Where an extent ends within a page, the page is read as a whole.
+            // A page in which an extent ends is read as a whole.
             let end = extent.end() / PAGE * PAGE;
             Ok(match extent {
                 Extent::Hole { .. } if end > at => Extent::Hole { end },
@@ -302,11 +305,11 @@ impl PageSource for HashedImage {
         None
     }
 
-    /// A copy that has been checked, of at most 2 MiB.
+    /// Returns a checked copy of at most 2 MiB.
     fn mapped(&self, offset: u64, len: u64) -> Option<MappedBytes<'_>> {
         let len = usize::try_from(len).ok().filter(|_| len <= STEP && len.is_multiple_of(PAGE))?;
         let mut bytes = MappedBytes::buffer(len);
-        // What is wrong is told by whoever reads the pages in the ordinary way, which comes next.
+        // The ordinary read that follows a `None` reports the error.
         let read = self.read_now(offset, &mut Destination::from(&mut bytes[..]));
         read?.ok()?;
         Some(MappedBytes::owned(bytes))

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The file of an image: reads and extents, with and without waiting for its storage.
+//! An image's file: its reads and extents, with and without waiting for the storage.
 
 use std::cell::Cell;
 use std::collections::BTreeMap;
@@ -14,10 +14,10 @@ use crate::cached::Storage;
 use crate::mapped::{MappedBytes, MappedFile};
 use crate::{Destination, Extent, SourceError, extent_of_file};
 
-/// Extents that are remembered at most: some 3 MiB.
+/// Maximum number of remembered extents: about 3 MiB.
 const REMEMBERED: usize = 1 << 16;
 
-/// Extents that are looked up after each read that waited, at most.
+/// Maximum number of extents that are looked up after each read that waited.
 const AHEAD: usize = 16;
 
 /// A regular file or block device that is read as an image.
@@ -27,11 +27,11 @@ pub(crate) struct ImageFile {
     path: PathBuf,
     size: u64,
     storage: Storage,
-    // Made when it is first asked for; `None` where it cannot be.
+    // Created on first use; `None` if the file cannot be mapped.
     mapped: OnceLock<Option<MappedFile>>,
-    // Tells images apart in the memory of the last extent that each thread keeps.
+    // Identifies the image in each thread's `LAST`.
     id: u64,
-    // Extents that were found while waiting was allowed, by where they were asked for.
+    // Extents found by calls that may wait, by the offset that was asked for.
     found: RwLock<BTreeMap<u64, Extent>>,
     // Held by the thread that looks ahead: one, so that a disk that hangs costs one thread.
     ahead: Mutex<()>,
@@ -45,8 +45,9 @@ struct LastExtent {
 }
 
 thread_local! {
-    // Asking the file system costs a system call; neighbours mostly lie in the extent that was
-    // asked for last. One for each thread, so that threads share no written cache line.
+    // The last extent that this thread found. Asking the file system costs a system call, and the
+    // next page mostly lies in the same extent. It is thread-local so that threads share no written
+    // cache line.
     static LAST: Cell<LastExtent> =
         const { Cell::new(LastExtent { id: 0, start: 0, extent: Extent::Hole { end: 0 } }) };
 }
@@ -56,7 +57,7 @@ static NEXT_ID: AtomicU64 = AtomicU64::new(1);
 impl ImageFile {
     pub(crate) fn open(path: &Path) -> Result<Self, SourceError> {
         let refused = |error| SourceError::Open { image: path.display().to_string(), error };
-        // Not to wait for whoever opens the other end of a pipe.
+        // Without this flag, opening a pipe would wait for a writer.
         let file = OpenOptions::new()
             .read(true)
             .custom_flags(libc::O_NONBLOCK)
@@ -65,7 +66,7 @@ impl ImageFile {
         ImageFile::of_file(file, path.to_owned())
     }
 
-    /// An image that is open already; `path` is what errors call it.
+    /// Wraps a file that is already open; errors name it `path`.
     pub(crate) fn of_file(mut file: File, path: PathBuf) -> Result<Self, SourceError> {
         let refused = |error| SourceError::Open { image: path.display().to_string(), error };
         let kind = file.metadata().map_err(refused)?.file_type();
@@ -73,7 +74,7 @@ impl ImageFile {
             let what = if kind.is_dir() { "it is a directory" } else { "it is a special file" };
             return Err(refused(io::Error::new(io::ErrorKind::InvalidInput, what)));
         }
-        // A block device has no length in its metadata, but an end.
+        // The metadata of a block device has no length, but seeking to its end works.
         let size = file.seek(SeekFrom::End(0)).map_err(refused)?;
         let storage = if kind.is_block_device() {
             Storage::Cached
@@ -96,12 +97,12 @@ impl ImageFile {
         self.size
     }
 
-    /// The file, as the user named it.
+    /// Returns the file's path, as the user named it.
     pub(crate) fn name(&self) -> String {
         self.path.display().to_string()
     }
 
-    /// Whether no read of it ever waits for anything but memory.
+    /// Returns whether the file is stored in memory, so that no read of it waits for storage.
     pub(crate) fn is_memory(&self) -> bool {
         self.storage == Storage::Memory
     }
@@ -115,14 +116,14 @@ impl ImageFile {
         SourceError::Read { image: self.name(), offset, len, error }
     }
 
-    /// The end of `len` bytes at `offset`, if they lie in the image.
+    /// Returns the end of the `len` bytes at `offset` if they lie in the image.
     pub(crate) fn check_range(&self, offset: u64, len: u64) -> Result<u64, SourceError> {
         offset.checked_add(len).filter(|end| *end <= self.size).ok_or_else(|| {
             SourceError::OutOfRange { image: self.name(), offset, len, size: self.size }
         })
     }
 
-    /// Reads, and waits for the storage.
+    /// Reads bytes of the file; may wait for the storage.
     pub(crate) fn read(
         &self,
         offset: u64,
@@ -141,8 +142,8 @@ impl ImageFile {
         Ok(())
     }
 
-    /// Reads what is in memory; `None` if waiting for the storage is needed. Part of the
-    /// destination may have been written then.
+    /// Reads bytes of the file, or returns `None` if that would have to wait for the storage. After
+    /// `None`, part of the destination may have been written.
     pub(crate) fn read_now(
         &self,
         offset: u64,
@@ -165,14 +166,14 @@ impl ImageFile {
             match destination.read_cached(done, &self.file, offset + done as u64) {
                 Ok(0) => return Some(Err(self.shrunk(offset, len))),
                 Ok(read) => done += read,
-                // Why it fails is told by the read that waits.
+                // The read that may wait reports the error.
                 Err(_) => return None,
             }
         }
         Some(Ok(()))
     }
 
-    /// The bytes where they are mapped in this process, if they are in memory.
+    /// Returns the bytes where they are mapped in this process, if they are in memory.
     pub(crate) fn mapped(&self, offset: u64, len: u64) -> Option<MappedBytes<'_>> {
         if self.storage == Storage::Away {
             return None;
@@ -196,12 +197,12 @@ impl ImageFile {
         })
     }
 
-    /// Asks the file system for the extent of the byte at `offset`, which lies in the image. It
-    /// may wait for the storage.
+    /// Asks the file system for the extent at `offset`, which lies in the image. It may wait for
+    /// the storage.
     pub(crate) fn find_extent(&self, offset: u64) -> Result<Extent, SourceError> {
         match extent_of_file(&self.file, offset, self.size) {
             Ok(Some(extent)) => Ok(extent),
-            // No data from here on, which is a hole only as long as the image is.
+            // No data follows. It is a hole only if the file has not shrunk.
             Ok(None) => match (&self.file).seek(SeekFrom::End(0)) {
                 Ok(end) if end >= self.size => Ok(Extent::Hole { end: self.size }),
                 _ => Err(self.shrunk(offset, self.size - offset)),
@@ -210,8 +211,8 @@ impl ImageFile {
         }
     }
 
-    /// As [`extent`](crate::PageSource::extent), through `check`, which may refuse the extent or
-    /// change it; it is not asked again for an extent that this thread remembers.
+    /// Like [`extent`](crate::PageSource::extent), but passes the extent through `check`, which may
+    /// refuse or change it. An extent that this thread remembers is not checked again.
     pub(crate) fn extent_checked(
         &self,
         offset: u64,
@@ -224,7 +225,8 @@ impl ImageFile {
         self.extent_afresh(offset, check)
     }
 
-    /// As [`extent_checked`](Self::extent_checked), whatever this thread remembers.
+    /// Like [`extent_checked`](Self::extent_checked), but ignores the extent that this thread
+    /// remembers.
     pub(crate) fn extent_afresh(
         &self,
         offset: u64,
@@ -235,7 +237,7 @@ impl ImageFile {
         Ok(extent)
     }
 
-    /// The extent of the byte at `offset` if it was found before; never waits for the storage.
+    /// Returns the extent at `offset` if it was found before; never waits for the storage.
     pub(crate) fn known_extent(&self, offset: u64) -> Option<Extent> {
         let extent = self.last_extent(offset).or_else(|| {
             let (start, extent) = self.found_extent(offset)?;
@@ -297,7 +299,7 @@ impl ImageFile {
 
     fn remember(&self, start: u64, extent: Extent) {
         LAST.set(LastExtent { id: self.id, start, extent });
-        // Threads that may wait need no memory of others' extents.
+        // On storage in memory every thread can ask, so the shared map is not needed.
         if self.is_memory() {
             return;
         }
@@ -314,8 +316,8 @@ impl ImageFile {
         drop(full);
     }
 
-    /// Reads extent by extent, as `extent` finds them afresh: holes are zeros, and the rest is left
-    /// to `data`. It may wait for the storage.
+    /// Reads extent by extent, as `extent` returns them: fills holes with zeros, and reads data
+    /// through `data`. It may wait for the storage.
     pub(crate) fn read_extents(
         &self,
         offset: u64,

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Images that are mapped, for the kernel to copy from.
+//! Image bytes at an address in this process, for the kernel to copy from.
 
 use std::cell::Cell;
 use std::fs::File;
@@ -10,66 +10,66 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use memmap2::{Advice, MmapOptions, MmapRaw, UncheckedAdvice};
 
-/// Bytes of an image where they lie in this process, for the kernel to read.
+/// Bytes of an image at an address in this process, for the kernel to read.
 ///
-/// They may be gone when they are read: if a file shrinks, a system call that reads them fails with
-/// `EFAULT`, but a process that looks itself dies of `SIGBUS`. So this gives no slice.
+/// There is no slice of them, because they can vanish: if the file shrinks, a system call that
+/// reads them fails with `EFAULT`, but a process that reads them itself dies of `SIGBUS`.
 #[derive(Debug)]
 pub struct MappedBytes<'a> {
     address: NonNull<u8>,
     len: usize,
-    // The bytes themselves, where they are a copy that this has to itself.
+    // The bytes themselves, if they are a private copy.
     owned: Option<Vec<u8>>,
     lifetime: PhantomData<&'a ()>,
 }
 
-/// Bytes of a buffer that is worth keeping, at most: the largest unit that is filled from one.
+/// Capacity of the largest buffer that is kept for reuse, in bytes: the largest unit that is filled
+/// from a buffer.
 const SPARE: usize = 2 << 20;
 
 thread_local! {
-    // The buffer that was used last. A new one of this size would be made of fresh zeroed memory
-    // each time, which takes longer than it is to save.
+    // The last buffer that this thread used. A new one of this size would be allocated from fresh
+    // zeroed memory each time, which costs more than the copy avoids.
     static LAST: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
 }
 
 impl MappedBytes<'_> {
-    /// Names `len` bytes at `address`.
+    /// Describes `len` bytes at `address`.
     ///
     /// # Safety
     ///
-    /// For the lifetime, nothing but these bytes may be mapped there, and nothing but the kernel
-    /// may read them through this value.
+    /// For the lifetime `'_`, nothing but these bytes may be mapped there, and nothing but the
+    /// kernel may read them through this value.
     pub unsafe fn new(address: NonNull<u8>, len: usize) -> Self {
         MappedBytes { address, len, owned: None, lifetime: PhantomData }
     }
 
-    /// Bytes that a source has made or checked for this one use.
+    /// Wraps bytes that a source made or checked for this one use.
     pub fn owned(bytes: Vec<u8>) -> MappedBytes<'static> {
-        // A vector's pointer is never null, and its bytes stay where they are until it is changed
-        // or dropped.
+        // A vector's bytes do not move until it is changed or dropped.
         let (address, len) = (NonNull::from(&bytes[..]).cast(), bytes.len());
         MappedBytes { address, len, owned: Some(bytes), lifetime: PhantomData }
     }
 
-    /// A buffer for [`owned`](Self::owned), of any content: this thread's last one, if it was
-    /// given back.
+    /// Returns a buffer of unspecified content for [`owned`](Self::owned). It reuses this thread's
+    /// last buffer if that has been returned.
     pub(crate) fn buffer(len: usize) -> Vec<u8> {
         let mut bytes = LAST.take();
         bytes.resize(len, 0);
         bytes
     }
 
-    /// Where they begin.
+    /// Returns the address of the first byte.
     pub fn address(&self) -> NonNull<u8> {
         self.address
     }
 
-    /// Their number.
+    /// Returns the number of bytes.
     pub fn len(&self) -> usize {
         self.len
     }
 
-    /// Whether there are none.
+    /// Returns whether there are no bytes.
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
@@ -78,22 +78,22 @@ impl MappedBytes<'_> {
 impl Drop for MappedBytes<'_> {
     fn drop(&mut self) {
         if let Some(bytes) = self.owned.take().filter(|bytes| bytes.capacity() <= SPARE) {
-            // A thread that ends has no use for it.
+            // It fails only while the thread ends, which needs no buffer any more.
             let _ = LAST.try_with(|last| last.set(bytes));
         }
     }
 }
 
-/// Bytes that stay mapped at most before they are given up: page tables and resident memory do not
-/// grow with what was read. Giving them up costs as much as a part of reading them, so it is done
-/// once for many.
+/// Bytes that stay mapped before the mapping is dropped from the page tables, so that page tables
+/// and resident memory do not grow with the amount that was read. Dropping costs a fraction of the
+/// read itself, so one call drops many reads' pages.
 const WINDOW: u64 = 32 << 20;
 
-/// A whole file, mapped to be read.
+/// A whole file, mapped read-only.
 #[derive(Debug)]
 pub(crate) struct MappedFile {
     file: MmapRaw,
-    /// Bytes that were brought into the page tables since the last time they were given up.
+    /// Bytes that entered the page tables since they were last dropped.
     populated: AtomicU64,
 }
 
@@ -105,14 +105,15 @@ impl MappedFile {
         Ok(MappedFile { file, populated: AtomicU64::new(0) })
     }
 
-    /// Whether all of these bytes are in memory, so that reading them does not wait for a disk.
+    /// Returns whether all bytes of the range are in memory, so that reading them does not wait for
+    /// a disk.
     pub(crate) fn is_resident(&self, offset: u64, len: u64) -> bool {
         if offset.checked_add(len).is_none_or(|end| end > self.file.len() as u64) {
             return false;
         }
         let mut pages = vec![0u8; len.div_ceil(4096) as usize];
-        // SAFETY: the check keeps the range within the mapping, and the kernel writes one byte for
-        // each of its pages.
+        // SAFETY: the check keeps the range within the mapping, and `pages` has one byte for each
+        // page of it, which is all that the kernel writes.
         let result = unsafe {
             let address = self.file.as_mut_ptr().add(offset as usize);
             libc::mincore(address.cast(), len as usize, pages.as_mut_ptr())
@@ -120,30 +121,29 @@ impl MappedFile {
         result == 0 && pages.iter().all(|page| page & 1 == 1)
     }
 
-    /// Bytes of the file, read from the disk and in the page tables. `None` if they cannot be had
-    /// like that: reading them in the ordinary way tells why.
+    /// Returns bytes of the file after reading them from the disk and mapping them in the page
+    /// tables. Returns `None` if that fails: an ordinary read of them then reports the error.
     pub(crate) fn bytes(&self, offset: u64, len: u64) -> Option<MappedBytes<'_>> {
         if offset.checked_add(len).is_none_or(|end| end > self.file.len() as u64) {
             return None;
         }
         if self.populated.fetch_add(len, Ordering::Relaxed) >= WINDOW {
             self.populated.store(len, Ordering::Relaxed);
-            // Whoever reads some of this at the moment has it brought back, at the price of a
-            // fault.
-            // SAFETY: what is dropped of a file's shared mapping can be read again, and nobody
-            // holds a reference to it.
+            // A thread that is reading part of this now faults it in again.
+            // SAFETY: the mapping is shared and file-backed, so dropped pages can be read again,
+            // and no reference to its bytes exists.
             unsafe { self.file.unchecked_advise(UncheckedAdvice::DontNeed) }.ok()?;
         }
         let (offset, len) = (offset as usize, len as usize);
         match self.file.advise_range(Advice::PopulateRead, offset, len) {
             Ok(()) => {}
-            // Linux before 5.14 reads page by page, as it needs them.
+            // Linux before 5.14 lacks this advice and reads page by page, on access.
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {}
             Err(_) => return None,
         }
         let first = NonNull::new(self.file.as_mut_ptr())?;
         // SAFETY: the check above keeps the bytes within the mapping, which lives as long as
-        // `self` and of which nobody else knows the address.
+        // `self`. Only this type knows its address, so no Rust code reads it.
         Some(unsafe { MappedBytes::new(first.add(offset), len) })
     }
 }
@@ -160,10 +160,10 @@ mod tests {
         file
     }
 
-    /// What the kernel reads there.
+    /// Returns the bytes that the kernel reads there.
     fn read(bytes: MappedBytes<'_>) -> io::Result<Vec<u8>> {
         let to = file(0);
-        // SAFETY: the kernel reads the bytes, which are mapped or answered with an error.
+        // SAFETY: only the kernel reads the bytes; it answers with an error if they are not mapped.
         let written = unsafe {
             libc::pwrite(to.as_raw_fd(), bytes.address().as_ptr().cast(), bytes.len(), 0)
         };
@@ -196,7 +196,7 @@ mod tests {
         assert_eq!(read(first).unwrap(), [7; 8192]);
         let third = MappedBytes::buffer(4096);
         assert_eq!(third.as_ptr(), address.as_ptr());
-        // One that is too large is not kept.
+        // A buffer that is too large is not kept.
         drop(MappedBytes::owned(vec![1; SPARE + 1]));
         assert_eq!(LAST.take().capacity(), 0);
     }

@@ -1,26 +1,26 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The trait that every source of pages implements.
+//! `PageSource`, the trait that every source of pages implements, and the types of its requests.
 
 use crate::{Completion, Destination, MappedBytes, SourceError};
 
-/// How urgent a request is.
+/// The urgency of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Priority {
-    /// Background fill: nobody waits for it.
+    /// Background fill: no thread waits for it.
     Fill,
-    /// Somebody waits: a demand request overtakes all queued fill.
+    /// A fault: a thread waits for the pages. A demand request overtakes all queued fill.
     Demand,
 }
 
-/// A stretch of an image with one nature.
+/// A stretch of an image that is all data or all hole.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Extent {
-    /// Bytes that must be read, up to this offset in the image (bytes, exclusive).
+    /// Bytes that must be read.
     Data {
         /// First byte after the extent.
         end: u64,
     },
-    /// Bytes known to be zero without reading them, up to this offset (bytes, exclusive).
+    /// Bytes known to be zero without a read.
     Hole {
         /// First byte after the extent.
         end: u64,
@@ -28,47 +28,47 @@ pub enum Extent {
 }
 
 impl Extent {
-    /// First byte after the extent, as an offset in the image.
+    /// Returns the first byte after the extent, as an offset in the image.
     pub fn end(&self) -> u64 {
         match *self {
             Extent::Data { end } | Extent::Hole { end } => end,
         }
     }
 
-    /// Whether the extent is known to be zero.
+    /// Returns whether the extent is known to be zero.
     pub fn is_hole(&self) -> bool {
         matches!(self, Extent::Hole { .. })
     }
 }
 
-/// One range of the image, and where its bytes go.
+/// One range of the image, and the memory that receives its bytes.
 #[derive(Debug)]
 pub struct Chunk {
-    /// Offset in the image, in bytes. The length is the destination's.
+    /// Offset in the image, in bytes. The length of the range is the destination's.
     pub offset: u64,
     /// The memory that receives the bytes.
     pub destination: Destination<'static>,
 }
 
-/// What a pager asks of a source: some ranges, all or nothing.
+/// A pager's request to a source: ranges that succeed or fail together.
 #[derive(Debug)]
 pub struct Request {
-    /// How urgent the request is.
+    /// The urgency of the request.
     pub priority: Priority,
     /// The ranges to read.
     pub chunks: Vec<Chunk>,
 }
 
-/// Where pages come from.
+/// A source of pages: the image that demand-paged memory is filled from.
 ///
-/// An image is an immutable array of bytes: nobody writes to it while a source serves it.
+/// An image is an array of bytes that does not change while a source serves it.
 ///
-/// Implement [`submit`](Self::submit) so that it returns quickly: it is called by the threads
-/// that serve faults. A source that can only block is wrapped in [`Threaded`](crate::Threaded).
+/// [`submit`](Self::submit) must return quickly: the threads that serve faults call it. A source
+/// that can only block is wrapped in [`Threaded`](crate::Threaded).
 ///
 /// # Examples
 ///
-/// A source that invents its content:
+/// A source that generates its content:
 ///
 /// ```
 /// use demand_source::{Completion, Destination, Extent, PageSource, Request, SourceError};
@@ -97,37 +97,38 @@ pub struct Request {
 /// assert_eq!(page, [1; 4096]);
 /// ```
 pub trait PageSource: Send + Sync {
-    /// The image's size, in bytes.
+    /// Returns the image's size, in bytes.
     fn size(&self) -> u64;
 
-    /// The extent at `offset` (bytes) of the image, and where it ends. It may wait for the storage:
-    /// threads that must not ask [`extent_now`](Self::extent_now).
+    /// Returns the extent at `offset` (bytes) of the image. It may wait for the storage: threads
+    /// that must not wait call [`extent_now`](Self::extent_now).
     ///
     /// # Errors
     ///
-    /// Those of the source; the caller treats them like a failed read.
+    /// The source's errors; the caller treats them like a failed read.
     fn extent(&self, offset: u64) -> Result<Extent, SourceError>;
 
-    /// As [`extent`](Self::extent), without waiting for the storage, for threads that serve
-    /// faults; `None` where the answer is not at hand: such a range is read, holes included. A
-    /// source whose `extent` may wait must implement it.
+    /// Returns the [`extent`](Self::extent) without waiting for the storage, for threads that serve
+    /// faults, or `None` if that is not possible. After `None` the caller reads the range, even if
+    /// it is a hole. A source whose `extent` may wait must implement this method.
     ///
     /// # Errors
     ///
-    /// As for `extent`.
+    /// The same as those of `extent`.
     fn extent_now(&self, offset: u64) -> Option<Result<Extent, SourceError>> {
         Some(self.extent(offset))
     }
 
-    /// Starts a request. Its outcome arrives through the completion, from any thread, once every
-    /// destination has been filled and dropped, or has failed. It counts once all destinations are
-    /// dropped; if one was not filled then, success is [`SourceError::Short`].
+    /// Starts a request. Its outcome arrives through the completion, from any thread, after every
+    /// destination has been filled and dropped, or the request has failed. The outcome takes effect
+    /// only when all destinations are dropped; if one of them was not filled by then, success
+    /// becomes [`SourceError::Short`].
     fn submit(&self, request: Request) -> Completion;
 
-    /// Reads on the calling thread what is as near as a function call; `None` (as here) from all
-    /// other sources, and wherever the storage would have to be waited for: threads that serve
-    /// faults call it. It spares near bytes the bookkeeping of a request. After `None` nothing may
-    /// be assumed of the destination's bytes.
+    /// Reads on the calling thread if that takes no longer than a function call, which avoids the
+    /// bookkeeping of a request. The threads that serve faults call it, so it returns `None`
+    /// wherever it would have to wait for the storage; the default always returns `None`. After
+    /// `None` the content of the destination is unspecified.
     fn read_now(
         &self,
         _offset: u64,
@@ -136,27 +137,26 @@ pub trait PageSource: Send + Sync {
         None
     }
 
-    /// The `len` bytes at `offset` where they lie in this process, if they do and are at hand, or
-    /// a copy that the source had to make anyhow; `None` (as here) from all other sources, and
-    /// where they cannot be had like that without waiting for the storage. `offset` and `len` are
-    /// multiples of 4096.
+    /// Returns the `len` bytes at `offset` where they are mapped in this process, or a copy that
+    /// the source had to make anyway. Returns `None` if neither is possible without waiting for the
+    /// storage; the default always returns `None`. `offset` and `len` are multiples of 4096.
     fn mapped(&self, _offset: u64, _len: u64) -> Option<MappedBytes<'_>> {
         None
     }
 
-    /// Whether the bytes that [`mapped`](Self::mapped) has given, and that were read since, are
-    /// the image's. They are not if a file has shrunk: what remains of its last page is followed by
-    /// zeros.
+    /// Returns whether the bytes that [`mapped`](Self::mapped) returned, and that have been read
+    /// since, are the image's. They are not if the file has shrunk: the remainder of its last page
+    /// then reads as zeros.
     fn is_intact(&self) -> bool {
         true
     }
 
-    /// Reads `destination.len()` bytes at `offset` and waits for them: for checks and tools, not
-    /// for threads that serve faults.
+    /// Reads `destination.len()` bytes at `offset` and waits for them. It is for checks and tools,
+    /// not for threads that serve faults.
     ///
     /// # Errors
     ///
-    /// Those of the source.
+    /// The source's errors.
     fn read_through(
         &self,
         offset: u64,

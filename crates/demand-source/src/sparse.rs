@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Where the data of sparse files is.
+//! Finds the data and the holes of sparse files.
 
 use std::fs::File;
 use std::io;
@@ -7,11 +7,12 @@ use std::os::fd::AsRawFd;
 
 use crate::Extent;
 
-/// Asks the file system where the next byte of a kind is; `None` if there is none before the end.
+/// Returns the offset of the next data or hole (by `whence`) at or after `offset`, or `None` if
+/// there is none before the end of the file.
 fn seek(file: &File, offset: u64, whence: libc::c_int) -> io::Result<Option<u64>> {
     let offset = libc::off64_t::try_from(offset)
         .map_err(|_| io::Error::from_raw_os_error(libc::EOVERFLOW))?;
-    // SAFETY: lseek touches no memory.
+    // SAFETY: lseek accesses no memory of this process.
     let found = unsafe { libc::lseek64(file.as_raw_fd(), offset, whence) };
     if let Ok(found) = u64::try_from(found) {
         return Ok(Some(found));
@@ -22,13 +23,14 @@ fn seek(file: &File, offset: u64, whence: libc::c_int) -> io::Result<Option<u64>
     }
 }
 
-/// What a file has at `offset` (bytes), as its file system knows at this moment, and how far that
-/// goes, at most to `end` (bytes, past `offset`). `None` if no data comes any more: a hole if the
-/// file is still that long, which the caller must see to. It moves the file's position.
+/// Returns the extent of a file at `offset` (bytes), according to its file system at this moment.
+/// It ends at `end` at most (bytes, greater than `offset`). Returns `None` if no data follows: that
+/// is a hole only if the file is still that long, which the caller must check. The call moves the
+/// file's position.
 ///
 /// # Errors
 ///
-/// The system's.
+/// The system's error.
 ///
 /// # Examples
 ///
@@ -50,7 +52,7 @@ pub fn extent_of_file(file: &File, offset: u64, end: u64) -> io::Result<Option<E
             let hole = seek(file, offset, libc::SEEK_HOLE).ok().flatten();
             Ok(Some(Extent::Data { end: hole.map_or(end, |hole| hole.min(end)) }))
         }
-        // A file system that knows no holes has data everywhere.
+        // A file system without holes has data everywhere.
         Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(Some(Extent::Data { end })),
         Err(error) => Err(error),
     }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The table of page hashes beside an image: its format, which
-//! [`HashedImage`](crate::HashedImage) describes, and reading it.
+//! The table of page hashes beside an image: reads and checks the format that
+//! [`HashedImage`](crate::HashedImage) describes.
 
 use twox_hash::XxHash3_64;
 
@@ -8,17 +8,17 @@ use crate::hash::PAGE_BYTES;
 use crate::image_file::ImageFile;
 use crate::{Destination, SourceError};
 
-/// Bytes of the header, which are also where the hashes begin.
+/// Bytes of the header, which is also the offset of the first hash.
 pub(crate) const HEADER_BYTES: usize = 4096;
 /// Bytes of one hash.
 pub(crate) const HASH_BYTES: u64 = 8;
-/// Hashes that are read at once: those of 2 MiB.
+/// Number of hashes that are read at once: those of 2 MiB of the image.
 pub(crate) const BLOCK: usize = 512;
 
 const MAGIC: [u8; 8] = *b"DPHASHES";
 const VERSION: u32 = 1;
 
-/// What the header says.
+/// The decoded header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Header {
     /// Bytes of the image.
@@ -39,7 +39,7 @@ impl Header {
         bytes
     }
 
-    /// Reads a header, or says what is wrong with it.
+    /// Decodes a header; the error says why it is invalid.
     fn decode(bytes: &[u8; HEADER_BYTES]) -> Result<Self, String> {
         if bytes.iter().all(|byte| *byte == 0) {
             return Err("the table was not finished".into());
@@ -65,30 +65,32 @@ impl Header {
     }
 }
 
-/// Says what is wrong with an image's size, in bytes.
+/// Checks an image's size, in bytes; the error says why it is invalid.
 pub(crate) fn check_size(size: u64) -> Result<(), String> {
     if size == 0 || !size.is_multiple_of(PAGE_BYTES as u64) {
         return Err(format!("an image of {size} bytes is no whole number of pages of 4096 bytes"));
     }
-    // A file's offset is signed.
+    // File offsets are signed.
     if i64::try_from(size).is_err() {
         return Err(format!("an image of {size} bytes is longer than a file can be"));
     }
     Ok(())
 }
 
-/// Length of the table of an image of `size` bytes, in bytes.
+/// Returns the length of the table for an image of `size` bytes, in bytes.
 pub(crate) fn table_len(size: u64) -> u64 {
     hash_offset(size / PAGE_BYTES as u64)
 }
 
-/// Where the hash of a page is in the table, in bytes.
+/// Returns the offset of a page's hash in the table, in bytes.
 pub(crate) fn hash_offset(page: u64) -> u64 {
     HEADER_BYTES as u64 + page * HASH_BYTES
 }
 
-/// The table of an image's page hashes. It is read in pieces as they are needed, and not mapped: a
-/// table that became shorter would end the process that looks at it.
+/// The table of an image's page hashes.
+///
+/// It is read in pieces as they are needed. It is not mapped, because reading a mapped table that
+/// has become shorter would kill the process with `SIGBUS`.
 #[derive(Debug)]
 pub(crate) struct HashTable {
     file: ImageFile,
@@ -96,7 +98,7 @@ pub(crate) struct HashTable {
 }
 
 impl HashTable {
-    /// The table of `image` in a file.
+    /// Opens the table of `image` from `file`.
     pub(crate) fn of(file: ImageFile, image: &ImageFile) -> Result<Self, SourceError> {
         let unfit = |why| SourceError::Table { image: image.name(), table: file.name(), why };
         let len = file.size();
@@ -123,17 +125,17 @@ impl HashTable {
         self.header.generation
     }
 
-    /// Whether no read of it ever waits for anything but memory.
+    /// Returns whether the table is stored in memory, so that no read of it waits for storage.
     pub(crate) fn is_memory(&self) -> bool {
         self.file.is_memory()
     }
 
-    /// Reads bytes of the table, and waits for the storage.
+    /// Reads bytes of the table; may wait for the storage.
     pub(crate) fn read(&self, offset: u64, to: &mut Destination<'_>) -> Result<(), SourceError> {
         self.file.read(offset, to)
     }
 
-    /// Reads bytes of the table; `None` if waiting for the storage is needed.
+    /// Reads bytes of the table, or returns `None` if that would have to wait for the storage.
     pub(crate) fn read_now(
         &self,
         offset: u64,
@@ -142,8 +144,8 @@ impl HashTable {
         self.file.read_now(offset, to)
     }
 
-    /// Calls `each` with each of `count` pages from page `first` on and its hash, until it says
-    /// `false`. It waits for the storage.
+    /// Calls `each` with every page number from `first` on, `count` in all, and the page's hash,
+    /// until `each` returns `false`. It may wait for the storage.
     pub(crate) fn look(
         &self,
         first: u64,
@@ -153,7 +155,8 @@ impl HashTable {
         self.look_with(first, count, |at, to| Some(self.read(at, to)), each).unwrap_or(Ok(()))
     }
 
-    /// As [`look`](Self::look), with hashes that `read` reads; `None` as soon as it gives none.
+    /// Like [`look`](Self::look), but reads the table through `read`. Returns `None` as soon as
+    /// `read` does.
     pub(crate) fn look_with(
         &self,
         first: u64,

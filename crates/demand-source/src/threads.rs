@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Ending threads that may be blocked in the kernel.
+//! Joins threads that may be blocked in the kernel, within a time limit.
 
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-/// How often an end looks whether the threads are done.
+/// Interval at which `join_within` checks for finished threads.
 const LOOK_EVERY: Duration = Duration::from_millis(1);
 
-/// Joins threads that were told to end, but waits for at most `within`; returns how many still
-/// run. Those end with the process at the latest, and must own all that they use. The calling
-/// thread is not waited for.
+/// Joins threads that have been asked to end, but waits for at most `within`; returns the number of
+/// threads that still run. Those end when the process does, at the latest, so they must own
+/// everything that they use. The calling thread is skipped.
 ///
 /// # Examples
 ///
@@ -28,7 +28,7 @@ pub fn join_within(threads: Vec<JoinHandle<()>>, within: Duration) -> usize {
         threads.into_iter().filter(|handle| handle.thread().id() != this_thread).collect();
     loop {
         for done in left.extract_if(.., |handle| handle.is_finished()) {
-            // A panic was reported by the thread itself.
+            // The panic hook has already reported a panic of the thread.
             let _ = done.join();
         }
         if left.is_empty() || Instant::now() >= due {

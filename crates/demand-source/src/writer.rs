@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Writes images with the table of their page hashes.
+//! Writes images together with the table of their page hashes.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -9,21 +9,21 @@ use std::path::{Path, PathBuf};
 use crate::hash::{PAGE_BYTES, page_hash};
 use crate::table::{self, Header};
 
-/// Why an image could not be written.
+/// An error from writing an image or its table.
 #[derive(Debug, thiserror::Error)]
 pub enum ImageWriterError {
-    /// No image can have this size.
+    /// An image cannot have this size.
     #[error("write an image: {0}; round the size to a multiple of 4096 bytes that a file can have")]
     Size(String),
-    /// One of the files could not be made.
+    /// One of the files could not be created.
     #[error("create {}: {error}; {}", path.display(), advice(error))]
     Create {
         /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         error: io::Error,
     },
-    /// What was to be written are no whole pages of the image.
+    /// The write does not consist of whole pages within the image.
     #[error(
         "write {len} bytes at offset {offset} of {}: these are no whole pages of an image of \
          {size} bytes; write multiples of 4096 bytes within it",
@@ -39,7 +39,7 @@ pub enum ImageWriterError {
         /// Size of the image, in bytes.
         size: u64,
     },
-    /// A page has its content already.
+    /// The page was already written.
     #[error(
         "write the page at offset {offset} of {}: it was written before; write each page once",
         path.display()
@@ -50,7 +50,7 @@ pub enum ImageWriterError {
         /// Offset of the page in the image, in bytes.
         offset: u64,
     },
-    /// The system refused a write.
+    /// A write failed.
     #[error("write {len} bytes at offset {offset} of {}: {error}; {}", path.display(), advice(error))]
     Write {
         /// The image or its table.
@@ -59,15 +59,15 @@ pub enum ImageWriterError {
         offset: u64,
         /// Length of the write, in bytes.
         len: u64,
-        /// What the system said.
+        /// The system's error.
         error: io::Error,
     },
-    /// What was written could not be brought to the disk.
+    /// The file could not be synced to the disk.
     #[error("bring {} to the disk: {error}; {}", path.display(), advice(error))]
     Sync {
         /// The image or its table.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         error: io::Error,
     },
 }
@@ -87,27 +87,27 @@ fn advice(error: &io::Error) -> &'static str {
     }
 }
 
-/// The pages that a write was about, or a whole image is made of.
+/// The numbers of data pages and hole pages in a write or in a whole image.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PageCounts {
-    /// Pages of 4096 bytes that hold something.
+    /// Pages of 4096 bytes that are not all zeros.
     pub data: u64,
-    /// Pages of zeros, which are holes of the image.
+    /// Pages of zeros, which become holes of the image.
     pub holes: u64,
 }
 
-/// What an image has become.
+/// The summary of a finished image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ImageSummary {
-    /// Its pages.
+    /// The image's pages.
     pub pages: PageCounts,
-    /// Its size, in bytes, holes included.
+    /// The image's size, in bytes, holes included.
     pub size: u64,
-    /// Bytes of data that were written to it, its table not counted.
+    /// Bytes of data written to the image; the table is not counted.
     pub bytes_written: u64,
 }
 
-/// One of the two files.
+/// One of the two files, open for writing.
 #[derive(Debug)]
 struct Output {
     file: File,
@@ -115,14 +115,14 @@ struct Output {
 }
 
 impl Output {
-    /// Makes a new file of `len` bytes, all of them a hole, that is its owner's only.
+    /// Creates a new file of `len` bytes, all of it a hole, that only its owner may access.
     fn create(path: &Path, len: u64) -> Result<Self, ImageWriterError> {
         let refused = |error| ImageWriterError::Create { path: path.to_owned(), error };
         let mut options = OpenOptions::new();
         options.write(true).create_new(true).mode(0o600);
         let file = options.open(path).map_err(refused)?;
         file.set_len(len).map_err(|error| {
-            // Nobody but this function has put anything there.
+            // This function created the file, so it removes it.
             let _ = std::fs::remove_file(path);
             refused(error)
         })?;
@@ -147,8 +147,8 @@ impl Output {
 /// Writes a sparse image and, beside it, the table of its page hashes that
 /// [`HashedImage`](crate::HashedImage) describes and reads.
 ///
-/// Pages of zeros are not written: they stay holes. A pair of files whose writer was not
-/// [finished](Self::finish) is refused when it is opened; removing it is up to whoever made it.
+/// Pages of zeros are not written: they stay holes. Opening a pair of files whose writer was not
+/// [finished](Self::finish) fails; the caller that created them removes them.
 ///
 /// # Examples
 ///
@@ -173,21 +173,22 @@ pub struct ImageWriter {
     image: Output,
     table: Output,
     header: Header,
-    /// A bit for each page that holds something.
+    /// One bit for each page, set if the page was written and is not all zeros.
     written: Vec<u64>,
     data: u64,
-    /// Kept from one write to the next: their hashes.
+    /// The buffer for the hashes of one write, reused by the next.
     hashes: Vec<u64>,
 }
 
 impl ImageWriter {
-    /// Makes the two files, for an image of `size` bytes (a multiple of 4096). They must not exist;
-    /// only their owner may read them. `generation` is told to whoever opens them, to say which
-    /// snapshot they belong to.
+    /// Creates the two files, for an image of `size` bytes (a multiple of 4096). They must not
+    /// exist yet; only their owner may read them. `generation` is stored in the table; it
+    /// identifies the snapshot that the files belong to, and
+    /// [`HashedImage::generation`](crate::HashedImage::generation) returns it.
     ///
     /// # Errors
     ///
-    /// [`ImageWriterError::Size`] and [`ImageWriterError::Create`]; no file is left behind then.
+    /// [`ImageWriterError::Size`] and [`ImageWriterError::Create`]; no file is left behind.
     pub fn create(
         image: &Path,
         table: &Path,
@@ -205,13 +206,14 @@ impl ImageWriter {
         Ok(ImageWriter { image, table, header, written, data: 0, hashes: Vec::new() })
     }
 
-    /// Size of the image, in bytes.
+    /// Returns the size of the image, in bytes.
     pub fn size(&self) -> u64 {
         self.header.size
     }
 
-    /// Writes `bytes` at `offset` (bytes) of the image, both multiples of 4096. The pages of an
-    /// image may come in any order, each of them once; those that never come are zero.
+    /// Writes `bytes` at `offset` (bytes) of the image. The offset and the length are multiples of
+    /// 4096. Pages may be written in any order, each page once; pages that are never written are
+    /// zero.
     ///
     /// # Errors
     ///
@@ -256,7 +258,8 @@ impl ImageWriter {
             }
             at += run.len();
         }
-        // In one piece, zeros between the others included: it is all in one or two blocks.
+        // Writes the hashes in one piece, including zero hashes in between: they lie in one or two
+        // blocks anyway.
         let used = |hash: &u64| *hash != 0;
         if let (Some(low), Some(high)) =
             (hashes.iter().position(used), hashes.iter().rposition(used))
@@ -276,15 +279,16 @@ impl ImageWriter {
         self.written[(page / 64) as usize] >> (page % 64) & 1 == 1
     }
 
-    /// Brings both files to the disk and makes them valid. The folder that names them is the
-    /// caller's to bring there.
+    /// Syncs both files to the disk and makes them valid. The caller syncs the directory that
+    /// contains them.
     ///
     /// # Errors
     ///
     /// [`ImageWriterError::Write`] and [`ImageWriterError::Sync`].
     pub fn finish(self) -> Result<ImageSummary, ImageWriterError> {
         self.image.sync()?;
-        // The header says that all is there: it comes when all is.
+        // The header declares the files complete, so it is written after everything else is on the
+        // disk.
         self.table.sync()?;
         self.table.write(0, &self.header.encode())?;
         self.table.sync()?;
@@ -315,7 +319,7 @@ mod tests {
         }
         let error = writer(folder.path(), 4096).unwrap_err();
         assert!(error.to_string().contains("remove the old file"), "{error}");
-        // The table is in the way: the image is not left behind.
+        // The table's name is taken, so the image is not left behind.
         std::fs::remove_file(folder.path().join("image")).unwrap();
         writer(folder.path(), 4096).unwrap_err();
         assert!(!folder.path().join("image").exists());
@@ -338,12 +342,12 @@ mod tests {
         }
         let counts = writer.write(4096, &page).unwrap();
         assert_eq!(counts, PageCounts { data: 1, holes: 0 });
-        // Not even zeros: the page would keep what it has.
+        // Writing zeros is refused, too: the page would keep its old content.
         for content in [page, [0; 4096]] {
             let error = writer.write(4096, &content).unwrap_err();
             assert!(matches!(error, ImageWriterError::Twice { offset: 4096, .. }), "{error}");
         }
-        // A write of nothing but zeros is none.
+        // A write of zeros does not count as a write of the page.
         writer.write(0, &[0; 4096]).unwrap();
         writer.write(0, &page).unwrap();
         assert_eq!(writer.finish().unwrap().pages, PageCounts { data: 2, holes: 0 });

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Which bytes of a destination were written.
+//! Tracks which bytes of a destination have been written.
 
-/// The bytes that were written so far, each counted once.
+/// The set of bytes written so far.
 #[derive(Debug, Default)]
 pub(crate) struct Written {
-    /// All bytes up to here.
+    /// End of the first range: all bytes before it are written.
     prefix: usize,
-    /// Ranges (start, end) after it that touch neither it nor each other. Sources mostly write in
-    /// order, so there is mostly none.
+    /// Ranges (start, end) after `prefix` that touch neither it nor each other. Sources mostly
+    /// write in order, so this is usually empty.
     later: Vec<(usize, usize)>,
 }
 
@@ -17,7 +17,7 @@ impl Written {
         if len == 0 {
             return;
         }
-        // It lies in memory, whose addresses do not overflow.
+        // It cannot overflow: the range lies in memory.
         let mut end = start + len;
         self.later.retain(|&(first, last)| {
             let apart = last < start || end < first;
@@ -33,7 +33,7 @@ impl Written {
         }
     }
 
-    /// The number of bytes that were written.
+    /// Returns the number of bytes written, each counted once.
     pub(crate) fn bytes(&self) -> usize {
         self.prefix + self.later.iter().map(|(start, end)| end - start).sum::<usize>()
     }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Images with page hashes: what was written comes back, and whatever happens to the files since is
-//! found before it is delivered.
+//! Images with page hashes: reads return what was written, and later changes to the files are
+//! detected before the page is delivered.
 
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
@@ -14,10 +14,10 @@ use demand_source::{
 use proptest::prelude::*;
 
 const PAGE: u64 = 4096;
-/// More than one block of the table, which is 512 pages.
+/// More than two blocks of the table; a block is 512 pages.
 const MOST_PAGES: u64 = 1300;
 
-/// An image on the disk, and what each page that is no hole is filled with.
+/// An image on the disk, and the fill byte of each of its data pages.
 struct Pair {
     _folder: tempfile::TempDir,
     image: PathBuf,
@@ -27,21 +27,22 @@ struct Pair {
 }
 
 impl Pair {
-    /// Writes an image in steps, each of them some pages from one on, of one byte (0 is a hole).
+    /// Writes an image in steps of (first page, number of pages, fill byte); the byte 0 makes a
+    /// hole.
     fn write(pages: u64, steps: &[(u64, u64, u8)]) -> Pair {
         Pair::write_in(tempfile::tempdir().unwrap(), pages, steps)
     }
 
-    /// As [`write`](Self::write), in this folder.
+    /// Like [`write`](Self::write), but in this folder.
     fn write_in(folder: tempfile::TempDir, pages: u64, steps: &[(u64, u64, u8)]) -> Pair {
         let (image, table) = (folder.path().join("image"), folder.path().join("table"));
         let mut writer = ImageWriter::create(&image, &table, pages * PAGE, [5; 16]).unwrap();
         let mut data = BTreeMap::new();
         for (first, count, byte) in steps {
-            // No page twice.
+            // Each page is written once.
             let new = (*first..first + count).take_while(|page| !data.contains_key(page)).count();
             let mut bytes = vec![*byte; new * PAGE as usize];
-            // Pages of one byte differ, so that none passes for another.
+            // Each page contains its number, so that pages with the same fill byte differ.
             for (page, content) in (*first..).zip(bytes.chunks_exact_mut(PAGE as usize)) {
                 if *byte != 0 {
                     content[..8].copy_from_slice(&page.to_le_bytes());
@@ -76,7 +77,7 @@ impl Pair {
         OpenOptions::new().read(true).write(true).open(path).unwrap()
     }
 
-    /// Fetches a page as a pager does.
+    /// Fetches a page the way a pager does.
     fn fetch(&self, source: &HashedImage, page: u64) -> Result<Vec<u8>, SourceError> {
         let mut content = vec![0xee; PAGE as usize];
         match source.extent(page * PAGE)? {
@@ -86,7 +87,7 @@ impl Pair {
         Ok(content)
     }
 
-    /// Fetches all pages, on a thread that remembers nothing.
+    /// Fetches all pages, on a new thread, which remembers no extents.
     fn fetch_all(
         &self,
         source: &HashedImage,
@@ -96,8 +97,8 @@ impl Pair {
         std::thread::scope(|scope| scope.spawn(all).join().unwrap());
     }
 
-    /// That exactly these pages are refused as altered, however they are asked for, and all others
-    /// are what they were.
+    /// Asserts that exactly these pages are refused as altered, however they are read, and that all
+    /// others have their original content.
     fn only_these_differ(&self, source: &HashedImage, altered: &[u64]) {
         self.fetch_all(source, |page, fetched| match fetched {
             Ok(content) => {
@@ -112,7 +113,7 @@ impl Pair {
         });
         for page in altered {
             assert!(source.mapped(page * PAGE, PAGE).is_none());
-            // A byte of it, as a tool may want one.
+            // One byte of the page, as a tool may read it.
             let mut byte = [0xee];
             let read = source.read_through(page * PAGE + 77, &mut Destination::from(&mut byte[..]));
             assert!(matches!(read, Err(SourceError::Altered { .. })), "{read:?}");
@@ -131,7 +132,7 @@ impl Pair {
 
 fn punch(file: &File, offset: u64, len: u64) {
     let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
-    // SAFETY: fallocate touches no memory of this process.
+    // SAFETY: fallocate accesses no memory of this process.
     let result = unsafe { libc::fallocate(file.as_raw_fd(), mode, offset as i64, len as i64) };
     assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
 }
@@ -179,7 +180,7 @@ proptest! {
             }
         }
 
-        // The extents cover the image; a hole never ends more than 2 MiB away.
+        // The extents cover the image, and no hole is longer than 2 MiB.
         let mut at = 0;
         while at < source.size() {
             let extent = source.extent(at).unwrap();
@@ -192,7 +193,7 @@ proptest! {
         }
         prop_assert!(source.extent(at).is_err());
 
-        // Progress tells the whole way, and ends it.
+        // Progress increases up to the image's size, and can cancel the check.
         let mut last = 0;
         source.verify(&mut |at| { assert!(at > last); last = at; true }).unwrap();
         prop_assert_eq!(last, source.size());
@@ -213,7 +214,7 @@ proptest! {
         let (image, table) = (pair.writable(&pair.image), pair.writable(&pair.table));
         let page = victim.index(pages as usize) as u64;
 
-        // A bit of the page, be it data or a hole.
+        // A bit of the page, whether data or a hole.
         flip(&image, page * PAGE * 8 + bit);
         pair.only_these_differ(&source, &[page]);
         flip(&image, page * PAGE * 8 + bit);
@@ -224,11 +225,11 @@ proptest! {
         pair.only_these_differ(&source, &[page]);
         flip(&table, (PAGE + page * 8) * 8 + hash_bit);
 
-        // Data that is lost.
+        // Lost data.
         if let Some((page, _)) = pair.data.iter().nth(victim.index(pair.data.len().max(1))) {
             punch(&image, page * PAGE, PAGE);
             pair.only_these_differ(&source, &[*page]);
-            // Half of it, where the file system has smaller blocks, or reads as zeros.
+            // Half of a page: a hole if the file system has smaller blocks, otherwise zeros.
             image.write_all_at(&pair.content(*page), page * PAGE).unwrap();
             punch(&image, page * PAGE + 2048, 2048);
             pair.only_these_differ(&source, &[*page]);
@@ -254,7 +255,7 @@ proptest! {
                 assert!((page + 1) * PAGE <= end, "page {page} ends behind {end}");
                 assert!(content == pair.content(page));
             }
-            // What is there still may be refused with the rest, if it is a hole.
+            // A page before the end may be refused with the rest of its extent, if it is a hole.
             Err(error) => assert!(matches!(error, SourceError::Shrunk { .. }), "{page}: {error}"),
         });
         prop_assert!(source.mapped(end - end % PAGE, PAGE).is_none());
@@ -272,7 +273,7 @@ proptest! {
                 assert!(PAGE + (page + 1) * 8 <= end, "the hash of page {page} is gone");
                 assert!(content == pair.content(page));
             }
-            // Its own hash, or one that is looked at with it.
+            // The end lies before the page's own hash, or before one that is read with it.
             Err(error) => assert!(matches!(error, SourceError::Shrunk { .. }), "{page}: {error}"),
         });
         prop_assert!(source.verify(&mut |_| true).is_err());
@@ -305,24 +306,25 @@ fn the_files_of_two_images_do_not_fit() {
     let (a, b) = (Pair::write(4, &[(0, 4, 1)]), Pair::write(5, &[(0, 4, 1)]));
     let refused = HashedImage::open(&a.image, &b.table);
     assert!(matches!(refused, Err(SourceError::Table { .. })), "{refused:?}");
-    // As long, but with other content.
+    // An image of the same length, but with other content.
     let c = Pair::write(4, &[(0, 4, 2)]);
     let source = HashedImage::open(&a.image, &c.table).unwrap();
     a.only_these_differ(&source, &[0, 1, 2, 3]);
-    // The image itself is no table, nor is what does not exist.
+    // The image is not a table, and neither is a file that does not exist.
     assert!(matches!(HashedImage::open(&a.image, &a.image), Err(SourceError::Table { .. })));
     assert!(matches!(HashedImage::open(&a.image, "/nonexistent"), Err(SourceError::Open { .. })));
 }
 
 #[test]
 fn whole_units_come_checked() {
-    // Only what cannot wait is lent where it is mapped: files in memory, for one.
+    // `mapped` returns only bytes that are at hand without waiting, such as those of files in
+    // memory.
     let folder = tempfile::tempdir_in("/dev/shm").unwrap();
     let pair = Pair::write_in(folder, 1024, &[(0, 1024, 3)]);
     let source = pair.open().unwrap();
     let unit = source.mapped(512 * PAGE, 512 * PAGE).unwrap();
     let copy = tempfile::tempfile().unwrap();
-    // SAFETY: the kernel reads the bytes, which the value keeps.
+    // SAFETY: only the kernel reads the bytes, and `unit` keeps them alive.
     let written =
         unsafe { libc::write(copy.as_raw_fd(), unit.address().as_ptr().cast(), unit.len()) };
     assert_eq!(written, 2 << 20);
@@ -338,7 +340,7 @@ fn whole_units_come_checked() {
     assert!(source.mapped(0, 512 * PAGE).is_some());
 }
 
-/// 64 GiB of nothing: neither opening nor a fault looks at all of it.
+/// An image of 64 GiB, nearly all hole: neither opening it nor a fault reads the whole table.
 #[test]
 fn opening_and_holes_cost_the_same_whatever_the_size() {
     const SIZE: u64 = 64 << 30;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Image files of all shapes against the bytes that were written to them.
+//! Compares image files of random shapes with a model of their bytes.
 
 use std::os::unix::fs::FileExt;
 
@@ -8,7 +8,7 @@ use proptest::prelude::*;
 
 const MOST: u64 = 100_000;
 
-/// An image's length, and the runs of bytes that are written to it.
+/// Generates an image's length and the runs of bytes written to it.
 fn image() -> impl Strategy<Value = (u64, Vec<(u64, u64, u8)>)> {
     (1..MOST).prop_flat_map(|len| {
         let run = (0..len, 1..20_000u64, 1..=255u8)
@@ -39,7 +39,7 @@ proptest! {
         let source = LocalFile::open(file.path()).unwrap();
         prop_assert_eq!(source.size(), len);
 
-        // The extents cover the image, and holes hold nothing.
+        // The extents cover the image, and holes are all zeros.
         let mut at = 0;
         while at < len {
             let extent = source.extent(at).unwrap();
@@ -48,13 +48,13 @@ proptest! {
                 let hole = &model[at as usize..extent.end() as usize];
                 prop_assert!(hole.iter().all(|byte| *byte == 0), "{extent:?} at {at}");
             }
-            // Asked for in its middle, it is the same.
+            // A query in the middle of an extent returns the same extent.
             let middle = at + (extent.end() - at) / 2;
             prop_assert_eq!(source.extent(middle).unwrap(), extent);
             at = extent.end();
         }
         prop_assert!(source.extent(len).is_err());
-        // Asked for backwards, each place lies in an extent of its own nature.
+        // Queries in descending order never return a hole where there is data.
         for at in (0..len).rev().step_by(997) {
             let extent = source.extent(at).unwrap();
             prop_assert!(at < extent.end() && extent.end() <= len);
@@ -73,14 +73,15 @@ proptest! {
             }
         }
 
-        // Shorter than it was: no byte behind its end is ever told, as a zero or otherwise.
+        // A shrunk file: bytes behind its new end are never delivered, neither as zeros nor
+        // otherwise.
         let end = shrunk.index(len as usize) as u64;
         file.as_file().set_len(end).unwrap();
         let mut bytes = vec![0xee; (len - end) as usize];
         let read = source.read_through(end, &mut Destination::from(&mut bytes[..]));
         let refused = matches!(read, Err(SourceError::Shrunk { .. }));
         prop_assert!(refused, "read {read:?}");
-        // Another thread has asked nothing before, and remembers nothing.
+        // A new thread remembers no extents.
         let asked = || source.extent(end);
         let fresh = std::thread::scope(|scope| scope.spawn(asked).join().unwrap());
         let refused = matches!(fresh, Err(SourceError::Shrunk { .. }) | Ok(Extent::Data { .. }));
