@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The messages of a back-end's set-up, and one round trip, with a real back-end in a process of
-//! its own.
-#![allow(missing_docs)] // criterion's macros make public items.
+//! Benchmarks of a back-end's set-up and of one round trip, with a real back-end in another
+//! process.
+#![allow(missing_docs)] // criterion's macros generate public items.
 
 #[path = "../tests/common/mod.rs"]
 mod common;
@@ -26,7 +26,7 @@ fn connect(criterion: &mut Criterion) {
             let mut back_end = BackEnd::connect(&process.socket, Options::default()).unwrap();
             back_end.set_features(back_end.features()).unwrap();
             back_end.share_missing_memory(&memory.memory, &service).unwrap();
-            // Dropped outside of what is measured.
+            // Returned, so that they are dropped outside the measured time.
             (back_end, process, memory)
         };
         let make = || (Process::start(), Memory::new(BackingKind::Shmem));
@@ -51,7 +51,7 @@ criterion_group! {
 }
 
 fn main() {
-    // The back-end is this program once more.
+    // This program also runs as the back-end's process.
     run_if_asked();
     benches();
     Criterion::default().configure_from_args().final_summary();

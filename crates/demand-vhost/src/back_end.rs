@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The connection with a back-end.
+//! `BackEnd`, the connection to a vhost-user back-end.
 
 use std::fmt;
 use std::io;
@@ -22,50 +22,51 @@ use crate::requests::Requests;
 use crate::share::Sharing;
 use crate::{Error, Result};
 
-/// Protocol features that are used where a back-end has them.
+/// Protocol features that are used if the back-end offers them.
 const USED: VhostUserProtocolFeatures = VhostUserProtocolFeatures::REPLY_ACK
     .union(VhostUserProtocolFeatures::MQ)
     .union(VhostUserProtocolFeatures::BACKEND_REQ)
     .union(VhostUserProtocolFeatures::CONFIG)
     .union(VhostUserProtocolFeatures::PAGEFAULT);
 
-/// Queues of a back-end that does not say how many it has.
+/// Number of queues of a back-end that does not report one.
 const DEFAULT_QUEUES: u64 = 1;
 
-/// The largest queue count that a back-end may have before it was asked.
+/// Maximum queue count, used until the back-end reports its own.
 const MAX_QUEUES: u64 = 256;
 
-/// How a back-end is used.
+/// Options of a connection to a back-end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Options {
-    /// Protocol features that must be there. Whoever reads the device's configuration from the
-    /// back-end needs `CONFIG`.
+    /// Required protocol features. Reading the device's configuration from the back-end needs
+    /// `CONFIG`.
     pub needed: VhostUserProtocolFeatures,
-    /// Protocol features that are left alone, even where they are offered. Without `MQ` the
-    /// back-end is not asked for its number of queues: a network card's means pairs of queues with
-    /// some back-ends, and queues with others.
+    /// Protocol features that are not used even if they are offered. Without `MQ` the back-end is
+    /// not asked for its number of queues; for network cards some back-ends count queue pairs,
+    /// others queues.
     pub unused: VhostUserProtocolFeatures,
-    /// How long the back-end may take for an answer. Time in which it waits for missing pages
-    /// does not count.
+    /// Time limit for an answer of the back-end. Time in which it waits for missing pages does not
+    /// count.
     pub patience: Duration,
 }
 
 impl Default for Options {
-    /// No further features, and 30 seconds.
+    /// Returns options without required or unused features, and a time limit of 30 seconds.
     fn default() -> Self {
         let none = VhostUserProtocolFeatures::empty();
         Options { needed: none, unused: none, patience: Duration::from_secs(30) }
     }
 }
 
-/// A vhost-user back-end: another process that is a device, and sees guest memory.
+/// A connection to a vhost-user back-end: another process that emulates a device and accesses guest
+/// memory.
 ///
-/// Its methods wait for the back-end's answers on the calling thread. Those of
-/// [`set_vring`](Self::set_vring) may depend on missing pages, so no method may be called on a
-/// thread that serves faults; the service's threads are others.
+/// The methods wait for the back-end's answers on the calling thread. The answers to
+/// [`set_vring`](Self::set_vring) may depend on missing pages, so do not call any method on a
+/// thread that serves faults. The fault service uses other threads.
 ///
-/// Dropping it closes the connection and ends the service of the back-end's faults, which stay
-/// open: a back-end that still runs then waits, and reads no zeros.
+/// Dropping it closes the connection and stops serving the back-end's faults. The faults stay open:
+/// a back-end that still runs waits, and does not read zeros.
 ///
 /// # Examples
 ///
@@ -112,8 +113,8 @@ pub struct BackEnd {
     requests: Option<Requests>,
 }
 
-/// Closes a connection from another thread, which ends the waits of its [`BackEnd`]; and tells
-/// that thread whether it is closed, while the `BackEnd` waits.
+/// A handle that closes a connection from another thread, which ends all waits of its [`BackEnd`].
+/// It can also check whether the connection is closed while the `BackEnd` waits.
 #[derive(Clone, Debug)]
 pub struct HangUp(Arc<UnixStream>);
 
@@ -124,11 +125,11 @@ impl HangUp {
         let _ = self.0.shutdown(Shutdown::Both);
     }
 
-    /// Whether the connection is closed, by whichever side.
+    /// Returns whether either side has closed the connection.
     pub fn is_closed(&self) -> bool {
         let events = libc::POLLIN | libc::POLLRDHUP;
         let mut poll = libc::pollfd { fd: self.as_raw_fd(), events, revents: 0 };
-        // SAFETY: one entry, as the count says.
+        // SAFETY: the pointer and the count describe one valid entry.
         let ready = unsafe { libc::poll(&mut poll, 1, 0) };
         let gone = libc::POLLHUP | libc::POLLRDHUP | libc::POLLERR;
         ready > 0 && poll.revents & gone != 0
@@ -142,12 +143,12 @@ impl AsRawFd for HangUp {
 }
 
 impl BackEnd {
-    /// Connects to the back-end that listens on `socket` and agrees with it on protocol features.
+    /// Connects to the back-end that listens on `socket` and negotiates protocol features.
     ///
     /// # Errors
     ///
-    /// [`Error::Connect`] if nobody listens, [`Error::Features`] and
-    /// [`Error::NoProtocolFeatures`] if it lacks what is needed.
+    /// [`Error::Connect`] if no process listens, [`Error::NoProtocolFeatures`] or
+    /// [`Error::Features`] if the back-end lacks required features, and the back-end's errors.
     pub fn connect(socket: impl AsRef<Path>, options: Options) -> Result<Self> {
         let socket = socket.as_ref().to_path_buf();
         let refused = |error| Error::Connect { socket: socket.clone(), error };
@@ -185,7 +186,7 @@ impl BackEnd {
         }
         self.protocol = offered & (USED.difference(self.options.unused) | needed);
         if !self.protocol.contains(VhostUserProtocolFeatures::REPLY_ACK) {
-            // Its steps must be known to be done, one by one.
+            // Post-copy needs an acknowledgement of each step.
             self.protocol.remove(VhostUserProtocolFeatures::PAGEFAULT);
         }
         let agreed = self.protocol;
@@ -196,77 +197,77 @@ impl BackEnd {
         Ok(())
     }
 
-    /// The socket.
+    /// Returns the path of the back-end's socket.
     pub fn socket(&self) -> &Path {
         &self.socket
     }
 
-    /// The virtio features that the back-end offers, as the bits of the device.
+    /// Returns the device's virtio feature bits that the back-end offers.
     pub fn features(&self) -> u64 {
         self.features
     }
 
-    /// The protocol features that were agreed on.
+    /// Returns the negotiated protocol features.
     pub fn protocol_features(&self) -> VhostUserProtocolFeatures {
         self.protocol
     }
 
-    /// Whether memory can be shared with it that has not arrived.
+    /// Returns whether memory with missing pages can be shared with the back-end.
     pub fn has_pagefault(&self) -> bool {
         self.protocol.contains(VhostUserProtocolFeatures::PAGEFAULT)
     }
 
-    /// Number of queues that it has; 1 if it does not say.
+    /// Returns the back-end's number of queues, or 1 if it does not report one.
     pub fn queues(&self) -> u64 {
         self.queues
     }
 
-    /// Accepts those of `features` that the back-end offers; comes before the queues.
+    /// Acknowledges those of `features` that the back-end offers. Call it before setting up queues.
     ///
     /// # Errors
     ///
-    /// The back-end's refusals.
+    /// The back-end's errors.
     pub fn set_features(&mut self, features: u64) -> Result<()> {
         let bits = features & self.features | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
         const ASKED: &str = "accept features";
         self.in_time(ASKED, |this| this.tell(ASKED, |f| f.set_features(bits)))
     }
 
-    /// Reads the device's configuration from `offset` (bytes) on.
+    /// Reads the device's config space, from `offset` (bytes) on.
     ///
     /// # Errors
     ///
-    /// The back-end's refusals, and [`Error::Protocol`] if it has not offered `CONFIG`.
+    /// The back-end's errors, and [`Error::Protocol`] if it does not offer `CONFIG`.
     pub fn read_config(&mut self, offset: u32, config: &mut [u8]) -> Result<()> {
         let (size, flags) = (config.len() as u32, VhostUserConfigFlags::empty());
         let zeros = vec![0; config.len()];
         let (_, content) = self.in_time("read its configuration", |this| {
             this.ask("read its configuration", |f| f.get_config(offset, size, flags, &zeros))
         })?;
-        // The vhost crate has checked that the lengths agree.
+        // The vhost crate has checked that the lengths are equal.
         config.copy_from_slice(&content);
         Ok(())
     }
 
-    /// Writes the device's configuration from `offset` (bytes) on.
+    /// Writes the device's config space, from `offset` (bytes) on.
     ///
     /// # Errors
     ///
-    /// The back-end's refusals, and [`Error::Protocol`] if it has not offered `CONFIG`.
+    /// The back-end's errors, and [`Error::Protocol`] if it does not offer `CONFIG`.
     pub fn write_config(&mut self, offset: u32, config: &[u8]) -> Result<()> {
-        // A driver's write is type 0 to back-ends, and what the vhost crate calls writable is what
-        // they take for a migration, and refuse.
+        // Flags 0 mean a write by the driver. With the flag that the vhost crate calls `WRITABLE`,
+        // back-ends take the write for a migration and refuse it.
         let flags = VhostUserConfigFlags::empty();
         const ASKED: &str = "write its configuration";
         self.in_time(ASKED, |this| this.tell(ASKED, |f| f.set_config(offset, flags, config)))
     }
 
-    /// Whether the back-end is still there. To be told when it goes, watch the
-    /// [descriptor](AsRawFd): when it becomes readable, ask.
+    /// Checks that the back-end has not closed the connection. To notice that, watch the
+    /// [descriptor](AsRawFd) and call this method when it becomes readable.
     ///
     /// # Errors
     ///
-    /// [`Error::Disconnected`].
+    /// [`Error::Disconnected`] if it has.
     pub fn check(&self) -> Result<()> {
         if self.hang_up().is_closed() {
             return Err(self.disconnected("look after the device"));
@@ -274,13 +275,14 @@ impl BackEnd {
         Ok(())
     }
 
-    /// Has `changed` called when the back-end says that its configuration is another; false if it
-    /// cannot say so. It is called on a thread of its own, on which it must not wait for the
-    /// back-end: that may be waiting for its return.
+    /// Arranges for `changed` to be called when the back-end reports a change of its config space;
+    /// returns `false` if the back-end cannot report changes. `changed` is called on a separate
+    /// thread and must not wait for the back-end there, which may itself be waiting for `changed`
+    /// to return.
     ///
     /// # Errors
     ///
-    /// The back-end's refusals, and the system's if there is no thread to be had.
+    /// The back-end's errors, and the system's error if a thread cannot be started.
     pub fn on_config_change(&mut self, changed: impl Fn() + Send + Sync + 'static) -> Result<bool> {
         if !self.protocol.contains(VhostUserProtocolFeatures::BACKEND_REQ) {
             return Ok(false);
@@ -293,12 +295,14 @@ impl BackEnd {
         Ok(true)
     }
 
-    /// What ends this connection, and every wait for the back-end, from another thread.
+    /// Returns a handle that closes this connection from another thread, which ends every wait for
+    /// the back-end.
     pub fn hang_up(&self) -> HangUp {
         HangUp(self.stream.clone())
     }
 
-    /// Runs something that the back-end has to answer in time, unless it waits for pages.
+    /// Runs `work`, whose messages the back-end must answer in time, except while it waits for
+    /// pages.
     pub(crate) fn in_time<T>(
         &mut self,
         asked: &'static str,
@@ -315,7 +319,7 @@ impl BackEnd {
         }
     }
 
-    /// Sends a message that has a reply of its own, or none.
+    /// Sends a message that has its own reply, or none at all.
     pub(crate) fn ask<T>(
         &mut self,
         asked: &'static str,
@@ -325,9 +329,10 @@ impl BackEnd {
         call(&mut self.frontend).map_err(|error| self.failed(asked, error))
     }
 
-    /// Sends a message that has no reply of its own, and waits until the back-end has dealt with
-    /// it. One that cannot acknowledge it answers the next when it has; or hangs up, if it has
-    /// failed.
+    /// Sends a message that has no reply, and waits until the back-end has processed it. A back-end
+    /// without REPLY_ACK cannot acknowledge the message, so this sends a second one that has a
+    /// reply: the back-end answers that after it has processed the first, or closes the connection
+    /// if the first failed.
     pub(crate) fn tell<T>(
         &mut self,
         asked: &'static str,
@@ -374,7 +379,8 @@ impl BackEnd {
     }
 }
 
-/// Connects, and gives a back-end that has just made its socket the time to listen on it.
+/// Connects, and retries for a short time if the back-end has created its socket but does not
+/// listen on it yet.
 fn connect(socket: &Path) -> io::Result<UnixStream> {
     for _ in 0..10 {
         match UnixStream::connect(socket) {
@@ -395,7 +401,7 @@ impl AsRawFd for BackEnd {
 
 impl Drop for BackEnd {
     fn drop(&mut self) {
-        // Whoever may hang up has a descriptor, too.
+        // Each `HangUp` holds a descriptor too, so dropping ours would not close the connection.
         self.hang_up().hang_up();
         if let Sharing::Trapped { uffd, service, .. } = &self.sharing {
             service.forget(uffd);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A time limit for the answers of a back-end.
+//! Bounds waits for a back-end: by a time limit, or by the end of its connection.
 
 use std::io;
 use std::net::Shutdown;
@@ -13,16 +13,16 @@ use demand_memory::Waiter;
 
 use crate::HangUp;
 
-/// How often it is asked whether there is an excuse, or a connection.
+/// Interval at which the watching threads check the excuse or the connection.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 
-/// Runs `work`, which talks through `stream`, and shuts the connection down if it takes longer
-/// than `patience`: that ends a wait in `work`. Time in which the back-end is `excused` does not
-/// count, and afterwards it has all of its time again. Returns what `work` did, and whether the
-/// time was up before.
+/// Runs `work`, which communicates through `stream`, and shuts the connection down if that takes
+/// longer than `patience`, which ends any wait in `work`. Time in which the back-end is `excused`
+/// does not count; after an excuse, the back-end again has the full time. Returns the result of
+/// `work`, and whether the time limit was reached before `work` returned.
 ///
-/// The vhost crate waits for as many bytes as the protocol says, however long, and takes a
-/// time-out of the socket for a reason to go on waiting.
+/// A timeout of the socket would not help: the vhost crate waits for all bytes that the protocol
+/// requires, and retries after a timeout.
 pub(crate) fn within<T>(
     patience: Duration,
     stream: &UnixStream,
@@ -33,7 +33,7 @@ pub(crate) fn within<T>(
     let (done, wait) = mpsc::channel::<()>();
     thread::scope(|scope| {
         let watch = || {
-            // Moved in, so that the sender's end below is what ends this.
+            // Moved in, so that dropping the sender below ends this loop.
             let wait = wait;
             let mut since = Instant::now();
             loop {
@@ -45,7 +45,7 @@ pub(crate) fn within<T>(
                     since = Instant::now();
                 } else if since.elapsed() >= patience {
                     late.store(true, Ordering::Release);
-                    // It fails only if the connection is down already.
+                    // It fails only if the connection is already closed.
                     let _ = stream.shutdown(Shutdown::Both);
                     return;
                 }
@@ -58,8 +58,8 @@ pub(crate) fn within<T>(
     })
 }
 
-/// Runs `work`, which waits for pages through `waiter`, and kicks that when the connection is closed,
-/// by whichever side.
+/// Runs `work`, which waits for pages through `waiter`, and kicks `waiter` when either side closes
+/// the connection.
 pub(crate) fn while_open<T>(
     connection: &HangUp,
     waiter: &Waiter,

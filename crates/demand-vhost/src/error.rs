@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What can go wrong between a front-end and a back-end.
+//! Errors of the vhost-user front-end.
 
 use std::io;
 use std::path::PathBuf;
@@ -11,10 +11,10 @@ use vhost::vhost_user::message::VhostUserProtocolFeatures;
 
 use crate::MAX_REGIONS;
 
-/// Why a back-end could not be used.
+/// An error from connecting to a back-end or using it.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// Nobody answers on the socket.
+    /// The connection to the socket failed.
     #[error(
         "connect to the vhost-user back-end at {}: {error}; start the back-end first, or name the \
          socket that it listens on",
@@ -23,10 +23,10 @@ pub enum Error {
     Connect {
         /// The socket.
         socket: PathBuf,
-        /// What the system said.
+        /// The system's error.
         error: io::Error,
     },
-    /// The back-end cannot page: it has no userfaultfd to offer.
+    /// The back-end does not offer post-copy (PAGEFAULT), and pages are missing.
     #[error(
         "share memory that has not arrived with the vhost-user back-end at {}: it does not offer \
          PAGEFAULT (protocol feature bit 8, together with bit 3, REPLY_ACK) and would read zeros; \
@@ -37,7 +37,7 @@ pub enum Error {
         /// The back-end's socket.
         socket: PathBuf,
     },
-    /// The back-end offers post-copy, and then has no userfaultfd.
+    /// The back-end offers post-copy but sent no userfaultfd.
     #[error(
         "begin post-copy with the vhost-user back-end at {}: it gave no userfaultfd ({error}); let \
          its user read and write /dev/userfaultfd",
@@ -46,10 +46,10 @@ pub enum Error {
     NoUserfaultfd {
         /// The back-end's socket.
         socket: PathBuf,
-        /// What its answer came to.
+        /// The error from its answer.
         error: vhost::Error,
     },
-    /// The back-end cannot agree on protocol features at all.
+    /// The back-end does not support protocol features at all.
     #[error(
         "use the vhost-user back-end at {}: it does not offer PROTOCOL_FEATURES (feature bit 30), \
          as all but very old ones do; use one that does",
@@ -59,7 +59,7 @@ pub enum Error {
         /// The back-end's socket.
         socket: PathBuf,
     },
-    /// The back-end lacks protocol features that are needed.
+    /// The back-end lacks required protocol features.
     #[error(
         "use the vhost-user back-end at {}: it does not offer the protocol features {lacking:?}; \
          use one that does",
@@ -68,10 +68,10 @@ pub enum Error {
     Features {
         /// The back-end's socket.
         socket: PathBuf,
-        /// What it lacks.
+        /// The missing features.
         lacking: VhostUserProtocolFeatures,
     },
-    /// The back-end hung up.
+    /// The back-end closed the connection.
     #[error(
         "{asked} with the vhost-user back-end at {}: it closed the connection; its log says why, \
          start it again",
@@ -80,7 +80,7 @@ pub enum Error {
     Disconnected {
         /// The back-end's socket.
         socket: PathBuf,
-        /// What was being done.
+        /// The operation.
         asked: &'static str,
     },
     /// The back-end did not answer in time.
@@ -93,12 +93,12 @@ pub enum Error {
     Silent {
         /// The back-end's socket.
         socket: PathBuf,
-        /// What was being done.
+        /// The operation.
         asked: &'static str,
-        /// How long it had.
+        /// The time limit.
         patience: Duration,
     },
-    /// The back-end refused, or answered something else than the protocol says.
+    /// The back-end refused, or its answer violated the protocol.
     #[error(
         "{asked} with the vhost-user back-end at {}: {error}; its log may say more, and another \
          back-end may do better",
@@ -107,12 +107,12 @@ pub enum Error {
     Protocol {
         /// The back-end's socket.
         socket: PathBuf,
-        /// What was being done.
+        /// The operation.
         asked: &'static str,
-        /// What it came to.
+        /// The error from its answer.
         error: vhost::Error,
     },
-    /// The back-end gave our own address back where its own belongs.
+    /// The back-end returned our address of a region instead of its own.
     #[error(
         "share memory with the vhost-user back-end at {}: it names our address {address:#x} as \
          its own, as libvhost-user does, so its faults could not be served; use a back-end whose \
@@ -125,7 +125,7 @@ pub enum Error {
         /// The address.
         address: u64,
     },
-    /// The back-end named an address that cannot be right.
+    /// The back-end returned an implausible address.
     #[error(
         "share memory with the vhost-user back-end at {}: it says that it has {len} bytes mapped \
          at {address:#x}, which {why}; the back-end is at fault, use another",
@@ -134,20 +134,20 @@ pub enum Error {
     BadBase {
         /// The back-end's socket.
         socket: PathBuf,
-        /// The address that it named.
+        /// The address that it returned.
         address: u64,
         /// Length of the region, in bytes.
         len: u64,
-        /// What is wrong with it.
+        /// The reason.
         why: &'static str,
     },
-    /// There are more regions than one message can name.
+    /// There are more regions than one message can describe.
     #[error(
         "share memory of {0} regions with a vhost-user back-end: one message names at most \
          {MAX_REGIONS}; use fewer, larger regions"
     )]
     Regions(usize),
-    /// A region lies where no guest's memory can.
+    /// A region lies beyond the highest possible guest address.
     #[error(
         "cannot share the memory at guest address {0:#x}: guest addresses have at most 52 bits; \
          place it lower"
@@ -159,7 +159,7 @@ pub enum Error {
          through which it could map it; use shared memory or huge pages"
     )]
     NoFile(u64),
-    /// Pages are missing where none may be.
+    /// Pages are missing, but the operation needs complete memory.
     #[error(
         "{asked} with the vhost-user back-end at {}: {missing} pages are still missing, and would \
          read as zeros; wait until the last one is present",
@@ -168,22 +168,22 @@ pub enum Error {
     Incomplete {
         /// The back-end's socket.
         socket: PathBuf,
-        /// What was to be done.
+        /// The operation.
         asked: &'static str,
         /// Number of missing pages.
         missing: u64,
     },
-    /// An operation does not fit what was done before.
+    /// The operation is not allowed in the connection's current state.
     #[error("{asked} with the vhost-user back-end at {}: {why}", socket.display())]
     Order {
         /// The back-end's socket.
         socket: PathBuf,
-        /// What was to be done.
+        /// The operation.
         asked: &'static str,
-        /// Why not now, and what to do.
+        /// The reason, and a hint.
         why: &'static str,
     },
-    /// A ring lies outside guest memory.
+    /// A ring lies outside the shared memory.
     #[error(
         "set up queue {queue}: no shared memory at guest address {address:#x}; the driver, or the \
          snapshot's device state, is at fault"
@@ -194,12 +194,12 @@ pub enum Error {
         /// The address.
         address: u64,
     },
-    /// The back-end's userfaultfd cannot be used.
+    /// The back-end's userfaultfd is unusable.
     #[error("begin post-copy with the vhost-user back-end at {}: {error}", socket.display())]
     Userfaultfd {
         /// The back-end's socket.
         socket: PathBuf,
-        /// What is wrong with it.
+        /// The cause.
         error: OpenError,
     },
     /// The back-end's mapping cannot be armed.
@@ -207,10 +207,10 @@ pub enum Error {
     Arm {
         /// The back-end's socket.
         socket: PathBuf,
-        /// What the system said.
+        /// The system's error.
         error: RangeError,
     },
-    /// The back-end may have memory mapped that has not arrived.
+    /// Missing pages that the back-end may have mapped too early could not be unmapped.
     #[error(
         "cannot take memory that has not arrived from the vhost-user back-end at {}, which has \
          touched it when it was given it: {error}; start it without mlockall and MAP_POPULATE \
@@ -223,15 +223,15 @@ pub enum Error {
         /// The cause.
         error: UnmapError,
     },
-    /// The fault service refused.
+    /// An error of the fault service.
     #[error(transparent)]
     Service(#[from] ServiceError),
-    /// The system refused something else.
+    /// Any other system error.
     #[error("{asked}: {error}; raise the limit that it names, or free what it counts")]
     System {
-        /// What was to be done.
+        /// The operation.
         asked: &'static str,
-        /// What the system said.
+        /// The system's error.
         error: io::Error,
     },
 }

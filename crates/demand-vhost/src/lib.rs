@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 #![doc = include_str!("../README.md")]
 
-/// The names of protocol features, as the vhost crate has them.
+/// The protocol feature flags, re-exported from the vhost crate.
 pub use vhost::vhost_user::message::VhostUserProtocolFeatures;
 
 mod back_end;
@@ -19,5 +19,5 @@ pub use self::{
     vring::Vring,
 };
 
-/// What the operations of this crate return.
+/// The result type of this crate's operations.
 pub type Result<T> = std::result::Result<T, Error>;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Guest memory as a message to a back-end names it.
+//! Guest memory regions as vhost-user messages describe them.
 
 use std::os::fd::AsRawFd;
 use std::path::Path;
@@ -12,17 +12,17 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::{Error, Result};
 
-/// Regions that one message can name, by the protocol.
+/// Maximum number of regions in one message, by the vhost-user protocol.
 pub const MAX_REGIONS: usize = 8;
 
-/// What is added to a guest address to make the "user address" that the protocol wants.
+/// Offset from a guest address to the "user address" that the protocol requires.
 ///
-/// Back-ends use those to find the rings, and for nothing else. An address that no process can
-/// have tells a back-end nothing of our layout, and shows beyond doubt when a back-end gives it
-/// back as its own.
+/// Back-ends use user addresses only to translate ring addresses. An address that no process can
+/// have reveals nothing of our layout, and a back-end that returns it as its own is recognised
+/// beyond doubt.
 const USER_ADDRESSES: u64 = 1 << 56;
 
-/// A region that is shared with a back-end.
+/// A region shared with a back-end.
 #[derive(Clone, Debug)]
 pub(crate) struct Shared {
     guest_address: u64,
@@ -30,7 +30,7 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
-    /// All regions of a guest, if one message can name them.
+    /// Returns all regions of a guest's memory, if one message can describe them.
     pub(crate) fn all<B: Bitmap>(memory: &DemandMemory<B>) -> Result<Vec<Shared>> {
         let regions: Vec<_> = memory
             .iter()
@@ -42,7 +42,8 @@ impl Shared {
         if regions.len() > MAX_REGIONS {
             return Err(Error::Regions(regions.len()));
         }
-        // Guest addresses are at most 52 bits long; user addresses of longer ones would overflow.
+        // Guest addresses have at most 52 bits; the user addresses of much higher ones would
+        // overflow.
         let too_high =
             |shared: &&Shared| shared.guest_address.saturating_add(shared.len()) > USER_ADDRESSES;
         if let Some(shared) = regions.iter().find(too_high) {
@@ -63,8 +64,8 @@ impl Shared {
         self.pager.bitmap().count_missing(PageRange::new(0, self.pager.pages()))
     }
 
-    /// The region as a message names it. The descriptor in it is the backing's, which `self`
-    /// keeps.
+    /// Returns the region as a message describes it. The file descriptor in it is the backing's;
+    /// `self` keeps it open.
     pub(crate) fn info(&self) -> Result<VhostUserMemoryRegionInfo> {
         let file = self.pager.backing().file().ok_or(Error::NoFile(self.guest_address))?;
         Ok(VhostUserMemoryRegionInfo {
@@ -77,7 +78,7 @@ impl Shared {
     }
 }
 
-/// The address by which a back-end finds what lies at a guest address.
+/// Returns the user address of a guest address, or `None` if the guest address is not shared.
 pub(crate) fn user_address(regions: &[Shared], address: u64) -> Option<u64> {
     regions.iter().find_map(|region| {
         let offset = address.checked_sub(region.guest_address)?;
@@ -85,7 +86,7 @@ pub(crate) fn user_address(regions: &[Shared], address: u64) -> Option<u64> {
     })
 }
 
-/// Whether the addresses that a back-end has named for its mappings can be right.
+/// Checks that the addresses that a back-end returned for its mappings are plausible.
 pub(crate) fn check_bases(socket: &Path, regions: &[Shared], bases: &[u64]) -> Result<()> {
     for (index, (region, &base)) in regions.iter().zip(bases).enumerate() {
         if base == region.user_address() {

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What a back-end asks of the front-end, over a connection of its own.
+//! The back-end channel: serves requests from the back-end to the front-end, over a second
+//! connection.
 
 use std::io;
 use std::net::Shutdown;
@@ -12,7 +13,7 @@ use vhost::vhost_user::{
     Error as ProtocolError, FrontendReqHandler, HandlerResult, VhostUserFrontendReqHandler,
 };
 
-/// The only request that is served: the configuration is another.
+/// The handler of the only supported request, "configuration changed".
 struct Changed<F>(F);
 
 impl<F: Fn() + Send + Sync> VhostUserFrontendReqHandler for Changed<F> {
@@ -22,25 +23,25 @@ impl<F: Fn() + Send + Sync> VhostUserFrontendReqHandler for Changed<F> {
     }
 }
 
-/// Serves a back-end's requests until it is dropped.
+/// Our end of the back-end channel. Requests are served until it is dropped.
 pub(crate) struct Requests(UnixStream);
 
 impl Requests {
-    /// Starts the thread; returns also what the back-end is to be given.
+    /// Starts the serving thread. Also returns the descriptor to send to the back-end.
     pub(crate) fn serve(changed: impl Fn() + Send + Sync + 'static) -> io::Result<(Self, OwnedFd)> {
         let handler = FrontendReqHandler::new(Arc::new(Changed(changed)));
         let mut handler = handler.map_err(io::Error::other)?;
-        // REPLY_ACK is always agreed on.
+        // Replies to requests that ask for one.
         handler.set_reply_ack_flag(true);
         let [ours, theirs] = [handler.as_raw_fd(), handler.get_tx_raw_fd()].map(|fd| {
-            // SAFETY: both are the handler's, which keeps them open for longer than this.
+            // SAFETY: the handler owns both descriptors and keeps them open during this call.
             unsafe { BorrowedFd::borrow_raw(fd) }.try_clone_to_owned()
         });
         let (ours, theirs) = (ours?, theirs?);
         thread::Builder::new().name("vhost-requests".into()).spawn(move || {
             loop {
                 match handler.handle_request() {
-                    // What is not served was answered so.
+                    // The handler has replied with an error to an unsupported request.
                     Ok(_) | Err(ProtocolError::ReqHandlerError(_)) => {}
                     Err(error) => return log::debug!("a back-end's requests end: {error}"),
                 }
@@ -52,7 +53,7 @@ impl Requests {
 
 impl Drop for Requests {
     fn drop(&mut self) {
-        // That ends the thread. It fails only if the connection is down already.
+        // This ends the thread. It fails only if the connection is already closed.
         let _ = self.0.shutdown(Shutdown::Both);
     }
 }
@@ -63,12 +64,12 @@ mod tests {
     use std::io::{Read, Write};
     use std::sync::mpsc;
 
-    /// Header of a request: its number, the flags (version 1, a reply is wanted), bytes that follow.
+    /// The header of a request: its number, the flags (version 1, reply wanted), payload length.
     fn request(number: u32) -> Vec<u8> {
         [number, 1 | 8, 0].iter().flat_map(|word| word.to_le_bytes()).collect()
     }
 
-    /// The number that a reply is to, and its value.
+    /// Reads a reply; returns the number of the request that it answers, and its value.
     fn reply(stream: &mut UnixStream) -> (u8, u64) {
         let mut bytes = [0; 20];
         stream.read_exact(&mut bytes).unwrap();
@@ -88,7 +89,7 @@ mod tests {
             heard.try_recv().unwrap();
         }
         drop(requests);
-        // The thread has gone, and with it what it calls.
+        // The thread has ended and dropped its callback.
         heard.recv().unwrap_err();
         assert_eq!(stream.read(&mut [0]).unwrap(), 0);
     }

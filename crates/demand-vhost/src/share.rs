@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Memory: shared while pages are missing, or when all are there.
+//! Shares guest memory with a back-end, while pages are missing or when all are present.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -15,24 +15,24 @@ use crate::deadline::while_open;
 use crate::regions::{Shared, check_bases};
 use crate::{BackEnd, Error, Result};
 
-/// What of guest memory a back-end sees.
+/// The state of memory sharing with a back-end.
 #[derive(Debug)]
 pub(crate) enum Sharing {
-    /// Nothing yet.
+    /// No memory is shared yet.
     None,
-    /// All of it; where pages are missing its accesses are trapped.
+    /// All memory is shared; accesses to missing pages are trapped.
     Trapped {
         regions: Vec<Shared>,
         uffd: Arc<Userfaultfd>,
         armed: Vec<Arc<ArmedMapping>>,
         service: Arc<FaultService>,
     },
-    /// All of it, and all of it is there.
+    /// All memory is shared, and all its pages are present.
     Present { regions: Vec<Shared> },
 }
 
 impl Sharing {
-    /// Its mappings in which it may wait for pages.
+    /// Returns the back-end's armed mappings, in which it may wait for pages.
     pub(crate) fn armed(&self) -> &[Arc<ArmedMapping>] {
         match self {
             Sharing::Trapped { armed, .. } => armed,
@@ -42,24 +42,27 @@ impl Sharing {
 }
 
 impl BackEnd {
-    /// Shares memory whose pages have not all arrived: the back-end's accesses to missing pages
-    /// are trapped through a userfaultfd of its own, and served by `service` from now on.
+    /// Shares memory that has missing pages. The back-end's accesses to missing pages are trapped
+    /// through a userfaultfd of the back-end's process, and `service` serves them from now on.
     ///
-    /// It must be the first that the back-end sees of the memory, and comes before the queues. A
-    /// back-end that touches memory at once makes this wait for the pages. What it has touched even
-    /// before it could be trapped (by `mlockall`, say) is taken from it again. With huge pages this
-    /// also fetches, and waits for, the rest of each that has arrived in part, whoever touched it.
-    /// [`HangUp`](crate::HangUp) ends these waits.
+    /// Call it before any other sharing of memory, and before setting up queues. If the back-end
+    /// touches memory at once, this call waits for the pages. Pages that the back-end touched even
+    /// before they could be trapped (because of `mlockall`, say) are unmapped from it again. With
+    /// huge pages, this call also fetches and waits for the missing pages of every partly present
+    /// unit, since it cannot know whether the back-end has touched it. [`HangUp`](crate::HangUp)
+    /// ends these waits.
     ///
-    /// A back-end that touches memory before it can be trapped must be shared with before the guest
-    /// runs, or while its vCPUs are paused: what exists on its behalf opens the guest's own mapping
-    /// too, where that is armed against wholly missing huge pages only, until it is taken away.
+    /// If the back-end may touch memory before it can be trapped, call this before the guest runs,
+    /// or while its vCPUs are paused. Units that exist because the back-end touched them also open
+    /// the guest's own mapping, if that is armed against wholly missing huge pages only, until they
+    /// are unmapped.
     ///
     /// # Errors
     ///
-    /// [`Error::NoPagefault`], with nothing shared, if the back-end cannot do it, and a refusal of
-    /// everything that would make it read zeros: [`Error::EchoedAddress`], [`Error::BadBase`],
-    /// [`Error::Arm`], [`Error::Prefaulted`]. After any error but the first the back-end is of no more use.
+    /// [`Error::NoPagefault`], with nothing shared, if the back-end does not support post-copy; and
+    /// an error in every case in which the back-end would read zeros: [`Error::EchoedAddress`],
+    /// [`Error::BadBase`], [`Error::Arm`], [`Error::Prefaulted`]. After any error but the first,
+    /// the back-end cannot be used any more.
     pub fn share_missing_memory<B: Bitmap>(
         &mut self,
         memory: &DemandMemory<B>,
@@ -85,9 +88,10 @@ impl BackEnd {
             this.tell("have memory trapped", |f| f.postcopy_listen())?;
             let bases = this.ask(ASKED, |f| f.set_mem_table(&infos))?.unwrap_or_default();
             check_bases(this.socket(), &regions, &bases)?;
-            // Between its answer and our acknowledgement: it has registered its mappings for
-            // MISSING at most. This adds MINOR, without which it would read zeros in half-filled
-            // huge pages, and fails if the addresses are wrong.
+            // This happens between the back-end's answer and our acknowledgement. The back-end has
+            // registered its mappings for MISSING at most. This adds MINOR, without which the
+            // back-end would read zeros in partly present huge pages, and fails if the addresses
+            // are wrong.
             let armed = regions
                 .iter()
                 .zip(bases)
@@ -95,7 +99,7 @@ impl BackEnd {
                 .collect::<std::result::Result<Vec<_>, _>>()
                 .map_err(|error| Error::Arm { socket: this.socket().into(), error })?;
             service.serve(&armed)?;
-            // From here on dropping the back-end ends the service of its faults.
+            // From here on, dropping the `BackEnd` stops the service of its faults.
             this.set_sharing(Sharing::Trapped { regions, uffd, armed, service: service.clone() });
             Ok(())
         })?;
@@ -104,14 +108,15 @@ impl BackEnd {
         self.in_time(ACKNOWLEDGE, |this| {
             this.tell(ACKNOWLEDGE, |f| f.postcopy_ack_mem_regions(FrontendReq::SET_MEM_TABLE))
         })?;
-        // The acknowledgement has no answer: that the back-end took it shows in that it answers
-        // something else.
+        // The acknowledgement has no answer. An answer to the next message shows that the back-end
+        // has processed it.
         const BEGIN: &str = "begin to use memory";
         self.in_time(BEGIN, |this| this.ask(BEGIN, |f| f.get_features())).map(drop)
     }
 
-    /// Takes from the back-end what it has touched before its accesses were trapped: those pages
-    /// are zeros, and mapped. A back-end that has touched nothing costs a look at each region.
+    /// Unmaps from the back-end the missing pages that it touched before its accesses were trapped:
+    /// those are mapped, and read as zeros. If the back-end has touched nothing, this costs one
+    /// look at each region.
     fn unmap_missing(&self, asked: &'static str) -> Result<()> {
         let (waiter, mut regions) = (Waiter::new(), self.regions(asked)?.iter());
         let unmap = || regions.try_for_each(|region| region.pager.unmap_missing(&waiter));
@@ -123,12 +128,11 @@ impl BackEnd {
             })
     }
 
-    /// Shares memory all of whose pages are present: nothing is trapped.
+    /// Shares memory whose pages are all present; nothing is trapped.
     ///
     /// # Errors
     ///
-    /// [`Error::Incomplete`], with nothing shared, if pages are missing, and the back-end's
-    /// refusals.
+    /// [`Error::Incomplete`], with nothing shared, if pages are missing, and the back-end's errors.
     pub fn share_present_memory<B: Bitmap>(&mut self, memory: &DemandMemory<B>) -> Result<()> {
         const ASKED: &str = "share memory";
         self.expect_nothing_shared(ASKED)?;
@@ -140,21 +144,22 @@ impl BackEnd {
         Ok(())
     }
 
-    /// Ends post-copy, when all pages are present: stops trapping the back-end's accesses, tells
+    /// Ends post-copy when all pages are present: stops trapping the back-end's accesses, notifies
     /// it, and closes its userfaultfd. Without post-copy it does nothing.
     ///
-    /// The back-end may be reading the rings for an earlier message; this waits its turn.
+    /// The back-end may still be reading the rings for an earlier message; this call waits for
+    /// that.
     ///
     /// # Errors
     ///
-    /// [`Error::Incomplete`], with nothing done, if pages are missing, and the back-end's
-    /// refusals.
+    /// [`Error::Incomplete`], with nothing done, if pages are missing, and the back-end's errors.
     pub fn end_postcopy(&mut self) -> Result<()> {
         const ASKED: &str = "end post-copy";
         let Sharing::Trapped { regions, uffd, service, .. } = self.sharing() else { return Ok(()) };
         self.expect_complete(ASKED, regions)?;
         let (regions, uffd, service) = (regions.clone(), uffd.clone(), service.clone());
-        // Its own mapping stays registered otherwise, until the last descriptor is closed.
+        // Otherwise the back-end's mapping would stay registered until the last descriptor is
+        // closed.
         service.release(&uffd)?;
         let ended = self.in_time(ASKED, |this| this.tell(ASKED, |f| f.postcopy_end()));
         uffd.close();
@@ -176,7 +181,7 @@ impl BackEnd {
         }
     }
 
-    /// The regions that are shared.
+    /// Returns the shared regions.
     pub(crate) fn regions(&self, asked: &'static str) -> Result<&[Shared]> {
         match self.sharing() {
             Sharing::Trapped { regions, .. } | Sharing::Present { regions } => Ok(regions),

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Queues.
+//! Virtqueue set-up: `Vring`, and the operations of `BackEnd` on queues.
 
 use vhost::{VhostBackend, VringConfigData, vhost_user::VhostUserFrontend};
 use vm_memory::GuestAddress;
@@ -8,36 +8,36 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::regions::user_address;
 use crate::{BackEnd, Error, Result};
 
-/// A queue, as the driver has set it up.
+/// A virtqueue as the driver has configured it.
 #[derive(Debug)]
 pub struct Vring<'a> {
     /// Number of descriptors.
     pub size: u16,
-    /// Where the descriptor table lies.
+    /// Address of the descriptor table.
     pub descriptors: GuestAddress,
-    /// Where the available ring lies.
+    /// Address of the available ring.
     pub available: GuestAddress,
-    /// Where the used ring lies.
+    /// Address of the used ring.
     pub used: GuestAddress,
-    /// Index in the available ring of the first request that is not taken yet.
+    /// Index in the available ring of the first request that the back-end has not taken.
     pub next_available: u16,
-    /// Through which the driver tells of new requests.
+    /// Event descriptor through which the driver notifies the back-end of new requests.
     pub kick: &'a EventFd,
-    /// Through which the back-end tells of requests that are done.
+    /// Event descriptor through which the back-end notifies the driver of completed requests.
     pub call: &'a EventFd,
 }
 
 impl BackEnd {
-    /// Sets a queue up and, if `enabled`, has the back-end serve it.
+    /// Sets up a queue and, if `enabled`, enables it.
     ///
-    /// The back-end reads the rings before it answers, so this waits for their pages: for as
-    /// long as the source is away. Only [`HangUp`](crate::HangUp) ends that wait; a back-end that
-    /// waits for no page has to answer in time. Never call it on a thread that serves faults.
+    /// The back-end reads the rings before it answers, so this call waits for their pages, for as
+    /// long as the source takes. Only [`HangUp`](crate::HangUp) ends that wait; a back-end that is
+    /// not waiting for a page must answer in time. Never call this on a thread that serves faults.
     ///
     /// # Errors
     ///
-    /// [`Error::VringAddress`] if a ring lies outside the memory that was shared,
-    /// [`Error::Order`] before memory was shared, and the back-end's refusals.
+    /// [`Error::VringAddress`] if a ring lies outside the shared memory, [`Error::Order`] if no
+    /// memory has been shared yet, and the back-end's errors.
     pub fn set_vring(&mut self, queue: usize, vring: &Vring<'_>, enabled: bool) -> Result<()> {
         let regions = self.regions("set up a queue")?;
         let find = |address: GuestAddress| {
@@ -64,24 +64,24 @@ impl BackEnd {
         if enabled { self.enable_vring(queue, true) } else { Ok(()) }
     }
 
-    /// Has the back-end serve a queue that is set up, or not.
+    /// Enables or disables a queue that is set up.
     ///
     /// # Errors
     ///
-    /// The back-end's refusals.
+    /// The back-end's errors.
     pub fn enable_vring(&mut self, queue: usize, enabled: bool) -> Result<()> {
         const ASKED: &str = "enable or disable a queue";
         self.in_time(ASKED, |this| this.tell(ASKED, |f| f.set_vring_enable(queue, enabled)))
     }
 
-    /// Stops a queue; returns the index in the available ring of the first request that the
-    /// back-end has not taken. Requests in flight may still be completed after this.
+    /// Stops a queue and returns the index in the available ring of the first request that the
+    /// back-end has not taken. The back-end may still complete requests in flight after this.
     ///
     /// # Errors
     ///
-    /// The back-end's refusals.
+    /// The back-end's errors.
     pub fn stop_vring(&mut self, queue: usize) -> Result<u16> {
-        // The upper bits belong to packed rings, which are never agreed on here.
+        // The upper bits are for packed rings, which this crate never negotiates.
         const ASKED: &str = "stop a queue";
         let base = self.in_time(ASKED, |this| this.ask(ASKED, |f| f.get_vring_base(queue)))?;
         Ok(base as u16)

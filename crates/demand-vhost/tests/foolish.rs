@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Back-ends that cannot, will not, or must not be used.
+//! Tests with back-ends that lack features, misbehave, or attack the front-end.
 
 mod common;
 
@@ -27,7 +27,8 @@ fn options() -> Options {
     Options { patience: Duration::from_millis(500), ..Options::default() }
 }
 
-/// What comes of sharing missing memory with such a back-end, and the requests that it got.
+/// Shares missing memory with a back-end that does `deed`; returns the error and the requests that
+/// the back-end received.
 fn share(deed: Deed) -> (Error, Vec<u32>) {
     let foolish = Foolish::start(deed, REPLY_ACK | PAGEFAULT);
     let memory = Memory::new(BackingKind::Shmem);
@@ -67,7 +68,7 @@ fn a_back_end_without_pagefault_sees_no_missing_memory() {
         matches!(error, Error::Incomplete { missing, .. } if missing == 2 * common::PAGES),
         "{error}"
     );
-    // Filled, it may have it.
+    // Complete memory may be shared.
     memory.fill();
     back_end.share_present_memory(&memory.memory).unwrap();
     back_end.end_postcopy().unwrap();
@@ -90,7 +91,7 @@ fn features_that_are_needed_and_lack_are_named() {
     assert!(matches!(error, Error::NoProtocolFeatures { .. }), "{error}");
 }
 
-/// It cannot say that it has done something: that it answers the next says so.
+/// Without REPLY_ACK, the front-end takes the answer to the next request as the acknowledgement.
 #[test]
 fn a_back_end_that_acknowledges_nothing_sees_complete_memory() {
     for deed in [Deed::Behave, Deed::At(Wrong::HangUp, Step::VringAddr)] {
@@ -130,7 +131,7 @@ fn a_back_end_that_acknowledges_nothing_sees_complete_memory() {
 fn our_own_addresses_are_recognised() {
     let (error, requests) = share(Deed::Base(Base::Echo));
     assert!(matches!(error, Error::EchoedAddress { .. }), "{error}");
-    // Without our acknowledgement it never runs.
+    // Without our acknowledgement the back-end never runs.
     assert_eq!(requests.iter().filter(|request| **request == SET_MEM_TABLE).count(), 1);
 }
 
@@ -140,13 +141,13 @@ fn addresses_that_cannot_be_right_are_refused() {
         [Deed::Base(Base::Unaligned), Deed::Base(Base::Overlap), Deed::Base(Base::PastTheEnd)]
     {
         let (error, requests) = share(deed);
-        // The vhost crate refuses some by itself.
+        // The vhost crate itself refuses some of these.
         assert!(matches!(error, Error::BadBase { .. } | Error::Protocol { .. }), "{deed} {error}");
         assert_eq!(requests.iter().filter(|request| **request == SET_MEM_TABLE).count(), 1);
     }
     let (error, requests) = share(Deed::Base(Base::Unmapped));
     assert!(matches!(error, Error::Arm { .. }), "{error}");
-    // Its mappings are armed before it gets our acknowledgement.
+    // The back-end's mappings are armed before our acknowledgement is sent.
     assert_eq!(requests.iter().filter(|request| **request == SET_MEM_TABLE).count(), 1);
 }
 
@@ -154,7 +155,7 @@ fn addresses_that_cannot_be_right_are_refused() {
 fn other_regions_than_ours_are_refused() {
     let (error, _) = share(Deed::Base(Base::OtherRegions));
     assert!(matches!(error, Error::Protocol { .. }), "{error}");
-    // The vhost crate waits for the bytes that are not there.
+    // The vhost crate waits for the bytes that never arrive.
     let (error, _) = share(Deed::Base(Base::TooFew));
     assert!(matches!(error, Error::Silent { .. } | Error::Protocol { .. }), "{error}");
 }
@@ -195,7 +196,7 @@ fn the_end_is_asked_for_with_an_answer() {
         match deed {
             Deed::Behave => {
                 ended.unwrap();
-                // It keeps its userfaultfd, and yet nothing is trapped any more.
+                // The back-end keeps its userfaultfd, but nothing is trapped any more.
                 let mappings = foolish.mappings();
                 let (sender, receiver) = std::sync::mpsc::channel();
                 std::thread::spawn(move || {
@@ -211,7 +212,7 @@ fn the_end_is_asked_for_with_an_answer() {
             }
             _ => assert!(matches!(ended, Err(Error::Disconnected { .. })), "{ended:?}"),
         }
-        // Once is enough.
+        // A second call does nothing.
         back_end.end_postcopy().unwrap();
         drop(back_end);
         assert_eq!(foolish.requests().iter().filter(|request| **request == END).count(), 1);
@@ -228,7 +229,8 @@ fn more_regions_than_a_message_names_are_refused() {
     assert!(matches!(error, Error::Regions(9)), "{error}");
 }
 
-/// Silence is answered in time at each step, also where the back-end may have to wait for pages.
+/// A silent back-end is detected in time at each step, even at steps where it may have to wait for
+/// pages.
 #[test]
 fn silence_at_any_step_ends() {
     let (kick, call) = (EventFd::new(0).unwrap(), EventFd::new(0).unwrap());
@@ -266,8 +268,8 @@ fn silence_at_any_step_ends() {
     }
 }
 
-/// Shares memory with a back-end that touches it before its accesses are trapped, while some of it
-/// is present and a page is on its way.
+/// Shares memory with a back-end that touches it before its accesses are trapped, while some pages
+/// are present and one page is being fetched.
 fn prefaulted(what: Mischief, kind: BackingKind) {
     let foolish = Foolish::start(Deed::Memory(what), REPLY_ACK | PAGEFAULT);
     let memory = Memory::new(kind);
@@ -316,8 +318,8 @@ fn prefaulted_huge_pages_are_not_read_as_zeros() {
     EARLY.into_iter().for_each(|what| prefaulted(what, BackingKind::Hugetlb2M));
 }
 
-/// Pages that it has mapped are waited for, however long the source takes; but not beyond its
-/// connection.
+/// The front-end waits for prefaulted pages for as long as the source takes, but not beyond the end
+/// of the connection.
 #[test]
 fn hanging_up_ends_the_wait_for_prefaulted_pages() {
     let foolish = Foolish::start(Deed::Memory(Mischief::PopulateEarly), REPLY_ACK | PAGEFAULT);
@@ -338,7 +340,7 @@ fn hanging_up_ends_the_wait_for_prefaulted_pages() {
     memory.control.let_go();
 }
 
-/// A back-end that waits for a page of the source's may take its time.
+/// The time limit does not run while the back-end waits for a page.
 #[test]
 fn who_waits_for_a_page_is_not_silent() {
     let foolish = Foolish::start(Deed::Memory(Mischief::Read), REPLY_ACK | PAGEFAULT);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A real back-end in another process, whose touches of missing memory are served.
+//! Tests with a real back-end in another process, whose faults on missing memory are served.
 
 mod common;
 
@@ -18,7 +18,7 @@ use test_support::wait::{A_WHILE, until};
 use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::EventFd;
 
-/// Not a test: the other process.
+/// Not a test: the entry point of the back-end's process.
 #[test]
 fn back_end() {
     process::run_if_asked();
@@ -46,7 +46,7 @@ impl Ring {
     }
 
     fn set(&self, back_end: &mut BackEnd) -> demand_vhost::Result<()> {
-        // All of it in a page that is a hole of the image: an empty ring.
+        // The whole ring lies in page 5, which is a hole of the image, so it is empty.
         let page = 5 * PAGE_SIZE;
         let vring = Vring {
             size: 16,
@@ -73,7 +73,7 @@ fn memory_arrives(kind: BackingKind) {
     back_end.write_config(0, &[1, 2]).unwrap();
     back_end.check().unwrap();
 
-    // Units that a vCPU has brought in by halves.
+    // Units that are partly present because of a vCPU's faults.
     let pagers = memory.pagers();
     for page in [1, 7, 511, 600] {
         pagers[0].fetch(PageRange::page(page), Path::Guest).unwrap();
@@ -137,8 +137,8 @@ fn changes_of_the_configuration_can_be_heard_where_they_are_told() {
     }
 }
 
-/// The back-end answers SET_VRING_ADDR only when the ring's page has arrived. Faults are served
-/// meanwhile, and by a single thread.
+/// The back-end answers SET_VRING_ADDR only when the ring's page is present. Faults are served
+/// meanwhile, by a single thread.
 #[test]
 fn a_queue_that_waits_for_its_ring_holds_up_no_fault() {
     let memory = Memory::new(BackingKind::Shmem);
@@ -180,11 +180,11 @@ fn a_wait_for_a_back_end_can_be_ended() {
     memory.control.let_go();
 }
 
-/// Processor time of the services' threads so far, in ticks of 10 ms.
+/// Returns the CPU time used so far by each thread of the fault services, in ticks of 10 ms.
 fn ticks_of_services() -> Vec<(String, u64)> {
     let task = |task: std::io::Result<std::fs::DirEntry>| {
         let path = task.ok()?.path();
-        // The name stands in parentheses; user and system time are fields 14 and 15.
+        // The thread's name is in parentheses; user and system time are fields 14 and 15.
         let stat = std::fs::read_to_string(path.join("stat")).ok()?;
         let (name, fields) = stat.rsplit_once(')')?;
         let fields: Vec<_> = fields.split_whitespace().collect();
@@ -194,7 +194,7 @@ fn ticks_of_services() -> Vec<(String, u64)> {
     std::fs::read_dir("/proc/self/task").unwrap().filter_map(task).collect()
 }
 
-/// Back-ends die while they wait for a page: others are served, and nobody spins.
+/// Back-ends die while they wait for a page: others are still served, and no thread spins.
 #[test]
 fn a_back_end_that_dies_holds_up_nobody() {
     let memory = Memory::new(BackingKind::Shmem);
@@ -225,12 +225,12 @@ fn a_back_end_that_dies_holds_up_nobody() {
     survivor.expect(HIGH + 600 * PAGE_SIZE);
     memory.fill();
     other.end_postcopy().unwrap();
-    // Nobody has said that the second is gone.
+    // The second `BackEnd` is not dropped, so the service does not know that its process has ended.
     service.finish().unwrap();
     drop(second);
 }
 
-/// Two back-ends and a mapping of this process' own, on the same memory at once.
+/// Two back-ends and an armed mapping of this process access the same memory at once.
 #[test]
 fn everybody_reads_the_same() {
     let memory = Memory::new(BackingKind::Shmem);
@@ -249,7 +249,7 @@ fn everybody_reads_the_same() {
         .flat_map(|address| processes.iter().map(move |process| (address, process.read(address))))
         .collect();
     for page in (0..PAGES).rev() {
-        // SAFETY: the word lies in the mapping, and nobody writes it.
+        // SAFETY: the word lies in the mapping, and no thread writes it after it is present.
         let word = unsafe { guest.at(page * PAGE_SIZE).cast::<u64>().as_ptr().read_volatile() };
         assert_eq!(word, common::word_of(page * PAGE_SIZE), "page {page}");
     }

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What a malicious back-end does wrong, and the names of that on the command line.
+//! The deeds of a malicious back-end, and their names on the command line.
 
 use std::fmt;
 use std::str::FromStr;
 
-/// An enumeration whose values have names.
+/// Defines an enumeration whose values have names.
 macro_rules! named {
     ($(#[$about:meta])* $name:ident { $($(#[$doc:meta])* $value:ident = $text:literal,)* }) => {
         $(#[$about])*
@@ -22,7 +22,7 @@ macro_rules! named {
 }
 
 named! {
-    /// A request of the front-end, by the order in which they come.
+    /// A request of the front-end, in the order of arrival.
     Step {
         GetFeatures = "get-features",
         GetProtocolFeatures = "get-protocol-features",
@@ -48,33 +48,33 @@ named! {
 }
 
 named! {
-    /// What is done instead of the right answer to one request.
+    /// A wrong reaction to one request.
     Wrong {
         /// No answer.
         Silent = "silent",
         /// The connection is closed.
         HangUp = "hang-up",
-        /// It is refused.
+        /// The request is refused.
         Refuse = "refuse",
-        /// Only half of the answer comes.
+        /// Only half of the answer is sent.
         Half = "half",
-        /// The answer is longer than it may be, and says so.
+        /// The answer is longer than allowed, and its header says so.
         Long = "long",
-        /// The answer says that four gigabytes follow, and many bytes do.
+        /// The answer's header announces four gigabytes, and many bytes follow.
         Huge = "huge",
-        /// The answer is one to something else.
+        /// The answer belongs to another request.
         Other = "other",
-        /// The answer comes twice.
+        /// The answer is sent twice.
         Twice = "twice",
-        /// Four descriptors come with the answer.
+        /// Four descriptors are sent with the answer.
         Files = "files",
-        /// The answer comes at one byte a second.
+        /// The answer is sent at one byte per second.
         Trickle = "trickle",
     }
 }
 
 named! {
-    /// What is sent for a userfaultfd.
+    /// The descriptor that is sent in place of a proper userfaultfd.
     Sent {
         None = "none",
         File = "file",
@@ -82,86 +82,87 @@ named! {
         Memfd = "memfd",
         Eventfd = "eventfd",
         Socket = "socket",
-        /// Two of them.
+        /// Two descriptors.
         Two = "two",
-        /// One that is not initialised.
+        /// A userfaultfd that is not initialised.
         Raw = "raw",
-        /// One of a process that has ended.
+        /// A userfaultfd of a process that has ended.
         Dead = "dead",
-        /// One without any features.
+        /// A userfaultfd without any features.
         Plain = "plain",
-        /// One that tells of everything that happens to the address space.
+        /// A userfaultfd with events for changes of the address space.
         Talkative = "talkative",
-        /// One that is made blocking again and again, once it is in use.
+        /// A userfaultfd that is repeatedly made blocking while it is in use.
         Blocking = "blocking",
-        /// One that is closed at once.
+        /// A userfaultfd that is closed at once.
         Closed = "closed",
     }
 }
 
 named! {
-    /// Which address is named for a mapping.
+    /// The address that is returned for a mapping.
     Base {
-        /// The front-end's own.
+        /// The front-end's own address.
         Echo = "echo",
-        /// One in the middle of a page.
+        /// An address in the middle of a page.
         Unaligned = "unaligned",
-        /// One for all regions.
+        /// The same address for all regions.
         Overlap = "overlap",
-        /// One past which the region does not fit.
+        /// An address so high that the region does not fit behind it.
         PastTheEnd = "past-the-end",
-        /// One where nothing is mapped.
+        /// An address where nothing is mapped.
         Unmapped = "unmapped",
         Zero = "zero",
-        /// That of private memory.
+        /// The address of private memory.
         Private = "private",
-        /// That of another memory object, which is touched later.
+        /// The address of another memory object, which is touched later.
         Another = "another",
-        /// The right one, but for one region only.
+        /// The right address, but for one region only.
         TooFew = "too-few",
-        /// The right one, but for another region.
+        /// The right address, but for another region.
         OtherRegions = "other-regions",
-        /// The right one, which moves later.
+        /// The right address, but the mapping moves later.
         Moving = "moving",
     }
 }
 
 named! {
-    /// What is done to memory once it may be used.
+    /// The misuse of memory once it may be used.
     Mischief {
-        /// All of it is read: no mischief.
+        /// All memory is read, which is allowed.
         Read = "read",
-        /// Addresses are touched that are trapped, but are no guest memory.
+        /// Trapped addresses outside guest memory are touched.
         Outside = "outside",
-        /// The same, and those who wait there are woken to do it again, for three seconds.
+        /// The same, and the waiting threads are woken to fault again, for three seconds.
         FloodOutside = "flood-outside",
-        /// Guest memory is forgotten and touched again, by four threads for three seconds.
+        /// Four threads repeatedly drop guest memory from the page tables and touch it again, for
+        /// three seconds.
         Flood = "flood",
-        /// It is unmapped where a thread waits for it.
+        /// A page is unmapped while a thread waits for memory of the mapping.
         Unmap = "unmap",
-        /// The memory object is made shorter.
+        /// The memory object is truncated.
         Truncate = "truncate",
-        /// Pages of the memory object are given back.
+        /// Holes are punched into the memory object.
         Punch = "punch",
         /// Pages are overwritten.
         Scribble = "scribble",
-        /// All of it is touched before the front-end is told where it is mapped, and read later.
+        /// All memory is touched before the front-end learns its address, and read later.
         TouchEarly = "touch-early",
-        /// The same, by the kernel, as for `MAP_POPULATE`.
+        /// The same, touched by the kernel as with `MAP_POPULATE`.
         PopulateEarly = "populate-early",
-        /// The same, as `mlockall` has it done.
+        /// The same, touched by the kernel as with `mlockall`.
         LockEarly = "lock-early",
     }
 }
 
-/// What a back-end does wrong.
+/// The one thing that a back-end does wrong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Deed {
     /// Nothing.
     Behave,
-    /// It has no protocol features at all.
+    /// The back-end has no protocol features at all.
     NoProtocolFeatures,
-    /// It sends answers that nobody has asked for, without end.
+    /// The back-end sends unrequested answers without end.
     FloodMessages,
     At(Wrong, Step),
     Uffd(Sent),
@@ -170,7 +171,7 @@ pub enum Deed {
 }
 
 impl Deed {
-    /// Each of them.
+    /// Returns all deeds.
     pub fn all() -> impl Iterator<Item = Deed> {
         let at = |wrong: &Wrong| Step::ALL.iter().map(|step| Deed::At(*wrong, *step)).collect();
         [Deed::Behave, Deed::NoProtocolFeatures, Deed::FloodMessages]

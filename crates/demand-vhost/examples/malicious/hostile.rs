@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A back-end that speaks the protocol by hand, and wrongly where its deed says so.
+//! A back-end that implements the vhost-user protocol by hand, and violates it where its deed says
+//! so.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -26,25 +27,26 @@ pub const MQ: u64 = 1;
 pub const REPLY_ACK: u64 = 1 << 3;
 pub const PAGEFAULT: u64 = 1 << 8;
 pub const CONFIG: u64 = 1 << 9;
-/// All that a front-end may want.
+/// All protocol features that a front-end may require.
 pub const ALL_FEATURES: u64 = MQ | REPLY_ACK | PAGEFAULT | CONFIG;
 
-/// VIRTIO_F_VERSION_1, and that there are protocol features.
+/// VIRTIO_F_VERSION_1 and PROTOCOL_FEATURES.
 const FEATURES: u64 = 1 << 32 | 1 << 30;
-/// Sectors of the disk that it pretends to have.
+/// Number of sectors of the pretended disk.
 const SECTORS: u64 = 1 << 40;
 const NEED_REPLY: u32 = 8;
 
-/// One connection.
+/// One connection with a front-end.
 pub struct Connection {
     stream: UnixStream,
     deed: Deed,
     protocol_features: u64,
     uffd: Option<Arc<Userfaultfd>>,
-    /// The memory objects that it was given.
+    /// The memory objects from the front-end.
     files: Vec<File>,
     mappings: Arc<Mutex<Vec<Arc<Guarded>>>>,
-    /// Whether its addresses were acknowledged, and whether something was asked since then.
+    /// Whether the front-end has acknowledged the mappings' addresses, and whether it has sent a
+    /// request since then.
     acknowledged: bool,
     begun: bool,
 }
@@ -63,12 +65,12 @@ impl Connection {
         }
     }
 
-    /// Its mappings of guest memory.
+    /// Returns the mappings of guest memory.
     pub fn mappings(&self) -> Arc<Mutex<Vec<Arc<Guarded>>>> {
         self.mappings.clone()
     }
 
-    /// Serves the connection to its end; returns the requests that came.
+    /// Serves the connection to its end; returns the requests received.
     pub fn serve(&mut self) -> Vec<u32> {
         let mut requests = Vec::new();
         if self.deed == Deed::FloodMessages {
@@ -128,20 +130,20 @@ impl Connection {
         self.answer(request, &answer, fds, wrong)
     }
 
-    /// The header of the next request, and what came with it.
+    /// Receives the header of the next request, and its files.
     fn receive(&mut self) -> Option<([u32; 3], Vec<File>)> {
         let mut header = [0u32; 3];
         let mut fds = [0 as RawFd; 8];
         let len = size_of_val(&header);
         let mut iovec = [libc::iovec { iov_base: header.as_mut_ptr().cast(), iov_len: len }];
-        // SAFETY: the vector describes `header`, which outlives the call.
+        // SAFETY: `iovec` describes `header`, which outlives the call.
         let (read, count) = unsafe { self.stream.recv_with_fds(&mut iovec, &mut fds) }.ok()?;
-        // SAFETY: the kernel has just given us these descriptors.
+        // SAFETY: the kernel has just installed these descriptors, so no other code owns them.
         let files = fds[..count].iter().map(|fd| unsafe { File::from_raw_fd(*fd) }).collect();
         (read == len).then_some((header, files))
     }
 
-    /// What is being asked.
+    /// Returns the step that a request belongs to.
     fn step(&self, request: u32, files: bool) -> Option<Step> {
         Some(match request {
             GET_FEATURES if self.acknowledged && !self.begun => Step::Begin,
@@ -166,7 +168,7 @@ impl Connection {
         })
     }
 
-    /// The right answer to a request that is answered by a number.
+    /// Returns the right answer to a request whose answer is a number.
     fn value(&self, request: u32) -> Option<u64> {
         match request {
             GET_FEATURES if self.deed == Deed::NoProtocolFeatures => Some(0),
@@ -174,13 +176,14 @@ impl Connection {
             GET_PROTOCOL_FEATURES => Some(self.protocol_features),
             // GET_QUEUE_NUM.
             17 => Some(1),
-            // GET_VRING_BASE: the queue's index, and where it stands.
+            // GET_VRING_BASE: the queue's index (low half) and its position in the available ring
+            // (high half).
             11 => Some(0),
             _ => None,
         }
     }
 
-    /// Reads on, and says nothing, until the front-end hangs up.
+    /// Reads without answering, until the front-end closes the connection.
     fn wait(&mut self) -> Option<()> {
         let mut rest = [0; 4096];
         while self.stream.read(&mut rest).ok()? > 0 {}
@@ -244,7 +247,7 @@ impl Connection {
         self.stream.write_all(&bytes[sent..]).ok()
     }
 
-    /// What is sent for a userfaultfd.
+    /// Returns the descriptors to send in place of a userfaultfd.
     fn advise(&mut self) -> Vec<OwnedFd> {
         let sent = if let Deed::Uffd(sent) = self.deed { Some(sent) } else { None };
         let uffd = Arc::new(match sent {
@@ -268,7 +271,7 @@ impl Connection {
             Some(Sent::Memfd) => vec![tempfile_of(4096).into()],
             Some(Sent::Eventfd) => {
                 let event = vmm_sys_util::eventfd::EventFd::new(0).unwrap();
-                // SAFETY: the descriptor was owned by the value that has just let it go.
+                // SAFETY: `into_raw_fd` has just passed on ownership of the descriptor.
                 vec![unsafe { OwnedFd::from_raw_fd(event.into_raw_fd()) }]
             }
             Some(Sent::Socket) => vec![pair().into()],
@@ -283,9 +286,10 @@ impl Connection {
         }
     }
 
-    /// The answer to a memory table.
+    /// Maps the regions and returns the answer to a memory table.
     fn mem_table(&mut self, payload: &[u8], files: Vec<File>) -> Vec<u8> {
-        // A count and padding, and for each region: guest address, size, user address, offset.
+        // The layout is a count and padding, and for each region: guest address, size, user
+        // address, offset.
         let mut table: Vec<u64> =
             payload.chunks(8).map(|word| u64::from_ne_bytes(word.try_into().unwrap())).collect();
         let which = if let Deed::Base(base) = self.deed { Some(base) } else { None };
@@ -325,26 +329,27 @@ impl Connection {
         table.iter().flat_map(|word| word.to_ne_bytes()).collect()
     }
 
-    /// What it does as soon as it may use memory.
+    /// Performs the deed's part that begins as soon as memory may be used.
     ///
-    /// A flood has some time before the front-end's request is answered.
+    /// A flood runs for some time before the front-end's request is answered.
     fn use_memory(&self) {
         let mappings = self.mappings.lock().unwrap().clone();
         let Some(uffd) = &self.uffd else { return };
         for (mapping, file) in mappings.iter().zip(&self.files) {
             match self.deed {
                 Deed::Base(Base::Moving) => memory::move_later(mapping),
-                // Never served, as nothing of guest memory belongs there.
+                // Never served, because the mapping contains no guest memory.
                 Deed::Base(Base::Another) => memory::insist(mapping, uffd),
                 Deed::Memory(what) => memory::mischief(what, mapping, file, uffd),
                 _ => {}
             }
         }
         if self.deed == Deed::Uffd(Sent::Blocking) {
-            // The flag belongs to the front-end's descriptor as well.
+            // The flag belongs to the open file description, which the front-end's descriptor
+            // shares.
             let ours = uffd.try_clone_fd().unwrap();
             memory::for_a_while(move |_| {
-                // SAFETY: fcntl with this command touches no memory.
+                // SAFETY: fcntl with this command accesses no memory.
                 unsafe { libc::fcntl(ours.as_raw_fd(), libc::F_SETFL, 0) };
             });
         }
@@ -358,26 +363,26 @@ impl Connection {
 }
 
 fn message(request: u32, payload: &[u8]) -> Vec<u8> {
-    // Version 1, and a reply.
+    // The flags: version 1, reply.
     let mut message = [request, 1 | 4, payload.len() as u32].map(u32::to_ne_bytes).concat();
     message.extend(payload);
     message
 }
 
-/// A userfaultfd that was not initialised.
+/// Creates a userfaultfd without initialising it.
 fn raw_uffd() -> OwnedFd {
     let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
-    // SAFETY: the call takes flags and makes a descriptor.
+    // SAFETY: the call only takes flags, and accesses no memory.
     let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, flags) };
     assert!(fd >= 0, "{}", std::io::Error::last_os_error());
-    // SAFETY: the kernel has just given us this descriptor.
+    // SAFETY: the call has just returned this descriptor, so no other code owns it.
     unsafe { OwnedFd::from_raw_fd(fd as RawFd) }
 }
 
-/// A userfaultfd of a process that has ended.
+/// Returns a userfaultfd of a process that has ended.
 fn dead_uffd() -> OwnedFd {
     let (mut ours, theirs) = UnixStream::pair().unwrap();
-    // SAFETY: the child makes system calls only until it ends.
+    // SAFETY: the child only makes system calls until it exits.
     let child = unsafe { libc::fork() };
     assert!(child >= 0);
     if child == 0 {
@@ -385,12 +390,12 @@ fn dead_uffd() -> OwnedFd {
             .ok()
             .and_then(|uffd| uffd.try_clone_fd().ok())
             .and_then(|fd| theirs.send_with_fd(&[0u8; 1][..], fd.as_raw_fd()).ok());
-        // SAFETY: it ends the child, which shares nothing that has to be put in order.
+        // SAFETY: this ends the child, which has nothing to clean up.
         unsafe { libc::_exit(i32::from(sent.is_none())) };
     }
     let (read, file) = ours.recv_with_fd(&mut [0]).unwrap();
     assert_eq!(read, 1);
-    // SAFETY: it is our child, and nobody else waits for it.
+    // SAFETY: the process is our child, no other thread waits for it, and a null status is allowed.
     unsafe { libc::waitpid(child, std::ptr::null_mut(), 0) };
     let _ = ours.flush();
     file.unwrap().into()

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A vhost-user back-end that does one thing wrong: to see what a front-end makes of it.
+//! A vhost-user back-end that does one thing wrong, to test how a front-end reacts.
 //!
-//! `malicious --socket PATH --deed NAME` serves one connection and ends with it: with status 0, or
-//! with 4 if memory beside its mappings of guest memory was changed by somebody. `malicious --list`
-//! names the deeds.
+//! `malicious --socket PATH --deed NAME` serves one connection and exits with it: with status 0, or
+//! with 4 if memory next to its mappings of guest memory has changed. `malicious --list` prints the
+//! deeds.
 
 mod deed;
 mod hostile;
@@ -49,6 +49,6 @@ fn serve(socket: &str, deed: Deed) -> Result<ExitCode, String> {
     let mut connection = Connection::new(stream, deed, ALL_FEATURES);
     connection.serve();
     let intact = connection.mappings().lock().unwrap().iter().all(|mapping| mapping.is_intact());
-    // Threads that wait for a page go with the process: no destructors.
+    // Exits without running destructors: threads that wait for a page end with the process.
     std::process::exit(if intact { 0 } else { 4 })
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A malicious back-end's mappings, and what it does to memory.
+//! A malicious back-end's mappings of guest memory, and its misuse of them.
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
@@ -12,22 +12,22 @@ use demand_uffd::{Modes, Userfaultfd};
 use super::deed::Mischief;
 
 const PAGE: usize = 4096;
-/// Bytes before and behind each mapping that nobody may change, and what each of them is.
+/// Bytes before and behind each mapping that must not change, and the value of each.
 const MARGIN: usize = 2 << 20;
 const CANARY: u8 = 0xc5;
 
 const PRIVATE: libc::c_int = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
 
-/// How long a flood lasts.
+/// Duration of a flood.
 const FLOOD: Duration = Duration::from_secs(3);
 
-/// A mapping of a file between two canaries. It is never unmapped: threads may wait in it.
+/// A mapping of a file between two canaries. It is never unmapped, because threads may wait in it.
 pub struct Guarded {
     start: *mut u8,
     len: usize,
 }
 
-// SAFETY: it is an address range of the process that is never unmapped as a whole, and all
+// SAFETY: the address range belongs to the process and is never unmapped as a whole, and all
 // accesses to it are volatile.
 unsafe impl Send for Guarded {}
 // SAFETY: as above.
@@ -36,19 +36,20 @@ unsafe impl Sync for Guarded {}
 impl Guarded {
     pub fn new(file: &File, len: u64) -> Self {
         let len = usize::try_from(len).unwrap();
-        // Room for aligning it to a huge page.
+        // Room to align the mapping to a huge page.
         let room = len + 3 * MARGIN;
         let all = reserve(room);
-        // SAFETY: both lie in the mapping that was just made, with a margin on either side.
+        // SAFETY: `room` leaves space for the alignment and for a margin on either side, so the
+        // address lies in the new mapping.
         let start = unsafe { all.add(all.align_offset(MARGIN)).add(MARGIN) };
-        // SAFETY: the margins lie in the mapping, which nobody else knows.
+        // SAFETY: the margins lie in the new mapping, which no other code refers to.
         unsafe {
             start.sub(MARGIN).write_bytes(CANARY, MARGIN);
             start.add(len).write_bytes(CANARY, PAGE);
         }
         let prot = libc::PROT_READ | libc::PROT_WRITE;
         let (shared, fd) = (libc::MAP_SHARED | libc::MAP_FIXED, file.as_raw_fd());
-        // SAFETY: it replaces the middle of the mapping that was just made.
+        // SAFETY: this replaces the middle of the new mapping, which no other code refers to.
         let mapped = unsafe { libc::mmap(start.cast(), len, prot, shared, fd, 0) };
         assert_ne!(mapped, libc::MAP_FAILED);
         Guarded { start, len }
@@ -64,27 +65,27 @@ impl Guarded {
 
     fn at(&self, offset: usize) -> *mut u8 {
         assert!(offset < self.len);
-        // SAFETY: within the mapping.
+        // SAFETY: the assertion keeps the address within the mapping.
         unsafe { self.start.add(offset) }
     }
 
-    /// Reads a byte; waits if its page is trapped.
+    /// Reads a byte; blocks if its page is trapped.
     pub fn read(&self, offset: usize) -> u8 {
         // SAFETY: the byte lies in the mapping, and no reference to it exists.
         unsafe { self.at(offset).read_volatile() }
     }
 
-    /// Reads a word; waits if its page is trapped.
-    #[allow(dead_code)] // Only tests look at content.
+    /// Reads a word; blocks if its page is trapped.
+    #[allow(dead_code)] // Only tests check content.
     pub fn read_word(&self, offset: usize) -> u64 {
         assert!(offset.is_multiple_of(8));
         // SAFETY: the word lies in the mapping, and no reference to it exists.
         unsafe { self.at(offset).cast::<u64>().read_volatile() }
     }
 
-    /// Whether the canaries are as they were.
+    /// Returns whether the canaries are unchanged.
     pub fn is_intact(&self) -> bool {
-        // SAFETY: the margins are ordinary memory of this process that nobody writes.
+        // SAFETY: the margins are private memory of this process that no code writes after `new`.
         let (before, behind) = unsafe {
             (
                 std::slice::from_raw_parts(self.start.sub(MARGIN), MARGIN),
@@ -94,31 +95,32 @@ impl Guarded {
         before.iter().chain(behind).all(|byte| *byte == CANARY)
     }
 
-    /// Moves it elsewhere, and puts private memory where it was.
+    /// Moves the mapping to another address, and maps private memory at the old one.
     fn move_away(&self) {
         let elsewhere = reserve(self.len + MARGIN);
-        // SAFETY: within the memory that was just made.
+        // SAFETY: `reserve` allocated room for the alignment, so the address lies in its mapping.
         let to = unsafe { elsewhere.add(elsewhere.align_offset(MARGIN)) };
         let (start, flags) = (self.start.cast(), libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED);
-        // SAFETY: the range is this mapping, whose bytes nobody refers to, and the place is free.
+        // SAFETY: the range is this mapping, to whose bytes no reference exists, and the target is
+        // unused.
         let moved = unsafe { libc::mremap(start, self.len, self.len, flags, to) };
         assert_ne!(moved, libc::MAP_FAILED, "{}", std::io::Error::last_os_error());
         let (prot, flags) = (libc::PROT_READ, PRIVATE | libc::MAP_FIXED);
-        // SAFETY: nothing is there any more.
+        // SAFETY: the mapping has moved away, so nothing is mapped there.
         unsafe { libc::mmap(start, self.len, prot, flags, -1, 0) };
     }
 }
 
-/// So much private memory, at an address of the kernel's choice.
+/// Maps `len` bytes of private memory, at an address of the kernel's choice.
 pub fn reserve(len: usize) -> *mut u8 {
     let prot = libc::PROT_READ | libc::PROT_WRITE;
-    // SAFETY: a new mapping changes nothing that anybody refers to.
+    // SAFETY: a new mapping does not affect existing memory.
     let at = unsafe { libc::mmap(std::ptr::null_mut(), len, prot, PRIVATE, -1, 0) };
     assert_ne!(at, libc::MAP_FAILED);
     at.cast()
 }
 
-/// Moves a mapping away, under a thread that waits for its first page.
+/// Moves a mapping away while a thread waits for its first page.
 pub fn move_later(mapping: &Arc<Guarded>) {
     let reader = mapping.clone();
     thread::spawn(move || reader.read(0));
@@ -126,7 +128,7 @@ pub fn move_later(mapping: &Arc<Guarded>) {
     mapping.move_away();
 }
 
-/// Touches all pages, from a thread of its own.
+/// Touches all pages on a new thread.
 pub fn read_all(mapping: &Arc<Guarded>) -> thread::JoinHandle<()> {
     let mapping = mapping.clone();
     thread::spawn(move || {
@@ -136,13 +138,14 @@ pub fn read_all(mapping: &Arc<Guarded>) -> thread::JoinHandle<()> {
     })
 }
 
-/// Touches a mapping's first page, and again whenever that was not served.
+/// Touches a mapping's pages on a new thread, and wakes the thread repeatedly, so that it faults
+/// again each time its fault was not resolved.
 pub fn insist(mapping: &Arc<Guarded>, uffd: &Arc<Userfaultfd>) {
     let (_, mapping, uffd) = (read_all(mapping), mapping.clone(), uffd.clone());
     for_a_while(move |_| drop(uffd.wake(mapping.base(), mapping.len() as u64)));
 }
 
-/// Does what is done to memory before it may be used.
+/// Performs the part of a mischief that comes before memory may be used.
 pub fn prefault(what: Mischief, mapping: &Arc<Guarded>) {
     let (at, len) = (mapping.at(0).cast(), mapping.len());
     let result = match what {
@@ -150,7 +153,7 @@ pub fn prefault(what: Mischief, mapping: &Arc<Guarded>) {
             read_all(mapping).join().unwrap();
             0
         }
-        // SAFETY: it touches pages of the mapping, and changes no byte.
+        // SAFETY: this populates pages of the mapping and changes no byte.
         Mischief::PopulateEarly => unsafe { libc::madvise(at, len, libc::MADV_POPULATE_WRITE) },
         // SAFETY: as above.
         Mischief::LockEarly => unsafe { libc::mlock(at, len) },
@@ -159,7 +162,7 @@ pub fn prefault(what: Mischief, mapping: &Arc<Guarded>) {
     assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
 }
 
-/// Does it. Floods go on after this has returned.
+/// Performs a mischief. Floods continue after this has returned.
 pub fn mischief(what: Mischief, mapping: &Arc<Guarded>, file: &File, uffd: &Arc<Userfaultfd>) {
     match what {
         Mischief::Read | Mischief::TouchEarly | Mischief::PopulateEarly | Mischief::LockEarly => {
@@ -182,10 +185,10 @@ pub fn mischief(what: Mischief, mapping: &Arc<Guarded>, file: &File, uffd: &Arc<
         }
         Mischief::Unmap => {
             let _ = read_all(mapping);
-            // SAFETY: of this mapping nothing is used any more but by the thread that reads, and
-            // that dies with the process if it finds nothing.
+            // SAFETY: only the reading thread uses this mapping now. If it reads the unmapped page,
+            // the process dies, which breaks no memory safety.
             unsafe { libc::munmap(mapping.at(mapping.len() / 2).cast(), PAGE) };
-            // Mapped again without a trap: so that thread does not end us.
+            // Maps the page again without a trap, so that the thread does not kill the process.
             let (prot, flags) = (libc::PROT_READ, libc::MAP_SHARED | libc::MAP_FIXED);
             let offset = mapping.len() / 2;
             // SAFETY: as above.
@@ -195,13 +198,13 @@ pub fn mischief(what: Mischief, mapping: &Arc<Guarded>, file: &File, uffd: &Arc<
             };
         }
         Mischief::Truncate => {
-            // What it comes to is seen in the front-end.
+            // The front-end shows the effect.
             let _ = file.set_len(0);
         }
         Mischief::Punch => {
             let how = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
             let (fd, len) = (file.as_raw_fd(), mapping.len() as i64);
-            // SAFETY: the call touches no memory of this process that anything refers to.
+            // SAFETY: the call affects no memory of this process that a reference exists to.
             unsafe { libc::fallocate(fd, how, 0, len) };
         }
         Mischief::Scribble => {
@@ -213,7 +216,7 @@ pub fn mischief(what: Mischief, mapping: &Arc<Guarded>, file: &File, uffd: &Arc<
     }
 }
 
-/// Memory that is trapped and no guest's, with four threads that wait for it.
+/// Maps trapped memory that is not guest memory, with four threads that wait for it.
 fn touch_outside(uffd: &Arc<Userfaultfd>) -> Arc<Guarded> {
     let file = tempfile_of(16 * PAGE as u64);
     let outside = Arc::new(Guarded::new(&file, 16 * PAGE as u64));
@@ -225,13 +228,13 @@ fn touch_outside(uffd: &Arc<Userfaultfd>) -> Arc<Guarded> {
     outside
 }
 
-/// An empty memory object.
+/// Creates an empty memory object of `len` bytes.
 pub fn tempfile_of(len: u64) -> File {
     use std::os::fd::FromRawFd;
-    // SAFETY: the name is a C string.
+    // SAFETY: the name is a valid C string.
     let fd = unsafe { libc::memfd_create(c"malicious".as_ptr(), libc::MFD_CLOEXEC) };
     assert!(fd >= 0);
-    // SAFETY: the kernel has just given us this descriptor.
+    // SAFETY: memfd_create has just returned this descriptor, so no other code owns it.
     let file = unsafe { File::from_raw_fd(fd) };
     file.set_len(len).unwrap();
     file
@@ -239,11 +242,12 @@ pub fn tempfile_of(len: u64) -> File {
 
 fn forget(mapping: &Guarded, offset: usize) {
     let at = mapping.at(offset).cast();
-    // SAFETY: the page is shared memory, whose object keeps its bytes, and nobody refers to it.
+    // SAFETY: the page is shared memory, so its object keeps the bytes, and no reference to them
+    // exists.
     unsafe { libc::madvise(at, PAGE, libc::MADV_DONTNEED) };
 }
 
-/// Does something again and again on a thread of its own, until the flood is over.
+/// Calls `what` repeatedly on a new thread, until the flood is over.
 pub fn for_a_while(mut what: impl FnMut(usize) + Send + 'static) {
     thread::spawn(move || {
         let begun = Instant::now();

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Addresses against a map of all bytes.
+//! Property tests of address translation and of the checks of a back-end's addresses.
 
 use std::path::Path;
 
@@ -12,7 +12,7 @@ use vm_memory::GuestAddress;
 
 use super::*;
 
-/// Regions of so many pages, with gaps of so many before them; some in high memory.
+/// Builds regions from pairs of (gap, pages), both in pages, the first one starting at `high`.
 fn regions(layout: &[(u64, u64)], high: u64) -> DemandMemory {
     let mut start = 0;
     let regions = layout.iter().map(|(gap, pages)| {
@@ -56,7 +56,7 @@ proptest! {
                 prop_assert_eq!(user, there.then(|| USER_ADDRESSES + address));
             }
         }
-        // What a message says of the regions is the same.
+        // Messages describe the regions by the same addresses.
         for (region, info) in memory.iter().zip(shared.iter().map(|region| region.info().unwrap())) {
             let first = user_address(&shared, region.start_addr().0);
             prop_assert_eq!(first, Some(info.userspace_addr));
@@ -64,7 +64,8 @@ proptest! {
         }
     }
 
-    /// Bases are taken if they are pages of their own, and none is ours.
+    /// Bases are accepted exactly if they are page-aligned, do not overlap, and none is our own
+    /// address.
     #[test]
     fn bases_are_taken_that_can_be_right(
         (layout, high) in layout(),

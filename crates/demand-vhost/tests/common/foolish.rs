@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The malicious back-end of the examples on a thread.
+//! The malicious back-end of the examples, run on a thread.
 
 #[path = "../../examples/malicious/deed.rs"]
 pub mod deed;
@@ -39,12 +39,12 @@ impl Foolish {
         Foolish { socket, _directory: directory, mappings, thread: Some(thread) }
     }
 
-    /// Its mappings of guest memory, once somebody has connected.
+    /// Waits for a connection and returns the back-end's mappings of guest memory.
     pub fn mappings(&self) -> Vec<Arc<Guarded>> {
         self.mappings.recv().unwrap().lock().unwrap().clone()
     }
 
-    /// The requests that it got, once the front-end has hung up.
+    /// Waits for the end of the connection and returns the requests received.
     pub fn requests(mut self) -> Vec<u32> {
         self.thread.take().unwrap().join().unwrap()
     }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Memory and peers that the tests share.
-#![allow(dead_code)] // Each test binary uses a part of it.
+//! Guest memory and back-ends that the tests share.
+#![allow(dead_code)] // Each test binary uses only a part of this module.
 
 pub mod foolish;
 pub mod process;
@@ -15,18 +15,17 @@ use test_support::image::{self, Control};
 use test_support::wait::until;
 use vm_memory::GuestAddress;
 
-/// Guest memory is two regions: this many bytes at 0, and as many at `HIGH`.
+/// Size of each region in bytes. Guest memory has two regions, one at 0 and one at `HIGH`.
 pub const SIZE: u64 = 6 << 20;
 pub const HIGH: u64 = 1 << 32;
 pub const PAGES: u64 = SIZE / PAGE_SIZE;
 
-/// The word at a guest address (a multiple of 8). The ring of the tests lies in page 3, which is no
-/// hole.
+/// Returns the word at a guest address (a multiple of 8).
 pub fn word_of(address: u64) -> u64 {
     image::word_of(if address >= HIGH { address - HIGH + SIZE } else { address })
 }
 
-/// The address of a page, counted through both regions.
+/// Returns the guest address of a page; pages are counted through both regions.
 pub fn address_of(page: u64) -> u64 {
     if page < PAGES { page * PAGE_SIZE } else { HIGH + (page - PAGES) * PAGE_SIZE }
 }

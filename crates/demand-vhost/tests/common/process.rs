@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A back-end in a process of its own: the test binary once more, running vhost-user-backend. It
-//! reads the guest addresses that a test names, each on a thread of its own.
+//! A back-end in a separate process: the test binary is started again and runs vhost-user-backend
+//! there. It reads the guest addresses that a test requests, each on a separate thread.
 
 use std::env;
 use std::io::{BufRead, BufReader, Result, Write};
@@ -18,14 +18,14 @@ use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
 
-/// A guest address, and who waits for the word there.
+/// A guest address, and the channel to the test that waits for its word.
 type Asked = (u64, Sender<u64>);
 type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
 
 const SOCKET: &str = "DEMAND_VHOST_TEST_SOCKET";
 
-/// What the other process does: call it from a test named `back_end`, alone in its binary's name
-/// space, which is what [`Process::start`] runs.
+/// Runs the back-end if this is its process. Call it from a top-level test named `back_end`, which
+/// is the test that [`Process::start`] runs.
 pub fn run_if_asked() {
     let Ok(socket) = env::var(SOCKET) else { return };
     let memory = Memory::new(GuestMemoryMmap::new());
@@ -36,11 +36,11 @@ pub fn run_if_asked() {
     let device = Arc::new(Mutex::new(Device { memory: memory.clone() }));
     let mut daemon = VhostUserDaemon::new("test".into(), device, memory).unwrap();
     let _ = daemon.serve(&socket);
-    // Whatever still waits for a page goes with the process.
+    // Threads that still wait for a page end with the process.
     std::process::exit(0);
 }
 
-/// For each line with a guest address, answers with the address and the word there.
+/// Answers each line that contains a guest address with the address and the word there.
 fn read_what_is_asked(control: UnixStream, memory: &Memory) {
     let answers = Arc::new(Mutex::new(control.try_clone().unwrap()));
     for line in BufReader::new(control).lines() {
@@ -99,7 +99,7 @@ impl VhostUserBackendMut for Device {
     }
 }
 
-/// The other process, as a test sees it.
+/// The test's handle to the back-end's process.
 pub struct Process {
     pub socket: PathBuf,
     _directory: tempfile::TempDir,
@@ -136,7 +136,7 @@ impl Process {
         Process { socket, _directory: directory, child, control, waiting }
     }
 
-    /// Has the word at a guest address read.
+    /// Requests a read of the word at a guest address.
     pub fn read(&self, address: u64) -> Receiver<u64> {
         let (sender, receiver) = mpsc::channel();
         self.waiting.lock().unwrap().push((address, sender));
@@ -144,7 +144,7 @@ impl Process {
         receiver
     }
 
-    /// Has the word at a guest address read, and compares.
+    /// Requests a read of the word at a guest address, and compares the result.
     pub fn expect(&self, address: u64) {
         expect(&self.read(address), address);
     }
@@ -170,7 +170,7 @@ pub fn expect_blocked(reader: &Receiver<u64>) {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        // It may have ended by itself.
+        // The process may already have ended.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
