@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What a userfaultfd tells, and what is made of it: messages of any bytes, descriptors that are
-//! none, and a real one whose faults are served while pages are held back, fail, are forgotten and
-//! come by other ways. Each fault ends, with the right bytes.
+//! Fuzzes the handling of userfaultfds: arbitrary messages, arbitrary descriptors, and a real
+//! userfaultfd whose faults are served while pages are held back, fail, are dropped from the page
+//! tables, or become present in other ways. Every fault must end, with the right bytes.
 #![no_main]
 
 mod input;
@@ -25,12 +25,12 @@ use input::Input;
 use libfuzzer_sys::fuzz_target;
 use test_support::image::{self, Control, word_of};
 
-/// Bytes of a message, by the kernel's ABI.
+/// Size of a message in bytes, by the kernel's ABI.
 const MESSAGE: usize = 32;
-/// A chunk of a back-end's, and a bit.
+/// One chunk of a back-end fault (512 pages), and some more.
 const PAGES: u64 = 512 + 12;
 const SIZE: u64 = PAGES * PAGE_SIZE;
-/// Longer than whatever ends takes.
+/// Time limit for everything that must end.
 const PATIENCE: Duration = Duration::from_secs(8);
 
 fuzz_target!(|bytes: &[u8]| {
@@ -42,12 +42,12 @@ fuzz_target!(|bytes: &[u8]| {
     }
 });
 
-/// Any bytes, as a userfaultfd would tell them.
+/// Reads arbitrary bytes as messages of a userfaultfd.
 fn messages(input: &mut Input<'_>) {
     let (reader, mut writer) = UnixStream::pair().unwrap();
     reader.set_nonblocking(true).unwrap();
-    // A descriptor in a message is ours by the kernel's promise, which a fuzzer cannot give: it
-    // is put in here.
+    // The kernel guarantees that the descriptor in a fork message belongs to the reader. A fuzzer
+    // cannot, so a real descriptor is put in here.
     const FORK: u8 = 0x13;
     let mut sent = Vec::new();
     for message in input.rest().chunks(MESSAGE).take(100) {
@@ -58,14 +58,14 @@ fn messages(input: &mut Input<'_>) {
             }
             let fd = File::open("/dev/null").unwrap();
             message[8..12].copy_from_slice(&fd.as_raw_fd().to_ne_bytes());
-            // It goes to whoever reads the message.
+            // The reader of the message takes ownership.
             std::mem::forget(fd);
         }
         writer.write_all(&message).unwrap();
         sent.push(message);
     }
     drop(writer);
-    // SAFETY: descriptors in messages of forks were opened above for whoever reads them.
+    // SAFETY: the descriptors in fork messages were opened above, and the reader alone owns them.
     let uffd = unsafe { Userfaultfd::from_own(OwnedFd::from(reader)) };
     let mut events = Vec::new();
     while uffd.read(&mut events).is_ok_and(|count| count > 0) {}
@@ -96,7 +96,8 @@ fn messages(input: &mut Input<'_>) {
     }
 }
 
-/// Any descriptor, as a back-end would send it: only a userfaultfd that is ready for use is taken.
+/// Passes arbitrary descriptors as a back-end's userfaultfd: only a userfaultfd that is ready for
+/// use is accepted.
 fn descriptors(input: &mut Input<'_>) {
     let kind = input.byte() % 8;
     let fd: OwnedFd = match kind {
@@ -115,7 +116,7 @@ fn descriptors(input: &mut Input<'_>) {
         }
         _ => Userfaultfd::open(Features::GUEST_MEMORY).unwrap().try_clone_fd().unwrap(),
     };
-    // SAFETY: fcntl with this command touches no memory.
+    // SAFETY: fcntl with this command accesses no memory.
     unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, (input.word() & 0xffff) as libc::c_int) };
     let taken = Userfaultfd::from_received(fd);
     assert_eq!(taken.is_ok(), kind >= 6, "{taken:?}");
@@ -124,11 +125,11 @@ fn descriptors(input: &mut Input<'_>) {
     }
 }
 
-/// A thread that touches memory, and waits with it.
+/// A thread that touches memory, and blocks on missing pages.
 struct Toucher {
     addresses: SyncSender<u64>,
     words: Receiver<u64>,
-    /// What the word must be that is on its way.
+    /// The expected value of the word that the thread is reading.
     expected: Option<u64>,
 }
 
@@ -138,8 +139,8 @@ impl Toucher {
         let (answers, words) = sync_channel(1);
         std::thread::spawn(move || {
             for address in asked {
-                // SAFETY: the word lies in a mapping that lives until this has answered, and is
-                // written by nobody through a reference.
+                // SAFETY: the word lies in a mapping that lives until this thread has answered, and
+                // no reference to it exists.
                 let word = unsafe { (address as *const u64).read_volatile() };
                 answers.send(word).unwrap();
             }
@@ -152,7 +153,8 @@ impl Toucher {
         self.expected = Some(expected);
     }
 
-    /// Compares the word that it waits for, if it is there.
+    /// Waits for the thread's word for at most `patience` and compares it. Returns whether the
+    /// thread is idle.
     fn look(&mut self, patience: Duration) -> bool {
         let Some(expected) = self.expected else { return true };
         let Ok(word) = self.words.recv_timeout(patience) else { return false };
@@ -181,7 +183,7 @@ thread_local! {
         RefCell::new((0..4).map(|_| Toucher::new()).collect());
 }
 
-/// A mapping whose faults are served.
+/// Touches a mapping whose faults are served, while the input changes the conditions.
 fn faults(input: &mut Input<'_>) {
     let world = world();
     let shape = input.byte();
@@ -244,7 +246,7 @@ fn faults(input: &mut Input<'_>) {
                 8 => {
                     let at = mapping.at(offset).as_ptr();
                     let len = usize::from(what).min((PAGES - page) as usize) * 4096;
-                    // SAFETY: the pages are shared memory, whose object keeps their bytes.
+                    // SAFETY: the pages are shared memory, so the memory object keeps their bytes.
                     unsafe { libc::madvise(at.cast(), len, libc::MADV_DONTNEED) };
                 }
                 9 => {
@@ -261,7 +263,7 @@ fn faults(input: &mut Input<'_>) {
                 }
             }
         }
-        // Everything is put right, and everybody goes on.
+        // Ends all failures and holds, so that every thread continues.
         world.control.let_go();
         world.control.recover();
         uffd.unregister(outside_at(0), outside.len()).unwrap();
@@ -275,14 +277,15 @@ fn faults(input: &mut Input<'_>) {
         assert!(begun.elapsed() < PATIENCE, "pages never arrive");
         std::thread::sleep(Duration::from_micros(100));
     }
-    // A claim is for ever: each page has come in once.
+    // A page that was claimed stays claimed, so each page is populated exactly once.
     while stats.pages_arrived() != PAGES {
         assert!(begun.elapsed() < PATIENCE, "{} arrived", stats.pages_arrived());
     }
     world.service.release(&uffd).unwrap();
     uffd.close();
     for page in (0..PAGES).step_by(7) {
-        // SAFETY: the word lies in the mapping, where nothing is trapped any more.
+        // SAFETY: the word lies in the mapping, where nothing is trapped any more and no reference
+        // exists.
         let word = unsafe { mapping.at(page * PAGE_SIZE).cast::<u64>().as_ptr().read_volatile() };
         assert_eq!(word, word_of(page * PAGE_SIZE), "page {page}");
     }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What clients of the API send: any bytes. They get answers that are whole, or are hung up on, and
-//! are never waited for when they have said everything.
+//! Fuzzes the API server with arbitrary bytes from a client. The client gets complete answers or a
+//! closed connection, and the server never waits for a client that has shut down its sending side.
 #![no_main]
 
 mod input;
@@ -17,7 +17,7 @@ use demand_vmm::http::{CONTINUE, Response, parse_head};
 use input::Input;
 use libfuzzer_sys::fuzz_target;
 
-/// Counts what was asked.
+/// A control that counts the requests, and refuses two of three.
 struct Count(AtomicUsize);
 
 impl Count {
@@ -77,8 +77,8 @@ impl Control for Count {
     }
 }
 
-/// A head that is understood is understood in the same way whatever follows, and not before it is
-/// there.
+/// Checks that a head parses the same whatever follows it, and does not parse before it is
+/// complete.
 fn check_head(bytes: &[u8]) {
     let Ok(Some(head)) = parse_head(bytes) else { return };
     assert!(head.len <= bytes.len());
@@ -86,7 +86,7 @@ fn check_head(bytes: &[u8]) {
     assert_eq!(parse_head(&bytes[..head.len - 1]), Ok(None));
 }
 
-/// What a client has got: whole answers, and nothing after the last.
+/// Checks that the client received complete answers and nothing else.
 fn check_answers(mut bytes: &[u8]) {
     while !bytes.is_empty() {
         if let Some(after) = bytes.strip_prefix(CONTINUE) {
@@ -106,7 +106,7 @@ fn check_answers(mut bytes: &[u8]) {
 fuzz_target!(|bytes: &[u8]| {
     check_head(bytes);
     let mut input = Input::new(bytes);
-    // It comes in one piece, or in two that are seen apart.
+    // The request is sent in one piece, or in two that arrive separately.
     let first = match input.byte() {
         b'0' => Some(input.below(512) as usize),
         _ => None,
@@ -125,7 +125,7 @@ fuzz_target!(|bytes: &[u8]| {
             let (control, server) = (&control, &server);
             scope.spawn(move || serve(server, control));
             std::thread::yield_now();
-            // It may have hung up.
+            // The server may have closed the connection.
             let _ = client.write_all(rest);
             let _ = client.shutdown(Shutdown::Write);
         }
@@ -136,7 +136,7 @@ fuzz_target!(|bytes: &[u8]| {
     if let Err(error) = client.read_to_end(&mut got) {
         assert_eq!(error.kind(), ErrorKind::ConnectionReset);
     }
-    // (The answer to HEAD says how long the body would be, and has none.)
+    // Not checked for HEAD: the answer has a Content-Length but no body.
     if !bytes.windows(4).any(|window| window == b"HEAD") {
         check_answers(&got);
     }

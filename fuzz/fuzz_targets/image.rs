@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Image files of all shapes: of odd lengths, with holes, and shrinking while they are used. What
-//! is read is what the image holds, or an error, and never anything else; each page is read once.
+//! Fuzzes image files with odd lengths and holes that shrink while they are in use. A read returns
+//! the image's content or an error, and never anything else; each page is read once.
 #![no_main]
 
 mod input;
@@ -20,10 +20,10 @@ use input::Input;
 use libfuzzer_sys::fuzz_target;
 use vm_memory::{Bytes, GuestAddress};
 
-/// The longest image.
+/// Maximum length of an image, in bytes.
 const MOST: u64 = 24 * PAGE_SIZE;
 
-/// An image, and what it holds.
+/// An image file, and a model of its content.
 struct Image {
     file: File,
     model: Vec<u8>,
@@ -61,21 +61,21 @@ impl Image {
         let how = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
         let len = end.saturating_sub(start);
         if len > 0 {
-            // SAFETY: the call touches no memory of this process.
+            // SAFETY: the call accesses no memory of this process.
             let result =
                 unsafe { libc::fallocate(self.file.as_raw_fd(), how, start as i64, len as i64) };
             assert_eq!(result, 0);
         }
     }
 
-    /// Makes it shorter.
+    /// Truncates the file.
     fn shrink(&self, len: u64) {
         let before = self.file.metadata().unwrap().len();
         self.file.set_len(len.min(before)).unwrap();
     }
 
-    /// Makes it as long again as it was. It never has a length behind which bytes are wrong: an
-    /// image is read at any time.
+    /// Restores the file to its original length. It writes the content instead of extending the
+    /// file first, because a concurrent read must not see a hole in place of data.
     fn restore(&self) {
         let now = self.file.metadata().unwrap().len();
         self.file.write_all_at(&self.model[now as usize..], now).unwrap();
@@ -85,7 +85,7 @@ impl Image {
         self.model.len() as u64
     }
 
-    /// What an image says of itself agrees with what it holds.
+    /// Checks that the extents which the source reports agree with the model.
     fn check_extent(&self, source: &LocalFile, offset: u64, intact: bool) {
         match source.extent(offset) {
             Err(_) => assert!(!intact || offset >= self.len(), "no extent at {offset}"),
@@ -114,12 +114,12 @@ impl Image {
     }
 }
 
-/// An empty file that knows holes.
+/// Returns an empty file that supports holes.
 fn scratch() -> File {
-    // SAFETY: the name is a C string.
+    // SAFETY: the name is a valid C string.
     let fd = unsafe { libc::memfd_create(c"image".as_ptr(), libc::MFD_CLOEXEC) };
     assert!(fd >= 0);
-    // SAFETY: the kernel has just given us this descriptor.
+    // SAFETY: memfd_create has just returned this descriptor, so no other code owns it.
     unsafe { File::from_raw_fd(fd) }
 }
 
@@ -137,7 +137,7 @@ fuzz_target!(|bytes: &[u8]| {
     image.check_extent(&source, wild, true);
     image.check_read(&source, wild, len, true);
 
-    // Memory that is filled from a part of it.
+    // Fill memory from a part of the image.
     let pages = image.len() / PAGE_SIZE;
     let first = input.below(pages + 1);
     let size = (pages - first).max(1) * PAGE_SIZE;
@@ -168,7 +168,7 @@ fuzz_target!(|bytes: &[u8]| {
         let (at, what) = (input.below(size), input.byte());
         match what % 4 {
             0 if what >= 192 => {
-                // Shrinks; what is read from now on may fail, and is never something else.
+                // After the file shrinks, reads may fail, but must not return wrong bytes.
                 image.shrink(input.below(image.len()));
                 intact = false;
             }
@@ -183,7 +183,7 @@ fuzz_target!(|bytes: &[u8]| {
             _ => {
                 let len = input.below(3 * PAGE_SIZE).min(size - at);
                 let range = PageRange::of_bytes(at, len);
-                // A wait for what is not there would last for ever.
+                // Reading a missing page here would block forever.
                 let _ = pager.fetch(range, Path::Vmm).unwrap();
                 if pager.bitmap().first_missing(range).is_some() {
                     assert!(!intact, "{range:?} of an intact image is not brought in");
@@ -197,7 +197,7 @@ fuzz_target!(|bytes: &[u8]| {
         }
     }
     if !intact {
-        // The user has put the file right; what had failed is tried again.
+        // The user restores the file; failed fetches are retried.
         image.restore();
     }
     let all = PageRange::new(0, size / PAGE_SIZE);

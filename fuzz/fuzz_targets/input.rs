@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What a fuzzer has to say, piece by piece; zeros when it has said everything.
-#![allow(dead_code)] // Each target uses a part of it.
+//! Reads the fuzzer's input piece by piece; returns zeros at its end.
+#![allow(dead_code)] // Each target uses only a part of this module.
 
 pub struct Input<'a>(&'a [u8]);
 
@@ -40,7 +40,7 @@ impl<'a> Input<'a> {
         u64::from_le_bytes(self.bytes())
     }
 
-    /// A number below `end`, which is at most 65536.
+    /// Returns a number below `end`, which is at most 65536.
     pub fn below(&mut self, end: u64) -> u64 {
         u64::from(u16::from_le_bytes(self.bytes())) % end
     }

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A vhost-user back-end's answers, whatever bytes and descriptors they are: the front-end must
-//! take them without a panic, in time, and without keeping a descriptor.
+//! Fuzzes the answers of a vhost-user back-end with arbitrary bytes and descriptors. The front-end
+//! must process them without a panic, in time, and without leaking a descriptor.
 //!
-//! The answers lie in the socket before the first question is asked. What the fuzzer says decides
-//! for each of them whether it is the right one, one with a changed header or value, other bytes,
-//! or the end; an empty input is a back-end that does everything right.
+//! The answers are written to the socket before the first request arrives. For each answer the
+//! input decides whether it is right, has a changed header or value, consists of other bytes, or
+//! ends the connection. With an empty input the back-end does everything right.
 #![no_main]
 
 mod input;
@@ -32,20 +32,20 @@ use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 const SIZE: u64 = 4 << 20;
 const HIGH: u64 = 1 << 32;
-/// Two regions, for their bases to overlap.
+/// Start addresses of two regions, so that their bases can overlap.
 const STARTS: [u64; 2] = [0, HIGH];
 const PATIENCE: Duration = Duration::from_secs(2);
 
-/// What does not change from one input to the next.
+/// The state that all inputs share.
 struct World {
     _folder: tempfile::TempDir,
     socket: PathBuf,
     listener: UnixListener,
     service: Arc<FaultService>,
-    /// Nothing of one has arrived, all of the other.
+    /// Two guest memories: one with all pages missing, one with all pages present.
     memories: [DemandMemory; 2],
     kick: EventFd,
-    /// A descriptor that is free when nothing is leaked.
+    /// The lowest free descriptor number when nothing is leaked.
     free: RawFd,
 }
 
@@ -83,14 +83,14 @@ fn world() -> &'static World {
     })
 }
 
-/// A right answer: the request, its payload, and what comes with it.
+/// A right answer: the request's number, the payload, and the descriptors.
 struct Answer {
     request: u32,
     payload: Vec<u8>,
     fds: Vec<OwnedFd>,
 }
 
-/// All right answers, in the order in which they are asked for.
+/// Returns all right answers, in the order of the requests.
 fn right(bases: [u64; 2], uffd: OwnedFd, complete: bool) -> Vec<Answer> {
     let number = |request, value: u64| (request, value.to_ne_bytes().to_vec());
     let config = [0u32, 8, 0].into_iter().flat_map(u32::to_ne_bytes).chain([7; 8]).collect();
@@ -110,14 +110,14 @@ fn right(bases: [u64; 2], uffd: OwnedFd, complete: bool) -> Vec<Answer> {
         number(29, 0),
         (5, table),
         number(1, 1 << 32 | 1 << 30),
-        // The queue: size, place, index, interrupt, doorbell, enable.
+        // The queue's size, addresses, index, call, kick, enable.
         number(8, 0),
         number(9, 0),
         number(10, 0),
         number(13, 0),
         number(12, 0),
         number(18, 0),
-        // Its end.
+        // GET_VRING_BASE, which stops the queue.
         number(11, 0),
     ];
     if complete {
@@ -131,7 +131,7 @@ fn right(bases: [u64; 2], uffd: OwnedFd, complete: bool) -> Vec<Answer> {
     answers
 }
 
-/// Some descriptor.
+/// Returns an arbitrary descriptor.
 fn some_fd(kind: u8) -> OwnedFd {
     match kind % 6 {
         0 => File::open("/dev/null").unwrap().into(),
@@ -145,7 +145,7 @@ fn some_fd(kind: u8) -> OwnedFd {
             .map(|event| {
                 let file: File = {
                     use std::os::fd::{FromRawFd, IntoRawFd};
-                    // SAFETY: the descriptor was owned by the value that has just let it go.
+                    // SAFETY: `into_raw_fd` has just passed on ownership of the descriptor.
                     unsafe { File::from_raw_fd(event.into_raw_fd()) }
                 };
                 file.into()
@@ -154,13 +154,13 @@ fn some_fd(kind: u8) -> OwnedFd {
     }
 }
 
-/// Puts answers into the socket; nothing more comes after them.
+/// Writes the answers to the socket and shuts down the sending side.
 fn answer(mut stream: &UnixStream, answers: Vec<Answer>, input: &mut Input<'_>) {
     for Answer { request, mut payload, mut fds } in answers {
         let how = input.byte();
         let mut header = [request, 1 | 4, payload.len() as u32];
         match how % 8 {
-            // A value, at any place.
+            // A changed value, at any offset.
             1 | 2 if !payload.is_empty() => {
                 let at = input.below(payload.len() as u64) as usize & !7;
                 let value = input.bytes::<8>();
@@ -191,23 +191,23 @@ fn answer(mut stream: &UnixStream, answers: Vec<Answer>, input: &mut Input<'_>) 
         }
         let message = [&header.map(u32::to_ne_bytes).concat(), &payload[..]].concat();
         let raw: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
-        // The kernel copies the descriptors: ours are closed at the end.
+        // The kernel duplicates the descriptors; ours are closed at the end.
         let sent = if raw.is_empty() {
             stream.write_all(&message).is_ok()
         } else {
             stream.send_with_fds(&[&message[..]], &raw).is_ok()
         };
         if !sent {
-            // The front-end has hung up.
+            // The front-end has closed the connection.
             return;
         }
     }
     let _ = stream.write_all(input.rest());
-    // What is asked is never read, and need not be: the socket has room for it.
+    // The requests are never read: the socket buffer has room for all of them.
     let _ = stream.shutdown(std::net::Shutdown::Write);
 }
 
-/// Everything that a VMM does with a back-end, as far as it gets.
+/// Performs all operations of a VMM on a back-end, up to the first error.
 fn use_back_end(mut back_end: BackEnd, memory: &DemandMemory) -> demand_vhost::Result<()> {
     let world = world();
     back_end.set_features(back_end.features())?;
@@ -240,14 +240,14 @@ fuzz_target!(|bytes: &[u8]| {
     let uffd = Userfaultfd::open(Features::GUEST_MEMORY).unwrap();
     let answers = right(bases, uffd.try_clone_fd().unwrap(), complete);
     let begun = Instant::now();
-    // Somebody has to take the connection while it answers.
+    // Another thread accepts the connection and answers.
     std::thread::scope(|scope| {
         scope.spawn(|| {
             let (stream, _) = world.listener.accept().unwrap();
             answer(&stream, answers, &mut input);
-            // Open for what is asked, until the front-end hangs up.
+            // Keeps the connection open for requests until the front-end closes it.
             let mut poll = libc::pollfd { fd: stream.as_raw_fd(), events: 0, revents: 0 };
-            // SAFETY: one entry, as the count says.
+            // SAFETY: the pointer and the count describe one valid entry.
             unsafe { libc::poll(&mut poll, 1, 60_000) };
         });
         let needed = VhostUserProtocolFeatures::CONFIG;
@@ -263,6 +263,6 @@ fuzz_target!(|bytes: &[u8]| {
     assert!(begun.elapsed() < PATIENCE + Duration::from_secs(2), "it takes {:?}", begun.elapsed());
     drop((uffd, mappings));
     let free = File::open("/dev/null").unwrap().as_raw_fd();
-    // (The fuzzer itself may keep one or two.)
+    // The fuzzer itself may keep one or two descriptors, so a few more are allowed.
     assert!(free <= world.free + 4, "descriptors are kept: {free} after {}", world.free);
 });

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! State files of snapshots: any bytes, and any JSON under a header that fits it. They are
-//! understood or refused, and an altered bit is found.
+//! Fuzzes the state files of snapshots: arbitrary bytes, and arbitrary JSON under a valid header.
+//! Each file is decoded or refused, and a changed bit is detected.
 #![no_main]
 
 use demand_vmm::snapshot_dir::{decode, encode};
 use libfuzzer_sys::fuzz_target;
 use serde::{Deserialize, Serialize};
 
-/// Something of the shape of a VM's state.
+/// A structure shaped like a VM's state.
 #[derive(Debug, PartialEq, Serialize, Deserialize)]
 struct Machine {
     vcpus: Vec<Vcpu>,
@@ -35,9 +35,9 @@ fuzz_target!(|bytes: &[u8]| {
     if let Ok(machine) = decode::<Machine>(&whole).map_err(refused) {
         assert_eq!(decode(&encode(&machine).unwrap()), Ok(machine));
     }
-    // (Its numbers need not be the same: not each fraction is kept to the last digit.)
+    // Not compared: floating-point numbers need not keep their last digit.
     decode::<serde_json::Value>(&whole).unwrap();
-    // Any bit of it counts.
+    // A change of any bit is detected.
     let at = bytes.len() * 37 % whole.len();
     whole[at] ^= 1 << (bytes.len() % 8);
     assert!(decode::<serde_json::Value>(&whole).is_err());
