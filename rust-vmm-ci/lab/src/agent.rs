@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The agent: process 1 in the lab once the host's root is mounted. It completes
-//! the mounts, runs the command, sends out what it writes, and reports its end.
+//! The agent: process 1 in the lab once the host's root is mounted. It completes the mounts, runs
+//! the command, forwards its output, and reports its exit status.
 
 use std::ffi::OsStr;
 use std::fs::{self, File, OpenOptions};
@@ -21,11 +21,12 @@ use rustix::process::{Pid, Resource, Rlimit, WaitOptions, setpriority_process, s
 
 use crate::protocol::{self, CONTROL_PORT, Job, OUT_TAG, Report, STDERR_PORT, STDOUT_PORT};
 
-/// Bits of /proc/sys/kernel/tainted: an oops or BUG, a WARN, a soft lockup.
+/// Bits of /proc/sys/kernel/tainted that count as complaints: an oops or BUG, a WARN, a soft
+/// lockup.
 const COMPLAINTS: u64 = 1 << 7 | 1 << 9 | 1 << 14;
 
-/// Does all of it; the machine is then killed from outside, so this returns only
-/// if something failed before the host could be told.
+/// Runs the agent. The host kills the machine at the end, so this returns only if an error cannot
+/// be reported to the host.
 pub fn main() -> Result<u8> {
     mount_own()?;
     let mut control = open_port(CONTROL_PORT)?;
@@ -43,7 +44,7 @@ fn serve(control: &mut File) -> Result<()> {
     let stderr = open_port(STDERR_PORT)?;
     let job: Job = protocol::receive(&mut BufReader::new(&*control))?
         .context("the host gave the agent no job")?;
-    // Nudges have done their work when they arrive.
+    // A nudge only has to cause an interrupt, so its bytes are dropped.
     let mut nudges = control.try_clone()?;
     thread::spawn(move || io::copy(&mut nudges, &mut io::sink()));
     mount_out(&job.out)?;
@@ -52,7 +53,7 @@ fn serve(control: &mut File) -> Result<()> {
     check_pool("1048576kB", job.gigapages)?;
     let mut streams = Streams::new(stdout, stderr)?;
     let status = run(&job, &mut streams, control)?;
-    // What the command wrote to the shared folder is to be there when it is gone.
+    // The command's files in the shared folder must be on the host before the machine is killed.
     rustix::fs::sync();
     let report = Report::Ended {
         status,
@@ -63,8 +64,8 @@ fn serve(control: &mut File) -> Result<()> {
     protocol::send(control, &report)
 }
 
-/// Mounts what is the machine's own. /tmp and /var/tmp show the host's files,
-/// for binaries may lie there, under a layer in memory that takes what is written.
+/// Mounts the machine's own file systems. /tmp and /var/tmp show the host's files, because binaries
+/// may be there, below a writable layer in memory.
 fn mount_own() -> Result<()> {
     let none = MountFlags::empty();
     put("proc", "/proc", "proc", none, "")?;
@@ -73,7 +74,7 @@ fn mount_own() -> Result<()> {
     for folder in ["/dev/pts", "/dev/shm"] {
         fs::create_dir_all(folder).with_context(|| format!("{folder} could not be created"))?;
     }
-    // Names that udev would make.
+    // Names that udev would create.
     symlink("/proc/self/fd", "/dev/fd")?;
     for (number, name) in ["stdin", "stdout", "stderr"].iter().enumerate() {
         symlink(format!("/proc/self/fd/{number}"), format!("/dev/{name}"))?;
@@ -93,7 +94,7 @@ fn mount_own() -> Result<()> {
     Ok(())
 }
 
-/// Mounts the folder that is shared for writing, at its path on the host.
+/// Mounts the writable shared folder at the same path as on the host.
 fn mount_out(out: &OsStr) -> Result<()> {
     let path = Path::new(out);
     if !path.exists() {
@@ -101,7 +102,7 @@ fn mount_out(out: &OsStr) -> Result<()> {
             format!("LAB_OUT={} is hidden in the lab: choose another folder", path.display())
         })?;
     }
-    // Written through, so that the host has all of it at once.
+    // With write-through, so that the host sees each write at once.
     let options = "trans=virtio,version=9p2000.L,cache=mmap,msize=512000";
     put(OUT_TAG, path, "9p", MountFlags::empty(), options)
 }
@@ -121,18 +122,19 @@ fn put(
 
 fn set_up() -> Result<()> {
     fs::write("/proc/sys/kernel/hostname", "lab")?;
-    // Loopback on: IFF_UP.
+    // Enables the loopback interface: IFF_UP.
     fs::write("/sys/class/net/lo/flags", "0x1")?;
-    // The kernel's own hard limit, 4096, is below what hosts grant.
+    // The kernel's default hard limit, 4096, is lower than that of most hosts.
     let files = Rlimit { current: Some(1024), maximum: Some(1 << 20) };
     setrlimit(Resource::Nofile, files)?;
     hurry_collapse()
 }
 
-/// Gives the kernel's thread that collapses pages into huge ones (khugepaged) the priority of all
-/// others, in place of the lowest. It yields in the midst of announcing to KVM that it takes pages
-/// away, and a vCPU that needs one tries again until that is over: on one CPU both vCPUs of a guest
-/// did nothing else for a minute, and let it have one or two percent.
+/// Raises khugepaged, the kernel thread that collapses pages into huge ones, from the lowest
+/// priority to the default. It yields between the start and the end of an MMU notifier
+/// invalidation, and a vCPU that needs one of the pages retries until the invalidation ends. On one
+/// CPU, both vCPUs of a guest did nothing else for a minute, and left khugepaged one or two percent
+/// of the CPU.
 fn hurry_collapse() -> Result<()> {
     for process in fs::read_dir("/proc")?.flatten() {
         let name = process.file_name();
@@ -147,7 +149,8 @@ fn hurry_collapse() -> Result<()> {
     Ok(())
 }
 
-/// The kernel reserves what it can and goes on; tests are to get what was asked.
+/// Checks that the kernel reserved as many huge pages as requested: it reserves as many as it can
+/// and reports no error.
 fn check_pool(size: &str, wanted: u64) -> Result<()> {
     if wanted == 0 {
         return Ok(());
@@ -163,7 +166,7 @@ fn check_pool(size: &str, wanted: u64) -> Result<()> {
     Ok(())
 }
 
-/// Opens the virtio port of that name; ports appear a moment after their device.
+/// Opens the virtio port with this name; ports appear a moment after their device.
 fn open_port(name: &str) -> Result<File> {
     for _ in 0..1000 {
         for entry in fs::read_dir("/sys/class/virtio-ports")?.flatten() {
@@ -171,7 +174,7 @@ fn open_port(name: &str) -> Result<File> {
             let found = fs::read_to_string(path.join("name")).unwrap_or_default();
             if found.trim_end() == name {
                 let device = Path::new("/dev").join(entry.file_name());
-                // NOCTTY for form; a port is no terminal.
+                // NOCTTY as a precaution; a port is not a terminal.
                 return OpenOptions::new()
                     .read(true)
                     .write(true)
@@ -185,7 +188,7 @@ fn open_port(name: &str) -> Result<File> {
     bail!("the machine has no port {name}")
 }
 
-/// Runs the command to its end, sending on what it writes; returns its status.
+/// Runs the command to its end and forwards its output; returns its exit status.
 fn run(job: &Job, streams: &mut Streams, control: &mut File) -> Result<u8> {
     let (program, arguments) = job.command.split_first().context("no command was given")?;
     let mut command = Command::new(program);
@@ -207,7 +210,7 @@ fn run(job: &Job, streams: &mut Streams, control: &mut File) -> Result<u8> {
     let child = match command.spawn() {
         Ok(child) => child,
         Err(error) => {
-            // As a shell would: 127 not found, 126 not to be run.
+            // The statuses of a shell: 127 for not found, 126 for not executable.
             let status = if error.kind() == io::ErrorKind::NotFound { 127 } else { 126 };
             let line = format!("lab: {}: {error}\n", Path::new(program).display());
             streams.pumps[1].send(line.as_bytes())?;
@@ -220,11 +223,11 @@ fn run(job: &Job, streams: &mut Streams, control: &mut File) -> Result<u8> {
     let reaper = thread::spawn(move || reap(child, ends));
     streams.pump_until(&ended)?;
     let status = reaper.join().map_err(|_| anyhow::anyhow!("the reaper died"))??;
-    // The rest of the tree stays as it is: the machine is about to go.
+    // Other processes are not killed: the machine ends soon.
     Ok(exit_status(status))
 }
 
-/// Waits for the child, and for orphans, which are process 1's to bury.
+/// Waits for the child, and reaps orphans, which is the duty of process 1.
 fn reap(child: Pid, ends: PipeWriter) -> Result<ExitStatus> {
     loop {
         match wait(WaitOptions::empty()) {
@@ -243,8 +246,9 @@ fn exit_status(status: ExitStatus) -> u8 {
     u8::try_from(code).unwrap_or(u8::MAX)
 }
 
-/// The command's two streams, each a pipe that is pumped into a port. A pipe, for
-/// a port can be opened only once, which /dev/stdout is about.
+/// The command's two output streams, each a pipe whose content is copied to a port. The command
+/// does not get the port itself, because a port can be opened only once, and opening /dev/stdout
+/// would open it again.
 struct Streams {
     pumps: [Pump; 2],
 }
@@ -262,11 +266,11 @@ impl Streams {
         Ok(Self { pumps: [Pump::new(stdout)?, Pump::new(stderr)?] })
     }
 
-    /// Pumps until `ended` is closed and the pipes are empty. Orphans may keep the
-    /// pipes open for ever; what they write after that is nobody's.
+    /// Copies output until `ended` is closed and the pipes are empty. Orphans may keep the pipes
+    /// open forever; their later output is dropped.
     fn pump_until(&mut self, ended: &PipeReader) -> Result<()> {
         loop {
-            // A pipe that was closed would be ready for ever.
+            // A closed pipe would always be ready.
             let open = self.pumps.iter().filter(|pump| pump.open);
             let mut ready: Vec<_> = std::iter::once(ended)
                 .chain(open.map(|pump| &pump.pipe))
@@ -300,7 +304,7 @@ impl Pump {
         self.end.take().context("the pipe was given away already")
     }
 
-    /// Sends on all that is in the pipe now.
+    /// Forwards everything that is in the pipe now.
     fn drain(&mut self) -> Result<()> {
         let mut buffer = [0; 32768];
         while self.open {
@@ -322,7 +326,7 @@ impl Pump {
     }
 }
 
-/// What the kernel logged from its first complaint on, if it has one.
+/// Returns the kernel log from its first complaint on, or `None` if there is no complaint.
 fn complaint() -> Result<Option<String>> {
     let tainted = fs::read_to_string("/proc/sys/kernel/tainted")?;
     let tainted: u64 = tainted.trim().parse()?;
@@ -335,11 +339,11 @@ fn complaint() -> Result<Option<String>> {
         .open("/dev/kmsg")?;
     let mut text = String::new();
     let mut record = [0; 8192];
-    // Each read is one record: "prefix;message\n" and perhaps more lines.
+    // Each read returns one record: "prefix;message\n", and possibly more lines.
     loop {
         match kmsg.read(&mut record) {
             Ok(n) => text += message(&String::from_utf8_lossy(&record[..n])),
-            // EPIPE: records were overwritten before they could be read.
+            // EPIPE: records were overwritten before they were read.
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {}
             Err(_) => break,
         }

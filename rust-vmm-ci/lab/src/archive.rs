@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Packages of Debian's: which version is newest, and having its file. Nothing on the
-//! machine is reconfigured: what its own package sources lack is looked for with lists
-//! that the lab keeps for itself.
+//! Finds and downloads the newest version of a Debian package. The machine's configuration is not
+//! changed: if its package sources lack a package, the lab uses its own package lists.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -11,39 +10,39 @@ use anyhow::{Context, Result, bail, ensure};
 
 use crate::cache;
 
-/// Where Debian keeps the keys of its archive, should a source not say.
+/// Debian's archive keyring, for sources that name no keyring.
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 
-/// Whose package lists.
+/// The owner of a set of package lists.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Sources {
-    /// The machine's.
+    /// The machine's lists.
     System,
-    /// The lab's own.
+    /// The lab's own lists.
     Private,
 }
 
-/// The folder of packages; a file that is put there is used, too.
+/// Returns the cache's folder for package files. Files that the user puts there are used, too.
 pub fn folder() -> Result<PathBuf> {
     cache::folder("packages")
 }
 
-/// A package, of whatever version.
+/// A package, without a version.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Package {
-    /// Its name.
+    /// The package's name.
     pub name: String,
-    /// About how much it takes to fetch it.
+    /// Approximate download size, for messages.
     pub size: &'static str,
 }
 
 impl Package {
-    /// The newest version that those lists know; asks no network.
+    /// Returns the newest version in these lists, without network access.
     pub fn newest(&self, sources: Sources) -> Result<Option<String>> {
         Ok(candidate(&ask(sources, "policy", &self.name)?))
     }
 
-    /// Versions whose file is in the cache.
+    /// Returns the versions whose files are in the cache.
     pub fn cached(&self) -> Result<Vec<String>> {
         let mut versions = Vec::new();
         for entry in fs::read_dir(folder()?)? {
@@ -54,7 +53,7 @@ impl Package {
         Ok(versions)
     }
 
-    /// The file of a version that is in the cache.
+    /// Returns the path of a version's file in the cache.
     pub fn file(&self, version: &str) -> Result<PathBuf> {
         let folder = folder()?;
         for entry in fs::read_dir(&folder)? {
@@ -67,37 +66,37 @@ impl Package {
         bail!("{} {version} is not in {}", self.name, folder.display())
     }
 
-    /// Has that version in the cache.
+    /// Downloads a version to the cache, unless it is there.
     fn download(&self, sources: Sources, version: &str) -> Result<()> {
         if self.file(version).is_ok() {
             return Ok(());
         }
         eprintln!("lab: fetching {} {version} (about {}, once)", self.name, self.size);
-        // apt checks what it fetched before the file gets its name.
+        // apt verifies the download before it renames the file to its final name.
         let mut apt = Command::new("apt-get");
         apt.args(options(sources)?)
             .args(["--quiet=2", "download", &format!("{}={version}", self.name)])
             .current_dir(folder()?);
         run(&mut apt)?;
         self.file(version)?;
-        // One is enough to do without the network.
+        // One version is enough to work without the network.
         for old in self.cached()?.iter().filter(|old| *old != version) {
             fs::remove_file(self.file(old)?)?;
         }
         Ok(())
     }
 
-    /// The version in the name of a package's file.
+    /// Returns the version in the name of a package file, or `None` if it is another package's.
     fn version_of(&self, name: &str) -> Option<String> {
         let rest = name.strip_prefix(&self.name)?.strip_prefix('_')?;
         let version = rest.strip_suffix(".deb")?.rsplit_once('_')?.0;
-        // apt writes the colon of an epoch so.
+        // apt encodes the colon of an epoch.
         Some(version.replace("%3a", ":"))
     }
 }
 
-/// Has a package in the cache, as `find` picks it from lists: first from the machine's
-/// own; they may be old, or without it, so then from lists of the lab's own.
+/// Downloads a package to the cache; `find` chooses it from the lists. The machine's own lists come
+/// first. They may be old or lack the package, so the lab's own lists come next.
 pub fn fetch<T>(
     name: &str,
     find: impl Fn(Sources) -> Result<Option<(Package, T)>>,
@@ -129,25 +128,25 @@ where
     }
 }
 
-/// The package that the newest version of one that is but a name depends on.
+/// Returns the package that the newest version of a metapackage depends on.
 pub fn meant_by(name: &str, sources: Sources) -> Result<Option<String>> {
     Ok(dependency(&ask(sources, "depends", name)?, name))
 }
 
-/// Asks the lists about a package.
+/// Runs an apt-cache query about a package.
 fn ask(sources: Sources, what: &str, name: &str) -> Result<String> {
     let mut apt = Command::new("apt-cache");
     apt.args(options(sources)?).args([what, name]);
-    // Without apt there is no list, which need not be the end: the cache may do.
+    // Without apt there are no lists, but the cache may still contain a usable version.
     Ok(match apt.env("LC_ALL", "C").output() {
         Ok(output) => String::from_utf8_lossy(&output.stdout).into_owned(),
         Err(_) => String::new(),
     })
 }
 
-/// Fetches the lab's own lists: of the suites beside those that the machine's
-/// sources name, at the same addresses. An error need not be the end: apt has one
-/// for every suite that an address does not have, and goes on to the next.
+/// Downloads the lab's own lists: those of neighbouring suites (security, backports) at the
+/// addresses of the machine's sources. An error is not necessarily fatal: apt reports one for each
+/// suite that an address lacks, and continues with the next.
 fn refresh() -> Result<()> {
     let sources = source_lines(&targets()?, &codename()?);
     ensure!(!sources.is_empty(), "none of apt's sources is an archive of this system's release");
@@ -157,14 +156,14 @@ fn refresh() -> Result<()> {
     }
     fs::write(state.join("sources.list"), sources)?;
     let mut apt = Command::new("apt-get");
-    // Otherwise apt says that all went well if it could reach nobody.
+    // Otherwise apt reports success even if it reached no server.
     let strict = ["-o", "APT::Update::Error-Mode=any"];
     apt.args(options(Sources::Private)?).args(strict).args(["--quiet=2", "update"]);
     run(&mut apt)?;
     Ok(())
 }
 
-/// Options by which apt uses those lists, and downloads as whoever runs it.
+/// Returns the options that make apt use these lists and download as the current user.
 fn options(sources: Sources) -> Result<Vec<String>> {
     let mut options = vec!["APT::Sandbox::User=root".to_owned()];
     if sources == Sources::Private {
@@ -194,7 +193,8 @@ fn run(command: &mut Command) -> Result<String> {
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
-/// What an update of the machine's own lists would fetch; there need be none yet.
+/// Returns the URIs that an update of the machine's own lists would download; the lists themselves
+/// need not exist yet.
 fn targets() -> Result<String> {
     run(Command::new("apt-get").args(["update", "--print-uris"]))
 }
@@ -208,18 +208,18 @@ fn codename() -> Result<String> {
         .context("/etc/os-release names no release")
 }
 
-/// Lines of a source list: for each address of the release's, the suites in which
-/// newer kernels come.
+/// Returns the lines of a source list: for each address of the release, the suites that contain
+/// newer kernels.
 fn source_lines(targets: &str, codename: &str) -> String {
     let mut addresses: Vec<String> = Vec::new();
     for line in targets.lines() {
-        // 'address/dists/suite/InRelease' and more
+        // The format is 'address/dists/suite/InRelease', followed by more fields.
         let Some((address, rest)) = line.trim_start_matches('\'').split_once("/dists/") else {
             continue;
         };
         if rest.split(['-', '/']).next() == Some(codename) {
             addresses.push(address.to_owned());
-            // By convention the security archive is a neighbour of the main one.
+            // By convention the security archive is next to the main one.
             if address.ends_with("/debian") {
                 addresses.push(format!("{address}-security"));
             }
@@ -237,7 +237,7 @@ fn source_lines(targets: &str, codename: &str) -> String {
     lines
 }
 
-/// The candidate in the output of `apt-cache policy`.
+/// Returns the candidate version in the output of `apt-cache policy`.
 fn candidate(policy: &str) -> Option<String> {
     policy
         .lines()
@@ -246,7 +246,7 @@ fn candidate(policy: &str) -> Option<String> {
         .map(str::to_owned)
 }
 
-/// The first dependency in the output of `apt-cache depends`.
+/// Returns the first dependency in the output of `apt-cache depends`.
 fn dependency(depends: &str, name: &str) -> Option<String> {
     depends
         .lines()

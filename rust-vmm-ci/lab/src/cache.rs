@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Where the lab keeps what it downloads and builds, outside the checkout.
+//! The lab's cache of downloads and builds, outside the checkout.
 
 use std::env;
 use std::fs::{self, File, TryLockError};
@@ -7,10 +7,10 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 
-/// Names the cache; overrides the default place.
+/// Environment variable that overrides the cache's default location.
 const VARIABLE: &str = "DEMAND_PAGING_CACHE";
 
-/// A folder of the cache, created if need be.
+/// Returns a folder of the cache; creates it if necessary.
 pub fn folder(name: &str) -> Result<PathBuf> {
     let folder = root()?.join(name);
     fs::create_dir_all(&folder).with_context(|| {
@@ -37,7 +37,7 @@ fn root() -> Result<PathBuf> {
     Ok(base.join("demand-paging"))
 }
 
-/// The target directory of cargo's that the lab was built in, for what belongs to this
+/// Returns the cargo target directory that the lab was built in, for files that belong to this
 /// checkout.
 pub fn target() -> Result<PathBuf> {
     // <target>/<profile>/lab
@@ -47,11 +47,11 @@ pub fn target() -> Result<PathBuf> {
     Ok(target.to_owned())
 }
 
-/// Held while the cache is changed; other processes wait for it.
+/// The lock that a process holds while it changes the cache.
 #[derive(Debug)]
 pub struct Lock(#[expect(dead_code, reason = "closing it unlocks")] File);
 
-/// Takes the lock, and says so if that means waiting.
+/// Takes the lock; prints a message if another process holds it.
 pub fn lock() -> Result<Lock> {
     let path = folder("")?.join("lock");
     let file =

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The command line, and what each subcommand does.
+//! The command line, and the implementation of its subcommands.
 
 use std::env;
 use std::ffi::OsString;
@@ -19,8 +19,8 @@ use crate::protocol::Job;
 use crate::session::{self, Limits};
 use crate::{agent, cache, guests, kernel, suite};
 
-/// Runs this project's binaries with a real KVM that has the KVM Userfault ABI,
-/// inside a machine that QEMU emulates.
+/// Runs this project's binaries with a real KVM that supports KVM Userfault, inside a machine that
+/// QEMU emulates.
 #[derive(Debug, Parser)]
 #[command(name = "cargo lab", version)]
 pub struct Cli {
@@ -40,7 +40,7 @@ enum Task {
     },
     /// `cargo test` with every test binary run in the lab (options by environment: LAB_MEMORY, ...)
     Test {
-        /// Have what tests boot as Linux guests: the lab's own kernel, or Debian's as well; first of
+        /// Prepare the Linux guests that tests boot: the lab's own kernel, or Debian's as well; first of
         /// the arguments
         #[arg(long, env = "LAB_GUESTS", value_name = "lab|all", num_args = 0..=1,
               require_equals = true, default_value = "no", default_missing_value = "all",
@@ -53,19 +53,19 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<OsString>,
     },
-    /// Build the lab's kernel unless it is there, and print where it is
+    /// Build the lab's kernel unless it is in the cache, and print its path
     Kernel,
-    /// Have what tests boot as Linux guests, and print where it is, as NAME=PATH
+    /// Prepare the Linux guests that tests boot, and print their paths, as NAME=PATH
     Guests,
     /// Runs inside the lab, started by its init
     #[command(hide = true)]
     Agent,
 }
 
-/// The machine, and how long the command may take.
+/// The options of the machine, and the limits of the command.
 #[derive(Debug, Args)]
 pub struct Options {
-    /// Emulated CPUs (with more than one, a guest that gets interrupts hangs now and then)
+    /// Emulated CPUs (with more than one, guests that receive interrupts sometimes hang)
     #[arg(long, env = "LAB_CPUS", value_name = "N", default_value_t = 1,
           value_parser = clap::value_parser!(u32).range(1..=64))]
     cpus: u32,
@@ -78,10 +78,10 @@ pub struct Options {
     /// Huge pages of 1G to reserve at boot
     #[arg(long, env = "LAB_GIGAPAGES", value_name = "N", default_value_t = 1)]
     gigapages: u64,
-    /// Let the clock count instructions, 1 ns each: costs come out repeatable
+    /// Make the clock count instructions, 1 ns each, so that costs are repeatable
     #[arg(long, env = "LAB_ICOUNT", value_parser = FalseyValueParser::new())]
     icount: bool,
-    /// Seconds that the command may run; without it there is no limit
+    /// Time limit of the command in seconds; no limit by default
     #[arg(long, env = "LAB_TIMEOUT", value_name = "SECONDS")]
     timeout: Option<u64>,
     /// Let the run pass although the lab's kernel reported a WARN, BUG or oops
@@ -90,13 +90,13 @@ pub struct Options {
     /// Kernel image to boot instead of the lab's own
     #[arg(long, env = "LAB_KERNEL", value_name = "FILE")]
     kernel: Option<PathBuf>,
-    /// Have what tests boot as Linux guests, the lab's own kernel or Debian's as well, and tell the
-    /// command where (LAB_GUEST_...)
+    /// Prepare the Linux guests that tests boot, the lab's own kernel or Debian's as well, and pass
+    /// their paths to the command (LAB_GUEST_...)
     #[arg(long, env = "LAB_GUESTS", value_name = "lab|all", num_args = 0..=1,
           require_equals = true, default_value = "no", default_missing_value = "all",
           hide_default_value = true)]
     guests: Guests,
-    /// Unix socket for QEMU's monitor, to look at a machine that hangs
+    /// Unix socket for QEMU's monitor, to inspect a machine that hangs
     #[arg(long, env = "LAB_MONITOR", value_name = "SOCKET")]
     monitor: Option<PathBuf>,
     /// More parameters for the lab's kernel, such as kvm_amd.npt=0
@@ -128,7 +128,7 @@ impl Options {
 }
 
 impl Cli {
-    /// Does what was asked; returns the exit status.
+    /// Executes the subcommand; returns the exit status.
     pub fn execute(self) -> Result<u8> {
         match self.task {
             Task::Run { options, command } => run(&options, command),
@@ -157,7 +157,7 @@ fn run(options: &Options, command: Vec<OsString>) -> Result<u8> {
     };
     let out = output_folder()?;
     let mut environment: Vec<_> = env::vars_os()
-        // The host's may lie where the lab is read-only.
+        // The host's TMPDIR may be read-only in the lab.
         .filter(|(name, _)| name != "TMPDIR" && name != "LAB_OUT" && name != "LAB")
         .collect();
     environment.push(("LAB".into(), "1".into()));
@@ -183,9 +183,9 @@ fn run(options: &Options, command: Vec<OsString>) -> Result<u8> {
 
 fn test(wanted: Guests, machines: usize, arguments: &[OsString]) -> Result<u8> {
     refuse_nesting()?;
-    // Once, not under each test program.
+    // Prepared here once, not again for each test program.
     let guests = guests::prepare(wanted)?;
-    // Now, where its progress can be seen, rather than under the first test.
+    // Built now, where its progress is visible, and not during the first test.
     let kernel = match env::var_os("LAB_KERNEL") {
         Some(kernel) => kernel,
         None => kernel::ensure()?.into(),
@@ -200,7 +200,7 @@ fn test(wanted: Guests, machines: usize, arguments: &[OsString]) -> Result<u8> {
     let Some(lab) = lab.to_str() else {
         bail!("{} is no UTF-8: cargo's configuration cannot name it", lab.display());
     };
-    // A list, not the environment variable, which cargo would split at spaces.
+    // A list in the configuration, because cargo would split the environment variable at spaces.
     let runner = serde_json::to_string(&[lab, "run", "--"])?;
     let status = Command::new(&cargo)
         .arg("test")
@@ -224,7 +224,7 @@ fn refuse_nesting() -> Result<()> {
     Ok(())
 }
 
-/// The folder that is writable from inside, at the same path there: `LAB_OUT`, or
+/// Returns the folder that is writable from inside the lab, at the same path: `LAB_OUT`, or
 /// `lab-out` in cargo's target directory.
 fn output_folder() -> Result<PathBuf> {
     let folder = match env::var_os("LAB_OUT") {
@@ -236,7 +236,7 @@ fn output_folder() -> Result<PathBuf> {
         .with_context(|| format!("LAB_OUT={} could not be created", folder.display()))
 }
 
-/// A size such as 512M or 4G, in MiB.
+/// Parses a size such as 512M or 4G; returns MiB.
 fn mebibytes(text: &str) -> Result<u64, String> {
     let usage = || format!("{text:?} is no size such as 512M or 4G");
     let (digits, unit) = match text.as_bytes().last() {
@@ -279,7 +279,7 @@ mod tests {
 
     #[test]
     fn guests_are_debians_too_unless_it_is_said() {
-        // Without a word it is the environment's, which differs from run to run.
+        // Without the option the value comes from the environment, which may differ between runs.
         assert_eq!(options(&["--guests=no"]).guests, Guests::No);
         assert_eq!(options(&["--guests"]).guests, Guests::All);
         assert_eq!(options(&["--guests=lab"]).guests, Guests::Lab);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Builds the kernel from Debian's source package, the patches and the fragment.
-//! The tree is kept, so that a change of a patch costs seconds, not minutes.
+//! Builds the kernel from Debian's source package, the patches and the config fragment. The source
+//! tree is kept, so that a changed patch costs seconds, not minutes.
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, IsTerminal, Write};
@@ -17,13 +17,13 @@ use anyhow::{Context, Result, bail, ensure};
 use crate::cache;
 use crate::kernel::{ELF, IMAGE, Inputs, SOURCE};
 
-/// Bulky parts of the source that this configuration never looks at.
+/// Large parts of the source that this configuration never uses.
 const UNUSED: [&str; 4] =
     ["arch/arm*/boot", "drivers/gpu/drm/amd/include", "Documentation/devicetree", "tools/testing"];
-/// Files compiled in a build from scratch, about; for the progress line.
+/// Approximate number of files compiled in a build from scratch, for the progress line.
 const OBJECTS: usize = 1250;
 
-/// What was built, within the tree.
+/// The build's results, inside the source tree.
 pub struct Built {
     /// The image that QEMU boots.
     pub image: PathBuf,
@@ -43,14 +43,14 @@ pub fn build(version: &str, package: &Path, inputs: &Inputs) -> Result<Built> {
     Ok(Built { image, elf })
 }
 
-/// An unpacked source.
+/// An unpacked source tree.
 struct Tree {
     folder: PathBuf,
     log: PathBuf,
 }
 
 impl Tree {
-    /// Unpacks the source unless it is there; removes those of other versions.
+    /// Unpacks the source unless that has been done, and removes those of other versions.
     fn prepare(version: &str, package: &Path) -> Result<Self> {
         let builds = cache::folder("build")?;
         let home = builds.join(version);
@@ -72,18 +72,18 @@ impl Tree {
         }
         run(tar.arg("--file").arg(archive.join(format!("usr/src/{SOURCE}.tar.xz"))))?;
         fs::remove_dir_all(&archive)?;
-        // Marks the tree as whole.
+        // This folder marks the tree as complete.
         fs::create_dir(tree.applied())?;
         Ok(tree)
     }
 
-    /// Copies of the patches that are applied.
+    /// Returns the folder with copies of the applied patches.
     fn applied(&self) -> PathBuf {
         self.folder.join(".lab-patches")
     }
 
-    /// Goes from the patches that are applied to those that are wanted, so that
-    /// make sees only the files that differ as changed.
+    /// Replaces the applied patches by the wanted ones, so that make sees only the files that
+    /// differ as changed.
     fn apply(&self, wanted: &[PathBuf]) -> Result<()> {
         let mut applied = fs::read_dir(self.applied())?
             .map(|entry| Ok(entry?.path()))
@@ -100,7 +100,7 @@ impl Tree {
             fs::remove_file(path)?;
         }
         for path in wanted {
-            // A trial first, so that a patch that fails leaves the tree whole.
+            // A dry run first, so that a failing patch leaves the tree unchanged.
             self.patch(path, &["--dry-run"])?;
             self.patch(path, &[])?;
             let name = path.file_name().context("a patch is a file")?;
@@ -215,7 +215,7 @@ pub fn run(command: &mut Command) -> Result<()> {
     Ok(())
 }
 
-/// The hunks that patch(1) could not apply, by file.
+/// Returns the hunks that patch(1) could not apply, by file.
 fn failures(output: &str) -> String {
     let mut file = "";
     let mut failures = Vec::new();
@@ -235,7 +235,7 @@ fn failures(output: &str) -> String {
     failures.join(", ").replace("Hunk ", "hunk ").replace(". of", " of")
 }
 
-/// Lines of the fragment that the configuration does not keep.
+/// Returns the lines of the fragment that are not in the configuration.
 fn missing<'a>(fragment: &'a str, config: &str) -> Vec<&'a str> {
     let has = |wanted: &str| config.lines().any(|line| line == wanted);
     fragment
@@ -250,8 +250,8 @@ fn missing<'a>(fragment: &'a str, config: &str) -> Vec<&'a str> {
         .collect()
 }
 
-/// Tells how the build gets on: a line that updates on a terminal, else one now
-/// and then.
+/// Prints the build's progress: one line that is updated on a terminal, otherwise a new line every
+/// 20 seconds.
 struct Progress {
     steps: Arc<AtomicUsize>,
     stop: mpsc::Sender<()>,
@@ -298,7 +298,7 @@ impl Progress {
 
     fn end(self) {
         drop(self.stop);
-        // It can only have printed.
+        // The thread only prints, so a panic of it does not matter.
         let _ = self.thread.join();
     }
 }

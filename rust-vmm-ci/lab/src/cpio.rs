@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Writes cpio archives, which is what the kernel takes for an initramfs.
+//! Writes cpio archives, the format of an initramfs.
 
 /// Mode of a folder.
 pub const DIRECTORY: u32 = 0o040_755;
 /// Mode of a program.
 pub const PROGRAM: u32 = 0o100_755;
 
-/// A cpio archive in the "newc" format, the one that the kernel unpacks.
+/// A cpio archive in the "newc" format, which the kernel unpacks.
 #[derive(Default)]
 pub struct Archive {
     bytes: Vec<u8>,
@@ -14,7 +14,7 @@ pub struct Archive {
 }
 
 impl Archive {
-    /// Adds a file or folder, after the folder that it is in.
+    /// Adds a file or folder. The folder that contains it must be added first.
     pub fn entry(&mut self, name: &str, mode: u32, content: &[u8]) {
         self.entries += 1;
         let size = u32::try_from(content.len()).expect("the files of an initramfs are small");
@@ -37,7 +37,7 @@ impl Archive {
         self.bytes.resize(self.bytes.len().next_multiple_of(4), 0);
     }
 
-    /// Ends the archive.
+    /// Adds the trailer and returns the archive.
     pub fn finish(mut self) -> Vec<u8> {
         self.entry("TRAILER!!!", 0, &[]);
         self.bytes

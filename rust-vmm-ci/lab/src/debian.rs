@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Debian's kernel for cloud machines, as it is: fetched and unpacked, not installed.
+//! Debian's unmodified kernel for cloud machines: downloads and unpacks it, without installing it.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -11,28 +11,28 @@ use crate::archive::{self, Package, Sources};
 use crate::modules::{self, Module};
 use crate::{cache, compile, kernel};
 
-/// The package whose newest version depends on the newest kernel.
+/// The metapackage whose newest version depends on the newest kernel.
 const NAME: &str = "linux-image-cloud-amd64";
-/// What a guest needs beside what may be built in; ext4 and its checksum are, in
-/// Debian 12. That kernel has no driver for the VM generation's id.
+/// Modules that a guest needs, some of which may be built in: ext4 and its checksum are, in Debian
+/// 12. That kernel has no driver for VMGENID.
 const MODULES: [&str; 6] =
     ["virtio_mmio", "virtio_blk", "virtio_net", "virtio_rng", "ext4", "crc32c_generic"];
 
-/// The kernel, unpacked.
+/// An unpacked kernel package.
 #[derive(Debug)]
 pub struct Kernel {
     folder: PathBuf,
 }
 
 impl Kernel {
-    /// Its bzImage.
+    /// Returns the path of the kernel's bzImage.
     pub fn image(&self) -> Result<PathBuf> {
         only(&self.folder.join("boot"), "vmlinuz-")
     }
 
-    /// The modules that a guest needs, in the order in which they are to be loaded.
+    /// Returns the modules that a guest needs, in load order.
     pub fn modules(&self) -> Result<Vec<Module>> {
-        // From Debian 13 on everything is below /usr.
+        // Since Debian 13 everything is below /usr.
         let place = ["lib/modules", "usr/lib/modules"]
             .map(|place| self.folder.join(place))
             .into_iter()
@@ -44,8 +44,8 @@ impl Kernel {
     }
 }
 
-/// Returns the kernel, fetched first if need be; the network is asked only for a package
-/// that is not in the cache.
+/// Returns the kernel, and downloads it first if necessary. The network is used only if the package
+/// is not in the cache.
 pub fn ensure() -> Result<Kernel> {
     if let Some((package, version)) = newest(Sources::System)? {
         let folder = folder(&package, &version)?;
@@ -75,7 +75,7 @@ pub fn ensure() -> Result<Kernel> {
     }
 }
 
-/// The newest kernel that those lists know.
+/// Returns the newest kernel package in these lists, and its version.
 fn newest(sources: Sources) -> Result<Option<(Package, String)>> {
     let Some(name) = archive::meant_by(NAME, sources)? else {
         return Ok(None);
@@ -104,7 +104,7 @@ fn newest_cached() -> Result<Option<PathBuf>> {
     newest.map(|name| Ok(unpacked()?.join(name))).transpose()
 }
 
-/// Unpacks a package, whole or not at all, and removes older ones.
+/// Unpacks a package completely or not at all, and removes older ones.
 fn unpack(package: &Path, folder: &Path) -> Result<()> {
     for entry in fs::read_dir(unpacked()?)? {
         fs::remove_dir_all(entry?.path())?;
@@ -113,11 +113,11 @@ fn unpack(package: &Path, folder: &Path) -> Result<()> {
     compile::run(Command::new("dpkg-deb").arg("-x").arg(package).arg(&part))?;
     fs::rename(&part, folder)
         .with_context(|| format!("{} could not be put in its place", folder.display()))?;
-    // What is in it is there.
+    // The package file is no longer needed.
     fs::remove_file(package).with_context(|| format!("{} could not be removed", package.display()))
 }
 
-/// The only entry of a folder whose name starts so.
+/// Returns the first entry of a folder whose name starts with `start`; only one is expected.
 fn only(folder: &Path, start: &str) -> Result<PathBuf> {
     let entries =
         fs::read_dir(folder).with_context(|| format!("{} could not be read", folder.display()))?;

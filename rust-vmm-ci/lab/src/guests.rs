@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What tests boot as Linux guests: kernels, and for each an initramfs with this
-//! workspace's `guest-work` as its first program. Prepared on the host, for inside the
-//! lab everything is read-only and there is no network.
+//! The Linux guests that tests boot: kernels, and for each an initramfs with this workspace's
+//! `guest-work` as its first program. They are prepared on the host, because inside the lab the
+//! host's files are read-only and there is no network.
 
 use std::env;
 use std::fs;
@@ -15,27 +15,27 @@ use crate::cpio::{Archive, DIRECTORY, PROGRAM};
 use crate::modules::Module;
 use crate::{cache, debian, initramfs, kernel};
 
-/// The variables that tell tests where the lab's kernel is, in both forms, and its initramfs.
+/// Environment variables for the paths of the lab's kernel, in both formats, and its initramfs.
 const LAB: [&str; 3] = ["LAB_GUEST_BZIMAGE", "LAB_GUEST_VMLINUX", "LAB_GUEST_INITRAMFS"];
-/// The variables for Debian's kernel, and its initramfs.
+/// Environment variables for the paths of Debian's kernel and its initramfs.
 const DEBIAN: [&str; 2] = ["LAB_GUEST_DEBIAN_BZIMAGE", "LAB_GUEST_DEBIAN_INITRAMFS"];
 
 const PROGRAM_NAME: &str = "guest-work";
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 
-/// Which guests are wanted.
+/// The set of guests to prepare.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Guests {
-    /// None.
+    /// No guests.
     No,
-    /// The lab's kernel, which is there anyway.
+    /// The lab's kernel, which exists anyway.
     Lab,
-    /// Debian's as well.
+    /// The lab's kernel and Debian's.
     All,
 }
 
 impl Guests {
-    /// The word on the command line and in the environment.
+    /// Returns the value as spelled on the command line and in the environment.
     pub fn word(self) -> &'static str {
         match self {
             Self::No => "no",
@@ -66,8 +66,8 @@ impl FromStr for Guests {
     }
 }
 
-/// Prepares all that is not there and returns the variables with their values. Those that
-/// are set already, by whoever prepared before, are left as they are.
+/// Prepares the guests and returns the variables with their values. Returns nothing if all the
+/// variables are already set, because then another process has prepared the guests.
 pub fn prepare(wanted: Guests) -> Result<Vec<(&'static str, PathBuf)>> {
     let variables = wanted.variables();
     if variables.iter().all(|name| env::var_os(name).is_some()) {
@@ -88,15 +88,15 @@ pub fn prepare(wanted: Guests) -> Result<Vec<(&'static str, PathBuf)>> {
     Ok(variables.into_iter().zip(values).collect())
 }
 
-/// Builds the program without shared libraries: the initramfs has none.
+/// Builds the program as a static binary, because the initramfs has no shared libraries.
 fn build(folder: &Path) -> Result<Vec<u8>> {
     let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let status = Command::new(&cargo)
         .args(["build", "--quiet", "--release", "--package", PROGRAM_NAME, "--target", TARGET])
         .arg("--manifest-path")
         .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("Cargo.toml"))
-        // A target directory of its own, for the flags are others: nothing is built twice
-        // because somebody else's were used in between.
+        // A separate target directory, because the flags differ: builds with other flags would
+        // otherwise invalidate each other.
         .arg("--target-dir")
         .arg(folder)
         .env_remove("CARGO_ENCODED_RUSTFLAGS")
@@ -115,7 +115,7 @@ fn build(folder: &Path) -> Result<Vec<u8>> {
     Ok(program)
 }
 
-/// An initramfs with the program and modules, as the program expects them.
+/// Returns an initramfs with the program and the modules, in the layout that the program expects.
 fn pack(program: &[u8], modules: &[Module]) -> Vec<u8> {
     let mut archive = Archive::default();
     for folder in ["dev", "proc", "sys", "mnt"] {
@@ -136,8 +136,8 @@ fn pack(program: &[u8], modules: &[Module]) -> Vec<u8> {
     archive.finish()
 }
 
-/// Has a file with that content. One that has it is left alone, for a guest may be
-/// reading it; otherwise it is replaced as a whole.
+/// Writes a file atomically. A file that already has this content is left alone, because a guest
+/// may be reading it.
 fn put(path: &Path, content: &[u8]) -> Result<PathBuf> {
     if !fs::read(path).is_ok_and(|old| old == content) {
         let part = path.with_extension(format!("part-{}", std::process::id()));

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The initramfs: busybox, this binary as the agent, and the script that mounts
-//! the host's root and hands over to the agent.
+//! The lab's initramfs: busybox, this binary as the agent, and the script that mounts the host's
+//! root and starts the agent.
 
 use std::fs::{self, File};
 use std::io::{Seek, Write};
@@ -12,11 +12,10 @@ use rustix::fs::{MemfdFlags, memfd_create};
 use crate::cpio::{Archive, DIRECTORY, PROGRAM};
 use crate::protocol::ROOT_TAG;
 
-/// Where Debian's busybox-static has its binary, with and without merged /usr.
+/// Paths of the binary of Debian's busybox-static, with and without merged /usr.
 const BUSYBOX: [&str; 2] = ["/usr/bin/busybox", "/bin/busybox"];
 
-/// Packs the initramfs into a file that has no name, for QEMU to read through
-/// its descriptor.
+/// Packs the initramfs into an anonymous file, which QEMU reads through its descriptor.
 pub fn pack() -> Result<File> {
     let busybox = busybox()?;
     let agent = fs::read("/proc/self/exe").context("the lab's own binary could not be read")?;
@@ -26,16 +25,16 @@ pub fn pack() -> Result<File> {
     archive.entry("busybox", PROGRAM, &busybox);
     archive.entry("agent", PROGRAM, &agent);
     archive.entry("init", PROGRAM, init().as_bytes());
-    // Without CLOEXEC: QEMU is to inherit it.
+    // Without CLOEXEC, because QEMU inherits the descriptor.
     let mut file = File::from(memfd_create("lab-initramfs", MemfdFlags::empty())?);
     file.write_all(&archive.finish())?;
     file.rewind()?;
     Ok(file)
 }
 
-/// The first program in the machine. The agent moves to /run, the one place of
-/// the host's tree that is the machine's own by then, so that a rebuild on the
-/// host cannot swap it under way.
+/// Returns the script that runs first in the machine. It copies the agent to /run, the one part of
+/// the host's tree that belongs to the machine by then, so that a rebuild on the host cannot
+/// replace the running binary.
 fn init() -> String {
     format!(
         "#!/busybox sh
@@ -61,7 +60,7 @@ fn busybox() -> Result<Vec<u8>> {
     Ok(busybox)
 }
 
-/// Whether an ELF binary names a dynamic loader, which stands near its start.
+/// Returns whether an ELF binary names a dynamic loader; the name is near the start of the file.
 pub fn asks_for_loader(elf: &[u8]) -> bool {
     let start = &elf[..elf.len().min(4096)];
     start.windows(8).any(|bytes| bytes == b"ld-linux")

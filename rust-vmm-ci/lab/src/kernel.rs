@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The lab's kernel: which one is wanted, whether it is there, building it.
+//! The lab's kernel: chooses its version, and finds it in the cache or builds it.
 
 use std::cmp::Ordering;
 use std::fs;
@@ -11,26 +11,26 @@ use sha2::{Digest, Sha256};
 use crate::archive::{self, Package, Sources};
 use crate::{cache, compile};
 
-/// Goes up whenever the way of building changes what comes out.
+/// Version of the build procedure; increased when a change of it changes the result.
 const RECIPE: &str = "2";
 /// The kernel image's name, in the build tree and in the cache.
 pub const IMAGE: &str = "bzImage";
-/// The same kernel as an ELF file with a PVH entry, for guests; without symbols.
+/// Name of the same kernel as an ELF file with a PVH entry and without symbols, for guests.
 pub const ELF: &str = "vmlinux";
 
-/// The name of the package with the kernel's source, and of the folder in it.
+/// Name of the package with the kernel's source, and of the folder in it.
 pub const SOURCE: &str = "linux-source-6.12";
 
 fn source() -> Package {
     Package { name: SOURCE.into(), size: "150 MB" }
 }
 
-/// What the kernel is made of, beside Debian's source.
+/// The inputs of the build, besides Debian's source.
 #[derive(Debug)]
 pub struct Inputs {
     /// Path of the configuration fragment.
     pub fragment: PathBuf,
-    /// Paths of the patches, in the order in which they apply.
+    /// Paths of the patches, in the order of application.
     pub patches: Vec<PathBuf>,
     digest: Sha256,
 }
@@ -60,7 +60,8 @@ impl Inputs {
         Ok(Self { fragment, patches, digest })
     }
 
-    /// Name of the cache's folder for a kernel made of these and that source.
+    /// Returns the name of the cache folder for a kernel built from these inputs and that source
+    /// version.
     fn folder_name(&self, version: &str) -> String {
         let digest = self.digest.clone().chain_update(version).finalize();
         let short: String = digest[..6].iter().map(|byte| format!("{byte:02x}")).collect();
@@ -72,9 +73,8 @@ impl Inputs {
     }
 }
 
-/// Returns the kernel image, built first if need be. The newest source is the one
-/// that apt's lists on this machine name; the network is asked only for a package
-/// that is not in the cache.
+/// Returns the kernel image, and builds it first if necessary. The newest source is the one in this
+/// machine's apt lists; the network is used only if the package is not in the cache.
 pub fn ensure() -> Result<PathBuf> {
     let inputs = Inputs::read()?;
     if let Some(version) = source().newest(Sources::System)? {
@@ -99,20 +99,20 @@ pub fn ensure() -> Result<PathBuf> {
     let image = inputs.image(&version)?;
     if !image.exists() {
         let built = compile::build(&version, &source().file(&version)?, &inputs)?;
-        // The image last: it says that all is there.
+        // The image is installed last, because its presence means that the folder is complete.
         install(&built.elf, &image.with_file_name(ELF))?;
         install(&built.image, &image)?;
     }
     Ok(image)
 }
 
-/// Has the newest source package in the cache; returns its version.
+/// Downloads the newest source package to the cache, unless it is there; returns its version.
 fn fetch() -> Result<String> {
     let find = |sources| Ok(source().newest(sources)?.map(|version| (source(), version)));
     Ok(archive::fetch(SOURCE, find)?.1)
 }
 
-/// The newest version that can be had without the network.
+/// Returns the newest version that is available without the network.
 fn newest_cached(inputs: &Inputs) -> Result<Option<String>> {
     let mut versions = source().cached()?;
     for entry in fs::read_dir(cache::folder("kernel")?)? {
@@ -127,7 +127,7 @@ fn newest_cached(inputs: &Inputs) -> Result<Option<String>> {
     Ok(versions.into_iter().max_by(|a, b| compare(a, b)))
 }
 
-/// Compares versions, runs of digits by their value.
+/// Compares versions; runs of digits compare by value.
 pub fn compare(a: &str, b: &str) -> Ordering {
     fn parts(version: &str) -> Vec<(u64, String)> {
         let mut parts = vec![(0, String::new())];
@@ -144,7 +144,7 @@ pub fn compare(a: &str, b: &str) -> Ordering {
     parts(a).cmp(&parts(b))
 }
 
-/// Puts a file in its place, whole or not at all.
+/// Installs a file atomically.
 fn install(built: &Path, image: &Path) -> Result<()> {
     let folder = image.parent().context("an image lies in a folder")?;
     fs::create_dir_all(folder)?;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The emulated machine: QEMU's command line.
+//! The emulated machine: starts QEMU with the right command line.
 
 use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -16,22 +16,24 @@ use crate::tsc;
 
 const QEMU: &str = "qemu-system-x86_64";
 
-/// Without XSAVE: nested guests meet sizes of its state that do not fit, and warn. And so without
-/// what needs it: a kernel of 7.x that finds AVX alone uses it, and oopses.
+/// The CPU model, without XSAVE: QEMU reports inconsistent sizes of its state to nested guests,
+/// which warn. Features that need XSAVE are off, too: a kernel of version 7.x that finds AVX
+/// without XSAVE uses it, and oopses.
 const CPU: &str = "max,-xsave,-avx,-avx2,-f16c,-fma,-vaes,-vpclmulqdq,-pku,-mpx";
 
-/// What the machine is to be like.
+/// The configuration of the machine.
 #[derive(Debug)]
 pub struct Machine {
-    /// Emulated CPUs.
+    /// Number of emulated CPUs.
     ///
-    /// Nested guests that get interrupts are safe with one only. When QEMU (7.2 to the newest that
-    /// was looked at) injects an interrupt at `vmrun`, it delivers it and leaves it in
-    /// `exception_index`. If its loop is then asked to leave before the guest's next exit, with
-    /// no interrupt for this CPU, it takes what is left for an exception to deliver: the guest has
-    /// the interrupt once more, with interrupts off, and waits for a lock that it holds. What
-    /// asks is the turn of another CPU, or another CPU's interrupt. A Linux guest hung so in 1 of
-    /// 6 boots with two CPUs, and in none of 75 with one.
+    /// Nested guests that receive interrupts are safe with one CPU only, because of a bug in QEMU
+    /// (from 7.2 to the newest version examined). When QEMU injects an interrupt at `vmrun`, it
+    /// delivers the interrupt but leaves it in `exception_index`. If another event makes its CPU
+    /// loop exit before the guest's next exit, without an interrupt for this CPU, the loop mistakes
+    /// the leftover for an exception and delivers it. The guest then receives the interrupt a
+    /// second time, with interrupts disabled, and deadlocks on a lock that it holds. The event is
+    /// another CPU's turn, or another CPU's interrupt. A Linux guest hung in this way in 1 of 6
+    /// boots with two CPUs, and in none of 75 with one.
     pub cpus: u32,
     /// Memory in MiB.
     pub memory_mib: u64,
@@ -41,18 +43,18 @@ pub struct Machine {
     pub gigapages: u64,
     /// Whether the clock counts instructions.
     pub icount: bool,
-    /// More kernel parameters.
+    /// Additional kernel parameters.
     pub append: String,
-    /// Where QEMU's monitor listens, if it is wanted.
+    /// Socket path of QEMU's monitor, if wanted.
     pub monitor: Option<PathBuf>,
 }
 
-/// The machine's ends of the streams that tie it to the session.
+/// The machine's ends of the streams between it and the session.
 #[derive(Debug)]
 pub struct Ends {
     /// The kernel's console.
     pub console: OwnedFd,
-    /// Messages with the agent.
+    /// Messages to and from the agent.
     pub control: OwnedFd,
     /// The command's standard output.
     pub stdout: OwnedFd,
@@ -61,19 +63,18 @@ pub struct Ends {
 }
 
 impl Machine {
-    /// Memory that kernel and command need beside reserved huge pages, in MiB.
+    /// Memory that the kernel and the command need in addition to reserved huge pages, in MiB.
     pub const LEAST_MEMORY_MIB: u64 = 512;
 
-    /// Starts QEMU, which dies with the thread that calls this.
+    /// Starts QEMU, which is killed when the calling thread ends.
     pub fn start(&self, kernel: &Path, initramfs: File, out: &Path, ends: Ends) -> Result<Child> {
         let mut qemu = self.command(kernel, &initramfs, out, &ends)?;
         let parent = getpid();
-        // SAFETY: between fork and exec the closure makes two system calls and
-        // allocates nothing.
+        // SAFETY: between fork and exec the closure only makes system calls and allocates nothing.
         unsafe {
             qemu.pre_exec(move || {
                 set_parent_process_death_signal(Some(Signal::KILL))?;
-                // The parent may have died before the line above.
+                // The parent may have died before the call above.
                 if getppid() != Some(parent) {
                     return Err(rustix::io::Errno::SRCH.into());
                 }
@@ -88,12 +89,12 @@ impl Machine {
         let mut qemu = Command::new(QEMU);
         qemu.args(["-nodefaults", "-no-user-config", "-no-reboot"])
             .args(["-display", "none", "-cpu", CPU])
-            // Little memory below 4G, where firmware and kernel break it up, so
-            // that most of it is whole for huge pages of 1G.
+            // Little memory below 4G, where the firmware and the kernel fragment it, so that most
+            // memory is available for 1G huge pages.
             .args(["-machine", "pc,max-ram-below-4g=1G"])
-            // With a host thread for each CPU, nested guests hang more often.
+            // With one host thread per CPU, nested guests hang more often.
             .args(["-accel", "tcg,thread=single"])
-            // The MP tables, by which the kernel finds its CPUs, list sockets.
+            // The kernel finds its CPUs through the MP tables, which list sockets.
             .args(["-smp", &format!("cpus={0},sockets={0}", self.cpus)])
             .args(["-m", &format!("{}M", self.memory_mib)])
             .arg("-kernel")
@@ -139,11 +140,11 @@ impl Machine {
 
     fn parameters(&self) -> String {
         let mut parameters = String::from("console=ttyS0 quiet panic=-1");
-        // The MP tables say the same of this machine, and sooner. A watchdog would take
-        // a host that stands still for a lab that does.
+        // Without ACPI the boot is faster, and the MP tables contain the same information. The
+        // watchdog is off because it would mistake a stalled host for a hung lab.
         parameters += " acpi=off nowatchdog";
-        // QEMU's timers need no trying out, and its TSCs agree, though the kernel
-        // would not think so of several sockets.
+        // QEMU's timers need no test, and its TSCs are synchronised, although the kernel would not
+        // assume that with several sockets.
         parameters += " lapic_timer_khz=1000000 no_timer_check tsc=reliable";
         let tsc = if self.icount { 1_000_000 } else { tsc::khz() };
         parameters += &format!(" tsc_early_khz={tsc}");
@@ -161,7 +162,7 @@ impl Machine {
     }
 }
 
-/// A path as a value in one of QEMU's options, where a comma is written twice.
+/// Returns a path as a value in a QEMU option, where a comma is doubled.
 fn value(path: &Path) -> Result<String> {
     let path = path
         .to_str()

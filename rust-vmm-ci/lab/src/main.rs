@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The lab: a machine emulated by QEMU in which this project's own binaries run
-//! with a real KVM, one that has the KVM Userfault ABI, whatever the host offers.
+//! The lab: a machine emulated by QEMU that runs this project's binaries with a real KVM, which
+//! supports KVM Userfault, whatever the host offers.
 //!
-//! `cargo lab run -- CMD ARGS` runs one command there and passes its exit status
-//! through; `cargo lab test ARGS` is `cargo test ARGS` with every test binary run
-//! there. A fault of the lab itself says so and ends with [`FAULT_STATUS`], so it
-//! is never taken for a failure of what ran inside.
+//! `cargo lab run -- CMD ARGS` runs one command in the lab and passes its exit status through;
+//! `cargo lab test ARGS` is `cargo test ARGS` with each test binary run in the lab. A fault of the
+//! lab itself is reported as one and ends with [`FAULT_STATUS`], so it cannot be mistaken for a
+//! failure of the command.
 
 mod agent;
 mod archive;
@@ -28,7 +28,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
-/// Exit status of a run that the lab, not the command, failed.
+/// Exit status of a run that failed because of the lab, not the command.
 const FAULT_STATUS: u8 = 125;
 
 fn main() -> ExitCode {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Kernel modules of a package that is unpacked, not installed, so that nobody has
-//! listed their dependencies: each module names its own.
+//! Kernel modules of an unpacked package. The package is not installed, so there is no modules.dep;
+//! each module itself contains the list of its dependencies.
 
 use std::collections::HashMap;
 use std::fs;
@@ -9,17 +9,17 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
 
-/// A module as it goes into an initramfs.
+/// A kernel module, ready for an initramfs.
 #[derive(Debug)]
 pub struct Module {
-    /// Its name, with underscores.
+    /// The module's name, with underscores.
     pub name: String,
-    /// Its file's content, decompressed.
+    /// The content of the module's file, decompressed.
     pub content: Vec<u8>,
 }
 
-/// Those modules and all that they depend on, each after what it depends on. What is
-/// built into the kernel is left out.
+/// Returns these modules and all their dependencies, in load order. Modules that are built into the
+/// kernel are omitted.
 pub fn pick(folder: &Path, wanted: &[&str]) -> Result<Vec<Module>> {
     let mut files = HashMap::new();
     find(&folder.join("kernel"), &mut files)?;
@@ -54,7 +54,7 @@ fn add(
     Ok(())
 }
 
-/// Finds all modules in a folder, by their names.
+/// Finds all modules in a folder and its subfolders, by name.
 fn find(folder: &Path, files: &mut HashMap<String, PathBuf>) -> Result<()> {
     let entries = fs::read_dir(folder)
         .with_context(|| format!("modules could not be read in {}", folder.display()))?;
@@ -70,15 +70,15 @@ fn find(folder: &Path, files: &mut HashMap<String, PathBuf>) -> Result<()> {
     Ok(())
 }
 
-/// The name of the module in that file, if it is one. File names may have dashes where
-/// names have underscores.
+/// Returns the name of the module in a file, or `None` if the file is not a module. File names may
+/// contain dashes where module names contain underscores.
 fn name_of(path: &Path) -> Option<String> {
     let file = path.file_name()?.to_str()?;
     let name = file.strip_suffix(".xz").unwrap_or(file).strip_suffix(".ko")?;
     Some(name.replace('-', "_"))
 }
 
-/// A module's content, decompressed, so that any kernel takes it.
+/// Returns the content of a module, decompressed, so that any kernel can load it.
 fn read(path: &Path) -> Result<Vec<u8>> {
     if path.extension().is_none_or(|kind| kind != "xz") {
         return fs::read(path).with_context(|| format!("{} could not be read", path.display()));
@@ -92,7 +92,7 @@ fn read(path: &Path) -> Result<Vec<u8>> {
     Ok(output.stdout)
 }
 
-/// What a module says it depends on: `depends=a,b` among the strings of its `.modinfo`.
+/// Returns the dependencies of a module, from `depends=a,b` in its `.modinfo` strings.
 fn depends(content: &[u8]) -> Vec<String> {
     const START: &[u8] = b"\0depends=";
     let Some(at) = content.windows(START.len()).position(|bytes| bytes == START) else {

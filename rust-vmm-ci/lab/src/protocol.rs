@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What the host and the agent inside tell each other: one line of JSON for each
-//! message, over a virtio port of its own.
+//! The protocol between the host and the agent: each message is one line of JSON on a virtio port.
 
 use std::ffi::OsString;
 use std::io::{self, BufRead, Write};
@@ -17,43 +16,43 @@ pub const STDOUT_PORT: &str = "lab.stdout";
 pub const STDERR_PORT: &str = "lab.stderr";
 /// Mount tag of the host's root.
 pub const ROOT_TAG: &str = "root";
-/// Mount tag of the folder that is shared for writing.
+/// Mount tag of the writable shared folder.
 pub const OUT_TAG: &str = "out";
 
-/// Host to agent: what to run.
+/// Message from the host to the agent: the command to run.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Job {
     /// The program and its arguments.
     pub command: Vec<OsString>,
-    /// The whole environment.
+    /// The complete environment.
     pub environment: Vec<(OsString, OsString)>,
     /// The working directory.
     pub directory: OsString,
-    /// The folder that is shared for writing.
+    /// The writable shared folder.
     pub out: OsString,
-    /// Huge pages of 2M that the kernel was told to reserve.
+    /// Number of 2M huge pages that the kernel should have reserved.
     pub hugepages: u64,
-    /// Huge pages of 1G that the kernel was told to reserve.
+    /// Number of 1G huge pages that the kernel should have reserved.
     pub gigapages: u64,
 }
 
-/// Agent to host: how it went.
+/// Message from the agent to the host: the state of the command.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Report {
-    /// The command runs.
+    /// The command is being started.
     Started,
-    /// The command ended, and all it wrote has been sent.
+    /// The command has ended, and all its output has been sent.
     Ended {
-        /// Exit status as a shell has it: 128 + n for signal n.
+        /// Exit status as in a shell: 128 + n for signal n.
         status: u8,
         /// Bytes sent to [`STDOUT_PORT`].
         stdout: u64,
         /// Bytes sent to [`STDERR_PORT`].
         stderr: u64,
-        /// What the kernel logged, if it met a WARN, BUG or oops.
+        /// The kernel log, if it contains a WARN, BUG or oops.
         complaint: Option<String>,
     },
-    /// The agent could not do its part.
+    /// The agent failed, with this error.
     Failed(String),
 }
 
@@ -64,13 +63,13 @@ pub fn send(mut port: impl Write, message: &impl Serialize) -> Result<()> {
     port.write_all(&line).context("a message was not sent")
 }
 
-/// Sends what is no message: the agent drops all that comes after its job. It is for the interrupt
-/// that it makes.
+/// Sends bytes that are not a message, for the sake of the interrupt that they cause. The agent
+/// drops everything after its job.
 pub fn nudge(mut port: impl Write) -> io::Result<()> {
     port.write_all(b"\n")
 }
 
-/// Receives one message, or `None` if the other side is gone.
+/// Receives one message, or returns `None` if the other side has closed the connection.
 pub fn receive<T: DeserializeOwned>(port: &mut impl BufRead) -> Result<Option<T>> {
     let mut line = Vec::new();
     match port.read_until(b'\n', &mut line) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! One run: starts the machine, gives the agent its job, passes the command's
-//! output on, and learns how it ended.
+//! One run of a command: starts the machine, sends the agent its job, forwards the command's
+//! output, and receives its exit status.
 
 use std::fs;
 use std::io::{self, BufReader, Read, Write};
@@ -18,28 +18,29 @@ use crate::machine::{Ends, Machine};
 use crate::protocol::{self, Job, Report};
 use crate::{cache, initramfs};
 
-/// A boot takes seconds; this long even on a host that is busy with other things.
+/// Time limit for the boot. A boot takes seconds; the limit allows for a busy host.
 const BOOT: Duration = Duration::from_secs(180);
-/// How long the last of the output may be under way after the command ended.
+/// Time limit for the last output to arrive after the command has ended.
 const DRAIN: Duration = Duration::from_secs(30);
-/// How often the machine gets an interrupt from outside: the longest that it stands still by a fault
-/// of QEMU's. As its vCPU leaves a nested guest, QEMU (7.2) clears a flag in a word that another of
-/// its threads sets flags in, without a lock: now and then the news of an interrupt, mostly that of
-/// the only timer, is lost. It stays pending until another interrupt has QEMU look again.
+/// Interval at which the host sends the machine an interrupt, which bounds the time that the
+/// machine hangs because of a bug in QEMU. When a vCPU leaves a nested guest, QEMU (7.2) clears a
+/// flag in a word without a lock, while another thread of QEMU sets flags in the same word.
+/// Sometimes the flag of a pending interrupt, mostly that of the only timer, is lost. The interrupt
+/// stays pending until another interrupt makes QEMU check again.
 const NUDGE: Duration = Duration::from_millis(100);
-/// Lines of the console that a fault shows.
+/// Number of lines of the console that a fault report includes.
 const TAIL: usize = 25;
 
-/// What the run must keep to.
+/// The limits of a run.
 #[derive(Debug)]
 pub struct Limits {
-    /// How long the command may run.
+    /// Time limit of the command.
     pub command: Option<Duration>,
-    /// Whether a WARN, BUG or oops of the lab's kernel is let pass.
+    /// Whether the run may succeed despite a WARN, BUG or oops of the lab's kernel.
     pub allow_warn: bool,
 }
 
-/// How the command ended, as the agent reported it.
+/// The end of the command, as the agent reported it.
 struct Ending {
     status: u8,
     complaint: Option<String>,
@@ -49,12 +50,11 @@ enum Event {
     Report(Report),
     /// Bytes passed on from the command's standard output and standard error.
     Copied(usize, usize),
-    /// The agent can say no more.
+    /// The connection to the agent has ended.
     Gone(Option<anyhow::Error>),
 }
 
-/// Runs one command in a machine of its own and returns its exit status; an error
-/// is a fault of the lab.
+/// Runs one command in a new machine and returns its exit status; an error is a fault of the lab.
 pub fn run(machine: &Machine, kernel: &Path, job: Job, limits: &Limits) -> Result<u8> {
     let (console, console_end) = UnixStream::pair()?;
     let (control, control_end) = UnixStream::pair()?;
@@ -79,9 +79,9 @@ pub fn run(machine: &Machine, kernel: &Path, job: Job, limits: &Limits) -> Resul
     let reports = control.try_clone()?;
     thread::spawn(move || listen(reports, &events));
 
-    // The machine reads the job once it is up. One that never does is gone or too
-    // late, which shows below.
-    // Where the clock counts instructions, QEMU's threads take turns, and runs are to be the same.
+    // The machine reads the job once it has booted. If it never does, it has died or is too late,
+    // which `follow` detects. There are no nudges with `icount`: QEMU's threads then take turns,
+    // and runs must be deterministic.
     let nudge = !machine.icount;
     thread::spawn(move || {
         let sent = protocol::send(&control, &job);
@@ -90,7 +90,7 @@ pub fn run(machine: &Machine, kernel: &Path, job: Job, limits: &Limits) -> Resul
         }
     });
     let ending = follow(&inbox, limits);
-    // Nothing inside is worth an orderly shutdown.
+    // No state inside needs an orderly shutdown.
     let died = stop(&mut qemu, ending.is_err());
     match ending {
         Ok(ending) => judge(ending, limits),
@@ -98,7 +98,7 @@ pub fn run(machine: &Machine, kernel: &Path, job: Job, limits: &Limits) -> Resul
     }
 }
 
-/// Follows the run to its end.
+/// Processes the events of the run until its end.
 fn follow(inbox: &Receiver<Event>, limits: &Limits) -> Result<Ending> {
     let mut copied = (0, 0);
     let mut deadline = Some((Instant::now() + BOOT, "the machine did not start the command", BOOT));
@@ -146,7 +146,7 @@ fn follow(inbox: &Receiver<Event>, limits: &Limits) -> Result<Ending> {
     }
 }
 
-/// Turns the command's end into the run's.
+/// Converts the end of the command into the result of the run.
 fn judge(ending: Ending, limits: &Limits) -> Result<u8> {
     if let Some(complaint) = ending.complaint {
         eprintln!("lab: the lab's kernel complained while the command ran:\n{complaint}");
@@ -160,10 +160,10 @@ fn judge(ending: Ending, limits: &Limits) -> Result<u8> {
     Ok(ending.status)
 }
 
-/// Kills the machine; returns how it ended if it did so by itself.
+/// Kills the machine. If the machine had already exited, returns its status.
 fn stop(qemu: &mut Child, failed: bool) -> Option<String> {
     let mut died = None;
-    // A machine that is gone for the agent takes a moment to be gone for us.
+    // QEMU may close its connections a moment before it exits.
     for _ in 0..if failed { 10 } else { 0 } {
         died = qemu.try_wait().ok().flatten();
         if died.is_some() {
@@ -171,15 +171,15 @@ fn stop(qemu: &mut Child, failed: bool) -> Option<String> {
         }
         thread::sleep(Duration::from_millis(20));
     }
-    // Errors mean that it is gone, which is all that is wanted.
+    // Errors mean that the machine has already exited.
     let _ = qemu.kill();
     let _ = qemu.wait();
     died.map(|status| status.to_string())
 }
 
-/// Adds to a fault how QEMU ended and the end of the kernel's console.
+/// Adds QEMU's exit status and the end of the kernel's console to an error.
 fn explain(error: anyhow::Error, died: Option<String>, log: &Mutex<Vec<u8>>) -> anyhow::Error {
-    // What the dead machine wrote last is still on its way through the threads.
+    // The threads may still be reading the machine's last output.
     thread::sleep(Duration::from_millis(200));
     let log = log.lock().unwrap_or_else(PoisonError::into_inner);
     let text = String::from_utf8_lossy(&log).replace('\r', "");
@@ -206,7 +206,7 @@ fn save(text: &str) -> Result<String> {
     Ok(path.display().to_string())
 }
 
-/// Collects a stream in memory.
+/// Starts a thread that collects a stream in memory.
 fn collect(mut from: impl Read + Send + 'static, log: &Arc<Mutex<Vec<u8>>>) {
     let log = Arc::clone(log);
     thread::spawn(move || {
@@ -217,7 +217,8 @@ fn collect(mut from: impl Read + Send + 'static, log: &Arc<Mutex<Vec<u8>>>) {
     });
 }
 
-/// Passes a stream of the command's on, and tells how much.
+/// Starts a thread that forwards an output stream of the command, and sends an event with the
+/// number of bytes.
 fn copy(
     mut from: UnixStream,
     mut to: impl Write + Send + 'static,
@@ -227,7 +228,7 @@ fn copy(
     thread::spawn(move || {
         let mut buffer = [0; 65536];
         while let Ok(n @ 1..) = from.read(&mut buffer) {
-            // A reader on the host that went away does not stop the command.
+            // The command continues even if its reader on the host has gone away.
             let _ = to.write_all(&buffer[..n]).and_then(|()| to.flush());
             if events.send(event(n)).is_err() {
                 break;
@@ -236,7 +237,7 @@ fn copy(
     });
 }
 
-/// Passes the agent's reports on.
+/// Forwards the agent's reports as events.
 fn listen(control: UnixStream, events: &Sender<Event>) {
     let mut control = BufReader::new(control);
     loop {

@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The frequency of this host's time-stamp counter, which QEMU's emulated CPUs
-//! count by. The lab's kernel is told it: on a busy host it fails to find it out,
-//! and without it KVM never enters a guest.
+//! The frequency of the host's time-stamp counter, which is also that of QEMU's emulated CPUs. The
+//! lab's kernel gets it as a parameter, because on a busy host its calibration fails, and without a
+//! calibrated counter KVM never enters a guest.
 
 use std::arch::x86_64::_rdtsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// How long to measure: long enough for an error of a few parts in a million.
+/// Duration of the measurement: long enough for an error of a few parts per million.
 const SPAN: Duration = Duration::from_millis(20);
 
-/// The frequency in kHz.
+/// Measures the frequency, in kHz.
 pub fn khz() -> u64 {
     let (ticks, time) = sample();
     thread::sleep(SPAN);
@@ -23,7 +23,8 @@ fn frequency(ticks: u64, time: Duration) -> u64 {
     khz.try_into().unwrap_or(u64::MAX)
 }
 
-/// The counter and the time, of several tries the pair that lies closest together.
+/// Reads the counter and the time several times, and returns the pair that was read in the shortest
+/// interval.
 fn sample() -> (u64, Instant) {
     let (_, ticks, time) = (0..16)
         .map(|_| {
@@ -38,7 +39,7 @@ fn sample() -> (u64, Instant) {
 }
 
 fn now() -> u64 {
-    // SAFETY: every x86-64 CPU has the instruction, and Linux lets programs use it.
+    // SAFETY: every x86-64 CPU has this instruction, and Linux allows it in user mode.
     unsafe { _rdtsc() }
 }
 
@@ -53,7 +54,8 @@ mod tests {
 
     #[test]
     fn two_measurements_agree() {
-        // The kernel may correct its clock between the two, as it does some seconds after boot.
+        // The kernel may adjust its clock between the two measurements, as it does some seconds
+        // after boot.
         let pairs: Vec<_> = (0..5).map(|_| (khz(), khz())).collect();
         let agree = |(one, other): &(u64, u64)| one.abs_diff(*other) < one / 1000;
         assert!(pairs.iter().filter(|pair| agree(pair)).count() >= 3, "{pairs:?}");

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! KVM_MEM_USERFAULT and dirty logging, turned on and off in any order while the
-//! guest uses its memory. (A WARN of the lab's kernel fails the run.)
+//! Tests that turn KVM_MEM_USERFAULT and dirty logging on and off in any order while the guest uses
+//! its memory. (A WARN of the lab's kernel fails the run.)
 
 use crate::guest::{Access, Backing, Guest, LOG, PAGES, USERFAULT, content};
 use crate::{BACKINGS, only};
 
 const STATES: [u32; 4] = [0, USERFAULT, LOG, USERFAULT | LOG];
 
-/// Has the guest use some of its pages, and miss those that have not arrived
-/// while the flag says so.
+/// Lets the guest access some of its pages, and checks that it misses the odd ones while the flag
+/// is on.
 fn touch(guest: &mut Guest, flags: u32, step: usize) {
     for page in (0..PAGES).step_by(step) {
         if page % 2 == 0 {
@@ -28,7 +28,8 @@ fn touch(guest: &mut Guest, flags: u32, step: usize) {
     }
 }
 
-/// Huge mappings of a guest that never had either flag, after all was used.
+/// Returns the number of huge mappings of a guest that never had either flag, after it has used all
+/// its memory.
 fn plain(backing: Backing) -> Option<u64> {
     let mut guest = Guest::new(backing, 0)?;
     for page in 0..PAGES {
@@ -62,12 +63,12 @@ fn no_order_of_changes_opens_a_page() {
             for first in STATES {
                 for second in STATES {
                     for third in STATES {
-                        // From the same state each time.
+                        // Starts from the same state each time.
                         [start, first, second, third].into_iter().for_each(&mut go);
                     }
                 }
             }
-            // On once more, whatever is mapped by then, and then for good off.
+            // Turns the flag on once more, whatever is mapped by then, and then off for good.
             guest.set_flags(USERFAULT).expect("flags");
             touch(&mut guest, USERFAULT, 1);
             for page in 0..PAGES {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A guest that loads or stores one word at a time, on memory that its test gives
-//! it page by page.
+//! A guest that loads or stores one word at a time, in memory that its test makes present page by
+//! page.
 
 use std::fs;
 use std::io;
@@ -16,22 +16,23 @@ use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use vmm_sys_util::errno;
 use vmm_sys_util::ioctl::ioctl_with_mut_ref;
 
-/// The flags of a memslot that these tests are about.
+/// The flags of a memslot under test.
 pub const USERFAULT: u32 = 1 << 3;
 pub const LOG: u32 = KVM_MEM_LOG_DIRTY_PAGES;
 
-/// Flag of a memory-fault exit: the page's bit is set.
+/// Flag of a memory-fault exit: the page's bit in the bitmap is set.
 pub const EXIT_USERFAULT: u64 = 1 << 4;
 
 pub const PAGE: usize = 4096;
-/// Pages of one unit of 2M, and of the memory under test.
+/// Number of pages in one 2M unit, and in the memory under test.
 pub const UNIT_PAGES: usize = 512;
 pub const PAGES: usize = 2 * UNIT_PAGES;
 
-/// The memory under test lies at its natural alignment, above what real mode
-/// reaches without a larger segment limit.
+/// Address of the memory under test: naturally aligned, and beyond the reach of real mode unless
+/// the segment limit is raised.
 pub const MEMORY_GPA: u64 = 2 << 20;
-/// Where the programs lie, and after them what else is there from the start.
+/// Address of the code slot, which holds the programs and everything else that is present from the
+/// start.
 pub const CODE_GPA: u64 = 0x1000;
 const CODE_PAGES: usize = 64;
 const CODE_SLOT: u32 = 0;
@@ -44,27 +45,27 @@ const STORE_OFFSET: usize = 16;
 
 vmm_sys_util::ioctl_iowr_nr!(KVM_PRE_FAULT_MEMORY, 0xae, 0xd5, kvm_pre_fault_memory);
 
-/// What backs the memory under test.
+/// The backing of the memory under test.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Backing {
-    /// shmem, in huge pages where the kernel can.
+    /// shmem, with huge pages if the kernel supports them.
     Shmem,
-    /// hugetlb of 2M.
+    /// hugetlb with 2M pages.
     Hugetlb,
 }
 
-/// How an access ended.
+/// The outcome of an access.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Access {
-    /// It went through; a load's value.
+    /// The access completed, with this value in eax.
     Done(u32),
-    /// It left the guest: this page is missing.
+    /// KVM exited because this page is missing.
     Missing(usize),
-    /// KVM_RUN failed with EFAULT and told no more.
+    /// KVM_RUN failed with EFAULT, without further information.
     Unexplained,
 }
 
-/// Shared memory behind a descriptor of its own.
+/// A mapping of a memfd.
 pub struct Shared {
     fd: OwnedFd,
     address: *mut u8,
@@ -77,36 +78,37 @@ impl Shared {
             Backing::Shmem => 0,
             Backing::Hugetlb => libc::MFD_HUGETLB | libc::MFD_HUGE_2MB,
         };
-        // SAFETY: the name is a C string.
+        // SAFETY: the name is a valid C string.
         let fd = unsafe { libc::memfd_create(c"userfault".as_ptr(), flags) };
         if fd < 0 {
             return Err(io::Error::last_os_error());
         }
-        // SAFETY: the descriptor is new, so nobody else owns it.
+        // SAFETY: the descriptor is new, so no other code owns it.
         let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-        // SAFETY: these take the descriptor and numbers.
+        // SAFETY: the call takes only a descriptor and a number.
         let sized = unsafe { libc::ftruncate(fd.as_raw_fd(), length.cast_signed() as i64) };
         if sized != 0 {
             return Err(io::Error::last_os_error());
         }
         let shared = Self { address: Self::map(&fd, length)?, fd, length };
         if backing == Backing::Shmem {
-            // SAFETY: the range is the mapping's own. An error means small pages.
+            // SAFETY: the range is exactly this mapping. An error only means small pages.
             unsafe { libc::madvise(shared.address.cast(), length, libc::MADV_HUGEPAGE) };
         }
         Ok(shared)
     }
 
-    /// The same memory once more, as another process would map it.
+    /// Maps the same memory a second time, as another process would.
     pub fn again(&self) -> io::Result<Self> {
         let fd = self.fd.try_clone()?;
         Ok(Self { address: Self::map(&fd, self.length)?, fd, length: self.length })
     }
 
-    /// Maps a file at an address that is a multiple of 2M, as huge pages need.
+    /// Maps a file at a multiple of 2M, as huge pages require.
     fn map(fd: &OwnedFd, length: usize) -> io::Result<*mut u8> {
         let align = UNIT_PAGES * PAGE;
-        // SAFETY: a new mapping, placed by the kernel, touches nothing that exists.
+        // SAFETY: a new mapping at an address of the kernel's choice does not affect existing
+        // memory.
         let space = unsafe {
             libc::mmap(
                 ptr::null_mut(),
@@ -121,8 +123,7 @@ impl Shared {
             return Err(io::Error::last_os_error());
         }
         let offset = space.cast::<u8>().align_offset(align);
-        // SAFETY: the aligned range lies within the space that was just reserved,
-        // which nothing else uses.
+        // SAFETY: the aligned range lies within the space reserved above, which no other code uses.
         let address = unsafe {
             libc::mmap(
                 space.cast::<u8>().add(offset).cast(),
@@ -143,24 +144,24 @@ impl Shared {
         self.address as u64
     }
 
-    /// Takes away the right to read, as if the memory were gone.
+    /// Makes the memory inaccessible, as if it were unmapped.
     pub fn forbid(&self) {
-        // SAFETY: the range is the mapping's own; the tests do not read it again.
+        // SAFETY: the range is exactly this mapping, and the tests do not access it afterwards.
         let result = unsafe { libc::mprotect(self.address.cast(), self.length, libc::PROT_NONE) };
         assert_eq!(result, 0);
     }
 
-    /// Writes at an offset, as the host does while the guest does not run.
+    /// Writes bytes at an offset, while the guest does not run.
     pub fn put(&self, offset: usize, bytes: &[u8]) {
         assert!(offset + bytes.len() <= self.length);
-        // SAFETY: within the mapping, to which no reference exists.
+        // SAFETY: the assertion keeps the range within the mapping, to which no reference exists.
         unsafe {
             let to = self.address.add(offset);
             ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len());
         }
     }
 
-    /// What lies at an offset.
+    /// Reads bytes at an offset.
     pub fn get(&self, offset: usize, length: usize) -> Vec<u8> {
         assert!(offset + length <= self.length);
         let mut bytes = vec![0; length];
@@ -174,8 +175,8 @@ impl Shared {
 
     fn word(&self, index: usize) -> &AtomicU64 {
         assert!(index * 8 < self.length);
-        // SAFETY: within the mapping, aligned, and shared memory is what atomics
-        // are for.
+        // SAFETY: the assertion keeps the word within the mapping, which lives as long as `self`,
+        // and it is aligned. Atomic accesses are sound for memory that the guest and KVM share.
         unsafe { AtomicU64::from_ptr(self.address.cast::<u64>().add(index)) }
     }
 
@@ -187,7 +188,7 @@ impl Shared {
         self.word(bit / 64).fetch_and(!(1 << (bit % 64)), Ordering::Release);
     }
 
-    /// The first word of a page.
+    /// Returns the first word of a page.
     pub fn page(&self, page: usize) -> &AtomicU64 {
         self.word(page * PAGE / 8)
     }
@@ -195,14 +196,14 @@ impl Shared {
 
 impl Drop for Shared {
     fn drop(&mut self) {
-        // SAFETY: the range is the mapping's own, and no reference outlives self.
+        // SAFETY: the range is exactly this mapping, and no reference into it outlives `self`.
         unsafe { libc::munmap(self.address.cast(), self.length) };
     }
 }
 
-/// A virtual machine with the memory under test in a slot of its own.
+/// A virtual machine with the memory under test in a separate slot.
 pub struct Guest {
-    // Before the memory, so that it is gone first.
+    // Declared before the memory, so that it is dropped first.
     pub vcpu: VcpuFd,
     pub vm: VmFd,
     pub code: Shared,
@@ -210,26 +211,27 @@ pub struct Guest {
     pub bitmap: Shared,
 }
 
-/// What a page holds before it arrives: no guest may ever see it.
+/// Returns the first word of a missing page, which no guest may ever read.
 pub fn unarrived(page: usize) -> u32 {
     0xbad0_0000 | page as u32
 }
 
-/// What a page holds once it arrived.
+/// Returns the first word of a present page.
 pub fn content(page: usize) -> u32 {
     0x600d_0000 | page as u32
 }
 
 impl Guest {
-    /// A guest whose pages are all missing, their bits set, on memory that holds
-    /// something else already. `None` means: no such KVM here (after saying so).
+    /// Creates a guest whose pages are all missing (their bits are set) although the memory already
+    /// has other content. Returns `None`, after printing the reason, if this host has no suitable
+    /// KVM.
     pub fn new(backing: Backing, flags: u32) -> Option<Self> {
         let kvm = match Kvm::new() {
             Ok(kvm) => kvm,
             Err(error) => return skip(&format!("/dev/kvm: {error}")),
         };
         if backing == Backing::Shmem {
-            // Only root may; without it shmem is in small pages.
+            // Only root can write this; otherwise shmem uses small pages.
             let _ = fs::write("/sys/kernel/mm/transparent_hugepage/shmem_enabled", "advise");
         }
         let memory = match Shared::new(backing, PAGES * PAGE) {
@@ -248,7 +250,7 @@ impl Guest {
             memory_size: (CODE_PAGES * PAGE) as u64,
             userspace_addr: code.address(),
         };
-        // SAFETY: the guest keeps the mapping for as long as the VM.
+        // SAFETY: the guest keeps the mapping until the VM is dropped.
         unsafe { vm.set_user_memory_region(region) }.expect("code slot");
         let vcpu = vm.create_vcpu(0).expect("vcpu");
         let cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).expect("CPUID");
@@ -256,7 +258,7 @@ impl Guest {
         let mut sregs = vcpu.get_sregs().expect("sregs");
         sregs.cs.base = 0;
         sregs.cs.selector = 0;
-        // Real mode that reaches 4G.
+        // Real mode with segment limits of 4G.
         for segment in [&mut sregs.ds, &mut sregs.es, &mut sregs.ss] {
             segment.base = 0;
             segment.limit = u32::MAX;
@@ -268,7 +270,7 @@ impl Guest {
             guest.memory.page(page).store(unarrived(page).into(), Ordering::Relaxed);
             guest.bitmap.set(page);
         }
-        // Whether the ABI is there is known only by trying.
+        // Support for the ABI can only be detected by trying.
         match guest.set_flags(USERFAULT) {
             Err(error) if error.errno() == libc::EINVAL => {
                 return skip("this KVM has no KVM_MEM_USERFAULT");
@@ -291,14 +293,14 @@ impl Guest {
             userspace_addr: self.memory.address(),
             ..Default::default()
         };
-        // userfault_bitmap, which kvm-bindings has no name for.
+        // The field userfault_bitmap, which kvm-bindings does not define.
         region.pad2[0] = self.bitmap.address();
         region
     }
 
     pub fn set_region(&self, region: kvm_userspace_memory_region2) -> Result<(), errno::Error> {
-        // SAFETY: regions come from `region`, so they name mappings that live as
-        // long as the VM, or are refused.
+        // SAFETY: regions come from `region`, so they describe mappings that live as long as the
+        // VM, or KVM refuses them.
         unsafe { self.vm.set_user_memory_region2(region) }
     }
 
@@ -306,7 +308,7 @@ impl Guest {
         self.set_region(self.region(flags))
     }
 
-    /// The ioctl that knows no bitmap.
+    /// Sets the flags through the older ioctl, which has no bitmap.
     pub fn set_flags_by_old_ioctl(&self, flags: u32) -> Result<(), errno::Error> {
         let region = self.region(flags);
         let region = kvm_userspace_memory_region {
@@ -326,7 +328,7 @@ impl Guest {
         self.set_region(region).expect("slot removed");
     }
 
-    /// Provides a page: content first, then the bit.
+    /// Publishes a page: the content first, then the bit.
     pub fn arrive(&self, page: usize) {
         self.memory.page(page).store(content(page).into(), Ordering::Relaxed);
         self.bitmap.clear(page);
@@ -351,7 +353,7 @@ impl Guest {
         self.vcpu.set_regs(&regs).expect("regs");
     }
 
-    /// Enters the guest where it was left.
+    /// Resumes the guest.
     pub fn resume(&mut self) -> Access {
         match self.vcpu.run() {
             Ok(VcpuExit::Hlt) => Access::Done(self.vcpu.get_regs().expect("regs").rax as u32),
@@ -367,30 +369,30 @@ impl Guest {
         }
     }
 
-    /// Asks KVM to map a page ahead of use.
+    /// Asks KVM to map a page before it is accessed.
     pub fn pre_fault(&mut self, page: usize) -> Result<(), errno::Error> {
         let mut range = kvm_pre_fault_memory {
             gpa: MEMORY_GPA + (page * PAGE) as u64,
             size: PAGE as u64,
             ..Default::default()
         };
-        // SAFETY: the structure is the one that this ioctl takes.
+        // SAFETY: `range` is the structure that this ioctl reads and writes.
         match unsafe { ioctl_with_mut_ref(&self.vcpu, KVM_PRE_FAULT_MEMORY(), &mut range) } {
             0 => Ok(()),
             _ => Err(errno::Error::last()),
         }
     }
 
-    /// Pages that the guest wrote since it was last asked.
+    /// Returns the pages that KVM has logged as dirty since the last call.
     pub fn dirty(&self) -> Vec<usize> {
         let log = self.vm.get_dirty_log(MEMORY_SLOT, PAGES * PAGE).expect("dirty log");
         (0..PAGES).filter(|page| log[page / 64] >> (page % 64) & 1 == 1).collect()
     }
 
-    /// Huge mappings of this VM, by KVM's own count.
+    /// Returns the number of this VM's huge mappings, from KVM's counter.
     pub fn huge_mappings(&self) -> u64 {
-        // Named after the thread that made the VM, which is the test's.
-        // SAFETY: gettid has no conditions.
+        // The folder is named after the thread that created the VM, which is the test's.
+        // SAFETY: gettid has no preconditions.
         let thread = unsafe { libc::gettid() };
         let folder = format!("/sys/kernel/debug/kvm/{thread}-{}", self.vm.as_raw_fd());
         let text = fs::read_to_string(format!("{folder}/pages_2m")).expect("KVM's counters");
@@ -398,10 +400,10 @@ impl Guest {
     }
 }
 
-/// Says that nothing was tested; within the lab that is a failure.
+/// Reports that a test was skipped; in the lab that is a failure.
 fn skip<T>(reason: &str) -> Option<T> {
     assert!(std::env::var_os("LAB").is_none(), "in the lab, yet {reason}");
-    // Past libtest, which keeps what passing tests print.
+    // Written directly to stderr, because libtest captures the output of passing tests.
     let _ = io::Write::write_all(&mut io::stderr(), format!("SKIPPED: {reason}\n").as_bytes());
     None
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Instructions of any other kind that KVM emulates, and what it reads to do so:
-//! missing pages are exits, and memory is changed once.
+//! Tests of other instructions that KVM emulates, and of the structures that it reads for them:
+//! missing pages cause exits, and memory is changed exactly once.
 
 use crate::guest::{CODE_GPA, PAGE, PAGES};
 use crate::machine::{
@@ -10,7 +10,7 @@ use crate::machine::{
 #[test]
 fn what_was_read_from_a_device_is_not_read_again() {
     on_each(|machine| {
-        // push dword [ebx]: the stack is known to be missing only after the read.
+        // push dword [ebx]: KVM finds the stack missing only after the read of the device.
         machine.program(&[0x67, 0x66, 0xff, 0x33], |regs| {
             regs.rbx = MMIO_GPA + 8;
             regs.rsp = at(30, 4);
@@ -25,7 +25,7 @@ fn what_was_read_from_a_device_is_not_read_again() {
         assert_eq!(machine.memory(30, 1), expected);
         assert_eq!(machine.regs().rsp, at(30, 0));
 
-        // pop dword [ebx]: a missing stack, then the device.
+        // pop dword [ebx]: first the missing stack, then the device.
         machine.program(&[0x67, 0x66, 0x8f, 0x03], |regs| {
             regs.rbx = MMIO_GPA + 16;
             regs.rsp = at(31, 8);
@@ -46,7 +46,7 @@ fn an_instruction_that_user_space_leaves_is_forgotten() {
             (regs.rbx, regs.rsp) = (MMIO_GPA, at(32, 4));
         });
         assert_eq!(machine.run(), End::Missing(32));
-        // mov eax, [ebx], elsewhere
+        // mov eax, [ebx], at another address
         machine.guest.code.put(64, &[0x67, 0x66, 0x8b, 0x03, 0xf4]);
         machine.enter(CODE_GPA + 64, |regs| regs.rbx = MMIO_GPA + 8);
         assert_eq!(machine.finish(), []);
@@ -66,7 +66,7 @@ fn an_unreadable_bitmap_is_a_plain_fault_here_too() {
     });
 }
 
-/// Has the stack pointer use all of its 32 bits.
+/// Makes the stack segment use the full 32-bit stack pointer.
 fn flat_stack(machine: &Machine) {
     let vcpu = &machine.guest.vcpu;
     let mut sregs = vcpu.get_sregs().expect("sregs");
@@ -78,8 +78,8 @@ fn flat_stack(machine: &Machine) {
 fn ordinary_instructions_change_memory_once() {
     allow_emulate();
     on_each(|machine| {
-        // Each on a page of its own, and across the end of one: a value, and
-        // what becomes of it with eax = 5 and ecx = 0x101.
+        // Each instruction runs on a separate page, and across the end of a page. The cases give
+        // the instruction and its effect on a value, with eax = 5 and ecx = 0x101.
         type Becomes = fn(u32) -> u32;
         let cases: [(&[u8], Becomes); 8] = [
             (&[0x67, 0x66, 0x89, 0x0b], |_| 0x101), // mov [ebx], ecx
@@ -158,7 +158,7 @@ fn a_device_that_comes_first_is_written_once() {
     allow_emulate();
     on_each(|machine| {
         flat_stack(machine);
-        // As above, the first push just behind the memory, the second in it.
+        // As above, but the first push is just behind the memory, and the second in it.
         machine.guest.code.put(0x100, &[0xf4]);
         let far_call = [&EMULATE[..], &[0x9a, 0x00, 0x11, 0x00, 0x00]].concat();
         machine.program(&far_call, |regs| regs.rsp = END_GPA + 2);
@@ -171,8 +171,8 @@ fn a_device_that_comes_first_is_written_once() {
 #[test]
 fn instructions_are_fetched_from_present_pages_only() {
     on_each(|machine| {
-        // mov eax, [ebx], its last bytes on another page, and of that page KVM
-        // must fetch by itself: the CPU has it mapped already.
+        // mov eax, [ebx + 0], whose last bytes are on another page. KVM must fetch them itself: the
+        // CPU already has that page mapped.
         let code = [0x67, 0x66, 0x8b, 0x83, 0, 0, 0, 0, 0xf4];
         let split = 5;
         let nop = [0x90, 0xf4];
@@ -201,7 +201,7 @@ fn instructions_are_fetched_from_present_pages_only() {
     });
 }
 
-/// Has 16-bit code reach the memory under test.
+/// Raises the code segment's limit so that 16-bit code can run in the memory under test.
 fn code_at_memory(machine: &Machine) {
     let vcpu = &machine.guest.vcpu;
     let mut sregs = vcpu.get_sregs().expect("sregs");
@@ -220,7 +220,7 @@ fn descriptors_are_read_when_they_are_there() {
         sregs.gdt.base = at(240, 0);
         sregs.gdt.limit = 0xff;
         vcpu.set_sregs(&sregs).expect("sregs");
-        // A data segment, not accessed yet: KVM sets that bit.
+        // A data segment whose accessed bit is clear; KVM sets it.
         let descriptor = 0x00cf_9200_0000_ffffu64;
         machine.image(240, 0x18, &descriptor.to_le_bytes());
         // mov es, eax
@@ -252,7 +252,7 @@ fn other_system_structures_are_read_when_they_are_there() {
         let expected =
             [idt.limit.to_le_bytes().as_slice(), &(idt.base as u32).to_le_bytes()].concat();
         assert_eq!(machine.memory(251, 2)[PAGE - 4..][..6], expected);
-        // int 0x20, with the vectors at a page that has yet to arrive
+        // int 0x20, with the interrupt vectors on a missing page
         let mut sregs = machine.guest.vcpu.get_sregs().expect("sregs");
         sregs.idt.base = at(253, 0);
         sregs.idt.limit = 0x3ff;
@@ -261,7 +261,7 @@ fn other_system_structures_are_read_when_they_are_there() {
         machine.image(253, 0x80, &[0x00, 0x12, 0x00, 0x00]);
         machine.guest.code.put(0x200, &[0xf4]);
         let code = [&EMULATE[..], &[0xcd, 0x20]].concat();
-        // From the prefix again, for the CPU reads the vector first.
+        // Restarted from the prefix each time, because the CPU reads the vector first.
         for page in [255, 254, 253] {
             machine.program(&code, |regs| regs.rsp = at(255, 2));
             assert_eq!(machine.run(), End::Missing(page));

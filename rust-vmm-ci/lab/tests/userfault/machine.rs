@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Runs any program on the memory under test, with a device behind a port and in
-//! MMIO that counts what it is asked for, and looks at each exit for a missing page.
+//! Runs arbitrary programs on the memory under test, with a device behind a port and in MMIO that
+//! records its accesses, and checks each exit for a missing page.
 
 use std::fs;
 
@@ -10,38 +10,38 @@ use kvm_ioctls::VcpuExit;
 use crate::BACKINGS;
 use crate::guest::{Backing, CODE_GPA, EXIT_USERFAULT, Guest, MEMORY_GPA, PAGE, PAGES, USERFAULT};
 
-/// The device's port, and the first address of its MMIO, where no slot is.
+/// The device's port, and the first address of its MMIO, which no slot covers.
 pub const PORT: u16 = 0x80;
 pub const MMIO_GPA: u64 = 0xd000_0000;
 
-/// Where the memory under test ends, and no slot is any more.
+/// End of the memory under test; no slot covers addresses from here on.
 pub const END_GPA: u64 = MEMORY_GPA + (PAGES * PAGE) as u64;
 
-/// `ud2; .ascii "kvm"`: has KVM emulate the instruction that follows.
+/// `ud2; .ascii "kvm"`: makes KVM emulate the next instruction.
 pub const EMULATE: [u8; 5] = [0x0f, 0x0b, b'k', b'v', b'm'];
 
-/// Page tables that are there from the start: the last pages of the code slot.
+/// First page of the code slot that holds page tables. These pages are present from the start.
 pub const TABLES: usize = 32;
-/// Present, writable, and for anybody: L1's tables must be the latter.
+/// Flags of an entry: present, writable, and user. L1's nested page tables need the user flag.
 const ENTRY: u64 = 0b111;
-/// Accessed and dirty, which the CPU, or KVM in its place, sets in an entry.
+/// The accessed and dirty flags, which the CPU or KVM's emulation sets in an entry.
 pub const ACCESSED: u64 = 1 << 5;
 pub const DIRTY: u64 = 1 << 6;
 const LARGE: u64 = 1 << 7;
 
-/// Where the paged guest sees the window that a test maps by its own tables.
+/// Guest virtual address of the window that a test maps through its own page tables.
 pub const WINDOW: u64 = 1 << 39;
 
-/// What the device saw and gave.
+/// The accesses that the device recorded.
 #[derive(Debug, Default)]
 pub struct Device {
     /// Bytes written to the port.
     pub out: Vec<u8>,
-    /// How many bytes were read from the port: byte i is `port_byte(i)`.
+    /// Number of bytes read from the port; byte i is `port_byte(i)`.
     pub taken: usize,
-    /// MMIO reads, by address and length: the byte at an address is `mmio_byte`.
+    /// MMIO reads: address and length. The byte at an address is `mmio_byte(address)`.
     pub reads: Vec<(u64, usize)>,
-    /// MMIO writes.
+    /// MMIO writes: address and bytes.
     pub writes: Vec<(u64, Vec<u8>)>,
 }
 
@@ -53,20 +53,20 @@ pub fn mmio_byte(address: u64) -> u8 {
     (address * 5 + 3) as u8
 }
 
-/// What a page's byte is before and after it arrives.
+/// The value of each byte of a missing page.
 const UNARRIVED: u8 = 0xee;
 
 pub fn content_byte(page: usize, offset: usize) -> u8 {
-    // Never the byte that stands for what has not arrived.
+    // Never the value of a missing page's bytes.
     ((page * 31 + offset * 3) % 0xee) as u8
 }
 
-/// How a program ended.
+/// The reason why a program stopped.
 #[derive(Debug, PartialEq, Eq)]
 pub enum End {
     Halt,
     Missing(usize),
-    /// KVM_RUN ended for a signal, or because it was told to.
+    /// A signal or `immediate_exit` ended KVM_RUN.
     Interrupted,
 }
 
@@ -74,12 +74,12 @@ pub enum End {
 pub struct Machine {
     pub guest: Guest,
     pub device: Device,
-    /// What a page holds that is not filled with `content_byte`.
+    /// Content of pages that is not given by `content_byte`.
     images: Vec<(usize, Vec<u8>)>,
 }
 
 impl Machine {
-    /// A machine whose pages have all yet to arrive.
+    /// Creates a machine whose pages are all missing.
     pub fn new(backing: Backing) -> Option<Self> {
         let guest = Guest::new(backing, USERFAULT)?;
         for page in 0..PAGES {
@@ -88,7 +88,7 @@ impl Machine {
         Some(Self { guest, device: Device::default(), images: Vec::new() })
     }
 
-    /// Gives a page another content, from `offset` on, to arrive with.
+    /// Changes the source content of a page, from `offset` on.
     pub fn image(&mut self, page: usize, offset: usize, bytes: &[u8]) {
         let image = match self.images.iter_mut().find(|(number, _)| *number == page) {
             Some((_, image)) => image,
@@ -101,7 +101,7 @@ impl Machine {
         image[offset..offset + bytes.len()].copy_from_slice(bytes);
     }
 
-    /// What a page arrives with.
+    /// Returns the source content of a page.
     pub fn expected(&self, page: usize) -> Vec<u8> {
         match self.images.iter().find(|(number, _)| *number == page) {
             Some((_, image)) => image.clone(),
@@ -109,8 +109,7 @@ impl Machine {
         }
     }
 
-    /// The memory as it would be if all had arrived: what the program's outcome
-    /// is compared with.
+    /// Returns the source content of `count` pages, for comparison with the program's result.
     pub fn arrived(&self, first: usize, count: usize) -> Vec<u8> {
         (first..first + count).flat_map(|page| self.expected(page)).collect()
     }
@@ -124,7 +123,7 @@ impl Machine {
         self.guest.bitmap.clear(page);
     }
 
-    /// Puts a program, ended by `hlt`, where the code lies and the CPU there.
+    /// Writes a program, followed by `hlt`, to the code slot, and sets the CPU to its start.
     pub fn program(&mut self, code: &[u8], set: impl FnOnce(&mut kvm_regs)) {
         self.guest.code.put(0, code);
         self.guest.code.put(code.len(), &[0xf4]);
@@ -138,7 +137,7 @@ impl Machine {
         self.device = Device::default();
     }
 
-    /// Enters the guest until it halts or misses a page; serves the device.
+    /// Runs the guest until it halts or accesses a missing page; emulates the device.
     pub fn run(&mut self) -> End {
         loop {
             let device = &mut self.device;
@@ -175,9 +174,9 @@ impl Machine {
         }
     }
 
-    /// Runs the program to its end, each missing page arriving after the guest
-    /// was sent back without it, and in other ways that must change nothing;
-    /// tells which pages were missed, in order.
+    /// Runs the program to its end, and returns the missing pages in the order of their exits.
+    /// Before a missing page is made present, the guest is resumed without it, with
+    /// `immediate_exit` set, and with its registers written back, which must change nothing.
     pub fn finish(&mut self) -> Vec<usize> {
         let mut missed = Vec::new();
         loop {
@@ -212,9 +211,8 @@ impl Machine {
         self.guest.vcpu.get_regs().expect("regs")
     }
 
-    /// Puts the CPU into long mode, the first GiB mapped one to one by large
-    /// pages and the device where it lies, and the window by the table at
-    /// `table`, a guest address.
+    /// Puts the CPU into long mode. The first GiB and the device are identity-mapped by large
+    /// pages; the window is mapped by the page table at `table`, a guest address.
     pub fn long_mode(&mut self, table: u64) {
         let page = |number: usize| CODE_GPA + ((TABLES + number) * PAGE) as u64;
         let put = |number: usize, index: usize, entry: u64| {
@@ -247,29 +245,30 @@ impl Machine {
         };
         sregs.cs = kvm_segment { selector: 8, type_: 11, l: 1, db: 0, ..data };
         (sregs.ds, sregs.es, sregs.ss) = (data, data, data);
-        // No handlers: an exception ends the run.
+        // No exception handlers: an exception ends the run.
         sregs.idt.limit = 0;
         vcpu.set_sregs(&sregs).expect("sregs");
     }
 }
 
-/// The guest address of a byte of the memory under test.
+/// Returns the guest address of a byte of the memory under test.
 pub fn at(page: usize, offset: usize) -> u64 {
     MEMORY_GPA + (page * PAGE + offset) as u64
 }
 
-/// An entry of a page table that maps a page of the memory under test.
+/// Returns a page table entry that maps a page of the memory under test.
 pub fn entry(page: usize) -> [u8; 8] {
     (at(page, 0) | ENTRY).to_le_bytes()
 }
 
-/// The same, used before: only such entries does KVM map ahead of their use.
+/// Returns the same entry with the accessed and dirty flags set: KVM prefetches only entries that
+/// have been used.
 pub fn used_entry(page: usize) -> [u8; 8] {
     (at(page, 0) | ENTRY | ACCESSED | DIRTY).to_le_bytes()
 }
 
-/// Lets guests choose instructions for KVM to emulate. Outside of the lab nothing is set, and no
-/// machine is made that would need it.
+/// Allows guests to force the emulation of instructions. Outside the lab it does nothing, and no
+/// test creates a machine that needs it.
 pub fn allow_emulate() {
     if std::env::var_os("LAB").is_some() {
         let parameter = "/sys/module/kvm/parameters/force_emulation_prefix";
@@ -286,8 +285,8 @@ pub fn on_each(test: impl Fn(&mut Machine)) {
     }
 }
 
-/// Asserts that `count` bytes of the port lie at an offset, in order and once, and
-/// the content around them.
+/// Asserts that `count` bytes from the port are at an offset, in order and once each, and that the
+/// content around them is unchanged.
 pub fn expect_input(machine: &Machine, page: usize, offset: usize, count: usize) {
     assert_eq!(machine.device.taken, count);
     let pages = (offset + count).div_ceil(PAGE);
@@ -298,13 +297,13 @@ pub fn expect_input(machine: &Machine, page: usize, offset: usize, count: usize)
     assert!(machine.memory(page, pages) == expected, "memory differs");
 }
 
-/// An entry of a page table in the memory under test.
+/// Returns an entry of a page table in the memory under test.
 pub fn entry_of(machine: &Machine, table: usize, index: usize) -> u64 {
     let bytes = machine.guest.memory.get(table * PAGE + index * 8, 8);
     u64::from_le_bytes(bytes.try_into().expect("8"))
 }
 
-/// What a program gets that adds up the first word of each page.
+/// Returns the sum of the first words of the pages.
 pub fn sum_of_first_words(machine: &Machine, first: usize, count: usize) -> u32 {
     let word = |page| u32::from_le_bytes(machine.expected(page)[..4].try_into().expect("4"));
     (first..first + count).map(word).fold(0, u32::wrapping_add)

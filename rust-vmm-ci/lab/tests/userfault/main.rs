@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What the lab's kernel patch promises, tried on the real KVM: run with
-//! `cargo lab test -p lab --test userfault`.
+//! Tests of the lab's kernel patches (KVM Userfault) on the real KVM. Run them with `cargo lab test
+//! -p lab --test userfault`.
 
 mod flags;
 mod guest;
@@ -27,9 +27,9 @@ fn on_each(flags: u32, test: impl Fn(&mut Guest, Backing)) {
     }
 }
 
-/// Asserts that exactly the pages whose number passes `arrived` can be used.
+/// Asserts that exactly the pages that pass `arrived` are accessible.
 fn only(guest: &mut Guest, arrived: impl Fn(usize) -> bool) {
-    // Those that are there first, so that a mapping too large would show.
+    // Present pages first, so that a mapping that is too large is detected.
     for page in (0..PAGES).filter(|page| arrived(*page)) {
         assert_eq!(guest.load(page), Access::Done(content(page)));
     }
@@ -109,7 +109,7 @@ fn logging_may_outlast_the_flag() {
             guest.arrive(page);
         }
         only(guest, |_| true);
-        // KVM logs pages as it maps them writable, for reads, too.
+        // KVM logs a page when it maps it writable, even for a read.
         assert_eq!(guest.dirty().len(), PAGES);
         guest.set_flags(LOG).expect("flag off, logging on");
         assert_eq!(guest.store(9, content(9)), Access::Done(content(9)));
@@ -130,7 +130,7 @@ fn all_comes_back_when_the_flag_goes_off() {
         only(guest, |_| true);
         assert_eq!(guest.huge_mappings(), 0);
         guest.set_flags(0).expect("flag off");
-        // Bits have no meaning any more.
+        // Bits have no effect any more.
         guest.bitmap.set(3);
         only(guest, |_| true);
         expect_huge(guest, backing);
@@ -206,7 +206,7 @@ fn pages_are_not_mapped_ahead_over_set_bits() {
     on_each(USERFAULT, |guest, _| {
         guest.arrive(1);
         let error = match guest.pre_fault(0) {
-            // Shadow paging cannot.
+            // Shadow paging does not support this ioctl.
             Err(error) if error.errno() == libc::EOPNOTSUPP => return,
             result => result.expect_err("page 0 is missing"),
         };
@@ -231,12 +231,12 @@ fn wrong_requests_are_refused() {
         }
         guest.set_flags(USERFAULT).expect("flag on");
         refused(guest.set_flags_by_old_ioctl(USERFAULT | LOG));
-        // This one may turn it off.
+        // The old ioctl may turn the flag off.
         guest.set_flags_by_old_ioctl(0).expect("flag off");
     });
 }
 
-/// Asserts that KVM uses huge mappings again, where the backing has them.
+/// Asserts that KVM uses huge mappings again, if the backing has huge pages.
 fn expect_huge(guest: &Guest, backing: Backing) {
     if backing == Backing::Hugetlb {
         assert_eq!(guest.huge_mappings(), (PAGES / UNIT_PAGES) as u64);

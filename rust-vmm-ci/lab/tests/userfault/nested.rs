@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A guest that runs a guest (L2): what KVM reads for both, and nested page tables,
-//! which KVM shadows, prefetching, also where the host has nested paging.
+//! Tests of a guest (L1) that runs a guest (L2): the structures that KVM reads for both, and nested
+//! page tables, which KVM shadows, with prefetching, even if the host has nested paging.
 
 use std::fs;
 
@@ -9,29 +9,29 @@ use kvm_bindings::{Msrs, kvm_msr_entry};
 use crate::guest::{CODE_GPA, PAGE};
 use crate::machine::{Machine, PORT, TABLES, at, entry, on_each, sum_of_first_words, used_entry};
 
-/// L2's program: the second page of the code slot, which L2 has at its place.
+/// Address of L2's program: the second page of the code slot, identity-mapped for L2.
 const L2_CODE_GPA: u64 = CODE_GPA + PAGE as u64;
 const VMRUN: [u8; 3] = [0x0f, 0x01, 0xd8];
 const VMLOAD: [u8; 3] = [0x0f, 0x01, 0xda];
 const VMSAVE: [u8; 3] = [0x0f, 0x01, 0xdb];
-/// Why L2 ended: an I/O instruction.
+/// The exit code of L2 for an I/O instruction.
 const EXIT_IOIO: u64 = 0x7b;
 
-/// Pages of the memory under test: the VMCB, the maps of ports and of MSRs, and
-/// nested page tables.
+/// Pages of the memory under test: the VMCB, the permission maps of ports and of MSRs, and nested
+/// page tables.
 const VMCB: usize = 400;
 const PORTS: usize = 410;
 const MSRS: usize = 420;
 const NPT: [usize; 4] = [430, 431, 432, 433];
 
-/// Whether L1 can have nested paging: where this KVM does.
+/// Returns whether L1 can use nested paging, which is the case if this KVM uses it.
 fn nested_paging() -> bool {
     let parameter = "/sys/module/kvm_amd/parameters/npt";
     fs::read_to_string(parameter).is_ok_and(|text| text.trim() != "N" && text.trim() != "0")
 }
 
-/// Has the guest be an L1 in long mode that is about to run an L2 in real mode,
-/// whose addresses are L1's.
+/// Sets up the guest as an L1 in long mode that is about to run an L2 in real mode; L2's addresses
+/// are L1's.
 fn l1(machine: &mut Machine) {
     machine.long_mode(0);
     let mut sregs = machine.guest.vcpu.get_sregs().expect("sregs");
@@ -48,7 +48,7 @@ fn l1(machine: &mut Machine) {
     for page in [PORTS, PORTS + 1, PORTS + 2, MSRS, MSRS + 1] {
         machine.image(page, 0, &[0; PAGE]);
     }
-    // The port that L2's end is known by.
+    // L2 signals its end through this port, which L1 intercepts.
     machine.image(PORTS, PORT as usize / 8, &[1 << (PORT % 8)]);
     let low = TABLES + 8;
     machine.image(NPT[0], 0, &entry(NPT[1]));
@@ -63,13 +63,13 @@ fn l1(machine: &mut Machine) {
     }
 }
 
-/// The page that says how L2 is to run.
+/// Returns the VMCB, which controls how L2 runs.
 fn vmcb() -> Vec<u8> {
     let mut vmcb = vec![0; PAGE];
     let mut put = |offset: usize, bytes: &[u8]| {
         vmcb[offset..offset + bytes.len()].copy_from_slice(bytes);
     };
-    // Intercepted: ports and MSRs by their maps, HLT, a shutdown, VMRUN.
+    // Intercepts: ports and MSRs by their maps, HLT, shutdown, VMRUN.
     put(0x00c, &(1u32 << 24 | 1 << 27 | 1 << 28 | 1 << 31).to_le_bytes());
     put(0x010, &1u32.to_le_bytes());
     put(0x040, &at(PORTS, 0).to_le_bytes());
@@ -93,13 +93,13 @@ fn vmcb() -> Vec<u8> {
     vmcb
 }
 
-/// A value that KVM left in the VMCB.
+/// Returns a value that KVM has written to the VMCB.
 fn left(machine: &Machine, offset: usize) -> u64 {
     let bytes = machine.guest.memory.get(VMCB * PAGE + offset, 8);
     u64::from_le_bytes(bytes.try_into().expect("8"))
 }
 
-/// What L2's first steps miss.
+/// Returns the pages that are missed before L2's first instruction.
 fn first_missed() -> Vec<usize> {
     let mut missed = vec![VMCB, PORTS, PORTS + 1, PORTS + 2, MSRS, MSRS + 1];
     if nested_paging() {
@@ -135,7 +135,7 @@ fn nothing_is_mapped_ahead_for_an_l2() {
         for page in (300..300 + pages).step_by(2) {
             machine.arrive(page);
         }
-        // The present pages first, then the others, whose entries are neighbours.
+        // The present pages first, then the missing ones, whose entries are adjacent.
         let mut code = Vec::new();
         for first in [300, 301] {
             code.extend([0x66, 0xbb]); // mov ebx, page
@@ -164,7 +164,7 @@ fn nothing_is_mapped_ahead_for_an_l2() {
 fn kvm_emulates_for_an_l2_on_what_arrives() {
     on_each(|machine| {
         l1(machine);
-        // Another port, which L1 leaves to L0: rep outsb
+        // rep outsb to a port that L1 does not intercept, so that L0 emulates it
         let port = 0x80;
         assert_eq!(port, PORT);
         machine.image(PORTS, PORT as usize / 8, &[0]);
@@ -192,7 +192,7 @@ fn vmload_and_vmsave_wait_for_their_page() {
         assert_eq!(machine.finish(), [440]);
         machine.program(&VMSAVE, |regs| regs.rax = at(441, 0));
         assert_eq!(machine.finish(), [441]);
-        // FS, as it was loaded.
+        // The FS segment, as it was loaded.
         assert_eq!(machine.memory(441, 1)[0x440..0x450], vmcb()[0x440..0x450]);
     });
 }

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! How user space tells that KVM's own accesses ask the bitmap.
+//! A test of the method by which user space detects that KVM's own accesses respect the bitmap.
 
 use kvm_bindings::{kvm_userspace_memory_region, kvm_userspace_memory_region2};
 use kvm_ioctls::{Kvm, VcpuExit};
 
 use crate::guest::{Backing, EXIT_USERFAULT, PAGE, Shared, USERFAULT};
 
-/// The page that holds the reset vector, and where in it that is.
+/// Address of the page that holds the reset vector, and the vector's offset in it.
 const RESET_GPA: u64 = 0xffff_f000;
 const RESET_OFFSET: usize = 0xff0;
 
@@ -27,7 +27,7 @@ fn outsb_at_the_reset_vector_tells() {
         userspace_addr: code.address(),
         ..Default::default()
     };
-    // SAFETY: the mapping lives until the VM is gone, as that below does.
+    // SAFETY: the mapping lives until the VM is dropped, as does the one below.
     unsafe { vm.set_user_memory_region(region) }.expect("code");
     let mut region = kvm_userspace_memory_region2 {
         slot: 1,
@@ -45,7 +45,7 @@ fn outsb_at_the_reset_vector_tells() {
         }
         result => result.expect("slot"),
     }
-    // As it comes out of reset: DS and SI are 0.
+    // The vCPU is in its reset state: DS and SI are 0.
     let mut vcpu = vm.create_vcpu(0).expect("vcpu");
     for _ in 0..2 {
         match vcpu.run().expect("KVM_RUN") {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Pages that a guest names in MSRs and KVM writes by itself.
+//! Tests of the pages whose addresses a guest writes to MSRs, and that KVM writes itself.
 
 use kvm_bindings::{Msrs, kvm_msr_entry};
 
@@ -16,7 +16,7 @@ fn set_msr(machine: &Machine, index: u32, data: u64) {
     assert_eq!(machine.guest.vcpu.set_msrs(&msrs).expect("MSRs"), 1);
 }
 
-/// Asserts that a page is as it arrived, a structure of KVM's apart.
+/// Asserts that a page has its source content, except for the structure that KVM wrote.
 fn expect_around(machine: &Machine, page: usize, from: usize, length: usize) {
     let (now, was) = (machine.memory(page, 1), machine.expected(page));
     assert_eq!(now[..from], was[..from]);

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! String instructions that KVM emulates, for a port or for MMIO: a missing page is
-//! an exit like any other, and no byte of a device is lost or taken twice.
+//! Tests of string instructions that KVM emulates, for a port or for MMIO: a missing page causes an
+//! ordinary exit, and no byte of a device is lost or read twice.
 
 use kvm_ioctls::IoEventAddress;
 
 use crate::guest::PAGE;
 use crate::machine::{End, MMIO_GPA, PORT, at, expect_input, mmio_byte, on_each, port_byte};
 
-/// 32-bit addresses, in 16-bit code: a prefix of each instruction.
+/// Each instruction has the prefix for 32-bit addresses, because the code is 16-bit.
 const REP_OUTSB: [u8; 3] = [0x67, 0xf3, 0x6e];
 const REP_INSB: [u8; 3] = [0x67, 0xf3, 0x6c];
 const REP_INSW: [u8; 3] = [0x67, 0xf3, 0x6d];
@@ -155,7 +155,7 @@ fn memcpy_toio_crosses_into_missing_pages() {
 #[test]
 fn memcpy_toio_to_a_device_that_kvm_serves() {
     on_each(|machine| {
-        // Writes that KVM queues in a ring, so that it goes on without the CPU.
+        // Coalesced writes: KVM queues them in a ring and continues without an exit to user space.
         let address = IoEventAddress::Mmio(MMIO_GPA);
         machine.guest.vm.register_coalesced_mmio(address, PAGE as u32).expect("a zone");
         machine.guest.vcpu.map_coalesced_mmio_ring().expect("the ring");

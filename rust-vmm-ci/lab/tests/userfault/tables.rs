@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Guest page tables that have yet to arrive, walked by KVM: to emulate, and for each
-//! fault where paging is shadowed.
+//! Tests of missing guest page tables that KVM walks: for emulation, and with shadow paging for
+//! each fault.
 
 use crate::guest::PAGE;
 use crate::machine::{
@@ -8,8 +8,8 @@ use crate::machine::{
     on_each, sum_of_first_words, used_entry,
 };
 
-/// Lets a guest in long mode reach page `page` through three levels of page
-/// tables, each of which has yet to arrive.
+/// Puts the guest into long mode with `page` mapped through three levels of page tables, each of
+/// which is missing.
 fn missing_tables(machine: &mut Machine, page: usize) -> [usize; 3] {
     let tables = [200, 210, 220];
     machine.image(tables[0], 0, &entry(tables[1]));
@@ -24,7 +24,7 @@ fn missing_tables(machine: &mut Machine, page: usize) -> [usize; 3] {
 fn page_tables_are_walked_when_they_are_there() {
     on_each(|machine| {
         let tables = missing_tables(machine, 230);
-        // rep outsb, which reads memory by KVM's walk alone
+        // rep outsb, which reads memory only through KVM's walk
         machine.program(&[0xf3, 0x6e], |regs| {
             (regs.rsi, regs.rcx, regs.rdx) = (WINDOW + PAGE as u64 - 8, 16, PORT.into());
         });
@@ -89,7 +89,7 @@ fn nothing_is_mapped_ahead_of_its_page() {
         for page in tables.into_iter().chain((300..300 + pages).step_by(2)) {
             machine.arrive(page);
         }
-        // The present pages first, then the others, whose entries are neighbours.
+        // The present pages first, then the missing ones, whose entries are adjacent.
         let code = [
             &[0x03, 0x03][..],                                       // add eax, [rbx]
             &[0x48, 0x81, 0xc3, 0x00, 0x20, 0x00, 0x00],             // add rbx, 0x2000
@@ -111,14 +111,14 @@ fn nothing_is_mapped_ahead_of_its_page() {
 #[test]
 fn page_directory_pointers_are_loaded_when_they_are_there() {
     on_each(|machine| {
-        // Protected mode in 32 bits, about to turn PAE paging on.
+        // 32-bit protected mode, about to enable PAE paging.
         machine.long_mode(at(310, 0));
         let mut sregs = machine.guest.vcpu.get_sregs().expect("sregs");
         (sregs.efer, sregs.cr0, sregs.cr3) = (0, 1 << 5 | 1, at(310, 0x20));
         (sregs.cs.l, sregs.cs.db) = (0, 1);
         machine.guest.vcpu.set_sregs(&sregs).expect("sregs");
         machine.image(310, 0x20, &(at(311, 0) | 1).to_le_bytes());
-        // One to one, in large pages.
+        // An identity mapping with large pages.
         for index in 0..8u64 {
             machine.image(311, index as usize * 8, &(index << 21 | 0x83).to_le_bytes());
         }
