@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What a vCPU's thread does at an exit for a missing page, without the exit: KVM is not asked.
-#![allow(missing_docs)] // criterion's macros make public items.
+//! Benchmarks the work of a vCPU's thread at an exit for a missing page, without KVM.
+#![allow(missing_docs)] // criterion's macros create public items.
 
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;

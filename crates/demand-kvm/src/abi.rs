@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The parts of KVM Userfault's interface that kvm-bindings has no names for.
+//! The parts of the KVM Userfault ABI that kvm-bindings lacks.
 //!
 //! Source: the series "KVM: Introduce KVM Userfault" of 2025-06-18 (message id
 //! 20250618042424.330664-1), `Documentation/virt/kvm/api.rst`, sections
@@ -7,24 +7,25 @@
 
 use kvm_bindings::kvm_userspace_memory_region2;
 
-/// Flag of a memslot: pages whose bit is set in the slot's userfault bitmap make a vCPU that
-/// touches them leave `KVM_RUN`. Only `KVM_SET_USER_MEMORY_REGION2` takes it.
+/// Memslot flag: a vCPU that touches a page whose bit is set in the slot's userfault bitmap leaves
+/// `KVM_RUN`. Only `KVM_SET_USER_MEMORY_REGION2` accepts it.
 pub const KVM_MEM_USERFAULT: u32 = 1 << 3;
 
 /// Flag of the exit `KVM_EXIT_MEMORY_FAULT`: the page's bit is set in the userfault bitmap.
 pub const KVM_MEMORY_EXIT_FLAG_USERFAULT: u64 = 1 << 4;
 
 /// Flag of the exit `KVM_EXIT_MEMORY_FAULT`: the page's memory attribute is "private", or the guest
-/// wants it to be. Source: `Documentation/virt/kvm/api.rst`, section `KVM_EXIT_MEMORY_FAULT`.
+/// accessed it as private. Source: `Documentation/virt/kvm/api.rst`, section
+/// `KVM_EXIT_MEMORY_FAULT`.
 pub const KVM_MEMORY_EXIT_FLAG_PRIVATE: u64 = 1 << 3;
 
 /// The version that `KVM_GET_API_VERSION` must answer (same document, section 4.1).
 pub(crate) const KVM_API_VERSION: i32 = 12;
 
-/// `KVM_CAP_GUEST_MEMFD_FLAGS`: which flags `KVM_CREATE_GUEST_MEMFD` takes.
+/// `KVM_CAP_GUEST_MEMFD_FLAGS`: the flags that `KVM_CREATE_GUEST_MEMFD` accepts.
 pub(crate) const KVM_CAP_GUEST_MEMFD_FLAGS: u32 = 244;
 
-/// Writes the address of the bitmap into its field, `userfault_bitmap`: the first word of what
+/// Writes the bitmap's address into its field, `userfault_bitmap`: the first word of the field that
 /// kvm-bindings calls padding.
 pub(crate) fn set_userfault_bitmap(region: &mut kvm_userspace_memory_region2, address: u64) {
     region.pad2[0] = address;

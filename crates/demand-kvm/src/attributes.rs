@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Pages that KVM keeps guests out of because they are "private" and no guest_memfd has them.
+//! Memory attributes as a trap: KVM keeps guests out of pages that are "private" and have no
+//! guest_memfd.
 //!
 //! Source: `Documentation/virt/kvm/api.rst`, sections `KVM_SET_MEMORY_ATTRIBUTES` and
-//! `KVM_EXIT_MEMORY_FAULT`. What happens to a private page of a slot without guest_memfd is the
-//! latter's: the vCPU leaves `KVM_RUN`.
+//! `KVM_EXIT_MEMORY_FAULT`. The latter specifies the effect of an access to a private page of a
+//! slot without guest_memfd: the vCPU leaves `KVM_RUN`.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -14,24 +15,24 @@ use vm_memory::GuestAddress;
 
 use crate::SlotError;
 
-/// The attribute "private", set on all pages of a slot and cleared as the guest gets to them.
+/// The attribute "private", set on all pages of a slot and cleared as the guest reaches them.
 ///
-/// A page loses it when a vCPU has left `KVM_RUN` for it, not when it arrives: who brings pages
-/// in, fill or a back-end, is spared an ioctl that stops the vCPUs. Neighbours that have arrived go
-/// along with it, which costs nothing where there are none, and where fill is ahead of the guest
-/// saves two thirds of the instructions (the README has the figures).
+/// A page loses the attribute when a vCPU has left `KVM_RUN` for it, not when it becomes present:
+/// this spares other populating threads (fill, a back-end's faults) an ioctl that stops the vCPUs.
+/// Present neighbours lose it in the same call. That costs nothing where there are none, and where
+/// fill is ahead of the guest it saves two thirds of the instructions (figures in the README).
 pub(crate) struct Attributes {
     vm: Arc<VmFd>,
     number: u32,
     start: u64,
     pages: u64,
-    /// Bit i is set while page i is private and nobody is about to change that. KVM would zap
-    /// pages that are cleared a second time.
+    /// Bit i is set while page i is private and no thread is clearing its attribute. KVM would zap
+    /// the mappings of pages whose attribute is cleared a second time.
     private: Box<[AtomicU64]>,
 }
 
 impl Attributes {
-    /// Makes all pages of memslot `number`, which is yet to be made, private.
+    /// Makes all pages of memslot `number` private, before the slot is created.
     pub(crate) fn set(
         vm: &Arc<VmFd>,
         number: u32,
@@ -50,8 +51,8 @@ impl Attributes {
         Ok(Arc::new(attributes))
     }
 
-    /// Lets vCPUs get at `pages`, which are present and for which one has left `KVM_RUN`, and at
-    /// their neighbours as far as they are present too.
+    /// Gives vCPUs access to `pages`, which are present and for which a vCPU has left `KVM_RUN`,
+    /// and to their neighbours that are present too.
     ///
     /// A failure leaves the pages private: the vCPU leaves `KVM_RUN` for them again.
     pub(crate) fn clear(
@@ -72,16 +73,16 @@ impl Attributes {
         result
     }
 
-    /// The run of pages around a page that are both present and private, as far as they share a
-    /// word of the bitmaps: 64 pages, 256 KiB. `None` if this is not about a single page, or
-    /// another vCPU is at work on it; then the page itself is cleared all the same, as that one
-    /// may not be done yet.
+    /// Returns the run of pages around a page that are both present and private, within one word of
+    /// the bitmaps: 64 pages, 256 KiB. `None` if `pages` is not a single page, or if another vCPU
+    /// is clearing it. In the latter case the caller clears the page all the same, because the
+    /// other vCPU may not be done yet.
     fn present_around(&self, missing: &BitmapReader, pages: PageRange) -> Option<(usize, u64)> {
         if pages.count != 1 {
             return None;
         }
         let (word, bit) = ((pages.first / 64) as usize, pages.first % 64);
-        // Acquire: what is let through has its content.
+        // Acquire: pages that become accessible have their content.
         let missing = missing.words().load(word);
         let run = run_around(self.private[word].load(Ordering::Relaxed) & !missing, bit as u32);
         (run != 0).then_some((word, run))
@@ -89,7 +90,7 @@ impl Attributes {
 
     /// Clears the attribute of all pages, in one call.
     pub(crate) fn clear_all(&self) -> Result<(), SlotError> {
-        // KVM looks at every page, even if it finds all of them as they should be.
+        // KVM walks all pages, even if none has to change.
         if self.private.iter().all(|word| word.load(Ordering::Relaxed) == 0) {
             return Ok(());
         }
@@ -108,10 +109,10 @@ impl Attributes {
     }
 }
 
-/// Guest addresses of a VM.
+/// A range of guest addresses of one VM.
 #[derive(Clone, Copy, PartialEq)]
 struct Addresses {
-    /// Where the VM's descriptor lies.
+    /// Address of the `VmFd`, as the VM's identity.
     vm: usize,
     start: u64,
     end: u64,
@@ -130,18 +131,19 @@ fn reserved() -> MutexGuard<'static, Vec<Addresses>> {
     RESERVED.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Guest addresses whose attributes one slot alone changes, until this is dropped.
+/// Exclusive use of the attributes of some guest addresses by one slot, until this is dropped.
 ///
-/// KVM refuses slots that overlap, but attributes are changed before there is a slot to refuse:
-/// what is taken back with a refused slot would open another's missing pages to the guest.
+/// KVM refuses overlapping slots, but attributes change before KVM sees the slot. Without the
+/// reservation, undoing them for a refused slot would open another slot's missing pages to the
+/// guest.
 pub(crate) struct Reserved {
     addresses: Addresses,
-    /// By whose place it is known.
+    /// Keeps the `VmFd`, whose address identifies the VM.
     _vm: Arc<VmFd>,
 }
 
 impl Reserved {
-    /// Reserves guest addresses of a VM; `None` if some are reserved.
+    /// Reserves guest addresses of a VM; `None` if any of them is reserved already.
     pub(crate) fn take(vm: &Arc<VmFd>, start: GuestAddress, pages: u64) -> Option<Self> {
         let end = start.0.saturating_add(pages.saturating_mul(PAGE_SIZE));
         let new = Addresses { vm: Arc::as_ptr(vm) as usize, start: start.0, end };
@@ -163,7 +165,7 @@ impl Drop for Reserved {
 /// The attribute of private pages.
 pub(crate) const PRIVATE: u64 = kvm_bindings::KVM_MEMORY_ATTRIBUTE_PRIVATE as u64;
 
-/// Gives pages attributes.
+/// Sets the attributes of pages.
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 pub(crate) fn change(
     vm: &VmFd,
@@ -179,13 +181,13 @@ pub(crate) fn change(
     })
 }
 
-/// No other architecture has them.
+/// Fails: other architectures have no memory attributes.
 #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
 pub(crate) fn change(_: &VmFd, _: u64, _: u64, _: u64) -> Result<(), kvm_ioctls::Error> {
     Err(kvm_ioctls::Error::new(libc::ENOTTY))
 }
 
-/// The run of ones in `word` that `bit` is one of; 0 if it is none.
+/// Returns the run of ones in `word` that contains `bit`; 0 if that bit is 0.
 fn run_around(word: u64, bit: u32) -> u64 {
     let up = (word >> bit).trailing_ones();
     if up == 0 {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! How a guest's access to a missing page is caught.
+//! The engines: the ways to trap a guest's access to a missing page.
 
 use std::fmt;
 use std::str::FromStr;
@@ -10,41 +10,44 @@ use serde::{Deserialize, Serialize};
 
 use crate::{KvmError, Probe, Trial};
 
-/// A way to catch a guest's access to a missing page.
+/// A way to trap a guest's access to a missing page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 #[non_exhaustive]
 pub enum Engine {
-    /// KVM reads the missing bitmap and returns from `KVM_RUN` on the vCPU's thread: 4096 bytes
-    /// at a time on any backing. Needs a kernel with the KVM Userfault series.
+    /// KVM reads the missing bitmap and returns from `KVM_RUN` on the vCPU's thread, 4096 bytes at
+    /// a time on any backing. Needs a kernel with the KVM Userfault series.
     KvmUserfault,
-    /// userfaultfd on the guest's mapping, served by another thread: one unit of the backing at a
-    /// time. Works with any kernel; to KVM the memslot is like any other.
+    /// A userfaultfd on the guest's mapping, served by another thread, one unit of the backing at a
+    /// time. Works with any kernel; to KVM the memslot is an ordinary one.
     Uffd,
-    /// KVM takes missing pages for private ones that nobody has provided, and returns from
-    /// `KVM_RUN` on the vCPU's thread: 4096 bytes at a time on any backing. An experiment, only
-    /// ever chosen by name. Needs Linux 6.8 with `CONFIG_KVM_SW_PROTECTED_VM`, nested paging in
-    /// the processor, and a VM made by [`create_vm`](Engine::create_vm).
+    /// Missing pages are private pages without a guest_memfd: KVM returns from `KVM_RUN` on the
+    /// vCPU's thread, 4096 bytes at a time on any backing. Experimental, and chosen only by name.
+    /// Needs Linux 6.8 with `CONFIG_KVM_SW_PROTECTED_VM`, nested paging in the processor, and a VM
+    /// from [`create_vm`](Engine::create_vm).
     ///
-    /// Where it is weak: the kernel's own words about this type of VM are that it is for
-    /// development and testing; setting up takes KVM a step for each page, and a vCPU that gets
-    /// to a page an ioctl that stops all others; and what KVM itself reads and writes is not
-    /// stopped, which a userfaultfd makes up for on shared memory, but not on huge pages.
+    /// Its weaknesses:
+    ///
+    /// - The kernel documents this type of VM as meant for development and testing.
+    /// - Setting up costs KVM a step for each page, and each page that a vCPU reaches costs an
+    ///   ioctl that stops all other vCPUs.
+    /// - Accesses by KVM itself are not trapped. On shared memory a userfaultfd traps them instead;
+    ///   on huge pages it cannot.
     KvmAttributes,
 }
 
 impl Engine {
-    /// All engines, the best first.
+    /// All engines, in order of preference.
     pub const ALL: [Engine; 3] = [Engine::KvmUserfault, Engine::Uffd, Engine::KvmAttributes];
 
-    /// The engines' names, and what they are, for the help text of an option.
+    /// The engines' names and descriptions, for the help text of an option.
     pub const HELP: &str = "auto: the best that the host has; kvm-userfault: KVM reads the \
                             missing bitmap (a kernel with the KVM Userfault series); uffd: \
                             userfaultfd under the guest (any kernel); kvm-attributes: memory \
                             attributes (experimental, never chosen by auto: a step per page at \
                             set-up, and on huge pages what KVM itself reads is not stopped)";
 
-    /// The engine's name on command lines and in reports.
+    /// Returns the engine's name on command lines and in reports.
     pub const fn name(self) -> &'static str {
         match self {
             Engine::KvmUserfault => "kvm-userfault",
@@ -53,7 +56,7 @@ impl Engine {
         }
     }
 
-    /// What KVM must take for the engine to work.
+    /// Returns the feature that KVM must accept for the engine to work.
     pub(crate) const fn needs(self) -> &'static str {
         match self {
             Engine::KvmUserfault => "a memslot with KVM_MEM_USERFAULT",
@@ -62,8 +65,8 @@ impl Engine {
         }
     }
 
-    /// Who keeps vCPUs from missing pages: KVM, or the guest's mapping, which has to be armed
-    /// accordingly before the slot is made.
+    /// Returns the mechanism that keeps vCPUs from missing pages: KVM, or the guest's mapping,
+    /// which must be armed to match before the slot is created.
     pub const fn vcpu_trap(self) -> VcpuTrap {
         match self {
             Engine::KvmUserfault | Engine::KvmAttributes => VcpuTrap::Hypervisor,
@@ -71,7 +74,7 @@ impl Engine {
         }
     }
 
-    /// Makes a virtual machine whose slots this engine can trap: a plain one, except with
+    /// Creates a virtual machine whose slots this engine can trap: an ordinary one, except with
     /// [`Engine::KvmAttributes`].
     ///
     /// # Errors
@@ -110,7 +113,7 @@ impl fmt::Display for Engine {
     }
 }
 
-/// What the user asked for.
+/// The engine that the user asked for.
 ///
 /// # Examples
 ///
@@ -130,14 +133,14 @@ pub enum EngineChoice {
     /// The best engine that the host has.
     #[default]
     Auto,
-    /// This engine or none.
+    /// This engine, or an error.
     Only(Engine),
 }
 
 impl EngineChoice {
     const AUTO: &'static str = "auto";
 
-    /// The choice's name on command lines.
+    /// Returns the choice's name on command lines.
     pub const fn name(self) -> &'static str {
         match self {
             EngineChoice::Auto => EngineChoice::AUTO,
@@ -152,7 +155,7 @@ impl fmt::Display for EngineChoice {
     }
 }
 
-/// There is no engine of this name.
+/// Error for an engine name that does not exist.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("there is no engine '{0}'; choose one of {names}", names = names())]
 pub struct UnknownEngine(pub String);
@@ -174,19 +177,19 @@ impl FromStr for EngineChoice {
     }
 }
 
-/// Why no engine could be chosen: this host cannot do what was asked.
+/// Errors from choosing an engine: this host cannot run the one that was asked for.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum EngineError {
-    /// There is no KVM to run a guest with.
+    /// The host has no usable KVM.
     #[error(transparent)]
     Kvm(#[from] KvmError),
-    /// The host lacks the engine that was asked for by name.
+    /// The host lacks the engine that the user named.
     #[error("use engine {engine}: {}; choose engine uffd or auto, or {}", .trial.describe(*.engine), remedy(*.engine))]
     NotThere {
         /// The engine.
         engine: Engine,
-        /// What came of trying it.
+        /// The outcome of trying it.
         trial: Trial,
     },
 }
@@ -198,13 +201,13 @@ fn remedy(engine: Engine) -> &'static str {
     }
 }
 
-/// The engine to use: the one that was asked for, or with [`EngineChoice::Auto`] the best that
-/// the host has, which is never [`Engine::KvmAttributes`]. [`Engine::Uffd`] is always to be had as far as KVM is concerned; whether the
-/// host gives userfaultfds to this user is for those to say who open them.
+/// Chooses the engine: the one that the user named, or with [`EngineChoice::Auto`] the best that
+/// the host has, which is never [`Engine::KvmAttributes`]. KVM always supports [`Engine::Uffd`];
+/// whether this user may open a userfaultfd is checked only when one is opened.
 ///
 /// # Errors
 ///
-/// [`EngineError`] if the host has no usable KVM, or not the engine that was asked for.
+/// [`EngineError`] if the host has no usable KVM or lacks the engine that was asked for.
 ///
 /// # Examples
 ///
@@ -258,7 +261,7 @@ mod tests {
             (REFUSED, Engine::Uffd),
             (Trial::Ignored, Engine::Uffd),
         ] {
-            // Never the experiment, whether it is there or not.
+            // Never the experimental engine, whether the host has it or not.
             for attributes in [Trial::Works, REFUSED] {
                 assert_eq!(resolve(EngineChoice::Auto, &host(userfault, attributes)), Ok(best));
             }

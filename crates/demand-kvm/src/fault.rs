@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What a vCPU's thread does when the guest has touched a missing page.
+//! Resolves guest faults on the vCPU's own thread.
 
 use std::fmt;
 use std::sync::Arc;
@@ -11,24 +11,24 @@ use vm_memory::GuestAddress;
 use crate::DemandSlot;
 use crate::trap::SlotTrap;
 
-/// Why a guest's fault was not resolved.
+/// Errors from resolving a guest's fault or completing an exit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum FaultError {
-    /// The vCPU's thread was called away from waiting. The page still arrives; the vCPU may be
-    /// run again whenever that suits: it then leaves with the same exit, or finds the page.
+    /// The vCPU's thread was kicked while it waited. The page is still being fetched, and the vCPU
+    /// can run again at any time: it then leaves with the same exit, or finds the page present.
     #[error("the wait for the page at guest address {gpa:#x} was interrupted; run the vCPU again")]
     Kicked {
         /// Guest physical address of the fault.
         gpa: u64,
     },
-    /// The VM is going away, and the page with it.
+    /// The memory was stopped while the vCPU waited for the page.
     #[error("the memory was stopped while a vCPU waited for guest address {gpa:#x}; end the vCPU")]
     Stopped {
         /// Guest physical address of the fault.
         gpa: u64,
     },
-    /// The page is there, but KVM would not let the vCPU get at it (only with
+    /// The page is present, but KVM refused to give the vCPU access to it (only with
     /// [`Engine::KvmAttributes`](crate::Engine::KvmAttributes)).
     #[error(
         "let a vCPU get at the page at guest address {gpa:#x}, which has arrived: {error}; free \
@@ -37,10 +37,10 @@ pub enum FaultError {
     Attributes {
         /// Guest physical address of the fault.
         gpa: u64,
-        /// What KVM said.
+        /// Error from KVM.
         error: kvm_ioctls::Error,
     },
-    /// There is no memory at the addresses of an access that KVM leaves to user space.
+    /// An access that KVM leaves to user space lies partly or wholly outside memory.
     #[error("access {len} bytes of memory at guest address {gpa:#x}: there is none, or not all")]
     NoMemory {
         /// Guest physical address of the access.
@@ -48,32 +48,32 @@ pub enum FaultError {
         /// Its length, in bytes.
         len: usize,
     },
-    /// KVM could not be asked to set an MSR.
+    /// KVM failed to set an MSR.
     #[error("set MSR {index:#x} to {data:#x} for the guest: {error}; the vCPU cannot go on")]
     Msr {
         /// Number of the MSR.
         index: u32,
-        /// What the guest wrote.
+        /// Value that the guest wrote.
         data: u64,
-        /// What KVM said.
+        /// Error from KVM.
         error: kvm_ioctls::Error,
     },
-    /// The exit is none of the regions' engines', or lies in no demand-paged region.
+    /// The exit does not belong to the region's engine, or lies in no demand-paged region.
     #[error(
         "unexpected memory fault exit: {size} bytes at guest address {gpa:#x}, flags {flags:#x}; \
          only missing pages of demand-paged regions are handled here"
     )]
     Unexpected {
-        /// Guest physical address, as KVM gave it.
+        /// Guest physical address, as reported by KVM.
         gpa: u64,
-        /// Length in bytes, as KVM gave it.
+        /// Length in bytes, as reported by KVM.
         size: u64,
-        /// The `KVM_MEMORY_EXIT_FLAG_` flags, as KVM gave them.
+        /// The `KVM_MEMORY_EXIT_FLAG_` flags, as reported by KVM.
         flags: u64,
     },
 }
 
-/// Two demand-paged regions claim the same guest addresses.
+/// Error for two demand-paged regions that cover the same guest addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
     "handle faults of regions at guest addresses {first:#x} and {second:#x}: they overlap; give \
@@ -82,7 +82,7 @@ pub enum FaultError {
 pub struct RegionsOverlap {
     /// Guest physical address of the lower region.
     pub first: u64,
-    /// Guest physical address of the other.
+    /// Guest physical address of the other region.
     pub second: u64,
 }
 
@@ -93,28 +93,29 @@ struct Region {
 }
 
 impl Region {
-    /// Guest physical address of the last byte.
+    /// Returns the guest physical address of the last byte.
     fn last(&self) -> u64 {
         self.start + (self.pager.pages() * PAGE_SIZE - 1)
     }
 }
 
-/// Resolves the faults of a VM's vCPUs, each on the thread of the vCPU that has it.
+/// Resolves the faults of a VM's vCPUs, each on the thread of the vCPU that faulted.
 ///
-/// The handler never changes once it is made, so vCPUs share it without a lock. A fault on a page
-/// that nobody else works on allocates nothing and makes no system call but the source's read
-/// (and, with memory attributes, one that lets KVM know of the page).
+/// The handler never changes after it is created, so vCPUs share it without a lock. A fault on a
+/// page that no other thread has claimed allocates nothing and makes no system call except the
+/// source's read (and, with memory attributes, one that makes the page accessible in KVM).
 ///
-/// [`DemandVcpu`](crate::DemandVcpu) calls it; a VMM with a loop of its own calls
+/// [`DemandVcpu`](crate::DemandVcpu) calls it. A VMM with its own run loop calls
 /// [`handle`](Self::handle) for each [`VcpuExit::MemoryFault`](kvm_ioctls::VcpuExit::MemoryFault).
 pub struct FaultHandler {
-    /// By guest address.
+    /// Sorted by guest address.
     regions: Box<[Region]>,
 }
 
 impl FaultHandler {
-    /// A handler for exits of KVM Userfault in these regions: where each begins in guest physical
-    /// memory, and its pager. For other engines see [`for_slots`](Self::for_slots).
+    /// Creates a handler for KVM Userfault exits in these regions. Each region is given by its
+    /// start in guest physical memory and its pager. For other engines see
+    /// [`for_slots`](Self::for_slots).
     ///
     /// # Errors
     ///
@@ -122,8 +123,8 @@ impl FaultHandler {
     ///
     /// # Panics
     ///
-    /// If a region does not begin at a page, or reaches past the end of the address space: no
-    /// memslot could.
+    /// If a region does not begin on a page boundary, or extends past the end of the address space:
+    /// no memslot could have such an address range.
     pub fn new(
         regions: impl IntoIterator<Item = (GuestAddress, Arc<Pager>)>,
     ) -> Result<Self, RegionsOverlap> {
@@ -149,11 +150,12 @@ impl FaultHandler {
         }
     }
 
-    /// A handler for the regions behind these slots, and for the exits of their engines.
+    /// Creates a handler for the regions behind these slots, and for the exits of their engines.
     ///
     /// # Errors
     ///
-    /// [`RegionsOverlap`]; not for slots of one VM's first address space, as KVM refuses these.
+    /// [`RegionsOverlap`]. Slots in the first address space of one VM never cause it, because KVM
+    /// refuses overlapping ones.
     pub fn for_slots<'a>(
         slots: impl IntoIterator<Item = &'a DemandSlot>,
     ) -> Result<Self, RegionsOverlap> {
@@ -169,21 +171,21 @@ impl FaultHandler {
         )
     }
 
-    /// Resolves the exit `VcpuExit::MemoryFault { flags, gpa, size }`: when this returns `Ok`,
-    /// the `size` bytes at guest physical address `gpa` are present, and the vCPU can be run
-    /// again. Called on the vCPU's thread, with the waiter through which it can be called away
+    /// Resolves the exit `VcpuExit::MemoryFault { flags, gpa, size }`: when this returns `Ok`, the
+    /// `size` bytes at guest physical address `gpa` are present, and the vCPU can run again. Call
+    /// it on the vCPU's thread, with the waiter through which the vCPU is kicked
     /// ([`VcpuKick::waiter`](crate::VcpuKick::waiter)). It waits as long as the source does.
     ///
-    /// Each exit that is resolved counts as a fault of [`Path::Guest`], also where another vCPU
-    /// was faster and nothing was left to do.
+    /// Each resolved exit counts as a fault of [`Path::Guest`], even if another vCPU had already
+    /// made the page present.
     ///
     /// # Errors
     ///
-    /// [`FaultError`]: called away, the memory was stopped, or the exit is not one of missing
-    /// pages. The region's engine sets one flag alone
+    /// [`FaultError`]: the thread was kicked, the memory was stopped, or the exit is not a fault on
+    /// missing pages. The region's engine sets exactly one flag
     /// ([`KVM_MEMORY_EXIT_FLAG_USERFAULT`](crate::KVM_MEMORY_EXIT_FLAG_USERFAULT) or
-    /// [`KVM_MEMORY_EXIT_FLAG_PRIVATE`](crate::KVM_MEMORY_EXIT_FLAG_PRIVATE)); an exit with
-    /// other flags wants something else as well.
+    /// [`KVM_MEMORY_EXIT_FLAG_PRIVATE`](crate::KVM_MEMORY_EXIT_FLAG_PRIVATE)); an exit with other
+    /// flags has another cause as well.
     pub fn handle(
         &self,
         gpa: u64,
@@ -194,7 +196,7 @@ impl FaultHandler {
         self.handle_timed(gpa, size, flags, waiter).map(drop)
     }
 
-    /// [`handle`](Self::handle); returns how long it took.
+    /// Like [`handle`](Self::handle), but returns the time it took.
     pub(crate) fn handle_timed(
         &self,
         gpa: u64,
@@ -215,15 +217,16 @@ impl FaultHandler {
         Ok(waited)
     }
 
-    /// Whether any of `len` bytes at guest physical address `gpa` lies in a demand-paged region.
+    /// Returns whether any of the `len` bytes at guest physical address `gpa` lies in a
+    /// demand-paged region.
     pub fn covers(&self, gpa: u64, len: u64) -> bool {
         self.parts(gpa, len).next().is_some()
     }
 
-    /// Makes those of `len` bytes at guest physical address `gpa` present that lie in
-    /// demand-paged regions, for something that KVM or the VMM itself is about to access: counted
-    /// as a fault of [`Path::KvmInternal`] if any is missing. It waits as long as the source
-    /// does, so it is never called on a thread that serves faults.
+    /// Fetches the pages of the `len` bytes at guest physical address `gpa` that lie in
+    /// demand-paged regions, before KVM or the VMM itself accesses them. Counts as a fault of
+    /// [`Path::KvmInternal`] if any page is missing. It waits as long as the source does, so never
+    /// call it on a thread that serves faults.
     ///
     /// # Errors
     ///
@@ -241,9 +244,8 @@ impl FaultHandler {
         Ok(())
     }
 
-    /// Makes those of these pages present that lie in demand-paged regions, like
-    /// [`fetch`](Self::fetch); pages elsewhere are passed over. For what
-    /// [`own_pages`](crate::own_pages) names.
+    /// Fetches those of these pages that lie in demand-paged regions, like [`fetch`](Self::fetch),
+    /// and skips the others. Meant for the pages from [`own_pages`](crate::own_pages).
     ///
     /// # Errors
     ///
@@ -256,14 +258,14 @@ impl FaultHandler {
         pages.iter().try_for_each(|page| self.fetch(page.0, PAGE_SIZE, waiter))
     }
 
-    /// The region and the pages of `size` bytes at `gpa`, if they lie in one region.
+    /// Returns the region that contains all `size` bytes at `gpa`, and their pages in it.
     fn find(&self, gpa: u64, size: u64) -> Option<(&Region, PageRange)> {
         let (region, pages) = self.parts(gpa, size).next()?;
         let last = gpa.checked_add(size - 1)?;
         (region.start <= gpa && last <= region.last()).then_some((region, pages))
     }
 
-    /// The regions that `len` bytes at `gpa` lie in, and their pages there.
+    /// Returns the regions that the `len` bytes at `gpa` overlap, and their pages in each.
     fn parts(&self, gpa: u64, len: u64) -> impl Iterator<Item = (&Region, PageRange)> {
         let last = gpa.saturating_add(len.saturating_sub(1));
         let first = self.regions.partition_point(|region| region.last() < gpa);

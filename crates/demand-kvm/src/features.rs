@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What KVM has.
+//! The features of this host's KVM.
 
 use kvm_ioctls::{Cap, Kvm};
 use libc::c_ulong;
@@ -8,40 +8,43 @@ use serde::Serialize;
 use crate::abi::KVM_CAP_GUEST_MEMFD_FLAGS;
 use crate::{Engine, KvmError, Trial, scratch};
 
-/// What KVM has.
+/// The features of this host's KVM, queried or tried.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct KvmFeatures {
-    /// What `KVM_GET_API_VERSION` says: 12.
+    /// The answer of `KVM_GET_API_VERSION`: 12.
     pub api_version: i32,
-    /// `KVM_SET_USER_MEMORY_REGION2` is there (`KVM_CAP_USER_MEMORY2`, Linux 6.8).
+    /// Whether `KVM_SET_USER_MEMORY_REGION2` exists (`KVM_CAP_USER_MEMORY2`, Linux 6.8).
     pub user_memory2: bool,
-    /// Memory faults are exits with an address (`KVM_CAP_MEMORY_FAULT_INFO`, Linux 6.8).
+    /// Whether memory faults are exits with an address (`KVM_CAP_MEMORY_FAULT_INFO`, Linux 6.8).
     pub memory_fault_info: bool,
-    /// KVM Userfault, by trying it: its capability has had several numbers, and some of them
-    /// mean other things in other kernels.
+    /// The outcome of trying KVM Userfault. Its capability number is not queried: it has changed
+    /// between versions of the series, and some of those numbers have other meanings in other
+    /// kernels.
     pub userfault: Trial,
-    /// Memory attributes as a trap, by trying them.
+    /// The outcome of trying memory attributes as a trap.
     pub attributes: Trial,
-    /// What KVM itself reads and writes keeps to the bitmap of KVM Userfault, by trying it: a
-    /// string instruction that KVM emulates left `KVM_RUN` at a missing page. Kernels that do
-    /// this also keep their prefetch, the return of huge pages and nested guests on SVM to it.
+    /// Whether KVM's own accesses respect the KVM Userfault bitmap. Tried with a string instruction
+    /// that KVM emulates, which must leave `KVM_RUN` at a missing page. Kernels that do this also
+    /// respect the bitmap in their prefetch, when they restore huge pages, and for nested guests on
+    /// SVM.
     pub own_accesses: bool,
-    /// Memory attributes that a VM can have (`KVM_CAP_MEMORY_ATTRIBUTES`); bit 3 is "private".
+    /// The memory attributes that a VM can have (`KVM_CAP_MEMORY_ATTRIBUTES`); bit 3 is "private".
     pub memory_attributes: u64,
-    /// A VM of type `KVM_X86_SW_PROTECTED_VM` could be made, by trying it.
+    /// Whether KVM created a VM of type `KVM_X86_SW_PROTECTED_VM` when tried.
     pub sw_protected_vm: bool,
-    /// `KVM_CREATE_GUEST_MEMFD` is there (`KVM_CAP_GUEST_MEMFD`).
+    /// Whether `KVM_CREATE_GUEST_MEMFD` exists (`KVM_CAP_GUEST_MEMFD`).
     pub guest_memfd: bool,
-    /// Flags that it takes (`KVM_CAP_GUEST_MEMFD_FLAGS`): bit 0 `MMAP`, bit 1 `INIT_SHARED`.
+    /// The flags of `KVM_CREATE_GUEST_MEMFD` (`KVM_CAP_GUEST_MEMFD_FLAGS`): bit 0 `MMAP`, bit 1
+    /// `INIT_SHARED`.
     pub guest_memfd_flags: u32,
 }
 
 impl KvmFeatures {
-    /// Asks KVM, and tries what cannot be asked.
+    /// Queries KVM, and tries the features that no capability describes.
     pub(crate) fn of(kvm: &Kvm) -> Result<Self, KvmError> {
-        // A KVM that gives no virtual machine is of no use, whatever it has.
+        // A KVM that creates no virtual machine is useless, whatever its features.
         drop(Engine::Uffd.create_vm(kvm)?);
-        // 0 and below: the kernel does not know the capability.
+        // 0 or less: the kernel does not know the capability.
         let value =
             |cap: u32| u32::try_from(kvm.check_extension_raw(c_ulong::from(cap))).unwrap_or(0);
         let userfault = scratch::try_userfault(kvm);
@@ -59,12 +62,12 @@ impl KvmFeatures {
         })
     }
 
-    /// What came of trying an engine.
+    /// Returns the outcome of trying an engine.
     pub fn trial(&self, engine: Engine) -> Trial {
         match engine {
             Engine::KvmUserfault => self.userfault,
             Engine::KvmAttributes => self.attributes,
-            // To KVM it is a slot like any other.
+            // To KVM this is an ordinary slot.
             Engine::Uffd => Trial::Works,
         }
     }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A memslot of KVM's, and the memory that KVM uses through it.
+//! A KVM memslot, and the memory that KVM uses through it.
 
 use std::any::Any;
 use std::fmt;
@@ -13,11 +13,11 @@ use vm_memory::GuestAddress;
 
 use crate::abi::{KVM_MEM_USERFAULT, set_userfault_bitmap};
 
-/// Why a memslot could not be made or changed.
+/// Errors from creating or changing a memslot.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum SlotError {
-    /// The slot would not begin at a page.
+    /// The slot would not begin on a page boundary.
     #[error(
         "make memslot {number} at guest address {start:#x}: that is no multiple of 4096 bytes; \
          move it to one"
@@ -25,10 +25,10 @@ pub enum SlotError {
     Unaligned {
         /// Number of the slot.
         number: u32,
-        /// Guest physical address that was asked for.
+        /// Guest physical address that the caller asked for.
         start: u64,
     },
-    /// The guest's mapping is not as long as the region.
+    /// The lengths of the guest's mapping and the region differ.
     #[error(
         "make memslot {number}: its mapping has {mapping} bytes and its region {region}; give it \
          a mapping of the region's backing"
@@ -65,17 +65,17 @@ pub enum SlotError {
         size: u64,
         /// Its `KVM_MEM_` flags.
         flags: u32,
-        /// What KVM said.
+        /// Error from KVM.
         error: kvm_ioctls::Error,
     },
-    /// KVM refused other flags for a slot.
+    /// KVM refused to change a slot's flags.
     #[error("set the flags of memslot {number} to {flags:#x}: {error}; the slot is as it was")]
     Flags {
         /// Number of the slot.
         number: u32,
-        /// The `KVM_MEM_` flags that were asked for.
+        /// The `KVM_MEM_` flags that the caller asked for.
         flags: u32,
-        /// What KVM said.
+        /// Error from KVM.
         error: kvm_ioctls::Error,
     },
     /// The memory attributes of the slot's pages could not be changed.
@@ -91,7 +91,7 @@ pub enum SlotError {
         start: u64,
         /// Length of the slot, in bytes.
         size: u64,
-        /// What KVM said.
+        /// Error from KVM.
         error: kvm_ioctls::Error,
     },
     /// The slot's dirty log could not be read.
@@ -99,18 +99,18 @@ pub enum SlotError {
     DirtyLog {
         /// Number of the slot.
         number: u32,
-        /// What KVM said.
+        /// Error from KVM.
         error: kvm_ioctls::Error,
     },
-    /// Pages are missing, so KVM must go on looking at the bitmap.
+    /// Pages are missing, so KVM must keep reading the bitmap.
     #[error("finish memslot {number}: {missing} of its pages are missing; finish it when none is")]
     PagesMissing {
         /// Number of the slot.
         number: u32,
-        /// Pages that are missing.
+        /// Number of missing pages.
         missing: u64,
     },
-    /// Dirty logging stays on while pages are missing: on switching it off KVM may map huge
+    /// Dirty logging stays on while pages are missing: when it is turned off, KVM may map huge
     /// pages, and missing pages with them.
     #[error(
         "switch dirty logging of memslot {number} off: {missing} of its pages are missing, and \
@@ -119,7 +119,7 @@ pub enum SlotError {
     LoggingStaysOn {
         /// Number of the slot.
         number: u32,
-        /// Pages that are missing.
+        /// Number of missing pages.
         missing: u64,
     },
 }
@@ -144,7 +144,7 @@ fn attributes_advice(error: kvm_ioctls::Error) -> &'static str {
     }
 }
 
-/// The missing bitmap that KVM reads for a slot, and what keeps it in memory.
+/// The missing bitmap that KVM reads for a slot, and the owner that keeps it in memory.
 #[derive(Clone)]
 pub(crate) struct Bitmap {
     address: u64,
@@ -167,7 +167,7 @@ impl Bitmap {
     }
 }
 
-/// What KVM uses while a slot exists.
+/// The memory that KVM uses while a slot exists.
 struct Used {
     mapping: Arc<Mapping>,
     bitmap: Option<Bitmap>,
@@ -175,11 +175,11 @@ struct Used {
 
 /// A memslot, deleted when it is dropped.
 ///
-/// KVM reads and writes the mapping, and reads the bitmap, for as long as the slot exists, which
-/// may be longer than the VM's descriptor is open: each vCPU's keeps the VM. So the slot holds
-/// both, and lets them go only once KVM has answered that the slot is gone; it waits for the
-/// slot's last users before it does. Where KVM does not say so they are kept for ever. A slot
-/// that is leaked leaks what it holds with it.
+/// KVM reads and writes the mapping, and reads the bitmap, for as long as the slot exists. That may
+/// be longer than the VM's descriptor is open, because each vCPU's descriptor keeps the VM. So the
+/// slot owns both, and releases them only once KVM has reported that the slot is deleted; KVM waits
+/// for the slot's last users before it does. If KVM cannot delete the slot they are kept for ever.
+/// Leaking a slot leaks them too.
 pub(crate) struct Memslot {
     vm: Arc<VmFd>,
     number: u32,
@@ -188,8 +188,8 @@ pub(crate) struct Memslot {
 }
 
 impl Memslot {
-    /// Makes a slot. With [`KVM_MEM_USERFAULT`] in `flags` KVM looks at `bitmap`, which must be
-    /// there.
+    /// Creates a slot. With [`KVM_MEM_USERFAULT`] in `flags` KVM reads `bitmap`, which must be
+    /// `Some`.
     pub(crate) fn new(
         vm: Arc<VmFd>,
         number: u32,
@@ -233,8 +233,8 @@ impl Memslot {
         &self.used.mapping
     }
 
-    /// Gives the slot other flags. The bitmap's address goes along with
-    /// [`KVM_MEM_USERFAULT`]: KVM takes it anew at each change.
+    /// Changes the slot's flags. With [`KVM_MEM_USERFAULT`] each change must pass the bitmap's
+    /// address again, because KVM replaces the old one.
     pub(crate) fn set_flags(&self, flags: u32) -> Result<(), SlotError> {
         let number = self.number;
         set(&self.vm, number, self.start, &self.used, flags, self.used.mapping.len())
@@ -242,7 +242,7 @@ impl Memslot {
     }
 }
 
-/// Makes, changes or (with a `memory_size` of 0) deletes a slot.
+/// Creates, changes or (with a `memory_size` of 0) deletes a slot.
 fn set(
     vm: &VmFd,
     slot: u32,
@@ -261,10 +261,9 @@ fn set(
             memory_size,
             userspace_addr,
         };
-        // SAFETY: the mapping is `memory_size` bytes long, or the slot is deleted. It stays
-        // mapped until KVM has said that the slot is gone: see `Memslot`. Nobody in this process
-        // has a Rust reference to its bytes, so the guest may write them. KVM refuses slots that
-        // overlap.
+        // SAFETY: the mapping is `memory_size` bytes long, or the slot is deleted. It stays mapped
+        // until KVM has reported that the slot is deleted: see `Memslot`. This process has no Rust
+        // reference to its bytes, so the guest may write them. KVM refuses slots that overlap.
         return unsafe { vm.set_user_memory_region(region) };
     }
     let bitmap = used.bitmap.as_ref().expect("KVM Userfault needs a bitmap");
@@ -278,28 +277,29 @@ fn set(
     };
     set_userfault_bitmap(&mut region, bitmap.address);
     // SAFETY: as above for the mapping; there is no guest_memfd. The bitmap has a bit for each
-    // page, which `Memslot::new` has checked; KVM only reads it, and its owner too is kept until
-    // the slot is gone.
+    // page, which `Memslot::new` has checked. KVM only reads it, and its owner is kept until the
+    // slot is deleted.
     unsafe { vm.set_user_memory_region2(region) }
 }
 
 impl Drop for Memslot {
     fn drop(&mut self) {
-        // KVM waits for pages on vCPUs' threads and on threads of the kernel, some of which no kick
-        // and no signal reaches, and closing the VM waits for those. From here on none of them
-        // waits, and none reads zeros.
+        // KVM waits for pages on vCPU threads and on kernel threads. No kick or signal reaches some
+        // of these waits, and closing the VM waits for them. Revoking the mapping ends them with an
+        // error, and no access reads zeros afterwards.
         let revoked = self.used.mapping.revoke();
         if let Err(error) = &revoked {
             log::error!("cannot make the memory of memslot {} inaccessible: {error}", self.number);
         }
         let deleted = set(&self.vm, self.number, self.start, &self.used, 0, 0);
-        // Ends the waits that are left where the mapping could not be revoked.
+        // Ends the remaining waits if the mapping could not be revoked. If the slot still exists as
+        // well, the trap stays, because without it KVM would read zeros.
         if revoked.is_ok() || deleted.is_ok() {
             self.used.mapping.remove_guard();
         }
         match deleted {
-            // SAFETY: the slot is gone and nobody in KVM uses what it held. `used` is not looked
-            // at again.
+            // SAFETY: the slot is deleted, so KVM no longer uses the memory that it held. `used` is
+            // not accessed again.
             Ok(()) => unsafe { ManuallyDrop::drop(&mut self.used) },
             Err(error) => log::error!(
                 "delete memslot {}: {error}; its {} bytes stay mapped",

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Stopping a guest that is about to name memory to KVM.
+//! Traps a guest's writes to the MSRs through which it names memory to KVM.
 //!
 //! Source: `Documentation/virt/kvm/api.rst`, sections `KVM_X86_SET_MSR_FILTER`,
 //! `KVM_CAP_X86_USER_SPACE_MSR` and `KVM_EXIT_X86_WRMSR`.
@@ -14,7 +14,7 @@ use kvm_ioctls::{
 
 use crate::own_pages::own_msrs;
 
-/// Why a VM's MSRs could not be trapped, or set free again.
+/// Errors from trapping a VM's MSRs, or from removing the trap.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum MsrTrapError {
@@ -29,17 +29,17 @@ pub enum MsrTrapError {
     Filter(kvm_ioctls::Error),
 }
 
-/// Has a guest's writes to those of KVM's MSRs that name memory leave `KVM_RUN`, so that the
+/// Makes a guest's writes to those of KVM's MSRs that name memory leave `KVM_RUN`, so that the
 /// memory can be fetched before KVM touches it: [`Pending`](crate::Pending) does the rest. Reads
-/// go on as ever.
+/// are not trapped.
 ///
-/// To be made before the first vCPU runs, and [`remove`](Self::remove)d once no page is missing.
-/// It is the VM's one MSR filter: a VMM with a filter of its own adds
-/// `KVM_MSR_FILTER_WRITE` for 0x11, 0x12 and 0x4b564d00 to 0x4b564d04 to that instead.
+/// Create it before the first vCPU runs, and [`remove`](Self::remove) it once no page is missing.
+/// It is the VM's only MSR filter: a VMM with its own filter adds `KVM_MSR_FILTER_WRITE` for 0x11,
+/// 0x12 and 0x4b564d00 to 0x4b564d04 to that filter instead.
 ///
-/// Hyper-V's MSRs are not trapped, as KVM does not do for user space all that it does for a guest
-/// that writes them. A VMM that offers them to guests does so after paging is done, or restores
-/// guests that have them set.
+/// Hyper-V's MSRs are not trapped, because a write from user space does not have all the effects in
+/// KVM of a write by the guest. A VMM may offer these MSRs only to guests that start after paging
+/// is complete, or that are restored with the MSRs already set.
 #[derive(Clone)]
 pub struct MsrTrap {
     vm: Arc<VmFd>,
@@ -53,7 +53,7 @@ impl MsrTrap {
     /// [`MsrTrapError`].
     pub fn new(vm: &Arc<VmFd>) -> Result<Self, MsrTrapError> {
         user_space_msrs(vm, MsrExitReason::Filter)?;
-        // One bit for each MSR, all 0: denied, that is, left to user space.
+        // One bit for each MSR, all 0: denied, which means left to user space.
         const DENIED: [u8; 1] = [0];
         let ranges: Vec<_> = own_msrs()
             .map(|base| MsrFilterRange {
@@ -67,12 +67,12 @@ impl MsrTrap {
         Ok(MsrTrap { vm: vm.clone() })
     }
 
-    /// Lets the guest write the MSRs itself again. To be called when no page is missing, from a
-    /// control thread; an exit that is under way still has to be answered.
+    /// Lets the guest write the MSRs directly again. Call it when no page is missing, from a
+    /// control thread. A pending exit must still be completed.
     ///
     /// # Errors
     ///
-    /// [`MsrTrapError`]. The trap is then as it was, which is of no harm but for its cost.
+    /// [`MsrTrapError`]. The trap then stays as it was, which does no harm except for its cost.
     pub fn remove(&self) -> Result<(), MsrTrapError> {
         self.vm.set_msr_filter(MsrFilterDefaultAction::ALLOW, &[]).map_err(MsrTrapError::Filter)?;
         user_space_msrs(&self.vm, MsrExitReason::empty())

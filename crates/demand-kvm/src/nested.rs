@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Keeping a guest from running guests of its own while pages are missing.
+//! Hides nested virtualization from a guest while pages are missing.
 
 use kvm_bindings::CpuId;
 
@@ -10,16 +10,16 @@ const SVM: u32 = 1 << 2;
 /// The CPUID leaf that describes SVM.
 const SVM_LEAF: u32 = 0x8000_000a;
 
-/// Takes nested virtualization, SVM and VMX, out of what `KVM_SET_CPUID2` will tell a guest.
+/// Removes nested virtualization, SVM and VMX, from the CPUID leaves for `KVM_SET_CPUID2`.
 ///
-/// For a guest that runs guests of its own KVM builds page tables, and fills them ahead of what
-/// was asked for: a neighbour that has not arrived is mapped and read as zeros. The structures
-/// that describe such guests it reads by itself, too. To be called where
-/// [`Probe::hides_nested`](crate::Probe::hides_nested) says so.
+/// For nested guests KVM builds page tables, and fills them ahead of the guest's accesses: a
+/// missing neighbour would be mapped and read as zeros. KVM itself also reads the structures that
+/// describe nested guests. Call this where [`Probe::hides_nested`](crate::Probe::hides_nested)
+/// returns true.
 ///
-/// A guest sees what it was started with for as long as it runs, so this is decided before its
-/// first start: a snapshot of a guest that had nested virtualization is restored without this
-/// only where `hides_nested` says no.
+/// A guest keeps the CPUID that it was started with, so decide before its first start. A snapshot
+/// of a guest that had nested virtualization can be restored without this only where `hides_nested`
+/// returns false.
 ///
 /// # Examples
 ///

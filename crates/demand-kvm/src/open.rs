@@ -1,36 +1,36 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Opening KVM.
+//! Opens `/dev/kvm`.
 
 use kvm_ioctls::Kvm;
 
 use crate::abi::KVM_API_VERSION;
 
-/// Why KVM cannot be used on this host.
+/// Errors from opening KVM or creating a virtual machine.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum KvmError {
-    /// There is no KVM.
+    /// The host has no KVM.
     #[error(
         "open /dev/kvm: {0}; load the module kvm_intel or kvm_amd, or give this container or \
          machine a KVM"
     )]
     NotThere(kvm_ioctls::Error),
-    /// KVM is there, but not for this user.
+    /// This user may not open `/dev/kvm`.
     #[error("open /dev/kvm: {0}; join the group that owns /dev/kvm, mostly 'kvm'")]
     Permission(kvm_ioctls::Error),
-    /// KVM cannot be opened for another reason.
+    /// `/dev/kvm` cannot be opened for another reason.
     #[error("open /dev/kvm: {0}; the kernel's log may say more")]
     Open(kvm_ioctls::Error),
-    /// KVM speaks another version of its interface.
+    /// KVM has another version of its API.
     #[error(
         "ask KVM for its version: it said {0}, where every kernel since 2.6.22 says 12; use such \
          a kernel"
     )]
     ApiVersion(i32),
-    /// KVM is open, but gives no virtual machine.
+    /// KVM is open, but refuses to create a virtual machine.
     #[error("make a virtual machine: {0}; is another hypervisor using the hardware?")]
     CreateVm(kvm_ioctls::Error),
-    /// KVM gives no virtual machine of the type that memory attributes need.
+    /// KVM refuses to create a virtual machine of the type that memory attributes need.
     #[error(
         "make a virtual machine of type KVM_X86_SW_PROTECTED_VM: {0}; use a kernel with \
          CONFIG_KVM_SW_PROTECTED_VM and nested paging, or another engine"
@@ -38,11 +38,12 @@ pub enum KvmError {
     CreateProtectedVm(kvm_ioctls::Error),
 }
 
-/// Opens `/dev/kvm` and checks the version of its interface.
+/// Opens `/dev/kvm` and checks the version of its API.
 ///
 /// # Errors
 ///
-/// [`KvmError`] tells whether KVM is not there, not for this user, or broken, and what to do.
+/// [`KvmError`] says whether KVM is absent, forbidden to this user or unusable, and suggests a
+/// remedy.
 ///
 /// # Examples
 ///

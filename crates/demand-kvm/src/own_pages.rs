@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Guest memory that KVM reads and writes by itself because a register names it.
+//! The guest memory that KVM itself accesses because a register names it.
 //!
 //! Sources: `Documentation/virt/kvm/x86/msr.rst` for KVM's own MSRs; Microsoft's "Hypervisor
 //! Top-Level Functional Specification", appendix on MSRs, for Hyper-V's; AMD's "Architecture
@@ -12,11 +12,11 @@ use vm_memory::GuestAddress;
 /// Memory that an MSR names.
 struct Area {
     msr: u32,
-    /// The bit that switches it on; 0 where any address but 0 does.
+    /// The bit that enables it; 0 if any address except 0 does.
     enable: u64,
-    /// The bits of the MSR that are its address.
+    /// The bits of the MSR that hold the address.
     address: u64,
-    /// Where the memory begins from there, in bytes.
+    /// Offset of the memory from that address, in bytes.
     offset: u64,
     /// Its length, in bytes.
     len: u64,
@@ -27,15 +27,15 @@ impl Area {
         Area { msr, enable, address, offset: 0, len }
     }
 
-    /// A page of Hyper-V's: number from bit 12 on, switched on by bit 0.
+    /// A Hyper-V page: page number from bit 12 up, enabled by bit 0.
     const fn hyperv(msr: u32) -> Self {
         Area::new(msr, 1, !0xfff, PAGE_SIZE)
     }
 }
 
-/// KVM's own MSRs come first: those that a guest writes and [`MsrTrap`](crate::MsrTrap) stops.
+/// KVM's own MSRs come first: those that a guest writes and [`MsrTrap`](crate::MsrTrap) traps.
 const AREAS: [Area; 13] = [
-    // Wall clock, old and new: `struct pvclock_wall_clock`, written when the MSR is.
+    // Wall clock, old and new: `struct pvclock_wall_clock`, written when the MSR is written.
     Area::new(0x11, 0, !0, 12),
     Area::new(0x4b56_4d00, 0, !0, 12),
     // System time, old and new: `struct pvclock_vcpu_time_info`.
@@ -53,20 +53,20 @@ const AREAS: [Area; 13] = [
     Area::hyperv(0x4000_0073),
     Area::hyperv(0x4000_0082),
     Area::hyperv(0x4000_0083),
-    // MSR_IA32_SMBASE: where a system management interrupt saves the processor's state.
+    // MSR_IA32_SMBASE: a system management interrupt saves the processor's state there.
     Area { msr: 0x9e, enable: 0, address: 0xffff_ffff, offset: 0xfe00, len: 512 },
 ];
 
-/// How many of [`AREAS`] are KVM's own.
+/// Number of [`AREAS`] that are KVM's own.
 const OWN: usize = 7;
 
-/// Numbers of KVM's own MSRs that name memory.
+/// Returns the numbers of KVM's own MSRs that name memory.
 pub(crate) fn own_msrs() -> impl Iterator<Item = u32> {
     AREAS[..OWN].iter().map(|area| area.msr)
 }
 
-/// The memory that KVM touches once an MSR has this value: guest physical address and length in
-/// bytes. `None` if there is none.
+/// Returns the memory that KVM touches once an MSR has this value: guest physical address and
+/// length in bytes. `None` if the MSR names no memory.
 pub(crate) fn named_by_msr(index: u32, data: u64) -> Option<(u64, u64)> {
     let area = AREAS.iter().find(|area| area.msr == index)?;
     let address = data & area.address;
@@ -74,7 +74,7 @@ pub(crate) fn named_by_msr(index: u32, data: u64) -> Option<(u64, u64)> {
     Some((address.checked_add(area.offset)?, area.len)).filter(|_| on)
 }
 
-/// The memory that the processor's state is loaded from when the system registers are set: the
+/// Returns the memory from which KVM loads processor state when the system registers are set: the
 /// four page-directory pointers, with PAE paging outside long mode.
 fn named_by_sregs(sregs: &kvm_sregs) -> Option<(u64, u64)> {
     const PAGING: u64 = 1 << 31; // CR0.PG
@@ -84,21 +84,22 @@ fn named_by_sregs(sregs: &kvm_sregs) -> Option<(u64, u64)> {
     pae.then_some((sregs.cr3 & 0xffff_ffe0, 32))
 }
 
-/// The guest pages that KVM reads and writes by itself once a vCPU has this state: to be fetched
-/// before it is set. `msrs` are the vCPU's, as `KVM_GET_MSRS` gave them for the snapshot, and
-/// `sregs` what `KVM_SET_SREGS` will be given, if it is. Page addresses, in order, each once;
-/// also those that lie in no memory.
+/// Returns the guest pages that KVM itself reads and writes once a vCPU has this state, so that
+/// they can be fetched before it is set. `msrs` are the vCPU's MSRs, as `KVM_GET_MSRS` returned
+/// them for the snapshot. `sregs` is the argument for `KVM_SET_SREGS`, if that will be called. The
+/// result is a sorted list of page addresses without duplicates. It may contain pages outside
+/// memory.
 ///
-/// KVM looks at no missing bitmap here: what it writes to a missing page a later fetch would
-/// replace by the image's bytes, and what it reads there may be zeros. So, for each vCPU: this;
-/// [`FaultHandler::fetch_pages`](crate::FaultHandler::fetch_pages); then `KVM_SET_SREGS` and
-/// `KVM_SET_MSRS`. Neither may be called on a thread that serves faults: where the slot's mapping
-/// is armed by a userfaultfd they wait for a page that was not fetched before, and no signal but
-/// a deadly one ends that.
+/// KVM ignores the missing bitmap for these accesses. If it wrote to a missing page, a later fetch
+/// would overwrite the write with the image's bytes; if it read one, it might read zeros. So, for
+/// each vCPU: call this; call [`FaultHandler::fetch_pages`](crate::FaultHandler::fetch_pages); then
+/// call `KVM_SET_SREGS` and `KVM_SET_MSRS`. Never call those two on a thread that serves faults: if
+/// the slot's mapping is armed with a userfaultfd, they wait for any page that was not fetched
+/// before, and only a deadly signal ends that wait.
 ///
-/// These are kvm-clock, asynchronous page faults, steal time, PV EOI, Hyper-V's pages, the state
-/// save area of system management mode, and the page-directory pointers of PAE paging. Not known
-/// to KVM's registers, and so not here: what a VMM tells KVM by ioctls of its own (Xen's shared
+/// The pages are those of kvm-clock, asynchronous page faults, steal time, PV EOI and Hyper-V, the
+/// state save area of system management mode, and the page-directory pointers of PAE paging. Memory
+/// that a VMM names to KVM through other ioctls is in no register and so not included (Xen's shared
 /// pages, `KVM_SET_VAPIC_ADDR`, nested state).
 ///
 /// # Examples
@@ -108,7 +109,7 @@ fn named_by_sregs(sregs: &kvm_sregs) -> Option<(u64, u64)> {
 /// use kvm_bindings::kvm_msr_entry;
 /// use vm_memory::GuestAddress;
 ///
-/// // kvm-clock, switched on by bit 0, across two pages.
+/// // kvm-clock, enabled by bit 0, across two pages.
 /// let clock = kvm_msr_entry { index: 0x4b56_4d01, data: 0x1ff0 | 1, ..Default::default() };
 /// assert_eq!(own_pages(&[clock], None), [GuestAddress(0x1000), GuestAddress(0x2000)]);
 /// ```
@@ -138,20 +139,20 @@ mod tests {
     #[test]
     fn each_register_names_its_pages() {
         for (index, data, expected) in [
-            // Off.
+            // Disabled.
             (0x4b56_4d01, 0x5000, &[][..]),
             (0x4b56_4d02, 0x5000, &[]),
             (0x4b56_4d03, 0x5000, &[]),
             (0x4b56_4d04, 0x5000, &[]),
             (0x4000_0021, 0x5000, &[]),
             (0x4b56_4d00, 0, &[]),
-            // On; without an enable bit for the wall clock.
+            // Enabled; the wall clock has no enable bit.
             (0x12, 0x5001, &[0x5000]),
             (0x4b56_4d00, 0x5008, &[0x5000]),
             (0x11, 0x5ff8, &[0x5000, 0x6000]),
             (0x4b56_4d01, 0x5fe1, &[0x5000]),
             (0x4b56_4d01, 0x5fe3, &[0x5000, 0x6000]),
-            // Flags are no address.
+            // Flag bits are not part of the address.
             (0x4b56_4d02, 0x5fc0 | 0xf, &[0x5000]),
             (0x4b56_4d03, 0x5fc0 | 1, &[0x5000]),
             (0x4b56_4d04, 0x5ffc | 1, &[0x5000]),

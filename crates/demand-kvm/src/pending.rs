@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Exits that want an answer, which takes pages that may be missing.
+//! Exits that the VMM must complete, with accesses to pages that may be missing.
 
 use std::sync::Arc;
 
@@ -9,30 +9,29 @@ use vm_memory::{Bytes, GuestAddress};
 
 use crate::{FaultError, FaultHandler};
 
-/// The most that KVM asks of user space in one MMIO exit, in bytes.
+/// The most bytes that KVM transfers in one MMIO exit.
 const MMIO_BYTES: usize = 8;
 
-/// An exit of `KVM_RUN` that touches demand-paged memory and must be answered before the vCPU
-/// runs again.
+/// An exit of `KVM_RUN` that touches demand-paged memory and must be completed before the vCPU runs
+/// again.
 ///
 /// There are two kinds:
 ///
-/// - KVM asks user space to read or write memory as if it were a device's, at an address that has
-///   RAM: operands of an instruction that KVM emulates, where the slot's mapping is closed or the
-///   kernel keeps to the missing bitmap. It reads a byte at a time and writes up to 8, which may
-///   lie in two pages.
+/// - KVM asks user space to read or write RAM as if it were a device: operands of an instruction
+///   that KVM emulates, where the slot's mapping is inaccessible or the kernel respects the missing
+///   bitmap. KVM reads a byte at a time and writes up to 8 bytes, which may lie in two pages.
 /// - The guest writes one of KVM's MSRs that name memory, which [`MsrTrap`](crate::MsrTrap) leaves
 ///   to user space.
 ///
-/// Answering waits for pages and can be called away. The exit is then still to be answered, and
-/// **running the vCPU without an answer loses it**: KVM takes whatever is in the shared page for
-/// what was read, and the MSR for written. So this is a value that is kept until
-/// [`answer`](Self::answer) has returned `Ok`, also over a pause. A snapshot that is taken
-/// meanwhile is right about an MSR, which the guest writes anew. With MMIO the instruction may be
-/// half done, so it is answered and completed before: see
+/// Completing the exit waits for pages, and a kick can interrupt it. The exit is then still
+/// pending, and **running the vCPU without completing it loses it**: KVM takes the content of the
+/// shared page for the data read, and considers the MSR written. So keep this value until
+/// [`answer`](Self::answer) has returned `Ok`, even across a pause. A snapshot taken meanwhile is
+/// correct for an MSR, because the guest repeats the write. An MMIO access may leave the
+/// instruction half done, so complete it before the snapshot: see
 /// [`DemandVcpu::settle_step`](crate::DemandVcpu::settle_step).
 ///
-/// [`DemandVcpu`](crate::DemandVcpu) does so.
+/// [`DemandVcpu`](crate::DemandVcpu) does all of this.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Pending {
     /// `KVM_EXIT_MMIO`, a read.
@@ -46,24 +45,24 @@ pub enum Pending {
     Write {
         /// Guest physical address.
         gpa: u64,
-        /// What to write: the first `len` bytes.
+        /// The data to write: the first `len` bytes.
         data: [u8; MMIO_BYTES],
         /// Bytes to write, 8 at most.
         len: usize,
     },
-    /// `KVM_EXIT_X86_WRMSR`, because of a filter.
+    /// `KVM_EXIT_X86_WRMSR`, caused by an MSR filter.
     #[cfg(target_arch = "x86_64")]
     Msr {
         /// Number of the MSR.
         index: u32,
-        /// What the guest writes to it.
+        /// The value that the guest writes.
         data: u64,
     },
 }
 
 impl Pending {
-    /// What an exit of `KVM_RUN` wants, if it is one of these. Accesses to addresses without
-    /// demand-paged memory are none: they are a device's.
+    /// Returns the pending exit that an exit of `KVM_RUN` stands for, if it is one. Accesses to
+    /// addresses without demand-paged memory belong to devices and return `None`.
     pub fn of(exit: &VcpuExit<'_>, handler: &FaultHandler) -> Option<Self> {
         match exit {
             VcpuExit::MmioRead(gpa, data) => handler
@@ -85,14 +84,15 @@ impl Pending {
         }
     }
 
-    /// Whether the guest's instruction is half done as long as this has no answer. KVM shows the
-    /// state before a write of an MSR.
+    /// Returns whether the guest's instruction is half done until this is completed. Before a write
+    /// of an MSR, KVM shows the state before the instruction.
     pub(crate) fn is_half_done(&self) -> bool {
         matches!(self, Pending::Read { .. } | Pending::Write { .. })
     }
 
-    /// Has a write of an MSR fault in the guest. What else waits completes with whatever KVM finds in
-    /// the exit: only for a vCPU whose state is thrown away.
+    /// Makes a pending MSR write fault in the guest. Other pending exits complete with the data
+    /// that KVM finds in the shared page, so this is only for a vCPU whose state is about to be
+    /// replaced.
     pub(crate) fn refuse(&self, vcpu: &mut VcpuFd) {
         #[cfg(target_arch = "x86_64")]
         if let Pending::Msr { .. } = self {
@@ -101,15 +101,15 @@ impl Pending {
         }
     }
 
-    /// Fetches what is missing and answers the exit: the vCPU can be run again when this returns
-    /// `Ok`. `memory` is the VM's, of which the accesses are made; it may be a
-    /// [`DemandMemory`](demand_memory::DemandMemory), and must not fault. Called on the vCPU's
-    /// thread; it waits as long as the source does.
+    /// Fetches the missing pages and completes the exit: the vCPU can run again when this returns
+    /// `Ok`. `memory` is the VM's memory, through which the accesses are made. It may be a
+    /// [`DemandMemory`](demand_memory::DemandMemory), and accesses to it must not fault. Call this
+    /// on the vCPU's thread. It waits as long as the source does.
     ///
     /// # Errors
     ///
-    /// [`FaultError::Kicked`]: nothing was answered, call it again.
-    /// [`FaultError::Stopped`], [`FaultError::NoMemory`] and [`FaultError::Msr`] are final.
+    /// [`FaultError::Kicked`]: the exit is still pending; call this again. [`FaultError::Stopped`],
+    /// [`FaultError::NoMemory`] and [`FaultError::Msr`] are final.
     pub fn answer(
         &self,
         vcpu: &mut VcpuFd,
@@ -125,8 +125,8 @@ impl Pending {
                     .read_slice(&mut data[..len], GuestAddress(gpa))
                     .map_err(|_| FaultError::NoMemory { gpa, len })?;
                 let run = vcpu.get_kvm_run();
-                // SAFETY: the vCPU's last exit was KVM_EXIT_MMIO, and any bytes are a value of
-                // this member.
+                // SAFETY: the vCPU's last exit was KVM_EXIT_MMIO, and any bytes are a valid value
+                // of this member.
                 let mmio = unsafe { &mut run.__bindgen_anon_1.mmio };
                 mmio.data[..len].copy_from_slice(&data[..len]);
                 Ok(())
@@ -144,10 +144,10 @@ impl Pending {
                 }
                 let refused = !set_msr(vcpu, index, data)?;
                 let run = vcpu.get_kvm_run();
-                // SAFETY: the vCPU's last exit was KVM_EXIT_X86_WRMSR, and any bytes are a value
-                // of this member.
+                // SAFETY: the vCPU's last exit was KVM_EXIT_X86_WRMSR, and any bytes are a valid
+                // value of this member.
                 let msr = unsafe { &mut run.__bindgen_anon_1.msr };
-                // A general protection fault, as the guest would have met without the filter.
+                // A general protection fault, which the guest would also get without the filter.
                 msr.error = u8::from(refused);
                 Ok(())
             }
@@ -155,7 +155,7 @@ impl Pending {
     }
 }
 
-/// Sets an MSR; false if KVM does not take the value.
+/// Sets an MSR; returns false if KVM rejects the value.
 #[cfg(target_arch = "x86_64")]
 fn set_msr(vcpu: &VcpuFd, index: u32, data: u64) -> Result<bool, FaultError> {
     let entry = kvm_bindings::kvm_msr_entry { index, data, ..Default::default() };

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Memslots over memory that is all there.
+//! Memslots over memory that is always present.
 
 use std::sync::Arc;
 
@@ -11,9 +11,10 @@ use vm_memory::GuestAddress;
 use crate::SlotError;
 use crate::memslot::Memslot;
 
-/// A memslot over ordinary memory: firmware, a control page, anything that never was missing.
+/// A memslot over ordinary memory, none of which is ever missing: firmware, for example, or a
+/// control page.
 ///
-/// The slot is deleted when this is dropped; until then it keeps its mapping and its VM.
+/// Dropping it deletes the slot. Until then it keeps its mapping and its VM.
 ///
 /// # Examples
 ///
@@ -36,9 +37,9 @@ pub struct PlainSlot {
 }
 
 impl PlainSlot {
-    /// Makes memslot `number`, whose first byte is at guest physical address `start`, over
-    /// `mapping`. The number must not be in use. The guest's writes to a `read_only` slot are
-    /// MMIO exits.
+    /// Creates memslot `number`, whose first byte is at guest physical address `start`, over
+    /// `mapping`. The number must be unused. The guest's writes to a `read_only` slot are MMIO
+    /// exits.
     ///
     /// # Errors
     ///
@@ -54,17 +55,17 @@ impl PlainSlot {
         Ok(PlainSlot { memslot: Memslot::new(vm, number, start, mapping, None, flags)? })
     }
 
-    /// Number of the memslot.
+    /// Returns the number of the memslot.
     pub fn number(&self) -> u32 {
         self.memslot.number()
     }
 
-    /// Guest physical address of the slot's first byte.
+    /// Returns the guest physical address of the slot's first byte.
     pub fn start(&self) -> GuestAddress {
         self.memslot.start()
     }
 
-    /// Where the slot's memory lies in this process.
+    /// Returns the slot's mapping in this process.
     pub fn mapping(&self) -> &Arc<Mapping> {
         self.memslot.mapping()
     }

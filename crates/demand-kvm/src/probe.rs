@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What this host's KVM can do.
+//! The KVM features and usable engines of this host.
 
 use std::fmt;
 use std::fs;
@@ -8,7 +8,7 @@ use serde::{Serialize, Serializer};
 
 use crate::{Engine, KvmError, KvmFeatures, open_kvm};
 
-/// What runs guests on this host.
+/// The virtualization technology of this host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 #[non_exhaustive]
@@ -17,10 +17,10 @@ pub enum Virtualization {
     Vmx,
     /// AMD's SVM.
     Svm,
-    /// Neither: if there is a KVM, it emulates the guest's instructions or is paravirtual, which
-    /// is slow and may not run an unmodified guest.
+    /// Neither: KVM, if the host has one, emulates the guest's instructions or is paravirtual,
+    /// which is slow and may not run an unmodified guest.
     Emulated,
-    /// Not told: /proc/cpuinfo cannot be read, or this is not x86.
+    /// Unknown: /proc/cpuinfo cannot be read, or this is not x86.
     Unknown,
 }
 
@@ -35,29 +35,29 @@ impl fmt::Display for Virtualization {
     }
 }
 
-/// One engine, whether this host has it, and why.
+/// An engine, whether this host has it, and the reason.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct EngineReport {
     /// The engine.
     pub engine: Engine,
-    /// Whether it can be used, as far as KVM is concerned.
+    /// Whether KVM supports it.
     pub usable: bool,
-    /// Why, or why not.
+    /// The reason.
     pub why: String,
 }
 
-/// What this host can do. Serialized, it is a flat object: `virtualization`, `usable`, `error`
-/// (if there is no usable KVM), the fields of [`KvmFeatures`] (if there is), and `engines`.
+/// The capabilities of this host. Serialized, it is a flat object: `virtualization`, `usable`,
+/// `error` (if there is no usable KVM), the fields of [`KvmFeatures`] (if there is), and `engines`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Probe {
-    /// What runs guests.
+    /// The virtualization technology.
     pub virtualization: Virtualization,
-    /// What KVM has, or why it cannot be used.
+    /// KVM's features, or the reason that it cannot be used.
     pub kvm: Result<KvmFeatures, KvmError>,
 }
 
 impl Probe {
-    /// All engines, the best first.
+    /// Returns a report on each engine, in order of preference.
     pub fn engines(&self) -> Vec<EngineReport> {
         let report = |engine| {
             let (usable, why) = match (&self.kvm, engine) {
@@ -73,11 +73,11 @@ impl Probe {
         Engine::ALL.map(report).into()
     }
 
-    /// Whether a guest must not see nested virtualization while pages are missing
-    /// ([`hide_nested`](crate::hide_nested)): for a guest of the guest KVM prefetches pages that
-    /// have not arrived, and reads structures that the guest names, unless it is known to keep to
-    /// the bitmap in all of that, which is on SVM only. Under [`Engine::Uffd`] all this meets the
-    /// armed mapping.
+    /// Returns whether nested virtualization must be hidden from a guest while pages are missing
+    /// ([`hide_nested`](crate::hide_nested)). For a nested guest KVM prefetches missing pages and
+    /// reads structures that the guest names, unless it is known to respect the bitmap in all of
+    /// these accesses, which it is on SVM only. Under [`Engine::Uffd`] the armed mapping traps them
+    /// all.
     pub fn hides_nested(&self, engine: Engine) -> bool {
         let right = self.kvm.as_ref().is_ok_and(|kvm| kvm.own_accesses);
         match engine {
@@ -87,7 +87,7 @@ impl Probe {
         }
     }
 
-    /// What a user of this engine has to know on this host: sentences, without full stops.
+    /// Returns the limits of this engine on this host: sentences, without full stops.
     pub fn limits(&self, engine: Engine) -> Vec<&'static str> {
         let known = self.kvm.as_ref().ok();
         let right = known.is_some_and(|kvm| engine == Engine::KvmUserfault && kvm.own_accesses);
@@ -141,7 +141,7 @@ impl Serialize for Probe {
     }
 }
 
-/// Finds out what this host can do. Engines are tried on a scratch VM, which takes some
+/// Tests the capabilities of this host. It tries the engines on scratch VMs, which takes some
 /// milliseconds.
 ///
 /// # Examples

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Scratch guests: what KVM does is found out by running a few instructions.
+//! Scratch guests that test KVM's behaviour by running a few instructions.
 
 use std::io::{self, Write};
 use std::sync::Arc;
@@ -13,20 +13,20 @@ use crate::attributes::{self, PRIVATE};
 use crate::memslot::{Bitmap, Memslot};
 use crate::{Engine, SlotError, Trial};
 
-/// Guest physical address of the page with an x86 processor's first instruction.
+/// Guest physical address of the page that holds an x86 processor's first instruction.
 const RESET_PAGE: u64 = 0xffff_f000;
 
-/// Guest physical address of the page before, which instructions there can address: the code
-/// segment begins at 0xffff0000.
+/// Guest physical address of the page before it. Instructions at the reset vector can address it:
+/// the code segment begins at 0xffff0000.
 const DATA_PAGE: u64 = RESET_PAGE - PAGE_SIZE;
 
 /// Offset of the first instruction in its page.
 const RESET: usize = 0xff0;
 
-/// x86's `hlt`: what the guest executes where nothing stops it.
+/// x86's `hlt`: the guest executes it if nothing stops it.
 const HLT: u8 = 0xf4;
 
-/// Runs a guest of one page, whose bit is set.
+/// Runs a guest of one page, whose bit is set in the bitmap.
 pub(crate) fn try_userfault(kvm: &Kvm) -> Trial {
     let Ok((mapping, bitmap)) = scratch(&[&[HLT; PAGE_SIZE as usize]]) else {
         return Trial::Untried;
@@ -40,7 +40,7 @@ pub(crate) fn try_userfault(kvm: &Kvm) -> Trial {
         Err(SlotError::Create { error, .. }) => error.errno(),
         Err(_) => return Trial::Untried,
     };
-    // The answer is about the flag only if KVM takes the same slot without it.
+    // The error concerns the flag only if KVM accepts the same slot without it.
     match Memslot::new(vm, 0, start, mapping, None, 0) {
         Ok(_) => Trial::Refused { errno: refused },
         Err(_) => Trial::Untried,
@@ -65,8 +65,8 @@ pub(crate) fn try_attributes(kvm: &Kvm) -> Trial {
     }
 }
 
-/// Runs a guest that has KVM read a page whose bit is set: string instructions to ports are
-/// emulated, whatever the processor can do.
+/// Runs a guest that makes KVM itself read a page whose bit is set: KVM emulates string
+/// instructions on ports on every processor.
 pub(crate) fn try_own_accesses(kvm: &Kvm) -> bool {
     // mov si, 0xe000; cs outsb; hlt
     const CODE: [u8; 6] = [0xbe, 0x00, 0xe0, 0x2e, 0x6e, HLT];
@@ -82,7 +82,7 @@ pub(crate) fn try_own_accesses(kvm: &Kvm) -> bool {
     }
 }
 
-/// Memory with these pages, and a bitmap in which the first of them is missing.
+/// Creates memory with these pages, and a bitmap in which the first of them is missing.
 fn scratch(pages: &[&[u8; PAGE_SIZE as usize]]) -> io::Result<(Arc<Mapping>, Arc<MissingBitmap>)> {
     let size = pages.len() as u64 * PAGE_SIZE;
     let memory = MemfdBacking::new(BackingKind::Shmem, size, true).map_err(io::Error::other)?;
@@ -94,7 +94,7 @@ fn scratch(pages: &[&[u8; PAGE_SIZE as usize]]) -> io::Result<(Arc<Mapping>, Arc
     Ok((Arc::new(mapping), Arc::new(MissingBitmap::new(1)?)))
 }
 
-/// What a new vCPU does. It begins at the reset vector, so it needs no other state.
+/// Runs a new vCPU. It starts at the reset vector, so it needs no other state.
 #[cfg(target_arch = "x86_64")]
 mod run {
     use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
@@ -135,7 +135,7 @@ mod run {
         if exit(&mut vcpu) != stopped {
             return Trial::Ignored;
         }
-        // Once it is private no more, the guest must go on.
+        // Once the page is no longer private, the guest must resume.
         match attributes::change(vm, RESET_PAGE, PAGE_SIZE, 0) {
             Ok(()) if exit(&mut vcpu) == Exit::Halt => Trial::Works,
             _ => Trial::Ignored,
@@ -148,7 +148,7 @@ mod run {
     }
 }
 
-/// Elsewhere it is left at whether KVM takes the slot.
+/// Other architectures only test whether KVM accepts the slot.
 #[cfg(not(target_arch = "x86_64"))]
 mod run {
     use kvm_ioctls::VmFd;

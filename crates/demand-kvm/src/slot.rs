@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Memslots over memory whose pages arrive when the guest first uses them.
+//! Memslots over demand-paged memory.
 
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -13,44 +13,45 @@ use crate::memslot::Memslot;
 use crate::trap::{SetTrap, SlotTrap};
 use crate::{Engine, KvmFeatures, SlotError};
 
-/// What [`DemandSlot::finish`] has led to.
+/// The effect of [`DemandSlot::finish`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Finished {
-    /// The slot is like any other now.
+    /// The slot is an ordinary one now.
     Now,
-    /// KVM stops looking at the bitmap, which has no bit set any more, when dirty logging is
-    /// switched off: the posted series warns where the flag goes before that, and no huge page
-    /// could come back earlier anyway.
+    /// Deferred until dirty logging is turned off, because the posted series WARNs if the flag is
+    /// cleared first. Nothing is lost by this: KVM cannot restore huge pages while it logs, and no
+    /// bit of the bitmap is set any more.
     WithLogging,
 }
 
 struct State {
-    /// The slot's `KVM_MEM_` flags, as KVM has them.
+    /// The slot's `KVM_MEM_` flags, as set in KVM.
     flags: u32,
-    /// Whether [`DemandSlot::finish`] was called, for the trap to go as soon as it can.
+    /// Whether [`DemandSlot::finish`] was called, so that the trap is removed as soon as possible.
     finish: bool,
-    /// Whether the trap is gone.
+    /// Whether the trap is removed.
     free: bool,
 }
 
 /// A memslot over a demand-paged region.
 ///
 /// With [`Engine::KvmUserfault`] KVM reads the pager's missing bitmap: a vCPU that touches a
-/// missing page leaves `KVM_RUN` with `KVM_EXIT_MEMORY_FAULT`, and goes on once a
-/// [`FaultHandler`](crate::FaultHandler) has brought the page in. With [`Engine::KvmAttributes`]
-/// it does so because the slot's pages are private to KVM, and the handler also lets KVM know of
-/// each page; the VM must be one of [`Engine::create_vm`]. With [`Engine::Uffd`] the slot is an
-/// ordinary one, and `mapping` must be armed by a userfaultfd before the slot is made: nothing else
-/// keeps the guest from reading zeros, and so the slot is refused otherwise.
+/// missing page leaves `KVM_RUN` with `KVM_EXIT_MEMORY_FAULT`, and resumes once a
+/// [`FaultHandler`](crate::FaultHandler) has fetched the page. With [`Engine::KvmAttributes`] it
+/// leaves `KVM_RUN` because the slot's pages are private to KVM, and the handler also clears the
+/// attribute of each page; the VM must come from [`Engine::create_vm`]. With [`Engine::Uffd`] the
+/// slot is an ordinary one, and `mapping` must be armed with a userfaultfd before the slot is
+/// created. Nothing else would keep the guest from reading zeros, so a slot over an unarmed mapping
+/// is refused.
 ///
-/// The methods that change flags are for control threads: KVM waits for all vCPUs in them, so a
-/// thread that serves faults must never call them.
+/// The methods that change flags are for control threads: KVM waits for all vCPUs in them, so never
+/// call them on a thread that serves faults.
 ///
-/// When this is dropped, first the mapping is [revoked](Mapping::revoke), if it is armed: every
-/// thread that is blocked on a page there comes out, with an error. Then the slot is deleted, and
-/// then the mapping's trap is removed. Until then it keeps the mapping, the pager (whose bitmap KVM
-/// reads) and the VM: so a VM is never closed while KVM itself waits for a page of it, which nothing
-/// could end.
+/// Dropping the slot first [revokes](Mapping::revoke) the mapping, if it is armed: every thread
+/// that is blocked on a page there returns, with an error. Then it deletes the slot, and then it
+/// removes the mapping's trap. Until then the slot keeps the mapping, the pager (whose bitmap KVM
+/// reads) and the VM. So a VM is never closed while KVM itself waits for one of its pages, a wait
+/// that nothing could end.
 ///
 /// # Examples
 ///
@@ -91,27 +92,27 @@ struct State {
 /// slot.finish().unwrap();
 /// ```
 pub struct DemandSlot {
-    // Fields are dropped in this order: the slot before what traps it.
+    // Fields are dropped in this order: the slot before its trap.
     memslot: Memslot,
     trap: SetTrap,
     pager: Arc<Pager>,
     engine: Engine,
-    /// Whether KVM is known to keep to the bitmap when dirty logging goes off.
+    /// Whether KVM is known to respect the bitmap when dirty logging is turned off.
     logging_may_go: bool,
     state: Mutex<State>,
 }
 
 impl DemandSlot {
-    /// Makes memslot `number`, whose first byte is at guest physical address `start`, over
-    /// `mapping`, a mapping of the pager's backing made for the guest alone. The number must not
-    /// be in use: to KVM the call would change that slot.
+    /// Creates memslot `number`, whose first byte is at guest physical address `start`, over
+    /// `mapping`, a mapping of the pager's backing for the guest alone. The number must be unused:
+    /// KVM would take the call as a change of the slot with that number.
     ///
     /// # Errors
     ///
-    /// [`SlotError::Unaligned`], [`SlotError::Size`] if the mapping is not as long as the
-    /// pager's region, [`SlotError::Unarmed`] under [`Engine::Uffd`] if nothing traps accesses to
-    /// the mapping's missing pages, and [`SlotError::Create`] if KVM refuses the slot, as it does under
-    /// [`Engine::KvmUserfault`] where the kernel does not have that; under
+    /// [`SlotError::Unaligned`]; [`SlotError::Size`] if the length of the mapping differs from the
+    /// pager's region; [`SlotError::Unarmed`] under [`Engine::Uffd`] if nothing traps accesses to
+    /// the mapping's missing pages; [`SlotError::Create`] if KVM refuses the slot, as a kernel
+    /// without KVM Userfault does under [`Engine::KvmUserfault`]; and under
     /// [`Engine::KvmAttributes`] also [`SlotError::Attributes`].
     pub fn new(
         vm: Arc<VmFd>,
@@ -140,46 +141,46 @@ impl DemandSlot {
         Ok(DemandSlot { memslot, trap, pager, engine, logging_may_go: false, state })
     }
 
-    /// Tells the slot what this host's KVM is known to do right, from
-    /// [`Probe::kvm`](crate::Probe::kvm): where KVM's own accesses keep to the bitmap, dirty
-    /// logging can be switched off while pages are missing.
+    /// Takes the features of this host's KVM into account, from [`Probe::kvm`](crate::Probe::kvm):
+    /// where KVM's own accesses respect the bitmap, dirty logging can be turned off while pages are
+    /// missing.
     pub fn with_features(mut self, kvm: &KvmFeatures) -> Self {
         self.logging_may_go = kvm.own_accesses;
         self
     }
 
-    /// Number of the memslot.
+    /// Returns the number of the memslot.
     pub fn number(&self) -> u32 {
         self.memslot.number()
     }
 
-    /// Guest physical address of the slot's first byte.
+    /// Returns the guest physical address of the slot's first byte.
     pub fn start(&self) -> GuestAddress {
         self.memslot.start()
     }
 
-    /// Length of the slot, in bytes.
+    /// Returns the length of the slot, in bytes.
     pub fn size(&self) -> u64 {
         self.memslot.mapping().len()
     }
 
-    /// The guest's mapping. Its bytes are the guest's: a page may be missing, and is not fetched
-    /// by a look at it from here.
+    /// Returns the guest's mapping. Its bytes belong to the guest. A page may be missing, and
+    /// reading the mapping from here does not fetch it.
     pub fn mapping(&self) -> &Arc<Mapping> {
         self.memslot.mapping()
     }
 
-    /// The pager of the region behind the slot.
+    /// Returns the pager of the region behind the slot.
     pub fn pager(&self) -> &Arc<Pager> {
         &self.pager
     }
 
-    /// How the guest's accesses to missing pages are caught.
+    /// Returns the engine that traps the guest's accesses to missing pages.
     pub fn engine(&self) -> Engine {
         self.engine
     }
 
-    /// Whether vCPUs leave `KVM_RUN` at missing pages.
+    /// Returns whether vCPUs leave `KVM_RUN` at missing pages.
     pub fn is_trapping(&self) -> bool {
         self.trap.0.exit_flags().is_some() && !self.lock().free
     }
@@ -188,16 +189,16 @@ impl DemandSlot {
         &self.trap.0
     }
 
-    /// Switches KVM's dirty logging for this slot on or off.
+    /// Turns KVM's dirty logging for this slot on or off.
     ///
-    /// Under [`Engine::KvmUserfault`] it cannot be switched off while pages are missing: KVM
-    /// brings huge pages back then, and a kernel that does not look at the bitmap as it does maps
-    /// pages that have not arrived. Kernels that are known to look can be told of by
+    /// Under [`Engine::KvmUserfault`] it cannot be turned off while pages are missing: KVM then
+    /// restores huge pages, and a kernel that ignores the bitmap while it does so maps missing
+    /// pages. For kernels that are known to respect the bitmap use
     /// [`with_features`](Self::with_features).
     ///
     /// # Errors
     ///
-    /// [`SlotError::LoggingStaysOn`] in the case above, [`SlotError::Flags`] if KVM refuses.
+    /// [`SlotError::LoggingStaysOn`] in the case above; [`SlotError::Flags`] if KVM refuses.
     pub fn set_dirty_logging(&self, on: bool) -> Result<(), SlotError> {
         let mut state = self.lock();
         if on {
@@ -209,17 +210,17 @@ impl DemandSlot {
             return Err(SlotError::LoggingStaysOn { number, missing });
         }
         self.set_flags(&mut state, 0, KVM_MEM_LOG_DIRTY_PAGES)?;
-        // One after the other: kernels of the series warn about both at once.
+        // In a second call: kernels with the series WARN if one call clears both flags.
         if state.finish { self.free(&mut state) } else { Ok(()) }
     }
 
     /// Reads and clears KVM's dirty log: bit i of the words is page i of the slot, 1 if the guest
-    /// or KVM wrote it since the last call. Pages that arrive are not written in this sense.
-    /// Source: `KVM_GET_DIRTY_LOG`, `Documentation/virt/kvm/api.rst`, section 4.8.
+    /// or KVM wrote it since the last call. Populating a page does not make it dirty. Source:
+    /// `KVM_GET_DIRTY_LOG`, `Documentation/virt/kvm/api.rst`, section 4.8.
     ///
     /// # Errors
     ///
-    /// [`SlotError::DirtyLog`], as long as dirty logging is off or KVM refuses.
+    /// [`SlotError::DirtyLog`] if dirty logging is off or KVM refuses.
     pub fn dirty_log(&self) -> Result<Vec<u64>, SlotError> {
         let number = self.number();
         let size = usize::try_from(self.size()).expect("a mapping's length is a usize");
@@ -229,12 +230,12 @@ impl DemandSlot {
             .map_err(|error| SlotError::DirtyLog { number, error })
     }
 
-    /// Makes the slot like any other: KVM stops looking at the bitmap, or takes all pages for
-    /// shared ones, and is free to use huge pages again. To be called when no page is missing; calling it again changes nothing.
+    /// Makes the slot an ordinary one: KVM stops reading the bitmap, or treats all pages as shared,
+    /// and may use huge pages again. Call it when no page is missing. Further calls change nothing.
     ///
     /// # Errors
     ///
-    /// [`SlotError::PagesMissing`], and [`SlotError::Flags`] or [`SlotError::Attributes`] if KVM
+    /// [`SlotError::PagesMissing`]; [`SlotError::Flags`] or [`SlotError::Attributes`] if KVM
     /// refuses.
     pub fn finish(&self) -> Result<Finished, SlotError> {
         let mut state = self.lock();
@@ -251,7 +252,7 @@ impl DemandSlot {
         Ok(Finished::Now)
     }
 
-    /// Takes the trap away.
+    /// Removes the trap.
     fn free(&self, state: &mut State) -> Result<(), SlotError> {
         self.set_flags(state, 0, self.trap.0.slot_flags())?;
         self.trap.0.remove()?;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What engines do differently: everything that depends on a slot's engine is here.
+//! The differences between the engines: all code that depends on a slot's engine.
 
 use std::sync::Arc;
 
@@ -12,19 +12,19 @@ use crate::attributes::{Attributes, Reserved};
 use crate::memslot::Bitmap;
 use crate::{Engine, SlotError};
 
-/// How vCPUs are stopped at a slot's missing pages.
+/// The mechanism that stops vCPUs at a slot's missing pages.
 #[derive(Clone)]
 pub(crate) enum SlotTrap {
     /// KVM reads the missing bitmap.
     Userfault,
-    /// To KVM the pages are private.
+    /// The pages are private to KVM.
     Attributes(Arc<Attributes>),
-    /// KVM knows nothing: the mapping under the slot is armed.
+    /// The slot's mapping is armed, and KVM is not involved.
     Mapping,
 }
 
 impl SlotTrap {
-    /// The `KVM_MEM_` flags that the slot has as long as the trap is set.
+    /// Returns the `KVM_MEM_` flags of the slot while the trap is set.
     pub(crate) fn slot_flags(&self) -> u32 {
         match self {
             SlotTrap::Userfault => KVM_MEM_USERFAULT,
@@ -32,7 +32,7 @@ impl SlotTrap {
         }
     }
 
-    /// The bitmap that KVM reads.
+    /// Returns the bitmap that KVM reads, if it reads one.
     pub(crate) fn bitmap(&self, pager: &Arc<Pager>) -> Option<Bitmap> {
         match self {
             SlotTrap::Userfault => Some(Bitmap::of_pager(pager)),
@@ -40,8 +40,8 @@ impl SlotTrap {
         }
     }
 
-    /// The flags of the exit `KVM_EXIT_MEMORY_FAULT` at a missing page; `None` if there is no
-    /// such exit.
+    /// Returns the flags of the exit `KVM_EXIT_MEMORY_FAULT` at a missing page; `None` if there is
+    /// no such exit.
     pub(crate) fn exit_flags(&self) -> Option<u64> {
         match self {
             SlotTrap::Userfault => Some(KVM_MEMORY_EXIT_FLAG_USERFAULT),
@@ -50,21 +50,21 @@ impl SlotTrap {
         }
     }
 
-    /// Lets a vCPU that has left `KVM_RUN` at `pages` get at them, now that they are present.
+    /// Gives a vCPU that has left `KVM_RUN` at `pages` access to them, now that they are present.
     pub(crate) fn let_through(
         &self,
         pager: &Pager,
         pages: PageRange,
     ) -> Result<(), kvm_ioctls::Error> {
         match self {
-            // The pager has cleared the bits, and KVM looks anew.
+            // The pager has cleared the bits, and KVM reads them again.
             SlotTrap::Userfault | SlotTrap::Mapping => Ok(()),
             SlotTrap::Attributes(attributes) => attributes.clear(pager.bitmap(), pages),
         }
     }
 
-    /// Takes away what KVM does not forget with the slot's flags. No page may be missing, or
-    /// the slot must be gone.
+    /// Removes the part of the trap that outlives the slot's flags. No page may be missing, unless
+    /// the slot is deleted.
     pub(crate) fn remove(&self) -> Result<(), SlotError> {
         match self {
             SlotTrap::Userfault | SlotTrap::Mapping => Ok(()),
@@ -73,8 +73,8 @@ impl SlotTrap {
     }
 }
 
-/// A trap that goes when this is dropped: to be dropped after the slot. What is reserved for it is
-/// given back after it.
+/// A trap that is removed when this is dropped, which must be after the slot. Its reserved
+/// addresses are released last.
 pub(crate) struct SetTrap(
     pub(crate) SlotTrap,
     #[allow(dead_code, reason = "kept for its drop, which gives the addresses back")]
@@ -82,8 +82,8 @@ pub(crate) struct SetTrap(
 );
 
 impl SetTrap {
-    /// Sets the trap for memslot `number`, before the slot is made: so there is no moment at
-    /// which the guest could get past it.
+    /// Sets the trap for memslot `number`, before the slot is created, so that the guest never runs
+    /// without it.
     pub(crate) fn set(
         engine: Engine,
         vm: &Arc<VmFd>,

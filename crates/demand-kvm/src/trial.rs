@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What came of trying an engine on this host.
+//! The outcome of trying an engine on this host.
 
 use std::io;
 
@@ -7,33 +7,34 @@ use serde::Serialize;
 
 use crate::Engine;
 
-/// Whether an engine is there: what came of running a guest of one missing page under it.
+/// The outcome of running a guest of one missing page under an engine.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(tag = "result", rename_all = "kebab-case")]
 #[non_exhaustive]
 pub enum Trial {
     /// A vCPU that touched the page left `KVM_RUN` as it should.
     Works,
-    /// KVM refused what the engine needs; `EINVAL` (22) where it does not know it.
+    /// KVM refused a feature that the engine needs; with `EINVAL` (22) if it does not know the
+    /// feature.
     Refused {
-        /// What KVM said.
+        /// The error number from KVM.
         errno: i32,
     },
-    /// KVM took it, but the guest was not stopped at the missing page: here it means something
-    /// else.
+    /// KVM accepted the feature, but did not stop the guest at the missing page: on this kernel it
+    /// means something else.
     Ignored,
-    /// It could not be tried.
+    /// The engine could not be tried.
     #[default]
     Untried,
 }
 
 impl Trial {
-    /// Whether the engine can be used.
+    /// Returns whether the engine can be used.
     pub fn works(self) -> bool {
         self == Trial::Works
     }
 
-    /// What came of it, for people: a clause for reports and errors.
+    /// Describes the outcome to the user: a clause for reports and errors.
     pub fn describe(self, engine: Engine) -> String {
         let needs = engine.needs();
         match self {

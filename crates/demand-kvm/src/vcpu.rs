@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A vCPU whose exits at missing pages are served.
+//! A vCPU with all of its demand-paging exits handled.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,51 +10,51 @@ use vm_memory::{Bytes, GuestAddress};
 
 use crate::{FaultError, FaultHandler, KickError, Pending, VcpuKick};
 
-/// What one step of a vCPU came to.
+/// The outcome of one step of a vCPU.
 #[derive(Debug)]
 pub enum Step<'a> {
-    /// An exit of demand paging was served, or the vCPU was called away: look what is wanted, and
-    /// take the next step.
+    /// A demand-paging exit was handled, or the vCPU was kicked. Re-check for pending requests,
+    /// then step again.
     Again,
-    /// An exit for the VMM; also a memory fault that is none of missing pages.
+    /// An exit for the VMM to handle. A memory fault that is not on missing pages is one too.
     Exit(VcpuExit<'a>),
 }
 
-/// What one step towards a whole state came to.
+/// The outcome of one step towards a state that can be saved.
 #[derive(Debug)]
 pub enum Settle<'a> {
-    /// An exit of demand paging was served: take the next step.
+    /// A demand-paging exit was handled. Step again.
     Again,
-    /// The vCPU's state is whole: it can be saved. No instruction is half done.
+    /// The vCPU's state is consistent and can be saved: no instruction is half done.
     Done,
-    /// What the guest does leads to another exit: serve it, and take the next step.
+    /// The guest's instruction caused another exit. Handle it, then step again.
     Exit(VcpuExit<'a>),
-    /// The instruction needs a page that has not come. It was asked for: take the step again
-    /// when it may be there.
+    /// The instruction needs a page that is still missing and has been requested. Step again when
+    /// the page may be present.
     Waiting {
-        /// Guest physical address of the page, or of what is wanted of it.
+        /// Guest physical address of the page, or of the bytes needed from it.
         gpa: u64,
     },
 }
 
-/// Why a vCPU cannot take another step.
+/// Errors from stepping a vCPU.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum StepError {
-    /// A page that it needs does not come.
+    /// A fault was not resolved, or an exit was not completed.
     #[error(transparent)]
     Fault(#[from] FaultError),
-    /// KVM cannot run it.
+    /// `KVM_RUN` failed.
     #[error("run a vCPU: {0}; the kernel's log may say more")]
     Run(kvm_ioctls::Error),
 }
 
-/// A vCPU on demand-paged memory: runs the guest, and does all that an exit at a missing page
-/// takes, on the calling thread.
+/// A vCPU on demand-paged memory: runs the guest and handles every exit at a missing page, on the
+/// calling thread.
 ///
-/// That is more than to call the [`FaultHandler`]: an exit that wants an [answer](Pending) is kept
-/// until it has one, also over a pause, and a [kick](VcpuKick) is cleared before the caller looks
-/// what is wanted, so that none is lost.
+/// It does more than call the [`FaultHandler`]. It keeps a [pending exit](Pending) until it is
+/// completed, even across a pause, and it clears a [kick](VcpuKick) before the caller checks for
+/// requests, so that no kick is lost.
 ///
 /// # Examples
 ///
@@ -67,7 +67,7 @@ pub enum StepError {
 /// use demand_memory::DemandMemory;
 /// use kvm_ioctls::VcpuExit;
 ///
-/// /// Until the guest halts, or `stop` is set and the vCPU kicked.
+/// /// Runs until the guest halts, or until `stop` is set and the vCPU kicked.
 /// fn run(
 ///     vcpu: &mut DemandVcpu,
 ///     handler: &FaultHandler,
@@ -89,16 +89,16 @@ pub enum StepError {
 pub struct DemandVcpu {
     vcpu: VcpuFd,
     kick: VcpuKick,
-    /// What must be answered before the vCPU runs again.
+    /// The exit that must be completed before the vCPU runs again.
     pending: Option<Pending>,
     absences: u64,
 }
 
-/// A wait for a page that is longer counts as an [absence](DemandVcpu::absences).
+/// Longest wait for a page that does not count as an [absence](DemandVcpu::absences).
 const LONG_WAIT: Duration = Duration::from_secs(1);
 
 impl DemandVcpu {
-    /// Makes of a vCPU one that can be kicked.
+    /// Wraps a vCPU and makes it kickable.
     ///
     /// # Errors
     ///
@@ -108,43 +108,45 @@ impl DemandVcpu {
         Ok(DemandVcpu { vcpu, kick, pending: None, absences: 0 })
     }
 
-    /// What calls it away. The thread that takes the steps attaches itself first.
+    /// Returns the handle that kicks the vCPU. The thread that steps the vCPU attaches itself
+    /// first.
     pub fn kick(&self) -> &VcpuKick {
         &self.kick
     }
 
-    /// The vCPU, to look at and to set up. Fetch what KVM reads by itself before it is set: see
-    /// [`own_pages`](crate::own_pages).
+    /// Returns the vCPU, to inspect it and to set its state. Before setting its state, fetch the
+    /// pages that KVM itself reads: see [`own_pages`](crate::own_pages).
     pub fn fd(&self) -> &VcpuFd {
         &self.vcpu
     }
 
-    /// The vCPU, for the calls that need it alone, such as those on what it shares with KVM.
+    /// Returns the vCPU for calls that need exclusive access, such as those on its `kvm_run` page.
     pub fn fd_mut(&mut self) -> &mut VcpuFd {
         &mut self.vcpu
     }
 
-    /// The exit that has no answer yet. The vCPU's state is whole only after
+    /// Returns the exit that is not completed yet. The vCPU's state is consistent only after
     /// [`settle_step`](Self::settle_step).
     pub fn pending(&self) -> Option<Pending> {
         self.pending
     }
 
-    /// How often the guest was held up for a time that it cannot know of: its thread waited for a
-    /// page for more than a second, or left `KVM_RUN` because of a signal that is not a
-    /// [kick](VcpuKick), as when the process is stopped (SIGSTOP, the freezer, a debugger). A guest
-    /// with kvm-clock should then be told (`KVM_KVMCLOCK_CTRL`), or its watchdogs report a lockup.
+    /// Returns how often the guest was held up for a time that it cannot detect: its thread waited
+    /// for a page for more than a second, or left `KVM_RUN` because of a signal that is not a
+    /// [kick](VcpuKick), for example when the process is stopped (SIGSTOP, the freezer, a
+    /// debugger). The VMM should then notify a guest with kvm-clock (`KVM_KVMCLOCK_CTRL`), or the
+    /// guest's watchdogs report a lockup.
     pub fn absences(&self) -> u64 {
         self.absences
     }
 
-    /// Answers what is to be answered, and runs the vCPU until its next exit. `memory` is the
-    /// VM's (see [`Pending::answer`]). It waits as long as the source does, unless the vCPU is
+    /// Completes the pending exit, then runs the vCPU until its next exit. `memory` is the VM's
+    /// memory (see [`Pending::answer`]). It waits as long as the source does, unless the vCPU is
     /// kicked.
     ///
     /// # Errors
     ///
-    /// [`StepError`]; being called away is none.
+    /// [`StepError`]. A kick is not an error.
     pub fn step(
         &mut self,
         handler: &FaultHandler,
@@ -172,17 +174,17 @@ impl DemandVcpu {
         }
     }
 
-    /// Takes a step towards a state that can be saved, without running the guest: answers what is
-    /// to be answered, and has KVM complete the instruction that the answer belongs to. To be
-    /// called until it says [`Settle::Done`], once the exits of [`step`](Self::step) were served.
+    /// Takes a step towards a state that can be saved, without running the guest: completes the
+    /// pending exit, and lets KVM finish the instruction that caused it. After handling the exits
+    /// of [`step`](Self::step), call this until it returns [`Settle::Done`].
     ///
-    /// KVM completes an access to a port or to MMIO at the next `KVM_RUN` only, and before that
-    /// registers and memory are not of one moment. With `immediate_exit` it completes the access
-    /// and returns (`Documentation/virt/kvm/api.rst`, section 5, on `KVM_EXIT_IO` and
-    /// `KVM_EXIT_MMIO`). An access that is made in several parts leads to an exit for each.
+    /// KVM finishes an access to a port or to MMIO only at the next `KVM_RUN`. Before that the
+    /// registers and memory are inconsistent with each other. With `immediate_exit` set, `KVM_RUN`
+    /// finishes the access and returns (`Documentation/virt/kvm/api.rst`, section 5, on
+    /// `KVM_EXIT_IO` and `KVM_EXIT_MMIO`). An access in several parts causes an exit for each part.
     ///
     /// It never waits for a page. Like [`step`](Self::step) it clears a [kick](VcpuKick) before it
-    /// returns, so the caller looks what is wanted afterwards.
+    /// returns, so the caller checks for requests afterwards.
     ///
     /// A guest's write to one of KVM's MSRs that waits for its page is [`Settle::Done`]: KVM shows
     /// the state before the instruction.
@@ -198,7 +200,7 @@ impl DemandVcpu {
     /// use demand_memory::DemandMemory;
     /// use kvm_ioctls::VcpuExit;
     ///
-    /// /// Whether the vCPU's state can be saved.
+    /// /// Returns whether the vCPU's state can be saved.
     /// fn settle(
     ///     vcpu: &mut DemandVcpu,
     ///     handler: &FaultHandler,
@@ -220,7 +222,7 @@ impl DemandVcpu {
         handler: &FaultHandler,
         memory: &impl Bytes<GuestAddress>,
     ) -> Result<Settle<'_>, StepError> {
-        // Keeps KVM from running the guest, and this thread from waiting for a page.
+        // With the kick set, KVM does not run the guest and this thread does not wait for pages.
         self.kick.kick_self();
         let _clear = ClearKick(&self.kick);
         if let Some(exit) = self.pending {
@@ -242,9 +244,9 @@ impl DemandVcpu {
         }
     }
 
-    /// Forgets the instruction that waits for an answer, if there is one, without making its
-    /// accesses: for a vCPU that is about to be given another state. Its state is none that a guest
-    /// could go on from. It waits for no page.
+    /// Drops the pending exit, if any, without making its accesses: for a vCPU whose state is about
+    /// to be replaced. The guest could not resume from the state this leaves. It never waits for a
+    /// page.
     ///
     /// # Errors
     ///
@@ -252,7 +254,7 @@ impl DemandVcpu {
     pub fn abandon(&mut self) -> Result<(), StepError> {
         let Some(pending) = self.pending.take() else { return Ok(()) };
         pending.refuse(&mut self.vcpu);
-        // KVM completes the instruction, maybe part by part, and does not run the guest.
+        // KVM finishes the instruction, possibly part by part, and does not run the guest.
         self.kick.kick_self();
         let _clear = ClearKick(&self.kick);
         loop {
@@ -265,20 +267,20 @@ impl DemandVcpu {
     }
 }
 
-/// What came of one `KVM_RUN`.
+/// The outcome of one `KVM_RUN`.
 enum Ran<'a> {
-    /// The exit was one of demand paging, and was served or is kept to be answered.
+    /// A demand-paging exit, which was resolved or is now pending.
     Served {
-        /// How long its page took.
+        /// Time taken to resolve the fault; zero for an exit that is pending.
         waited: Duration,
     },
-    /// Something called the vCPU away.
+    /// A kick or another signal interrupted the vCPU.
     CalledAway,
     /// An exit for the VMM.
     Exit(VcpuExit<'a>),
 }
 
-/// Runs a vCPU whose last exit has been answered.
+/// Runs a vCPU that has no pending exit.
 fn run<'a>(
     vcpu: &'a mut VcpuFd,
     pending: &mut Option<Pending>,
@@ -300,7 +302,7 @@ fn run<'a>(
         VcpuExit::MemoryFault { flags, gpa, size } => {
             match handler.handle_timed(gpa, size, flags, waiter) {
                 Ok(waited) => Ok(Ran::Served { waited }),
-                // Not of missing pages: somebody else's, if anybody's.
+                // Not a fault on missing pages: the VMM decides.
                 Err(FaultError::Unexpected { .. }) => Ok(Ran::Exit(exit)),
                 Err(error) => Err(error.into()),
             }
@@ -309,7 +311,7 @@ fn run<'a>(
     }
 }
 
-/// Clears a kick in the end, however that comes.
+/// Clears a kick when dropped, on every path out of the function.
 struct ClearKick<'a>(&'a VcpuKick);
 
 impl Drop for ClearKick<'_> {
@@ -319,12 +321,12 @@ impl Drop for ClearKick<'_> {
 }
 
 impl VcpuKick {
-    /// What comes of a wait that has failed.
+    /// Turns a kicked wait into another step, and passes on all other errors.
     fn called_away<'a>(&self, error: FaultError) -> Result<Step<'a>, StepError> {
         if !matches!(error, FaultError::Kicked { .. }) {
             return Err(error.into());
         }
-        // Before the caller looks what is wanted. The page still arrives.
+        // Before the caller checks for requests. The page is still being fetched.
         self.clear();
         Ok(Step::Again)
     }

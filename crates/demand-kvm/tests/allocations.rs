@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A fault on a page that nobody else works on allocates nothing.
+//! A fault on a page that no other thread has claimed allocates nothing.
 
 mod common;
 
@@ -17,12 +17,12 @@ thread_local! {
 
 struct Counting;
 
-// SAFETY: all is left to the system's allocator; counting touches a thread-local cell that needs
-// neither memory nor a destructor.
+// SAFETY: every call is forwarded to the system's allocator. Counting touches only a thread-local
+// cell that needs neither memory nor a destructor.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         ALLOCATIONS.set(ALLOCATIONS.get() + 1);
-        // SAFETY: the caller's promises are passed on.
+        // SAFETY: the caller's guarantees are passed on.
         unsafe { System.alloc(layout) }
     }
 
@@ -47,8 +47,8 @@ fn a_fault_allocates_nothing() {
         handler.handle(gpa, PAGE_SIZE, KVM_MEMORY_EXIT_FLAG_USERFAULT, &waiter).unwrap();
         ALLOCATIONS.get() - before
     };
-    // The thread's statistics come into being with its first fault, and the histogram of
-    // latencies grows whenever a fault takes longer by an order than any before.
+    // The thread's statistics are allocated at its first fault, and the histogram of latencies
+    // grows when a fault takes an order of magnitude longer than all before.
     fault(0);
     let allocated: u64 = (1..PAGES).map(fault).sum();
     assert!(allocated <= 20, "{allocated} allocations in {} faults", PAGES - 1);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Ends of a process whose KVM itself waits for a page that does not come: a guest with interrupts
-//! under `uffd`, for whose page KVM waits on a thread of the kernel (async page fault). Closing the
-//! VM waits for that thread, and no signal ends the wait.
+//! Ends of a process while KVM itself waits for a page that is never served: a guest with
+//! interrupts under `uffd`, for whose page KVM waits on a kernel thread (async page fault). Closing
+//! the VM waits for that thread, and no signal ends the wait.
 
 mod common;
 
@@ -22,9 +22,9 @@ use test_support::host::{free_units, huge_pages, is_lab, shared_memory_kib, skip
 use vm_memory::GuestAddress;
 
 const PAGES: u64 = 2048;
-/// The interrupt flag of RFLAGS. With interrupts off KVM waits on the vCPU's thread.
+/// The interrupt flag of RFLAGS. With interrupts disabled KVM waits on the vCPU's thread.
 const IF: u64 = 1 << 9;
-/// Variables that make of a test program the VMM whose end is looked at.
+/// Environment variables that turn a test process into the VMM under test.
 const ENDING: &str = "ENDING";
 const KIND: &str = "ENDING_KIND";
 const BY_CALL: &str = "ENDING_BY_CALL";
@@ -62,7 +62,7 @@ impl PageSource for Away {
 
 /// Hides the device, so that the userfaultfd comes from the system call.
 fn hide_device() {
-    // SAFETY: the calls get strings that live, and change the namespace of this process only.
+    // SAFETY: the strings outlive the calls, which change only the namespace of this process.
     let hidden = unsafe {
         let private = libc::MS_REC | libc::MS_PRIVATE;
         libc::unshare(libc::CLONE_NEWNS) == 0
@@ -79,8 +79,8 @@ fn hide_device() {
     assert!(hidden, "{}", std::io::Error::last_os_error());
 }
 
-/// The VMM, in a process that the other tests start: ends in the way that it is told. Nothing to
-/// test in theirs.
+/// The VMM, in a process that the other test starts: ends in the way that `ENDING` names. In the
+/// test process itself this tests nothing.
 #[test]
 fn vmm() {
     let Ok(ending) = std::env::var(ENDING) else { return };
@@ -93,7 +93,7 @@ fn vmm() {
     let pager = pager(kind, PAGES, source.clone());
     let service = FaultService::start(DEFAULT_THREADS).unwrap();
     let mapping = service.arm_guest([&pager], Engine::Uffd.vcpu_trap()).unwrap().remove(0);
-    // After the userfaultfd: the order in which descriptors are given is the wrong one.
+    // After the userfaultfd, so that the descriptors' numbers have the wrong order.
     let machine = Machine::with_interrupts(&kvm, Engine::Uffd);
     let start = GuestAddress(REGION);
     let slot = DemandSlot::new(machine.vm.clone(), 2, start, mapping, pager.clone(), Engine::Uffd)
@@ -115,8 +115,8 @@ fn vmm() {
     a_while();
     assert!(!vcpu.is_finished());
     if !["running", "panic", "exit", "killed"].contains(&&*ending) {
-        // A vCPU counts as out while KVM waits on its behalf. As long as something of it is mapped,
-        // as the kick's part is, closing the VM's descriptor does not end the VM.
+        // A vCPU counts as stopped while KVM waits on its behalf. While any of its pages is mapped,
+        // as the kick's is, closing the VM's descriptor does not end the VM.
         kick.kick();
         assert_eq!(vcpu.join().unwrap(), Err(Stopped::Kicked));
         drop(kick);
@@ -127,7 +127,7 @@ fn vmm() {
         "stopped" | "unread" => {
             pager.stop();
             service.stop();
-            // No order is too foolish.
+            // Every order of dropping must work.
             drop((service, pager, machine, slot));
         }
         "running" => drop((slot, machine, service, pager)),
@@ -173,7 +173,7 @@ fn ended_vmm_leaves_no_process_and_no_page() {
                 assert!(!late, "{case}: it does not end: {}", threads_of(child.id()));
                 thread::sleep(Duration::from_millis(5));
             }
-            // Threads of the kernel may hold the memory for another moment.
+            // Kernel threads may hold the memory a moment longer.
             while shared_memory_kib() > before.0 + 64 || free_units(kind) < before.1 {
                 let late = begun.elapsed() > Duration::from_secs(10);
                 assert!(

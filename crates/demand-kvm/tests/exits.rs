@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The engines under which vCPUs leave `KVM_RUN`, with real guests. Skipped where the kernel lacks
-//! one; in the lab (LAB=1) that is a failure.
+//! The engines under which vCPUs leave `KVM_RUN`, with real guests. A test is skipped if the kernel
+//! lacks the engine; in the lab (LAB=1) that is a failure.
 
 mod common;
 
@@ -16,7 +16,7 @@ use vm_memory::GuestAddress;
 /// 4 MiB: two units of 2 MiB.
 const PAGES: u64 = 1024;
 
-/// Runs a test on a machine with a missing region, for each engine and backing.
+/// Runs a test on a machine whose region is missing, for each engine and backing.
 fn on_each(
     source: impl Fn(BackingKind) -> Arc<Pager>,
     test: impl Fn(&Machine, &Arc<Pager>, demand_kvm::DemandSlot, &FaultHandler),
@@ -62,7 +62,7 @@ fn a_guest_sees_every_byte_of_the_image_and_fetches_what_it_touches() {
         assert_eq!(missing(pager), PAGES - count);
         let holes = touched.iter().flat_map(|pages| pages.iter()).filter(|page| is_hole(*page));
         assert_eq!(guest.bytes_fetched, (count - holes.count() as u64) * PAGE_SIZE);
-        // Once more: nothing is missing there.
+        // A second time: no page is missing there.
         machine.copy_and_compare(&mut cpu, handler, touched[1], 0, page);
         assert_eq!(pager.stats().path(Path::Guest).faults, count);
     });
@@ -72,7 +72,7 @@ fn a_guest_sees_every_byte_of_the_image_and_fetches_what_it_touches() {
 fn what_the_guest_wrote_is_never_overwritten() {
     on_each(from_file, |machine, pager, slot, handler| {
         let mut cpu = machine.vcpu(0);
-        // Among them holes, and neighbours of pages that stay missing.
+        // Some are holes, and some have neighbours that stay missing.
         let written = Pages { first: 3, count: 200, stride: 5 };
         let value = 0xabcd_0000;
         machine.load(&mut cpu, Program::Write { value }, written);
@@ -121,7 +121,7 @@ fn two_vcpus_on_disjoint_and_on_the_same_pages() {
         let same = Pages::run(600, 250);
         round(&mut cpus, [same, same]);
         let guest = pager.stats().path(Path::Guest);
-        // Where both were stopped at a page, one fetched it.
+        // Where both vCPUs faulted on a page, one of them fetched it.
         assert!((650..=900).contains(&guest.faults), "{guest:?}");
         assert_eq!(guest.pages, 650);
         assert_eq!(missing(pager), PAGES - 650);
@@ -149,7 +149,7 @@ fn a_vcpu_that_waits_for_its_page_can_be_kicked() {
             kick.kick();
             assert_eq!(vcpu.join().unwrap(), kicked);
         });
-        // Paused: its state can be looked at. Then it goes on to wait for the same page.
+        // Paused: its state can be read. It then resumes and waits for the same page.
         assert!(cpu.vcpu.get_regs().is_ok() && pager.bitmap().is_missing(7));
         kick.clear();
         thread::scope(|scope| {
@@ -175,7 +175,7 @@ fn a_finished_slot_is_like_any_other() {
         let error = slot.finish().unwrap_err();
         assert!(matches!(error, SlotError::PagesMissing { missing: 974, .. }), "{error}");
         assert!(slot.is_trapping());
-        // The flag goes while the guest is at work.
+        // The flag is cleared while the guest runs.
         thread::scope(|scope| {
             let vcpu = scope.spawn(|| {
                 for half in [0, 512] {
@@ -191,10 +191,10 @@ fn a_finished_slot_is_like_any_other() {
         });
         assert!(!slot.is_trapping());
         assert_eq!(slot.finish(), Ok(Finished::Now));
-        // KVM does not look at the bitmap any more: nobody would answer.
+        // KVM does not read the bitmap any more: no handler would serve a fault.
         let nobody = FaultHandler::new([]).unwrap();
         let word = pager.bitmap().words().as_ptr().cast::<std::sync::atomic::AtomicU64>();
-        // SAFETY: the word lives as long as the pager, and all access it atomically.
+        // SAFETY: the word lives as long as the pager, and all accesses to it are atomic.
         unsafe { &*word }.store(u64::MAX, std::sync::atomic::Ordering::SeqCst);
         slot.set_dirty_logging(true).unwrap();
         slot.set_dirty_logging(false).unwrap();
@@ -223,7 +223,7 @@ fn dirty_logging_goes_together_with_missing_pages() {
         if by_flag {
             let error = slot.set_dirty_logging(false).unwrap_err();
             assert!(matches!(error, SlotError::LoggingStaysOn { .. }), "{error}");
-            // Still on, and so is the trap.
+            // Logging is still on, and so is the trap.
         } else {
             slot.set_dirty_logging(false).unwrap();
             slot.set_dirty_logging(true).unwrap();
@@ -243,8 +243,8 @@ fn dirty_logging_goes_together_with_missing_pages() {
     });
 }
 
-/// Four vCPUs and a fill want the same pages from a source that writes each in pieces: a page
-/// that is let through before its last byte is there shows.
+/// Four vCPUs and a fill need the same pages from a source that writes each in pieces: a page that
+/// becomes accessible before its last byte is written fails the check.
 #[test]
 fn no_vcpu_is_ever_ahead_of_the_content() {
     let torn = |kind| pager(kind, PAGES, Arc::new(Torn(PAGES)));
@@ -273,8 +273,8 @@ fn no_vcpu_is_ever_ahead_of_the_content() {
     });
 }
 
-/// Under memory attributes a page that fill has brought in is private until a vCPU touches it;
-/// then its neighbours are let through with it, as far as they are present.
+/// Under memory attributes a page that fill has populated stays private until a vCPU touches it.
+/// Then its present neighbours become accessible with it.
 #[test]
 fn a_vcpu_is_stopped_once_for_a_run_of_pages_that_have_arrived() {
     let Some(kvm) = kvm_with(Engine::KvmAttributes) else { return };
@@ -299,13 +299,13 @@ fn a_vcpu_is_stopped_once_for_a_run_of_pages_that_have_arrived() {
     assert_eq!(faults(), 3);
     machine.copy_and_compare(&mut cpu, &handler, Pages::run(20, 1), 0, page);
     assert_eq!((faults(), pager.stats().path(Path::Guest).pages), (4, 1));
-    // What was let through before its time would show zeros.
+    // A page that became accessible too early would show zeros.
     machine.copy_and_compare(&mut cpu, &handler, Pages::run(0, 512), 0, page);
     machine.copy_and_compare(&mut cpu, &handler, Pages::run(512, 512), 0, page);
     assert_eq!(slot.finish(), Ok(Finished::Now));
 }
 
-/// Slots come and go; what is left of one must not stop the guest at the next.
+/// A deleted slot must leave no attributes behind that would stop the guest at the next slot.
 #[test]
 fn a_slot_takes_its_attributes_along() {
     let Some(kvm) = kvm_with(Engine::KvmAttributes) else { return };
@@ -321,7 +321,7 @@ fn a_slot_takes_its_attributes_along() {
     machine.copy_and_compare(&mut cpu, &nobody, Pages::run(0, 512), 0, page);
 }
 
-/// Undoing a refused slot must not open the missing pages of the one in its way.
+/// Undoing a refused slot must not open the missing pages of the slot that it overlaps.
 #[test]
 fn refused_slot_leaves_attributes_alone() {
     let Some(kvm) = kvm_with(Engine::KvmAttributes) else { return };
@@ -339,19 +339,19 @@ fn refused_slot_leaves_attributes_alone() {
     let mut cpu = machine.vcpu(0);
     let handler = handler(&slot);
     machine.copy_and_compare(&mut cpu, &handler, Pages::run(5, 5), 0, page);
-    // A handler outlives its slot, and reserves nothing.
+    // A handler outlives its slot, and keeps no reservation.
     drop(slot);
     overlapping().unwrap();
 }
 
-/// On a kernel that is known to keep to the bitmap, dirty logging goes off at any time, and no
-/// page that has not arrived comes back with the huge ones.
+/// On a kernel that is known to respect the bitmap, dirty logging can be turned off at any time,
+/// and the restored huge pages map no missing page.
 #[test]
 fn dirty_logging_goes_off_where_kvm_keeps_to_the_bitmap() {
     let Some(kvm) = kvm_with(Engine::KvmUserfault) else { return };
     let features = features();
     if !features.own_accesses {
-        // Not the lab's fault, so not `skip`.
+        // The lab cannot help it, so this is not `skip`.
         println!("SKIPPED: this KVM is not known to keep to the bitmap");
         return;
     }
@@ -368,7 +368,7 @@ fn dirty_logging_goes_off_where_kvm_keeps_to_the_bitmap() {
             machine.copy_and_compare(&mut cpu, &handler, pages, 0, page);
             slot.set_dirty_logging(false).unwrap();
             assert!(slot.is_trapping());
-            // Neighbours of what has arrived.
+            // Neighbours of present pages.
             let pages = Pages { first: 512 + round, count: 100, stride: 4 };
             machine.copy_and_compare(&mut cpu, &handler, pages, 0, page);
         }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The fault handler by itself: threads that do what KVM does stand in for vCPUs.
+//! The fault handler without KVM: threads play the part of KVM and the vCPUs.
 
 mod common;
 
@@ -26,7 +26,7 @@ fn each_region_gets_its_own_faults() {
     let waiter = Waiter::new();
     handler.handle(0x10000 + 5 * PAGE_SIZE, PAGE_SIZE, FLAG, &waiter).unwrap();
     handler.handle(REGION, PAGE_SIZE, FLAG, &waiter).unwrap();
-    // More than one page at a time, should KVM ever ask for that.
+    // More than one page at a time, in case KVM ever asks for that.
     handler.handle(REGION + 14 * PAGE_SIZE, 2 * PAGE_SIZE, FLAG, &waiter).unwrap();
     let missing = |pager: &Pager| -> Vec<u64> {
         (0..pager.pages()).filter(|page| pager.bitmap().is_missing(*page)).collect()
@@ -121,8 +121,8 @@ fn stopping_the_memory_ends_the_wait() {
     gate.open();
 }
 
-/// vCPUs that all want the same pages, with fill under way: each looks at the bit as KVM does,
-/// then at the content, of which every word must be there.
+/// vCPUs that all need the same pages while fill runs: each reads the bit as KVM does, then the
+/// content, of which every word must be present.
 #[test]
 fn no_reader_is_ever_ahead_of_the_content() {
     const PAGES: u64 = 96;
@@ -163,7 +163,7 @@ fn no_reader_is_ever_ahead_of_the_content() {
                     })
                 })
                 .collect();
-            // One that only ever looks: it meets pages just as they are published.
+            // A thread that only reads: it sees pages just as they are published.
             scope.spawn(|| {
                 while watching.load(Ordering::Relaxed) {
                     (0..PAGES).filter(|page| !is_missing(*page)).for_each(check);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What works with any KVM: plain slots, slots that another engine traps, kicks.
+//! Tests that work with any KVM: plain slots, slots that another engine traps, kicks.
 
 mod common;
 
@@ -24,7 +24,7 @@ fn no_faults() -> FaultHandler {
     FaultHandler::new([]).unwrap()
 }
 
-/// Pages whose bit is set in a dirty log.
+/// Returns the pages whose bit is set in a dirty log.
 fn dirty(log: &[u64]) -> Vec<u64> {
     (0..log.len() as u64 * 64)
         .filter(|page| log[(page / 64) as usize] >> (page % 64) & 1 == 1)
@@ -103,8 +103,8 @@ fn slots_that_cannot_be_are_refused() {
     assert!(error.to_string().contains("Invalid argument"), "{error}");
 }
 
-/// An unarmed mapping is refused under `uffd`, as is one armed against less than all accesses; the
-/// trap goes with the slot, and its pages are an error then and never zeros.
+/// An unarmed mapping is refused under `uffd`, and so is one that does not trap all accesses. The
+/// trap is removed with the slot; accesses to its missing pages are then an error and never zeros.
 #[test]
 fn unarmed_mapping_is_refused_under_uffd() {
     let Some(kvm) = kvm() else { return };
@@ -125,14 +125,14 @@ fn unarmed_mapping_is_refused_under_uffd() {
     assert!(matches!(error, SlotError::PagesMissing { missing: PAGES, .. }), "{error}");
     assert!(armed.traps_all());
     drop(slot);
-    // Read by the kernel, which says so; who reads it in user space gets a signal.
+    // The kernel reads it and reports an error; a read in user space would be a signal.
     let (file, bytes) = (tempfile::tempfile().unwrap(), PAGE_SIZE as usize);
     // SAFETY: the mapping is kept, and the kernel only reads it.
     let wrote = unsafe { libc::write(file.as_raw_fd(), armed.address().as_ptr().cast(), bytes) };
     let error = std::io::Error::last_os_error();
     assert_eq!((wrote, error.raw_os_error()), (-1, Some(libc::EFAULT)));
 
-    // No way leads back: another mapping cannot be armed, before or after the slot.
+    // Arming cannot be repeated: another mapping is refused, before and after the slot.
     let arm = || service.arm_guest([&pager], VcpuTrap::Mapping).unwrap_err();
     assert!(matches!(arm(), ArmGuestError::Order(GuestTrapError::Twice)));
 }
@@ -143,12 +143,12 @@ fn arming_after_the_slot_is_refused() {
     let machine = Machine::new(&kvm, Engine::Uffd);
     let service = FaultService::start(DEFAULT_THREADS).unwrap();
     let pager = file_pager(BackingKind::Shmem, PAGES);
-    // As of an engine that does not need it, on a kernel that has none.
+    // As for an engine that needs no armed mapping, on a kernel that has no such engine.
     let mapping = Arc::new(pager.backing().map().unwrap());
     pager.note_memslot(&mapping);
     let error = service.arm_guest([&pager], VcpuTrap::Hypervisor).unwrap_err();
     assert!(matches!(error, ArmGuestError::Order(GuestTrapError::AfterSlot)), "{error}");
-    // Of pages that were fetched the same holds.
+    // The same holds for pages that were fetched.
     let other = file_pager(BackingKind::Shmem, PAGES);
     fill(&other);
     let slot = machine.slot(&other, Engine::Uffd);
@@ -166,7 +166,7 @@ fn a_dropped_slot_is_gone_though_a_vcpu_keeps_the_vm() {
     let pager = file_pager(BackingKind::Shmem, PAGES);
     fill(&pager);
     let slot = machine.slot(&pager, Engine::Uffd);
-    // Its memory stays: what the guest misses is the slot.
+    // Its memory stays: only the slot is missing in the guest.
     let mapping = slot.mapping().clone();
     let mut cpu = machine.vcpu(0);
     machine.copy_and_compare(&mut cpu, &no_faults(), Pages::run(0, 1), 0, page);
@@ -174,7 +174,7 @@ fn a_dropped_slot_is_gone_though_a_vcpu_keeps_the_vm() {
     assert_eq!(Arc::strong_count(&mapping), 1);
     machine.load(&mut cpu, Program::Check, Pages::run(0, 1));
     assert_eq!(cpu.run(&no_faults()), Err(Stopped::Mmio(REGION)));
-    // Its number and its place are free.
+    // Its number and its addresses are free.
     let other = Arc::new(pager.backing().map().unwrap());
     PlainSlot::new(machine.vm.clone(), 2, GuestAddress(REGION), other, false).unwrap();
 }
@@ -244,7 +244,7 @@ fn no_kick_is_lost_wherever_the_vcpu_is() {
     let (kicked, kicks) = std::sync::mpsc::channel();
     thread::scope(|scope| {
         scope.spawn(|| {
-            // Also with the signal blocked where the thread came from.
+            // Even if the thread inherited a mask that blocks the signal.
             block_signal();
             for _ in 0..200 {
                 assert_eq!(cpu.run(&no_faults()), Err(Stopped::Kicked));
@@ -265,7 +265,7 @@ fn no_kick_is_lost_wherever_the_vcpu_is() {
 }
 
 fn block_signal() {
-    // SAFETY: the set is this function's own, and the signal's number is valid.
+    // SAFETY: only this function uses the set, and the signal's number is valid.
     unsafe {
         let mut set: libc::sigset_t = std::mem::zeroed();
         libc::sigaddset(&mut set, VcpuKick::signal());

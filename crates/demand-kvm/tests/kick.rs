@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Calling a vCPU away while it waits for a page inside `KVM_RUN`, where its slot's mapping is
-//! armed. Waiting in the handler, and running guest code, are in `host.rs`, `exits.rs` and
-//! `own_pages.rs`.
+//! Kicks of a vCPU that waits for a page inside `KVM_RUN`, on a slot whose mapping is armed.
+//! `host.rs`, `exits.rs` and `own_pages.rs` test kicks of a vCPU that waits in the handler or runs
+//! guest code.
 #![cfg(target_arch = "x86_64")]
 
 mod common;
@@ -23,7 +23,7 @@ const PAGES: u64 = 512;
 fn with_gate(engine: Engine, kind: BackingKind, test: impl FnOnce(Rig, Gate)) {
     let Some(kvm) = kvm_with(engine) else { return };
     if demand_kvm::probe().virtualization == Virtualization::Emulated {
-        // There, what the guest accesses is KVM's own access.
+        // There, every guest access is an access by KVM itself.
         return skip("this KVM emulates the guest's instructions");
     }
     if !backings(PAGES * PAGE_SIZE).contains(&kind) {
@@ -35,8 +35,8 @@ fn with_gate(engine: Engine, kind: BackingKind, test: impl FnOnce(Rig, Gate)) {
     test(Rig::new(&kvm, engine, kind, source), gate);
 }
 
-/// A guest's access under the engine uffd waits within `KVM_RUN`, for as long as the source is
-/// away; KVM ends that for any signal (`FOLL_INTERRUPTIBLE`, since Linux 6.2).
+/// Under the engine uffd a guest's access waits inside `KVM_RUN` while the source does not answer.
+/// KVM ends the wait for any signal (`FOLL_INTERRUPTIBLE`, since Linux 6.2).
 #[test]
 fn a_guest_that_waits_in_a_userfaultfd_is_kicked_out() {
     for kind in [BackingKind::Shmem, BackingKind::Hugetlb2M] {
@@ -64,10 +64,11 @@ fn a_guest_that_waits_in_a_userfaultfd_is_kicked_out() {
     }
 }
 
-/// KVM's own access through the armed mapping waits until the page is there, whoever kicks: the
-/// kernel ends it for deadly signals only (`fault_signal_pending` in
-/// `include/linux/sched/signal.h`), and tries again and again for others. The vCPU runs no
-/// instruction of the guest meanwhile, and the kick is there when it comes out.
+/// KVM's own access through the armed mapping waits until the page is present, in spite of kicks:
+/// the kernel ends it for deadly signals only (`fault_signal_pending` in
+/// `include/linux/sched/signal.h`), and retries repeatedly with other signals pending. Meanwhile
+/// the vCPU runs no instruction of the guest, and the kick is still in force when the access
+/// completes.
 #[test]
 fn kvms_own_access_comes_out_with_the_page_and_then_minds_the_kick() {
     with_gate(Engine::Uffd, BackingKind::Shmem, |rig, gate| {
@@ -93,7 +94,7 @@ fn kvms_own_access_comes_out_with_the_page_and_then_minds_the_kick() {
             until("the kick was lost", || vcpu.is_finished());
             assert_eq!(vcpu.join().unwrap(), Err(Stopped::Kicked));
         });
-        // It has not gone far: at most to the end of what KVM does at once.
+        // The guest has made little progress: at most to the end of one of KVM's batches.
         assert!(device.written.len() < 3 * 4096);
         kick.clear();
         rig.run(&mut cpu, &mut device).unwrap();

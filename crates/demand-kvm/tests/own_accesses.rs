@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What KVM itself reads and writes for a guest: operands of instructions that it emulates, and
-//! the page tables on the way to them. Nothing may read as zeros, and nothing that was written
-//! may be overwritten as its page arrives.
+//! KVM's own accesses for a guest: operands of instructions that it emulates, and the page tables
+//! on the way to them. They never read a missing page as zeros, and their writes are never
+//! overwritten when the page is populated.
 #![cfg(target_arch = "x86_64")]
 
 mod common;
@@ -12,11 +12,11 @@ use demand_memory::{BackingKind, PAGE_SIZE, Path};
 use kvm_bindings::kvm_regs;
 use test_support::host::{is_lab, skip};
 
-/// 2 MiB: one unit of huge pages, half-filled as soon as one page is there.
+/// 2 MiB: one unit of huge pages, partly present as soon as one page is present.
 const PAGES: u64 = 512;
 
-/// Runs a guest's string instruction on a region in which page 3 has arrived, so that its unit is
-/// half-filled.
+/// Runs a guest's string instruction on a region in which page 3 is present, so that its unit is
+/// partly present.
 fn run(rig: &Rig, entry: fn(&Entries) -> u64, regs: kvm_regs) -> Device {
     rig.arrive(3);
     let mut cpu = rig.machine.vcpu(0);
@@ -84,16 +84,16 @@ fn strings_from_a_device_stay() {
     });
 }
 
-/// The page tables of a guest: the directory and the table of the region lie in the region.
+/// A guest's page tables: the page directory and the page table of the region lie in the region.
 const DIRECTORY: u64 = 300;
 const TABLE: u64 = 301;
 /// Present, writable.
 const MAPPED: u32 = 0b11;
-/// Accessed, dirty: the processor or KVM sets them.
+/// Accessed, dirty: set by the processor or by KVM.
 const MARKS: u32 = 0b110_0000;
 const PAGE_4M: u32 = 1 << 7;
 
-/// An image with page tables that map everything to itself: 4 MiB pages, but for the region.
+/// Creates an image with identity-mapping page tables: 4 MiB pages, except for the region.
 fn image_with_tables() -> Vec<u8> {
     let mut image = full_image(PAGES);
     let mut put = |page: u64, index: u32, entry: u32| {
@@ -126,7 +126,7 @@ fn page_tables_on_the_way_to_an_operand_are_the_images() {
             let mut device = Device::default();
             rig.machine.begin(&mut cpu, entry(&rig.machine.entries), regs);
             match rig.run(&mut cpu, &mut device) {
-                // A KVM that emulates the processor: not every one can page.
+                // Not every KVM that emulates the processor supports paging.
                 Err(Stopped::Shutdown) if !is_lab() => return skip("no paging in guests"),
                 result => result.unwrap(),
             }
@@ -136,7 +136,8 @@ fn page_tables_on_the_way_to_an_operand_are_the_images() {
             } else {
                 expected = with_device_bytes(expected);
             }
-            // Marks that were set are not lost either: the table's page arrived but once.
+            // The accessed and dirty bits are not lost either: the table's page was populated only
+            // once.
             let entry = |page: u64| {
                 let bytes = rig.bytes(TABLE * PAGE_SIZE + page * 4, 4);
                 u32::from_le_bytes(bytes.try_into().unwrap())
@@ -145,7 +146,7 @@ fn page_tables_on_the_way_to_an_operand_are_the_images() {
                 let marks = if regs.rsi != 0 { MARKS & !0x40 } else { MARKS };
                 assert_eq!(entry(page) & MARKS, marks, "page {page}");
             }
-            // The rest is as it was.
+            // All other bits are unchanged.
             for page in [DIRECTORY, TABLE] {
                 let from = (page * PAGE_SIZE) as usize;
                 let now = rig.bytes(from as u64, PAGE_SIZE as usize);
@@ -160,7 +161,7 @@ fn page_tables_on_the_way_to_an_operand_are_the_images() {
     }
 }
 
-/// Where the slot's mapping is closed KVM asks user space, as if there were a device.
+/// Where the slot's mapping is inaccessible, KVM leaves accesses to user space, as for a device.
 #[test]
 fn accesses_that_kvm_leaves_to_user_space_are_made_there() {
     let image = full_image(PAGES);
@@ -177,7 +178,7 @@ fn accesses_that_kvm_leaves_to_user_space_are_made_there() {
             let device = run(&read, |entries| entries.outs, outs());
             assert!(device.written == within_image(&image));
             assert_eq!(device.answered, LEN);
-            // Where KVM asks the bitmap, the exit for the page comes first.
+            // A KVM that respects the bitmap first exits for the page.
             let by_kvm = engine == Engine::KvmUserfault && features().own_accesses;
             let path = if by_kvm { Path::Guest } else { Path::KvmInternal };
             let fetched = read.pager().stats().path(path);
@@ -191,8 +192,8 @@ fn accesses_that_kvm_leaves_to_user_space_are_made_there() {
     }
 }
 
-/// What the tests above would find where nothing is trapped, which is how they can fail: on huge
-/// pages under an engine whose kernel does not look at KVM's own accesses.
+/// Shows that the tests above can fail: without a trap, on huge pages under an engine whose kernel
+/// does not trap KVM's own accesses, these read zeros.
 #[test]
 fn an_untrapped_operand_reads_as_zeros() {
     let Some(kvm) = kvm_with(Engine::KvmAttributes) else { return };

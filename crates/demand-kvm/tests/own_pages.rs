@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Pages that MSRs name to KVM: fetched before the MSRs are set, whoever sets them, so that what
-//! KVM writes there stays. On every backing and with every engine: no trap is needed.
+//! Pages that MSRs name to KVM are fetched before the guest or the VMM sets the MSRs, so that KVM's
+//! writes to them are kept. On every backing and with every engine: this needs no trap.
 #![cfg(target_arch = "x86_64")]
 
 mod common;
@@ -29,12 +29,12 @@ const SYSTEM_TIME_AT: u64 = 20 * PAGE_SIZE + 64;
 const STEAL_TIME_AT: u64 = 30 * PAGE_SIZE + 128;
 const PV_EOI_AT: u64 = 40 * PAGE_SIZE + 8;
 
-/// What is written to an MSR to have KVM use the memory at an offset.
+/// Returns the value of an MSR that makes KVM use the memory at an offset.
 fn value(msr: u32, at: u64) -> u64 {
     REGION + at + u64::from(msr != WALL_CLOCK)
 }
 
-/// An image that wants one of KVM's structures, `len` bytes at `at`, changed and no other byte.
+/// Returns an image in which only one of KVM's structures, `len` bytes at `at`, has changed.
 fn with(rig: &Rig, image: &[u8], at: u64, len: usize) -> Vec<u8> {
     let mut expected = image.to_vec();
     expected[at as usize..at as usize + len].copy_from_slice(&rig.bytes(at, len));
@@ -49,13 +49,13 @@ fn word64(bytes: &[u8], at: usize) -> u64 {
     u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap())
 }
 
-/// KVM counts versions up from what it finds, which is the image's, and leaves an even one.
+/// Checks a version: KVM counts it up from the image's value, and leaves an even one.
 fn check_version(now: u32, image: u32) {
     let ahead = now.wrapping_sub(image);
     assert!(now.is_multiple_of(2) && (1..1000).contains(&ahead), "{now:#x} after {image:#x}");
 }
 
-/// Checks what KVM wrote, and that fill leaves it alone.
+/// Checks KVM's writes, and that fill does not overwrite them.
 fn check(rig: &Rig, image: &[u8], msr: u32) {
     let (at, len) = match msr {
         WALL_CLOCK => (WALL_CLOCK_AT, 12),
@@ -68,7 +68,7 @@ fn check(rig: &Rig, image: &[u8], msr: u32) {
     let version = if msr == STEAL_TIME { 8 } else { 0 };
     check_version(word32(&now, version), word32(then, version));
     if msr == STEAL_TIME {
-        // KVM adds to what was there.
+        // KVM adds to the value from the image.
         let stolen = word64(&now, 0).wrapping_sub(word64(then, 0));
         assert!(stolen < 60_000_000_000, "{stolen} ns");
     }
@@ -121,7 +121,7 @@ fn pages_are_fetched_before_user_space_sets_the_msrs() {
     });
 }
 
-/// A guest's own write of an MSR: its number, its value, and what it reads back.
+/// Makes the guest write an MSR; returns the value that it reads back.
 fn write_msr(rig: &Rig, cpu: &mut Cpu, msr: u32, data: u64) -> Result<Vec<u8>, Stopped> {
     let mut device = Device::default();
     let regs = kvm_regs {
@@ -135,7 +135,7 @@ fn write_msr(rig: &Rig, cpu: &mut Cpu, msr: u32, data: u64) -> Result<Vec<u8>, S
     Ok(device.written)
 }
 
-/// The trap, if this KVM has what it takes.
+/// Sets the trap if this KVM supports it.
 fn trap(rig: &Rig) -> Option<MsrTrap> {
     match MsrTrap::new(&rig.machine.vm) {
         Ok(trap) => Some(trap),
@@ -168,10 +168,10 @@ fn pages_are_fetched_before_the_guest_sets_the_msrs() {
             };
             assert_eq!(read, data.to_le_bytes());
             assert!(rig.pager().stats().path(Path::KvmInternal).faults > 0);
-            // Another run, in which KVM may write again.
+            // A second run, in which KVM may write again.
             write_msr(&rig, &mut cpu, msr, data).unwrap();
             check(&rig, image, msr);
-            // Nothing is missing; the guest sets the MSR by itself.
+            // No page is missing; the guest now sets the MSR directly.
             trap.remove().unwrap();
             let faults = rig.pager().stats().path(Path::KvmInternal).faults;
             let off = if msr == WALL_CLOCK { 0 } else { data & !1 };
@@ -187,7 +187,7 @@ fn a_value_that_kvm_refuses_faults_in_the_guest() {
         let rig = rig();
         let Some(_trap) = trap(&rig) else { return };
         let mut cpu = rig.machine.vcpu(0);
-        // Bits 1 to 5 are reserved. Without the trap this is #GP, which nobody handles.
+        // Bits 1 to 5 are reserved. Without the trap this is #GP, which the guest does not handle.
         let data = value(STEAL_TIME, STEAL_TIME_AT) | 2;
         assert_eq!(write_msr(&rig, &mut cpu, STEAL_TIME, data), Err(Stopped::Shutdown));
         rig.check(image);
@@ -227,7 +227,7 @@ fn a_guest_that_is_called_away_while_it_sets_an_msr_still_sets_it() {
     check(&rig, &full_image(PAGES), SYSTEM_TIME);
 }
 
-/// PV EOI: KVM sets the byte as it delivers an interrupt, and clears it as the guest leaves.
+/// PV EOI: KVM sets the byte when it delivers an interrupt, and clears it when the guest exits.
 #[test]
 fn the_word_that_spares_an_end_of_interrupt_is_kvms() {
     if demand_kvm::probe().virtualization == Virtualization::Emulated {
@@ -246,8 +246,8 @@ fn the_word_that_spares_an_end_of_interrupt_is_kvms() {
                 let Some(_trap) = trap(&rig) else { return };
                 let mut cpu = rig.machine.vcpu(0);
                 let mut lapic = cpu.vcpu.get_lapic().unwrap();
-                lapic.regs[0xf0] = 0xffu8 as i8; // The spurious vector,
-                lapic.regs[0xf1] = 1; // and on.
+                lapic.regs[0xf0] = 0xffu8 as i8; // The spurious vector;
+                lapic.regs[0xf1] = 1; // enabled.
                 cpu.vcpu.set_lapic(&lapic).unwrap();
                 let data = value(PV_EOI, PV_EOI_AT);
                 let entry = kvm_msr_entry { index: PV_EOI, data, ..Default::default() };
@@ -262,9 +262,10 @@ fn the_word_that_spares_an_end_of_interrupt_is_kvms() {
                     rig.machine.entries.touch
                 };
                 rig.machine.begin(&mut cpu, start, regs);
-                // The guest sets the MSR and halts, or spins, until an interrupt comes. It has
-                // touched its stack and the byte by then: KVM clears it at any exit. There may be
-                // one for another reason just then, so more than one interrupt may be needed.
+                // The guest sets the MSR and halts or spins until an interrupt comes. By then it
+                // has touched its stack and the byte, because KVM clears the byte at any exit. An
+                // exit for another reason may happen at the wrong moment, so more than one
+                // interrupt may be needed.
                 let mut device = Device::default();
                 let mut rounds = 0;
                 while device.written.last() != Some(&1) && rounds < 50 {
@@ -275,7 +276,7 @@ fn the_word_that_spares_an_end_of_interrupt_is_kvms() {
                 if by_guest {
                     assert_eq!(device.written[..8], data.to_le_bytes());
                 }
-                // What the guest's interrupt handler read: KVM had set it.
+                // The guest's interrupt handler read the byte after KVM had set it.
                 assert_eq!(device.written.last(), Some(&1));
                 assert_eq!(rig.bytes(PV_EOI_AT, 1), [0], "cleared as the guest left");
                 assert_ne!(image[PV_EOI_AT as usize], 0);
@@ -286,7 +287,7 @@ fn the_word_that_spares_an_end_of_interrupt_is_kvms() {
     }
 }
 
-/// Runs the vCPU until it has handled an interrupt that comes in a while.
+/// Runs the vCPU until it has handled an interrupt that is sent after a while.
 fn interrupt(rig: &Rig, cpu: &mut Cpu, device: &mut Device) {
     let kick = cpu.kick.clone();
     thread::scope(|scope| {
@@ -298,7 +299,7 @@ fn interrupt(rig: &Rig, cpu: &mut Cpu, device: &mut Device) {
         while !vcpu.is_finished() && begun.elapsed() < PATIENCE {
             thread::sleep(Duration::from_millis(1));
         }
-        // Does nothing to a guest that has handled it.
+        // Has no effect on a guest that has already handled it.
         kick.kick();
         vcpu.join().unwrap().unwrap();
     });

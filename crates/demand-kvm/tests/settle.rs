@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A vCPU that is stopped in the middle of an instruction: once it is settled, its registers show
-//! the instruction as done, and another machine goes on from them.
+//! A vCPU that is stopped in the middle of an instruction: once `settle_step` has completed it, the
+//! registers show the instruction as done, and another machine resumes from them.
 #![cfg(target_arch = "x86_64")]
 
 mod common;
@@ -17,14 +17,14 @@ use test_support::host::skip;
 use test_support::wait::until;
 
 const PAGES: u64 = 512;
-/// Across two pages.
+/// Offset of a word that lies in two pages.
 const ACROSS: u64 = PAGE_SIZE - 2;
 /// A vCPU's registers.
 type Registers = (kvm_regs, kvm_sregs);
 
-/// A machine with a vCPU and what it talks to.
+/// A machine with a vCPU and its device.
 struct Stage {
-    // The vCPU before what it runs on.
+    // The vCPU is dropped before its machine.
     vcpu: DemandVcpu,
     device: Device,
     rig: Rig,
@@ -46,7 +46,7 @@ impl Stage {
         (self.vcpu.fd().get_regs().unwrap(), self.vcpu.fd().get_sregs().unwrap())
     }
 
-    /// Runs until the device is asked, or the guest has halted, which is told.
+    /// Runs until the guest accesses the device or halts; returns whether it has halted.
     fn until_exit(&mut self) -> bool {
         loop {
             match self.vcpu.step(&self.rig.handler, &self.rig.memory).unwrap() {
@@ -60,8 +60,8 @@ impl Stage {
         }
     }
 
-    /// Settles the vCPU as far as its pages have come; how often the device was asked, and
-    /// whether its state is whole.
+    /// Settles the vCPU as far as its pages are present; returns the number of device accesses, and
+    /// whether the vCPU's state is consistent.
     fn settle(&mut self) -> (u32, bool) {
         let mut asked = 0;
         loop {
@@ -90,7 +90,7 @@ fn serve(device: &mut Device, exit: VcpuExit<'_>) {
     }
 }
 
-/// The word that the device gives first.
+/// Returns the first word that the device supplies.
 fn given() -> u64 {
     u64::from(u32::from_le_bytes(std::array::from_fn(device_byte)))
 }
@@ -117,7 +117,7 @@ fn an_instruction_that_asks_a_device_is_done_once_settled() {
         let begin = stage.registers().0.rip;
         assert!(!stage.until_exit());
         assert_eq!(stage.settle(), (rest, true));
-        // Once more: there is nothing left to do.
+        // A second time: nothing is left to do.
         assert_eq!(stage.settle(), (0, true));
         assert!(!stage.vcpu.kick().is_kicked());
         let (now, sregs) = stage.registers();
@@ -132,14 +132,14 @@ fn an_instruction_that_asks_a_device_is_done_once_settled() {
         other.vcpu.fd().set_regs(&now).unwrap();
         assert!(other.until_exit(), "the device is asked once more");
         assert_eq!(other.registers().0.rax, now.rax);
-        // So does the machine itself.
+        // The first machine does the same.
         assert!(stage.until_exit());
         assert_eq!(stage.registers().0, other.registers().0);
     }
 }
 
-/// A stage whose pages come when the gate is opened, and whose mapping is closed: KVM asks user
-/// space for what it emulates.
+/// Creates a stage whose pages can be fetched once the gate is opened, and whose mapping is
+/// inaccessible, so that KVM leaves emulated accesses to user space.
 fn closed(kvm: &Kvm, engine: Engine) -> (Stage, Gate) {
     let gate = Gate::new(PAGES);
     let source = Arc::new(Threaded::new(gate.clone(), 2).unwrap());
@@ -148,9 +148,9 @@ fn closed(kvm: &Kvm, engine: Engine) -> (Stage, Gate) {
     (stage, gate)
 }
 
-/// Lets the guest run into a page that does not come, and calls the vCPU away as it waits there.
+/// Runs the guest into a missing page that is not served, and kicks the vCPU out of the wait.
 fn until_it_waits(stage: &mut Stage) {
-    // The waiter alone, so that the guest runs.
+    // Kicks the waiter alone, so that the guest runs.
     stage.vcpu.kick().waiter().kick();
     let step = stage.vcpu.step(&stage.rig.handler, &stage.rig.memory).unwrap();
     assert!(matches!(step, Step::Again), "{step:?}");
@@ -168,7 +168,7 @@ fn a_vcpu_that_waits_for_a_page_is_settled_once_it_comes() {
         let (mut stage, gate) = closed(&kvm, engine);
         stage.begin(|entries| entries.outs, strings);
         until_it_waits(&mut stage);
-        // KVM that asks the bitmap shows the state before the instruction.
+        // A KVM that respects the bitmap shows the state before the instruction.
         let asks = engine == Engine::KvmUserfault && features().own_accesses;
         assert_eq!(stage.settle(), (0, asks));
         assert_eq!(stage.settle(), (0, asks));
@@ -187,13 +187,13 @@ fn a_vcpu_that_waits_for_a_page_is_settled_once_it_comes() {
         while !other.until_exit() {}
         let all = [&stage.device.written[..], &other.device.written].concat();
         assert!(all == image[ACROSS as usize..(ACROSS + LEN) as usize]);
-        // So does the machine itself.
+        // The first machine does the same.
         while !stage.until_exit() {}
         assert!(stage.device.written == all);
     }
 }
 
-/// What KVM leaves to user space at RAM in two parts, in both directions.
+/// KVM leaves an access to RAM to user space in two parts, in both directions.
 #[test]
 fn an_access_across_missing_pages_is_made_whole() {
     let image = full_image(PAGES);
@@ -205,7 +205,7 @@ fn an_access_across_missing_pages_is_made_whole() {
     for index in 0..4u64 {
         assert!(!stage.until_exit());
         if index == 0 {
-            // It has read from the device, and is to write where a page is missing.
+            // The guest has read from the device, and its write needs a missing page.
             assert_eq!(stage.settle(), (0, false));
             gate.open();
         }
@@ -221,7 +221,7 @@ fn an_access_across_missing_pages_is_made_whole() {
     stage.rig.check(&expected);
 }
 
-/// Before it is answered a guest's write to one of KVM's MSRs has not taken place.
+/// Until it is completed, a guest's write to one of KVM's MSRs has no effect.
 #[test]
 fn a_write_of_an_msr_that_waits_is_as_if_not_begun() {
     const STEAL_TIME: u64 = 0x4b56_4d03;
@@ -251,7 +251,7 @@ fn a_write_of_an_msr_that_waits_is_as_if_not_begun() {
     drop(trap);
 }
 
-/// So that a vCPU can be given another state, which the old instruction has no part in.
+/// The vCPU can get another state, which the old instruction does not affect.
 #[test]
 fn a_write_of_an_msr_that_waits_can_be_forgotten() {
     const STEAL_TIME: u64 = 0x4b56_4d03;
@@ -273,7 +273,7 @@ fn a_write_of_an_msr_that_waits_can_be_forgotten() {
     }
     stage.vcpu.abandon().unwrap();
     assert!(stage.vcpu.pending().is_none() && stage.rig.pager().bitmap().is_missing(0));
-    // The state of another guest, which is called out before its first instruction.
+    // The state of another guest, which is kicked before its first instruction.
     stage.begin(|entries| entries.outs, kvm_regs { rsi: REGION, rcx: 8, ..Default::default() });
     stage.vcpu.fd().set_vcpu_events(&before).unwrap();
     let begin = stage.registers().0;

@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A guest in 32-bit protected mode, without paging: guest virtual is guest physical.
+//! Guests in 32-bit protected mode without paging, so that guest virtual addresses are physical
+//! ones.
 
 use super::*;
 
 /// Guest physical address of the memory that guests copy pages to.
 const OUT: u64 = 0x1000_0000;
-/// Pages that fit there.
+/// Number of pages in that memory.
 pub const OUT_PAGES: u64 = 512;
 
-/// A VM with code and a place for copies.
+/// A VM with code, and memory for copies.
 pub struct Machine {
     pub vm: Arc<VmFd>,
     _code: PlainSlot,
@@ -28,7 +29,7 @@ impl Machine {
         Machine::of(Arc::new(engine.create_vm(kvm).unwrap()))
     }
 
-    /// A machine with interrupts: a halted guest does not leave `KVM_RUN` then.
+    /// Creates a machine with interrupts: a halted guest does not leave `KVM_RUN` then.
     pub fn with_interrupts(kvm: &Kvm, engine: Engine) -> Self {
         let vm = engine.create_vm(kvm).unwrap();
         vm.create_irq_chip().unwrap();
@@ -45,14 +46,14 @@ impl Machine {
         Machine { vm, _code: code, out, entries }
     }
 
-    /// A demand-paged slot at [`REGION`].
+    /// Creates a demand-paged slot at [`REGION`].
     pub fn slot(&self, pager: &Arc<Pager>, engine: Engine) -> DemandSlot {
         let mapping = Arc::new(pager.backing().map().unwrap());
         DemandSlot::new(self.vm.clone(), 2, GuestAddress(REGION), mapping, pager.clone(), engine)
             .unwrap()
     }
 
-    /// A vCPU at rest.
+    /// Creates a vCPU, without a program.
     pub fn vcpu(&self, id: u64) -> Cpu {
         let vcpu = self.vm.create_vcpu(id).unwrap();
         let mut sregs = vcpu.get_sregs().unwrap();
@@ -77,7 +78,7 @@ impl Machine {
         Cpu { vcpu, kick }
     }
 
-    /// Makes a vCPU run a program next.
+    /// Loads the program that a vCPU runs next.
     pub fn load(&self, cpu: &mut Cpu, program: Program, pages: Pages) {
         let mut regs = kvm_bindings::kvm_regs {
             rsi: REGION + pages.first * PAGE_SIZE,
@@ -102,7 +103,7 @@ impl Machine {
         cpu.vcpu.set_regs(&regs).unwrap();
     }
 
-    /// Makes a vCPU begin at one of the entries, with these registers.
+    /// Makes a vCPU start at one of the entries, with these registers.
     pub fn begin(&self, cpu: &mut Cpu, entry: u64, regs: kvm_bindings::kvm_regs) {
         let rsp = OUT + OUT_PAGES * PAGE_SIZE;
         let rflags = regs.rflags | 2;
@@ -110,12 +111,12 @@ impl Machine {
         cpu.vcpu.set_regs(&regs).unwrap();
     }
 
-    /// A page that a guest has copied.
+    /// Returns a page that a guest has copied.
     pub fn copied(&self, out: u64) -> Vec<u8> {
         look(self.out.mapping(), out * PAGE_SIZE, PAGE_SIZE)
     }
 
-    /// Has a vCPU copy pages, and compares each byte with what `expected` says.
+    /// Makes a vCPU copy pages, and compares each byte with the result of `expected`.
     pub fn copy_and_compare(
         &self,
         cpu: &mut Cpu,
@@ -134,22 +135,22 @@ impl Machine {
     }
 }
 
-/// A vCPU, and what calls it away.
+/// A vCPU and its kick.
 pub struct Cpu {
     pub vcpu: VcpuFd,
     pub kick: VcpuKick,
 }
 
-/// Why a vCPU stopped before it halted.
+/// The reason why a vCPU stopped before it halted.
 #[derive(Debug, PartialEq)]
 pub enum Stopped {
     /// It was kicked out of `KVM_RUN`.
     Kicked,
     /// Its fault was not resolved.
     Fault(FaultError),
-    /// It read or wrote where there is no memory.
+    /// It read an address without memory.
     Mmio(u64),
-    /// It could not go on: a fault in a guest that handles none.
+    /// It shut down: a fault in a guest without fault handlers.
     Shutdown,
 }
 
@@ -176,18 +177,18 @@ impl Cpu {
     }
 }
 
-/// A handler for one slot's region.
+/// Creates a handler for one slot's region.
 pub fn handler(slot: &DemandSlot) -> FaultHandler {
     FaultHandler::for_slots([slot]).unwrap()
 }
 
-/// Brings all pages in.
+/// Fetches all pages.
 pub fn fill(pager: &Arc<Pager>) {
     let all = PageRange::new(0, pager.pages());
     pager.ensure(all, demand_memory::Path::Fill, &demand_memory::Waiter::new()).unwrap();
 }
 
-/// Long enough for a thread that is not held up to get where it is going.
+/// Sleeps long enough for any thread that is not blocked to make progress.
 pub fn a_while() {
     thread::sleep(Duration::from_millis(50));
 }

@@ -1,35 +1,35 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Images and the sources that serve them.
+//! Images, and the sources that serve them.
 
 use super::*;
 
 /// Guest physical address of the demand-paged region.
 pub const REGION: u64 = 0x4000_0000;
 
-/// What the words of an image are mixed with.
+/// Constant that the words of an image are combined with.
 pub const MIX: u32 = 0x5bd1_e995;
 
-/// What the image holds in the word at `offset`: it tells its guest address.
+/// Returns the image's word at `offset`, which encodes its guest address.
 pub fn word(offset: u64) -> u32 {
     (REGION + offset) as u32 ^ MIX
 }
 
-/// A page of an image without holes.
+/// Returns a page of an image without holes.
 pub fn full_page(page: u64) -> Vec<u8> {
     (0..PAGE_SIZE).step_by(4).flat_map(|at| word(page * PAGE_SIZE + at).to_le_bytes()).collect()
 }
 
-/// Every seventh page of an image file is a hole.
+/// Returns whether a page of an image file is a hole: every seventh is.
 pub fn is_hole(page: u64) -> bool {
     page % 7 == 3
 }
 
-/// A page of an image file.
+/// Returns a page of an image file.
 pub fn page(page: u64) -> Vec<u8> {
     if is_hole(page) { vec![0; PAGE_SIZE as usize] } else { full_page(page) }
 }
 
-/// An image file, in memory: a source reads it on the faulting thread, whatever the disk is.
+/// Creates an image file in memory, so that a source reads it on the faulting thread on any host.
 pub fn image_file(pages: u64) -> tempfile::NamedTempFile {
     let file = tempfile::NamedTempFile::new_in("/dev/shm").unwrap();
     file.as_file().set_len(pages * PAGE_SIZE).unwrap();
@@ -45,14 +45,14 @@ pub fn pager(kind: BackingKind, pages: u64, source: Arc<dyn PageSource>) -> Arc<
     Pager::new(Arc::new(backing), source, 0, Arc::new(Stats::new()), retrier).unwrap()
 }
 
-/// A pager over an image file.
+/// Creates a pager over an image file.
 pub fn file_pager(kind: BackingKind, pages: u64) -> Arc<Pager> {
     // The open file outlives its name.
     let file = image_file(pages);
     pager(kind, pages, Arc::new(LocalFile::open(file.path()).unwrap()))
 }
 
-/// A source that is in no hurry over a page: who looks before it is complete sees it.
+/// A source that writes a page slowly, in pieces: a reader that comes too early sees them.
 pub struct Torn(pub u64);
 
 impl PageSource for Torn {
@@ -121,28 +121,28 @@ impl BlockingSource for Gate {
     }
 }
 
-/// Copies bytes out of a mapping, whoever else is at them.
+/// Copies bytes out of a mapping, even while other threads or a guest write them.
 pub fn look(mapping: &Mapping, offset: u64, len: u64) -> Vec<u8> {
     assert!(offset + len <= mapping.len());
     let mut bytes = vec![0u8; len as usize];
     for (index, byte) in bytes.iter_mut().enumerate() {
-        // SAFETY: the byte lies in the mapping. The guest and pagers may write it meanwhile, and
-        // are not Rust as far as this thread can tell.
+        // SAFETY: the byte lies in the mapping. The guest and pagers may write it concurrently, but
+        // through no Rust reference, and the read is volatile.
         *byte = unsafe { mapping.at(offset + index as u64).as_ptr().read_volatile() };
     }
     bytes
 }
 
-/// Closes a mapping for everybody who uses it, KVM among them.
+/// Makes a mapping inaccessible to all of its users, KVM included.
 pub fn close(mapping: &Mapping) {
     let (address, len) = (mapping.address().as_ptr().cast(), mapping.len() as usize);
-    // SAFETY: the range is the mapping's, which nobody in this process looks at from here on.
+    // SAFETY: the range belongs to the mapping, and this process does not read it any more.
     assert_eq!(unsafe { libc::mprotect(address, len, libc::PROT_NONE) }, 0);
 }
 
-/// A word of a mapping, whoever else is at it.
+/// Reads a word of a mapping, even while other threads or a guest write it.
 pub fn look_at_word(mapping: &Mapping, offset: u64) -> u32 {
     assert!(offset + 4 <= mapping.len() && offset.is_multiple_of(4));
-    // SAFETY: as above; mappings begin at a page, so the word is aligned.
+    // SAFETY: as above; mappings begin on a page boundary, so the word is aligned.
     unsafe { mapping.at(offset).cast::<u32>().as_ptr().read_volatile() }
 }

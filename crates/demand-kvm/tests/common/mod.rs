@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! An image whose every word tells where it belongs, and a small guest that reads and writes it.
-#![allow(dead_code, unused_imports)] // Each test binary uses its part.
+//! An image whose every word encodes its own address, and a small guest that reads and writes it.
+#![allow(dead_code, unused_imports)] // Each test binary uses a part of it.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -29,12 +29,12 @@ pub use image::*;
 pub use programs::*;
 pub use rig::*;
 
-/// KVM, if there is one that can be used.
+/// Opens KVM if this host has a usable one.
 pub fn kvm() -> Option<Kvm> {
     open_kvm().map_err(|error| skip(&error.to_string())).ok()
 }
 
-/// KVM, if it has the engine.
+/// Opens KVM if it supports the engine.
 pub fn kvm_with(engine: Engine) -> Option<Kvm> {
     let probe = demand_kvm::probe();
     match demand_kvm::resolve(demand_kvm::EngineChoice::Only(engine), &probe) {
@@ -46,7 +46,7 @@ pub fn kvm_with(engine: Engine) -> Option<Kvm> {
     }
 }
 
-/// The backings that this host has memory for.
+/// Returns the backings that this host has memory for.
 pub fn backings(size: u64) -> Vec<BackingKind> {
     let there = |kind: &BackingKind| match MemfdBacking::new(*kind, size, true)
         .and_then(|backing| demand_memory::Backing::map(&backing))

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What small guests do.
+//! The programs of small guests.
 
 use super::*;
 use iced_x86::code_asm::{
@@ -8,26 +8,26 @@ use iced_x86::code_asm::{
 
 /// Guest physical address of the code.
 pub const CODE: u64 = 0x1000;
-/// The port that tells of a word that is not the image's.
+/// The port that reports a word that differs from the image's.
 pub const WRONG: u8 = 0x10;
-/// The port that tells that a guest has done what it was to do.
+/// The port that reports that a guest is done.
 pub const DONE: u16 = 0x11;
 
-/// What a guest does.
+/// A guest's program.
 #[derive(Clone, Copy)]
 pub enum Program {
-    /// Copies `count` pages from `first` on, `stride` pages apart, to its part of OUT, page
-    /// `out` and following.
+    /// Copies `count` pages from `first` on, `stride` pages apart, to its part of OUT, beginning at
+    /// page `out`.
     Copy { out: u64 },
     /// Writes `value`, `value + 1`, ... to byte 16 of the pages.
     Write { value: u32 },
     /// Reads every word of the pages and compares it with the image's (without holes).
     Check,
-    /// Does nothing for ever.
+    /// Loops for ever.
     Spin,
 }
 
-/// Which pages a program works on.
+/// The pages that a program works on.
 #[derive(Clone, Copy)]
 pub struct Pages {
     pub first: u64,
@@ -45,54 +45,55 @@ impl Pages {
     }
 }
 
-/// Where the programs begin, and their code.
+/// The programs' code and entry points.
 pub struct Entries {
     pub code: Vec<u8>,
     pub copy: u64,
     pub write: u64,
     pub check: u64,
     pub spin: u64,
-    /// Writes ecx bytes from esi on to the port in edx, by an instruction that KVM emulates.
+    /// Writes ecx bytes from esi on to the port in edx, with an instruction that KVM emulates.
     pub outs: u64,
     /// Reads ecx bytes from the port in edx to edi.
     pub ins: u64,
     /// Copies ecx bytes from esi to edi, one at a time.
     pub movs: u64,
-    /// Writes edx:eax to MSR ecx, reads it back and writes it to [`PORT`], low word first; then
-    /// reads the byte at ebx and takes interrupts, if that is not 0, and halts.
+    /// Writes edx:eax to MSR ecx, reads it back and writes it to [`PORT`], low word first. Then, if
+    /// ebx is not 0, reads the byte at ebx and enables interrupts. Finally halts.
     pub wrmsr: u64,
     /// Writes eax to the port in edx.
     pub port_out: u64,
     /// Reads eax from the port in edx.
     pub port_in: u64,
-    /// Writes eax to memory at edi, or to what is there instead.
+    /// Writes eax to the memory or device at edi.
     pub store: u64,
-    /// Reads eax from memory at esi, or from what is there instead.
+    /// Reads eax from the memory or device at esi.
     pub load: u64,
-    /// Reads the byte at ebx, takes interrupts and spins.
+    /// Reads the byte at ebx, enables interrupts and spins.
     pub touch: u64,
-    /// What an interrupt does: writes the byte at ebx to [`PORT`], ends the interrupt, and tells
-    /// that it is [`DONE`].
+    /// The interrupt handler: writes the byte at ebx to [`PORT`], ends the interrupt, and writes to
+    /// the port [`DONE`].
     pub interrupt: u64,
 }
 
 /// The local APIC's register that ends an interrupt.
 const APIC_EOI: u64 = 0xfee0_00b0;
-/// Bytes of the code page that programs may have; tables follow.
+/// Bytes of the code page for programs; tables follow.
 const CODE_BYTES: usize = 0x800;
-/// The table of segments: one, at selector 8.
+/// Address of the segment table, which has one segment, at selector 8.
 pub const GDT: u64 = CODE + CODE_BYTES as u64;
-/// The gate of the one interrupt that there is.
+/// Address of the gate of the only interrupt.
 const GATE: u64 = GDT + 0x100;
 /// Number of that interrupt.
 pub const VECTOR: u8 = 0x40;
-/// The table that the gate lies in.
+/// Address of the table that contains the gate.
 pub const IDT: u64 = GATE - VECTOR as u64 * 8;
-/// Its last byte.
+/// Offset of the last byte of that table.
 pub const IDT_LIMIT: u16 = VECTOR as u16 * 8 + 7;
 
-/// The programs, one after another. Those of [`Program`] take the address of the first page in esi, the
-/// number of pages in ebx, and the bytes from one to the next in edx.
+/// Assembles the programs, one after another. Those of [`Program`] take the address of the first
+/// page in esi, the number of pages in ebx, and the distance from one page to the next in edx, in
+/// bytes.
 pub fn assemble() -> Entries {
     let mut code = Vec::new();
     let mut program = |build: &dyn Fn(&mut CodeAssembler)| {

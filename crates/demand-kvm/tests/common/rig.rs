@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A machine whose guest mapping is armed, as a VMM arms it, with a device that guests talk to.
+//! A machine whose guest mapping is armed, as in a VMM, with a device for its guests.
 
 use super::*;
 use demand_kvm::{KvmFeatures, Pending};
@@ -7,12 +7,12 @@ use demand_memory::{Backing, DemandMemory, DemandRegion, Path, RegionConfig, Wai
 use demand_uffd::{ArmedMapping, DEFAULT_THREADS, FaultService, Features, Userfaultfd};
 use vm_memory::Bytes;
 
-/// The port that guests read from and write to. KVM has no device there, as it has at many others.
+/// The port that guests read from and write to. Unlike many others it has no device in KVM.
 pub const PORT: u16 = 0x90;
-/// Where the device's memory lies: nothing is there.
+/// Guest physical address of the device's registers, where there is no memory.
 pub const DEVICE: u64 = 0x8000_0000;
 
-/// The byte that the device gives as its `index`th.
+/// Returns the `index`th byte that the device supplies.
 pub fn device_byte(index: usize) -> u8 {
     (index * 7 + 1) as u8
 }
@@ -52,7 +52,7 @@ impl Rig {
         let memory = DemandMemory::new(vec![region]).unwrap();
         let guest = Arc::new(pager.backing().map().unwrap());
         let uffd = Arc::new(Userfaultfd::open(Features::GUEST_MEMORY).unwrap());
-        // Where KVM guards half-filled units, only wholly missing ones are trapped.
+        // Where KVM traps partly present units, the mapping traps only wholly missing ones.
         let armed = match (kind, engine) {
             (_, Engine::Uffd) => ArmedMapping::own(&uffd, guest.clone(), &pager, Path::Guest),
             (BackingKind::Shmem, _) => {
@@ -74,13 +74,13 @@ impl Rig {
         self.slot.pager()
     }
 
-    /// Fetches a page, as somebody else may have.
+    /// Fetches a page, as another thread might.
     pub fn arrive(&self, page: u64) {
         let page = PageRange::page(page);
         self.pager().ensure(page, Path::Fill, &Waiter::new()).unwrap();
     }
 
-    /// Runs the vCPU until it halts, as a VMM does that has the device.
+    /// Runs the vCPU until it halts, as a VMM with the device does.
     pub fn run(&self, cpu: &mut Cpu, device: &mut Device) -> Result<(), Stopped> {
         cpu.kick.attach();
         loop {
@@ -117,7 +117,7 @@ impl Rig {
         }
     }
 
-    /// Brings everything in, and compares all of memory with what it should be.
+    /// Fetches all pages, and compares the memory with the expected bytes.
     pub fn check(&self, expected: &[u8]) {
         fill(self.pager());
         let mut seen = vec![0; expected.len()];
@@ -132,7 +132,7 @@ impl Rig {
         }
     }
 
-    /// What lies at an offset of the region, whose page is present.
+    /// Returns the bytes at an offset of the region, whose page is present.
     pub fn bytes(&self, offset: u64, len: usize) -> Vec<u8> {
         assert!(!self.pager().bitmap().is_missing(offset / PAGE_SIZE));
         let mut bytes = vec![0; len];
@@ -141,21 +141,21 @@ impl Rig {
     }
 }
 
-/// What guests talk to.
+/// The device that guests talk to.
 #[derive(Default)]
 pub struct Device {
-    /// What was written to the port.
+    /// The bytes that guests have written to the port.
     pub written: Vec<u8>,
-    /// How many bytes it has given.
+    /// Number of bytes that it has supplied.
     given: usize,
-    /// An exit that is to be answered.
+    /// The exit that must be completed.
     pub pending: Option<Pending>,
-    /// Exits that were, or are to be.
+    /// Number of pending exits so far, this one included.
     pub answered: u64,
 }
 
 impl Device {
-    /// Gives the next bytes.
+    /// Supplies the next bytes.
     pub fn give(&mut self, data: &mut [u8]) {
         for byte in data {
             *byte = device_byte(self.given);
@@ -164,13 +164,13 @@ impl Device {
     }
 }
 
-/// The features of this host's KVM.
+/// Returns the features of this host's KVM.
 pub fn features() -> KvmFeatures {
     demand_kvm::probe().kvm.unwrap()
 }
 
-/// Runs a test for each engine and backing where what KVM itself accesses is trapped. `image` is
-/// what the region holds.
+/// Runs a test for each engine and backing where KVM's own accesses are trapped. `image` is the
+/// content of the region.
 pub fn where_own_accesses_are_trapped(image: &[u8], test: impl Fn(Rig)) {
     for engine in Engine::ALL {
         let Some(kvm) = kvm_with(engine) else { continue };
@@ -179,7 +179,7 @@ pub fn where_own_accesses_are_trapped(image: &[u8], test: impl Fn(Rig)) {
             if kind != BackingKind::Shmem && engine != Engine::Uffd && !by_kvm {
                 let why = format!("{engine} on {kind}: this KVM's own accesses pass its trap");
                 match engine {
-                    // Not the lab's fault, so not `skip`.
+                    // The lab cannot help it, so this is not `skip`.
                     Engine::KvmUserfault => println!("SKIPPED: {why}"),
                     // No kernel does better: see `an_untrapped_operand_reads_as_zeros`.
                     _ => println!("{why}"),
@@ -192,7 +192,7 @@ pub fn where_own_accesses_are_trapped(image: &[u8], test: impl Fn(Rig)) {
     }
 }
 
-/// A source that has these bytes.
+/// Creates a source of these bytes.
 pub fn source_of(image: &[u8]) -> Arc<dyn PageSource> {
     let file = tempfile::NamedTempFile::new().unwrap();
     file.as_file().write_all_at(image, 0).unwrap();
@@ -200,7 +200,7 @@ pub fn source_of(image: &[u8]) -> Arc<dyn PageSource> {
     Arc::new(LocalFile::open(file.path()).unwrap())
 }
 
-/// An image without holes.
+/// Returns an image without holes.
 pub fn full_image(pages: u64) -> Vec<u8> {
     (0..pages).flat_map(full_page).collect()
 }
