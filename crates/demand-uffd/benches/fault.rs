@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The round trip of a fault through the service: touch, message, fetch, map, wake.
-#![allow(missing_docs)] // criterion's macros make public items.
+//! Benchmarks the round trip of a fault through the service: touch, message, fetch, map, wake.
+#![allow(missing_docs)] // criterion's macros create public items.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -14,7 +14,7 @@ use test_support::image::{Near, word_of};
 
 const SIZE: u64 = 8 << 20;
 
-/// Touches all units of fresh memory, and says how long the touches took.
+/// Touches all units of new memory; returns the time that this took, and the number of units.
 fn touch_all(service: &FaultService, unit: u64) -> (Duration, u64) {
     let backing = Arc::new(MemfdBacking::new(BackingKind::Shmem, SIZE, true).unwrap());
     let retrier = Retrier::new(Default::default(), |failure| panic!("{}", failure.error));
@@ -23,7 +23,7 @@ fn touch_all(service: &FaultService, unit: u64) -> (Duration, u64) {
     let mapping = Arc::new(pager.backing().map().unwrap());
     let uffd = Arc::new(Userfaultfd::open(Features::GUEST_MEMORY).unwrap());
     let armed = if unit > 4096 {
-        // As a back-end's: nobody but the service knows that it is this process.
+        // As for a back-end: the service does not know that it is this process.
         ArmedMapping::foreign(&uffd, mapping.address().as_ptr() as u64, &pager).unwrap()
     } else {
         ArmedMapping::own(&uffd, mapping.clone(), &pager, Path::Guest).unwrap()
@@ -45,7 +45,7 @@ fn touch_all(service: &FaultService, unit: u64) -> (Duration, u64) {
 }
 
 fn word(mapping: &Mapping, offset: u64) -> u64 {
-    // SAFETY: `at` keeps the word within the mapping, and nobody writes to it through a reference.
+    // SAFETY: `at` keeps the word within the mapping, and no reference to it exists.
     unsafe { mapping.at(offset).cast::<u64>().as_ptr().read_volatile() }
 }
 
@@ -63,7 +63,7 @@ fn fault(criterion: &mut Criterion) {
                     time += elapsed;
                     faults += touched;
                 }
-                // Whole memories only: scaled to what was asked for.
+                // Only whole memories are measured: scale to the number that was asked for.
                 time.mul_f64(count as f64 / faults as f64)
             });
         });

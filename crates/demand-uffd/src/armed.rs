@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Mappings of a region whose readers are trapped.
+//! Mappings of a region whose readers are trapped at missing pages.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -17,67 +17,66 @@ use demand_memory::{
 
 use crate::{Cause, Modes, RangeError, Userfaultfd};
 
-/// Bytes that one fault of another process maps at least: it shares shared memory in chunks of
-/// this size, and huge pages as they are.
+/// The least that one fault of another process maps, in bytes: shared memory is mapped in chunks of
+/// this size, huge pages as a whole.
 pub const BACK_END_CHUNK: u64 = 2 << 20;
 
-/// How often an operation is tried again at once while an address space changes its layout.
+/// Number of immediate retries of an operation while the layout of an address space changes.
 const TRIES: u32 = 64;
 
 /// A mapping of a whole region, in this process or in another, that is registered with a
-/// userfaultfd: who touches a page that is not mapped there waits.
+/// userfaultfd: a thread that touches an unmapped page of it waits.
 ///
-/// What it shows is decided by [`FaultService`](crate::FaultService), which serves it, and for
-/// the guest's mapping by the pager, which is given it as a
-/// [`Trap`](demand_memory::Pager::set_guest_trap). The granularity is what one fault makes
-/// present and maps: a granule becomes reachable only once all of its pages are present.
+/// [`FaultService`](crate::FaultService) serves the mapping and maps its pages. In the guest's
+/// mapping the pager, which gets it as a [`Trap`](demand_memory::Pager::set_guest_trap), maps pages
+/// too. One fault fetches and maps a granule, whose size is the granularity: a granule becomes
+/// reachable only once all of its pages are present.
 ///
 /// A mapping of this process keeps its userfaultfd itself: without a service a fault stalls, and
-/// never shows zeros. Of another process' mapping keep this, and so the userfaultfd, for as long as
-/// the process may read through it: once the last holder of a userfaultfd is gone, missing pages
-/// read as zeros.
+/// never reads zeros. For another process' mapping keep this value, and with it the userfaultfd,
+/// for as long as the process may read through the mapping: once the last holder of a userfaultfd
+/// is gone, missing pages read as zeros.
 pub struct ArmedMapping {
     uffd: Arc<Userfaultfd>,
-    /// The pager may own this as its guest trap.
+    /// Weak, because the pager may own this as its guest trap.
     pager: Weak<Pager>,
     base: u64,
     pages: u64,
-    /// Pages of a granule.
+    /// Number of pages of a granule.
     granule: u64,
-    /// Bytes of a page of the mapping: the backing's unit.
+    /// Page size of the mapping, in bytes: the backing's unit.
     unit: u64,
     modes: Modes,
     path: Path,
-    /// First pages of granules that are being made present for somebody who waits, and whether
-    /// somebody else was told since then that this lets him go on too.
+    /// First pages of the granules that are being fetched for a fault. The value tells whether
+    /// later faults on the granule are left to the same resolution.
     pending: Mutex<HashMap<u64, bool>>,
     /// Whether it was reported that the kernel had no memory to map pages here.
     short_of_memory: AtomicBool,
     /// Whether it was reported that a fault stays open for good.
     left_open: AtomicBool,
-    /// Whether the pager maps pages here itself, as they arrive.
+    /// Whether the pager maps pages here itself as it publishes them.
     mapped_by_pager: AtomicBool,
-    /// Whether all pages are present. The pager, which knows it too, may be gone.
+    /// Whether all pages are present. The pager, which also knows, may be gone.
     complete: Arc<AtomicBool>,
-    /// Keeps one's own mapping.
+    /// Keeps the mapping, if it is of this process.
     _mapping: Option<Arc<Mapping>>,
 }
 
 impl ArmedMapping {
-    /// Arms a mapping of this process: `mapping` is one of the whole region of `pager`, `uffd`
-    /// one that this process has opened. One fault maps a unit of the backing: 4096 bytes of
-    /// shared memory, or a huge page. Faults are counted for `path`.
+    /// Arms a mapping of this process. `mapping` covers the whole region of `pager`, and `uffd` was
+    /// opened by this process. One fault maps a unit of the backing: 4096 bytes of shared memory,
+    /// or a huge page. Faults are counted for `path`.
     ///
-    /// Pages that the mapping has already, as in a process that locks its memory, are unmapped from
-    /// it. No thread may touch the mapping while this runs.
-    ///
+    /// Pages that are already mapped, as in a process that locks its memory, are unmapped from the
+    /// mapping. No thread may touch the mapping while this runs.
     /// # Errors
     ///
-    /// [`RangeError`] with the system's error.
+    /// [`RangeError`] with the operating system's error.
     ///
     /// # Panics
     ///
-    /// If the mapping is not as long as the region.
+    /// If the lengths of the mapping and the region differ.
     pub fn own(
         uffd: &Arc<Userfaultfd>,
         mapping: Arc<Mapping>,
@@ -89,25 +88,25 @@ impl ArmedMapping {
     }
 
     /// Arms a huge-page mapping of this process against wholly missing units only: once a unit
-    /// exists, all of it can be touched here, whether its pages have arrived or not.
+    /// exists, all of its pages can be accessed here, even those that are missing.
     ///
-    /// It is for a guest's mapping whose half-filled units KVM guards itself. A unit that is on
-    /// its way is half-filled, unless a [`UnitLoader`](crate::UnitLoader) creates it: a second
-    /// reader that KVM does not guard gets through to it.
+    /// Use it for a guest's mapping in whose partly present units KVM itself traps accesses. A unit
+    /// that is being fetched is partly present, unless a [`UnitLoader`](crate::UnitLoader) creates
+    /// it: a second reader that KVM does not trap gets through to it.
     ///
     /// Units that exist already, as in a process that locks its memory, are removed from the memory
-    /// object, or fetched and waited for if any of their pages is present: see
-    /// [`Pager::unmap_missing`]. Any mapping of the object that such a process makes later creates
-    /// them anew.
+    /// object. If any of a unit's pages is present, the unit is fetched instead, and this waits for
+    /// it: see [`Pager::unmap_missing`]. Any mapping of the object that such a process creates
+    /// later creates the units again.
     ///
     /// # Errors
     ///
-    /// [`RangeError`] with the system's error.
+    /// [`RangeError`] with the operating system's error.
     ///
     /// # Panics
     ///
-    /// If the mapping is not as long as the region, or the region is shared memory: there,
-    /// nothing would be guarded.
+    /// If the lengths of the mapping and the region differ, or if the region is shared memory, in
+    /// which this would leave missing pages accessible.
     pub fn own_missing_units(
         uffd: &Arc<Userfaultfd>,
         mapping: Arc<Mapping>,
@@ -133,15 +132,15 @@ impl ArmedMapping {
         Self::arm(uffd, base, pager, path, modes, granularity, Some(mapping))
     }
 
-    /// Arms the mapping that another process has of the whole region of `pager`, at `base` of its
-    /// address space, on the userfaultfd that it has sent. One fault maps a huge page, or
+    /// Arms another process' mapping of the whole region of `pager`, at address `base` in that
+    /// process, on the userfaultfd that it has sent. One fault maps a huge page, or
     /// [`BACK_END_CHUNK`] of shared memory. Faults are counted for [`Path::BackEnd`].
     ///
-    /// If the process has registered the range itself, this adds what it left out.
+    /// If the process has registered the range itself, this adds the missing modes.
     ///
     /// # Errors
     ///
-    /// [`RangeError`] with the system's error: the process may have named a wrong address.
+    /// [`RangeError`] with the operating system's error: the process may have sent a wrong address.
     pub fn foreign(
         uffd: &Arc<Userfaultfd>,
         base: u64,
@@ -162,9 +161,9 @@ impl ArmedMapping {
     ) -> Result<Arc<Self>, RangeError> {
         let len = pager.pages() * PAGE_SIZE;
         if let Some(mapping) = &mapping {
-            // What is mapped already is not trapped: memory that the process locks is mapped, and
-            // zeroed, by mmap. Before the range is registered, as a userfaultfd that tells of
-            // removals would make this wait for its reader.
+            // Pages that are already mapped are not trapped: in memory that the process locks, mmap
+            // maps zeroed pages. Unmap them before registering the range, because a userfaultfd
+            // with removal events would make this call wait for its reader.
             unmap(mapping, pager, modes).map_err(|error| RangeError {
                 operation: "unmap",
                 address: base,
@@ -200,71 +199,71 @@ impl ArmedMapping {
         }))
     }
 
-    /// The userfaultfd.
+    /// Returns the userfaultfd.
     pub fn uffd(&self) -> &Arc<Userfaultfd> {
         &self.uffd
     }
 
-    /// First address of the mapping, in its process.
+    /// Returns the first address of the mapping, in its process.
     pub fn base(&self) -> u64 {
         self.base
     }
 
-    /// Length of the mapping, in bytes.
+    /// Returns the length of the mapping, in bytes.
     pub fn len(&self) -> u64 {
         self.pages * PAGE_SIZE
     }
 
-    /// Whether the mapping has no bytes; never.
+    /// Returns whether the mapping has no bytes; never true.
     pub fn is_empty(&self) -> bool {
         self.pages == 0
     }
 
-    /// What is trapped.
+    /// Returns the trapped modes.
     pub fn modes(&self) -> Modes {
         self.modes
     }
 
-    /// Whose faults they are.
+    /// Returns the path that the mapping's faults are counted for.
     pub fn path(&self) -> Path {
         self.path
     }
 
-    /// Whether somebody waits here for a page that has not arrived: for the source, that is, and
-    /// for nothing else.
+    /// Returns whether a thread waits here for a missing page, and so only for the source.
     pub fn is_waited_for(&self) -> bool {
         let Some(pager) = self.pager() else { return false };
         if pager.bitmap().is_stopped() {
-            return false; // The source is asked no more.
+            return false; // The source gets no more requests.
         }
         let granule = |first| PageRange::page(first).grow_to_units(self.granule, self.pages);
         let missing = |first| pager.bitmap().first_missing(granule(first)).is_some();
         self.pending().keys().any(|first| missing(*first))
     }
 
-    /// The pager, unless the region is gone.
+    /// Returns the pager, unless the region is gone.
     pub(crate) fn pager(&self) -> Option<Arc<Pager>> {
         self.pager.upgrade()
     }
 
-    /// The pages that are made present and mapped together for who touches `address`; `None` if
-    /// it does not lie in the mapping.
+    /// Returns the granule that is fetched and mapped for a fault at `address`; `None` if the
+    /// address is outside the mapping.
     pub(crate) fn granule_at(&self, address: u64) -> Option<PageRange> {
         let page = address.checked_sub(self.base)? / PAGE_SIZE;
         (page < self.pages).then(|| PageRange::page(page).grow_to_units(self.granule, self.pages))
     }
 
-    /// Whether it is a mapping of this process.
+    /// Returns whether this is a mapping of this process.
     pub(crate) fn is_own(&self) -> bool {
         self._mapping.is_some()
     }
 
-    /// Whether a fault was read that is not resolved yet.
+    /// Returns whether a fault was read and is not resolved yet.
     pub(crate) fn has_pending(&self) -> bool {
         !self.pending().is_empty()
     }
 
-    /// Number of pages of the range that are missing; of a region that is gone, all that may be.
+    /// Returns the number of missing pages of the range. If the region is gone, pages count as
+    /// missing unless all pages of the region were present.
     pub(crate) fn count_missing(&self, pages: PageRange) -> u64 {
         match self.pager() {
             Some(pager) => pager.bitmap().count_missing(pages),
@@ -277,8 +276,8 @@ impl ArmedMapping {
         self.pending.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Notes that somebody waits for a granule; false if that was known, and the resolution that
-    /// is under way will let this one go on as well: [`end`](Self::end) tells it to.
+    /// Notes a fault on a granule. Returns false if the granule already had one: the resolution
+    /// under way then wakes this faulter as well, because [`end`](Self::end) reports it.
     pub(crate) fn begin(&self, granule: PageRange) -> bool {
         match self.pending().entry(granule.first) {
             Entry::Occupied(mut known) => {
@@ -292,29 +291,31 @@ impl ArmedMapping {
         }
     }
 
-    /// Notes that a granule is about to be resolved. Whoever waits already is woken by what
-    /// follows; whose fault is read after this counts as new. Returns whether `begin` has refused
-    /// anybody: something must follow then, even if the granule was mapped before this.
+    /// Notes that a granule is about to be resolved. The resolution that follows wakes the faulters
+    /// so far; a fault that is read after this counts as new. Returns whether `begin` has returned
+    /// false for the granule: if so, a resolution must follow even if the granule was mapped before
+    /// this.
     pub(crate) fn end(&self, granule: PageRange) -> bool {
         self.pending().remove(&granule.first).unwrap_or(false)
     }
 
-    /// Notes that the kernel had no memory to map pages here; false if it was known.
+    /// Notes that the kernel had no memory to map pages here; returns whether this is the first
+    /// time.
     pub(crate) fn note_short_of_memory(&self) -> bool {
         !self.short_of_memory.swap(true, Ordering::Relaxed)
     }
 
-    /// Notes that a fault stays open here for good; false if that was known of one.
+    /// Notes that a fault stays open here for good; returns whether this is the first time.
     pub(crate) fn note_left_open(&self) -> bool {
         !self.left_open.swap(true, Ordering::Relaxed)
     }
 
-    /// Whether the pager maps each page here before it tells that the page is present.
+    /// Returns whether the pager maps each page here before it publishes the page.
     pub(crate) fn is_mapped_by_pager(&self) -> bool {
         self.mapped_by_pager.load(Ordering::Relaxed)
     }
 
-    /// Lets those go on that wait for a granule, all of whose pages are present.
+    /// Maps a granule, all of whose pages are present, and wakes the threads that wait for it.
     pub(crate) fn resolve(&self, granule: PageRange) -> Result<(), RangeError> {
         debug_assert_eq!(
             self.pager().and_then(|pager| pager.bitmap().first_missing(granule)),
@@ -325,14 +326,14 @@ impl ArmedMapping {
             self.map(granule)
         } else {
             self.make_exist(granule)?;
-            // Who was trapped because the unit did not exist finds it now.
+            // A thread that was trapped because the unit did not exist finds it now.
             self.uffd.wake(self.base + granule.offset(), granule.bytes())
         }
     }
 
-    /// Makes sure that units exist whose pages are present. Another process that holds the memory
-    /// object can have punched a hole, as it can have written zeros: without this, a thread that
-    /// touches the hole would be woken and fault again, without end.
+    /// Makes sure that units with present pages exist. Another process that has the memory object
+    /// may have punched a hole in it, as it may have written zeros. Without this, a thread that
+    /// touches the hole would be woken and fault again for ever.
     fn make_exist(&self, granule: PageRange) -> Result<(), RangeError> {
         let Some(pager) = self.pager() else { return Ok(()) };
         pager.backing().allocate(granule).map_err(|error| {
@@ -345,8 +346,8 @@ impl ArmedMapping {
         })
     }
 
-    /// Refuses pages that do not lie in the mapping: what lies there may be another's, also on the
-    /// same userfaultfd.
+    /// Refuses pages outside the mapping: the addresses there may belong to another mapping, even
+    /// on the same userfaultfd.
     fn expect_inside(&self, pages: PageRange) -> io::Result<()> {
         match pages.first.checked_add(pages.count) {
             Some(end) if end <= self.pages => Ok(()),
@@ -360,7 +361,8 @@ impl ArmedMapping {
         }
     }
 
-    /// Maps present pages, steps over those that are mapped, and wakes who waits for any.
+    /// Maps present pages, skips those that are mapped already, and wakes the threads that wait for
+    /// any.
     fn map(&self, pages: PageRange) -> Result<(), RangeError> {
         let mut at = self.base + pages.offset();
         let end = at + pages.bytes();
@@ -389,8 +391,8 @@ impl ArmedMapping {
             }
         };
         if let Some(first) = stepped_over {
-            // Nothing new was mapped there, so nobody was woken; and yet somebody may wait that
-            // touched the page just before it was mapped.
+            // The skipped pages were mapped already, so the kernel woke no thread for them. But a
+            // thread that touched such a page just before it was mapped may still wait.
             let last = at.min(end);
             self.uffd.wake(first, last - first)?;
         }
@@ -405,7 +407,8 @@ impl Trap for ArmedMapping {
 
     fn map_present(&self, pages: PageRange) -> io::Result<()> {
         if self.granule > 1 {
-            // The service learns from the bitmap when a unit is whole, if somebody waits for it.
+            // If a thread waits for the unit, the service gets a callback from the bitmap once all
+            // of its pages are present.
             return Ok(());
         }
         if !self.is_mapped_by_pager() {
@@ -413,8 +416,9 @@ impl Trap for ArmedMapping {
         }
         self.expect_inside(pages)?;
         match self.map(pages) {
-            // The trap is gone, as after its memslot: nothing can be shown here any more, and other
-            // readers need the pages. Should the range be registered yet, a fault maps them.
+            // The trap is gone, as after its memslot. Nothing can be mapped here any more, and
+            // other readers need the pages. If a part of the range is still registered, a fault
+            // maps its pages later.
             Err(error) if matches!(error.cause(), Cause::NotRegistered | Cause::Closed) => {
                 log::debug!("{error}");
                 Ok(())
@@ -440,11 +444,11 @@ impl Trap for ArmedMapping {
     }
 }
 
-/// Makes sure that each missing page of a mapping of this process is trapped.
+/// Makes sure that every missing page of a mapping of this process is trapped.
 fn unmap(mapping: &Mapping, pager: &Arc<Pager>, modes: Modes) -> io::Result<()> {
     if modes.contains(Modes::MINOR) {
         match mapping.unmap_pages() {
-            // Linux before 5.18 does that neither to huge pages nor to locked memory.
+            // Linux before 5.18 supports this neither for huge pages nor for locked memory.
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {}
             outcome => return outcome,
         }
@@ -452,8 +456,8 @@ fn unmap(mapping: &Mapping, pager: &Arc<Pager>, modes: Modes) -> io::Result<()> 
     pager.unmap_missing(&Waiter::new()).map_err(io::Error::other)
 }
 
-/// The trap of a mapping of this process, kept by the mapping. An own type, as an armed mapping
-/// keeps the mapping.
+/// The trap of a mapping of this process, kept by the mapping. It is a separate type because an
+/// armed mapping keeps the mapping: as the guard, it would form a reference cycle.
 #[derive(Debug)]
 struct OwnGuard {
     uffd: Arc<Userfaultfd>,

@@ -1,32 +1,32 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What can go wrong with a userfaultfd.
+//! Errors of userfaultfds and of the fault service.
 
 use std::io;
 
 use crate::Features;
 
-/// Why there is no userfaultfd.
+/// Errors from opening or receiving a userfaultfd.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
-    /// This process may not have one that serves faults of the kernel.
+    /// This process may not open a userfaultfd that serves faults of the kernel.
     #[error(
         "open a userfaultfd that serves faults of the kernel: /dev/userfaultfd: {device}; system \
          call: {call}; let this user read and write /dev/userfaultfd, or give the process \
          CAP_SYS_PTRACE"
     )]
     NotPermitted {
-        /// What the system said of the device.
+        /// Error from opening the device.
         device: io::Error,
-        /// What the system said of the call.
+        /// Error from the system call.
         call: io::Error,
     },
-    /// The kernel has none.
+    /// The kernel has no userfaultfd.
     #[error(
         "open a userfaultfd: the kernel has no such call ({0}); use a kernel built with \
          CONFIG_USERFAULTFD"
     )]
     NoKernelSupport(io::Error),
-    /// The kernel gave none for another reason.
+    /// The kernel refused for another reason.
     #[error("open a userfaultfd: {0}; raise the limit that it names, or free what it counts")]
     Failed(io::Error),
     /// The kernel lacks features.
@@ -35,64 +35,63 @@ pub enum OpenError {
          kernel, or one that was built with them"
     )]
     Features {
-        /// What was asked for.
+        /// The features that the caller asked for.
         wanted: Features,
-        /// What of it is not there.
+        /// Those of them that the kernel lacks.
         lacking: Features,
     },
-    /// A descriptor that came from elsewhere is no userfaultfd.
+    /// A received descriptor is not a usable userfaultfd.
     #[error(
         "take a userfaultfd from another process: the descriptor is {0}; the process is at fault"
     )]
     NoUserfaultfd(String),
 }
 
-/// Why an operation on a range failed, as far as it matters to whoever serves faults.
+/// The causes of a [`RangeError`] that code serving faults must tell apart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Cause {
-    /// A page is mapped there already.
+    /// A page is already mapped there.
     Exists,
-    /// The layout of the address space is changing, or an event waits to be read: to be tried
-    /// again.
+    /// The layout of the address space is changing, or an event waits to be read. Try again.
     Again,
-    /// The kernel is short of memory, for page tables in most cases, or the limit of somebody who
-    /// pays for it is reached: to be tried again after a while. Registering a range and taking it
-    /// back say so too if the process is gone.
+    /// The kernel is short of memory, in most cases for page tables, or a limit that the memory
+    /// counts against is reached. Try again after a pause. Registering and unregistering a range
+    /// also fail with this if the process has ended.
     NoMemory,
-    /// The range, or a part of it, is not registered any more.
+    /// The range, or a part of it, is no longer registered.
     NotRegistered,
-    /// The process is gone.
+    /// The process has ended.
     ProcessGone,
-    /// The memory object has no such page.
+    /// The memory object does not contain the page.
     NoPage,
     /// The userfaultfd was closed.
     Closed,
-    /// Anything else.
+    /// Any other cause.
     Other,
 }
 
-/// An operation on a range of addresses that failed.
+/// Error for a failed operation on a range of addresses.
 #[derive(Debug, thiserror::Error)]
 #[error(
     "{operation} {len} bytes at address {address:#x} through a userfaultfd: {error} after {done} \
      bytes; {}", self.advice()
 )]
 pub struct RangeError {
-    /// What was to be done.
+    /// The operation, as a verb phrase.
     pub operation: &'static str,
     /// First address of the range, in the process behind the userfaultfd.
     pub address: u64,
     /// Length of the range, in bytes.
     pub len: u64,
-    /// Bytes from the first address on for which it was done.
+    /// Bytes from the first address on for which the operation succeeded.
     pub done: u64,
-    /// What the system said.
+    /// Error from the operating system.
     pub error: io::Error,
 }
 
 impl RangeError {
-    /// Why the operation failed.
+    /// Returns the cause of the failure.
     pub fn cause(&self) -> Cause {
         match self.error.raw_os_error() {
             Some(libc::EEXIST) => Cause::Exists,
@@ -131,15 +130,15 @@ impl From<RangeError> for io::Error {
     }
 }
 
-/// Why a fault service could not do what it was asked.
+/// Errors from the fault service.
 #[derive(Debug, thiserror::Error)]
 pub enum ServiceError {
-    /// The system refused what a service needs to run.
+    /// The operating system refused a resource that the service needs.
     #[error("{asked}: {error}; raise the limit that it names, or free what it counts")]
     System {
-        /// What was to be done.
+        /// The operation, as a verb phrase.
         asked: &'static str,
-        /// What the system said.
+        /// Error from the operating system.
         error: io::Error,
     },
     /// Pages are still missing.

@@ -1,41 +1,41 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What a userfaultfd tells.
+//! The messages of a userfaultfd.
 
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 
 use linux_raw_sys::general as raw;
 
-/// Bytes of one message.
+/// Length of one message, in bytes.
 pub(crate) const MESSAGE: usize = size_of::<raw::uffd_msg>();
 
 /// One message of a userfaultfd.
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum Event {
-    /// Somebody touched a page, and waits.
+    /// A thread touched a page, and waits.
     Pagefault {
-        /// The address: of the page, or with [`EXACT_ADDRESS`](crate::Features::EXACT_ADDRESS)
-        /// the very one that was touched.
+        /// The address of the page, or with [`EXACT_ADDRESS`](crate::Features::EXACT_ADDRESS) the
+        /// exact address that was touched.
         address: u64,
-        /// Whether it was touched to write.
+        /// Whether the access was a write.
         write: bool,
-        /// Whether the page is in the memory object, and only not mapped.
+        /// Whether the page is in the memory object, and only its mapping is missing.
         minor: bool,
-        /// Whether the page is mapped, and write-protected.
+        /// Whether the page is mapped, but write-protected.
         write_protected: bool,
     },
     /// The process has forked; this is the child's userfaultfd.
     Fork(OwnedFd),
     /// A range has moved.
     Remap {
-        /// Where it was.
+        /// Its old address.
         from: u64,
-        /// Where it is.
+        /// Its new address.
         to: u64,
         /// Its length, in bytes.
         len: u64,
     },
-    /// The pages of a range were given back.
+    /// The pages of a range were freed.
     Remove {
         /// First address.
         start: u64,
@@ -49,11 +49,11 @@ pub enum Event {
         /// First address after it.
         end: u64,
     },
-    /// Something that this version does not know.
+    /// An event that this version does not know.
     Unknown(u8),
 }
 
-/// A message as it came, before a descriptor in it is taken.
+/// A decoded message, before a descriptor in it is taken.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Message {
     Pagefault { flags: u64, address: u64 },
@@ -65,7 +65,7 @@ pub(crate) enum Message {
 }
 
 impl Message {
-    /// Takes a message apart: a byte that says which it is, and up to three words from byte 8 on.
+    /// Decodes a message: a byte with the event's number, and up to three words from byte 8 on.
     pub(crate) fn decode(bytes: &[u8; MESSAGE]) -> Self {
         let word = |index: usize| {
             let at = 8 + index * 8;
@@ -83,11 +83,11 @@ impl Message {
         }
     }
 
-    /// The event.
+    /// Converts the message to an event.
     ///
     /// # Safety
     ///
-    /// The message was read from a userfaultfd, and this is done once for each.
+    /// The message was read from a userfaultfd, and is converted only once.
     pub(crate) unsafe fn into_event(self) -> Event {
         match self {
             Message::Pagefault { flags, address } => {
@@ -99,8 +99,8 @@ impl Message {
                     write_protected: has(raw::UFFD_PAGEFAULT_FLAG_WP),
                 }
             }
-            // SAFETY: by the caller's promise the kernel has just put this descriptor into this
-            // process, for us alone.
+            // SAFETY: by the caller's guarantee the kernel has just created this descriptor in this
+            // process, and no other code owns it.
             Message::Fork(fd) => Event::Fork(unsafe { OwnedFd::from_raw_fd(fd as RawFd) }),
             Message::Remap([from, to, len]) => Event::Remap { from, to, len },
             Message::Remove([start, end]) => Event::Remove { start, end },

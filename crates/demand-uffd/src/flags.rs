@@ -1,30 +1,31 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What a kernel can do, and what a range is registered for.
+//! The features of a kernel's userfaultfd, and the modes of a registered range.
 
 use std::fmt;
 use std::ops::BitOr;
 
 use linux_raw_sys::general as raw;
 
-/// What a registered range traps.
+/// The accesses that a registered range traps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Modes(u64);
 
 impl Modes {
-    /// A touch of a page that is not in the memory object.
+    /// Accesses to pages that are not in the memory object.
     pub const MISSING: Modes = Modes(raw::UFFDIO_REGISTER_MODE_MISSING as u64);
-    /// A touch of a page that is in the memory object but not mapped here. Alone it lets holes
-    /// through as zeros, without an event.
+    /// Accesses to pages that are in the memory object but not mapped here. Alone it lets accesses
+    /// to holes through: they read zeros, without an event.
     pub const MINOR: Modes = Modes(raw::UFFDIO_REGISTER_MODE_MINOR as u64);
-    /// Every touch of a page that is not mapped here: what shared memory needs that others fill.
+    /// All accesses to pages that are not mapped here, as needed for shared memory that others
+    /// fill.
     pub const ALL: Modes = Modes(Modes::MISSING.0 | Modes::MINOR.0);
 
-    /// The bits of `UFFDIO_REGISTER_MODE_*`.
+    /// Returns the bits of `UFFDIO_REGISTER_MODE_*`.
     pub const fn bits(self) -> u64 {
         self.0
     }
 
-    /// Whether all of `other` is trapped.
+    /// Returns whether all modes of `other` are set.
     pub const fn contains(self, other: Modes) -> bool {
         self.0 & other.0 == other.0
     }
@@ -43,7 +44,7 @@ impl BitOr for Modes {
 pub struct Features(u64);
 
 impl Features {
-    /// None.
+    /// No features.
     pub const NONE: Features = Features(0);
     /// Missing pages of huge-page memory are trapped.
     pub const MISSING_HUGETLBFS: Features = Features(raw::UFFD_FEATURE_MISSING_HUGETLBFS as u64);
@@ -53,14 +54,14 @@ impl Features {
     pub const MINOR_HUGETLBFS: Features = Features(raw::UFFD_FEATURE_MINOR_HUGETLBFS as u64);
     /// Unmapped pages of shared memory are trapped.
     pub const MINOR_SHMEM: Features = Features(raw::UFFD_FEATURE_MINOR_SHMEM as u64);
-    /// Faults carry the very address that was touched, not its page's.
+    /// Faults report the exact address that was touched, not that of its page.
     pub const EXACT_ADDRESS: Features = Features(raw::UFFD_FEATURE_EXACT_ADDRESS as u64);
-    /// Pages that are removed (`MADV_REMOVE`, `MADV_DONTNEED`) are told.
+    /// Removed pages (`MADV_REMOVE`, `MADV_DONTNEED`) cause an event.
     pub const EVENT_REMOVE: Features = Features(raw::UFFD_FEATURE_EVENT_REMOVE as u64);
-    /// Ranges that are unmapped are told.
+    /// Unmapped ranges cause an event.
     pub const EVENT_UNMAP: Features = Features(raw::UFFD_FEATURE_EVENT_UNMAP as u64);
 
-    /// All that guest memory needs, on every backing.
+    /// The features that guest memory needs, on every backing.
     pub const GUEST_MEMORY: Features = Features(
         Features::MISSING_HUGETLBFS.0
             | Features::MISSING_SHMEM.0
@@ -68,27 +69,28 @@ impl Features {
             | Features::MINOR_SHMEM.0,
     );
 
-    /// The features whose bits are set in `bits`.
+    /// Returns the features whose bits are set in `bits`.
     pub const fn from_bits(bits: u64) -> Features {
         Features(bits)
     }
 
-    /// The bits of `UFFD_FEATURE_*`.
+    /// Returns the bits of `UFFD_FEATURE_*`.
     pub const fn bits(self) -> u64 {
         self.0
     }
 
-    /// Whether all of `other` is among them.
+    /// Returns whether all features of `other` are set.
     pub const fn contains(self, other: Features) -> bool {
         self.0 & other.0 == other.0
     }
 
-    /// Those that are not among `other`.
+    /// Returns these features without those of `other`.
     pub const fn without(self, other: Features) -> Features {
         Features(self.0 & !other.0)
     }
 
-    /// Their names: the kernel's, without `UFFD_FEATURE_`, or the bit's number.
+    /// Returns the names of the features: the kernel's, without `UFFD_FEATURE_`, or the bit's
+    /// number.
     pub fn names(self) -> impl Iterator<Item = String> {
         (0..u64::BITS as usize).filter(move |bit| self.0 >> bit & 1 == 1).map(|bit| {
             NAMES.get(bit).map_or_else(|| format!("bit {bit}"), |name| (*name).to_owned())
@@ -104,7 +106,7 @@ impl BitOr for Features {
     }
 }
 
-/// The kernel's names, in the order of the bits.
+/// The kernel's names, in bit order.
 const NAMES: [&str; 17] = [
     "PAGEFAULT_FLAG_WP",
     "EVENT_FORK",

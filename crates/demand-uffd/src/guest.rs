@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Arming what a guest sees.
+//! Arms the guest's mappings.
 
 use std::sync::Arc;
 
@@ -10,52 +10,52 @@ use crate::{
     Userfaultfd,
 };
 
-/// Why the guest's mappings could not be armed. Nothing is of use then, but nothing is lost: no
+/// Errors from arming the guest's mappings. The mappings are then unusable, but nothing is lost: no
 /// guest has run.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ArmGuestError {
-    /// There is no mapping.
+    /// The backing could not be mapped.
     #[error(transparent)]
     Map(#[from] BackingError),
-    /// There is no userfaultfd.
+    /// No userfaultfd could be opened.
     #[error(transparent)]
     Open(#[from] OpenError),
     /// A mapping could not be registered.
     #[error(transparent)]
     Register(#[from] RangeError),
-    /// The region is armed already, or it is too late.
+    /// The region is already armed, or it is too late to arm it.
     #[error(transparent)]
     Order(#[from] GuestTrapError),
-    /// The service cannot serve it.
+    /// The service cannot serve the mappings.
     #[error(transparent)]
     Serve(#[from] ServiceError),
 }
 
 impl ArmedMapping {
-    /// Arms the guest's mapping, the one that a memslot is going to be made over, as its backing
-    /// and whoever else keeps vCPUs from missing pages allow, and tells the pager, which maps
-    /// pages there as they arrive.
+    /// Arms the guest's mapping, over which a memslot is about to be created. The mode depends on
+    /// the backing and on the mechanism that traps vCPUs. Also registers the mapping with the
+    /// pager, which maps pages there as it publishes them.
     ///
-    /// | backing | vCPUs are trapped by | who touches what is caught | counted for |
+    /// | backing | vCPUs are trapped by | trapped accesses | counted for |
     /// |---|---|---|---|
-    /// | any | the mapping | anybody, any missing page; by units | [`Path::Guest`] |
-    /// | shared memory | the hypervisor | its own accesses to any missing page | [`Path::KvmInternal`] |
-    /// | huge pages | the hypervisor | its own accesses to wholly missing units | [`Path::KvmInternal`] |
+    /// | any | the mapping | all accesses to any missing page; by units | [`Path::Guest`] |
+    /// | shared memory | the hypervisor | the hypervisor's own accesses to any missing page | [`Path::KvmInternal`] |
+    /// | huge pages | the hypervisor | the hypervisor's own accesses to wholly missing units | [`Path::KvmInternal`] |
     ///
-    /// The last is less than the others: pages of a unit that exists cannot be kept apart by a
-    /// mapping, and to trap all of the unit would make vCPUs wait for 2 MiB or more instead of
-    /// 4096 bytes. What the hypervisor touches by itself in such a unit must be fetched before,
+    /// The last mode traps less than the others. A mapping cannot separate the pages of a unit that
+    /// exists, and trapping the whole unit would make vCPUs wait for 2 MiB or more instead of 4096
+    /// bytes. Pages of such a unit that the hypervisor itself accesses must be fetched in advance,
     /// or be trapped by the hypervisor.
     ///
     /// # Errors
     ///
-    /// [`ArmGuestError::Register`] with the system's error, and [`ArmGuestError::Order`] if the
-    /// region has an armed guest mapping, a memslot, or pages that were fetched.
+    /// [`ArmGuestError::Register`] with the operating system's error, and [`ArmGuestError::Order`]
+    /// if the region already has an armed guest mapping, a memslot, or pages that were fetched.
     ///
     /// # Panics
     ///
-    /// If the mapping is not as long as the region.
+    /// If the lengths of the mapping and the region differ.
     pub fn guest(
         uffd: &Arc<Userfaultfd>,
         mapping: Arc<Mapping>,
@@ -77,14 +77,15 @@ impl ArmedMapping {
 }
 
 impl FaultService {
-    /// Makes a guest's mapping of each region, arms them on one userfaultfd (see
-    /// [`ArmedMapping::guest`]), and serves them from now on; gives pagers of huge pages of
-    /// 2 MiB a [`UnitLoader`]. To be called once, before any page is fetched; memslots are made
-    /// over the mappings, which come in the order of the pagers.
+    /// Creates and arms a guest mapping of each region on one userfaultfd (see
+    /// [`ArmedMapping::guest`]), and serves them from now on. Gives pagers of 2 MiB huge pages a
+    /// [`UnitLoader`]. Call it once, before any page is fetched. The mappings are in the order of
+    /// the pagers; create the memslots over them.
     ///
     /// # Errors
     ///
-    /// [`ArmGuestError`]. The regions before the one at fault may be armed: nothing of it is of use.
+    /// [`ArmGuestError`]. The regions before the failing one may be armed, but none of them is
+    /// usable.
     ///
     /// # Examples
     ///
@@ -110,10 +111,11 @@ impl FaultService {
     ///     Err(ArmGuestError::Open(error)) => return Ok(eprintln!("{error}")),
     ///     mappings => mappings?,
     /// };
-    /// // What a vCPU does through the memslot. SAFETY: the byte lies in the mapping, and nobody
-    /// // writes it.
+    /// // Reads as a vCPU does through the memslot. SAFETY: the byte lies in the mapping, and no //
+    /// thread writes it.
     /// assert_eq!(unsafe { mappings[0].at(0x5001).as_ptr().read_volatile() }, b'e');
-    /// // Faults are counted after who waited goes on; when the threads have ended, all are.
+    /// // A fault is counted after its faulter is woken; once the threads have ended, all are
+    /// counted.
     /// service.stop();
     /// assert_eq!(pager.stats().path(Path::Guest).faults, 1);
     /// # Ok(())
@@ -128,8 +130,8 @@ impl FaultService {
         let (mut mappings, mut armed) = (Vec::new(), Vec::new());
         for pager in pagers {
             pager.can_set_guest_trap()?;
-            // First: where all memory is locked, the loader's mapping creates the units, and what
-            // is armed below must not find them.
+            // First: if all memory is locked, the loader's mapping creates the units, and arming
+            // below must not find them.
             if let Err(error) = UnitLoader::install(pager) {
                 log::debug!("huge pages are zeroed before they are filled: {error}");
             }
@@ -137,7 +139,7 @@ impl FaultService {
             armed.push(ArmedMapping::guest(&uffd, mapping.clone(), pager, vcpus)?);
             mappings.push(mapping);
         }
-        // All at once: a fault that is read before its mapping is known would have to come again.
+        // All at once: a fault that is read before its mapping is known would have to be repeated.
         self.serve(&armed)?;
         Ok(mappings)
     }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Units that come into being with their content, by `UFFDIO_COPY`.
+//! Creates huge pages together with their content, with `UFFDIO_COPY`.
 
 use std::io;
 use std::sync::{Arc, PoisonError, RwLock};
@@ -8,14 +8,15 @@ use demand_memory::{Backing, BackingError, BackingKind, LoadUnit, MappedBytes, M
 
 use crate::{Features, Modes, OpenError, RangeError, Userfaultfd};
 
-/// Why units cannot be loaded whole. They arrive all the same, with a little more work.
+/// Errors from creating a unit loader. Without a loader units are still populated, at a higher
+/// cost.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum LoaderError {
-    /// There is no mapping.
+    /// The backing could not be mapped.
     #[error(transparent)]
     Map(#[from] BackingError),
-    /// There is no userfaultfd.
+    /// No userfaultfd could be opened.
     #[error(transparent)]
     Open(#[from] OpenError),
     /// The mapping could not be registered.
@@ -23,25 +24,25 @@ pub enum LoaderError {
     Register(#[from] RangeError),
 }
 
-/// Creates huge pages with their content: see [`LoadUnit`].
+/// Creates huge pages together with their content: see [`LoadUnit`].
 ///
-/// It is for pages of 2 MiB. One of 1 GiB is never asked for in one go, and creating it so would
-/// keep the address space from changing meanwhile.
+/// It is meant for 2 MiB pages. A 1 GiB page is never fetched in one piece, and creating one this
+/// way would block all changes of the address space meanwhile.
 ///
-/// It has a mapping of its own, registered so that the kernel may be told to fill it; nobody reads
-/// through it. When all pages are present it lets go of both.
+/// It has its own mapping, registered only so that the kernel accepts copies to it; no thread reads
+/// through it. When all pages are present, the loader releases the mapping and the userfaultfd.
 #[derive(Debug)]
 pub struct UnitLoader(RwLock<Option<Target>>);
 
 #[derive(Debug)]
 struct Target {
-    // Closed before its mapping is gone.
+    // Closed before the mapping is unmapped.
     uffd: Userfaultfd,
     mapping: Mapping,
 }
 
 impl UnitLoader {
-    /// A loader for huge pages.
+    /// Creates a loader for a backing of huge pages.
     ///
     /// # Errors
     ///
@@ -53,8 +54,9 @@ impl UnitLoader {
         Ok(UnitLoader(RwLock::new(Some(Target { uffd, mapping }))))
     }
 
-    /// Gives the pager of huge pages of 2 MiB a loader; does nothing with another.
-    /// [`FaultService::arm_guest`](crate::FaultService::arm_guest) does so for the guest's memory.
+    /// Gives a pager of 2 MiB huge pages a loader; does nothing for other pagers.
+    /// [`FaultService::arm_guest`](crate::FaultService::arm_guest) calls this for the guest's
+    /// memory.
     ///
     /// # Errors
     ///
@@ -78,8 +80,8 @@ impl LoadUnit for UnitLoader {
             return Err(io::Error::from_raw_os_error(libc::EINVAL));
         }
         let address = mapping.at(offset).as_ptr() as u64;
-        // SAFETY: nobody refers to the mapping, whose address this type keeps to itself, and the
-        // check keeps the range within it.
+        // SAFETY: no Rust reference into the mapping exists, because this type never exposes its
+        // address, and the check keeps the range inside it.
         Ok(unsafe { uffd.copy_mapped(address, content) }?)
     }
 

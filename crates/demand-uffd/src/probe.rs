@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What this host's userfaultfd can do.
+//! The userfaultfd capabilities of this host.
 
 use std::fmt;
 
@@ -7,17 +7,17 @@ use demand_memory::{Backing, BackingKind, MemfdBacking};
 
 use crate::{Features, Modes, OpenError, Userfaultfd};
 
-/// Whether something works here.
+/// Whether a capability works on this host.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Answer {
-    /// It does.
+    /// It works.
     Yes,
-    /// It does not; one line says why.
+    /// It does not work; the reason, on one line.
     No(String),
 }
 
 impl Answer {
-    /// Whether it works.
+    /// Returns whether it works.
     pub fn is_yes(&self) -> bool {
         *self == Answer::Yes
     }
@@ -32,39 +32,39 @@ impl fmt::Display for Answer {
     }
 }
 
-/// How this process comes by a userfaultfd that serves faults of the kernel. Source:
+/// The way in which this process opens a userfaultfd that serves faults of the kernel. Source:
 /// Documentation/admin-guide/mm/userfaultfd.rst, "Creating a userfaultfd".
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Access {
-    /// By `/dev/userfaultfd` (Linux 6.1), whose permissions say who may.
+    /// `/dev/userfaultfd` (Linux 6.1), whose file permissions control access.
     Device,
-    /// By the system call, which `CAP_SYS_PTRACE` allows, or the sysctl
-    /// `vm.unprivileged_userfaultfd`.
+    /// The system call, which needs `CAP_SYS_PTRACE` or the sysctl `vm.unprivileged_userfaultfd`.
     SystemCall,
 }
 
-/// What this host's userfaultfd can do, found out by trying.
+/// The userfaultfd capabilities of this host, found by trying them.
 #[derive(Clone, Debug)]
 pub struct Probe {
-    /// How this process comes by one.
+    /// The way in which this process opens a userfaultfd.
     pub access: Access,
-    /// The features that the kernel says it has.
+    /// The features that the kernel reports.
     pub features: Features,
-    /// Traps missing pages of shared memory.
+    /// Whether missing pages of shared memory are trapped.
     pub missing_shmem: Answer,
-    /// Traps unmapped pages of shared memory.
+    /// Whether unmapped pages of shared memory are trapped.
     pub minor_shmem: Answer,
-    /// Traps missing pages of huge-page memory.
+    /// Whether missing pages of huge-page memory are trapped.
     pub missing_hugetlbfs: Answer,
-    /// Traps unmapped pages of huge-page memory.
+    /// Whether unmapped pages of huge-page memory are trapped.
     pub minor_hugetlbfs: Answer,
-    /// Tells the very address that was touched.
+    /// Whether faults report the exact address that was touched.
     pub exact_address: Answer,
 }
 
 impl Probe {
-    /// Whether memory of this kind can be demand-paged: missing and unmapped pages are trapped.
+    /// Returns whether memory of this kind can be demand-paged: missing and unmapped pages are
+    /// trapped.
     pub fn can_page(&self, kind: BackingKind) -> bool {
         if kind == BackingKind::Shmem {
             self.missing_shmem.is_yes() && self.minor_shmem.is_yes()
@@ -73,7 +73,7 @@ impl Probe {
         }
     }
 
-    /// What was tried, feature by feature.
+    /// Returns the features that were tried, with the outcomes.
     pub fn answers(&self) -> [(Features, &Answer); 5] {
         [
             (Features::MISSING_SHMEM, &self.missing_shmem),
@@ -85,12 +85,12 @@ impl Probe {
     }
 }
 
-/// Tries what this host's userfaultfd can do. It needs no huge pages to tell what would work on
-/// them.
+/// Tests the userfaultfd capabilities of this host. It needs no huge pages to test those for huge
+/// pages.
 ///
 /// # Errors
 ///
-/// [`OpenError`] if this process may not have one at all.
+/// [`OpenError`] if this process may not open a userfaultfd at all.
 ///
 /// # Examples
 ///
@@ -128,7 +128,7 @@ pub fn probe() -> Result<Probe, OpenError> {
 
 fn try_register(kind: BackingKind, feature: Features, modes: Modes) -> Result<(), String> {
     let uffd = Userfaultfd::open(feature).map_err(|error| error.to_string())?;
-    // Nothing is reserved: an empty pool does not matter to what is asked here.
+    // Reserves nothing: the test works even if the pool is empty.
     let backing = MemfdBacking::new(kind, kind.unit(), false).map_err(|error| error.to_string())?;
     let mapping = backing.map().map_err(|error| error.to_string())?;
     uffd.register(mapping.address().as_ptr() as u64, mapping.len(), modes)

@@ -18,25 +18,25 @@ use vmm_sys_util::timerfd::TimerFd;
 use crate::watch::{Fault, Watch};
 use crate::{ArmedMapping, ServiceError, Userfaultfd};
 
-/// Threads of a service, unless its user knows better.
+/// Default number of threads of a service.
 pub const DEFAULT_THREADS: usize = 2;
 
-/// How long an end waits for threads that the kernel holds in a call.
+/// Longest time to wait at the end for threads that are blocked in a system call.
 const END_WITHIN: Duration = Duration::from_secs(1);
 
-/// Epoll tokens that are no userfaultfd's.
+/// Epoll tokens that do not stand for a userfaultfd.
 const STOP: u64 = 0;
 const DUE: u64 = 1;
 
-/// Serves the faults of several userfaultfds, of this process and of others, on threads of its
-/// own.
+/// Serves the faults of several userfaultfds, of this process and of others, on its own threads.
 ///
-/// A fault is turned into pages that its [`ArmedMapping`]'s pager fetches; when all pages of the
-/// granule are present they are mapped for the faulter. The threads never wait for a page: what
-/// is not there when the pager returns is resolved by whoever brings it in. Nor do they wait for
-/// anything else but for the kernel: one faulter never holds up another.
+/// For a fault the [`ArmedMapping`]'s pager fetches the pages of the granule; when all of them are
+/// present they are mapped for the faulter. The threads never wait for a page: if pages are still
+/// missing when the pager returns, the fault is resolved when the last one is published, by the
+/// publishing thread or, in another process' mapping, by a thread of the service. The threads wait
+/// for nothing else either, except for the kernel: one faulter never delays another.
 ///
-/// Dropping it stops it. Faults then stay open; nothing reads as zeros.
+/// Dropping the service stops it. Faults then stay open; no missing page reads as zeros.
 ///
 /// # Examples
 ///
@@ -69,7 +69,7 @@ const DUE: u64 = 1;
 /// let service = FaultService::start(demand_uffd::DEFAULT_THREADS)?;
 /// service.serve(&[armed])?;
 ///
-/// // SAFETY: the byte lies in the mapping, and nobody writes it.
+/// // SAFETY: the byte lies in the mapping, and no thread writes it.
 /// assert_eq!(unsafe { mapping.at(0x5001).as_ptr().read_volatile() }, b'e');
 /// assert!(!pager.bitmap().is_missing(5));
 /// # Ok(())
@@ -83,22 +83,23 @@ pub struct FaultService {
 pub(crate) struct Shared {
     epoll: Epoll,
     stop: EventFd,
-    /// Expires when the next of `again` is due. Whichever thread is free sees it: one that knows
-    /// of it may be blocked by then.
+    /// Expires when the next resolution in `again` is due. Any free thread sees it, because the
+    /// thread that set it may be blocked by then.
     timer: Mutex<TimerFd>,
     stopped: AtomicBool,
     next: AtomicU64,
     watches: RwLock<HashMap<u64, Arc<Watch>>>,
-    /// Resolutions that the kernel could not do just then, by mapping and granule, and when they
-    /// are due. One lets all go on that wait for its granule, so there are never more than
-    /// granules, however often a process touches them.
+    /// Resolutions that a thread of the service must run, with their due times, by mapping and
+    /// granule: those that the kernel refused for now, and those of other processes' faults whose
+    /// last page another thread has published. A resolution wakes all waiters of its granule, so
+    /// there are at most as many as granules, however often a process touches them.
     again: Mutex<HashMap<(usize, u64), (Instant, Fault)>>,
-    /// Faults that are being resolved and counted just now, on whatever threads.
+    /// Number of faults that any thread is currently resolving and counting.
     resolving: AtomicUsize,
 }
 
 impl FaultService {
-    /// Starts a service of `threads` threads, at least one.
+    /// Starts a service with `threads` threads, at least one.
     ///
     /// # Errors
     ///
@@ -121,7 +122,7 @@ impl FaultService {
             let interest = EpollEvent::new(EventSet::IN, token);
             shared.epoll.ctl(ControlOperation::Add, fd, interest).map_err(refused)?;
         }
-        // From here on dropping it ends the threads that were started.
+        // From here on dropping `service` ends the threads that were started.
         let service = FaultService { shared, threads: Mutex::default() };
         for index in 0..threads.max(1) {
             let shared = service.shared.clone();
@@ -134,7 +135,7 @@ impl FaultService {
         Ok(service)
     }
 
-    /// What faults refer to the service by.
+    /// Returns the reference that faults hold to the service.
     #[cfg(test)]
     pub(crate) fn weak(&self) -> std::sync::Weak<Shared> {
         Arc::downgrade(&self.shared)
@@ -144,13 +145,12 @@ impl FaultService {
         self.threads.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Serves these mappings from now on. All mappings of a userfaultfd should come at once, so
-    /// that no fault is read before it can be served; one that was is found again.
+    /// Serves these mappings from now on. Pass all mappings of a userfaultfd at once, so that no
+    /// fault is read before it can be served. A fault that was is repeated.
     ///
     /// # Errors
     ///
-    /// [`ServiceError::Stopped`], and [`ServiceError::System`] if a userfaultfd cannot be
-    /// watched.
+    /// [`ServiceError::Stopped`], and [`ServiceError::System`] if a userfaultfd cannot be watched.
     pub fn serve(&self, mappings: &[Arc<ArmedMapping>]) -> Result<(), ServiceError> {
         if self.shared.stopped.load(Ordering::Acquire) {
             return Err(ServiceError::Stopped);
@@ -183,8 +183,8 @@ impl FaultService {
             }
         }
         for mapping in mappings {
-            // Faults come again that were read before and belonged to no mapping, or were put off
-            // and forgotten with an earlier watch.
+            // Makes faults repeat that were read earlier and either lay in no known mapping, or
+            // were deferred and dropped with an earlier watch.
             if let Err(error) = mapping.uffd().wake(mapping.base(), mapping.len()) {
                 log::debug!("{error}");
             }
@@ -197,15 +197,17 @@ impl FaultService {
     ///
     /// # Errors
     ///
-    /// [`ServiceError::Incomplete`], with nothing done, if pages are missing, or were when their
-    /// region was dropped, and [`ServiceError::System`] if the system refuses; it is watched no longer then.
+    /// [`ServiceError::Incomplete`], without any effect, if pages are missing, or were missing when
+    /// their region was dropped. [`ServiceError::System`] if the operating system refuses; the
+    /// userfaultfd is then no longer watched.
     pub fn release(&self, uffd: &Arc<Userfaultfd>) -> Result<(), ServiceError> {
         let tokens = self.shared.tokens_of(Some(uffd));
         self.shared.release(&tokens)
     }
 
-    /// Whether a thread is blocked on a fault in a mapping of this process, or was a moment ago. With
-    /// the vCPUs outside the guest it tells of the hypervisor's own threads.
+    /// Returns whether a thread is blocked on a fault in a mapping of this process, or was a moment
+    /// ago. With all vCPUs outside the guest, such a fault belongs to one of the hypervisor's own
+    /// threads.
     pub fn has_open_faults(&self) -> bool {
         let watches: Vec<_> = self.shared.watches().values().cloned().collect();
         watches.iter().any(|watch| {
@@ -215,17 +217,18 @@ impl FaultService {
         })
     }
 
-    /// Stops watching a userfaultfd whose process is gone. Its mappings stay armed.
+    /// Stops watching a userfaultfd whose process has ended. Its mappings stay armed.
     pub fn forget(&self, uffd: &Arc<Userfaultfd>) {
         self.shared.forget(uffd);
     }
 
-    /// When all pages are present: stops trapping accesses on all userfaultfds, closes them, and
-    /// stops the service. After this nothing of it is left.
+    /// Ends paging once all pages are present: stops trapping accesses on all userfaultfds, closes
+    /// them, and stops the service.
     ///
     /// # Errors
     ///
-    /// As for [`release`](Self::release). With [`ServiceError::Incomplete`] the service goes on.
+    /// As for [`release`](Self::release). After [`ServiceError::Incomplete`] the service still
+    /// runs.
     pub fn finish(&self) -> Result<(), ServiceError> {
         let tokens = self.shared.tokens_of(None);
         let uffds: Vec<_> = {
@@ -241,11 +244,11 @@ impl FaultService {
         released
     }
 
-    /// Ends the threads, but waits for at most a second. Faults stay open as long as their
-    /// userfaultfds do; those that were resolved before have been counted when this returns.
+    /// Ends the threads, waiting at most a second for them. Faults stay open as long as their
+    /// userfaultfds do. All faults that were resolved before are counted when this returns.
     pub fn stop(&self) {
         self.shared.stopped.store(true, Ordering::Release);
-        // Only a counter at its limit refuses this, and then the threads are awake anyway.
+        // Only a counter at its limit refuses the write, and then the threads are awake anyway.
         let _ = self.shared.stop.write(1);
         let threads = self.threads().drain(..).collect();
         let hanging = join_within(threads, END_WITHIN);
@@ -256,7 +259,7 @@ impl FaultService {
                  process ends"
             );
         }
-        // Threads of a source resolve faults as well, and count them after the faulter resumes.
+        // Threads of a source resolve faults too, and count them after the faulter resumes.
         let due = Instant::now() + END_WITHIN;
         while self.shared.resolving.load(Ordering::Acquire) > 0 && Instant::now() < due {
             thread::sleep(Duration::from_micros(100));
@@ -264,12 +267,12 @@ impl FaultService {
     }
 }
 
-/// A fault that is being resolved, until it has been counted.
+/// A fault that is being resolved, until it is counted.
 pub(crate) struct Resolving(Arc<Shared>);
 
 impl Drop for Resolving {
     fn drop(&mut self) {
-        // Release: the end of the service sees what was counted.
+        // Release: the end of the service sees the counted fault.
         self.0.resolving.fetch_sub(1, Ordering::Release);
     }
 }
@@ -289,7 +292,7 @@ impl Shared {
         self.watches.write().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Tokens of the watches of one userfaultfd, or of all.
+    /// Returns the tokens of the watches of one userfaultfd, or of all.
     fn tokens_of(&self, uffd: Option<&Arc<Userfaultfd>>) -> Vec<u64> {
         let chosen = |watch: &Watch| uffd.is_none_or(|uffd| Arc::ptr_eq(uffd, &watch.uffd));
         let watches = self.watches();
@@ -300,7 +303,7 @@ impl Shared {
     fn unwatch(&self, token: u64) {
         let Some(watch) = self.watches_mut().remove(&token) else { return };
         if let Ok(fd) = watch.uffd.fd() {
-            // Nothing is lost if it was not watched.
+            // An error means that it was not watched, which does no harm.
             let gone = EpollEvent::default();
             let _ = self.epoll.ctl(ControlOperation::Delete, fd.as_raw_fd(), gone);
         }
@@ -342,8 +345,8 @@ impl Shared {
         self.again.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Tries a resolution again after a pause, on a thread of the service: it reads what may stand
-    /// in the resolution's way meanwhile.
+    /// Runs a resolution after a pause, on a thread of the service. Meanwhile the service reads the
+    /// events that may block the resolution.
     pub(crate) fn resolve_again(&self, mut fault: Fault, pause: Duration) {
         fault.pause = pause;
         let place = (Arc::as_ptr(&fault.mapping) as usize, fault.granule.first);
@@ -356,7 +359,7 @@ impl Shared {
     /// from setting it in the wrong order.
     fn set_timer(&self, again: &HashMap<(usize, u64), (Instant, Fault)>) {
         let Some(due) = again.values().map(|(due, _)| *due).min() else { return };
-        // Zero would disarm it.
+        // Zero would disarm the timer.
         let left = due.saturating_duration_since(Instant::now()).max(Duration::from_micros(1));
         let mut timer = self.timer.lock().unwrap_or_else(PoisonError::into_inner);
         if let Err(error) = timer.reset(left, None) {
@@ -364,10 +367,10 @@ impl Shared {
         }
     }
 
-    /// Tries those resolutions again that are due.
+    /// Runs the resolutions that are due.
     fn resolve_due(self: &Arc<Self>) {
         {
-            // Disarming it makes it unreadable, as reading it would; but that could block.
+            // Disarming the timer makes it unreadable. Reading it would too, but could block.
             let mut timer = self.timer.lock().unwrap_or_else(PoisonError::into_inner);
             if let Err(error) = timer.clear() {
                 log::debug!("a timer cannot be cleared: {error}");
@@ -385,14 +388,14 @@ impl Shared {
         }
     }
 
-    /// Stops watching a userfaultfd whose process is gone.
+    /// Stops watching a userfaultfd whose process has ended.
     pub(crate) fn forget(&self, uffd: &Arc<Userfaultfd>) {
         for token in self.tokens_of(Some(uffd)) {
             self.unwatch(token);
         }
     }
 
-    /// What each thread does until the service is stopped.
+    /// Runs a thread of the service until it is stopped.
     fn run(self: &Arc<Self>) {
         let mut ready = [EpollEvent::default(); 8];
         let mut events = Vec::new();
@@ -404,7 +407,7 @@ impl Shared {
             };
             for event in &ready[..count] {
                 match event.data() {
-                    // Left as it is, for the other threads.
+                    // The event is not consumed, so that the other threads see it too.
                     STOP => return,
                     DUE => self.resolve_due(),
                     token => self.serve(token, event.event_set(), &mut events),
@@ -421,7 +424,7 @@ impl Shared {
             Err(io::Error::other("the userfaultfd has failed"))
         };
         if let Err(error) = served {
-            // It would be reported again and again.
+            // If it stayed watched, epoll would report it again and again.
             log::warn!("read faults from a userfaultfd: {error}; they are not served any more");
             self.unwatch(token);
         }

@@ -19,16 +19,16 @@ use crate::{Access, Event, Features, Modes, OpenError, RangeError};
 
 ioctl_io_nr!(USERFAULTFD_IOC_NEW, raw::USERFAULTFD_IOC, 0);
 
-/// Messages that are read at once.
+/// Number of messages in one read.
 const BATCH: usize = 16;
 
-/// A userfaultfd: of this process, or of another one that has sent it.
+/// A userfaultfd of this process, or one that another process has sent.
 ///
-/// All operations act on the address space of the process that opened it, whoever calls them.
-/// They trap accesses, map pages of memory objects that are shared anyway, and let those go on
-/// that wait; none but the copies ([`copy`](Self::copy)) writes content, so none but those are
-/// unsafe. What a range reads as while or after it is trapped is another matter:
-/// [`ArmedMapping`](crate::ArmedMapping) and [`FaultService`](crate::FaultService) see to it.
+/// All operations act on the address space of the process that opened it, whichever process calls
+/// them. They trap accesses, map pages of memory objects that are shared anyway, and wake waiting
+/// threads. Only the copies ([`copy`](Self::copy)) write content, so only those are unsafe. These
+/// operations do not ensure that a range reads correctly while or after it is trapped:
+/// [`ArmedMapping`](crate::ArmedMapping) and [`FaultService`](crate::FaultService) do.
 ///
 /// # Examples
 ///
@@ -37,68 +37,71 @@ const BATCH: usize = 16;
 ///
 /// match Userfaultfd::open(Features::GUEST_MEMORY) {
 ///     Ok(uffd) => assert!(uffd.read(&mut Vec::new()).unwrap() == 0),
-///     // One line: what was asked, what the system said, what to do.
+/// // One line: the operation, the system's answer, a remedy.
 ///     Err(error) => eprintln!("{error}"),
 /// }
 /// ```
 #[derive(Debug)]
 pub struct Userfaultfd {
-    // Shared with operations under way: closing waits for none of them.
+    // Shared with operations in progress, so that closing waits for none of them.
     fd: RwLock<Option<Arc<OwnedFd>>>,
-    /// Whether the kernel knows no read that never waits, whatever the descriptor's flags say.
+    /// Whether the kernel lacks reads that never wait by their own flags, so that those of the
+    /// descriptor decide.
     flags_decide: AtomicBool,
 }
 
 impl Userfaultfd {
-    /// Opens a userfaultfd for this process, which also traps what the kernel touches on behalf
-    /// of system calls, and agrees on `features` with the kernel.
+    /// Opens a userfaultfd for this process that also traps the kernel's accesses on behalf of
+    /// system calls, and negotiates `features` with the kernel.
     ///
-    /// Its descriptor gets a high number, if the limit of open files allows it, so that the kernel
-    /// closes it early when the process is killed. A VM that KVM closes before the userfaultfd waits
-    /// for its own faults, and the process never ends.
+    /// If the limit of open files allows it, its descriptor gets a high number, so that the kernel
+    /// closes it early when the process is killed. Otherwise KVM might close the VM before the
+    /// userfaultfd, and wait for its own faults: the process would never end.
     ///
     /// # Errors
     ///
-    /// [`OpenError`] with what to do.
+    /// [`OpenError`], with a remedy.
     pub fn open(features: Features) -> Result<Self, OpenError> {
         let (fd, _) = open_fd()?;
         if handshake(&fd, features).is_ok() {
             return Ok(Userfaultfd::of(closed_early(fd)));
         }
-        // A refused handshake does not say why: ask again for nothing, and compare.
+        // A refused handshake does not name the cause: query the kernel's features, and compare.
         let lacking = features.without(Self::kernel_features()?);
         Err(OpenError::Features { wanted: features, lacking })
     }
 
-    /// The features that the kernel has.
+    /// Returns the features that the kernel has.
     ///
     /// # Errors
     ///
-    /// [`OpenError`] with what to do.
+    /// [`OpenError`], with a remedy.
     pub fn kernel_features() -> Result<Features, OpenError> {
         Self::ask().map(|(features, _)| features)
     }
 
-    /// The features that the kernel has, and how this process was let ask.
+    /// Returns the features that the kernel has, and the way in which this process could query
+    /// them.
     pub(crate) fn ask() -> Result<(Features, Access), OpenError> {
         let (fd, access) = open_fd()?;
         let features = handshake(&fd, Features::NONE).map_err(OpenError::Failed)?;
         Ok((features, access))
     }
 
-    /// Takes a userfaultfd that another process has opened and sent, after making sure that it is
-    /// one, and ready for use.
+    /// Takes a userfaultfd that another process has opened and sent, after checking that it is one
+    /// and is ready for use.
     ///
     /// # Errors
     ///
-    /// [`OpenError::NoUserfaultfd`] says what it is instead.
+    /// [`OpenError::NoUserfaultfd`] describes the descriptor instead.
     pub fn from_received(fd: OwnedFd) -> Result<Self, OpenError> {
         let refuse = |what: String| Err(OpenError::NoUserfaultfd(what));
         match std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd())) {
             Ok(name) if name.as_os_str() == "anon_inode:[userfaultfd]" => {}
             Ok(name) => return refuse(format!("{}, not a userfaultfd", name.display())),
-            // Without /proc the request below tells, of those files that have no name at all. A
-            // device can answer a request as it likes, and be read as what the sender likes.
+            // Without /proc the request below decides, but only among files without a file type. A
+            // device can answer a request in any way, and its reads can return anything that the
+            // sender likes.
             Err(_) => match is_anonymous(&fd) {
                 Ok(true) => {}
                 Ok(false) => return refuse("a file or a device, not a userfaultfd".into()),
@@ -107,7 +110,7 @@ impl Userfaultfd {
         }
         // SAFETY: fcntl with these commands touches no memory.
         let flags = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GETFL) };
-        // SAFETY: as above. A userfaultfd that blocks cannot be polled.
+        // SAFETY: as above. A blocking userfaultfd cannot be polled.
         if unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, flags | libc::O_NONBLOCK) } < 0 {
             return refuse(format!("unusable ({})", io::Error::last_os_error()));
         }
@@ -126,13 +129,13 @@ impl Userfaultfd {
         Ok(Userfaultfd::of(fd))
     }
 
-    /// Takes a userfaultfd of one's own that is ready for use and does not block. For one that
+    /// Takes a userfaultfd of this process that is ready for use and does not block. For one that
     /// another process has sent use [`from_received`](Self::from_received).
     ///
     /// # Safety
     ///
-    /// What is read from `fd` must come from the kernel's userfaultfd, or name in its messages of
-    /// forks only descriptors that nobody else owns: whoever reads them closes them.
+    /// Reads from `fd` must return data from the kernel's userfaultfd, or at least their fork
+    /// messages must contain only descriptors that no other code owns: the reader closes them.
     pub unsafe fn from_own(fd: OwnedFd) -> Self {
         Userfaultfd::of(fd)
     }
@@ -142,33 +145,34 @@ impl Userfaultfd {
         Userfaultfd { fd, flags_decide: AtomicBool::new(false) }
     }
 
-    /// A descriptor of it, to be sent to another process.
+    /// Returns a duplicate of its descriptor, to be sent to another process.
     ///
     /// # Errors
     ///
-    /// The system's; `EBADF` after [`close`](Self::close).
+    /// The operating system's error; `EBADF` after [`close`](Self::close).
     pub fn try_clone_fd(&self) -> io::Result<OwnedFd> {
         self.fd()?.try_clone()
     }
 
-    /// Closes it. If nobody else holds it, all its ranges read as they lie in their memory
-    /// objects from now on, and whoever waits goes on. Operations from now on fail.
+    /// Closes it. Unless another process or descriptor holds it too, all of its ranges then read as
+    /// the memory objects hold them, and waiting threads resume. All later operations fail.
     pub fn close(&self) {
         self.fd.write().unwrap_or_else(PoisonError::into_inner).take();
     }
 
-    /// Whether it was closed.
+    /// Returns whether it was closed.
     pub fn is_closed(&self) -> bool {
         self.fd.read().unwrap_or_else(PoisonError::into_inner).is_none()
     }
 
-    /// Registers a range, so that its accesses are trapped. Registering one again for more modes
-    /// adds these.
+    /// Registers a range, so that accesses to it are trapped. Registering a range again for more
+    /// modes adds these.
     ///
     /// # Errors
     ///
-    /// The system's: `EINVAL` if the range is not mapped, not aligned or of the wrong kind,
-    /// `EBUSY` if another userfaultfd has it, `ENOMEM` if the process is gone.
+    /// The operating system's error: `EINVAL` if the range is not mapped, not aligned or of the
+    /// wrong kind, `EBUSY` if another userfaultfd has registered it, `ENOMEM` if the process has
+    /// ended.
     pub fn register(&self, address: u64, len: u64, modes: Modes) -> Result<(), RangeError> {
         let mut register = raw::uffdio_register {
             range: raw::uffdio_range { start: address, len },
@@ -176,34 +180,36 @@ impl Userfaultfd {
             ioctls: 0,
         };
         self.call("trap accesses to", address, len, |fd| {
-            // SAFETY: the request reads and writes this structure. It changes no byte of the
-            // range, only who is told when it is touched.
+            // SAFETY: the request reads and writes this structure. It changes no byte of the range,
+            // only the effect of touching it.
             unsafe { ioctl_with_mut_ref(fd, request::UFFDIO_REGISTER.into(), &mut register) }
         })
     }
 
-    /// Stops trapping accesses to a range and lets those go on that wait there, also those that
-    /// came just then. Pages that are not in the memory object read as zeros from now on.
+    /// Stops trapping accesses to a range and wakes the threads that wait there, including those
+    /// that fault meanwhile. Pages that are not in the memory object read as zeros from now on.
     ///
     /// # Errors
     ///
-    /// The system's: `EINVAL` if nothing is mapped there, `ENOMEM` if the process is gone.
+    /// The operating system's error: `EINVAL` if nothing is mapped there, `ENOMEM` if the process
+    /// has ended.
     pub fn unregister(&self, address: u64, len: u64) -> Result<(), RangeError> {
         let range = raw::uffdio_range { start: address, len };
         self.call("stop trapping accesses to", address, len, |fd| {
             // SAFETY: the request reads this structure and changes no byte of the range.
             unsafe { ioctl_with_ref(fd, request::UFFDIO_UNREGISTER.into(), &range) }
         })?;
-        // The kernel wakes who waits before it takes the trap away. Who comes between the two,
-        // under the lock of the mapping alone, would wait for ever.
+        // The kernel wakes the waiters before it removes the trap. A thread that faults between the
+        // two steps, holding only the lock of the mapping, would wait for ever.
         self.wake(address, len)
     }
 
-    /// Lets those go on that wait in a range; who finds nothing mapped waits again.
+    /// Wakes every thread blocked on a fault in the range. A thread whose page is still unmapped
+    /// faults again.
     ///
     /// # Errors
     ///
-    /// The system's: `EINVAL` if the range is not aligned or empty.
+    /// The operating system's error: `EINVAL` if the range is not aligned or empty.
     pub fn wake(&self, address: u64, len: u64) -> Result<(), RangeError> {
         let range = raw::uffdio_range { start: address, len };
         self.call("wake who waits in", address, len, |fd| {
@@ -212,14 +218,14 @@ impl Userfaultfd {
         })
     }
 
-    /// Maps pages that are in the memory object already, and lets those go on that wait there.
+    /// Maps pages that are already in the memory object, and wakes the threads that wait for them.
     ///
     /// # Errors
     ///
-    /// [`RangeError`] with the bytes that were mapped before it: `EEXIST` for a page that is
-    /// mapped, `EFAULT` for one that the memory object does not have, `EAGAIN` while the layout
-    /// of the address space changes or an event waits to be read, `ENOENT` if the range is not
-    /// registered, `ESRCH` if the process is gone.
+    /// [`RangeError`] with the number of bytes that were mapped before it: `EEXIST` for a page that
+    /// is already mapped, `EFAULT` for one that is not in the memory object, `EAGAIN` while the
+    /// layout of the address space changes or an event waits to be read, `ENOENT` if the range is
+    /// not registered, `ESRCH` if the process has ended.
     pub fn r#continue(&self, address: u64, len: u64) -> Result<(), RangeError> {
         self.in_parts("map", address, len, |fd, start, len| {
             let mut argument = raw::uffdio_continue {
@@ -228,15 +234,16 @@ impl Userfaultfd {
                 mapped: 0,
             };
             // SAFETY: the request reads and writes this structure. It maps pages of the shared
-            // object that the range is a mapping of, so it shows their bytes where they belong.
+            // object that the range is a mapping of, so each address shows the bytes that belong
+            // there.
             let result =
                 unsafe { ioctl_with_mut_ref(fd, request::UFFDIO_CONTINUE.into(), &mut argument) };
             (result, argument.mapped)
         })
     }
 
-    /// Maps zeroed pages where pages are missing, and lets those go on that wait there. It is
-    /// what a touch would have found without a userfaultfd.
+    /// Maps zeroed pages in place of missing ones, and wakes the threads that wait there. Without a
+    /// userfaultfd an access would have found the same.
     ///
     /// # Errors
     ///
@@ -248,16 +255,16 @@ impl Userfaultfd {
                 mode: 0,
                 zeropage: 0,
             };
-            // SAFETY: the request reads and writes this structure. It fills only pages that are
-            // not there, with what they would have held anyway.
+            // SAFETY: the request reads and writes this structure. It creates only pages that do
+            // not exist, with the zeros that they would have held anyway.
             let result =
                 unsafe { ioctl_with_mut_ref(fd, request::UFFDIO_ZEROPAGE.into(), &mut argument) };
             (result, argument.zeropage)
         })
     }
 
-    /// Brings missing pages into the memory object with the given content, maps them, and lets
-    /// those go on that wait there. Pages that exist are left alone, with `EEXIST`.
+    /// Creates missing pages in the memory object with the given content, maps them, and wakes the
+    /// threads that wait there. Existing pages stay unchanged, with `EEXIST`.
     ///
     /// # Errors
     ///
@@ -268,14 +275,14 @@ impl Userfaultfd {
     /// If the userfaultfd is of this process, no Rust reference to bytes of the range may exist.
     pub unsafe fn copy(&self, address: u64, content: &[u8]) -> Result<(), RangeError> {
         // SAFETY: a slice is mapped and does not change while it is borrowed; the rest is the
-        // caller's promise.
+        // caller's guarantee.
         unsafe {
             let content = MappedBytes::new(NonNull::from(content).cast(), content.len());
             self.copy_mapped(address, content)
         }
     }
 
-    /// As [`copy`](Self::copy), with content that may have vanished: `EFAULT` then.
+    /// Like [`copy`](Self::copy), with content whose pages may have vanished, which is an `EFAULT`.
     ///
     /// # Errors
     ///
@@ -298,25 +305,25 @@ impl Userfaultfd {
                 mode: 0,
                 copy: 0,
             };
-            // SAFETY: the request reads and writes this structure, and reads the part of
-            // `content` that belongs to this part of the range. What it writes are pages that no
-            // reference points to, by the caller's promise.
+            // SAFETY: the request reads and writes this structure, and reads the part of `content`
+            // that belongs to this part of the range. By the caller's guarantee no reference points
+            // to the pages that it writes.
             let result =
                 unsafe { ioctl_with_mut_ref(fd, request::UFFDIO_COPY.into(), &mut argument) };
             (result, argument.copy)
         })
     }
 
-    /// Reads the messages that are there, at most a batch, behind those in `events`; returns
-    /// their number, 0 if there are none.
+    /// Reads the available messages, at most a batch, and appends them to `events`. Returns their
+    /// number, 0 if there are none.
     ///
-    /// It never waits for one, even if the process that sent the descriptor makes it blocking.
-    /// Linux before 6.10 can promise that only as long as that does not happen at the very moment
+    /// It never waits for a message, even if the process that sent the descriptor makes it
+    /// blocking. Linux before 6.10 can only guarantee this unless that happens at the very moment
     /// of the call.
     ///
     /// # Errors
     ///
-    /// The system's; `EBADF` after [`close`](Self::close).
+    /// The operating system's error; `EBADF` after [`close`](Self::close).
     pub fn read(&self, events: &mut Vec<Event>) -> io::Result<usize> {
         let fd = self.fd()?;
         let mut messages = [[0u8; MESSAGE]; BATCH];
@@ -329,14 +336,14 @@ impl Userfaultfd {
             };
             let count = read / MESSAGE;
             for message in &messages[..count] {
-                // SAFETY: the kernel has just written this message, and it is taken once.
+                // SAFETY: the kernel has just written this message, and it is converted once.
                 events.push(unsafe { Message::decode(message).into_event() });
             }
             return Ok(count);
         }
     }
 
-    /// Whether a message waits to be read.
+    /// Returns whether a message waits to be read.
     pub(crate) fn has_messages(&self) -> bool {
         let Ok(fd) = self.fd() else { return false };
         let mut poll = libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
@@ -344,19 +351,20 @@ impl Userfaultfd {
         unsafe { libc::poll(&mut poll, 1, 0) == 1 && poll.revents & libc::POLLIN != 0 }
     }
 
-    /// Reads messages that are there, once; returns their bytes. The process that sent the
-    /// descriptor shares its flags, and could make a read wait at any time: so this one brings its
-    /// own.
+    /// Reads the available messages once; returns their length in bytes. The process that sent the
+    /// descriptor shares its flags, and could make a read wait at any time, so this read passes its
+    /// own flag.
     fn read_now(&self, fd: &OwnedFd, messages: &mut [[u8; MESSAGE]; BATCH]) -> io::Result<usize> {
         if self.flags_decide.load(Ordering::Relaxed) {
             return read_by_flags(fd, messages);
         }
         let len = size_of_val(messages);
         let part = libc::iovec { iov_base: messages.as_mut_ptr().cast(), iov_len: len };
-        // -1, in both halves, stands for the file's own position; a userfaultfd has none.
+        // -1, in both halves, means the file's own position; a userfaultfd has none.
         let (count, position): (libc::c_ulong, libc::c_long) = (1, -1);
         // SAFETY: the kernel reads one iovec, as the count says, and writes at most its bytes,
-        // which are those of the array. Both live, and nobody else uses them, until it returns.
+        // which are those of the array. Both live until the call returns, and no other code uses
+        // them before.
         let read = unsafe {
             let fd = fd.as_raw_fd();
             let flags = libc::RWF_NOWAIT;
@@ -367,7 +375,7 @@ impl Userfaultfd {
         }
         let error = io::Error::last_os_error();
         match error.raw_os_error() {
-            // Nothing was read: this kernel takes no flags with a read of a userfaultfd.
+            // Nothing was read: this kernel accepts no flags for reads of a userfaultfd.
             Some(libc::EOPNOTSUPP | libc::EINVAL | libc::ESPIPE | libc::ENOSYS) => {
                 self.flags_decide.store(true, Ordering::Relaxed);
                 read_by_flags(fd, messages)
@@ -376,21 +384,22 @@ impl Userfaultfd {
         }
     }
 
-    /// Whether the process behind it still has its address space. `address` is any page of it.
+    /// Returns whether the process behind it still has its address space. `address` is any address
+    /// in it.
     pub fn is_process_alive(&self, address: u64) -> bool {
         let argument = raw::uffdio_writeprotect {
             range: raw::uffdio_range { start: address & !0xfff, len: 4096 },
             mode: 0,
         };
         let result = self.call("look at", address, 4096, |fd| {
-            // SAFETY: the request reads this structure. Taking write protection away where there
-            // is none changes nothing.
+            // SAFETY: the request reads this structure. Removing write protection that is not set
+            // changes nothing.
             unsafe { ioctl_with_ref(fd, request::UFFDIO_WRITEPROTECT.into(), &argument) }
         });
         !matches!(result, Err(error) if error.cause() == crate::Cause::ProcessGone)
     }
 
-    /// The descriptor, for as long as the operation needs it.
+    /// Returns the descriptor, which stays open while the operation uses it.
     pub(crate) fn fd(&self) -> io::Result<Arc<OwnedFd>> {
         let fd = self.fd.read().unwrap_or_else(PoisonError::into_inner);
         fd.clone().ok_or_else(|| io::Error::from_raw_os_error(libc::EBADF))
@@ -411,8 +420,8 @@ impl Userfaultfd {
         Err(RangeError { operation, address, len, done: 0, error })
     }
 
-    /// Does something to a range that the kernel may do in parts. `call` returns what the request
-    /// returned, and the count in its structure: bytes done, or a negative error.
+    /// Runs an operation on a range that the kernel may do in parts. `call` returns the result of
+    /// the request, and the count from its structure: bytes done, or a negative error.
     fn in_parts(
         &self,
         operation: &'static str,
@@ -432,8 +441,9 @@ impl Userfaultfd {
                 return Ok(());
             }
             let error = io::Error::last_os_error();
-            // A part was done, and EAGAIN hides why not more: the next call tells. Any other
-            // count is an error number that the system has reported already, or was not written.
+            // If a part was done, EAGAIN hides why the rest was not: the next call reveals the
+            // cause. Any other count is an error number that the system has already reported, or
+            // was not written.
             match u64::try_from(count) {
                 Ok(part @ 1..) if part < len - done => done += part,
                 _ => return failed(done, error),
@@ -442,13 +452,13 @@ impl Userfaultfd {
     }
 }
 
-/// Whether a descriptor is of a file that the kernel has made for itself, as a userfaultfd is: only
-/// those are of no type.
+/// Returns whether a descriptor refers to an anonymous file of the kernel, as that of a userfaultfd
+/// does: only such files have no file type.
 fn is_anonymous(fd: &OwnedFd) -> io::Result<bool> {
     Ok(File::from(fd.try_clone()?).metadata()?.mode() & libc::S_IFMT == 0)
 }
 
-/// A descriptor that somebody keeps open, as the request functions take it.
+/// A descriptor that the caller keeps open, in the form that the request functions take.
 struct Descriptor(RawFd);
 
 impl AsRawFd for Descriptor {
@@ -457,8 +467,7 @@ impl AsRawFd for Descriptor {
     }
 }
 
-/// Reads messages that are there, with nothing but the flags of the descriptor to keep the read
-/// from waiting.
+/// Reads the available messages; only the descriptor's flags keep the read from waiting.
 fn read_by_flags(fd: &OwnedFd, messages: &mut [[u8; MESSAGE]; BATCH]) -> io::Result<usize> {
     // SAFETY: fcntl with this command touches no memory.
     let flags = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GETFL) };
@@ -471,25 +480,25 @@ fn read_by_flags(fd: &OwnedFd, messages: &mut [[u8; MESSAGE]; BATCH]) -> io::Res
     usize::try_from(read).map_err(|_| io::Error::last_os_error())
 }
 
-/// A descriptor of a userfaultfd that is not ready for use.
+/// Opens a descriptor of a userfaultfd that is not ready for use yet.
 fn open_fd() -> Result<(OwnedFd, Access), OpenError> {
     let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
     let device = match OpenOptions::new().read(true).write(true).open("/dev/userfaultfd") {
         Ok(device) => {
-            // SAFETY: the request takes flags and makes a descriptor.
+            // SAFETY: the request takes flags and creates a descriptor.
             let fd = unsafe { ioctl_with_val(&device, USERFAULTFD_IOC_NEW(), flags as _) };
             if fd >= 0 {
-                // SAFETY: the kernel has just given us this descriptor; nobody else owns it.
+                // SAFETY: the kernel has just created this descriptor, and no other code owns it.
                 return Ok((unsafe { OwnedFd::from_raw_fd(fd) }, Access::Device));
             }
             io::Error::last_os_error()
         }
         Err(error) => error,
     };
-    // SAFETY: the call takes flags and makes a descriptor.
+    // SAFETY: the call takes flags and creates a descriptor.
     let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, flags) };
     if let Ok(fd @ 0..) = RawFd::try_from(fd) {
-        // SAFETY: the kernel has just given us this descriptor; nobody else owns it.
+        // SAFETY: the kernel has just created this descriptor, and no other code owns it.
         return Ok((unsafe { OwnedFd::from_raw_fd(fd) }, Access::SystemCall));
     }
     let call = io::Error::last_os_error();
@@ -500,11 +509,11 @@ fn open_fd() -> Result<(OwnedFd, Access), OpenError> {
     })
 }
 
-/// The least number of a userfaultfd's descriptor: more than a VMM has descriptors, and less than the
-/// limit of open files as a rule.
+/// The lowest number of a userfaultfd's descriptor: higher than a VMM's number of descriptors, and
+/// normally below the limit of open files.
 const HIGH: u64 = 512;
 
-/// Gives a descriptor a high number. The kernel queues the files of a process that ends in the order
+/// Gives a descriptor a high number. When a process ends, the kernel queues its files in the order
 /// of their numbers, and releases them last in, first out (`task_work_run`): the highest is closed
 /// first.
 fn closed_early(fd: OwnedFd) -> OwnedFd {
@@ -516,14 +525,14 @@ fn closed_early(fd: OwnedFd) -> OwnedFd {
     let least = HIGH.min(limit.rlim_cur / 2) as libc::c_int;
     // SAFETY: fcntl with this command touches no memory.
     match unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_DUPFD_CLOEXEC, least) } {
-        // SAFETY: the kernel has just given us this descriptor; nobody else owns it.
+        // SAFETY: the kernel has just created this descriptor, and no other code owns it.
         high @ 0.. => unsafe { OwnedFd::from_raw_fd(high) },
-        // Too many are open. It works all the same.
+        // Too many files are open. The low number works too, except when the process is killed.
         _ => fd,
     }
 }
 
-/// Agrees on features; returns those that the kernel has.
+/// Negotiates features; returns those that the kernel has.
 fn handshake(fd: &OwnedFd, features: Features) -> io::Result<Features> {
     let mut api =
         raw::uffdio_api { api: raw::UFFD_API.into(), features: features.bits(), ioctls: 0 };
@@ -544,7 +553,7 @@ mod tests {
 
     use super::*;
 
-    /// Who holds a descriptor of the same userfaultfd can make it blocking at any time.
+    /// A process that holds a descriptor of the same userfaultfd can make it blocking at any time.
     #[test]
     fn a_read_waits_for_nothing_whatever_the_flags() {
         let uffd = Arc::new(Userfaultfd::open(Features::GUEST_MEMORY).unwrap());
@@ -557,7 +566,7 @@ mod tests {
         thread::spawn(move || sender.send(reader.read(&mut Vec::new())));
         let read = receiver.recv_timeout(Duration::from_secs(20)).expect("the read returns");
         if uffd.flags_decide.load(Ordering::Relaxed) {
-            // An older kernel: it is noticed, but for a moment's chance.
+            // An older kernel: the change is noticed, unless it happens at the moment of the read.
             assert!(read.unwrap_err().to_string().contains("blocking"));
             if std::env::var("LAB").is_err() {
                 println!("SKIPPED: a read of a userfaultfd that takes flags needs Linux 6.10");

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What a fault service does for one userfaultfd, and for one fault.
+//! Serves the events and faults of one userfaultfd.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -12,45 +12,43 @@ use demand_memory::{PAGE_SIZE, PageRange};
 use crate::service::Shared;
 use crate::{ArmedMapping, BACK_END_CHUNK, Cause, Event, RangeError, Userfaultfd};
 
-/// Pages that are fetched together: a unit of 1 GiB is claimed piece by piece, so that who wants
-/// one page of it does not wait for all others.
+/// Number of pages that are fetched together. A unit of 1 GiB is claimed piece by piece, so that a
+/// thread that needs one page of it does not wait for all others.
 const FETCH: u64 = BACK_END_CHUNK / PAGE_SIZE;
 
-/// Forks of one process after which it is not served any more: each takes a descriptor.
+/// Number of forks of one process after which it is no longer served: each costs a descriptor.
 const FORKS: usize = 16;
 
-/// Pause before a resolution is tried again that the layout of an address space or an event stood
-/// in the way of.
+/// Pause before retrying a resolution that a changing address space or an unread event prevented.
 const AGAIN: Duration = Duration::from_millis(1);
 
-/// Pauses before a resolution is tried again that the kernel had no memory for: the first one,
-/// and the longest one. Each is twice as long as the one before.
+/// Shortest and longest pause before retrying a resolution for which the kernel had no memory. Each
+/// pause is twice as long as the one before.
 const NO_MEMORY: (Duration, Duration) = (Duration::from_millis(10), Duration::from_millis(500));
 
 /// A userfaultfd that is served, with the mappings that are armed on it.
 pub(crate) struct Watch {
     pub(crate) uffd: Arc<Userfaultfd>,
     mappings: RwLock<Vec<Arc<ArmedMapping>>>,
-    /// Whether a fault that no mapping knows was reported.
+    /// Whether a fault outside all mappings was reported.
     strange: AtomicBool,
-    /// Userfaultfds of children that the process has forked. They are not served, but kept: if
-    /// they were closed, missing pages would read as zeros there.
+    /// Userfaultfds of forked children of the process. They are not served, but kept: if they were
+    /// closed, missing pages would read as zeros in the children.
     forks: Mutex<Vec<OwnedFd>>,
 }
 
-/// Somebody's wait for a granule.
+/// A pending fault on a granule.
 pub(crate) struct Fault {
     pub(crate) mapping: Arc<ArmedMapping>,
     pub(crate) granule: PageRange,
-    /// When its message was read.
+    /// The time when its message was read.
     pub(crate) begun: Instant,
-    /// How long a thread of the service waits, or has waited, before it tries to resolve it once
-    /// more; zero for one that was not put off yet.
+    /// The pause before the current or latest retry; zero if the resolution was not retried yet.
     pub(crate) pause: Duration,
 }
 
-/// A fault that waits for its granule. If it is dropped, as when the memory is stopped, later faults
-/// there count as new: the granule may still arrive.
+/// A fault whose granule is not complete yet. If it is dropped, as when the memory is stopped,
+/// later faults on the granule count as new, because its pages may still become present.
 struct Open(Option<Fault>);
 
 impl Drop for Open {
@@ -92,11 +90,11 @@ impl Watch {
     ///
     /// # Errors
     ///
-    /// The system's: the userfaultfd cannot be read any more.
+    /// The operating system's error: the userfaultfd cannot be read any more.
     pub(crate) fn serve(&self, shared: &Arc<Shared>, events: &mut Vec<Event>) -> io::Result<()> {
         self.uffd.read(events)?;
         let begun = Instant::now();
-        // Who stands in one batch waits already, and is let go on with the first of its granule.
+        // All faults of a batch are waiting already, so resolving a granule once wakes all of them.
         let mut seen = Vec::with_capacity(events.len());
         for event in events.drain(..) {
             match event {
@@ -121,7 +119,7 @@ impl Watch {
                         return Err(io::Error::other("its process forks without end"));
                     }
                 }
-                // What the process does to its own mappings is seen when a fault is resolved.
+                // Changes of the process to its own mappings show when a fault is resolved.
                 Event::Remap { .. } | Event::Remove { .. } | Event::Unmap { .. } => {}
                 Event::Unknown(event) => log::debug!("a userfaultfd told unknown event {event}"),
             }
@@ -129,8 +127,8 @@ impl Watch {
         Ok(())
     }
 
-    /// Leaves a fault alone that we know nothing of: whoever armed that range must serve it. Were
-    /// it woken, it would come back at once.
+    /// Ignores a fault on a range that this service does not know: the code that armed the range
+    /// must serve it. If its thread were woken, it would fault again at once.
     fn ignore(&self, address: u64) {
         if !self.strange.swap(true, Ordering::Relaxed) {
             log::warn!(
@@ -142,13 +140,15 @@ impl Watch {
 }
 
 impl Fault {
-    /// Starts making the granule present, and resolves the fault when it is: now, or on the
-    /// thread that brings the last page in. Never waits for a page.
+    /// Starts fetching the granule, and resolves the fault when all of its pages are present. In a
+    /// mapping of this process that happens at once or on the thread that publishes the last page;
+    /// in another process' mapping it happens at once or on a thread of the service. Never waits
+    /// for a page.
     fn serve(self, shared: &Arc<Shared>) {
         if !self.mapping.begin(self.granule) {
             return;
         }
-        // Without the region nobody needs its pages.
+        // Without the region no thread needs its pages.
         let Some(pager) = self.mapping.pager() else { return };
         let mut arrived = 0;
         let mut left = self.granule;
@@ -156,8 +156,8 @@ impl Fault {
             let part = PageRange::new(left.first, left.count.min(FETCH));
             match pager.fetch(part, self.mapping.path()) {
                 Ok(pages) => arrived += pages,
-                // The memory was stopped. What is present is resolved until the very end; a fault
-                // on anything else stays open until the mapping is revoked.
+                // The memory was stopped. Faults on present pages are still resolved until the end;
+                // any other fault stays open until the mapping is revoked.
                 Err(error) => {
                     if pager.bitmap().first_missing(self.granule).is_none() {
                         return self.resolve(&Arc::downgrade(shared));
@@ -181,9 +181,9 @@ impl Fault {
         });
     }
 
-    /// Ends a fault whose granule the pager has mapped on this thread; that has woken who waited
-    /// then. The page may have been reclaimed and touched again since: if such a fault was read
-    /// before the end, it was left to this one, and nobody has woken it.
+    /// Ends a fault whose granule the pager has mapped on this thread, which has woken its waiters.
+    /// Since then the page may have been reclaimed and touched again. If that second fault was read
+    /// before `end`, it was left to this one, and no thread has woken its waiter.
     fn mapped(self, shared: &Weak<Shared>) {
         if self.mapping.end(self.granule) {
             self.let_go(shared);
@@ -192,14 +192,14 @@ impl Fault {
         }
     }
 
-    /// Ends a fault whose granule is whole, and lets those go on that wait for it.
+    /// Ends a fault whose granule is complete, and wakes its waiters.
     fn resolve(self, shared: &Weak<Shared>) {
         self.mapping.end(self.granule);
         self.let_go(shared);
     }
 
-    /// As [`resolve`](Self::resolve), but on a thread of the service: the other process can hold
-    /// its address space locked, and the thread that publishes a page may be a vCPU's.
+    /// Like [`resolve`](Self::resolve), but on a thread of the service: the other process may hold
+    /// its address space locked, and the calling thread, which publishes a page, may be a vCPU's.
     fn resolve_on_service(self, shared: &Weak<Shared>) {
         match shared.upgrade().filter(|shared| !shared.is_stopped()) {
             Some(service) => {
@@ -210,7 +210,7 @@ impl Fault {
         }
     }
 
-    /// Lets those go on that wait for the granule, which is whole.
+    /// Maps the granule, which is complete, and wakes its waiters.
     pub(crate) fn let_go(self, shared: &Weak<Shared>) {
         let _resolving = shared.upgrade().map(Shared::resolving);
         match self.mapping.resolve(self.granule) {
@@ -219,7 +219,7 @@ impl Fault {
         }
     }
 
-    /// Has a resolution that has failed tried again, unless nobody needs it any more.
+    /// Schedules a retry of a failed resolution, unless it is no longer needed.
     fn failed(self, error: &RangeError, shared: &Weak<Shared>) {
         match error.cause() {
             cause @ (Cause::Again | Cause::NoMemory) => {
@@ -248,7 +248,7 @@ impl Fault {
     }
 
     fn give_up(&self, error: &RangeError) {
-        // A process that wakes itself can bring the same fault back without end.
+        // A process that wakes its own threads can repeat the same fault for ever.
         if self.mapping.note_left_open() {
             log::error!("a fault stays open: {error}; others like it are not reported");
         } else {
@@ -264,7 +264,7 @@ impl Fault {
     }
 }
 
-/// How long to wait before a resolution is tried again, after a wait of `before`.
+/// Returns the pause before the next retry of a resolution, after a pause of `before`.
 fn pause(cause: Cause, before: Duration) -> Duration {
     match cause {
         Cause::NoMemory => (before * 2).clamp(NO_MEMORY.0, NO_MEMORY.1),
@@ -291,11 +291,12 @@ mod tests {
     struct Memory {
         mapping: Arc<Mapping>,
         armed: Arc<ArmedMapping>,
-        /// The armed mapping does not keep it.
+        /// The armed mapping does not keep the pager.
         pager: Arc<Pager>,
     }
 
-    /// Memory whose page is present, but not mapped, and whose userfaultfd nobody reads.
+    /// Creates memory whose page is present but not mapped, with a userfaultfd that no service
+    /// reads.
     fn memory() -> Memory {
         let image = tempfile::NamedTempFile::new().unwrap();
         image.as_file().set_len(8 * PAGE_SIZE).unwrap();
@@ -318,13 +319,13 @@ mod tests {
             Fault { mapping, granule, begun: Instant::now(), pause: Duration::ZERO }
         }
 
-        /// Touches the page on a thread of its own, and waits until that is seen.
+        /// Touches the page on a new thread, and waits until its fault is read.
         fn touch(&self) -> Receiver<u64> {
             let (sender, reader) = mpsc::channel();
             let mapping = self.mapping.clone();
             thread::spawn(move || {
                 let word = mapping.at(PAGE.offset()).cast::<u64>().as_ptr();
-                // SAFETY: the word lies in the mapping, which this thread keeps, and nobody
+                // SAFETY: the word lies in the mapping, which this thread keeps, and no thread
                 // writes to it.
                 let _ = sender.send(unsafe { word.read_volatile() });
             });
@@ -364,7 +365,7 @@ mod tests {
         let service = FaultService::start(1).unwrap();
         let reader = memory.touch();
         let begun = Instant::now();
-        // Several faults of one granule are put off as one.
+        // Several faults on one granule are retried as one.
         for _ in 0..3 {
             memory.fault().failed(&no_memory(), &service.weak());
         }
@@ -386,13 +387,14 @@ mod tests {
         assert!(memory.armed.begin(PAGE));
         memory.armed.map_present(PAGE).unwrap();
         let address = memory.mapping.at(PAGE.offset()).as_ptr();
-        // SAFETY: the page is the mapping's, nobody refers to it, and its object keeps the bytes.
+        // SAFETY: the page belongs to the mapping, nothing refers to it, and its object keeps the
+        // bytes.
         unsafe { libc::madvise(address.cast(), PAGE_SIZE as usize, libc::MADV_DONTNEED) };
         let reader = memory.touch();
         assert!(!memory.armed.begin(PAGE));
         memory.fault().mapped(&service.weak());
         expect(&reader);
-        // Nobody is left: the next one is new, and nobody has to be told of it.
+        // No waiter is left: the next fault is new, and no other was left to it.
         assert!(memory.armed.begin(PAGE));
         assert!(!memory.armed.end(PAGE));
     }

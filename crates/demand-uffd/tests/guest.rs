@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A guest's mappings are armed as their backing, and whoever else traps vCPUs, need it.
+//! A guest's mapping is armed as its backing and the mechanism that traps vCPUs require.
 
 mod common;
 
@@ -32,7 +32,8 @@ fn huge_pages_are_left_to_a_hypervisor_that_traps() {
     assert_eq!(armed(kind, VcpuTrap::Hypervisor), (Modes::MISSING, Path::KvmInternal));
 }
 
-/// Each region has a mapping, in order, and what arrives by another way is mapped there as well.
+/// Each region has a mapping, in order, and pages that are fetched for other reasons are mapped
+/// too.
 #[test]
 fn all_regions_are_served() {
     let pagers = [2, 1].map(|parts| pager(BackingKind::Shmem, parts * SIZE));

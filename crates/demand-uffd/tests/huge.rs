@@ -42,7 +42,7 @@ fn units_arrive_whole() {
     assert_eq!((report.faults, report.granularity_bytes), (4, 2 << 20));
 }
 
-/// The very thing that MISSING alone gets wrong: the unit exists, and most of it has not arrived.
+/// The case that MISSING alone gets wrong: the unit exists, but most of its pages are missing.
 #[test]
 fn a_half_filled_unit_is_completed_first() {
     let Some(_pool) = huge_pages(4) else { return };
@@ -54,7 +54,7 @@ fn a_half_filled_unit_is_completed_first() {
     for page in [1, 511, 600] {
         pager.fetch(PageRange::page(page), Path::Guest).unwrap();
     }
-    // One that is there, and one that is not.
+    // One that is present, and one that is missing.
     expect(&read_later(&mapping, PAGE_SIZE), PAGE_SIZE);
     expect(&read_later(&mapping, 700 * PAGE_SIZE), 700 * PAGE_SIZE);
     (0..PAGES).for_each(|page| check_page(&mapping, page));
@@ -77,8 +77,8 @@ fn a_unit_is_not_reachable_before_it_is_whole() {
     expect(&read_later(&mapping, 511 * PAGE_SIZE), 511 * PAGE_SIZE);
 }
 
-/// The guest's mapping of an engine that guards half-filled units itself: the trap is for units
-/// that are wholly missing, which are completed before who waits goes on.
+/// The guest's mapping under an engine that traps accesses to partly present units itself: the
+/// mapping traps only wholly missing units, which are completed before the faulter resumes.
 #[test]
 fn missing_units_only() {
     let Some(_pool) = huge_pages(4) else { return };
@@ -96,7 +96,7 @@ fn missing_units_only() {
     expect_blocked(&reader);
     control.let_go();
     expect(&reader, (UNIT + 2) * PAGE_SIZE);
-    // A page that has arrived is read without a fault, as a vCPU does.
+    // A present page is read without a fault, as by a vCPU.
     let faults = || pager.stats().path(Path::KvmInternal).faults;
     until("the first is counted", || faults() == 1);
     pager.fetch(PageRange::page(1), Path::Guest).unwrap();
@@ -108,7 +108,7 @@ fn missing_units_only() {
     service.finish().unwrap();
 }
 
-/// What the kernel does with MISSING alone, and why it is never used for other readers.
+/// Shows the kernel's behaviour with MISSING alone, and why it is never used for other readers.
 #[test]
 fn missing_alone_lets_half_filled_units_through() {
     let Some(_pool) = huge_pages(1) else { return };

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Images of memory to which the guest wrote before its pages counted as present.
+//! Images of memory that the guest wrote before its pages counted as present.
 
 mod common;
 
@@ -39,19 +39,19 @@ fn memory(kind: BackingKind, source: impl PageSource + 'static) -> (DemandMemory
     (DemandMemory::new(vec![region]).unwrap(), pager)
 }
 
-/// Writes a word on a thread of its own, as a vCPU would; waits if the page is trapped.
+/// Writes a word on a new thread, as a vCPU would; waits if the page is trapped.
 fn write_later(mapping: &Arc<Mapping>, offset: u64) -> Receiver<()> {
     let (sender, receiver) = mpsc::channel();
     let mapping = mapping.clone();
     thread::spawn(move || {
-        // SAFETY: `at` keeps the word within the mapping, and nothing refers to it.
+        // SAFETY: `at` keeps the word within the mapping, and no reference to it exists.
         unsafe { mapping.at(offset).cast::<u64>().as_ptr().write_volatile(WRITTEN) };
         let _ = sender.send(());
     });
     receiver
 }
 
-/// The memory's image, page by page.
+/// Returns the memory's image, page by page.
 fn image(memory: &DemandMemory) -> Result<Vec<Vec<u8>>, WriteImageError> {
     let folder = tempfile::tempdir().unwrap();
     let (image, table) = (folder.path().join("image"), folder.path().join("table"));
@@ -65,13 +65,13 @@ fn image(memory: &DemandMemory) -> Result<Vec<Vec<u8>>, WriteImageError> {
     Ok(content.chunks_exact(PAGE_SIZE as usize).map(<[u8]>::to_vec).collect())
 }
 
-/// A page of the source to whose first word the guest has written.
+/// Returns a page of the source after the guest has written its first word.
 fn touched(mut page: Vec<u8>) -> Vec<u8> {
     page[..8].copy_from_slice(&WRITTEN.to_ne_bytes());
     page
 }
 
-/// A real armed mapping, which maps only the first page of what it is asked for until it is whole.
+/// A real armed mapping that maps only the first page of each range until `whole` is set.
 struct Half {
     armed: Arc<ArmedMapping>,
     whole: AtomicBool,
@@ -120,7 +120,7 @@ fn writes_to_half_mapped_pages_are_in_the_image() {
     check();
 }
 
-/// A real loader that does not return until it is told to.
+/// A real loader whose loads do not return until the test lets them.
 struct Held {
     loader: UnitLoader,
     loaded: Mutex<Sender<()>>,
@@ -143,7 +143,8 @@ impl LoadUnit for Held {
 fn writes_to_units_just_created_are_in_the_image() {
     const UNIT: u64 = 512;
     let Some(_pool) = huge_pages(1) else { return };
-    // Units are created with their content only from what cannot wait, as a file in memory.
+    // Units are created with their content only from a source that cannot block, like a file in
+    // memory.
     let file = tempfile::NamedTempFile::new_in("/dev/shm").unwrap();
     let content: Vec<u8> = (0..UNIT).flat_map(|_| page_of(1)).collect();
     std::fs::write(file.path(), content).unwrap();
@@ -153,7 +154,7 @@ fn writes_to_units_just_created_are_in_the_image() {
     let loader = UnitLoader::new(&**pager.backing()).unwrap();
     let held = Held { loader, loaded: Mutex::new(loaded), go: Mutex::new(told) };
     pager.set_unit_loader(Arc::new(held));
-    // As KVM's own accesses are trapped: only until the unit exists.
+    // Armed as for KVM's own accesses, which are trapped only until the unit exists.
     let guest = mapping(&pager);
     let own = ArmedMapping::own_missing_units(&uffd(), guest.clone(), &pager, Path::KvmInternal);
     let armed = own.unwrap();

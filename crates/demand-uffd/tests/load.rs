@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Huge pages that come into being with their content, from a file.
+//! Huge pages that are created together with their content, from a file.
 
 mod common;
 
@@ -22,8 +22,7 @@ const UNIT: u64 = 2 << 20;
 const UNITS: u64 = 4;
 const SIZE: u64 = UNITS * UNIT;
 
-/// Which units a loader was asked for, and what kept it from creating them; at the end,
-/// [`FINISHED`].
+/// The units that a loader was asked for, with the causes of failures; at the end, [`FINISHED`].
 type Loads = Arc<Mutex<Vec<(u64, Option<Cause>)>>>;
 
 const FINISHED: u64 = u64::MAX;
@@ -46,8 +45,8 @@ impl LoadUnit for Watched {
     }
 }
 
-/// An image in a file, of data but for one page of unit 1, which is a hole. It lies in memory, so
-/// that all of it is at hand.
+/// Creates an image file, without holes except for one page of unit 1. It lies in memory, so that
+/// reading it never blocks.
 fn image() -> tempfile::NamedTempFile {
     let file = tempfile::NamedTempFile::new_in("/dev/shm").unwrap();
     file.as_file().set_len(SIZE).unwrap();
@@ -59,7 +58,7 @@ fn image() -> tempfile::NamedTempFile {
     file
 }
 
-/// The image's word: as other tests have it, but with no holes.
+/// Returns the image's word: like that of other tests, but never 0.
 fn word(offset: u64) -> u64 {
     word_of(offset) | 1
 }
@@ -96,7 +95,7 @@ fn wholly_missing_units_come_with_their_content() {
     let armed = ArmedMapping::foreign(&uffd, base(&mapping), &pager).unwrap();
     let service = FaultService::start(DEFAULT_THREADS).unwrap();
     service.serve(&[armed]).unwrap();
-    // Of unit 2 there is a page already.
+    // Unit 2 already has a page.
     pager.fetch(PageRange::page(2 * 512 + 7), Path::Guest).unwrap();
     for page in (0..SIZE / PAGE_SIZE).rev() {
         let offset = page * PAGE_SIZE;
@@ -120,15 +119,15 @@ fn units_within_a_longer_run_are_loaded_until_all_are_there() {
     assert_eq!(pager.fetch(PageRange::new(3 * 512, 512), Path::Vmm), Ok(512));
     assert!(pager.bitmap().is_complete());
     assert_eq!(loads.lock().unwrap()[2..], [(3, None), (FINISHED, None)]);
-    // Another one is too late.
+    // A second loader comes too late.
     let loader = Arc::new(UnitLoader::new(&*backing).unwrap());
     pager.set_unit_loader(loader.clone());
-    // SAFETY: the memory of the pattern outlives the call.
+    // SAFETY: no memory belongs to an empty range.
     let nothing = unsafe { MappedBytes::new(std::ptr::NonNull::dangling(), 0) };
     assert_eq!(loader.load(0, nothing).unwrap_err().raw_os_error(), Some(libc::EBADF));
 }
 
-/// Say after an attempt that failed halfway.
+/// As after an attempt that failed halfway.
 #[test]
 fn a_unit_that_exists_is_read_into() {
     let Some(_pool) = huge_pages(UNITS) else { return };
@@ -144,9 +143,9 @@ fn a_unit_that_exists_is_read_into() {
 
 #[test]
 fn an_image_that_has_shrunk_is_no_zeros() {
-    // The first one's reader may still have its memory while the second one runs.
+    // The first case's reader may still hold its memory while the second case runs.
     let Some(_pool) = huge_pages(2 * UNITS) else { return };
-    // By whole pages, of which the kernel tells, and by a part of one, which reads as zeros.
+    // By whole pages, which the kernel reports, and by a part of one, which reads as zeros.
     shrunk(UNIT);
     shrunk(SIZE - 100);
 }
@@ -155,10 +154,10 @@ fn shrunk(to: u64) {
     let World { pager, loads, failures, file, .. } = world();
     let (mapping, uffd) = (mapping(&pager), uffd());
     let armed = ArmedMapping::foreign(&uffd, base(&mapping), &pager).unwrap();
-    // One thread, which remembers where the file's data ended.
+    // One thread, which remembers the end of the file's data.
     let service = FaultService::start(1).unwrap();
     service.serve(&[armed]).unwrap();
-    // Known to be data to its end, and mapped.
+    // The file is now known to be data to its end, and is mapped.
     let before = read_later(&mapping, 2 * UNIT + 8).recv_timeout(PATIENCE);
     assert_eq!(before, Ok(word(2 * UNIT + 8)));
     file.as_file().set_len(to).unwrap();

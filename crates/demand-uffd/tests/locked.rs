@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Mappings that hold zeros before they are armed: memory of a process that locks it, or that
-//! something has touched.
+//! Mappings that contain zeros before they are armed: memory of a process that locks it, or that
+//! was touched.
 
 mod common;
 
@@ -12,7 +12,7 @@ use demand_uffd::{ArmedMapping, DEFAULT_THREADS, FaultService};
 use test_support::host::huge_pages;
 use test_support::image::Near;
 
-/// Little, as all of it counts against the limit for locked memory.
+/// Small, because all of it counts against the limit for locked memory.
 const SIZE: u64 = 64 * PAGE_SIZE;
 
 static LOCK: Mutex<()> = Mutex::new(());
@@ -26,7 +26,7 @@ struct Locked(
 impl Locked {
     fn new(flags: libc::c_int) -> Self {
         let guard = LOCK.lock().unwrap_or_else(PoisonError::into_inner);
-        // SAFETY: it changes where memory lies, not what is in it.
+        // SAFETY: the call changes where memory lies, not its content.
         assert_eq!(unsafe { libc::mlockall(flags) }, 0, "{}", std::io::Error::last_os_error());
         Locked(guard)
     }
@@ -66,7 +66,7 @@ fn locked_huge_pages_read_no_zeros() {
     expect_served(&pager, mapping(&pager));
 }
 
-/// The hypervisor's own accesses are trapped only where no unit exists.
+/// The hypervisor's own accesses are trapped only while no unit exists.
 #[test]
 fn locked_units_are_removed_for_the_hypervisor() {
     let Some(_pool) = huge_pages(4) else { return };

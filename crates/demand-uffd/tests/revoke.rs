@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The end of a mapping of this process: faults on present pages are resolved to the last, all
-//! others end with an error, and none with zeros.
+//! The end of a mapping of this process: faults on present pages are resolved until the end, and
+//! all others fail with an error instead of reading zeros.
 
 mod common;
 
@@ -18,7 +18,7 @@ use test_support::image::far;
 use test_support::wait::{A_WHILE, PATIENCE, until};
 
 const SIZE: u64 = 4 << 20;
-/// Pages of a huge page.
+/// Number of pages in a huge page.
 const UNIT: u64 = 512;
 
 /// Reads a page through the kernel on another thread, and sends the outcome.
@@ -28,7 +28,8 @@ fn kernel_reads(mapping: &Arc<Mapping>, page: u64) -> Receiver<io::Result<usize>
     thread::spawn(move || {
         let file = tempfile::tempfile().unwrap();
         let from = mapping.at(page * PAGE_SIZE).as_ptr().cast();
-        // SAFETY: the page lies in the mapping, which this thread keeps, and the kernel only reads.
+        // SAFETY: the page lies in the mapping, which this thread keeps, and the kernel only reads
+        // it.
         let wrote = unsafe { libc::write(file.as_raw_fd(), from, PAGE_SIZE as usize) };
         let _ = sender.send(usize::try_from(wrote).map_err(|_| io::Error::last_os_error()));
     });
@@ -40,7 +41,7 @@ fn expect_refused(reader: &Receiver<io::Result<usize>>) {
     assert_eq!(outcome.unwrap_err().raw_os_error(), Some(libc::EFAULT));
 }
 
-/// Whether the service reads faults or not, and whoever holds the userfaultfd besides.
+/// Tests it with a running and with a stopped service, while others hold the userfaultfd too.
 fn revoke_ends_waits(kind: BackingKind) {
     for stopped in [false, true] {
         let (pager, uffd) = (pager(kind, SIZE), uffd());
@@ -90,7 +91,8 @@ fn stopped_memory_resolves_present_pages() {
     expect_blocked(&missing);
 }
 
-/// A page that was on its way when the memory was stopped still arrives, for new readers.
+/// A page that was being fetched when the memory was stopped still becomes present, for new
+/// readers.
 #[test]
 fn stopped_memory_forgets_open_faults() {
     let (source, control) = far(SIZE);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The fault service on shared memory: real faults, sources near and far.
+//! The fault service on shared memory: real faults, with fast and slow sources.
 
 mod common;
 
@@ -19,7 +19,7 @@ use linux_raw_sys::general as raw;
 use test_support::image::far;
 use test_support::wait::{A_WHILE, PATIENCE, until};
 
-/// Two chunks and a half, as another process maps them.
+/// Two and a half chunks of the size that another process maps.
 const PAGES: u64 = 1280;
 const SIZE: u64 = PAGES * PAGE_SIZE;
 const CHUNK: u64 = 512;
@@ -34,7 +34,7 @@ fn service(threads: usize, mappings: &[Arc<ArmedMapping>]) -> FaultService {
     service
 }
 
-/// Numbers without end that look random.
+/// Returns an endless sequence of pseudo-random numbers.
 fn random(mut seed: u64) -> impl Iterator<Item = u64> {
     std::iter::from_fn(move || {
         seed ^= seed << 13;
@@ -63,7 +63,7 @@ fn all_pages_arrive_one_by_one() {
     assert!(report.latency_us.p50 > 0.0);
 }
 
-/// One read of the service gives at most a batch of messages.
+/// One read of the service returns at most a batch of messages.
 #[test]
 fn more_faults_than_one_read_gives_are_all_served() {
     let (pager, uffd) = (shmem(), uffd());
@@ -82,7 +82,7 @@ fn the_guests_mapping_is_mapped_by_the_pager() {
     let mapping = mapping(&pager);
     let armed = ArmedMapping::own(&uffd, mapping.clone(), &pager, Path::Guest).unwrap();
     pager.set_guest_trap(armed.clone()).unwrap();
-    // Nobody serves, and yet fetched pages can be read.
+    // No service runs yet, but fetched pages can be read.
     pager.fetch(PageRange::new(0, 100), Path::Fill).unwrap();
     for page in 0..100 {
         expect(&read_later(&mapping, page * PAGE_SIZE), page * PAGE_SIZE);
@@ -97,10 +97,10 @@ fn the_guests_mapping_is_mapped_by_the_pager() {
     assert_eq!(pager.stats().path(Path::Guest).faults, PAGES - 100);
 }
 
-/// Another region's mapping may lie beyond, with its pages missing.
+/// Beyond the mapping may lie another region's, with missing pages.
 #[test]
 fn pages_outside_of_a_mapping_are_left_alone() {
-    // The last word of its bitmap has bits to spare, which say present.
+    // The last word of its bitmap has unused bits, which read as present.
     let pager = pager(BackingKind::Shmem, 10 * PAGE_SIZE);
     let armed = ArmedMapping::own(&uffd(), mapping(&pager), &pager, Path::Guest).unwrap();
     for pages in [PageRange::page(10), PageRange::new(9, 2), PageRange::new(u64::MAX, 2)] {
@@ -111,7 +111,7 @@ fn pages_outside_of_a_mapping_are_left_alone() {
     }
 }
 
-/// A page that is present is not mapped for ever: the kernel may take it back.
+/// A present page does not stay mapped for ever: the kernel may unmap it.
 #[test]
 fn a_page_that_was_unmapped_comes_back() {
     let (pager, uffd) = (shmem(), uffd());
@@ -120,7 +120,8 @@ fn a_page_that_was_unmapped_comes_back() {
     pager.set_guest_trap(armed.clone()).unwrap();
     let _service = service(1, &[armed]);
     check_page(&mapping, 3);
-    // SAFETY: the range is the mapping's, nobody refers to it, and its object keeps the bytes.
+    // SAFETY: the range belongs to the mapping, nothing refers to it, and its object keeps the
+    // bytes.
     unsafe { libc::madvise(mapping.at(0).as_ptr().cast(), 16384, libc::MADV_DONTNEED) };
     expect(&read_later(&mapping, 3 * PAGE_SIZE), 3 * PAGE_SIZE);
 }
@@ -144,7 +145,7 @@ fn another_process_gets_whole_chunks() {
     assert_eq!(report.granularity_histogram, [(2 << 20, 2), (1 << 20, 1)].into());
 }
 
-/// The very thing that MISSING alone gets wrong: somebody has written a neighbour.
+/// The case that MISSING alone gets wrong: a neighbour was written.
 #[test]
 fn a_half_filled_chunk_is_completed_first() {
     let (pager, uffd) = (shmem(), uffd());
@@ -154,7 +155,7 @@ fn a_half_filled_chunk_is_completed_first() {
     for page in [1, 7, 511, 700] {
         pager.fetch(PageRange::page(page), Path::Guest).unwrap();
     }
-    // A page that is present, in a chunk that is not whole.
+    // A page that is present, in a chunk that is not complete.
     expect(&read_later(&mapping, 7 * PAGE_SIZE), 7 * PAGE_SIZE);
     assert_eq!(pager.bitmap().count_missing(PageRange::new(0, 512)), 0);
     for page in 0..PAGES {
@@ -181,7 +182,7 @@ fn a_chunk_is_not_reachable_before_it_is_whole() {
     expect(&reader, 2 * PAGE_SIZE);
     expect(&neighbour, 99 * PAGE_SIZE);
     expect(&read_later(&mapping, 511 * PAGE_SIZE), 511 * PAGE_SIZE);
-    // Who touched the chunk while it was on its way was no fault of its own.
+    // A thread that touched the chunk while it was being fetched did not cause another fault.
     until("it is counted", || pager.stats().path(Path::BackEnd).faults > 0);
     assert_eq!(pager.stats().path(Path::BackEnd).faults, 1);
 }
@@ -261,7 +262,7 @@ fn the_service_resolves_other_processes_faults() {
     let reader = read_later(&mapping, 2 * PAGE_SIZE);
     until("the others arrive", || !pager.bitmap().is_missing(2));
 
-    // The only thread of the service is busy, here with a report of a failure.
+    // The only thread of the service is busy, here with the report of a failure.
     let (told, tell) = mpsc::channel();
     let (free, busy) = mpsc::channel::<()>();
     let (told, busy) = (Mutex::new(told), Mutex::new(busy));
@@ -286,7 +287,7 @@ fn the_service_resolves_other_processes_faults() {
     other.stop();
 }
 
-/// Many readers of one memory, through all kinds of mappings at once, and background fill.
+/// Many readers of one memory, through all kinds of mappings at once.
 #[test]
 fn everybody_reads_the_image_at_once() {
     for round in 0..3 {
@@ -318,7 +319,7 @@ fn everybody_reads_the_image_at_once() {
         until("the last page is present", || pager.bitmap().is_complete());
         service.finish().unwrap();
         assert!(own.is_closed() && theirs.is_closed());
-        // Nothing is trapped any more.
+        // No access is trapped any more.
         for mapping in [&guest, &access, &back_end] {
             (0..PAGES).for_each(|page| check_page(mapping, page));
         }
@@ -335,7 +336,7 @@ fn faults_in_no_mapping_are_left_alone() {
     let readers = [0, 1, 2].map(|page| read_later(&strange, page * PAGE_SIZE));
     readers.iter().for_each(expect_blocked);
     expect(&read_later(&mapping, PAGE_SIZE), PAGE_SIZE);
-    // It is served once somebody says what it is, although its message was read long ago.
+    // The fault is served once its mapping is known, although its message was read long ago.
     let late = ArmedMapping::own(&uffd, strange.clone(), &other, Path::Vmm).unwrap();
     service.serve(&[late]).unwrap();
     for (reader, page) in readers.iter().zip(0..) {
@@ -343,8 +344,8 @@ fn faults_in_no_mapping_are_left_alone() {
     }
 }
 
-/// A page that is mapped although somebody still waits for it: who waits is woken, and the rest of
-/// the chunk is mapped.
+/// A thread still waits for a page that is already mapped: it is woken, and the rest of the chunk
+/// is mapped.
 #[test]
 fn who_waits_for_a_mapped_page_goes_on() {
     let (pager, uffd) = (shmem(), uffd());
@@ -355,7 +356,7 @@ fn who_waits_for_a_mapped_page_goes_on() {
     readers.iter().for_each(expect_blocked);
     for page in [3, 9] {
         let range = raw::uffdio_range { start: base(&mapping) + page * PAGE_SIZE, len: PAGE_SIZE };
-        // Mode 1 wakes nobody.
+        // Mode 1 wakes no thread.
         let mut argument = raw::uffdio_continue { range, mode: 1, mapped: 0 };
         let (fd, request) = (uffd.try_clone_fd().unwrap(), linux_raw_sys::ioctl::UFFDIO_CONTINUE);
         // SAFETY: the request reads and writes this structure.
@@ -402,7 +403,7 @@ fn nothing_is_left_after_the_end() {
     assert!(matches!(service.serve(&[armed]), Err(ServiceError::Stopped)));
     let reader = read_later(&mapping, 2 * PAGE_SIZE);
     expect_blocked(&reader);
-    // Another service takes over, for who waits as well.
+    // Another service takes over, for the waiting thread too.
     let armed = ArmedMapping::own(&uffd, mapping.clone(), &pager, Path::Vmm).unwrap();
     let second = FaultService::start(1).unwrap();
     second.serve(&[armed]).unwrap();
@@ -422,7 +423,7 @@ fn a_stopped_memory_leaves_faults_open() {
     expect_blocked(&reader);
 }
 
-/// With its pager gone nothing brings the missing pages any more, and yet they are not zeros.
+/// Without the pager no missing page can become present, but none reads as zeros either.
 #[test]
 fn dropped_incomplete_region_is_not_released() {
     let (pager, uffd) = (shmem(), uffd());
@@ -451,7 +452,8 @@ fn dropped_complete_region_is_released() {
     (0..PAGES).for_each(|page| check_page(&mapping, page));
 }
 
-/// Pages still arrive for readers of other mappings once the guest's cannot show them any more.
+/// Pages still become present for readers of other mappings when the guest's mapping cannot show
+/// them any more.
 fn pages_arrive_without_the_guests_trap(end: impl FnOnce(&ArmedMapping, &Mapping)) {
     let (pager, uffd) = (shmem(), uffd());
     let mapping = mapping(&pager);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Shared memory with transparent huge pages: one page that is written brings its neighbours into
-//! being, and nobody may take those for content.
+//! Shared memory with transparent huge pages: writing one page creates its neighbours too, and no
+//! reader may take these for content.
 
 mod common;
 
@@ -19,7 +19,8 @@ const UNIT: u64 = 512;
 const PAGES: u64 = 4 * UNIT;
 const SIZE: u64 = PAGES * PAGE_SIZE;
 
-/// A region that the kernel is asked to use huge pages for, and the bytes that it has of them.
+/// Creates a region for which the kernel is asked to use huge pages; the returned function gives
+/// the bytes allocated to it.
 fn huge() -> (Arc<Pager>, impl Fn() -> u64) {
     let backing = MemfdBacking::new(BackingKind::Shmem, SIZE, true).unwrap();
     let backing = Arc::new(backing.with_transparent_huge_pages(true));
@@ -48,17 +49,18 @@ fn neighbours_that_exist_have_not_arrived() {
     let theirs = ArmedMapping::foreign(&back_end_uffd, base(&back_end), &pager).unwrap();
     let service = service(&[armed, theirs]);
 
-    // The kernel gives a huge page where it has one in one piece.
+    // The kernel allocates a huge page only if it has a contiguous one.
     let unit = (0..4).map(|unit| unit * UNIT * PAGE_SIZE).find(|unit| {
         let before = allocated();
         expect(&read_later(&guest, unit + PAGE_SIZE), unit + PAGE_SIZE);
         allocated() - before == 2 << 20
     });
     let unit = unit.expect("the kernel gives a huge page, or this shows nothing");
-    // Who reads goes on when the page is mapped; its bit follows.
+    // A reader resumes when the page is mapped; the bit is cleared a moment later.
     let pages = PageRange::of_bytes(unit, UNIT * PAGE_SIZE);
     until("one page has arrived", || pager.bitmap().count_missing(pages) == UNIT - 1);
-    // A neighbour, seen by the guest; the rest of the unit, seen by a back-end; more of the guest's.
+    // The guest reads a neighbour, the back-end the rest of the unit, the guest the rest of its
+    // pages.
     let (second, third) = (unit + 2 * PAGE_SIZE, unit + 3 * PAGE_SIZE);
     expect(&read_later(&guest, second), second);
     expect(&read_later(&back_end, third), third);
@@ -71,7 +73,7 @@ fn neighbours_that_exist_have_not_arrived() {
     service.finish().unwrap();
 }
 
-/// What the kernel does with MISSING alone: the bytes beside one that has arrived read as zeros.
+/// Shows the kernel's behaviour with MISSING alone: neighbours of a present page read as zeros.
 #[test]
 fn missing_alone_lets_neighbours_through() {
     if !transparent_huge_pages() {

@@ -18,12 +18,13 @@ use test_support::wait::{PATIENCE, until};
 
 const PAGES: u64 = 8;
 
-/// A mapping of shared memory in whose object the given pages exist, and one that nothing traps.
+/// Creates an untrapped mapping of shared memory in whose object the given pages exist; returns it
+/// with its address.
 fn shmem(present: &[u64]) -> (Arc<Mapping>, u64) {
     let backing = common::backing(BackingKind::Shmem, PAGES * PAGE_SIZE);
     let populate = backing.map().unwrap();
     for page in present {
-        // SAFETY: the word lies in the mapping, and nobody else refers to it.
+        // SAFETY: the word lies in the mapping, and no reference to it exists.
         unsafe { populate.at(page * PAGE_SIZE).cast::<u64>().as_ptr().write_volatile(page + 100) };
     }
     let mapping = Arc::new(backing.map().unwrap());
@@ -43,7 +44,7 @@ fn the_kernel_has_what_is_needed_and_lacks_what_does_not_exist() {
     let probe = probe().unwrap();
     assert!(BackingKind::ALL.into_iter().all(|kind| probe.can_page(kind)), "{probe:?}");
     assert!(probe.exact_address.is_yes(), "{probe:?}");
-    // The device comes first.
+    // The device is tried first.
     let device = std::fs::File::options().read(true).write(true).open("/dev/userfaultfd");
     assert_eq!(probe.access == Access::Device, device.is_ok());
 }
@@ -127,11 +128,12 @@ fn nothing_can_be_mapped_while_an_event_waits() {
         let mapping = mapping.clone();
         thread::spawn(move || {
             let address = mapping.at(4 * PAGE_SIZE).as_ptr();
-            // SAFETY: nobody refers to these pages of the mapping.
+            // SAFETY: no reference to these pages of the mapping exists.
             unsafe { libc::madvise(address.cast(), PAGE_SIZE as usize, libc::MADV_DONTNEED) }
         })
     };
-    // Page 0 exists but is not mapped, so the answer before is EEXIST at the latest.
+    // Page 0 exists but is not mapped, so without the event the answer would be EEXIST at the
+    // latest.
     until("the event holds the request up", || {
         uffd.r#continue(base, PAGE_SIZE).is_err_and(|error| error.cause() == Cause::Again)
     });
@@ -156,10 +158,10 @@ fn only_a_userfaultfd_that_is_ready_is_taken() {
     let error = Userfaultfd::from_received(file).unwrap_err();
     assert!(error.to_string().contains("not a userfaultfd"), "{error}");
 
-    // SAFETY: the call takes flags and makes a descriptor.
+    // SAFETY: the call takes flags and creates a descriptor.
     let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC) };
     assert!(fd >= 0, "{}", std::io::Error::last_os_error());
-    // SAFETY: the kernel has just given us this descriptor.
+    // SAFETY: the kernel has just created this descriptor, and no other code owns it.
     let fd = unsafe { <OwnedFd as std::os::fd::FromRawFd>::from_raw_fd(fd as i32) };
     let error = Userfaultfd::from_received(fd).unwrap_err();
     assert!(error.to_string().contains("never initialised"), "{error}");
@@ -168,14 +170,14 @@ fn only_a_userfaultfd_that_is_ready_is_taken() {
     assert_eq!(uffd.read(&mut Vec::new()).unwrap(), 0);
 }
 
-/// KVM's device answers a request that it does not know as a userfaultfd does one of no bytes.
+/// KVM's device answers an unknown request as a userfaultfd answers a request with an empty range.
 #[test]
 fn a_device_is_refused_without_proc_too() {
     if !has_kvm() {
         return skip("/dev/kvm is needed");
     }
     let refused = thread::spawn(|| {
-        // SAFETY: the calls take constants, and change what this thread alone sees.
+        // SAFETY: the calls take constants, and change only the namespace of this thread.
         let alone = unsafe {
             libc::unshare(libc::CLONE_NEWNS) == 0
                 && libc::mount(
@@ -185,7 +187,7 @@ fn a_device_is_refused_without_proc_too() {
                     libc::MS_REC | libc::MS_PRIVATE,
                     null(),
                 ) == 0
-                // Over it: below may lie another's.
+                // Mounted over it, because /proc may contain other mounts.
                 && libc::mount(c"none".as_ptr(), c"/proc".as_ptr(), c"tmpfs".as_ptr(), 0, null())
                     == 0
         };
@@ -208,7 +210,8 @@ fn the_own_process_is_alive() {
     assert!(uffd.is_process_alive(base));
 }
 
-/// Why there is no MINOR-only registration anywhere: the kernel lets a hole through as zeros.
+/// Shows why no range is registered for MINOR alone: the kernel lets accesses to a hole through, as
+/// zeros.
 #[test]
 fn minor_alone_lets_holes_through() {
     let (mapping, base) = shmem(&[1]);
@@ -222,7 +225,8 @@ fn minor_alone_lets_holes_through() {
     assert_eq!(reader.recv_timeout(PATIENCE).unwrap(), 101);
 }
 
-/// Armed mappings trap both pages that nobody has written and pages that are only not mapped.
+/// Armed mappings trap accesses both to pages that were never written and to pages that are only
+/// unmapped.
 #[test]
 fn armed_mappings_trap_both() {
     for foreign in [false, true] {
@@ -251,8 +255,8 @@ fn armed_mappings_trap_both() {
     }
 }
 
-/// The kernel wakes who waits in a range and takes the trap away after that. A thread that faults
-/// between the two must not wait for ever, as it did within some thousand rounds.
+/// The kernel wakes the waiters of a range and then removes the trap. A thread that faults between
+/// the two steps must not wait for ever. Before the fix one did, within some thousand rounds.
 #[test]
 fn who_faults_while_the_trap_is_taken_away_goes_on() {
     let (mapping, base) = shmem(&(0..PAGES).collect::<Vec<_>>());
@@ -276,10 +280,10 @@ fn who_faults_while_the_trap_is_taken_away_goes_on() {
     while begun.elapsed() < Duration::from_secs(3) {
         uffd.register(base, len, Modes::ALL).unwrap();
         let start = mapping.address().as_ptr().cast();
-        // SAFETY: the pages stay in the memory object, so that no read sees anything else.
+        // SAFETY: the pages stay in the memory object, so every read sees the same bytes.
         let dropped = unsafe { libc::madvise(start, len as usize, libc::MADV_DONTNEED) };
         assert_eq!(dropped, 0);
-        // From no time at all to longer than a fault takes.
+        // From no delay to longer than a fault takes.
         for _ in 0..rounds % 64 * 8 {
             std::hint::spin_loop();
         }
@@ -294,7 +298,7 @@ fn who_faults_while_the_trap_is_taken_away_goes_on() {
     }
     done.store(true, Ordering::Relaxed);
     reader.join().unwrap();
-    // On one CPU the two meet only where one is interrupted.
+    // On one CPU the two overlap only if one is interrupted.
     let cpus = thread::available_parallelism().unwrap().get();
     assert!(rounds > 100 || cpus == 1, "only {rounds} rounds");
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Regions and readers that the tests share.
+//! Regions and readers for all tests.
 #![allow(dead_code)] // Each test binary uses a part of it.
 
 use std::sync::Arc;
@@ -43,12 +43,11 @@ pub fn base(mapping: &Mapping) -> u64 {
 
 /// Reads a word; waits if the page is trapped.
 pub fn read(mapping: &Mapping, offset: u64) -> u64 {
-    // SAFETY: `at` keeps the word within the mapping, and nobody writes to it through a reference.
+    // SAFETY: `at` keeps the word within the mapping, and no reference to it exists.
     unsafe { mapping.at(offset).cast::<u64>().as_ptr().read_volatile() }
 }
 
-/// Reads a word on a thread of its own, so that a test whose fault is not served fails, and does
-/// not hang.
+/// Reads a word on a new thread, so that a test whose fault is not served fails instead of hanging.
 pub fn read_later(mapping: &Arc<Mapping>, offset: u64) -> Receiver<u64> {
     let (sender, receiver) = mpsc::channel();
     let mapping = mapping.clone();
@@ -69,7 +68,7 @@ pub fn expect_blocked(reader: &Receiver<u64>) {
     }
 }
 
-/// Reads all words of a page, and compares.
+/// Reads all words of a page, and compares them with the image's.
 pub fn check_page(mapping: &Mapping, page: u64) {
     for offset in (page * PAGE_SIZE..(page + 1) * PAGE_SIZE).step_by(8) {
         assert_eq!(read(mapping, offset), word_of(offset), "the word at {offset:#x}");
