@@ -59,8 +59,20 @@ impl Interrupt {
 const SIGNALS: [(libc::c_int, &str); 3] =
     [(libc::SIGINT, "SIGINT"), (libc::SIGTERM, "SIGTERM"), (libc::SIGHUP, "SIGHUP")];
 
+/// Whether the process ignores a signal, as one that `nohup` starts ignores SIGHUP.
+fn is_ignored(signal: libc::c_int) -> bool {
+    let mut action = MaybeUninit::<libc::sigaction>::uninit();
+    // SAFETY: a null pointer means that the action is not changed, and the call writes the current
+    // one if it succeeds, which is checked before it is read.
+    unsafe {
+        libc::sigaction(signal, ptr::null(), action.as_mut_ptr()) == 0
+            && action.assume_init().sa_sigaction == libc::SIG_IGN
+    }
+}
+
 /// Blocks the signals that end a run in this thread, and in the threads that it starts later.
-/// Returns the set of these signals.
+/// Returns the set of these signals. An ignored signal is not among them: Linux would queue it if it
+/// were blocked.
 ///
 /// # Errors
 ///
@@ -71,7 +83,7 @@ pub(crate) fn block_signals() -> io::Result<libc::sigset_t> {
     // valid.
     let set = unsafe {
         libc::sigemptyset(set.as_mut_ptr());
-        for (signal, _) in SIGNALS {
+        for (signal, _) in SIGNALS.into_iter().filter(|(signal, _)| !is_ignored(*signal)) {
             libc::sigaddset(set.as_mut_ptr(), signal);
         }
         set.assume_init()
@@ -85,10 +97,8 @@ pub(crate) fn block_signals() -> io::Result<libc::sigset_t> {
 
 /// Raises `interrupt` at the first SIGINT, SIGTERM or SIGHUP, and ends the process at once at the
 /// second. The caller must do this before it starts other threads: they inherit the signals as
-/// blocked from this thread.
-///
-/// This includes a signal that the process was started to ignore (`nohup`): Linux queues a blocked
-/// signal even if it is ignored.
+/// blocked from this thread. A signal that the process was started to ignore (`nohup`) stays
+/// ignored.
 ///
 /// # Errors
 ///
@@ -120,6 +130,17 @@ pub fn on_signals(interrupt: Interrupt) -> io::Result<()> {
 mod tests {
     use super::*;
     use std::sync::mpsc::channel;
+
+    #[test]
+    fn ignored_signals_stay_ignored() {
+        // SAFETY: ignoring a signal runs no handler.
+        unsafe { libc::signal(libc::SIGHUP, libc::SIG_IGN) };
+        let set = block_signals().unwrap();
+        // SAFETY: the set is initialised, and the signal numbers are valid.
+        let [hangup, terminate] = [libc::SIGHUP, libc::SIGTERM]
+            .map(|signal| unsafe { libc::sigismember(&set, signal) } == 1);
+        assert!(!hangup && terminate);
+    }
 
     #[test]
     fn the_first_reason_counts_and_each_callback_runs_once() {
