@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A request's way: from the descriptor chain to what the driver asks for, and to the disk.
+//! Benchmarks of request processing: parsing a descriptor chain, and reading from the disk.
 #![allow(missing_docs)] // criterion's macros make public items.
 
 use std::os::unix::fs::FileExt;

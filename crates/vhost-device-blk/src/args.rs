@@ -10,21 +10,22 @@ use crate::server::Options;
 use crate::topology::{MAX_BLOCK_SIZE, MIN_BLOCK_SIZE};
 use crate::{Error, Result};
 
-/// Most queues a device may have: vhost-user-backend assigns queues to threads with a 64-bit mask.
+/// The maximum number of queues of a device: vhost-user-backend assigns queues to threads with a
+/// 64-bit mask.
 pub const MAX_QUEUES: u16 = 64;
-/// Smallest queue: a header, a data segment and a status byte need three descriptors.
+/// The minimum queue size: a header, a data segment and a status byte need three descriptors.
 pub const MIN_QUEUE_SIZE: u16 = 4;
-/// Largest queue the virtio specification knows.
+/// The maximum queue size in the virtio specification.
 pub const MAX_QUEUE_SIZE: u16 = 32768;
 
-/// Most threads of a queue.
+/// The maximum number of threads per queue.
 pub const MAX_THREADS: u16 = 256;
 
 /// A vhost-user-blk back-end with post-copy.
 #[derive(Debug, Parser)]
 #[command(name = "vhost-device-blk", version, about)]
 pub struct Args {
-    /// Unix socket to listen on; a stale one is replaced.
+    /// Unix socket to listen on; a stale socket is replaced.
     #[arg(long, value_name = "PATH")]
     pub socket: PathBuf,
 
@@ -36,11 +37,12 @@ pub struct Args {
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub num_queues: u16,
 
-    /// Largest queue the front-end may set up, in descriptors: a power of two, 4 to 32768.
+    /// Maximum queue size that the front-end may set up, in descriptors: a power of two, 4 to
+    /// 32768.
     #[arg(long, value_name = "N", default_value_t = 256)]
     pub queue_size: u16,
 
-    /// Requests of one queue that are carried out at once, 1 to 256; 1 keeps them in order.
+    /// Requests of one queue executed at once, 1 to 256; 1 keeps them in order.
     #[arg(long, value_name = "N", default_value_t = 16)]
     pub threads: u16,
 
@@ -53,25 +55,25 @@ pub struct Args {
     #[arg(long, value_name = "BYTES")]
     pub block_size: Option<u32>,
 
-    /// Give space back where the guest discards it; `off` keeps it.
+    /// Return space to the host when the guest discards it; `off` keeps it allocated.
     #[arg(long, value_name = "on|off", value_enum, default_value_t = Switch::On)]
     pub discard: Switch,
 
-    /// The write cache to start with: `writeback`, writes are stable when flushed, or
-    /// `writethrough`, when answered.
+    /// Initial mode of the write cache: `writeback` makes writes stable when the guest flushes
+    /// them, `writethrough` before they are answered.
     #[arg(long, value_name = "writeback|writethrough", value_enum, default_value_t = Cache::Writeback)]
     pub cache: Cache,
 
-    /// What the guest reads as the disk's serial number, up to 20 bytes.
+    /// Serial number of the disk as the guest reads it, up to 20 bytes.
     #[arg(long, alias = "id", value_name = "STRING", default_value = "vhost-device-blk")]
     pub serial: String,
 
-    /// Offer post-copy: `on` where the host permits it (with a warning where it does not), `off`
-    /// never, `require` or exit with status 3.
+    /// Offer post-copy: `on` offers it if the host permits it and warns otherwise, `off` never
+    /// offers it, `require` exits with status 3 if the host does not permit it.
     #[arg(long, value_name = "on|off|require", value_enum, default_value_t = Postcopy::On)]
     pub postcopy: Postcopy,
 
-    /// Offer CONFIGURE_MEM_SLOTS: memory regions are then added one by one.
+    /// Offer CONFIGURE_MEM_SLOTS, so that memory regions are added one by one.
     #[arg(long, value_name = "on|off", value_enum, default_value_t = Switch::Off)]
     pub mem_slots: Switch,
 
@@ -87,18 +89,18 @@ pub struct Args {
 /// Whether to offer post-copy.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, ValueEnum)]
 pub enum Postcopy {
-    /// Where the host permits it; otherwise warn and go without.
+    /// Offers it if the host permits it; otherwise warns and continues without it.
     On,
-    /// Never.
+    /// Never offers it.
     Off,
-    /// Fail where the host does not permit it.
+    /// Fails if the host does not permit it.
     Require,
 }
 
-/// When a write is on stable storage.
+/// The moment from which a write is on stable storage.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, ValueEnum)]
 pub enum Cache {
-    /// When it has been flushed.
+    /// When the guest has flushed it.
     Writeback,
     /// When it is answered.
     Writethrough,
@@ -114,10 +116,10 @@ pub enum Switch {
 }
 
 impl Args {
-    /// Checks the values and makes them the daemon's options.
+    /// Validates the values and converts them to the daemon's options.
     ///
     /// # Errors
-    /// [`Error::Option`] names the first option that is out of its range.
+    /// [`Error::Option`] names the first option whose value is out of range.
     pub fn into_options(self) -> Result<Options> {
         if !(1..=MAX_QUEUES).contains(&self.num_queues) {
             return Err(Error::Option {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What the device says of itself: features and the configuration space.
+//! The features that the device offers, and its configuration space.
 
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use virtio_bindings::bindings::virtio_blk::{
@@ -15,11 +15,12 @@ use virtio_bindings::bindings::virtio_ring::{
 use crate::disk::{Disk, SECTOR_SIZE};
 use crate::range::{MAX_DISCARD_SECTORS, MAX_RANGES, MAX_ZEROES_SECTORS};
 
-/// Bytes of the configuration space that have a meaning here; what follows reads as zeros.
+/// The size in bytes of the fields defined here; the bytes after them read as zeros.
 pub const CONFIG_SIZE: usize = 60;
-/// Most bytes a front-end may ask for, from offset 0 on.
+/// The maximum number of bytes that a front-end may read, counted from offset 0.
 pub const MAX_CONFIG_SIZE: usize = 256;
-/// Most data segments asked for in one request: what one system call takes, less header and status.
+/// The maximum number of data segments of a request: the limit of one system call, less the header
+/// and the status.
 const MAX_SEGMENTS: u16 = 1022;
 
 // Offsets in `struct virtio_blk_config` (virtio 1.3, 5.2.4).
@@ -38,11 +39,11 @@ const MAX_WRITE_ZEROES_SECTORS: usize = 48;
 const MAX_WRITE_ZEROES_SEG: usize = 52;
 const WRITE_ZEROES_MAY_UNMAP: usize = 56;
 
-/// The virtio features on offer, and vhost-user's own among them.
+/// Returns the virtio features on offer, including vhost-user's own.
 ///
-/// `mq`: whether the device has more than one queue.
+/// `mq` states whether the device has more than one queue.
 ///
-/// Not `VIRTIO_BLK_F_SIZE_MAX`: a segment may have any size.
+/// `VIRTIO_BLK_F_SIZE_MAX` is not offered: a segment may have any size.
 pub fn virtio_features(disk: &Disk, mq: bool) -> u64 {
     let mut features = (1 << VIRTIO_F_VERSION_1)
         | (1 << VIRTIO_RING_F_EVENT_IDX)
@@ -68,7 +69,7 @@ pub fn virtio_features(disk: &Disk, mq: bool) -> u64 {
     features
 }
 
-/// The vhost-user protocol features on offer.
+/// Returns the vhost-user protocol features on offer.
 pub fn protocol_features(postcopy: bool, mem_slots: bool) -> VhostUserProtocolFeatures {
     let mut features = VhostUserProtocolFeatures::MQ
         | VhostUserProtocolFeatures::LOG_SHMFD
@@ -83,12 +84,12 @@ pub fn protocol_features(postcopy: bool, mem_slots: bool) -> VhostUserProtocolFe
     features
 }
 
-/// The configuration space.
+/// The device's configuration space.
 #[derive(Clone, Debug)]
 pub struct ConfigSpace([u8; CONFIG_SIZE]);
 
 impl ConfigSpace {
-    /// `queue_size`: in descriptors.
+    /// Creates the configuration space of `disk`; `queue_size` is in descriptors.
     pub fn new(disk: &Disk, queue_size: u16, num_queues: u16) -> Self {
         let seg_max = queue_size.saturating_sub(2).clamp(1, MAX_SEGMENTS);
         let topology = disk.topology();
@@ -116,9 +117,9 @@ impl ConfigSpace {
         ConfigSpace(bytes)
     }
 
-    /// `size` bytes from `offset` on, zeros where nothing is defined; none at all (which makes
-    /// vhost-user report an error) if the range leaves [`MAX_CONFIG_SIZE`]. `write_back`: the
-    /// state of the write cache now.
+    /// Returns `size` bytes from `offset`, with zeros where no field is defined. Returns an empty
+    /// vector, which makes vhost-user report an error, if the range exceeds [`MAX_CONFIG_SIZE`].
+    /// `write_back` is the current state of the write cache.
     pub fn read(&self, offset: u32, size: u32, write_back: bool) -> Vec<u8> {
         let (offset, size) = (offset as usize, size as usize);
         match offset.checked_add(size) {
@@ -136,8 +137,8 @@ impl ConfigSpace {
     }
 }
 
-/// What a write to the configuration space asks of the write cache, the one thing that can be
-/// written: whether it shall be on.
+/// Decodes a write to the configuration space. Only the write cache can be written: returns whether
+/// the driver turns it on, or `None` for any other write.
 pub fn written_write_back(offset: u32, bytes: &[u8]) -> Option<bool> {
     match (offset as usize, bytes) {
         (WCE, [on @ (0 | 1)]) => Some(*on == 1),

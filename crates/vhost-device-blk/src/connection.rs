@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! One front-end's connection, in a process of its own.
+//! Serves one front-end's connection, in a separate process.
 //!
-//! The process is what can be ended while a queue's thread waits for a page that will never come:
-//! closing the userfaultfd instead would let the thread go on over zeros (and write them to the
-//! disk), and leaving the thread would keep the dead guest's memory for good.
+//! A process can be ended while a queue's thread waits for a page that will never arrive. Closing
+//! the userfaultfd instead would let the thread continue over zeros (and write them to the disk),
+//! and leaking the thread would keep the dead guest's memory allocated forever.
 
 use std::fs;
 use std::io;
@@ -25,12 +25,13 @@ use crate::disk::Disk;
 use crate::signals::{self, Signals};
 use crate::{Error, Result};
 
-/// How long requests in hand, or a message, may make no progress after the front-end has gone.
+/// The time that requests in flight, or a message, may make no progress after the front-end has
+/// disconnected.
 const GRACE: Duration = Duration::from_secs(1);
 
-/// Accepts the connection that waits on `listener` and serves it to its end: until the front-end
-/// disconnects or a signal asks to end. Threads may be left, blocked; the caller must end the
-/// process, and run no destructors.
+/// Accepts the connection that is pending on `listener` and serves it until the front-end
+/// disconnects or a signal requests termination. Blocked threads may remain: the caller must end
+/// the process without running destructors.
 pub fn serve(
     listener: UnixListener,
     signals: &Signals,
@@ -47,14 +48,15 @@ pub fn serve(
     daemon.start(&mut Listener::from(listener)).map_err(failed)?;
     let connection = accepted(&local)?;
 
-    // The thread that handles messages may itself wait for a missing page (SET_VRING_ADDR reads
-    // the ring), so it is not the one that watches the connection.
+    // The thread that handles messages may itself wait for a missing page (SET_VRING_ADDR reads the
+    // ring), so it cannot be the thread that watches the connection.
     let (sender, ended) = mpsc::channel();
     thread::Builder::new()
         .name("disconnect".into())
         .spawn(move || {
             let result = daemon.wait();
-            // Dropped, it would close the userfaultfd: whoever still waits for a page would go on.
+            // Dropping the daemon would close the userfaultfd, and threads that wait for a page
+            // would continue over zeros.
             mem::forget(daemon);
             sender.send(result)
         })
@@ -68,7 +70,8 @@ pub fn serve(
         end = hung_up != 0 || (signalled != 0 && signals.take());
     }
 
-    // The requests in hand; then a message, which may be the one that waits for them.
+    // Wait for the requests in flight first, then for a message, which may itself be waiting for
+    // them.
     let _ = connection.shutdown(std::net::Shutdown::Read);
     let mut patience = GRACE;
     if !requests.stop(GRACE) {
@@ -93,7 +96,7 @@ pub fn serve(
     }
 }
 
-/// What the library reports of a connection, and what to do about it.
+/// Converts an error of the library into one that tells the user what to do.
 fn failed(e: DaemonError) -> Error {
     Error::Connection(match e {
         DaemonError::HandleRequest(VhostUserError::InvalidOperation(
@@ -110,8 +113,8 @@ fn failed(e: DaemonError) -> Error {
     })
 }
 
-/// The connection that was just accepted, for watching: the library keeps it to itself. It is the
-/// one socket of this process that has our address and is not listening.
+/// Returns a duplicate of the connection that was just accepted, for watching: the library does not
+/// expose it. It is the only socket of this process that has our address and is not listening.
 fn accepted(local: &std::os::unix::net::SocketAddr) -> Result<UnixStream> {
     let what = "finding the front-end's connection";
     for entry in fs::read_dir("/proc/self/fd").map_err(Error::system(what))? {
@@ -119,8 +122,8 @@ fn accepted(local: &std::os::unix::net::SocketAddr) -> Result<UnixStream> {
         let Some(fd) = name.to_str().and_then(|n| n.parse::<RawFd>().ok()) else {
             continue;
         };
-        // SAFETY: duplicating a descriptor, even one that has been closed meanwhile, does it no
-        // harm; the new one is ours alone.
+        // SAFETY: duplicating a descriptor has no effect on the original, even if it has been
+        // closed meanwhile; the new descriptor has no other owner.
         let stream = unsafe {
             match libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 0) {
                 -1 => continue,

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Counters of what was served, in memory that the daemon shares with the processes that serve.
+//! Counters of the requests served, in memory that the daemon shares with the processes that serve
+//! front-ends.
 
 use std::fs;
 use std::io;
@@ -12,28 +13,28 @@ use crate::Result;
 use crate::args::MAX_QUEUES;
 use crate::shared::{Shareable, Shared};
 
-/// Makes the counters of a queue and the fields of their sum of one list.
+/// Defines the counters of a queue and the fields of their sum from one list.
 macro_rules! counters {
     ($($(#[doc = $doc:literal])+ $name:ident,)+) => {
-        /// One queue's counters, on cache lines of their own.
+        /// One queue's counters, on separate cache lines.
         #[derive(Debug, Default)]
         #[repr(C, align(128))]
         pub struct QueueCounters {
             $($(#[doc = $doc])+ pub $name: AtomicU64,)+
-            /// Most requests in hand at once.
+            /// The maximum number of requests in flight at once.
             pub most_in_hand: AtomicU64,
         }
 
-        /// What [`Counters`] counted up to a moment.
+        /// The values of [`Counters`] at one moment.
         #[derive(Clone, Debug, Default, Eq, PartialEq, Serialize)]
         pub struct Snapshot {
             /// Front-ends that connected.
             pub connections: u64,
             $($(#[doc = $doc])+ pub $name: u64,)+
-            /// Chains taken that nothing came of: now in hand, or given up when their front-end
-            /// was gone while they waited for memory.
+            /// Chains taken but not yet answered: those in flight, and those abandoned when their
+            /// front-end disconnected while they waited for memory.
             pub abandoned: u64,
-            /// Most requests of one queue in hand at once.
+            /// The maximum number of requests of one queue in flight at once.
             pub most_in_hand: u64,
             /// Chains taken from each queue.
             pub queue_requests: Vec<u64>,
@@ -48,7 +49,7 @@ macro_rules! counters {
 }
 
 counters! {
-    /// Chains taken from the queues, whatever became of them.
+    /// Chains taken from the queues, whatever their outcome.
     requests,
     /// Read requests answered with success.
     reads,
@@ -64,7 +65,7 @@ counters! {
     get_ids,
     /// Requests answered as unsupported.
     unsupported,
-    /// Requests answered with an I/O error, malformed ones of no certain kind among them.
+    /// Requests answered with an I/O error, including malformed ones of unknown type.
     io_errors,
     /// Read requests answered with an I/O error.
     read_errors,
@@ -76,9 +77,9 @@ counters! {
     discard_errors,
     /// Write zeroes requests answered with an I/O error.
     write_zeroes_errors,
-    /// Chains without a place for an answer, returned with a length of 0.
+    /// Chains without a status byte, returned with a length of 0.
     dropped,
-    /// Times that what was written was put on stable storage, for flushes and for writes.
+    /// Times that written data was put on stable storage, for flushes and for writes.
     syncs,
     /// Bytes read from the disk by successful requests.
     bytes_read,
@@ -97,10 +98,10 @@ struct AllCounters {
     queues: [QueueCounters; MAX_QUEUES as usize],
 }
 
-// SAFETY: it consists of atomic integers.
+// SAFETY: it consists only of atomic integers, for which all zero bytes are a value.
 unsafe impl Shareable for AllCounters {}
 
-/// Counters of a device. A process forked after [`Counters::new`] counts in the same memory.
+/// The counters of a device. A process forked after [`Counters::new`] counts in the same memory.
 #[derive(Debug)]
 pub struct Counters {
     all: Shared<AllCounters>,
@@ -108,10 +109,10 @@ pub struct Counters {
 }
 
 impl Counters {
-    /// Counters for `num_queues` queues, all zero.
+    /// Creates counters for `num_queues` queues, all zero.
     ///
     /// # Errors
-    /// [`Error::System`](crate::Error::System) if the host has no memory to share.
+    /// [`Error::System`](crate::Error::System) if the host cannot provide shared memory.
     ///
     /// # Panics
     /// If `num_queues` exceeds [`MAX_QUEUES`].
@@ -121,7 +122,7 @@ impl Counters {
         Ok(Counters { all, num_queues: usize::from(num_queues) })
     }
 
-    /// The counters of queue `index`.
+    /// Returns the counters of queue `index`.
     ///
     /// # Panics
     /// If the device has no such queue.
@@ -129,12 +130,12 @@ impl Counters {
         &self.all.queues[..self.num_queues][index]
     }
 
-    /// Counts one front-end.
+    /// Counts one connected front-end.
     pub fn connected(&self) {
         self.all.connections.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// What has been counted up to now.
+    /// Returns the current values.
     pub fn snapshot(&self) -> Snapshot {
         let mut sum = Snapshot {
             connections: self.all.connections.load(Ordering::Relaxed),
@@ -162,10 +163,11 @@ impl Counters {
 }
 
 impl Snapshot {
-    /// Writes the counters to `path` as JSON; whoever reads it sees either the old file or the new.
+    /// Writes the counters to `path` as JSON, atomically: a reader sees either the old file or the
+    /// new one.
     ///
     /// # Errors
-    /// Whatever the file system says.
+    /// The error that the file system returns.
     pub fn write(&self, path: &Path) -> io::Result<()> {
         let mut text = serde_json::to_string_pretty(self).map_err(io::Error::other)?;
         text.push('\n');

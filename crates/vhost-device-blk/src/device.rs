@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The device as vhost-user-backend drives it.
+//! The virtio-blk device, as an implementation of vhost-user-backend's trait.
 
 use std::io;
 use std::sync::Arc;
@@ -21,41 +21,42 @@ use crate::execute::Executor;
 use crate::pool::{Pool, drain_all};
 use crate::queue::Queue;
 
-/// The guest's memory, with the log of written pages that a migrating front-end may ask for.
+/// The guest's memory, with the log of written pages that a migrating front-end may request.
 pub type Memory = GuestMemoryMmap<BitmapMmapRegion>;
-/// The guest's memory as it is now; front-ends replace it.
+/// The current guest memory, which front-ends may replace.
 pub type AtomicMemory = GuestMemoryAtomic<Memory>;
-/// A queue, locked for its own thread and the messages that are about it.
+/// A queue, locked by its thread and by the messages that concern it.
 pub type Vring = VringMutex<AtomicMemory>;
 
-/// What a [`BlkBackend`] offers.
+/// Configuration of a [`BlkBackend`].
 #[derive(Clone, Debug)]
 pub struct DeviceOptions {
-    /// Number of queues, 1 to 64.
+    /// The number of queues, 1 to 64.
     pub num_queues: u16,
-    /// Largest queue size, in descriptors; a power of two.
+    /// The maximum queue size, in descriptors; a power of two.
     pub queue_size: u16,
-    /// Requests of one queue that are carried out at once, at most; 1 keeps them in order.
+    /// The maximum number of requests of one queue that are executed at once; 1 keeps them in
+    /// order.
     pub threads: u16,
-    /// Start with the write cache on: writes are stable when flushed, not when answered. The
-    /// driver may change it (`VIRTIO_BLK_F_CONFIG_WCE`).
+    /// Whether the write cache is on at the start: writes are then stable when flushed, not when
+    /// answered. The driver may change it (`VIRTIO_BLK_F_CONFIG_WCE`).
     pub write_cache: bool,
     /// The serial number, of which 20 bytes are used.
     pub serial: String,
-    /// Offer `PAGEFAULT`. See [`crate::postcopy::probe`] for whether it will work.
+    /// Whether to offer `PAGEFAULT`. [`crate::postcopy::probe`] tells whether the host permits it.
     pub postcopy: bool,
-    /// Offer `CONFIGURE_MEM_SLOTS`.
+    /// Whether to offer `CONFIGURE_MEM_SLOTS`.
     pub mem_slots: bool,
 }
 
 /// A virtio-blk device.
 ///
-/// With post-copy, whoever runs it must see to it that its threads end, with their process, when
-/// the front-end goes away while they wait for a page; [`crate::server::serve`] does. And the
-/// `VhostUserDaemon` must hold the last reference to the device: dropping it waits for the
-/// requests in hand, while the userfaultfd is still open. A reference that is kept elsewhere keeps
-/// the daemon from that, and a request that waits for a page then writes zeros to the disk. To stop
-/// the device keep its [`requests`](Self::requests) instead.
+/// With post-copy, the program that runs the device must ensure that the device's threads end,
+/// together with their process, if the front-end disconnects while they wait for a page;
+/// [`crate::server::serve`] does this. The `VhostUserDaemon` must also hold the last reference to
+/// the device: dropping the device waits for the requests in flight while the userfaultfd is still
+/// open. A reference kept elsewhere prevents that, and a request that waits for a page then writes
+/// zeros to the disk. To stop the device, keep its [`requests`](Self::requests) instead.
 pub struct BlkBackend {
     executor: Arc<Executor>,
     options: DeviceOptions,
@@ -65,8 +66,8 @@ pub struct BlkBackend {
 }
 
 impl BlkBackend {
-    /// A device on `disk`. `mem` must be the memory that the `VhostUserDaemon` is given;
-    /// `counters` must count at least as many queues.
+    /// Creates a device on `disk`. `mem` must be the memory passed to the `VhostUserDaemon`;
+    /// `counters` must cover at least as many queues.
     pub fn new(
         disk: Arc<Disk>,
         counters: Arc<Counters>,
@@ -84,23 +85,24 @@ impl BlkBackend {
         BlkBackend { executor, options, config, features, queues }
     }
 
-    /// A handle on the requests in hand, to be kept where the device itself must not be.
+    /// Returns a handle on the requests in flight, for code that must not keep the device itself.
     pub fn requests(&self) -> Requests {
         let pools = self.queues.iter().map(|queue| queue.pool().clone()).collect();
         Requests { executor: self.executor.clone(), pools }
     }
 }
 
-/// The requests that a [`BlkBackend`] has in hand. It does not keep the device.
+/// The requests that a [`BlkBackend`] has in flight. It does not keep the device alive.
 pub struct Requests {
     executor: Arc<Executor>,
     pools: Vec<Arc<Pool>>,
 }
 
 impl Requests {
-    /// Takes no request from now on, and waits until those in hand are answered. Gives up when
-    /// nothing has happened for `patience`, though never while a request is at the disk: so what
-    /// is given up waits for missing memory, and has not begun. Returns whether all are answered.
+    /// Stops taking requests and waits until those in flight are answered. Gives up after
+    /// `patience` without progress, but never while a request is at the disk: an abandoned request
+    /// waits for missing memory and has not started its I/O. Returns whether all requests are
+    /// answered.
     pub fn stop(&self, patience: Duration) -> bool {
         for pool in &self.pools {
             pool.close();
@@ -114,8 +116,8 @@ impl Requests {
 }
 
 impl Drop for BlkBackend {
-    /// Waits for the requests in hand. The library drops the device before the userfaultfd, and
-    /// once that is closed, a request that waits for a page would go on over zeros.
+    /// Waits for the requests in flight. The library drops the device before the userfaultfd, and
+    /// once that is closed, a request that waits for a page would continue over zeros.
     fn drop(&mut self) {
         for queue in &self.queues {
             queue.pool().close();
@@ -148,7 +150,7 @@ impl VhostUserBackend for BlkBackend {
         config::protocol_features(self.options.postcopy, self.options.mem_slots)
     }
 
-    // The library has told the rings already.
+    // The library has already informed the rings.
     fn set_event_idx(&self, _enabled: bool) {}
 
     fn get_config(&self, offset: u32, size: u32) -> Vec<u8> {
@@ -165,7 +167,7 @@ impl VhostUserBackend for BlkBackend {
         }
     }
 
-    // The memory is shared with the library, which has replaced it already.
+    // The memory is shared with the library, which has already replaced it.
     fn update_memory(&self, _mem: AtomicMemory) -> io::Result<()> {
         Ok(())
     }
@@ -180,8 +182,8 @@ impl VhostUserBackend for BlkBackend {
             .ok()
     }
 
-    /// Returns when the requests in hand are on the used ring: so the ring's base that the
-    /// front-end gets next counts no request that is not answered.
+    /// Returns when the requests in flight are on the used ring, so that the ring base that the
+    /// front-end reads next does not count an unanswered request.
     fn stop_vring(&self, queue_index: u32) -> io::Result<()> {
         if let Some(queue) = self.queues.get(queue_index as usize) {
             queue.drain();
@@ -197,7 +199,7 @@ impl VhostUserBackend for BlkBackend {
         vrings: &[Vring],
         thread_id: usize,
     ) -> io::Result<()> {
-        // Each thread has one queue, so the thread's number is the queue's.
+        // Each thread serves one queue, so the thread's index is also the queue's.
         match (vrings.get(usize::from(device_event)), self.queues.get(thread_id)) {
             (Some(vring), Some(queue)) => queue.process(vring),
             _ => log::warn!("event {device_event} ({evset:?}) is no queue's, ignored"),

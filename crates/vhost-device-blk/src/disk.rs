@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The disk: a raw image or a block device, read and written straight from guest memory.
+//! The disk: a raw image or a block device, read and written directly from guest memory.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
@@ -18,20 +18,20 @@ use crate::topology::{self, Topology};
 use crate::zero::Means;
 use crate::{Error, Result};
 
-/// Bytes in a sector, the unit of a request's position and length.
+/// The size in bytes of a sector, the unit of a request's position and length.
 pub const SECTOR_SIZE: u64 = 512;
-/// Segments one preadv or pwritev takes (`UIO_MAXIOV`).
+/// The maximum number of segments of one preadv or pwritev (`UIO_MAXIOV`).
 const MAX_IOVECS: usize = 1024;
 
-/// How to open a disk.
+/// Options for opening a disk.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct DiskOptions {
-    /// Refuse writes.
+    /// Whether writes are refused.
     pub read_only: bool,
-    /// The logical block size that the guest is told, in bytes: a power of two, 512 to 4096. By
-    /// default that of the block device, and 512 for a file.
+    /// The logical block size reported to the guest, in bytes: a power of two, 512 to 4096. The
+    /// default is that of the block device, and 512 for a file.
     pub block_size: Option<u32>,
-    /// Keep the space of the disk, whatever the guest discards.
+    /// Whether the disk's space stays allocated when the guest discards it.
     pub keep_space: bool,
 }
 
@@ -43,13 +43,14 @@ pub struct Disk {
     read_only: bool,
     topology: Topology,
     means: Means,
-    /// Something written has been lost; no later flush may say otherwise. Shared with the processes
-    /// that serve front-ends: the host reports a loss once, to whichever of them flushes next.
+    /// Whether written data has been lost; no later flush may then succeed. Shared with the
+    /// processes that serve front-ends, because the host reports a loss only once, to the first of
+    /// them that flushes.
     lost: Shared<AtomicBool>,
 }
 
-/// Refuses an image that this process may not write to its end: the guest would find that out by I/O
-/// errors.
+/// Refuses an image that this process may not write up to its end: the guest would otherwise get
+/// I/O errors there.
 fn check_file_limit(path: &Path, bytes: u64) -> Result<()> {
     match getrlimit(Resource::Fsize).current {
         Some(most) if most < bytes => Err(Error::Limit {
@@ -73,8 +74,8 @@ impl Disk {
     /// Opens the image or block device at `path`.
     ///
     /// # Errors
-    /// [`Error::Disk`] if it cannot be opened, is neither a file nor a block device, or holds no
-    /// whole block; [`Error::ReadOnly`] if it is to be written and can only be read.
+    /// [`Error::Disk`] if it cannot be opened, is neither a file nor a block device, or is smaller
+    /// than one block; [`Error::ReadOnly`] if it must be writable but can only be read.
     pub fn open(path: &Path, options: &DiskOptions) -> Result<Self> {
         let failed = |problem: String| Error::Disk { path: path.to_path_buf(), problem };
         let io_failed = |e: io::Error| {
@@ -82,12 +83,12 @@ impl Disk {
         };
         let read_only = |problem: String| Error::ReadOnly { path: path.to_path_buf(), problem };
         let open = |write: bool| {
-            // Not to wait for whoever opens the other end of a pipe.
+            // Opening a pipe must not block until its other end is opened.
             let flags = libc::O_NONBLOCK;
             OpenOptions::new().read(true).write(write).custom_flags(flags).open(path)
         };
         let mut file = open(!options.read_only).map_err(|e| {
-            // A file system, a flag or a permission may be in the way of writing alone.
+            // A file system, a flag or a permission may prevent writing only.
             let only_read = !options.read_only && is_forbidden(&e) && open(false).is_ok();
             if only_read { read_only(e.to_string()) } else { io_failed(e) }
         })?;
@@ -96,7 +97,7 @@ impl Disk {
         if !kind.is_file() && !kind.is_block_device() {
             return Err(failed("neither a regular file nor a block device".into()));
         }
-        // The host opens it for writing all the same, and refuses the writes.
+        // The host opens such a device for writing nevertheless, and then fails the writes.
         if !options.read_only && kind.is_block_device() && topology::is_read_only(&file) {
             return Err(read_only("the block device is read-only".into()));
         }
@@ -133,28 +134,28 @@ impl Disk {
         })
     }
 
-    /// Capacity in sectors of 512 bytes.
+    /// Returns the capacity in sectors of 512 bytes.
     pub fn sectors(&self) -> u64 {
         self.sectors
     }
 
-    /// Whether writes are refused.
+    /// Returns whether writes are refused.
     pub fn read_only(&self) -> bool {
         self.read_only
     }
 
-    /// The sizes that matter to the guest.
+    /// Returns the block sizes reported to the guest.
     pub fn topology(&self) -> Topology {
         self.topology
     }
 
-    /// Whether the space of what is discarded is given back.
+    /// Returns whether a discard returns space to the host.
     pub fn can_discard(&self) -> bool {
         self.means.can_discard()
     }
 
-    /// The byte offset of `sector`, if `len` bytes from there on are whole blocks of `block_size`
-    /// bytes, all of them on the disk.
+    /// Returns the byte offset of `sector` if the `len` bytes from there are whole blocks of
+    /// `block_size` bytes and lie within the disk.
     pub fn offset(&self, sector: u64, len: u64, block_size: u32) -> Option<u64> {
         let block_size = u64::from(block_size);
         let offset = sector.checked_mul(SECTOR_SIZE)?;
@@ -163,28 +164,28 @@ impl Disk {
         (whole && end <= self.sectors * SECTOR_SIZE).then_some(offset)
     }
 
-    /// Reads from byte `offset` on until all of `slices` is filled. Where they may be
-    /// missing, they must have been waited for: the wait would be under the file's lock.
+    /// Reads from byte `offset` until all of `slices` is filled. The caller must first make missing
+    /// pages of `slices` present: a page fault in the system call would wait under the file's lock.
     ///
     /// # Errors
-    /// Whatever the host says; `UnexpectedEof` if the image has been cut off.
+    /// The error that the host returns; `UnexpectedEof` if the image has been truncated.
     pub fn read<B: BitmapSlice>(
         &self,
         slices: &[VolatileSlice<'_, B>],
         offset: u64,
     ) -> io::Result<()> {
         let result = self.transfer(slices, offset, Transfer::FromDisk);
-        // Even a failed read may have written something.
+        // Even a failed read may have written some of the slices.
         for slice in slices {
             slice.bitmap().mark_dirty(0, slice.len());
         }
         result
     }
 
-    /// Writes all of `slices` from byte `offset` on, see [`Disk::read`].
+    /// Writes all of `slices` from byte `offset`; see [`Disk::read`].
     ///
     /// # Errors
-    /// Whatever the host says.
+    /// The error that the host returns.
     pub fn write<B: BitmapSlice>(
         &self,
         slices: &[VolatileSlice<'_, B>],
@@ -196,8 +197,8 @@ impl Disk {
     /// Returns when everything written so far is on stable storage.
     ///
     /// # Errors
-    /// Whatever the host says; and ever again once it has failed, in this process or in another
-    /// that was forked with this disk: the host reports only once that it lost something.
+    /// The error that the host returns. Once a flush has failed, every later one fails too, in this
+    /// process and in every process forked with this disk: the host reports a loss only once.
     pub fn flush(&self) -> io::Result<()> {
         if self.lost.load(Ordering::SeqCst) {
             return Err(io::Error::other(
@@ -207,18 +208,18 @@ impl Disk {
         self.file.sync_data().inspect_err(|_| self.lost.store(true, Ordering::SeqCst))
     }
 
-    /// Gives the space of a range back, if that is possible.
+    /// Returns the space of a range to the host, if possible.
     ///
     /// # Errors
-    /// Whatever the host says.
+    /// The error that the host returns.
     pub fn discard(&self, range: &Range) -> io::Result<()> {
         self.means.discard(&self.file, range.offset, range.len)
     }
 
-    /// Has zeros read from a range.
+    /// Makes a range read as zeros.
     ///
     /// # Errors
-    /// Whatever the host says.
+    /// The error that the host returns.
     pub fn write_zeroes(&self, range: &Range) -> io::Result<()> {
         self.means.write_zeroes(&self.file, range.offset, range.len, range.unmap)
     }
@@ -229,7 +230,7 @@ impl Disk {
         mut offset: u64,
         direction: Transfer,
     ) -> io::Result<()> {
-        // Kept until the end: a guard says for how long its pointer is good.
+        // Kept until the end: a pointer is valid only as long as its guard exists.
         let guards: Vec<_> = slices.iter().map(VolatileSlice::ptr_guard_mut).collect();
         let mut iovecs: Vec<libc::iovec> = guards
             .iter()
@@ -240,8 +241,9 @@ impl Disk {
             let count = rest.len().min(MAX_IOVECS) as libc::c_int;
             let position = libc::off_t::try_from(offset).map_err(io::Error::other)?;
             let fd = self.file.as_raw_fd();
-            // SAFETY: the vectors describe guest memory that the guards keep mapped; the kernel
-            // may read and write it at any time, as the guest may, and nothing here borrows it.
+            // SAFETY: the vectors describe guest memory that the guards keep mapped; the kernel may
+            // read and write it at any time, as the guest may, because no reference to it exists
+            // here.
             let n = unsafe {
                 match direction {
                     Transfer::FromDisk => libc::preadv(fd, rest.as_ptr(), count, position),
@@ -271,12 +273,12 @@ impl Disk {
     }
 }
 
-/// Whether opening a file failed for want of a right.
+/// Returns whether opening a file failed for lack of permission.
 fn is_forbidden(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EACCES | libc::EPERM | libc::EROFS))
 }
 
-/// Takes `n` bytes off the front, and vectors with nothing in them.
+/// Removes `n` bytes from the front, and all empty vectors there.
 fn skip<'s>(rest: &'s mut &mut [libc::iovec], mut n: usize) -> &'s [libc::iovec] {
     let mut vectors = std::mem::take(rest);
     while let Some(first) = vectors.first_mut() {

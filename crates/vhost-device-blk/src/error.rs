@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What can go wrong, each in one line: what was asked, what happened, what to do.
+//! The daemon's errors, each one line: the operation, the cause and a hint.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -8,17 +8,17 @@ use std::path::{Path, PathBuf};
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// An option's value is not acceptable.
+    /// An option's value is invalid.
     #[error("{option} {value}: {problem}; see --help")]
     Option {
         /// The option as written on the command line.
         option: &'static str,
-        /// The value that was given.
+        /// The given value.
         value: String,
-        /// What is wrong with it.
+        /// The reason why the value is invalid.
         problem: String,
     },
-    /// The disk image could not be opened or is not usable.
+    /// The disk image cannot be opened or is not usable.
     #[error("--disk {}: {problem}; give a raw image or a block device this user may open", path.display())]
     Disk {
         /// The image.
@@ -26,7 +26,7 @@ pub enum Error {
         /// The host's error.
         problem: String,
     },
-    /// The disk is to be written, and can only be read.
+    /// The disk must be writable, but can only be read.
     #[error(
         "cannot open --disk {} for writing: {problem}; serve it with --read-only, or make it \
          writable",
@@ -38,32 +38,32 @@ pub enum Error {
         /// The host's error.
         problem: String,
     },
-    /// The socket could not be made.
+    /// The socket cannot be created.
     #[error("--socket {}: {problem}; {advice}", path.display())]
     Socket {
         /// The socket's path.
         path: PathBuf,
         /// The host's error.
         problem: String,
-        /// What to do about it.
+        /// A hint for the user.
         advice: &'static str,
     },
-    /// A limit of this process is in the way.
+    /// A limit of this process prevents the operation.
     #[error("{option} {}: {problem}; raise the limit ({limit})", path.display())]
     Limit {
-        /// The option whose file it is about.
+        /// The option that names the file.
         option: &'static str,
         /// The file.
         path: PathBuf,
         /// The host's error.
         problem: String,
-        /// How it is raised.
+        /// The command that raises the limit.
         limit: &'static str,
     },
     /// `--postcopy require` was given and the host does not permit post-copy.
     #[error("--postcopy require: {0}; {advice} or use --postcopy off", advice = .0.advice())]
     PostcopyUnavailable(crate::postcopy::Unavailable),
-    /// The statistics could not be written.
+    /// The statistics cannot be written.
     #[error("--stats {}: {source}; give a path this user may write", path.display())]
     Stats {
         /// The file.
@@ -80,22 +80,22 @@ pub enum Error {
          before any other thread is started"
     )]
     Threads(usize),
-    /// A system call that should not fail did.
+    /// A system call failed unexpectedly.
     #[error("{what}: {source}; this is a shortage of the host's or a bug, please report it")]
     System {
-        /// What was attempted.
+        /// The attempted operation.
         what: &'static str,
         /// The host's error.
         source: io::Error,
     },
 }
 
-/// Result of the daemon's operations.
+/// The result of the daemon's operations.
 pub type Result<T> = std::result::Result<T, Error>;
 
 impl Error {
-    /// The exit status of the daemon: 1 failed, 2 the command line is wrong, 3 this host cannot do
-    /// what was asked.
+    /// Returns the daemon's exit status: 1 for a failure, 2 for a wrong command line, 3 if this
+    /// host cannot do what was asked.
     pub fn exit_status(&self) -> u8 {
         match self {
             Error::Option { .. } => 2,
@@ -104,7 +104,7 @@ impl Error {
         }
     }
 
-    /// That a file cannot be opened because too many are, if that is so.
+    /// Returns an [`Error::Limit`] if `error` means that too many files are open.
     pub(crate) fn too_many_files(
         option: &'static str,
         path: &Path,
@@ -118,12 +118,12 @@ impl Error {
         })
     }
 
-    /// What makes an [`Error::System`] of an I/O error.
+    /// Returns a function that converts an I/O error into an [`Error::System`].
     pub(crate) fn system(what: &'static str) -> impl Fn(io::Error) -> Self {
         move |source| Error::System { what, source }
     }
 
-    /// An [`Error::System`] from `errno`.
+    /// Creates an [`Error::System`] from `errno`.
     pub(crate) fn last_os(what: &'static str) -> Self {
         Error::System { what, source: io::Error::last_os_error() }
     }

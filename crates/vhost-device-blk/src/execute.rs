@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Carrying out a request: from a descriptor chain to its status byte.
+//! Execution of a request, from its descriptor chain to its status byte.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -21,18 +21,18 @@ use crate::present::make_present;
 use crate::range::{self, Action, MAX_RANGES, RANGE_SIZE};
 use crate::request::{Kind, Malformed, Request};
 
-/// A request as it comes from a queue, with the memory it is about: that stays mapped until the
-/// request is done, even if the front-end replaces it meanwhile.
+/// A request as taken from a queue. It holds a reference to its memory, which stays mapped until
+/// the request is done even if the front-end replaces it meanwhile.
 pub type Chain = DescriptorChain<GuestMemoryLoadGuard<Memory>>;
 
-/// Carries out requests of all queues, from any thread.
+/// Executes requests of all queues, on any thread.
 pub struct Executor {
     disk: Arc<Disk>,
     counters: Arc<Counters>,
     options: DeviceOptions,
     acked_features: AtomicU64,
     write_cache: AtomicBool,
-    /// Requests whose data is all there, and which are with the host's file system now.
+    /// Requests whose data is all present and which are now inside the host's file system.
     at_the_disk: AtomicUsize,
 }
 
@@ -45,12 +45,12 @@ impl Drop for AtTheDisk<'_> {
     }
 }
 
-/// What came of a request.
+/// The outcome of a request.
 struct Answer {
     status: u32,
-    /// Bytes written from the start of what the device may write.
+    /// Bytes written, from the start of the device-writable buffers.
     written: u64,
-    /// Bytes of the disk that the request was about.
+    /// Bytes of the disk that the request covered.
     moved: u64,
 }
 
@@ -59,7 +59,7 @@ impl Answer {
         Answer { status, written: 0, moved: 0 }
     }
 
-    /// Of something done to `bytes` bytes of the disk; a failure is reported.
+    /// Returns the answer for an operation on `bytes` bytes of the disk, and logs a failure.
     fn done(what: &str, result: io::Result<()>, bytes: u64) -> Self {
         match result {
             Ok(()) => Answer { moved: bytes, ..Answer::of(VIRTIO_BLK_S_OK) },
@@ -71,7 +71,7 @@ impl Answer {
     }
 }
 
-/// Logs a failure of the disk; once a second at most, as the guest can try as often as it likes.
+/// Logs a disk failure, at most once a second because the guest can retry as often as it likes.
 fn report(what: &str, e: &io::Error) {
     static LAST: Mutex<(Option<Instant>, u64)> = Mutex::new((None, 0));
     let left_out = {
@@ -102,21 +102,23 @@ impl Executor {
         }
     }
 
-    /// What the driver and the device have agreed on.
+    /// Records the negotiated features.
     pub fn set_acked_features(&self, features: u64) {
         self.acked_features.store(features, Ordering::Relaxed);
         if self.acked(VIRTIO_BLK_F_CONFIG_WCE) && !self.acked(VIRTIO_BLK_F_FLUSH) {
-            // So the specification wants it (virtio 1.3, 5.2.5.2): nobody would flush the cache.
+            // Required by the specification (virtio 1.3, 5.2.5.2): such a driver would never flush
+            // the cache.
             self.write_cache.store(false, Ordering::SeqCst);
         }
     }
 
-    /// Requests that are past waiting for memory, and not done with the disk.
+    /// Returns the number of requests that no longer wait for memory and are not yet done with the
+    /// disk.
     pub fn at_the_disk(&self) -> usize {
         self.at_the_disk.load(Ordering::SeqCst)
     }
 
-    /// Counts a chain taken from a queue, when as many are in hand with it.
+    /// Counts a chain taken from a queue; `in_hand` requests, including it, are now in flight.
     pub fn count_taken(&self, queue: usize, in_hand: usize) {
         let counters = self.counters.queue(queue);
         counters.requests.fetch_add(1, Ordering::Relaxed);
@@ -141,8 +143,8 @@ impl Executor {
         let answer = self.execute(&request, counters);
         count(counters, request.kind, &answer);
         request.status.write(answer.status as u8);
-        // The used length promises that many bytes from the start on (virtio 1.3, 2.7.8.2), so the
-        // status counts only where everything before it has been written.
+        // The used length promises that many bytes from the start (virtio 1.3, 2.7.8.2), so the
+        // status counts only if everything before it has been written.
         let all = answer.written == request.before_status;
         let written = answer.written + u64::from(all);
         u32::try_from(written).unwrap_or(u32::MAX)
@@ -240,25 +242,25 @@ impl Executor {
         }
     }
 
-    /// Turns the write cache on or off, as the driver wishes. What was written while it was on is
-    /// stable when it is off.
+    /// Turns the write cache on or off, as the driver requests. When it is turned off, everything
+    /// written before is stable.
     pub fn set_write_cache(&self, on: bool) -> io::Result<()> {
         self.write_cache.store(on, Ordering::SeqCst);
         if on { Ok(()) } else { self.disk.flush() }
     }
 
-    /// Whether the write cache is on, as the configuration space says.
+    /// Returns whether the write cache is on, as shown in the configuration space.
     pub fn write_cache(&self) -> bool {
         self.write_cache.load(Ordering::SeqCst)
     }
 
-    /// What must happen before something written is answered.
+    /// Makes written data stable before the answer, unless the write cache is on.
     fn settle(&self, counters: &QueueCounters) -> io::Result<()> {
         let cached = match (self.acked(VIRTIO_BLK_F_FLUSH), self.acked(VIRTIO_BLK_F_CONFIG_WCE)) {
             // A driver that cannot flush needs every write to be stable.
             (false, _) => false,
             (true, true) => self.write_cache(),
-            // One that does not see the state of the cache takes it for on, and flushes.
+            // A driver that does not see the state of the cache assumes that it is on, and flushes.
             (true, false) => self.options.write_cache,
         };
         if cached { Ok(()) } else { self.sync(counters) }
@@ -273,8 +275,8 @@ impl Executor {
         self.acked_features.load(Ordering::Relaxed) & (1 << feature) != 0
     }
 
-    /// What the driver's requests must be multiples of. One that was not told of blocks knows
-    /// sectors only.
+    /// Returns the size in bytes of which the driver's requests must be multiples. A driver that
+    /// did not negotiate a block size knows only sectors.
     fn block_size(&self) -> u32 {
         if self.acked(VIRTIO_BLK_F_BLK_SIZE) {
             self.disk.topology().block_size
@@ -292,7 +294,8 @@ impl Executor {
         AtTheDisk(&self.at_the_disk)
     }
 
-    /// Memory can be missing only for a front-end that was offered post-copy.
+    /// Makes the pages of `data` present. Memory can be missing only if post-copy was offered to
+    /// the front-end.
     fn make_present<B: BitmapSlice>(&self, data: &[VolatileSlice<'_, B>]) {
         if self.options.postcopy {
             make_present(data);

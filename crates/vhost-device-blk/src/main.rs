@@ -9,7 +9,7 @@ use clap::error::ErrorKind;
 use vhost_device_blk::args::Args;
 use vhost_device_blk::{limits, server};
 
-/// Exit status for a command line that is wrong.
+/// The exit status for a wrong command line.
 const USAGE: u8 = 2;
 
 fn main() -> ExitCode {
@@ -37,7 +37,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// The parts of clap's message that say what is wrong, on one line.
+/// Returns the error part of clap's message, on one line.
 fn one_line(message: &str) -> String {
     let mut line = String::new();
     for part in message.lines().map(str::trim).take_while(|l| !l.starts_with("Usage:")) {

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The threads that carry out the requests of one queue, so that none waits for another.
+//! The threads that execute the requests of one queue, so that none waits for another.
 //!
-//! Threads, and not io_uring: a request must be able to wait for a page that has not arrived. In
-//! the ring the kernel would wait on the request's behalf, in the middle of the file system with
-//! the file's lock held; touching the page beforehand takes a thread that may wait. So the ring
-//! would save no thread.
+//! It uses threads instead of io_uring, because a request must be able to wait for a missing page.
+//! Within io_uring the kernel would wait on the request's behalf, in the middle of the file system
+//! with the file's lock held; touching the page beforehand needs a thread that may wait. So
+//! io_uring would save no thread.
 
 use std::collections::VecDeque;
 use std::panic::{self, AssertUnwindSafe};
@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 type Job = Box<dyn FnOnce() + Send>;
 
-/// A bounded number of threads, started as they are needed.
+/// A bounded number of threads, started on demand.
 pub struct Pool {
     shared: Arc<Shared>,
     name: String,
@@ -23,22 +23,22 @@ pub struct Pool {
 
 struct Shared {
     state: Mutex<State>,
-    /// There is a job, or the pool is closed.
+    /// Signalled when a job is queued or the pool is closed.
     work: Condvar,
-    /// A place has become free, or the pool is closed.
+    /// Signalled when a place becomes free or the pool is closed.
     freed: Condvar,
 }
 
 struct State {
     jobs: VecDeque<Job>,
-    /// Places taken: by jobs that wait or run, and by who is about to bring one.
+    /// Places taken, by jobs that are queued or run and by callers about to submit one.
     taken: usize,
     threads: usize,
     idle: usize,
     closed: bool,
 }
 
-/// The right to have one job done; the place is free again when it is dropped.
+/// The right to run one job; dropping it frees the place.
 pub struct Place(Arc<Shared>);
 
 impl Shared {
@@ -55,7 +55,7 @@ impl Drop for Place {
 }
 
 impl Pool {
-    /// A pool that does at most `limit` jobs at once, in threads of this name.
+    /// Creates a pool that runs at most `limit` jobs at once, in threads with this name.
     pub fn new(name: String, limit: usize) -> Self {
         let state = State { jobs: VecDeque::new(), taken: 0, threads: 0, idle: 0, closed: false };
         let shared =
@@ -63,7 +63,7 @@ impl Pool {
         Pool { shared: Arc::new(shared), name, limit: limit.max(1) }
     }
 
-    /// Waits for a place. `None` once the pool is closed.
+    /// Waits for a place. Returns `None` once the pool is closed.
     pub fn reserve(&self) -> Option<Place> {
         let mut state = self.shared.lock();
         while state.taken >= self.limit && !state.closed {
@@ -76,8 +76,8 @@ impl Pool {
         Some(Place(self.shared.clone()))
     }
 
-    /// Has `job` done by a thread of the pool; or by this one, if the host gives no more threads
-    /// and there is none. The place is the job's until it is done.
+    /// Runs `job` on a thread of the pool, or on the calling thread if the pool has no thread and
+    /// the host refuses to create one. The job holds its place until it is done.
     pub fn run(&self, place: Place, job: impl FnOnce() + Send + 'static) {
         let job = move || {
             let _place = place;
@@ -101,7 +101,7 @@ impl Pool {
         self.shared.work.notify_one();
     }
 
-    /// Places that are taken.
+    /// Returns the number of places taken.
     pub fn taken(&self) -> usize {
         self.shared.lock().taken
     }
@@ -114,7 +114,7 @@ impl Pool {
         }
     }
 
-    /// Gives no more places. Jobs in hand are still done, and the threads end after them.
+    /// Stops handing out places. Jobs already submitted still run, and the threads end after them.
     pub fn close(&self) {
         self.shared.lock().closed = true;
         self.shared.work.notify_all();
@@ -133,7 +133,8 @@ fn work(shared: &Shared) {
     loop {
         if let Some(job) = state.jobs.pop_front() {
             drop(state);
-            // A panic has been reported, and has freed its place; the thread is still good.
+            // The panic has already been reported and has freed its place; the thread can be
+            // reused.
             let _ = panic::catch_unwind(AssertUnwindSafe(job));
             state = shared.lock();
         } else if state.closed {
@@ -150,8 +151,8 @@ fn wait<'a>(condition: &Condvar, state: MutexGuard<'a, State>) -> MutexGuard<'a,
     condition.wait(state).unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Waits until no place of `pools` is taken. Gives up when nothing has happened for `patience`:
-/// `progress` says how much has.
+/// Waits until no place of `pools` is taken. Returns `false` after `patience` without a change in
+/// the number of places taken or in the value of `progress`.
 pub fn drain_all(pools: &[Arc<Pool>], patience: Duration, progress: impl Fn() -> u128) -> bool {
     let mut last = None;
     let mut deadline = Instant::now();

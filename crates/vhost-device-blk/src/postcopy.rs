@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Whether this process may open the userfaultfd that post-copy needs.
+//! Probes whether this process may open the userfaultfd that post-copy needs.
 
 use userfaultfd::UffdBuilder;
 
-/// Why post-copy cannot be offered.
+/// The reason why post-copy cannot be offered.
 #[derive(Debug, thiserror::Error)]
 #[error("no userfaultfd for this process through /dev/userfaultfd ({0})")]
 pub struct Unavailable(String);
 
 impl Unavailable {
-    /// The hint for the user.
+    /// Returns the hint for the user.
     pub fn advice(&self) -> &'static str {
         if self.0.contains("Too many open files") {
             "raise the limit of open files (ulimit -n)"
@@ -19,11 +19,11 @@ impl Unavailable {
     }
 }
 
-/// Opens a userfaultfd just as `POSTCOPY_ADVISE` will (faults of system calls included, so that
+/// Opens a userfaultfd exactly as `POSTCOPY_ADVISE` will (including faults in system calls, so that
 /// I/O into missing memory waits instead of failing), and closes it again.
 ///
 /// # Errors
-/// [`Unavailable`] says what the host answered.
+/// [`Unavailable`] carries the host's error.
 pub fn probe() -> Result<(), Unavailable> {
     UffdBuilder::new()
         .close_on_exec(true)
@@ -34,7 +34,7 @@ pub fn probe() -> Result<(), Unavailable> {
         .map_err(|e| Unavailable(describe(&e)))
 }
 
-/// The error with its causes, on one line, none of them twice.
+/// Returns the error and its causes on one line, without repetition.
 fn describe(e: &dyn std::error::Error) -> String {
     let mut text = e.to_string();
     let mut cause = e.source();

@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A queue: chains off the available ring, and back onto the used ring.
+//! A queue: takes chains from the available ring and puts them on the used ring.
 //!
-//! One thread takes the chains, in their order; the threads of the queue's pool carry them out and
-//! put each on the used ring as it is done. The ring's lock is held for each single step on the
-//! ring, never while data moves; a fault under it delays messages about this ring, and no other
-//! ring.
+//! One thread takes the chains in order; the threads of the queue's pool execute them and put each
+//! on the used ring when it is done. The ring's lock is held for each single step on the ring,
+//! never while data moves; a fault under it delays messages about this ring, but no other ring.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -23,7 +22,7 @@ pub struct Queue {
     executor: Arc<Executor>,
     mem: AtomicMemory,
     pool: Arc<Pool>,
-    /// A driver's broken ring is reported once, not at each kick.
+    /// Whether the driver's broken ring has been reported; it is reported once, not at each kick.
     reported: Arc<AtomicBool>,
 }
 
@@ -33,20 +32,21 @@ impl Queue {
         Queue { index, executor, mem, pool, reported: Arc::new(AtomicBool::new(false)) }
     }
 
-    /// The queue's requests in hand.
+    /// Returns the pool that holds the queue's requests in flight.
     pub fn pool(&self) -> &Arc<Pool> {
         &self.pool
     }
 
-    /// Takes what is on `vring`, until it is empty or stopped. Waits while as many requests are in
-    /// hand as there may be. To be called from one thread only.
+    /// Takes the chains on `vring` until it is empty or stopped. Waits while the maximum number of
+    /// requests is in flight. Must be called from one thread only.
     pub fn process(&self, vring: &Vring) {
         if let Err(e) = self.take_all(vring) {
             report(&self.reported, self.index, &e);
         }
     }
 
-    /// Waits until no request is in hand. The ring must have been stopped: more would be taken.
+    /// Waits until no request is in flight. The ring must be stopped, or more chains would be
+    /// taken.
     pub fn drain(&self) {
         self.pool.drain();
         self.reported.store(false, Ordering::Relaxed);
@@ -64,8 +64,8 @@ impl Queue {
             }
             let mut taken = false;
             loop {
-                // The place first: whoever stops the ring and then finds no place taken knows
-                // that no chain is on its way either.
+                // Reserve the place before taking the chain: a thread that stops the ring and then
+                // finds no place taken knows that no chain is being taken either.
                 let Some(place) = self.pool.reserve() else {
                     return Ok(());
                 };
@@ -91,8 +91,8 @@ impl Queue {
             if !state.enable_notification()? {
                 return Ok(());
             }
-            // More has come in between. If nothing of it can be had twice in a row, the ring is
-            // stopped or broken.
+            // More chains were added in between. If none of them can be taken twice in a row, the
+            // ring is stopped or broken.
             idle_rounds = if taken { 0 } else { idle_rounds + 1 };
             if idle_rounds > 1 {
                 return Ok(());
@@ -118,12 +118,12 @@ fn may_run(state: &VringState<AtomicMemory>) -> bool {
     state.get_queue().ready() && state.is_enabled()
 }
 
-/// Puts a chain on the used ring and tells the driver if it wants to know; both under one lock, as
-/// the decision is about what has been added since the last one.
+/// Puts a chain on the used ring and notifies the driver if it asked for that; both under one lock,
+/// because the decision depends on the chains added since the last one.
 fn complete(vring: &Vring, head: u16, written: u32) -> Result<(), Error> {
     let mut state = vring.get_mut();
     if head >= state.get_queue().size() {
-        // The driver made it up: there is nothing to give back.
+        // The driver made up this index: there is no descriptor to return.
         return Ok(());
     }
     state.add_used(head, written)?;

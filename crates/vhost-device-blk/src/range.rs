@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The ranges of discard and write zeroes requests, checked before any of them is touched.
+//! The ranges of discard and write zeroes requests, all checked before any is executed.
 
 use virtio_bindings::bindings::virtio_blk::{
     VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
@@ -7,41 +7,42 @@ use virtio_bindings::bindings::virtio_blk::{
 
 use crate::disk::Disk;
 
-/// Bytes of `struct virtio_blk_discard_write_zeroes`: sector, number of sectors, flags.
+/// The size in bytes of `struct virtio_blk_discard_write_zeroes`: sector, number of sectors, flags.
 pub const RANGE_SIZE: usize = 16;
-/// Most ranges in one request.
+/// The maximum number of ranges in one request.
 pub const MAX_RANGES: u32 = 32;
-/// Most sectors in one range that is discarded: 1 GiB, a matter of the file's metadata only.
+/// The maximum number of sectors in one discarded range: 1 GiB, because only metadata of the file
+/// changes.
 pub const MAX_DISCARD_SECTORS: u32 = 1 << 21;
-/// Most sectors in one range that is zeroed: 64 MiB, which may have to be written.
+/// The maximum number of sectors in one zeroed range: 64 MiB, because zeros may have to be written.
 pub const MAX_ZEROES_SECTORS: u32 = 1 << 17;
 
-/// What is to be done to the ranges.
+/// The operation on the ranges.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Action {
-    /// Give the space back; what is read there afterwards is undefined.
+    /// Returns the space to the host; reads there are undefined afterwards.
     Discard,
-    /// Have zeros read there afterwards.
+    /// Makes the ranges read as zeros.
     WriteZeroes,
 }
 
 /// A part of the disk, in bytes.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Range {
-    /// Where it starts.
+    /// The offset of its first byte.
     pub offset: u64,
-    /// How long it is.
+    /// Its length.
     pub len: u64,
-    /// Zeroes only: whether the space may be given back.
+    /// For write zeroes only: whether the space may be returned to the host.
     pub unmap: bool,
 }
 
-/// Takes apart a request's data, for a driver whose requests come in units of `block_size` bytes.
+/// Parses a request's data, for a driver whose requests are multiples of `block_size` bytes.
 ///
 /// # Errors
-/// The status for the driver (virtio 1.3, 5.2.6.2): unsupported for flags that are unknown, or out
-/// of place; I/O error for data that is no whole number of ranges, and for ranges that are too
-/// many, too long, off the blocks or past the end.
+/// The status for the driver (virtio 1.3, 5.2.6.2): unsupported for flags that are unknown or not
+/// allowed for this request; I/O error for data that is not a whole number of ranges, and for too
+/// many ranges or ranges that are too long, not aligned to blocks or past the end.
 pub fn parse(data: &[u8], action: Action, disk: &Disk, block_size: u32) -> Result<Vec<Range>, u32> {
     let count = data.len() / RANGE_SIZE;
     if count == 0 || !data.len().is_multiple_of(RANGE_SIZE) || count > MAX_RANGES as usize {
@@ -102,7 +103,8 @@ mod tests {
         assert!(parse(&[(0, MAX_ZEROES_SECTORS, 0)], WriteZeroes, 512).is_ok());
         assert!(parse(&[(0, 8, 0); MAX_RANGES as usize], Discard, 512).is_ok());
 
-        // Flags come first: nothing of what follows is understood with them.
+        // Flags are checked first: with an unknown flag, the meaning of the other fields is
+        // unknown.
         for (ranges, action) in [
             (&[(8, 16, 1)][..], Discard),
             (&[(8, 16, 2)], WriteZeroes),

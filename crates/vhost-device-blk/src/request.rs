@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Requests: from a descriptor chain to what the driver asks for, and where the answer goes.
+//! Parses a descriptor chain into a request and the place for its answer.
 //!
-//! Nothing is assumed of how the driver cut a request into descriptors (virtio 1.3, 2.7.4.1): the
-//! header is the first 16 bytes that the device may read, the status the last byte it may write.
+//! The parser assumes nothing about how the driver split a request into descriptors (virtio 1.3,
+//! 2.7.4.1): the header is the first 16 bytes that the device may read, the status the last byte
+//! that it may write.
 
 use std::ops::Deref;
 
@@ -16,42 +17,43 @@ use vm_memory::{GuestAddress, GuestMemory, Permissions, VolatileSlice};
 
 use crate::range::Action;
 
-/// Bytes in a request's header: type, reserved, sector.
+/// The size in bytes of a request's header: type, reserved, sector.
 const HEADER_SIZE: usize = 16;
 
-/// What the driver asks for.
+/// The operation that the driver requests.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Kind {
     /// Read from the disk, starting at this sector of 512 bytes.
     Read(u64),
     /// Write to the disk, starting at this sector of 512 bytes.
     Write(u64),
-    /// Put what was written on stable storage.
+    /// Put all written data on stable storage.
     Flush,
-    /// Say the serial number.
+    /// Return the serial number.
     GetId,
-    /// Something about ranges of the disk, which the data names.
+    /// An operation on ranges of the disk, which are listed in the data.
     Ranges(Action),
-    /// Something this device does not offer; the request's type.
+    /// An operation that this device does not offer, with the request's type.
     Unsupported(u32),
 }
 
 /// A request.
 #[derive(Debug)]
 pub struct Request<'m, B> {
-    /// What the driver asks for.
+    /// The operation that the driver requests.
     pub kind: Kind,
-    /// The data: what to write to the disk or which ranges, or where to put what was read.
+    /// The buffers: the data to write to the disk, the ranges, or the place for the data read.
     pub data: Vec<VolatileSlice<'m, B>>,
     /// Bytes in `data`.
     pub data_len: u64,
-    /// Bytes the device may write before the status; for requests that read, that is `data`.
+    /// Bytes that the device may write before the status; for requests that read, the length of
+    /// `data`.
     pub before_status: u64,
-    /// Where the answer goes.
+    /// The place for the answer.
     pub status: Status<'m, B>,
 }
 
-/// The byte that the device answers with.
+/// The byte that holds the device's answer.
 #[derive(Debug)]
 pub struct Status<'m, B>(VolatileSlice<'m, B>);
 
@@ -62,22 +64,23 @@ impl<B: BitmapSlice> Status<'_, B> {
     }
 }
 
-/// Why a chain is not a request.
+/// The reason why a chain is not a valid request.
 #[derive(Debug)]
 pub enum Malformed<'m, B> {
-    /// There is a place to answer "I/O error": the header is short, or a buffer is not in memory.
+    /// A status byte exists, for the answer "I/O error": the header is short, or a buffer is not in
+    /// memory.
     Answerable(Status<'m, B>),
-    /// The chain is broken (a loop, an index or table out of range, a buffer to read after one to
-    /// write) or has no room for an answer.
+    /// The chain is broken (a loop, an index or table out of range, a readable buffer after a
+    /// writable one) or has no status byte.
     Broken,
 }
 
 impl<'m, B: BitmapSlice> Request<'m, B> {
-    /// Takes `chain` apart. Reads the descriptors and the header, no data; what is missing under
-    /// them is waited for.
+    /// Parses `chain`. Reads the descriptors and the header, but no data; waits for their pages if
+    /// they are missing.
     ///
     /// # Errors
-    /// [`Malformed`] says whether the driver can be told.
+    /// [`Malformed`] states whether the driver can be answered.
     pub fn parse<M, D>(mem: &'m M, chain: DescriptorChain<D>) -> Result<Self, Malformed<'m, B>>
     where
         M: GuestMemory,
@@ -90,7 +93,8 @@ impl<'m, B: BitmapSlice> Request<'m, B> {
         let mut seen_writable = false;
         let mut all_mapped = true;
         let mut last_mapped = false;
-        // An iterator over a chain that goes wrong just ends, with one more descriptor promised.
+        // The iterator over a broken chain just ends, although the last descriptor promised
+        // another.
         let mut promised = true;
         for desc in chain {
             promised = desc.has_next();
@@ -139,12 +143,13 @@ impl<'m, B: BitmapSlice> Request<'m, B> {
     }
 }
 
-/// Bytes in `slices`.
+/// Returns the number of bytes in `slices`.
 fn total<B: BitmapSlice>(slices: &[VolatileSlice<'_, B>]) -> u64 {
     slices.iter().map(|s| s.len() as u64).sum()
 }
 
-/// Appends the memory from `addr` on to `list`; all of it, or nothing and `false`.
+/// Appends the memory at `addr` to `list`. Appends nothing and returns `false` if some of it is not
+/// mapped.
 fn append<'m, M, B>(
     list: &mut Vec<VolatileSlice<'m, B>>,
     mem: &'m M,
@@ -173,7 +178,7 @@ where
     true
 }
 
-/// Takes the last byte off `slices`, none of which is empty.
+/// Removes the last byte of `slices`, none of which may be empty.
 fn take_last_byte<'m, B: BitmapSlice>(
     slices: &mut Vec<VolatileSlice<'m, B>>,
 ) -> Option<VolatileSlice<'m, B>> {
@@ -185,7 +190,8 @@ fn take_last_byte<'m, B: BitmapSlice>(
     Some(byte)
 }
 
-/// Takes as many bytes off the front of `slices` as `buf` holds; `false` if there are too few.
+/// Moves bytes from the front of `slices` into `buf` until it is full; returns `false` if there are
+/// too few.
 fn take_front<B: BitmapSlice>(slices: &mut Vec<VolatileSlice<'_, B>>, buf: &mut [u8]) -> bool {
     let mut filled = 0;
     let mut used_up = 0;

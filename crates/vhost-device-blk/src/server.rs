@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The daemon: a socket, and a process for each front-end that connects, one after another.
+//! The daemon: listens on a socket and forks a process for each front-end, one at a time.
 
 use std::fs;
 use std::io::{self, PipeReader, Read, Write};
@@ -17,54 +17,54 @@ use crate::disk::{Disk, DiskOptions};
 use crate::signals::{self, Signals};
 use crate::{Error, Result, connection, postcopy};
 
-/// How long a front-end's process may take to end when asked to, before it is killed. Longer than
-/// it gives the requests in hand.
+/// The time that a front-end's process may take to end after SIGTERM before it is killed. Longer
+/// than the time that the process gives its requests in flight.
 const END_PATIENCE: Duration = Duration::from_secs(4);
 
-/// Exit status of a front-end's process in which something panicked.
+/// The exit status of a front-end's process in which a thread panicked.
 const PANICKED: i32 = 70;
 
-/// What the daemon is to do; [`crate::args::Args::into_options`] makes it of a command line.
+/// Configuration of the daemon; [`crate::args::Args::into_options`] creates it from a command line.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// Unix socket to listen on.
+    /// The Unix socket to listen on.
     pub socket: PathBuf,
-    /// Raw image or block device to serve.
+    /// The raw image or block device to serve.
     pub disk: PathBuf,
-    /// Number of queues, 1 to 64.
+    /// The number of queues, 1 to 64.
     pub num_queues: u16,
-    /// Largest queue size, in descriptors; a power of two.
+    /// The maximum queue size, in descriptors; a power of two.
     pub queue_size: u16,
-    /// Requests of one queue that are carried out at once, at most.
+    /// The maximum number of requests of one queue that are executed at once.
     pub threads: u16,
-    /// Refuse writes.
+    /// Whether writes are refused.
     pub read_only: bool,
-    /// The logical block size in bytes, if not the disk's own.
+    /// The logical block size in bytes, if different from the disk's own.
     pub block_size: Option<u32>,
-    /// Keep the space of what the guest discards.
+    /// Whether the space of discarded ranges stays allocated.
     pub keep_space: bool,
-    /// Start with the write cache on.
+    /// Whether the write cache is on at the start.
     pub write_cache: bool,
     /// The serial number, up to 20 bytes.
     pub serial: String,
     /// Whether to offer post-copy.
     pub postcopy: Postcopy,
-    /// Offer `CONFIGURE_MEM_SLOTS`.
+    /// Whether to offer `CONFIGURE_MEM_SLOTS`.
     pub mem_slots: bool,
-    /// Return after the first front-end.
+    /// Whether to return after the first front-end.
     pub once: bool,
-    /// Where to write the counters.
+    /// The file for the counters.
     pub stats: Option<PathBuf>,
 }
 
 /// Serves `options.disk` on `options.socket`: until the first front-end has disconnected if
-/// `options.once`, else until SIGTERM or SIGINT. Removes the socket before it returns.
+/// `options.once`, otherwise until SIGTERM or SIGINT. Removes the socket before it returns.
 ///
-/// Blocks the two signals, and forks for each front-end, so the process must have no other threads.
-/// No two front-ends are served at once; the next one waits until its turn comes.
+/// Blocks the two signals and forks for each front-end, so the process must have no other threads.
+/// Front-ends are served one at a time; the next one waits for its turn.
 ///
 /// # Errors
-/// [`Error`]; of a connection's own errors only with `options.once`.
+/// [`Error`]; a connection's own errors only with `options.once`.
 pub fn serve(options: &Options) -> Result<()> {
     expect_no_threads()?;
     let signals = Signals::block()?;
@@ -108,9 +108,9 @@ pub fn serve(options: &Options) -> Result<()> {
         }
         counters.connected();
         let child = Child::fork(|| {
-            // SAFETY: this runs in the child, which drops nothing: the descriptor has one owner
-            // there. It is closed as soon as the connection is accepted, so that nobody connects
-            // to a daemon that is gone.
+            // SAFETY: this runs in the child, which drops nothing, so the descriptor has one owner
+            // there. It is closed as soon as the connection is accepted, so that no front-end
+            // connects to a daemon that has ended.
             let listener = unsafe { UnixListener::from_raw_fd(socket.listener.as_raw_fd()) };
             connection::serve(listener, &signals, disk.clone(), counters.clone(), device.clone())
         })?;
@@ -120,7 +120,7 @@ pub fn serve(options: &Options) -> Result<()> {
         }
         match write_stats() {
             Err(e) if options.once => return Err(e),
-            // Counters are no reason not to serve the next one.
+            // A failure to write counters does not justify refusing the next front-end.
             Err(e) => log::error!("{e}"),
             Ok(()) => {}
         }
@@ -133,8 +133,8 @@ pub fn serve(options: &Options) -> Result<()> {
     }
 }
 
-/// In the child of a process with several threads hardly anything may be done: the locks of the
-/// others stay locked.
+/// Fails if the process has other threads: hardly anything is allowed in the forked child of such a
+/// process, because locks that the other threads hold stay locked.
 fn expect_no_threads() -> Result<()> {
     let threads = fs::read_dir("/proc/self/task").map_err(Error::system("counting threads"))?;
     match threads.count() {
@@ -163,17 +163,17 @@ fn offer_postcopy(wish: Postcopy) -> Result<bool> {
 /// A process that serves one front-end.
 struct Child {
     pid: libc::pid_t,
-    /// What it has to say when it fails; hung up when it ends.
+    /// The read end of the pipe on which it reports a failure; hung up when the process ends.
     report: PipeReader,
 }
 
 impl Child {
-    /// Runs `work` in a new process, which ends with it, and at the latest with this one.
+    /// Runs `work` in a new process, which ends after it, and at the latest together with this one.
     fn fork(work: impl FnOnce() -> Result<()>) -> Result<Self> {
         let (report, mut failure) = io::pipe().map_err(Error::system("making a pipe"))?;
         let parent = std::process::id();
-        // SAFETY: this process has no other threads, which `serve` has checked and neither it nor
-        // what it calls starts, so the child may do all that this process could.
+        // SAFETY: this process has no other threads: `serve` has checked that, and neither it nor
+        // the functions it calls start one. So the child may do everything that this process could.
         match unsafe { libc::fork() } {
             -1 => Err(Error::last_os("starting a process for the front-end")),
             0 => {
@@ -200,8 +200,8 @@ impl Child {
         }
     }
 
-    /// Waits for the process to end, and asks it to when a signal asks us to. Returns how it
-    /// ended, and whether a signal came.
+    /// Waits for the process to end, and terminates it if this process receives a signal. Returns
+    /// the outcome, and whether a signal was received.
     fn wait(mut self, signals: &Signals) -> Result<(Result<()>, bool)> {
         let mut deadline = None;
         loop {
@@ -226,7 +226,7 @@ impl Child {
         let mut text = String::new();
         let _ = self.report.read_to_string(&mut text);
         let mut status = 0;
-        // SAFETY: our child, which nobody else waits for.
+        // SAFETY: the process is our child, and no other code waits for it.
         while unsafe { libc::waitpid(self.pid, &mut status, 0) } < 0 {
             if io::Error::last_os_error().kind() != io::ErrorKind::Interrupted {
                 return Err(Error::last_os("waiting for the front-end's process"));
@@ -252,14 +252,14 @@ impl Child {
     }
 
     fn kill(&self, signal: libc::c_int) {
-        // SAFETY: the process has not been waited for, so its number is still its own.
+        // SAFETY: the process has not been waited for, so its ID has not been reused.
         unsafe { libc::kill(self.pid, signal) };
     }
 }
 
-/// Has this process killed when `parent` ends.
+/// Arranges for the kernel to kill this process when `parent` ends.
 fn die_with(parent: u32) {
-    // SAFETY: neither call touches memory.
+    // SAFETY: neither call accesses memory.
     let orphan = unsafe {
         libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
         libc::getppid() as u32 != parent
@@ -269,9 +269,9 @@ fn die_with(parent: u32) {
     }
 }
 
-/// Ends the process whatever its threads are doing, and runs nothing more in it.
+/// Ends the process whatever its threads are doing, and runs no destructor or exit handler.
 fn exit_now(status: i32) -> ! {
-    // SAFETY: never returns; nothing of this process is needed by anyone.
+    // SAFETY: it never returns, and no state of this process is needed afterwards.
     unsafe { libc::_exit(status) }
 }
 
@@ -279,12 +279,12 @@ fn exit_now(status: i32) -> ! {
 struct Socket {
     listener: UnixListener,
     path: PathBuf,
-    /// Device and inode: what is removed must be what was made.
+    /// Device and inode, so that only the socket created here is removed.
     id: (u64, u64),
 }
 
 impl Socket {
-    /// Listens on `path`, in place of a socket that nobody listens on any more.
+    /// Listens on `path`, replacing a stale socket.
     fn bind(path: &Path) -> Result<Self> {
         let failed =
             |problem: String, advice| Error::Socket { path: path.to_path_buf(), problem, advice };
@@ -293,7 +293,7 @@ impl Socket {
                 return Err(failed("exists and is no socket".into(), "give another path"));
             }
             Ok(_) => {
-                // A socket of another type: whoever listens does not notice.
+                // Connect with a socket of another type: a live listener does not notice.
                 match UnixDatagram::unbound().and_then(|s| s.connect(path)) {
                     Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => {
                         fs::remove_file(path)
@@ -343,7 +343,7 @@ mod tests {
         let paths = [disk, socket].map(|path| path.display().to_string());
         let args = ["vhost-device-blk", "--disk", &paths[0], "--socket", &paths[1]];
         let options = crate::args::Args::try_parse_from(args).unwrap().into_options().unwrap();
-        // On a thread, so that a server that begins all the same does not keep the test.
+        // On a separate thread, so that a server that starts by mistake does not block the test.
         let (sender, result) = std::sync::mpsc::channel();
         std::thread::spawn(move || sender.send(serve(&options)));
         let result = result.recv_timeout(Duration::from_secs(10)).expect("it does not begin");

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use crate::{Error, Result};
 
-/// The signals SIGTERM and SIGINT, blocked in this thread and all it starts.
+/// The signals SIGTERM and SIGINT, blocked in this thread and in all threads it starts.
 #[derive(Debug)]
 pub struct Signals(OwnedFd);
 
@@ -17,8 +17,8 @@ impl Signals {
     /// Blocks the signals and opens the descriptor that reports them.
     pub fn block() -> Result<Self> {
         let mut set = MaybeUninit::uninit();
-        // SAFETY: sigemptyset initializes the set, which the other calls then change and read;
-        // signalfd makes a new descriptor that nobody else owns.
+        // SAFETY: sigemptyset initializes the set before the other calls change and read it;
+        // signalfd creates a new descriptor, which has no other owner.
         unsafe {
             libc::sigemptyset(set.as_mut_ptr());
             for signal in [libc::SIGTERM, libc::SIGINT] {
@@ -37,12 +37,12 @@ impl Signals {
         }
     }
 
-    /// Takes the pending signals and returns whether there were any.
+    /// Consumes the pending signals and returns whether any were pending.
     pub fn take(&self) -> bool {
         let mut info = MaybeUninit::<libc::signalfd_siginfo>::uninit();
         let size = size_of::<libc::signalfd_siginfo>();
         let mut any = false;
-        // SAFETY: the buffer holds one structure, which is what is asked for.
+        // SAFETY: the buffer holds exactly one structure, and `size` is its size.
         while unsafe { libc::read(self.0.as_raw_fd(), info.as_mut_ptr().cast(), size) } > 0 {
             any = true;
         }
@@ -56,8 +56,8 @@ impl AsRawFd for Signals {
     }
 }
 
-/// Waits until one of `fds` has one of its events (or is in error or hung up), for `patience` at
-/// most. Returns what happened on each, which may be nothing at all.
+/// Waits at most `patience` until one of `fds` reports one of its events, an error or a hang-up.
+/// Returns the events of each, possibly none at all.
 pub fn poll<const N: usize>(
     fds: [(RawFd, libc::c_short); N],
     patience: Option<Duration>,
@@ -67,7 +67,7 @@ pub fn poll<const N: usize>(
         Some(patience) => i32::try_from(patience.as_millis()).unwrap_or(i32::MAX),
         None => -1,
     };
-    // SAFETY: the array is as long as we say, and exclusively ours during the call.
+    // SAFETY: the array has N elements, and is exclusively borrowed during the call.
     if unsafe { libc::poll(fds.as_mut_ptr(), N as libc::nfds_t, timeout) } < 0 {
         let source = io::Error::last_os_error();
         if source.kind() != io::ErrorKind::Interrupted {

@@ -1,26 +1,26 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The block sizes of a disk, as far as they matter to the guest.
+//! The block sizes of a disk, as reported to the guest.
 
 use std::fs::{File, Metadata};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 
-/// Whether the device is read-only (`<linux/fs.h>`).
+/// The ioctl that reads whether the device is read-only (`<linux/fs.h>`).
 const BLKROGET: libc::Ioctl = 0x125e;
 
-/// Smallest logical block: a sector.
+/// The minimum logical block size: a sector.
 pub const MIN_BLOCK_SIZE: u32 = 512;
-/// Largest logical block: what the smallest page holds.
+/// The maximum logical block size: the smallest page.
 pub const MAX_BLOCK_SIZE: u32 = 4096;
-/// Larger units than this are a file system's way of asking for large transfers, no blocks.
+/// Sizes above this express a file system's preference for large transfers, not its block size.
 const MAX_PHYSICAL: u32 = 64 << 10;
 
 /// The sizes, in bytes; all but `opt_io` are powers of two.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Topology {
-    /// What requests must be multiples of.
+    /// The size of which requests must be multiples.
     pub block_size: u32,
-    /// What the disk writes without reading first; a multiple of `block_size`.
+    /// The size that the disk writes without reading first; a multiple of `block_size`.
     pub physical: u32,
     /// The best size for small requests.
     pub min_io: u32,
@@ -29,13 +29,14 @@ pub struct Topology {
 }
 
 impl Topology {
-    /// Of a file: what is less than a block of its file system is read before it is written.
+    /// Returns the topology of a file: a write of less than a block of its file system needs a read
+    /// first.
     pub fn of_file(metadata: &Metadata, block_size: Option<u32>) -> Self {
         let own = u32::try_from(metadata.blksize()).unwrap_or(u32::MAX);
         Topology::new(block_size.unwrap_or(MIN_BLOCK_SIZE), own, 0, 0)
     }
 
-    /// Of a block device; and the size of the device's own logical blocks.
+    /// Returns the topology of a block device, and the size of the device's own logical blocks.
     pub fn of_device(file: &File, block_size: Option<u32>) -> (Self, u64) {
         let ask = |request| ask(file, request);
         let own = ask(libc::BLKSSZGET).filter(|n| n.is_power_of_two()).unwrap_or(MIN_BLOCK_SIZE);
@@ -56,16 +57,16 @@ impl Topology {
     }
 }
 
-/// Whether a block device takes no writes: its own flag says so, or the disk's that it is a
-/// partition of.
+/// Returns whether a block device refuses writes, by its own flag or that of the disk of which it
+/// is a partition.
 pub(crate) fn is_read_only(device: &File) -> bool {
     ask(device, BLKROGET).is_some_and(|read_only| read_only != 0)
 }
 
-/// Asks a block device for a number.
+/// Reads a number from a block device by ioctl.
 fn ask(device: &File, request: libc::Ioctl) -> Option<libc::c_uint> {
     let mut answer: libc::c_uint = 0;
-    // SAFETY: the requests that are used here write one int there, and nothing else.
+    // SAFETY: the requests used here write one int to `answer`, and nothing else.
     let ok = unsafe { libc::ioctl(device.as_raw_fd(), request, &raw mut answer) } == 0;
     ok.then_some(answer)
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Giving space of the disk back, and zeroing it, by the best means the host has.
+//! Discards and zeroes ranges of the disk, by the best method that the host supports.
 
 use std::fs::File;
 use std::io;
@@ -15,25 +15,26 @@ ioctl_io_nr!(BLKDISCARD, BLK, 119);
 const PUNCH_HOLE: libc::c_int = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
 const ZERO_RANGE: libc::c_int = libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE;
 
-/// What is written where nothing else makes zeros, at a time.
+/// The buffer for writing zeros when the host supports no better method.
 static ZEROS: [u8; 1 << 20] = [0; 1 << 20];
 
-/// What a disk's host can do, as far as it is known by now.
+/// The methods that the host supports for a disk, as far as known.
 #[derive(Debug)]
 pub struct Means {
-    /// Of a block device: the size of its blocks in bytes, which its ranges must be multiples of.
+    /// For a block device: its block size in bytes, of which its ranges must be multiples.
     device_block: Option<u64>,
-    /// Whether space may and can be given back.
+    /// Whether space may and can be returned to the host.
     discard: AtomicBool,
     punch_hole: AtomicBool,
     zero_range: AtomicBool,
 }
 
 impl Means {
-    /// Finds out what can be done to `file`, of `len` bytes, which must be open for writing if
-    /// `discard` is wished. `device_block`: if it is a block device, the size of its blocks.
+    /// Probes the operations that the host supports on `file`, of `len` bytes, which must be open
+    /// for writing if `discard` is set. `device_block` is the block size if the file is a block
+    /// device.
     pub fn probe(file: &File, len: u64, device_block: Option<u64>, discard: bool) -> Self {
-        // Neither of these does anything: there is nothing behind the end, and nothing in 0 bytes.
+        // Neither call changes anything: one covers 0 bytes, the other lies behind the end.
         let discard = discard
             && match device_block {
                 Some(_) => !discard_device(file, 0, 0).is_err_and(|e| unsupported(&e)),
@@ -47,13 +48,13 @@ impl Means {
         }
     }
 
-    /// Whether space can be given back.
+    /// Returns whether space can be returned to the host.
     pub fn can_discard(&self) -> bool {
         self.discard.load(Ordering::Relaxed)
     }
 
-    /// Gives space back, or does nothing where that turns out to be impossible: a discard is a
-    /// hint (virtio 1.3, 5.2.6.2).
+    /// Returns the space of a range to the host, or does nothing if that turns out to be
+    /// impossible: a discard is a hint (virtio 1.3, 5.2.6.2).
     pub fn discard(&self, file: &File, offset: u64, len: u64) -> io::Result<()> {
         if !self.can_discard() {
             return Ok(());
@@ -61,7 +62,7 @@ impl Means {
         let result = match self.device_block {
             None => fallocate(file, PUNCH_HOLE, offset, len),
             Some(block) => {
-                // What is left of the first and the last block stays as it is.
+                // Partly covered blocks at the start and the end stay unchanged.
                 let start = offset.next_multiple_of(block);
                 let end = (offset + len) / block * block;
                 match end.checked_sub(start) {
@@ -79,7 +80,7 @@ impl Means {
         }
     }
 
-    /// Has zeros read in the range. The space is given back only if `unmap` permits it.
+    /// Makes the range read as zeros. Returns its space to the host only if `unmap` permits it.
     pub fn write_zeroes(&self, file: &File, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
         let means = [
             (PUNCH_HOLE, &self.punch_hole, unmap && self.can_discard()),
@@ -91,7 +92,7 @@ impl Means {
             }
             match fallocate(file, mode, offset, len) {
                 Err(e) if unsupported(&e) => works.store(false, Ordering::Relaxed),
-                // A block device refuses parts of its blocks.
+                // A block device refuses ranges that cover parts of its blocks.
                 Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {}
                 result => return result,
             }
@@ -107,7 +108,7 @@ impl Means {
     }
 }
 
-/// Whether the host does not know the operation, or not for this file.
+/// Returns whether the host does not support the operation, at all or for this file.
 fn unsupported(e: &io::Error) -> bool {
     let unsupported = [libc::EOPNOTSUPP, libc::ENOSYS, libc::ENOTTY, libc::ENODEV];
     e.raw_os_error().is_some_and(|e| unsupported.contains(&e))
@@ -120,7 +121,7 @@ fn fallocate(file: &File, mode: libc::c_int, offset: u64, len: u64) -> io::Resul
     let offset = libc::off_t::try_from(offset).map_err(io::Error::other)?;
     let len = libc::off_t::try_from(len).map_err(io::Error::other)?;
     uninterrupted(|| {
-        // SAFETY: no memory is involved.
+        // SAFETY: the call accesses no memory.
         unsafe { libc::fallocate(file.as_raw_fd(), mode, offset, len) }
     })
 }
@@ -128,7 +129,7 @@ fn fallocate(file: &File, mode: libc::c_int, offset: u64, len: u64) -> io::Resul
 fn discard_device(file: &File, offset: u64, len: u64) -> io::Result<()> {
     let range = [offset, len];
     uninterrupted(|| {
-        // SAFETY: the kernel reads the two numbers that it expects there.
+        // SAFETY: the kernel reads the two numbers of `range`, as this ioctl expects.
         unsafe { libc::ioctl(file.as_raw_fd(), BLKDISCARD() as _, range.as_ptr()) }
     })
 }
@@ -182,7 +183,7 @@ mod tests {
             for unmap in [true, false] {
                 let file = full_file();
                 let means = means(&file, true, punch_hole, zero_range);
-                // Over more than one buffer of zeros, and not on pages.
+                // Longer than one buffer of zeros, and not aligned to pages.
                 means.write_zeroes(&file, 1536, (2 << 20) + 512, unmap).unwrap();
                 assert_zeros(&file, 1536, (2 << 20) + 512);
             }

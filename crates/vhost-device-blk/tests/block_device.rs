@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A block device as the disk: a loop device with blocks of 4096 bytes. Says so and passes where
-//! none may be set up.
+//! A block device as the disk: a loop device with blocks of 4096 bytes. The tests print SKIPPED and
+//! pass where no loop device can be set up.
 
 mod common;
 
@@ -18,14 +18,14 @@ const LOOP_CLR_FD: libc::Ioctl = 0x4c01;
 const LOOP_SET_BLOCK_SIZE: libc::Ioctl = 0x4c09;
 const LOOP_CTL_GET_FREE: libc::Ioctl = 0x4c82;
 
-/// A loop device; taken down when dropped.
+/// A loop device; detached when dropped.
 struct Loop {
     device: File,
     path: PathBuf,
 }
 
 fn ioctl(file: &File, request: libc::Ioctl, argument: libc::c_ulong) -> io::Result<libc::c_int> {
-    // SAFETY: the requests of a loop device that are used here take a number.
+    // SAFETY: the loop device requests used here take a number, not a pointer.
     let result = unsafe { libc::ioctl(file.as_raw_fd(), request, argument) };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
 }
@@ -35,7 +35,7 @@ fn open(path: &Path) -> io::Result<File> {
 }
 
 impl Loop {
-    /// A loop device on a file; says so if there can be none.
+    /// Attaches a loop device to a file; prints SKIPPED and returns `None` if that is impossible.
     fn set_up(backing: &File) -> Option<Self> {
         match Self::try_set_up(backing) {
             Ok(device) => Some(device),
@@ -53,7 +53,7 @@ impl Loop {
             let path = PathBuf::from(format!("/dev/loop{number}"));
             let device = open(&path)?;
             match ioctl(&device, LOOP_SET_FD, backing.as_raw_fd() as libc::c_ulong) {
-                // Somebody was faster.
+                // Another process took the device first.
                 Err(e) if e.raw_os_error() == Some(libc::EBUSY) => {}
                 Err(e) => return Err(e),
                 Ok(_) => {
@@ -85,7 +85,7 @@ fn a_loop_device() {
     daemon.await_socket();
     let space = || fs::metadata(&backing).unwrap().blocks();
 
-    // The device's blocks are the disk's.
+    // The disk reports the device's block size.
     let mut guest = Guest::connect(&daemon.socket(), 1);
     assert_eq!(guest.config(0, 8), 8192u64.to_le_bytes());
     assert_eq!(guest.config(20, 4), 4096u32.to_le_bytes());
@@ -96,7 +96,7 @@ fn a_loop_device() {
     wanted[4096..8192].fill(0xbb);
     assert!(fs::read(&backing).unwrap() == wanted);
 
-    // Discards and zeroes go through to the file behind the device.
+    // Discards and write zeroes requests reach the file behind the device.
     let full = space();
     assert_eq!(guest.ranges(T_DISCARD, &[(2048, 1024, 0)]), (OK, 1));
     assert_eq!(full - space(), 1024);
@@ -112,7 +112,7 @@ fn a_loop_device() {
     daemon.signal(libc::SIGTERM);
     assert!(daemon.wait().success());
 
-    // Blocks that are smaller than the device's: zeroed by writing, and not discarded.
+    // Blocks smaller than the device's: they are zeroed by writing, and not discarded.
     fs::remove_file(daemon.dir.path().join("stats")).unwrap();
     daemon.process = spawn(daemon.dir.path(), &["--block-size", "512"]);
     daemon.await_socket();
@@ -124,18 +124,18 @@ fn a_loop_device() {
     assert_eq!(guest.ranges(T_DISCARD, &[(20, 20, 0)]), (OK, 1));
     assert_eq!(guest.request(0, T_FLUSH, 0, 0, 0), (OK, 1));
     wanted[9 * 512..11 * 512].fill(0);
-    // Of sectors 20 to 40, the two blocks that are whole.
+    // Of sectors 20 to 40, the two device blocks that are fully covered.
     wanted[24 * 512..40 * 512].fill(0);
     assert!(daemon.disk() == wanted);
     assert!(fs::read(&backing).unwrap() == wanted);
     assert_eq!(daemon.stderr(), "");
 }
 
-/// A device that begins to fail: what was written is lost, which the host reports to one flush. All
-/// that follow fail as well, those of later front-ends too.
+/// A device that starts to fail loses written data, which the host reports to one flush only. All
+/// later flushes must fail too, including those of later front-ends.
 #[test]
 fn lost_write_fails_flushes_of_later_front_ends() {
-    // SAFETY: the name is a C string; the descriptor is new and ours alone.
+    // SAFETY: the name is a C string; the descriptor is new and has no other owner.
     let backing = unsafe {
         let fd = libc::memfd_create(c"disk".as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING);
         assert!(fd >= 0);
@@ -152,8 +152,8 @@ fn lost_write_fails_flushes_of_later_front_ends() {
     assert_eq!(guest.request(0, T_OUT, 8, DATA, 4096), (OK, 1));
     assert_eq!(guest.request(0, T_FLUSH, 0, 0, 0), (OK, 1));
 
-    // The device takes no write from now on; the host's cache does.
-    // SAFETY: fcntl with this command touches no memory.
+    // From now on the device refuses writes, but the host's cache accepts them.
+    // SAFETY: fcntl with this command accesses no memory.
     let sealed = unsafe { libc::fcntl(backing.as_raw_fd(), libc::F_ADD_SEALS, libc::F_SEAL_WRITE) };
     assert_eq!(sealed, 0, "{}", io::Error::last_os_error());
     assert_eq!(guest.request(0, T_OUT, 8, DATA, 4096), (OK, 1));
@@ -170,13 +170,13 @@ fn lost_write_fails_flushes_of_later_front_ends() {
     assert!(daemon.wait().success());
 }
 
-/// The host opens such a device for writing, and refuses the writes.
+/// The host opens such a device for writing, and then fails the writes.
 #[test]
 fn read_only_device_is_refused_at_start() {
     let dir = tempfile::tempdir().unwrap();
     let backing = dir.path().join("backing");
     fs::write(&backing, vec![0xaa; 1 << 20]).unwrap();
-    // What lies behind it cannot be written, so neither can the device.
+    // The backing file is open read-only, so the device is read-only too.
     let Some(device) = Loop::set_up(&File::open(&backing).unwrap()) else { return };
     symlink(&device.path, dir.path().join("disk")).unwrap();
     let process = spawn(dir.path(), &[]);

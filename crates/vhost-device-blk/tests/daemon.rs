@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The daemon around the device: its command line, its front-ends one after another, its end.
+//! The daemon around the device: its command line, successive front-ends, and its termination.
 
 mod common;
 
@@ -23,7 +23,7 @@ fn one_front_end_after_another() {
         guest.fill(DATA, 512, 0xc0 + i);
         assert_eq!(guest.request(1, T_OUT, u64::from(i), DATA, 512), (OK, 1));
     }
-    // One that talks nonsense, and one that says nothing.
+    // A front-end that sends garbage, and one that sends nothing.
     {
         use std::io::Write;
         let mut stream = std::os::unix::net::UnixStream::connect(daemon.socket()).unwrap();
@@ -35,7 +35,7 @@ fn one_front_end_after_another() {
     assert_eq!(guest.bytes(DATA, 512), [0xc4; 512]);
     until("the counters", || daemon.stats()["connections"] == 7);
 
-    // It ends in good order with a front-end connected.
+    // The daemon terminates cleanly with a front-end connected.
     daemon.signal(libc::SIGTERM);
     assert!(daemon.wait().success());
     assert!(!daemon.socket().exists());
@@ -43,7 +43,7 @@ fn one_front_end_after_another() {
     assert_eq!(daemon.stats()["writes"], 5);
 }
 
-/// Counters that cannot be written any more are reported, and the next front-end is served.
+/// Counters that can no longer be written are reported, and the next front-end is served.
 #[test]
 fn counters_that_cannot_be_written() {
     let mut daemon = Daemon::start(100, &[]);
@@ -138,7 +138,7 @@ fn command_lines_that_cannot_be() {
     }
 }
 
-/// An image that a file system or its permissions let nobody write: the message names the option.
+/// An image that is read-only by its permissions or its file system: the message names the option.
 #[test]
 fn read_only_image_is_refused_by_option() {
     let folder = tempfile::tempdir().unwrap();
@@ -160,7 +160,7 @@ fn read_only_image_is_refused_by_option() {
     let mut command = Command::new(&program);
     // SAFETY: geteuid has no arguments and cannot fail.
     if unsafe { libc::geteuid() } == 0 {
-        // Root may write it all the same.
+        // Root may write the file despite its mode.
         command.uid(65534);
     }
     refused(&mut command, "Permission denied");
@@ -169,13 +169,15 @@ fn read_only_image_is_refused_by_option() {
     let read_only_file_system = move || {
         let mount = |target: &CStr, flags| {
             let (none, at) = (std::ptr::null(), target.as_ptr());
-            // SAFETY: all strings are C strings that outlive the call, and no data is given.
+            // SAFETY: all strings are C strings that outlive the call, and the data pointer is
+            // null.
             match unsafe { libc::mount(at, at, none, flags, none.cast()) } {
                 0 => Ok(()),
                 _ => Err(io::Error::last_os_error()),
             }
         };
-        // SAFETY: the child has one thread, and its mounts part from the machine's.
+        // SAFETY: the child has one thread, and the new namespace separates its mounts from the
+        // host's.
         if unsafe { libc::unshare(libc::CLONE_NEWNS) } != 0 {
             return Err(io::Error::last_os_error());
         }
@@ -185,7 +187,7 @@ fn read_only_image_is_refused_by_option() {
     };
     let command = || {
         let mut command = Command::new(&program);
-        // SAFETY: it makes system calls only.
+        // SAFETY: the closure only makes system calls.
         unsafe { command.pre_exec(read_only_file_system.clone()) };
         command
     };

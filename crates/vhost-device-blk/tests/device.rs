@@ -95,7 +95,7 @@ fn many_requests_on_several_queues_at_once() {
     thread::scope(|scope| {
         for (q, mut ring) in rings.into_iter().enumerate() {
             scope.spawn(move || {
-                // Ten in flight, a thousand in all: write, then read back.
+                // Ten in flight, a thousand in total: write, then read back.
                 let base = DATA + q as u64 * 0x4_0000;
                 for round in 0..50u64 {
                     for kind in [T_OUT, T_IN] {
@@ -112,7 +112,7 @@ fn many_requests_on_several_queues_at_once() {
                             done.extend(ring.poll(mem).map(|(id, _)| id as u16));
                             done.len() == heads.len()
                         });
-                        // Each once, in whatever order.
+                        // Each exactly once, in any order.
                         done.sort_unstable();
                         heads.sort_unstable();
                         assert_eq!(done, heads);
@@ -157,7 +157,7 @@ fn indirect_descriptors() {
     assert_eq!(ring.wait(mem), (0, 0));
     assert_eq!(ring.status(mem, 0), IOERR);
 
-    // The same table, cut to what fits.
+    // The same table, shortened to fit the disk.
     let fits = 40u16;
     ring.header(mem, 0, T_IN, 9);
     let status = Descriptor::new(ring.status_addr(0), 1, WRITE, 0);
@@ -174,7 +174,7 @@ fn bad_requests_are_answered_and_the_queue_goes_on() {
     let before = daemon.disk();
     let mut guest = Guest::connect(&daemon.socket(), 1);
 
-    // Past the end, not whole sectors, and positions that overflow.
+    // Past the end, partial sectors, and positions that overflow.
     assert_eq!(guest.request(0, T_IN, 100, DATA, 512), (IOERR, 0));
     assert_eq!(guest.request(0, T_IN, 99, DATA, 1024), (IOERR, 0));
     assert_eq!(guest.request(0, T_OUT, 99, DATA, 1024), (IOERR, 1));
@@ -182,16 +182,16 @@ fn bad_requests_are_answered_and_the_queue_goes_on() {
     assert_eq!(guest.request(0, T_OUT, 0, DATA, 513), (IOERR, 1));
     assert_eq!(guest.request(0, T_OUT, u64::MAX, DATA, 512), (IOERR, 1));
     assert_eq!(guest.request(0, T_OUT, u64::MAX / 512 + 1, DATA, 512), (IOERR, 1));
-    // Data that is not in memory.
+    // Data outside memory.
     assert_eq!(guest.request(0, T_IN, 0, BASE + 2 * REGION - 256, 512), (IOERR, 0));
     assert_eq!(guest.request(0, T_OUT, 0, 0, 512), (IOERR, 0));
-    // Types that are not offered: a legacy one, secure erase, and one that does not exist.
+    // Unsupported types: a legacy one, secure erase, and one that does not exist.
     for kind in [2, 14, 99] {
         assert_eq!(guest.request(0, kind, 0, 0, 0), (UNSUPP, 1));
     }
     assert_eq!(guest.request(0, 14, 0, DATA, 16), (UNSUPP, 0));
 
-    // Chains without a place to answer come back, with nothing in them.
+    // Chains without a status byte are returned with a length of 0.
     let (ring, mem) = (&mut guest.rings[0], &guest.mem);
     let header = ring.header_addr(0);
     let broken: &[&[Descriptor]] = &[
@@ -215,7 +215,7 @@ fn bad_requests_are_answered_and_the_queue_goes_on() {
         ring.publish(mem, 0);
         assert_eq!(ring.wait(mem), (0, 0), "{chain:?}");
     }
-    // A head beyond the queue cannot even come back: the call stands for nothing.
+    // A head beyond the queue cannot be returned at all, and gets no completion.
     ring.publish(mem, QUEUE_SIZE + 7);
 
     assert_eq!(guest.request(0, T_IN, 3, DATA, 512), (OK, 513));
@@ -234,12 +234,12 @@ fn bad_requests_are_answered_and_the_queue_goes_on() {
 fn a_ring_that_lies_does_not_spin_and_can_be_set_up_again() {
     let daemon = Daemon::start(100, &["--num-queues", "2"]);
     let mut guest = Guest::connect(&daemon.socket(), 2);
-    // More available than the ring can hold.
+    // More chains available than the ring can hold.
     guest.rings[0].set_avail_index(&guest.mem, 5000);
     until("the message", || daemon.stderr().contains("queue 0"));
     let ticks = || {
-        // The process that serves is the child of the one that was started. (Not every kernel
-        // lists the children of a process.)
+        // The process that serves the front-end is the child of the process started here. (Not
+        // every kernel lists the children of a process.)
         let parent = daemon.process.id().to_string();
         let fields = fs::read_dir("/proc").unwrap().flatten().find_map(|entry| {
             let stat = fs::read_to_string(entry.path().join("stat")).ok()?;
@@ -290,7 +290,7 @@ fn event_idx_saves_calls() {
     let daemon = Daemon::start(100, &[]);
     let mut guest = Guest::connect(&daemon.socket(), 1);
     let (ring, mem) = (&mut guest.rings[0], &guest.mem);
-    // A call is wanted for the third completion only.
+    // The driver asks for a call only for the third completion.
     ring.set_used_event(mem, 2);
     for n in 1..=2 {
         ring.submit(mem, T_IN, 0, &[(DATA, 512)]);
@@ -310,13 +310,14 @@ fn memory_slots() {
     assert!(guest.frontend.get_max_mem_slots().unwrap() > 2);
     assert_eq!(guest.request(0, T_IN, 9, DATA + REGION, 512), (OK, 513));
     assert_eq!(guest.bytes(DATA + REGION, 512), [9; 512]);
-    // Without the second region, what was in it is an error.
+    // Without the second region, a request for its memory is an error.
     let second = region_infos(&guest.mem)[1];
     guest.frontend.remove_mem_region(&second).unwrap();
     assert_eq!(guest.request(0, T_IN, 9, DATA + REGION, 512), (IOERR, 0));
 }
 
-/// The log that a migrating front-end reads: what the device wrote is in it, data above all.
+/// The log that a migrating front-end reads contains the pages that the device wrote, above all the
+/// data.
 #[test]
 fn written_pages_are_logged() {
     let daemon = Daemon::start(100, &[]);
@@ -353,7 +354,7 @@ fn a_queue_stops_and_goes_on_where_it_was() {
     }
     let base = guest.frontend.get_vring_base(0).unwrap();
     assert_eq!(base, 3);
-    // Not served while stopped, and not forgotten.
+    // The request is not served while the queue is stopped, and not lost.
     let head = guest.rings[0].submit(&guest.mem, T_IN, 2, &[(DATA, 512)]);
     thread::sleep(Duration::from_millis(50));
     assert_eq!(guest.rings[0].used_index(&guest.mem), 3);

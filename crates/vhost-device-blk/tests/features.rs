@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What the device offers beyond reading and writing, each over a real socket.
+//! The device's features beyond reading and writing, each over a real socket.
 
 mod common;
 
@@ -34,13 +34,14 @@ fn discard_and_write_zeroes() {
     let mut disk = daemon.disk();
     let mut guest = Guest::connect(&daemon.socket(), 1);
     assert_eq!(guest.features & (DISCARD | WRITE_ZEROES), DISCARD | WRITE_ZEROES);
-    // Sectors of a range, ranges of a request, alignment; and that zeroes may unmap.
+    // Sectors per range, ranges per request, alignment; and the flag that write zeroes may unmap.
     assert_eq!((number(&mut guest, 36, 4), number(&mut guest, 40, 4)), (1 << 21, 32));
     assert_eq!(number(&mut guest, 44, 4), 1 << number(&mut guest, 24, 1));
     assert_eq!((number(&mut guest, 48, 4), number(&mut guest, 52, 4)), (1 << 17, 32));
     assert_eq!(number(&mut guest, 56, 1), 1);
 
-    // Zeroes without unmap: no space is lost. Not on pages, and two ranges at once.
+    // Write zeroes without unmap keeps the space allocated. Not aligned to pages, and two ranges at
+    // once.
     let full = allocated(&daemon);
     assert_eq!(guest.ranges(T_WRITE_ZEROES, &[(3, 17, 0), (4096, 1024, 0)]), (OK, 1));
     disk[3 * 512..20 * 512].fill(0);
@@ -48,7 +49,7 @@ fn discard_and_write_zeroes() {
     assert!(daemon.disk() == disk);
     assert_eq!(allocated(&daemon), full);
 
-    // With unmap the space is given back, and by discards.
+    // Write zeroes with unmap returns the space, and so does discard.
     assert_eq!(guest.ranges(T_WRITE_ZEROES, &[(4096, 1024, UNMAP)]), (OK, 1));
     assert!(daemon.disk() == disk);
     assert_eq!(full - allocated(&daemon), 1024);
@@ -60,7 +61,7 @@ fn discard_and_write_zeroes() {
     assert_eq!(guest.request(0, T_IN, 2100, DATA, 512), (OK, 513));
     assert_eq!(guest.bytes(DATA, 512), [0; 512]);
 
-    // Nothing is done of a request of which something is wrong.
+    // A request with one bad range is not executed at all.
     for kind in [T_DISCARD, T_WRITE_ZEROES] {
         let bad: &[&[(u64, u32, u32)]] = &[
             &[],
@@ -75,7 +76,7 @@ fn discard_and_write_zeroes() {
         }
         assert_eq!(guest.ranges(kind, &[(0, 8, 0), (16, 8, 2)]), (UNSUPP, 1));
         assert_eq!(guest.ranges(kind, &[(0, 8, 1 << 31)]), (UNSUPP, 1));
-        // No whole number of ranges, and more bytes than any.
+        // Not a whole number of ranges, and more bytes than allowed.
         assert_eq!(guest.request(0, kind, 0, DATA, 15), (IOERR, 1));
         assert_eq!(guest.request(0, kind, 0, DATA, 24), (IOERR, 1));
         assert_eq!(guest.request(0, kind, 0, DATA, 1 << 20), (IOERR, 1));
@@ -158,13 +159,13 @@ fn blocks_larger_than_sectors() {
     assert_eq!(guest.ranges(T_WRITE_ZEROES, &[(8, 8, 0)]), (OK, 1));
     drop(guest);
 
-    // A driver that has not been told of blocks knows sectors.
+    // A driver that did not negotiate the block size uses sectors.
     let mut guest = Guest::connect_without(&daemon.socket(), 1, BLK_SIZE | TOPOLOGY);
     assert_eq!(guest.request(0, T_IN, 95, DATA, 512), (OK, 513));
     assert_eq!(guest.bytes(DATA, 512), [95; 512]);
 }
 
-/// Does `work`, and says how often something was put on stable storage for it.
+/// Runs `work` and returns the number of times that data was put on stable storage for it.
 fn syncs(args: &[&str], refuse: u64, work: impl FnOnce(&mut Guest)) -> u64 {
     let mut daemon = Daemon::start(64, &[args, &["--once"]].concat());
     let mut guest = Guest::connect_without(&daemon.socket(), 1, refuse);
@@ -185,7 +186,7 @@ fn write_thrice(guest: &mut Guest) {
 fn writes_are_stable_when_the_cache_mode_says_so() {
     let through = &["--cache", "writethrough"];
     let cases: &[(&[&str], u64, u64)] = &[
-        // Drivers that see the cache, that do not, and that cannot flush.
+        // Drivers that see the cache mode, that do not, and that cannot flush.
         (&[], 0, 0),
         (&[], CONFIG_WCE, 0),
         (&[], FLUSH, 3),

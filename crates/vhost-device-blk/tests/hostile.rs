@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Drivers and front-ends that do what they must not: nothing hangs, and nothing is written where
-//! it does not belong.
+//! Drivers and front-ends that break the rules: nothing hangs, and nothing is written outside the
+//! buffers.
 
 mod common;
 
@@ -9,19 +9,19 @@ use vhost::{VhostBackend, VringConfigData};
 use virtio_queue::desc::split::Descriptor;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
-/// Where the chains under test have their tables and data; nothing else of memory may change.
+/// The tables and data of the chains under test; no other memory may change.
 const ARENA: u64 = DATA;
 const ARENA_SIZE: u64 = 0x1_0000;
 const END: u64 = BASE + 2 * REGION;
 
-/// All of memory, to compare.
+/// Returns all of memory, for comparison.
 fn contents(mem: &GuestMemoryMmap) -> Vec<u8> {
     let mut bytes = vec![0; 2 * REGION as usize];
     mem.read_slice(&mut bytes, GuestAddress(BASE)).unwrap();
     bytes
 }
 
-/// Overwrites what may differ: the rings, and the arena.
+/// Clears the parts that may differ: the rings and the arena.
 fn forget(bytes: &mut [u8]) {
     bytes[..0x4000].fill(0);
     bytes[(ARENA - BASE) as usize..(ARENA - BASE + ARENA_SIZE) as usize].fill(0);
@@ -46,23 +46,25 @@ fn chains_that_are_no_requests() {
     let answer = d(status, 1, WRITE, 0);
     let indirect = |entries: u32| vec![d(table, 16 * entries, INDIRECT, 0)];
 
-    // The descriptors of the queue, the indirect table, and whether there is a place to answer.
+    // The descriptors of the queue, the indirect table, and whether the chain has a status byte.
     let cases: &[(Vec<Descriptor>, Vec<Descriptor>, bool)] = &[
-        // A table within a table, itself, none, a part of an entry, more than any.
+        // A table within a table (itself, another one), an empty table, part of an entry, too many
+        // entries.
         (indirect(1), vec![d(table, 16, INDIRECT, 0)], false),
         (indirect(2), vec![head(1), d(table + 64, 48, INDIRECT, 0)], false),
         (indirect(0), vec![], false),
         (vec![d(table, 8, INDIRECT, 0)], vec![], false),
         (vec![d(table, u32::MAX - 15, INDIRECT, 0)], vec![], false),
-        // Not in memory, its end not in memory, not even an address.
+        // Outside memory, reaching past the end of memory, and at an invalid address.
         (vec![d(0, 48, INDIRECT, 0)], vec![], false),
         (vec![d(END - 16, 48, INDIRECT, 0)], vec![], false),
         (vec![d(u64::MAX - 15, 48, INDIRECT, 0)], vec![], false),
-        // Round in circles, and out of the table.
+        // A loop, and an index outside the table.
         (indirect(2), vec![head(1), d(ARENA, 512, NEXT | WRITE, 0)], false),
         (indirect(2), vec![head(1), d(ARENA, 512, NEXT | WRITE, 2)], false),
         (indirect(1), vec![d(header, 16, NEXT, 0)], false),
-        // No status; one to read; one of no bytes; one past the end; to read after to write.
+        // No status; a readable status; an empty one; one past the end; a readable buffer after a
+        // writable one.
         (indirect(2), vec![head(1), d(ARENA, 512, 0, 0)], false),
         (vec![head(1), d(status, 1, 0, 0)], vec![], false),
         (vec![head(1), d(status, 0, WRITE, 0)], vec![], false),
@@ -80,7 +82,7 @@ fn chains_that_are_no_requests() {
             vec![],
             false,
         ),
-        // A header that is short, missing, or not in memory; data that is not.
+        // A header that is short, missing, or outside memory; data outside memory.
         (vec![d(header, 15, NEXT, 1), answer], vec![], true),
         (vec![answer], vec![], true),
         (vec![d(END - 8, 16, NEXT, 1), answer], vec![], true),
@@ -89,7 +91,7 @@ fn chains_that_are_no_requests() {
         (vec![head(1), d(BASE - 256, 512, NEXT | WRITE, 2), answer], vec![], true),
         (vec![head(1), d(u64::MAX, 512, NEXT | WRITE, 2), answer], vec![], true),
         (indirect(3), vec![head(1), d(END - 256, 512, NEXT | WRITE, 2), answer], true),
-        // A sector's worth of data less one byte: the last is the status's.
+        // A sector's worth of data less one byte: the last byte is the status.
         (vec![head(1), d(ARENA, 512, WRITE, 0)], vec![], true),
     ];
     let mut canary = contents(mem);
@@ -111,7 +113,8 @@ fn chains_that_are_no_requests() {
         }
     }
 
-    // The header in sixteen pieces and status after status are strange, and well formed.
+    // A header in sixteen pieces, and an empty descriptor before the status, are unusual but well
+    // formed.
     let mut pieces: Vec<_> = (0..16u16).map(|i| d(header + u64::from(i), 1, NEXT, i + 1)).collect();
     pieces.extend([d(ARENA, 512, NEXT | WRITE, 17), d(0, 0, NEXT | WRITE, 18), answer]);
     put(mem, ring.desc_addr(0), &pieces);
@@ -126,12 +129,12 @@ fn chains_that_are_no_requests() {
     let stats = daemon.stats();
     let broken = cases.iter().filter(|(_, _, answered)| !answered).count();
     assert_eq!(stats["dropped"], 2 * broken);
-    // The last one is a good write, of nothing.
+    // The last case is a valid write of no data.
     assert_eq!(stats["io_errors"], 2 * (cases.len() - broken) - 1);
     assert_eq!(daemon.stderr(), "");
 }
 
-/// xorshift: the same numbers each time.
+/// xorshift: yields the same numbers in each run.
 struct Numbers(u64);
 
 impl Numbers {
@@ -143,7 +146,7 @@ impl Numbers {
     }
 }
 
-/// Chains of random descriptors: each comes back, none is written by outside of what it names.
+/// Chains of random descriptors: each is returned, and none writes outside its own buffers.
 #[test]
 fn chains_at_random() {
     let mut daemon = Daemon::start(4096, &["--read-only", "--threads", "4", "--once"]);
@@ -159,7 +162,7 @@ fn chains_at_random() {
     for _ in 0..1000 {
         let descriptor = |numbers: &mut Numbers, entries: u64| {
             let (addr, len) = match numbers.below(12) {
-                // Never whole in memory.
+                // Never entirely in memory.
                 0 => (END - 8, 16 + numbers.below(1 << 20)),
                 1 => (numbers.below(BASE - (1 << 21)), numbers.below(1 << 20)),
                 2 => (u64::MAX - numbers.below(1 << 16), 1 + numbers.below(1 << 32)),
@@ -169,7 +172,7 @@ fn chains_at_random() {
                     (ARENA + offset, [16, 512, 1, 48][n as usize % 4].min(room))
                 }
             };
-            // Mostly on to the next, mostly no table.
+            // Mostly chained to another descriptor, and mostly not a table.
             let flags = [NEXT, NEXT | WRITE, NEXT | WRITE, WRITE, WRITE, NEXT, INDIRECT, 7];
             let flags = flags[numbers.below(8) as usize];
             Descriptor::new(addr, len as u32, flags, numbers.below(entries + 2) as u16)
@@ -201,14 +204,15 @@ fn chains_at_random() {
     assert!(daemon.disk() == before);
     let stats = daemon.stats();
     assert_eq!((&stats["requests"], &stats["abandoned"]), (&4000.into(), &0.into()));
-    // Some of each were made.
+    // The run produced several of each outcome.
     for outcome in ["reads", "io_errors", "unsupported", "dropped"] {
         assert!(stats[outcome].as_u64().unwrap() > 4, "{outcome}: {stats}");
     }
     assert_eq!(daemon.stderr(), "");
 }
 
-/// Rings at the end of memory and beyond: refused, or of no use; but said once, not at each kick.
+/// Rings at or beyond the end of memory are refused or unusable, and reported once, not at each
+/// kick.
 #[test]
 fn rings_that_are_not_in_memory() {
     let daemon = Daemon::start(100, &["--num-queues", "2"]);
@@ -237,7 +241,7 @@ fn rings_that_are_not_in_memory() {
     assert_eq!(guest.request(1, T_IN, 3, DATA, 512), (OK, 513));
     assert_eq!(daemon.stderr().lines().count(), 1, "{}", daemon.stderr());
 
-    // An address that is no memory of the front-end's ends the connection, and no other.
+    // An address outside the front-end's memory ends this connection only.
     let nowhere = VringConfigData { used_ring_addr: 4096, ..config };
     assert!(guest.frontend.set_vring_addr(1, &nowhere).is_err());
     drop(guest);
@@ -245,7 +249,7 @@ fn rings_that_are_not_in_memory() {
     assert_eq!(guest.request(0, T_IN, 3, DATA, 512), (OK, 513));
 }
 
-/// A front-end that cuts off the memory it shares kills what serves it, and nothing else.
+/// A front-end that truncates its shared memory kills only the process that serves it.
 #[test]
 fn memory_that_is_cut_off() {
     let daemon = Daemon::start(100, &[]);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Requests in flight when the front-end goes, or the daemon is told to: each is carried out or
-//! dropped as a whole, and what was answered has been carried out.
+//! Requests in flight when the front-end disconnects or the daemon is terminated: each is executed
+//! or dropped as a whole, and every answered request was executed.
 
 mod common;
 
@@ -14,7 +14,7 @@ use vm_memory::{Bytes, GuestAddress};
 const REQUESTS: usize = 20;
 const LEN: usize = 512 << 10;
 
-/// Sets twenty writes going, of half a megabyte of `byte` each. Returns their heads.
+/// Submits twenty writes, of half a megabyte of `byte` each. Returns their heads.
 fn set_going(guest: &mut Guest, byte: u8) -> Vec<u32> {
     guest.mem.write_slice(&vec![byte; LEN], GuestAddress(DATA)).unwrap();
     let (ring, mem) = (&mut guest.rings[0], &guest.mem);
@@ -24,7 +24,7 @@ fn set_going(guest: &mut Guest, byte: u8) -> Vec<u32> {
         .collect()
 }
 
-/// Which of the writes are on the disk; none may be in part.
+/// Returns for each of the writes whether it is on the disk; panics if one is there in part.
 fn carried_out(daemon: &Daemon, byte: u8) -> Vec<bool> {
     let disk = daemon.disk();
     let whole = |part: &[u8]| {
@@ -35,7 +35,7 @@ fn carried_out(daemon: &Daemon, byte: u8) -> Vec<bool> {
     disk.chunks(LEN).map(whole).collect()
 }
 
-/// Checks that what was answered is there. Returns how many writes are.
+/// Checks that every answered write is on the disk. Returns the number of writes on the disk.
 fn check(daemon: &Daemon, guest: &mut Guest, heads: &[u32], byte: u8) -> usize {
     let there = carried_out(daemon, byte);
     while let Some((head, len)) = guest.rings[0].poll(&guest.mem) {
@@ -59,9 +59,9 @@ fn a_front_end_that_goes_with_requests_in_flight() {
         let mut guest = Guest::connect(&daemon.socket(), 1);
         let heads = set_going(&mut guest, round);
         std::thread::sleep(Duration::from_micros(300) * u32::from(round));
-        // The connection goes; the memory and the rings stay to be looked at.
+        // Only the connection ends; the memory and the rings remain for inspection.
         guest.hang_up();
-        // The next is served when the first is done with.
+        // The next front-end is served when the first has been cleaned up.
         drop(Guest::connect(&daemon.socket(), 0));
         sum += check(&daemon, &mut guest, &heads, round);
     }
@@ -90,7 +90,8 @@ fn a_daemon_that_is_ended_with_requests_in_flight() {
     }
 }
 
-/// The base says where to go on, whenever a queue is stopped: nothing is lost, nothing repeated.
+/// The ring base tells where to resume, whenever a queue is stopped: no request is lost or
+/// repeated.
 #[test]
 fn stopped_and_set_going_under_load() {
     let mut daemon = Daemon::start(REQUESTS * LEN / 512, &["--once"]);
@@ -99,7 +100,7 @@ fn stopped_and_set_going_under_load() {
         let mut heads = set_going(&mut guest, round);
         std::thread::sleep(Duration::from_micros(200) * u32::from(round));
         let base = guest.frontend.get_vring_base(0).unwrap() as u16;
-        // Everything that was taken is on the used ring.
+        // All requests that were taken are on the used ring.
         assert_eq!(guest.rings[0].used_index(&guest.mem), base);
         std::thread::sleep(Duration::from_millis(1));
         assert_eq!(guest.rings[0].used_index(&guest.mem), base);
@@ -120,7 +121,7 @@ fn stopped_and_set_going_under_load() {
     assert_eq!((&stats["requests"], &stats["writes"]), (&200.into(), &200.into()));
 }
 
-/// Nobody is left when the daemon has ended, at whatever moment it was told to.
+/// The daemon leaves no process and no socket behind, at whatever moment it is terminated.
 #[test]
 fn ends_at_any_moment() {
     for delay in 0..25u64 {
@@ -135,10 +136,10 @@ fn ends_at_any_moment() {
                 }
             }
         });
-        // Not before it has had the time to block the signal.
+        // Wait until the daemon has blocked the signal.
         until("the daemon to begin", || dir.path().join("stats").exists());
         std::thread::sleep(Duration::from_micros(150 * delay));
-        // SAFETY: our own child, not waited for yet.
+        // SAFETY: it is our own child, which has not been waited for yet.
         assert_eq!(unsafe { libc::kill(process.id() as i32, libc::SIGTERM) }, 0);
         let start = Instant::now();
         let status = process.wait().unwrap();

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Post-copy: the front-end under test shares memory that is not there yet, and serves the faults.
-//! Needs /dev/userfaultfd; says so and passes where it may not be opened.
+//! Post-copy: the front-end under test shares memory that is still missing, and serves the faults.
+//! Needs /dev/userfaultfd; the tests print SKIPPED and pass where it may not be opened.
 
 mod common;
 
@@ -18,20 +18,20 @@ fn writes_and_reads(args: &[&str]) {
     let mut daemon = Daemon::start(4096, &[args, &["--postcopy", "require", "--once"]].concat());
     let (mut guest, server) = restore(&daemon, 1);
 
-    // A page that nobody has touched goes to the disk: fetched, not zeros.
+    // An untouched page is fetched before it goes to the disk: it is not zeros.
     assert!(!present(&guest.mem, DATA));
     assert_eq!(guest.request(0, T_OUT, 8, DATA, 4096), (OK, 1));
     assert_eq!(daemon.disk()[8 * 512..16 * 512], content(DATA));
     assert!(server.seen(DATA) && present(&guest.mem, DATA));
 
-    // Read into half of a missing page: its other half is there, too.
+    // A read into half of a missing page: its other half is fetched, too.
     let half = DATA + 16 * PAGE;
     assert_eq!(guest.request(0, T_IN, 0, half, 2048), (OK, 2049));
     assert_eq!(guest.bytes(half, 512), [0; 512]);
     assert_eq!(guest.bytes(half + 1536, 512), [3; 512]);
     assert_eq!(guest.bytes(half + 2048, 2048), content(half)[2048..]);
 
-    // Requests that are no page's multiple and cross from one region to the other.
+    // Requests that are not a multiple of a page and cross from one region to the other.
     let seam = BASE + REGION - 3 * PAGE - 100;
     assert_eq!(guest.request(0, T_OUT, 100, seam, 6 * 4096), (OK, 1));
     let mut wanted: Vec<u8> = (0..8).flat_map(|i| content(seam + i * PAGE)).collect();
@@ -39,7 +39,8 @@ fn writes_and_reads(args: &[&str]) {
     wanted.truncate(6 * 4096);
     assert!(daemon.disk()[100 * 512..148 * 512] == wanted);
 
-    // The end: what was not touched is given at once, and the guest goes on without faults.
+    // The end: the front-end supplies an untouched page at once, and the guest continues without
+    // faults.
     let late = DATA + 100 * PAGE;
     let file = guest.mem.iter().next().unwrap().file_offset().unwrap().file();
     file.write_all_at(&content(late), late - BASE).unwrap();
@@ -65,7 +66,7 @@ fn missing_memory_is_fetched_with_memory_slots() {
     writes_and_reads(&["--mem-slots", "on"]);
 }
 
-/// The disk's inode is locked by whoever writes: not while a page is waited for.
+/// A write locks the disk's inode, but no thread holds that lock while it waits for a page.
 #[test]
 fn queues_do_not_wait_for_each_others_pages() {
     need_userfaultfd!();
@@ -102,14 +103,14 @@ fn queues_do_not_wait_for_each_others_pages() {
     assert!(daemon.disk()[64 * 512..96 * 512] == wanted);
 }
 
-/// Nor do the requests of one queue.
+/// The requests of one queue do not wait for each other's pages either.
 #[test]
 fn requests_of_one_queue_do_not_wait_for_each_others_pages() {
     need_userfaultfd!();
     let mut daemon = Daemon::start(4096, &["--once"]);
     let (mut guest, server) = restore(&daemon, 1);
     let mem = guest.mem.clone();
-    // Eight that wait, each for the last of its pages.
+    // Eight requests that wait, each for the last of its pages.
     let mut waiting = vec![];
     for i in 0..8 {
         let addr = DATA + i * 4 * PAGE;
@@ -145,11 +146,12 @@ fn requests_of_one_queue_do_not_wait_for_each_others_pages() {
     assert!(daemon.wait().success());
     let stats = daemon.stats();
     assert_eq!((&stats["requests"], &stats["abandoned"]), (&48.into(), &0.into()));
-    // The one before may still be on its way out when it has been answered.
+    // A request that has been answered may still hold its place for a moment.
     assert!((9..=10).contains(&stats["most_in_hand"].as_u64().unwrap()), "{stats}");
 }
 
-/// As many wait as there are threads: the others wait in the ring, and none is lost.
+/// At most as many requests wait as there are threads: the others stay in the ring, and none is
+/// lost.
 #[test]
 fn more_requests_than_threads() {
     need_userfaultfd!();

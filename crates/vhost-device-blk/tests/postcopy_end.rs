@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! How a post-copy ends: in good order, with a front-end or the daemon in the middle of a fault,
-//! and how another begins. Needs /dev/userfaultfd; says so and passes where it may not be opened.
+//! The end of a post-copy: in good order, or with the front-end or the daemon ending during a
+//! fault; and the start of another. Needs /dev/userfaultfd; the tests print SKIPPED and pass where
+//! it may not be opened.
 
 mod common;
 
@@ -23,7 +24,8 @@ use vhost_device_blk::disk::{Disk, DiskOptions};
 use vhost_user_backend::VhostUserDaemon;
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 
-/// What waits for a page when the front-end dies never sees zeros, and does not hold up the next.
+/// A request that waits for a page when the front-end dies never reads zeros, and does not delay
+/// the next front-end.
 #[test]
 fn a_front_end_that_dies_in_a_fault() {
     need_userfaultfd!();
@@ -34,7 +36,7 @@ fn a_front_end_that_dies_in_a_fault() {
     server.hold(DATA + PAGE);
     guest.rings[0].submit(&mem, T_OUT, 64, &[(DATA, 4 * 4096)]);
     server.await_fault(DATA + PAGE);
-    // The userfaultfd first, then the connection; as when a process is killed.
+    // The userfaultfd first, then the connection, as when a process is killed.
     drop(server);
     drop(guest);
 
@@ -64,13 +66,13 @@ fn a_front_end_that_dies_in_a_message() {
         used_ring_addr: host + 128,
         log_addr: None,
     };
-    // Asked for now: the front-end is locked while it waits.
+    // Read now, because the front-end is locked while it waits.
     let socket = guest.frontend.as_raw_fd();
     let frontend = guest.frontend.clone();
     let waits = thread::spawn(move || frontend.set_vring_addr(0, &config).is_err());
     server.await_fault(ring);
     drop(server);
-    // SAFETY: our own socket.
+    // SAFETY: the socket is our own, and still open.
     unsafe { libc::shutdown(socket, libc::SHUT_RDWR) };
     assert!(waits.join().unwrap());
     drop(guest);
@@ -79,7 +81,7 @@ fn a_front_end_that_dies_in_a_message() {
     assert_eq!(guest.request(0, T_IN, 1, DATA, 512), (OK, 513));
 }
 
-/// The daemon ends when asked to, even in a fault.
+/// The daemon terminates on request even during a fault.
 #[test]
 fn ends_in_a_fault() {
     need_userfaultfd!();
@@ -96,7 +98,8 @@ fn ends_in_a_fault() {
     assert!(!daemon.socket().exists());
 }
 
-/// Nor does a message that waits keep it: for a page itself, or for a request that does.
+/// A waiting message does not delay the daemon's termination either, whether it waits for a page
+/// itself or for a request that does.
 #[test]
 fn ends_with_a_message_in_hand() {
     need_userfaultfd!();
@@ -138,8 +141,8 @@ fn ends_with_a_message_in_hand() {
     }
 }
 
-/// Post-copies in a row, each on a connection of its own: one to its end, one cut off, one whose
-/// front-end dies in a fault, and round again.
+/// Successive post-copies, each on a separate connection: one completed, one cut off, one whose
+/// front-end dies during a fault, and the same again.
 #[test]
 fn again_and_again() {
     need_userfaultfd!();
@@ -171,8 +174,8 @@ fn again_and_again() {
     assert_eq!((&stats["requests"], &stats["writes"]), (&8.into(), &6.into()));
 }
 
-/// A connection takes one post-copy: for the next it ends, with one clear line, and the next
-/// connection has it.
+/// A connection takes one post-copy: a second one ends it, with one clear line, and works on the
+/// next connection.
 #[test]
 fn a_second_post_copy_on_one_connection() {
     need_userfaultfd!();
@@ -194,7 +197,7 @@ fn a_second_post_copy_on_one_connection() {
 
 const SOCKET: &str = "FRONT_END_SOCKET";
 
-/// Not a test of its own: the front-end of the next one, in a process of its own.
+/// Not a test by itself: the front-end of the next test, in a separate process.
 #[test]
 fn front_end_to_be_killed() {
     let Some(socket) = std::env::var_os(SOCKET) else {
@@ -235,7 +238,7 @@ fn a_front_end_that_is_killed_in_a_fault() {
     assert_eq!(daemon.stats()["abandoned"], 8);
 }
 
-/// A region that is taken away stays mapped for the requests that have begun with it.
+/// A region that is removed stays mapped for the requests that have already begun with it.
 #[test]
 fn memory_removed_under_a_request() {
     need_userfaultfd!();
@@ -250,13 +253,13 @@ fn memory_removed_under_a_request() {
     server.release(addr);
     assert_eq!(guest.rings[0].wait(&mem), (u32::from(head), 1));
     assert_eq!(daemon.disk()[64 * 512..72 * 512], content(addr));
-    // What comes now does not find it.
+    // A request that comes now does not find the region.
     assert_eq!(guest.request(0, T_OUT, 64, addr, 4096), (IOERR, 0));
     assert_eq!(daemon.stderr(), "");
 }
 
-/// In somebody else's program, too: a device that is dropped waits for its requests, because the
-/// userfaultfd that they wait for goes with it.
+/// A device in another program, without the daemon, also waits for its requests when it is dropped,
+/// because the userfaultfd that they wait for is closed next.
 #[test]
 fn a_device_that_is_dropped_with_a_request_in_a_fault() {
     need_userfaultfd!();
@@ -276,7 +279,7 @@ fn a_device_that_is_dropped_with_a_request_in_a_fault() {
     let mem = AtomicMemory::new(Memory::new());
     let opened = Arc::new(Disk::open(&disk, &DiskOptions::default()).unwrap());
     let backend = Arc::new(BlkBackend::new(opened, counters, mem.clone(), device));
-    // What stops the device may outlive it.
+    // The handle that stops the device may outlive it.
     let requests = backend.requests();
     let mut daemon = VhostUserDaemon::new("blk".into(), backend, mem).unwrap();
     let mut listener = Listener::new(&socket, true).unwrap();

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Ranges of the configuration space and of the options, against what the specification says.
+//! Ranges of the configuration space and of the options, checked against the specification.
 
 use clap::Parser;
 use proptest::prelude::*;
@@ -12,7 +12,7 @@ proptest! {
         cases: 2000, failure_persistence: None, ..ProptestConfig::default()
     })]
 
-    /// Each part of it is the same part of the whole, and nothing lies outside.
+    /// Each part that is read equals the same part of the whole, and nothing lies outside.
     #[test]
     fn parts_of_the_configuration_are_parts_of_the_whole(
         sectors in 8..1u64 << 32,

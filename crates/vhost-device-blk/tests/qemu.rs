@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! QEMU as the front-end: its firmware boots from the device, and the boot sector reads and writes.
-//! Says so and passes where QEMU is not installed.
+//! The tests print SKIPPED and pass where QEMU is not installed.
 
 mod common;
 
@@ -13,7 +13,7 @@ use std::time::Instant;
 
 use common::*;
 
-/// Reads sector 1 and writes it to sector 3 through the BIOS, puts its first byte and "!" on the
+/// Reads sector 1 and writes it to sector 3 through the BIOS, writes its first byte and "!" to the
 /// debug console, and exits.
 #[rustfmt::skip]
 const CODE: &[u8] = &[
@@ -32,7 +32,7 @@ const CODE: &[u8] = &[
 /// The BIOS's disk address packet, at 0x7c60: one sector, to 0x7e00, from sector 1.
 const PACKET: [u8; 16] = [16, 0, 1, 0, 0x00, 0x7e, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0];
 
-/// Runs QEMU on the daemon's socket until it ends. `None` where it is not installed.
+/// Runs QEMU on the daemon's socket until it ends. Returns `None` if it is not installed.
 fn qemu(daemon: &Daemon, accelerator: &str, args: &[&str]) -> Option<ExitStatus> {
     let qemu = Command::new("qemu-system-x86_64")
         .current_dir(daemon.dir.path())
@@ -51,7 +51,7 @@ fn qemu(daemon: &Daemon, accelerator: &str, args: &[&str]) -> Option<ExitStatus>
         }
         Err(e) => panic!("{e}"),
     };
-    // An emulated machine on a busy host takes its time.
+    // An emulated machine on a busy host needs this long.
     let start = Instant::now();
     loop {
         if let Some(status) = qemu.try_wait().unwrap() {
@@ -99,7 +99,7 @@ fn boots_under_qemu() {
     assert_eq!(daemon.stderr(), "");
 }
 
-/// What the Linux guest does, as its init; what it says goes to the console.
+/// The init script of the Linux guest; its output goes to the console.
 const INIT: &str = r#"#!/bin/busybox sh
 b() { /bin/busybox "$@"; }
 b mkdir -p /dev /proc /sys /mnt
@@ -136,7 +136,7 @@ b sync
 b reboot -f
 "#;
 
-/// Where the lab keeps its kernels, the newest of which is a guest here.
+/// Returns the newest kernel in the lab's cache, which serves as the guest's kernel.
 fn kernel() -> Option<PathBuf> {
     if let Some(kernel) = std::env::var_os("LAB_KERNEL") {
         return Some(kernel.into());
@@ -149,7 +149,7 @@ fn kernel() -> Option<PathBuf> {
     kernels.max_by_key(|path| path.metadata().and_then(|m| m.modified()).ok())
 }
 
-/// An archive of the kind that Linux unpacks at boot ("newc").
+/// Builds an archive in the format that Linux unpacks at boot ("newc").
 fn archive(files: &[(&str, u32, &[u8])]) -> Vec<u8> {
     let mut archive = vec![];
     for (i, (name, mode, content)) in files.iter().chain([&("TRAILER!!!", 0, &[][..])]).enumerate()
@@ -192,7 +192,7 @@ fn a_linux_guest_under_qemu() {
     fs::write(daemon.dir.path().join("initrd"), archive(&files)).unwrap();
     let Some(status) = qemu(
         &daemon,
-        // The lab is slow enough already, and has a KVM that is known to work.
+        // The lab is slow enough already, and its KVM is known to work.
         if std::env::var_os("LAB").is_some() { "kvm" } else { "tcg" },
         &[
             "-smp",

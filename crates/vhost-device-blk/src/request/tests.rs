@@ -13,7 +13,7 @@ const INDIRECT: u16 = 4;
 const HEADER: u64 = 0x8000;
 const DATA: u64 = 0x9000;
 const STATUS: u64 = 0xf000;
-/// Where the first of the two regions ends.
+/// The end of the first of the two regions.
 const SEAM: u64 = 0xa000;
 
 type Memory = GuestMemoryMmap<()>;
@@ -32,7 +32,7 @@ fn header(mem: &Memory, kind: u32, sector: u64) {
     mem.write_obj(sector.to_le(), GuestAddress(HEADER + 8)).unwrap();
 }
 
-/// Descriptors as (address, length, flags, next), the first at index 0.
+/// Parses a chain of descriptors given as (address, length, flags, next), the first at index 0.
 fn parse<'m>(mem: &'m Memory, descriptors: &[(u64, u32, u16, u16)]) -> Parsed<'m> {
     let vq = MockSplitQueue::new(mem, 16);
     for (i, &(addr, len, flags, next)) in descriptors.iter().enumerate() {
@@ -74,7 +74,7 @@ fn the_usual_three_descriptors() {
 fn any_layout() {
     let mem = memory();
     header(&mem, VIRTIO_BLK_T_OUT, 3);
-    // The header in two pieces, the second with data behind it; data across the seam.
+    // The header in two pieces, the second followed by data; data across the seam.
     let write = parse(
         &mem,
         &[
@@ -89,7 +89,7 @@ fn any_layout() {
     assert_eq!(lengths(&write), [100, 12, 400]);
     assert_eq!(write.data_len, 512);
 
-    // The status behind the data in one descriptor, and an empty descriptor after it.
+    // The status after the data in one descriptor, followed by an empty descriptor.
     header(&mem, VIRTIO_BLK_T_IN, 0);
     let read =
         parse(&mem, &[(HEADER, 16, NEXT, 1), (DATA, 513, NEXT | WRITE, 2), (0, 0, WRITE, 0)])
@@ -116,7 +116,7 @@ fn indirect_tables() {
     }
     let request = parse(&mem, &[(table, 48, INDIRECT, 0)]).unwrap();
     assert_eq!((request.kind, request.data_len), (Kind::GetId, 20));
-    // A length that is no number of descriptors; a table cut short; a table out of memory.
+    // A length that is not a multiple of a descriptor; a truncated table; a table outside memory.
     for broken in [(table, 47, INDIRECT, 0), (table, 32, INDIRECT, 0), (1 << 40, 48, 4, 0)] {
         assert!(matches!(parse(&mem, &[broken]), Err(Malformed::Broken)), "{broken:?}");
     }
@@ -148,12 +148,12 @@ fn broken_chains() {
         &[(HEADER, 16, 0, 0)],
         &[head, (DATA, 512, 0, 0)],
         &[head, (STATUS, 0, WRITE, 0)],
-        // Goes nowhere, or round in circles.
+        // An index out of range, or a loop.
         &[head, (STATUS, 1, NEXT | WRITE, 16)],
         &[head, (STATUS, 1, NEXT | WRITE, 1)],
-        // To read after to write.
+        // A readable buffer after a writable one.
         &[head, (DATA, 512, NEXT | WRITE, 2), (DATA, 16, NEXT, 3), (STATUS, 1, WRITE, 0)],
-        // The status is not in memory.
+        // The status is outside memory.
         &[head, (DATA, 512, NEXT | WRITE, 2), (0x10000, 1, WRITE, 0)],
         &[head, (u64::MAX, 1, WRITE, 0)],
         // Longer than any chain may be.
@@ -170,10 +170,10 @@ fn answerable_nonsense() {
     header(&mem, VIRTIO_BLK_T_IN, 0);
     let status = (STATUS, 1, WRITE, 0);
     let nonsense: &[&[(u64, u32, u16, u16)]] = &[
-        // A header too short, or none.
+        // A header that is too short, or none.
         &[(HEADER, 15, NEXT, 1), status],
         &[status],
-        // A header or data out of memory, at its end or altogether.
+        // A header or data outside memory, partly or altogether.
         &[(0x10000 - 8, 16, NEXT, 1), status],
         &[(HEADER, 16, NEXT, 1), (1 << 50, 512, NEXT | WRITE, 2), status],
         &[(HEADER, 16, NEXT, 1), (u64::MAX - 5, 512, NEXT | WRITE, 2), status],

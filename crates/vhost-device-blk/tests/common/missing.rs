@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A guest whose memory is not there yet, and whoever serves the back-end's faults.
+//! A guest whose memory is still missing, and a server for the back-end's faults.
 
 use std::collections::HashSet;
 use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, RawFd};
@@ -16,7 +16,7 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 use super::*;
 
-/// Says why and returns from the test where no userfaultfd may be opened.
+/// Prints SKIPPED with the reason and returns from the test if no userfaultfd may be opened.
 #[macro_export]
 macro_rules! need_userfaultfd {
     () => {
@@ -27,22 +27,22 @@ macro_rules! need_userfaultfd {
     };
 }
 
-/// What a missing page holds once it arrives: its page number and a mark.
+/// Returns the content of a page: its page number and a mark.
 pub fn content(addr: u64) -> Vec<u8> {
     (addr / PAGE * 0x1_0001 + 0xabcd).to_le_bytes().repeat(PAGE as usize / 8)
 }
 
-/// Serves the back-end's faults, but for pages it is told to hold back.
+/// Serves the back-end's faults, except on held pages.
 pub struct Server {
     thread: Option<JoinHandle<()>>,
     stop: Arc<AtomicBool>,
-    /// Guest addresses of pages not to be given yet.
+    /// Guest addresses of the pages held back.
     held: Arc<Mutex<HashSet<u64>>>,
     /// Guest addresses of faults, in order.
     seen: Arc<Mutex<Vec<u64>>>,
 }
 
-/// The back-end's mappings: its base, the guest address, the size.
+/// The back-end's mappings: host address in the back-end, guest address, size.
 pub type Mappings = Arc<Mutex<Vec<(u64, u64, u64)>>>;
 
 impl Server {
@@ -51,7 +51,7 @@ impl Server {
         let held = Arc::new(Mutex::new(HashSet::new()));
         let seen = Arc::new(Mutex::new(Vec::new()));
         let (stop2, held2, seen2) = (stop.clone(), held.clone(), seen.clone());
-        // SAFETY: the caller hands the descriptor over.
+        // SAFETY: the caller transfers ownership of the descriptor.
         let uffd = unsafe { Uffd::from_raw_fd(uffd) };
         let thread = thread::spawn(move || {
             let mut waiting: Vec<(u64, u64)> = Vec::new();
@@ -74,7 +74,7 @@ impl Server {
                         return true;
                     }
                     let page = content(*gpa);
-                    // SAFETY: a page of ours into a page of the back-end's that is missing.
+                    // SAFETY: it copies a page of our memory into a missing page of the back-end's.
                     let copied = unsafe {
                         uffd.copy(page.as_ptr().cast(), *addr as *mut _, PAGE as usize, true)
                     };
@@ -108,7 +108,7 @@ impl Server {
 }
 
 impl Drop for Server {
-    /// Stops, and closes the userfaultfd.
+    /// Stops the thread and closes the userfaultfd.
     fn drop(&mut self) {
         self.stop.store(true, Ordering::SeqCst);
         if let Err(e) = self.thread.take().unwrap().join()
@@ -119,12 +119,12 @@ impl Drop for Server {
     }
 }
 
-/// Connects a guest whose memory is missing, its rings excepted.
+/// Connects a guest whose memory is missing except for its rings.
 pub fn restore(daemon: &Daemon, queues: usize) -> (Guest, Server) {
     restore_at(&daemon.socket(), queues)
 }
 
-/// The same by the socket's path.
+/// Like [`restore`], given the socket's path.
 pub fn restore_at(socket: &Path, queues: usize) -> (Guest, Server) {
     let none = VhostUserProtocolFeatures::empty();
     let (mut frontend, features, protocol) = negotiate(socket, 0, none);
@@ -155,10 +155,10 @@ pub fn restore_at(socket: &Path, queues: usize) -> (Guest, Server) {
     (guest, server)
 }
 
-/// Whether a page of the first region is in its file.
+/// Returns whether a page of the first region is in its file.
 pub fn present(mem: &GuestMemoryMmap, addr: u64) -> bool {
     let file = mem.iter().next().unwrap().file_offset().unwrap().file();
     let offset = (addr - BASE) as i64;
-    // SAFETY: only the file's position is changed, which nobody uses.
+    // SAFETY: only the file's position changes, which no other code uses.
     unsafe { libc::lseek(file.as_raw_fd(), offset, libc::SEEK_DATA) == offset }
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A daemon under test, and a front-end with a driver to drive it with.
+//! The daemon under test, and a front-end with a driver for it.
 
-#![allow(dead_code, unused_macros)] // Not every test binary uses everything.
+#![allow(dead_code, unused_macros)] // Not every test binary uses every item.
 
 pub mod missing;
 
@@ -37,13 +37,13 @@ pub const T_WRITE_ZEROES: u32 = 13;
 pub const OK: u8 = 0;
 pub const IOERR: u8 = 1;
 pub const UNSUPP: u8 = 2;
-/// What the status byte holds before the device answers.
+/// The content of the status byte before the device answers.
 pub const UNANSWERED: u8 = 0xee;
 
 pub const PAGE: u64 = 4096;
-/// Where guest memory starts: not at 0, so that addresses and offsets do not happen to agree.
+/// Start of guest memory: not 0, so that addresses and offsets differ.
 pub const BASE: u64 = 1 << 30;
-/// Two regions of this size, each with a file of its own, one behind the other.
+/// Size of each of the two adjacent regions; each has a separate file.
 pub const REGION: u64 = 8 << 20;
 pub const QUEUE_SIZE: u16 = 64;
 pub const PATIENCE: Duration = Duration::from_secs(10);
@@ -54,7 +54,7 @@ const USED: u64 = 0x2000;
 /// Headers and status bytes: 32 bytes for each descriptor.
 const EXTRA: u64 = 0x3000;
 const RING_SPACE: u64 = 0x4000;
-/// From here on memory is free for data.
+/// Start of the memory that is free for data.
 pub const DATA: u64 = BASE + 0x10_0000;
 
 /// A running `vhost-device-blk`.
@@ -64,7 +64,7 @@ pub struct Daemon {
 }
 
 impl Daemon {
-    /// Starts a daemon on a disk of `sectors` sectors, each filled with its number's low byte.
+    /// Starts a daemon on a disk of `sectors` sectors, each filled with the low byte of its number.
     pub fn start(sectors: usize, args: &[&str]) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let disk: Vec<u8> = (0..sectors * 512).map(|i| (i / 512) as u8).collect();
@@ -97,7 +97,7 @@ impl Daemon {
     }
 
     pub fn signal(&self, signal: i32) {
-        // SAFETY: our own child, not waited for yet.
+        // SAFETY: it is our own child, which has not been waited for yet.
         assert_eq!(unsafe { libc::kill(self.process.id() as i32, signal) }, 0);
     }
 
@@ -121,7 +121,7 @@ impl Drop for Daemon {
     }
 }
 
-/// Starts the binary on `dir`'s disk and socket.
+/// Starts the binary on the disk and the socket in `dir`.
 pub fn spawn(dir: &Path, args: &[&str]) -> Child {
     let file = |name| dir.join(name);
     Command::new(env!("CARGO_BIN_EXE_vhost-device-blk"))
@@ -138,7 +138,7 @@ pub fn spawn(dir: &Path, args: &[&str]) -> Child {
         .unwrap()
 }
 
-/// Waits for `condition`, and fails if it takes too long.
+/// Waits for `condition`, and panics if it takes too long.
 pub fn until(what: &str, mut condition: impl FnMut() -> bool) {
     let start = Instant::now();
     while !condition() {
@@ -147,9 +147,9 @@ pub fn until(what: &str, mut condition: impl FnMut() -> bool) {
     }
 }
 
-/// A memfd of `size` bytes.
+/// Creates a memfd of `size` bytes.
 pub fn memfd(size: u64) -> File {
-    // SAFETY: the name is a C string; the descriptor is new and ours alone.
+    // SAFETY: the name is a C string; the descriptor is new and has no other owner.
     let file = unsafe {
         let fd = libc::memfd_create(c"guest".as_ptr(), libc::MFD_CLOEXEC);
         assert!(fd >= 0);
@@ -159,7 +159,7 @@ pub fn memfd(size: u64) -> File {
     file
 }
 
-/// Guest memory in two memfds.
+/// Creates guest memory in two memfds.
 pub fn memory() -> GuestMemoryMmap {
     let ranges = [BASE, BASE + REGION].map(|addr| {
         let file = FileOffset::new(memfd(REGION), 0);
@@ -172,7 +172,7 @@ pub fn region_infos(mem: &GuestMemoryMmap) -> Vec<VhostUserMemoryRegionInfo> {
     mem.iter().map(|r| VhostUserMemoryRegionInfo::from_guest_region(r).unwrap()).collect()
 }
 
-/// Connects and negotiates. Returns the front-end and the features agreed on.
+/// Connects and negotiates. Returns the front-end and the negotiated features.
 pub fn negotiate(
     socket: &Path,
     refuse: u64,
@@ -185,7 +185,7 @@ pub fn negotiate(
     frontend.set_protocol_features(protocol).unwrap();
     frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
     frontend.get_queue_num().unwrap();
-    // The log bit belongs to migrations.
+    // The log bit is for migrations.
     frontend.set_features(features & !(1 << 26)).unwrap();
     (frontend, features, protocol)
 }
@@ -200,12 +200,12 @@ pub struct Guest {
 }
 
 impl Guest {
-    /// Connects with all features, shares memory, and sets `queues` queues running.
+    /// Connects with all features, shares memory, and starts `queues` queues.
     pub fn connect(socket: &Path, queues: usize) -> Self {
         Self::connect_without(socket, queues, 0)
     }
 
-    /// The same without some of the virtio features.
+    /// Like [`Guest::connect`], without some of the virtio features.
     pub fn connect_without(socket: &Path, queues: usize, refuse: u64) -> Self {
         let none = VhostUserProtocolFeatures::empty();
         let (mut frontend, features, protocol) = negotiate(socket, refuse, none);
@@ -232,7 +232,7 @@ impl Guest {
         self.rings.push(ring);
     }
 
-    /// A request with its data in one piece. Returns the status and the used length.
+    /// Submits a request with its data in one piece. Returns the status and the used length.
     pub fn request(
         &mut self,
         queue: usize,
@@ -248,7 +248,7 @@ impl Guest {
         (self.rings[queue].status(&self.mem, head), used)
     }
 
-    /// A discard or write zeroes request of ranges: sector, number of sectors, flags.
+    /// Submits a discard or write zeroes request with ranges of (sector, number of sectors, flags).
     pub fn ranges(&mut self, kind: u32, ranges: &[(u64, u32, u32)]) -> (u8, u32) {
         let mut bytes = vec![];
         for (sector, sectors, flags) in ranges {
@@ -267,7 +267,7 @@ impl Guest {
 
     /// Ends the connection; the memory stays.
     pub fn hang_up(&self) {
-        // SAFETY: our own socket.
+        // SAFETY: the socket is our own, and still open.
         unsafe { libc::shutdown(self.frontend.as_raw_fd(), libc::SHUT_RDWR) };
     }
 
@@ -287,7 +287,7 @@ impl Guest {
     }
 }
 
-/// A queue as its driver sees it.
+/// A queue as seen by its driver.
 pub struct Ring {
     pub index: usize,
     pub kick: EventFd,
@@ -316,7 +316,7 @@ impl Ring {
         }
     }
 
-    /// Sets the queue running in the device, from `avail_base` on.
+    /// Starts the queue in the device at `avail_base`.
     pub fn start(&self, frontend: &mut Frontend, mem: &GuestMemoryMmap, avail_base: u16) {
         let host = |addr| mem.get_host_address(GuestAddress(addr)).unwrap() as u64;
         frontend.set_vring_num(self.index, QUEUE_SIZE).unwrap();
@@ -336,7 +336,7 @@ impl Ring {
         frontend.set_vring_enable(self.index, true).unwrap();
     }
 
-    /// Makes the next requests of the descriptors from this one on, whoever used them before.
+    /// Builds the next requests from this descriptor onwards, even if it is in use.
     pub fn reuse_from(&mut self, descriptor: u16) {
         self.next_desc = descriptor;
     }
@@ -361,7 +361,7 @@ impl Ring {
         mem.read_obj(GuestAddress(self.status_addr(head))).unwrap()
     }
 
-    /// Writes the header, and the status as unanswered.
+    /// Writes the header, and marks the status as unanswered.
     pub fn header(&self, mem: &GuestMemoryMmap, head: u16, kind: u32, sector: u64) {
         let at = |offset| GuestAddress(self.header_addr(head) + offset);
         mem.write_obj(u64::from(kind), at(0)).unwrap();
@@ -369,7 +369,7 @@ impl Ring {
         mem.write_obj(UNANSWERED, at(16)).unwrap();
     }
 
-    /// Makes a request of header, data and status, and kicks. Returns its head.
+    /// Submits a request with header, data and status, and kicks. Returns its head.
     pub fn submit(
         &mut self,
         mem: &GuestMemoryMmap,
@@ -413,19 +413,19 @@ impl Ring {
         self.kick.write(1).unwrap();
     }
 
-    /// Asks for a signal when this many completions have been seen in all.
+    /// Requests a call for the completion with this index, counted from 0.
     pub fn set_used_event(&self, mem: &GuestMemoryMmap, index: u16) {
         let at = self.base + AVAIL + 4 + 2 * u64::from(QUEUE_SIZE);
         mem.write_obj(index, GuestAddress(at)).unwrap();
     }
 
-    /// How many completions the device has published in all.
+    /// Returns the total number of completions that the device has published.
     pub fn used_index(&self, mem: &GuestMemoryMmap) -> u16 {
         let order = std::sync::atomic::Ordering::SeqCst;
         mem.load(GuestAddress(self.base + USED + 2), order).unwrap()
     }
 
-    /// The next completion, if there is one: head and length.
+    /// Returns the head and the length of the next completion, if any.
     pub fn poll(&mut self, mem: &GuestMemoryMmap) -> Option<(u32, u32)> {
         if self.used_index(mem) == self.last_used {
             return None;
@@ -440,10 +440,10 @@ impl Ring {
         Some((id, len))
     }
 
-    /// Waits for the call of the next completion, and returns it.
+    /// Waits for the call of the next completion, and returns the completion.
     pub fn wait(&mut self, mem: &GuestMemoryMmap) -> (u32, u32) {
         let mut fds = libc::pollfd { fd: self.call.as_raw_fd(), events: libc::POLLIN, revents: 0 };
-        // SAFETY: one structure, ours.
+        // SAFETY: the array is the one structure `fds`, which is ours.
         let n = unsafe { libc::poll(&mut fds, 1, PATIENCE.as_millis() as i32) };
         assert_eq!(n, 1, "no call for queue {}", self.index);
         self.call.read().unwrap();
