@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What the examples run: guests of a few instructions, and the image that they lie in. Nothing
-//! here is about demand paging.
+//! The guests of the examples, each a few instructions long, and their memory images. Nothing here
+//! concerns demand paging.
 //!
-//! The guests are 32-bit protected mode without paging: a guest's addresses are physical.
+//! The guests run in 32-bit protected mode without paging: a guest's addresses are physical.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -20,23 +20,24 @@ pub const PORT_KICK: u16 = 0x94;
 /// The port to which a guest writes while it waits for its disk.
 pub const PORT_WAIT: u16 = 0x98;
 
-/// Bytes that code may have: it fills the last page of memory.
+/// Bytes reserved for code, which lies in the last page of memory.
 const CODE_BYTES: u64 = 4096;
 
-/// Guest physical address of the first instruction, in memory of `size` bytes.
+/// Returns the guest physical address of the first instruction, in memory of `size` bytes.
 pub fn entry(size: u64) -> u64 {
     size - CODE_BYTES
 }
 
-/// A guest sums one 32-bit word, the first, of so many bytes: it looks at each page in many places,
-/// and is done soon under a KVM that emulates every instruction.
+/// Distance in bytes between the 32-bit words that a guest sums: it reads each page in many places,
+/// and still finishes soon under a KVM that emulates every instruction.
 const STRIDE: u64 = 64;
 
-/// A guest that sums words of all of its memory, from the last page down, and writes the sum so far to [`PORT_SUM`] when it is half through and at the end.
+/// Assembles a guest that sums words of all its memory, from the last page down, and writes the sum
+/// so far to [`PORT_SUM`] halfway and at the end.
 ///
 /// # Errors
 ///
-/// None but for mistakes in here.
+/// Only if the code in this function is wrong.
 pub fn walker(size: u64) -> Result<Vec<u8>, IcedError> {
     let mut asm = CodeAssembler::new(32)?;
     let (mut half, mut next) = (asm.create_label(), asm.create_label());
@@ -58,14 +59,14 @@ pub fn walker(size: u64) -> Result<Vec<u8>, IcedError> {
     asm.assemble(entry(size))
 }
 
-/// A guest that makes `requests` requests of a disk available, one after the other, kicks, waits
-/// for each, and then sums words of `len` bytes from `data` on and writes the sum to [`PORT_SUM`].
+/// Assembles a guest that makes `requests` requests of a disk available one by one, kicks and waits
+/// for each, and then sums words of the `len` bytes at `data` and writes the sum to [`PORT_SUM`].
 ///
 /// `available` and `used` are the addresses of the `idx` fields of the queue's rings.
 ///
 /// # Errors
 ///
-/// None but for mistakes in here.
+/// Only if the code in this function is wrong.
 pub fn driver(
     size: u64,
     (available, used): (u64, u64),
@@ -75,7 +76,7 @@ pub fn driver(
     let mut asm = CodeAssembler::new(32)?;
     for number in 1..=u32::from(requests) {
         let (mut wait, mut done) = (asm.create_label(), asm.create_label());
-        // x86 keeps the order of stores, and of loads: no barrier is needed.
+        // x86 preserves the order of stores, and of loads: no barrier is needed.
         asm.mov(word_ptr(available), number)?;
         asm.out(u32::from(PORT_KICK), al)?;
         asm.set_label(&mut wait)?;
@@ -100,12 +101,12 @@ pub fn driver(
     asm.assemble(entry(size))
 }
 
-/// Fills `file` with an image of memory of `size` bytes: words that all differ, and the code in
-/// the last page.
+/// Fills `file` with an image of memory of `size` bytes: distinct words, and the code in the last
+/// page.
 ///
 /// # Errors
 ///
-/// The system's.
+/// The error of the failed system call.
 pub fn write_image(file: &File, size: u64, code: &[u8]) -> io::Result<()> {
     assert!(code.len() as u64 <= CODE_BYTES, "the code fits into its page");
     const CHUNK: u64 = 1 << 20;
@@ -118,17 +119,18 @@ pub fn write_image(file: &File, size: u64, code: &[u8]) -> io::Result<()> {
     file.write_all_at(code, entry(size))
 }
 
-/// A word of the image, by its number: no range of memory has the sum of another.
+/// Returns word `number` of the image: mixed, so that different ranges of memory have different
+/// sums.
 fn word_of(number: u32) -> u32 {
     let mixed = number.wrapping_mul(0x9e37_79b1);
     (mixed ^ mixed >> 15).wrapping_mul(0x85eb_ca6b)
 }
 
-/// The sum, modulo 2^32, of those words of what is read that a guest sums.
+/// Returns the sum, modulo 2^32, of the words of `image` that a guest sums.
 ///
 /// # Errors
 ///
-/// The system's.
+/// The error of the failed read.
 pub fn sum(mut image: impl Read) -> io::Result<u32> {
     let mut bytes = Vec::new();
     image.read_to_end(&mut bytes)?;
@@ -137,11 +139,11 @@ pub fn sum(mut image: impl Read) -> io::Result<u32> {
     Ok(words.fold(0, u32::wrapping_add))
 }
 
-/// The system registers that the guests begin with.
+/// Returns the system registers with which the guests start.
 ///
 /// # Errors
 ///
-/// KVM's.
+/// KVM's error.
 pub fn sregs(vcpu: &VcpuFd) -> Result<kvm_sregs, kvm_ioctls::Error> {
     let flat = |type_| kvm_segment {
         limit: 0xffff_ffff,
@@ -160,7 +162,7 @@ pub fn sregs(vcpu: &VcpuFd) -> Result<kvm_sregs, kvm_ioctls::Error> {
     Ok(sregs)
 }
 
-/// The registers that the guests begin with, in memory of `size` bytes.
+/// Returns the registers with which the guests start, in memory of `size` bytes.
 pub fn regs(size: u64) -> kvm_regs {
     kvm_regs { rip: entry(size), rflags: 2, ..Default::default() }
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The examples, run as a user runs them.
+//! Runs the examples as a user does.
 
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -13,9 +13,9 @@ use test_support::host::free_units;
 use test_support::wait::until;
 
 const LIMIT: Duration = Duration::from_secs(120);
-/// Bytes of memory of each example.
+/// Size of each example's memory, in bytes.
 const SIZE: u64 = 16 << 20;
-/// Its pages.
+/// Its number of pages.
 const PAGES: u64 = SIZE / 4096;
 
 fn lazy_vm() -> Command {
@@ -36,7 +36,7 @@ fn succeeds(command: &mut Command) -> Output {
     output
 }
 
-/// The number before `what` in a line that begins with `line`.
+/// Returns the number after `path` in the line that begins with `line`.
 #[track_caller]
 fn number(output: &Output, line: &str, path: &str) -> u64 {
     let found = output.stdout.lines().find(|text| text.starts_with(line));
@@ -52,8 +52,8 @@ fn all(engine: Engine, backing: BackingKind) {
     let arguments = ["--engine", engine.name(), "--backing", backing.name()];
 
     let output = succeeds(lazy_vm().args(arguments));
-    // All of it because the guest touched it; it goes on while this is counted, and the last page
-    // may be counted after that.
+    // So far every page was fetched because the guest touched it. The guest keeps running while
+    // they are counted, and the last page may be counted only afterwards.
     const HALF: &str = "half of memory summed";
     assert!(number(&output, HALF, "guest ") >= PAGES / 2 - 1, "{output:?}");
     assert_eq!(number(&output, HALF, "fill "), 0, "{output:?}");
@@ -110,7 +110,7 @@ fn an_image_is_kept() {
     succeeds(lazy_vm().args(["--engine", "uffd", "--image"]).arg(&image));
 }
 
-/// It ends, in order, wherever the guest is.
+/// Ctrl-C ends it in order, wherever the guest is.
 #[test]
 fn ctrl_c_ends_it() {
     if !can_run(Engine::Uffd, BackingKind::Shmem, SIZE) {
@@ -126,7 +126,7 @@ fn ctrl_c_ends_it() {
     let text = || std::fs::read_to_string(&said).unwrap();
     until("the guest runs", || text().contains("running uffd"));
     let id = libc::pid_t::try_from(process.id()).unwrap();
-    // SAFETY: the child has not been reaped, so the id is its own.
+    // SAFETY: the child has not been reaped, so its ID has not been reused.
     unsafe { libc::kill(id, libc::SIGINT) };
     let status = process.wait(Duration::from_secs(20)).unwrap();
     let text = text();

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A VMM with a vhost-user disk on memory that has not arrived: what the disk adds to `lazy-vm`.
+//! A VMM with a vhost-user disk on memory that is still missing: the additions to `lazy-vm` for a
+//! disk.
 //!
-//! The disk is another process, which maps the guest's memory itself. Here it is asked to write
-//! memory to the disk that nobody has touched yet, and to read it back to another place: it faults
-//! in what it needs, by itself, from the VMM's image. The guest then sums the copy.
+//! The disk is another process, which maps the guest's memory itself. The guest makes it write
+//! untouched memory to the disk and read it back to another address. The disk's process faults in
+//! the pages it needs by itself, from the VMM's image. The guest then sums the copy.
 
 use std::error::Error;
 use std::fs::{self, File};
@@ -34,20 +35,20 @@ use virtio_bindings::virtio_ring::{VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-/// Bytes of memory.
+/// Size of memory, in bytes.
 const SIZE: u64 = 16 << 20;
-/// The virtqueue, each part in a page of its own: none of them has arrived when it is laid out.
+/// The virtqueue, each part in a separate page: all of them are missing when it is laid out.
 const QUEUE_SIZE: u16 = 16;
 const DESCRIPTORS: u64 = 0x20_0000;
 const AVAILABLE: u64 = 0x20_1000;
 const USED: u64 = 0x20_2000;
 const HEADERS: u64 = 0x20_3000;
 const STATUSES: u64 = 0x20_4000;
-/// What is written to the disk: comes from the image.
+/// The data written to the disk, which comes from the image.
 const OUT: u64 = 4 << 20;
-/// Where it is read back to: bytes of the image lie here until then.
+/// The destination of the read; it holds bytes of the image until then.
 const IN: u64 = 8 << 20;
-/// Bytes of either.
+/// Length of either, in bytes.
 const LEN: u64 = 1 << 20;
 
 /// A VMM whose guest's disk faults in the memory that it needs.
@@ -59,8 +60,8 @@ struct Options {
     /// shmem, hugetlb-2m or hugetlb-1g
     #[arg(long, default_value_t = BackingKind::Shmem)]
     backing: BackingKind,
-    /// Socket of a vhost-user-blk back-end, whose disk's first MiB is overwritten; without, the
-    /// vhost-device-blk that lies beside this program is started on a disk of its own
+    /// Socket of a vhost-user-blk back-end, whose disk's first MiB is overwritten; without it, the
+    /// vhost-device-blk in this program's folder is started on a new disk
     #[arg(long)]
     socket: Option<PathBuf>,
 }
@@ -106,7 +107,8 @@ fn run(options: &Options) -> Result<()> {
         (),
     )?;
     let memory = DemandMemory::new(vec![region])?;
-    // It also serves the back-end's faults, which come through a userfaultfd that it sends us.
+    // It also serves the back-end's faults, which arrive through a userfaultfd that the back-end
+    // sends.
     let service = Arc::new(FaultService::start(DEFAULT_THREADS)?);
     let mapping = service.arm_guest(memory.pagers(), engine.vcpu_trap())?.remove(0);
     let pager = memory.pagers().next().ok_or("memory has a region")?;
@@ -115,11 +117,12 @@ fn run(options: &Options) -> Result<()> {
     let handler = FaultHandler::for_slots([&slot])?;
     lay_out_queue(&memory)?;
 
-    // A back-end that cannot wait for missing pages is refused here: it would read zeros, and
-    // write them to its disk. Between its answer and our acknowledgement its mapping is armed for
-    // half-filled units as well, of which it knows nothing.
+    // A back-end that cannot wait for missing pages is refused here: it would read zeros, and write
+    // them to its disk. Between its reply and our acknowledgement, its mapping is also armed for
+    // half-filled units, which the back-end does not know about.
     let mut back_end = BackEnd::connect(&socket, BackEndOptions::default())?;
-    // Only what the driver below knows. Above all no packed rings, no event indices.
+    // Only the features that the driver below supports: above all no packed rings and no event
+    // indices.
     back_end.set_features(1 << VIRTIO_F_VERSION_1)?;
     back_end.share_missing_memory(&memory, &service)?;
     let (kick, call) = (EventFd::new(EFD_NONBLOCK)?, EventFd::new(EFD_NONBLOCK)?);
@@ -133,8 +136,8 @@ fn run(options: &Options) -> Result<()> {
         call: &call, // The guest polls.
     };
     back_end.set_vring(0, &vring, true)?;
-    // The guest's kick goes from KVM straight to the back-end. A KVM that cannot do that leaves the
-    // write to us.
+    // The guest's kick goes directly from KVM to the back-end. If KVM cannot do that, the write
+    // exits to the VMM.
     let address = IoEventAddress::Pio(guest::PORT_KICK.into());
     if let Err(error) = vm.register_ioevent(&kick, &address, NoDatamatch) {
         println!("note: have KVM pass kicks on: {error}; the VMM does");
@@ -146,16 +149,16 @@ fn run(options: &Options) -> Result<()> {
     vcpu.kick().attach();
     println!("running {engine} on {} with the disk at {}", options.backing, socket.display());
 
-    // On this very thread; for one of its own, which can be called away, see lazy-vm. Ctrl-C ends
-    // the process: the kernel closes the userfaultfd before the VM, as its descriptor has the higher
-    // number, and the back-end's process sees to it that it reads no zeros.
+    // The vCPU runs on this thread; lazy-vm runs it on a separate thread, which can be kicked.
+    // Ctrl-C ends the process: the kernel closes the userfaultfd before the VM, because its
+    // descriptor has the higher number, and the back-end ensures that its process reads no zeros.
     let mut sum = None;
     loop {
         let Step::Exit(exit) = vcpu.step(&handler, &memory)? else { continue };
         match exit {
             VcpuExit::IoOut(guest::PORT_KICK, _) => kick.write(1)?,
             VcpuExit::IoOut(guest::PORT_WAIT, _) => {
-                // A request that a dead back-end had is never answered.
+                // A request held by a dead back-end is never answered.
                 back_end.check()?;
                 thread::yield_now();
             }
@@ -177,8 +180,8 @@ fn run(options: &Options) -> Result<()> {
         println!("{}: {} pages in {} faults", path.name(), report.pages, report.faults);
     }
 
-    // The rest arrives. Then the traps go: the back-end's, which it is told, before the service's
-    // and the slot's.
+    // Fetch the remaining pages. Then remove the traps: the back-end's, which needs a message,
+    // before the service's and the slot's.
     let (sender, complete) = channel();
     memory.on_complete(move || sender.send(()).unwrap_or_default());
     let fill = Fill::start(vec![pager.clone()], FillRate::Unlimited)?;
@@ -203,11 +206,11 @@ fn run(options: &Options) -> Result<()> {
     Ok(())
 }
 
-/// Two requests, as a driver lays them out (virtio 1.2, sections 2.7 and 5.2.6): to write [`OUT`]
-/// to the first sectors, and to read them back to [`IN`]. The guest makes them available.
+/// Lays out two requests, as a driver does (virtio 1.2, sections 2.7 and 5.2.6): one writes [`OUT`]
+/// to the first sectors, one reads them back to [`IN`]. The guest makes them available.
 ///
-/// Through vm-memory, which brings in exactly the pages that it touches: without a fault, and
-/// without a raw pointer that could meet a missing one.
+/// Uses vm-memory, which fetches exactly the pages that it touches: without a fault, and without a
+/// raw pointer that could reach a missing page.
 fn lay_out_queue(memory: &DemandMemory) -> Result<()> {
     for (request, (kind, data)) in
         [(VIRTIO_BLK_T_OUT, OUT), (VIRTIO_BLK_T_IN, IN)].iter().enumerate()
@@ -233,13 +236,13 @@ fn lay_out_queue(memory: &DemandMemory) -> Result<()> {
         }
         memory.write_obj(first as u16, GuestAddress(AVAILABLE + 4 + request * 2))?;
     }
-    // Flags and index of both rings: the image's bytes are not a driver's zeros.
+    // Flags and index of both rings: a driver expects zeros, but the image has other bytes.
     memory.write_obj(0u32, GuestAddress(AVAILABLE))?;
     memory.write_obj(0u32, GuestAddress(USED))?;
     Ok(())
 }
 
-/// A back-end that this program has started; ended with it.
+/// A back-end started by this program; killed when dropped.
 struct Device {
     child: Child,
     socket: PathBuf,
@@ -280,7 +283,7 @@ impl Device {
 
 impl Drop for Device {
     fn drop(&mut self) {
-        // Both fail only if it has ended by itself.
+        // Both fail only if it has already ended.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A whole VMM on demand-paged memory, to copy from: KVM, one vCPU, and memory that comes from a
-//! file as the guest touches it.
+//! A whole VMM on demand-paged memory, as a starting point for others: KVM, one vCPU, and memory
+//! that is fetched from a file as the guest touches it.
 //!
-//! The guest sums its memory, from the last word down. Half through it says so, and from then on
-//! a background fill brings in, from the first page up, what nobody has asked for. When the last
-//! page is present all of the machinery is taken away, while the guest runs on.
+//! The guest sums its memory, from the last word down. Halfway it reports its sum, and from then on
+//! a background fill fetches the remaining pages, from the first page up. When the last page is
+//! present, the demand-paging machinery is removed while the guest keeps running.
 
 use std::error::Error;
 use std::fs::File;
@@ -32,7 +32,7 @@ use kvm_ioctls::VcpuExit;
 use vm_memory::GuestAddress;
 use vmm_sys_util::signal::register_signal_handler;
 
-/// MiB of memory that the guest can use: beyond are devices, in many machines.
+/// Maximum memory in MiB that the guest can use: many machines have devices above.
 const MOST: u64 = 2048;
 
 /// A VMM whose guest's memory arrives as it is touched.
@@ -44,24 +44,24 @@ struct Options {
     /// shmem, hugetlb-2m or hugetlb-1g
     #[arg(long, default_value_t = BackingKind::Shmem)]
     backing: BackingKind,
-    /// An image of memory that an earlier run has kept; without, a small one is made
+    /// An image of memory kept by an earlier run; without it, a small one is created
     #[arg(long)]
     image: Option<PathBuf>,
-    /// MiB of memory of the image that is made
+    /// MiB of memory of the created image
     #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u64).range(1..=MOST))]
     mib: u64,
-    /// Keep the image that is made, here
+    /// Keep the created image at this path
     #[arg(long, conflicts_with = "image")]
     keep: Option<PathBuf>,
 }
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
-/// What the other threads tell the main thread.
+/// Messages of the other threads to the main thread.
 enum Event {
     /// The guest's sum so far.
     Sum(u32),
-    /// No page is missing any more.
+    /// All pages are present.
     Complete,
     /// The vCPU has halted, or failed.
     Ended(std::result::Result<(), String>),
@@ -96,15 +96,16 @@ fn run(options: &Options) -> Result<()> {
     }
     let image = options.image.as_ref().unwrap_or(&made);
 
-    // What traps the vCPU. Found out by trying, as kernels do not tell; an engine that was asked
-    // for by name and is not there is an error here, and never replaced by another.
+    // The engine traps the vCPU's accesses. It is found by probing, because kernels do not
+    // advertise it; an unavailable engine that was requested by name is an error here, and never
+    // replaced by another.
     let probe = probe();
     let engine = resolve(options.engine, &probe)?;
     let features = probe.kvm.as_ref().map_err(Clone::clone)?;
     probe.limits(engine).iter().for_each(|limit| println!("note: {limit}"));
 
-    // Memory of which every page is missing: nothing is read yet, whatever the image's size. A
-    // failed read is tried again for ever, and the page stays missing: say so, as the guest waits.
+    // Memory with all pages missing: nothing is read yet, whatever the image's size. A failed read
+    // is retried forever while the page stays missing; print the error, because the guest waits.
     let source = Arc::new(LocalFile::open(image)?);
     let size = source.size();
     if size > MOST << 20 {
@@ -127,20 +128,22 @@ fn run(options: &Options) -> Result<()> {
     )?;
     let memory = DemandMemory::new(vec![region])?;
 
-    // The mapping that the guest is going to see, armed by a userfaultfd BEFORE anything can touch
-    // it: what is touched before reads as zeros for ever. Under `uffd` this is what stops the vCPU;
-    // under the other engines KVM does, and this stops what KVM touches by itself.
+    // The guest's mapping, armed by a userfaultfd BEFORE anything can touch it: a page touched
+    // earlier reads as zeros forever. With `uffd` this traps the vCPU; with the other engines KVM
+    // does that, and this traps KVM's own accesses.
     let service = FaultService::start(DEFAULT_THREADS)?;
     let mapping = service.arm_guest(memory.pagers(), engine.vcpu_trap())?.remove(0);
     let pager = memory.pagers().next().ok_or("memory has a region")?;
 
-    // KVM may wait for a page on its own account, where no signal reaches it, and a VM that is closed
-    // then can never be killed. The slot sees to that: until it is dropped it keeps the VM, and when
-    // it is, it ends every wait under it, by an error and never by zeros, whatever is dropped first.
+    // KVM may itself wait for a page, where no signal reaches it, and a VM that is closed during
+    // that wait can never be killed. The slot prevents this: it keeps the VM until it is dropped,
+    // and its drop ends every wait in its range, with an error and never with zeros, whatever is
+    // dropped first.
     let kvm = open_kvm()?;
-    let vm = Arc::new(engine.create_vm(&kvm)?); // kvm-attributes needs a type of its own.
-    // A guest that names a page to KVM by an MSR (kvm-clock, say) has KVM write there at once, past
-    // the engine. With this the vCPU leaves the guest instead, and its step fetches the page.
+    let vm = Arc::new(engine.create_vm(&kvm)?); // kvm-attributes needs a special VM type.
+    // When a guest gives KVM the address of a page through an MSR (kvm-clock, for example), KVM
+    // writes there at once, bypassing the engine. With this trap the vCPU exits instead, and its
+    // step fetches the page.
     let msr_trap = MsrTrap::new(&vm)?;
     let slot = DemandSlot::new(vm.clone(), 0, GuestAddress(0), mapping, pager.clone(), engine)?
         .with_features(features);
@@ -150,12 +153,12 @@ fn run(options: &Options) -> Result<()> {
     let kick = vcpu.kick().clone();
     let mut cpuid = kvm.get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES)?;
     if probe.hides_nested(engine) {
-        // For guests of the guest, KVM maps pages ahead of what was touched, arrived or not.
+        // For nested guests, KVM maps pages beyond those touched, whether present or missing.
         hide_nested(&mut cpuid);
     }
     vcpu.fd().set_cpuid2(&cpuid)?;
-    // Setting registers has KVM read what they name (and MSRs, of which a guest that was not
-    // restored has none), so those pages come first.
+    // Setting registers makes KVM read the memory that they (and MSRs, which only a restored guest
+    // has) refer to, so fetch those pages first.
     let sregs = guest::sregs(vcpu.fd())?;
     handler.fetch_pages(&own_pages(&[], Some(&sregs)), kick.waiter())?;
     vcpu.fd().set_sregs(&sregs)?;
@@ -175,16 +178,16 @@ fn run(options: &Options) -> Result<()> {
     };
     println!("running {engine} on {} of {} MiB", options.backing, size >> 20);
 
-    // Nothing after this may return before the vCPU is out of the guest: the memory's traps must
-    // not go away under it.
+    // Nothing after this may return before the vCPU has left the guest: the memory's traps must
+    // outlive its run.
     let outcome = watch(&events, &memory, &stats, || {
-        // All pages are present. Unregister and close the userfaultfd; then let KVM forget the
-        // bitmap, and use huge pages again where the backing has them.
+        // All pages are present. Unregister and close the userfaultfd; then make KVM drop the
+        // bitmap, and use huge pages again if the backing has them.
         service.finish()?;
         slot.finish()?;
         Ok(msr_trap.remove()?)
     });
-    // First say what is wanted, then kick: the vCPU clears the kick, then looks.
+    // First set the flag, then kick: the vCPU clears the kick, then checks the flag.
     stop.store(true, Ordering::Release);
     kick.kick();
     let patience = Instant::now() + Duration::from_secs(2);
@@ -192,12 +195,12 @@ fn run(options: &Options) -> Result<()> {
         thread::sleep(Duration::from_millis(1));
     }
     if !thread.is_finished() {
-        // It waits inside KVM for a page that does not come, where no kick reaches.
+        // It waits inside KVM for a page that does not arrive, where no kick reaches it.
         eprintln!("lazy-vm: the source does not answer; the guest is ended in the middle");
     }
-    // From here on nothing waits for a page, in KVM neither, and nothing reads zeros.
+    // From here on no thread waits for a page, not even inside KVM, and no thread reads zeros.
     memory.revoke();
-    let _ = thread.join(); // A panic there has printed what it has to say.
+    let _ = thread.join(); // A panic there has already been printed.
     let seen = outcome?;
 
     let expected = guest::sum(File::open(image)?)?;
@@ -208,7 +211,8 @@ fn run(options: &Options) -> Result<()> {
     Ok(())
 }
 
-/// Follows the run until the guest has its sum and no page is missing; then `finish` is called.
+/// Processes events until the guest has halted and all pages are present; calls `finish` when the
+/// last page is present. Returns the guest's sum.
 fn watch(
     events: &Receiver<Event>,
     memory: &DemandMemory,
@@ -222,7 +226,8 @@ fn watch(
                 sum = so_far;
                 if fill.is_none() {
                     println!("half of memory summed; arrived so far: {}", arrived(stats));
-                    // Before the VM runs this would only compete with the pages it starts with.
+                    // Before this, it would only compete with the pages that the guest needs to
+                    // start.
                     let pagers = memory.pagers().cloned().collect();
                     fill = Some(Fill::start(pagers, FillRate::Unlimited)?);
                 }
@@ -254,7 +259,7 @@ fn arrived(stats: &Stats) -> String {
     [Path::Guest, Path::KvmInternal, Path::Fill].map(path).join(", ")
 }
 
-/// The vCPU's thread, until the guest halts or is told to stop.
+/// Runs the vCPU on its thread until the guest halts or `stop` is set.
 fn run_vcpu(
     mut vcpu: DemandVcpu,
     handler: &FaultHandler,
@@ -265,8 +270,8 @@ fn run_vcpu(
     vcpu.kick().attach();
     while !stop.load(Ordering::Acquire) {
         match vcpu.step(handler, memory)? {
-            // The guest has touched a missing page, which was fetched here, on this very thread;
-            // or the vCPU was called away.
+            // The guest touched a missing page, which this thread has fetched; or the vCPU was
+            // kicked.
             Step::Again => {}
             Step::Exit(VcpuExit::IoOut(guest::PORT_SUM, data)) => {
                 events.send(Event::Sum(u32::from_le_bytes(data.try_into()?)))?;
