@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The VMM's own part of a plan.
+//! Executes the VMM's own part of a plan.
 
 use std::fmt::Display;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -10,10 +10,10 @@ use vm_memory::{Bytes, GuestAddress};
 use crate::content::PAGE_BYTES;
 use crate::plan::{Plan, VmmStep};
 
-/// Why the VMM's part of a plan did not come to its end.
+/// Errors of the VMM's part of a plan.
 #[derive(Debug, thiserror::Error)]
 pub enum ActorError {
-    /// Memory was not what it has to be.
+    /// Memory differs from the expected content.
     #[error(
         "step {step} of the VMM's part: the 8 bytes at {address:#x} are {found:#018x}, not \
          {expected:#018x}; guest memory is wrong"
@@ -21,24 +21,24 @@ pub enum ActorError {
     Mismatch {
         /// Index of the step.
         step: usize,
-        /// Guest physical.
+        /// Guest physical address.
         address: u64,
-        /// What has to be there.
+        /// The expected value.
         expected: u64,
-        /// What is there.
+        /// The value found.
         found: u64,
     },
-    /// An access was refused.
+    /// The memory refused an access.
     #[error("step {step} of the VMM's part: access guest memory at {address:#x}: {error}")]
     Access {
         /// Index of the step.
         step: usize,
-        /// Guest physical.
+        /// Guest physical address.
         address: u64,
-        /// What the memory said.
+        /// The memory's error.
         error: String,
     },
-    /// It was told to stop.
+    /// The caller stopped it.
     #[error("step {step} of the VMM's part: stopped before its end")]
     Stopped {
         /// Index of the step.
@@ -46,11 +46,11 @@ pub enum ActorError {
     },
 }
 
-/// Does the VMM's part of `plan` on the calling thread, through `memory`; waits as long as it takes
-/// for the vCPUs, unless `stop` becomes true. `flags` are those that the vCPUs use.
+/// Executes the VMM's part of `plan` on the calling thread, through `memory`. Waits for the vCPUs
+/// as long as needed, unless `stop` becomes true. `flags` are the ones that the vCPUs use.
 ///
 /// # Errors
-/// If memory is not what it has to be or cannot be accessed, or if told to stop.
+/// If memory differs from the expected content or cannot be accessed, or if stopped.
 pub fn run_vmm_actor<M>(
     plan: &Plan,
     flags: &[AtomicU64],

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Puts a plan together, unit by unit in the order in which all actors come to them.
+//! Builds a plan, unit by unit in the order in which all actors arrive at them.
 
 use std::fs::File;
 
@@ -15,12 +15,12 @@ const PAGE: u64 = PAGE_BYTES as u64;
 const SECTOR: u64 = 512;
 const PAGE_SECTORS: u64 = PAGE / SECTOR;
 
-// What random numbers are for.
+// Purposes of random numbers.
 const FOR_ORDER: u64 = 0x200;
 const FOR_ARRIVALS: u64 = 0x201;
 const FOR_UNIT: u64 = 0x202;
 
-/// What is decided about one unit.
+/// The decisions about one unit.
 pub(crate) struct Unit {
     pub(crate) number: u64,
     pub(crate) owner: usize,
@@ -29,7 +29,7 @@ pub(crate) struct Unit {
     pub(crate) vmm: Vec<VmmStep>,
     /// Indices of requests.
     pub(crate) requests: std::ops::Range<usize>,
-    /// What the owner checks when the unit's other actors are done.
+    /// The owner's checks when the unit's other actors are done.
     pub(crate) late: Vec<Step>,
 }
 
@@ -43,11 +43,11 @@ pub(crate) struct Builder<'a> {
     pub(crate) stores: Vec<Store>,
     pub(crate) programs: Vec<Vec<Step>>,
     pub(crate) vmm: Vec<VmmStep>,
-    /// What each vCPU does when it has been to all units: waits for the back-end,
+    /// Each vCPU's steps after it has visited all units: it waits for the back-end,
     pub(crate) finish: Vec<Vec<Step>>,
-    /// then checks what others did,
+    /// then checks the other actors' work,
     pub(crate) late: Vec<Vec<Step>>,
-    /// then checks what it wrote.
+    /// then checks its own writes.
     pub(crate) last: Vec<Vec<Step>>,
     guest_touches: u64,
 }
@@ -101,7 +101,7 @@ pub(crate) fn build(params: PlanParams, pristine: Option<&File>) -> Result<Plan,
 }
 
 impl Builder<'_> {
-    /// In what order actors come to each unit.
+    /// Returns the order in which actors arrive at each unit.
     fn arrivals(&self) -> Vec<Arrival> {
         use Actor::{BackEnd, Guest, Vmm};
         let kinds: &[Arrival] = match self.params.arrivals {
@@ -158,8 +158,8 @@ impl Builder<'_> {
         Ok(())
     }
 
-    /// When more requests are with the back-end than are waited for, how many it has answered does
-    /// not say which: so all are waited for before any answer is looked at.
+    /// Waits for all answers before any of them is checked: if the back-end has more requests than
+    /// are waited for, the number of its answers does not tell which requests it has answered.
     fn wait_for_all_answers(&mut self) {
         let Some(rings) = &self.rings else { return };
         let cpus = self.programs.len();
@@ -176,7 +176,7 @@ impl Builder<'_> {
         }
     }
 
-    /// Gives each of the unit's pages its role.
+    /// Assigns a role to each of the unit's pages.
     fn decide(&mut self, number: u64, requests: u64) -> Result<Unit, PlanError> {
         let mut random = Random::new(self.params.seed, FOR_UNIT, number);
         let cpus = self.programs.len();
@@ -210,7 +210,7 @@ impl Builder<'_> {
         Ok(unit)
     }
 
-    /// Makes one request about pages of the unit.
+    /// Adds one request for pages of the unit.
     fn request(
         &mut self,
         unit: &mut Unit,
@@ -247,7 +247,7 @@ impl Builder<'_> {
                 let expect = pristine.read_u64(offset + at)?;
                 unit.late.push(Step::Check { address: start + at, expect, width });
             }
-            // What the back-end did not write of a page is the image's.
+            // The part of a page that the back-end did not write still has the image's content.
             if !start.is_multiple_of(PAGE) {
                 let expect = self.content.read_u64(start - 8);
                 unit.late.push(Step::Check { address: start - 8, expect, width });
@@ -263,7 +263,7 @@ impl Builder<'_> {
     fn vmm_pages(&mut self, unit: &mut Unit, free: &mut FreePages, random: &mut Random) {
         let mut left = u64::from(self.params.vmm_touches_per_unit);
         while left > 0 {
-            // Sometimes two pages in a row, and an access that lies in both.
+            // Sometimes two adjacent pages, and an access that spans both.
             let most = 1 + u64::from(random.one_in(4));
             let Some((page, count)) = free.take_run(random, most.min(left)) else { return };
             left -= count;
@@ -296,7 +296,7 @@ impl Builder<'_> {
     }
 }
 
-/// Data in some of the sectors of pages in a row.
+/// Returns a segment in some of the sectors of adjacent pages.
 fn segment((first, count): (u64, u64), random: &mut Random) -> Segment {
     let mut cut = |most: u64| if random.one_in(3) { random.below(most) } else { 0 };
     let head = cut(PAGE_SECTORS);

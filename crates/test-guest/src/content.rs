@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What the test guest's memory image and disk hold: a function of a seed, so that any process can
-//! say what any byte must be.
+//! The content of the test guest's memory image and disk: a function of a seed, so that any process
+//! can compute any byte.
 
 use std::fs::File;
 use std::io;
@@ -9,34 +9,35 @@ use std::path::Path;
 
 use crate::windows::Windows;
 
-/// Bytes in a page.
+/// Size of a page, in bytes.
 pub const PAGE_BYTES: usize = 4096;
-/// Words of 64 bits in a page.
+/// Number of 64-bit words in a page.
 pub const PAGE_WORDS: u64 = 512;
-/// Pages in a unit: 2 MiB, on every backing (on shmem it is the chunk that back-ends get).
+/// Number of pages in a unit: 2 MiB on every backing (on shmem, the chunk in which back-ends
+/// fault).
 pub const UNIT_PAGES: u64 = 512;
-/// Bytes in a unit.
+/// Size of a unit, in bytes.
 pub const UNIT_BYTES: u64 = UNIT_PAGES * PAGE_BYTES as u64;
-/// The units that are never hole units: their data pages are where rings go.
+/// Number of units at the start that are never holes: their data pages hold the rings.
 pub const NO_HOLE_UNITS: u64 = 2;
 
-/// Pages in a run of holes.
+/// Number of pages in a run of holes.
 const RUN_PAGES: u64 = 16;
 const STEP: u64 = 0x9e37_79b9_7f4a_7c15;
 
-/// A well mixed function of `x`.
+/// Returns a well mixed function of `x`.
 const fn mixed(x: u64) -> u64 {
     let x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     let x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     x ^ (x >> 31)
 }
 
-/// A well mixed function of a seed, of what it is for, and of an index.
+/// Returns a well mixed function of a seed, a purpose and an index.
 pub(crate) const fn hash(seed: u64, purpose: u64, index: u64) -> u64 {
     mixed(mixed(seed ^ purpose.wrapping_mul(STEP)).wrapping_add(index.wrapping_mul(STEP)))
 }
 
-/// Random numbers that depend on nothing but a seed.
+/// Random numbers that depend only on a seed.
 #[derive(Clone, Debug)]
 pub(crate) struct Random(u64);
 
@@ -50,7 +51,7 @@ impl Random {
         mixed(self.0)
     }
 
-    /// A number below `limit`, which is not 0.
+    /// Returns a number below `limit`, which must not be 0.
     pub(crate) const fn below(&mut self, limit: u64) -> u64 {
         self.next() % limit
     }
@@ -66,7 +67,7 @@ impl Random {
     }
 }
 
-// What the hashes are for.
+// Purposes of the hashes.
 const FOR_WORDS: u64 = 1;
 const FOR_UNITS: u64 = 2;
 const FOR_RUNS: u64 = 3;
@@ -74,14 +75,14 @@ const FOR_PAGES: u64 = 4;
 const FOR_CODE: u64 = 5;
 const FOR_DISK: u64 = 6;
 
-/// What a page of the image holds.
+/// The kind of content of an image's page.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Class {
     /// Zeros; a hole in the image file.
     Hole,
-    /// A different word in every place: no two words of an image's data are the same.
+    /// A different word in every place: no two data words of an image are equal.
     Data,
-    /// `mov rax, imm64; ret`, and data behind it.
+    /// `mov rax, imm64; ret`, followed by data.
     Code,
 }
 
@@ -104,8 +105,8 @@ pub struct Content {
     key: u64,
 }
 
-/// The data word with this index; a bijection, so that all differ. In a loop over indices the
-/// multiplication becomes an addition.
+/// Returns the data word with this index; a bijection, so that all words differ. In a loop over
+/// indices the multiplication becomes an addition.
 #[inline(always)]
 const fn data_word(key: u64, index: u64) -> u64 {
     let x = key.wrapping_add(index.wrapping_mul(STEP));
@@ -113,12 +114,12 @@ const fn data_word(key: u64, index: u64) -> u64 {
 }
 
 impl Content {
-    /// The image that belongs to `seed`.
+    /// Creates the image for `seed`.
     pub const fn new(seed: u64) -> Self {
         Content { seed, key: hash(seed, FOR_WORDS, 0) }
     }
 
-    /// What page `page` is. Holes are single pages, runs and whole units.
+    /// Returns the class of page `page`. Holes are single pages, runs and whole units.
     pub const fn class(&self, page: u64) -> Class {
         let unit = page / UNIT_PAGES;
         if unit >= NO_HOLE_UNITS && hash(self.seed, FOR_UNITS, unit) & 7 == 0 {
@@ -134,12 +135,12 @@ impl Content {
         }
     }
 
-    /// What the function at the start of code page `page` returns in rax.
+    /// Returns the value that the function at the start of code page `page` returns in rax.
     pub const fn code_value(&self, page: u64) -> u64 {
         hash(self.seed, FOR_CODE, page)
     }
 
-    /// The first 16 bytes of a code page, as two words.
+    /// Returns the first 16 bytes of a code page, as two words.
     fn code_words(&self, page: u64) -> [u64; 2] {
         let value = self.code_value(page);
         let behind = data_word(self.key, page * PAGE_WORDS + 1);
@@ -147,7 +148,7 @@ impl Content {
         [0xb848 | value << 16, value >> 48 | 0xc3 << 16 | behind << 24]
     }
 
-    /// Word `index` (0 to 511) of page `page`.
+    /// Returns word `index` (0 to 511) of page `page`.
     pub fn word(&self, page: u64, index: u64) -> u64 {
         match self.class(page) {
             Class::Hole => 0,
@@ -156,7 +157,7 @@ impl Content {
         }
     }
 
-    /// The eight bytes at `address`, which need not be aligned and may lie in two pages.
+    /// Returns the eight bytes at `address`, which may be unaligned and span two pages.
     pub fn read_u64(&self, address: u64) -> u64 {
         let (index, shift) = (address / 8, address % 8 * 8);
         let low = self.word(index / PAGE_WORDS, index % PAGE_WORDS);
@@ -167,7 +168,7 @@ impl Content {
         low >> shift | high << (64 - shift)
     }
 
-    /// Fills `bytes` with page `page`.
+    /// Fills `bytes` with the content of page `page`.
     pub fn page(&self, page: u64, bytes: &mut [u8; PAGE_BYTES]) {
         let class = self.class(page);
         if class == Class::Hole {
@@ -185,7 +186,7 @@ impl Content {
         }
     }
 
-    /// Whether `bytes` is page `page`. Faster than making the page and comparing.
+    /// Returns whether `bytes` equals page `page`. Faster than generating the page and comparing.
     pub fn page_is(&self, page: u64, bytes: &[u8; PAGE_BYTES]) -> bool {
         let class = self.class(page);
         let (words, _) = bytes.as_chunks::<8>();
@@ -211,10 +212,10 @@ impl Content {
     }
 
     /// Creates (or replaces) a sparse file with the memory of a VM in which the image fills these
-    /// windows; hole pages and what lies outside are not written.
+    /// windows; hole pages and memory outside the windows are not written.
     ///
     /// # Errors
-    /// If the file system refuses.
+    /// The error of the file system.
     pub fn write_image(&self, path: &Path, windows: &Windows) -> io::Result<()> {
         let file = File::create(path)?;
         file.set_len(windows.vm_bytes())?;
@@ -238,8 +239,8 @@ impl Content {
     }
 }
 
-/// Writes pages `start` to `end` of the unit in `buffer`, which belongs at `packed` in the image, if
-/// there is a start.
+/// Writes pages `start` to `end` of the unit in `buffer`, whose place in the image is `packed`;
+/// does nothing if there is no start.
 fn write_run(
     file: &File,
     buffer: &[u8],
@@ -252,11 +253,11 @@ fn write_run(
     file.write_all_at(&buffer[start * PAGE_BYTES..end * PAGE_BYTES], offset)
 }
 
-/// Creates (or replaces) a disk image of `bytes` bytes full of data, for tests that have no real
-/// one. No two words are the same.
+/// Creates (or replaces) a disk image of `bytes` bytes full of data, for tests without a real disk.
+/// No two words are equal.
 ///
 /// # Errors
-/// If `bytes` is no multiple of a sector, or the file system refuses.
+/// If `bytes` is not a multiple of a sector, or the file system fails.
 pub fn write_disk(path: &Path, seed: u64, bytes: u64) -> io::Result<()> {
     if !bytes.is_multiple_of(512) {
         let what = format!("a disk has a multiple of 512 bytes, not {bytes}");

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Turns what is decided about a unit into steps of everybody who comes to it.
+//! Converts the decisions about a unit into steps of all its actors.
 
 use crate::builder::{Builder, Unit};
 use crate::content::Random;
@@ -7,7 +7,7 @@ use crate::guest_layout::BLK_QUEUE_NOTIFY;
 use crate::plan::{Actor, Arrival, Role, Step, VmmStep, Width};
 use crate::unit::PageSteps;
 
-// What random numbers are for; vCPUs come after.
+// Purposes of random numbers; one per vCPU follows.
 const FOR_KICKS: u64 = 0x2ff;
 const FOR_TOUCHES: u64 = 0x300;
 
@@ -15,20 +15,21 @@ const FOR_TOUCHES: u64 = 0x300;
 const ARRIVED: u64 = 1;
 const DONE: u64 = 2;
 
-/// A thread of its own.
+/// A thread that executes steps.
 #[derive(Clone, Copy, Eq, PartialEq)]
 enum Who {
     Cpu(usize),
     Vmm,
 }
 
-/// The owner, its helper, the VMM, and each vCPU as one that hands requests to the back-end.
+/// One flag each for the owner, its helper, the VMM, and each vCPU as a sender of requests to the
+/// back-end.
 pub(crate) const fn flags_per_unit(cpus: usize) -> u64 {
     3 + cpus as u64
 }
 
 impl Builder<'_> {
-    /// Adds a unit's steps to everybody's lists.
+    /// Adds a unit's steps to all actors' lists.
     pub(crate) fn emit(&mut self, unit: Unit, arrival: Arrival) {
         let guest = self.participants(&unit, Actor::Guest);
         let back_end = self.participants(&unit, Actor::BackEnd);
@@ -98,7 +99,7 @@ impl Builder<'_> {
         if unit.late.is_empty() {
             return;
         }
-        // The unit's owner looks at what the others did.
+        // The unit's owner checks the work of the other actors.
         let others = [&back_end[..], &vmm].concat();
         let owner = Who::Cpu(unit.owner);
         let mut steps: Vec<Step> = others
@@ -114,7 +115,7 @@ impl Builder<'_> {
         list[unit.owner].append(&mut steps);
     }
 
-    /// The threads that are `actor` in this unit, and each one's flag.
+    /// Returns the threads that act as `actor` in this unit, each with its flag.
     fn participants(&self, unit: &Unit, actor: Actor) -> Vec<(Who, usize)> {
         let cpus = self.programs.len();
         let flag = |slot| (unit.number * flags_per_unit(cpus)) as usize + slot;
@@ -153,7 +154,7 @@ impl Builder<'_> {
         }
     }
 
-    /// Does `who`'s part as `actor`; of the back-end's, everything up to the kick.
+    /// Adds `who`'s steps as `actor`; for the back-end, everything up to the kick.
     fn act(&mut self, unit: &Unit, who: Who, actor: Actor) {
         match (who, actor) {
             (Who::Cpu(cpu), Actor::Guest) => {
@@ -181,7 +182,7 @@ impl Builder<'_> {
             }
             (Who::Cpu(cpu), Actor::BackEnd) => {
                 let Some(rings) = &self.rings else { return };
-                // With each request a kick, or one for all.
+                // One kick per request, or one for all.
                 let each = kick_each_time(self.params.seed, unit.number);
                 let cpus = self.programs.len();
                 let mut pending: Vec<u16> = Vec::new();
@@ -205,8 +206,9 @@ impl Builder<'_> {
         }
     }
 
-    /// Waits for the back-end's answers to what `who` gave it in this unit, and looks at them; if
-    /// `later`, looks at them when all units are done and all answers have come.
+    /// Adds the steps that wait for the back-end's answers to `who`'s requests in this unit, and
+    /// check them. With `later`, the checks come when all units are done and all answers have
+    /// arrived.
     fn answers(&mut self, unit: &Unit, who: Who, actor: Actor, later: bool) {
         let (Who::Cpu(cpu), Actor::BackEnd, Some(rings)) = (who, actor, &self.rings) else {
             return;
@@ -219,8 +221,8 @@ impl Builder<'_> {
         };
         for request in mine().filter(|_| !later) {
             let address = rings.queues()[usize::from(request.queue)].used_index();
-            // The back-end may answer in any order. When it has answered as many as there are, it
-            // has answered each: what came before these was waited for in its own unit.
+            // The back-end may answer in any order. When the number of answers equals the number of
+            // requests, it has answered each: earlier requests were waited for in their own unit.
             if !mine().any(|other| other.queue == request.queue && other.index > request.index) {
                 list.push(Step::WaitUsed { address, value: request.index + 1 });
             }

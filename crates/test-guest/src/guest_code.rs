@@ -1,45 +1,45 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The test guest's code: an interpreter of steps, for 64-bit mode without an operating system.
 //!
-//! It touches no memory but the control region and what its steps name, and uses few and common
-//! instructions, so that a KVM that emulates each of them runs it as well.
+//! It accesses only the control region and the addresses in its steps, and uses few and common
+//! instructions, so that it also runs on a KVM that emulates each of them.
 //!
-//! | register | holds |
+//! | register | content |
 //! |---|---|
 //! | rdi | the step, 32 bytes: opcode, address, value, 0 |
 //! | rsi | the table of handlers |
 //! | rbp | this vCPU's result block |
 //! | rsp | its stack |
 //! | rbx, rcx | address and value of the step |
-//! | rdx | what was found |
-//! | r8 | polls until the next word to the VMM |
+//! | rdx | the value found |
+//! | r8 | polls until the next report to the VMM |
 
 use iced_x86::code_asm::*;
 use iced_x86::{BlockEncoderOptions, IcedError};
 
 use crate::plan::{Step, Width};
 
-/// The port on which a vCPU says that its program has ended: [`DONE`] or [`FAILED`] in al.
+/// The port on which a vCPU reports the end of its program: [`DONE`] or [`FAILED`] in al.
 pub const PORT_END: u16 = 0xf4;
-/// The port on which a vCPU says, now and then, that it is waiting. The VMM may let other threads
-/// run, and enters the vCPU again.
+/// The port on which a vCPU reports from time to time that it is waiting. The VMM may run other
+/// threads, and then enters the vCPU again.
 pub const PORT_WAIT: u16 = 0xf5;
 
 /// Not yet started, or running.
 pub const RUNNING: u64 = 0;
-/// The program is through.
+/// The program has completed.
 pub const DONE: u64 = 1;
-/// A step found something else than it expected.
+/// A step found a value other than the expected one.
 pub const FAILED: u64 = 2;
-/// The vCPU has waited for a while at the step that the result block names.
+/// The vCPU has waited for a while at the step in the result block.
 pub const WAITING: u64 = 3;
 
-/// Bytes in an encoded step.
+/// Size of an encoded step, in bytes.
 pub const STEP_BYTES: u64 = 32;
-/// Bytes in a result block.
+/// Size of a result block, in bytes.
 pub const RESULT_BYTES: u64 = 64;
 
-/// Polls between two words to the VMM.
+/// Number of polls between two reports to the VMM.
 const POLLS: u32 = 256;
 
 // Offsets in the result block.
@@ -49,7 +49,7 @@ pub(crate) const RESULT_ADDRESS: u64 = 16;
 pub(crate) const RESULT_EXPECTED: u64 = 24;
 pub(crate) const RESULT_FOUND: u64 = 32;
 
-/// What the interpreter knows; the discriminants are indices in the table of handlers.
+/// The operations of the interpreter; the discriminants are indices in the table of handlers.
 #[derive(Clone, Copy, Debug)]
 enum Opcode {
     Check1,
@@ -72,7 +72,7 @@ const OPCODES: usize = Opcode::End as usize + 1;
 /// The encoded end of a program.
 pub(crate) const END: [u64; 4] = [Opcode::End as u64, 0, 0, 0];
 
-/// Encodes a step; `flag` gives the guest virtual address of a flag.
+/// Encodes a step; `flag` returns the guest virtual address of a flag.
 pub(crate) fn encode(step: &Step, flag: impl Fn(usize) -> u64) -> [u64; 4] {
     let (opcode, address, value) = match *step {
         Step::Check { address, expect, width } => {
@@ -92,7 +92,7 @@ pub(crate) fn encode(step: &Step, flag: impl Fn(usize) -> u64) -> [u64; 4] {
     [opcode, address, value, 0]
 }
 
-/// The opcode for `width`, `first` being the one for a byte.
+/// Returns the opcode for `width`, given the first one, for a byte.
 fn width_of(first: Opcode, width: Width) -> u64 {
     let more = match width {
         Width::One => 0,
@@ -106,18 +106,18 @@ fn width_of(first: Opcode, width: Width) -> u64 {
 /// The interpreter as machine code.
 #[derive(Clone, Debug)]
 pub struct GuestCode {
-    /// The code.
+    /// The machine code.
     pub code: Vec<u8>,
     /// Address of its first instruction.
     pub entry: u64,
-    /// The table that rsi points to.
+    /// The table of handlers, to which rsi points.
     pub handlers: Vec<u64>,
 }
 
 /// Assembles the interpreter to run at guest address `address`.
 ///
 /// # Errors
-/// If the assembler refuses, which no address makes it do.
+/// If the assembler fails, which no address causes.
 pub fn assemble(address: u64) -> Result<GuestCode, IcedError> {
     let mut a = CodeAssembler::new(64)?;
     let mut entry = a.create_label();
@@ -160,7 +160,7 @@ pub fn assemble(address: u64) -> Result<GuestCode, IcedError> {
     a.jne(fail)?;
     next(&mut a)?;
 
-    // The distance is a signed number of 16 bits: indices wrap.
+    // The distance is a signed 16-bit number, because indices wrap.
     let mut arrived = a.create_label();
     let mut poll = a.create_label();
     a.set_label(&mut handlers[Opcode::WaitUsed as usize])?;
@@ -202,13 +202,13 @@ pub fn assemble(address: u64) -> Result<GuestCode, IcedError> {
     Ok(GuestCode { handlers: handlers?, entry, code: assembled.inner.code_buffer })
 }
 
-/// Goes on with the next step.
+/// Emits code that continues with the next step.
 fn next(a: &mut CodeAssembler) -> Result<(), IcedError> {
     a.add(rdi, STEP_BYTES as i32)?;
     dispatch(a)
 }
 
-/// Does the step that rdi points to.
+/// Emits code that executes the step at rdi.
 fn dispatch(a: &mut CodeAssembler) -> Result<(), IcedError> {
     a.mov(rax, qword_ptr(rdi))?;
     a.mov(rbx, qword_ptr(rdi + 8))?;
@@ -216,7 +216,7 @@ fn dispatch(a: &mut CodeAssembler) -> Result<(), IcedError> {
     a.jmp(qword_ptr(rsi + rax * 8))
 }
 
-/// Polls again, from `poll` on; tells the VMM now and then.
+/// Emits code that polls again at `poll`, and reports to the VMM from time to time.
 fn poll_again(a: &mut CodeAssembler, poll: CodeLabel) -> Result<(), IcedError> {
     a.pause()?;
     a.sub(r8d, 1)?;
@@ -227,8 +227,8 @@ fn poll_again(a: &mut CodeAssembler, poll: CodeLabel) -> Result<(), IcedError> {
     a.jmp(poll)
 }
 
-/// Fills in the result block, and puts the state in al. The step is its address; the layout knows
-/// which one that is.
+/// Emits code that fills in the result block and puts the state in al. The step is stored as its
+/// address, which the layout converts to an index.
 fn report(a: &mut CodeAssembler, state: u64) -> Result<(), IcedError> {
     a.mov(qword_ptr(rbp + RESULT_STEP as i32), rdi)?;
     a.mov(qword_ptr(rbp + RESULT_ADDRESS as i32), rbx)?;
@@ -243,7 +243,7 @@ fn halt(a: &mut CodeAssembler) -> Result<(), IcedError> {
     a.set_label(&mut end)?;
     a.out(PORT_END as i32, al)?;
     a.hlt()?;
-    // Whoever enters it again hears the same again.
+    // A vCPU that is entered again reports the same again.
     a.jmp(end)
 }
 

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Where things are in the test guest's address space, and how its vCPUs start.
+//! The test guest's address space, and the initial state of its vCPUs.
 //!
-//! | guest virtual | what |
+//! | guest virtual | content |
 //! |---|---|
-//! | 0 up to [`LOW_MEMORY_END`] | the memory under test, in one piece; where it really lies say its [windows](crate::windows) |
+//! | 0 up to [`LOW_MEMORY_END`] | the memory under test, contiguous; its [windows](crate::windows) give its real place |
 //! | [`MMIO_ADDRESS`] | virtio-mmio devices, 4 KiB each, at the same physical address |
-//! | [`CONTROL_ADDRESS`] | the control region: plain memory, always present, at the same physical address or above the VM's memory if that reaches further |
+//! | [`CONTROL_ADDRESS`] | the control region: plain memory, always present, at the same physical address or above the VM's memory if that extends further |
 //!
 //! The control region holds page tables, the interpreter, stacks, result blocks, flags and the
-//! programs: a guest that waits for a page of the memory under test needs nothing else from it.
+//! programs: a guest that waits for a page of the memory under test needs no other page of it.
 
 use std::io;
 use std::sync::Arc;
@@ -28,29 +28,29 @@ use crate::guest_code::{
 use crate::plan::Plan;
 use crate::windows::{LOW_MEMORY_END, Windows, guest_address};
 
-/// Where the first virtio-mmio device is.
+/// Address of the first virtio-mmio device.
 pub const MMIO_ADDRESS: u64 = 0xd000_0000;
-/// Bytes that each virtio-mmio device has.
+/// Size of each virtio-mmio device's registers, in bytes.
 pub const MMIO_BYTES: u64 = 0x1000;
 /// The QueueNotify register of the first device, which is the disk.
 pub const BLK_QUEUE_NOTIFY: u64 = MMIO_ADDRESS + 0x50;
-/// Where the control region is, guest virtual, and physical unless memory lies there: 60 GiB, which
-/// 36 bits of physical address reach.
+/// Guest virtual address of the control region, and its physical address unless memory lies there:
+/// 60 GiB, which 36 bits of physical address reach.
 pub const CONTROL_ADDRESS: u64 = 0xf_0000_0000;
-/// Most vCPUs.
+/// Maximum number of vCPUs.
 pub const MAX_CPUS: u32 = 64;
 
 const GIB: u64 = 1 << 30;
 const LARGE_PAGE: u64 = 2 << 20;
 const PAGE: u64 = 4096;
 
-// The page tables: one of level 4 and one of level 3, and of level 2 one for each GiB below the
-// limit of memory, one for the devices, one for the control region.
+// The page tables: one of level 4, one of level 3, and of level 2 one for each GiB below the limit
+// of memory, one for the devices and one for the control region.
 const MEMORY_TABLES: u64 = LOW_MEMORY_END / GIB;
 const TABLES: u64 = 2 + MEMORY_TABLES + 2;
 const PRESENT: u64 = 1;
 const WRITABLE: u64 = 1 << 1;
-// Set from the start, so that nobody has to set them.
+// Set from the start, so that no page walk has to set them.
 const ACCESSED_DIRTY: u64 = 3 << 5;
 const LARGE: u64 = 1 << 7;
 
@@ -62,7 +62,7 @@ const STACKS: u64 = RESULTS + PAGE;
 const STACK_BYTES: u64 = 512;
 const FLAGS: u64 = STACKS + MAX_CPUS as u64 * STACK_BYTES;
 
-/// Where things are in the control region of one plan.
+/// The layout of one plan's control region.
 #[derive(Clone, Debug)]
 pub struct GuestLayout {
     flags: usize,
@@ -75,7 +75,7 @@ pub struct GuestLayout {
     entry: u64,
 }
 
-/// How far a vCPU has come, as it says itself.
+/// A vCPU's progress, as reported by the vCPU.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct CpuResult {
     /// [`RUNNING`](crate::guest_code::RUNNING), [`DONE`](crate::guest_code::DONE),
@@ -83,23 +83,23 @@ pub struct CpuResult {
     pub state: u64,
     /// Index of the step in its program.
     pub step: usize,
-    /// Address that the step named, guest virtual.
+    /// Address in the step, guest virtual.
     pub address: u64,
-    /// What the step expected there.
+    /// The expected value.
     pub expected: u64,
-    /// What it found.
+    /// The value found.
     pub found: u64,
 }
 
-/// Why the test guest cannot be set up.
+/// Errors of the test guest's setup.
 #[derive(Debug, thiserror::Error)]
 pub enum LayoutError {
-    /// There is no memory for the control region.
+    /// No memory for the control region.
     #[error("map {size} bytes for the test guest's control region: {error}; free some memory")]
     Map {
-        /// Bytes.
+        /// Its size in bytes.
         size: u64,
-        /// What the system said.
+        /// The system's error.
         error: io::Error,
     },
     /// The programs are too long.
@@ -108,10 +108,10 @@ pub enum LayoutError {
          fewer touches"
     )]
     TooLarge {
-        /// Bytes.
+        /// The resulting size in bytes.
         size: u64,
     },
-    /// The guest cannot name all of the memory.
+    /// The guest cannot address all of the memory.
     #[error(
         "run the test guest in memory that ends, with its control region, at guest address \
          {end:#x}: this KVM's vCPUs have {bits} bits of physical address; ask for less memory"
@@ -119,26 +119,26 @@ pub enum LayoutError {
     OutOfReach {
         /// Guest physical address behind the control region.
         end: u64,
-        /// Bits that physical addresses have.
+        /// Number of bits in a physical address.
         bits: u32,
     },
-    /// The interpreter could not be assembled.
+    /// The interpreter cannot be assembled.
     #[error("assemble the test guest's code: {0}; this is a mistake in the program")]
     Assemble(#[from] iced_x86::IcedError),
     /// KVM refused part of a vCPU's state.
     #[error("{what} of vCPU {cpu}: {error}; check that /dev/kvm is that of an x86_64 host")]
     Kvm {
-        /// What was asked.
+        /// The operation.
         what: &'static str,
-        /// Which vCPU.
+        /// Index of the vCPU.
         cpu: usize,
-        /// What KVM said.
+        /// KVM's error.
         error: kvm_ioctls::Error,
     },
 }
 
 impl GuestLayout {
-    /// The layout for `plan`.
+    /// Computes the layout for `plan`.
     ///
     /// # Errors
     /// If the programs are too long.
@@ -164,17 +164,17 @@ impl GuestLayout {
         })
     }
 
-    /// Size of the control region in bytes, a multiple of 2 MiB.
+    /// Returns the size of the control region in bytes, a multiple of 2 MiB.
     pub fn size(&self) -> u64 {
         self.size
     }
 
-    /// Guest physical address of the control region.
+    /// Returns the guest physical address of the control region.
     pub fn address(&self) -> u64 {
         self.address
     }
 
-    /// Guest virtual address of the first instruction.
+    /// Returns the guest virtual address of the first instruction.
     pub fn entry(&self) -> u64 {
         self.entry
     }
@@ -209,7 +209,7 @@ impl GuestLayout {
         Ok(())
     }
 
-    /// A map in pages of 2 MiB, of what there is and nothing else.
+    /// Fills in page tables that map, in pages of 2 MiB, the existing regions only.
     fn fill_page_tables(&self, put: impl Fn(u64, u64)) {
         let table = |number: u64| self.address + number * PAGE;
         let flags = PRESENT | WRITABLE | ACCESSED_DIRTY;
@@ -231,12 +231,12 @@ impl GuestLayout {
     }
 
     /// Puts a vCPU at the start of its program. It needs no interrupt controller; with one in KVM
-    /// it runs without waiting to be started by another vCPU.
+    /// it runs without waiting for another vCPU to start it.
     ///
-    /// CPUID is what KVM offers, without SVM and VMX.
+    /// Its CPUID is the one that KVM supports, without SVM and VMX.
     ///
     /// # Errors
-    /// If KVM refuses, or its vCPUs cannot name that much memory.
+    /// If KVM refuses, or its vCPUs cannot address that much memory.
     pub fn setup_vcpu(&self, kvm: &Kvm, vcpu: &VcpuFd, cpu: usize) -> Result<(), LayoutError> {
         let refused = |what| move |error| LayoutError::Kvm { what, cpu, error };
         let cpuid = guest_cpuid(kvm, cpu).map_err(refused("get the CPUID"))?;
@@ -262,7 +262,7 @@ impl GuestLayout {
         for segment in [&mut sregs.ds, &mut sregs.es, &mut sregs.fs, &mut sregs.gs, &mut sregs.ss] {
             *segment = data;
         }
-        // No table of interrupts: an exception is a mistake, and ends in a shutdown.
+        // No interrupt table: an exception is a bug, and ends in a shutdown.
         sregs.idt.limit = 0;
         sregs.cr3 = self.address;
         // PAE; LME and LMA; PE, MP, ET, NE, WP, PG.
@@ -285,19 +285,21 @@ impl GuestLayout {
     }
 }
 
-/// Guest physical address of the control region beside so many bytes of memory.
+/// Returns the guest physical address of the control region for a VM with `vm_bytes` bytes of
+/// memory.
 fn control_address(vm_bytes: u64) -> u64 {
     CONTROL_ADDRESS.max((guest_address(vm_bytes - 1) + 1).next_multiple_of(GIB))
 }
 
-/// Bits of physical address that a vCPU with this CPUID has (AMD64 manual, volume 3, Fn8000_0008).
+/// Returns the number of physical address bits of a vCPU with this CPUID (AMD64 manual, volume 3,
+/// Fn8000_0008).
 fn physical_bits(cpuid: &CpuId) -> u32 {
     let entry = cpuid.as_slice().iter().find(|entry| entry.function == 0x8000_0008);
     entry.map(|entry| entry.eax & 0xff).filter(|&bits| bits > 0).unwrap_or(36)
 }
 
-/// What KVM offers to a guest, for vCPU `cpu`, without SVM and VMX: nested guests must not be able
-/// to read pages that have not arrived.
+/// Returns the CPUID that KVM supports, for vCPU `cpu`, without SVM and VMX: nested guests must not
+/// be able to read missing pages.
 ///
 /// # Errors
 /// If KVM refuses.
@@ -314,7 +316,7 @@ pub fn guest_cpuid(kvm: &Kvm, cpu: usize) -> Result<CpuId, kvm_ioctls::Error> {
     Ok(cpuid)
 }
 
-/// The control region, in memory of its own. The guest uses it while it runs.
+/// The control region, in separate memory. The guest uses it while it runs.
 #[derive(Debug)]
 pub struct ControlMemory {
     layout: GuestLayout,
@@ -322,10 +324,10 @@ pub struct ControlMemory {
 }
 
 impl ControlMemory {
-    /// Maps anonymous memory and fills it with what the guest needs for `plan`.
+    /// Maps anonymous memory and fills it with the guest's code and data for `plan`.
     ///
     /// # Errors
-    /// If there is no memory, or the programs are too long.
+    /// If no memory is available, or the programs are too long.
     pub fn new(plan: &Plan) -> Result<Self, LayoutError> {
         let layout = GuestLayout::new(plan)?;
         let size = layout.size;
@@ -335,30 +337,31 @@ impl ControlMemory {
         Ok(control)
     }
 
-    /// Where things are in it.
+    /// Returns the layout of the region.
     pub fn layout(&self) -> &GuestLayout {
         &self.layout
     }
 
-    /// Where it is in this process: for the slot at the layout's
+    /// Returns its mapping in this process, for the memslot at the layout's
     /// [address](GuestLayout::address).
     pub fn mapping(&self) -> &Arc<Mapping> {
         &self.mapping
     }
 
-    /// The address of the mapping.
+    /// Returns the address of the mapping.
     pub fn host_address(&self) -> u64 {
         self.mapping.address().as_ptr() as u64
     }
 
-    /// Its size in bytes.
+    /// Returns its size in bytes.
     pub fn size(&self) -> u64 {
         self.layout.size
     }
 
     fn words(&self) -> &[AtomicU64] {
-        // SAFETY: the mapping has that many bytes, readable and writable as long as `self` lives; it
-        // is aligned to pages and every bit pattern is valid. All access to it is through atomics.
+        // SAFETY: the mapping has that many bytes, readable and writable as long as `self` lives;
+        // it is aligned to pages and every bit pattern is valid. All access to it is through
+        // atomics.
         unsafe {
             std::slice::from_raw_parts(
                 self.mapping.address().cast().as_ptr(),
@@ -367,12 +370,12 @@ impl ControlMemory {
         }
     }
 
-    /// The flags, which vCPUs and the VMM's part of the plan wait for and set.
+    /// Returns the flags, which vCPUs and the VMM's part of the plan wait for and set.
     pub fn flags(&self) -> &[AtomicU64] {
         &self.words()[(FLAGS / 8) as usize..][..self.layout.flags]
     }
 
-    /// How far vCPU `cpu` has come. Whole when it has said that it ended.
+    /// Returns the progress of vCPU `cpu`. It is consistent once the vCPU has reported its end.
     pub fn result(&self, cpu: usize) -> CpuResult {
         let word = |offset: u64| {
             let at = RESULTS + cpu as u64 * RESULT_BYTES + offset;
@@ -403,7 +406,7 @@ mod tests {
         assert_eq!(control_address(500 * GIB), 501 * GIB);
     }
 
-    /// What a vCPU finds at each virtual address of the memory under test.
+    /// Walks the page tables as a vCPU does, at each unit of the memory under test.
     #[test]
     fn page_tables_lead_to_the_windows() {
         for (memory_bytes, vm_bytes) in [(64 << 20, 0), (64 << 20, 5 * GIB), (GIB, 64 * GIB)] {

@@ -9,7 +9,7 @@ pub mod rings;
 pub mod verify;
 pub mod windows;
 
-// What a plan is made of.
+// The parts of a plan.
 mod actor;
 mod builder;
 mod emit;
@@ -18,7 +18,7 @@ mod step;
 mod traffic;
 mod unit;
 
-// What is verified beside memory.
+// The parts of the verifier.
 mod verify_disk;
 mod verify_memory;
 mod verify_outside;

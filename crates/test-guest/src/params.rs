@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What a plan is made from.
+//! The parameters of a plan.
 
 use serde::{Deserialize, Serialize};
 
@@ -8,53 +8,53 @@ use crate::guest_layout::MAX_CPUS;
 use crate::rings::MAX_QUEUE_SIZE;
 use crate::windows::Windows;
 
-/// Most requests whose data lies in the same unit.
+/// Maximum number of requests whose data lies in the same unit.
 pub(crate) const REQUESTS_PER_UNIT: u64 = 48;
-/// Most pages that the data of one request has.
+/// Maximum number of pages of one request's data.
 pub(crate) const REQUEST_PAGES: u64 = 8;
 
-/// In what order units are come to, and pages within them.
+/// The order in which actors visit units, and pages within them.
 #[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Order {
     /// From the first to the last.
     Sequential,
-    /// In any order.
+    /// In random order.
     #[default]
     Random,
-    /// Every eighth, then again from the second on, and so on.
+    /// Every eighth, then again from the second, and so on.
     Strided,
 }
 
-/// In what order actors come to a unit.
+/// The order in which actors arrive at a unit.
 #[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Arrivals {
-    /// Each order that there is, and all at once, for as many units each.
+    /// Each possible order, and all at once, for equally many units each.
     #[default]
     Mixed,
-    /// As it happens: nobody waits for anybody until all work is done, and as many requests as
-    /// there are go to the back-end before the first answer is waited for.
+    /// Unsynchronised: no actor waits for another until all work is done, and all requests go to
+    /// the back-end before the first answer is waited for.
     Free,
 }
 
-/// The disk, and what is asked of it.
+/// The disk, and the requests to it.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct DiskParams {
     /// Number of queues.
     pub queues: u16,
-    /// Descriptors in each, a power of two up to 1024; each is used once.
+    /// Number of descriptors in each, a power of two up to 1024; each is used once.
     pub queue_size: u16,
     /// Number of requests, over all queues; at most a third of the descriptors.
     pub requests: u32,
-    /// Sectors of 512 bytes from the first on that are only ever read.
+    /// Number of sectors of 512 bytes, from the first, that are only read.
     pub read_sectors: u64,
-    /// Size of the disk in sectors of 512 bytes; those behind `read_sectors` may be written.
+    /// Size of the disk in sectors of 512 bytes; those after `read_sectors` may be written.
     pub disk_sectors: u64,
 }
 
-/// What a plan is made from: whoever has these makes the same plan.
+/// The parameters of a plan: equal parameters yield equal plans.
 ///
 /// # Examples
 ///
@@ -71,24 +71,24 @@ pub struct DiskParams {
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct PlanParams {
-    /// What everything random comes from, the image included.
+    /// The seed of all random choices, including the image.
     pub seed: u64,
     /// Size of the memory under test, a multiple of 2 MiB up to 3 GiB.
     pub memory_bytes: u64,
-    /// Size of the VM's memory, a multiple of 2 MiB and no less; 0 for the same. The memory under
-    /// test lies in it as [`Windows`] says.
+    /// Size of the VM's memory, a multiple of 2 MiB and at least `memory_bytes`; 0 for the same.
+    /// [`Windows`] places the memory under test in it.
     pub vm_bytes: u64,
     /// Number of vCPUs.
     pub cpus: u32,
-    /// In what order units are come to.
+    /// The order in which actors visit units.
     pub order: Order,
-    /// In what order actors come to a unit.
+    /// The order in which actors arrive at a unit.
     pub arrivals: Arrivals,
-    /// How many pages of each unit the guest comes to, at most.
+    /// Maximum number of pages of each unit that the guest touches.
     pub touches_per_unit: u32,
-    /// How many pages of each unit the VMM comes to, at most; 0 if it takes no part.
+    /// Maximum number of pages of each unit that the VMM touches; 0 if it takes no part.
     pub vmm_touches_per_unit: u32,
-    /// The disk, if there is one.
+    /// The disk, if any.
     pub disk: Option<DiskParams>,
 }
 
@@ -108,20 +108,20 @@ impl Default for PlanParams {
     }
 }
 
-/// Why there is no plan.
+/// Errors of planning.
 #[derive(Debug, thiserror::Error)]
 pub enum PlanError {
-    /// A number is out of its range.
+    /// A number is out of range.
     #[error("plan with {what} = {value}: {limit}; choose another")]
     OutOfRange {
-        /// Which number.
+        /// Name of the number.
         what: &'static str,
-        /// What it was.
+        /// Its value.
         value: u64,
-        /// What it has to be.
+        /// The valid range.
         limit: String,
     },
-    /// There is a disk, and no pristine image of it.
+    /// The plan has a disk, but no pristine image of it was given.
     #[error("plan with a disk: no pristine disk image was given; name the one the disk is made of")]
     NoPristine,
     /// The pristine disk cannot be read.
@@ -134,7 +134,7 @@ pub enum PlanError {
         offset: u64,
         /// Length of the read, in bytes.
         len: u64,
-        /// What the system said.
+        /// The system's error.
         error: std::io::Error,
     },
 }
@@ -144,13 +144,13 @@ pub(crate) fn refuse(what: &'static str, value: u64, limit: impl Into<String>) -
 }
 
 impl PlanParams {
-    /// Where the memory under test lies in the VM's.
+    /// Returns the place of the memory under test in the VM's memory.
     pub(crate) fn windows(&self) -> Result<Windows, PlanError> {
         let vm_bytes = if self.vm_bytes == 0 { self.memory_bytes } else { self.vm_bytes };
         Windows::new(self.memory_bytes, vm_bytes)
     }
 
-    /// Number of units of memory under test.
+    /// Returns the number of units of memory under test.
     pub fn units(&self) -> u64 {
         self.memory_bytes / UNIT_BYTES
     }

@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What the test guest, the back-end and the VMM do to the guest's memory, made from a seed.
+//! Plans of the accesses that the test guest, the back-end and the VMM make to the guest's memory,
+//! generated from a seed.
 //!
-//! Every page of memory has one [`Role`], so that the final value of every byte is known whatever
-//! order things happen in; but roles mix within each unit of 2 MiB, and each unit's [`Arrival`]
-//! says who comes to it first.
+//! Every page of memory has one [`Role`], so that the final value of every byte is known in
+//! whatever order the accesses happen; but roles mix within each unit of 2 MiB, and each unit's
+//! [`Arrival`] determines the actor that accesses it first.
 //!
-//! A plan cannot deadlock. It is put together as one sequence of steps of all actors, of which
-//! each actor gets its own as a subsequence; a step waits only for what steps before it in that
-//! sequence do. So of all steps not yet done, the first can always be taken. What a step that
-//! waits for the back-end needs (requests published, and the kick) is before it in the same
-//! actor's own list.
+//! A plan cannot deadlock. It is built as one sequence of steps of all actors, of which each actor
+//! executes a subsequence, and a step waits only for steps before it in that sequence. So the first
+//! of all pending steps can always be executed. The prerequisites of a step that waits for the
+//! back-end (published requests, and the kick) come before it in the same actor's list.
 
 pub use crate::actor::{ActorError, run_vmm_actor};
 pub use crate::params::{Arrivals, DiskParams, Order, PlanError, PlanParams};
@@ -19,10 +19,10 @@ use crate::content::Content;
 use crate::rings::{Request, Rings};
 use crate::windows::Windows;
 
-/// What becomes of a page.
+/// The use of a page.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Role {
-    /// Nobody touches it.
+    /// Not touched.
     Untouched,
     /// Part of the rings, headers and status bytes.
     Rings,
@@ -30,11 +30,11 @@ pub enum Role {
     GuestCheck(u8),
     /// Two vCPUs read words of it, at about the same time.
     GuestCheckShared(u8, u8),
-    /// This vCPU writes to it, and reads it back in the end.
+    /// This vCPU writes to it, and reads it back at the end.
     GuestWrite(u8),
     /// This vCPU calls the function in it.
     GuestCall(u8),
-    /// The back-end reads from the disk into it; this vCPU checks some of that.
+    /// The back-end reads from the disk into it; this vCPU checks a part of that.
     DiskRead(u8),
     /// The back-end writes it to the disk.
     DiskWrite,
@@ -44,7 +44,7 @@ pub enum Role {
     VmmWrite(u8),
 }
 
-/// Who comes to a unit.
+/// A participant that accesses units.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Actor {
     /// The guest: one vCPU or two.
@@ -55,25 +55,25 @@ pub enum Actor {
     Vmm,
 }
 
-/// In what order a unit's actors come to it.
+/// The order in which a unit's actors arrive at it.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Arrival {
     /// One after the other.
     InTurn([Actor; 3]),
-    /// All at once: each waits until all are there.
+    /// All at once: each waits until all have arrived.
     AtOnce,
-    /// As it happens.
+    /// Unsynchronised.
     Free,
 }
 
-/// A store that the guest or the VMM makes, and what is in memory after it.
+/// A store by the guest or the VMM, and the resulting content of memory.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Store {
     /// Offset in the memory under test.
     pub address: u64,
     /// The final value.
     pub value: u64,
-    /// How much of it.
+    /// Its width.
     pub width: Width,
 }
 
@@ -94,72 +94,73 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// Makes the plan that belongs to `params`. `pristine` is the disk before anything ran; the
-    /// words that the guest is going to check are read from it.
+    /// Generates the plan for `params`. `pristine` is the disk before anything runs; it supplies
+    /// the words that the guest will check.
     ///
     /// # Errors
-    /// If the parameters do not go together, or the pristine disk is needed and missing, too short
-    /// or unreadable.
+    /// If the parameters are inconsistent, or the pristine disk is needed and missing, too short or
+    /// unreadable.
     pub fn new(params: PlanParams, pristine: Option<&std::fs::File>) -> Result<Self, PlanError> {
         crate::builder::build(params, pristine)
     }
 
-    /// What it was made from.
+    /// Returns the plan's parameters.
     pub fn params(&self) -> &PlanParams {
         &self.params
     }
 
-    /// Where the memory under test lies in the VM's.
+    /// Returns the place of the memory under test in the VM's memory.
     pub fn windows(&self) -> &Windows {
         &self.windows
     }
 
-    /// The image of memory it goes with.
+    /// Returns the plan's memory image.
     pub fn content(&self) -> &Content {
         &self.content
     }
 
-    /// What vCPU `cpu` does.
+    /// Returns the steps of vCPU `cpu`.
     pub fn program(&self, cpu: usize) -> &[Step] {
         &self.programs[cpu]
     }
 
-    /// What the VMM does, see [`run_vmm_actor`]; empty if it does nothing.
+    /// Returns the VMM's steps, for [`run_vmm_actor`]; empty if it takes no part.
     pub fn vmm_steps(&self) -> &[VmmStep] {
         &self.vmm
     }
 
-    /// All requests to the back-end, in the order of each queue.
+    /// Returns all requests to the back-end, in the order of each queue.
     pub fn requests(&self) -> &[Request] {
         self.rings.as_ref().map_or(&[], |rings| rings.requests())
     }
 
-    /// The queues in guest memory, if there is a disk.
+    /// Returns the queues in guest memory, if the plan has a disk.
     pub fn rings(&self) -> Option<&Rings> {
         self.rings.as_ref()
     }
 
-    /// The role of each page.
+    /// Returns the role of each page.
     pub fn roles(&self) -> &[Role] {
         &self.roles
     }
 
-    /// What is stored by the guest and the VMM, by address; no two overlap.
+    /// Returns the stores by the guest and the VMM, by address; no two overlap.
     pub fn stores(&self) -> &[Store] {
         &self.stores
     }
 
-    /// In what order actors come to each unit.
+    /// Returns the order in which actors arrive at each unit.
     pub fn arrivals(&self) -> &[Arrival] {
         &self.arrivals
     }
 
-    /// How many flags the actors need.
+    /// Returns the number of flags that the actors need.
     pub fn flags(&self) -> usize {
         self.flags
     }
 
-    /// How many times a vCPU comes to a page first thing (a page that two come to counts twice).
+    /// Returns the number of first accesses of a vCPU to a page (a page that two vCPUs access
+    /// counts twice).
     pub fn guest_touches(&self) -> u64 {
         self.guest_touches
     }

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Split virtqueues with all their requests, laid out before the guest starts.
 //!
-//! They lie in demand-paged memory from 2 MiB on, each part of each queue in pages of its own; where
-//! that memory lies in several windows, the parts of a queue do as well. Addresses in here are
-//! offsets in the memory under test, but for those that the device reads from descriptors.
-//! Descriptors, available rings and headers are written by the VMM before the guest starts
-//! ([`Rings::writes`]), the index of the available ring by the guest, step by step. The pages with
-//! status bytes are left as the image has them, with bytes that are not 0 in these places. Each
-//! descriptor is used once; chains are scattered over the table.
+//! They lie in demand-paged memory from 2 MiB on, each part of each queue in separate pages; if
+//! that memory lies in several windows, so do the parts of a queue. Addresses in this module are
+//! offsets in the memory under test, except those that the device reads from descriptors. The VMM
+//! writes descriptors, available rings and headers before the guest starts ([`Rings::writes`]); the
+//! guest writes the index of the available ring, step by step. The pages with status bytes keep the
+//! image's content, in which these bytes are not 0. Each descriptor is used once; chains are
+//! scattered over the table.
 
 use std::ops::Range;
 
@@ -20,9 +20,9 @@ use crate::content::{Class, Content, PAGE_BYTES, Random, UNIT_BYTES};
 use crate::params::{PlanError, refuse};
 use crate::windows::{Window, Windows};
 
-/// Most descriptors in a queue.
+/// Maximum number of descriptors in a queue.
 pub const MAX_QUEUE_SIZE: u16 = 1024;
-/// Where the rings begin in the first window.
+/// Offset of the rings in the first window.
 pub const RINGS_ADDRESS: u64 = UNIT_BYTES;
 
 const PAGE: u64 = PAGE_BYTES as u64;
@@ -30,7 +30,7 @@ const HEADER_BYTES: u64 = 16;
 const DESCRIPTOR_BYTES: u64 = 16;
 const FOR_CHAINS: u64 = 0x100;
 
-/// Whether a request reads from the disk or writes to it.
+/// The direction of a request's data.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Direction {
     /// From the disk into memory.
@@ -44,43 +44,43 @@ pub enum Direction {
 pub struct Segment {
     /// Offset in the memory under test.
     pub address: u64,
-    /// Bytes.
+    /// Its length in bytes.
     pub len: u32,
 }
 
 /// A request.
 #[derive(Clone, Debug)]
 pub struct Request {
-    /// Which queue.
+    /// Index of the queue.
     pub queue: u16,
-    /// Its place in the queue's available ring.
+    /// Its index in the queue's available ring.
     pub index: u16,
-    /// Its descriptors: the header's, the data's, the status's.
+    /// Its descriptors: for the header, the data and the status.
     pub chain: Vec<u16>,
-    /// What is asked for.
+    /// The direction of its data.
     pub direction: Direction,
     /// The first sector on the disk.
     pub sector: u64,
-    /// Where its data is.
+    /// Its data.
     pub data: Vec<Segment>,
-    /// Where its header is: an offset in the memory under test.
+    /// Its header: an offset in the memory under test.
     pub header: u64,
-    /// Where its status byte is, likewise.
+    /// Its status byte, likewise.
     pub status: u64,
 }
 
 impl Request {
-    /// Bytes of data.
+    /// Returns the number of bytes of data.
     pub fn bytes(&self) -> u64 {
         self.data.iter().map(|segment| u64::from(segment.len)).sum()
     }
 
-    /// The descriptor that the rings name it by.
+    /// Returns the descriptor that identifies it in the rings.
     pub fn head(&self) -> u16 {
         self.chain[0]
     }
 
-    /// Bytes that the device may write, the status among them.
+    /// Returns the number of bytes that the device may write, including the status.
     pub fn writable_bytes(&self) -> u64 {
         match self.direction {
             Direction::Read => self.bytes() + 1,
@@ -88,7 +88,7 @@ impl Request {
         }
     }
 
-    /// Each piece of data, with the offset of its bytes on the disk.
+    /// Returns each piece of data, with the offset of its bytes on the disk.
     pub fn pieces(&self) -> impl Iterator<Item = (Segment, u64)> {
         let mut offset = self.sector * 512;
         self.data.iter().map(move |&segment| {
@@ -99,7 +99,7 @@ impl Request {
     }
 }
 
-/// Where a queue is.
+/// A queue's place in memory.
 #[derive(Clone, Debug)]
 pub struct Queue {
     /// Number of descriptors.
@@ -114,28 +114,28 @@ pub struct Queue {
     pub requests: u16,
     headers: u64,
     statuses: Vec<u64>,
-    // Descriptors not yet used; they are taken from the end.
+    // Unused descriptors; they are taken from the end.
     free: Vec<u16>,
 }
 
 impl Queue {
-    /// Offset of the available ring's index.
+    /// Returns the offset of the available ring's index.
     pub fn avail_index(&self) -> u64 {
         self.avail + 2
     }
 
-    /// Offset of the used ring's index.
+    /// Returns the offset of the used ring's index.
     pub fn used_index(&self) -> u64 {
         self.used + 2
     }
 
-    /// Offset of an element of the used ring.
+    /// Returns the offset of an element of the used ring.
     pub(crate) fn used_element(&self, index: u16) -> u64 {
         self.used + 4 + 8 * u64::from(index)
     }
 
-    /// Offset of the field behind the used ring's elements in which a device may name the request
-    /// that it wants to be told of.
+    /// Returns the offset of the avail_event field after the used ring's elements, in which a
+    /// device may name the request of which it wants to be notified.
     pub(crate) fn avail_event(&self) -> u64 {
         self.used_element(self.size)
     }
@@ -150,7 +150,7 @@ pub struct Rings {
     pages: Vec<Range<u64>>,
 }
 
-/// Hands out whole pages of a window, in ascending order.
+/// Allocates whole pages of a window, in ascending order.
 struct Pages {
     first: u64,
     next: u64,
@@ -173,7 +173,7 @@ impl Pages {
         })
     }
 
-    /// The next data page of the image.
+    /// Takes the next data page of the image.
     fn take_data(&mut self, content: &Content) -> Option<u64> {
         let pages = self.next / PAGE..self.end / PAGE;
         let page = pages.into_iter().find(|&page| content.class(page) == Class::Data)?;
@@ -182,14 +182,14 @@ impl Pages {
     }
 }
 
-/// Places parts of queues, each in the window after that of the part before.
+/// Places the parts of queues, each in the window after that of the previous part.
 struct Places {
     windows: Vec<Pages>,
     turn: usize,
 }
 
 impl Places {
-    /// Takes from the next window that has room.
+    /// Takes pages from the next window that has room.
     fn take(&mut self, from: impl Fn(&mut Pages) -> Option<u64>) -> Option<u64> {
         let count = self.windows.len();
         let turn = self.turn;
@@ -199,10 +199,10 @@ impl Places {
 }
 
 impl Rings {
-    /// Queues without requests.
+    /// Creates queues without requests.
     ///
     /// # Errors
-    /// If there is no room for them.
+    /// If memory has no room for them.
     pub(crate) fn new(
         content: &Content,
         windows: &Windows,
@@ -221,7 +221,7 @@ impl Rings {
                 let used = take(6 + 8 * u64::from(size))?;
                 let headers = take(HEADER_BYTES * most)?;
                 let status_page = places.take(|pages| pages.take_data(content))?;
-                // Every third byte or so, so that a device that writes too much is found out.
+                // About every third byte, to detect a device that writes too much.
                 let statuses = (status_page..)
                     .filter(|&address| content.read_u64(address) & 0xff != 0)
                     .step_by(3)
@@ -242,7 +242,7 @@ impl Rings {
         Ok(Rings { queues, requests: Vec::new(), windows, pages })
     }
 
-    /// Puts a request at the end of a queue; there must be room.
+    /// Appends a request to a queue, which must have room.
     pub(crate) fn push(
         &mut self,
         number: u16,
@@ -269,27 +269,27 @@ impl Rings {
         &self.requests[self.requests.len() - 1]
     }
 
-    /// The queues.
+    /// Returns the queues.
     pub fn queues(&self) -> &[Queue] {
         &self.queues
     }
 
-    /// The requests, in the order in which each queue has them.
+    /// Returns the requests, in the order of each queue.
     pub fn requests(&self) -> &[Request] {
         &self.requests
     }
 
-    /// The pages that are set aside for the rings and all that belongs to them.
+    /// Returns the pages reserved for the rings with their headers and status bytes.
     pub fn pages(&self) -> &[Range<u64>] {
         &self.pages
     }
 
-    /// What the VMM has to write to guest memory before the guest starts: pairs of a guest physical
-    /// address and the bytes that go there.
+    /// Returns the VMM's writes to guest memory before the guest starts: pairs of a guest physical
+    /// address and the bytes to write.
     pub fn writes(&self) -> Vec<(u64, Vec<u8>)> {
         let mut writes = self.fixed(|_| 0);
         for queue in &self.queues {
-            // Flags and index; what a device that names the next request starts from.
+            // Flags and index, and the initial avail_event of a device that uses it.
             writes.push((queue.used, vec![0; 4]));
             writes.push((queue.avail_event(), vec![0; 2]));
         }
@@ -299,7 +299,7 @@ impl Rings {
         writes
     }
 
-    /// What all but the used rings hold in the end, by offset.
+    /// Returns the final content of everything except the used rings, by offset.
     pub(crate) fn final_bytes(&self) -> Vec<(u64, Vec<u8>)> {
         let mut bytes = self.fixed(|queue| queue.requests);
         bytes.extend(self.requests.iter().map(|request| (request.status, vec![0])));
@@ -307,7 +307,7 @@ impl Rings {
         bytes
     }
 
-    /// Descriptors, available rings and headers.
+    /// Returns descriptors, available rings and headers.
     fn fixed(&self, avail_index: impl Fn(&Queue) -> u16) -> Vec<(u64, Vec<u8>)> {
         let mut tables: Vec<Vec<u8>> = Vec::new();
         let mut avails: Vec<Vec<u8>> = Vec::new();
@@ -317,7 +317,7 @@ impl Rings {
             let mut avail = vec![0; usize::from(queue.size) * 2 + 6];
             avail[..2].copy_from_slice(&(VRING_AVAIL_F_NO_INTERRUPT as u16).to_le_bytes());
             avail[2..4].copy_from_slice(&avail_index(queue).to_le_bytes());
-            // The used_event field: an index that no event comes to.
+            // The used_event field: an index that is never reached.
             let end = avail.len();
             avail[end - 2..].fill(0xff);
             avails.push(avail);
@@ -369,7 +369,7 @@ mod tests {
     use super::*;
     use std::collections::HashSet;
 
-    /// How many windows have parts of queues.
+    /// Returns the number of windows that hold parts of queues.
     fn pages_in(rings: &Rings) -> usize {
         rings.pages().iter().filter(|pages| !pages.is_empty()).count()
     }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A machine that carries out plans, for tests: its threads take turns at random.
+//! A simulated machine that executes plans, for tests: its threads take turns at random.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -13,10 +13,11 @@ pub(crate) struct Machine<'a> {
     pub(crate) memory: Vec<u8>,
     disk: Option<&'a File>,
     flags: Vec<u64>,
-    /// The next step of each vCPU.
+    /// Index of the next step of each vCPU.
     cpus: Vec<usize>,
     vmm: usize,
-    /// Per queue: whether it was kicked, how far the available ring was taken, what is in flight.
+    /// Per queue: whether it was kicked, the number of chains taken from the available ring, the
+    /// requests in flight.
     queues: Vec<(bool, u16, Vec<u16>)>,
     random: Random,
 }
@@ -44,7 +45,7 @@ impl<'a> Machine<'a> {
         }
     }
 
-    /// Runs until all is done. Panics if a check fails, or nobody can go on.
+    /// Runs until all is done. Panics if a check fails, or if no thread can proceed.
     pub(crate) fn run(&mut self) {
         loop {
             let mut live: Vec<usize> = (0..self.cpus.len())
@@ -54,13 +55,13 @@ impl<'a> Machine<'a> {
                 live.push(self.cpus.len());
             }
             if live.is_empty() {
-                // What no one waits for is answered too.
+                // Also answer the requests that no step waits for.
                 while self.device() {}
                 return;
             }
             live.push(usize::MAX);
             self.random.shuffle(&mut live);
-            // Of several that could go on, one goes on for a while.
+            // One of the threads that can proceed runs for a while.
             let went_on = live.iter().any(|&who| {
                 let turns = 1 + self.random.below(40);
                 (0..turns).take_while(|_| self.turn(who)).count() > 0
@@ -156,7 +157,7 @@ impl<'a> Machine<'a> {
         true
     }
 
-    /// Takes a request from a queue that was kicked, or answers one of those taken.
+    /// Takes a request from a kicked queue, or answers one of those taken.
     fn device(&mut self) -> bool {
         let queues = self.queues.len();
         let start = self.random.below(queues.max(1) as u64) as usize;
@@ -193,7 +194,7 @@ impl<'a> Machine<'a> {
             let at = queue.descriptors + 16 * u64::from(number);
             let (address, len) = (self.read(at, 8), self.read(at + 8, 4));
             let flags = self.read(at + 12, 2);
-            // What is in one piece for the device is in one piece here.
+            // A piece that is contiguous for the device is contiguous here.
             let offset = self.plan.windows().offset_of(address).unwrap();
             assert_eq!(self.plan.windows().offset_of(address + len - 1), Some(offset + len - 1));
             chain.push((offset, len, flags & 2 != 0));

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Steps: what a vCPU's program and the VMM's part of a plan are made of.
+//! Steps: the elements of a vCPU's program and of the VMM's part of a plan.
 
-/// How many bytes an access has.
+/// The number of bytes of an access.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Width {
     /// 8 bits.
@@ -15,7 +15,7 @@ pub enum Width {
 }
 
 impl Width {
-    /// Bytes.
+    /// Returns the number of bytes.
     pub const fn bytes(self) -> u64 {
         match self {
             Width::One => 1,
@@ -25,7 +25,7 @@ impl Width {
         }
     }
 
-    /// `value` cut to the width.
+    /// Returns `value` truncated to the width.
     pub const fn cut(self, value: u64) -> u64 {
         match self {
             Width::One => value as u8 as u64,
@@ -37,111 +37,111 @@ impl Width {
 }
 
 /// One step of a vCPU's program. Addresses are guest virtual, which are offsets in the memory under
-/// test, or the register that a kick names.
+/// test, or the register for a kick.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Step {
-    /// Read, and end in failure unless it is what was expected. The address need not be aligned,
-    /// and may lie in two pages.
+    /// Read, and fail unless the value is the expected one. The address may be unaligned, and the
+    /// access may span two pages.
     Check {
-        /// Where.
+        /// The address.
         address: u64,
-        /// What must be there.
+        /// The expected value.
         expect: u64,
-        /// How much of it.
+        /// The width of the access.
         width: Width,
     },
     /// Store.
     Write {
-        /// Where.
+        /// The address.
         address: u64,
-        /// What.
+        /// The value.
         value: u64,
-        /// How much of it.
+        /// The width of the access.
         width: Width,
     },
-    /// Add to a word of 64 bits in memory, with one instruction.
+    /// Add to a 64-bit word in memory, with one instruction.
     Add {
-        /// Where.
+        /// The address.
         address: u64,
-        /// What is added.
+        /// The addend.
         value: u64,
     },
-    /// Call a function, and end in failure unless it returns what was expected.
+    /// Call a function, and fail unless it returns the expected value.
     Call {
-        /// Where.
+        /// The address.
         address: u64,
-        /// What it must return.
+        /// The expected result.
         expect: u64,
     },
-    /// Let the back-end see this many available requests.
+    /// Make this many available requests visible to the back-end.
     PublishAvail {
-        /// Of the index in the available ring.
+        /// Address of the index in the available ring.
         address: u64,
         /// Its new value.
         value: u16,
     },
-    /// Tell the device that a queue has something new: a 32-bit store to its QueueNotify register.
+    /// Notify the device of new requests in a queue: a 32-bit store to its QueueNotify register.
     Kick {
-        /// Of the register.
+        /// Address of the register.
         address: u64,
-        /// Which queue.
+        /// Index of the queue.
         queue: u32,
     },
-    /// Wait until the index of the used ring is this, or past it.
+    /// Wait until the index of the used ring is at or past a value.
     WaitUsed {
-        /// Of the index in the used ring.
+        /// Address of the index in the used ring.
         address: u64,
-        /// What to wait for.
+        /// The value.
         value: u16,
     },
-    /// Wait until a flag is at least this.
+    /// Wait until a flag has at least a value.
     WaitFlag {
-        /// Which one.
+        /// Index of the flag.
         flag: usize,
-        /// What to wait for.
+        /// The value.
         at_least: u64,
     },
     /// Set a flag.
     SetFlag {
-        /// Which one.
+        /// Index of the flag.
         flag: usize,
         /// Its new value.
         value: u64,
     },
 }
 
-/// One step of what the VMM does, through vm-memory. Addresses are offsets in the memory under test.
+/// One step of the VMM, through vm-memory. Addresses are offsets in the memory under test.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum VmmStep {
-    /// Read a page, and fail unless it is what the image holds.
+    /// Read a page, and fail unless it equals the image's.
     CheckPage {
-        /// Which one.
+        /// Index of the page.
         page: u64,
     },
-    /// Read eight bytes, and fail unless they are what was expected. They may lie in two pages.
+    /// Read eight bytes, and fail unless they have the expected value. They may span two pages.
     Check {
-        /// Where.
+        /// The address.
         address: u64,
-        /// What must be there.
+        /// The expected value.
         expect: u64,
     },
     /// Store eight bytes.
     Write {
-        /// Where.
+        /// The address.
         address: u64,
-        /// What.
+        /// The value.
         value: u64,
     },
-    /// Wait until a flag is at least this.
+    /// Wait until a flag has at least a value.
     WaitFlag {
-        /// Which one.
+        /// Index of the flag.
         flag: usize,
-        /// What to wait for.
+        /// The value.
         at_least: u64,
     },
     /// Set a flag.
     SetFlag {
-        /// Which one.
+        /// Index of the flag.
         flag: usize,
         /// Its new value.
         value: u64,

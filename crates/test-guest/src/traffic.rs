@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The disk's side of a plan: which sectors each request is about.
+//! The disk's part of a plan: the sectors of each request.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -13,7 +13,7 @@ use crate::rings::Direction;
 pub(crate) struct Pristine<'a>(pub(crate) &'a File);
 
 impl Pristine<'_> {
-    /// The eight bytes at `offset`.
+    /// Reads the eight bytes at `offset`.
     pub(crate) fn read_u64(&self, offset: u64) -> Result<u64, PlanError> {
         let mut bytes = [0; 8];
         self.0.read_exact_at(&mut bytes, offset).map_err(|error| PlanError::Pristine {
@@ -25,11 +25,11 @@ impl Pristine<'_> {
     }
 }
 
-/// Hands out sectors and descriptors.
+/// Allocates sectors and descriptors.
 pub(crate) struct DiskBudget {
     params: DiskParams,
     next_write: u64,
-    // Per queue: requests so far, and descriptors over the three that each has.
+    // Per queue: the number of requests so far, and of descriptors in excess of the three for each.
     queues: Vec<(u64, u64)>,
     next: u32,
 }
@@ -44,7 +44,7 @@ impl DiskBudget {
         }
     }
 
-    /// The next request's queue, and how many pieces its data may have.
+    /// Returns the next request's queue, and the maximum number of pieces of its data.
     pub(crate) fn next_queue(&mut self) -> (u16, u64) {
         let queue = self.next % u32::from(self.params.queues);
         self.next += 1;
@@ -55,13 +55,13 @@ impl DiskBudget {
         (queue as u16, 1 + spare * *made / u64::from(requests) - *extra)
     }
 
-    /// Says how many pieces the data has in the end.
+    /// Records the actual number of pieces of the data.
     pub(crate) fn took_pieces(&mut self, queue: u16, pieces: u64) {
         self.queues[usize::from(queue)].1 += pieces - 1;
     }
 
-    /// Where on the disk a request of `sectors` sectors goes, and which way. No sector is written
-    /// twice, and none that is written is read.
+    /// Chooses the direction and the place on the disk of a request of `sectors` sectors. No sector
+    /// is written twice, and no written sector is read.
     pub(crate) fn place(&mut self, random: &mut Random, sectors: u64) -> (Direction, u64) {
         let gap = random.below(4);
         let left = self.params.disk_sectors - self.next_write;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! One unit of memory while roles are given to its pages, and what is done to each page.
+//! Assigns roles to the pages of a unit of memory, and generates the steps for each page.
 
 use crate::content::{Class, Content, PAGE_BYTES, PAGE_WORDS, Random, UNIT_PAGES};
 use crate::params::Order;
@@ -24,7 +24,8 @@ impl FreePages {
         self.free.iter().filter(|&&free| free).count()
     }
 
-    /// Takes up to `most` pages in a row from a random place; the first page, and how many.
+    /// Takes up to `most` adjacent pages at a random place. Returns the first page and the number
+    /// of pages.
     pub(crate) fn take_run(&mut self, random: &mut Random, most: u64) -> Option<(u64, u64)> {
         let start = random.below(UNIT_PAGES) as usize;
         let at = (start..self.free.len()).chain(0..start).find(|&page| self.free[page])?;
@@ -48,7 +49,7 @@ impl FreePages {
     }
 }
 
-/// Puts things that are numbered into the order in which they are come to.
+/// Sorts numbers into the order in which they are visited.
 pub(crate) fn put_in_order(items: &mut [u64], order: Order, random: &mut Random) {
     match order {
         Order::Sequential => items.sort_unstable(),
@@ -60,7 +61,7 @@ pub(crate) fn put_in_order(items: &mut [u64], order: Order, random: &mut Random)
     }
 }
 
-/// A role for a page that the guest comes to.
+/// Chooses a role for a page that the guest accesses.
 pub(crate) fn guest_role(
     content: &Content,
     page: u64,
@@ -79,19 +80,19 @@ pub(crate) fn guest_role(
     }
 }
 
-/// What one vCPU does to pages, as lists to append to.
+/// One vCPU's steps for pages, as lists to append to.
 pub(crate) struct PageSteps<'a> {
     pub(crate) content: &'a Content,
     pub(crate) roles: &'a [Role],
     pub(crate) stores: &'a mut Vec<Store>,
-    /// What it does now.
+    /// Steps to execute now.
     pub(crate) now: &'a mut Vec<Step>,
-    /// What it does when all work is done.
+    /// Steps to execute when all work is done.
     pub(crate) last: &'a mut Vec<Step>,
 }
 
 impl PageSteps<'_> {
-    /// Comes to a page in the way its role says.
+    /// Adds the accesses to a page that its role requires.
     pub(crate) fn touch(&mut self, page: u64, random: &mut Random) {
         match self.roles[page as usize] {
             Role::GuestCheck(_) | Role::GuestCheckShared(..) => {
@@ -129,7 +130,8 @@ impl PageSteps<'_> {
         self.now.push(Step::Check { address, expect: width.cut(value), width });
     }
 
-    /// Whether the guest may read on into the next page: it is in the same unit, and only read.
+    /// Returns whether a read may extend into the next page: it must be in the same unit, and only
+    /// read.
     fn may_cross(&self, page: u64) -> bool {
         let next = page + 1;
         !next.is_multiple_of(UNIT_PAGES)
@@ -143,12 +145,12 @@ impl PageSteps<'_> {
         let check = Step::Check { address, expect: before, width: Width::Eight };
         let value = random.next();
         let (address, value, width) = match random.below(4) {
-            // The first access adds.
+            // The first access is an addition.
             0 => {
                 self.now.push(Step::Add { address, value });
                 (address, before.wrapping_add(value), Width::Eight)
             }
-            // The first access stores.
+            // The first access is a store.
             1 => {
                 self.now.push(Step::Write { address, value, width: Width::Eight });
                 (address, value, Width::Eight)
@@ -170,7 +172,7 @@ impl PageSteps<'_> {
         self.stores.push(Store { address, value, width });
         self.last.push(Step::Check { address, expect: value, width });
         if random.one_in(4) {
-            // Another word of the page: what was never written is the image's.
+            // Another word of the page: unwritten words still have the image's content.
             let index = (index + 1 + random.below(PAGE_WORDS - 1)) % PAGE_WORDS;
             let (address, expect) = (page * PAGE + 8 * index, self.content.word(page, index));
             self.last.push(Step::Check { address, expect, width: Width::Eight });

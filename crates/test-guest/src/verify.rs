@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Says whether every byte of the guest's memory and of its disk is what it must be when a plan has
-//! been carried out.
+//! Compares every byte of the guest's memory and of its disk with its expected value after a plan.
 //!
-//! All that it knows comes from the plan's parameters and the pristine disk, so it can run in a
-//! process of its own that has had no part in anything. Memory must be complete: what has not
-//! arrived reads as zeros here, and is reported.
+//! The verifier uses only the plan's parameters and the pristine disk, so it can run in a separate
+//! process that took no part in the run. Memory must be complete: missing pages read as zeros here,
+//! and are reported.
 
 pub use crate::verify_memory::{FinalMemory, Part};
 
@@ -21,38 +20,37 @@ use crate::{verify_disk, verify_outside, verify_rings};
 
 const PAGE: u64 = PAGE_BYTES as u64;
 
-/// How many differences are kept; the rest are only counted.
+/// Maximum number of differences kept; further ones are only counted.
 pub const KEPT_DIFFERENCES: usize = 10;
 
-/// Where something is not what it must be.
+/// The location of a difference.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Place {
     /// In guest memory; the offset is the guest physical address.
     Memory,
-    /// In what a device's ring says; the offset is the guest physical address.
+    /// In a device's ring; the offset is the guest physical address.
     Ring,
     /// On the disk; the offset is in bytes.
     Disk,
 }
 
-/// Something that is not what it must be: the first such place in a page of memory or a block of
-/// 4096 bytes of the disk.
+/// A difference: the first in a page of memory or in a block of 4096 bytes of the disk.
 #[derive(Clone, Debug, Eq, PartialEq, Serialize)]
 pub struct Difference {
-    /// Where to look.
+    /// Its location.
     pub place: Place,
-    /// Where there, in bytes.
+    /// Its offset there, in bytes.
     pub offset: u64,
-    /// What must be there: the aligned word that the offset lies in, or a number in a ring.
+    /// The expected value: the aligned word that contains the offset, or a number in a ring.
     pub expected: u64,
-    /// What is there.
+    /// The value found.
     pub found: u64,
-    /// How many bytes differ in this page or block.
+    /// Number of bytes that differ in this page or block.
     pub bytes: u64,
-    /// What the page or block is for.
+    /// The use of the page or block.
     pub role: String,
-    /// What it looks like, if that is plain to see.
+    /// The likely cause, if obvious.
     pub note: String,
 }
 
@@ -70,18 +68,18 @@ impl fmt::Display for Difference {
     }
 }
 
-/// What a comparison came to.
+/// The result of a comparison.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Verdict {
-    /// Whether every byte is what it must be.
+    /// Whether every byte has the expected value.
     pub equal: bool,
     /// The first differences, at most [`KEPT_DIFFERENCES`].
     pub differences: Vec<Difference>,
-    /// How many there are: pages, blocks of the disk, entries of rings.
+    /// Total number of differences: pages, blocks of the disk, entries of rings.
     pub difference_count: u64,
-    /// Bytes of memory under test that were compared.
+    /// Number of bytes of memory under test compared.
     pub memory_bytes: u64,
-    /// Bytes of disk that were compared.
+    /// Number of bytes of disk compared.
     pub disk_bytes: u64,
 }
 
@@ -94,34 +92,34 @@ impl Verdict {
     }
 }
 
-/// Why there is no verdict.
+/// Errors that prevent a verdict.
 #[derive(Debug, thiserror::Error)]
 pub enum VerifyError {
-    /// Something could not be read.
+    /// A read failed.
     #[error("read {len} bytes at offset {offset} of the {what}: {error}; give the complete one")]
     Read {
-        /// What was read.
+        /// The file that was read.
         what: &'static str,
-        /// Where, in bytes.
+        /// Offset in bytes.
         offset: u64,
-        /// How much.
+        /// Length in bytes.
         len: u64,
-        /// What the system said.
+        /// The system's error.
         error: std::io::Error,
     },
-    /// Something is too short.
+    /// A file is too short.
     #[error(
         "the {what} has {found} bytes, and the plan needs {needed}; give the one that was used"
     )]
     Short {
-        /// What it is.
+        /// The file.
         what: &'static str,
         /// Its size in bytes.
         found: u64,
-        /// The size it must have at least.
+        /// The minimum size in bytes.
         needed: u64,
     },
-    /// The plan has a disk, and a file of it is missing.
+    /// The plan has a disk, and one of its files is missing.
     #[error("verify a plan with a disk: the disk or its pristine image is missing; give both")]
     NoDisk,
 }
@@ -129,18 +127,18 @@ pub enum VerifyError {
 /// The disk before and after.
 #[derive(Clone, Copy, Debug)]
 pub struct Disks<'a> {
-    /// As it was before anything ran.
+    /// Before anything ran.
     pub pristine: &'a File,
-    /// As it is now.
+    /// After the run.
     pub disk: &'a File,
 }
 
-/// Compares every byte of memory, and of the disk if there is one, with what it must be after
-/// `plan`; what of memory is not under test must be zero. With `untouched` it must not even be there:
-/// nobody has ever asked for it.
+/// Compares every byte of memory, and of the disk if any, with its expected value after `plan`;
+/// memory that is not under test must be zero. With `untouched` that memory must not even be
+/// allocated, because no thread has ever requested it.
 ///
 /// # Errors
-/// If something cannot be read. That something differs is no error but a verdict.
+/// If a read fails. A difference is not an error but part of the verdict.
 pub fn verify(
     plan: &Plan,
     memory: &FinalMemory<'_>,
@@ -165,7 +163,7 @@ pub fn verify(
     Ok(verdict)
 }
 
-/// A piece of memory, within a page, that is not what the image has.
+/// A piece of memory, within a page, that differs from the image.
 pub(crate) struct Piece {
     pub(crate) address: u64,
     pub(crate) bytes: Bytes,
@@ -177,7 +175,7 @@ pub(crate) enum Bytes {
     Known(Vec<u8>),
 }
 
-/// What stores and the back-end make of memory.
+/// Returns the pieces of memory that stores and the back-end have changed.
 fn pieces_of(plan: &Plan) -> Vec<Piece> {
     let stores = plan.stores().iter();
     let mut pieces: Vec<Piece> = stores
@@ -202,7 +200,7 @@ fn pieces_of(plan: &Plan) -> Vec<Piece> {
     pieces
 }
 
-/// Adds bytes that are known.
+/// Adds bytes with a known value.
 pub(crate) fn push_known(pieces: &mut Vec<Piece>, address: u64, bytes: &[u8]) {
     for (at, len) in by_page(address, bytes.len()) {
         let known = Bytes::Known(bytes[at..at + len].to_vec());
@@ -210,7 +208,7 @@ pub(crate) fn push_known(pieces: &mut Vec<Piece>, address: u64, bytes: &[u8]) {
     }
 }
 
-/// Cuts `len` bytes at `address` at the ends of pages: pairs of offset and length.
+/// Splits `len` bytes at `address` at page boundaries: pairs of offset and length.
 pub(crate) fn by_page(address: u64, len: usize) -> impl Iterator<Item = (usize, usize)> {
     let mut at = 0;
     std::iter::from_fn(move || {
@@ -269,7 +267,7 @@ fn compare_memory(
     Ok(())
 }
 
-/// Puts a piece where it belongs in its page.
+/// Copies a piece into its page.
 fn apply(
     piece: &Piece,
     page: &mut [u8; PAGE_BYTES],
@@ -293,8 +291,8 @@ fn apply(
     Ok(())
 }
 
-/// The difference between two pages or blocks of the same length, which are not equal; they begin
-/// at `start`.
+/// Describes the difference between two unequal pages or blocks of the same length, which begin at
+/// `start`.
 pub(crate) fn difference(
     place: Place,
     start: u64,

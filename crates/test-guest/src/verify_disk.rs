@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The disk: what it was, and what the back-end wrote to it.
+//! Compares the disk with its pristine image and the back-end's writes.
 
 use std::fs::File;
 use std::io::{Seek, SeekFrom};
@@ -53,7 +53,7 @@ pub(crate) fn compare(
         read(disks.pristine, "pristine disk image", start, expected)?;
         read(disks.disk, "disk", start, found)?;
         let first = next.clone();
-        // Pieces lie within a block, so within a chunk.
+        // Pieces lie within a block, hence within a chunk.
         while let Some(piece) = next.next_if(|piece| piece.offset < start + len as u64) {
             let mut page = [0; PAGE_BYTES];
             plan.content().page(piece.address / PAGE_BYTES as u64, &mut page);
@@ -80,7 +80,8 @@ pub(crate) fn compare(
     Ok(())
 }
 
-/// What was written, by offset, in pieces that lie in one block on the disk and one page in memory.
+/// Returns the writes, by offset, in pieces that lie in one block on the disk and one page in
+/// memory.
 fn written(plan: &Plan) -> Vec<Written<'_>> {
     let mut written = Vec::new();
     for request in plan.requests().iter().filter(|r| r.direction == Direction::Write) {
@@ -111,7 +112,7 @@ fn describe(plan: &Plan, offset: u64, request: Option<&Request>) -> String {
 }
 
 fn length(mut file: &File, what: &'static str) -> Result<u64, VerifyError> {
-    // A block device has no length in its metadata, but an end.
+    // A block device has no length in its metadata, so seek to its end.
     file.seek(SeekFrom::End(0)).map_err(|error| VerifyError::Read {
         what,
         offset: 0,

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Guest memory after the fact.
+//! Guest memory after a run.
 
 use std::fs::File;
 use std::io;
@@ -11,7 +11,7 @@ use crate::verify::VerifyError;
 
 const WHAT: &str = "guest memory";
 
-/// Guest memory after the fact, all of the VM's; nothing may change it any more.
+/// All of the VM's guest memory after a run; it must not change any more.
 #[derive(Debug)]
 pub enum FinalMemory<'a> {
     /// In this process.
@@ -23,7 +23,7 @@ pub enum FinalMemory<'a> {
 /// One of the files that hold guest memory.
 #[derive(Debug)]
 pub struct Part<'a> {
-    /// Where in the VM's memory it begins.
+    /// Its start in the VM's memory.
     pub(crate) start: u64,
     /// Its length, in bytes.
     pub(crate) len: u64,
@@ -31,7 +31,7 @@ pub struct Part<'a> {
     mapping: Option<Mapping>,
 }
 
-/// A file's bytes, mapped to be read.
+/// A file's bytes, mapped for reading.
 #[derive(Debug)]
 struct Mapping {
     start: *const u8,
@@ -39,12 +39,12 @@ struct Mapping {
 }
 
 impl<'a> FinalMemory<'a> {
-    /// Takes memory from files, one for each region. A file is mapped if all of it is allocated,
-    /// which is faster; else it is read, because reading a mapping would allocate what is not
-    /// there.
+    /// Opens memory in files, one for each region. A file is mapped if all of it is allocated,
+    /// which is faster; otherwise it is read, because reading through a mapping would allocate the
+    /// missing pages.
     ///
     /// # Errors
-    /// If the system refuses to say how large a file is.
+    /// If the system cannot report the size of a file.
     pub fn open(files: &'a [File]) -> io::Result<Self> {
         let mut start = 0;
         let mut parts = Vec::new();
@@ -78,7 +78,7 @@ impl<'a> FinalMemory<'a> {
         }
     }
 
-    /// The bytes of the unit at `packed`, in `buffer` if they have to be read.
+    /// Returns the bytes of the unit at `packed`, in `buffer` if they must be read.
     pub(crate) fn unit<'b>(
         &'b self,
         packed: u64,
@@ -110,12 +110,12 @@ impl<'a> Part<'a> {
         Ok(Part { start, len, file, mapping: if whole { Mapping::new(file, len) } else { None } })
     }
 
-    /// The part in which the byte at `packed` lies, which is known to be in one.
+    /// Returns the part that contains the byte at `packed`, which must be in one.
     fn find<'b>(parts: &'b [Part<'a>], packed: u64) -> &'b Part<'a> {
         &parts[parts.partition_point(|part| part.start + part.len <= packed)]
     }
 
-    /// Whether it is mapped, and not read.
+    /// Returns whether it is mapped, and not read.
     pub fn is_mapped(&self) -> bool {
         self.mapping.is_some()
     }
@@ -132,9 +132,10 @@ impl<'a> Part<'a> {
 }
 
 impl Mapping {
-    /// Maps a file; `None` where the system refuses, and it has to be read.
+    /// Maps a file; returns `None` if the system refuses, and the file must be read.
     fn new(file: &File, len: u64) -> Option<Self> {
-        // SAFETY: a new mapping at an address that the kernel chooses.
+        // SAFETY: this creates a new mapping at an address that the kernel chooses, so it affects
+        // no existing memory.
         let start = unsafe {
             let (prot, flags) = (libc::PROT_READ, libc::MAP_SHARED);
             libc::mmap(std::ptr::null_mut(), len as usize, prot, flags, file.as_raw_fd(), 0)
@@ -144,15 +145,15 @@ impl Mapping {
     }
 
     fn bytes(&self) -> &[u8] {
-        // SAFETY: the mapping has that many bytes and lives as long as `self`; whoever gave the
-        // file has said that nothing changes it.
+        // SAFETY: the mapping has that many bytes and lives as long as `self`; the caller that
+        // supplied the file guarantees that it does not change.
         unsafe { std::slice::from_raw_parts(self.start, self.len) }
     }
 }
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY: the mapping that `new` made; whoever borrowed from it is gone.
+        // SAFETY: this is the mapping that `new` created, and no borrow of it outlives `self`.
         unsafe { libc::munmap(self.start.cast_mut().cast(), self.len) };
     }
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What of the VM's memory is not under test.
+//! Checks the part of the VM's memory that is not under test.
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -14,7 +14,7 @@ const PAGE: u64 = PAGE_BYTES as u64;
 const ZEROS: [u8; PAGE_BYTES] = [0; PAGE_BYTES];
 const ROLE: &str = "outside of the memory under test";
 
-/// Checks that it is zero, and with `untouched` that it is not there.
+/// Checks that it is zero, and with `untouched` that it is not allocated.
 pub(crate) fn check(
     plan: &Plan,
     memory: &FinalMemory<'_>,
@@ -47,7 +47,8 @@ fn check_part(
         VerifyError::Read { what, offset, len, error }
     };
     let metadata = part.file.metadata().map_err(failed)?;
-    // On huge pages the kernel does not say what is there, only how much, in blocks of their size.
+    // For huge pages the kernel reports only the amount of allocated memory, in blocks of their
+    // size, not its place.
     let block = metadata.blksize().max(PAGE);
     let allocated = metadata.blocks() * 512;
     let expected = bytes_of_windows(windows, part, block);
@@ -79,7 +80,7 @@ fn check_part(
     Ok(())
 }
 
-/// Bytes of the blocks of the file in which something is under test.
+/// Returns the size in bytes of the file's blocks that contain memory under test.
 fn bytes_of_windows(windows: &Windows, part: &Part<'_>, block: u64) -> u64 {
     let mut last = None;
     let mut blocks = 0;
@@ -106,10 +107,10 @@ fn check_zero(packed: u64, bytes: &[u8], verdict: &mut Verdict) {
     }
 }
 
-/// Where, from `packed` on, the next byte of a kind is; `None` if there is none.
+/// Returns the place of the next byte of a kind at or after `packed`; `None` if there is none.
 fn seek(part: &Part<'_>, packed: u64, whence: libc::c_int) -> Result<Option<u64>, VerifyError> {
     let offset = packed - part.start;
-    // SAFETY: lseek touches no memory; nobody uses the file's position.
+    // SAFETY: lseek accesses no memory; no other code uses the file's position.
     let found = unsafe { libc::lseek64(part.file.as_raw_fd(), offset as i64, whence) };
     if let Ok(found) = u64::try_from(found) {
         return Ok(Some(part.start + found));

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What a back-end has written to its used rings.
+//! Checks the back-end's writes to its used rings.
 
 use crate::plan::Plan;
 use crate::rings::Request;
 use crate::verify::{Difference, FinalMemory, Piece, Place, Verdict, VerifyError, push_known};
 
-/// Checks the used rings, and says of the bytes in them that they are known: whatever is wrong is
+/// Checks the used rings, and adds the bytes in them as known, because all errors in them are
 /// reported here.
 pub(crate) fn check(
     plan: &Plan,
@@ -26,7 +26,7 @@ pub(crate) fn check(
         push_known(pieces, queue.used, &used);
         let (start, elements) = used.split_at(4);
         let (flags, index) = (half(&start[..2]), half(&start[2..]));
-        // A device may ask for no notifications.
+        // A device may suppress notifications.
         if flags > 1 {
             wrong(queue.used, 0, flags.into(), 2, "the flags");
         }
@@ -55,7 +55,8 @@ pub(crate) fn check(
                 wrong(at, 0, id.into(), 4, "no such request, or one that was answered before");
                 continue;
             };
-            // Devices differ in what they count, but none writes more than it may.
+            // Devices differ in the lengths they report, but none may write more than it is
+            // allowed.
             if u64::from(len) > request.writable_bytes() {
                 let note = "a length that is more than the device may write";
                 wrong(at + 4, request.writable_bytes(), len.into(), 4, note);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Plans carried out by the simulated machine, and what the verifier says of the outcome.
+//! Executes plans on the simulated machine, and checks the verifier's results.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -29,7 +29,7 @@ impl TestDisk {
         TestDisk { dir, pristine }
     }
 
-    /// A disk on which nothing was done yet.
+    /// Creates an unmodified disk.
     fn fresh(&self) -> File {
         std::fs::copy(self.dir.path().join("pristine"), self.dir.path().join("disk")).unwrap();
         File::options().read(true).write(true).open(self.dir.path().join("disk")).unwrap()
@@ -78,7 +78,7 @@ fn full_params(seed: u64) -> PlanParams {
     }
 }
 
-/// The memory of the plan's VM in a file for each region.
+/// Writes the memory of the plan's VM to one file for each region.
 fn files_of(plan: &Plan, memory: &[u8]) -> Vec<File> {
     let vm_bytes = plan.windows().vm_bytes();
     let low = vm_bytes.min(LOW_MEMORY_END);
@@ -124,7 +124,7 @@ fn plans_come_to_their_end_and_memory_is_right_for_many_seeds() {
     }
 }
 
-/// Roles and requests are what the parameters ask for.
+/// Roles and requests match the parameters.
 #[test]
 fn everything_takes_part() {
     let test = TestDisk::new();
@@ -144,7 +144,7 @@ fn everything_takes_part() {
     assert!(plan.requests().iter().any(|r| r.data[0].len > 4096));
     assert!(plan.requests().iter().any(|r| r.data[0].len % 4096 != 0));
     assert!(plan.guest_touches() >= 800);
-    // Stores do not overlap, and change what is there.
+    // Stores do not overlap, and change the memory.
     for pair in plan.stores().windows(2) {
         assert!(pair[0].address + pair[0].width.bytes() <= pair[1].address);
     }
@@ -162,7 +162,7 @@ fn one_wrong_byte_of_any_role_is_found() {
     for (page, role) in plan.roles().iter().enumerate() {
         wanted.insert(describe(*role), page as u64);
     }
-    // Where something was put, too.
+    // Also at the written places.
     let mut places: Vec<u64> = wanted.values().map(|page| page * PAGE + 4095).collect();
     places.extend([plan.stores()[0].address, plan.requests()[0].data[0].address]);
     let ring = &plan.rings().unwrap().queues()[1];
@@ -179,7 +179,7 @@ fn one_wrong_byte_of_any_role_is_found() {
         assert_eq!(difference.role, describe(plan.roles()[(at / PAGE) as usize]));
         machine.memory[at as usize] ^= 0x10;
     }
-    // A page that never arrived, and one that arrived again.
+    // A page that never arrived, and one that arrived twice.
     let page = plan.roles().iter().position(|r| matches!(r, Role::GuestWrite(_))).unwrap();
     let bytes: &mut [u8; PAGE_BYTES] =
         machine.memory[page * PAGE_BYTES..].first_chunk_mut().unwrap();
@@ -218,7 +218,7 @@ fn wrong_used_rings_are_found() {
         let verdict = verify(&plan, &FinalMemory::Bytes(&memory), Some(disks), false).unwrap();
         assert_eq!(verdict.difference_count, 1, "{what}: {:#?}", verdict.differences);
     }
-    // A device may ask not to be notified, and say of what it wants to be told.
+    // A device may suppress notifications, and set its avail_event.
     let mut memory = machine.memory.clone();
     memory[queue.used as usize] = 1;
     memory[queue.avail_event() as usize] = queue.requests as u8;
@@ -254,7 +254,7 @@ fn wrong_disks_are_found() {
         assert!(difference.role.starts_with(role), "{difference}");
         disk.write_all_at(&byte, offset).unwrap();
     }
-    // A write that never came: the pristine disk's sectors are still there.
+    // A lost write: the pristine disk's sectors are still in place.
     let mut piece = vec![0; request.bytes() as usize];
     disk.read_exact_at(&mut piece, request.sector * 512).unwrap();
     let mut old = piece.clone();
@@ -283,7 +283,7 @@ fn memory_in_files_is_read_or_mapped() {
     file.write_all_at(&[machine.memory[5000] ^ 1], 5000).unwrap();
     assert!(!verify(&plan, &memory, None, false).unwrap().equal);
     drop(memory);
-    // Longer than what is allocated: it is read.
+    // Longer than its allocated part: it is read.
     file.set_len(4 * UNIT_BYTES).unwrap();
     let memory = FinalMemory::open(&files).unwrap();
     assert!(!is_mapped(&memory));
@@ -312,7 +312,7 @@ fn memory_around_the_hole_and_what_lies_outside() {
         verdict.differences
     };
     assert!(differences(true).is_empty());
-    // A byte in each window, which is reported where the guest has it.
+    // A byte in each window, which is reported at its guest address.
     for window in plan.windows().list() {
         let high = usize::from(window.packed >= LOW_MEMORY_END);
         let at = window.packed - LOW_MEMORY_END * high as u64 + 4095;
@@ -324,13 +324,13 @@ fn memory_around_the_hole_and_what_lies_outside() {
         assert_eq!(found[0].offset, plan.windows().guest_address(window.offset) + 4095);
         files[high].write_all_at(&byte, at).unwrap();
     }
-    // Zeros outside: nobody may have asked for them, or they may be.
+    // Zeros outside: an error if that memory must be untouched, otherwise allowed.
     files[1].write_all_at(&[0; PAGE_BYTES], 1 << 30).unwrap();
     let found = differences(true);
     assert_eq!(found.len(), 1, "{found:#?}");
     assert!(found[0].note.contains("nobody has asked for"), "{}", found[0]);
     assert!(differences(false).is_empty());
-    // Anything else is wrong.
+    // Any other value is an error.
     files[1].write_all_at(&[7], (1 << 30) + 9).unwrap();
     let found = differences(false);
     assert_eq!(found.len(), 1, "{found:#?}");
@@ -370,8 +370,8 @@ fn parameters_that_do_not_go_together_are_refused() {
     assert!(error.contains("pristine"), "{error}");
 }
 
-/// Every order of arrival there is, on enough units; and plans of the sizes that users have are
-/// made in no time (the limit is for a debug build on a busy machine).
+/// All orders of arrival, on enough units; and plans of realistic sizes are generated quickly (the
+/// limit is for a debug build on a busy machine).
 #[test]
 fn large_plans() {
     let test = TestDisk::new();

@@ -1,34 +1,34 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Where the memory under test lies in a VM that has more.
+//! The place of the memory under test in a VM that has more memory.
 //!
-//! Three ways to name a byte of it:
+//! A byte of it has three kinds of address:
 //!
-//! | name | what |
+//! | address | meaning |
 //! |---|---|
 //! | offset | its place in the memory under test, which is also its guest virtual address |
-//! | packed offset | its place in the VM's memory, all regions one after the other, as an image and a snapshot hold it |
-//! | guest address | its guest physical address: memory leaves out the hole below [`HIGH_MEMORY`] |
+//! | packed offset | its place in the VM's memory with all regions adjacent, as in an image or a snapshot |
+//! | guest address | its guest physical address: memory skips the hole below [`HIGH_MEMORY`] |
 
 use crate::content::UNIT_BYTES;
 use crate::params::{PlanError, refuse};
 
-/// Where memory below 4 GiB ends at the latest, guest physical: devices follow.
+/// Upper limit of memory below 4 GiB, guest physical: devices follow.
 pub const LOW_MEMORY_END: u64 = 0xc000_0000;
-/// Where the memory that does not fit below goes on, guest physical.
+/// Start of the memory that does not fit below, guest physical.
 pub const HIGH_MEMORY: u64 = 0x1_0000_0000;
-/// Most memory of a VM, in bytes: what 46 bits of physical address leave beside the hole and the
-/// control region.
+/// Maximum size of a VM's memory, in bytes: the part of 46 bits of physical address that the hole
+/// and the control region leave.
 pub const VM_LIMIT: u64 = (1 << 46) - (4 << 30);
 
-/// Parts that the memory under test is cut into.
+/// Number of parts of the memory under test.
 const PARTS: u64 = 4;
 
-/// The guest physical address of a byte of the VM's memory.
+/// Returns the guest physical address of a byte of the VM's memory.
 pub const fn guest_address(packed: u64) -> u64 {
     if packed < LOW_MEMORY_END { packed } else { packed - LOW_MEMORY_END + HIGH_MEMORY }
 }
 
-/// The byte of the VM's memory at a guest physical address; `None` in the hole.
+/// Returns the packed offset for a guest physical address; `None` in the hole.
 const fn packed_offset(address: u64) -> Option<u64> {
     match address {
         0..LOW_MEMORY_END => Some(address),
@@ -37,7 +37,7 @@ const fn packed_offset(address: u64) -> Option<u64> {
     }
 }
 
-/// A piece of the memory under test that lies in one piece in the VM's, also in guest addresses.
+/// A piece of the memory under test that is contiguous in the VM's memory, also in guest addresses.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Window {
     /// Its first byte in the memory under test; a multiple of the unit.
@@ -51,9 +51,9 @@ pub struct Window {
 /// The pieces of the memory under test, by offset.
 ///
 /// One part of it lies at the start of the VM's memory, one ends at the hole, one begins right
-/// above that, one ends at the end. In a VM that does not reach the hole the two in the middle
-/// meet in its middle, and in one that hardly does they move down as far as they must. Parts that
-/// meet are one window.
+/// above the hole, one ends at the end. In a VM whose memory does not reach the hole, the two
+/// middle parts meet in the middle of its memory; in one that barely does, they move down as far as
+/// necessary. Adjacent parts form one window.
 ///
 /// # Examples
 ///
@@ -67,7 +67,7 @@ pub struct Window {
 /// assert_eq!(windows.guest_address(2 * quarter - 1), 3 * GIB - 1);
 /// assert_eq!(windows.guest_address(2 * quarter), 4 * GIB);
 /// assert_eq!(windows.packed(4 * quarter - 1), 64 * GIB - 1);
-/// // Nothing is left to choose.
+/// // All of the VM's memory is under test.
 /// assert_eq!(Windows::new(GIB, GIB).unwrap().list().len(), 1);
 /// ```
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -77,10 +77,10 @@ pub struct Windows {
 }
 
 impl Windows {
-    /// The windows of `memory_bytes` under test in a VM of `vm_bytes`, both in bytes.
+    /// Computes the windows of `memory_bytes` under test in a VM of `vm_bytes`, both in bytes.
     ///
     /// # Errors
-    /// If one of them is no multiple of the unit, or there is more under test than in the VM.
+    /// If one of them is not a multiple of the unit, or the memory under test exceeds the VM's.
     pub fn new(memory_bytes: u64, vm_bytes: u64) -> Result<Self, PlanError> {
         if memory_bytes == 0
             || !memory_bytes.is_multiple_of(UNIT_BYTES)
@@ -113,7 +113,7 @@ impl Windows {
         Ok(windows)
     }
 
-    /// Adds a window at the end, cut where the hole is, or makes the last one longer.
+    /// Appends a window, split at the hole, or extends the last one.
     fn add(&mut self, offset: u64, packed: u64, bytes: u64) {
         if packed < LOW_MEMORY_END && packed + bytes > LOW_MEMORY_END {
             let below = LOW_MEMORY_END - packed;
@@ -129,25 +129,25 @@ impl Windows {
         }
     }
 
-    /// The windows.
+    /// Returns the windows.
     pub fn list(&self) -> &[Window] {
         &self.list
     }
 
-    /// Size of the VM's memory, in bytes.
+    /// Returns the size of the VM's memory, in bytes.
     pub fn vm_bytes(&self) -> u64 {
         self.vm_bytes
     }
 
-    /// Size of the memory under test, in bytes.
+    /// Returns the size of the memory under test, in bytes.
     pub fn memory_bytes(&self) -> u64 {
         self.list.last().map_or(0, |window| window.offset + window.bytes)
     }
 
-    /// The packed offset of the byte at `offset`.
+    /// Returns the packed offset of the byte at `offset`.
     ///
     /// # Panics
-    /// If there is no such byte.
+    /// If the memory under test has no such byte.
     pub fn packed(&self, offset: u64) -> u64 {
         let after = self.list.partition_point(|window| window.offset <= offset);
         let window = &self.list[after - 1];
@@ -155,15 +155,15 @@ impl Windows {
         window.packed + (offset - window.offset)
     }
 
-    /// The guest physical address of the byte at `offset`.
+    /// Returns the guest physical address of the byte at `offset`.
     ///
     /// # Panics
-    /// If there is no such byte.
+    /// If the memory under test has no such byte.
     pub fn guest_address(&self, offset: u64) -> u64 {
         guest_address(self.packed(offset))
     }
 
-    /// The offset of the byte at a guest physical address; `None` if it is not under test.
+    /// Returns the offset of the byte at a guest physical address; `None` if it is not under test.
     pub fn offset_of(&self, address: u64) -> Option<u64> {
         let packed = packed_offset(address)?;
         self.list.iter().find_map(|window| {
@@ -172,7 +172,8 @@ impl Windows {
         })
     }
 
-    /// What of the VM's memory is not under test: pairs of packed offsets, from and to.
+    /// Returns the parts of the VM's memory that are not under test: pairs of packed offsets, start
+    /// and end.
     pub fn gaps(&self) -> impl Iterator<Item = (u64, u64)> {
         let ends = self.list.iter().map(|window| window.packed + window.bytes);
         let starts = self.list.iter().map(|window| window.packed);
@@ -212,12 +213,12 @@ mod tests {
             windows(16 * M, 3 * G),
             [(0, 0, 4 * M), (4 * M, 3 * G / 2 - 4 * M, 8 * M), (12 * M, 3 * G - 4 * M, 4 * M)]
         );
-        // Hardly above it: cut by it.
+        // Barely above it: split by it.
         assert_eq!(
             windows(16 * M, 3 * G + 2 * M),
             [(0, 0, 4 * M), (4 * M, 3 * G - 10 * M, 10 * M), (14 * M, 4 * G, 2 * M)]
         );
-        // As much as there is.
+        // All of the VM's memory.
         assert_eq!(windows(64 * M, 64 * M), [(0, 0, 64 * M)]);
         assert_eq!(windows(3 * G, 3 * G), [(0, 0, 3 * G)]);
         // One unit.
@@ -240,7 +241,8 @@ mod tests {
         }
     }
 
-    /// Whatever the sizes: each byte has one place, each place is in memory, and back again.
+    /// For all sizes: each byte has one place, each place is in memory, and the translation is
+    /// reversible.
     #[test]
     fn names_translate_both_ways() {
         for memory in [2 * M, 6 * M, 64 * M, G + 2 * M, 3 * G] {

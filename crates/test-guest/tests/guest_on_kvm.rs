@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The test guest on a real KVM, in plain memory that holds all of its image.
+//! Runs the test guest on a real KVM, in plain memory that holds all of its image.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -17,10 +17,10 @@ use test_guest::rings::Direction;
 use test_guest::verify::{Disks, FinalMemory, verify};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
-/// How long a plan may take under a KVM that emulates every instruction.
+/// Time limit for a plan on a KVM that emulates every instruction.
 const LIMIT: Duration = Duration::from_secs(120);
 
-/// KVM, or `None` where there is none; with `LAB=1` in the environment there must be one.
+/// Opens KVM. Returns `None` if there is none; with `LAB=1` in the environment that is an error.
 fn kvm() -> Option<Kvm> {
     match Kvm::new() {
         Ok(kvm) => Some(kvm),
@@ -35,7 +35,7 @@ fn kvm() -> Option<Kvm> {
 }
 
 struct Machine {
-    // Kept for as long as the memory that it uses.
+    // Kept as long as the memory that it uses.
     _vm: VmFd,
     vcpus: Vec<VcpuFd>,
     control: ControlMemory,
@@ -71,7 +71,8 @@ impl Machine {
                 memory_size,
                 userspace_addr,
             };
-            // SAFETY: the mappings have that size, and outlive the VM: it is the first field.
+            // SAFETY: the mappings have that size, and outlive the VM, because it is the first
+            // field and so is dropped first.
             unsafe { vm.set_user_memory_region(region) }.unwrap();
         }
         let vcpus = (0..plan.params().cpus as usize)
@@ -84,7 +85,7 @@ impl Machine {
         Machine { _vm: vm, vcpus, control, memory }
     }
 
-    /// Runs all vCPUs to their end, and the VMM's part and a device beside them.
+    /// Runs all vCPUs to the end, together with the VMM's part and a device.
     fn run(&mut self, plan: &Plan, disk: Option<&File>) {
         let (kick, kicks) = channel();
         let stop = AtomicBool::new(false);
@@ -152,8 +153,9 @@ fn run_vcpu(mut vcpu: VcpuFd, stop: &AtomicBool, kick: &Sender<u32>) -> Result<(
     }
 }
 
-/// A device that answers requests when it is kicked, until nobody can kick it any more. It takes
-/// from the plan what a real one reads from descriptors, which the plan's own tests do.
+/// Answers requests when kicked, as a device does, until all senders of kicks are dropped. It takes
+/// from the plan the data that a real device reads from descriptors; the plan's own tests check
+/// those.
 fn serve(plan: &Plan, memory: &GuestMemoryMmap<()>, disk: &File, kicks: Receiver<u32>) {
     let rings = plan.rings().unwrap();
     let mut done = vec![0u16; rings.queues().len()];

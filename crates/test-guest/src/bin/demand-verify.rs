@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Says whether the test guest's memory and disk are what they must be.
+//! Verifies the test guest's memory and disk.
 //!
-//! Exit status: 0 every byte is right, 1 not (or it cannot be said), 2 the command line is wrong.
+//! Exit status: 0 if every byte is right, 1 if not (or if the verification failed), 2 if the
+//! command line is wrong.
 
 use std::fs::File;
 use std::io::BufReader;
@@ -13,7 +14,7 @@ use clap::{ArgGroup, Parser};
 use test_guest::plan::{Plan, PlanParams};
 use test_guest::verify::{Disks, FinalMemory, Verdict, verify};
 
-/// Compare every byte of the test guest's memory and disk with what it must be.
+/// Compare every byte of the test guest's memory and disk with the expected value.
 #[derive(Parser)]
 #[command(name = "demand-verify", version)]
 #[command(group(ArgGroup::new("guest memory").required(true).args(["memory_fd", "memory"])))]
@@ -30,10 +31,10 @@ struct Arguments {
     /// Memory that is not under test must not even be allocated
     #[arg(long)]
     untouched: bool,
-    /// The disk as it is now
+    /// The final disk
     #[arg(long, value_name = "FILE", requires = "pristine")]
     disk: Option<PathBuf>,
-    /// The disk as it was before anything ran
+    /// The disk before anything ran
     #[arg(long, value_name = "FILE", requires = "disk")]
     pristine: Option<PathBuf>,
     /// Print the verdict as JSON
@@ -85,14 +86,14 @@ fn run(arguments: &Arguments) -> Result<Verdict, String> {
 }
 
 fn inherited(fd: RawFd) -> Result<File, String> {
-    // SAFETY: asks about a number, which need not be a descriptor.
+    // SAFETY: queries a number, which need not be a valid descriptor.
     if fd <= 2 || unsafe { libc::fcntl(fd, libc::F_GETFD) } < 0 {
         return Err(format!(
             "use file descriptor {fd}: it is not open; let this process inherit it"
         ));
     }
-    // SAFETY: it is open, and this process has opened no file yet that it could be: whoever started
-    // us meant us to have it.
+    // SAFETY: it is open, and this process has not yet opened a file that it could be: the parent
+    // process passed it on for our use.
     Ok(unsafe { File::from_raw_fd(fd) })
 }
 
