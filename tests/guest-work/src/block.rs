@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A page or record that tells where it belongs and what it must hold: three words that name it, a
-//! checksum of the rest, and content that follows from its name.
+//! A self-describing page or record: three words that name it, a checksum of the rest, and content
+//! derived from its name.
 
 use twox_hash::XxHash3_64;
 
-/// Bytes of a block: a page of memory, a record of the journal.
+/// Size of a block in bytes: a page of memory, or a record of the journal.
 pub const SIZE: usize = 4096;
-/// Names of a block: which it is, which version, of what.
+/// The name of a block: its number, its version, and its kind.
 pub type Tags = [u64; 3];
 
 const WORD: usize = 8;
@@ -22,7 +22,7 @@ impl Block {
     /// A block of zeros.
     pub const ZERO: Self = Self([0; SIZE]);
 
-    /// Writes what a block of this name holds.
+    /// Fills in the content of a block with this name.
     pub fn fill(&mut self, tags: Tags) {
         for (place, tag) in self.0.chunks_exact_mut(WORD).zip(tags) {
             place.copy_from_slice(&tag.to_le_bytes());
@@ -34,11 +34,11 @@ impl Block {
         self.0[SUM..CONTENT].copy_from_slice(&sum.to_le_bytes());
     }
 
-    /// Whether it holds what a block of this name must.
+    /// Checks that it holds the content of a block with this name.
     ///
     /// # Errors
     ///
-    /// What is there instead.
+    /// A description of the difference.
     pub fn check(&self, tags: Tags) -> Result<(), String> {
         if self.tags() == tags && self.word(SUM) == self.sum() {
             return Ok(());
@@ -70,11 +70,11 @@ impl Block {
     }
 }
 
-/// Whether these bytes are what a block of this name starts with.
+/// Checks that these bytes are the start of a block with this name.
 ///
 /// # Errors
 ///
-/// What is there instead.
+/// A description of the difference.
 pub fn check_start(found: &[u8], tags: Tags) -> Result<(), String> {
     let mut block = Block::ZERO;
     block.fill(tags);
@@ -89,7 +89,7 @@ fn difference(found: &[u8], must: &[u8], tags: Tags) -> String {
     let wrong = found.iter().zip(must).filter(|(is, must)| is != must).count();
     let at = found.iter().zip(must).position(|(is, must)| is != must).unwrap_or(0);
     let at = at / WORD * WORD;
-    // The last one may not be whole.
+    // The last word may be partial.
     let word = |bytes: &[u8]| {
         let bytes = bytes[at..].iter().take(WORD);
         bytes.rev().fold(0_u64, |word, byte| word << 8 | u64::from(*byte))
@@ -106,7 +106,7 @@ fn content(tags: Tags) -> impl Iterator<Item = u64> {
     std::iter::successors(Some(seed), |word| Some(step(*word)))
 }
 
-/// A step of a 64-bit generator; also scatters a number.
+/// A step of a 64-bit generator; also serves to scatter a number.
 pub fn step(word: u64) -> u64 {
     let word = word.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(0x1405_7b7e_f767_814f);
     word ^ (word >> 31)

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The clocks: CLOCK_MONOTONIC never goes back, on whatever CPU it is read; a CPU's time stamp
-//! counter never goes back; no clock jumps unless that was announced.
+//! Checks the clocks: CLOCK_MONOTONIC never goes back, on whatever CPU it is read; a CPU's time
+//! stamp counter never goes back; no clock jumps unless the jump was announced.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -8,20 +8,20 @@ use std::time::Duration;
 use guest_work::Line;
 use rustix::time::{ClockId, clock_gettime};
 
-/// CLOCK_REALTIME is not sane before this, 2020-01-01, in microseconds since 1970.
+/// Lower bound of a sane CLOCK_REALTIME: 2020-01-01, in microseconds since 1970.
 const SANE_US: i64 = 1_577_836_800_000_000;
-/// How far CLOCK_REALTIME and CLOCK_MONOTONIC may drift apart between two beats, in microseconds:
-/// nobody corrects either of them here, so this is only what lies between two readings.
+/// Maximum drift between CLOCK_REALTIME and CLOCK_MONOTONIC from one beat to the next, in
+/// microseconds: neither is corrected here, so the drift is only the time between the two readings.
 const APART_US: i64 = 1_000_000;
 
-/// The latest CLOCK_MONOTONIC that any CPU saw, in nanoseconds.
+/// The latest CLOCK_MONOTONIC that any CPU has read, in nanoseconds.
 static LATEST: AtomicU64 = AtomicU64::new(0);
 
 /// Reads CLOCK_MONOTONIC in nanoseconds.
 ///
 /// # Errors
 ///
-/// It is behind what some CPU saw before.
+/// It is behind a value that some CPU read before.
 pub fn monotonic() -> Result<u64, String> {
     let before = LATEST.load(Ordering::SeqCst);
     let now = nanoseconds(ClockId::Monotonic).cast_unsigned();
@@ -37,19 +37,19 @@ fn nanoseconds(id: ClockId) -> i64 {
     time.tv_sec * 1_000_000_000 + time.tv_nsec
 }
 
-/// The time stamp counter of the one CPU that its thread runs on.
+/// The time stamp counter of the one CPU on which its thread runs.
 #[derive(Debug, Default)]
 pub struct Counter(u64);
 
 impl Counter {
-    /// Whether it goes on.
+    /// Checks that it has not gone back.
     ///
     /// # Errors
     ///
     /// It went back.
     pub fn check(&mut self) -> Result<(), String> {
-        // SAFETY: every x86-64 CPU has the instruction, and nothing in a guest of ours turns it off
-        // for programs.
+        // SAFETY: every x86-64 CPU has the instruction, and nothing in this guest disables it for
+        // programs.
         let now = unsafe { std::arch::x86_64::_rdtsc() };
         if now < self.0 {
             return Err(format!("the time stamp counter went back from {} to {now}", self.0));
@@ -79,7 +79,7 @@ impl Reading {
     }
 }
 
-/// Compares each beat's clocks with those of the beat before.
+/// Compares each beat's clocks with those of the previous beat.
 #[derive(Debug)]
 pub struct Beats {
     last: Reading,
@@ -88,7 +88,7 @@ pub struct Beats {
 }
 
 impl Beats {
-    /// Beats that come at most `most` after each other.
+    /// Creates a checker for beats that are at most `most` apart.
     ///
     /// # Errors
     ///
@@ -104,16 +104,16 @@ impl Beats {
         Ok(Self { last, most_us: most.as_micros() as u64, announced: false })
     }
 
-    /// Lets the clocks jump once.
+    /// Permits one jump of the clocks.
     pub fn announce(&mut self) {
         self.announced = true;
     }
 
-    /// Looks at this beat's clocks; returns what to say of a jump that was announced.
+    /// Checks this beat's clocks; returns the line for an announced jump.
     ///
     /// # Errors
     ///
-    /// They jumped, and that was not announced.
+    /// They jumped without an announcement.
     pub fn check(&mut self, now: Reading) -> Result<Option<Line>, String> {
         let mono_us = now.mono_us - self.last.mono_us;
         let real_us = now.real_us - self.last.real_us;
@@ -156,7 +156,7 @@ mod tests {
         beats.announce();
         let jump = Line::Jump { mono_us: 400_000, real_us: 9_000_000 };
         assert_eq!(beats.check(after(400_000, 9_000_000)), Ok(Some(jump)));
-        // That was the one.
+        // The announcement covered one jump only.
         assert!(beats.check(after(2_000_000, 10_600_000)).is_err());
     }
 

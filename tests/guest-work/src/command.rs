@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What the guest's program can be told on the console.
+//! The commands of the guest's program, given on the console.
 
 use std::fmt;
 use std::str::FromStr;
@@ -7,24 +7,24 @@ use std::str::FromStr;
 /// A command: one line on the guest's console.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Command {
-    /// Ends the work, verifies all of it, says `done`, and turns the machine off.
+    /// Ends the work, verifies all of it, prints `done`, and turns the machine off.
     Stop,
-    /// Restarts the machine, at once.
+    /// Restarts the machine at once.
     Reset(ResetBy),
     /// Makes the kernel panic.
     Panic,
     /// Halts the machine, which stays on.
     Halt,
-    /// Announces that the clocks are about to jump: the next jump is told, not taken for wrong.
+    /// Announces that the clocks are about to jump: the next jump is reported, but is not an error.
     Jump,
-    /// Spoils one byte of the memory that is worked on, which must be noticed.
+    /// Corrupts one byte of the memory under work, which must be detected.
     Poke,
 }
 
-/// By what the kernel restarts the machine.
+/// The mechanism by which the kernel restarts the machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ResetBy {
-    /// The choice it makes.
+    /// The kernel's choice.
     Choice,
     /// ACPI's reset register.
     Acpi,
@@ -32,14 +32,14 @@ pub enum ResetBy {
     Keyboard,
     /// The reset control register.
     Pci,
-    /// The BIOS's entry.
+    /// The BIOS entry point.
     Bios,
     /// A triple fault.
     TripleFault,
 }
 
 impl ResetBy {
-    /// The kernel's word for it, in `/sys/kernel/reboot/type`.
+    /// Returns the kernel's name for it, in `/sys/kernel/reboot/type`.
     pub fn word(self) -> Option<&'static str> {
         match self {
             Self::Choice => None,

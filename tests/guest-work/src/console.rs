@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The console: lines out, commands in, and the end of the machine.
+//! The console: prints lines, reads commands, and ends the machine.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{BufRead, BufReader, Write};
@@ -14,14 +14,14 @@ use rustix::system::{RebootCommand, reboot};
 use rustix::termios::{LocalModes, OptionalActions, tcdrain, tcgetattr, tcsetattr};
 
 const PATH: &str = "/dev/console";
-/// How the kernel restarts the machine.
+/// The kernel's file for the restart mechanism.
 const REBOOT_TYPE: &str = "/sys/kernel/reboot/type";
-/// An immediate action of the kernel, by its letter.
+/// The kernel's file for immediate actions, each named by a letter.
 const SYSRQ: &str = "/proc/sysrq-trigger";
 
 static CONSOLE: OnceLock<Mutex<File>> = OnceLock::new();
 
-/// Opens the console for [`say`]; what comes in is not echoed, which would mix with what goes out.
+/// Opens the console for [`say`] without echo, which would mix input with output.
 pub fn open() -> Result<()> {
     let console = OpenOptions::new()
         .read(true)
@@ -31,24 +31,24 @@ pub fn open() -> Result<()> {
     let mut modes = tcgetattr(&console).context("the console is no terminal")?;
     modes.local_modes.remove(LocalModes::ECHO);
     tcsetattr(&console, OptionalActions::Now, &modes)?;
-    // The only call, before there are threads.
+    // The only call, before threads exist.
     let _ = CONSOLE.set(Mutex::new(console));
     Ok(())
 }
 
-/// Says a line.
+/// Prints a line.
 pub fn say(line: &Line) {
-    // Before the console could be opened there is only what the kernel gave.
+    // Before the console is open, only the kernel's standard error is available.
     let Some(console) = CONSOLE.get() else {
         eprintln!("{line}");
         return;
     };
     let mut console = console.lock().unwrap_or_else(PoisonError::into_inner);
-    // In one piece; and there is nobody else to tell that it could not be said.
+    // In one write; a failure cannot be reported anywhere.
     let _ = console.write_all(format!("{line}\n").as_bytes());
 }
 
-/// Says what is wrong and turns the machine off. Only the first one is heard.
+/// Reports an error and turns the machine off. Only the first error is reported.
 pub fn wrong(what: &str, why: &str) -> ! {
     static SAID: AtomicBool = AtomicBool::new(false);
     if SAID.swap(true, Ordering::SeqCst) {
@@ -79,19 +79,19 @@ pub fn panic() -> ! {
     wrong("work", &why)
 }
 
-/// Ends the machine once all that was said is out.
+/// Ends the machine once all output has been written.
 pub fn end(how: RebootCommand) -> ! {
     if let Some(console) = CONSOLE.get() {
         let _ = tcdrain(&*console.lock().unwrap_or_else(PoisonError::into_inner));
     }
-    // It does not come back. If it fails, there is nothing left to do but to stay.
+    // It does not return. If it fails, the only option left is to wait.
     let _ = reboot(how);
     loop {
         thread::park();
     }
 }
 
-/// Commands, as they come. What is none ends the work.
+/// Returns a channel of commands as they arrive. An invalid command ends the work.
 pub fn commands() -> Receiver<Command> {
     let (sender, commands) = mpsc::channel();
     thread::spawn(move || {
@@ -111,7 +111,7 @@ pub fn commands() -> Receiver<Command> {
                 Err(why) => wrong("work", &why),
             }
         }
-        // The line was hung up. Nothing more can be told; the work goes on.
+        // The console was hung up. No more commands can arrive; the work continues.
         loop {
             thread::park();
         }

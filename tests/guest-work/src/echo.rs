@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Echoes over the network card: its back-end reads each request from where the kernel has put it,
-//! and writes the answer to where the kernel waits for one. What comes back must be what was sent,
-//! byte for byte, and no more often than it was asked for. Networks lose packets, so what does not
-//! come back is asked for again, and counted.
+//! Echoes over the network card: its back-end reads each request from the kernel's buffer, and
+//! writes the answer to a buffer where the kernel expects one. Each answer must equal its request
+//! byte for byte, and must not arrive more often than it was requested. Networks lose packets, so
+//! lost requests are repeated, and counted.
 
 use std::collections::HashMap;
 use std::net::{Ipv4Addr, SocketAddrV4};
@@ -27,27 +27,29 @@ use crate::network;
 const GUEST: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 1);
 const PEER: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 2);
 
-/// What a payload's third word says it is.
+/// The third word of a payload, which marks it as an echo.
 const ECHO: u64 = 0x6f68_6365;
-/// After how long an answer is taken for lost.
+/// The time after which an answer counts as lost.
 const AGAIN: Duration = Duration::from_millis(500);
-/// How long the last answers that may still come are waited for in the end.
+/// The time to wait at the end for late answers.
 const LAST: Duration = Duration::from_secs(3);
-/// How long a request may go without any answer, however often it is asked again.
+/// The maximum time that a request may go without any answer, however often it is repeated.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Types of ICMP messages.
 const ANSWER: u8 = 0;
 const REQUEST: u8 = 8;
-/// Bytes of an ICMP message before its payload: type, code, checksum, identifier, sequence number.
+/// Size of an ICMP message before its payload, in bytes: type, code, checksum, identifier, sequence
+/// number.
 const HEADER: usize = 8;
-/// What tells our requests from another program's, of which there is none.
+/// Distinguishes our requests from those of other programs, of which there are none.
 const IDENTIFIER: u16 = 0x6470;
-/// Bytes of payload: at least what names it, and at most what a frame of Ethernet takes.
+/// Limits of the payload's size in bytes: at least its name, and at most the capacity of an
+/// Ethernet frame.
 const LEAST: usize = 64;
 const MOST: usize = 1500 - 20 - HEADER;
 
-/// What the thread and whoever started it share.
+/// State shared by the thread and its creator.
 #[derive(Debug, Default)]
 struct Shared {
     stop: AtomicBool,
@@ -61,14 +63,14 @@ impl Shared {
     }
 }
 
-/// The work on the network card, under way.
+/// The running work on the network card.
 pub struct Echo {
     shared: Arc<Shared>,
     thread: JoinHandle<()>,
 }
 
 impl Echo {
-    /// Brings the card up and starts to ask.
+    /// Brings the card up and starts to send requests.
     ///
     /// # Errors
     ///
@@ -91,12 +93,12 @@ impl Echo {
         Ok(Some(Self { shared, thread }))
     }
 
-    /// Requests that were answered up to now, and how many requests or answers got lost.
+    /// Returns the number of requests answered so far, and the number of requests or answers lost.
     pub fn echoes(&self) -> (u64, u64) {
         self.shared.counts()
     }
 
-    /// Stops when all is answered; returns the counts.
+    /// Stops when all requests are answered; returns the counts.
     pub fn finish(self) -> (u64, u64) {
         self.shared.stop.store(true, Ordering::Relaxed);
         if self.thread.join().is_err() {
@@ -107,7 +109,7 @@ impl Echo {
     }
 }
 
-/// Asks until it is told to stop, and all that was asked is answered.
+/// Sends requests until stopped and all of them are answered.
 fn work(peer: &OwnedFd, book: &mut Book, shared: &Shared) {
     let mut stopped = None;
     loop {
@@ -132,11 +134,12 @@ fn connection(patience: Duration) -> Result<OwnedFd> {
     Ok(socket)
 }
 
-/// Asks for what is due, and takes what has come.
+/// Sends the requests that are due, and processes the received packets.
 fn turn(peer: &OwnedFd, book: &mut Book, new: bool) -> Result<()> {
     for message in book.due(Instant::now(), new)? {
         match send(peer, &message, SendFlags::empty()) {
-            // Nobody has answered for the address yet, or there is no room: as good as lost.
+            // The peer's address is not resolved yet, or there is no buffer space: treat it as
+            // lost.
             Ok(_) | Err(Errno::HOSTUNREACH | Errno::NOBUFS) => {}
             Err(error) => return Err(error).context("a request could not be sent"),
         }
@@ -155,28 +158,29 @@ fn turn(peer: &OwnedFd, book: &mut Book, new: bool) -> Result<()> {
     }
 }
 
-/// A request that is under way, or, if it was not asked yet, the next.
+/// A request in flight or, if not sent yet, the next one.
 #[derive(Debug)]
 struct Open {
     number: u64,
-    /// How often it was asked.
+    /// Number of times it was sent.
     times: u64,
-    /// When it was asked first.
+    /// Time when it was first sent.
     since: Instant,
-    /// When it is to be asked, or asked again.
+    /// Time to send it, or to send it again.
     due: Instant,
 }
 
-/// What was asked and what was answered.
+/// The bookkeeping of requests and answers.
 struct Book {
     run: u64,
-    /// How long to rest between an answer and the next request.
+    /// Pause between an answer and the next request.
     every: Duration,
     open: Vec<Open>,
-    /// The last request's number.
+    /// Number of the last request.
     last: u64,
     answered: u64,
-    /// Answered requests that were asked more often than that: how many answers may still come.
+    /// Answered requests that were sent more than once, with the number of answers that may still
+    /// arrive.
     surplus: HashMap<u64, u64>,
 }
 
@@ -192,8 +196,8 @@ impl Book {
         self.surplus.values().sum()
     }
 
-    /// The messages that are to be sent now: again those that are late, and the next if `new` says
-    /// so.
+    /// Returns the messages to send now: those that are overdue again, and new ones if `new` is
+    /// set.
     fn due(&mut self, now: Instant, new: bool) -> Result<Vec<Vec<u8>>> {
         let mut messages = Vec::new();
         let due = |open: &&mut Open| open.due <= now && (new || open.times > 0);
@@ -214,12 +218,12 @@ impl Book {
         Ok(messages)
     }
 
-    /// Holds a packet to what was asked.
+    /// Checks a packet against the requests.
     fn take(&mut self, packet: &[u8], now: Instant) -> Result<()> {
-        // The header says how long it is, in words of 4 bytes.
+        // The header holds its own length, in words of 4 bytes.
         let header = packet.first().map_or(0, |first| usize::from(first & 0xf) * 4);
         let message = packet.get(header..).context("a packet ends in its header")?;
-        // The kernel's own messages come by, too: that the peer cannot be reached, say.
+        // The kernel's own messages arrive here too, for example that the peer is unreachable.
         if message.first() != Some(&ANSWER) {
             return Ok(());
         }
@@ -267,12 +271,12 @@ impl Book {
     }
 }
 
-/// Bytes of a request's payload: each another number.
+/// Returns the size of a request's payload in bytes, which varies from request to request.
 fn length(run: u64, number: u64) -> usize {
     LEAST + (step(run ^ number) >> 16) as usize % (MOST - LEAST + 1)
 }
 
-/// The ICMP message of a request.
+/// Returns the ICMP message of a request.
 fn request(run: u64, number: u64) -> Vec<u8> {
     let mut block = Block::ZERO;
     block.fill([run, number, ECHO]);
@@ -285,7 +289,7 @@ fn request(run: u64, number: u64) -> Vec<u8> {
     message
 }
 
-/// The checksum of the internet's protocols (RFC 1071).
+/// Returns the checksum of the internet protocols (RFC 1071).
 fn checksum(message: &[u8]) -> u16 {
     let words = message
         .chunks(2)
@@ -306,7 +310,7 @@ mod tests {
         (Book::new(77, open, EVERY, now), now)
     }
 
-    /// What a peer makes of a request, as it comes in.
+    /// Returns a peer's answer to a request, as it is received.
     fn answer(request: &[u8]) -> Vec<u8> {
         let mut packet = vec![0; 20];
         packet[0] = 0x45;
@@ -331,7 +335,7 @@ mod tests {
         let next = book.due(now + EVERY, true).unwrap();
         assert_eq!(next.len(), 2);
         assert!(!asked.contains(&next[0]));
-        // An unreachable peer is the kernel's to tell.
+        // An unreachable peer is reported by the kernel.
         let mut unreachable = answer(&next[0]);
         unreachable[20] = 3;
         book.take(&unreachable, now).unwrap();
@@ -342,7 +346,7 @@ mod tests {
     fn every_byte_of_an_answer_counts() {
         let (mut book, now) = book(1);
         let packet = answer(&book.due(now, true).unwrap()[0]);
-        // The checksum is the kernel's to look at, and another type is no answer.
+        // The kernel checks the checksum, and another type is not an answer.
         for at in (21..packet.len()).filter(|at| !(22..24).contains(at)) {
             let mut other = packet.clone();
             other[at] ^= 0x10;
@@ -364,7 +368,7 @@ mod tests {
         book.take(&answer(&first), late).unwrap();
         assert_eq!((book.answered, book.lost()), (1, 0));
         assert!(book.take(&answer(&first), late).is_err());
-        // Nor is what was never asked for.
+        // The same holds for an answer without a request.
         assert!(book.take(&answer(&request(77, 2)), late).is_err());
     }
 

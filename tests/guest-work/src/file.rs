@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A large file that is written once, then read over and over through a page cache from which it is
-//! dropped each time: so the disk writes into memory that the guest has not touched since it was
-//! free, all over the machine.
+//! A large file that is written once, then read repeatedly through a page cache from which it is
+//! dropped each time. So the disk writes into memory all over the machine, which the guest has not
+//! touched since it was freed.
 
 use std::fs::{File, OpenOptions};
 use std::io::IoSlice;
@@ -21,20 +21,20 @@ use crate::block::{Block, SIZE};
 use crate::console::wrong;
 use crate::journal::MOUNT;
 
-/// What a block's third word says it is.
+/// The third word of a block, which marks it as content of the file.
 const CONTENT: u64 = 0x656c_6966;
-/// Blocks of one read or write: 1 MiB.
+/// Number of blocks in one read or write: 1 MiB.
 const BATCH: u64 = 256;
 
-/// The work on the file, under way.
+/// The running work on the file.
 pub struct LargeFile {
     stop: Arc<AtomicBool>,
     thread: JoinHandle<Content>,
 }
 
 impl LargeFile {
-    /// Writes the file, on the file system that the journal has mounted, and starts to read it. With
-    /// a rest after each batch.
+    /// Writes the file, on the file system that the journal has mounted, and starts to read it,
+    /// with a pause after each batch.
     ///
     /// # Errors
     ///
@@ -74,14 +74,14 @@ impl LargeFile {
     }
 }
 
-/// The file, and of how many blocks it is.
+/// The file, and its number of blocks.
 struct Content {
     file: File,
     blocks: u64,
 }
 
 impl Content {
-    /// Writes it past the page cache: what is read later comes from the disk.
+    /// Writes it past the page cache, so that later reads come from the disk.
     fn create(path: &Path, bytes: u64) -> Result<Self> {
         let written = || format!("{} of {bytes} bytes could not be written", path.display());
         let mut batch = vec![Block::ZERO; BATCH as usize];
@@ -107,10 +107,10 @@ impl Content {
         Ok(Self { file, blocks })
     }
 
-    /// Reads it from the disk and verifies each block, for as long as `go_on` says, which is asked
-    /// after each batch.
+    /// Reads it from the disk and verifies each block, for as long as `go_on`, which is called
+    /// after each batch, returns true.
     fn verify(&self, go_on: impl Fn() -> bool) -> Result<()> {
-        // Nothing of it is dirty: this drops all of it.
+        // None of its pages is dirty: this drops all of them.
         fadvise(&self.file, 0, None, Advice::DontNeed).context("the page cache was not dropped")?;
         let mut block = Block::ZERO;
         for first in (0..self.blocks).step_by(BATCH as usize) {
@@ -145,7 +145,7 @@ mod tests {
         let why = content.verify(|| true).unwrap_err().to_string();
         std::fs::remove_file(&path).expect("is there");
         assert!(why.starts_with("block 511: 1 bytes are not"), "{why}");
-        // It was asked for no more than the first batch.
+        // Only the first batch was requested.
         assert!(content.verify(|| false).is_ok());
     }
 }

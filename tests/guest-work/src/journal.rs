@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Records on the disk. What the disk said is written is kept in mind, and read again: at once, at
-//! random, and all of it in the end. So lost, repeated, misplaced and torn writes show.
+//! Records on the disk. The program remembers every write that the disk has confirmed, and reads it
+//! back: at once, at random, and all of it at the end. This detects lost, repeated, misplaced and
+//! torn writes.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
@@ -21,26 +22,26 @@ use rustix::rand::{GetRandomFlags, getrandom};
 use crate::block::{Block, SIZE, step};
 use crate::console::wrong;
 
-/// Where the file system is mounted.
+/// The mount point of the file system.
 pub const MOUNT: &str = "/mnt";
 /// The journal's file in it.
 const FILE: &str = "/mnt/journal";
 
-/// What the thread and whoever started it share.
+/// State shared by the thread and its creator.
 #[derive(Debug, Default)]
 struct Shared {
     stop: AtomicBool,
     records: AtomicU64,
 }
 
-/// The work on the disk, under way.
+/// The running work on the disk.
 pub struct Journal {
     shared: Arc<Shared>,
     thread: JoinHandle<Store>,
 }
 
 impl Journal {
-    /// Starts it.
+    /// Starts the work.
     ///
     /// # Errors
     ///
@@ -66,12 +67,12 @@ impl Journal {
         Ok(Some(Self { shared, thread }))
     }
 
-    /// Records written, synced and read back up to now.
+    /// Returns the number of records written, synced and read back so far.
     pub fn records(&self) -> u64 {
         self.shared.records.load(Ordering::Relaxed)
     }
 
-    /// Stops, and verifies every record; with a file system, again once it is mounted anew.
+    /// Stops, and verifies every record; on a file system, once more after a remount.
     pub fn finish(self) {
         self.shared.stop.store(true, Ordering::Relaxed);
         let store = match self.thread.join() {
@@ -82,11 +83,11 @@ impl Journal {
     }
 }
 
-/// What was written where.
+/// The expected content of each slot.
 struct Table {
-    /// Tells the records of this run from what the disk held before.
+    /// Distinguishes the records of this run from earlier content of the disk.
     run: u64,
-    /// The last record's number.
+    /// Number of the last record.
     number: u64,
     /// For each slot the number of the record that it must hold, or 0 for none.
     slots: Vec<u64>,
@@ -97,18 +98,18 @@ impl Table {
         Self { run, number: 0, slots: vec![0; slots as usize] }
     }
 
-    /// The next record and its slot.
+    /// Returns the next record and its slot.
     fn next(&mut self) -> (u64, usize) {
         self.number += 1;
         (self.number, self.any(0))
     }
 
-    /// A slot at random, one of several for each record.
+    /// Returns a random slot; `which` selects one of several for each record.
     fn any(&self, which: u64) -> usize {
         (step(step(self.run ^ self.number) ^ which) >> 16) as usize % self.slots.len()
     }
 
-    /// Whether what is read from a slot is what it must hold.
+    /// Checks that a block read from a slot is the one that it must hold.
     fn check(&self, slot: usize, block: &Block) -> Result<()> {
         let number = self.slots[slot];
         if number == 0 {
@@ -120,15 +121,15 @@ impl Table {
     }
 }
 
-/// The records' place, and what it must hold.
+/// The records' location, and their expected content.
 struct Store {
     table: Table,
     path: String,
     device: String,
     kind: Kind,
-    /// Through the page cache.
+    /// Goes through the page cache.
     cached: File,
-    /// Past it.
+    /// Bypasses it.
     direct: File,
 }
 
@@ -159,7 +160,7 @@ impl Store {
         Ok(Self { table, path, device, kind: asked.journal, cached, direct })
     }
 
-    /// Writes a record, has it synced, and reads it and another one back.
+    /// Writes and syncs a record, and reads it and another one back.
     fn record(&mut self) -> Result<()> {
         let (number, slot) = self.table.next();
         let mut block = Block::ZERO;
@@ -195,7 +196,7 @@ impl Store {
             return Ok(());
         }
         no_errors(&self.device)?;
-        // A file system that is mounted anew has nothing in its caches.
+        // A remounted file system has nothing in its caches.
         let nothing = File::open("/dev/null")?;
         self.cached = nothing.try_clone()?;
         self.direct = nothing;
@@ -231,7 +232,7 @@ fn mount_disk(device: &str) -> Result<()> {
     })
 }
 
-/// The file system's own count of errors, kept on the disk.
+/// Checks the file system's own count of errors, kept on the disk.
 fn no_errors(device: &str) -> Result<()> {
     let name = Path::new(device).file_name().context("a disk has a name")?.display();
     let count = match fs::read_to_string(format!("/sys/fs/ext4/{name}/errors_count")) {
@@ -255,7 +256,7 @@ mod tests {
             block.fill([77, slot, number]);
             block
         };
-        // What was never written may be anything.
+        // A slot that was never written may hold anything.
         assert!(table.check(1, &Block::ZERO).is_ok());
         table.slots = vec![1, 2];
         assert!(table.check(1, &record(1, 2)).is_ok());

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The kernel's log: complaints are passed on, and so is that the kernel noticed to be a copy.
+//! The kernel's log: complaints are passed on, and so is the message that the kernel has noticed to
+//! be a copy.
 
 use std::fs::File;
 use std::io::{ErrorKind, Read};
@@ -12,7 +13,7 @@ use crate::console::{say, wrong};
 
 const PATH: &str = "/dev/kmsg";
 
-/// What a complaint has somewhere, each as kernels from 6.1 on write it.
+/// The substrings that mark a complaint, as kernels from 6.1 on write them.
 const COMPLAINTS: [&str; 21] = [
     "WARNING:",
     "BUG:",
@@ -44,19 +45,19 @@ const RESEEDED: &str = "crng reseeded due to virtual machine fork";
 
 static COUNT: AtomicU64 = AtomicU64::new(0);
 
-/// Complaints up to now.
+/// Returns the number of complaints so far.
 pub fn complaints() -> u64 {
     COUNT.load(Ordering::SeqCst)
 }
 
-/// Watches the log from its start on, in a thread.
+/// Watches the log from its start, in a thread.
 pub fn watch() {
     let mut log = File::open(PATH)
         .unwrap_or_else(|error| wrong("work", &format!("{PATH} could not be opened: {error}")));
     thread::spawn(move || {
         let mut record = [0; 8192];
         loop {
-            // Each read is one record, and waits for it.
+            // Each read waits for one record, and returns it.
             match log.read(&mut record) {
                 Ok(n) => {
                     if let Some(line) = line_of(&String::from_utf8_lossy(&record[..n])) {
@@ -66,7 +67,7 @@ pub fn watch() {
                         say(&line);
                     }
                 }
-                // Records were overwritten before they could be read: go on with the oldest.
+                // Records were overwritten before they could be read: continue with the oldest.
                 Err(error) if error.kind() == ErrorKind::BrokenPipe => {}
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(error) => wrong("work", &format!("{PATH} could not be read: {error}")),
@@ -75,11 +76,11 @@ pub fn watch() {
     });
 }
 
-/// What is to be said about a record, "prefix;message" and perhaps more lines.
+/// Returns the line to print for a record, "prefix;message" and possibly more lines.
 fn line_of(record: &str) -> Option<Line> {
     let first = record.lines().next()?;
     let (prefix, message) = first.split_once(';')?;
-    // Facility 0 is the kernel; programs may write here, too. See dev-kmsg in the kernel's ABI.
+    // Facility 0 is the kernel; programs may also write here. See dev-kmsg in the kernel's ABI.
     let priority: u32 = prefix.split(',').next()?.parse().ok()?;
     if priority >> 3 != 0 {
         return None;
@@ -110,7 +111,7 @@ mod tests {
                 "3,1,2,-;INFO: task jbd2:9 blocked for more than 120 seconds.\n",
                 Some(Line::Kernel("INFO: task jbd2:9 blocked for more than 120 seconds.".into())),
             ),
-            // A program's.
+            // From a program.
             ("12,1,2,-;BUG: not the kernel's\n", None),
         ] {
             assert_eq!(line_of(record), line, "{record}");

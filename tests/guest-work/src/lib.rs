@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What the first program of a test's Linux guest and the test agree on: [`Work`] is what the
-//! program is asked for, on the kernel's command line, and [`Line`] is what it says, on the console.
+//! The interface between a test and the init program of its Linux guest: [`Work`] is the program's
+//! task, given on the kernel's command line, and [`Line`] is its output on the console.
 //!
 //! The program itself, `guest-work`, is `/init` of the guest's initramfs. While it runs it takes
-//! commands from the console, a line each; see [`Command`].
+//! commands from the console, one per line; see [`Command`].
 //!
 //! ```
 //! use guest_work::{Line, Work};

@@ -1,24 +1,24 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What the guest's program says on the console.
+//! The output of the guest's program on the console.
 
 use std::fmt;
 use std::str::FromStr;
 
-/// What each line starts with.
+/// The start of each line.
 const START: &str = "guest: ";
 
-/// How far the work is.
+/// The progress of the work.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Beat {
-    /// Which beat this is, from 1 on.
+    /// Number of this beat, from 1.
     pub number: u64,
-    /// Pages of 4K that were verified and written again, each time counted.
+    /// Pages of 4K verified and rewritten, counted each time.
     pub pages: u64,
-    /// Records that were written, synced and read back.
+    /// Records written, synced and read back.
     pub records: u64,
-    /// Echo requests that were answered.
+    /// Echo requests answered.
     pub echoes: u64,
-    /// Echo requests, or answers to them, that got lost; they were asked again.
+    /// Echo requests, or answers to them, that were lost; the requests were repeated.
     pub lost: u64,
     /// The guest's `CLOCK_MONOTONIC`, in microseconds.
     pub mono_us: u64,
@@ -31,49 +31,49 @@ pub struct Beat {
 pub enum Line {
     /// The guest is up; the work begins.
     Ready {
-        /// CPUs that are online.
+        /// Number of CPUs online.
         cpus: u64,
         /// The kernel's release.
         kernel: String,
-        /// By what the kernel tells the time.
+        /// The kernel's clock source.
         clock: String,
     },
-    /// The work goes on.
+    /// The work progresses.
     Beat(Beat),
-    /// The kernel was told that this machine is a copy, and reseeded its random numbers.
+    /// The kernel learned that this machine is a copy, and reseeded its random numbers.
     Reseeded,
-    /// The clocks jumped, which was announced.
+    /// The clocks made an announced jump.
     Jump {
-        /// How far `CLOCK_MONOTONIC` went since the beat before, in microseconds.
+        /// Advance of `CLOCK_MONOTONIC` since the previous beat, in microseconds.
         mono_us: u64,
-        /// How far `CLOCK_REALTIME` went since the beat before, in microseconds.
+        /// Change of `CLOCK_REALTIME` since the previous beat, in microseconds.
         real_us: i64,
     },
     /// The kernel complained.
     Kernel(String),
-    /// Something is not as it must be; the machine is turned off.
+    /// A check failed; the machine is turned off.
     Wrong {
-        /// What: `memory`, `journal`, `echo`, `clock`, `disk`, `net`, `work`.
+        /// The subject: `memory`, `journal`, `echo`, `clock`, `disk`, `net`, `work`.
         what: String,
-        /// How.
+        /// A description of the failure.
         why: String,
     },
-    /// The work ended, and all of it was verified; the machine is turned off.
+    /// The work ended and all of it was verified; the machine is turned off.
     Done {
-        /// Pages of 4K that were verified and written again, each time counted.
+        /// Pages of 4K verified and rewritten, counted each time.
         pages: u64,
-        /// Records that were written, synced and read back.
+        /// Records written, synced and read back.
         records: u64,
-        /// Echo requests that were answered.
+        /// Echo requests answered.
         echoes: u64,
-        /// Echo requests, or answers to them, that got lost; they were asked again.
+        /// Echo requests, or answers to them, that were lost; the requests were repeated.
         lost: u64,
         /// Complaints of the kernel; each had a line.
         complaints: u64,
     },
 }
 
-/// A line that is not one of the guest's program.
+/// The error for a line that does not come from the guest's program.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NoLine;
 
@@ -116,7 +116,7 @@ impl FromStr for Line {
     type Err = NoLine;
 
     fn from_str(line: &str) -> Result<Self, NoLine> {
-        // What the kernel printed before it may lack its end of line.
+        // Earlier output of the kernel may lack its end of line.
         let at = line.find(START).ok_or(NoLine)?;
         let line = line[at + START.len()..].trim_end();
         let (word, rest) = line.split_once(' ').unwrap_or((line, ""));
@@ -156,7 +156,7 @@ impl FromStr for Line {
     }
 }
 
-/// The value of `name=value` among words.
+/// Returns the value of `name=value` among words.
 fn field<T: FromStr>(words: &str, name: &str) -> Result<T, NoLine> {
     words
         .split(' ')

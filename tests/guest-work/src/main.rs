@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! `guest-work`: the first program of a test's Linux guest. It makes the guest fit for work, does
-//! what the kernel's command line asks for, and turns the machine off. See the library for what it
-//! is asked and what it says.
+//! `guest-work`: the init program of a test's Linux guest. It sets the guest up, does the work that
+//! the kernel's command line requests, and turns the machine off. The library describes its input
+//! and output.
 //!
-//! It must not end: the kernel panics without its first program. Whatever goes wrong is said on the
+//! It must not exit: the kernel panics without its init program. Every failure is reported on the
 //! console, and ends with the machine turned off.
 
 mod block;
@@ -34,7 +34,7 @@ fn main() -> ExitCode {
         );
         return ExitCode::from(2);
     }
-    // A thread that is gone must not go unnoticed.
+    // The failure of a thread must not go unnoticed.
     panic::set_hook(Box::new(|panic| wrong("work", &panic.to_string())));
     if let Err(error) = setup::machine() {
         wrong("work", &format!("{error:#}"));
@@ -54,7 +54,7 @@ fn main() -> ExitCode {
                     Command::Reset(by) => console::reset(by),
                     Command::Panic => console::panic(),
                     Command::Halt => console::end(RebootCommand::Halt),
-                    // There is nothing that it could be about.
+                    // An idle guest has nothing that they could affect.
                     Command::Jump | Command::Poke => {}
                 }
             }

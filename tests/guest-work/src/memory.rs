@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Memory that is verified and written again, over and over, by a thread on each CPU.
+//! Memory that a thread on each CPU verifies and rewrites repeatedly.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -12,12 +12,12 @@ use crate::block::{Block, SIZE, step};
 use crate::clock::{self, Counter};
 use crate::console::wrong;
 
-/// What a page's third word says it is.
+/// The third word of a page, which marks it as memory.
 const MEMORY: u64 = 0x7972_6f6d_656d;
-/// Pages between two rests.
+/// Number of pages between two pauses.
 const BATCH: usize = 64;
 
-/// What the threads and whoever started them share.
+/// State shared by the threads and their creator.
 #[derive(Debug, Default)]
 struct Shared {
     stop: AtomicBool,
@@ -25,14 +25,14 @@ struct Shared {
     pages: AtomicU64,
 }
 
-/// The work on memory, under way.
+/// The running work on memory.
 pub struct Memory {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<Part>>,
 }
 
 impl Memory {
-    /// Starts it on so many bytes, with a rest after each batch of pages.
+    /// Starts the work on `bytes` bytes, with a pause after each batch of pages.
     pub fn start(bytes: u64, rest: Duration) -> Self {
         let shared = Arc::new(Shared::default());
         let cpus = cpus();
@@ -58,7 +58,7 @@ impl Memory {
                         .check()
                         .unwrap_or_else(|why| wrong("clock", &format!("{why} on CPU {cpu}")));
                     batches += 1;
-                    // Without a rest others must still get a turn.
+                    // Without pauses, other threads must still get a turn.
                     if rest.is_zero() && batches % 16 == 0 {
                         thread::yield_now();
                     } else if !rest.is_zero() {
@@ -71,12 +71,12 @@ impl Memory {
         Self { shared, threads }
     }
 
-    /// Pages verified and written again up to now.
+    /// Returns the number of pages verified and rewritten so far.
     pub fn pages(&self) -> u64 {
         self.shared.pages.load(Ordering::Relaxed)
     }
 
-    /// Has one byte spoilt.
+    /// Requests the corruption of one byte.
     pub fn poke(&self) {
         self.shared.poke.store(true, Ordering::Relaxed);
     }
@@ -107,9 +107,9 @@ fn pin(cpu: usize) {
     }
 }
 
-/// One thread's pages. All of them that come before `next`, in the round's order, have the round as
-/// their version, and the others the round before. So a page that fell back by a version is wrong
-/// however whole it is.
+/// One thread's pages. Those before `next`, in the round's order, have the round as their version,
+/// the others the previous round. So a page that reverts to an older version is an error, even if
+/// it is intact.
 struct Part {
     first: u64,
     pages: Vec<Block>,
@@ -131,15 +131,16 @@ impl Part {
         Self { first: numbers.start, pages, round: 1, next: 0 }
     }
 
-    /// Which page comes at this place of a round: each once, and far from the one before.
+    /// Returns the page at this place of a round: each page once, and far from the previous one.
     fn at(&self, place: usize, round: u64) -> usize {
-        // Steps by a prime visit all, as it has no divisor in common with a smaller count.
+        // Steps by a prime visit all pages, because it has no divisor in common with a smaller
+        // count.
         const PRIME: u64 = 2_654_435_761;
         let count = self.pages.len() as u64;
         ((place as u64 * (PRIME % count) + step(round) % count) % count) as usize
     }
 
-    /// Verifies a batch of pages and writes them again; returns how many.
+    /// Verifies and rewrites a batch of pages; returns their number.
     fn batch(&mut self) -> Result<u64, String> {
         if self.pages.is_empty() {
             return Ok(0);

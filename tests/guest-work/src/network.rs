@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The network card: brought up with an address, and held to have met nothing damaged.
+//! The network card: configures it with an address, and checks that it received no damaged packet.
 
 use std::fs;
 use std::net::Ipv4Addr;
@@ -12,13 +12,13 @@ use rustix::net::{AddressFamily, SocketType, socket};
 
 use crate::setup;
 
-/// The card.
+/// Name of the card.
 const CARD: &str = "eth0";
 /// Requests, of netdevice(7).
 const SIOCSIFADDR: Opcode = 0x8916;
 const SIOCSIFFLAGS: Opcode = 0x8914;
 const IFF_UP: u16 = 1;
-/// What counts packets that were not what they had to be, by the line of /proc/net/snmp.
+/// The counters of damaged packets, by line of /proc/net/snmp.
 const DAMAGED: [(&str, &[&str]); 2] =
     [("Ip:", &["InHdrErrors", "InDiscards"]), ("Icmp:", &["InErrors", "InCsumErrors"])];
 
@@ -38,8 +38,8 @@ impl Request {
     }
 }
 
-/// Gives the card an address, once it is there, and turns it on. Peers are those that the class of
-/// the address says.
+/// Waits for the card, gives it an address and turns it on. Its peers follow from the class of the
+/// address.
 pub fn up(address: Ipv4Addr) -> Result<()> {
     setup::await_path(&statistics())?;
     let any = socket(AddressFamily::INET, SocketType::DGRAM, None)?;
@@ -54,7 +54,8 @@ pub fn up(address: Ipv4Addr) -> Result<()> {
 
 fn ask<const REQUEST: Opcode>(socket: impl AsFd, value: &[u8]) -> rustix::io::Result<()> {
     let mut request = Request::new(value);
-    // SAFETY: both requests take a `struct ifreq`, which is 40 bytes and of which any are valid.
+    // SAFETY: both requests take a `struct ifreq`, which has 40 bytes and for which any value is
+    // valid.
     unsafe { ioctl(socket, Updater::<REQUEST, _>::new(&mut request)) }
 }
 
@@ -62,7 +63,7 @@ fn statistics() -> PathBuf {
     Path::new("/sys/class/net").join(CARD).join("statistics")
 }
 
-/// Whether the kernel has met no damaged packet. It drops those, which looks as if they were lost.
+/// Checks that the kernel has received no damaged packet. It drops those, so they would seem lost.
 pub fn no_errors() -> Result<()> {
     for entry in fs::read_dir(statistics())? {
         let path = entry?.path();
@@ -81,7 +82,8 @@ pub fn no_errors() -> Result<()> {
     Ok(())
 }
 
-/// A counter of /proc/net/snmp: for each protocol a line of names, then a line of counts.
+/// Returns a counter of /proc/net/snmp, which has for each protocol a line of names, then a line of
+/// counts.
 fn counter(text: &str, protocol: &str, name: &str) -> Option<u64> {
     let mut lines = text.lines().filter(|line| line.starts_with(protocol));
     let (names, counts) = (lines.next()?, lines.next()?);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The work that proves itself: memory, a journal and clocks, until it is told to stop.
+//! The self-verifying work: memory, a journal and clocks, until stopped.
 
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::Duration;
@@ -15,7 +15,7 @@ use crate::journal::Journal;
 use crate::memory::Memory;
 use crate::{kernel_log, setup};
 
-/// Works until it is told to stop, or has done the beats that were asked for; then verifies all.
+/// Works until stopped, or until the requested number of beats; then verifies everything.
 pub fn run(asked: &Prove, commands: &Receiver<Command>) {
     if asked.journal != Kind::None {
         setup::await_path(asked.device.as_ref())

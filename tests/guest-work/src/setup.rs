@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Makes the guest fit for work: mounts, the console, modules, the disk.
+//! Sets up the guest: mounts, the console, modules, the disk.
 
 use std::fs::{self, File};
 use std::path::Path;
@@ -15,19 +15,19 @@ use rustix::time::{ClockId, Timespec, clock_settime};
 
 use crate::console;
 
-/// Where the initramfs has modules, and the list of them in the order in which they are loaded.
+/// The folder of modules in the initramfs, and of their list in load order.
 const MODULES: &str = "/modules";
-/// By what the kernel tells the time.
+/// The kernel's file for its clock source.
 const CLOCK: &str = "/sys/devices/system/clocksource/clocksource0/current_clocksource";
-/// How long a device may take to appear; a guest in an emulated machine is slow.
+/// Time limit for a device to appear; a guest in an emulated machine is slow.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Everything that needs no disk.
+/// Sets up everything that needs no disk.
 pub fn machine() -> Result<()> {
     for (kind, place) in [("devtmpfs", "/dev"), ("proc", "/proc"), ("sysfs", "/sys")] {
         fs::create_dir_all(place)?;
         match mount(kind, place, kind, MountFlags::empty(), None) {
-            // The kernel mounts /dev by itself if it is built so.
+            // A kernel may be configured to mount /dev by itself.
             Ok(()) | Err(Errno::BUSY) => {}
             Err(error) => {
                 return Err(error).with_context(|| format!("{kind} could not be mounted"));
@@ -35,8 +35,8 @@ pub fn machine() -> Result<()> {
         }
     }
     console::open()?;
-    // From here on the kernel's messages come out as lines of this program's, which are whole; only
-    // emergencies still go to the console directly.
+    // From here on the kernel's messages are printed as complete lines of this program; only
+    // emergencies still go directly to the console.
     fs::write("/proc/sys/kernel/printk", "1").context("the log level could not be set")?;
     set_time()?;
     load_modules()
@@ -61,7 +61,7 @@ fn load_modules() -> Result<()> {
     Ok(())
 }
 
-/// What to say once the guest is up.
+/// Returns the line to print once the guest is up.
 pub fn ready() -> Line {
     Line::Ready {
         cpus: thread::available_parallelism().map_or(1, |cpus| cpus.get() as u64),
@@ -70,8 +70,8 @@ pub fn ready() -> Line {
     }
 }
 
-/// Sets the time of day to what the command line says (`epoch=SECONDS`): a kernel without kvm-clock
-/// finds none.
+/// Sets the time of day from the command line (`epoch=SECONDS`): a kernel without kvm-clock finds
+/// none.
 fn set_time() -> Result<()> {
     let line = fs::read_to_string("/proc/cmdline")?;
     let Some(epoch) = line.split_whitespace().find_map(|word| word.strip_prefix("epoch=")) else {
@@ -81,7 +81,7 @@ fn set_time() -> Result<()> {
     clock_settime(ClockId::Realtime, time).context("the time of day could not be set")
 }
 
-/// Waits for a device, which appears a moment after its driver.
+/// Waits for a device, which appears a moment after its driver is loaded.
 pub fn await_path(path: &Path) -> Result<()> {
     let begun = Instant::now();
     while !path.exists() {

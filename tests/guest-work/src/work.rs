@@ -1,27 +1,27 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What the guest's program is asked for: `work=...` on the kernel's command line.
+//! The task of the guest's program: `work=...` on the kernel's command line.
 
 use std::fmt;
 use std::str::FromStr;
 
-/// What to do.
+/// The task.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub enum Work {
-    /// Nothing but waiting for commands: `idle`.
+    /// Only waits for commands: `idle`.
     #[default]
     Idle,
-    /// Work that proves itself: `prove`, followed by options.
+    /// Self-verifying work: `prove`, followed by options.
     Prove(Prove),
 }
 
-/// Where records are written.
+/// The place of records.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Journal {
-    /// Nowhere; no disk is needed.
+    /// None; no disk is needed.
     None,
-    /// On the disk as it is, from its first byte on.
+    /// The raw disk, from its first byte on.
     Raw,
-    /// In a file of the ext4 file system that the disk holds.
+    /// A file of the ext4 file system on the disk.
     Ext4,
 }
 
@@ -30,36 +30,37 @@ impl Journal {
         [(Self::None, "none"), (Self::Raw, "raw"), (Self::Ext4, "ext4")];
 }
 
-/// The options of `prove`: `NAME=VALUE`, with commas between. What has its default is not printed.
+/// The options of `prove`: `NAME=VALUE`, separated by commas. Default values are not printed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Prove {
-    /// `memory`: bytes that are worked on, a multiple of 1 MiB; 32M unless given.
+    /// `memory`: size of the memory to work on in bytes, a multiple of 1 MiB; 32M by default.
     pub memory: u64,
-    /// `rest`: microseconds that each CPU rests after 64 pages; 2000 unless given.
+    /// `rest`: pause of each CPU after 64 pages, in microseconds; 2000 by default.
     pub rest_us: u64,
-    /// `journal`: `none`, `raw` or `ext4`; `raw` unless given.
+    /// `journal`: `none`, `raw` or `ext4`; `raw` by default.
     pub journal: Journal,
-    /// `device`: path of the disk; /dev/vda unless given.
+    /// `device`: path of the disk; /dev/vda by default.
     pub device: String,
-    /// `slots`: places for records, 4K each; 1024 unless given.
+    /// `slots`: number of places for records, 4K each; 1024 by default.
     pub slots: u64,
-    /// `every`: milliseconds between two records; 10 unless given.
+    /// `every`: milliseconds between two records; 10 by default.
     pub every_ms: u64,
-    /// `beat`: milliseconds between two beats; 1000 unless given.
+    /// `beat`: milliseconds between two beats; 1000 by default.
     pub beat_ms: u64,
-    /// `beats`: beats until the work stops by itself; 0, which is for ever, unless given.
+    /// `beats`: number of beats until the work stops by itself; 0, which means never, by default.
     pub beats: u64,
-    /// `file`: bytes of a file that is read over and over from the disk, a multiple of 1 MiB, with
-    /// `journal=ext4` only; none unless given.
+    /// `file`: size in bytes of a file that is read repeatedly from the disk, a multiple of 1 MiB,
+    /// with `journal=ext4` only; none by default.
     pub file: u64,
-    /// `echo`: echo requests that are under way at a time, over the network card eth0 to whoever
-    /// answers for 10.0.0.2, 64 at most; none, and no card is needed, unless given.
+    /// `echo`: number of echo requests in flight at a time, over the network card eth0 to the host
+    /// that answers for 10.0.0.2, at most 64; none by default, and then no card is needed.
     pub echo: u64,
-    /// `jump`: milliseconds that a beat may be late, which no clock may jump; 60000 unless given.
+    /// `jump`: milliseconds that a beat may be late, beyond which a clock has jumped; 60000 by
+    /// default.
     pub jump_ms: u64,
 }
 
-/// Few enough to have numbers of 16 bits apart, and to fit where packets wait.
+/// Few enough to have distinct 16-bit numbers, and to fit into the packet queues.
 const MOST_ECHOES: u64 = 64;
 
 impl Default for Prove {
@@ -81,11 +82,11 @@ impl Default for Prove {
 }
 
 impl Work {
-    /// The work that a kernel's command line asks for; idle if it asks for none.
+    /// Returns the task on a kernel's command line; idle if there is none.
     ///
     /// # Errors
     ///
-    /// A line that says what is wrong with it.
+    /// A line that describes the mistake.
     pub fn of_command_line(line: &str) -> Result<Self, String> {
         let asked = line.split_whitespace().find_map(|word| word.strip_prefix("work="));
         asked.map_or(Ok(Self::Idle), str::parse)

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A file whose storage stops answering, by a FUSE server in another process.
+//! A file whose storage stops answering, implemented by a FUSE server in another process.
 //!
-//! It is another process because one that waits for itself cannot end: its files are closed after
-//! its last thread, and that waits for one of them.
+//! A separate process is necessary because a process that waits for its own server cannot end: its
+//! files are closed after its last thread ends, and that thread waits for one of them.
 
 use std::ffi::OsStr;
 use std::io::{self, BufRead, BufReader, Write};
@@ -24,17 +24,17 @@ const NAME: &str = "image";
 const MOUNT: &str = "mount";
 const CONTENT: &str = "content";
 const FILE: INodeNo = INodeNo(2);
-/// Nothing is kept by the kernel: each look at the file asks the server.
+/// The kernel caches nothing: each look-up of the file asks the server.
 const TTL: Duration = Duration::ZERO;
 
 type Answer = Box<dyn FnOnce() + Send>;
 
 #[derive(Default)]
 struct State {
-    /// Bytes whose reads are held back, or fail with an error.
+    /// Ranges of bytes whose reads are held back, or fail with an error.
     held: Vec<Range<u64>>,
     failing: Vec<Range<u64>>,
-    /// Whether nothing at all is answered but what is needed to open the file.
+    /// Whether the server answers only the requests needed to open the file.
     silent: bool,
     waiting: Vec<Answer>,
 }
@@ -71,13 +71,13 @@ impl Shared {
     }
 }
 
-/// Names the folder, for the process that serves it.
+/// The environment variable that names the folder for the server process.
 const FOLDER: &str = "SLOW_FILE_FOLDER";
-/// Begins each answer of the server.
+/// The start of each answer of the server.
 const SAYS: &str = "slow-file: ";
 
-/// A file with some content, on a FUSE file system that answers only as long as a test lets it.
-/// It is mounted until this is dropped.
+/// A file on a FUSE file system that answers only while a test permits it. It is mounted until this
+/// is dropped.
 ///
 /// The file's server is the test program, run once more: it needs a test named `storage_server`
 /// that calls [`serve`].
@@ -92,7 +92,7 @@ struct Client {
 }
 
 impl Client {
-    /// Sends the server a command, and returns the number that it answers.
+    /// Sends the server a command, and returns the number in its answer.
     fn ask(&mut self, what: &str) -> io::Result<usize> {
         let input = self.process.stdin.as_mut().ok_or(io::ErrorKind::BrokenPipe)?;
         writeln!(input, "{what}")?;
@@ -109,7 +109,7 @@ impl Client {
 }
 
 impl SlowFile {
-    /// Mounts the file. `None`, and the test is skipped, where that is not possible or not
+    /// Mounts the file. Returns `None`, which skips the test, where that is impossible or not
     /// permitted.
     ///
     /// # Panics
@@ -147,48 +147,49 @@ impl SlowFile {
         self.client().ask(what).unwrap()
     }
 
-    /// Where the file is.
+    /// Returns the file's path.
     pub fn path(&self) -> PathBuf {
         self.folder.path().join(MOUNT).join(NAME)
     }
 
-    /// Holds back reads of these bytes, too.
+    /// Also holds back reads of these bytes.
     pub fn hold(&self, bytes: Range<u64>) {
         self.ask(&format!("hold {} {}", bytes.start, bytes.end));
     }
 
-    /// Answers nothing any more.
+    /// Stops answering.
     pub fn fall_silent(&self) {
         self.ask("silent");
     }
 
-    /// Fails reads of these bytes, too.
+    /// Also fails reads of these bytes.
     pub fn fail(&self, bytes: Range<u64>) {
         self.ask(&format!("fail {} {}", bytes.start, bytes.end));
     }
 
-    /// Fails no more reads.
+    /// Stops failing reads.
     pub fn recover(&self) {
         self.ask("recover");
     }
 
-    /// Answers what was held back, and everything from now on.
+    /// Answers the requests held back, and all later ones.
     pub fn answer(&self) {
         self.ask("answer");
     }
 
-    /// Requests that are held back now.
+    /// Returns the number of requests held back now.
     pub fn waiting(&self) -> usize {
         self.ask("waiting")
     }
 
-    /// Releases all requests when it is dropped, so that a failing test can end.
+    /// Returns a guard that releases all requests when it is dropped, so that a failing test can
+    /// end.
     pub fn answer_at_the_end(&self) -> impl Drop + use<> {
         struct Guard(Arc<Mutex<Client>>);
         impl Drop for Guard {
             fn drop(&mut self) {
                 let mut client = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-                // It may be gone.
+                // The server may already have ended.
                 let _ = client.ask("answer");
             }
         }
@@ -199,7 +200,7 @@ impl SlowFile {
 impl Drop for SlowFile {
     fn drop(&mut self) {
         let mut client = self.client();
-        // What still waits for it fails.
+        // Requests that still wait for it fail.
         let _ = client.process.kill();
         let _ = client.process.wait();
         drop(client);
@@ -208,14 +209,14 @@ impl Drop for SlowFile {
     }
 }
 
-/// Serves the file of the test that has started this process; does nothing in any other.
+/// Serves the file of the test that started this process; does nothing in any other process.
 ///
 /// # Panics
 ///
 /// If the file system cannot be mounted.
 pub fn serve() {
     let Some(folder) = std::env::var_os(FOLDER) else { return };
-    // Whoever waits for the file must not outlive who answers, nor the other way around.
+    // Neither the process that waits for the file nor its server may outlive the other.
     let signal = rustix::process::Signal::KILL;
     rustix::process::set_parent_process_death_signal(Some(signal)).unwrap();
     let content = std::fs::read(Path::new(&folder).join(CONTENT)).unwrap();
@@ -255,7 +256,7 @@ fn answer(shared: &Shared) {
 struct Server(Arc<Shared>);
 
 impl Server {
-    /// Answers at once, or when the test lets it.
+    /// Answers at once, or when the test permits it.
     fn respond(&self, held: impl FnOnce(&State) -> bool, answer: impl FnOnce() + Send + 'static) {
         let mut state = self.0.state();
         if state.silent || held(&state) {
@@ -282,7 +283,7 @@ impl Filesystem for Server {
     }
 
     fn open(&self, _: &Request, _: INodeNo, _: OpenFlags, reply: ReplyOpen) {
-        // Without the page cache, and so without a read-ahead that asks for neighbours.
+        // Bypasses the page cache, and so avoids a read-ahead of neighbouring pages.
         reply.opened(FileHandle(0), FopenFlags::FOPEN_DIRECT_IO);
     }
 
@@ -314,7 +315,7 @@ impl Filesystem for Server {
     }
 
     fn lseek(&self, _: &Request, _: INodeNo, _: FileHandle, _: i64, _: i32, reply: ReplyLseek) {
-        // The kernel then takes the whole file for data.
+        // The kernel then treats the whole file as data.
         self.respond(|_| false, move || reply.error(Errno::ENOSYS));
     }
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What the machine that a test runs on can do.
+//! The capabilities of the machine on which a test runs.
 
 use std::fs;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -8,12 +8,12 @@ use std::time::Duration;
 
 use demand_memory::{BackingKind, HugePagePool};
 
-/// Whether this is the lab, where nothing may be skipped.
+/// Returns whether this is the lab, where no test may be skipped.
 pub fn is_lab() -> bool {
     std::env::var_os("LAB").is_some()
 }
 
-/// Says why a test, or a part of it, does not run here. Counted by `rust-vmm-ci/test`.
+/// Prints the reason why a test, or a part of it, does not run here. Counted by `rust-vmm-ci/test`.
 ///
 /// # Panics
 ///
@@ -23,7 +23,7 @@ pub fn skip(reason: &str) {
     println!("SKIPPED: {reason}");
 }
 
-/// Huge pages of the kind that are free now; a number without bound for ordinary memory.
+/// Returns the number of free huge pages of this kind; `u64::MAX` for ordinary memory.
 pub fn free_units(backing: BackingKind) -> u64 {
     if backing == BackingKind::Shmem {
         return u64::MAX;
@@ -31,13 +31,14 @@ pub fn free_units(backing: BackingKind) -> u64 {
     HugePagePool::of(backing).map_or(0, |pool| pool.free)
 }
 
-/// Whether KVM can be opened here.
+/// Returns whether KVM can be opened here.
 pub fn has_kvm() -> bool {
     fs::OpenOptions::new().read(true).write(true).open("/dev/kvm").is_ok()
 }
 
-/// Whether shared memory that asks for transparent huge pages gets them. The lab is told to give
-/// them; what another machine is set to is left as it is, and the test is skipped if that is no.
+/// Returns whether shared memory that requests transparent huge pages gets them. In the lab this
+/// function enables them; another machine's setting stays unchanged, and if it does not provide
+/// them, the test is skipped.
 ///
 /// # Panics
 ///
@@ -46,7 +47,7 @@ pub fn transparent_huge_pages() -> bool {
     const SETTING: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
     if is_lab() {
         fs::write(SETTING, "advise").expect("the lab's kernel has transparent huge pages");
-        // Tests before this one leave memory in small pieces. What cannot be freed stays.
+        // Earlier tests leave memory fragmented. Memory that cannot be freed stays.
         for (file, all) in [("drop_caches", "3"), ("compact_memory", "1")] {
             let _ = fs::write(format!("/proc/sys/vm/{file}"), all);
         }
@@ -60,7 +61,7 @@ pub fn transparent_huge_pages() -> bool {
     }
 }
 
-/// Name, state and place in the kernel of each thread of a process.
+/// Returns the name, the state and the place in the kernel of each thread of a process.
 pub fn threads_of(id: u32) -> String {
     let Ok(tasks) = fs::read_dir(format!("/proc/{id}/task")) else { return "none".into() };
     let of = |task: fs::DirEntry| {
@@ -72,11 +73,11 @@ pub fn threads_of(id: u32) -> String {
     tasks.flatten().map(of).collect::<Vec<_>>().join(", ")
 }
 
-/// Shared memory that exists on the machine, in KiB.
+/// Returns the amount of shared memory on the machine, in KiB.
 ///
 /// # Panics
 ///
-/// If the kernel does not tell.
+/// If the kernel does not report it.
 pub fn shared_memory_kib() -> u64 {
     let text = fs::read_to_string("/proc/meminfo").expect("the kernel tells of its memory");
     let line = text.lines().find_map(|line| line.strip_prefix("Shmem:"));
@@ -86,15 +87,15 @@ pub fn shared_memory_kib() -> u64 {
 
 static POOL: Mutex<()> = Mutex::new(());
 
-/// Huge pages of 2 MiB for a test, one test of a process at a time. Outside the lab a test that
-/// finds too few is skipped, and says so.
+/// Reserves huge pages of 2 MiB for a test, for one test of a process at a time. Outside the lab, a
+/// test that finds too few is skipped, with a message.
 ///
 /// # Panics
 ///
 /// In the lab, if there are too few.
 pub fn huge_pages(pages: u64) -> Option<MutexGuard<'static, ()>> {
     let guard = POOL.lock().unwrap_or_else(PoisonError::into_inner);
-    // The test before may not have given back all of its pages yet.
+    // The previous test may not have returned all of its pages yet.
     for _ in 0..50 {
         if free_units(BackingKind::Hugetlb2M) >= pages {
             return Some(guard);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! An image whose every word tells where it belongs, and sources that serve it.
+//! An image in which every word identifies its place, and sources that serve it.
 
 use std::collections::HashSet;
 use std::io;
@@ -10,17 +10,17 @@ use demand_source::{
     BlockingSource, Completion, Destination, Extent, PageSource, Request, SourceError, Threaded,
 };
 
-/// Whether the image has a hole there: every fifth page is one.
+/// Returns whether the image has a hole there: every fifth page is one.
 pub fn is_hole(page: u64) -> bool {
     page.is_multiple_of(5)
 }
 
-/// The word at `offset` (bytes, a multiple of 8) of the image.
+/// Returns the word at `offset` (bytes, a multiple of 8) of the image.
 pub fn word_of(offset: u64) -> u64 {
     if is_hole(offset / PAGE_SIZE) { 0 } else { offset.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1 }
 }
 
-/// What a page of the image holds.
+/// Returns the content of a page of the image.
 pub fn page_of(page: u64) -> Vec<u8> {
     (0..PAGE_SIZE / 8).flat_map(|i| word_of(page * PAGE_SIZE + i * 8).to_ne_bytes()).collect()
 }
@@ -40,7 +40,7 @@ fn extent(offset: u64, size: u64) -> Extent {
     }
 }
 
-/// A source of so many bytes that answers at once.
+/// A source with this many bytes that answers at once.
 pub struct Near(pub u64);
 
 impl PageSource for Near {
@@ -67,7 +67,7 @@ impl PageSource for Near {
     }
 }
 
-/// What a test tells a [`Far`] source.
+/// Controls a [`Far`] source for a test.
 #[derive(Default)]
 pub struct Control {
     /// Pages that are held back.
@@ -78,16 +78,16 @@ pub struct Control {
 }
 
 impl Control {
-    /// Holds back these pages of the image, too.
+    /// Also holds back these pages of the image.
     pub fn hold(&self, pages: impl IntoIterator<Item = u64>) {
         self.held.lock().unwrap().extend(pages);
     }
-    /// Lets all pages go.
+    /// Releases all pages.
     pub fn let_go(&self) {
         self.held.lock().unwrap().clear();
         self.changed.notify_all();
     }
-    /// Lets all pages go when it is dropped, so that a test that fails can end.
+    /// Returns a guard that releases all pages when it is dropped, so that a failing test can end.
     pub fn let_go_at_the_end(self: &Arc<Self>) -> impl Drop {
         struct Guard(Arc<Control>);
         impl Drop for Guard {
@@ -97,17 +97,17 @@ impl Control {
         }
         Guard(self.clone())
     }
-    /// Has reads of these pages fail, too.
+    /// Also fails reads of these pages.
     pub fn fail(&self, pages: impl IntoIterator<Item = u64>) {
         self.failing.lock().unwrap().extend(pages);
     }
-    /// Has no more reads fail.
+    /// Stops failing reads.
     pub fn recover(&self) {
         self.failing.lock().unwrap().clear();
     }
 }
 
-/// A source that blocks, and does what a test tells it.
+/// A blocking source that a test controls.
 pub struct Far {
     size: u64,
     control: Arc<Control>,
@@ -140,7 +140,7 @@ impl BlockingSource for Far {
     }
 }
 
-/// A [`Far`] source of so many bytes, and what steers it.
+/// Creates a [`Far`] source of `size` bytes, and its control.
 pub fn far(size: u64) -> (Threaded<Far>, Arc<Control>) {
     let control = Arc::new(Control::default());
     (Threaded::new(Far { size, control: control.clone() }, 8).unwrap(), control)

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Fixtures that the tests of several crates share: what the host can do, waits, and an image with
-//! sources that serve it.
+//! Fixtures shared by the tests of several crates: the host's capabilities, waits, and an image
+//! with sources that serve it.
 
 pub mod fuse;
 pub mod host;

@@ -1,21 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Waiting for what other threads and processes do.
+//! Waits for other threads and processes.
 
 use std::collections::HashSet;
 use std::fs;
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// Long enough for whatever does arrive, on a busy host.
+/// Time limit for an event that must happen, on a busy host.
 pub const PATIENCE: Duration = Duration::from_secs(20);
-/// Long enough for what must not arrive to do so.
+/// Time to wait for an event that must not happen.
 pub const A_WHILE: Duration = Duration::from_millis(150);
 
-/// Waits for something to be so.
+/// Waits until `done` returns true.
 ///
 /// # Panics
 ///
-/// With `what`, if it is not within [`PATIENCE`].
+/// With `what`, if that takes longer than [`PATIENCE`].
 pub fn until(what: &str, mut done: impl FnMut() -> bool) {
     let begun = Instant::now();
     while !done() {
@@ -24,10 +24,10 @@ pub fn until(what: &str, mut done: impl FnMut() -> bool) {
     }
 }
 
-/// Whether the process accepts connections on a Unix socket. That the socket's file is there does
-/// not say so: binding makes it, and listening comes after.
+/// Returns whether the process accepts connections on a Unix socket. The existence of the socket's
+/// file does not imply that: binding creates it, and listening comes later.
 pub fn listens(process: u32) -> bool {
-    // See proc_net(5): the flags say __SO_ACCEPTCON, then come type, state and inode.
+    // See proc_net(5): the flags contain __SO_ACCEPTCON, followed by type, state and inode.
     let sockets = fs::read_to_string("/proc/net/unix").unwrap_or_default();
     let listening: HashSet<String> = sockets
         .lines()
