@@ -18,16 +18,16 @@ use crate::process::{Guarded, program};
 pub struct BackEnd {
     process: Guarded,
     socket: PathBuf,
-    /// What it says, where that is kept.
+    /// The file with its output, if kept.
     log: Option<PathBuf>,
 }
 
-/// How the project's own back-end is started.
+/// Options for starting the project's own back-end.
 #[derive(Clone, Debug)]
 pub struct BlkOptions {
     /// Number of queues.
     pub queues: u16,
-    /// Entries of each queue at most.
+    /// Maximum number of entries in each queue.
     pub queue_size: u16,
     /// Whether it offers PAGEFAULT.
     pub postcopy: bool,
@@ -38,7 +38,7 @@ impl BackEnd {
     ///
     /// # Errors
     ///
-    /// If it cannot be started, or does not listen soon.
+    /// If it cannot be started, or does not listen in time.
     pub fn vhost_device_blk(folder: &Path, disk: &Path, options: &BlkOptions) -> Result<Self> {
         Self::vhost_device_blk_at(folder.join("blk.sock"), disk, options)
     }
@@ -64,16 +64,16 @@ impl BackEnd {
         BackEnd::start(command, socket)
     }
 
-    /// Starts qemu-storage-daemon, which offers PAGEFAULT and answers with our own addresses.
+    /// Starts qemu-storage-daemon, which offers PAGEFAULT but replies with our own addresses.
     ///
     /// # Errors
     ///
-    /// If it cannot be started, or does not listen soon.
+    /// If it cannot be started, or does not listen in time.
     pub fn qemu_storage_daemon(folder: &Path, disk: &Path) -> Result<Self> {
         Self::qemu_storage_daemon_with(folder, disk, 1)
     }
 
-    /// As [`qemu_storage_daemon`](Self::qemu_storage_daemon), with so many queues.
+    /// Like [`qemu_storage_daemon`](Self::qemu_storage_daemon), with `queues` queues.
     ///
     /// # Errors
     ///
@@ -93,24 +93,24 @@ impl BackEnd {
         BackEnd::start(command, socket)
     }
 
-    /// Starts DPDK's testpmd as a network card's back-end, listening at `socket`: it answers what
-    /// the guest asks of whatever address by ARP, and sends echoes back. If `locked`, it has all of
-    /// its memory locked, so that the kernel touches what it maps at once. What it says is in a
-    /// file beside the socket.
+    /// Starts DPDK's testpmd as a network card's back-end, listening at `socket`: it answers the
+    /// guest's ARP requests for any address, and returns echoes. With `locked`, it locks all its
+    /// memory, so that the kernel touches every mapping at once. Its output goes to a file beside
+    /// the socket.
     ///
     /// # Errors
     ///
-    /// If it cannot be started, or does not listen soon.
+    /// If it cannot be started, or does not listen in time.
     pub fn testpmd(socket: PathBuf, postcopy: bool, locked: bool) -> Result<Self> {
         let log = socket.with_extension("log");
         let output = File::create(&log).with_context(|| format!("create {}", log.display()))?;
-        // It polls, on a CPU that it has not for itself: others go first.
+        // It polls, on a CPU that it shares: other threads have priority.
         let mut command = Command::new("nice");
         command
             .args(["-n", "10", "dpdk-testpmd"])
-            // Nothing of its own on huge pages, nor for other processes, and no cards of the host.
+            // No huge pages and no shared configuration for itself, and no cards of the host.
             .args(["--no-huge", "-m", "64", "--no-shconf", "--no-telemetry", "--no-pci"])
-            // A thread that commands and one that polls, both on CPU 0.
+            // A control thread and a polling thread, both on CPU 0.
             .args(["--lcores", "0@0,1@0"])
             .arg("--vdev")
             .arg(format!(
@@ -119,7 +119,7 @@ impl BackEnd {
                 u8::from(postcopy)
             ))
             .args(["--", if locked { "--mlockall" } else { "--no-mlockall" }])
-            // With a period it waits for no input.
+            // With a period it does not wait for input.
             .arg("--stats-period=3600")
             .args(["--forward-mode=icmpecho", "--auto-start", "--total-num-mbufs=2048"])
             .stdout(output.try_clone()?)
@@ -146,37 +146,37 @@ impl BackEnd {
         Ok(this)
     }
 
-    /// Where it listens.
+    /// Returns the path on which it listens.
     pub fn socket(&self) -> &Path {
         &self.socket
     }
 
-    /// What it has said, where that is kept.
+    /// Returns its output, if kept.
     pub fn said(&self) -> Option<String> {
         let said = std::fs::read(self.log.as_ref()?).unwrap_or_default();
         Some(String::from_utf8_lossy(&said).into_owned())
     }
 
-    /// The back-end's process.
+    /// Returns the back-end's process.
     pub fn process(&mut self) -> &mut Guarded {
         &mut self.process
     }
 
-    /// Ends it as an administrator would, and waits until it has.
+    /// Ends it with SIGTERM, as an administrator would, and waits for its end.
     ///
     /// # Errors
     ///
     /// If it does not end, or not with success.
     pub fn terminate(mut self) -> Result<()> {
         let id = libc::pid_t::try_from(self.process.id())?;
-        // SAFETY: the child has not been reaped, so the id is its own.
+        // SAFETY: the child has not been reaped, so its ID has not been reused.
         unsafe { libc::kill(id, libc::SIGTERM) };
         let status = self.process.wait(Duration::from_secs(60)).context("end the back-end")?;
         anyhow::ensure!(status.success(), "the back-end ended with {status}");
         Ok(())
     }
 
-    /// Whether somebody still accepts connections on the socket.
+    /// Returns whether a process still accepts connections on the socket.
     pub fn accepts(&self) -> bool {
         UnixStream::connect(&self.socket).is_ok()
     }

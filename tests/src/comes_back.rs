@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The main job, which the demo shows: a Linux guest with a disk is snapshotted under load, all its
-//! processes are killed, and it is restored lazily, and goes on.
+//! processes are killed, and it is restored lazily and continues.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -14,35 +14,35 @@ use guest_work::{Beat, Journal, Line, Prove, Work};
 use crate::file_system;
 use crate::guest::{DiskOption, Guest, GuestConfig, Kernel};
 
-/// Bytes of the guest's memory.
+/// Size of the guest's memory, in bytes.
 const MEMORY: u64 = 1 << 30;
-/// Bytes of it that the guest fills with patterns, verifies, and writes again.
+/// Size of the part that the guest fills with patterns, verifies and rewrites, in bytes.
 const WORKED_ON: u64 = 256 << 20;
-/// Bytes of the file that it reads from the disk over and over.
+/// Size of the file that it reads repeatedly from the disk, in bytes.
 const FILE: u64 = 256 << 20;
-/// Bytes of its disk.
+/// Size of its disk, in bytes.
 const DISK: u64 = 320 << 20;
-/// What background fill may bring in, in bytes per second: so slowly that the guest and the disk
-/// come to most pages first, on a slow machine too.
+/// Rate limit of background fill, in bytes per second: so low that the guest and the disk reach
+/// most pages first, even on a slow machine.
 const FILL: &str = "rate=16M";
 
-/// The run's outside: what it uses, and who hears of it.
+/// The environment of a run: its inputs and its listeners.
 pub struct Stage<'a> {
-    /// The kernel that the guest boots.
+    /// The guest's kernel.
     pub kernel: Kernel,
-    /// A folder of its own, with room for the disk, twice, and the snapshot: about 1 GiB.
+    /// A folder for this run only, with room for the disk, twice, and the snapshot: about 1 GiB.
     pub folder: &'a Path,
-    /// What the disk's file system holds at first.
+    /// The initial content of the disk's file system.
     pub files: PathBuf,
-    /// Where to draw pages over time.
+    /// The file for the timeline of pages.
     pub timeline: Option<PathBuf>,
-    /// Hears of each step, as a line.
+    /// Receives a line for each step.
     pub tell: &'a mut dyn FnMut(&str),
-    /// Hears how many pages are present, of how many.
+    /// Receives the number of present pages and the total.
     pub progress: &'a mut dyn FnMut(u64, u64),
 }
 
-/// Times each step from the beginning of all.
+/// Reports each step with the time since the start.
 struct Story<'a> {
     begun: Instant,
     tell: &'a mut dyn FnMut(&str),
@@ -58,13 +58,13 @@ fn done_so_far(beat: &Beat) -> String {
     format!("{} pages verified and written, {} records synced", beat.pages, beat.records)
 }
 
-/// Runs it, from the disk's making to its last check. The report is the restored guest's; `verified`
-/// in it says that the guest has verified its memory, its journal and its file, and that its file
-/// system is whole.
+/// Runs the job, from the creation of the disk to its last check. Returns the restored guest's
+/// report; its `verified` states that the guest has verified its memory, its journal and its file,
+/// and that its file system is intact.
 ///
 /// # Errors
 ///
-/// If anything is not as it must be.
+/// If any check fails.
 pub fn run(stage: Stage<'_>) -> Result<Report> {
     let Stage { kernel, folder, files, timeline, tell, progress } = stage;
     let mut story = Story { begun: Instant::now(), tell };
@@ -135,7 +135,7 @@ pub fn run(stage: Stage<'_>) -> Result<Report> {
     story.step(format!("its first beat, the {}th, with {}", first.number, present(&status)));
     let last = until_complete(&mut guest, progress)?;
     story.step(format!("all pages are present, demand paging is gone; {}", done_so_far(&last)));
-    // Without it, too.
+    // Also check that the guest works without demand paging.
     guest.wait_beats(2)?;
     story.step("the guest is told to stop, and to verify all of its memory, journal and file");
     let (pages, records, mut report) = guest.finish()?;

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Commands that a document shows, and what it says that they print.
+//! The commands in a document, and their documented output.
 //!
-//! A block of commands that a line `<!-- runs: lab -->` precedes is run. If a block of text follows
-//! it, each line of that must be among what the commands print, in that order; `...` stands for
-//! anything.
+//! A block of commands after a line `<!-- runs: lab -->` is run. If a block of text follows it,
+//! each line of that must be among the lines that the commands print, in the same order; `...`
+//! stands for any text.
 
 use std::path::Path;
 use std::process::Command;
@@ -13,29 +13,29 @@ use anyhow::{Context, Result, bail, ensure};
 
 use crate::process::run;
 
-/// What precedes a block that is run.
+/// The line before a block to run.
 const MARK: &str = "<!-- runs: lab -->";
-/// What the session prints before each block; nothing else prints that.
+/// The line that the session prints before each block; no other output contains it.
 const BEFORE: &str = "@@@ block ";
-/// How long all of a document's commands may take.
+/// Time limit for all commands of a document.
 const LIMIT: Duration = Duration::from_secs(600);
 
 /// A block of commands.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Block {
-    /// The line of the document that it begins on, from 1 on.
+    /// The line of the document on which it begins, from 1.
     pub line: usize,
     /// The commands.
     pub commands: String,
-    /// The lines that they print, among others.
+    /// The lines that they must print, among others.
     pub prints: Vec<String>,
 }
 
-/// The blocks of a document that are run.
+/// Returns the blocks of a document to run.
 ///
 /// # Errors
 ///
-/// If commands do not follow a mark, or a block has no end.
+/// If no commands follow a mark, or a block has no end.
 pub fn blocks(document: &str) -> Result<Vec<Block>> {
     let mut lines = document.lines().enumerate().map(|(at, line)| (at + 1, line)).peekable();
     let mut blocks: Vec<Block> = Vec::new();
@@ -70,13 +70,13 @@ pub fn blocks(document: &str) -> Result<Vec<Block>> {
     Ok(blocks)
 }
 
-/// Runs all blocks as one session of bash that ends at the first command that fails, in `folder`,
-/// with the workspace's programs in `PATH` and more variables; what still runs in the end is ended.
-/// Returns what was printed.
+/// Runs all blocks as one session of bash in `folder`, which ends at the first command that fails,
+/// with the workspace's programs in `PATH` and further variables. Processes that still run at the
+/// end are killed. Returns the output.
 ///
 /// # Errors
 ///
-/// If a command fails, or does not print what the document says; with all that was printed.
+/// If a command fails, or does not print the documented output; with all the output.
 pub fn run_all(
     blocks: &[Block],
     folder: &Path,
@@ -122,7 +122,7 @@ fn check(block: &Block, printed: &str) -> Result<()> {
     Ok(())
 }
 
-/// Whether a line is as the document has it.
+/// Returns whether a line matches the documented one.
 fn fits(wanted: &str, line: &str) -> bool {
     let parts: Vec<_> = wanted.trim_end().split("...").collect();
     let line = line.trim_end();

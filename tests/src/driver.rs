@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A driver of a disk behind virtio-mmio, as a guest has one, in the tests' own process.
+//! A driver of a disk behind virtio-mmio, like a guest's, in the tests' own process.
 //!
-//! It panics where the device does what no device may do.
+//! It panics if the device breaks the specification.
 
 use std::collections::HashMap;
 use std::sync::atomic::Ordering;
@@ -20,7 +20,7 @@ pub const WRITE: u32 = 1;
 /// A flush.
 pub const FLUSH: u32 = 4;
 
-/// Bytes of rings and headers of each queue, from guest address 0 on.
+/// Size of the rings and headers of each queue in bytes, from guest address 0 on.
 const QUEUE_SPACE: u64 = 0x4000;
 const SIZE: u16 = 64;
 /// A request has three descriptors.
@@ -31,15 +31,15 @@ const FEATURES_OK: u32 = 8;
 const DRIVER_OK: u32 = 4;
 const EVENT_IDX: u64 = 1 << 29;
 
-/// A queue as its driver knows it, which outlives the device.
+/// A queue as its driver sees it, which outlives the device.
 #[derive(Clone, Debug)]
 pub struct Ring {
     base: u64,
     next_avail: u16,
-    /// Index in the used ring of the first answer that was not taken.
+    /// Index in the used ring of the next answer to take.
     pub last_used: u16,
-    /// Requests that are not answered, by the place of their descriptors: kind, sector, guest
-    /// address and length in bytes of the data.
+    /// Unanswered requests, by the place of their descriptors: kind, sector, guest address and
+    /// length in bytes of the data.
     pub pending: HashMap<u16, (u32, u64, u64, u32)>,
 }
 
@@ -68,7 +68,7 @@ pub struct Driver<'a> {
 }
 
 impl<'a> Driver<'a> {
-    /// A driver that uses so many queues, and has done nothing yet.
+    /// Creates a driver that will use `queues` queues.
     pub fn new(device: &'a VhostUserDevice, memory: &'a DemandMemory, queues: u64) -> Self {
         Driver { device, memory, rings: (0..queues).map(Ring::new).collect() }
     }
@@ -85,7 +85,7 @@ impl<'a> Driver<'a> {
         self.device.mmio_write(MmioAddress(0), offset, &value.to_le_bytes());
     }
 
-    /// Reads the configuration from `offset` (bytes) on.
+    /// Reads the configuration at `offset` (bytes).
     pub fn config<const N: usize>(&self, offset: u64) -> [u8; N] {
         let mut data = [0; N];
         self.device.mmio_read(MmioAddress(0), 0x100 + offset, &mut data);
@@ -96,16 +96,16 @@ impl<'a> Driver<'a> {
     ///
     /// # Panics
     ///
-    /// If there is none.
+    /// If there is no memory at the address.
     pub fn put<T: vm_memory::ByteValued>(&self, address: u64, value: T) {
         self.memory.write_obj(value, GuestAddress(address)).unwrap();
     }
 
-    /// From reset to ready, as virtio 1.2 says in section 3.1.1.
+    /// Sets the device up from reset to ready, as in virtio 1.2, section 3.1.1.
     ///
     /// # Panics
     ///
-    /// If the device is no such device.
+    /// If the device is not a virtio disk.
     pub fn set_up(&mut self) {
         self.prepare();
         for (index, ring) in self.rings.iter_mut().enumerate() {
@@ -120,11 +120,11 @@ impl<'a> Driver<'a> {
         assert_eq!(self.get(0x70), 3 | FEATURES_OK | DRIVER_OK, "the device runs");
     }
 
-    /// From reset until features are agreed on.
+    /// Sets the device up from reset to the end of feature negotiation.
     ///
     /// # Panics
     ///
-    /// If the device is no such device.
+    /// If the device is not a virtio disk.
     pub fn prepare(&self) {
         self.set(0x70, 0);
         assert_eq!(self.get(0x70), 0);
@@ -141,11 +141,11 @@ impl<'a> Driver<'a> {
         assert_eq!(self.get(0x70), 3 | FEATURES_OK);
     }
 
-    /// Places a queue's rings from guest address `base` on.
+    /// Places a queue's rings at guest address `base`.
     ///
     /// # Panics
     ///
-    /// If the device is no such device.
+    /// If the device is not a virtio disk.
     pub fn set_up_queue(&self, index: usize, base: u64) {
         self.set(0x30, index as u32);
         assert_eq!((self.get(0x44), self.get(0x34)), (0, 256));
@@ -158,7 +158,7 @@ impl<'a> Driver<'a> {
         self.set(0x44, 1);
     }
 
-    /// Puts a request in the queue; false if it is full.
+    /// Puts a request in the queue; returns false if it is full.
     ///
     /// # Panics
     ///
@@ -171,7 +171,7 @@ impl<'a> Driver<'a> {
         room
     }
 
-    /// Puts a request in the queue, and does not tell the device; false if it is full.
+    /// Puts a request in the queue without kicking the device; returns false if it is full.
     ///
     /// # Panics
     ///
@@ -208,11 +208,12 @@ impl<'a> Driver<'a> {
         true
     }
 
-    /// Takes what the device has answered: each is one that was asked, once. Returns how many.
+    /// Takes the device's answers, each of which must belong to a pending request. Returns their
+    /// number.
     ///
     /// # Panics
     ///
-    /// If it is not, or has failed.
+    /// If it does not, or the request has failed.
     pub fn reap(&mut self, queue: usize) -> usize {
         let ring = &mut self.rings[queue];
         let index = GuestAddress(ring.used() + 2);
@@ -236,7 +237,7 @@ impl<'a> Driver<'a> {
     ///
     /// # Panics
     ///
-    /// If they do not come.
+    /// If they do not arrive.
     pub fn finish(&mut self) {
         for queue in 0..self.rings.len() {
             until("all requests are answered", || {
@@ -246,11 +247,11 @@ impl<'a> Driver<'a> {
         }
     }
 
-    /// A request on the first queue, and its answer.
+    /// Submits a request on the first queue and waits for its answer.
     ///
     /// # Panics
     ///
-    /// If there is none.
+    /// If no answer arrives.
     pub fn request(&mut self, kind: u32, sector: u64, data: u64, len: u32) {
         assert!(self.submit(0, kind, sector, data, len));
         self.finish();
@@ -260,7 +261,7 @@ impl<'a> Driver<'a> {
     ///
     /// # Panics
     ///
-    /// If there is no memory.
+    /// If there is no memory at the address.
     pub fn word(&self, address: u64) -> u64 {
         self.memory.read_obj(GuestAddress(address)).unwrap()
     }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Linux guests under demand-vmm, run as a user would: processes of their own, a console to read
-//! and to type at, the API's socket.
+//! Linux guests under demand-vmm, run as a user would: as separate processes, with a console to
+//! read and to type at, and the API's socket.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
@@ -21,10 +21,10 @@ use test_support::host::{is_lab, skip};
 use crate::backend::{BackEnd, BlkOptions};
 use crate::process::{Guarded, program};
 
-/// How long a guest may be silent: it is emulated, twice.
+/// Time limit for a guest's silence: it is emulated, twice.
 const PATIENCE: Duration = Duration::from_secs(120);
 
-/// A kernel and its first file system.
+/// A kernel and its initial file system.
 #[derive(Clone, Debug)]
 pub struct Kernel {
     /// The kernel's image.
@@ -34,7 +34,8 @@ pub struct Kernel {
 }
 
 impl Kernel {
-    /// Where `cargo lab --guests` has put a kernel; `None`, with the reason said, outside the lab.
+    /// Returns a kernel that `cargo lab --guests` provides; outside the lab, prints the reason and
+    /// returns `None`.
     fn named(image: &str, initramfs: &str) -> Option<Self> {
         match (std::env::var_os(image), std::env::var_os(initramfs)) {
             (Some(image), Some(initramfs)) if is_lab() => {
@@ -47,18 +48,18 @@ impl Kernel {
         }
     }
 
-    /// The lab's own kernel, as bzImage; everything is built in, VMGENID too.
+    /// Returns the lab's own kernel, as bzImage; everything is built in, including VMGENID.
     pub fn lab() -> Option<Self> {
         Self::named("LAB_GUEST_BZIMAGE", "LAB_GUEST_INITRAMFS")
     }
 
-    /// The lab's own kernel as ELF, with its PVH entry.
+    /// Returns the lab's own kernel as ELF, with its PVH entry.
     pub fn lab_elf() -> Option<Self> {
         Self::named("LAB_GUEST_VMLINUX", "LAB_GUEST_INITRAMFS")
     }
 
-    /// Debian's cloud kernel, unmodified: virtio comes as modules, in the initramfs, ext4 is built in,
-    /// VMGENID is not there.
+    /// Returns Debian's cloud kernel, unmodified: virtio comes as modules in the initramfs, ext4 is
+    /// built in, VMGENID is absent.
     pub fn debian() -> Option<Self> {
         Self::named("LAB_GUEST_DEBIAN_BZIMAGE", "LAB_GUEST_DEBIAN_INITRAMFS")
     }
@@ -71,12 +72,12 @@ pub struct DiskOption {
     pub path: PathBuf,
     /// Whether its back-end offers post-copy.
     pub postcopy: bool,
-    /// What is added to `--vhost-user`, say ",lazy=fill".
+    /// Text appended to `--vhost-user`, for example ",lazy=fill".
     pub more: String,
 }
 
 impl DiskOption {
-    /// A disk with post-copy.
+    /// Creates a disk with post-copy.
     pub fn new(path: impl Into<PathBuf>) -> Self {
         DiskOption { path: path.into(), postcopy: true, more: String::new() }
     }
@@ -87,23 +88,24 @@ impl DiskOption {
 pub struct CardOption {
     /// Whether its back-end offers post-copy.
     pub postcopy: bool,
-    /// Whether its back-end has its memory locked, and so touches the guest's before it is trapped.
+    /// Whether its back-end locks its memory, and so touches the guest's memory before it can be
+    /// trapped.
     pub locked: bool,
-    /// What is added to `--vhost-user`, say ",lazy=fill".
+    /// Text appended to `--vhost-user`, for example ",lazy=fill".
     pub more: String,
 }
 
 impl Default for CardOption {
-    /// A card with post-copy.
+    /// Creates a card with post-copy.
     fn default() -> Self {
         CardOption { postcopy: true, locked: false, more: String::new() }
     }
 }
 
-/// How a guest is started.
+/// Options for starting a guest.
 #[derive(Clone, Debug, Default)]
 pub struct GuestConfig {
-    /// `--cpus`, where it is said.
+    /// `--cpus`, if given.
     pub cpus: u32,
     /// `--memory`.
     pub memory: String,
@@ -121,9 +123,9 @@ pub struct Guest {
     back_ends: Vec<BackEnd>,
     stdin: Option<ChildStdin>,
     lines: Receiver<String>,
-    /// All that the console has said.
+    /// All lines of the console so far.
     pub console: Vec<String>,
-    /// What the VMM has said on standard error.
+    /// The file with the VMM's standard error.
     stderr: PathBuf,
     report: PathBuf,
     socket: PathBuf,
@@ -139,7 +141,8 @@ impl Guest {
         Self::boot_with(folder, kernel, work, "", config)
     }
 
-    /// As [`boot`](Self::boot), with more words for the kernel's command line, say "mem=512M".
+    /// Like [`boot`](Self::boot), with more words for the kernel's command line, for example
+    /// "mem=512M".
     ///
     /// # Errors
     ///
@@ -201,7 +204,7 @@ impl Guest {
         let stdout = vmm.child().stdout.take().context("the console")?;
         let (sender, lines) = channel();
         thread::spawn(move || {
-            // What a serial console prints need not be text.
+            // A serial console's output need not be text.
             for line in BufReader::new(stdout).split(b'\n').map_while(Result::ok) {
                 let line = String::from_utf8_lossy(&line).trim_end().to_owned();
                 if sender.send(line).is_err() {
@@ -213,17 +216,17 @@ impl Guest {
         Ok(Guest { vmm, back_ends, stdin, lines, console, stderr, report, socket })
     }
 
-    /// The API.
+    /// Returns a client of the API.
     pub fn api(&self) -> Client {
         Client::new(&self.socket)
     }
 
-    /// The VMM's process.
+    /// Returns the ID of the VMM's process.
     pub fn id(&self) -> u32 {
         self.vmm.id()
     }
 
-    /// What went on, for a test that has failed.
+    /// Returns the recent output of all processes, for a failed test.
     pub fn story(&self) -> String {
         let said = std::fs::read_to_string(&self.stderr).unwrap_or_default();
         let from = self.console.len().saturating_sub(40);
@@ -247,11 +250,12 @@ impl Guest {
         Ok(stdin.flush()?)
     }
 
-    /// The next line of the guest's program that `wanted` chooses, and what it makes of it.
+    /// Waits for a line of the guest's program for which `wanted` returns a value, and returns that
+    /// value.
     ///
     /// # Errors
     ///
-    /// If the guest says that something is wrong, ends, or is silent for too long.
+    /// If the guest reports an error, ends, or is silent for too long.
     pub fn wait_for<T>(&mut self, mut wanted: impl FnMut(&Line) -> Option<T>) -> Result<T> {
         let mut due = Instant::now() + PATIENCE;
         loop {
@@ -268,7 +272,7 @@ impl Guest {
                     bail!("the guest was silent for {PATIENCE:?}; {}", self.story())
                 }
                 Err(RecvTimeoutError::Disconnected) => {
-                    // Its last words may come a little later than its end.
+                    // Its last output may arrive a little later than its end.
                     let _ = self.vmm.wait(Duration::from_secs(5));
                     bail!("the VMM has ended; {}", self.story())
                 }
@@ -282,7 +286,7 @@ impl Guest {
         wanted: &mut impl FnMut(&Line) -> Option<T>,
     ) -> Result<Option<T>> {
         self.console.push(text.clone());
-        // The kernel's own lines may come before it on the same line.
+        // The kernel's own output may precede it on the same line.
         let Some(at) = text.find("guest: ") else { return Ok(None) };
         let Ok(line) = text[at..].parse::<Line>() else { return Ok(None) };
         match &line {
@@ -303,7 +307,7 @@ impl Guest {
         })
     }
 
-    /// Waits for so many beats.
+    /// Waits for `count` beats, and returns the last.
     ///
     /// # Errors
     ///
@@ -318,11 +322,11 @@ impl Guest {
         })
     }
 
-    /// The last beat of all that the guest has said and nobody has looked at, without waiting.
+    /// Returns the last beat among the console's unread lines, without waiting.
     ///
     /// # Errors
     ///
-    /// If the guest has said that something is wrong.
+    /// If the guest has reported an error.
     pub fn last_beat(&mut self) -> Result<Option<guest_work::Beat>> {
         let mut last = None;
         while let Ok(text) = self.lines.try_recv() {
@@ -347,17 +351,17 @@ impl Guest {
             .with_context(|| format!("take a snapshot; {}", self.story()))
     }
 
-    /// Kills the VMM and the back-ends at once, as a machine that loses power would.
+    /// Kills the VMM and the back-ends at once, as a power failure would.
     pub fn kill(self) {
         drop(self);
     }
 
-    /// Has the guest stop its work, verify all of it and switch itself off; returns what it had done
+    /// Makes the guest stop its work, verify all of it and turn itself off; returns the work done
     /// and the VMM's report.
     ///
     /// # Errors
     ///
-    /// If anything is wrong.
+    /// If any check fails.
     pub fn finish(mut self) -> Result<(u64, u64, Report)> {
         self.type_line("stop")?;
         let (pages, records) = self.wait_for(|line| match line {
@@ -367,11 +371,11 @@ impl Guest {
         Ok((pages, records, self.ended()?))
     }
 
-    /// Waits for the VMM's end, which must be a success; returns its report.
+    /// Waits for the VMM's end, which must be successful; returns its report.
     ///
     /// # Errors
     ///
-    /// If it is none.
+    /// If it is not.
     pub fn ended(&mut self) -> Result<Report> {
         let status = self.wait_end()?;
         ensure!(status.success(), "the VMM ended with {status}; {}", self.story());
@@ -395,7 +399,7 @@ impl Guest {
         status
     }
 
-    /// What the VMM has said on standard error.
+    /// Returns the VMM's standard error so far.
     pub fn said(&self) -> String {
         std::fs::read_to_string(&self.stderr).unwrap_or_default()
     }
@@ -407,7 +411,7 @@ mod tests {
 
     use super::*;
 
-    /// Whether the file has that there, in bytes from its start.
+    /// Returns whether the file contains these bytes at an offset.
     fn has(path: &Path, at: u64, wanted: &[u8]) -> bool {
         let mut found = vec![0; wanted.len()];
         File::open(path).and_then(|file| file.read_exact_at(&mut found, at)).expect("readable");
@@ -421,7 +425,7 @@ mod tests {
         else {
             return;
         };
-        // The boot protocol's magic number, an ELF file's, and that of a cpio archive.
+        // The magic numbers of the boot protocol, of an ELF file, and of a cpio archive.
         assert!(has(&lab.image, 0x202, b"HdrS"));
         assert!(has(&debian.image, 0x202, b"HdrS"));
         assert!(has(&elf.image, 0, b"\x7fELF"));

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What the whole-system tests and the demo share: they run the project's own programs as a user
-//! would, as processes of their own, with real images, and look at what comes out.
+//! Code shared by the whole-system tests and the demo: it runs the project's own programs as a user
+//! would, as separate processes with real images, and checks the results.
 
 pub mod backend;
 pub mod comes_back;
@@ -22,7 +22,7 @@ use demand_memory::BackingKind;
 
 pub use test_support::host;
 
-/// Why a guest cannot be run on demand-paged memory here, if it cannot.
+/// Returns the reason why a guest cannot run on demand-paged memory here, if any.
 pub fn cannot_run() -> Option<String> {
     if !host::has_kvm() {
         return Some("there is no usable /dev/kvm".into());
@@ -30,8 +30,8 @@ pub fn cannot_run() -> Option<String> {
     demand_uffd::probe().err().map(|error| error.to_string())
 }
 
-/// Whether a guest of `size` bytes can be run here with this engine and backing. If not, says so as
-/// [`host::skip`] does.
+/// Returns whether a guest of `size` bytes can run here with this engine and backing. If not,
+/// prints the reason as [`host::skip`] does.
 ///
 /// # Panics
 ///

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Lives of a Linux guest: booted or restored, working on memory and devices of its own, stopped in
-//! some moment with all that a restored guest needs, and held to what it has said before.
+//! The life cycle of a Linux guest: booted or restored, working on its memory and devices,
+//! snapshotted at some moment with everything that a restored guest needs, and checked against its
+//! earlier reports.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -15,16 +16,16 @@ use guest_work::{Beat, Journal, Line, Prove, Work};
 use crate::guest::{CardOption, DiskOption, Guest, GuestConfig, Kernel};
 use crate::same_memory::same_memory;
 
-/// Bytes of a guest's disk.
+/// Size of a guest's disk, in bytes.
 const DISK: u64 = 24 << 20;
-/// How far a guest's clock may be ahead of the time that it can have run, in microseconds.
+/// Tolerance by which a guest's clock may be ahead of its possible run time, in microseconds.
 const SLACK_US: u64 = 500_000;
-/// Echoes that a guest with a network card has under way at a time.
+/// Number of echoes in flight at a time for a guest with a network card.
 const ECHOES: u64 = 8;
-/// How long a VM may take until its guest runs.
+/// Time limit for a VM to run its guest.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// What a guest is booted with.
+/// Options for booting a guest.
 #[derive(Clone, Debug)]
 pub struct Birth {
     /// Its kernel.
@@ -33,11 +34,11 @@ pub struct Birth {
     pub cpus: u32,
     /// `--memory`.
     pub memory: String,
-    /// Where it writes records; it has a disk unless that is nowhere.
+    /// The place of its records; the guest has a disk unless that is none.
     pub journal: Journal,
-    /// Whether it has a network card, and asks for echoes.
+    /// Whether it has a network card, and sends echo requests.
     pub net: bool,
-    /// Whether its kernel takes new randomness when it is told to be a copy (VMGENID).
+    /// Whether its kernel reseeds its random numbers when notified that it is a copy (VMGENID).
     pub reseeds: bool,
 }
 
@@ -64,7 +65,7 @@ impl Birth {
         self.net.then(|| card.clone()).into_iter().collect()
     }
 
-    /// Whether between these beats there was work of each kind.
+    /// Returns whether work of each kind was done between these beats.
     fn gets_on(&self, before: Option<Beat>, now: Beat) -> bool {
         let before = before.map_or((0, 0, 0), |beat| (beat.pages, beat.records, beat.echoes));
         now.pages > before.0
@@ -73,7 +74,7 @@ impl Birth {
     }
 }
 
-/// What a guest is restored with.
+/// Options for restoring a guest.
 #[derive(Clone, Debug, Default)]
 pub struct Rebirth {
     /// `--engine`.
@@ -82,43 +83,43 @@ pub struct Rebirth {
     pub memory: &'static str,
     /// `--fill`.
     pub fill: &'static str,
-    /// Its network card, where it has one.
+    /// Its network card, if any.
     pub card: CardOption,
 }
 
-/// A snapshot, and the disk as it was in that moment.
+/// A snapshot, and the disk at that moment.
 #[derive(Debug)]
 pub struct Moment {
     folder: PathBuf,
     birth: Birth,
-    /// The guest's clock cannot have been further, in microseconds.
+    /// Upper bound of the guest's clock, in microseconds.
     most_us: u64,
-    /// The last beat before it.
+    /// The last beat before the snapshot.
     seen: Option<Beat>,
-    /// How often the guest was stopped up to it.
+    /// Number of times that the guest was stopped so far.
     stops: u64,
 }
 
-/// A guest that runs. Everything is killed when this is dropped.
+/// A running guest. All its processes are killed when this is dropped.
 pub struct Life {
     guest: Guest,
     birth: Birth,
     disk: PathBuf,
-    /// When this part of its life began, and how far its clock can have been then, in microseconds.
+    /// Start of this part of its life, and the upper bound of its clock then, in microseconds.
     begun: Instant,
     from_us: u64,
     seen: Option<Beat>,
-    /// The snapshot that it was restored from.
+    /// The snapshot from which it was restored.
     source: Option<PathBuf>,
-    /// How often it was stopped, in all of its life.
+    /// Number of times that it was stopped in its whole life.
     stops: u64,
     /// Whether it was restored while it worked.
     restored: bool,
-    /// How it began to run again, until its clock is seen to have gone on since.
+    /// The moment of its resumption, until its clock is seen to have advanced since.
     again: Option<Again>,
 }
 
-/// When a guest began to run again, and how far its clock was then at least, in microseconds.
+/// The moment at which a guest was resumed, and the lower bound of its clock then, in microseconds.
 #[derive(Clone, Copy, Debug)]
 struct Again {
     since: Instant,
@@ -126,7 +127,7 @@ struct Again {
 }
 
 impl Life {
-    /// Boots a guest; everything of it is in `folder`, which is made. Returns when its first
+    /// Boots a guest; all its files are in `folder`, which is created. Returns when its first
     /// instructions run.
     ///
     /// # Errors
@@ -175,16 +176,16 @@ impl Life {
         Ok(())
     }
 
-    /// The guest, for what is not about its life.
+    /// Returns the guest, for operations outside its life cycle.
     pub fn guest(&mut self) -> &mut Guest {
         &mut self.guest
     }
 
-    /// Waits for so many beats, and holds the last to what was before.
+    /// Waits for `count` beats, and checks the last one against the previous state.
     ///
     /// # Errors
     ///
-    /// If the guest finds something wrong, or its clocks or its work are not where they can be.
+    /// If the guest finds an error, or its clocks or its work are out of bounds.
     pub fn wait_beats(&mut self, count: u32) -> Result<()> {
         let beat = self.guest.wait_beats(count)?;
         let most_us = self.most_us();
@@ -217,13 +218,14 @@ impl Life {
         Ok(())
     }
 
-    /// Waits until there is more work done than when this part of its life began, two beats at
-    /// least, and its clock has gone on as far as time has. A clock that was behind would stand
-    /// still until it has caught up, and never make that good; a beat may come late by itself.
+    /// Waits until more work is done than at the start of this part of its life, for at least two
+    /// beats, and until its clock has advanced as far as real time. A clock that was behind would
+    /// stand still until it has caught up, and never make up the difference; a single beat may be
+    /// late.
     ///
     /// # Errors
     ///
-    /// Those of [`wait_beats`](Self::wait_beats), or that it does not get on.
+    /// Those of [`wait_beats`](Self::wait_beats), or that it makes no progress.
     pub fn wait_work(&mut self) -> Result<()> {
         const BEATS: u32 = 100;
         let before = self.seen;
@@ -247,17 +249,17 @@ impl Life {
         bail!("the guest does not get on within {BEATS} beats; {}", self.guest.story())
     }
 
-    /// How far the guest's clock can be now, in microseconds.
+    /// Returns the upper bound of the guest's clock now, in microseconds.
     fn most_us(&self) -> u64 {
         self.from_us + self.begun.elapsed().as_micros() as u64 + SLACK_US
     }
 
-    /// Takes a snapshot in `folder`, which is made, sees that all of its memory is right, and copies
-    /// the disk while nobody writes to it. The guest is paused then.
+    /// Takes a snapshot in `folder`, which is created, checks all of its memory, and copies the
+    /// disk while it is not written. The guest is paused afterwards.
     ///
     /// # Errors
     ///
-    /// The VMM's, a page that is wrong, or what the guest has found wrong up to now.
+    /// The VMM's, a wrong page, or an error that the guest has found so far.
     pub fn stop_at(&mut self, folder: &Path) -> Result<Moment> {
         std::fs::create_dir_all(folder)?;
         let snapshot = folder.join("snapshot");
@@ -277,7 +279,7 @@ impl Life {
     ///
     /// # Errors
     ///
-    /// If they do not come, or what the guest has found wrong up to now.
+    /// If they do not arrive, or an error that the guest has found so far.
     pub fn wait_complete(&mut self) -> Result<()> {
         let begun = Instant::now();
         loop {
@@ -290,7 +292,7 @@ impl Life {
         }
     }
 
-    /// Lets it go on.
+    /// Resumes it.
     ///
     /// # Errors
     ///
@@ -300,11 +302,11 @@ impl Life {
         Ok(())
     }
 
-    /// Has the guest verify all that it has done and end; holds the rest to that.
+    /// Makes the guest verify all its work and end; checks the remaining results against it.
     ///
     /// # Errors
     ///
-    /// If anything is wrong.
+    /// If any check fails.
     pub fn finish(self) -> Result<Report> {
         let Life { mut guest, birth, disk, seen, stops, restored, .. } = self;
         guest.type_line("stop")?;
@@ -315,7 +317,7 @@ impl Life {
             _ => None,
         })?;
         let report = guest.ended()?;
-        // A guest that died and began anew may have done well since.
+        // A guest that crashed and restarted may have succeeded since.
         ensure!(guest.said().is_empty(), "the VMM had something to say; {}", guest.story());
         let story = || guest.story();
         if let Some(seen) = seen {
@@ -325,7 +327,7 @@ impl Life {
                 story()
             );
         }
-        // A back-end that is stopped may drop what it has just taken.
+        // A stopped back-end may drop the packets that it has just taken.
         ensure!(
             lost <= ECHOES * stops,
             "of {echoes} echoes {lost} were lost, and the guest was stopped {stops} times; {}",
@@ -343,18 +345,18 @@ impl Life {
 }
 
 impl Moment {
-    /// The snapshot's directory.
+    /// Returns the snapshot's directory.
     pub fn snapshot(&self) -> PathBuf {
         self.folder.join("snapshot")
     }
 
-    /// What the disk was.
+    /// Returns the path of the disk at that moment.
     pub fn disk(&self) -> PathBuf {
         self.folder.join("disk")
     }
 
-    /// Restores the guest, with a copy of the disk; everything of it is in `folder`, which is made.
-    /// Returns when it runs.
+    /// Restores the guest, with a copy of the disk; all its files are in `folder`, which is
+    /// created. Returns when it runs.
     ///
     /// # Errors
     ///

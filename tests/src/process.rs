@@ -10,7 +10,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 
-/// The program `name` of this workspace, from the folder that the running program was built into.
+/// Returns the path of the program `name` of this workspace, in the folder that contains the
+/// running program.
 ///
 /// # Errors
 ///
@@ -28,7 +29,7 @@ pub fn program(name: &str) -> Result<PathBuf> {
     })
 }
 
-/// The example program `name` of this workspace.
+/// Returns the path of the example program `name` of this workspace.
 ///
 /// # Errors
 ///
@@ -37,14 +38,14 @@ pub fn example(name: &str) -> Result<PathBuf> {
     program(&format!("examples/{name}"))
 }
 
-/// What a process left behind.
+/// The results of a finished process.
 #[derive(Debug)]
 pub struct Output {
-    /// How it ended.
+    /// Its exit status.
     pub status: ExitStatus,
-    /// What it wrote to standard output.
+    /// Its standard output.
     pub stdout: String,
-    /// What it wrote to standard error.
+    /// Its standard error.
     pub stderr: String,
 }
 
@@ -67,12 +68,12 @@ impl Guarded {
         Ok(Guarded { name, child })
     }
 
-    /// The process's id.
+    /// Returns the process's ID.
     pub fn id(&self) -> u32 {
         self.child.id()
     }
 
-    /// Whether it has ended, and how.
+    /// Returns its exit status if it has ended.
     ///
     /// # Errors
     ///
@@ -85,7 +86,7 @@ impl Guarded {
     ///
     /// # Errors
     ///
-    /// If it has not ended within `limit`; it is killed then.
+    /// If it has not ended within `limit`; it is then killed.
     pub fn wait(&mut self, limit: Duration) -> Result<ExitStatus> {
         let begun = Instant::now();
         loop {
@@ -100,7 +101,7 @@ impl Guarded {
         }
     }
 
-    /// The child's standard output and error, where they are pipes.
+    /// Returns the child, for its standard output and error if they are pipes.
     pub fn child(&mut self) -> &mut Child {
         &mut self.child
     }
@@ -113,20 +114,20 @@ impl Drop for Guarded {
     }
 }
 
-/// What a process that was measured left behind.
+/// The results of a measured process.
 #[derive(Debug)]
 pub struct Measured {
-    /// How it ended.
+    /// Its exit status.
     pub status: ExitStatus,
-    /// What it wrote to standard error.
+    /// Its standard error.
     pub stderr: String,
-    /// How long it ran.
+    /// Its run time.
     pub wall: Duration,
     /// The processor time of all its threads, in user space and in the kernel.
     pub cpu: Duration,
 }
 
-/// Runs a process to its end and measures it; what it writes to standard output is lost.
+/// Runs a process to its end and measures it; its standard output is discarded.
 ///
 /// # Errors
 ///
@@ -139,14 +140,14 @@ pub fn run_measured(command: &mut Command, limit: Duration) -> Result<Measured> 
     let child = command.spawn().with_context(|| format!("start {name}"))?;
     let id = libc::pid_t::try_from(child.id())?;
     let (mut late, mut status) = (false, 0);
-    // SAFETY: the structure is one of numbers, for which zeros are values.
+    // SAFETY: the structure consists of numbers, for which all zeros are valid.
     let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
-    // The only place that reaps this child.
+    // Only this code reaps the child.
     // SAFETY: the call writes the two structures, and nothing else.
     while unsafe { libc::wait4(id, &mut status, libc::WNOHANG, &mut usage) } == 0 {
         if begun.elapsed() > limit {
             late = true;
-            // SAFETY: the child has not been reaped, so the id is its own.
+            // SAFETY: the child has not been reaped, so its ID has not been reused.
             unsafe { libc::kill(id, libc::SIGKILL) };
         }
         thread::sleep(Duration::from_millis(5));
@@ -164,7 +165,7 @@ pub fn run_measured(command: &mut Command, limit: Duration) -> Result<Measured> 
     Ok(Measured { status: ExitStatus::from_raw(status), stderr, wall, cpu })
 }
 
-/// Runs a process to its end and keeps what it wrote.
+/// Runs a process to its end and keeps its output.
 ///
 /// # Errors
 ///
@@ -195,7 +196,7 @@ pub fn run(command: &mut Command, limit: Duration) -> Result<Output> {
 ///
 /// # Errors
 ///
-/// If it cannot be started or does not; with all that it said.
+/// If it cannot be started or fails; with all its output.
 pub fn succeed(command: &mut Command) -> Result<()> {
     let output = run(command, Duration::from_secs(600))?;
     let name = command.get_program().display();

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A terminal for a program to run on, whose keys and screen are a test's.
+//! A terminal for a program, whose keys and screen a test controls.
 
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
@@ -14,20 +14,20 @@ use anyhow::{Result, ensure};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{LocalModes, Winsize, tcgetattr, tcsetwinsize};
 
-/// How long something may take to appear: guests are emulated, twice.
+/// Time limit for text to appear: guests are emulated, twice.
 const PATIENCE: Duration = Duration::from_secs(120);
 
 /// A terminal of 100 columns.
 #[derive(Debug)]
 pub struct PseudoTerminal {
     keys: File,
-    /// The side that programs see; open, so that it lasts from one program to the next.
+    /// The program's side; kept open, so that it lasts from one program to the next.
     line: File,
     screen: Arc<Mutex<Vec<u8>>>,
 }
 
 impl PseudoTerminal {
-    /// A terminal that nobody uses yet.
+    /// Creates an unused terminal.
     ///
     /// # Errors
     ///
@@ -44,7 +44,7 @@ impl PseudoTerminal {
         let (mut shown, seen) = (keys.try_clone()?, screen.clone());
         thread::spawn(move || {
             let mut bytes = [0; 4096];
-            // The read fails when nobody has the other side open any more.
+            // The read fails when the other side is closed everywhere.
             while let Ok(count) = shown.read(&mut bytes) {
                 let mut seen = seen.lock().unwrap_or_else(PoisonError::into_inner);
                 seen.extend_from_slice(&bytes[..count]);
@@ -53,7 +53,7 @@ impl PseudoTerminal {
         Ok(PseudoTerminal { keys, line, screen })
     }
 
-    /// Has `command` run on it: it is all three of its streams.
+    /// Makes `command` run on it: all three standard streams refer to it.
     ///
     /// # Errors
     ///
@@ -65,7 +65,7 @@ impl PseudoTerminal {
         Ok(())
     }
 
-    /// Types.
+    /// Types keys.
     ///
     /// # Errors
     ///
@@ -74,8 +74,7 @@ impl PseudoTerminal {
         Ok((&self.keys).write_all(keys)?)
     }
 
-    /// Whether keys are handed on as they are typed, rather than lines that can be edited and
-    /// signals.
+    /// Returns whether keys are passed on as they are typed, without line editing and signals.
     ///
     /// # Errors
     ///
@@ -85,7 +84,7 @@ impl PseudoTerminal {
         Ok(!tcgetattr(self.line.as_fd())?.local_modes.intersects(cooked))
     }
 
-    /// All that was ever shown.
+    /// Returns everything shown so far.
     pub fn shown(&self) -> String {
         let screen = self.screen.lock().unwrap_or_else(PoisonError::into_inner);
         String::from_utf8_lossy(&screen).into_owned()
@@ -95,7 +94,7 @@ impl PseudoTerminal {
     ///
     /// # Errors
     ///
-    /// If that does not happen.
+    /// If that does not happen in time.
     pub fn wait_shown(&self, text: &str) -> Result<()> {
         let begun = Instant::now();
         while !self.shown().contains(text) {

@@ -1,27 +1,28 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What a program says to bad input: one clear line, and the exit status that belongs to it.
+//! Checks a program's response to bad input: one clear line, and the right exit status.
 
 use std::process::Command;
 use std::time::Duration;
 
 use crate::process::run;
 
-/// The exit status when what was asked for was begun and failed.
+/// The exit status for an operation that failed.
 pub const FAILED: i32 = 1;
 /// The exit status when the command line is wrong.
 pub const USAGE: i32 = 2;
-/// The exit status when this host cannot do what was asked for.
+/// The exit status if this host cannot do what was asked.
 pub const HOST: i32 = 3;
 
-/// How long a refusal may take: it is emulated, twice, and the machine may be busy.
+/// Time limit for a refusal: the program is emulated, twice, and the machine may be busy.
 const PATIENCE: Duration = Duration::from_secs(120);
 
-/// Whether the command ends with `status`, nothing on standard output, and one line on standard
-/// error that begins with the program's name and has all of `words`; the line.
+/// Checks that the command ends with `status`, with nothing on standard output and with one line on
+/// standard error that begins with the program's name and contains all of `words`. Returns the
+/// line.
 ///
 /// # Errors
 ///
-/// What is otherwise.
+/// A description of the difference.
 pub fn refusal(command: &mut Command, status: i32, words: &[&str]) -> Result<String, String> {
     let output = run(command, PATIENCE).map_err(|error| format!("{error:#}"))?;
     let said = output.stderr.trim_end();
@@ -43,29 +44,29 @@ pub fn refusal(command: &mut Command, status: i32, words: &[&str]) -> Result<Str
     }
 }
 
-/// As [`refusal`], for a test.
+/// Like [`refusal`], for a test.
 ///
 /// # Panics
 ///
-/// If it is otherwise.
+/// If the check fails.
 #[track_caller]
 pub fn refused(command: &mut Command, status: i32, words: &[&str]) -> String {
     refusal(command, status, words).unwrap_or_else(|why| panic!("{why}"))
 }
 
-/// Many refusals, of which all that are otherwise are told in the end.
+/// A series of refusals, which reports all failures at the end.
 #[derive(Debug, Default)]
 pub struct Refusals {
     wrong: Vec<String>,
 }
 
 impl Refusals {
-    /// None yet.
+    /// Creates an empty series.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// One that must be as [`refusal`] has it; `case` is what is wrong with the input.
+    /// Checks one refusal as [`refusal`] does; `case` describes the bad input.
     pub fn check(&mut self, case: &str, command: &mut Command, status: i32, words: &[&str]) {
         match refusal(command, status, words) {
             Ok(line) => println!("{case}: {line:.300}"),
@@ -73,7 +74,7 @@ impl Refusals {
         }
     }
 
-    /// One of another kind, whose line, if there is one, must have all of `words`.
+    /// Checks an error line from another source, which must contain all of `words`.
     pub fn check_line(&mut self, case: &str, line: Result<String, String>, words: &[&str]) {
         match line {
             Ok(line) if line.contains('\n') => {
@@ -87,16 +88,16 @@ impl Refusals {
         }
     }
 
-    /// One that was not as it must be.
+    /// Records a failure.
     pub fn wrong(&mut self, case: &str, why: &str) {
         self.wrong.push(format!("{case}: {why}"));
     }
 
-    /// The end.
+    /// Ends the series.
     ///
     /// # Panics
     ///
-    /// If one was not as it must be.
+    /// If a check failed.
     #[track_caller]
     pub fn end(self) {
         assert!(

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A snapshot's memory, byte by byte against the memory of the VM that it was taken of. What a
-//! guest proves by itself is about the pages that it uses; this is about all of them.
+//! Compares a snapshot's memory, byte by byte, with the memory of its VM. A guest verifies only the
+//! pages that it uses; this covers all of them.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
@@ -9,22 +9,23 @@ use std::path::Path;
 use anyhow::{Context, Result, bail, ensure};
 
 const PAGE: usize = 4096;
-/// Bytes that are compared at once.
+/// Number of bytes compared at once.
 const STEP: usize = 1 << 20;
 
-/// Holds the memory in the directory `snapshot` to that of the VMM's process `vmm`, whose guest has
-/// one region and has been paused since the snapshot was begun: a page that is populated must be as
-/// it is there, one that is missing as it is in `source`, the directory that the VM was restored
-/// from. Pages may arrive meanwhile.
+/// Compares the memory in the directory `snapshot` with that of the VMM's process `vmm`, whose
+/// guest has one region and has been paused since the snapshot was started. A populated page must
+/// equal the process's, a missing one that in `source`, the directory from which the VM was
+/// restored. Pages may arrive meanwhile.
 ///
 /// # Errors
 ///
 /// The first page that differs, or that the process's memory cannot be read.
 pub fn same_memory(vmm: u32, snapshot: &Path, source: Option<&Path>) -> Result<()> {
-    // As it was at first: what arrives from now on is the source's, and so is the same in both.
+    // The initial state of the bitmap: pages that arrive from now on come from the source, so they
+    // are equal in both.
     let mut missing = Vec::new();
     std::io::copy(&mut &one_file(vmm, "missing-bitmap")?, &mut missing)?;
-    // Two words for each of the bitmap's: claims, and which of the claimed pages are populated.
+    // Two words for each of the bitmap's: claims, and the populated pages among them.
     let mut claims = Vec::new();
     std::io::copy(&mut &one_file(vmm, "claimed-bitmap")?, &mut claims)?;
     let is_missing = |page: usize| {
@@ -58,7 +59,7 @@ pub fn same_memory(vmm: u32, snapshot: &Path, source: Option<&Path>) -> Result<(
     Ok(())
 }
 
-/// The only memfd of that name that a process has.
+/// Opens the only memfd of that name in a process.
 fn one_file(process: u32, name: &str) -> Result<File> {
     let mut found = Vec::new();
     for entry in fs::read_dir(format!("/proc/{process}/fd"))? {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Processes that see other devices than the machine has.
+//! Processes with a restricted set of devices.
 
 use std::ffi::CStr;
 use std::fs;
@@ -20,20 +20,22 @@ pub struct Device {
 }
 
 impl Device {
-    /// The machine's device of this path, with other permissions; `None` if there is none.
+    /// Returns the machine's device at this path, with other permissions; `None` if it does not
+    /// exist.
     pub fn of_machine(path: &'static CStr, mode: u32) -> Option<Self> {
         let metadata = fs::metadata(path.to_str().ok()?).ok()?;
         Some(Device { path, number: metadata.rdev(), mode })
     }
 }
 
-/// Whether this process may make sandboxes.
+/// Returns whether this process may create sandboxes.
 pub fn is_root() -> bool {
     // SAFETY: the call has no arguments and cannot fail.
     unsafe { libc::geteuid() == 0 }
 }
 
-/// Copies the VMM into a folder, where any user can run it, and lets any user read the folder.
+/// Copies the VMM into a folder where any user can run it, and makes the folder readable for any
+/// user.
 ///
 /// # Errors
 ///
@@ -47,26 +49,26 @@ pub fn vmm_for_everybody(folder: &Path) -> anyhow::Result<PathBuf> {
     Ok(copy)
 }
 
-/// Limits the process to so much of a resource (`RLIMIT_NOFILE` and others), for good.
+/// Limits the process's use of a resource (`RLIMIT_NOFILE` and others), permanently.
 pub fn with_limit(command: &mut Command, resource: libc::__rlimit_resource_t, most: u64) {
     let set_up = move || {
         let limit = libc::rlimit { rlim_cur: most, rlim_max: most };
         // SAFETY: the call reads the structure, and changes only the child.
         check(unsafe { libc::setrlimit(resource, &limit) })
     };
-    // SAFETY: between fork and exec the closure makes one system call; it allocates nothing and takes
-    // no lock.
+    // SAFETY: between fork and exec the closure makes one system call; it allocates nothing and
+    // takes no lock.
     unsafe { command.pre_exec(set_up) };
 }
 
-/// Gives the process a `/dev` of its own that has only these devices, and runs it as `user` if
-/// one is given. Needs root.
+/// Gives the process a separate `/dev` that has only these devices, and runs it as `user` if given.
+/// Needs root.
 pub fn with_devices(command: &mut Command, devices: Vec<Device>, user: Option<u32>) {
     let set_up = move || {
-        // The process's mounts part from the machine's before anything is mounted.
+        // The process gets a separate mount namespace before anything is mounted.
         // SAFETY: unshare changes only the child, which has one thread.
         check(unsafe { libc::unshare(libc::CLONE_NEWNS) })?;
-        // (Within a chroot, "/" may be no mount; what is mounted on /dev is what counts.)
+        // (Within a chroot, "/" may not be a mount; only the mounts on /dev matter.)
         mount(c"none", c"/", None, libc::MS_REC | libc::MS_PRIVATE)
             .or_else(|_| mount(c"none", c"/dev", None, libc::MS_REC | libc::MS_PRIVATE))?;
         mount(c"none", c"/dev", Some(c"tmpfs"), 0)?;
@@ -79,7 +81,8 @@ pub fn with_devices(command: &mut Command, devices: Vec<Device>, user: Option<u3
             check(unsafe { libc::chmod(device.path.as_ptr(), device.mode) })?;
         }
         if let Some(user) = user {
-            // SAFETY: these change only the child's identity; groups go first, while it may.
+            // SAFETY: these calls change only the child's identity; groups come first, while it has
+            // the right.
             check(unsafe { libc::setgroups(0, std::ptr::null()) })?;
             // SAFETY: as above.
             check(unsafe { libc::setgid(user) })?;
@@ -88,7 +91,7 @@ pub fn with_devices(command: &mut Command, devices: Vec<Device>, user: Option<u3
         }
         Ok(())
     };
-    // SAFETY: between fork and exec the closure makes system calls only; it allocates nothing and
+    // SAFETY: between fork and exec the closure makes only system calls; it allocates nothing and
     // takes no lock.
     unsafe { command.pre_exec(set_up) };
 }
@@ -100,7 +103,7 @@ fn mount(
     flags: libc::c_ulong,
 ) -> io::Result<()> {
     let kind = kind.map_or(std::ptr::null(), CStr::as_ptr);
-    // SAFETY: all strings are C strings or null, and there is no data.
+    // SAFETY: all strings are C strings or null, and the data pointer is null.
     check(unsafe { libc::mount(source.as_ptr(), target.as_ptr(), kind, flags, std::ptr::null()) })
 }
 

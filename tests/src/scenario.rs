@@ -16,41 +16,40 @@ use crate::backend::{BackEnd, BlkOptions};
 use crate::file_system;
 use crate::process::{Guarded, program, succeed};
 
-/// What the guest's disk is made of.
+/// The content of the guest's disk.
 #[derive(Clone, Debug)]
 pub enum Disk {
-    /// There is none.
+    /// No disk.
     None,
-    /// A pattern, of 16 MiB, of which the last 8 may be written.
+    /// A pattern of 16 MiB, of which the last 8 may be written.
     Pattern,
-    /// A real file system, made by mkfs.ext4 from a folder, with room behind it that may be
-    /// written.
+    /// A real file system, created by mkfs.ext4 from a folder, followed by writable space.
     FileSystem {
         /// The folder.
         of: PathBuf,
         /// Size of the file system, in bytes.
         size: u64,
-        /// Size of the room behind it, in bytes.
+        /// Size of the writable space, in bytes.
         room: u64,
     },
 }
 
-/// One run.
+/// The parameters of one run.
 #[derive(Clone, Debug)]
 pub struct Scenario {
-    /// Name in the report.
+    /// The stage's name in the report.
     pub stage: String,
-    /// Bytes of guest memory.
+    /// Size of guest memory, in bytes.
     pub memory: u64,
-    /// How much of it the test guest uses; all, unless it is said.
+    /// Size of the part that the test guest uses, in bytes; all of it by default.
     pub window: Option<u64>,
-    /// Whether huge pages are set aside for all of it.
+    /// Whether huge pages are reserved for all of it.
     pub reserve: bool,
     /// Whether shared memory may use transparent huge pages.
     pub thp: bool,
-    /// What memory is made of.
+    /// The backing of memory.
     pub backing: BackingKind,
-    /// As on the command line.
+    /// The engine, as on the command line.
     pub engine: String,
     /// Number of vCPUs.
     pub cpus: u32,
@@ -58,22 +57,22 @@ pub struct Scenario {
     pub disk: Disk,
     /// Number of its queues.
     pub queues: u16,
-    /// Requests to it.
+    /// Number of requests to it.
     pub requests: u32,
-    /// As on the command line: off, on, rate=...
+    /// The fill option, as on the command line: off, on, rate=...
     pub fill: String,
-    /// Further words for `--test-guest`, as "order=strided,touches=10".
+    /// Further words for `--test-guest`, for example "order=strided,touches=10".
     pub guest: String,
-    /// What everything random comes from.
+    /// The seed of all random choices.
     pub seed: u64,
-    /// Where to draw pages over time.
+    /// The file for the timeline of pages.
     pub timeline: Option<PathBuf>,
-    /// How long it may take.
+    /// The time limit.
     pub limit: Duration,
 }
 
 impl Scenario {
-    /// The mixed run: guest, back-end and VMM on the same units, in all orders of arrival.
+    /// Returns the mixed run: guest, back-end and VMM on the same units, in all orders of arrival.
     pub fn mixed(engine: &str, backing: BackingKind, cpus: u32, seed: u64) -> Self {
         Scenario {
             stage: format!("mixed, {cpus} vCPU"),
@@ -95,12 +94,11 @@ impl Scenario {
         }
     }
 
-    /// Runs it in a folder of its own, and tells `progress` how many pages are present, of how
-    /// many.
+    /// Runs it in a new folder, and passes `progress` the number of present pages and the total.
     ///
     /// # Errors
     ///
-    /// If anything but success comes out: the report of a run that was not verified is one.
+    /// If the run does not succeed, or its report says that it was not verified.
     pub fn run(&self, progress: &mut dyn FnMut(u64, u64)) -> Result<Report> {
         let folder = tempfile::Builder::new().prefix("demand-paging-").tempdir()?;
         let system = System::set_up(self, folder.path())?;
@@ -124,12 +122,12 @@ impl Scenario {
     }
 }
 
-/// How the VMM ended.
+/// The outcome of the VMM's run.
 #[derive(Debug)]
 pub struct Outcome {
     /// Its exit status.
     pub status: ExitStatus,
-    /// What it said, but for progress.
+    /// Its standard error, without progress lines.
     pub stderr: String,
 }
 
@@ -138,26 +136,26 @@ pub struct Outcome {
 pub struct System {
     /// The memory image.
     pub image: PathBuf,
-    /// The disk as it was.
+    /// The disk before the run.
     pub pristine: PathBuf,
     /// The disk that the back-end serves.
     pub disk: PathBuf,
-    /// Where the report goes.
+    /// The file for the report.
     pub report: PathBuf,
     /// The back-end.
     pub back_end: Option<BackEnd>,
     write_area: u64,
 }
 
-/// Entries of each queue.
+/// Number of entries in each queue.
 const QUEUE_SIZE: u16 = 1024;
 
 impl System {
-    /// Makes images for the scenario in `folder` and starts its back-end.
+    /// Creates images for the scenario in `folder` and starts its back-end.
     ///
     /// # Errors
     ///
-    /// If there is no room, or a program is missing.
+    /// If there is no space, or a program is missing.
     pub fn set_up(scenario: &Scenario, folder: &Path) -> Result<Self> {
         let mut system = System {
             image: folder.join("memory.img"),
@@ -195,7 +193,7 @@ impl System {
         Ok(system)
     }
 
-    /// The VMM's command for the scenario on these images.
+    /// Returns the VMM's command for the scenario on these images.
     ///
     /// # Errors
     ///
@@ -261,7 +259,7 @@ impl System {
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
         let mut process = Guarded::spawn(&mut command)?;
         let pipe = process.child().stderr.take().context("the VMM's standard error")?;
-        // A VMM that hangs is ended from the side, which ends its output as well.
+        // A VMM that hangs is killed by this thread, which also ends its output.
         let (sender, lines) = std::sync::mpsc::channel();
         let reader = thread::spawn(move || {
             for line in BufReader::new(pipe).lines().map_while(Result::ok) {
@@ -297,13 +295,13 @@ impl System {
     }
 }
 
-/// `progress PRESENT TOTAL`
+/// Parses `progress PRESENT TOTAL`.
 fn parse_progress(line: &str) -> Option<(u64, u64)> {
     let mut words = line.strip_prefix("progress ")?.split(' ');
     Some((words.next()?.parse().ok()?, words.next()?.parse().ok()?))
 }
 
-/// Where the threads of a process that hangs are.
+/// Returns the place in the kernel of each thread of a hanging process.
 fn describe_threads(id: u32) -> String {
     let read = |path: PathBuf| {
         let mut text = String::new();

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Kernels of a few instructions, which any KVM can run.
 
-/// An ELF image that could be loaded at 16 MiB, and says nothing of how to begin.
+/// Returns an ELF image that could be loaded at 16 MiB, without information on how to boot it.
 pub fn plain_elf() -> Vec<u8> {
-    // Values and their lengths: the lowest byte comes first.
+    // Values and their lengths; the lowest byte comes first.
     let header = [
-        // 64 bits; an executable for x86-64 that begins at 16 MiB, with one program header.
+        // 64 bits; an executable for x86-64 with entry at 16 MiB and one program header.
         (u64::from_le_bytes(*b"\x7fELF\x02\x01\x01\0"), 8),
         (0, 8),
         (2, 2),
@@ -20,17 +20,17 @@ pub fn plain_elf() -> Vec<u8> {
         (1, 2),
         (0, 6),
     ];
-    // The whole file is to be loaded there.
+    // Load the whole file there.
     let program =
         [(1, 4), (5, 4), (0, 8), (0x100_0000, 8), (0x100_0000, 8), (120, 8), (120, 8), (4096, 8)];
     let words = header.into_iter().chain(program);
     words.flat_map(|(value, len)| value.to_le_bytes().into_iter().take(len)).collect()
 }
 
-/// An ELF image with a PVH entry, at which there is this code: 32-bit, with flat segments, no paging
-/// and no interrupt table.
+/// Returns an ELF image with a PVH entry, at which `code` runs: 32-bit, with flat segments, no
+/// paging and no interrupt table.
 pub fn pvh_kernel(code: &[u8]) -> Vec<u8> {
-    /// Where the note is in the file, behind two program headers; the code is behind the note.
+    /// Offset of the note in the file, after two program headers; the code follows the note.
     const NOTE: u64 = 64 + 2 * 56;
     let mut file = plain_elf();
     // Two program headers; the first loads all of the file.
@@ -48,9 +48,9 @@ pub fn pvh_kernel(code: &[u8]) -> Vec<u8> {
     file
 }
 
-/// Code that writes values to registers of the first virtio device, again and again: offsets below
-/// 0x80, values, and whether all four bytes are written or one. Each 256th time it says "." on the
-/// serial port.
+/// Returns code that writes values to registers of the first virtio device repeatedly: offsets
+/// below 0x80, values, and whether all four bytes are written or one. Every 256th time it writes
+/// "." to the serial port.
 pub fn register_writer(writes: &[(u8, u32, bool)]) -> Vec<u8> {
     let device = demand_vmm::layout::DEVICES as u32;
     // mov edi, device
@@ -64,7 +64,7 @@ pub fn register_writer(writes: &[(u8, u32, bool)]) -> Vec<u8> {
             false => code.extend([0xc6, 0x47, *offset, *value as u8]),
         }
     }
-    // inc esi; test esi, 0xff; jnz (over all that follows but the jump)
+    // inc esi; test esi, 0xff; jnz (over everything up to the jump)
     code.extend([0x46, 0xf7, 0xc6, 0xff, 0, 0, 0, 0x75, 7]);
     // mov dx, 0x3f8; mov al, '.'; out dx, al
     code.extend([0x66, 0xba, 0xf8, 0x03, 0xb0, b'.', 0xee]);

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The main job, end to end, for people to watch: `rust-vmm-ci/demo` builds this and runs it.
+//! The main job, end to end, to watch: `rust-vmm-ci/demo` builds and runs this.
 //!
-//! First what this host's own KVM can do, then the lab: a Linux guest is snapshotted under load and
-//! restored lazily on huge pages. Its vCPUs fault at 4K through KVM, and its disk's back-end faults
-//! at 2M through userfaultfd, on the same memory.
+//! First it shows the capabilities of this host's own KVM. Then, in the lab, a Linux guest is
+//! snapshotted under load and restored lazily on huge pages. Its vCPUs fault at 4K through KVM, and
+//! its disk's back-end faults at 2M through userfaultfd, on the same memory.
 
 use std::fs;
 use std::io::{BufRead, BufReader, IsTerminal, Write};
@@ -23,7 +23,7 @@ use demand_tests::scenario::{Disk, Scenario};
 use demand_vmm::report::Report;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-/// Restores memory lazily under a running guest and a running disk, and checks what comes out.
+/// Restores memory lazily under a running guest and a running disk, and checks the result.
 #[derive(Debug, Parser)]
 #[command(name = "rust-vmm-ci/demo")]
 struct Options {
@@ -33,13 +33,13 @@ struct Options {
     /// Draw pages over time, coloured by path (SVG), to this file.
     #[arg(long, value_name = "FILE")]
     timeline: Option<PathBuf>,
-    /// Only what this host's own KVM can do.
+    /// Run only the stage of this host's own KVM.
     #[arg(long, conflicts_with = "lab_only")]
     host_only: bool,
-    /// Only the lab.
+    /// Run only the lab's stage.
     #[arg(long)]
     lab_only: bool,
-    /// Run the lab's stage here: this is the lab.
+    /// Run the lab's stage on this machine, which is the lab.
     #[arg(long, hide = true)]
     inside: bool,
 }
@@ -56,7 +56,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// The files that the guest's disk holds: this project's own crates.
+/// Returns the folder whose files the guest's disk holds: this project's own crates.
 fn files() -> Result<PathBuf> {
     let top = Path::new(env!("CARGO_MANIFEST_DIR")).join("../crates");
     top.canonicalize().context("find the crates whose files go onto the disk")
@@ -83,7 +83,7 @@ fn host_stage() -> Result<Scenario> {
     })
 }
 
-/// What the lab's machine needs for its stage: the guest's memory in huge pages, and room for a
+/// Resources of the lab's machine for its stage: the guest's memory in huge pages, and room for a
 /// disk, twice, the snapshot and everything else.
 const LAB_MEMORY: &str = "4G";
 const LAB_HUGEPAGES: &str = "520";
@@ -126,7 +126,7 @@ fn outside(options: &Options) -> Result<()> {
     Ok(())
 }
 
-/// What the lab's stage exists to show.
+/// Checks the facts that the lab's stage demonstrates.
 fn check_lab_report(report: &Report) -> Result<()> {
     ensure!(report.engine == "kvm-userfault", "the engine was {}", report.engine);
     ensure!(report.backing == "hugetlb-2m", "the backing was {}", report.backing);
@@ -182,7 +182,7 @@ fn run_in_lab(options: &Options) -> Result<Report> {
     Ok(serde_json::from_str(&fs::read_to_string(&json).context("read the lab's report")?)?)
 }
 
-/// The lab's stage, in the lab.
+/// Runs the lab's stage, in the lab.
 fn inside(options: &Options) -> Result<()> {
     let folder = tempfile::Builder::new().prefix("demand-paging-").tempdir()?;
     let mut said = 0;
@@ -193,7 +193,7 @@ fn inside(options: &Options) -> Result<()> {
         timeline: options.timeline.clone(),
         tell: &mut |line| println!("{line}"),
         progress: &mut |present, total| {
-            // The line crosses an emulated console: not more of them than a bar can show.
+            // The line crosses an emulated console: print no more lines than a bar can show.
             if present == total || present >= said + total / 200 {
                 said = present;
                 println!("progress {present} {total}");
@@ -252,7 +252,7 @@ impl Bar {
 
     fn finish(&self) {
         self.bar.finish_and_clear();
-        // Whatever follows comes after the bar's last line.
+        // Output that follows must come after the bar's last line.
         thread::sleep(Duration::from_millis(10));
     }
 }

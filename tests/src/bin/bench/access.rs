@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The VMM's own accesses to guest memory, through vm-memory.
+//! Measures the VMM's own accesses to guest memory, through vm-memory.
 
 use std::fs::File;
 use std::hint::black_box;
@@ -21,10 +21,10 @@ use crate::table::{Row, Target};
 
 const PART: &str = "host";
 const ROUNDS: usize = 11;
-/// Accesses that are timed at once: few enough that a busy machine interrupts few samples.
+/// Number of accesses timed together: few enough that a busy machine interrupts only few samples.
 const BATCH: usize = 1000;
 
-/// Rows for memory of `size` bytes.
+/// Returns the rows for memory of `size` bytes.
 pub fn rows(backing: BackingKind, size: u64, image: &Path) -> Result<Vec<Row>> {
     let mut rows = vec![missing(backing, size, image)?];
     rows.extend(present(backing, size, image)?);
@@ -43,7 +43,7 @@ fn memory(backing: &Arc<MemfdBacking>, image: &Path) -> Result<DemandMemory> {
     Ok(DemandMemory::new(vec![DemandRegion::new(config, ())?])?)
 }
 
-/// The first access to each page, which brings it in.
+/// Measures the first access to each page, which fetches it.
 fn missing(kind: BackingKind, size: u64, image: &Path) -> Result<Row> {
     let speed = |elapsed: std::time::Duration| (size / PAGE_SIZE) as f64 / elapsed.as_secs_f64();
     let (mut ours, mut bare) = (Vec::new(), Vec::new());
@@ -66,7 +66,7 @@ fn missing(kind: BackingKind, size: u64, image: &Path) -> Result<Row> {
     Ok(row.against("bare pread loop", median(&mut bare)).target(Target::RatioAtLeast(0.75)))
 }
 
-/// The same with nothing but pread.
+/// Measures the same with only pread.
 fn pread_loop(kind: BackingKind, size: u64, image: &Path) -> Result<(std::time::Duration, u64)> {
     let mapping = MemfdBacking::new(kind, size, true)?.map()?;
     let image = File::open(image)?;
@@ -74,18 +74,18 @@ fn pread_loop(kind: BackingKind, size: u64, image: &Path) -> Result<(std::time::
     for page in 0..size / PAGE_SIZE {
         let at = mapping.at(page * PAGE_SIZE);
         let offset = (page * PAGE_SIZE) as libc::off64_t;
-        // SAFETY: the page lies in the mapping, which nothing else knows.
+        // SAFETY: the page lies in the mapping, which no other code uses.
         let read = unsafe {
             libc::pread64(image.as_raw_fd(), at.as_ptr().cast(), PAGE_SIZE as usize, offset)
         };
         ensure!(read == PAGE_SIZE as isize, "read a page of the image: {read}");
-        // SAFETY: as above; a page's beginning is aligned.
+        // SAFETY: as above; the start of a page is aligned.
         sum = sum.wrapping_add(unsafe { at.cast::<u64>().as_ptr().read_volatile() });
     }
     Ok((begun.elapsed(), sum))
 }
 
-/// Accesses to pages that are there, at random, in the very same memory.
+/// Measures accesses to present pages, at random, in the same memory.
 fn present(kind: BackingKind, size: u64, image: &Path) -> Result<Vec<Row>> {
     let backing = Arc::new(MemfdBacking::new(kind, size, true)?);
     let ours = memory(&backing, image)?;
@@ -139,8 +139,8 @@ where
     Ok(())
 }
 
-/// Nanoseconds an access, of both in turns; medians. Both read into the same buffer: the time of a
-/// copy depends on where in a page it goes.
+/// Returns the medians, in nanoseconds per access, of both access methods, measured alternately.
+/// Both read into the same buffer, because the time of a copy depends on its offset in a page.
 fn compare(
     addresses: &[GuestAddress],
     buffer: &mut [u8],
@@ -159,7 +159,7 @@ fn compare(
     let batches: Vec<_> = addresses.chunks(BATCH).collect();
     for _ in 0..ROUNDS {
         for at in 0..batches.len() {
-            // Not what the other has just brought into the caches.
+            // Not the pages that the other method has just loaded into the caches.
             let other = (at + batches.len() / 2) % batches.len();
             first.push(time(batches[at], &mut ours)?);
             second.push(time(batches[other], &mut theirs)?);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A back-end on demand-paged memory, in two processes: one has the pager and serves the faults,
-//! the other touches one word of each unit and prints how long each touch took.
+//! the other touches one word of each unit and prints the time of each touch.
 
 use std::fs::OpenOptions;
 use std::io::{Read, Write};
@@ -19,7 +19,7 @@ use demand_source::LocalFile;
 use demand_uffd::{ArmedMapping, DEFAULT_THREADS, FaultService, Features, UnitLoader, Userfaultfd};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
-/// Memory, and who touches it how.
+/// The memory, and the way in which it is touched.
 #[derive(Clone, Debug, Args)]
 pub struct Options {
     #[arg(long)]
@@ -27,17 +27,17 @@ pub struct Options {
     /// Size of the memory, in bytes.
     #[arg(long)]
     size: u64,
-    /// Bytes from one touch to the next.
+    /// Distance between touches, in bytes.
     #[arg(long)]
     unit: u64,
     #[arg(long)]
     image: PathBuf,
-    /// The memory object, for the process that touches it.
+    /// Path of the memory object, for the process that touches it.
     #[arg(long)]
     memory: Option<PathBuf>,
 }
 
-/// Serves a back-end that this starts, to its end.
+/// Starts a back-end and serves its faults until it ends.
 pub fn serve(options: &Options) -> Result<()> {
     let backing = Arc::new(MemfdBacking::new(options.backing, options.size, true)?);
     let source = Arc::new(LocalFile::open(&options.image)?);
@@ -67,7 +67,7 @@ pub fn serve(options: &Options) -> Result<()> {
     Ok(())
 }
 
-/// The back-end. Its socket is its standard input.
+/// Runs the back-end. Its socket is its standard input.
 pub fn touch(options: &Options) -> Result<()> {
     let memory = options.memory.as_deref().context("say --memory")?;
     let memory = OpenOptions::new().read(true).write(true).open(memory)?;
@@ -83,7 +83,7 @@ pub fn touch(options: &Options) -> Result<()> {
         let offset = unit * options.unit + unit * 136 % 4096;
         let at = mapping.at(offset).cast::<u64>();
         let begun = Instant::now();
-        // SAFETY: the word lies in the mapping, aligned, and whoever fills it is another process.
+        // SAFETY: the word lies in the mapping and is aligned; another process fills it.
         let word = unsafe { at.as_ptr().read_volatile() };
         latencies.push(begun.elapsed().as_nanos());
         let mut expected = [0; 8];
@@ -94,7 +94,7 @@ pub fn touch(options: &Options) -> Result<()> {
     Ok(std::io::stdout().write_all(lines.as_bytes())?)
 }
 
-/// The command that measures our back-end.
+/// Returns the command that measures our back-end.
 pub fn command(backing: BackingKind, size: u64, unit: u64, image: &Path) -> Result<Command> {
     let mut command = Command::new(std::env::current_exe()?);
     command.arg("back-end").arg("--backing").arg(backing.name()).arg("--image").arg(image);

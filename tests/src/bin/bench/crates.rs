@@ -12,8 +12,8 @@ use crate::table::Row;
 
 const PART: &str = "crates";
 
-/// The benchmarks that are criterion's; a crate's own tests, which cargo counts among them, know
-/// nothing of its options.
+/// The criterion benchmarks; a crate's own tests, which cargo counts as benchmarks too, do not know
+/// criterion's options.
 const BENCHES: [&str; 6] = ["read", "pager", "exit", "fault", "connect", "request"];
 
 pub fn rows() -> Result<Vec<Row>> {
@@ -27,7 +27,7 @@ pub fn rows() -> Result<Vec<Row>> {
         .status()
         .context("run cargo bench")?;
     ensure!(status.success(), "cargo bench ended with {status}");
-    // Beside the programs, in the target folder.
+    // In the target folder, which also holds the programs.
     let this = std::env::current_exe()?;
     let target = this.ancestors().nth(2).context("find the target folder")?;
     let mut rows = Vec::new();

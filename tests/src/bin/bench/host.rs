@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What this host can tell: back-ends, which need no KVM, the VMM's own accesses, and guest faults
-//! under its KVM, whatever that is.
+//! The figures that this host can measure: back-ends, which need no KVM, the VMM's own accesses,
+//! and guest faults under the host's KVM.
 
 use std::fs;
 use std::path::Path;
@@ -15,7 +15,7 @@ use crate::table::{Row, Target};
 use crate::{access, back_end};
 
 const PART: &str = "host";
-/// Memory of one round.
+/// Size of memory in one round, in bytes.
 const SIZE: u64 = 64 << 20;
 const UNIT: u64 = 2 << 20;
 const ROUNDS: usize = 9;
@@ -35,7 +35,8 @@ pub fn rows() -> Result<Vec<Row>> {
     Ok(rows)
 }
 
-/// Back-end faults of 2 MiB: ours, the bare loop, the handler in another process, in turns.
+/// Measures back-end faults of 2 MiB: ours, the bare loop, and the handler in another process,
+/// alternately.
 fn back_ends(backing: BackingKind, image: &Path) -> Result<Vec<Row>> {
     let bare = |name: &str, more: &[&str]| -> Result<Command> {
         let mut command = Command::new(baseline(name)?);
@@ -52,7 +53,7 @@ fn back_ends(backing: BackingKind, image: &Path) -> Result<Vec<Row>> {
             bare("back-end", &["-c"])?,
             bare("back-end-other-process", &[])?,
         ];
-        // Each comes first as often as the others.
+        // Each comes first equally often.
         for at in 0..commands.len() {
             let at = (at + round) % commands.len();
             let lines = output(&mut commands[at])?;
@@ -72,7 +73,7 @@ fn back_ends(backing: BackingKind, image: &Path) -> Result<Vec<Row>> {
     ])
 }
 
-/// Guest faults at 4K by userfaultfd, which any KVM has.
+/// Measures guest faults at 4K by userfaultfd, which works with any KVM.
 fn guest(image: &Path) -> Vec<Row> {
     let name = "guest fault, uffd, shmem";
     let measure = || -> Result<Vec<Row>> {
@@ -97,11 +98,11 @@ fn guest(image: &Path) -> Vec<Row> {
 
 const POOL: &str = "/proc/sys/vm/nr_hugepages";
 
-/// Huge pages that were added to the host's for the time of the measurement.
+/// Huge pages added to the host's pool during the measurement.
 struct Pool(Option<String>);
 
 impl Pool {
-    /// At least so many free huge pages, if they are to be had.
+    /// Provides at least `pages` free huge pages, if possible.
     fn of(pages: u64) -> Option<Self> {
         if free_units(BackingKind::Hugetlb2M) >= pages {
             return Some(Pool(None));
@@ -117,7 +118,7 @@ impl Pool {
 impl Drop for Pool {
     fn drop(&mut self) {
         if let Some(before) = &self.0 {
-            // It was possible a moment ago.
+            // A moment ago this succeeded.
             let _ = fs::write(POOL, before.trim());
         }
     }

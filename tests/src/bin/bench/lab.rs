@@ -13,13 +13,13 @@ use crate::table::{Row, Target};
 
 const PART: &str = "lab";
 
-/// Memory of the two runs in all, in MiB, from whose difference a page's cost follows.
+/// Total memory of the two runs, in MiB, from whose difference a page's cost is computed.
 const MIB: (u64, u64) = (16, 48);
 
 const ENGINES: [&str; 3] = ["kvm-userfault", "uffd", "kvm-attributes"];
 const BACKINGS: [BackingKind; 2] = [BackingKind::Shmem, BackingKind::Hugetlb2M];
 
-/// All rows of the lab, measured where this runs.
+/// Returns all rows of the lab, measured on this machine.
 pub fn rows() -> Result<Vec<Row>> {
     let images = Images::new()?;
     let image = images.full(MIB.1 << 20)?;
@@ -89,7 +89,7 @@ pub fn rows() -> Result<Vec<Row>> {
     Ok(rows)
 }
 
-/// What content costs that is no part of a fault, in instructions a page.
+/// The cost of content that is not part of a fault, in instructions per page.
 struct Content {
     copy: f64,
     zero: f64,
@@ -103,8 +103,8 @@ impl Content {
     }
 }
 
-/// The system calls of faults, counted by strace. Those of a run in which each vCPU touches one
-/// page are subtracted: what is left is no set-up.
+/// Counts the system calls of faults with strace. Those of a run in which each vCPU touches one
+/// page are subtracted, to exclude the set-up.
 fn calls(images: &Images, guest: &Guest<'_>) -> Result<Vec<Row>> {
     let all = Calls::count(images, guest, &[])?;
     let few = Calls::count(images, guest, &["--pages=1"])?;
@@ -124,10 +124,10 @@ fn calls(images: &Images, guest: &Guest<'_>) -> Result<Vec<Row>> {
     ])
 }
 
-/// What strace has counted.
+/// Counts by strace.
 struct Calls {
     futexes: f64,
-    /// `KVM_RUN` excepted.
+    /// All except `KVM_RUN`.
     ioctls: f64,
     faults: f64,
 }
@@ -141,14 +141,15 @@ impl Calls {
         let report = output(strace.args(more).arg("--json")).context("trace a run")?;
         let faults = field(&serde_json::from_str(&report)?, "faults")?;
         let log = fs::read_to_string(&log)?;
-        // Each call is begun on one line; "<... ioctl resumed>" is its end on another.
+        // Each call begins on one line; "<... ioctl resumed>" marks its end on another.
         let count = |what: &str| log.lines().filter(|line| line.contains(what)).count() as f64;
         let ioctls = count(" ioctl(") - count(", KVM_RUN");
         Ok(Calls { futexes: count(" futex("), ioctls, faults })
     }
 }
 
-/// From the start of the process to the first instruction, for much memory and little.
+/// Measures the time from the start of the process to the first instruction, for much memory and
+/// little.
 fn restore() -> Result<Vec<Row>> {
     eprintln!("  first instruction");
     let images = Images::new()?;

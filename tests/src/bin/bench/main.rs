@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Figures beside what they are compared with: `rust-vmm-ci/bench` builds this and runs it.
+//! Benchmark figures beside their references: `rust-vmm-ci/bench` builds and runs this.
 
 mod access;
 mod back_end;
@@ -18,12 +18,12 @@ use clap::{Parser, Subcommand, ValueEnum};
 
 use crate::table::{Row, Verdict};
 
-/// Measures the project against bare loops that do the same with the least code, and against a
+/// Measures the project against bare loops that do the same with minimal code, and against a
 /// handler in another process.
 #[derive(Debug, Parser)]
 #[command(name = "rust-vmm-ci/bench")]
 struct Options {
-    /// Only this part.
+    /// Measure only this part.
     #[arg(long)]
     only: Option<Part>,
     /// Write the rows (a JSON array) to this file.
@@ -61,13 +61,13 @@ impl Part {
 
 #[derive(Debug, Subcommand)]
 enum Task {
-    /// Measure the lab's rows here: this is the lab.
+    /// Measure the lab's rows on this machine, which is the lab.
     #[command(hide = true)]
     Inside,
     /// Start a back-end and serve its faults.
     #[command(hide = true)]
     BackEnd(back_end::Options),
-    /// Be that back-end.
+    /// Run as that back-end.
     #[command(hide = true)]
     Touch(back_end::Options),
 }
@@ -106,7 +106,7 @@ fn execute(options: &Options) -> Result<bool> {
             Part::Host => host::rows(),
             Part::Crates => crates::rows(),
         };
-        // The other parts are worth their while without this one.
+        // The other parts are useful even without this one.
         rows.extend(measured.unwrap_or_else(|error| {
             vec![Row::unavailable(part.name(), "all of it", format!("{error:#}"))]
         }));
@@ -120,11 +120,11 @@ fn execute(options: &Options) -> Result<bool> {
     Ok(!(options.strict && rows.iter().any(failed)))
 }
 
-/// Has the lab's rows measured in the lab.
+/// Measures the lab's rows in the lab.
 fn in_lab() -> Result<Vec<Row>> {
     let this = std::env::current_exe()?;
     let lab = this.with_file_name("lab");
-    // One processor: else the clock also counts those that look for work.
+    // One processor: with more, the clock also counts the instructions of idle ones.
     let output = Command::new(&lab)
         .args(["run", "--icount", "--cpus", "1", "--memory", "2G", "--hugepages", "200"])
         .args(["--gigapages", "0", "--timeout", "800", "--"])

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! From the start of the process to the first instruction of the guest, on this host.
+//! The time from the start of the process to the guest's first instruction, on this host.
 
 use std::path::Path;
 use std::process::Command;
@@ -12,10 +12,10 @@ use crate::table::{Row, Target};
 const PART: &str = "restore";
 const ROUNDS: usize = 9;
 
-/// What is measured, in microseconds, for memory of a size.
+/// A measurement, in microseconds, for memory of a given size.
 type Measure<'a> = dyn Fn(&Sizes) -> Result<f64> + 'a;
 
-/// A size in the words of those that are told.
+/// A size, in the formats that the programs take.
 struct Sizes {
     text: &'static str,
     mib: u64,
@@ -61,7 +61,7 @@ pub fn rows() -> Result<Vec<Row>> {
     Ok(rows)
 }
 
-/// Medians of both sizes, measured in turns.
+/// Returns the medians of both sizes, measured alternately.
 fn medians(measure: &Measure<'_>) -> Result<(f64, f64)> {
     let (mut small, mut large) = (Vec::new(), Vec::new());
     for _ in 0..ROUNDS {
@@ -80,7 +80,7 @@ fn compare(name: &str, measure: &Measure<'_>, target: Target) -> Row {
     }
 }
 
-/// What KVM takes to make a memslot, in microseconds.
+/// Returns the time that KVM takes to create a memslot, in microseconds.
 fn slot_time(image: &Path, size: &Sizes) -> Result<f64> {
     let mut command = Command::new(baseline("uffd")?);
     command.arg("-m").arg(size.mib.to_string()).args(["-n", "16"]).arg("-i").arg(image);

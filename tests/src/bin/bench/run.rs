@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Runs what is measured: the project's programs and the bare loops.
+//! Runs the programs to measure: the project's and the bare loops.
 
 use std::ffi::OsStr;
 use std::fs::File;
@@ -15,14 +15,14 @@ use serde_json::Value;
 
 const LIMIT: Duration = Duration::from_secs(300);
 
-/// The images that pages come from, in a folder of a tmpfs.
+/// The images that serve as page sources, in a folder of a tmpfs.
 pub struct Images {
     folder: tempfile::TempDir,
 }
 
 impl Images {
     pub fn new() -> Result<Self> {
-        // Neither a disk nor the lab's link to the host takes part in what is measured.
+        // Neither a disk nor the lab's link to the host may affect the measurement.
         let place =
             ["/dev/shm", "/run", "/tmp"].into_iter().find(|place| Path::new(place).is_dir());
         let folder = tempfile::Builder::new()
@@ -31,7 +31,7 @@ impl Images {
         Ok(Images { folder })
     }
 
-    /// An image full of data.
+    /// Creates an image full of data.
     pub fn full(&self, bytes: u64) -> Result<PathBuf> {
         let path = self.folder.path().join(format!("full-{bytes}"));
         if !path.exists() {
@@ -53,7 +53,7 @@ impl Images {
         Ok(path)
     }
 
-    /// An image that is one hole.
+    /// Creates an image that is one hole.
     pub fn sparse(&self, bytes: u64) -> Result<PathBuf> {
         let path = self.folder.path().join(format!("sparse-{bytes}"));
         File::create(&path)?.set_len(bytes)?;
@@ -65,7 +65,7 @@ impl Images {
     }
 }
 
-/// Runs a program to its success; returns what it wrote to standard output.
+/// Runs a program that must succeed; returns its standard output.
 pub fn output(command: &mut Command) -> Result<String> {
     let output = run(command, LIMIT)?;
     ensure!(
@@ -84,7 +84,7 @@ pub fn vmm<S: AsRef<OsStr>>(arguments: &[S]) -> Result<Value> {
     Ok(serde_json::from_str(&text)?)
 }
 
-/// A bare loop, as `rust-vmm-ci/bench` has built it.
+/// Returns the path of a bare loop, as built by `rust-vmm-ci/bench`.
 pub fn baseline(name: &str) -> Result<PathBuf> {
     let path = program("demand-vmm")?.with_file_name("baseline").join(name);
     if !path.is_file() {
@@ -93,7 +93,7 @@ pub fn baseline(name: &str) -> Result<PathBuf> {
     Ok(path)
 }
 
-/// A guest that touches all of its memory once.
+/// A guest that touches all its memory once.
 #[derive(Clone, Copy)]
 pub struct Guest<'a> {
     pub backing: BackingKind,
@@ -103,7 +103,7 @@ pub struct Guest<'a> {
 }
 
 impl Guest<'_> {
-    /// The words that tell `demand-vmm` so.
+    /// Returns the arguments of `demand-vmm` for it.
     pub fn arguments(&self, engine: &str) -> Vec<String> {
         let (backing, mib) = (self.backing, self.mib_per_cpu);
         vec![
@@ -115,12 +115,12 @@ impl Guest<'_> {
         ]
     }
 
-    /// What our engine takes.
+    /// Measures our engine.
     pub fn ours(&self, engine: &str) -> Result<Time> {
         Time::of(&vmm(&self.arguments(engine))?)
     }
 
-    /// The same of a bare loop.
+    /// Measures a bare loop.
     pub fn bare(&self, name: &str) -> Result<Time> {
         let mut command = Command::new(baseline(name)?);
         command.arg("-b").arg(bare_backing(self.backing));
@@ -130,7 +130,7 @@ impl Guest<'_> {
     }
 }
 
-/// How long a guest took, in nanoseconds (in the lab: instructions), for how many pages.
+/// A guest's run time in nanoseconds (in the lab: instructions), and its number of pages.
 #[derive(Clone, Copy)]
 pub struct Time {
     time: f64,
@@ -146,24 +146,24 @@ impl Time {
         self.time / self.pages
     }
 
-    /// What each page costs that this has more than `less`. What a run costs once, such as the
-    /// first use of each page of the program, is in neither.
+    /// Returns the cost of each page in excess of those of `less`. The fixed costs of a run, such
+    /// as the first use of each page of the program, cancel.
     pub fn per_further_page(self, less: Time) -> f64 {
         (self.time - less.time) / (self.pages - less.pages)
     }
 }
 
-/// The bare loops' name of a backing.
+/// Returns the bare loops' name of a backing.
 pub fn bare_backing(backing: BackingKind) -> &'static str {
     if backing == BackingKind::Shmem { "shmem" } else { "hugetlb" }
 }
 
-/// A number of a report.
+/// Returns a number in a report.
 pub fn field(report: &Value, name: &str) -> Result<f64> {
     report[name].as_f64().with_context(|| format!("a report has no number {name}: {report}"))
 }
 
-/// The smallest of `rounds` measurements: what disturbs only adds.
+/// Returns the smallest of `rounds` measurements, because disturbances only add time.
 pub fn least(rounds: u32, mut measure: impl FnMut() -> Result<f64>) -> Result<f64> {
     let mut least = f64::INFINITY;
     for _ in 0..rounds {
@@ -172,7 +172,7 @@ pub fn least(rounds: u32, mut measure: impl FnMut() -> Result<f64>) -> Result<f6
     Ok(least)
 }
 
-/// The value in the middle.
+/// Returns the median.
 pub fn median(values: &mut [f64]) -> f64 {
     values.sort_by(f64::total_cmp);
     values.get(values.len() / 2).copied().unwrap_or(f64::NAN)

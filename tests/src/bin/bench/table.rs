@@ -1,19 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Figures, what they are compared with, and what follows from the comparison.
+//! Figures, their references, and the verdicts on them.
 
 use serde::{Deserialize, Serialize};
 
-/// What a figure must be to do.
+/// The condition for a figure.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Target {
-    /// At most so many times the reference.
+    /// At most this multiple of the reference.
     RatioAtMost(f64),
-    /// At least so many times the reference.
+    /// At least this multiple of the reference.
     RatioAtLeast(f64),
-    /// At most so much more than the reference.
+    /// At most this amount above the reference.
     AtMostMore(f64),
-    /// At most so much; the reference, if there is one, is for information.
+    /// At most this value; the reference, if any, is for information.
     AtMost(f64),
 }
 
@@ -37,16 +37,16 @@ impl Target {
     }
 }
 
-/// What is said of a row.
+/// The verdict on a row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Verdict {
     Met,
     Missed,
-    /// There is no target: the row is there to explain others.
+    /// No target: the row explains others.
     #[serde(rename = "-")]
     None,
-    /// It could not be measured; `note` says why.
+    /// Not measurable; `note` gives the reason.
     Unavailable,
 }
 
@@ -66,28 +66,28 @@ impl Verdict {
 pub struct Row {
     /// `restore`, `lab`, `host` or `crates`.
     pub part: String,
-    /// What was measured.
+    /// The measured quantity.
     pub name: String,
-    /// In what.
+    /// The unit.
     pub unit: String,
     /// The project's figure.
     pub figure: Option<f64>,
-    /// What it is compared with.
+    /// Description of the reference.
     pub reference_is: String,
-    /// Its figure.
+    /// The reference's figure.
     pub reference: Option<f64>,
-    /// The one by the other.
+    /// The figure divided by the reference.
     pub ratio: Option<f64>,
-    /// What it must be, if there is a target.
+    /// The target, if any.
     pub target: Option<Target>,
-    /// What follows.
+    /// The resulting verdict.
     pub verdict: Verdict,
-    /// What one must know to read it.
+    /// A note on the figure's interpretation.
     pub note: String,
 }
 
 impl Row {
-    /// A figure without a reference.
+    /// Creates a row for a figure without a reference.
     pub fn new(part: &str, name: impl Into<String>, unit: &str, figure: f64) -> Self {
         Row {
             part: part.into(),
@@ -103,7 +103,7 @@ impl Row {
         }
     }
 
-    /// What could not be measured, and why.
+    /// Creates a row for a figure that cannot be measured, with the reason.
     pub fn unavailable(part: &str, name: impl Into<String>, why: impl ToString) -> Self {
         let why = why.to_string().split_whitespace().collect::<Vec<_>>().join(" ");
         let row = Row::new(part, name, "", 0.0);
@@ -141,7 +141,7 @@ impl Row {
     }
 }
 
-/// A figure with three digits at least, and no more than say something.
+/// Formats a figure with at least three digits, and no insignificant ones.
 fn number(value: Option<f64>) -> String {
     match value {
         None => String::new(),
@@ -151,7 +151,7 @@ fn number(value: Option<f64>) -> String {
     }
 }
 
-/// All rows, side by side, for people.
+/// Prints all rows as a table.
 pub fn print(rows: &[Row]) {
     let width = rows.iter().map(|row| row.name.chars().count()).max().unwrap_or(0).max(6);
     println!(
@@ -202,7 +202,7 @@ mod tests {
         assert_eq!(verdict(600.0, Target::AtMostMore(500.0)), Verdict::Met);
         assert_eq!(verdict(601.0, Target::AtMostMore(500.0)), Verdict::Missed);
         assert_eq!(row(0.2).target(Target::AtMost(0.1)).verdict, Verdict::Missed);
-        // Without its reference nothing is said.
+        // Without its reference there is no verdict.
         assert_eq!(row(1.0).target(Target::RatioAtMost(1.0)).verdict, Verdict::None);
         // Not a number is not a success.
         assert_eq!(verdict(f64::NAN, Target::RatioAtMost(1.0)), Verdict::Missed);
