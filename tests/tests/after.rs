@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! When the last page is present the machinery goes away: the VM is mapped as one that never was
-//! demand-paged, no userfaultfd is open, and no thread is left.
+//! When the last page is present the machinery is removed: the VM is mapped like one that was never
+//! demand-paged, no userfaultfd is open, and no thread remains.
 
 use std::fs::{self, File, OpenOptions};
 use std::os::fd::AsRawFd;
@@ -27,10 +27,10 @@ use vm_memory::GuestAddress;
 const SIZE: u64 = 16 << 20;
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// A process has one table of descriptors, and one of threads: one test at a time.
+/// A process has one descriptor table and one set of threads, so only one test runs at a time.
 static ALONE: Mutex<()> = Mutex::new(());
 
-/// A guest that sums words of all of its memory, again and again.
+/// A guest that repeatedly sums words of all its memory.
 struct Walker {
     vcpu: VcpuFd,
     kick: VcpuKick,
@@ -45,7 +45,7 @@ impl Walker {
         Walker { vcpu, kick }
     }
 
-    /// Once through memory; the sum.
+    /// Walks through memory once; returns the sum.
     fn walk(&mut self, handler: Option<&FaultHandler>) -> u32 {
         self.vcpu.set_regs(&guest::regs(SIZE)).unwrap();
         let mut sum = 0;
@@ -64,8 +64,8 @@ impl Walker {
     }
 }
 
-/// How KVM has mapped a guest's memory: pages of 4096 bytes, and of 2 MiB. To be asked on the
-/// thread that has made the VM. None where KVM does not tell.
+/// Returns the number of pages of 4096 bytes and of 2 MiB with which KVM maps a guest's memory.
+/// Must be called on the thread that created the VM. `None` if KVM does not report it.
 fn mapped(vm: &VmFd) -> Option<(u64, u64)> {
     // SAFETY: the call has no arguments and cannot fail.
     let thread = unsafe { libc::gettid() };
@@ -82,7 +82,7 @@ fn open_userfaultfds() -> usize {
         .count()
 }
 
-/// The threads of demand paging.
+/// Returns the names of demand paging's threads.
 fn our_threads() -> Vec<String> {
     let tasks = fs::read_dir("/proc/self/task").unwrap();
     // A thread may end meanwhile.
@@ -91,7 +91,7 @@ fn our_threads() -> Vec<String> {
     names.map(|name| name.trim().to_owned()).filter(|name| ours(name)).collect()
 }
 
-/// What a VM has that was never demand-paged, over the same kind of memory.
+/// Returns the page counts of a VM that was never demand-paged, over the same kind of memory.
 fn plain(image: &FilePath, backing: BackingKind, expected: u32) -> Option<(u64, u64)> {
     let memory = Arc::new(MemfdBacking::new(backing, SIZE, true).unwrap());
     let source = Arc::new(LocalFile::open(image).unwrap());
@@ -110,7 +110,7 @@ fn plain(image: &FilePath, backing: BackingKind, expected: u32) -> Option<(u64, 
 
 fn nothing_is_left(engine: Engine, backing: BackingKind) {
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
-    // The plain VM's memory as well.
+    // Including the plain VM's memory.
     if !can_run(engine, backing, 2 * SIZE) {
         return;
     }
@@ -135,7 +135,7 @@ fn nothing_is_left(engine: Engine, backing: BackingKind) {
     let handler = machine.fault_handler().unwrap();
     let mut walker = Walker::new(machine.vm());
 
-    // All of the machinery is there, the thread that tries again as well.
+    // All of the machinery is running, including the retry thread.
     OpenOptions::new().write(true).open(&image).unwrap().set_len(0).unwrap();
     let pagers = machine.pagers().cloned().collect();
     let fill = Fill::start(pagers, FillRate::BytesPerSecond(SIZE)).unwrap();
@@ -143,7 +143,7 @@ fn nothing_is_left(engine: Engine, backing: BackingKind) {
         let threads = our_threads();
         ["uffd-0", "uffd-1", "fill", "retry"].iter().all(|name| threads.contains(&name.to_string()))
     });
-    // The guest's, and the one by which huge pages are created with their content.
+    // The guest's, and the one that creates huge pages with their content.
     assert_eq!(open_userfaultfds(), if backing == BackingKind::Shmem { 1 } else { 2 });
     fs::write(&image, &whole).unwrap();
     assert_eq!(walker.walk(Some(&handler)), expected);

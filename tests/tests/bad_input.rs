@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Bad input: each case is one clear line and the exit status that belongs to it.
+//! Bad input: each case yields one clear line and the right exit status.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -14,7 +14,7 @@ use demand_tests::process::{Guarded, program, run};
 use demand_tests::refusal::{FAILED, HOST, USAGE, refused};
 use demand_tests::sandbox::{Device, is_root, vmm_for_everybody, with_devices, with_limit};
 
-/// A folder with a memory image and a disk, and the words of a run on them that would succeed.
+/// A folder with a memory image and a disk, and the arguments of a run on them that would succeed.
 struct Setting {
     folder: tempfile::TempDir,
 }
@@ -44,13 +44,13 @@ impl Setting {
         self.run_command(&program("demand-vmm").unwrap())
     }
 
-    /// The project's own back-end on the disk.
+    /// Starts the project's own back-end on the disk.
     fn back_end(&self, postcopy: bool) -> BackEnd {
         let options = BlkOptions { queues: 1, queue_size: 256, postcopy };
         BackEnd::vhost_device_blk(self.folder.path(), &self.path("disk.img"), &options).unwrap()
     }
 
-    /// A run with a disk at `socket`.
+    /// Returns a run with a disk at `socket`.
     fn with_disk(&self, socket: &Path) -> Command {
         let mut command = self.vmm();
         command.args(["--memory", "size=8M"]);
@@ -75,7 +75,7 @@ fn more_memory_than_the_guest_can_use() {
     if let Some(why) = cannot_run() {
         return skip(&why);
     }
-    // The image holds what the lower region needs, and nothing of the upper one.
+    // The image has the size of the lower region, and no content for the upper one.
     let mut command = setting.vmm();
     fs::OpenOptions::new()
         .write(true)
@@ -118,7 +118,7 @@ fn hugetlb_asked_for_and_none_free() {
     if let Some(why) = cannot_run() {
         return skip(&why);
     }
-    // The most memory that a test guest can have.
+    // The maximum memory of a test guest.
     if free_units(demand_memory::BackingKind::Hugetlb2M) >= 1536 {
         return skip("there are more free huge pages than the test can ask for");
     }
@@ -180,7 +180,7 @@ fn an_engine_that_the_kernel_lacks() {
     command.args(["--memory", "size=8M", "--engine", "kvm-userfault", "--verify"]);
     let engines = demand_kvm::probe().engines();
     if engines.iter().any(|report| report.engine == Engine::KvmUserfault && report.usable) {
-        // Here the kernel has it: asking for it by name must then work.
+        // This kernel has it: requesting it by name must then work.
         let output = run(&mut command, Duration::from_secs(120)).unwrap();
         assert!(output.status.success(), "{}", output.stderr);
     } else {
@@ -205,7 +205,7 @@ fn a_back_end_that_echoes_our_addresses() {
         return skip(&why);
     }
     let setting = Setting::new();
-    // A real one: libvhost-user, as QEMU's storage daemon has it.
+    // A real one: QEMU's storage daemon uses libvhost-user.
     let back_end =
         BackEnd::qemu_storage_daemon(setting.folder.path(), &setting.path("disk.img")).unwrap();
     let words = ["names our address", back_end.socket().to_str().unwrap()];
@@ -241,7 +241,7 @@ fn a_wrong_command_line() {
     }
 }
 
-/// Whether the process has a socket.
+/// Returns whether the process has a socket.
 fn has_socket(process: u32) -> bool {
     let Ok(entries) = fs::read_dir(format!("/proc/{process}/fd")) else { return false };
     entries.flatten().any(|entry| {
@@ -249,7 +249,7 @@ fn has_socket(process: u32) -> bool {
     })
 }
 
-/// A run that has its image open and waits for a back-end that is stopped.
+/// A run that has its image open and waits for a stopped back-end.
 struct Waiting {
     setting: Setting,
     back_end: BackEnd,
@@ -264,7 +264,7 @@ impl Waiting {
         let mut command = setting.with_disk(back_end.socket());
         command.args(["--source-limit", "1"]).stderr(std::process::Stdio::piped());
         let mut vmm = Guarded::spawn(&mut command).unwrap();
-        // By then it has the image as well. A moment later it waits for an answer.
+        // By then it has opened the image as well. A moment later it waits for an answer.
         while !has_socket(vmm.id()) {
             if let Some(status) = vmm.try_wait().unwrap() {
                 let mut said = String::new();
@@ -278,7 +278,8 @@ impl Waiting {
         Waiting { setting, back_end, vmm }
     }
 
-    /// The run fails, and the last line that it says (warnings may come before) has `words`.
+    /// Checks that the run fails, and that its last line (warnings may precede it) contains
+    /// `words`.
     #[track_caller]
     fn fails_with(mut self, words: &str) {
         let status = self.vmm.wait(Duration::from_secs(60)).unwrap();
@@ -293,7 +294,7 @@ impl Waiting {
 
 fn signal(back_end: &mut BackEnd, signal: libc::c_int) {
     let id = libc::pid_t::try_from(back_end.process().id()).unwrap();
-    // SAFETY: the child has not been reaped, so the id is its own.
+    // SAFETY: the child has not been reaped, so its ID has not been reused.
     unsafe { libc::kill(id, signal) };
 }
 
@@ -303,7 +304,7 @@ fn a_source_that_fails_for_good() {
         return skip(&why);
     }
     let mut run = Waiting::new();
-    // The image loses its pages, and only then the run goes on to want them.
+    // The image loses its pages, and only then does the run continue and need them.
     let image = fs::OpenOptions::new().write(true).open(run.setting.path("memory.img")).unwrap();
     image.set_len(4096).unwrap();
     signal(&mut run.back_end, libc::SIGCONT);

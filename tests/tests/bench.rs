@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! `demand-vmm bench`, at sizes at which its figures say nothing: the guest's sums are right, the
-//! counts too, and the report can be read.
+//! `demand-vmm bench`, at sizes too small for meaningful figures: the guest's sums and the counts
+//! are right, and the report is readable.
 
 use std::fs;
 use std::process::Command;
@@ -55,7 +55,7 @@ fn engine(engine: Engine, backing: BackingKind) {
         assert_eq!((report.engine.as_str(), report.cpus), (engine.name(), cpus));
         let pages = u64::from(cpus) * (4 << 20) / PAGE_SIZE;
         assert_eq!(report.pages, pages);
-        // A vCPU by userfaultfd faults once for each unit; a fault can come twice.
+        // With userfaultfd, a vCPU faults once per unit; a fault can occur twice.
         let unit = if engine == Engine::Uffd { backing.unit() } else { PAGE_SIZE };
         let least = pages * PAGE_SIZE / unit;
         assert!((least..=least + least / 8 + 1).contains(&report.faults), "{report:?}");
@@ -88,7 +88,7 @@ fn uffd_on_hugetlb_2m() {
     engine(Engine::Uffd, BackingKind::Hugetlb2M);
 }
 
-/// 64 GiB of which a few pages are touched: what is not touched costs nothing.
+/// 64 GiB of which a few pages are touched: untouched pages cost nothing.
 #[test]
 fn much_memory_of_which_little_is_touched() {
     if let Some(why) = cannot_run() {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What the documents name is there, and the commands that they show do what they say.
+//! The names in the documents exist, and the commands in them do what they say.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -12,7 +12,8 @@ fn top() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().into()
 }
 
-/// The names between back-quotes in a cell: files, and with each the names that follow it.
+/// Returns the names between back-quotes in a cell, each with the content of the file named before
+/// it.
 fn named<'a>(cell: &'a str, row: &str) -> Vec<(String, &'a str)> {
     let (mut file, mut names) = (String::new(), Vec::new());
     for name in cell.split('`').skip(1).step_by(2) {
@@ -39,7 +40,7 @@ fn check_tests(cell: &str, row: &str) -> usize {
     names.len()
 }
 
-/// Each test that the table of failures names exists, as a test, in the file that it names.
+/// Each test in the table of failures exists, as a test, in the file given there.
 #[test]
 fn each_failure_has_its_test() {
     let document = fs::read_to_string(top().join("docs/failures.md")).unwrap();
@@ -81,7 +82,7 @@ fn each_invariant_has_its_links() {
     }
 }
 
-/// Runs a document's commands as a user would who has built the workspace and has a guest.
+/// Runs a document's commands as a user would, after building the workspace and with a guest.
 fn runs(name: &str, at_least: usize) {
     let blocks = blocks(&fs::read_to_string(top().join(name)).unwrap()).unwrap();
     assert!(blocks.len() >= at_least, "{name} has only {} blocks that run", blocks.len());

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The mixed run at the size of a small VM: 1 GiB of huge pages, and a disk with a real file system.
-//! In a test program of its own, since it takes all huge pages that the lab's machine has.
+//! The mixed run at the size of a small VM: 1 GiB of huge pages, and a disk with a real file
+//! system. It is a separate test program, because it takes all huge pages of the lab's machine.
 
 use std::path::Path;
 use std::time::Duration;
@@ -12,8 +12,8 @@ use demand_tests::scenario::{Disk, Scenario};
 
 const MEMORY: u64 = 1 << 30;
 
-/// The guest, the disk's back-end and the VMM want pages of the same 2M units at the same time; in
-/// the end a separate process compares every byte of memory and disk.
+/// The guest, the disk's back-end and the VMM access pages of the same 2M units at the same time;
+/// at the end a separate process compares every byte of memory and disk.
 #[test]
 fn a_gigabyte_arrives_in_all_orders() {
     if !can_run(Engine::KvmUserfault, BackingKind::Hugetlb2M, MEMORY) {

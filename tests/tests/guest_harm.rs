@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Guests that do the VMM harm by what they write to a device's registers, as fast as they can.
+//! Guests that try to harm the VMM by writing to a device's registers as fast as they can.
 
 use std::fs;
 use std::io::{PipeReader, Read, pipe};
@@ -20,7 +20,7 @@ const STATUS: u8 = 0x70;
 const FEATURES: u8 = 0x20;
 const FEATURES_SELECT: u8 = 0x24;
 
-/// Resets the device, and gives it up; and a write of one byte, which no register takes.
+/// Resets the device and marks it as failed; and a write of one byte, which no register accepts.
 const GIVE_UP: &[(u8, u32, bool)] = &[(STATUS, 0, true), (STATUS, 0x80, true), (STATUS, 0, false)];
 
 /// Starts the device without queues, and resets it.
@@ -33,10 +33,10 @@ const START: &[(u8, u32, bool)] = &[
     (STATUS, 15, true),
 ];
 
-/// Messages whose lines a pipe and the queue of the log cannot hold.
+/// More messages than a pipe and the log's queue can hold.
 const FLOOD: u64 = 40_000;
 
-/// A VM whose guest writes to registers, with a standard error that nobody reads.
+/// A VM whose guest writes to registers, with a standard error that is not read.
 struct Writer {
     vmm: Guarded,
     back_end: BackEnd,
@@ -67,12 +67,12 @@ impl Writer {
         Client::new(self.folder.path().join("api.sock"))
     }
 
-    /// Rounds that the guest has made, at least.
+    /// Returns a lower bound of the number of rounds that the guest has made.
     fn rounds(&self) -> u64 {
         fs::metadata(self.folder.path().join("console")).map_or(0, |file| file.len() * 256)
     }
 
-    /// Ends the VM; then all that it has written to standard error.
+    /// Shuts the VM down; returns everything that it has written to standard error.
     fn end(mut self) -> String {
         self.api().shutdown().unwrap();
         let status = self.vmm.wait(Duration::from_secs(20)).unwrap();
@@ -106,12 +106,12 @@ fn an_unread_log_holds_up_no_vcpu() {
     // Each round logs two lines.
     let vm = Writer::start(GIVE_UP, "debug");
     until("the guest makes its rounds", || vm.rounds() >= FLOOD);
-    // Nor a pause, a resume, or the end.
+    // A pause, a resume and the shutdown are not delayed either.
     vm.api().pause().unwrap();
     vm.api().resume().unwrap();
     let rounds = vm.rounds();
     until("the guest goes on", || vm.rounds() > rounds);
-    // What a pipe holds.
+    // The capacity of a pipe.
     let said = vm.end();
     assert!(said.len() <= 64 << 10, "{} bytes", said.len());
 }
@@ -134,18 +134,18 @@ fn a_pause_names_the_back_end_that_is_waited_for() {
         assert!(error.contains(words), "{error}");
     }
     drop(stopped);
-    // It goes on, as it would have without.
+    // It continues, as it would have without the pause.
     let rounds = vm.rounds();
     until("the guest goes on", || vm.rounds() > rounds);
     vm.api().pause().unwrap();
     vm.end();
 }
 
-/// Processes that stand still until this is dropped.
+/// Processes that are stopped until this is dropped.
 struct Stopped(Vec<i32>);
 
 impl Stopped {
-    /// A process and its children.
+    /// Stops a process and its children.
     fn all_of(id: u32) -> Self {
         let parent = format!("PPid:\t{id}");
         // Not by `children`, which a kernel may lack (CONFIG_PROC_CHILDREN).
@@ -163,7 +163,7 @@ impl Stopped {
 
     fn send(&self, signal: i32) {
         for id in &self.0 {
-            // SAFETY: a signal to a process of the test's own touches no memory of this one.
+            // SAFETY: a signal to one of the test's child processes accesses no memory of this one.
             unsafe { libc::kill(*id, signal) };
         }
     }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Limits of the process that are too low: each is named, and no signal ends a process.
+//! Process limits that are too low: each is named, and no signal ends a process.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -13,18 +13,18 @@ use demand_tests::refusal::{FAILED, HOST, Refusals};
 use demand_tests::sandbox::{Device, is_root, vmm_for_everybody, with_devices, with_limit};
 use demand_tests::tiny_kernel::pvh_kernel;
 
-/// A program that is copied cannot be run while a process is being started that has the copy open, as
-/// it has what this one opens; so one test at a time.
+/// A freshly copied program cannot be executed while a process that is being started inherits this
+/// process's open descriptor of the copy. So only one test runs at a time.
 static ALONE: Mutex<()> = Mutex::new(());
 
 fn alone() -> MutexGuard<'static, ()> {
     ALONE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The value that switches the machine off: the sleep type S5, and the bit that begins it.
+/// The value that turns the machine off: the sleep type S5, and the bit that starts the transition.
 const OFF: u8 = 5 << 2 | 1 << 5;
 
-/// A kernel that switches the machine off, as ACPI tells it to.
+/// Creates a kernel that turns the machine off through ACPI's register.
 fn off(folder: &Path) -> PathBuf {
     let port = demand_vmm::layout::POWER;
     // mov dx, port; mov al, value; out dx, al; jmp here
@@ -49,7 +49,7 @@ fn a_limit_that_is_too_low_is_named() {
     let folder = tempfile::tempdir().unwrap();
     let kernel = off(folder.path());
     let program = program("demand-vmm").unwrap();
-    // It runs as it is.
+    // It runs without a limit.
     let output = run(&mut vmm(&program, &kernel), Duration::from_secs(60)).unwrap();
     assert!(output.status.success(), "{output:?}");
     let mut refusals = Refusals::new();
@@ -80,7 +80,7 @@ fn threads_that_a_user_may_not_have_are_named() {
     let kernel = off(folder.path());
     let program = vmm_for_everybody(folder.path()).unwrap();
     let mut refusals = Refusals::new();
-    // A user that nobody else is: the limit counts all threads of his.
+    // A user without other processes: the limit counts all threads of a user.
     for most in [1, 3] {
         let mut command = vmm(&program, &kernel);
         with_limit(&mut command, libc::RLIMIT_NPROC, most);

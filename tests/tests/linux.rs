@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Linux guests, snapshotted at random moments under load and restored lazily: they prove by
-//! themselves that no byte is wrong, no request lost or repeated and no clock astray, and that
-//! their kernels have nothing to complain of.
+//! Linux guests, snapshotted at random moments under load and restored lazily: they verify by
+//! themselves that no byte is wrong, no request is lost or repeated, no clock is off, and that
+//! their kernels report no problem.
 //!
-//! `rust-vmm-ci/soak --snapshots` does what these tests do many times over: `LINUX_MOMENTS` is how
-//! many moments each engine and backing has, `LINUX_SEED` what the choices come from.
+//! `rust-vmm-ci/soak --snapshots` repeats these tests many times: `LINUX_MOMENTS` is the number of
+//! moments for each engine and backing, `LINUX_SEED` the seed of all choices.
 
 use std::fs::File;
 use std::hash::Hasher;
@@ -23,11 +23,12 @@ use guest_work::Journal;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
-/// Moments of one life: what a machine has room for, each a snapshot and a disk.
+/// Maximum number of moments in one life, limited by the machine's space: each is a snapshot and a
+/// disk.
 const IN_A_LIFE: u64 = 5;
-/// Until when the first moment is, which is in the boot as a rule, in milliseconds.
+/// Latest time of the first moment, which is usually during the boot, in milliseconds.
 const BOOT_MS: u64 = 3000;
-/// Until when the next one is, in milliseconds.
+/// Longest time to the next moment, in milliseconds.
 const NEXT_MS: u64 = 2500;
 
 const SHMEM: &str = "backing=shmem";
@@ -39,14 +40,14 @@ fn number(variable: &str) -> Option<u64> {
     std::env::var(variable).ok()?.parse().ok()
 }
 
-/// Has `f` run with the kernel that there is in the lab.
+/// Runs `f` with the kernel, if the lab provides it.
 fn test(kernel: Option<Kernel>, f: impl FnOnce(Kernel) -> Result<()>) {
     if let Some(kernel) = kernel {
         f(kernel).unwrap_or_else(|error| panic!("{error:#}"));
     }
 }
 
-/// Some moments of one life, all chosen by a seed.
+/// Moments of one life, all chosen by a seed.
 struct Plan {
     birth: Birth,
     engine: Engine,
@@ -56,8 +57,8 @@ struct Plan {
 }
 
 impl Plan {
-    /// Boots a guest, snapshots it in each moment, sees that it goes on as if nothing had been, and
-    /// then that each restored one does.
+    /// Boots a guest, snapshots it at each moment, checks that it continues unaffected, and then
+    /// that each restored one does.
     fn run(&self) -> Result<()> {
         let temporary = tempfile::tempdir()?;
         let at = |name: String| temporary.path().join(name);
@@ -105,14 +106,14 @@ fn comes_back(moment: &Moment, folder: &Path, rebirth: &Rebirth) -> Result<()> {
     ensure!(status.engine == rebirth.engine, "{status:?}");
     let report = life.finish()?;
     ensure!(report.guest.faults + report.kvm_internal.faults > 0, "{report:?}");
-    // Of one page of 1 GiB the back-end's first access brings in all.
+    // With a page of 1 GiB, the back-end's first access fetches all of it.
     if rebirth.fill == "off" && rebirth.memory != HUGETLB_1G {
         ensure!(report.fill.pages == 0 && report.time_to_complete_us == 0, "{report:?}");
     }
     Ok(())
 }
 
-/// What an engine and a backing are tried with: guests of all kinds in turn, from the `first` on.
+/// Tests an engine and a backing with guests of all kinds in turn, beginning with `first`.
 fn moments(engine: Engine, restored: &'static str, first: u64) {
     let (Some(image), Some(elf)) = (Kernel::lab(), Kernel::lab_elf()) else { return };
     if restored == SHMEM_THP && !transparent_huge_pages() {
@@ -186,7 +187,7 @@ fn birth(kernel: Kernel, cpus: u32, memory: &str) -> Birth {
     Birth { kernel, cpus, memory: memory.into(), journal: Journal::Ext4, net: false, reseeds: true }
 }
 
-/// One moment of one kind, for what takes too long or too much to be tried in all of them.
+/// Tests one moment of one kind, for combinations that are too slow or too large for all moments.
 fn one(birth: &Birth, engine: Engine, restored: &'static str) -> Result<()> {
     let temporary = tempfile::tempdir()?;
     let at = |name: &str| temporary.path().join(name);
@@ -214,13 +215,13 @@ fn kvm_userfault_on_hugetlb_1g() {
 #[test]
 fn debians_kernel() {
     test(Kernel::debian(), |kernel| {
-        // It has no driver for that.
+        // It has no driver for VMGENID.
         let birth = Birth { reseeds: false, ..birth(kernel, 4, "size=384M") };
         one(&birth, Engine::KvmUserfault, HUGETLB_2M)
     });
 }
 
-/// Keeps a directory from being written to, even by root.
+/// Makes a directory read-only, even for root.
 struct ReadOnly(PathBuf);
 
 impl ReadOnly {
@@ -245,7 +246,7 @@ fn mount(command: &[&str], paths: &[&Path]) -> Result<()> {
     Ok(())
 }
 
-/// A directory's files, with the size and a hash of each.
+/// Returns a directory's files, with the size and a hash of each.
 fn fingerprint(folder: &Path) -> Result<Vec<(PathBuf, u64, u64)>> {
     let mut files = Vec::new();
     for entry in std::fs::read_dir(folder)? {
@@ -266,8 +267,8 @@ fn fingerprint(folder: &Path) -> Result<Vec<(PathBuf, u64, u64)>> {
     Ok(files)
 }
 
-/// Snapshots of guests whose memory has not arrived, one from the other: each restored from the one
-/// before, with another engine or on other memory.
+/// A chain of snapshots of guests whose memory is still missing: each is restored from the previous
+/// one, with another engine or on other memory.
 #[test]
 fn a_chain_of_snapshots_while_still_lazy() {
     const LINKS: [(Engine, &str, &str); 5] = [
@@ -294,7 +295,7 @@ fn a_chain_of_snapshots_while_still_lazy() {
             if link == 0 {
                 first = Some(before);
             } else {
-                // Each snapshot stands for itself.
+                // Each snapshot is self-contained.
                 std::fs::remove_dir_all(before.snapshot())?;
             }
         }
@@ -310,11 +311,11 @@ fn a_chain_of_snapshots_while_still_lazy() {
     });
 }
 
-/// Restores a guest from a snapshot that cannot be written to, and takes the next one of it before
-/// its memory has arrived. Neither changes the former, nor does the latter make memory arrive.
+/// Restores a guest from a read-only snapshot, and takes the next one before the guest's memory has
+/// arrived. Neither operation changes the former snapshot, and the latter does not fetch memory.
 fn lazy_link(moment: &Moment, rebirth: &Rebirth, folder: &Path) -> Result<Moment> {
-    /// Pages that requests in flight may need, which are answered first: back-ends fetch 2 MiB for
-    /// each fault, and storage that takes its time has more of them in flight.
+    /// Pages that requests in flight may need, which are answered first: back-ends fetch 2 MiB per
+    /// fault, and with slow storage more of them are in flight.
     const NEEDED: u64 = 6 * 512;
     let before = fingerprint(&moment.snapshot())?;
     let read_only = ReadOnly::new(moment.snapshot())?;

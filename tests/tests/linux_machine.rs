@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The machine as Linux finds it: each way to reset it, timers for kernels without kvm-clock, and
-//! nothing that a stock kernel complains of.
+//! The machine as Linux sees it: each way to reset it, timers for kernels without kvm-clock, and no
+//! complaint of a stock kernel.
 
 use std::time::{Duration, Instant};
 
@@ -20,7 +20,7 @@ fn test(kernel: Option<Kernel>, f: impl FnOnce(&Kernel) -> Result<()>) {
     }
 }
 
-/// Types each command, after which the guest must begin anew.
+/// Types each command, after which the guest must reboot.
 fn begins_anew_by(guest: &mut Guest, commands: &[&str]) -> Result<()> {
     for command in commands {
         guest.type_line(command)?;
@@ -30,8 +30,8 @@ fn begins_anew_by(guest: &mut Guest, commands: &[&str]) -> Result<()> {
     Ok(())
 }
 
-/// Boots a guest, which resets itself by `first`; snapshots it, and restores it lazily, where it
-/// does so by `then`.
+/// Boots a guest, which resets itself by the commands in `first`; snapshots it, and restores it
+/// lazily, after which it resets itself by those in `then`.
 fn resets(kernel: &Kernel, words: &str, first: &[&str], then: &[&str]) -> Result<Vec<String>> {
     let folder = tempfile::tempdir()?;
     let at = |name: &str| folder.path().join(name);
@@ -49,8 +49,8 @@ fn resets(kernel: &Kernel, words: &str, first: &[&str], then: &[&str]) -> Result
     Ok(console)
 }
 
-/// As for the last one: with SVM, KVM puts the vCPU that faults three times in one back to where
-/// processors begin, and nothing is there.
+/// As for the last one: with SVM, KVM returns a vCPU after a triple fault to the reset vector,
+/// where no code is.
 #[test]
 fn each_way_to_reset_begins_anew() {
     test(Kernel::lab(), |kernel| {
@@ -60,19 +60,19 @@ fn each_way_to_reset_begins_anew() {
     });
 }
 
-/// The message of a kernel on every virtual machine with AMD's processors: its driver for their
-/// frequencies wants what only firmware of real ones can know.
+/// The message that a kernel prints on every virtual machine with AMD CPUs: its frequency driver
+/// needs information that only real firmware has.
 const SAID_OF_ALL: [&str; 1] = ["amd_pstate: the _CPC object is not present"];
 
-/// Messages that a stock kernel prints on the console from the level "warning" on, of which none
-/// may be about the machine.
+/// Returns the messages of a stock kernel on the console from the level "warning" on; none may
+/// concern this machine.
 fn complaints(console: &[String]) -> Vec<&String> {
     let of_the_kernel = |line: &&String| line.trim_start().starts_with('[') && line.contains("] ");
     let of_this_machine = |line: &&String| !SAID_OF_ALL.iter().any(|said| line.contains(said));
     console.iter().filter(of_the_kernel).filter(of_this_machine).collect()
 }
 
-/// Without a word on the command line about reboots: by itself, and as it panics.
+/// Without a reboot option on the command line: by request, and on panic.
 #[test]
 fn debians_kernel_reboots_and_does_not_complain() {
     test(Kernel::debian(), |kernel| {
@@ -83,33 +83,34 @@ fn debians_kernel_reboots_and_does_not_complain() {
     });
 }
 
-/// A guest that proves its clocks, its memory and its disk.
+/// Returns the task of a guest that verifies its clocks, its memory and its disk.
 fn proves() -> Work {
     Work::Prove(Prove { memory: 8 << 20, journal: Journal::Raw, beat_ms: 250, ..Prove::default() })
 }
 
-/// Waits for beats; returns the last one, after the guest's clock was seen to go as fast as the
-/// host's.
+/// Waits for beats and checks that the guest's clock runs as fast as the host's. Returns the last
+/// beat.
 fn keeps_time(guest: &mut Guest) -> Result<Beat> {
     let first = guest.wait_beats(1)?;
     let begun = Instant::now();
     let last = guest.wait_beats(6)?;
     let passed = begun.elapsed();
     let its = Duration::from_micros(last.mono_us - first.mono_us);
-    // A beat may be heard late, the first as well as the last.
+    // A beat may be received late, both the first and the last.
     let most = Duration::from_millis(700);
     ensure!(its.abs_diff(passed) < most, "{its:?} passed in the guest, and here {passed:?}");
     Ok(last)
 }
 
-/// Boots a guest that is told `words`, and restores it lazily. `clock` is what it tells the time by.
+/// Boots a guest with `words` on its command line, and restores it lazily. `clock` is its expected
+/// clock source.
 fn clock_goes_on(kernel: &Kernel, words: &str, cpus: u64, clock: &str) -> Result<()> {
     let folder = tempfile::tempdir()?;
     let at = |name: &str| folder.path().join(name);
     std::fs::File::create(at("disk"))?.set_len(24 << 20)?;
     let mut config = config(2, "size=192M", &[]);
     config.disks = vec![DiskOption::new(at("disk"))];
-    // A time of day, which such a kernel finds none of.
+    // The time of day, which a kernel without kvm-clock cannot determine.
     let words = format!("{words} epoch=1800000000");
     let mut guest = Guest::boot_with(&at("first"), kernel, &proves(), &words, &config)?;
     let (found, source) = guest.wait_for(|line| match line {
@@ -130,15 +131,16 @@ fn clock_goes_on(kernel: &Kernel, words: &str, cpus: u64, clock: &str) -> Result
     Ok(())
 }
 
-/// A machine whose processor is emulated is too slow for a kernel to find out the TSC's frequency: it
-/// reads a timer and the TSC together within some microseconds. The lab's own kernel is told it, too.
+/// Returns the option that gives the kernel the TSC's frequency. A machine with an emulated CPU is
+/// too slow for calibration: a kernel reads a timer and the TSC together within some microseconds.
+/// The lab's own kernel gets the option, too.
 fn told_frequency() -> Result<String> {
     let line = std::fs::read_to_string("/proc/cmdline")?;
     let word = line.split_whitespace().find(|word| word.starts_with("tsc_early_khz="));
     Ok(word.context("the lab's kernel is not told the TSC's frequency")?.to_owned())
 }
 
-/// Without a timer that takes the TSC's frequency for known; see [`told_frequency`].
+/// Disables the timer that treats the TSC's frequency as known; see [`told_frequency`].
 const BY_APIC: &str = "lapic=notscdeadline";
 
 #[test]
@@ -155,7 +157,7 @@ fn kernel_without_paravirtualization_keeps_time_by_tsc() {
     });
 }
 
-/// Its interrupts are the PICs', those of the disk as well.
+/// Its interrupts come through the PICs, including those of the disk.
 #[test]
 fn kernel_without_io_apic_boots() {
     let words = format!("nosmp no-kvmclock clocksource=acpi_pm {BY_APIC}");

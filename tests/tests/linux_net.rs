@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Linux guests with a network card before DPDK's testpmd: a back-end that is not the project's
-//! own, that polls, and that offers post-copy. They are snapshotted while echoes are under way, and
-//! restored lazily before another testpmd. `linux.rs` does so in many moments.
+//! Linux guests with a network card served by DPDK's testpmd: a foreign back-end that polls and
+//! offers post-copy. They are snapshotted while echoes are in flight, and restored lazily with
+//! another testpmd. `linux.rs` does so at many moments.
 
 use std::path::Path;
 
@@ -15,7 +15,7 @@ use guest_work::Journal;
 const SHMEM: &str = "backing=shmem";
 const HUGETLB_2M: &str = "backing=hugetlb-2m";
 
-/// Has `f` run in the lab, with a guest that works and a folder for what becomes of it.
+/// Runs `f` in the lab, with a working guest and a folder for its snapshots.
 fn test(journal: Journal, f: impl FnOnce(Life, &Path) -> Result<()>) {
     let Some(kernel) = Kernel::lab() else { return };
     let birth =
@@ -29,7 +29,7 @@ fn test(journal: Journal, f: impl FnOnce(Life, &Path) -> Result<()>) {
     run().unwrap_or_else(|error| panic!("{error:#}"));
 }
 
-/// Restores the guest with no page of its memory, and none that comes unless it is touched.
+/// Restores the guest with all its memory missing, and without background fill.
 fn restore(moment: &Moment, folder: &Path, engine: Engine, memory: &'static str) -> Result<Life> {
     restore_with(CardOption::default(), moment, folder, engine, memory)
 }
@@ -56,8 +56,8 @@ fn still_lazy(report: &Report, engine: Engine) -> Result<()> {
     Ok(())
 }
 
-/// With no disk, the back-ends' faults are testpmd's alone. That has locked all of its memory, as it
-/// does unless it is told not to, and so has touched the guest's before its accesses are trapped.
+/// Without a disk, testpmd is the only back-end that faults. It has locked all its memory, as it
+/// does by default, and so has touched the guest's memory before its accesses are trapped.
 fn alone_and_locked(engine: Engine, memory: &'static str) {
     test(Journal::None, |mut life, folder| {
         let moment = life.stop_at(&folder.join("moment"))?;
@@ -78,8 +78,8 @@ fn alone_and_locked_with_uffd_on_shmem() {
     alone_and_locked(Engine::Uffd, SHMEM);
 }
 
-/// The guest that was snapshotted goes on with the testpmd that it had, and the restored one is
-/// snapshotted while most of its memory is missing.
+/// The snapshotted guest continues with its testpmd, and the restored one is snapshotted while most
+/// of its memory is missing.
 #[test]
 fn beside_a_disk_in_a_chain_of_snapshots() {
     test(Journal::Ext4, |mut life, folder| {
@@ -99,8 +99,8 @@ fn beside_a_disk_in_a_chain_of_snapshots() {
     });
 }
 
-/// Post-copy ends while echoes are under way. Then it goes on before a testpmd that has none, which
-/// sees memory when all of it is there.
+/// Post-copy ends while echoes are in flight. Then the guest is restored with a testpmd without
+/// post-copy, which sees memory only when all of it is present.
 #[test]
 fn until_all_is_there_and_then_without_postcopy() {
     test(Journal::Ext4, |mut life, folder| {

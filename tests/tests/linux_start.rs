@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What the start of a Linux guest costs: no more with more memory, and an idle one touches little.
+//! The cost of starting a Linux guest: it does not grow with memory, and an idle guest touches
+//! little.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -11,17 +12,18 @@ use demand_vmm::api::{Go, State};
 use demand_vmm::report::{Report, size};
 use guest_work::Work;
 
-/// Sizes of memory that are compared. The kernel uses the same of both.
+/// The sizes of memory to compare. The kernel uses the same amount of both.
 const SIZES: [&str; 2] = ["256M", "64G"];
-/// What the guest's kernel takes of its memory: the rest is never touched.
+/// Limits the memory that the guest's kernel uses: the rest is never touched.
 const USED: &str = "mem=256M";
 
-/// Runs of each size whose medians are compared, and where other load has spoiled these, minima of
-/// so many more.
+/// Number of runs of each size whose medians are compared, and number of further runs whose minima
+/// are compared if other load has distorted the medians.
 const RUNS: usize = 7;
 const MORE_RUNS: usize = 15;
 
-/// Resident memory of a VMM whose guest begins may be so much, in bytes, and what was touched.
+/// Limit of a VMM's resident memory when its guest starts, in bytes, excluding touched guest
+/// memory.
 const RESIDENT: u64 = 64 << 20;
 
 fn config(cpus: u32, memory: &str, more: &[&str]) -> GuestConfig {
@@ -29,7 +31,7 @@ fn config(cpus: u32, memory: &str, more: &[&str]) -> GuestConfig {
     GuestConfig { cpus, memory: memory.into(), more, ..GuestConfig::default() }
 }
 
-/// A guest that was up once.
+/// Takes a snapshot of a guest that has booted.
 fn snapshot(kernel: &Kernel, folder: &Path, cpus: u32, size: &str) -> Result<PathBuf> {
     let config = config(cpus, &format!("size={size},reserve=off"), &[]);
     let at = folder.join(format!("{size}-{cpus}"));
@@ -41,17 +43,17 @@ fn snapshot(kernel: &Kernel, folder: &Path, cpus: u32, size: &str) -> Result<Pat
     Ok(at)
 }
 
-/// How a guest began.
+/// Measurements of a guest's start.
 struct Start {
     /// Microseconds from the process's start to the guest's first instruction.
     first_us: u64,
-    /// Resident memory of the VMM then, in bytes.
+    /// Resident memory of the VMM at that time, in bytes.
     resident: u64,
-    /// Bytes of the guest's memory that had arrived then.
+    /// Bytes of the guest's memory present at that time.
     touched: u64,
 }
 
-/// A number of /proc/PID/FILE, in bytes.
+/// Returns a number in /proc/PID/FILE, in bytes.
 fn of_proc(id: u32, file: &str, name: &str) -> Result<u64> {
     let text = std::fs::read_to_string(format!("/proc/{id}/{file}"))?;
     let line = text.lines().find_map(|line| line.strip_prefix(name)).context("no such line")?;
@@ -59,7 +61,7 @@ fn of_proc(id: u32, file: &str, name: &str) -> Result<u64> {
     Ok(kib.trim().parse::<u64>().with_context(|| format!("{name}: {line}"))? << 10)
 }
 
-/// Waits until the guest runs, and stops it at once.
+/// Waits until the guest runs, and pauses it at once.
 fn hold(guest: &Guest) -> Result<()> {
     let due = Instant::now() + Duration::from_secs(60);
     while !guest.api().status().is_ok_and(|status| status.state == State::Running) {
@@ -70,9 +72,9 @@ fn hold(guest: &Guest) -> Result<()> {
     Ok(())
 }
 
-/// Ends a guest that is held, and says how it began.
+/// Ends a paused guest, and returns the measurements of its start.
 fn end(mut guest: Guest) -> Result<Start> {
-    // Before it: the pages counted afterwards are no more.
+    // Read first: the pages counted afterwards are then an upper bound.
     let touched = guest.api().status()?.pages_present * PAGE_SIZE;
     let resident = of_proc(guest.id(), "smaps_rollup", "Rss")?;
     guest.api().shutdown()?;
@@ -104,7 +106,7 @@ fn minimum(numbers: Vec<u64>) -> u64 {
     numbers.into_iter().min().unwrap_or(0)
 }
 
-/// Starts guests of both sizes in turn and compares them.
+/// Starts guests of both sizes alternately and compares them.
 fn alike(what: &str, start: impl Fn(usize) -> Result<Start>) -> Result<()> {
     let mut starts = [Vec::new(), Vec::new()];
     for (runs, of, name) in
@@ -169,7 +171,7 @@ fn a_booted_guest_begins_no_later_with_more_memory() {
     alike("run", |size| booted(folder.path(), &kernel, SIZES[size])).unwrap();
 }
 
-/// What an idle guest touches of 1 GiB, in the seconds after it was restored.
+/// Measures how much of 1 GiB an idle guest touches in the seconds after its restore.
 fn idle_touches_little(kernel: &Kernel, cpus: u32) -> Result<()> {
     const WATCHED: Duration = Duration::from_secs(10);
     let folder = tempfile::tempdir()?;

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The VMM against back-ends that mean it ill: whatever one does, the VMM ends with one clear line,
-//! or runs to its end with memory as it must be. It never dies of a signal, never panics, never
-//! spins, and never hangs.
+//! The VMM against malicious back-ends: whatever a back-end does, the VMM ends with one clear line,
+//! or runs to its end with correct memory. It never dies of a signal, panics, spins or hangs.
 
 #[path = "../../crates/demand-vhost/examples/malicious/deed.rs"]
 mod deed;
@@ -19,23 +18,23 @@ use demand_tests::host::{free_units, is_lab, skip};
 use demand_tests::process::{Guarded, Measured, example, program, run, run_measured};
 use test_support::wait::listens;
 
-/// Longer than the VMM's patience with a back-end, which is 30 seconds.
+/// Longer than the VMM's time limit for a back-end, which is 30 seconds.
 const LIMIT: Duration = Duration::from_secs(100);
 
-/// Processor time that a run may take; the lab's processor is emulated.
+/// Returns the limit of processor time for a run; the lab's processor is emulated.
 fn cpu_limit(deed: Deed) -> Duration {
     let floods = matches!(deed, Deed::Memory(Mischief::Flood | Mischief::FloodOutside));
     let seconds = if is_lab() { 15 } else { 2 };
-    // Each fault of a flood is served, by two threads, for as long as it lasts.
+    // Two threads serve each fault of a flood, for as long as it lasts.
     Duration::from_secs(seconds + if floods { 6 } else { 0 })
 }
 
-/// What must come of it.
+/// The expected outcome.
 #[derive(Debug, PartialEq, Eq)]
 enum Expected {
     /// The back-end does no harm: memory and disk were compared, and are right.
     Success,
-    /// The last line has this in it.
+    /// The last line contains this text.
     Line(&'static str),
 }
 
@@ -49,7 +48,7 @@ fn expected(deed: Deed) -> Expected {
         Deed::Uffd(Sent::Dead) => Line("unless the process has ended"),
         Deed::Uffd(Sent::Raw) => Line("never initialised"),
         Deed::Uffd(_) => Line("not a userfaultfd"),
-        // There is one region. What is wrong with the others shows in their own faults only.
+        // With a single region, errors in other regions affect only the back-end's own faults.
         Deed::Base(Base::Overlap | Base::TooFew | Base::Another | Base::Moving) => Success,
         Deed::Base(Base::Echo) => Line("names our address"),
         Deed::Base(Base::Unaligned) => Line("no multiple"),
@@ -57,13 +56,13 @@ fn expected(deed: Deed) -> Expected {
         Deed::Base(Base::Zero) => Line("no address of a mapping"),
         Deed::Base(Base::Unmapped | Base::Private) => Line("trap accesses"),
         Deed::Base(Base::OtherRegions) => Line("invalid message"),
-        // A device may write guest memory, but who checks it notices.
+        // A device may write guest memory, but a verifier detects it.
         Deed::Memory(Mischief::Punch | Mischief::Scribble) => Line(" memory "),
         Deed::Memory(_) => Success,
         // No answer is expected there, and none is read after that one.
         Deed::At(Wrong::Long | Wrong::Twice, Step::GetVringBase) => Success,
         Deed::At(Wrong::Refuse, Step::Begin | Step::GetVringBase) => Success,
-        // Twenty bytes take twenty seconds, and there are thirty.
+        // Twenty bytes take twenty seconds, within the limit of thirty.
         Deed::At(Wrong::Trickle, Step::GetFeatures) => Success,
         Deed::At(Wrong::HangUp, _) => Line("closed the connection"),
         Deed::At(Wrong::Silent | Wrong::Half | Wrong::Trickle, _) => Line("no answer within"),
@@ -91,7 +90,7 @@ fn expected(deed: Deed) -> Expected {
     }
 }
 
-/// Images, and what memory is made of.
+/// Images, and the kind of memory.
 struct Setting {
     folder: tempfile::TempDir,
     engine: &'static str,
@@ -113,7 +112,7 @@ impl Setting {
         self.folder.path().join(name)
     }
 
-    /// A back-end that will do this.
+    /// Starts a back-end that commits this deed.
     fn back_end(&self, deed: Deed) -> (Guarded, PathBuf) {
         let socket = self.path(&format!("{deed}.sock"));
         let mut command = Command::new(example("malicious").unwrap());
@@ -128,7 +127,7 @@ impl Setting {
         (process, socket)
     }
 
-    /// The VMM, which has its guest ask for so much of the disk.
+    /// Returns the VMM's command, with a guest that makes `requests` requests to the disk.
     fn vmm(&self, socket: &std::path::Path, requests: u32) -> Command {
         let mut command = Command::new(program("demand-vmm").unwrap());
         command.arg("run").arg("--source").arg(self.path("memory.img"));
@@ -142,12 +141,12 @@ impl Setting {
         command
     }
 
-    /// What is wrong with how the VMM takes it.
+    /// Runs the VMM against a deed; an error describes any unexpected reaction.
     fn check(&self, deed: Deed) -> Result<Measured, String> {
         let (mut back_end, socket) = self.back_end(deed);
         let measured = run_measured(&mut self.vmm(&socket, 0), LIMIT)
             .map_err(|error| format!("{deed}: {error:#}"))?;
-        // With the VMM gone it ends by itself, and has looked at what lies beside its mappings.
+        // After the VMM's end it ends by itself, having checked the memory beside its mappings.
         let status = back_end.wait(LIMIT).map_err(|error| format!("{deed}: {error}"))?;
         let Measured { status: ended, stderr, cpu, .. } = &measured;
         let said = stderr.trim_end();
@@ -173,7 +172,7 @@ impl Setting {
                 }
             }
         }
-        // A thread that touches what it has given away may end it.
+        // A thread that touches memory that was unmapped may end the process.
         let moves = [Deed::Memory(Mischief::Unmap), Deed::Base(Base::Moving)].contains(&deed);
         if !status.success() && !moves {
             return wrong(&format!("the back-end ended with {status}"));
@@ -181,7 +180,7 @@ impl Setting {
         Ok(measured)
     }
 
-    /// Checks them all, so many at once.
+    /// Checks all of them, `at_once` at a time.
     fn check_all(&self, deeds: impl IntoIterator<Item = Deed>, at_once: usize) {
         let deeds: Vec<_> = deeds.into_iter().collect();
         let deeds = Mutex::new(deeds.into_iter());
@@ -215,7 +214,7 @@ impl Setting {
     }
 }
 
-/// Whether the VMM has to wait until its patience ends.
+/// Returns whether the VMM must wait for its full time limit.
 fn takes_long(deed: &Deed) -> bool {
     matches!(deed, Deed::At(Wrong::Trickle, _))
         || expected(*deed) == Expected::Line("no answer within")
@@ -246,7 +245,7 @@ fn no_memory_or_userfaultfd_of_a_back_end_does_harm() {
 fn nor_on_huge_pages() {
     let Some(_) = on_shmem() else { return };
     let backing = BackingKind::Hugetlb2M;
-    // Four at a time, of four pages each.
+    // Four at a time, with four pages each.
     let free = free_units(backing);
     if free < 16 {
         return skip(&format!("16 pages of {backing} are needed, {free} are free"));
@@ -255,7 +254,7 @@ fn nor_on_huge_pages() {
     setting.check_all(Deed::all().filter(|deed| !matches!(deed, Deed::At(..))), 4);
 }
 
-/// Silence at each step, answers that stop in the middle, and answers that take for ever.
+/// Silence at each step, replies that stop in the middle, and replies that never end.
 #[test]
 fn patience_has_an_end() {
     let Some(setting) = on_shmem() else { return };
@@ -272,8 +271,8 @@ fn patience_has_an_end() {
     setting.check_all(deeds, at_once);
 }
 
-/// A disk that answers no request is the guest's to complain of: the VMM goes on, in peace, and
-/// can tell when the back-end is gone.
+/// A disk that answers no request is a problem for the guest: the VMM keeps running, and detects
+/// the end of the back-end.
 #[test]
 fn a_disk_that_does_nothing() {
     let Some(setting) = on_shmem() else { return };

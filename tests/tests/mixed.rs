@@ -10,15 +10,15 @@ use demand_tests::cannot_run;
 use demand_tests::host::{free_units, skip, transparent_huge_pages};
 use demand_tests::scenario::Scenario;
 
-/// Rounds of each combination; one, unless `rust-vmm-ci/soak` asks for more.
+/// Returns the number of rounds of each combination; one, unless `rust-vmm-ci/soak` requests more.
 fn rounds() -> u64 {
     std::env::var("MIXED_ROUNDS").ok().and_then(|text| text.parse().ok()).unwrap_or(1)
 }
 
-/// Pages of 1 GiB are few: one test at a time has one.
+/// Pages of 1 GiB are few: only one test at a time has one.
 static GIGANTIC: Mutex<()> = Mutex::new(());
 
-/// What the guest's memory is made of.
+/// The kind of the guest's memory.
 #[derive(Clone, Copy, PartialEq)]
 enum Memory {
     Shmem,
@@ -59,7 +59,7 @@ fn mixed(engine: Engine, memory: Memory, cpus: u32) {
         let mut scenario = Scenario::mixed(engine.name(), backing, cpus, 100 + round);
         scenario.thp = memory == Memory::ShmemWithThp;
         if gigantic {
-            // The test guest needs no more of it than of the others.
+            // The test guest uses no more of it than of the others.
             (scenario.memory, scenario.window) = (1 << 30, Some(scenario.memory));
         }
         let report =
@@ -67,7 +67,7 @@ fn mixed(engine: Engine, memory: Memory, cpus: u32) {
         assert_eq!(report.engine, engine.name());
         let guest = if engine == Engine::Uffd { backing.unit() } else { 4096 };
         let back_end = backing.unit().max(2 << 20);
-        // With one unit, whoever comes first is the only one to fault on it.
+        // With a single unit, only the first actor to access it faults.
         if !gigantic || report.guest.faults > 0 {
             assert_eq!(report.guest.granularity_bytes, guest, "{report:?}");
         }

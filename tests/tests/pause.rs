@@ -24,19 +24,19 @@ use test_support::wait::until;
 use vm_memory::GuestAddress;
 
 const SIZE: u64 = 16 << 20;
-/// Within this a kick reaches a vCPU wherever it is, on a busy machine as well.
+/// Time limit for a kick to reach a vCPU, on a busy machine as well.
 const SOON: Duration = Duration::from_secs(2);
 
-/// What is said by vCPUs and by their guest.
+/// Events from vCPUs and from their guest.
 #[derive(Debug)]
 enum Said {
     Vcpu(VcpuEvent),
     Port(PortWrite),
 }
 
-/// A guest whose vCPUs read and write all of its memory, ready to run.
+/// A guest whose vCPUs read and write all its memory, ready to run.
 struct Guest {
-    // In the order in which it is taken down.
+    // In drop order.
     vcpus: Vcpus,
     say: Sender<Said>,
     events: Receiver<Said>,
@@ -51,7 +51,7 @@ struct Guest {
 }
 
 impl Guest {
-    /// One of that engine and backing, or none if this host cannot have it.
+    /// Creates a guest with this engine and backing; `None` if this host cannot run it.
     fn new(engine: Engine, backing: BackingKind, cpus: u32) -> Option<Self> {
         if !can_run(engine, backing, SIZE) {
             return None;
@@ -126,7 +126,7 @@ impl Guest {
         self.stats.pages_arrived()
     }
 
-    /// All vCPUs come to their end, having seen what they must.
+    /// Checks that all vCPUs complete their programs, with the expected values.
     #[track_caller]
     fn comes_to_its_end(&mut self) {
         let mut left = self.cpus;
@@ -143,7 +143,7 @@ impl Guest {
         }
     }
 
-    /// vCPUs wait for pages that do not come.
+    /// Makes vCPUs wait for pages that do not arrive.
     fn wait_for_pages(&mut self) {
         self.lose_source();
         self.run();
@@ -152,8 +152,8 @@ impl Guest {
     }
 }
 
-/// Whether KVM runs the guest's instructions itself. Its accesses are the kernel's own then, and
-/// under `uffd` a vCPU that waits for a page waits where no kick reaches it.
+/// Returns whether KVM emulates the guest's instructions. Its accesses are then the kernel's own,
+/// and under `uffd` a kick cannot reach a vCPU that waits for a page.
 fn is_out_of_reach(engine: Engine) -> bool {
     engine == Engine::Uffd && demand_kvm::probe().virtualization == Virtualization::Emulated
 }
@@ -163,14 +163,14 @@ fn waiting_vcpus_are_paused_and_resumed(engine: Engine, backing: BackingKind) {
     guest.wait_for_pages();
     let paused = guest.vcpus.pause(SOON);
     if is_out_of_reach(engine) {
-        // It is said which vCPUs are still inside, and they stay out once they come.
+        // The error names the vCPUs that are still inside, and they park once they leave.
         let stuck = paused.unwrap_err();
         assert!(!stuck.cpus.is_empty() && stuck.to_string().contains("source"), "{stuck}");
         guest.restore_source();
         guest.vcpus.pause(SOON).unwrap();
     } else {
         paused.unwrap();
-        // The pages arrive now, but nobody goes on.
+        // The pages arrive now, but no vCPU continues.
         let waited_for = guest.arrived();
         guest.restore_source();
         until("they arrive", || guest.arrived() > waited_for);
@@ -192,8 +192,9 @@ fn running_vcpus_are_paused_many_times(engine: Engine, backing: BackingKind) {
         guest.vcpus.pause(SOON).unwrap();
         let paused = guest.arrived();
         std::thread::sleep(Duration::from_millis(10));
-        // What each waited for still arrives, and no more. A page that the service maps is counted
-        // after that, so the one before may be among those that are counted now.
+        // The page that each vCPU waited for still arrives, but no further ones. A page that the
+        // service maps is counted only afterwards, so the previous one may be among those counted
+        // now.
         let more = guest.arrived() - paused;
         let each = if engine == Engine::Uffd { 2 * backing.unit() / PAGE_SIZE } else { 1 };
         assert!(more <= u64::from(guest.cpus) * each, "a paused guest wanted {more} pages");

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! `demand-vmm probe` says what this host can do, as it is, and what to change.
+//! `demand-vmm probe` reports what this host supports, and what to change.
 
 use std::process::Command;
 use std::time::Duration;
@@ -12,7 +12,7 @@ use demand_tests::process::{program, run};
 use demand_tests::sandbox::{Device, is_root, vmm_for_everybody, with_devices};
 use serde_json::Value;
 
-/// What the program prints, which is a success whatever it finds.
+/// Returns the program's output; it succeeds whatever it finds.
 fn printed(command: &mut Command) -> String {
     let output = run(command, Duration::from_secs(60)).unwrap();
     assert!(output.status.success(), "{}", output.stderr);
@@ -29,7 +29,7 @@ fn as_json(command: &mut Command) -> Value {
     serde_json::from_str(&printed(command.arg("--json"))).unwrap()
 }
 
-/// The steps that are advised.
+/// Returns the advised steps.
 fn steps(report: &Value) -> Vec<&str> {
     let advice = report["advice"].as_array().unwrap();
     advice.iter().map(|advice| advice["step"].as_str().unwrap()).collect()
@@ -48,7 +48,7 @@ fn the_report_is_what_the_crates_say() {
     assert_eq!(report["userfaultfd"]["features"], serde_json::to_value(names).unwrap());
     for (backing, kind) in report["backings"].as_array().unwrap().iter().zip(BackingKind::ALL) {
         assert_eq!(backing["pageable"], uffd.can_page(kind), "{backing}");
-        // Tests of other programs may take some meanwhile, but none that are not there.
+        // Tests of other programs may take some meanwhile, but no more than exist.
         let (free, total) = (backing["free_units"].as_u64(), backing["total_units"].as_u64());
         assert_eq!((free.is_some(), free <= total), (kind != BackingKind::Shmem, true));
     }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Memory of any size around the hole for devices: guest, back-end and VMM on both sides of it,
-//! with rings and buffers in all windows; and nothing but the windows ever arrives.
+//! with rings and buffers in all windows; and no memory outside the windows ever arrives.
 
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, mpsc};
@@ -22,8 +22,8 @@ const G: u64 = 1 << 30;
 const WINDOW: u64 = 32 * M;
 const PAGES: u64 = WINDOW / 4096;
 
-/// A mixed run in a window of a VM of `size` bytes. The separate process that verifies it looks at
-/// every byte of the window, and sees that no other page of memory exists.
+/// A mixed run in a window of a VM of `size` bytes. The separate process that verifies it compares
+/// every byte of the window, and checks that no other page of memory exists.
 fn run(engine: Engine, backing: BackingKind, size: u64) {
     if let Some(why) = cannot_run() {
         return skip(&why);
@@ -99,8 +99,8 @@ fn shmem_on_both_sides_of_the_hole_kvm_userfault() {
     run(Engine::KvmUserfault, BackingKind::Shmem, 5 * G);
 }
 
-/// Fills a machine of two small regions, on both sides of the hole, and sees that it is complete
-/// only when both are, and that nothing of demand paging is left then.
+/// Fills a machine with two small regions, on both sides of the hole, and checks that it is
+/// complete only when both are, and that no part of demand paging remains then.
 fn fill(engine: EngineChoice, backing: BackingKind) {
     const SIZE: u64 = 4 * M;
     if let Some(why) = cannot_run() {
@@ -146,7 +146,7 @@ fn fill(engine: EngineChoice, backing: BackingKind) {
     assert!(complete.recv_timeout(A_WHILE).is_err(), "one region is not all of memory");
     assert!(machine.finish().is_err(), "half of the pages are missing");
     assert!(machine.slots().iter().all(|slot| slot.is_trapping() == trapping));
-    // And another creates the second region's huge pages; the first's are all there.
+    // Another one creates the second region's huge pages; the first region's are all present.
     let left = if backing == BackingKind::Shmem { 1 } else { 2 };
     until("one userfaultfd serves all regions", || userfaultfds() == left);
 
@@ -163,14 +163,15 @@ fn fill(engine: EngineChoice, backing: BackingKind) {
     }
 }
 
-/// Userfaultfds that this process has open; other tests open one for a moment, to probe.
+/// Returns the number of userfaultfds that this process has open; other tests open one for a
+/// moment, to probe.
 fn userfaultfds() -> usize {
     let links = std::fs::read_dir("/proc/self/fd").unwrap().flatten();
     let names = links.filter_map(|link| std::fs::read_link(link.path()).ok());
     names.filter(|name| name.to_string_lossy().contains("[userfaultfd]")).count()
 }
 
-// One after the other: they count the process's userfaultfds.
+// One after the other, because they count the process's userfaultfds.
 #[test]
 fn fill_completes_both_regions_and_takes_demand_paging_away() {
     fill(EngineChoice::Only(Engine::Uffd), BackingKind::Shmem);

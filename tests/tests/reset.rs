@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A guest that asks for a reset begins anew, in the same VM.
+//! A guest that requests a reset boots again, in the same VM.
 
 use std::time::{Duration, Instant};
 
@@ -8,7 +8,7 @@ use demand_tests::guest::{DiskOption, Guest, GuestConfig, Kernel};
 use demand_vmm::api::{Go, State};
 use guest_work::Work;
 
-/// On the same devices; also in a guest that was restored and whose memory has not all arrived.
+/// With the same devices; also in a restored guest whose memory is partly missing.
 #[test]
 fn a_reset_begins_anew() {
     let Some(kernel) = Kernel::lab() else { return };
@@ -34,7 +34,7 @@ fn begins_anew(kernel: &Kernel) -> Result<()> {
     config.memory = String::new();
     config.more = vec!["--fill".into(), "off".into()];
     let mut guest = Guest::restore(&at("second"), &at("snapshot"), &config)?;
-    // The kernel comes from the snapshot, whatever becomes of that.
+    // The kernel comes from the snapshot, even if that is removed.
     let due = Instant::now() + Duration::from_secs(60);
     while guest.api().status().map_or(true, |status| status.state == State::Starting) {
         ensure!(Instant::now() < due, "it does not begin; {}", guest.story());

@@ -18,8 +18,8 @@ const SMALL: u64 = 256 << 20;
 const LARGE: u64 = 64 << 30;
 const WINDOW: u64 = 8 << 20;
 
-/// Pairs of runs whose medians are compared; where other load has spoiled these, minima of so many
-/// more.
+/// Number of pairs of runs whose medians are compared, and number of further pairs whose minima are
+/// compared if other load has distorted the medians.
 const PAIRS: usize = 11;
 const MORE_PAIRS: usize = 30;
 
@@ -32,7 +32,7 @@ fn make_image(folder: &Path, size: u64) -> PathBuf {
     image
 }
 
-/// From the process's start to its first instruction, in microseconds.
+/// Returns the time from the process's start to its first instruction, in microseconds.
 fn time_to_first_instruction(image: &Path, size: u64, backing: BackingKind) -> u64 {
     let mut command = Command::new(program("demand-vmm").unwrap());
     command.arg("run").arg("--source").arg(image).arg("--json");
@@ -45,8 +45,8 @@ fn time_to_first_instruction(image: &Path, size: u64, backing: BackingKind) -> u
     report.time_to_first_instruction_us
 }
 
-/// What KVM takes to make memslots of so many bytes, in microseconds. A KVM that has no
-/// second stage of translation keeps a word for each page: it is its own, and nobody can help it.
+/// Returns the time that KVM takes to create memslots of this size, in microseconds. A KVM without
+/// a second stage of translation keeps a word for each page; the project cannot avoid that cost.
 fn time_of_slots(size: u64) -> u64 {
     let vm = Arc::new(open_kvm().unwrap().create_vm().unwrap());
     let regions = place(size).into_iter().map(|region| {
@@ -64,7 +64,7 @@ fn time_of_slots(size: u64) -> u64 {
     took
 }
 
-/// Microseconds of runs, and of KVM's part in the larger ones.
+/// Run times in microseconds, and KVM's part in the larger ones.
 #[derive(Default)]
 struct Times {
     small: Vec<u64>,
@@ -81,7 +81,7 @@ impl Times {
         }
     }
 
-    /// Whether the large ones took no longer, by this measure of many times.
+    /// Returns whether the large ones took no longer, by this statistic.
     fn are_alike(&self, what: &str, of: impl Fn(&[u64]) -> u64) -> bool {
         let (small, large, slots) = (of(&self.small), of(&self.large), of(&self.slots));
         println!(
@@ -89,8 +89,9 @@ impl Times {
              {slots} us longer",
             self.small.len()
         );
-        // The lab's KVM has a second stage: there nothing is excused. Elsewhere it is half as much
-        // again as memslots take by themselves: nobody can say what they take in a run.
+        // The lab's KVM has a second stage, so no allowance applies there. Elsewhere the allowance
+        // is one and a half times the cost of memslots by themselves, because their cost within a
+        // run is unknown.
         large <= small * 12 / 10 + if is_lab() { 0 } else { slots * 3 / 2 }
     }
 }

@@ -14,11 +14,11 @@ use demand_tests::can_run;
 use demand_tests::process::Guarded;
 use demand_tests::scenario::{Scenario, System};
 
-/// Long enough for an end on a busy machine. Without traffic it takes milliseconds; where the
-/// kernel holds a vCPU, as long as the VMM waits for it.
+/// Time limit for an end on a busy machine. Without load it takes milliseconds; if the kernel
+/// blocks a vCPU, as long as the VMM waits for it.
 const SOON: Duration = Duration::from_secs(20);
 
-/// A run whose end is asked for.
+/// A run to be ended by a signal.
 struct Run {
     folder: tempfile::TempDir,
     system: System,
@@ -35,8 +35,8 @@ impl Run {
         Run { vmm: Guarded::spawn(&mut command).unwrap(), system, folder }
     }
 
-    /// Sends a signal and waits: whatever the run was doing, it ends, says why in its last line,
-    /// and leaves nothing behind. Returns whether the run was over before the signal.
+    /// Sends a signal and waits: whatever the run was doing, it ends, gives the reason in its last
+    /// line, and leaves nothing behind. Returns whether the run was over before the signal.
     #[track_caller]
     fn ends_by(mut self, signal: libc::c_int, name: &str) -> bool {
         let id = self.vmm.id();
@@ -46,7 +46,7 @@ impl Run {
         let mut said = String::new();
         self.vmm.child().stderr.take().unwrap().read_to_string(&mut said).unwrap();
         let over = status.success();
-        // Before it has begun to listen for signals, it ends as any process does.
+        // Before it listens for signals, it ends as any process does.
         let not_begun = status.signal() == Some(signal) && said.is_empty();
         if !over && !not_begun {
             let last = said.lines().last().unwrap_or_default();
@@ -55,7 +55,8 @@ impl Run {
                 "{status}: {said}"
             );
         }
-        // The back-end's process for this front-end has gone with it, and the next can come.
+        // The back-end's process for this front-end has ended too, and the next front-end can
+        // connect.
         let mut back_end = self.system.back_end.take().unwrap();
         let parent = back_end.process().id();
         let begun = Instant::now();
@@ -65,15 +66,15 @@ impl Run {
         }
         assert!(back_end.accepts());
         back_end.terminate().unwrap();
-        // What the disk holds was written as a whole or not at all; that it can be read is enough
-        // here.
+        // Each write reached the disk as a whole or not at all; here it suffices that the disk is
+        // readable.
         assert!(fs::read(&self.system.disk).is_ok());
         drop(self.folder);
         over
     }
 }
 
-/// A process whose parent is `parent`, with its state.
+/// Returns a process whose parent is `parent`, with its state.
 fn child_of(parent: u32) -> Option<String> {
     fs::read_dir("/proc").unwrap().flatten().find_map(|entry| {
         let stat = fs::read_to_string(entry.path().join("stat")).ok()?;
@@ -84,7 +85,7 @@ fn child_of(parent: u32) -> Option<String> {
     })
 }
 
-/// At moments all over a run's life, before it has a machine as well as after its guest is done.
+/// At moments throughout a run's life, both before it has a machine and after its guest is done.
 fn at_any_moment(engine: Engine, backing: BackingKind) {
     if !can_run(engine, backing, 16 * backing.unit()) {
         return;
@@ -104,7 +105,7 @@ fn at_any_moment(engine: Engine, backing: BackingKind) {
     assert!(ended > 0, "all runs were over before they were asked to end");
 }
 
-/// While everybody waits for pages that will never come: vCPUs, the back-end, the VMM.
+/// While all wait for pages that will never arrive: vCPUs, the back-end, the VMM.
 fn while_the_source_is_away(engine: Engine, backing: BackingKind) {
     if !can_run(engine, backing, 16 * backing.unit()) {
         return;
@@ -113,7 +114,7 @@ fn while_the_source_is_away(engine: Engine, backing: BackingKind) {
         let mut run = Run::start(engine, backing, round);
         let image = OpenOptions::new().write(true).open(&run.system.image).unwrap();
         image.set_len(32 << 20).unwrap();
-        // As soon as the VMM has looked how long it is, which it does before it has a machine.
+        // As soon as the VMM has checked its length, which it does before it creates a machine.
         let begun = Instant::now();
         while !has_open(run.vmm.id(), "anon_inode:kvm-vm") {
             assert!(begun.elapsed() < SOON, "the VMM makes a machine");

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The VMM on a terminal, as a person has it: the guest's console, and progress bars.
+//! The VMM on a terminal, as a user sees it: the guest's console, and progress bars.
 
 use std::path::Path;
 use std::process::Command;
@@ -12,7 +12,7 @@ use demand_tests::pseudo_terminal::PseudoTerminal;
 use demand_vmm::client::Client;
 use demand_vmm::report::Report;
 
-/// How long a guest may take to its end.
+/// Time limit for a guest to end.
 const PATIENCE: Duration = Duration::from_secs(120);
 /// Ctrl-A, x.
 const QUIT: &[u8] = b"\x01x";
@@ -36,8 +36,8 @@ fn test(f: impl FnOnce(&Kernel, &Path) -> Result<()>) {
     f(&kernel, folder.path()).unwrap_or_else(|error| panic!("{error:#}"));
 }
 
-/// Ctrl-C among them, which would end the VMM where lines can be edited; one sequence is the VMM's,
-/// and the terminal is as it was then.
+/// Including Ctrl-C, which would end the VMM on a terminal in line mode; one sequence is the VMM's,
+/// and restores the terminal's mode.
 #[test]
 fn keys_are_the_guests() {
     test(|kernel, _| {
@@ -65,8 +65,8 @@ fn keys_are_the_guests() {
     });
 }
 
-/// A snapshot draws its own, and so does a restored guest's memory as it arrives, until the last
-/// page is there.
+/// A snapshot draws a bar, and so does the arrival of a restored guest's memory, until the last
+/// page is present.
 #[test]
 fn bars_say_how_far_it_is() {
     test(|kernel, folder| {

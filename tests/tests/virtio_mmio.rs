@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Disks behind virtio-mmio, driven as a guest's driver does, with real back-ends: used, reset,
-//! stopped under load, saved, and taken on by other processes.
+//! Disks behind virtio-mmio, driven as by a guest's driver, with real back-ends: used, reset,
+//! stopped under load, saved, and resumed with other processes.
 
 use std::fs::{self, File};
 use std::io::{Seek, SeekFrom, Write};
@@ -34,12 +34,12 @@ use vm_memory::{Bytes, GuestAddress};
 
 const MEMORY: u64 = 16 << 20;
 const DISK_SECTORS: u64 = 32 << 10;
-/// Where data lies, behind the rings.
+/// Start of the data, after the rings.
 const DATA: u64 = 0x10_0000;
 
 const NEEDS_RESET: u32 = 64;
 
-/// Guest memory from a source, none of which has arrived.
+/// Creates guest memory from a source, all of it missing.
 fn memory_of(source: Arc<dyn PageSource>) -> DemandMemory {
     let config = RegionConfig {
         start: GuestAddress(0),
@@ -67,7 +67,7 @@ fn service() -> Arc<FaultService> {
     Arc::new(FaultService::start(DEFAULT_THREADS).unwrap())
 }
 
-/// A disk's image, a memory image of random bytes, and a folder for sockets.
+/// A disk's image, a memory image of numbered pages, and a folder for sockets.
 struct Place {
     folder: tempfile::TempDir,
 }
@@ -94,13 +94,13 @@ impl Place {
         self.folder.path().join("memory")
     }
 
-    /// A back-end process of our own, with as many queues.
+    /// Starts a back-end process of the project with `queues` queues.
     fn back_end(&self, queues: u16) -> BackEnd {
         let options = BlkOptions { queues, queue_size: 256, postcopy: true };
         BackEnd::vhost_device_blk(self.folder.path(), &self.disk(), &options).unwrap()
     }
 
-    /// A back-end that serves the disk read-only.
+    /// Starts a back-end that serves the disk read-only.
     fn read_only(&self, queues: u16) -> (Guarded, PathBuf) {
         let socket = self.folder.path().join("read-only.sock");
         let mut command = Command::new(program("vhost-device-blk").unwrap());
@@ -119,7 +119,7 @@ fn disk_of(back_end: &BackEnd, queues: u16) -> VhostUserOption {
     VhostUserOption { queues, ..VhostUserOption::new(DeviceKind::Blk, back_end.socket()) }
 }
 
-/// A request of each kind, of which what can be seen is looked at.
+/// Makes a request of each kind, and checks its visible effects.
 fn use_disk(driver: &mut Driver<'_>, disk: &Path, sector: u64, mark: u64) {
     driver.request(READ, sector, DATA + 0x3000, 4096);
     assert_eq!(driver.word(DATA + 0x3000 + 512), sector + 1);
@@ -146,13 +146,13 @@ fn a_driver_uses_a_disk_and_sets_it_up_again() {
     assert_eq!(driver.get(0x60), 1, "interrupts are always about queues");
     for round in 1..=3 {
         use_disk(&mut driver, &place.disk(), 8 * round, 0x1111 * round);
-        // Pages that have not arrived are what the back-end writes to the disk.
+        // The back-end writes missing pages to the disk.
         assert!(driver.submit(1, WRITE, 2000, DATA + 0x10_0000 * round, 8192));
         driver.finish();
         let written = fs::read(place.disk()).unwrap()[2000 * 512..][..8].to_vec();
         let page = (DATA + 0x10_0000 * round) / 4096;
         assert_eq!(written, (page | 0xabcd << 48).to_le_bytes());
-        // The driver writes the state of the write cache, and nothing else.
+        // The driver can write the state of the write cache, and nothing else.
         device.mmio_write(MmioAddress(0), 0x100 + 32, &[0]);
         device.mmio_write(MmioAddress(0), 0x100, &[0; 8]);
         assert_eq!((driver.config::<1>(32), driver.config::<2>(0)), ([0], [0, 128]));
@@ -183,7 +183,7 @@ fn a_driver_that_is_wrong_about_its_rings_is_told() {
     driver.set(0x70, 15);
     assert_eq!(driver.get(0x70), 15 | NEEDS_RESET, "no memory was shared yet");
     device.share_memory(&memory, &service()).unwrap();
-    // Past the end, across the end, odd, and where addresses wrap around.
+    // Past the end, across the end, unaligned, and where addresses wrap around.
     for base in [MEMORY, MEMORY - 0x1004, 0x1001, u64::MAX - 0xfff] {
         driver.prepare();
         driver.set_up_queue(0, base);
@@ -198,15 +198,15 @@ fn a_driver_that_is_wrong_about_its_rings_is_told() {
     driver.set(0x44, 1);
     driver.set(0x70, 15);
     assert_eq!(driver.get(0x70), 15 | NEEDS_RESET, "a queue of no size");
-    // A driver that gives up can come back.
+    // A driver that has set FAILED can use the device again.
     driver.prepare();
     driver.set(0x70, 128);
     driver.set_up();
     use_disk(&mut driver, &place.disk(), 5, 7);
 }
 
-/// Ready without agreed features, with each feature that the back-end offers and the device does
-/// not, and with features that the driver takes back in the last moment.
+/// DRIVER_OK without negotiated features, with each feature that the back-end offers and the device
+/// does not, and with features that the driver withdraws at the last moment.
 #[test]
 fn driver_ok_needs_agreed_features() {
     let place = Place::new();
@@ -236,7 +236,7 @@ fn driver_ok_needs_agreed_features() {
         driver.set(0x50, 0);
         assert_eq!(driver.word(0x2000), 0, "no request is answered: {what}");
     };
-    // Nothing agreed on, and then nothing that may be agreed on: LOG_ALL, PROTOCOL_FEATURES,
+    // Nothing negotiated, and then features that must not be: LOG_ALL, PROTOCOL_FEATURES,
     // ACCESS_PLATFORM, packed rings, legacy.
     let log_and_protocol = 1 << 26 | 1 << 30;
     for (what, agree, low, high) in [
@@ -250,7 +250,7 @@ fn driver_ok_needs_agreed_features() {
         accept(&driver, [low, high]);
         driver.set(0x70, 3 | agree);
         assert_eq!(driver.get(0x70), 3, "{what}");
-        // The write cache is a feature's, and nobody has agreed on it.
+        // The write cache depends on a feature that was not negotiated.
         device.mmio_write(MmioAddress(0), 0x100 + 32, &[0]);
         assert_eq!(driver.config::<1>(32), [1], "{what}");
         driver.set_up_queue(0, 0);
@@ -266,7 +266,7 @@ fn driver_ok_needs_agreed_features() {
     let agreed = device.quiesce(Duration::from_secs(10)).unwrap();
     drop((device, back_end));
 
-    // A state that was altered so: its features were not offered, or not agreed on.
+    // An altered state: its features were not offered, or not negotiated.
     let text = serde_json::to_value(&agreed).unwrap();
     for (what, field, value) in [
         ("LOG_ALL", "driver_features", agreed.registers.driver_features() | 1 << 26),
@@ -282,7 +282,7 @@ fn driver_ok_needs_agreed_features() {
     }
 }
 
-/// The requests of the load: writes of pages that each say who they are, to places of their own.
+/// The requests of the load: writes of self-describing pages, each to a different place.
 struct Load {
     next: u64,
 }
@@ -295,7 +295,7 @@ impl Load {
         (n * u64::from(Self::LEN) / 512, DATA + n * u64::from(Self::LEN))
     }
 
-    /// Submits until the queues are full, or all are.
+    /// Submits until the queues are full, or until all requests are submitted.
     fn submit(&mut self, driver: &mut Driver<'_>) {
         for queue in (0..driver.rings.len()).cycle() {
             let (sector, data) = Load::place(self.next);
@@ -319,15 +319,15 @@ impl Load {
     }
 }
 
-/// What is in memory now, as a snapshot has it.
+/// Saves the current content of memory, as a snapshot does.
 fn save(memory: &DemandMemory, path: &Path) {
     let mut bytes = vec![0; MEMORY as usize];
     memory.read_slice(&mut bytes, GuestAddress(0)).unwrap();
     fs::write(path, bytes).unwrap();
 }
 
-/// Stopped again and again under load, each time taken on by a new process on memory that has not
-/// arrived; each request is answered once, and each write is on the disk.
+/// The disk is repeatedly stopped under load, and each time resumed by a new process on missing
+/// memory; each request is answered once, and each write is on the disk.
 #[test]
 fn a_disk_goes_on_with_another_back_end() {
     let place = Place::new();
@@ -359,13 +359,13 @@ fn a_disk_goes_on_with_another_back_end() {
             }
         }
         load.submit(&mut driver);
-        // In this VM it goes on after a snapshot, and then is stopped once more.
+        // In this VM it resumes after a snapshot, and is then stopped once more.
         if round % 2 == 1 {
             device.quiesce(Duration::from_secs(10)).unwrap();
             device.resume().unwrap();
         }
         let state = device.quiesce(Duration::from_secs(10)).unwrap();
-        // A kick of these went to nobody.
+        // A kick for these reached no back-end.
         (0..2).for_each(|queue| _ = driver.reap(queue));
         if round % 3 != 0 {
             load.submit(&mut driver);
@@ -395,12 +395,12 @@ fn a_disk_goes_on_with_another_back_end() {
         driver.finish();
     }
     Load::check(&place.disk());
-    // The guest unbinds and binds its driver, which knows nothing of all this.
+    // The guest unbinds and binds its driver, which knows nothing of the restore.
     driver.set_up();
     use_disk(&mut driver, &place.disk(), 31_000, 0x7777);
 }
 
-/// The state of a disk that has been used.
+/// Returns the state of a disk that has been used.
 fn state_of_disk(place: &Place, queues: u16) -> DeviceState {
     let back_end = place.back_end(queues);
     let memory = memory(&place.image());
@@ -429,7 +429,7 @@ fn a_back_end_that_is_not_as_good_is_refused() {
     refused(&disk_of(&place.back_end(1), 1), &["2 queues", "serves 1"]);
     refused(&disk_of(&place.qemu(), 2), &["2 queues", "serves 1"]);
     {
-        // Not from the start: it could not have been written to.
+        // Read-only at the restore only: the driver could not have written to it otherwise.
         let (_process, socket) = place.read_only(2);
         let option = VhostUserOption::new(DeviceKind::Blk, socket);
         refused(&option, &["does not offer: DISCARD, WRITE_ZEROES;"]);
@@ -444,7 +444,7 @@ fn a_back_end_that_is_not_as_good_is_refused() {
     assert!(more.to_string().contains("ask for fewer"), "{more}");
 }
 
-/// Requests that wait for pages, from a source that is away.
+/// Requests that wait for pages, from an unavailable source.
 #[test]
 fn a_disk_with_requests_in_flight_is_not_stopped() {
     let place = Place::new();
@@ -476,7 +476,7 @@ fn a_disk_with_requests_in_flight_is_not_stopped() {
     );
 }
 
-/// A vCPU that is paused may have made a request, and not told the device of it yet.
+/// A paused vCPU may have made a request, but not kicked the device yet.
 #[test]
 fn a_disk_is_stopped_between_a_request_and_its_kick() {
     let place = Place::new();
@@ -493,8 +493,8 @@ fn a_disk_is_stopped_between_a_request_and_its_kick() {
     driver.finish();
 }
 
-/// An interrupt may be lost between a back-end that was stopped and a guest that is saved: each is
-/// raised once when the device goes on, though the back-end has nothing to say.
+/// An interrupt may be lost between the stop of a back-end and the save of a guest: each is raised
+/// once when the device resumes, even if the back-end has no answer.
 #[test]
 fn a_device_that_goes_on_interrupts_once() {
     let place = Place::new();
@@ -573,15 +573,15 @@ fn a_foreign_back_end_on_memory_that_is_there() {
     }
 }
 
-/// The interrupts that a KVM's first interrupt controller waits to hand over: bits by number.
+/// Returns the pending interrupts of a KVM's first interrupt controller: bits by number.
 fn waiting_interrupts(vm: &kvm_ioctls::VmFd) -> u8 {
     let mut chip = kvm_irqchip { chip_id: KVM_IRQCHIP_PIC_MASTER, ..Default::default() };
     vm.get_irqchip(&mut chip).unwrap();
-    // SAFETY: the chip's state is of the kind that was asked for.
+    // SAFETY: the union holds the state of the chip that was requested, the PIC.
     unsafe { chip.chip.pic.irr }
 }
 
-/// Interrupts go through KVM, each device's on its own line.
+/// Interrupts go through KVM, each device's on a separate line.
 #[test]
 fn devices_are_attached_to_a_vm() {
     if !host::has_kvm() {

@@ -3,9 +3,12 @@
 //!
 //! | guest virtual | content |
 //! |---|---|
-//! | 0 up to [`LOW_MEMORY_END`] | the memory under test, contiguous; its [windows](crate::windows) give its real place |
+//! | 0 up to [`LOW_MEMORY_END`] | the memory under test, mapped by [windows](crate::windows) |
 //! | [`MMIO_ADDRESS`] | virtio-mmio devices, 4 KiB each, at the same physical address |
-//! | [`CONTROL_ADDRESS`] | the control region: plain memory, always present, at the same physical address or above the VM's memory if that extends further |
+//! | [`CONTROL_ADDRESS`] | the control region: plain memory, always present |
+//!
+//! The control region has the same physical address, or one above the VM's memory if that extends
+//! further.
 //!
 //! The control region holds page tables, the interpreter, stacks, result blocks, flags and the
 //! programs: a guest that waits for a page of the memory under test needs no other page of it.

@@ -6,7 +6,7 @@
 //! | address | meaning |
 //! |---|---|
 //! | offset | its place in the memory under test, which is also its guest virtual address |
-//! | packed offset | its place in the VM's memory with all regions adjacent, as in an image or a snapshot |
+//! | packed offset | its place in the VM's memory with all regions adjacent, as in an image |
 //! | guest address | its guest physical address: memory skips the hole below [`HIGH_MEMORY`] |
 
 use crate::content::UNIT_BYTES;
@@ -147,7 +147,7 @@ impl Windows {
     /// Returns the packed offset of the byte at `offset`.
     ///
     /// # Panics
-    /// If the memory under test has no such byte.
+    /// If `offset` is outside the memory under test.
     pub fn packed(&self, offset: u64) -> u64 {
         let after = self.list.partition_point(|window| window.offset <= offset);
         let window = &self.list[after - 1];
@@ -158,7 +158,7 @@ impl Windows {
     /// Returns the guest physical address of the byte at `offset`.
     ///
     /// # Panics
-    /// If the memory under test has no such byte.
+    /// If `offset` is outside the memory under test.
     pub fn guest_address(&self, offset: u64) -> u64 {
         guest_address(self.packed(offset))
     }

@@ -125,7 +125,7 @@ impl Counters {
     /// Returns the counters of queue `index`.
     ///
     /// # Panics
-    /// If the device has no such queue.
+    /// If the device has no queue `index`.
     pub fn queue(&self, index: usize) -> &QueueCounters {
         &self.all.queues[..self.num_queues][index]
     }

@@ -97,7 +97,7 @@ impl Disk {
         if !kind.is_file() && !kind.is_block_device() {
             return Err(failed("neither a regular file nor a block device".into()));
         }
-        // The host opens such a device for writing nevertheless, and then fails the writes.
+        // The host opens a read-only device for writing, and then fails the writes.
         if !options.read_only && kind.is_block_device() && topology::is_read_only(&file) {
             return Err(read_only("the block device is read-only".into()));
         }

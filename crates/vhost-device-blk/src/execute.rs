@@ -106,8 +106,8 @@ impl Executor {
     pub fn set_acked_features(&self, features: u64) {
         self.acked_features.store(features, Ordering::Relaxed);
         if self.acked(VIRTIO_BLK_F_CONFIG_WCE) && !self.acked(VIRTIO_BLK_F_FLUSH) {
-            // Required by the specification (virtio 1.3, 5.2.5.2): such a driver would never flush
-            // the cache.
+            // Required by the specification (virtio 1.3, 5.2.5.2): a driver without FLUSH would
+            // never flush the cache.
             self.write_cache.store(false, Ordering::SeqCst);
         }
     }

@@ -170,7 +170,7 @@ fn lost_write_fails_flushes_of_later_front_ends() {
     assert!(daemon.wait().success());
 }
 
-/// The host opens such a device for writing, and then fails the writes.
+/// The host opens a read-only device for writing, and then fails the writes.
 #[test]
 fn read_only_device_is_refused_at_start() {
     let dir = tempfile::tempdir().unwrap();

@@ -24,7 +24,7 @@ fn set_going(guest: &mut Guest, byte: u8) -> Vec<u32> {
         .collect()
 }
 
-/// Returns for each of the writes whether it is on the disk; panics if one is there in part.
+/// Returns for each of the writes whether it is on the disk; panics if one is incomplete.
 fn carried_out(daemon: &Daemon, byte: u8) -> Vec<bool> {
     let disk = daemon.disk();
     let whole = |part: &[u8]| {

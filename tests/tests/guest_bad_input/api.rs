@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Wrong requests to the API of a VM that runs, in wrong states, and by clients that are no
-//! clients: the guest does not notice.
+//! Wrong requests to the API of a running VM, in wrong states, and by misbehaving clients: the
+//! guest is not affected.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::Shutdown;
@@ -25,7 +25,7 @@ fn connect(socket: &Path) -> UnixStream {
     stream
 }
 
-/// The first answer to these bytes; the rest of them need not be taken.
+/// Returns the answer to these bytes; the server may stop reading before their end.
 fn ask(socket: &Path, request: &[u8]) -> Response {
     let mut stream = connect(socket);
     let _ = stream.write_all(request);
@@ -36,7 +36,7 @@ fn ask(socket: &Path, request: &[u8]) -> Response {
 fn answer(stream: &mut UnixStream) -> Response {
     let mut bytes = Vec::new();
     match stream.read_to_end(&mut bytes) {
-        // It hung up before it had read all of it.
+        // The server hung up before it had read all of them.
         Err(error) if error.kind() == ErrorKind::ConnectionReset => {}
         outcome => drop(outcome.unwrap()),
     }
@@ -44,7 +44,7 @@ fn answer(stream: &mut UnixStream) -> Response {
     Response::parse(&bytes, 1 << 20).unwrap().unwrap_or_else(|| panic!("no answer: {text}")).0
 }
 
-/// A request by its method, path and body.
+/// Builds a request from its method, path and body.
 fn request(method: &str, path: &str, body: &str) -> Vec<u8> {
     format!(
         "{method} {path} HTTP/1.1\r\nHost: vmm\r\nConnection: close\r\nContent-Length: {}\r\n\r\n{body}",
@@ -53,7 +53,7 @@ fn request(method: &str, path: &str, body: &str) -> Vec<u8> {
     .into_bytes()
 }
 
-/// The line of an answer that is an error of this status.
+/// Returns the line of an answer that must be an error with this status.
 fn error_of(response: &Response, status: u16) -> Result<String, String> {
     let body = String::from_utf8_lossy(&response.body).into_owned();
     if response.status != status {
@@ -66,7 +66,7 @@ fn error_of(response: &Response, status: u16) -> Result<String, String> {
     json["error"].as_str().map(str::to_owned).ok_or(format!("it is no error: {body}"))
 }
 
-/// Requests that are none: what, the bytes, the status, words of the answer.
+/// Malformed requests: description, bytes, status, words of the answer.
 fn wrong_requests() -> Vec<(&'static str, Vec<u8>, u16, &'static [&'static str])> {
     let put = |path: &str, body: &str| request("PUT", path, body);
     let snapshot = Endpoint::Snapshot.path();
@@ -136,7 +136,7 @@ fn wrong_requests() -> Vec<(&'static str, Vec<u8>, u16, &'static [&'static str])
     ]
 }
 
-/// The VM is as it was, and the guest at work.
+/// Checks that the VM's state is unchanged, and that the guest works.
 fn goes_on(guest: &mut Guest, state: State) {
     let status = guest.api().status().unwrap();
     assert_eq!((status.state, status.last_error), (state, None));
@@ -153,7 +153,7 @@ fn wrong_requests_are_told(socket: &Path) {
     refusals.end();
 }
 
-/// Says what the command said, and whether it was a refusal.
+/// Returns the command's error, or an error if it succeeded.
 fn refused<T: std::fmt::Debug>(
     outcome: Result<T, demand_vmm::error::Error>,
 ) -> Result<String, String> {
@@ -167,7 +167,8 @@ fn snapshot_to(destination: PathBuf) -> SnapshotRequest {
     SnapshotRequest { destination, then: Some(Go::Resume) }
 }
 
-/// Several ask for a snapshot, and for more, at once: one is done, and the others are told.
+/// Several clients request a snapshot, and other operations, at once: one is executed, and the
+/// others get an error.
 fn one_thing_at_a_time(guest: &Guest, folder: &Path) {
     let client = |n: usize| {
         let (api, to) = (guest.api(), snapshot_to(folder.join(format!("at-once-{n}"))));
@@ -192,7 +193,7 @@ fn one_thing_at_a_time(guest: &Guest, folder: &Path) {
     refusals.end();
 }
 
-/// Clients that never come to an end hold up nobody, and are sent away.
+/// Clients that never finish their request delay no other client, and are disconnected.
 fn slow_clients(socket: &Path) {
     let mut held: Vec<_> = (0..4).map(|_| connect(socket)).collect();
     held[1].write_all(b"GET /api/v1/status HTTP/1.1\r\nHost:").unwrap();
@@ -200,7 +201,7 @@ fn slow_clients(socket: &Path) {
         .write_all(b"PUT /api/v1/snapshot HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n")
         .unwrap();
     let begun = Instant::now();
-    // One that sends a byte now and then has no more time than others.
+    // A client that sends a byte now and then has no more time than others.
     while begun.elapsed() < REQUEST_TIME + Duration::from_secs(5) {
         let status = Client::new(socket).status().unwrap();
         assert_eq!(status.state, State::Running);
@@ -215,7 +216,7 @@ fn slow_clients(socket: &Path) {
     }
 }
 
-/// More connections than are served: those beyond are told, and all of it passes.
+/// More connections than the limit: those in excess are refused, and the server recovers.
 fn many_connections(socket: &Path) {
     let mut held: Vec<_> = (0..MAX_CONNECTIONS + 10).map(|_| connect(socket)).collect();
     let answer = answer(held.last_mut().unwrap());
@@ -266,7 +267,7 @@ fn nothing_is_begun_when_the_end_has() {
     let (mut guest, _back_end) = snapshot.restore(folder.path(), &snapshot.dir(), &[]);
     guest.wait_beats(1).unwrap();
     let late = folder.path().join("late");
-    // A snapshot that is under way does not outlast it, and is none.
+    // A snapshot in progress does not outlast the VM, and leaves no files.
     let (api, to) = (guest.api(), snapshot_to(late.clone()));
     let writing = thread::spawn(move || api.snapshot(&to, |_| {}));
     let begun = Instant::now();
@@ -274,7 +275,7 @@ fn nothing_is_begun_when_the_end_has() {
         assert!(begun.elapsed() < Duration::from_secs(30), "no snapshot begins");
     }
     guest.api().shutdown().unwrap();
-    // Whatever is asked from here on is answered or cut off, soon.
+    // Every request from here on is answered or disconnected soon.
     while folder.path().join("api.sock").exists() {
         let _ = (guest.api().pause(), guest.api().resume(), guest.api().shutdown());
         let _ = guest.api().snapshot(&snapshot_to(folder.path().join("later")), |_| {});
@@ -283,7 +284,7 @@ fn nothing_is_begun_when_the_end_has() {
     let status = guest.wait_end().unwrap();
     assert!(status.success(), "{status}; {}", guest.story());
     match writing.join().unwrap() {
-        // It was done before.
+        // It finished before the shutdown.
         Ok(_) => assert!(late.join("state").exists()),
         Err(error) => {
             assert!(!late.exists(), "{error}");

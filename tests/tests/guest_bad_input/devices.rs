@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Back-ends that cannot go on where a snapshot's were.
+//! Back-ends that cannot continue from a snapshot.
 
 use std::fs::File;
 use std::path::Path;
@@ -10,7 +10,7 @@ use demand_tests::refusal::{FAILED, Refusals, refused};
 
 use crate::snapshot::{Snapshot, blk, restore_with};
 
-/// A restored guest works, and all that it had is there.
+/// Checks that a restored guest works, and that all its data is intact.
 fn proves_itself(mut guest: Guest) {
     guest.wait_beats(2).unwrap();
     guest.finish().unwrap();

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Ends of a Linux guest under `uffd` while pages are missing, at random moments: the process ends,
-//! whatever KVM waits for. `ENDINGS` says how many of each kind (`rust-vmm-ci/soak --endings`) and
-//! `ENDINGS_SEED` which moments; without, there is one of each.
+//! whatever KVM waits for. `ENDINGS` gives the number of each kind (`rust-vmm-ci/soak --endings`)
+//! and `ENDINGS_SEED` the seed of the moments; by default there is one of each.
 
 use std::fs;
 use std::thread;
@@ -16,9 +16,9 @@ use test_support::host::{free_units, shared_memory_kib, threads_of};
 use crate::pages::{all_worked_on, flip};
 use crate::snapshot::{Snapshot, Spoilt};
 
-/// How long a VM may take to end: it gives its vCPUs, its back-ends and its console some seconds.
+/// Time limit for a VM's end: its vCPUs, its back-ends and its console get some seconds.
 const WITHIN: Duration = Duration::from_secs(20);
-/// The latest moment of an end, after the restore was begun.
+/// The latest moment of an end, after the start of the restore.
 const LATEST_MS: u64 = 1500;
 
 const DEVICE: &str = "/dev/userfaultfd";
@@ -26,13 +26,13 @@ const DEVICE: &str = "/dev/userfaultfd";
 /// A way in which a guest ends.
 #[derive(Clone, Copy, Debug)]
 enum Ending {
-    /// The API, while the guest waits for a page that does not come.
+    /// By the API, while the guest waits for a page that does not arrive.
     Shutdown,
-    /// A signal, likewise.
+    /// By a signal, likewise.
     Signal(libc::c_int),
-    /// The guest, once it has verified its memory.
+    /// By the guest, once it has verified its memory.
     PowerOff,
-    /// A signal, while a reset waits for a page that does not come.
+    /// By a signal, while a reset waits for a page that does not arrive.
     InReset(libc::c_int),
 }
 
@@ -40,14 +40,15 @@ const ENDINGS: [Ending; 7] = [
     Ending::Shutdown,
     Ending::Signal(libc::SIGTERM),
     Ending::Signal(libc::SIGKILL),
-    // What a panic comes to that is not caught.
+    // The effect of an uncaught panic.
     Ending::Signal(libc::SIGABRT),
     Ending::PowerOff,
     Ending::InReset(libc::SIGTERM),
     Ending::InReset(libc::SIGKILL),
 ];
 
-/// Hides the device, so that the userfaultfd comes from the system call. The lab has one of its own.
+/// Hides the device, so that the userfaultfd comes from the system call. The lab has a separate
+/// `/dev`.
 struct Hidden;
 
 impl Hidden {
@@ -65,11 +66,12 @@ impl Drop for Hidden {
 
 fn signal(guest: &Guest, signal: libc::c_int) {
     let id = libc::pid_t::try_from(guest.id()).unwrap();
-    // SAFETY: the process is this one's child and not reaped, so the id is its own.
+    // SAFETY: the process is a child of this one and has not been reaped, so its ID has not been
+    // reused.
     assert_eq!(unsafe { libc::kill(id, signal) }, 0);
 }
 
-/// Asks for the end as soon as somebody listens.
+/// Requests the shutdown as soon as the API listens.
 fn shut_down(guest: &Guest) {
     let begun = Instant::now();
     while let Err(error) = guest.api().shutdown() {
@@ -78,7 +80,7 @@ fn shut_down(guest: &Guest) {
     }
 }
 
-/// The process's end: it is a zombie without another thread.
+/// Waits for the process's end: it is a zombie without another thread.
 fn wait_gone(guest: &mut Guest, case: &str) {
     let begun = Instant::now();
     let gone = |threads: &str| threads.contains(" Z ") && !threads.contains(',');
@@ -148,7 +150,8 @@ fn every_ending_under_uffd_ends_the_process() {
     for round in 0..count.unwrap_or(1) {
         for (index, ending) in ENDINGS.into_iter().enumerate() {
             let by_call = (round as usize + index).is_multiple_of(2);
-            // There the altered page would keep its whole unit from a guest that is still to run.
+            // In a reset, the altered page would withhold its whole unit from a guest that must
+            // still run.
             let huge = alone && round % 4 > 1 && !matches!(ending, Ending::InReset(_));
             let backing = if huge { "hugetlb-2m" } else { "shmem" };
             let moment = Duration::from_millis(random.random_range(0..LATEST_MS));
@@ -158,7 +161,7 @@ fn every_ending_under_uffd_ends_the_process() {
             let hidden = by_call.then(Hidden::new);
             end(snapshot, ending, backing, moment, &case);
             drop(hidden);
-            // Of the machine's memory a test can tell only where it is alone there.
+            // A test can check the machine's memory only if it runs alone there.
             let begun = Instant::now();
             while alone && (shared_memory_kib() > before.0 + 512 || free_units(kind) < before.1) {
                 let late = begun.elapsed() > WITHIN;

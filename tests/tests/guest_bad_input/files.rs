@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Files of a snapshot that are not what they were, or not there.
+//! Altered or missing files of a snapshot.
 
 use std::fs;
 use std::os::unix::fs::{FileExt, symlink};
@@ -14,10 +14,11 @@ use serde_json::json;
 
 use crate::snapshot::{BOOT_FILES, FILES, MEMORY, Snapshot, Spoilt, restore, restore_with, seal};
 
-/// What there is to do about a state that was altered.
+/// The cause and the hint for an altered state.
 const ALTERED: &[&str] = &["altered after it was written", "take another copy"];
 
-/// State files that are cut off, altered, or of another version: what, the file, what is said.
+/// Returns state files that are truncated, altered, or of another version: description, content,
+/// words of the error.
 fn spoilt(good: &[u8]) -> Vec<(String, Vec<u8>, &'static [&'static str])> {
     let line = good.iter().position(|byte| *byte == b'\n').unwrap();
     let mut cases = Vec::new();
@@ -34,7 +35,7 @@ fn spoilt(good: &[u8]) -> Vec<(String, Vec<u8>, &'static [&'static str])> {
         cut(len, &["is cut off", "take another copy"]);
     }
     cases.push(("state with a byte more".into(), [good, b"x"].concat(), ALTERED));
-    // Each word of the header (its version, length, and both sums), and all over the rest.
+    // Each word of the header (its version, length, and both sums), and places all over the rest.
     let words = (0..line).filter(|at| good[*at] == b' ').map(|at| at + 1);
     let step = (good.len() - line).div_ceil(12);
     for at in words.chain((line..good.len()).step_by(step)).chain([good.len() - 1]) {
@@ -72,7 +73,7 @@ fn spoilt(good: &[u8]) -> Vec<(String, Vec<u8>, &'static [&'static str])> {
     cases
 }
 
-/// Needs no guest: anything that was sealed will do for a state.
+/// Needs no guest: any sealed content serves as a state.
 #[test]
 fn a_state_that_was_cut_off_or_altered() {
     let folder = tempfile::tempdir().unwrap();
@@ -126,7 +127,7 @@ fn files_that_are_not_there() {
         fs::create_dir(at(missing).join(missing)).unwrap();
         refused(&format!("a folder for {missing}"), missing, &[&words]);
         fs::remove_dir(at(missing).join(missing)).unwrap();
-        // Nobody waits for a writer.
+        // The VMM does not wait for a writer.
         let fifo = Command::new("mkfifo").arg(at(missing).join(missing)).status().unwrap();
         assert!(fifo.success());
         refused(&format!("a pipe for {missing}"), missing, &[&words]);
@@ -151,7 +152,7 @@ fn a_memory_that_is_not_the_snapshots() {
     }
     drop(memory);
 
-    // Another snapshot's, which is as good.
+    // Another snapshot's, which is valid by itself.
     for (case, size, generation) in
         [("another snapshot's memory", MEMORY, [7; 16]), ("a smaller guest's", MEMORY / 2, [8; 16])]
     {
@@ -236,13 +237,13 @@ fn a_reset_opens_no_path_of_an_old_state() {
     });
     BOOT_FILES.iter().filter(|name| copy.path(name).exists()).for_each(|name| copy.remove(name));
     let (mut guest, _back_end) = snapshot.restore(folder.path(), &copy.dir(), &[]);
-    // All else is as it was.
+    // Otherwise the guest is unaffected.
     guest.wait_beats(1).unwrap();
     guest.type_line("reset").unwrap();
     let status = guest.wait_end().unwrap();
     assert_eq!(status.code(), Some(FAILED), "{}", guest.story());
     let said = guest.said();
     assert!(said.contains("cannot reset the guest: its snapshot holds no kernel"), "{said}");
-    // That was to be expected, and was said.
+    // A warning at the restore announced this.
     assert!(said.contains(&format!("{} holds no kernel", copy.dir().display())), "{said}");
 }

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Snapshots that cannot be written: the guest goes on, and nothing is left that looks like one.
+//! Snapshots that cannot be written: the guest continues, and nothing that looks like a snapshot
+//! remains.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -11,11 +12,11 @@ use demand_vmm::api::{Go, SnapshotRequest, State};
 
 use crate::snapshot::{BOOT_FILES, FILES, Snapshot};
 
-/// A disk of its own, which goes with it.
+/// A mounted disk, unmounted when dropped.
 struct Disk(PathBuf);
 
 impl Disk {
-    /// A disk of this many bytes at `folder`, which is made.
+    /// Mounts a disk with these options at `folder`, which is created.
     fn new(folder: PathBuf, options: &str) -> Self {
         fs::create_dir(&folder).unwrap();
         mount(&["-t", "tmpfs", "-o", options, "none"], &folder);
@@ -47,7 +48,7 @@ fn a_snapshot_that_cannot_be_written_does_the_guest_no_harm() {
     let small = [
         Disk::new(at("tiny"), "size=64k"),
         Disk::new(at("small"), "size=24m"),
-        // Room for everything, but not for the names of it.
+        // Space for the content, but not for the files' names.
         Disk::new(at("names"), "size=256m,nr_inodes=6"),
     ];
     let sealed = Disk::new(at("sealed"), "size=1m");
@@ -93,7 +94,7 @@ fn a_snapshot_that_cannot_be_written_does_the_guest_no_harm() {
     let partial = |entry: fs::DirEntry| entry.file_name().to_string_lossy().contains(".partial-");
     assert!(!fs::read_dir(folder.path()).unwrap().flatten().any(partial));
 
-    // It can still be written where there is room, by a guest that is paused as by one that runs.
+    // A snapshot can still be written where there is space, of a paused guest and of a running one.
     guest.api().pause().unwrap();
     let tiny = SnapshotRequest { destination: small[0].0.join("s"), then: None };
     let error = guest.api().snapshot(&tiny, |_| {}).unwrap_err();

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Bad input to the commands that run Linux guests: each case is one clear line and the exit status
-//! that belongs to it, or an answer of the API; nothing is changed on the disk or in the guest.
+//! Bad input to the commands that run Linux guests: each case yields one clear line and the right
+//! exit status, or an answer of the API; nothing changes on the disk or in the guest.
 
 mod api;
 mod devices;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Options of `restore` that the snapshot does not go with.
+//! Options of `restore` that contradict the snapshot.
 
 use std::fs;
 use std::process::Command;
@@ -42,7 +42,7 @@ fn options_that_are_none() {
     refusals.end();
 }
 
-/// What a run leaves must not be what it reads, and a run that is refused leaves nothing.
+/// A run's outputs must not be its inputs, and a refused run leaves no output.
 #[test]
 fn outputs_that_are_in_the_way() {
     let Some(snapshot) = Snapshot::get() else { return };
@@ -62,7 +62,7 @@ fn outputs_that_are_in_the_way() {
         ("the kernel", &["--timeline", kernel], &["--timeline", "kernel", "which is read"]),
         ("the console", &["--serial", &serial], &["--serial", "memory", "which is read"]),
         ("twice", &["--report", new_name, "--timeline", new_name], &["--report writes it"]),
-        // It has a disk, and none is named.
+        // The snapshot has a disk, and none is given.
         ("a refusal", &["--report", old_name, "--timeline", new_name], &["has 1 (blk)"]),
     ] {
         let status = if case == "a refusal" { USAGE } else { FAILED };

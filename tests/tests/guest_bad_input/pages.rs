@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Pages of a snapshot's memory that are not what they were: nobody ever sees them.
+//! Altered pages of a snapshot's memory: no reader ever sees them.
 
 use std::os::unix::fs::FileExt;
 use std::thread;
@@ -15,14 +15,14 @@ use serde_json::Value;
 use crate::snapshot::{MEMORY, Snapshot, Spoilt, restore};
 
 const PAGE: u64 = 4096;
-/// What the third word of a page is that the guest's program works on.
+/// The third word of each page on which the guest's program works.
 const WORKED_ON: u64 = 0x7972_6f6d_656d;
-/// The number of the register that holds where kvm-clock is (`MSR_KVM_SYSTEM_TIME_NEW`).
+/// The number of the MSR that holds the address of kvm-clock (`MSR_KVM_SYSTEM_TIME_NEW`).
 const KVM_CLOCK: u64 = 0x4b56_4d01;
 
 const PATIENCE: Duration = Duration::from_secs(120);
 
-/// Offsets of the pages that the guest works on all the time.
+/// Returns the offsets of the pages on which the guest works all the time.
 pub fn all_worked_on(snapshot: &Snapshot) -> Vec<u64> {
     let memory = snapshot.read("memory");
     let found = memory.chunks_exact(PAGE as usize).enumerate().filter(|(_, page)| {
@@ -31,13 +31,13 @@ pub fn all_worked_on(snapshot: &Snapshot) -> Vec<u64> {
     found.map(|(page, _)| page as u64 * PAGE).collect()
 }
 
-/// Offset of one of them.
+/// Returns the offset of one of them.
 fn worked_on(snapshot: &Snapshot) -> u64 {
-    // Not the first, lest the program has barely begun.
+    // Not the first, in case the program has barely begun.
     all_worked_on(snapshot)[100]
 }
 
-/// Offset of the page that kvm-clock is in.
+/// Returns the offset of kvm-clock's page.
 fn kvm_clock(snapshot: &Snapshot) -> u64 {
     let state: Value = snapshot_dir::decode(&snapshot.read("state")).unwrap();
     let msrs = state["vcpus"][0]["msrs"].as_array().unwrap();
@@ -45,14 +45,14 @@ fn kvm_clock(snapshot: &Snapshot) -> u64 {
     clock[1].as_u64().unwrap() & !(PAGE - 1)
 }
 
-/// Offset of the page that the used ring of the disk's first queue begins in.
+/// Returns the offset of the first page of the used ring of the disk's first queue.
 fn used_ring(snapshot: &Snapshot) -> u64 {
     let state: Value = snapshot_dir::decode(&snapshot.read("state")).unwrap();
     let ring = &state["devices"][0]["registers"]["queues"][0]["used"];
     ring.as_u64().unwrap() & !(PAGE - 1)
 }
 
-/// Alters a byte of a copy's memory, or puts it back.
+/// Alters a byte of a copy's memory, or restores it.
 pub fn flip(copy: &Spoilt, offset: u64) {
     let memory = std::fs::File::options().read(true).write(true).open(copy.path("memory")).unwrap();
     let mut byte = [0];
@@ -60,7 +60,7 @@ pub fn flip(copy: &Spoilt, offset: u64) {
     memory.write_all_at(&[byte[0] ^ 0x10], offset).unwrap();
 }
 
-/// Asks for the status until it is as wanted.
+/// Polls the status until it satisfies `wanted`.
 fn wait(guest: &Guest, what: &str, wanted: impl Fn(&Status) -> bool) -> Status {
     let begun = Instant::now();
     loop {
@@ -126,7 +126,7 @@ fn an_altered_page_is_waited_for_and_the_guest_goes_on_when_it_is_put_back() {
     assert!(error.contains(&words) && error.contains("put back"), "{error}");
     let said = guest.said();
     assert!(said.contains(&words) && said.contains("the VM is paused"), "{said}");
-    // It is no better for being resumed.
+    // Resuming it does not help.
     guest.api().resume().unwrap();
     let status = wait(&guest, "it is paused again", paused);
     assert!(status.last_error.unwrap_or_default().contains(&words));
@@ -158,14 +158,14 @@ fn a_page_that_is_needed_to_begin_is_waited_for() {
     for error in [guest.api().pause().unwrap_err(), guest.api().resume().unwrap_err()] {
         assert!(error.to_string().contains("the VM is starting"), "{error}");
     }
-    // The page comes, and the guest never knows.
+    // The page arrives, and the guest is not affected.
     flip(&copy, page + 4000);
     let mut guest = guest;
     guest.wait_beats(2).unwrap();
     guest.finish().unwrap();
     drop(back_end);
 
-    // It does not come, and the VM is ended.
+    // It does not arrive, and the VM is shut down.
     flip(&copy, page + 4000);
     let (mut guest, _back_end) = snapshot.restore(folder.path(), &copy.dir(), &["--fill", "off"]);
     wait(&guest, "the page is looked for", fails);
@@ -175,7 +175,7 @@ fn a_page_that_is_needed_to_begin_is_waited_for() {
     snapshot.assert_unchanged();
 }
 
-/// A back-end reads it as it is told of the ring, and the VMM waits for the back-end meanwhile.
+/// The back-end reads it when it is told of the ring, while the VMM waits for the back-end.
 #[test]
 fn a_page_that_a_back_end_needs_to_begin_does_not_keep_the_end() {
     let Some(snapshot) = Snapshot::get() else { return };
@@ -198,14 +198,14 @@ fn a_page_that_a_back_end_needs_to_begin_does_not_keep_the_end() {
     snapshot.assert_unchanged();
 }
 
-/// The VM can be ended all the same, and says what it is doing.
+/// The VM can be shut down nevertheless, and reports what it is doing.
 #[test]
 fn a_reset_that_waits_for_a_page_does_not_keep_the_end() {
     let Some(snapshot) = Snapshot::get() else { return };
     let folder = tempfile::tempdir().unwrap();
     let copy = snapshot.copy();
     drop(copy.own("memory"));
-    // A kernel that runs has read it long ago; a reset writes it.
+    // A running kernel has read it long ago; a reset writes it.
     let page = COMMAND_LINE.0;
     flip(&copy, page + 4000);
     let words = format!("offset {page} of");

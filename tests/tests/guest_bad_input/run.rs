@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! `run` with a kernel that is none, or that does not go with the rest.
+//! `run` with a file that is not a kernel, or with a kernel that does not fit the other options.
 
 use std::fs::{self, File};
 use std::os::unix::net::UnixListener;
@@ -13,20 +13,20 @@ use demand_tests::process::{self, program};
 use demand_tests::refusal::{FAILED, HOST, Refusals, USAGE};
 use demand_tests::tiny_kernel::{plain_elf, pvh_kernel};
 
-/// How long a guest may take to its end.
+/// Time limit for a guest to end.
 const PATIENCE: Duration = Duration::from_secs(120);
 
-/// `demand-vmm run` of a kernel.
+/// Returns `demand-vmm run` of a kernel.
 fn run(memory: &str, kernel: &Path) -> Command {
     let mut command = Command::new(program("demand-vmm").unwrap());
     command.args(["run", "--memory", &format!("size={memory}")]).arg("--kernel").arg(kernel);
     command
 }
 
-/// An instruction that is none. Without an interrupt table that is a triple fault.
+/// An invalid instruction. Without an interrupt table it causes a triple fault.
 const CRASH: &[u8] = &[0x0f, 0x0b];
 
-/// A guest that only ever crashes ends, and says so.
+/// A guest that crashes again and again ends with an error.
 #[test]
 fn a_kernel_that_does_not_get_anywhere() {
     if !has_kvm() {
@@ -157,7 +157,7 @@ fn a_kernel_that_does_not_go_with_the_rest() {
     let words = ["load the kernel", "does not fit", "--memory"];
     refusals.check("16M of memory for ELF", &mut small, FAILED, &words);
     let bytes = fs::read(&elf.image).unwrap();
-    // (What comes last is for debuggers.)
+    // (The last part is for debuggers.)
     fs::write(at("half-elf"), &bytes[..4 << 20]).unwrap();
     let words = ["is not in the file", "another copy"];
     refusals.check("half an ELF kernel", &mut run("256M", &at("half-elf")), FAILED, &words);

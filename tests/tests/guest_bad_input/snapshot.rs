@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The snapshot that all cases are about, taken once, and copies of it that are spoilt.
+//! The snapshot for all cases, taken once, and altered copies of it.
 
 use std::fmt::Write as _;
 use std::fs::{self, File};
@@ -18,25 +18,25 @@ use guest_work::{Prove, Work};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
-/// Bytes of the guest's memory.
+/// Size of the guest's memory, in bytes.
 pub const MEMORY: u64 = 128 << 20;
-/// Bytes of its disk.
+/// Size of its disk, in bytes.
 const DISK: u64 = 8 << 20;
-/// Queues of its disk.
+/// Number of queues of its disk.
 const QUEUES: u16 = 2;
 /// The files of each snapshot.
 pub const FILES: [&str; 3] = ["state", "memory", "hashes"];
 /// The boot files beside them.
 pub const BOOT_FILES: [&str; 2] = ["kernel", "initramfs"];
 
-/// A guest that has been snapshotted, and is gone.
+/// The snapshot of a guest that has ended.
 pub struct Snapshot {
     folder: tempfile::TempDir,
     before: Vec<(String, u64)>,
 }
 
 impl Snapshot {
-    /// The snapshot; `None` where Linux guests cannot be run.
+    /// Returns the snapshot; `None` where Linux guests cannot be run.
     pub fn get() -> Option<&'static Self> {
         static SNAPSHOT: OnceLock<Option<Snapshot>> = OnceLock::new();
         SNAPSHOT.get_or_init(Self::take).as_ref()
@@ -48,8 +48,8 @@ impl Snapshot {
         })
     }
 
-    /// A snapshot of a guest whose disk, in a folder, is served by this back-end; `None` where Linux
-    /// guests cannot be run.
+    /// Takes a snapshot of a guest whose disk, in a folder, is served by this back-end. Returns
+    /// `None` where Linux guests cannot be run.
     pub fn take_with(back_end: impl FnOnce(&Path, &Path) -> BackEnd) -> Option<Self> {
         let kernel = Kernel::lab()?;
         let folder = tempfile::tempdir().unwrap();
@@ -69,12 +69,12 @@ impl Snapshot {
         Some(taken)
     }
 
-    /// Its directory. Nobody may change anything there.
+    /// Returns its directory, in which nothing may be changed.
     pub fn dir(&self) -> PathBuf {
         self.folder.path().join("snapshot")
     }
 
-    /// One of its files.
+    /// Reads one of its files.
     pub fn read(&self, name: &str) -> Vec<u8> {
         fs::read(self.dir().join(name)).unwrap()
     }
@@ -95,13 +95,13 @@ impl Snapshot {
         digests
     }
 
-    /// It is what it was, and nothing was put beside its files.
+    /// Checks that its files are unchanged and that none was added.
     #[track_caller]
     pub fn assert_unchanged(&self) {
         assert_eq!(self.digests(), self.before, "the snapshot's files are not what they were");
     }
 
-    /// A copy, to be spoilt.
+    /// Creates a copy that can be altered.
     pub fn copy(&self) -> Spoilt {
         let copy = Spoilt { folder: tempfile::tempdir().unwrap() };
         fs::create_dir(copy.dir()).unwrap();
@@ -111,12 +111,12 @@ impl Snapshot {
         copy
     }
 
-    /// A copy whose state was edited by somebody who knows how it is sealed.
+    /// Creates a copy with an edited state that is sealed correctly.
     pub fn edited(&self, edit: impl FnOnce(&mut Value)) -> Spoilt {
         self.edited_as(VERSION, edit)
     }
 
-    /// As [`edited`](Self::edited), as a state of another version.
+    /// Like [`edited`](Self::edited), as a state of another version.
     pub fn edited_as(&self, version: u32, edit: impl FnOnce(&mut Value)) -> Spoilt {
         let mut state: Value = snapshot_dir::decode(&self.read("state")).unwrap();
         edit(&mut state);
@@ -125,27 +125,27 @@ impl Snapshot {
         copy
     }
 
-    /// A copy of the disk as it was, for a guest that goes on.
+    /// Copies the disk at the time of the snapshot, for a restored guest.
     pub fn disk(&self, folder: &Path) -> PathBuf {
         let disk = folder.join("disk");
         fs::copy(self.folder.path().join("disk"), &disk).unwrap();
         disk
     }
 
-    /// A back-end like the one that there was.
+    /// Starts a back-end like the original one.
     pub fn back_end(&self, folder: &Path, options: &BlkOptions) -> BackEnd {
         let disk = self.disk(folder);
         BackEnd::vhost_device_blk_at(folder.join("restore.sock"), &disk, options).unwrap()
     }
 
-    /// The guest goes on from `dir`, on a copy of its disk, with these arguments beside.
+    /// Restores the guest from `dir`, on a copy of its disk, with additional arguments.
     pub fn restore(&self, folder: &Path, dir: &Path, more: &[&str]) -> (Guest, BackEnd) {
         let back_end = self.back_end(folder, &blk());
         let guest = self.restore_with(folder, dir, back_end.socket(), "", more);
         (guest, back_end)
     }
 
-    /// As [`restore`](Self::restore), with a back-end that there is; `option` is what is added to
+    /// Like [`restore`](Self::restore), with an existing back-end; `option` is appended to
     /// `--vhost-user`.
     pub fn restore_with(
         &self,
@@ -163,7 +163,7 @@ impl Snapshot {
     }
 }
 
-/// The back-end that the guest's disk has, unless a case is about it.
+/// Returns the options of the back-end of the guest's disk, except in cases about the back-end.
 pub fn blk() -> BlkOptions {
     BlkOptions { queues: QUEUES, queue_size: 256, postcopy: true }
 }
@@ -182,7 +182,7 @@ fn names(dir: &Path) -> Vec<String> {
     entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
 }
 
-/// A state file of a version, as whoever writes one makes it.
+/// Builds a state file of a version, as a writer does.
 pub fn seal(version: u32, json: &[u8]) -> Vec<u8> {
     let mut header = format!("demand-vmm-snapshot {version} {} {}", json.len(), hex(json));
     let check = hex(header.as_bytes());
@@ -197,23 +197,24 @@ fn hex(bytes: &[u8]) -> String {
     })
 }
 
-/// A copy of a snapshot. What is not written to it is the original's, which must not be changed.
+/// A copy of a snapshot. Files that are not written are shared with the original, which must not be
+/// changed.
 pub struct Spoilt {
     folder: tempfile::TempDir,
 }
 
 impl Spoilt {
-    /// Its directory.
+    /// Returns its directory.
     pub fn dir(&self) -> PathBuf {
         self.folder.path().join("copy")
     }
 
-    /// One of its files.
+    /// Returns the path of one of its files.
     pub fn path(&self, name: &str) -> PathBuf {
         self.dir().join(name)
     }
 
-    /// Takes a file away.
+    /// Removes a file.
     pub fn remove(&self, name: &str) {
         fs::remove_file(self.path(name)).unwrap();
     }
@@ -224,7 +225,7 @@ impl Spoilt {
         fs::write(self.path(name), bytes).unwrap();
     }
 
-    /// Makes a file the copy's own, with the same content; the file, to be changed.
+    /// Replaces a shared file by a separate one with the same content; returns it, for changes.
     pub fn own(&self, name: &str) -> File {
         let original = self.dir().join("original");
         fs::rename(self.path(name), &original).unwrap();
@@ -236,14 +237,14 @@ impl Spoilt {
     }
 }
 
-/// `demand-vmm restore` of the snapshot in `dir`. Its console would be standard output.
+/// Returns `demand-vmm restore` of the snapshot in `dir`. Its console would be standard output.
 pub fn restore(dir: &Path) -> Command {
     let mut command = Command::new(program("demand-vmm").unwrap());
     command.arg("restore").arg("--source").arg(dir);
     command
 }
 
-/// As [`restore`], with a disk at `socket`.
+/// Like [`restore`], with a disk at `socket`.
 pub fn restore_with(dir: &Path, socket: &Path) -> Command {
     let mut command = restore(dir);
     command.arg("--vhost-user").arg(format!("blk,socket={}", socket.display()));

@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! States that are whole, and that no VM can have, or none on this host.
+//! Intact states that are impossible for any VM, or on this host.
 
 use demand_tests::refusal::{FAILED, HOST, Refusals, USAGE};
 use serde_json::{Value, json};
 
 use crate::snapshot::{MEMORY, Snapshot, blk, restore_with};
 
-/// What is done to a state: the exit status, what is said.
+/// An edit of a state: description, edit, exit status, words of the error.
 type Case = (&'static str, fn(&mut Value), i32, &'static [&'static str]);
 
-/// The state is not a snapshot's.
+/// The state is impossible for a snapshot.
 const MACHINE: &[Case] = &[
     ("no vCPU", |s| s["vcpus"] = json!([]), FAILED, &["0 vCPUs", "1 to 16", "take another"]),
     (
@@ -77,7 +77,7 @@ const MACHINE: &[Case] = &[
     ),
 ];
 
-/// The disk's state is none that a disk can have, or that this back-end can go on with.
+/// The disk's state is impossible for a disk, or unusable with this back-end.
 const DEVICE: &[Case] = &[
     ("another kind", |s| device(s)["kind"] = json!("rng"), FAILED, &["was a device rng"]),
     ("an unknown kind", |s| device(s)["kind"] = json!("gpu"), FAILED, &["devices[0].kind"]),
@@ -142,10 +142,10 @@ const DEVICE: &[Case] = &[
     ("an odd ring", |s| queue(s)["available"] = json!(0x1001), FAILED, &["queue 0", "aligned"]),
 ];
 
-/// What is said of rings that are not in memory.
+/// The words of the error for rings outside memory.
 const OUTSIDE: &[&str] = &["device blk0", "queue 0", "there is no memory", "damaged"];
 
-/// The processor's state is one that this KVM does not take.
+/// The CPU's state is one that this KVM refuses.
 const PROCESSOR: &[Case] = &[
     ("another vendor", |s| leaf(s, 0)[4] = json!(0x6c69_7645), HOST, &["vendor", "Evil"]),
     ("another family", |s| leaf(s, 1)[3] = json!(0x0fff_0f00), HOST, &["family"]),
@@ -235,13 +235,13 @@ fn msrs(state: &mut Value) -> &mut Vec<Value> {
     vcpu(state)["msrs"].as_array_mut().unwrap()
 }
 
-/// The first leaf of this number: leaf, subleaf, flags, and four registers.
+/// Returns the first leaf with this number: leaf, subleaf, flags, and four registers.
 fn leaf(state: &mut Value, number: u32) -> &mut Value {
     let leaves = vcpu(state)["cpuid"].as_array_mut().unwrap();
     leaves.iter_mut().find(|leaf| leaf[0] == number).unwrap()
 }
 
-/// Cuts a text.
+/// Truncates a text.
 fn cut(text: &mut Value, len: usize) {
     *text = json!(text.as_str().unwrap()[..len]);
 }
@@ -271,7 +271,7 @@ fn all_are_refused(cases: &[Case]) {
     }
     refusals.end();
     snapshot.assert_unchanged();
-    // The back-end has survived all of it.
+    // The back-end has survived all cases.
     assert!(back_end.accepts());
 }
 

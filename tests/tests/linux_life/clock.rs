@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Clocks and watchdogs of a busy Linux guest after times in which it did not run.
+//! Clocks and watchdogs of a busy Linux guest after periods in which it did not run.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
@@ -16,18 +16,19 @@ use rustix::process::{Pid, Signal, kill_process};
 
 use crate::config;
 
-/// The guest's kernel reports a lockup after twice as long, in seconds.
+/// The guest's kernel reports a lockup after twice this time, in seconds.
 const WATCHDOG: &str = "watchdog_thresh=1";
-/// How long the guest is held up.
+/// The time for which the guest is stopped.
 const HELD_UP: Duration = Duration::from_millis(3000);
-/// Beats in which the guest's kernel finds a lockup, if it takes the time for one.
+/// Number of beats in which the guest's kernel would detect a lockup, if it mistook the time for
+/// one.
 const BEATS: u32 = 3;
 
 const PAGE: usize = 4096;
-/// Where the memory begins that no start needs.
+/// Start of the memory that no boot needs.
 const SPARED: usize = 16 << 20;
 
-/// A guest whose CPUs never rest.
+/// Returns the task of a guest whose CPUs never rest.
 fn busy() -> Work {
     Work::Prove(Prove {
         memory: 48 << 20,
@@ -40,12 +41,12 @@ fn busy() -> Work {
     })
 }
 
-/// Whether it goes on without a complaint.
+/// Checks that it continues without a complaint.
 fn goes_on(guest: &mut Guest, after: &str) -> Result<()> {
     guest.wait_beats(BEATS).map(drop).context(after.to_owned())
 }
 
-/// Alters pages of a snapshot's memory, or puts them back.
+/// Alters pages of a snapshot's memory, or restores them.
 fn flip(memory: &Path) -> Result<()> {
     let content = fs::read(memory)?;
     let file = File::options().write(true).open(memory)?;
@@ -57,12 +58,12 @@ fn flip(memory: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Restores a guest, and has it wait for pages. With `uffd` a vCPU that waits takes interrupts, so
-/// that nothing could be seen.
+/// Restores a guest, and makes it wait for pages. With `uffd` a waiting vCPU takes interrupts, so
+/// the test could not observe anything.
 fn waits_for_pages(snapshot: &Path, folder: &Path) -> Result<()> {
     let more = ["--engine", "kvm-userfault", "--fill", "off"];
     let mut guest = Guest::restore(folder, snapshot, &config(0, "backing=shmem", &more))?;
-    // It has forgotten that it was restored, and does not yet have all that it works on.
+    // The effects of the restore have passed, and some of its working memory is still missing.
     guest.wait_beats(3)?;
     let memory = snapshot.join("memory");
     flip(&memory)?;
@@ -78,7 +79,7 @@ fn waits_for_pages(snapshot: &Path, folder: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The lab's wall clock, moved by some seconds until this is dropped.
+/// Moves the lab's wall clock by some seconds until it is dropped.
 struct Moved(i64);
 
 impl Moved {
@@ -104,7 +105,7 @@ fn now_us() -> i64 {
     UNIX_EPOCH.elapsed().map_or(0, |since| since.as_micros() as i64)
 }
 
-/// Restores a guest on hosts whose clocks are a day ahead of the snapshot, and behind.
+/// Restores a guest on hosts whose clocks are a day ahead of the snapshot, and a day behind.
 fn wall_clocks(snapshot: &Path, folder: &Path) -> Result<()> {
     const DAY: i64 = 86_400;
     for (number, (days, clock, late)) in
@@ -116,7 +117,7 @@ fn wall_clocks(snapshot: &Path, folder: &Path) -> Result<()> {
         let beat = guest.wait_beats(BEATS)?;
         let is_late = (now_us() - beat.real_us.cast_signed()) / 1_000_000;
         let story = || format!("{days} days, --clock {clock}: {is_late} s; {}", guest.story());
-        // What the tests before this one took is kept, too.
+        // The delay caused by earlier tests is kept, too.
         let kept = if late == 0 { 0..=5 } else { late - 5..=late + 600 };
         ensure!(kept.contains(&is_late), "{}", story());
         ensure!(guest.said().contains("s behind") == (days < 0), "{}", story());

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A guest that panics or halts, and those who look after it.
+//! A guest that panics or halts, and the reports about it.
 
 use std::path::Path;
 use std::thread;
@@ -12,7 +12,7 @@ use guest_work::Work;
 
 use crate::config;
 
-/// The kernel neither restarts the machine nor ends it when it panics.
+/// On a panic, the kernel neither restarts the machine nor ends it.
 const STAYS: &str = "panic=0";
 
 fn wait(guest: &Guest, what: &str, wanted: impl Fn(&Status) -> bool) -> Result<()> {
@@ -64,7 +64,7 @@ fn ends(kernel: &Kernel) -> Result<()> {
     guest.wait_ready()?;
     wait(&guest, "begins anew", is(State::Running, None))?;
 
-    // The same guest, which was left alone for a while before.
+    // The same guest, after being left idle for a while.
     thread::sleep(Duration::from_secs(3));
     let status = guest.api().status()?;
     ensure!(status.guest.is_none(), "it only waits: {status:?}; {}", guest.story());

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A Linux guest's life beside its work: the room it begins in, times in which it does not run, and
-//! ends that it does not ask for.
+//! A Linux guest's life apart from its work: the memory it needs to boot, periods in which it does
+//! not run, and unrequested ends.
 
 mod clock;
 mod ends;

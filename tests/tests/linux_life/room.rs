@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The smallest memory that a Linux guest boots in: a little less is refused, with the size that is
-//! needed.
+//! The smallest memory in which a Linux guest boots: slightly less is refused, with the required
+//! size.
 //!
-//! `LINUX_ROOM=all` tries archives of 150 MiB as well, which takes a minute (`rust-vmm-ci/soak
-//! --snapshots` does it).
+//! `LINUX_ROOM=all` also tries archives of 150 MiB, which takes a minute (`rust-vmm-ci/soak
+//! --snapshots` does so).
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -33,7 +33,7 @@ fn entry(archive: &mut Vec<u8>, name: &str, mode: u32, content: &[u8]) {
     archive.resize(archive.len().next_multiple_of(4), 0);
 }
 
-/// The kernel's initramfs, made so large by a file without a use.
+/// Creates the kernel's initramfs, enlarged to this size by an unused file.
 fn archive(kernel: &Kernel, folder: &Path, mib: usize) -> Result<PathBuf> {
     let mut bytes = fs::read(&kernel.initramfs)?;
     bytes.resize(bytes.len().next_multiple_of(4), 0);
@@ -46,7 +46,7 @@ fn archive(kernel: &Kernel, folder: &Path, mib: usize) -> Result<PathBuf> {
     Ok(path)
 }
 
-/// The refusal of so much memory.
+/// Returns the refusal of this memory size.
 fn refusal(kernel: &Kernel, mib: usize) -> Result<String> {
     let mut command = Command::new(program("demand-vmm")?);
     command.args(["run", "--memory", &format!("size={mib}M"), "--serial", "off"]);
@@ -56,7 +56,7 @@ fn refusal(kernel: &Kernel, mib: usize) -> Result<String> {
     Ok(output.stderr)
 }
 
-/// Boots a kernel with an archive of so many MiB in the smallest memory that is not refused.
+/// Boots a kernel with an archive of `mib` MiB in the smallest memory that is not refused.
 fn boots_or_is_refused(kernel: &Kernel, mib: usize) -> Result<()> {
     let folder = tempfile::tempdir()?;
     let initramfs = archive(kernel, folder.path(), mib)?;
