@@ -130,13 +130,14 @@ fn hugetlb_asked_for_and_none_free() {
     refused(&mut command, HOST, &["hugetlb-2m", "vm.nr_hugepages"]);
 }
 
-/// Without its bitmaps, which are gigabytes: more than a second's work for a processor.
+/// Refused before its bitmaps, which are gigabytes, are allocated: that takes more than a second of
+/// processor time.
 #[test]
 fn memory_of_many_tebibytes_is_refused_at_once() {
     if let Some(why) = cannot_run() {
         return skip(&why);
     }
-    // Few file systems on disks have files of that size.
+    // Few disk file systems support files of that size.
     let image = tempfile::NamedTempFile::new_in("/dev/shm").unwrap();
     image.as_file().set_len(60 << 40).unwrap();
     for size in ["10T", "60T"] {
@@ -144,7 +145,7 @@ fn memory_of_many_tebibytes_is_refused_at_once() {
         command.arg("run").arg("--source").arg(image.path());
         command.arg("--memory").arg(format!("size={size}")).args(["--test-guest", "window=64M"]);
         with_limit(&mut command, libc::RLIMIT_CPU, 1);
-        // By the memslots, or the processor's addresses.
+        // By the limit of memslots, or of the processor's addresses.
         refused(&mut command, HOST, &[&format!("--memory: size={size}"), "ask for"]);
     }
 }
