@@ -56,6 +56,21 @@ fn later<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Receiv
     receiver
 }
 
+/// Fetches pages one by one on another thread, without waiting for them.
+fn expect_asked(pager: &Arc<Pager>, pages: std::ops::Range<u64>, path: Path) {
+    let pager = pager.clone();
+    let asked = later(move || pages.for_each(|page| _ = pager.fetch(PageRange::page(page), path)));
+    asked.recv_timeout(SOON).expect("fetch waits for nothing");
+}
+
+/// Fetches a page on another thread: a page that does not arrive fails the test, which ends.
+fn expect_arrival(pager: &Arc<Pager>, page: u64) {
+    let pager = pager.clone();
+    let ensured = later(move || pager.ensure(PageRange::page(page), Path::Guest, &Waiter::new()));
+    let outcome = ensured.recv_timeout(PATIENCE);
+    assert_eq!(outcome.unwrap_or_else(|_| panic!("page {page} does not arrive")), Ok(()));
+}
+
 #[test]
 fn fetch_returns_while_the_storage_hangs() {
     let Some(file) = slow_file() else { return };
@@ -70,7 +85,7 @@ fn fetch_returns_while_the_storage_hangs() {
     assert_eq!(fetched.recv_timeout(SOON).expect("fetch waits for nothing"), Ok(0));
     until("the read hangs", || file.waiting() == 1);
     // Other pages arrive meanwhile.
-    pager.ensure(PageRange::page(6), Path::Guest, &Waiter::new()).unwrap();
+    expect_arrival(&pager, 6);
     assert!(pager.bitmap().is_missing(1));
     file.answer();
     pager.ensure(PageRange::page(1), Path::Guest, &Waiter::new()).unwrap();
@@ -99,24 +114,18 @@ fn reads_that_hang_leave_threads_for_others() {
     let _guard = file.answer_at_the_end();
     // One read less than the source has threads.
     file.hold(bytes(1..32));
-    for page in 1..32 {
-        pager.fetch(PageRange::page(page), Path::Guest).unwrap();
-    }
+    expect_asked(&pager, 1..32, Path::Guest);
     until("they hang", || file.waiting() == 31);
-    for page in [40, 41, 600] {
-        pager.ensure(PageRange::page(page), Path::Guest, &Waiter::new()).unwrap();
-    }
+    [40, 41, 600].into_iter().for_each(|page| expect_arrival(&pager, page));
     // Hanging reads of background fill leave threads for demand.
     file.answer();
     until("they arrive", || missing(&pager, PageRange::new(1, 31)) == 0);
     file.hold(bytes(100..200));
-    for page in 100..200 {
-        pager.fetch(PageRange::page(page), Path::Fill).unwrap();
-    }
+    expect_asked(&pager, 100..200, Path::Fill);
     until("fill hangs", || file.waiting() == 16);
     thread::sleep(A_WHILE);
     assert_eq!(file.waiting(), 16);
-    pager.ensure(PageRange::page(900), Path::Guest, &Waiter::new()).unwrap();
+    expect_arrival(&pager, 900);
 }
 
 #[test]
@@ -129,10 +138,13 @@ fn fill_ends_while_the_storage_hangs() {
     until("the storage is asked", || file.waiting() > 0);
     let ended = later(move || drop(fill));
     ended.recv_timeout(SOON).expect("the end of fill waits for nothing");
-    // The last reference to the source is dropped while its threads still hang.
+    // Reads under way keep the memory, and its end waits for none of them.
     pager.stop();
+    let memory = Arc::downgrade(&pager);
     let ended = later(move || drop(pager));
     ended.recv_timeout(SOON).expect("the end of the memory waits for nothing");
+    file.answer();
+    until("the memory ends with the last read", || memory.strong_count() == 0);
 }
 
 #[test]

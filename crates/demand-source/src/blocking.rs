@@ -402,6 +402,22 @@ mod tests {
         ender.join().unwrap();
     }
 
+    #[test]
+    fn end_waits_for_no_hanging_read() {
+        let (gate, begins, go) = gate();
+        let source = Threaded::new(gate, 1).unwrap();
+        let hanging = source.submit(request(1, Priority::Demand));
+        assert_eq!(begins.recv().unwrap(), 1);
+        let (tell, ended) = mpsc::channel();
+        thread::spawn(move || {
+            drop(source);
+            tell.send(())
+        });
+        ended.recv_timeout(20 * END_WITHIN).expect("the source ends");
+        go.send(()).unwrap();
+        hanging.wait().unwrap();
+    }
+
     /// A source that writes half of the requested bytes and reports success.
     struct Half;
 
