@@ -577,6 +577,29 @@ mod tests {
     }
 
     #[test]
+    fn shared_waiter_wakes_each_thread() {
+        let bitmap = std::sync::Arc::new(MissingBitmap::new(64).unwrap());
+        bitmap.claim(PageRange::new(3, 2));
+        let waiter = Waiter::new();
+        let waits = [3, 4].map(|page| {
+            let (sender, receiver) = std::sync::mpsc::channel();
+            let (bitmap, waiter) = (bitmap.clone(), waiter.clone());
+            thread::spawn(move || sender.send(bitmap.wait(PageRange::page(page), &waiter)));
+            (page, receiver)
+        });
+        for (page, _) in &waits {
+            while !bitmap.is_wanted(PageRange::page(*page)) {
+                thread::yield_now();
+            }
+        }
+        for (page, receiver) in waits {
+            bitmap.publish(PageRange::page(page));
+            let outcome = receiver.recv_timeout(Duration::from_secs(20));
+            assert_eq!(outcome, Ok(Wait::Present), "the wait for page {page}");
+        }
+    }
+
+    #[test]
     fn stopping_ends_all_waits_and_drops_callbacks() {
         let bitmap = MissingBitmap::new(64).unwrap();
         let waiter = Waiter::new();

@@ -23,14 +23,23 @@ pub enum Wait {
 
 #[derive(Default)]
 struct State {
-    woken: bool,
     kicked: bool,
-    waiting: bool,
+    /// The waits in progress: more than one only if several threads share the waiter.
+    waits: SmallVec<[Sleep; 1]>,
+    next: u64,
+}
+
+/// A wait in progress.
+struct Sleep {
+    number: u64,
+    woken: bool,
 }
 
 /// The handle of a thread that may wait for pages, through which other threads can kick it.
 ///
 /// Each thread has a separate waiter; a kicking thread holds a clone of the `Arc`.
+/// Threads that share a waiter are kicked together: a kick that is cleared before all of them have
+/// returned may be missed by some.
 ///
 /// # Examples
 ///
@@ -82,19 +91,40 @@ impl Waiter {
 
     /// Returns whether the thread is waiting for a page at this moment.
     pub fn is_waiting(&self) -> bool {
-        self.lock().waiting
+        !self.lock().waits.is_empty()
     }
 
-    fn wake(&self) {
-        self.lock().woken = true;
+    /// Begins a wait and returns its number; `None` if the waiter is kicked.
+    /// [`sleep`](Self::sleep) or [`end`](Self::end) ends the wait.
+    fn begin(&self) -> Option<u64> {
+        let mut state = self.lock();
+        if state.kicked {
+            return None;
+        }
+        let number = state.next;
+        state.next += 1;
+        state.waits.push(Sleep { number, woken: false });
+        Some(number)
+    }
+
+    fn end(&self, number: u64) {
+        self.lock().waits.retain(|wait| wait.number != number);
+    }
+
+    fn wake(&self, number: u64) {
+        // A kick may have ended the wait.
+        if let Some(wait) = self.lock().waits.iter_mut().find(|wait| wait.number == number) {
+            wait.woken = true;
+        }
         self.changed.notify_all();
     }
 
     /// Sleeps until woken or kicked, or for `limit`, which the model checker ignores.
-    fn sleep(&self, limit: Option<Duration>) {
+    fn sleep(&self, number: u64, limit: Option<Duration>) {
         let mut state = self.lock();
-        state.waiting = true;
-        while !state.woken && !state.kicked {
+        let woken =
+            |state: &State| state.waits.iter().all(|wait| wait.number != number || wait.woken);
+        while !woken(&state) && !state.kicked {
             #[cfg(not(loom))]
             if let Some(limit) = limit {
                 let sleep = self.changed.wait_timeout(state, limit);
@@ -109,11 +139,7 @@ impl Waiter {
             let _ = limit;
             state = self.changed.wait(state).unwrap_or_else(|error| error.into_inner());
         }
-        (state.woken, state.waiting) = (false, false);
-    }
-
-    fn is_kicked(&self) -> bool {
-        self.lock().kicked
+        state.waits.retain(|wait| wait.number != number);
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -129,7 +155,8 @@ impl fmt::Debug for Waiter {
 
 /// The recipient of a wake.
 enum Told {
-    Thread(Arc<Waiter>),
+    /// A waiter, and the number of its wait.
+    Thread(Arc<Waiter>, u64),
     Callback(Box<dyn FnOnce() + Send>),
 }
 
@@ -192,8 +219,8 @@ impl WaitTable {
             let entries = std::mem::take(&mut *bucket.lock());
             bucket.waiting.fetch_sub(entries.len(), Ordering::Relaxed);
             for entry in entries {
-                if let Told::Thread(waiter) = entry.told {
-                    waiter.wake();
+                if let Told::Thread(waiter, number) = entry.told {
+                    waiter.wake(number);
                 }
             }
         }
@@ -247,39 +274,41 @@ impl WaitTable {
             if first_missing(range).is_none() {
                 return Some(Wait::Present);
             }
-            if waiter.is_kicked() {
-                return Some(Wait::Kicked);
-            }
+            let Some(number) = waiter.begin() else { return Some(Wait::Kicked) };
             if slept && limit.is_some() {
+                waiter.end(number);
                 return None;
             }
-            let entry = Entry { page: 0, range, told: Told::Thread(waiter.clone()) };
-            match self.enter(entry, first_missing) {
-                Ok(()) => {
-                    waiter.sleep(limit);
-                    slept = true;
-                    // After a kick, a timeout or a late wake from an earlier wait, the entry may
-                    // still be listed.
-                    self.leave(range, waiter);
-                }
-                Err(_) if first_missing(range).is_none() => return Some(Wait::Present),
-                Err(_) => return Some(Wait::Stopped),
+            let entry = Entry { page: 0, range, told: Told::Thread(waiter.clone(), number) };
+            if self.enter(entry, first_missing).is_err() {
+                waiter.end(number);
+                return Some(match first_missing(range) {
+                    None => Wait::Present,
+                    Some(_) => Wait::Stopped,
+                });
             }
+            waiter.sleep(number, limit);
+            slept = true;
+            // After a kick or a timeout the entry may still be listed.
+            self.leave(range, waiter, number);
         }
     }
 
     /// Returns whether a waiter other than background fill waits for a page of the range.
     #[cfg(not(loom))]
     pub(crate) fn is_wanted(&self, range: PageRange) -> bool {
-        let background = |told: &Told| matches!(told, Told::Thread(waiter) if waiter.background);
+        let background = |told: &Told| matches!(told, Told::Thread(waiter, _) if waiter.background);
         let wants =
             |entry: &Entry| !entry.range.intersect(range).is_empty() && !background(&entry.told);
         self.buckets.iter().any(|bucket| bucket.lock().iter().any(wants))
     }
 
-    /// Removes a thread's entry, wherever in its range it waits.
-    fn leave(&self, range: PageRange, waiter: &Arc<Waiter>) {
-        let others = |entry: &Entry| !matches!(&entry.told, Told::Thread(other) if Arc::ptr_eq(other, waiter));
+    /// Removes a wait's entry, wherever in its range it waits.
+    fn leave(&self, range: PageRange, waiter: &Arc<Waiter>, number: u64) {
+        let others = |entry: &Entry| match &entry.told {
+            Told::Thread(other, its) => *its != number || !Arc::ptr_eq(other, waiter),
+            Told::Callback(_) => true,
+        };
         for bucket in self.buckets_of(range) {
             let mut entries = bucket.lock();
             let before = entries.len();
@@ -309,7 +338,7 @@ impl WaitTable {
                     call(callback);
                 }
             }
-            Told::Thread(waiter) => waiter.wake(),
+            Told::Thread(waiter, number) => waiter.wake(number),
         }
     }
 
