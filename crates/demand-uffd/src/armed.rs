@@ -24,6 +24,10 @@ pub const BACK_END_CHUNK: u64 = 2 << 20;
 /// Number of immediate retries of an operation while the layout of an address space changes.
 const TRIES: u32 = 64;
 
+/// Number of times that one operation fills holes in memory whose content has arrived: another
+/// process can punch them again and again.
+const HOLES: u32 = 8;
+
 /// A mapping of a whole region, in this process or in another, that is registered with a
 /// userfaultfd: a thread that touches an unmapped page of it waits.
 ///
@@ -331,9 +335,9 @@ impl ArmedMapping {
         }
     }
 
-    /// Makes sure that units with present pages exist. Another process that has the memory object
-    /// may have punched a hole in it, as it may have written zeros. Without this, a thread that
-    /// touches the hole would be woken and fault again for ever.
+    /// Makes sure that units exist whose content has arrived. Another process that has the memory
+    /// object may have punched a hole in it, as it may have written zeros. Without this, a thread
+    /// that touches the hole would fault again for ever, or stay blocked.
     fn make_exist(&self, granule: PageRange) -> Result<(), RangeError> {
         let Some(pager) = self.pager() else { return Ok(()) };
         pager.backing().allocate(granule).map_err(|error| {
@@ -367,7 +371,7 @@ impl ArmedMapping {
         let mut at = self.base + pages.offset();
         let end = at + pages.bytes();
         let mut stepped_over = None;
-        let mut tries = 0;
+        let (mut tries, mut holes) = (0, 0);
         let result = loop {
             if at >= end {
                 break Ok(());
@@ -385,6 +389,14 @@ impl ArmedMapping {
                         thread::sleep(Duration::from_micros(20));
                     } else {
                         thread::yield_now();
+                    }
+                }
+                Cause::NoPage if holes < HOLES => {
+                    holes += 1;
+                    let page = (at - self.base) / PAGE_SIZE;
+                    let rest = PageRange::new(page, pages.end() - page);
+                    if let Err(error) = self.make_exist(rest) {
+                        break Err(error);
                     }
                 }
                 _ => break Err(error),
