@@ -152,7 +152,7 @@ fn bad_input_gives_one_line() {
     let folder = tempfile::tempdir().unwrap();
     let missing = folder.path().join("no.img");
     let name = missing.to_str().unwrap();
-    is_refused(lazy_vm().args(["--image", name]), &[name, "No such file", "name a readable"]);
+    is_refused(lazy_vm().args(["--image", name]), &[name, "No such file", "use a readable"]);
     is_refused(lazy_vm().args(["--keep", "/no/such/folder/x"]), &["/no/such/folder/x"]);
     let long = tempfile::NamedTempFile::new().unwrap();
     long.as_file().set_len(1 << 40).unwrap();
@@ -162,7 +162,7 @@ fn bad_input_gives_one_line() {
     std::fs::write(&odd, [0xf4; 4096]).unwrap();
     let odd: &Path = &odd;
     let huge = ["--backing", "hugetlb-2m", "--image"];
-    is_refused(lazy_vm().args(huge).arg(odd), &["no multiple", "round it"]);
+    is_refused(lazy_vm().args(huge).arg(odd), &["not a multiple", "round it"]);
 }
 
 #[test]

@@ -193,7 +193,7 @@ impl<S: BlockingSource + 'static> Threaded<S> {
             && let Err(error) = start(&self.shared, &mut queues)
             && queues.running == 0
         {
-            log::warn!("cannot start a thread that reads pages: {error}; reads are tried again");
+            log::warn!("cannot spawn a thread that reads pages: {error}; the reads fail");
             failed.extend(queues.demand.drain(..));
             failed.extend(queues.fill.drain(..));
         }
@@ -303,7 +303,7 @@ impl<S> Drop for Threaded<S> {
         if hanging > 0 {
             log::warn!(
                 "cannot end {hanging} threads that read pages: the storage does not answer; they \
-                 are left until it does, or the process ends"
+                 remain until it does, or until the process ends"
             );
         }
     }

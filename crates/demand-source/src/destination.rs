@@ -180,7 +180,7 @@ impl<'a> Destination<'a> {
         file_offset: u64,
         flags: libc::c_int,
     ) -> io::Result<usize> {
-        assert!(offset <= self.len, "byte {offset} lies past {} bytes", self.len);
+        assert!(offset <= self.len, "byte {offset} lies past the end of {} bytes", self.len);
         let file_offset = libc::off64_t::try_from(file_offset)
             .map_err(|_| io::Error::from_raw_os_error(libc::EOVERFLOW))?;
         loop {

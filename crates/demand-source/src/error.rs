@@ -10,7 +10,7 @@ use std::io;
 #[derive(Debug, thiserror::Error)]
 pub enum SourceError {
     /// The image cannot be opened, or is neither a regular file nor a block device.
-    #[error("open image {image}: {error}; name a readable regular file or block device")]
+    #[error("cannot open image {image}: {error}; use a readable regular file or block device")]
     Open {
         /// The image, as the user named it.
         image: String,
@@ -18,7 +18,7 @@ pub enum SourceError {
         error: io::Error,
     },
     /// The system refused a read.
-    #[error("read {len} bytes at offset {offset} of {image}: {error}; the read is tried again")]
+    #[error("cannot read {len} bytes at offset {offset} of {image}: {error}; check the storage")]
     Read {
         /// The image, as the user named it.
         image: String,
@@ -31,8 +31,8 @@ pub enum SourceError {
     },
     /// The image ended before the requested bytes: it has shrunk since it was opened.
     #[error(
-        "read {len} bytes at offset {offset} of {image}: the image ends at byte {end}, it had \
-         {size} bytes when it was opened; restore the file to its full length"
+        "cannot read {len} bytes at offset {offset} of {image}: the image now ends at byte {end}, \
+         and had {size} bytes when it was opened; restore the file to its full length"
     )]
     Shrunk {
         /// The image, as the user named it.
@@ -49,7 +49,7 @@ pub enum SourceError {
     /// The source reported success but had not written all bytes.
     #[error(
         "cannot use {len} bytes of the page source: it wrote only {wrote} and reported success; \
-         that is a mistake in the source's implementation"
+         this is a bug in the source"
     )]
     Short {
         /// Bytes that were written, each counted once.
@@ -59,8 +59,8 @@ pub enum SourceError {
     },
     /// The range lies outside the image.
     #[error(
-        "read {len} bytes at offset {offset} of {image}: the image has {size} bytes; use an \
-         image that is at least as long as the memory it fills"
+        "cannot read {len} bytes at offset {offset} of {image}: the image has only {size} bytes; \
+         use an image that is at least as long as the memory"
     )]
     OutOfRange {
         /// The image, as the user named it.
@@ -74,8 +74,8 @@ pub enum SourceError {
     },
     /// A page of the image has changed since the image was written.
     #[error(
-        "read the page at offset {offset} of {image}: its content is not what the table of page \
-         hashes says; put back both files as they were written, or take a new snapshot"
+        "cannot use the page at offset {offset} of {image}: its content does not match the table \
+         of page hashes; restore the original image and table, or take a new snapshot"
     )]
     Altered {
         /// The image, as the user named it.
@@ -85,8 +85,8 @@ pub enum SourceError {
     },
     /// The table of page hashes is unusable, or belongs to another image.
     #[error(
-        "open image {image} with the page hashes of {table}: {why}; name both files of one \
-             snapshot, as they were written"
+        "cannot open image {image} with the page hashes of {table}: {why}; use the unmodified \
+         image and table of one snapshot"
     )]
     Table {
         /// The image, as the user named it.
@@ -97,7 +97,7 @@ pub enum SourceError {
         why: String,
     },
     /// The progress callback of a check cancelled it.
-    #[error("check image {image}: ended at byte {at}, as was asked; start it again")]
+    #[error("check of image {image} cancelled at byte {at}; start it again")]
     Cancelled {
         /// The image, as the user named it.
         image: String,
@@ -105,9 +105,9 @@ pub enum SourceError {
         at: u64,
     },
     /// The source was dropped before it answered.
-    #[error("the page source ended before it answered a request; start it again")]
+    #[error("cannot read from the page source: it ended before it answered the request")]
     Abandoned,
     /// The source's code panicked.
-    #[error("cannot read from the page source: its code panicked; the read is tried again")]
+    #[error("cannot read from the page source: its code panicked; see the panic message")]
     Panicked,
 }

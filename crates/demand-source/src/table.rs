@@ -42,10 +42,10 @@ impl Header {
     /// Decodes a header; the error says why it is invalid.
     fn decode(bytes: &[u8; HEADER_BYTES]) -> Result<Self, String> {
         if bytes.iter().all(|byte| *byte == 0) {
-            return Err("the table was not finished".into());
+            return Err("the table is unfinished".into());
         }
         if bytes[..8] != MAGIC {
-            return Err("the table is no table of page hashes".into());
+            return Err("the file is not a table of page hashes".into());
         }
         let mut version = [0; 4];
         version.copy_from_slice(&bytes[8..12]);
@@ -58,7 +58,9 @@ impl Header {
             return Err("the table's header is damaged".into());
         }
         if version != VERSION {
-            return Err(format!("the table has version {version}, this program reads {VERSION}"));
+            return Err(format!(
+                "the table has version {version}, but this program reads version {VERSION}"
+            ));
         }
         check_size(header.size)?;
         Ok(header)
@@ -68,11 +70,13 @@ impl Header {
 /// Checks an image's size, in bytes; the error says why it is invalid.
 pub(crate) fn check_size(size: u64) -> Result<(), String> {
     if size == 0 || !size.is_multiple_of(PAGE_BYTES as u64) {
-        return Err(format!("an image of {size} bytes is no whole number of pages of 4096 bytes"));
+        return Err(format!(
+            "an image of {size} bytes is not a whole number of pages of 4096 bytes"
+        ));
     }
     // File offsets are signed.
     if i64::try_from(size).is_err() {
-        return Err(format!("an image of {size} bytes is longer than a file can be"));
+        return Err(format!("an image of {size} bytes is longer than any file can be"));
     }
     Ok(())
 }
@@ -104,14 +108,14 @@ impl HashTable {
         let len = file.size();
         let mut bytes = [0; HEADER_BYTES];
         if len < HEADER_BYTES as u64 {
-            return Err(unfit(format!("the table has {len} bytes, which are no header")));
+            return Err(unfit(format!("the table has {len} bytes, less than its header")));
         }
         file.read(0, &mut Destination::from(&mut bytes[..]))?;
         let header = Header::decode(&bytes).map_err(unfit)?;
         let (expected, actual) = (header.size, image.size());
         if expected != actual {
             return Err(unfit(format!(
-                "the table is for {expected} bytes, the image has {actual}"
+                "the table is for {expected} bytes, and the image has {actual}"
             )));
         }
         let expected = table_len(header.size);
@@ -203,8 +207,8 @@ mod tests {
     #[test]
     fn the_errors_tell_what_it_is() {
         let why = |bytes| Header::decode(&bytes).unwrap_err();
-        assert!(why([0; HEADER_BYTES]).contains("not finished"));
-        assert!(why([7; HEADER_BYTES]).contains("no table"));
+        assert!(why([0; HEADER_BYTES]).contains("unfinished"));
+        assert!(why([7; HEADER_BYTES]).contains("not a table"));
         let mut newer = HEADER.encode();
         newer[8] = 2;
         assert!(why(newer).contains("version 2"));

@@ -13,10 +13,10 @@ use crate::table::{self, Header};
 #[derive(Debug, thiserror::Error)]
 pub enum ImageWriterError {
     /// An image cannot have this size.
-    #[error("write an image: {0}; round the size to a multiple of 4096 bytes that a file can have")]
+    #[error("cannot create an image: {0}; choose another size")]
     Size(String),
     /// One of the files could not be created.
-    #[error("create {}: {error}; {}", path.display(), advice(error))]
+    #[error("cannot create {}: {error}; {}", path.display(), advice(error))]
     Create {
         /// The file.
         path: PathBuf,
@@ -25,8 +25,8 @@ pub enum ImageWriterError {
     },
     /// The write does not consist of whole pages within the image.
     #[error(
-        "write {len} bytes at offset {offset} of {}: these are no whole pages of an image of \
-         {size} bytes; write multiples of 4096 bytes within it",
+        "cannot write {len} bytes at offset {offset} of {}: they are not whole pages of an image \
+         of {size} bytes; write multiples of 4096 bytes within it",
         path.display()
     )]
     Range {
@@ -41,7 +41,8 @@ pub enum ImageWriterError {
     },
     /// The page was already written.
     #[error(
-        "write the page at offset {offset} of {}: it was written before; write each page once",
+        "cannot write the page at offset {offset} of {}: it is already written; write each page \
+         once",
         path.display()
     )]
     Twice {
@@ -51,7 +52,11 @@ pub enum ImageWriterError {
         offset: u64,
     },
     /// A write failed.
-    #[error("write {len} bytes at offset {offset} of {}: {error}; {}", path.display(), advice(error))]
+    #[error(
+        "cannot write {len} bytes at offset {offset} of {}: {error}; {}",
+        path.display(),
+        advice(error)
+    )]
     Write {
         /// The image or its table.
         path: PathBuf,
@@ -63,7 +68,7 @@ pub enum ImageWriterError {
         error: io::Error,
     },
     /// The file could not be synced to the disk.
-    #[error("bring {} to the disk: {error}; {}", path.display(), advice(error))]
+    #[error("cannot sync {} to the disk: {error}; {}", path.display(), advice(error))]
     Sync {
         /// The image or its table.
         path: PathBuf,
@@ -75,15 +80,17 @@ pub enum ImageWriterError {
 fn advice(error: &io::Error) -> &'static str {
     match error.kind() {
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
-            "free space there, or choose another folder, and write it again"
+            "free space there, or choose another folder, and try again"
         }
-        io::ErrorKind::AlreadyExists => "choose a new name, or remove the old file",
-        io::ErrorKind::FileTooLarge => "choose a file system that has files of this size",
-        io::ErrorKind::NotFound => "make the folder first",
+        io::ErrorKind::AlreadyExists => {
+            "choose a new name, or remove the old file if it is no longer needed"
+        }
+        io::ErrorKind::FileTooLarge => "choose a file system that supports files of this size",
+        io::ErrorKind::NotFound => "create the folder first",
         io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
-            "choose a folder that can be written"
+            "choose a writable folder"
         }
-        _ => "see what the kernel says of this disk, or choose another folder",
+        _ => "check the kernel log for disk errors, or choose another folder",
     }
 }
 

@@ -298,7 +298,7 @@ fn an_image_that_was_not_finished_is_refused() {
     writer.write(0, &[1; 8192]).unwrap();
     drop(writer);
     let error = HashedImage::open(&image, &table).unwrap_err().to_string();
-    assert!(error.contains("not finished") && !error.contains('\n'), "{error}");
+    assert!(error.contains("unfinished") && !error.contains('\n'), "{error}");
 }
 
 #[test]

@@ -168,17 +168,17 @@ fn a_memory_that_is_not_the_snapshots() {
     let copy = snapshot.copy();
     let good = snapshot.read("hashes");
     for (case, bytes, word) in [
-        ("no hashes", &good[..0], "no header"),
-        ("half a header of hashes", &good[..100], "no header"),
+        ("no hashes", &good[..0], "less than its header"),
+        ("half a header of hashes", &good[..100], "less than its header"),
         ("fewer hashes", &good[..good.len() - 8], "instead of"),
         ("half a hash", &good[..good.len() - 1], "instead of"),
         ("more hashes", &[&good[..], &[0; 8]].concat(), "instead of"),
-        ("hashes that were not finished", &vec![0; good.len()], "not finished"),
+        ("hashes that were not finished", &vec![0; good.len()], "unfinished"),
     ] {
         copy.write("hashes", bytes);
         refused(case, &copy, &[word, "one snapshot"]);
     }
-    for (at, word) in [(3, "no table"), (8, "version"), (17, "damaged"), (30, "damaged")] {
+    for (at, word) in [(3, "not a table"), (8, "version"), (17, "damaged"), (30, "damaged")] {
         let mut bytes = good.clone();
         bytes[at] ^= 2;
         copy.write("hashes", &bytes);

@@ -94,7 +94,8 @@ fn altered_pages_are_found_before_the_guest_runs_if_it_is_asked_for() {
         let mut command = restore(&copy.dir());
         command.args(["--verify", "--vhost-user", "blk,socket=/nowhere"]);
         let memory = copy.path("memory");
-        let words = [&*format!("offset {page} of"), memory.to_str().unwrap(), "put back"];
+        let words =
+            [&*format!("offset {page} of"), memory.to_str().unwrap(), "restore the original"];
         refusals.check(case, &mut command, FAILED, &words);
     }
     let copy = snapshot.copy();
@@ -103,7 +104,7 @@ fn altered_pages_are_found_before_the_guest_runs_if_it_is_asked_for() {
     copy.write("hashes", &hashes);
     let mut command = restore(&copy.dir());
     command.args(["--verify", "--vhost-user", "blk,socket=/nowhere"]);
-    let words = [&*format!("offset {page} of"), "put back"];
+    let words = [&*format!("offset {page} of"), "restore the original"];
     refusals.check("a hash", &mut command, FAILED, &words);
     refusals.end();
     snapshot.assert_unchanged();
@@ -123,7 +124,7 @@ fn an_altered_page_is_waited_for_and_the_guest_goes_on_when_it_is_put_back() {
     let words = format!("offset {page} of {}", copy.path("memory").display());
     let status = wait(&guest, "the limit passes", paused);
     let error = status.last_error.unwrap_or_default();
-    assert!(error.contains(&words) && error.contains("put back"), "{error}");
+    assert!(error.contains(&words) && error.contains("restore the original"), "{error}");
     let said = guest.said();
     assert!(said.contains(&words) && said.contains("the VM is paused"), "{said}");
     // Resuming it does not help.
