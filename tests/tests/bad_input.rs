@@ -83,7 +83,7 @@ fn more_memory_than_the_guest_can_use() {
         .and_then(|image| image.set_len(3 << 30))
         .unwrap();
     command.args(["--memory", "size=5G", "--test-guest", "window=64M"]);
-    refused(&mut command, FAILED, &["from byte 3221225472 of the image", "less memory"]);
+    refused(&mut command, FAILED, &["from offset 3221225472 of the image", "less memory"]);
 }
 
 #[test]

@@ -72,7 +72,7 @@ impl FromStr for BackingKind {
     fn from_str(name: &str) -> Result<Self, String> {
         BackingKind::ALL.into_iter().find(|kind| kind.name() == name).ok_or_else(|| {
             let names = BackingKind::ALL.map(BackingKind::name).join(", ");
-            format!("there is no backing '{name}'; choose one of {names}")
+            format!("unknown backing '{name}'; choose one of {names}")
         })
     }
 }
@@ -82,7 +82,8 @@ impl FromStr for BackingKind {
 pub enum BackingError {
     /// A size that is not a multiple of the unit.
     #[error(
-        "back {size} bytes with {kind}: the size is no multiple of {} bytes; round it to one",
+        "cannot back {size} bytes with {kind}: the size is not a multiple of {} bytes; round it \
+         up or down to one",
         kind.unit()
     )]
     Size {
@@ -92,7 +93,7 @@ pub enum BackingError {
         kind: BackingKind,
     },
     /// A memory object that could not be created or mapped.
-    #[error("back {size} bytes with {kind}: {error}; {}", advice(*kind))]
+    #[error("cannot create {size} bytes of {kind}: {error}; {}", advice(*kind))]
     Create {
         /// The requested size, in bytes.
         size: u64,
@@ -102,7 +103,7 @@ pub enum BackingError {
         error: io::Error,
     },
     /// Memory that could not be allocated for pages.
-    #[error("allocate {len} bytes of {kind} at offset {offset}: {error}; {}", advice(*kind))]
+    #[error("cannot allocate {len} bytes of {kind} at offset {offset}: {error}; {}", advice(*kind))]
     Allocate {
         /// Offset in the region, in bytes.
         offset: u64,
@@ -114,9 +115,7 @@ pub enum BackingError {
         error: io::Error,
     },
     /// Memory without content that could not be found or removed.
-    #[error(
-        "cannot remove {len} bytes of {kind} at offset {offset} that no page has arrived in: {error}"
-    )]
+    #[error("cannot remove {len} bytes of {kind} without content at offset {offset}: {error}")]
     Remove {
         /// Offset in the region, in bytes.
         offset: u64,
@@ -131,14 +130,14 @@ pub enum BackingError {
 
 fn advice(kind: BackingKind) -> &'static str {
     match kind {
-        BackingKind::Shmem => "free memory, or ask for less",
+        BackingKind::Shmem => "free memory, or use less",
         BackingKind::Hugetlb2M => {
-            "free or add huge pages of 2 MiB: sysctl vm.nr_hugepages, and HugePages_Free in \
-             /proc/meminfo"
+            "free or add huge pages of 2 MiB (see sysctl vm.nr_hugepages, and HugePages_Free in \
+             /proc/meminfo)"
         }
         BackingKind::Hugetlb1G => {
-            "free or add huge pages of 1 GiB: nr_hugepages and free_hugepages in \
-             /sys/kernel/mm/hugepages/hugepages-1048576kB"
+            "free or add huge pages of 1 GiB (see nr_hugepages and free_hugepages in \
+             /sys/kernel/mm/hugepages/hugepages-1048576kB)"
         }
     }
 }
@@ -256,11 +255,15 @@ impl MemfdBacking {
 /// One line of text: the reason, and the remedy.
 pub fn transparent_huge_pages_of_shmem() -> Result<(), String> {
     const SETTING: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
-    let text = std::fs::read_to_string(SETTING)
-        .map_err(|error| format!("read {SETTING}: {error}; this kernel was built without them"))?;
+    let text = std::fs::read_to_string(SETTING).map_err(|error| {
+        format!(
+            "cannot read {SETTING}: {error}; this kernel may lack transparent huge pages for \
+             shared memory"
+        )
+    })?;
     match chosen(&text) {
         Some("never" | "deny") | None => {
-            Err(format!("{SETTING} says {}: write 'advise' there", text.trim()))
+            Err(format!("{SETTING} is '{}'; write 'advise' to it", text.trim()))
         }
         Some(_) => Ok(()),
     }

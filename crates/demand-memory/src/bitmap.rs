@@ -261,7 +261,7 @@ impl MissingBitmap {
         // Release: the content, written before, is visible to a thread that sees the bit cleared.
         // Acquire: the thread that clears the last bit has seen everything that others published.
         let before = self.missing[word].fetch_and(!mask, Ordering::AcqRel);
-        debug_assert_eq!(before & mask, mask, "a page is published once");
+        debug_assert_eq!(before & mask, mask, "a page was published twice");
         before & !mask == 0
             && self.groups[word / GROUP].fetch_sub(1, Ordering::AcqRel) == 1
             && self.groups_left.fetch_sub(1, Ordering::AcqRel) == 1

@@ -131,8 +131,8 @@ impl Drop for Fill {
         let hanging = join_within(self.thread.take().into_iter().collect(), END_WITHIN);
         if hanging > 0 {
             log::warn!(
-                "cannot end background fill: its source does not return from a call; its thread is \
-                 left until it does, or the process ends"
+                "cannot end background fill: a call of its source does not return; its thread \
+                 remains until the call returns, or until the process ends"
             );
         }
     }

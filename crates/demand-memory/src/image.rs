@@ -53,7 +53,8 @@ pub struct ImageProgress {
 pub enum WriteImageError {
     /// An image of another size than the memory.
     #[error(
-        "copy {memory} bytes of memory to an image of {image} bytes: make it as long as memory"
+        "cannot copy {memory} bytes of memory to an image of {image} bytes: the sizes differ; \
+         create the image with the size of memory"
     )]
     Size {
         /// Size of all regions, in bytes.
@@ -62,7 +63,7 @@ pub enum WriteImageError {
         image: u64,
     },
     /// A copy that the progress callback ended.
-    #[error("copy memory to an image: ended after {bytes} of {total} bytes, as was asked")]
+    #[error("copy of memory to an image cancelled after {bytes} of {total} bytes")]
     Cancelled {
         /// Bytes that were copied.
         bytes: u64,
@@ -74,8 +75,8 @@ pub enum WriteImageError {
     Write(#[from] ImageWriterError),
     /// A failure to read memory.
     #[error(
-        "copy memory to an image: read {len} bytes at offset {offset} of a memory object: {error}; \
-         see what the kernel says of this machine's memory"
+        "cannot copy memory to an image: reading {len} bytes at offset {offset} of the memory \
+         object failed: {error}; check the kernel log for memory errors"
     )]
     Memory {
         /// Offset in the region, in bytes.
@@ -97,8 +98,8 @@ pub enum WriteImageError {
     },
     /// Missing pages that their source did not deliver.
     #[error(
-        "copy memory to an image: get missing pages at offset {offset} of their source, tried \
-         {attempts} times: {error}; the VM can go on, try again when the source is back"
+        "cannot copy memory to an image: the source failed {attempts} times at offset {offset}: \
+         {error}; the VM can continue; try again when the source is available"
     )]
     Source {
         /// Offset in the source's image, in bytes.
@@ -310,7 +311,9 @@ impl Copy<'_> {
             let Some(pause) = pauses.next() else {
                 return Err(WriteImageError::Source { offset, attempts, error });
             };
-            log::warn!("copy memory to an image: {error}; attempt {attempts} failed");
+            log::warn!(
+                "cannot read missing pages for an image (attempt {attempts}): {error}; retrying"
+            );
             thread::sleep(*pause);
             self.report()?;
             attempts += 1;

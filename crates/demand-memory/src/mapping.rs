@@ -104,7 +104,11 @@ impl Mapping {
     ///
     /// If `offset` lies past the end.
     pub fn at(&self, offset: u64) -> NonNull<u8> {
-        assert!(offset <= self.len, "byte {offset} lies past a mapping of {} bytes", self.len);
+        assert!(
+            offset <= self.len,
+            "byte {offset} lies past the end of a mapping of {} bytes",
+            self.len
+        );
         // SAFETY: the assertion keeps the pointer within the mapping or one past its end, and a
         // mapping is smaller than `isize::MAX`.
         unsafe { self.address.add(offset as usize) }

@@ -88,7 +88,7 @@ impl PageRange {
     /// Returns the bitmap words that contain the run, each with the mask of the run's bits.
     pub(crate) fn words(self) -> impl Iterator<Item = (usize, u64)> {
         // An empty list would count as present, so a run that overflows panics.
-        let end = self.first.checked_add(self.count).expect("a run of pages ends somewhere");
+        let end = self.first.checked_add(self.count).expect("a run of pages must not overflow");
         let first = self.first;
         let words = if self.is_empty() { 0..0 } else { first / 64..end.div_ceil(64) };
         words.map(move |word| {
@@ -123,7 +123,7 @@ mod tests {
     }
 
     #[test]
-    #[should_panic(expected = "a run of pages ends somewhere")]
+    #[should_panic(expected = "a run of pages must not overflow")]
     fn a_run_past_all_numbers_has_no_words() {
         // An empty list of words would contain no missing page.
         PageRange::new(u64::MAX, 2).words().for_each(drop);

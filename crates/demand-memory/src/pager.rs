@@ -28,7 +28,10 @@ pub enum PagerError {
     #[error(transparent)]
     Backing(#[from] BackingError),
     /// A missing bitmap that could not be created.
-    #[error("make a missing bitmap for {pages} pages: {error}; free memory, or ask for less")]
+    #[error(
+        "cannot create a missing bitmap for {pages} pages: {error}; free memory, or use less \
+         guest memory"
+    )]
     Bitmap {
         /// Number of pages of the region.
         pages: u64,
@@ -37,7 +40,7 @@ pub enum PagerError {
     },
     /// An image that ends before the region does.
     #[error(
-        "fill {size} bytes of memory from byte {image_offset} of the image: the image has only \
+        "cannot fill {size} bytes of memory from offset {image_offset} of the image: it has only \
          {image_size} bytes; use an image of at least {} bytes, or less memory",
         image_offset.saturating_add(*size)
     )]
@@ -51,8 +54,8 @@ pub enum PagerError {
     },
     /// A mapping that is shorter than the size that the backing reports.
     #[error(
-        "cannot use a backing of {size} bytes: it maps only {mapped}; that is a mistake in the \
-         backing's implementation"
+        "cannot use a backing of {size} bytes: its mapping has only {mapped} bytes; this is a bug \
+         in the backing"
     )]
     MappingShort {
         /// Size of the backing, in bytes.
@@ -62,7 +65,8 @@ pub enum PagerError {
     },
     /// A region whose last byte would lie past the last guest address.
     #[error(
-        "cannot place {size} bytes of memory at {start:#x}: addresses end before; move it down"
+        "cannot place {size} bytes of memory at guest address {start:#x}: they exceed the last \
+         guest address; choose a lower address"
     )]
     PastTheEnd {
         /// Guest physical address of the region.
@@ -71,7 +75,7 @@ pub enum PagerError {
         size: u64,
     },
     /// An image offset that is not a multiple of the page size.
-    #[error("fill memory from byte {0} of the image: that is no multiple of 4096 bytes")]
+    #[error("cannot fill memory from offset {0} of the image: it is not a multiple of 4096 bytes")]
     Unaligned(u64),
 }
 
@@ -79,13 +83,13 @@ pub enum PagerError {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum FetchError {
     /// A wait that a kick ended; the caller may ask again.
-    #[error("the wait for a page was interrupted; ask again to go on")]
+    #[error("the wait for a page was interrupted by a kick; call again to resume")]
     Kicked,
     /// A stop of the memory: the VM is shutting down, and the pages will not arrive.
-    #[error("the memory was stopped while pages were missing; they will not arrive")]
+    #[error("the wait for missing pages ended: the memory was stopped")]
     Stopped,
     /// A range that does not lie in the region.
-    #[error("page {first} and the {count} from there on do not lie in a region of {pages} pages")]
+    #[error("cannot fetch {count} pages from page {first}: the region has {pages} pages")]
     OutOfRange {
         /// First page of the request.
         first: u64,
@@ -101,16 +105,19 @@ pub enum FetchError {
 #[non_exhaustive]
 pub enum GuestTrapError {
     /// A guest mapping that is armed already.
-    #[error("cannot arm the guest's mapping: the region has an armed one; arm each region once")]
+    #[error("cannot arm the guest's mapping: the region already has an armed one")]
     Twice,
     /// A memslot that was created earlier: its mapping may have shown zeros.
     #[error(
-        "cannot arm the guest's mapping: a memslot of this region exists; arm the mapping first, \
-         and make the memslot over that one"
+        "cannot arm the guest's mapping: a memslot of this region already exists; arm the mapping \
+         before creating the memslot"
     )]
     AfterSlot,
     /// A page that was requested earlier.
-    #[error("cannot arm the guest's mapping: pages were fetched already; arm it before the first")]
+    #[error(
+        "cannot arm the guest's mapping: pages were already requested; arm it before the first \
+         request"
+    )]
     AfterFetch,
 }
 
@@ -731,6 +738,6 @@ pub(crate) enum PopulateError {
     Source(#[from] SourceError),
     #[error(transparent)]
     Backing(#[from] BackingError),
-    #[error("map pages that have arrived where the guest looks: {0}; it is tried again")]
+    #[error("cannot map populated pages for the guest: {0}; retrying")]
     Map(io::Error),
 }

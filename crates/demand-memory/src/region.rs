@@ -47,17 +47,17 @@ pub struct RegionConfig {
 pub enum AccessMappingError {
     /// A mapping without a trap: missing pages would read as zeros.
     #[error(
-        "cannot use a mapping for raw pointers: nothing traps accesses to missing pages there; arm \
-         it before"
+        "cannot use a mapping for raw pointers: accesses to missing pages are not trapped there; \
+         arm it first"
     )]
     NotTrapped,
     /// A region that has an access mapping already.
-    #[error("cannot use a mapping for raw pointers: the region has one; set it once")]
+    #[error("cannot use a mapping for raw pointers: the region already has one")]
     Twice,
     /// A mapping that is not as long as the region.
     #[error(
-        "cannot use a mapping for raw pointers: it has {mapping} bytes, and the region {region}; \
-         map the region's backing"
+        "cannot use a mapping for raw pointers: its {mapping} bytes differ from the region's \
+         {region}; map the region's backing"
     )]
     Length {
         /// Length of the mapping, in bytes.

@@ -148,7 +148,9 @@ impl Retrier {
             let spawned = thread::Builder::new().name("retry".into()).spawn(move || run(&inner));
             queue.running = spawned.is_ok();
             if let Err(error) = spawned {
-                log::error!("start a thread that tries failed fetches again: {error}; trying here");
+                log::error!(
+                    "cannot spawn the retry thread: {error}; retrying on the current thread"
+                );
                 // Without a retry thread, this thread must wait and retry.
                 queue.running = true;
                 drop(queue);

@@ -347,7 +347,7 @@ fn a_source_that_fails_is_an_error_and_the_memory_goes_on() {
     // The offset of the run of pages that are read together, without holes and present pages.
     assert!(((victim - 4) * PAGE_SIZE..=victim * PAGE_SIZE).contains(offset), "{error}");
     let text = error.to_string();
-    assert!(text.contains("the VM can go on") && !text.contains('\n'), "{text}");
+    assert!(text.contains("the VM can continue") && !text.contains('\n'), "{text}");
     assert_eq!(missing(&memory), before);
 
     // The source recovers between attempts.
