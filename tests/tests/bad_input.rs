@@ -185,7 +185,7 @@ fn an_engine_that_the_kernel_lacks() {
         let output = run(&mut command, Duration::from_secs(120)).unwrap();
         assert!(output.status.success(), "{}", output.stderr);
     } else {
-        refused(&mut command, HOST, &["kvm-userfault", "choose engine uffd"]);
+        refused(&mut command, HOST, &["kvm-userfault", "use engine uffd"]);
     }
 }
 

@@ -41,11 +41,11 @@ impl Engine {
     pub const ALL: [Engine; 3] = [Engine::KvmUserfault, Engine::Uffd, Engine::KvmAttributes];
 
     /// The engines' names and descriptions, for the help text of an option.
-    pub const HELP: &str = "auto: the best that the host has; kvm-userfault: KVM reads the \
-                            missing bitmap (a kernel with the KVM Userfault series); uffd: \
+    pub const HELP: &str = "auto: the best that the host supports; kvm-userfault: KVM reads \
+                            the missing bitmap (a kernel with the KVM Userfault series); uffd: \
                             userfaultfd under the guest (any kernel); kvm-attributes: memory \
-                            attributes (experimental, never chosen by auto: a step per page at \
-                            set-up, and on huge pages what KVM itself reads is not stopped)";
+                            attributes (experimental, never chosen by auto: set-up takes a step \
+                            per page, and KVM's own accesses to huge pages are not trapped)";
 
     /// Returns the engine's name on command lines and in reports.
     pub const fn name(self) -> &'static str {
@@ -125,7 +125,7 @@ impl fmt::Display for Engine {
 /// let error = "vmexit".parse::<EngineChoice>().unwrap_err();
 /// assert_eq!(
 ///     error.to_string(),
-///     "there is no engine 'vmexit'; choose one of auto, kvm-userfault, uffd, kvm-attributes"
+///     "unknown engine 'vmexit'; choose one of auto, kvm-userfault, uffd, kvm-attributes"
 /// );
 /// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -157,7 +157,7 @@ impl fmt::Display for EngineChoice {
 
 /// Error for an engine name that does not exist.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("there is no engine '{0}'; choose one of {names}", names = names())]
+#[error("unknown engine '{0}'; choose one of {names}", names = names())]
 pub struct UnknownEngine(pub String);
 
 fn names() -> String {
@@ -185,7 +185,11 @@ pub enum EngineError {
     #[error(transparent)]
     Kvm(#[from] KvmError),
     /// The host lacks the engine that the user named.
-    #[error("use engine {engine}: {}; choose engine uffd or auto, or {}", .trial.describe(*.engine), remedy(*.engine))]
+    #[error(
+        "cannot use engine {engine}: {}; use engine uffd or auto, or {}",
+        .trial.describe(*.engine),
+        remedy(*.engine)
+    )]
     NotThere {
         /// The engine.
         engine: Engine,
@@ -196,7 +200,7 @@ pub enum EngineError {
 
 fn remedy(engine: Engine) -> &'static str {
     match engine {
-        Engine::KvmAttributes => "boot a kernel with CONFIG_KVM_SW_PROTECTED_VM on nested paging",
+        Engine::KvmAttributes => "boot a kernel with CONFIG_KVM_SW_PROTECTED_VM and nested paging",
         Engine::KvmUserfault | Engine::Uffd => "boot a kernel with the KVM Userfault series",
     }
 }
@@ -282,7 +286,7 @@ mod tests {
             let error = resolve(only(engine), &host(REFUSED, REFUSED)).unwrap_err();
             assert_eq!(error, EngineError::NotThere { engine, trial: REFUSED });
             let text = error.to_string();
-            for part in ["Invalid argument", "choose engine uffd", needs, engine.name()] {
+            for part in ["Invalid argument", "use engine uffd", needs, engine.name()] {
                 assert!(text.contains(part) && !text.contains('\n'), "{text}");
             }
         }

@@ -17,13 +17,19 @@ use crate::trap::SlotTrap;
 pub enum FaultError {
     /// The vCPU's thread was kicked while it waited. The page is still being fetched, and the vCPU
     /// can run again at any time: it then leaves with the same exit, or finds the page present.
-    #[error("the wait for the page at guest address {gpa:#x} was interrupted; run the vCPU again")]
+    #[error(
+        "the wait for the page at guest address {gpa:#x} was interrupted by a kick; run the vCPU \
+         again"
+    )]
     Kicked {
         /// Guest physical address of the fault.
         gpa: u64,
     },
     /// The memory was stopped while the vCPU waited for the page.
-    #[error("the memory was stopped while a vCPU waited for guest address {gpa:#x}; end the vCPU")]
+    #[error(
+        "the wait for the page at guest address {gpa:#x} ended: the memory was stopped; stop the \
+         vCPU"
+    )]
     Stopped {
         /// Guest physical address of the fault.
         gpa: u64,
@@ -31,8 +37,8 @@ pub enum FaultError {
     /// The page is present, but KVM refused to give the vCPU access to it (only with
     /// [`Engine::KvmAttributes`](crate::Engine::KvmAttributes)).
     #[error(
-        "let a vCPU get at the page at guest address {gpa:#x}, which has arrived: {error}; free \
-         memory and run the vCPU again"
+        "cannot make the present page at guest address {gpa:#x} accessible to the vCPU: {error}; \
+         free memory and run the vCPU again"
     )]
     Attributes {
         /// Guest physical address of the fault.
@@ -41,7 +47,9 @@ pub enum FaultError {
         error: kvm_ioctls::Error,
     },
     /// An access that KVM leaves to user space lies partly or wholly outside memory.
-    #[error("access {len} bytes of memory at guest address {gpa:#x}: there is none, or not all")]
+    #[error(
+        "cannot access {len} bytes at guest address {gpa:#x}: not all of them are guest memory"
+    )]
     NoMemory {
         /// Guest physical address of the access.
         gpa: u64,
@@ -49,7 +57,9 @@ pub enum FaultError {
         len: usize,
     },
     /// KVM failed to set an MSR.
-    #[error("set MSR {index:#x} to {data:#x} for the guest: {error}; the vCPU cannot go on")]
+    #[error(
+        "cannot set MSR {index:#x} to {data:#x} for the guest: {error}; the vCPU cannot continue"
+    )]
     Msr {
         /// Number of the MSR.
         index: u32,
@@ -60,8 +70,8 @@ pub enum FaultError {
     },
     /// The exit does not belong to the region's engine, or lies in no demand-paged region.
     #[error(
-        "unexpected memory fault exit: {size} bytes at guest address {gpa:#x}, flags {flags:#x}; \
-         only missing pages of demand-paged regions are handled here"
+        "cannot handle a memory fault exit of {size} bytes at guest address {gpa:#x}, flags \
+         {flags:#x}: it is not at a missing page of a demand-paged region"
     )]
     Unexpected {
         /// Guest physical address, as reported by KVM.
@@ -76,8 +86,8 @@ pub enum FaultError {
 /// Error for two demand-paged regions that cover the same guest addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "handle faults of regions at guest addresses {first:#x} and {second:#x}: they overlap; give \
-     each its own addresses"
+    "cannot handle faults of regions at guest addresses {first:#x} and {second:#x}: they overlap; \
+     place them apart"
 )]
 pub struct RegionsOverlap {
     /// Guest physical address of the lower region.
@@ -140,9 +150,15 @@ impl FaultHandler {
     fn of(mut regions: Box<[Region]>) -> Result<Self, RegionsOverlap> {
         regions.sort_by_key(|region| region.start);
         for region in &regions {
-            assert!(region.start.is_multiple_of(PAGE_SIZE), "a region begins at a page");
+            assert!(
+                region.start.is_multiple_of(PAGE_SIZE),
+                "a region must start at a page boundary"
+            );
             let size = region.pager.pages() * PAGE_SIZE;
-            assert!(region.start.checked_add(size - 1).is_some(), "a region ends somewhere");
+            assert!(
+                region.start.checked_add(size - 1).is_some(),
+                "a region must not overflow guest addresses"
+            );
         }
         match regions.windows(2).find(|pair| pair[0].last() >= pair[1].start) {
             Some(pair) => Err(RegionsOverlap { first: pair[0].start, second: pair[1].start }),

@@ -18,10 +18,10 @@ use kvm_ioctls::VcpuFd;
 #[non_exhaustive]
 pub enum KickError {
     /// The page that a vCPU shares with KVM could not be mapped.
-    #[error("map the page that a vCPU shares with KVM: {0}; free memory")]
+    #[error("cannot map the page that a vCPU shares with KVM: {0}; free memory")]
     Map(io::Error),
     /// The handler of the signal that ends `KVM_RUN` could not be installed.
-    #[error("set up signal {signal}, which calls vCPUs away: {error}")]
+    #[error("cannot set up signal {signal} to kick vCPUs: {error}")]
     Signal {
         /// Number of the signal.
         signal: i32,
@@ -29,7 +29,9 @@ pub enum KickError {
         error: io::Error,
     },
     /// The program already has its own handler for the signal.
-    #[error("set up signal {0}, which calls vCPUs away: it has a handler; use another one there")]
+    #[error(
+        "cannot set up signal {0} to kick vCPUs: it already has a handler; use another signal there"
+    )]
     SignalTaken(i32),
 }
 

@@ -19,8 +19,8 @@ use crate::abi::{KVM_MEM_USERFAULT, set_userfault_bitmap};
 pub enum SlotError {
     /// The slot would not begin on a page boundary.
     #[error(
-        "make memslot {number} at guest address {start:#x}: that is no multiple of 4096 bytes; \
-         move it to one"
+        "cannot create memslot {number} at guest address {start:#x}: it is not a multiple of 4096 \
+         bytes; choose an aligned address"
     )]
     Unaligned {
         /// Number of the slot.
@@ -30,8 +30,8 @@ pub enum SlotError {
     },
     /// The lengths of the guest's mapping and the region differ.
     #[error(
-        "make memslot {number}: its mapping has {mapping} bytes and its region {region}; give it \
-         a mapping of the region's backing"
+        "cannot create memslot {number}: its mapping has {mapping} bytes and its region {region}; \
+         map the region's backing"
     )]
     Size {
         /// Number of the slot.
@@ -43,8 +43,8 @@ pub enum SlotError {
     },
     /// The engine needs a mapping whose missing pages are trapped.
     #[error(
-        "cannot make memslot {number}: accesses to missing pages of its mapping are not trapped, \
-         and the guest would read zeros; arm the mapping before the memslot is made"
+        "cannot create memslot {number}: accesses to missing pages of its mapping are not trapped, \
+         and the guest would read zeros; arm the mapping before creating the memslot"
     )]
     Unarmed {
         /// Number of the slot.
@@ -52,8 +52,8 @@ pub enum SlotError {
     },
     /// KVM refused the slot.
     #[error(
-        "make memslot {number} of {size} bytes at guest address {start:#x}, flags {flags:#x}: \
-         {error}; {}",
+        "cannot create memslot {number} of {size} bytes at guest address {start:#x}, flags \
+         {flags:#x}: {error}; {}",
         create_advice(*.error, *.flags)
     )]
     Create {
@@ -69,7 +69,7 @@ pub enum SlotError {
         error: kvm_ioctls::Error,
     },
     /// KVM refused to change a slot's flags.
-    #[error("set the flags of memslot {number} to {flags:#x}: {error}; the slot is as it was")]
+    #[error("cannot set the flags of memslot {number} to {flags:#x}: {error}; they are unchanged")]
     Flags {
         /// Number of the slot.
         number: u32,
@@ -80,7 +80,7 @@ pub enum SlotError {
     },
     /// The memory attributes of the slot's pages could not be changed.
     #[error(
-        "change the memory attributes of memslot {number}, {size} bytes at guest address \
+        "cannot change the memory attributes of memslot {number}, {size} bytes at guest address \
          {start:#x}: {error}; {}",
         attributes_advice(*.error)
     )]
@@ -95,7 +95,9 @@ pub enum SlotError {
         error: kvm_ioctls::Error,
     },
     /// The slot's dirty log could not be read.
-    #[error("read the dirty log of memslot {number}: {error}; is dirty logging on?")]
+    #[error(
+        "cannot read the dirty log of memslot {number}: {error}; check that dirty logging is on"
+    )]
     DirtyLog {
         /// Number of the slot.
         number: u32,
@@ -103,7 +105,10 @@ pub enum SlotError {
         error: kvm_ioctls::Error,
     },
     /// Pages are missing, so KVM must keep reading the bitmap.
-    #[error("finish memslot {number}: {missing} of its pages are missing; finish it when none is")]
+    #[error(
+        "cannot disable paging on memslot {number}: {missing} pages are still missing; wait until \
+         all are present"
+    )]
     PagesMissing {
         /// Number of the slot.
         number: u32,
@@ -113,8 +118,8 @@ pub enum SlotError {
     /// Dirty logging stays on while pages are missing: when it is turned off, KVM may map huge
     /// pages, and missing pages with them.
     #[error(
-        "switch dirty logging of memslot {number} off: {missing} of its pages are missing, and \
-         KVM may map them as it brings huge pages back; switch it off when none is"
+        "cannot disable dirty logging of memslot {number}: {missing} pages are still missing, and \
+         KVM may map them when it restores huge pages; wait until all are present"
     )]
     LoggingStaysOn {
         /// Number of the slot.
@@ -126,21 +131,21 @@ pub enum SlotError {
 
 fn create_advice(error: kvm_ioctls::Error, flags: u32) -> &'static str {
     match error.errno() {
-        libc::EEXIST => "it overlaps another slot: move it",
+        libc::EEXIST => "it overlaps another memslot; choose another address",
         libc::EINVAL if flags & KVM_MEM_USERFAULT != 0 => {
-            "does this kernel have KVM Userfault? If not, choose engine uffd"
+            "this kernel may lack KVM Userfault; use engine uffd"
         }
-        libc::EINVAL => "is the number in use, or past what KVM_CAP_NR_MEMSLOTS says?",
-        libc::ENOMEM => "free memory, or ask for less",
-        libc::ENOTTY => "this kernel is older than 6.8: choose engine uffd",
-        _ => "the kernel's log may say more",
+        libc::EINVAL => "check that the number is unused and below KVM_CAP_NR_MEMSLOTS",
+        libc::ENOMEM => "free memory, or use less guest memory",
+        libc::ENOTTY => "this kernel is older than 6.8; use engine uffd",
+        _ => "check the kernel log",
     }
 }
 
 fn attributes_advice(error: kvm_ioctls::Error) -> &'static str {
     match error.errno() {
-        libc::ENOMEM => "free memory; the pages are as they were",
-        _ => "make the virtual machine with Engine::create_vm",
+        libc::ENOMEM => "free memory; the attributes are unchanged",
+        _ => "create the VM with Engine::create_vm",
     }
 }
 
@@ -203,7 +208,10 @@ impl Memslot {
         }
         if let Some(bitmap) = &bitmap {
             let pages = mapping.len().div_ceil(PAGE_SIZE);
-            assert!(bitmap.words as u64 >= pages.div_ceil(64), "a bit for each page of the slot");
+            assert!(
+                bitmap.words as u64 >= pages.div_ceil(64),
+                "a bitmap needs a bit for each page of the memslot"
+            );
         }
         let size = mapping.len();
         let used = Used { mapping, bitmap };
@@ -302,7 +310,7 @@ impl Drop for Memslot {
             // not accessed again.
             Ok(()) => unsafe { ManuallyDrop::drop(&mut self.used) },
             Err(error) => log::error!(
-                "delete memslot {}: {error}; its {} bytes stay mapped",
+                "cannot delete memslot {}: {error}; its {} bytes stay mapped",
                 self.number,
                 self.used.mapping.len()
             ),

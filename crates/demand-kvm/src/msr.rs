@@ -20,12 +20,12 @@ use crate::own_pages::own_msrs;
 pub enum MsrTrapError {
     /// KVM does not leave MSRs to user space.
     #[error(
-        "have KVM leave filtered MSRs to user space: {0}; this needs Linux 5.10, and an MSR \
-         filter that is not switched off"
+        "cannot trap the guest's writes to MSRs: {0}; use Linux 5.10 or later, with MSR filters \
+         enabled"
     )]
     Capability(kvm_ioctls::Error),
     /// KVM refused the filter.
-    #[error("filter what a guest writes to KVM's MSRs: {0}; free memory")]
+    #[error("cannot filter the guest's writes to KVM's MSRs: {0}; free memory")]
     Filter(kvm_ioctls::Error),
 }
 

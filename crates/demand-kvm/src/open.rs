@@ -11,28 +11,25 @@ use crate::abi::KVM_API_VERSION;
 pub enum KvmError {
     /// The host has no KVM.
     #[error(
-        "open /dev/kvm: {0}; load the module kvm_intel or kvm_amd, or give this container or \
-         machine a KVM"
+        "cannot open /dev/kvm: {0}; load the module kvm_intel or kvm_amd, or give this container \
+         or machine access to KVM"
     )]
     NotThere(kvm_ioctls::Error),
     /// This user may not open `/dev/kvm`.
-    #[error("open /dev/kvm: {0}; join the group that owns /dev/kvm, mostly 'kvm'")]
+    #[error("cannot open /dev/kvm: {0}; join the group that owns /dev/kvm, usually 'kvm'")]
     Permission(kvm_ioctls::Error),
     /// `/dev/kvm` cannot be opened for another reason.
-    #[error("open /dev/kvm: {0}; the kernel's log may say more")]
+    #[error("cannot open /dev/kvm: {0}; check the kernel log")]
     Open(kvm_ioctls::Error),
     /// KVM has another version of its API.
-    #[error(
-        "ask KVM for its version: it said {0}, where every kernel since 2.6.22 says 12; use such \
-         a kernel"
-    )]
+    #[error("cannot use KVM: its API has version {0}, not 12; use Linux 2.6.22 or later")]
     ApiVersion(i32),
     /// KVM is open, but refuses to create a virtual machine.
-    #[error("make a virtual machine: {0}; is another hypervisor using the hardware?")]
+    #[error("cannot create a VM: {0}; check whether another hypervisor uses the hardware")]
     CreateVm(kvm_ioctls::Error),
     /// KVM refuses to create a virtual machine of the type that memory attributes need.
     #[error(
-        "make a virtual machine of type KVM_X86_SW_PROTECTED_VM: {0}; use a kernel with \
+        "cannot create a VM of type KVM_X86_SW_PROTECTED_VM: {0}; use a kernel with \
          CONFIG_KVM_SW_PROTECTED_VM and nested paging, or another engine"
     )]
     CreateProtectedVm(kvm_ioctls::Error),
@@ -78,7 +75,7 @@ mod tests {
         for (errno, advice) in [
             (libc::ENOENT, "load the module"),
             (libc::EACCES, "join the group"),
-            (libc::EMFILE, "kernel's log"),
+            (libc::EMFILE, "kernel log"),
         ] {
             let text = refused(kvm_ioctls::Error::new(errno)).to_string();
             assert!(text.contains(advice) && text.contains("/dev/kvm"), "{text}");

@@ -159,7 +159,7 @@ impl Pending {
 #[cfg(target_arch = "x86_64")]
 fn set_msr(vcpu: &VcpuFd, index: u32, data: u64) -> Result<bool, FaultError> {
     let entry = kvm_bindings::kvm_msr_entry { index, data, ..Default::default() };
-    let msrs = kvm_bindings::Msrs::from_entries(&[entry]).expect("one entry is few enough");
+    let msrs = kvm_bindings::Msrs::from_entries(&[entry]).expect("one entry fits");
     let set = vcpu.set_msrs(&msrs).map_err(|error| FaultError::Msr { index, data, error })?;
     Ok(set == 1)
 }

@@ -62,7 +62,7 @@ impl Probe {
         let report = |engine| {
             let (usable, why) = match (&self.kvm, engine) {
                 (Err(error), _) => (false, error.to_string()),
-                (Ok(_), Engine::Uffd) => (true, "to KVM it is memory like any other".to_owned()),
+                (Ok(_), Engine::Uffd) => (true, "it needs no support from KVM".to_owned()),
                 (Ok(kvm), engine) => {
                     let trial = kvm.trial(engine);
                     (trial.works(), trial.describe(engine))
@@ -94,23 +94,22 @@ impl Probe {
         let mut limits = Vec::new();
         if engine == Engine::KvmAttributes {
             limits.push(
-                "kvm-attributes is an experiment: the kernel means this type of VM for development \
-                 and testing, setting up takes a step for each page, and read-only slots may be \
-                 refused",
+                "kvm-attributes is experimental: the kernel provides this type of VM for \
+                 development and testing, set-up takes a step for each page, and read-only \
+                 memslots may be refused",
             );
         }
         if engine != Engine::Uffd && !right {
             limits.push(
-                "on huge pages, what KVM itself reads and writes in a half-filled unit (operands \
-                 of instructions that it emulates, its walks of the guest's page tables) is not \
-                 stopped by this kernel; pages that MSRs name are fetched before",
+                "on huge pages, this kernel does not stop KVM's own accesses to a partly populated \
+                 unit (operands of instructions that it emulates, walks of the guest's page \
+                 tables); pages that MSRs name are fetched in advance",
             );
         }
         if self.hides_nested(engine) {
             limits.push(
                 "nested virtualization (SVM, VMX) is hidden from guests while pages are missing: \
-                 this host's KVM is not known to keep to pages that have arrived for nested \
-                 guests",
+                 this host's KVM may access missing pages for nested guests",
             );
         }
         limits

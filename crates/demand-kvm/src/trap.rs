@@ -113,7 +113,7 @@ impl SetTrap {
 impl Drop for SetTrap {
     fn drop(&mut self) {
         if let Err(error) = self.0.remove() {
-            log::error!("{error}; another slot at this place finds its pages private");
+            log::error!("{error}; pages at this address stay private for the next memslot");
         }
     }
 }

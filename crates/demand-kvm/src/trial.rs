@@ -40,7 +40,7 @@ impl Trial {
         match self {
             Trial::Works => match engine {
                 Engine::KvmAttributes => "KVM stops a vCPU at a missing page; experimental, see \
-                                          what it does not do"
+                                          its limits"
                     .to_owned(),
                 _ => "KVM stops a vCPU at a missing page".to_owned(),
             },
@@ -48,7 +48,7 @@ impl Trial {
                 format!("KVM refuses {needs}: {}", io::Error::from_raw_os_error(errno))
             }
             Trial::Ignored => {
-                format!("KVM takes {needs}, but does not stop a vCPU at a missing page")
+                format!("KVM accepts {needs}, but does not stop a vCPU at a missing page")
             }
             Trial::Untried => format!("{needs} could not be tried"),
         }

@@ -45,7 +45,7 @@ pub enum StepError {
     #[error(transparent)]
     Fault(#[from] FaultError),
     /// `KVM_RUN` failed.
-    #[error("run a vCPU: {0}; the kernel's log may say more")]
+    #[error("cannot run the vCPU: {0}; check the kernel log")]
     Run(kvm_ioctls::Error),
 }
 

@@ -335,7 +335,7 @@ fn refused_slot_leaves_attributes_alone() {
         DemandSlot::new(vm, 3, start, mapping, other.clone(), Engine::KvmAttributes)
     };
     let error = overlapping().unwrap_err();
-    assert!(error.to_string().contains("overlaps another slot"), "{error}");
+    assert!(error.to_string().contains("overlaps another memslot"), "{error}");
     let mut cpu = machine.vcpu(0);
     let handler = handler(&slot);
     machine.copy_and_compare(&mut cpu, &handler, Pages::run(5, 5), 0, page);

@@ -55,7 +55,7 @@ fn exits_that_are_not_ours_are_refused() {
     ] {
         let error = handler.handle(gpa, size, flags, &waiter).unwrap_err();
         assert_eq!(error, FaultError::Unexpected { gpa, size, flags });
-        assert!(error.to_string().starts_with("unexpected memory fault exit"), "{error}");
+        assert!(error.to_string().starts_with("cannot handle a memory fault exit"), "{error}");
     }
     assert_eq!(pager.bitmap().count_missing(PageRange::new(0, 8)), 8);
     assert_eq!(pager.stats().path(Path::Guest).faults, 0);

@@ -75,7 +75,7 @@ fn a_kernel_without_userfault_says_so() {
         DemandSlot::new(vm, 0, GuestAddress(REGION), mapping.clone(), pager, Engine::KvmUserfault);
     let error = slot.unwrap_err();
     assert!(matches!(error, SlotError::Create { .. }), "{error}");
-    assert!(error.to_string().contains("choose engine uffd"), "{error}");
+    assert!(error.to_string().contains("use engine uffd"), "{error}");
     assert_eq!(Arc::strong_count(&mapping), 1, "a slot that never was keeps nothing");
 }
 
@@ -93,7 +93,7 @@ fn slots_that_cannot_be_are_refused() {
             .unwrap_err()
     };
     let error = new(3, REGION + PAGE_SIZE, mapping);
-    assert!(error.to_string().contains("overlaps another slot"), "{error}");
+    assert!(error.to_string().contains("overlaps another memslot"), "{error}");
     assert!(matches!(new(3, 0x123, mapping), SlotError::Unaligned { start: 0x123, .. }));
     let other = file_pager(BackingKind::Shmem, 1);
     let short = Arc::new(other.backing().map().unwrap());
