@@ -131,7 +131,7 @@ impl ArmedMapping {
         granularity: u64,
     ) -> Result<Arc<Self>, RangeError> {
         let len = pager.pages() * PAGE_SIZE;
-        assert_eq!(mapping.len(), len, "an armed mapping is as long as its region");
+        assert_eq!(mapping.len(), len, "an armed mapping must be as long as its region");
         let base = mapping.address().as_ptr() as u64;
         Self::arm(uffd, base, pager, path, modes, granularity, Some(mapping))
     }
@@ -324,7 +324,7 @@ impl ArmedMapping {
         debug_assert_eq!(
             self.pager().and_then(|pager| pager.bitmap().first_missing(granule)),
             None,
-            "a granule is mapped only when it is whole"
+            "a granule was mapped with missing pages"
         );
         if self.modes.contains(Modes::MINOR) {
             self.map(granule)
@@ -346,7 +346,7 @@ impl ArmedMapping {
                 error => io::Error::other(error),
             };
             let (address, len) = (self.base + granule.offset(), granule.bytes());
-            RangeError { operation: "make exist", address, len, done: 0, error }
+            RangeError { operation: "allocate", address, len, done: 0, error }
         })
     }
 
@@ -358,7 +358,7 @@ impl ArmedMapping {
             _ => Err(io::Error::new(
                 io::ErrorKind::InvalidInput,
                 format!(
-                    "cannot use {} pages from page {} on: the mapping has {}",
+                    "cannot use {} pages from page {}: the mapping has {} pages",
                     pages.count, pages.first, self.pages
                 ),
             )),

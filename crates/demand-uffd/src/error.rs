@@ -10,8 +10,8 @@ use crate::Features;
 pub enum OpenError {
     /// This process may not open a userfaultfd that serves faults of the kernel.
     #[error(
-        "open a userfaultfd that serves faults of the kernel: /dev/userfaultfd: {device}; system \
-         call: {call}; let this user read and write /dev/userfaultfd, or give the process \
+        "cannot open a userfaultfd that handles faults of the kernel: {device} (/dev/userfaultfd), \
+         {call} (system call); let this user read and write /dev/userfaultfd, or give the process \
          CAP_SYS_PTRACE"
     )]
     NotPermitted {
@@ -22,17 +22,17 @@ pub enum OpenError {
     },
     /// The kernel has no userfaultfd.
     #[error(
-        "open a userfaultfd: the kernel has no such call ({0}); use a kernel built with \
+        "cannot open a userfaultfd: the kernel has no such call ({0}); use a kernel built with \
          CONFIG_USERFAULTFD"
     )]
     NoKernelSupport(io::Error),
     /// The kernel refused for another reason.
-    #[error("open a userfaultfd: {0}; raise the limit that it names, or free what it counts")]
+    #[error("cannot open a userfaultfd: {0}; raise the limit that it names, or free resources")]
     Failed(io::Error),
     /// The kernel lacks features.
     #[error(
-        "open a userfaultfd with the features {wanted}: the kernel lacks {lacking}; use a newer \
-         kernel, or one that was built with them"
+        "cannot open a userfaultfd with the features {wanted}: the kernel lacks {lacking}; use a \
+         newer kernel, or one built with them"
     )]
     Features {
         /// The features that the caller asked for.
@@ -42,7 +42,8 @@ pub enum OpenError {
     },
     /// A received descriptor is not a usable userfaultfd.
     #[error(
-        "take a userfaultfd from another process: the descriptor is {0}; the process is at fault"
+        "cannot use a userfaultfd of another process: the descriptor is {0}; this is a bug in that \
+         process"
     )]
     NoUserfaultfd(String),
 }
@@ -74,8 +75,8 @@ pub enum Cause {
 /// Error for a failed operation on a range of addresses.
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "{operation} {len} bytes at address {address:#x} through a userfaultfd: {error} after {done} \
-     bytes; {}", self.advice()
+    "cannot {operation} {len} bytes at address {address:#x} through a userfaultfd: {error} after \
+     {done} bytes; {}", self.advice()
 )]
 pub struct RangeError {
     /// The operation, as a verb phrase.
@@ -107,18 +108,18 @@ impl RangeError {
 
     fn advice(&self) -> &'static str {
         match self.cause() {
-            Cause::Exists => "the rest can be gone on with",
-            Cause::Again => "try again, and read the userfaultfd's events meanwhile",
+            Cause::Exists => "continue after the page that is mapped",
+            Cause::Again => "read the userfaultfd's events, and try again",
             Cause::NoMemory => {
                 "free memory or raise its limit, unless the process has ended, and try again"
             }
             Cause::NotRegistered => "register the range, and keep it mapped",
-            Cause::ProcessGone => "the process has ended; nobody needs the range any more",
-            Cause::NoPage => "the memory object must hold the pages first",
-            Cause::Closed => "the userfaultfd was closed; nobody is trapped any more",
+            Cause::ProcessGone => "the process has ended and needs the range no longer",
+            Cause::NoPage => "populate the memory object first",
+            Cause::Closed => "the userfaultfd was closed and traps no accesses any more",
             Cause::Other => {
-                "the range must be page aligned, mapped from shared memory or huge pages, and \
-                 registered with no other userfaultfd"
+                "use a range that is page aligned, mapped from shared memory or huge pages, and \
+                 not registered with another userfaultfd"
             }
         }
     }
@@ -134,7 +135,7 @@ impl From<RangeError> for io::Error {
 #[derive(Debug, thiserror::Error)]
 pub enum ServiceError {
     /// The operating system refused a resource that the service needs.
-    #[error("{asked}: {error}; raise the limit that it names, or free what it counts")]
+    #[error("cannot {asked}: {error}; raise the limit that it names, or free resources")]
     System {
         /// The operation, as a verb phrase.
         asked: &'static str,
@@ -143,15 +144,15 @@ pub enum ServiceError {
     },
     /// Pages are still missing.
     #[error(
-        "stop trapping accesses: {missing} pages are still missing, and would read as zeros; wait \
-         until the last one is present"
+        "cannot unregister: {missing} pages are still missing and would read as zeros; wait until \
+         all are present"
     )]
     Incomplete {
         /// Number of missing pages.
         missing: u64,
     },
     /// The service was stopped.
-    #[error("serve faults: the service was stopped; start another one")]
+    #[error("cannot serve faults: the service was stopped; start another one")]
     Stopped,
     /// A range could not be released.
     #[error(transparent)]
@@ -175,7 +176,7 @@ mod tests {
     #[test]
     fn errors_are_one_line_and_say_what_to_do() {
         let text = error(libc::ENOENT).to_string();
-        assert!(text.starts_with("map 8192 bytes at address 0x1000"), "{text}");
+        assert!(text.starts_with("cannot map 8192 bytes at address 0x1000"), "{text}");
         assert!(text.contains("after 4096 bytes") && text.contains("register the range"), "{text}");
         assert!(!text.contains('\n'));
         let denied = OpenError::NotPermitted {

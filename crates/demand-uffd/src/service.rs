@@ -254,9 +254,9 @@ impl FaultService {
         let hanging = join_within(threads, END_WITHIN);
         if hanging > 0 {
             log::warn!(
-                "cannot end {hanging} threads that serve faults: the kernel holds them in a call, \
-                 maybe for another process's memory; they are left until it returns, or the \
-                 process ends"
+                "cannot end {hanging} threads that serve faults: they are blocked in the kernel, \
+                 possibly on another process's memory; they remain until the call returns, or \
+                 until the process ends"
             );
         }
         // Threads of a source resolve faults too, and count them after the faulter resumes.
@@ -327,7 +327,7 @@ impl Shared {
         let mut released = Ok(());
         for mapping in mappings {
             if let Err(error) = mapping.release(all(&mapping)) {
-                let asked = "stop trapping accesses to guest memory";
+                let asked = "unregister guest memory";
                 released = Err(ServiceError::System { asked, error });
             }
         }
@@ -363,7 +363,7 @@ impl Shared {
         let left = due.saturating_duration_since(Instant::now()).max(Duration::from_micros(1));
         let mut timer = self.timer.lock().unwrap_or_else(PoisonError::into_inner);
         if let Err(error) = timer.reset(left, None) {
-            log::error!("cannot set a timer: {error}; a fault may stay open");
+            log::error!("cannot set a timer: {error}; a fault may stay unresolved");
         }
     }
 
@@ -373,7 +373,7 @@ impl Shared {
             // Disarming the timer makes it unreadable. Reading it would too, but could block.
             let mut timer = self.timer.lock().unwrap_or_else(PoisonError::into_inner);
             if let Err(error) = timer.clear() {
-                log::debug!("a timer cannot be cleared: {error}");
+                log::debug!("cannot clear a timer: {error}");
             }
         }
         let due: Vec<_> = {
@@ -403,7 +403,11 @@ impl Shared {
             let count = match self.epoll.wait(-1, &mut ready) {
                 Ok(count) => count,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(error) => return log::error!("wait for faults: {error}"),
+                Err(error) => {
+                    return log::error!(
+                        "cannot wait for faults: {error}; this thread no longer serves them"
+                    );
+                }
             };
             for event in &ready[..count] {
                 match event.data() {
@@ -421,11 +425,11 @@ impl Shared {
         let served = if ready.contains(EventSet::IN) {
             watch.serve(self, events)
         } else {
-            Err(io::Error::other("the userfaultfd has failed"))
+            Err(io::Error::other("the userfaultfd reports an error"))
         };
         if let Err(error) = served {
             // If it stayed watched, epoll would report it again and again.
-            log::warn!("read faults from a userfaultfd: {error}; they are not served any more");
+            log::warn!("cannot read faults from a userfaultfd: {error}; they are no longer served");
             self.unwatch(token);
         }
     }

@@ -212,7 +212,7 @@ impl Userfaultfd {
     /// The operating system's error: `EINVAL` if the range is not aligned or empty.
     pub fn wake(&self, address: u64, len: u64) -> Result<(), RangeError> {
         let range = raw::uffdio_range { start: address, len };
-        self.call("wake who waits in", address, len, |fd| {
+        self.call("wake waiters in", address, len, |fd| {
             // SAFETY: the request reads this structure and changes no byte of the range.
             unsafe { ioctl_with_ref(fd, request::UFFDIO_WAKE.into(), &range) }
         })
@@ -297,7 +297,7 @@ impl Userfaultfd {
         content: MappedBytes<'_>,
     ) -> Result<(), RangeError> {
         let source = content.address().as_ptr() as u64;
-        self.in_parts("copy pages to", address, content.len() as u64, |fd, start, len| {
+        self.in_parts("copy content to", address, content.len() as u64, |fd, start, len| {
             let mut argument = raw::uffdio_copy {
                 dst: start,
                 src: source + (start - address),
@@ -391,7 +391,7 @@ impl Userfaultfd {
             range: raw::uffdio_range { start: address & !0xfff, len: 4096 },
             mode: 0,
         };
-        let result = self.call("look at", address, 4096, |fd| {
+        let result = self.call("probe", address, 4096, |fd| {
             // SAFETY: the request reads this structure. Removing write protection that is not set
             // changes nothing.
             unsafe { ioctl_with_ref(fd, request::UFFDIO_WRITEPROTECT.into(), &argument) }

@@ -55,7 +55,7 @@ impl Drop for Open {
     fn drop(&mut self) {
         if let Some(fault) = self.0.take() {
             fault.mapping.end(fault.granule);
-            log::debug!("a fault stays open: the memory was stopped");
+            log::debug!("cannot resolve a fault: the memory was stopped");
         }
     }
 }
@@ -110,18 +110,20 @@ impl Watch {
                 },
                 Event::Fork(uffd) => {
                     log::error!(
-                        "a process with demand-paged memory has forked; its child waits for ever \
-                         when it touches a missing page"
+                        "a process with demand-paged memory has forked: its child blocks forever \
+                         on missing pages"
                     );
                     let mut forks = self.forks.lock().unwrap_or_else(PoisonError::into_inner);
                     forks.push(uffd);
                     if forks.len() > FORKS {
-                        return Err(io::Error::other("its process forks without end"));
+                        return Err(io::Error::other("its process forks too often"));
                     }
                 }
                 // Changes of the process to its own mappings show when a fault is resolved.
                 Event::Remap { .. } | Event::Remove { .. } | Event::Unmap { .. } => {}
-                Event::Unknown(event) => log::debug!("a userfaultfd told unknown event {event}"),
+                Event::Unknown(event) => {
+                    log::debug!("a userfaultfd reported unknown event {event}")
+                }
             }
         }
         Ok(())
@@ -132,8 +134,8 @@ impl Watch {
     fn ignore(&self, address: u64) {
         if !self.strange.swap(true, Ordering::Relaxed) {
             log::warn!(
-                "a fault at address {address:#x} lies in no mapping of guest memory; it and \
-                 others like it are not served"
+                "cannot serve a fault at address {address:#x}: it lies in no mapping of guest \
+                 memory; others like it are not reported"
             );
         }
     }
@@ -163,7 +165,7 @@ impl Fault {
                         return self.resolve(&Arc::downgrade(shared));
                     }
                     self.mapping.end(self.granule);
-                    return log::debug!("a fault stays open: {error}");
+                    return log::debug!("cannot resolve a fault: {error}");
                 }
             }
             left = PageRange::new(part.end(), left.count - part.count);
@@ -225,8 +227,7 @@ impl Fault {
             cause @ (Cause::Again | Cause::NoMemory) => {
                 if cause == Cause::NoMemory && self.mapping.note_short_of_memory() {
                     log::warn!(
-                        "a fault stays open for now: {error}; it and others like it are tried \
-                         again"
+                        "cannot resolve a fault yet: {error}; retrying it and others like it"
                     );
                 }
                 match shared.upgrade() {
@@ -238,7 +239,7 @@ impl Fault {
                 }
             }
             Cause::NotRegistered | Cause::ProcessGone | Cause::Closed => {
-                log::debug!("a fault needs no answer any more: {error}");
+                log::debug!("a fault no longer needs an answer: {error}");
                 if let (Cause::ProcessGone, Some(shared)) = (error.cause(), shared.upgrade()) {
                     shared.forget(self.mapping.uffd());
                 }
@@ -250,9 +251,9 @@ impl Fault {
     fn give_up(&self, error: &RangeError) {
         // A process that wakes its own threads can repeat the same fault for ever.
         if self.mapping.note_left_open() {
-            log::error!("a fault stays open: {error}; others like it are not reported");
+            log::error!("cannot resolve a fault: {error}; others like it are not reported");
         } else {
-            log::debug!("a fault stays open: {error}");
+            log::debug!("cannot resolve a fault: {error}");
         }
     }
 
