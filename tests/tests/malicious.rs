@@ -44,16 +44,16 @@ fn expected(deed: Deed) -> Expected {
         Deed::Behave => Success,
         Deed::NoProtocolFeatures | Deed::FloodMessages => Line("does not offer"),
         Deed::Uffd(Sent::Plain | Sent::Talkative | Sent::Blocking | Sent::Closed) => Success,
-        Deed::Uffd(Sent::None | Sent::Two) => Line("it gave no userfaultfd"),
+        Deed::Uffd(Sent::None | Sent::Two) => Line("it sent no userfaultfd"),
         Deed::Uffd(Sent::Dead) => Line("unless the process has ended"),
         Deed::Uffd(Sent::Raw) => Line("never initialised"),
         Deed::Uffd(_) => Line("not a userfaultfd"),
         // With a single region, errors in other regions affect only the back-end's own faults.
         Deed::Base(Base::Overlap | Base::TooFew | Base::Another | Base::Moving) => Success,
         Deed::Base(Base::Echo) => Line("names our address"),
-        Deed::Base(Base::Unaligned) => Line("no multiple"),
+        Deed::Base(Base::Unaligned) => Line("not a multiple"),
         Deed::Base(Base::PastTheEnd) => Line("past the end"),
-        Deed::Base(Base::Zero) => Line("no address of a mapping"),
+        Deed::Base(Base::Zero) => Line("not an address of a mapping"),
         Deed::Base(Base::Unmapped | Base::Private) => Line("trap accesses"),
         Deed::Base(Base::OtherRegions) => Line("invalid message"),
         // A device may write guest memory, but a verifier detects it.
@@ -82,10 +82,10 @@ fn expected(deed: Deed) -> Expected {
             if deed != Deed::At(Wrong::Long, Step::Advise)
                 && deed != Deed::At(Wrong::Twice, Step::Advise) =>
         {
-            Line("it gave no userfaultfd")
+            Line("it sent no userfaultfd")
         }
         Deed::At(Wrong::Refuse, _) => Line("backend internal error"),
-        Deed::At(Wrong::Twice, Step::GetConfig) => Line("it gave no userfaultfd"),
+        Deed::At(Wrong::Twice, Step::GetConfig) => Line("it sent no userfaultfd"),
         Deed::At(..) => Line("invalid message"),
     }
 }

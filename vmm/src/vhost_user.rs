@@ -384,7 +384,7 @@ impl VhostUserDevice {
         if !self.link.is_closed() {
             return Ok(());
         }
-        let (socket, asked) = (self.option.socket.clone(), "look after the device");
+        let (socket, asked) = (self.option.socket.clone(), "use");
         Err(self.failed(BackEndError::Disconnected { socket, asked }))
     }
 

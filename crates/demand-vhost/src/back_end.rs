@@ -165,12 +165,12 @@ impl BackEnd {
             sharing: Sharing::None,
             requests: None,
         };
-        this.in_time("agree on features", Self::negotiate)?;
+        this.in_time("negotiate features with", Self::negotiate)?;
         Ok(this)
     }
 
     fn negotiate(&mut self) -> Result<()> {
-        const ASKED: &str = "agree on features";
+        const ASKED: &str = "negotiate features with";
         self.ask(ASKED, |f| f.set_owner())?;
         self.features = self.ask(ASKED, |f| f.get_features())?;
         if self.features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() == 0 {
@@ -192,7 +192,7 @@ impl BackEnd {
         let agreed = self.protocol;
         self.ask(ASKED, |f| f.set_protocol_features(agreed))?;
         if agreed.contains(VhostUserProtocolFeatures::MQ) {
-            self.queues = self.ask("count its queues", |f| f.get_queue_num())?;
+            self.queues = self.ask("read the number of queues of", |f| f.get_queue_num())?;
         }
         Ok(())
     }
@@ -229,7 +229,7 @@ impl BackEnd {
     /// The back-end's errors.
     pub fn set_features(&mut self, features: u64) -> Result<()> {
         let bits = features & self.features | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
-        const ASKED: &str = "accept features";
+        const ASKED: &str = "set the features of";
         self.in_time(ASKED, |this| this.tell(ASKED, |f| f.set_features(bits)))
     }
 
@@ -241,8 +241,8 @@ impl BackEnd {
     pub fn read_config(&mut self, offset: u32, config: &mut [u8]) -> Result<()> {
         let (size, flags) = (config.len() as u32, VhostUserConfigFlags::empty());
         let zeros = vec![0; config.len()];
-        let (_, content) = self.in_time("read its configuration", |this| {
-            this.ask("read its configuration", |f| f.get_config(offset, size, flags, &zeros))
+        let (_, content) = self.in_time("read the config space of", |this| {
+            this.ask("read the config space of", |f| f.get_config(offset, size, flags, &zeros))
         })?;
         // The vhost crate has checked that the lengths are equal.
         config.copy_from_slice(&content);
@@ -258,7 +258,7 @@ impl BackEnd {
         // Flags 0 mean a write by the driver. With the flag that the vhost crate calls `WRITABLE`,
         // back-ends take the write for a migration and refuse it.
         let flags = VhostUserConfigFlags::empty();
-        const ASKED: &str = "write its configuration";
+        const ASKED: &str = "write the config space of";
         self.in_time(ASKED, |this| this.tell(ASKED, |f| f.set_config(offset, flags, config)))
     }
 
@@ -270,7 +270,7 @@ impl BackEnd {
     /// [`Error::Disconnected`] if it has.
     pub fn check(&self) -> Result<()> {
         if self.hang_up().is_closed() {
-            return Err(self.disconnected("look after the device"));
+            return Err(self.disconnected("use"));
         }
         Ok(())
     }
@@ -287,8 +287,9 @@ impl BackEnd {
         if !self.protocol.contains(VhostUserProtocolFeatures::BACKEND_REQ) {
             return Ok(false);
         }
-        const ASKED: &str = "hear of changes of its configuration";
-        let system = |error| Error::System { asked: ASKED, error };
+        const ASKED: &str = "watch the config space of";
+        let asked = "receive requests of a vhost-user back-end";
+        let system = |error| Error::System { asked, error };
         let (requests, theirs) = Requests::serve(changed).map_err(system)?;
         self.in_time(ASKED, |this| this.tell(ASKED, |f| f.set_backend_request_fd(&theirs)))?;
         self.requests = Some(requests);

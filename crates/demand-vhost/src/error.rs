@@ -16,8 +16,8 @@ use crate::MAX_REGIONS;
 pub enum Error {
     /// The connection to the socket failed.
     #[error(
-        "connect to the vhost-user back-end at {}: {error}; start the back-end first, or name the \
-         socket that it listens on",
+        "cannot connect to the vhost-user back-end at {}: {error}; start the back-end first, or \
+         use the socket that it listens on",
         socket.display()
     )]
     Connect {
@@ -28,9 +28,9 @@ pub enum Error {
     },
     /// The back-end does not offer post-copy (PAGEFAULT), and pages are missing.
     #[error(
-        "share memory that has not arrived with the vhost-user back-end at {}: it does not offer \
+        "cannot share missing memory with the vhost-user back-end at {}: it does not offer \
          PAGEFAULT (protocol feature bit 8, together with bit 3, REPLY_ACK) and would read zeros; \
-         use a back-end with post-copy, or fill the memory before the back-end sees it",
+         use a back-end with post-copy, or fill the memory before the back-end maps it",
         socket.display()
     )]
     NoPagefault {
@@ -39,8 +39,8 @@ pub enum Error {
     },
     /// The back-end offers post-copy but sent no userfaultfd.
     #[error(
-        "begin post-copy with the vhost-user back-end at {}: it gave no userfaultfd ({error}); let \
-         its user read and write /dev/userfaultfd",
+        "cannot begin post-copy with the vhost-user back-end at {}: it sent no userfaultfd \
+         ({error}); let its user read and write /dev/userfaultfd",
         socket.display()
     )]
     NoUserfaultfd {
@@ -51,8 +51,8 @@ pub enum Error {
     },
     /// The back-end does not support protocol features at all.
     #[error(
-        "use the vhost-user back-end at {}: it does not offer PROTOCOL_FEATURES (feature bit 30), \
-         as all but very old ones do; use one that does",
+        "cannot use the vhost-user back-end at {}: it does not offer PROTOCOL_FEATURES (feature \
+         bit 30), as all but very old ones do; use one that does",
         socket.display()
     )]
     NoProtocolFeatures {
@@ -61,8 +61,8 @@ pub enum Error {
     },
     /// The back-end lacks required protocol features.
     #[error(
-        "use the vhost-user back-end at {}: it does not offer the protocol features {lacking:?}; \
-         use one that does",
+        "cannot use the vhost-user back-end at {}: it does not offer the protocol features \
+         {lacking:?}; use one that does",
         socket.display()
     )]
     Features {
@@ -73,20 +73,20 @@ pub enum Error {
     },
     /// The back-end closed the connection.
     #[error(
-        "{asked} with the vhost-user back-end at {}: it closed the connection; its log says why, \
-         start it again",
+        "cannot {asked} the vhost-user back-end at {}: it closed the connection; check its log, \
+         and start it again",
         socket.display()
     )]
     Disconnected {
         /// The back-end's socket.
         socket: PathBuf,
-        /// The operation.
+        /// The operation, up to its object, as in "stop a queue of".
         asked: &'static str,
     },
     /// The back-end did not answer in time.
     #[error(
-        "{asked} with the vhost-user back-end at {}: no answer within {} seconds, the connection \
-         was closed; see what the back-end is doing, and start it again",
+        "cannot {asked} the vhost-user back-end at {}: no answer within {} seconds, so the \
+         connection was closed; check its log and its storage, and start it again if it has failed",
         socket.display(),
         patience.as_secs_f32()
     )]
@@ -100,8 +100,8 @@ pub enum Error {
     },
     /// The back-end refused, or its answer violated the protocol.
     #[error(
-        "{asked} with the vhost-user back-end at {}: {error}; its log may say more, and another \
-         back-end may do better",
+        "cannot {asked} the vhost-user back-end at {}: {error}; check its log, or use another \
+         back-end",
         socket.display()
     )]
     Protocol {
@@ -114,9 +114,9 @@ pub enum Error {
     },
     /// The back-end returned our address of a region instead of its own.
     #[error(
-        "share memory with the vhost-user back-end at {}: it names our address {address:#x} as \
-         its own, as libvhost-user does, so its faults could not be served; use a back-end whose \
-         post-copy works",
+        "cannot share memory with the vhost-user back-end at {}: it names our address \
+         {address:#x} as its own, as libvhost-user does, so its faults could not be served; use a \
+         back-end whose post-copy works",
         socket.display()
     )]
     EchoedAddress {
@@ -127,8 +127,8 @@ pub enum Error {
     },
     /// The back-end returned an implausible address.
     #[error(
-        "share memory with the vhost-user back-end at {}: it says that it has {len} bytes mapped \
-         at {address:#x}, which {why}; the back-end is at fault, use another",
+        "cannot share memory with the vhost-user back-end at {}: it reports a mapping of {len} \
+         bytes at {address:#x}, which {why}; this is a bug in the back-end, use another",
         socket.display()
     )]
     BadBase {
@@ -143,26 +143,26 @@ pub enum Error {
     },
     /// There are more regions than one message can describe.
     #[error(
-        "share memory of {0} regions with a vhost-user back-end: one message names at most \
+        "cannot share memory of {0} regions with a vhost-user back-end: one message holds at most \
          {MAX_REGIONS}; use fewer, larger regions"
     )]
     Regions(usize),
     /// A region lies beyond the highest possible guest address.
     #[error(
         "cannot share the memory at guest address {0:#x}: guest addresses have at most 52 bits; \
-         place it lower"
+         choose a lower address"
     )]
     TooHigh(u64),
     /// The memory cannot be mapped by another process.
     #[error(
-        "share the memory at guest address {0:#x} with a vhost-user back-end: there is no file \
-         through which it could map it; use shared memory or huge pages"
+        "cannot share the memory at guest address {0:#x} with a vhost-user back-end: it has no \
+         file that the back-end could map; use shared memory or huge pages"
     )]
     NoFile(u64),
     /// Pages are missing, but the operation needs complete memory.
     #[error(
-        "{asked} with the vhost-user back-end at {}: {missing} pages are still missing, and would \
-         read as zeros; wait until the last one is present",
+        "cannot {asked} the vhost-user back-end at {}: {missing} pages are still missing and would \
+         read as zeros; wait until all are present",
         socket.display()
     )]
     Incomplete {
@@ -174,7 +174,7 @@ pub enum Error {
         missing: u64,
     },
     /// The operation is not allowed in the connection's current state.
-    #[error("{asked} with the vhost-user back-end at {}: {why}", socket.display())]
+    #[error("cannot {asked} the vhost-user back-end at {}: {why}", socket.display())]
     Order {
         /// The back-end's socket.
         socket: PathBuf,
@@ -185,8 +185,8 @@ pub enum Error {
     },
     /// A ring lies outside the shared memory.
     #[error(
-        "set up queue {queue}: no shared memory at guest address {address:#x}; the driver, or the \
-         snapshot's device state, is at fault"
+        "cannot set up queue {queue}: no shared memory at guest address {address:#x}; the guest's \
+         driver, or the device state of a snapshot, is wrong"
     )]
     VringAddress {
         /// The queue's index.
@@ -195,7 +195,7 @@ pub enum Error {
         address: u64,
     },
     /// The back-end's userfaultfd is unusable.
-    #[error("begin post-copy with the vhost-user back-end at {}: {error}", socket.display())]
+    #[error("cannot begin post-copy with the vhost-user back-end at {}: {error}", socket.display())]
     Userfaultfd {
         /// The back-end's socket.
         socket: PathBuf,
@@ -203,7 +203,7 @@ pub enum Error {
         error: OpenError,
     },
     /// The back-end's mapping cannot be armed.
-    #[error("share memory with the vhost-user back-end at {}: {error}", socket.display())]
+    #[error("cannot share memory with the vhost-user back-end at {}: {error}", socket.display())]
     Arm {
         /// The back-end's socket.
         socket: PathBuf,
@@ -212,9 +212,9 @@ pub enum Error {
     },
     /// Missing pages that the back-end may have mapped too early could not be unmapped.
     #[error(
-        "cannot take memory that has not arrived from the vhost-user back-end at {}, which has \
-         touched it when it was given it: {error}; start it without mlockall and MAP_POPULATE \
-         (DPDK's testpmd: --no-mlockall), or fill the memory before the back-end sees it",
+        "cannot unmap missing memory that the vhost-user back-end at {} touched when it mapped it: \
+         {error}; start it without mlockall and MAP_POPULATE (DPDK's testpmd: --no-mlockall), or \
+         fill the memory before the back-end maps it",
         socket.display()
     )]
     Prefaulted {
@@ -227,7 +227,7 @@ pub enum Error {
     #[error(transparent)]
     Service(#[from] ServiceError),
     /// Any other system error.
-    #[error("{asked}: {error}; raise the limit that it names, or free what it counts")]
+    #[error("cannot {asked}: {error}; raise the limit that it names, or free resources")]
     System {
         /// The operation.
         asked: &'static str,
@@ -247,7 +247,10 @@ mod tests {
         assert!(text.contains("PAGEFAULT") && text.contains("fill the memory"), "{text}");
         assert!(!text.contains('\n') && !text.contains("  "), "{text}");
         let patience = Duration::from_millis(1500);
-        let text = Error::Silent { socket, asked: "agree on features", patience }.to_string();
-        assert!(text.contains("agree on features") && text.contains("1.5 seconds"), "{text}");
+        let text = Error::Silent { socket, asked: "negotiate features with", patience }.to_string();
+        assert!(
+            text.contains("cannot negotiate features with the") && text.contains("1.5 seconds"),
+            "{text}"
+        );
     }
 }

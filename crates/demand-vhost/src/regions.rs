@@ -97,13 +97,13 @@ pub(crate) fn check_bases(socket: &Path, regions: &[Shared], bases: &[u64]) -> R
             Err(Error::BadBase { socket, address: base, len, why })
         };
         let Some(end) = base.checked_add(region.len()) else {
-            return bad("lies past the end of all addresses");
+            return bad("lies past the end of the address space");
         };
         if !base.is_multiple_of(region.pager.backing().kind().unit()) {
-            return bad("is no multiple of the memory's page size");
+            return bad("is not a multiple of the memory's page size");
         }
         if base == 0 {
-            return bad("is no address of a mapping");
+            return bad("is not an address of a mapping");
         }
         let mut before = regions.iter().zip(bases).take(index);
         if before.any(|(other, &start)| start < end && base < start + other.len()) {

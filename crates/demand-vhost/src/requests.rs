@@ -43,7 +43,9 @@ impl Requests {
                 match handler.handle_request() {
                     // The handler has replied with an error to an unsupported request.
                     Ok(_) | Err(ProtocolError::ReqHandlerError(_)) => {}
-                    Err(error) => return log::debug!("a back-end's requests end: {error}"),
+                    Err(error) => {
+                        return log::debug!("cannot receive requests of a back-end: {error}");
+                    }
                 }
             }
         })?;

@@ -68,7 +68,7 @@ impl BackEnd {
         memory: &DemandMemory<B>,
         service: &Arc<FaultService>,
     ) -> Result<()> {
-        const ASKED: &str = "share memory that has not arrived";
+        const ASKED: &str = "share missing memory with";
         self.expect_nothing_shared(ASKED)?;
         if !self.has_pagefault() {
             return Err(Error::NoPagefault { socket: self.socket().into() });
@@ -76,7 +76,7 @@ impl BackEnd {
         let regions = Shared::all(memory)?;
         let infos = regions.iter().map(Shared::info).collect::<Result<Vec<_>>>()?;
         self.in_time(ASKED, |this| {
-            let advised = this.ask("begin post-copy", |f| f.postcopy_advise());
+            let advised = this.ask("begin post-copy with", |f| f.postcopy_advise());
             let fd = advised.map_err(|error| match error {
                 Error::Protocol { socket, error, .. } => Error::NoUserfaultfd { socket, error },
                 other => other,
@@ -85,7 +85,7 @@ impl BackEnd {
             let uffd = Userfaultfd::from_received(OwnedFd::from(fd))
                 .map_err(|error| Error::Userfaultfd { socket: socket(), error })?;
             let uffd = Arc::new(uffd);
-            this.tell("have memory trapped", |f| f.postcopy_listen())?;
+            this.tell("start listening for faults of", |f| f.postcopy_listen())?;
             let bases = this.ask(ASKED, |f| f.set_mem_table(&infos))?.unwrap_or_default();
             check_bases(this.socket(), &regions, &bases)?;
             // This happens between the back-end's answer and our acknowledgement. The back-end has
@@ -104,13 +104,13 @@ impl BackEnd {
             Ok(())
         })?;
         self.unmap_missing(ASKED)?;
-        const ACKNOWLEDGE: &str = "acknowledge its addresses";
+        const ACKNOWLEDGE: &str = "acknowledge the addresses of";
         self.in_time(ACKNOWLEDGE, |this| {
             this.tell(ACKNOWLEDGE, |f| f.postcopy_ack_mem_regions(FrontendReq::SET_MEM_TABLE))
         })?;
         // The acknowledgement has no answer. An answer to the next message shows that the back-end
         // has processed it.
-        const BEGIN: &str = "begin to use memory";
+        const BEGIN: &str = "confirm the memory shared with";
         self.in_time(BEGIN, |this| this.ask(BEGIN, |f| f.get_features())).map(drop)
     }
 
@@ -134,7 +134,7 @@ impl BackEnd {
     ///
     /// [`Error::Incomplete`], with nothing shared, if pages are missing, and the back-end's errors.
     pub fn share_present_memory<B: Bitmap>(&mut self, memory: &DemandMemory<B>) -> Result<()> {
-        const ASKED: &str = "share memory";
+        const ASKED: &str = "share memory with";
         self.expect_nothing_shared(ASKED)?;
         let regions = Shared::all(memory)?;
         self.expect_complete(ASKED, &regions)?;
@@ -154,7 +154,7 @@ impl BackEnd {
     ///
     /// [`Error::Incomplete`], with nothing done, if pages are missing, and the back-end's errors.
     pub fn end_postcopy(&mut self) -> Result<()> {
-        const ASKED: &str = "end post-copy";
+        const ASKED: &str = "end post-copy with";
         let Sharing::Trapped { regions, uffd, service, .. } = self.sharing() else { return Ok(()) };
         self.expect_complete(ASKED, regions)?;
         let (regions, uffd, service) = (regions.clone(), uffd.clone(), service.clone());
@@ -170,7 +170,7 @@ impl BackEnd {
     fn expect_nothing_shared(&self, asked: &'static str) -> Result<()> {
         match self.sharing() {
             Sharing::None => Ok(()),
-            _ => Err(self.wrong_order(asked, "memory was shared before; connect again")),
+            _ => Err(self.wrong_order(asked, "memory is already shared; connect again")),
         }
     }
 
@@ -185,7 +185,7 @@ impl BackEnd {
     pub(crate) fn regions(&self, asked: &'static str) -> Result<&[Shared]> {
         match self.sharing() {
             Sharing::Trapped { regions, .. } | Sharing::Present { regions } => Ok(regions),
-            Sharing::None => Err(self.wrong_order(asked, "no memory was shared; share it first")),
+            Sharing::None => Err(self.wrong_order(asked, "no memory is shared; share it first")),
         }
     }
 }

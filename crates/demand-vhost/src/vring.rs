@@ -39,7 +39,7 @@ impl BackEnd {
     /// [`Error::VringAddress`] if a ring lies outside the shared memory, [`Error::Order`] if no
     /// memory has been shared yet, and the back-end's errors.
     pub fn set_vring(&mut self, queue: usize, vring: &Vring<'_>, enabled: bool) -> Result<()> {
-        let regions = self.regions("set up a queue")?;
+        let regions = self.regions("set up a queue of")?;
         let find = |address: GuestAddress| {
             user_address(regions, address.0)
                 .ok_or(Error::VringAddress { queue, address: address.0 })
@@ -53,13 +53,15 @@ impl BackEnd {
             avail_ring_addr: find(vring.available)?,
             log_addr: None,
         };
-        self.in_time("set up a queue", |this| {
-            this.tell("set the size of a queue", |f| f.set_vring_num(queue, vring.size))?;
-            this.tell("place a queue", |f| f.set_vring_addr(queue, &addresses))?;
+        self.in_time("set up a queue of", |this| {
+            this.tell("set the size of a queue of", |f| f.set_vring_num(queue, vring.size))?;
+            this.tell("set the addresses of a queue of", |f| f.set_vring_addr(queue, &addresses))?;
             let goes_on = vring.next_available;
-            this.tell("say where a queue goes on", |f| f.set_vring_base(queue, goes_on))?;
-            this.tell("connect a queue's interrupt", |f| f.set_vring_call(queue, vring.call))?;
-            this.tell("connect a queue's doorbell", |f| f.set_vring_kick(queue, vring.kick))
+            this.tell("set the next request of a queue of", |f| f.set_vring_base(queue, goes_on))?;
+            this.tell("connect the interrupt of a queue of", |f| {
+                f.set_vring_call(queue, vring.call)
+            })?;
+            this.tell("connect the doorbell of a queue of", |f| f.set_vring_kick(queue, vring.kick))
         })?;
         if enabled { self.enable_vring(queue, true) } else { Ok(()) }
     }
@@ -70,7 +72,7 @@ impl BackEnd {
     ///
     /// The back-end's errors.
     pub fn enable_vring(&mut self, queue: usize, enabled: bool) -> Result<()> {
-        const ASKED: &str = "enable or disable a queue";
+        const ASKED: &str = "enable or disable a queue of";
         self.in_time(ASKED, |this| this.tell(ASKED, |f| f.set_vring_enable(queue, enabled)))
     }
 
@@ -82,7 +84,7 @@ impl BackEnd {
     /// The back-end's errors.
     pub fn stop_vring(&mut self, queue: usize) -> Result<u16> {
         // The upper bits are for packed rings, which this crate never negotiates.
-        const ASKED: &str = "stop a queue";
+        const ASKED: &str = "stop a queue of";
         let base = self.in_time(ASKED, |this| this.ask(ASKED, |f| f.get_vring_base(queue)))?;
         Ok(base as u16)
     }
