@@ -39,7 +39,7 @@ pub fn serve(
     counters: Arc<Counters>,
     options: DeviceOptions,
 ) -> Result<()> {
-    let local = listener.local_addr().map_err(Error::system("asking for the socket's address"))?;
+    let local = listener.local_addr().map_err(Error::system("get the socket's address"))?;
     let memory = GuestMemoryAtomic::new(Memory::new());
     let backend = Arc::new(BlkBackend::new(disk, counters, memory.clone(), options));
     let requests = backend.requests();
@@ -60,7 +60,7 @@ pub fn serve(
             mem::forget(daemon);
             sender.send(result)
         })
-        .map_err(Error::system("starting a thread"))?;
+        .map_err(Error::system("spawn a thread"))?;
     let mut end = false;
     while !end {
         let [hung_up, signalled] = signals::poll(
@@ -75,14 +75,18 @@ pub fn serve(
     let _ = connection.shutdown(std::net::Shutdown::Read);
     let mut patience = GRACE;
     if !requests.stop(GRACE) {
-        log::warn!("the front-end is gone, a request still waits (for a missing page?): given up");
+        log::warn!(
+            "cannot end a request of the disconnected front-end: it may wait for a missing page; \
+             abandoning it"
+        );
         patience = Duration::ZERO;
     }
     let result = match ended.recv_timeout(patience) {
         Ok(result) => result,
         Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {
             log::warn!(
-                "the front-end is gone, one of its messages still waits (for a missing page?)"
+                "cannot end a message of the disconnected front-end: it may wait for a missing \
+                 page; abandoning it"
             );
             Ok(())
         }
@@ -101,14 +105,12 @@ fn failed(e: DaemonError) -> Error {
     Error::Connection(match e {
         DaemonError::HandleRequest(VhostUserError::InvalidOperation(
             "postcopy already advised",
-        )) => {
-            "a second POSTCOPY_ADVISE on one connection, which takes one post-copy only; connect \
-             anew for another"
-                .into()
-        }
+        )) => "it sent a second POSTCOPY_ADVISE on one connection, which supports only one \
+             post-copy; connect again for another"
+            .into(),
         e => format!(
-            "the connection ended in an error ({e}); see the messages above, and check that the \
-             front-end keeps to the queue count and size given here"
+            "the connection failed ({e}); see the messages above, and check that the front-end \
+             uses at most the queue count and size given here"
         ),
     })
 }
@@ -116,7 +118,7 @@ fn failed(e: DaemonError) -> Error {
 /// Returns a duplicate of the connection that was just accepted, for watching: the library does not
 /// expose it. It is the only socket of this process that has our address and is not listening.
 fn accepted(local: &std::os::unix::net::SocketAddr) -> Result<UnixStream> {
-    let what = "finding the front-end's connection";
+    let what = "find the front-end's connection";
     for entry in fs::read_dir("/proc/self/fd").map_err(Error::system(what))? {
         let name = entry.map_err(Error::system(what))?.file_name();
         let Some(fd) = name.to_str().and_then(|n| n.parse::<RawFd>().ok()) else {

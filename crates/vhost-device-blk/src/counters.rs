@@ -118,7 +118,7 @@ impl Counters {
     /// If `num_queues` exceeds [`MAX_QUEUES`].
     pub fn new(num_queues: u16) -> Result<Self> {
         assert!(num_queues <= MAX_QUEUES);
-        let all = Shared::zeroed("mapping memory for the counters")?;
+        let all = Shared::zeroed("map memory for the counters")?;
         Ok(Counters { all, num_queues: usize::from(num_queues) })
     }
 

@@ -162,7 +162,7 @@ impl VhostUserBackend for BlkBackend {
             Some(on) => self.executor.set_write_cache(on),
             None => Err(io::Error::new(
                 io::ErrorKind::Unsupported,
-                "of this device's fields only `writeback` can be written, with 0 or 1",
+                "only the field `writeback` of this device can be written, with 0 or 1",
             )),
         }
     }
@@ -178,7 +178,7 @@ impl VhostUserBackend for BlkBackend {
 
     fn exit_event(&self, _thread_index: usize) -> Option<(EventConsumer, EventNotifier)> {
         new_event_consumer_and_notifier(EventFlag::NONBLOCK | EventFlag::CLOEXEC)
-            .inspect_err(|e| log::error!("no exit event for a queue's thread: {e}"))
+            .inspect_err(|e| log::error!("cannot create an exit event for a queue's thread: {e}"))
             .ok()
     }
 
@@ -202,7 +202,7 @@ impl VhostUserBackend for BlkBackend {
         // Each thread serves one queue, so the thread's index is also the queue's.
         match (vrings.get(usize::from(device_event)), self.queues.get(thread_id)) {
             (Some(vring), Some(queue)) => queue.process(vring),
-            _ => log::warn!("event {device_event} ({evset:?}) is no queue's, ignored"),
+            _ => log::warn!("event {device_event} ({evset:?}) belongs to no queue: ignored"),
         }
         Ok(())
     }

@@ -56,7 +56,7 @@ fn check_file_limit(path: &Path, bytes: u64) -> Result<()> {
         Some(most) if most < bytes => Err(Error::Limit {
             option: "--disk",
             path: path.to_path_buf(),
-            problem: format!("it has {bytes} bytes, and a file of this process may have {most}"),
+            problem: format!("it has {bytes} bytes, and files of this process may have {most}"),
             limit: "ulimit -f",
         }),
         _ => Ok(()),
@@ -95,7 +95,7 @@ impl Disk {
         let metadata = file.metadata().map_err(io_failed)?;
         let kind = metadata.file_type();
         if !kind.is_file() && !kind.is_block_device() {
-            return Err(failed("neither a regular file nor a block device".into()));
+            return Err(failed("it is neither a regular file nor a block device".into()));
         }
         // The host opens a read-only device for writing, and then fails the writes.
         if !options.read_only && kind.is_block_device() && topology::is_read_only(&file) {
@@ -113,14 +113,14 @@ impl Disk {
         }
         let block_size = u64::from(topology.block_size);
         if bytes < block_size {
-            return Err(failed(format!("{bytes} bytes, less than a block of {block_size}")));
+            return Err(failed(format!("it has {bytes} bytes, less than a block of {block_size}")));
         }
         if !bytes.is_multiple_of(block_size) {
             log::warn!(
-                "--disk {}: the last {} bytes are no whole block of {block_size}, the guest does \
-                 not see them",
-                path.display(),
-                bytes % block_size
+                "cannot show the guest the last {} bytes of --disk {}: they are less than a block \
+                 of {block_size}",
+                bytes % block_size,
+                path.display()
             );
         }
         let discard = !options.read_only && !options.keep_space;
@@ -129,7 +129,7 @@ impl Disk {
             read_only: options.read_only,
             topology,
             means: Means::probe(&file, bytes, device_block, discard),
-            lost: Shared::zeroed("mapping memory for the state of the disk")?,
+            lost: Shared::zeroed("map memory for the state of the disk")?,
             file,
         })
     }
@@ -202,7 +202,7 @@ impl Disk {
     pub fn flush(&self) -> io::Result<()> {
         if self.lost.load(Ordering::SeqCst) {
             return Err(io::Error::other(
-                "an earlier write was lost; check the disk, and start this daemon anew",
+                "an earlier write was lost; check the disk, and restart this daemon",
             ));
         }
         self.file.sync_data().inspect_err(|_| self.lost.store(true, Ordering::SeqCst))

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 #[non_exhaustive]
 pub enum Error {
     /// An option's value is invalid.
-    #[error("{option} {value}: {problem}; see --help")]
+    #[error("cannot use {option} {value}: {problem}; see --help")]
     Option {
         /// The option as written on the command line.
         option: &'static str,
@@ -19,7 +19,11 @@ pub enum Error {
         problem: String,
     },
     /// The disk image cannot be opened or is not usable.
-    #[error("--disk {}: {problem}; give a raw image or a block device this user may open", path.display())]
+    #[error(
+        "cannot open --disk {}: {problem}; use a raw image or a block device that this user may \
+         open",
+        path.display()
+    )]
     Disk {
         /// The image.
         path: PathBuf,
@@ -28,7 +32,7 @@ pub enum Error {
     },
     /// The disk must be writable, but can only be read.
     #[error(
-        "cannot open --disk {} for writing: {problem}; serve it with --read-only, or make it \
+        "cannot open --disk {} for writing: {problem}; use --read-only, or make it \
          writable",
         path.display()
     )]
@@ -39,7 +43,7 @@ pub enum Error {
         problem: String,
     },
     /// The socket cannot be created.
-    #[error("--socket {}: {problem}; {advice}", path.display())]
+    #[error("cannot listen on --socket {}: {problem}; {advice}", path.display())]
     Socket {
         /// The socket's path.
         path: PathBuf,
@@ -49,7 +53,7 @@ pub enum Error {
         advice: &'static str,
     },
     /// A limit of this process prevents the operation.
-    #[error("{option} {}: {problem}; raise the limit ({limit})", path.display())]
+    #[error("cannot use {option} {}: {problem}; raise the limit ({limit})", path.display())]
     Limit {
         /// The option that names the file.
         option: &'static str,
@@ -61,10 +65,16 @@ pub enum Error {
         limit: &'static str,
     },
     /// `--postcopy require` was given and the host does not permit post-copy.
-    #[error("--postcopy require: {0}; {advice} or use --postcopy off", advice = .0.advice())]
+    #[error(
+        "cannot offer post-copy (--postcopy require): {0}; {advice}, or use --postcopy off",
+        advice = .0.advice()
+    )]
     PostcopyUnavailable(crate::postcopy::Unavailable),
     /// The statistics cannot be written.
-    #[error("--stats {}: {source}; give a path this user may write", path.display())]
+    #[error(
+        "cannot write --stats {}: {source}; use a path that this user may write",
+        path.display()
+    )]
     Stats {
         /// The file.
         path: PathBuf,
@@ -72,16 +82,18 @@ pub enum Error {
         source: io::Error,
     },
     /// A front-end's connection ended in an error (with `--once` only; otherwise it is logged).
-    #[error("serving the front-end: {0}")]
+    #[error("cannot serve the front-end: {0}")]
     Connection(String),
     /// The process has other threads.
     #[error(
-        "cannot serve front-ends: this process has {0} threads, and a copy of it has one; call it \
-         before any other thread is started"
+        "cannot serve front-ends: this process has {0} threads, and a fork of it has one; serve \
+         before starting other threads"
     )]
     Threads(usize),
     /// A system call failed unexpectedly.
-    #[error("{what}: {source}; this is a shortage of the host's or a bug, please report it")]
+    #[error(
+        "cannot {what}: {source}; free resources of the host, or report a bug if it has enough"
+    )]
     System {
         /// The attempted operation.
         what: &'static str,

@@ -85,9 +85,9 @@ fn report(what: &str, e: &io::Error) {
     };
     let more = match left_out {
         0 => String::new(),
-        n => format!(" ({n} more since the last one were left out)"),
+        n => format!(" ({n} more were not reported)"),
     };
-    log::error!("{what} the disk: {e}; the guest is told of an I/O error{more}");
+    log::error!("cannot {what} the disk: {e}; the guest gets an I/O error{more}");
 }
 
 impl Executor {
@@ -164,7 +164,7 @@ impl Executor {
                 self.make_present(&request.data);
                 let _at_the_disk = self.go_to_the_disk();
                 let result = self.disk.read(&request.data, offset);
-                let answer = Answer::done("reading from", result, request.data_len);
+                let answer = Answer::done("read from", result, request.data_len);
                 Answer { written: answer.moved, ..answer }
             }
             Kind::Write(sector) => {
@@ -178,11 +178,11 @@ impl Executor {
                 let _at_the_disk = self.go_to_the_disk();
                 let result = self.disk.write(&request.data, offset);
                 let result = result.and_then(|()| self.settle(counters));
-                Answer::done("writing to", result, request.data_len)
+                Answer::done("write to", result, request.data_len)
             }
             Kind::Flush => {
                 let _at_the_disk = self.go_to_the_disk();
-                Answer::done("flushing", self.sync(counters), 0)
+                Answer::done("flush", self.sync(counters), 0)
             }
             Kind::GetId => {
                 let mut id = [0; VIRTIO_BLK_ID_BYTES as usize];
@@ -232,12 +232,12 @@ impl Executor {
         match action {
             Action::Discard => {
                 let result = ranges.iter().try_for_each(|range| self.disk.discard(range));
-                Answer::done("discarding from", result, bytes)
+                Answer::done("discard ranges of", result, bytes)
             }
             Action::WriteZeroes => {
                 let result = ranges.iter().try_for_each(|range| self.disk.write_zeroes(range));
                 let result = result.and_then(|()| self.settle(counters));
-                Answer::done("zeroing", result, bytes)
+                Answer::done("zero ranges of", result, bytes)
             }
         }
     }

@@ -23,7 +23,10 @@ fn main() -> ExitCode {
             return ExitCode::SUCCESS;
         }
         Err(e) => {
-            eprintln!("vhost-device-blk: {}; see --help", one_line(&e.to_string()));
+            eprintln!(
+                "vhost-device-blk: cannot read the command line: {}; see --help",
+                one_line(&e.to_string())
+            );
             return ExitCode::from(USAGE);
         }
     };

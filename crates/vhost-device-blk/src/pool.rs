@@ -90,7 +90,10 @@ impl Pool {
                 Ok(_) => state.threads += 1,
                 Err(e) if state.threads == 0 => {
                     drop(state);
-                    log::warn!("no thread for {}: {e}; requests are served one by one", self.name);
+                    log::warn!(
+                        "cannot spawn a thread for {}: {e}; serving its requests one by one",
+                        self.name
+                    );
                     return job();
                 }
                 Err(_) => {}

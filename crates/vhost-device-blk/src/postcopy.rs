@@ -5,7 +5,7 @@ use userfaultfd::UffdBuilder;
 
 /// The reason why post-copy cannot be offered.
 #[derive(Debug, thiserror::Error)]
-#[error("no userfaultfd for this process through /dev/userfaultfd ({0})")]
+#[error("this process cannot open a userfaultfd through /dev/userfaultfd ({0})")]
 pub struct Unavailable(String);
 
 impl Unavailable {
@@ -14,7 +14,7 @@ impl Unavailable {
         if self.0.contains("Too many open files") {
             "raise the limit of open files (ulimit -n)"
         } else {
-            "permit /dev/userfaultfd to this user"
+            "let this user read and write /dev/userfaultfd"
         }
     }
 }

@@ -130,13 +130,13 @@ fn complete(vring: &Vring, head: u16, written: u32) -> Result<(), Error> {
     if state.needs_notification()?
         && let Err(e) = state.signal_used_queue()
     {
-        log::error!("signalling the front-end: {e}; the guest may miss a completion");
+        log::error!("cannot signal the front-end: {e}; the guest may miss a completion");
     }
     Ok(())
 }
 
 fn report(reported: &AtomicBool, index: usize, e: &Error) {
     if !reported.swap(true, Ordering::Relaxed) {
-        log::error!("queue {index}: {e}; the driver's ring is not usable as it is");
+        log::error!("cannot serve queue {index}: {e}; the driver's ring is unusable");
     }
 }

@@ -136,7 +136,7 @@ pub fn serve(options: &Options) -> Result<()> {
 /// Fails if the process has other threads: hardly anything is allowed in a forked child of a process
 /// with several threads, because locks that the others hold stay locked.
 fn expect_no_threads() -> Result<()> {
-    let threads = fs::read_dir("/proc/self/task").map_err(Error::system("counting threads"))?;
+    let threads = fs::read_dir("/proc/self/task").map_err(Error::system("count threads"))?;
     match threads.count() {
         1 => Ok(()),
         count => Err(Error::Threads(count)),
@@ -152,7 +152,7 @@ fn offer_postcopy(wish: Postcopy) -> Result<bool> {
         Err(e) if wish == Postcopy::Require => Err(Error::PostcopyUnavailable(e)),
         Err(e) => {
             log::warn!(
-                "--postcopy on: {e}; PAGEFAULT is not offered: {}, or use --postcopy off",
+                "cannot offer PAGEFAULT (--postcopy on): {e}; {}, or use --postcopy off",
                 e.advice()
             );
             Ok(false)
@@ -170,12 +170,12 @@ struct Child {
 impl Child {
     /// Runs `work` in a new process, which ends after it, and at the latest together with this one.
     fn fork(work: impl FnOnce() -> Result<()>) -> Result<Self> {
-        let (report, mut failure) = io::pipe().map_err(Error::system("making a pipe"))?;
+        let (report, mut failure) = io::pipe().map_err(Error::system("create a pipe"))?;
         let parent = std::process::id();
         // SAFETY: this process has no other threads: `serve` has checked that, and neither it nor
         // the functions it calls start one. So the child may do everything that this process could.
         match unsafe { libc::fork() } {
-            -1 => Err(Error::last_os("starting a process for the front-end")),
+            -1 => Err(Error::last_os("start a process for the front-end")),
             0 => {
                 drop(report);
                 die_with(parent);
@@ -218,7 +218,7 @@ impl Child {
                 break;
             }
             if deadline.is_some_and(|d| Instant::now() >= d) {
-                log::warn!("the front-end's process does not end, it is killed");
+                log::warn!("cannot end the front-end's process: it does not stop; killing it");
                 self.kill(libc::SIGKILL);
                 break;
             }
@@ -229,13 +229,14 @@ impl Child {
         // SAFETY: the process is our child, and no other code waits for it.
         while unsafe { libc::waitpid(self.pid, &mut status, 0) } < 0 {
             if io::Error::last_os_error().kind() != io::ErrorKind::Interrupted {
-                return Err(Error::last_os("waiting for the front-end's process"));
+                return Err(Error::last_os("wait for the front-end's process"));
             }
         }
         let result = if libc::WIFSIGNALED(status) {
             let signal = libc::WTERMSIG(status);
             Err(Error::Connection(format!(
-                "its process was killed by signal {signal}; has the memory it shares been cut off?"
+                "its process was killed by signal {signal}; check whether its shared memory was \
+                 truncated"
             )))
         } else if !text.is_empty() {
             Err(Error::Connection(text))
@@ -243,8 +244,8 @@ impl Child {
             match libc::WEXITSTATUS(status) {
                 0 => Ok(()),
                 status => Err(Error::Connection(format!(
-                    "its process ended with status {status}; see the messages above, and please \
-                     report it"
+                    "its process ended with status {status}; see the messages above, and report \
+                     this bug"
                 ))),
             }
         };
@@ -290,7 +291,7 @@ impl Socket {
             |problem: String, advice| Error::Socket { path: path.to_path_buf(), problem, advice };
         match fs::symlink_metadata(path) {
             Ok(found) if !found.file_type().is_socket() => {
-                return Err(failed("exists and is no socket".into(), "give another path"));
+                return Err(failed("it exists and is not a socket".into(), "use another path"));
             }
             Ok(_) => {
                 // Connect with a socket of another type: a live listener does not notice.
@@ -300,19 +301,19 @@ impl Socket {
                             .map_err(|e| failed(e.to_string(), "remove the stale socket"))?;
                     }
                     Err(e) if e.raw_os_error() != Some(libc::EPROTOTYPE) => {
-                        return Err(failed(e.to_string(), "give another path"));
+                        return Err(failed(e.to_string(), "use another path"));
                     }
                     _ => {
                         return Err(failed(
                             "another process listens on it".into(),
-                            "give another path or end that process",
+                            "use another path",
                         ));
                     }
                 }
             }
             Err(_) => {}
         }
-        let advice = "give a path of at most 107 bytes, in a directory this user may write";
+        let advice = "use a path of at most 107 bytes, in a directory that this user may write";
         let listener = UnixListener::bind(path).map_err(|e| {
             let too_many = Error::too_many_files("--socket", path, &e);
             too_many.unwrap_or_else(|| failed(e.to_string(), advice))

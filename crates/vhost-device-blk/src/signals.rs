@@ -27,11 +27,11 @@ impl Signals {
             let e = libc::pthread_sigmask(libc::SIG_BLOCK, set.as_ptr(), ptr::null_mut());
             if e != 0 {
                 let source = io::Error::from_raw_os_error(e);
-                return Err(Error::System { what: "blocking signals", source });
+                return Err(Error::System { what: "block signals", source });
             }
             let fd = libc::signalfd(-1, set.as_ptr(), libc::SFD_CLOEXEC | libc::SFD_NONBLOCK);
             if fd < 0 {
-                return Err(Error::last_os("opening a signalfd"));
+                return Err(Error::last_os("open a signalfd"));
             }
             Ok(Signals(OwnedFd::from_raw_fd(fd)))
         }
@@ -71,7 +71,7 @@ pub fn poll<const N: usize>(
     if unsafe { libc::poll(fds.as_mut_ptr(), N as libc::nfds_t, timeout) } < 0 {
         let source = io::Error::last_os_error();
         if source.kind() != io::ErrorKind::Interrupted {
-            return Err(Error::System { what: "waiting for events", source });
+            return Err(Error::System { what: "wait for events", source });
         }
         return Ok([0; N]);
     }

@@ -183,7 +183,7 @@ fn read_only_device_is_refused_at_start() {
     let mut daemon = Daemon { process, dir };
     assert_eq!(daemon.wait().code(), Some(1));
     let said = daemon.stderr();
-    assert!(said.contains("the block device is read-only; serve it with --read-only"), "{said}");
+    assert!(said.contains("the block device is read-only; use --read-only"), "{said}");
     daemon.process = spawn(daemon.dir.path(), &["--read-only"]);
     daemon.await_socket();
     let mut guest = Guest::connect(&daemon.socket(), 1);

@@ -95,7 +95,10 @@ fn a_protocol_error_fails_once() {
     assert!(guest.frontend.set_vring_num(0, 512).is_err());
     assert_eq!(daemon.wait().code(), Some(1));
     let stderr = daemon.stderr();
-    assert!(stderr.lines().last().unwrap().starts_with("vhost-device-blk: serving"), "{stderr}");
+    assert!(
+        stderr.lines().last().unwrap().starts_with("vhost-device-blk: cannot serve"),
+        "{stderr}"
+    );
 }
 
 #[test]
@@ -125,7 +128,7 @@ fn command_lines_that_cannot_be() {
             1,
             "another process",
         ),
-        (vec!["--socket".into(), disk.clone(), "--disk".into(), disk.clone()], 1, "no socket"),
+        (vec!["--socket".into(), disk.clone(), "--disk".into(), disk.clone()], 1, "not a socket"),
         (with(&["--stats", "/nonexistent/stats"]), 1, "/nonexistent/stats"),
     ];
     for (args, code, text) in cases {
@@ -155,7 +158,7 @@ fn read_only_image_is_refused_by_option() {
         let said = String::from_utf8(output.stderr).unwrap();
         assert_eq!(output.status.code(), Some(1), "{said}");
         assert!(said.contains("for writing") && said.contains(cause), "{said}");
-        assert!(said.contains("serve it with --read-only"), "{said}");
+        assert!(said.contains("use --read-only"), "{said}");
     };
     let mut command = Command::new(&program);
     // SAFETY: geteuid has no arguments and cannot fail.

@@ -143,7 +143,7 @@ fn nothing_changes_a_read_only_disk() {
 #[test]
 fn blocks_larger_than_sectors() {
     let daemon = Daemon::start(100, &["--block-size", "4096"]);
-    assert!(daemon.stderr().contains("no whole block"), "{}", daemon.stderr());
+    assert!(daemon.stderr().contains("less than a block"), "{}", daemon.stderr());
     let mut guest = Guest::connect(&daemon.socket(), 1);
     assert_eq!(guest.features & (BLK_SIZE | TOPOLOGY), BLK_SIZE | TOPOLOGY);
     assert_eq!(guest.config(0, 8), 96u64.to_le_bytes());
