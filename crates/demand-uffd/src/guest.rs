@@ -111,11 +111,11 @@ impl FaultService {
     ///     Err(ArmGuestError::Open(error)) => return Ok(eprintln!("{error}")),
     ///     mappings => mappings?,
     /// };
-    /// // Reads as a vCPU does through the memslot. SAFETY: the byte lies in the mapping, and no //
-    /// thread writes it.
+    /// // Reads as a vCPU does through the memslot. SAFETY: the byte lies in the mapping, and no
+    /// // thread writes it.
     /// assert_eq!(unsafe { mappings[0].at(0x5001).as_ptr().read_volatile() }, b'e');
     /// // A fault is counted after its faulter is woken; once the threads have ended, all are
-    /// counted.
+    /// // counted.
     /// service.stop();
     /// assert_eq!(pager.stats().path(Path::Guest).faults, 1);
     /// # Ok(())
