@@ -481,10 +481,10 @@ mod tests {
     fn a_single_page_is_claimed_like_a_run() {
         let bitmap = MissingBitmap::new(70).unwrap();
         assert!(bitmap.claim_page(64));
-        assert!(!bitmap.claim_page(64), "somebody has it");
+        assert!(!bitmap.claim_page(64), "it is claimed");
         let runs = bitmap.claim(PageRange::new(63, 3));
         assert_eq!(runs[..], [PageRange::page(63), PageRange::page(65)]);
-        assert!(!bitmap.claim_page(63), "it went with a run");
+        assert!(!bitmap.claim_page(63), "it was claimed with a run");
         bitmap.publish(PageRange::page(64));
         assert!(!bitmap.claim_page(64), "it is present");
         assert!(bitmap.is_missing(63) && !bitmap.is_missing(64) && bitmap.is_missing(65));

@@ -28,7 +28,7 @@ enum State {
 /// std::thread::spawn(move || completer.complete(Ok(())));
 /// completion.wait().unwrap();
 /// ```
-#[must_use = "a request whose outcome nobody takes leaves its pages missing"]
+#[must_use = "if the outcome of a request is not taken, its pages stay missing"]
 pub struct Completion(Arc<Mutex<State>>);
 
 /// The source's end: sends the outcome. If it is dropped without an outcome, it reports

@@ -301,7 +301,7 @@ mod tests {
         assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());
         let (tell, told) = mpsc::channel();
         thread::spawn(move || tell.send(LocalFile::open(pipe).unwrap_err().to_string()));
-        let error = told.recv_timeout(Duration::from_secs(10)).expect("nobody waits");
+        let error = told.recv_timeout(Duration::from_secs(10)).expect("the open blocks");
         assert!(error.contains("it is a special file"), "{error}");
     }
 }
