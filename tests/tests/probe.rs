@@ -55,7 +55,7 @@ fn the_report_is_what_the_crates_say() {
     let emulated = kvm.virtualization == Virtualization::Emulated;
     assert_eq!(report["linux_guests"]["usable"], !emulated, "{report:#}");
     let why = report["auto_why"].as_str().unwrap();
-    assert_eq!(auto == Engine::Uffd, why.contains("kvm-userfault is not to be had: "), "{why}");
+    assert_eq!(auto == Engine::Uffd, why.contains("kvm-userfault is unavailable: "), "{why}");
     let advised = |word: &str| steps(&report).iter().any(|step| step.contains(word));
     assert_eq!(advised("KVM Userfault"), auto == Engine::Uffd);
     assert_eq!(advised("VMX or AMD SVM"), emulated);

@@ -74,15 +74,15 @@ pub fn write(memory: &DemandMemory, cpus: u32, devices: usize) -> Result<(), Err
     let tables = tables(cpus, devices);
     if tables.len() as u64 > ACPI_SIZE {
         return Err(Error::usage(format!(
-            "describe {devices} devices and {cpus} vCPUs to the guest: ACPI's tables would take \
-             {} bytes of {ACPI_SIZE}; ask for fewer",
+            "cannot describe {devices} devices and {cpus} vCPUs to the guest: the ACPI tables \
+             would take {} of {ACPI_SIZE} bytes; ask for fewer",
             tables.len()
         )));
     }
     memory
         .write_slice(&tables, ACPI)
         .and_then(|()| memory.write_slice(&BIOS, BIOS_ENTRY))
-        .map_err(|error| Error::failed(format!("write ACPI's tables: {error}")))
+        .map_err(|error| Error::failed(format!("cannot write the ACPI tables: {error}")))
 }
 
 /// Returns all tables, as they lie from [`ACPI`] on.

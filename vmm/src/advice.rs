@@ -66,8 +66,8 @@ fn of_kvm(probe: &demand_kvm::Probe) -> Vec<Advice> {
     if probe.virtualization == Virtualization::Emulated {
         advice.push(Advice::new(
             LINUX,
-            "use a machine with Intel VMX or AMD SVM; if it is virtual, switch nested \
-             virtualization on where it is hosted",
+            "use a machine with Intel VMX or AMD SVM; if it is virtual, enable nested \
+             virtualization on its host",
         ));
     }
     if !features.userfault.works() {
@@ -78,8 +78,8 @@ fn of_kvm(probe: &demand_kvm::Probe) -> Vec<Advice> {
     } else if !features.own_accesses {
         advice.push(Advice::new(
             "KVM's own accesses at 4K on huge pages, and nested guests",
-            "use a kernel whose KVM keeps to the bitmap in all it does; rust-vmm-ci/kernel has \
-             the patches",
+            "use a kernel whose KVM honours the bitmap in all its accesses; rust-vmm-ci/kernel \
+             has the patches",
         ));
     }
     advice
@@ -196,7 +196,7 @@ mod tests {
             &all,
             &["VMX or AMD SVM", "with KVM Userfault"],
         );
-        expect(&kvm(Virtualization::Vmx, Trial::Works, false), &all, &["in all it does"]);
+        expect(&kvm(Virtualization::Vmx, Trial::Works, false), &all, &["in all its accesses"]);
         let refused = |errno| Probe {
             virtualization: Virtualization::Svm,
             kvm: Err(match errno {

@@ -324,7 +324,10 @@ impl Endpoint {
         let Some(endpoint) = Endpoint::ALL.into_iter().find(|endpoint| endpoint.path() == path)
         else {
             let known = Endpoint::ALL.map(Endpoint::path).join(", ");
-            return Err(Response::error(404, format!("there is no {path:.99}; there are {known}")));
+            return Err(Response::error(
+                404,
+                format!("unknown path {path:.99}; the paths are {known}"),
+            ));
         };
         let methods: &[&str] = match endpoint {
             Endpoint::Status => &["GET", "HEAD"],
@@ -363,11 +366,11 @@ impl Endpoint {
             Endpoint::Shutdown => control.shutdown()?,
             Endpoint::Snapshot => {
                 let request: SnapshotRequest = serde_json::from_slice(body).map_err(|error| {
-                    ControlError::invalid(format!("the body is no request for a snapshot: {error}"))
+                    ControlError::invalid(format!("the body is not a snapshot request: {error}"))
                 })?;
                 if !request.destination.is_absolute() {
                     return Err(ControlError::invalid(format!(
-                        "the destination '{}' is no absolute path; send one that begins with /",
+                        "the destination '{}' is not an absolute path; it must begin with /",
                         request.destination.display()
                     )));
                 }

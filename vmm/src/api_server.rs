@@ -104,7 +104,7 @@ impl ApiServer {
             thread::Builder::new()
                 .name("api".into())
                 .spawn(move || accept(&listener, &connections, &control))
-                .map_err(|error| Error::failed(format!("start the API's thread: {error}")))?
+                .map_err(|error| Error::failed(format!("cannot start the API's thread: {error}")))?
         };
         Ok(ApiServer { listener, connections, accepting: Some(accepting) })
     }
@@ -121,7 +121,7 @@ impl Drop for ApiServer {
         let left = self.connections.wait(END_PATIENCE);
         if left > 0 {
             log::warn!(
-                "api: {left} requests are still under way after {} s; they are left behind",
+                "api: {left} requests are still in progress after {} s; they are abandoned",
                 END_PATIENCE.as_secs()
             );
         }
@@ -139,7 +139,7 @@ fn accept(listener: &Listener, connections: &Arc<Connections>, control: &Arc<dyn
                 // For example, the process has no file descriptors left. A connecting client waits
                 // meanwhile.
                 if !failing {
-                    log::warn!("api: accept a connection: {error}; it is tried again");
+                    log::warn!("api: cannot accept a connection: {error}; retrying");
                 }
                 failing = true;
                 thread::sleep(Duration::from_millis(100));
@@ -167,7 +167,7 @@ fn accept(listener: &Listener, connections: &Arc<Connections>, control: &Arc<dyn
             })
         };
         if let Err(error) = thread {
-            log::warn!("api: start a thread for a connection: {error}");
+            log::warn!("api: cannot start a thread for a connection: {error}");
             refuse(&stream);
         }
     }
@@ -176,7 +176,7 @@ fn accept(listener: &Listener, connections: &Arc<Connections>, control: &Arc<dyn
 /// Tells the client that there are too many connections. The answer fits into a new socket's
 /// buffer, so the write does not block.
 fn refuse(stream: &UnixStream) {
-    let message = format!("{MAX_CONNECTIONS} connections are served already; try again later");
+    let message = format!("{MAX_CONNECTIONS} connections are open already; retry later");
     let answer = Response::error(503, message).to_bytes(false, true);
     let _ = Timed::new(stream).write_all(&answer);
 }
@@ -268,7 +268,7 @@ impl Connection<'_> {
         let mut bytes = [0; 4096];
         match self.stream.read(&mut bytes) {
             Ok(0) if self.buffer.is_empty() => Err(End::HangUp),
-            Ok(0) => Err(End::Refuse(Response::error(400, "the request ends halfway"))),
+            Ok(0) => Err(End::Refuse(Response::error(400, "the request is incomplete"))),
             Ok(len) => {
                 if self.buffer.is_empty() {
                     self.stream.restart();
@@ -280,7 +280,7 @@ impl Connection<'_> {
             // answer to its next request.
             Err(error) if is_timeout(&error) && (self.is_new || !self.buffer.is_empty()) => {
                 let seconds = REQUEST_TIME.as_secs();
-                let message = format!("no whole request came within {seconds} s");
+                let message = format!("no complete request arrived within {seconds} s");
                 Err(End::Refuse(Response::error(408, message)))
             }
             Err(_) => Err(End::HangUp),

@@ -89,8 +89,7 @@ pub fn bench(options: &BenchOptions, started: Instant) -> Result<BenchReport, Er
     let pages = options.pages.unwrap_or(size / PAGE_SIZE);
     if pages == 0 || pages > size / PAGE_SIZE {
         return Err(Error::usage(format!(
-            "bench: --pages {pages}: a vCPU has {} pages; choose one of them at least, and no \
-             more than all",
+            "bench: --pages {pages}: a vCPU has {} pages; give a number from 1 to that",
             size / PAGE_SIZE
         )));
     }
@@ -98,8 +97,8 @@ pub fn bench(options: &BenchOptions, started: Instant) -> Result<BenchReport, Er
     let most = ADDRESS_END - MEMORY_ADDRESS;
     let all = size.checked_mul(options.cpus.into()).filter(|all| *all <= most).ok_or_else(|| {
         Error::usage(format!(
-            "bench: {} times {size} bytes of memory are more than the {most} that the guest can \
-             address; ask for less with --memory or --cpus",
+            "bench: {} times {size} bytes of memory exceed the {most} that the guest can address; \
+             ask for less with --memory or --cpus",
             options.cpus
         ))
     })?;
@@ -202,8 +201,8 @@ fn verify(
         machine.memory().read_slice(&mut found, GuestAddress(page)).map_err(Error::failed)?;
         if let Some(at) = expected.iter().zip(&found).position(|(a, b)| a != b) {
             return Err(Error::failed(format!(
-                "bench: memory is wrong: vCPU {cpu}, expected {:#04x} at guest address {:#x} and \
-                 found {:#04x}",
+                "bench: wrong memory content: vCPU {cpu}: expected {:#04x} at guest address \
+                 {:#x}, found {:#04x}",
                 expected[at],
                 page + at as u64,
                 found[at]
@@ -212,8 +211,8 @@ fn verify(
     }
     if hash != seen {
         return Err(Error::failed(format!(
-            "bench: the guest saw memory that is wrong: vCPU {cpu} made {seen:#x} of the words \
-             that it read, where the source's make {hash:#x}"
+            "bench: wrong memory content: vCPU {cpu} computed {seen:#x} from the words that it \
+             read, the source's give {hash:#x}"
         )));
     }
     Ok(())

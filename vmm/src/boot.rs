@@ -65,7 +65,7 @@ pub(crate) fn check_size(memory: &DemandMemory) -> Result<(), Error> {
     if low_end(memory) > HIGH_START.0 {
         return Ok(());
     }
-    Err(Error::usage("--memory: a Linux guest takes more than 1M; give it at least 64M, say"))
+    Err(Error::usage("--memory: a Linux guest needs more than 1M; give it at least 64M"))
 }
 
 /// Loads the files of `source` and the boot parameters. It waits for each page that it writes to
@@ -115,13 +115,13 @@ fn load_kernel(
         let loaded =
             Elf::load(memory, None, &mut file, Some(HIGH_START)).map_err(|error| match error {
                 loader::Error::Elf(elf::Error::ReadKernelImage) => kernel.cannot_load(
-                    &"a part of it is not in the file, or does not fit into memory",
-                    "take another copy of it, or give the guest more with --memory",
+                    &"a segment is missing from the file, or does not fit into memory",
+                    "use another copy, or give the guest more with --memory",
                 ),
                 error => refused(&error),
             })?;
         let PvhBootCapability::PvhEntryPresent(entry) = loaded.pvh_boot_cap else {
-            return Err(refused(&"it is ELF without a PVH entry"));
+            return Err(refused(&"it is an ELF file without a PVH entry"));
         };
         // This end includes the parts that are not in the file, such as .bss, which the kernel
         // clears as it starts.
@@ -144,8 +144,8 @@ fn load_kernel(
     let whole = bzimage_len(&header);
     if len < whole {
         return Err(kernel.cannot_load(
-            &format_args!("it is cut off: it says that it has {whole} bytes, and has {len}"),
-            "take another copy of it",
+            &format_args!("it is truncated: its header states {whole} bytes, the file has {len}"),
+            "use another copy",
         ));
     }
     let room = KernelRoom::of_bzimage(&header, HIGH_START.0, len);
@@ -158,8 +158,8 @@ fn load_kernel(
 fn too_large(memory: &DemandMemory, kernel: &BootFile, end: u64) -> Error {
     let guests = low_end(memory);
     kernel.cannot_load(
-        &format_args!("it takes memory up to {end:#x}, and the guest's ends at {guests:#x}"),
-        "give it more with --memory",
+        &format_args!("it needs memory up to {end:#x}, and the guest's ends at {guests:#x}"),
+        "give the guest more with --memory",
     )
 }
 
@@ -201,7 +201,7 @@ fn load_initramfs(
     let address = GuestAddress(start);
     memory
         .read_exact_volatile_from(address, &mut file.rewound()?, size as usize)
-        .map_err(|error| file.cannot_load(&error, "see that the file stays as it is"))?;
+        .map_err(|error| file.cannot_load(&error, "do not change the file while the VM starts"))?;
     Ok((address, size))
 }
 
@@ -268,7 +268,7 @@ fn write_zero_page(
     }
     params.e820_entries = map.len() as u8;
     LinuxBootConfigurator::write_bootparams(&BootParams::new(&params, ZERO_PAGE), memory)
-        .map_err(|error| Error::failed(format!("write Linux's boot parameters: {error}")))
+        .map_err(|error| Error::failed(format!("cannot write Linux's boot parameters: {error}")))
 }
 
 fn write_start_info(memory: &DemandMemory, initramfs: Option<Initramfs>) -> Result<(), Error> {
@@ -300,7 +300,7 @@ fn write_start_info(memory: &DemandMemory, initramfs: Option<Initramfs>) -> Resu
         params.set_modules(&[module], modules);
     }
     PvhBootConfigurator::write_bootparams(&params, memory)
-        .map_err(|error| Error::failed(format!("write PVH's start information: {error}")))
+        .map_err(|error| Error::failed(format!("cannot write PVH's start information: {error}")))
 }
 
 #[cfg(test)]

@@ -74,7 +74,7 @@ fn descriptor(segment: &kvm_segment) -> u64 {
 /// If KVM or the guest memory returns an error.
 pub fn set_up(vcpu: &VcpuFd, memory: &DemandMemory, entry: Entry) -> Result<(), Error> {
     let failed = |error: &dyn std::fmt::Display| {
-        Error::host(format!("set the first vCPU up to boot: {error}"))
+        Error::host(format!("cannot set up the first vCPU: {error}"))
     };
     let long = matches!(entry, Entry::Linux64(_));
     let code = segment(0x10, CODE, long);
@@ -123,7 +123,7 @@ fn write_words(memory: &DemandMemory, at: GuestAddress, words: &[u64]) -> Result
     let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
     memory
         .write_slice(&bytes, at)
-        .map_err(|error| Error::failed(format!("write the first vCPU's tables: {error}")))
+        .map_err(|error| Error::failed(format!("cannot write the first vCPU's tables: {error}")))
 }
 
 #[cfg(test)]

@@ -226,7 +226,7 @@ impl BootFile {
     ///
     /// Returns a one-line error that names the file.
     pub fn open(part: BootPart, path: &Path) -> Result<Self, Error> {
-        const REMEDY: &str = "name a file that can be read";
+        const REMEDY: &str = "name a readable file";
         let refused = |why: &dyn fmt::Display| cannot_load(part, path, why, REMEDY);
         // With O_NONBLOCK a pipe without a writer is refused at once; otherwise the open would
         // block.
@@ -234,7 +234,7 @@ impl BootFile {
         let file = opened.map_err(|error| refused(&error))?;
         let metadata = file.metadata().map_err(|error| refused(&error))?;
         if !metadata.is_file() {
-            return Err(refused(&"it is no file"));
+            return Err(refused(&"it is not a regular file"));
         }
         if metadata.len() > MAX_BYTES {
             return Err(refused(&format_args!("it has more than {MAX_BYTES} bytes")));
@@ -249,8 +249,7 @@ impl BootFile {
         let len = file.metadata().map_err(|error| snapshot.failed(name, &error))?.len();
         if len != seal.bytes || len > MAX_BYTES {
             let why = format!(
-                "it has {len} bytes, and the state tells of {}; put the files together that belong \
-                 together",
+                "it has {len} bytes, but the state records {}; use files of the same snapshot",
                 seal.bytes
             );
             return Err(snapshot.failed(name, &why));
@@ -282,7 +281,7 @@ impl BootFile {
     pub fn rewound(&self) -> Result<&File, Error> {
         (&self.file)
             .seek(SeekFrom::Start(0))
-            .map_err(|error| self.cannot_load(&error, "take another copy of it"))?;
+            .map_err(|error| self.cannot_load(&error, "use another copy"))?;
         Ok(&self.file)
     }
 
@@ -299,7 +298,7 @@ impl BootFile {
     pub fn check(&self) -> Result<(), Error> {
         match Seal::of(&self.file, &|| false) {
             Ok(seal) => self.compare(&seal),
-            Err(error) => Err(self.cannot_load(&error, "see that its disk is well")),
+            Err(error) => Err(self.cannot_load(&error, "check its disk")),
         }
     }
 
@@ -308,9 +307,9 @@ impl BootFile {
             return Ok(());
         }
         let remedy = if self.is_snapshots {
-            "take another copy of the snapshot"
+            "use another copy of the snapshot"
         } else {
-            "replace a kernel or an initramfs by a new file of its name, and not by writing to it"
+            "do not write to a kernel or an initramfs in use; replace it with a new file"
         };
         let since = if self.is_snapshots { "the snapshot" } else { "the guest's boot" };
         Err(self.cannot_load(&format_args!("it was altered after {since}"), remedy))
@@ -342,7 +341,7 @@ impl BootFile {
     }
 
     fn copy_into(&self, mut to: &File, ended: &dyn Fn() -> bool) -> Result<(), CopyFailure> {
-        let cannot_read = |error| CopyFailure::Source(self.cannot_load(&error, "see its disk"));
+        let cannot_read = |error| CopyFailure::Source(self.cannot_load(&error, "check its disk"));
         let mut from = &self.file;
         from.seek(SeekFrom::Start(0)).map_err(cannot_read)?;
         let mut from = from.take(self.seal.bytes);
@@ -464,7 +463,7 @@ mod tests {
         let opened = OpenSnapshot::open(&at("first")).unwrap();
         let restored = BootSource::in_snapshot(&opened, &first).unwrap();
         let error = restored.check().unwrap_err().to_string();
-        assert!(error.contains("take another copy of the snapshot"), "{error}");
+        assert!(error.contains("use another copy of the snapshot"), "{error}");
         assert_eq!(snapshot(&restored, &at("third")).unwrap(), None);
     }
 
@@ -486,14 +485,14 @@ mod tests {
             let path = at("first").join(name);
             let kept = fs::read(&path).unwrap();
             fs::remove_file(&path).unwrap();
-            assert!(told().contains(&format!("it has no file '{name}'")), "{}", told());
+            assert!(told().contains(&format!("'{name}' is missing")), "{}", told());
             for target in [&*secret, Path::new("../secret"), Path::new("/proc/self/fd/0")] {
                 symlink(target, &path).unwrap();
-                assert!(told().contains(&format!("'{name}' is no regular file")), "{}", told());
+                assert!(told().contains(&format!("'{name}' is not a regular file")), "{}", told());
                 fs::remove_file(&path).unwrap();
             }
             assert!(Command::new("mkfifo").arg(&path).status().unwrap().success());
-            assert!(told().contains(&format!("'{name}' is no regular file")), "{}", told());
+            assert!(told().contains(&format!("'{name}' is not a regular file")), "{}", told());
             fs::remove_file(&path).unwrap();
             fs::write(&path, kept).unwrap();
         }

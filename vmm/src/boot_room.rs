@@ -40,13 +40,13 @@ impl fmt::Display for NoRoom {
         match self {
             NoRoom::Memory { size, kernel_end, .. } => write!(
                 f,
-                "its {size} bytes do not fit beside the kernel, which takes memory up to \
-                 {kernel_end:#x}, and what they are unpacked to"
+                "its {size} bytes and their unpacked content do not fit beside the kernel, which \
+                 takes memory up to {kernel_end:#x}"
             ),
             NoRoom::Reach { size, kernel_end, reach } => write!(
                 f,
                 "its {size} bytes do not fit between the kernel, which takes memory up to \
-                 {kernel_end:#x}, and {reach:#x}, below which the kernel looks for them"
+                 {kernel_end:#x}, and {reach:#x}, the end of what the kernel can reach"
             ),
         }
     }
@@ -59,7 +59,7 @@ impl NoRoom {
             NoRoom::Memory { needed, .. } => {
                 format!("give the guest at least {}M with --memory", needed.div_ceil(MIB))
             }
-            NoRoom::Reach { .. } => "make it smaller; more --memory is of no use".into(),
+            NoRoom::Reach { .. } => "make it smaller; more --memory does not help".into(),
         }
     }
 }

@@ -34,7 +34,7 @@ use crate::serial::{SavedSerial, SerialOption, SerialPort};
 /// If KVM returns an error.
 pub fn create_irqchip(vm: &VmFd) -> Result<(), Error> {
     let failed = |what: &str, error: kvm_ioctls::Error| {
-        Error::host(format!("give the VM {what}: {error}; this KVM cannot run a Linux guest"))
+        Error::host(format!("cannot create {what}: {error}; this KVM cannot run a Linux guest"))
     };
     vm.set_identity_map_address(KVM_IDENTITY_MAP)
         .map_err(|error| failed("an identity map", error))?;

@@ -309,7 +309,7 @@ pub fn main(started: Instant) -> Result<(), Error> {
 /// Converts clap's error to one line: its first paragraph, without the tips and the usage below.
 fn usage(error: &clap::Error) -> Error {
     if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
-        return Error::usage("say what to do, as in demand-vmm run; --help tells what there is");
+        return Error::usage("no command given; name one, as in demand-vmm run; --help lists them");
     }
     let text = error.to_string();
     let first = text.split("\n\n").next().unwrap_or(&text);
@@ -329,7 +329,7 @@ impl Output {
         let json = to_json(report)?;
         if let Some(path) = &self.report {
             std::fs::write(path, &json).map_err(|error| {
-                Error::failed(format!("write the report to {}: {error}", path.display()))
+                Error::failed(format!("cannot write the report to {}: {error}", path.display()))
             })?;
         }
         match (self.json, self.table) {
@@ -344,7 +344,7 @@ fn run_command(args: RunArgs, started: Instant) -> Result<(), Error> {
     if let Some(kernel) = args.kernel {
         if args.cpus > MAX_CPUS {
             return Err(Error::usage(format!(
-                "--cpus: {} are asked for; a Linux guest can have 1 to {MAX_CPUS}",
+                "--cpus: {} vCPUs are not supported; a Linux guest can have 1 to {MAX_CPUS}",
                 args.cpus
             )));
         }
@@ -358,7 +358,8 @@ fn run_command(args: RunArgs, started: Instant) -> Result<(), Error> {
         };
         return output.write(&linux::run(options, started)?);
     }
-    let source = args.source.ok_or_else(|| Error::usage("say what to run, with --kernel"))?;
+    let source =
+        args.source.ok_or_else(|| Error::usage("nothing to run: name a kernel with --kernel"))?;
     let mut devices = args.guest.vhost_user.into_iter();
     let options = RunOptions {
         stage: args.guest.stage,
@@ -376,7 +377,7 @@ fn run_command(args: RunArgs, started: Instant) -> Result<(), Error> {
         report: args.guest.report.clone(),
     };
     if devices.next().is_some() {
-        return Err(Error::usage("--vhost-user: the test guest has one device; name one"));
+        return Err(Error::usage("--vhost-user: the test guest has one device; name only one"));
     }
     let output = Output { report: args.guest.report, json: args.guest.json, table: true };
     output.write(&run(options, started)?)
@@ -424,7 +425,10 @@ fn say_state(status: &Status) -> Result<(), Error> {
 fn snapshot_command(args: SnapshotArgs) -> Result<(), Error> {
     // The VMM's working directory differs from this process's.
     let destination = std::path::absolute(&args.destination).map_err(|error| {
-        Error::failed(format!("snapshot {}: {error}", args.destination.display()))
+        Error::failed(format!(
+            "cannot use the snapshot path {}: {error}; give an absolute path",
+            args.destination.display()
+        ))
     })?;
     let request = SnapshotRequest { destination, then: args.then };
     let mut progress = Progress::new("snapshot");
@@ -438,12 +442,12 @@ fn snapshot_command(args: SnapshotArgs) -> Result<(), Error> {
 fn say(text: &str) -> Result<(), Error> {
     std::io::stdout()
         .write_all(text.as_bytes())
-        .map_err(|error| Error::failed(format!("write to standard output: {error}")))
+        .map_err(|error| Error::failed(format!("cannot write to standard output: {error}")))
 }
 
 fn to_json(report: &impl serde::Serialize) -> Result<String, Error> {
     serde_json::to_string_pretty(report)
-        .map_err(|error| Error::failed(format!("write the report: {error}")))
+        .map_err(|error| Error::failed(format!("cannot write the report: {error}")))
 }
 
 fn make_image(args: &MakeImageArgs) -> Result<(), Error> {
@@ -455,7 +459,9 @@ fn make_image(args: &MakeImageArgs) -> Result<(), Error> {
     }
     let failed = |path: &PathBuf| {
         let path = path.display().to_string();
-        move |error| Error::failed(format!("write {path}: {error}; is there room on the disk?"))
+        move |error| {
+            Error::failed(format!("cannot write {path}: {error}; check that the disk has room"))
+        }
     };
     if let Some(path) = &args.memory {
         content.write_image(path, &windows).map_err(failed(path))?;
@@ -464,7 +470,7 @@ fn make_image(args: &MakeImageArgs) -> Result<(), Error> {
         test_guest::content::write_disk(path, args.seed, args.disk_size).map_err(failed(path))?;
     }
     if args.memory.is_none() && args.disk.is_none() {
-        return Err(Error::usage("make-image: say what to make, with --memory or --disk"));
+        return Err(Error::usage("make-image: nothing to make; use --memory or --disk"));
     }
     Ok(())
 }

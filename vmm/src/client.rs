@@ -92,7 +92,7 @@ impl Client {
     ) -> Result<SnapshotSummary, Error> {
         let body = serde_json::to_vec(request).map_err(|error| {
             let path = request.destination.display();
-            Error::failed(format!("snapshot {path}: {error}; give another path"))
+            Error::failed(format!("cannot request snapshot {path}: {error}; give another path"))
         })?;
         self.try_command(Endpoint::Snapshot, &body, &mut progress)
             .map_err(|why| self.error("snapshot", why))
@@ -107,21 +107,23 @@ impl Client {
                 if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) =>
             {
                 Error::failed(format!(
-                    "{what}: no VMM listens at {socket}; is it running, with --api-socket {socket}?"
+                    "{what}: no VMM listens at {socket}; check that one runs with --api-socket \
+                     {socket}"
                 ))
             }
             Failure::Connect(error) => {
-                Error::failed(format!("{what}: connect to the VMM at {socket}: {error}"))
+                Error::failed(format!("{what}: cannot connect to the VMM at {socket}: {error}"))
             }
             Failure::Silent => Error::failed(format!(
-                "{what}: the VMM at {socket} does not answer for {} s; it hangs, or is stopped",
+                "{what}: the VMM at {socket} has not answered for {} s; it may be blocked or \
+                 stopped",
                 PATIENCE.as_secs()
             )),
             Failure::Gone(why) => Error::failed(format!(
-                "{what}: the VMM at {socket} hung up before it had answered: {why}; did it end?"
+                "{what}: the VMM at {socket} hung up without an answer: {why}; it may have ended"
             )),
             Failure::Answer(why) => Error::failed(format!(
-                "{what}: what listens at {socket} does not answer as a VMM does: {why}"
+                "{what}: the process at {socket} does not answer as a VMM does: {why}"
             )),
         }
     }
@@ -237,7 +239,7 @@ impl Exchange {
                 return Ok(Some(response));
             }
             match self.stream.read(&mut bytes) {
-                Ok(0) => return Err(Failure::gone("there is no answer")),
+                Ok(0) => return Err(Failure::gone("the connection was closed")),
                 Ok(len) => self.bytes.extend_from_slice(&bytes[..len]),
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(None),
@@ -349,7 +351,7 @@ impl Progress {
             let far = status.snapshot.as_ref().map_or(String::new(), |snapshot| {
                 format!(", {} written", share(snapshot.pages_done, snapshot.pages_total))
             });
-            log::warn!("{}: not yet done; the VM is {}{far}", self.what, status.state);
+            log::warn!("{}: not done yet; the VM is {}{far}", self.what, status.state);
         }
     }
 }
@@ -386,7 +388,7 @@ mod tests {
     #[test]
     fn what_is_no_vmm_is_said_to_be_none() {
         for (answer, text) in [
-            (&b""[..], "hung up before it had answered"),
+            (&b""[..], "hung up without an answer"),
             (b"SSH-2.0-x\r\n", "does not answer as a VMM"),
             (b"HTTP/1.1 200 OK\r\nContent-Length: 9999999\r\n\r\n", "longer than"),
             (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}", "missing field `state`"),

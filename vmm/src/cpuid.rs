@@ -148,7 +148,7 @@ const HIDDEN_LEAVES: &[u32] = &[
 /// ```
 pub fn guest_cpuid(kvm: &Kvm) -> Result<CpuId, Error> {
     let mut cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(|error| {
-        Error::host(format!("ask KVM what it can tell a guest of its processors: {error}"))
+        Error::host(format!("cannot read the CPUID that KVM supports: {error}"))
     })?;
     hide(&mut cpuid);
     // KVM reports this feature through a capability, not in the CPUID.
@@ -358,8 +358,8 @@ const CHECKED: &[(u32, u32, Reg, u32)] = &[
 pub fn check_host(saved: &CpuId, host: &CpuId) -> Result<(), Error> {
     let differs = |what: &str, saved: &str, host: &str| {
         Error::host(format!(
-            "restore a guest whose processor is of {what} {saved}: this host's is of {host}; \
-             restore it on a host of the same"
+            "cannot restore: the guest's processor has {what} {saved}, this host's has {host}; \
+             restore on a host with the same {what}"
         ))
     };
     let (its, ours) = (vendor(saved), vendor(host));
@@ -377,9 +377,8 @@ pub fn check_host(saved: &CpuId, host: &CpuId) -> Result<(), Error> {
             let bits: Vec<_> = (0..32).filter(|bit| lacking >> bit & 1 == 1).collect();
             let bits: Vec<_> = bits.iter().map(u32::to_string).collect();
             return Err(Error::host(format!(
-                "restore a guest that was told of features that this host's KVM does not \
-                 support: CPUID leaf {leaf:#x}, subleaf {subleaf}, {}, bits {}; restore it on a \
-                 host that does",
+                "cannot restore: this host's KVM lacks features that the guest was told of: CPUID \
+                 leaf {leaf:#x}, subleaf {subleaf}, {}, bits {}; restore on a host that has them",
                 reg.name(),
                 bits.join(", ")
             )));
@@ -391,8 +390,8 @@ pub fn check_host(saved: &CpuId, host: &CpuId) -> Result<(), Error> {
         let place = |cpuid| find(cpuid, XSAVE, state).map(|entry| (entry.ebx, entry.eax));
         if place(saved) != place(host) {
             return Err(Error::host(format!(
-                "restore a guest whose XSAVE area has state {state} elsewhere than on this host \
-                 (CPUID leaf 0xd, subleaf {state}); restore it on a host of the same kind"
+                "cannot restore: the guest's XSAVE area has state {state} at another place than \
+                 this host's (CPUID leaf 0xd, subleaf {state}); restore on a host of the same kind"
             )));
         }
     }
@@ -400,8 +399,8 @@ pub fn check_host(saved: &CpuId, host: &CpuId) -> Result<(), Error> {
     let (its, ours) = (bits(saved), bits(host));
     if its > ours {
         return Err(Error::host(format!(
-            "restore a guest with physical addresses of {its} bits: this host has {ours} (CPUID \
-             leaf {ADDRESS_SIZES:#x}, EAX); restore it on a host that has them"
+            "cannot restore: the guest has physical addresses of {its} bits, this host has {ours} \
+             (CPUID leaf {ADDRESS_SIZES:#x}, EAX); restore on a host that has as many"
         )));
     }
     Ok(())

@@ -315,7 +315,7 @@ impl FromStr for DeviceKind {
         DeviceKind::ALL
             .into_iter()
             .find(|kind| kind.name() == name)
-            .ok_or_else(|| format!("there is no device '{name}'; {}", DeviceKind::known()))
+            .ok_or_else(|| format!("unknown device '{name}'; {}", DeviceKind::known()))
     }
 }
 
@@ -323,7 +323,7 @@ impl DeviceKind {
     /// Returns the names of all kinds, for messages.
     pub(crate) fn known() -> String {
         let names: Vec<_> = DeviceKind::ALL.iter().map(|kind| kind.name()).collect();
-        format!("there are {}", names.join(", "))
+        format!("the devices are {}", names.join(", "))
     }
 }
 

@@ -37,8 +37,8 @@ impl DeviceState {
             return Ok(());
         }
         Err(format!(
-            "its state in the snapshot is no state of a device {kind}; the snapshot is damaged, \
-             take another"
+            "its state in the snapshot does not fit a device of kind {kind}; the snapshot is \
+             damaged, use another"
         ))
     }
 
@@ -53,7 +53,7 @@ impl DeviceState {
         if lacking != 0 {
             return Err(format!(
                 "the guest uses features that the new back-end does not offer: {}; start one that \
-                 does",
+                 offers them",
                 self.kind.name_features(lacking)
             ));
         }
@@ -62,8 +62,8 @@ impl DeviceState {
             if !field.fits(before, now) {
                 let (name, before, now) = (field.name, field.show(before), field.show(now));
                 return Err(format!(
-                    "the guest knows it with {name} {before}, and the new one's is {now}; start one \
-                     like the old, with the same options"
+                    "the guest has {name} {before}, the new back-end has {now}; start it with the \
+                     options of the old one"
                 ));
             }
         }

@@ -51,7 +51,7 @@ impl Disk {
     ) -> Result<Self, Error> {
         if option.kind != DeviceKind::Blk {
             return Err(Error::usage(format!(
-                "--vhost-user {}: the test guest drives a disk only; use blk",
+                "--vhost-user {}: the test guest supports a disk only; use blk",
                 option.kind
             )));
         }
@@ -59,8 +59,8 @@ impl Disk {
         let mut back_end = BackEnd::connect(&option.socket, options).map_err(Error::failed)?;
         if back_end.queues() < u64::from(option.queues) {
             return Err(Error::failed(format!(
-                "use {} queues of the vhost-user back-end at {}: it has {}; start it with more, \
-                 or ask for fewer",
+                "cannot use {} queues of the vhost-user back-end at {}: it has {}; start it with \
+                 more queues, or lower queues=",
                 option.queues,
                 option.socket.display(),
                 back_end.queues()
@@ -148,8 +148,8 @@ fn check_capacity(
     let sectors = u64::from_le_bytes(capacity);
     if sectors < disk.disk_sectors {
         return Err(Error::failed(format!(
-            "use the disk of the vhost-user back-end at {}: it has {sectors} sectors, the \
-             pristine image has {}; start the back-end on a copy of that",
+            "cannot use the disk of the vhost-user back-end at {}: it has {sectors} sectors, the \
+             pristine image has {}; start the back-end on a copy of the image",
             option.socket.display(),
             disk.disk_sectors
         )));

@@ -95,7 +95,7 @@ impl MutEventSubscriber for Descriptors {
         fds.extend(self.back_ends.iter().map(|(fd, _)| (*fd, EventSet::READ_HANG_UP)));
         for (fd, set) in fds {
             if let Err(error) = ops.add(Events::new_raw(fd, set)) {
-                log::error!("watch a descriptor of the VM: {error:?}");
+                log::error!("cannot watch a descriptor of the VM: {error:?}");
             }
         }
         // epoll accepts no regular file, and standard input may be closed. Neither carries
@@ -138,7 +138,10 @@ pub(crate) fn drive(
     mut look: impl FnMut(Option<Instant>),
 ) -> Result<End, Error> {
     let failed = |error: &dyn std::fmt::Display| {
-        Error::host(format!("watch the VM's descriptors: {error}; raise the limit of open files"))
+        Error::host(format!(
+            "cannot watch the VM's descriptors: {error}; raise the limit of open files \
+             (ulimit -n)"
+        ))
     };
     let mut manager = EventManager::new().map_err(|error| failed(&error))?;
     let back_ends = vm.devices.iter().map(|device| (device.as_raw_fd(), device.clone()));
@@ -186,8 +189,7 @@ fn on_event(vm: &Arc<Vm>, event: Event) -> Result<Option<End>, Error> {
         // The thread was not told to stop and has not reported an error, so it has panicked.
         Event::Vcpu(VcpuEvent::Ended { cpu }) => {
             return Err(Error::failed(format!(
-                "run vCPU {cpu}: its thread has ended, and the guest cannot go on without it; what \
-                 it printed says why"
+                "vCPU {cpu} stopped: its thread has panicked; see its message above"
             )));
         }
         Event::Complete => finish(vm)?,
@@ -207,5 +209,5 @@ fn finish(vm: &Arc<Vm>) -> Result<(), Error> {
 /// Runs `work` on a new thread.
 pub(crate) fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Result<(), Error> {
     let spawned = thread::Builder::new().name(name.into()).spawn(work);
-    spawned.map(drop).map_err(|error| no_thread("do something beside the VM", error))
+    spawned.map(drop).map_err(|error| no_thread("run a task of the VM", error))
 }

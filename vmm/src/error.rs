@@ -72,7 +72,7 @@ pub(crate) const STATE_REFUSED: &str = "the snapshot may be damaged or from anot
 /// Returns the error for a thread that cannot be started; `what` is its duty.
 pub(crate) fn no_thread(what: &str, error: std::io::Error) -> Error {
     Error::host(format!(
-        "start a thread to {what}: {error}; raise the limit of threads (ulimit -u)"
+        "cannot start a thread to {what}: {error}; raise the limit of threads (ulimit -u)"
     ))
 }
 

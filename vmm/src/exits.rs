@@ -32,7 +32,7 @@ impl ServeExit for BusExits {
             }
             VcpuExit::IoOut(port, data) => {
                 if self.buses.pio_write(PioAddress(port), data).is_err() {
-                    log::trace!("vCPU {cpu} wrote to port {port:#x}, where nothing is");
+                    log::trace!("vCPU {cpu} wrote to port {port:#x}, where no device is");
                 }
             }
             VcpuExit::MmioRead(address, data) => {
@@ -42,7 +42,7 @@ impl ServeExit for BusExits {
             }
             VcpuExit::MmioWrite(address, data) => {
                 if self.buses.mmio_write(MmioAddress(address), data).is_err() {
-                    log::trace!("vCPU {cpu} wrote to {address:#x}, where nothing is");
+                    log::trace!("vCPU {cpu} wrote to {address:#x}, where no device is");
                 }
             }
             // A kernel without a better way resets by a triple fault. With SVM, KVM has already put

@@ -26,8 +26,8 @@ impl Generation {
     pub fn new(vm: &VmFd) -> Result<Self, Error> {
         let failed = |error: &dyn std::fmt::Display| {
             Error::host(format!(
-                "connect the generation identifier's interrupt: {error}; raise the limit of open \
-                 files (ulimit -n)"
+                "cannot connect the interrupt of the generation identifier: {error}; raise the \
+                 limit of open files (ulimit -n)"
             ))
         };
         let event = EventFd::new(EFD_NONBLOCK).map_err(|error| failed(&error))?;
@@ -43,9 +43,9 @@ impl Generation {
     /// If the memory cannot be written.
     pub fn renew(&self, memory: &DemandMemory) -> Result<(), Error> {
         let identifier: [u8; 16] = rand::random();
-        memory
-            .write_slice(&identifier, GENERATION_ID)
-            .map_err(|error| Error::failed(format!("write a generation identifier: {error}")))
+        memory.write_slice(&identifier, GENERATION_ID).map_err(|error| {
+            Error::failed(format!("cannot write a generation identifier: {error}"))
+        })
     }
 
     /// Notifies the guest of the new identifier.
@@ -55,7 +55,9 @@ impl Generation {
     /// If the write to the eventfd fails.
     pub fn tell(&self) -> Result<(), Error> {
         self.0.write(1).map_err(|error| {
-            Error::host(format!("tell the guest of its new generation identifier: {error}"))
+            Error::host(format!(
+                "cannot notify the guest of its new generation identifier: {error}"
+            ))
         })
     }
 }

@@ -108,8 +108,8 @@ impl HaltWatch {
             let before = vm.chipset.health.halted.swap(halted, Ordering::AcqRel);
             if halted && !before {
                 log::warn!(
-                    "all vCPUs of the guest are halted with interrupts off: it does nothing any \
-                     more; end the VM with demand-vmm shutdown"
+                    "all vCPUs of the guest are halted with interrupts off: it cannot continue; \
+                     demand-vmm shutdown ends the VM"
                 );
             }
             (self.used, self.known) = (used, true);

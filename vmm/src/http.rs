@@ -61,8 +61,10 @@ pub fn parse_head(bytes: &[u8]) -> Result<Option<Head>, Response> {
         httparse::Error::TooManyHeaders => {
             Response::error(431, format!("the request has more than {MAX_HEADERS} headers"))
         }
-        httparse::Error::Version => Response::error(505, "only HTTP/1.0 and HTTP/1.1 are spoken"),
-        error => Response::error(400, format!("the request is no HTTP: {error}")),
+        httparse::Error::Version => {
+            Response::error(505, "only HTTP/1.0 and HTTP/1.1 are supported")
+        }
+        error => Response::error(400, format!("the request is not HTTP: {error}")),
     })?;
     let len = match status {
         httparse::Status::Complete(len) if len <= MAX_HEAD => len,
@@ -90,7 +92,7 @@ pub fn parse_head(bytes: &[u8]) -> Result<Option<Head>, Response> {
     if fields.all("transfer-encoding").next().is_some() {
         return Err(Response::error(
             501,
-            "bodies in chunks are not understood; send the body with a Content-Length",
+            "chunked bodies are not supported; send the body with a Content-Length",
         ));
     }
     let body = fields.content_length().map_err(|error| Response::error(400, error))?;
@@ -104,7 +106,7 @@ pub fn parse_head(bytes: &[u8]) -> Result<Option<Head>, Response> {
         // HTTP/1.0 has no Expect header (RFC 9110, 10.1.1).
         Some(value) if is_1_1 => {
             if !value.eq_ignore_ascii_case(b"100-continue") {
-                return Err(Response::error(417, "only Expect: 100-continue can be met"));
+                return Err(Response::error(417, "only Expect: 100-continue is supported"));
             }
             true
         }
@@ -150,7 +152,7 @@ impl<'a> Fields<'a> {
         for value in self.all("content-length").flat_map(|values| values.split(|&b| b == b',')) {
             let digits = value.trim_ascii();
             if digits.is_empty() || !digits.iter().all(u8::is_ascii_digit) {
-                return Err("the Content-Length is no number of bytes");
+                return Err("the Content-Length is not a number of bytes");
             }
             // A number that overflows a u64 is too large in any case.
             let value = std::str::from_utf8(digits).ok().and_then(|text| text.parse().ok());
@@ -194,7 +196,7 @@ impl Response {
                 body.push(b'\n');
                 Response { status, body, allow: None }
             }
-            Err(error) => Response::error(500, format!("write the answer: {error}")),
+            Err(error) => Response::error(500, format!("cannot write the answer: {error}")),
         }
     }
 
@@ -234,7 +236,7 @@ impl Response {
     pub fn parse(bytes: &[u8], most: usize) -> Result<Option<(Self, usize)>, String> {
         let mut headers = [httparse::EMPTY_HEADER; MAX_HEADERS];
         let mut response = httparse::Response::new(&mut headers);
-        let status = response.parse(bytes).map_err(|error| format!("it is no HTTP: {error}"))?;
+        let status = response.parse(bytes).map_err(|error| format!("it is not HTTP: {error}"))?;
         let httparse::Status::Complete(len) = status else {
             return if bytes.len() < MAX_HEAD {
                 Ok(None)

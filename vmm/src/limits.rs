@@ -69,11 +69,14 @@ fn advise_under(line: &str, limit: impl Fn(Resource) -> Option<u64>) -> Option<S
         let threads = number(Resource::Nproc);
         let cgroup = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
         let cgroups = cgroup_limit(Path::new(CGROUPS), &cgroup, "pids.max");
-        let cgroups = cgroups
-            .map_or(String::new(), |(path, most)| format!(", and {} says {most}", path.display()));
+        let cgroups = cgroups.map_or(String::new(), |(path, most)| {
+            format!(", and {} allows {most}", path.display())
+        });
         return replaced(
             at,
-            &format_args!("the user may have {threads} threads (ulimit -u){cgroups}: raise that"),
+            &format_args!(
+                "the user may have {threads} threads (ulimit -u){cgroups}: raise the limit"
+            ),
         );
     }
     None
@@ -103,8 +106,8 @@ pub(crate) fn warn_of_cgroup(bytes: u64) {
         && most < bytes
     {
         log::warn!(
-            "guest memory of {bytes} bytes is more than the {most} of {}: the kernel ends this \
-             process when the guest uses more; raise that limit, or ask for less memory",
+            "guest memory of {bytes} bytes is more than the {most} of {}: the kernel kills this \
+             process if the guest uses more; raise that limit, or ask for less memory",
             file.display()
         );
     }
@@ -140,7 +143,7 @@ mod tests {
             (
                 "start a thread: x (os error 11); wait",
                 "start a thread: x (os error 11); the user may have 3 threads (ulimit -u)",
-                "raise that",
+                "raise the limit",
             ),
         ] {
             let advised = advised(line).unwrap();

@@ -54,7 +54,9 @@ pub fn run(options: LinuxOptions, started: Instant) -> Result<Report, Error> {
 pub fn check_kvm() -> Result<(), Error> {
     let kvm = open_kvm().map_err(Error::host)?;
     let refused = |what: &str, error: kvm_ioctls::Error| {
-        Error::host(format!("make {what} for Linux: {error}; the kernel's log may say more"))
+        Error::host(format!(
+            "cannot create {what} for Linux: {error}; the kernel's log may say more"
+        ))
     };
     let vm = kvm.create_vm().map_err(|error| refused("a VM", error))?;
     create_irqchip(&vm)?;
@@ -62,7 +64,7 @@ pub fn check_kvm() -> Result<(), Error> {
     let processor = cpuid::guest_cpuid(&kvm)?;
     let vcpu = vm.create_vcpu(0).map_err(|error| refused("a vCPU", error))?;
     let own = cpuid::for_vcpu(&processor, 0, 1);
-    vcpu.set_cpuid2(&own).map_err(|error| refused("a processor", error))
+    vcpu.set_cpuid2(&own).map_err(|error| refused("a vCPU with this CPUID", error))
 }
 
 fn prepare(session: &Session, options: &LinuxOptions) -> Result<Prepared, Error> {
@@ -90,9 +92,8 @@ fn prepare(session: &Session, options: &LinuxOptions) -> Result<Prepared, Error>
         let vcpu = machine.create_vcpu(cpu)?;
         let own = cpuid::for_vcpu(&processor, cpu, options.cpus);
         let own = cpuid::with_frequency(&own, vcpu.get_tsc_khz().unwrap_or(0));
-        vcpu.set_cpuid2(&own).map_err(|error| {
-            Error::host(format!("tell vCPU {cpu} what processor it is: {error}"))
-        })?;
+        vcpu.set_cpuid2(&own)
+            .map_err(|error| Error::host(format!("cannot set the CPUID of vCPU {cpu}: {error}")))?;
         if cpu == 0 {
             boot_cpu::set_up(&vcpu, machine.memory(), entry)?;
         }

@@ -108,7 +108,7 @@ impl Machine {
 
         let vm = Arc::new(engine.create_vm(&kvm).map_err(Error::host)?);
         let msr_trap = MsrTrap::new(&vm)
-            .inspect_err(|error| log::warn!("{error}; the guest must not set up KVM's clock"))
+            .inspect_err(|error| log::warn!("{error}; the guest must not enable kvm-clock"))
             .ok();
         let guest = guest.into_iter().zip(memory.pagers());
         let slots = (0..).zip(regions).zip(guest).map(|((number, region), (mapping, pager))| {
@@ -133,7 +133,7 @@ impl Machine {
         warn_of_host(option);
         let kvm = open_kvm().map_err(Error::host)?;
         let vm = Arc::new(kvm.create_vm().map_err(|error| {
-            Error::host(format!("make a VM: {error}; the kernel's log may say more"))
+            Error::host(format!("cannot create a VM: {error}; the kernel's log may say more"))
         })?);
         let (mut _plain, mut present) = (Vec::new(), Vec::new());
         for (number, &Placement { start, size, .. }) in (0..).zip(&regions) {
@@ -178,7 +178,7 @@ impl Machine {
     /// If KVM refuses.
     pub fn create_vcpu(&self, cpu: u32) -> Result<VcpuFd, Error> {
         self.vm.create_vcpu(cpu.into()).map_err(|error| {
-            Error::host(format!("make vCPU {cpu}: {error}; ask for fewer with --cpus"))
+            Error::host(format!("cannot create vCPU {cpu}: {error}; ask for fewer with --cpus"))
         })
     }
 
@@ -246,7 +246,7 @@ impl Machine {
         let stopped = stop_vcpus(VCPUS_WITHIN);
         self.memory.revoke();
         stopped.or_else(|stuck| {
-            log::warn!("{stuck}; the guest is ended in the middle of an instruction");
+            log::warn!("{stuck}; the guest is stopped in the middle of an instruction");
             stop_vcpus(VCPUS_WITHIN)
         })
     }
@@ -263,7 +263,7 @@ impl Machine {
         let mut quiet = 0;
         while quiet < 2 {
             if self.memory.is_stopped() {
-                return Err(Error::failed("cannot reset the guest: the VM is going away"));
+                return Err(Error::failed("cannot reset the guest: the VM is ending"));
             }
             quiet = if self.service.has_open_faults() { 0 } else { quiet + 1 };
             if quiet < 2 {
@@ -296,7 +296,7 @@ fn warn_of_host(option: &MemoryOption) {
     if option.thp
         && let Err(why) = transparent_huge_pages_of_shmem()
     {
-        log::warn!("transparent huge pages for guest memory: there will be none: {why}");
+        log::warn!("guest memory gets no transparent huge pages: {why}");
     }
 }
 

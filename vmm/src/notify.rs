@@ -44,7 +44,10 @@ impl Notify {
         for (queue, kick) in self.kicks.iter().enumerate() {
             let address = IoEventAddress::Mmio(address);
             if let Err(error) = vm.register_ioevent(kick, &address, queue as u32) {
-                log::warn!("let KVM serve kicks of queue {queue}: {error}; the VMM serves them");
+                log::warn!(
+                    "cannot register an ioeventfd for queue {queue}: {error}; falling back to \
+                     MMIO exits"
+                );
             }
         }
     }
@@ -70,7 +73,9 @@ pub(crate) fn signal(eventfd: &EventFd) {
 
 /// Returns the error for a host that has no more eventfds.
 pub(crate) fn no_eventfd(error: io::Error) -> Error {
-    Error::host(format!("make an eventfd: {error}; raise the limit of open files (ulimit -n)"))
+    Error::host(format!(
+        "cannot create an eventfd: {error}; raise the limit of open files (ulimit -n)"
+    ))
 }
 
 #[cfg(test)]

@@ -30,8 +30,8 @@ pub(crate) fn check_back_end(back_end: &BackEnd, option: &VhostUserOption) -> Re
     let known = told || option.kind == DeviceKind::Blk;
     if known && back_end.queues() < served {
         return Err(format!(
-            "it has {served} queues for the back-end at {socket}, which serves {}; start it with \
-             more, or ask for fewer",
+            "it needs {served} queues, and the back-end at {socket} has {}; start the back-end \
+             with more queues, or lower queues=",
             back_end.queues()
         ));
     }
@@ -40,8 +40,8 @@ pub(crate) fn check_back_end(back_end: &BackEnd, option: &VhostUserOption) -> Re
         && back_end.features() & 1 << VIRTIO_BLK_F_MQ == 0
     {
         return Err(format!(
-            "{served} queues were asked for, and the back-end at {socket} offers no more than one \
-             (feature MQ); start it with more, or ask for one"
+            "it needs {served} queues, and the back-end at {socket} offers only one (no feature \
+             MQ); start the back-end with more queues, or use queues=1"
         ));
     }
     if option.lazy == Lazy::Postcopy && !back_end.has_pagefault() {
@@ -98,16 +98,16 @@ pub(crate) fn read_config(
             match (option.cid, from_back_end) {
                 (Some(ours), true) if ours != theirs => {
                     return Err(format!(
-                        "cid={ours}: the back-end at {socket} gives the guest the address {theirs}; \
-                         leave cid= out, or start the back-end with the same"
+                        "cid={ours}: the back-end at {socket} gives the guest the CID {theirs}; \
+                         leave cid= out, or start the back-end with the same CID"
                     ));
                 }
                 (Some(ours), _) => config.copy_from_slice(&ours.to_le_bytes()),
                 (None, true) => {}
                 (None, false) => {
                     return Err(format!(
-                        "the back-end at {socket} does not say what address the guest has; say the \
-                         one that it was started with, as in cid=3"
+                        "cannot read the guest's CID from the back-end at {socket}; give the one \
+                         that it was started with, as in cid=3"
                     ));
                 }
             }

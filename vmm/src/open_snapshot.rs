@@ -41,7 +41,7 @@ impl OpenSnapshot {
         let dir = openat(CWD, dir, flags, Mode::empty()).map_err(|error| {
             let why = match error {
                 rustix::io::Errno::NOTDIR => {
-                    "it is no snapshot, which would be a directory".to_string()
+                    "it is not a directory; name the directory of a snapshot".to_string()
                 }
                 error => format!("{}; name the directory of a snapshot", io::Error::from(error)),
             };
@@ -105,17 +105,17 @@ impl OpenSnapshot {
 }
 
 fn cannot_read(path: &Path, why: &dyn fmt::Display) -> Error {
-    Error::failed(format!("cannot read the snapshot {}: {why}", path.display()))
+    Error::failed(format!("cannot read snapshot {}: {why}", path.display()))
 }
 
 /// Opens a file of a snapshot for reading. Never blocks, even if the file is a FIFO or a device.
 fn open_file(dir: &OwnedFd, name: &str, path: &Path) -> Result<File, Error> {
     let not_regular =
-        || cannot_read(path, &format_args!("it is no snapshot: its '{name}' is no regular file"));
+        || cannot_read(path, &format_args!("it is not a snapshot: '{name}' is not a regular file"));
     let failed = |error| match error {
         rustix::io::Errno::LOOP => not_regular(),
         rustix::io::Errno::NOENT => {
-            cannot_read(path, &format_args!("it is no snapshot: it has no file '{name}'"))
+            cannot_read(path, &format_args!("it is not a snapshot: '{name}' is missing"))
         }
         error => cannot_read(path, &format_args!("{name}: {}", io::Error::from(error))),
     };

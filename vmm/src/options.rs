@@ -41,7 +41,7 @@ impl<'a> Parts<'a> {
     fn end(self, known: &str) -> Result<(), String> {
         match self.values.keys().next() {
             None => Ok(()),
-            Some(key) => Err(format!("{}: there is no '{key}'; it takes {known}", self.option)),
+            Some(key) => Err(format!("{}: unknown key '{key}'; it takes {known}", self.option)),
         }
     }
 }
@@ -59,11 +59,9 @@ pub fn parse_size(text: &str) -> Result<u64, String> {
         Some((at, 'T' | 't')) => (&text[..at], 40),
         _ => (text, 0),
     };
-    digits
-        .parse::<u64>()
-        .ok()
-        .and_then(|number| number.checked_mul(1 << shift))
-        .ok_or_else(|| format!("'{text}' is no size; write bytes, or a number with K, M, G or T"))
+    digits.parse::<u64>().ok().and_then(|number| number.checked_mul(1 << shift)).ok_or_else(|| {
+        format!("'{text}' is not a size; give a number of bytes, or one with K, M, G or T")
+    })
 }
 
 fn parse_switch(text: &str) -> Result<bool, String> {
@@ -75,7 +73,7 @@ fn parse_switch(text: &str) -> Result<bool, String> {
 }
 
 fn parse_number<T: FromStr>(text: &str) -> Result<T, String> {
-    text.parse().map_err(|_| "that is no number in range".into())
+    text.parse().map_err(|_| "it is not a number in range".into())
 }
 
 /// Parses the order in which pages are touched.
@@ -119,14 +117,14 @@ impl MemoryOption {
     ) -> Result<Self, String> {
         if thp.is_some() && backing != BackingKind::Shmem {
             return Err(format!(
-                "--memory: thp= is about shared memory, and {backing} is huge pages already; \
-                 leave it out"
+                "--memory: thp= applies to shmem only, and {backing} is huge pages already; leave \
+                 it out"
             ));
         }
         if size == 0 || !size.is_multiple_of(backing.unit()) {
             let unit = backing.unit();
             return Err(format!(
-                "--memory: size={size} is no multiple of the {unit} bytes of a page of {backing}"
+                "--memory: size={size} is not a multiple of the {unit} bytes of a page of {backing}"
             ));
         }
         Ok(MemoryOption { size, backing, reserve, thp: thp.unwrap_or(false) })
@@ -138,7 +136,7 @@ impl FromStr for MemoryOption {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let RestoreMemory { size, backing, reserve, thp } = text.parse()?;
-        let size = size.ok_or("--memory: say how much, as in size=1G")?;
+        let size = size.ok_or("--memory: the size is missing; give it, as in size=1G")?;
         let backing = backing.unwrap_or(BackingKind::Shmem);
         MemoryOption::checked(size, backing, reserve.unwrap_or(true), thp)
     }
@@ -197,7 +195,7 @@ impl FromStr for Lazy {
             "postcopy" => Ok(Lazy::Postcopy),
             "fill" => Ok(Lazy::Fill),
             "refuse" => Ok(Lazy::Refuse),
-            "shadow" => Err("that is not there yet; choose auto, postcopy, fill or refuse".into()),
+            "shadow" => Err("it is not supported; choose auto, postcopy, fill or refuse".into()),
             _ => Err("choose auto, postcopy, fill or refuse".into()),
         }
     }
@@ -250,10 +248,12 @@ impl FromStr for VhostUserOption {
         let kind = take_kind(&mut parts)?;
         let socket = parts
             .take("socket", |path| match path {
-                "" => Err("name the socket that the back-end listens on".into()),
+                "" => Err("the path is empty; name the socket that the back-end listens on".into()),
                 path => Ok(PathBuf::from(path)),
             })?
-            .ok_or("--vhost-user: say where the back-end listens, as in socket=PATH")?;
+            .ok_or(
+                "--vhost-user: the socket of the back-end is missing; name it, as in socket=PATH",
+            )?;
         let unsaid = VhostUserOption::new(kind, socket);
         let option = VhostUserOption {
             queues: parts.take("queues", |n| parse_queues(kind, n))?.unwrap_or(unsaid.queues),
@@ -276,16 +276,19 @@ impl FromStr for VhostUserOption {
 
 /// Takes the kind of device, which is a part without a value.
 fn take_kind(parts: &mut Parts<'_>) -> Result<DeviceKind, String> {
-    let none = |value: &str| if value.is_empty() { Ok(()) } else { Err("it has no value".into()) };
+    let none =
+        |value: &str| if value.is_empty() { Ok(()) } else { Err("it takes no value".into()) };
     let mut found = None;
     for kind in DeviceKind::ALL {
         if parts.take(kind.name(), none)?.is_some() && found.replace(kind).is_some() {
-            return Err("--vhost-user: that is more than one device; say it once for each".into());
+            return Err(
+                "--vhost-user: it names more than one device; give the option once for each".into(),
+            );
         }
     }
     found.ok_or_else(|| {
         let known = DeviceKind::known();
-        format!("--vhost-user: say what device, as in blk,socket=PATH; {known}")
+        format!("--vhost-user: the device is missing; name it, as in blk,socket=PATH; {known}")
     })
 }
 
@@ -333,7 +336,7 @@ fn parse_mac(text: &str) -> Result<[u8; 6], String> {
     let bytes: Option<Vec<u8>> = text.split(':').map(byte).collect();
     let mac = <[u8; 6]>::try_from(bytes.ok_or(LIKE)?).map_err(|_| LIKE)?;
     if mac[0] & 1 != 0 || mac == [0; 6] {
-        return Err("that is no address of one card".into());
+        return Err("it is not a unicast address".into());
     }
     Ok(mac)
 }
@@ -368,7 +371,7 @@ impl FromStr for FillOption {
                     .ok_or("--fill: choose on, off or rate=BYTES, as in rate=100M")?;
                 let rate = rate.strip_suffix("/s").unwrap_or(rate);
                 match parse_size(rate)? {
-                    0 => Err("--fill: a rate of 0 is off; write off".into()),
+                    0 => Err("--fill: rate=0 fills nothing; use off".into()),
                     rate => Ok(FillOption::On(FillRate::BytesPerSecond(rate))),
                 }
             }
@@ -535,7 +538,7 @@ mod tests {
             assert!(error.starts_with("--vhost-user: "), "{text}: {error}");
         }
         let error = "blk,socket=x,lazy=shadow".parse::<VhostUserOption>().unwrap_err();
-        assert!(error.contains("not there yet"), "{error}");
+        assert!(error.contains("is not supported"), "{error}");
     }
 
     #[test]

@@ -31,7 +31,7 @@ impl Outputs {
     ) -> Result<(), Error> {
         let refused = |why: &dyn std::fmt::Display| {
             Error::failed(format!(
-                "{option}: write {}: {why}; name a file that can be written",
+                "{option}: cannot write {}: {why}; name a writable file",
                 path.display()
             ))
         };
@@ -54,7 +54,7 @@ impl Outputs {
             |other: &Metadata| (other.dev(), other.ino()) == (metadata.dev(), metadata.ino());
         let input = inputs.iter().find(|input| fs::metadata(input).is_ok_and(|it| same(&it)));
         if let Some(input) = input {
-            return Err(refused(&format_args!("that is {}, which is read", input.display())));
+            return Err(refused(&format_args!("it is the input {}", input.display())));
         }
         // A terminal or /dev/null can serve several options.
         let known = self.known.iter().find(|(_, other)| metadata.is_file() && same(other));
@@ -113,7 +113,7 @@ mod tests {
         let mut outputs = Outputs::default();
         let memory = at("memory");
         let error = outputs.add("--report", &at("linked"), &[&memory]).unwrap_err().to_string();
-        assert!(error.contains("--report") && error.contains("which is read"), "{error}");
+        assert!(error.contains("--report") && error.contains("is the input"), "{error}");
         assert_eq!(fs::read_to_string(memory).unwrap(), "content");
         outputs.add("--report", &at("new"), &[]).unwrap();
         let error = outputs.add("--timeline", &at("new"), &[]).unwrap_err().to_string();
@@ -133,6 +133,6 @@ mod tests {
         )
         .unwrap();
         let error = Outputs::default().add("--report", &path, &[]).unwrap_err().to_string();
-        assert!(error.contains("name a file"), "{error}");
+        assert!(error.contains("name a writable file"), "{error}");
     }
 }

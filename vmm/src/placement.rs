@@ -91,8 +91,8 @@ fn check_reach(regions: &[Placement]) -> Result<(), Error> {
     }
     let size = crate::report::size(regions.iter().map(|region| region.size).sum());
     Err(Error::host(format!(
-        "--memory: size={size} reaches guest address {last:#x}: this processor has {bits} bits of \
-         physical address; ask for less"
+        "--memory: size={size} reaches guest address {last:#x}, and this processor has {bits} \
+         bits of physical address; ask for less"
     )))
 }
 

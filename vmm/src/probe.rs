@@ -96,7 +96,7 @@ pub fn probe(json: bool) -> Result<String, Error> {
     };
     if json {
         let json = serde_json::to_string_pretty(&report)
-            .map_err(|error| Error::failed(format!("write the report: {error}")))?;
+            .map_err(|error| Error::failed(format!("cannot write the report: {error}")))?;
         return Ok(json + "\n");
     }
     Ok(table(&report))
@@ -121,7 +121,7 @@ fn auto(
             let engines = kvm.engines().into_iter();
             let better = engines
                 .take_while(|report| report.engine != engine)
-                .map(|report| format!("{} is not to be had: {}", report.engine, report.why));
+                .map(|report| format!("{} is unavailable: {}", report.engine, report.why));
             (Some(engine), better.collect::<Vec<_>>().join("; "))
         }
         Err(why) => (None, why),
@@ -130,7 +130,7 @@ fn auto(
 
 /// Returns the limits that a user of this host must know.
 fn limits(kvm: &demand_kvm::Probe, auto: Option<Engine>) -> Vec<String> {
-    let Some(engine) = auto else { return vec!["no guest can run here".into()] };
+    let Some(engine) = auto else { return vec!["no guest can run on this host".into()] };
     let by_unit =
         "vCPUs fault by the unit of the backing: at 4K on shmem, at 2M or 1G on huge pages";
     let of_uffd = (engine == Engine::Uffd).then_some(by_unit);
@@ -195,7 +195,7 @@ fn table(report: &Report) -> String {
     let mut table = String::new();
     let mut line = |name: &str, yes: bool, why: &str| {
         let mark = if yes { "yes" } else { "no" };
-        writeln!(table, "  {name:<24}{mark:<5}{why}").expect("a string takes everything");
+        writeln!(table, "  {name:<24}{mark:<5}{why}").expect("writing to a String cannot fail");
     };
     line(
         "KVM",
@@ -244,7 +244,7 @@ fn table(report: &Report) -> String {
     let better = report.advice.iter().map(|Advice { aim, step }| format!("    {aim}: {step}"));
     let heading = (!report.advice.is_empty()).then(|| "  to get better:".to_string());
     for line in notes.chain(heading).chain(better) {
-        writeln!(table, "{line}").expect("a string takes everything");
+        writeln!(table, "{line}").expect("writing to a String cannot fail");
     }
     table
 }

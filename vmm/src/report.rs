@@ -71,7 +71,7 @@ impl Report {
     pub fn table(&self) -> String {
         let mut table = String::new();
         let line = |table: &mut String, text: std::fmt::Arguments<'_>| {
-            table.write_fmt(text).expect("a string takes everything");
+            table.write_fmt(text).expect("writing to a String cannot fail");
             table.push('\n');
         };
         line(
@@ -154,7 +154,7 @@ pub(crate) fn write_timeline(
     );
     let picture = crate::timeline::svg(&title, &stats.timeline(), pages);
     std::fs::write(path, picture)
-        .map_err(|error| Error::failed(format!("write {}: {error}", path.display())))
+        .map_err(|error| Error::failed(format!("cannot write {}: {error}", path.display())))
 }
 
 /// Formats a number of bytes for people: in the largest unit that it reaches, rounded to one

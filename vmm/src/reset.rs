@@ -55,8 +55,9 @@ impl Pristine {
     ) -> Result<(), Error> {
         let boot = boot.ok_or_else(|| {
             Error::failed(
-                "cannot reset the guest: its snapshot holds no kernel, as one of version 1 and one \
-                 whose kernel was altered; boot the guest with demand-vmm run and take another",
+                "cannot reset the guest: its snapshot has no kernel, because it has version 1 or \
+                 its kernel was altered; boot the guest with demand-vmm run and take another \
+                 snapshot",
             )
         })?;
         // Before any state of the guest is lost.

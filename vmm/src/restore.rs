@@ -150,8 +150,8 @@ fn check(saved: &SavedVm, options: &RestoreOptions) -> Result<(), Error> {
     let cpus = saved.vcpus.len();
     if cpus == 0 || cpus > MAX_CPUS as usize {
         return Err(Error::failed(format!(
-            "restore the snapshot {}: it has {cpus} vCPUs, and a guest has 1 to {MAX_CPUS}; take \
-             another",
+            "cannot restore snapshot {}: it has {cpus} vCPUs, and a guest has 1 to {MAX_CPUS}; \
+             use another snapshot",
             options.source.display()
         )));
     }
@@ -159,7 +159,7 @@ fn check(saved: &SavedVm, options: &RestoreOptions) -> Result<(), Error> {
         && wanted as usize != cpus
     {
         return Err(Error::usage(format!(
-            "--cpus: {wanted}, and the snapshot's guest has {cpus}; leave the option out"
+            "--cpus: {wanted} vCPUs are given, and the snapshot's guest has {cpus}; leave it out"
         )));
     }
     let (given, had) = (&options.guest.vhost_user, &saved.devices);
@@ -190,8 +190,8 @@ fn open_boot(
 ) -> Result<Option<BootSource>, Error> {
     let Some(boot) = &saved.boot else {
         log::warn!(
-            "the snapshot {} holds no kernel: a reset of its guest will end the VM with an error; \
-             boot the guest with demand-vmm run and take another",
+            "snapshot {} has no kernel: a reset of its guest will end the VM with an error; boot \
+             the guest with demand-vmm run and take another snapshot",
             options.source.display()
         );
         return Ok(None);
@@ -208,8 +208,8 @@ fn open_image(
         HashedImage::of_files(snapshot.memory()?, snapshot.hashes()?).map_err(Error::failed)?;
     if image.generation()[..] != saved.memory.generation[..] || image.size() != saved.memory.size {
         return Err(Error::failed(format!(
-            "restore the snapshot {}: its memory is another snapshot's; put the files together \
-             that belong together",
+            "cannot restore snapshot {}: its memory and state are from different snapshots; use \
+             files of the same snapshot",
             options.source.display()
         )));
     }
@@ -282,10 +282,9 @@ fn begin(vm: &Vm, saved: SavedVm) -> Result<(), Error> {
         .collect::<Result<(), _>>()?;
     // After the local APICs, which receive the interrupts that were in flight.
     saved.vm.restore(vm.machine.vm())?;
-    vm.chipset
-        .serial
-        .interrupt()
-        .map_err(|error| Error::host(format!("raise the serial port's interrupt: {error}")))?;
+    vm.chipset.serial.interrupt().map_err(|error| {
+        Error::host(format!("cannot raise the serial port's interrupt: {error}"))
+    })?;
     // From here on the guest differs from the snapshot's.
     vm.chipset.generation.renew(vm.machine.memory())?;
     vm.devices.iter().try_for_each(|device| device.resume())?;

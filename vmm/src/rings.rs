@@ -20,7 +20,7 @@ pub(crate) fn check_rings(memory: &DemandMemory, queue: &QueueState) -> Result<(
         let last = address.checked_add(len - 1);
         let inside = region.zip(last).is_some_and(|(region, last)| last <= region.last_addr().0);
         if !inside {
-            return Err(format!("there is no memory for its {len} bytes at {address:#x}"));
+            return Err(format!("its {len} bytes at {address:#x} are outside of guest memory"));
         }
     }
     Ok(())
@@ -41,9 +41,9 @@ pub(crate) fn await_used(
         }
         if begun.elapsed() >= within {
             return Err(format!(
-                "queue {index} has requests in flight: they go up to index {taken}, and its \
-                 back-end has answered up to {used} within {} ms; try again when it has less to do, \
-                 or use one that answers what it takes",
+                "queue {index} has requests in flight: taken up to index {taken}, answered up to \
+                 {used} within {} ms; retry when it is idle, or use a back-end that answers what \
+                 it takes",
                 within.as_millis()
             ));
         }
@@ -63,11 +63,11 @@ pub(crate) fn ring_index(
     if let Some((region, offset)) = memory.to_region_addr(at) {
         let (pager, page) = (region.pager(), PageRange::new(offset.0 / PAGE_SIZE, 1));
         while pager.bitmap().is_missing(page.first) {
-            pager.fetch(page, Path::Vmm).map_err(|error| format!("read a ring: {error}"))?;
+            pager.fetch(page, Path::Vmm).map_err(|error| format!("cannot read a ring: {error}"))?;
             if begun.elapsed() >= within {
                 return Err(format!(
-                    "read a ring: its page at {:#x} has not arrived within {} ms; see that the \
-                     source answers",
+                    "cannot read a ring: its page at {:#x} did not arrive within {} ms; check the \
+                     page source",
                     at.0,
                     within.as_millis()
                 ));
@@ -75,5 +75,5 @@ pub(crate) fn ring_index(
             thread::sleep(LOOK_EVERY);
         }
     }
-    memory.load(at, Ordering::Acquire).map_err(|error| format!("read a ring: {error}"))
+    memory.load(at, Ordering::Acquire).map_err(|error| format!("cannot read a ring: {error}"))
 }

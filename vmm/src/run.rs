@@ -78,7 +78,7 @@ pub struct RunOptions {
 pub fn run(options: RunOptions, started: Instant) -> Result<Report, Error> {
     let interrupt = Interrupt::default();
     on_signals(interrupt.clone())
-        .map_err(|error| Error::host(format!("start a thread: {error}")))?;
+        .map_err(|error| Error::host(format!("cannot start a thread: {error}")))?;
     let memory = Arc::new(OnceLock::new());
     let work = {
         let (interrupt, memory) = (interrupt.clone(), memory.clone());
@@ -262,12 +262,14 @@ fn plan(options: &RunOptions) -> Result<Plan, Error> {
     if let Some(device) = &options.vhost_user {
         let path = guest.pristine.as_deref().ok_or_else(|| {
             Error::usage(
-                "--vhost-user with --test-guest: say what the disk holds, as in pristine=PATH",
+                "--vhost-user with --test-guest: the disk's content is unknown; name it, as in \
+                 pristine=PATH",
             )
         })?;
         if options.verify && guest.disk.is_none() {
             return Err(Error::usage(
-                "--verify with --vhost-user: say what disk to compare, as in disk=PATH",
+                "--verify with --vhost-user: the disk to compare is unknown; name it, as in \
+                 disk=PATH",
             ));
         }
         let file = open(path)?;
@@ -285,8 +287,8 @@ fn plan(options: &RunOptions) -> Result<Plan, Error> {
     let vm_bytes = options.memory.size;
     if guest.window.is_none() && vm_bytes > LOW_MEMORY_END {
         return Err(Error::usage(format!(
-            "--test-guest: memory of {} is more than the {} that the guest can use; say how much \
-             of it, as in window=64M",
+            "--test-guest: memory of {} is more than the {} that the guest can use; use a part of \
+             it, as in window=64M",
             size(vm_bytes),
             size(LOW_MEMORY_END)
         )));
@@ -310,7 +312,7 @@ fn open(path: &FilePath) -> Result<File, Error> {
 }
 
 fn failed_on(path: &FilePath, error: std::io::Error) -> Error {
-    Error::failed(format!("open {}: {error}; name a file that can be read", path.display()))
+    Error::failed(format!("cannot open {}: {error}; name a readable file", path.display()))
 }
 
 /// Lays out the queues as a driver would, with writes through vm-memory to missing pages.
@@ -319,7 +321,7 @@ fn lay_out_rings(machine: &Machine, plan: &Plan) -> Result<(), Error> {
     for (address, bytes) in rings.writes() {
         machine.memory().write_slice(&bytes, GuestAddress(address)).map_err(|error| {
             Error::failed(format!(
-                "write {} bytes of guest memory at {address:#x}: {error}",
+                "cannot write {} bytes of guest memory at {address:#x}: {error}",
                 bytes.len()
             ))
         })?;
@@ -329,7 +331,7 @@ fn lay_out_rings(machine: &Machine, plan: &Plan) -> Result<(), Error> {
 
 fn start_fill(machine: &Machine, rate: FillRate) -> Result<Fill, Error> {
     Fill::start(machine.pagers().cloned().collect(), rate)
-        .map_err(|error| Error::host(format!("start a thread for background fill: {error}")))
+        .map_err(|error| Error::host(format!("cannot start a thread for background fill: {error}")))
 }
 
 /// Fetches the missing pages of the memory under test.
@@ -385,8 +387,9 @@ impl Threads {
                 let outcome = run_vmm_actor(&plan, control.flags(), &memory, &stop);
                 let _ = events.send(Event::Actor(outcome));
             });
-            self.actor =
-                Some(actor.map_err(|error| Error::host(format!("start a thread: {error}")))?);
+            self.actor = Some(
+                actor.map_err(|error| Error::host(format!("cannot start a thread: {error}")))?,
+            );
         } else {
             let _ = events.send(Event::Actor(Ok(())));
         }
@@ -418,17 +421,17 @@ fn verify(
     interrupt: &Interrupt,
 ) -> Result<bool, Error> {
     let refused = |error: std::io::Error| {
-        Error::failed(format!("run demand-verify: {error}; build it beside this program"))
+        Error::failed(format!("cannot run demand-verify: {error}; build it beside this program"))
     };
     let mut params = tempfile::NamedTempFile::new().map_err(refused)?;
     serde_json::to_writer(&mut params, plan.params())
-        .map_err(|error| Error::failed(format!("write the plan's parameters: {error}")))?;
+        .map_err(|error| Error::failed(format!("cannot write the plan's parameters: {error}")))?;
     let program = std::env::current_exe().map_err(refused)?.with_file_name("demand-verify");
     let mut command = Command::new(program);
     command.arg("--params").arg(params.path());
     for pager in machine.pagers() {
         let Some(file) = pager.backing().file() else {
-            let why = "verify: this memory has no file that a process could look at";
+            let why = "cannot verify: this memory has no file that another process could read";
             return Err(Error::failed(why));
         };
         // The memory object itself, by the path at which other processes can open it.
@@ -469,7 +472,7 @@ fn verify(
     said.rewind().and_then(|()| said.read_to_string(&mut text)).map_err(refused)?;
     logger::say(text.trim_end());
     Err(Error::failed(format!(
-        "compare memory and disk with what they must hold: demand-verify ended with {}",
+        "cannot verify memory and disk: demand-verify ended with {}; see its message above",
         status
     )))
 }

@@ -63,15 +63,14 @@ impl SavedMemory {
             && size != self.size
         {
             return Err(Error::usage(format!(
-                "--memory: size={size}, and the snapshot's guest has {} bytes of memory; leave \
+                "--memory: size={size} differs from the {} bytes of the snapshot's guest; leave \
                  the size out",
                 self.size
             )));
         }
-        let saved: BackingKind = self
-            .backing
-            .parse()
-            .map_err(|error| Error::failed(format!("restore the snapshot's memory: {error}")))?;
+        let saved: BackingKind = self.backing.parse().map_err(|error| {
+            Error::failed(format!("cannot restore the snapshot's memory: {error}"))
+        })?;
         let backing = wanted.backing.unwrap_or(saved);
         let kept = (self.thp && backing == BackingKind::Shmem).then_some(true);
         let thp = wanted.thp.or(kept);
@@ -81,7 +80,7 @@ impl SavedMemory {
                 return Error::usage(error);
             }
             Error::failed(format!(
-                "restore the snapshot's memory: {}; the snapshot is damaged, take another",
+                "cannot restore the snapshot's memory: {}; the snapshot is damaged, use another",
                 error.strip_prefix("--memory: ").unwrap_or(&error)
             ))
         })

@@ -61,8 +61,7 @@ impl SerialOption {
                 let file: Result<File, _> = options.open(path);
                 let refused = |error| {
                     Error::failed(format!(
-                        "write the serial port's output to {}: {error}; name a file that can be \
-                         written",
+                        "cannot write the serial output to {}: {error}; name a writable file",
                         path.display()
                     ))
                 };
@@ -147,8 +146,8 @@ impl SerialPort {
     ) -> Result<Self, Error> {
         let failed = |error: &dyn fmt::Display| {
             Error::host(format!(
-                "connect the serial port's interrupt: {error}; raise the limit of open \
-                 files (ulimit -n)"
+                "cannot connect the serial interrupt: {error}; raise the limit of open files \
+                 (ulimit -n)"
             ))
         };
         let event = EventFd::new(EFD_NONBLOCK).map(Arc::new).map_err(|error| failed(&error))?;
@@ -156,14 +155,14 @@ impl SerialPort {
         let room = Arc::new(EventFd::new(EFD_NONBLOCK).map_err(|error| failed(&error))?);
         let registers = saved.map(|saved| saved.0.clone()).unwrap_or_default();
         let spool = Spool::new(option.output()?, "console", Overflow::Warn)
-            .map_err(|error| no_thread("write the serial port's output", error))?;
+            .map_err(|error| no_thread("write the serial output", error))?;
         let output: Box<dyn Write + Send> = Box::new(spool.clone());
         let uart =
             Serial::from_state(&registers, Irq(event.clone()), TellRoom(room.clone()), output)
                 .map_err(|error| {
                     Error::failed(format!(
-                        "set up the serial port as the snapshot has it: {error}; the snapshot was \
-                     altered, take another"
+                        "cannot set up the serial port from the snapshot: {error}; the snapshot \
+                         was altered, use another"
                     ))
                 })?;
         Ok(SerialPort { uart: Mutex::new(uart), irq: Irq(event), room, spool })
@@ -228,7 +227,7 @@ impl DevicePio for SerialPort {
             && let Err(error) = lock(&self.uart).write(offset as u8, *byte)
         {
             // A console that cannot be written is no reason to stop the guest.
-            log::debug!("the serial port's output: {error}");
+            log::debug!("cannot write the serial output: {error}");
         }
     }
 }

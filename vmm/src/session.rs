@@ -127,7 +127,7 @@ impl Session {
 pub(crate) fn check_devices(devices: &[VhostUserOption]) -> Result<(), Error> {
     if devices.len() > MAX_DEVICES {
         return Err(Error::usage(format!(
-            "--vhost-user: {} devices are asked for; a machine has room for {MAX_DEVICES}",
+            "--vhost-user: {} devices are too many; a VM has room for {MAX_DEVICES}",
             devices.len()
         )));
     }
@@ -179,14 +179,16 @@ pub(crate) fn run_guest(
     let console = guest.serial == SerialOption::Terminal;
     // Kept on this thread, which restores the terminal even if another thread hangs.
     let _terminal = console.then(RawTerminal::new).transpose().map_err(|error| {
-        Error::failed(format!("use the terminal as the guest's console: {error}"))
+        Error::failed(format!("cannot use the terminal as the guest's console: {error}"))
     })?;
     let memory = Arc::new(OnceLock::new());
     let work = {
         let (interrupt, memory) = (interrupt.clone(), memory.clone());
         move || {
             let (tell, hear) = events().map_err(|error| {
-                Error::host(format!("make an eventfd: {error}; raise the limit of open files"))
+                Error::host(format!(
+                    "cannot create an eventfd: {error}; raise the limit of open files (ulimit -n)"
+                ))
             })?;
             let interrupted = tell.clone();
             interrupt.when_raised(move || interrupted.tell(Event::Interrupted));
@@ -249,7 +251,7 @@ fn follow(
             match drive(&vm, hear, console, &mut look)? {
                 End::Reset => {
                     let loops = quick.count(Instant::now())?;
-                    log::warn!("the guest resets itself, or has crashed into it: it begins anew");
+                    log::warn!("the guest reset itself, or crashed into a reset; restarting it");
                     if loops {
                         log::warn!("{}", QuickResets::LOOKS_LIKE);
                     }
@@ -284,7 +286,7 @@ fn follow(
             return Err(outcome
                 .err()
                 .or(stuck)
-                .unwrap_or_else(|| Error::failed("the VM did not end as it should")));
+                .unwrap_or_else(|| Error::failed("the VM did not end cleanly")));
         }
     }
     report(&session, &vm, completed)
@@ -322,10 +324,10 @@ impl QuickResets {
     const TOLD: u32 = 3;
     /// The interval within which a reset counts for that: few systems are up in less time.
     const SOON: Duration = Duration::from_secs(10);
-    const LOOKS_LIKE: &str = "the guest has reset itself three times, each within 10 s of its \
-         beginning: this looks like a kernel that panics or crashes as it boots; its console may \
-         say why; if it is silent, give the guest more --memory, and see that the initramfs is \
-         whole and goes with the kernel";
+    const LOOKS_LIKE: &str = "the guest reset itself three times, each within 10 s of its start: \
+                              the kernel may panic or crash as it boots; its console may say why; \
+                              if it is silent, give the guest more --memory, and check that the \
+                              initramfs is complete and fits the kernel";
 
     /// Counts a reset at `now`. Returns whether to log the likely cause.
     fn count(&mut self, now: Instant) -> Result<bool, Error> {
@@ -337,8 +339,8 @@ impl QuickResets {
             return Ok(self.soon == Self::TOLD);
         }
         Err(Error::failed(format!(
-            "run the guest: it has reset itself {} times, each within {} ms of its beginning; see \
-             that the kernel goes with its memory, command line and initramfs",
+            "the guest reset itself {} times, each within {} ms of its start; check that the \
+             kernel fits its memory, command line and initramfs",
             Self::MOST,
             Self::WITHIN.as_millis()
         )))

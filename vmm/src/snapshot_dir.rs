@@ -118,9 +118,9 @@ impl PartialSnapshot {
     /// If `dir` is taken, or if its parent is not a directory or cannot be written to.
     pub fn create(dir: &Path) -> Result<Self, Error> {
         let failed =
-            |why: String| Error::failed(format!("make the snapshot {}: {why}", dir.display()));
+            |why: String| Error::failed(format!("cannot create snapshot {}: {why}", dir.display()));
         let Some(name) = dir.file_name() else {
-            return Err(failed("the path ends in no name; give one that does".into()));
+            return Err(failed("the path does not end in a name; give one that does".into()));
         };
         let parent = match dir.parent() {
             Some(parent) if !parent.as_os_str().is_empty() => parent,
@@ -135,12 +135,13 @@ impl PartialSnapshot {
             .permissions(fs::Permissions::from_mode(0o700))
             .tempdir_in(parent)
             .map_err(|error| match error.kind() {
-                io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => {
-                    failed(format!("there is no folder {}; make it", parent.display()))
-                }
+                io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => failed(format!(
+                    "{} is not an existing folder; create it, or give another path",
+                    parent.display()
+                )),
                 // (tempfile's own message names a temporary file that the user does not know.)
                 kind => failed(format!(
-                    "write to {}: {kind}; may this user, and is there room?",
+                    "cannot write to {}: {kind}; check its permissions and its free space",
                     parent.display()
                 )),
             })?;
@@ -203,7 +204,7 @@ impl PartialSnapshot {
             io::ErrorKind::DirectoryNotEmpty
             | io::ErrorKind::AlreadyExists
             | io::ErrorKind::NotADirectory => {
-                failed("rename", &"there is something now that was not there; give another path")
+                failed("rename", &"the destination was created meanwhile; give another path")
             }
             // A bind mount from the same disk, or a mount made since `create`.
             io::ErrorKind::ResourceBusy => failed("rename", &MOUNT_POINT),
@@ -215,7 +216,7 @@ impl PartialSnapshot {
         sync_dir(&self.parent).map_err(|error| {
             failed(
                 "its parent folder",
-                &format!("{error}; it is whole, but may not outlast a crash"),
+                &format!("{error}; the snapshot is complete, but a crash may lose it"),
             )
         })?;
         step("published");
@@ -224,7 +225,7 @@ impl PartialSnapshot {
 }
 
 fn cannot_write(dir: &Path, what: &str, why: &dyn std::fmt::Display) -> Error {
-    Error::failed(format!("cannot write the snapshot {}: {what}: {why}", dir.display()))
+    Error::failed(format!("cannot write snapshot {}: {what}: {why}", dir.display()))
 }
 
 /// Returns the beginning of the partial directory's name for a snapshot called `name`. The whole
@@ -240,7 +241,7 @@ fn partial_prefix(name: &OsStr) -> OsString {
 }
 
 /// The cause if a snapshot cannot take the place of an empty directory.
-const MOUNT_POINT: &str = "it is a mount point, which nothing can replace; name a directory in it";
+const MOUNT_POINT: &str = "it is a mount point, which cannot be replaced; name a directory in it";
 
 /// Refuses a destination that is taken, or that a rename within `parent` cannot replace.
 fn check_free(dir: &Path, parent: &Path) -> Result<(), String> {
@@ -255,13 +256,13 @@ fn check_free(dir: &Path, parent: &Path) -> Result<(), String> {
         Err(error) => return Err(error.to_string()),
     };
     if !there.is_dir() {
-        return Err("there is something that is no directory; give another path".into());
+        return Err("it exists and is not a directory; give another path".into());
     }
     match fs::read_dir(dir).map(|mut entries| entries.next()) {
         Ok(None) if is_mount_point(dir, &there, parent) => Err(MOUNT_POINT.into()),
         Ok(None) => Ok(()),
-        Ok(Some(_)) => Err("it exists and is not empty; give another path, or remove it".into()),
-        Err(error) => Err(format!("it exists, and cannot be read: {error}; give another path")),
+        Ok(Some(_)) => Err("it exists and is not empty; give another path".into()),
+        Err(error) => Err(format!("it exists, but cannot be read: {error}; give another path")),
     }
 }
 
@@ -282,7 +283,8 @@ fn warn_of_leftovers(parent: &Path, prefix: &OsString) {
         if name.as_encoded_bytes().starts_with(prefix.as_encoded_bytes()) {
             let path = parent.join(name);
             log::warn!(
-                "{} is of a snapshot that is being written, or was not finished; if so, remove it",
+                "found {}: an unfinished snapshot, or one that is being written; delete it only \
+                 if none is being written",
                 path.display()
             );
         }
@@ -306,7 +308,7 @@ fn sync_file(path: &Path) -> io::Result<u64> {
     let file = open(path)?;
     let there = file.metadata()?;
     if !there.is_file() {
-        return Err(io::Error::other("it is no file"));
+        return Err(io::Error::other("it is not a regular file"));
     }
     file.sync_all()?;
     Ok(there.len())
@@ -325,7 +327,7 @@ fn open(path: &Path) -> io::Result<File> {
 pub(crate) fn room(error: &io::Error) -> String {
     match error.kind() {
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
-            format!("{error}; make room, or give a path on another disk")
+            format!("{error}; free some space, or give a path on another disk")
         }
         _ => error.to_string(),
     }
@@ -354,7 +356,7 @@ pub fn encode<T: Serialize>(state: &T) -> Result<Vec<u8>, String> {
     let check = sha256(header.as_bytes());
     let _ = writeln!(header, " {check}");
     if (header.len() + json.len()) as u64 > MAX_STATE {
-        return Err(format!("it has {} bytes, and at most {MAX_STATE} are read", json.len()));
+        return Err(format!("it has {} bytes, and the limit is {MAX_STATE}", json.len()));
     }
     let mut bytes = header.into_bytes();
     bytes.extend_from_slice(&json);
@@ -367,14 +369,16 @@ pub fn encode<T: Serialize>(state: &T) -> Result<Vec<u8>, String> {
 ///
 /// The cause and the remedy, as the rest of a line.
 pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, String> {
-    const ALTERED: &str = "was altered after it was written; take another copy of the snapshot";
+    const ALTERED: &str = "was altered after it was written; use another copy of the snapshot";
     let Some(rest) = bytes.strip_prefix(MAGIC.as_bytes()) else {
-        return Err(format!("it is no snapshot: the file '{STATE}' does not begin as one does"));
+        return Err(format!(
+            "it is not a snapshot: the file '{STATE}' does not begin with '{MAGIC}'"
+        ));
     };
     let line_end = rest.iter().take(MAX_HEADER).position(|&byte| byte == b'\n');
     let Some(line_end) = line_end.map(|at| MAGIC.len() + at) else {
         return Err(if bytes.len() < MAX_HEADER {
-            format!("the file '{STATE}' ends in its first line; take another copy of the snapshot")
+            format!("the file '{STATE}' ends in its first line; use another copy of the snapshot")
         } else {
             format!("the first line of '{STATE}' {ALTERED}")
         });
@@ -395,8 +399,8 @@ pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, String> {
     }
     if version < OLDEST {
         return Err(format!(
-            "it has version {version}, and this program reads {OLDEST} to {VERSION}; restore it with \
-             the demand-vmm that wrote it, and write it anew"
+            "it has version {version}, and this program reads {OLDEST} to {VERSION}; use the \
+             demand-vmm that wrote it"
         ));
     }
     let (Some(length), Some(digest), None) = (words.next(), words.next(), words.next()) else {
@@ -406,7 +410,7 @@ pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, String> {
     let json = &bytes[line_end + 1..];
     if json.len() < length {
         return Err(format!(
-            "the file '{STATE}' is cut off: {} of {length} bytes are there; take another copy of \
+            "the file '{STATE}' is truncated: it has {} of {length} bytes; use another copy of \
              the snapshot",
             json.len()
         ));
@@ -426,8 +430,8 @@ fn parse<T: DeserializeOwned>(json: &[u8]) -> Result<T, String> {
     serde_json::from_slice(json).map_err(|error| {
         let place = place(json, error.line(), error.column());
         format!(
-            "the file '{STATE}' is whole, but not what this demand-vmm writes: {place}: {error}; \
-             use the one that wrote it"
+            "the file '{STATE}' is complete, but not in the format of this demand-vmm: {place}: \
+             {error}; use the one that wrote it"
         )
     })
 }
@@ -672,11 +676,11 @@ mod tests {
         assert!(error.contains("not empty; give another path"), "{error}");
         let file = folder.path().join("file");
         fs::write(&file, "precious").unwrap();
-        assert!(refused(&file).contains("no directory"));
-        assert!(refused(&file.join("x")).contains("no folder"));
-        assert!(refused(&folder.path().join("no/x")).contains("make it"));
-        assert!(refused(&folder.path().join("..")).contains("no name"));
-        assert!(refused(Path::new("")).contains("no name"));
+        assert!(refused(&file).contains("not a directory"));
+        assert!(refused(&file.join("x")).contains("is not an existing folder"));
+        assert!(refused(&folder.path().join("no/x")).contains("create it"));
+        assert!(refused(&folder.path().join("..")).contains("does not end in a name"));
+        assert!(refused(Path::new("")).contains("does not end in a name"));
         // The destination is taken after the check.
         for make in [
             |dir: &Path| fs::write(dir, "precious"),
@@ -686,7 +690,7 @@ mod tests {
             let late = partial(&dir);
             make(&dir).unwrap();
             let error = late.publish(&machine()).unwrap_err().to_string();
-            assert!(error.contains("something now"), "{error}");
+            assert!(error.contains("created meanwhile"), "{error}");
             assert!(fs::remove_file(&dir).or_else(|_| fs::remove_dir_all(&dir)).is_ok());
         }
         assert_eq!(names(folder.path()).len(), 2, "{:?}", names(folder.path()));
@@ -707,13 +711,13 @@ mod tests {
             }
         }
         let told = |bytes: &[u8]| decode::<Machine>(bytes).unwrap_err();
-        assert!(told(&bytes[..bytes.len() - 1]).contains("is cut off"));
+        assert!(told(&bytes[..bytes.len() - 1]).contains("is truncated"));
         assert!(told(&bytes[..30]).contains("ends in its first line"));
         assert!(told(&[&bytes[..], b" "].concat()).contains("was altered"));
         let mut altered = bytes.clone();
         altered[MAGIC.len() + 1] = b'3';
         assert!(told(&altered).contains("first line of 'state' was altered"), "not: newer");
-        assert!(told(b"\x7fELF").contains("no snapshot"));
+        assert!(told(b"\x7fELF").contains("not a snapshot"));
     }
 
     #[test]
@@ -771,11 +775,11 @@ mod tests {
         let told = |dir: &Path| read_state::<Machine>(dir).unwrap_err().to_string();
         assert!(told(&dir).contains("No such file"));
         partial(&dir).publish(&machine()).unwrap();
-        assert!(told(&dir.join(STATE)).contains("would be a directory"));
+        assert!(told(&dir.join(STATE)).contains("it is not a directory"));
         for file in [HASHES, STATE] {
             fs::remove_file(dir.join(file)).unwrap();
             let error = told(&dir);
-            assert!(error.contains(&format!("it has no file '{file}'")), "{error}");
+            assert!(error.contains(&format!("'{file}' is missing")), "{error}");
             // A FIFO in place of a file does not block the reader.
             rustix::fs::mknodat(
                 rustix::fs::CWD,
@@ -786,10 +790,10 @@ mod tests {
             )
             .unwrap();
             let error = told(&dir);
-            assert!(error.contains(&format!("its '{file}' is no regular file")), "{error}");
+            assert!(error.contains(&format!("'{file}' is not a regular file")), "{error}");
             fs::remove_file(dir.join(file)).unwrap();
             fs::write(dir.join(file), "").unwrap();
         }
-        assert!(told(&dir).contains("does not begin as one does"));
+        assert!(told(&dir).contains("does not begin with"));
     }
 }

@@ -40,13 +40,13 @@ impl Listener {
     /// dead process is replaced.
     pub(crate) fn bind(path: &Path) -> Result<Self, Error> {
         let failed = |what: &str, why: &dyn std::fmt::Display| {
-            Error::failed(format!("make the API's socket {}: {what}{why}", path.display()))
+            Error::failed(format!("cannot create the API socket {}: {what}{why}", path.display()))
         };
         let address = address(path).map_err(|error| failed("", &error))?;
         // The lock keeps other processes from a stale socket between this check and its
         // replacement.
         let _lock = lock_folder(path).map_err(|error| {
-            failed("", &format!("its folder: {error}; is there such a folder?"))
+            failed("", &format!("its folder: {error}; name an existing folder"))
         })?;
         remove_stale(path).map_err(|error| failed("", &error))?;
         let socket = new_socket(SocketFlags::CLOEXEC).map_err(|error| failed("", &error))?;
@@ -99,7 +99,7 @@ fn new_socket(flags: SocketFlags) -> rustix::io::Result<OwnedFd> {
 
 fn address(path: &Path) -> Result<SocketAddrUnix, String> {
     SocketAddrUnix::new(path).map_err(|error| match error {
-        Errno::NAMETOOLONG => "the path is longer than a socket's may be, 107 bytes".into(),
+        Errno::NAMETOOLONG => "the path is longer than a socket's limit of 107 bytes".into(),
         error => error.to_string(),
     })
 }
@@ -133,17 +133,21 @@ fn remove_stale(path: &Path) -> Result<(), String> {
         Err(error) => return Err(error.to_string()),
     };
     if !there.file_type().is_socket() {
-        return Err("there is something else that is no socket; give another path".into());
+        return Err("it exists and is not a socket; give another path".into());
     }
     match connect_now(path) {
         Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {}
-        Ok(_) => return Err("another process listens there; give another path or end it".into()),
+        Ok(_) => return Err("another process listens on it; give another path".into()),
         Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-            return Err("another process listens there; give another path or end it".into());
+            return Err("another process listens on it; give another path".into());
         }
-        Err(error) => return Err(format!("there is one already, and it cannot be tried: {error}")),
+        Err(error) => {
+            return Err(format!(
+                "it exists, and connecting to it fails: {error}; give another path"
+            ));
+        }
     }
-    std::fs::remove_file(path).map_err(|error| format!("remove the one that was left: {error}"))
+    std::fs::remove_file(path).map_err(|error| format!("cannot remove the stale socket: {error}"))
 }
 
 #[cfg(test)]
@@ -162,12 +166,12 @@ mod tests {
         assert_eq!(mode & 0o777, 0o600);
         connect_now(&path).unwrap();
         let error = Listener::bind(&path).unwrap_err().to_string();
-        assert!(error.contains("another process listens there"), "{error}");
+        assert!(error.contains("another process listens on it"), "{error}");
         drop(listener);
         assert!(!path.exists());
         fs::write(&path, "precious").unwrap();
         let error = Listener::bind(&path).unwrap_err().to_string();
-        assert!(error.contains("no socket"), "{error}");
+        assert!(error.contains("not a socket"), "{error}");
         assert_eq!(fs::read(&path).unwrap(), b"precious");
     }
 
@@ -191,7 +195,7 @@ mod tests {
         let error = Listener::bind(&long).unwrap_err().to_string();
         assert!(error.contains("107 bytes"), "{error}");
         let error = Listener::bind(&folder.path().join("no/api.sock")).unwrap_err().to_string();
-        assert!(error.contains("is there such a folder?"), "{error}");
+        assert!(error.contains("name an existing folder"), "{error}");
     }
 
     #[test]
@@ -206,7 +210,7 @@ mod tests {
         });
         let error = told.recv_timeout(Duration::from_secs(10)).expect("nobody waits");
         assert!(error.contains("Not a directory"), "{error}");
-        assert!(error.contains("is there such a folder?"), "{error}");
+        assert!(error.contains("name an existing folder"), "{error}");
     }
 
     #[test]

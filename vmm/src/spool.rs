@@ -85,7 +85,7 @@ impl Spool {
                 if overflow == Overflow::Count && state.lost > 0 {
                     let lost = std::mem::take(&mut state.lost);
                     let line =
-                        format!("({lost} messages were lost here: nobody had read those before)\n");
+                        format!("({lost} messages were lost here: the output was not read)\n");
                     bytes.extend(line.as_bytes());
                 }
                 state.under_way = bytes.len();
@@ -94,7 +94,7 @@ impl Spool {
                 if let Err(error) = output.write_all(&bytes).and_then(|()| output.flush())
                     && overflow == Overflow::Warn
                 {
-                    log::debug!("the serial port's output: {error}");
+                    log::debug!("cannot write the serial output: {error}");
                 }
             }
         };
@@ -141,8 +141,8 @@ impl Write for Spool {
         self.0.changed.notify_all();
         if warn {
             log::warn!(
-                "the guest's console: nobody reads it, and what it says is lost after the first \
-                 {CAPACITY} bytes; read it, or say --serial file=PATH or --serial off"
+                "the guest's console is not read; its output is lost after {CAPACITY} bytes; read \
+                 it, or use --serial file=PATH or --serial off"
             );
         }
         Ok(bytes.len())

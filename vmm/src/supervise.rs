@@ -60,7 +60,7 @@ pub(crate) fn supervise<T: Send + 'static>(
                 None => break None,
             },
             Err(RecvTimeoutError::Disconnected) => {
-                break Some(Err(Error::failed("the run ended without a word")));
+                break Some(Err(Error::failed("the run's thread ended without a result")));
             }
         }
     };
@@ -69,6 +69,6 @@ pub(crate) fn supervise<T: Send + 'static>(
         // The interrupt is the cause of any later error.
         (_, Some(reason)) => Err(Error::failed(reason)),
         (Some(Err(error)), None) => Err(error),
-        (None, None) => Err(Error::failed("the run did not end")),
+        (None, None) => Err(Error::failed("the run did not stop in time")),
     }
 }

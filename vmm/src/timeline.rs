@@ -40,7 +40,7 @@ pub fn svg(title: &str, events: &[TimelineEvent], total_pages: u64) -> String {
 
     let mut out = String::new();
     let mut put = |text: std::fmt::Arguments<'_>| {
-        out.write_fmt(text).expect("a string takes everything");
+        out.write_fmt(text).expect("writing to a String cannot fail");
         out.push('\n');
     };
     put(format_args!(
@@ -79,7 +79,7 @@ pub fn svg(title: &str, events: &[TimelineEvent], total_pages: u64) -> String {
         let lower = (0..COLUMNS).rev().map(|column| (column, index));
         for (column, paths) in upper.chain(lower) {
             write!(points, "{:.1},{:.1} ", x(column), y(below(column, paths)))
-                .expect("a string takes everything");
+                .expect("writing to a String cannot fail");
         }
         put(format_args!("<polygon points=\"{}\" fill=\"{}\"/>", points.trim_end(), colour(path)));
     }

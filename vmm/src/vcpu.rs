@@ -68,7 +68,7 @@ pub enum Served {
 ///
 /// assert_eq!(Port80.serve(0, VcpuExit::IoOut(0x80, &[1])), Served::Continue);
 /// let Served::Failed(why) = Port80.serve(3, VcpuExit::IoOut(0x81, &[1])) else { panic!() };
-/// assert_eq!(why, "vCPU 3 wrote 1 bytes to port 0x81, where nothing is");
+/// assert_eq!(why, "vCPU 3 wrote 1 bytes to port 0x81, where no device is");
 /// ```
 pub trait ServeExit: Send + Sync {
     /// Serves an exit of vCPU `cpu`, on the vCPU's thread. The answer to a read goes into the
@@ -87,31 +87,31 @@ pub fn unserved(cpu: u32, exit: &VcpuExit<'_>) -> Served {
     let what = match exit {
         VcpuExit::Intr | VcpuExit::IrqWindowOpen => return Served::Continue,
         VcpuExit::IoOut(port, data) => {
-            format!("wrote {} bytes to port {port:#x}, where nothing is", data.len())
+            format!("wrote {} bytes to port {port:#x}, where no device is", data.len())
         }
         VcpuExit::IoIn(port, data) => {
-            format!("read {} bytes from port {port:#x}, where nothing is", data.len())
+            format!("read {} bytes from port {port:#x}, where no device is", data.len())
         }
         VcpuExit::MmioWrite(address, data) => {
-            format!("wrote {} bytes at {address:#x}, where nothing is", data.len())
+            format!("wrote {} bytes at {address:#x}, where no device is", data.len())
         }
         VcpuExit::MmioRead(address, data) => {
-            format!("read {} bytes at {address:#x}, where nothing is", data.len())
+            format!("read {} bytes at {address:#x}, where no device is", data.len())
         }
-        VcpuExit::Hlt => "halted, and no interrupt will come".to_owned(),
+        VcpuExit::Hlt => "halted, and no interrupt can wake it".to_owned(),
         VcpuExit::Shutdown => {
             "met a fault while it handled a double fault (a triple fault); the guest has crashed, \
-             or restarts in a way that is not known here"
+             or restarts in an unsupported way"
                 .to_owned()
         }
         VcpuExit::SystemEvent(kind, data) => {
-            format!("asked for system event {kind} {data:x?}, which is not known here")
+            format!("asked for system event {kind} {data:x?}, which is unsupported")
         }
         VcpuExit::MemoryFault { flags, gpa, size } => format!(
-            "touched {size} bytes at {gpa:#x}, which KVM could not map (flags {flags:#x}); see \
-             the kernel's log"
+            "accessed {size} bytes at {gpa:#x}, which KVM could not map (flags {flags:#x}); the \
+             kernel's log may say more"
         ),
-        exit => format!("left the guest with {exit:?}, which is not known here"),
+        exit => format!("left the guest with {exit:?}, which is unsupported"),
     };
     Served::Failed(format!("vCPU {cpu} {what}"))
 }
@@ -135,7 +135,7 @@ pub enum StartError {
     #[error(transparent)]
     Kick(#[from] KickError),
     /// The host has no more threads.
-    #[error("start a thread for a vCPU: {0}; raise the limit of threads (ulimit -u)")]
+    #[error("cannot start a vCPU thread: {0}; raise the limit of threads (ulimit -u)")]
     Thread(#[from] io::Error),
 }
 
@@ -263,7 +263,7 @@ impl Runner<'_> {
         match self.vcpu.fd().kvmclock_ctrl() {
             // EINVAL: the guest does not use this clock.
             Err(error) if error.errno() != libc::EINVAL => {
-                log::debug!("cannot tell vCPU {} that it was held up: {error}", self.cpu);
+                log::debug!("cannot tell the guest that vCPU {} was paused: {error}", self.cpu);
             }
             _ => {}
         }

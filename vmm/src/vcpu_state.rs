@@ -55,9 +55,9 @@ impl StateShape {
     ///
     /// If KVM does not list its MSRs.
     pub fn of(kvm: &Kvm, vm: &VmFd) -> Result<Self, Error> {
-        let listed = kvm
-            .get_msr_index_list()
-            .map_err(|error| Error::host(format!("ask KVM what MSRs it saves: {error}")))?;
+        let listed = kvm.get_msr_index_list().map_err(|error| {
+            Error::host(format!("cannot list the MSRs that KVM saves: {error}"))
+        })?;
         let mut msrs: Vec<_> = listed.as_slice().to_vec();
         msrs.extend(unlisted());
         msrs.retain(|msr| !HYPERV.contains(msr));
@@ -151,7 +151,7 @@ impl VcpuState {
     pub fn save(cpu: u32, vcpu: &VcpuFd, shape: &StateShape) -> Result<Self, Error> {
         let on = On { cpu, verb: "save" };
         // First, because KVM handles INIT and SIPI from other processors before it answers.
-        let mp_state = on.step("whether it runs or waits", vcpu.get_mp_state())?;
+        let mp_state = on.step("its MP state", vcpu.get_mp_state())?;
         let cpuid = on.step("its CPUID", vcpu.get_cpuid2(KVM_MAX_CPUID_ENTRIES))?;
         let regs = on.step("its registers", vcpu.get_regs())?;
         let sregs = on.step("its system registers", vcpu.get_sregs())?;
@@ -166,7 +166,7 @@ impl VcpuState {
         // between, and then it is better saved twice than not at all.
         let msrs = on.step("its MSRs", get_msrs(vcpu, &shape.msrs))?;
         let lapic = on.step("its local APIC", vcpu.get_lapic())?;
-        let events = on.step("what it is about to meet", vcpu.get_vcpu_events())?;
+        let events = on.step("its pending events", vcpu.get_vcpu_events())?;
         Ok(VcpuState {
             cpuid: cpuid.as_slice().iter().map(leaf_to_array).collect(),
             // EIO: an unstable TSC has no frequency.
@@ -228,8 +228,8 @@ impl VcpuState {
         on.step("its local APIC", vcpu.set_lapic(&self.lapic))?;
         restore_msrs(&self.msrs, on, vcpu)?;
         // After the registers, because setting those clears pending exceptions.
-        on.step("what it is about to meet", vcpu.set_vcpu_events(&self.events))?;
-        on.step("whether it runs or waits", vcpu.set_mp_state(self.mp_state))
+        on.step("its pending events", vcpu.set_vcpu_events(&self.events))?;
+        on.step("its MP state", vcpu.set_mp_state(self.mp_state))
     }
 
     /// Makes the vCPU's TSC continue from its value at `then`, a moment on the host that it was
@@ -272,8 +272,8 @@ impl VcpuState {
     pub fn told(&self) -> Result<CpuId, Error> {
         self.cpuid().map_err(|_| {
             Error::failed(format!(
-                "read what a vCPU was told of its processor: {} leaves, of which KVM takes {}; \
-                 the snapshot is damaged",
+                "cannot restore a vCPU's CPUID: it has {} leaves, and KVM takes {}; the snapshot \
+                 is damaged, use another",
                 self.cpuid.len(),
                 KVM_MAX_CPUID_ENTRIES
             ))
@@ -292,8 +292,8 @@ impl VcpuState {
         }
         vcpu.set_tsc_khz(its).map_err(|error| {
             Error::host(format!(
-                "restore vCPU {}: its TSC counts {its} kHz, this host's {ours} kHz and it cannot \
-                 be made to count otherwise: {error}; restore it on a host of the same frequency",
+                "cannot restore vCPU {}: its TSC runs at {its} kHz, this host's at {ours} kHz, \
+                 and KVM cannot scale it: {error}; restore on a host of the same frequency",
                 on.cpu
             ))
         })
@@ -302,8 +302,8 @@ impl VcpuState {
     fn restore_xsave(&self, on: &On, vcpu: &VcpuFd, shape: &StateShape) -> Result<(), Error> {
         if self.xsave.len() < size_of::<kvm_xsave>() {
             return Err(Error::failed(format!(
-                "restore vCPU {}: its FPU's state has {} bytes, and none has fewer than {}; the \
-                 snapshot is damaged, take another",
+                "cannot restore vCPU {}: its FPU state has {} bytes, and the minimum is {}; the \
+                 snapshot is damaged, use another",
                 on.cpu,
                 self.xsave.len(),
                 size_of::<kvm_xsave>()
@@ -314,8 +314,8 @@ impl VcpuState {
         let (fits, more) = self.xsave.split_at(room.min(self.xsave.len()));
         if more.iter().any(|byte| *byte != 0) {
             return Err(Error::host(format!(
-                "restore vCPU {}: its FPU's state has {} bytes, and this host's {room}; restore \
-                 it on a host of the same kind",
+                "cannot restore vCPU {}: its FPU state has {} bytes, and this host's has {room}; \
+                 restore on a host of the same kind",
                 on.cpu,
                 self.xsave.len()
             )));
@@ -347,7 +347,9 @@ impl On {
     fn step<T>(&self, what: &str, result: Result<T, kvm_ioctls::Error>) -> Result<T, Error> {
         let On { cpu, verb } = self;
         let remedy = if *verb == RESTORE { STATE_REFUSED } else { "the kernel's log may say more" };
-        result.map_err(|error| Error::host(format!("{verb} vCPU {cpu}, {what}: {error}; {remedy}")))
+        result.map_err(|error| {
+            Error::host(format!("cannot {verb} vCPU {cpu}, {what}: {error}; {remedy}"))
+        })
     }
 }
 
@@ -368,8 +370,8 @@ fn restore_msrs(msrs: &[(u32, u64)], on: &On, vcpu: &VcpuFd) -> Result<(), Error
         let now = on.step("its MSRs", get_msrs(vcpu, &[index]))?;
         if now.first() != Some(&(index, data)) && on.verb != RESET {
             return Err(Error::host(format!(
-                "restore vCPU {}: KVM refuses MSR {index:#x} with the value {data:#x}; restore \
-                 it on a host of the same kind",
+                "cannot restore vCPU {}: KVM refuses MSR {index:#x} with the value {data:#x}; \
+                 restore on a host of the same kind",
                 on.cpu
             )));
         }
@@ -462,7 +464,10 @@ mod tests {
             On { cpu: 3, verb }.step("its registers", refused).unwrap_err().to_string()
         };
         let error = says(RESTORE);
-        assert!(error.starts_with("restore vCPU 3, its registers: Invalid argument"), "{error}");
+        assert!(
+            error.starts_with("cannot restore vCPU 3, its registers: Invalid argument"),
+            "{error}"
+        );
         assert!(error.contains("; the snapshot may be damaged"), "{error}");
         assert!(error.contains("the kernel's log"), "{error}");
         for verb in ["save", RESET] {

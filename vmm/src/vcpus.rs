@@ -17,10 +17,10 @@ use crate::vcpu::{StartError, VcpuContext, VcpuEvent, run};
 /// Error for vCPUs that did not leave the guest in time.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "call {} out of the guest: not within {} ms; KVM itself waits there for a page, which no kick \
-     ends: see that the source answers",
+    "{} did not stop within {} ms: {} blocked inside KVM on a page fault; check the page source",
     names(cpus),
-    within.as_millis()
+    within.as_millis(),
+    if cpus.len() == 1 { "it is" } else { "they are" }
 )]
 pub struct StillInside {
     /// The vCPUs.
@@ -41,21 +41,21 @@ impl StillInside {
 #[non_exhaustive]
 pub enum ParkedError {
     /// The VM is not paused, or was resumed or stopped meanwhile.
-    #[error("reach vCPU {cpu} while it is paused: it is not; pause the VM, and keep it paused")]
+    #[error("vCPU {cpu} is not paused; pause the VM, and keep it paused")]
     NotPaused {
         /// The vCPU.
         cpu: u32,
     },
     /// The vCPU's thread has ended.
-    #[error("reach vCPU {cpu}: it has come to its end, and has no state any more")]
+    #[error("vCPU {cpu} has ended, and its state is gone")]
     Ended {
         /// The vCPU.
         cpu: u32,
     },
     /// The vCPU is in the middle of an instruction that needs a missing page.
     #[error(
-        "reach vCPU {cpu} between two instructions: it waits for the page at guest address \
-         {gpa:#x}, which did not come within {} ms; see that the source answers",
+        "vCPU {cpu} waits for the page at guest address {gpa:#x}, which did not arrive within {} \
+         ms; check the page source",
         within.as_millis()
     )]
     Waiting {
@@ -68,7 +68,7 @@ pub enum ParkedError {
     },
     /// The vCPU did not leave the guest, or did not finish the job, in time.
     #[error(
-        "reach vCPU {cpu} while it is paused: not within {} ms; see that the source answers",
+        "vCPU {cpu} did not respond within {} ms; check the page source",
         within.as_millis()
     )]
     Late {
@@ -81,7 +81,7 @@ pub enum ParkedError {
 
 fn names(cpus: &[u32]) -> String {
     let numbers: Vec<_> = cpus.iter().map(ToString::to_string).collect();
-    format!("vCPU {}", numbers.join(", "))
+    format!("{} {}", if cpus.len() == 1 { "vCPU" } else { "vCPUs" }, numbers.join(", "))
 }
 
 struct Vcpu {

@@ -184,8 +184,8 @@ impl VhostUserDevice {
         let failed = |why: String| fail(&name, why);
         if option.kind != state.kind {
             return Err(failed(format!(
-                "it was a device {}, and is to go on as {}; give the devices in the order in which \
-                 they were",
+                "it was of kind {}, and the option names {}; give the devices in their original \
+                 order",
                 state.kind, option.kind
             )));
         }
@@ -260,8 +260,8 @@ impl VhostUserDevice {
             }
             Lazy::Refuse if missing => {
                 return Err(self.failed(
-                    "memory is missing, and lazy=refuse says that its back-end must not wait for \
-                     it; say lazy=auto or lazy=fill",
+                    "cannot start it: pages are missing, and lazy=refuse forbids its back-end to \
+                     wait for them; use lazy=auto or lazy=fill",
                 ));
             }
             _ => back_end.share_present_memory(memory),
@@ -292,8 +292,8 @@ impl VhostUserDevice {
         for call in &self.calls {
             vm.register_irqfd(call, gsi).map_err(|error| {
                 Error::host(format!(
-                    "device {}: connect it with interrupt {gsi} of the guest: {error}; the KVM \
-                     must have an interrupt controller (KVM_CREATE_IRQCHIP)",
+                    "cannot connect device {} to interrupt {gsi} of the guest: {error}; KVM must \
+                     have an interrupt controller (KVM_CREATE_IRQCHIP)",
                     self.name
                 ))
             })?;
@@ -336,7 +336,7 @@ impl VhostUserDevice {
         let mut inner = self.lock();
         self.look_at_config(&mut inner);
         let begun = Instant::now();
-        let failed = |why: String| self.failed(format!("take a snapshot of it: {why}"));
+        let failed = |why: String| self.failed(format!("cannot snapshot it: {why}"));
         if self.option.kind.answers_all() {
             // The guest may have been stopped between a request and its kick.
             self.kick_running(&inner);
@@ -345,7 +345,10 @@ impl VhostUserDevice {
         if let Err(why) = self.drain(&mut inner, begun, within) {
             let error = failed(why);
             if let Err(why) = self.go_on(&mut inner) {
-                self.log(Level::Error, format_args!("go on after a snapshot that failed: {why}"));
+                self.log(
+                    Level::Error,
+                    format_args!("cannot resume it after a failed snapshot: {why}"),
+                );
             }
             return Err(error);
         }
@@ -362,7 +365,7 @@ impl VhostUserDevice {
     /// One line, if no memory was shared, a ring lies outside of it, or the back-end refuses.
     pub fn resume(&self) -> Result<(), Error> {
         let mut inner = self.lock();
-        self.go_on(&mut inner).map_err(|why| self.failed(format!("let it go on: {why}")))
+        self.go_on(&mut inner).map_err(|why| self.failed(format!("cannot resume it: {why}")))
     }
 
     /// Ends post-copy when all pages are present: the back-end's accesses need no trap any more.
@@ -418,11 +421,11 @@ impl VhostUserDevice {
         let Inner { back_end, registers, memory, running, restored } = inner;
         let memory = memory.as_ref().ok_or("no memory was shared with its back-end")?;
         if !registers.has_agreed() {
-            return Err("it has not agreed on features (status bit FEATURES_OK)".into());
+            return Err("the driver has not agreed on features (status bit FEATURES_OK)".into());
         }
         for (index, queue) in registers.queues().iter().enumerate().filter(|(_, q)| q.ready) {
             // (The driver's mistake is logged; a snapshot's ends the restore.)
-            let remedy = if *restored { "; the snapshot is damaged, take another" } else { "" };
+            let remedy = if *restored { "; the snapshot is damaged, use another" } else { "" };
             check_rings(memory, queue).map_err(|why| format!("queue {index}: {why}{remedy}"))?;
         }
         let features = registers.driver_features();
@@ -514,7 +517,7 @@ impl VhostUserDevice {
     /// Starts the device for the driver. A mistake of the driver is reported to the driver.
     fn start_for_driver(&self, inner: &mut Inner) {
         if let Err(why) = self.start(inner) {
-            self.log(Level::Error, format_args!("the guest's driver starts it: {why}"));
+            self.log(Level::Error, format_args!("cannot start it for the guest's driver: {why}"));
             self.stop(inner);
             if inner.registers.need_reset() {
                 signal(self.config_call());
@@ -569,11 +572,13 @@ impl VhostUserDevice {
             Ok(false) => self.log(
                 Level::Warn,
                 format_args!(
-                    "the guest cannot be told that its connections are gone: it has left no \
-                 buffer for events"
+                    "cannot notify the guest that its connections are gone: its event queue has \
+                     no buffer"
                 ),
             ),
-            Err(error) => self.log(Level::Error, format_args!("write to its event queue: {error}")),
+            Err(error) => {
+                self.log(Level::Error, format_args!("cannot write to its event queue: {error}"))
+            }
         }
     }
 
@@ -606,7 +611,10 @@ impl DeviceMmio for VhostUserDevice {
                 inner.restored = false;
             }
             Action::Fail => {
-                self.log(Level::Error, format_args!("the guest's driver has given it up"));
+                self.log(
+                    Level::Error,
+                    format_args!("the guest's driver has set the status bit FAILED"),
+                );
                 self.stop(&mut inner);
             }
             Action::StopQueue(queue) => self.stop_queue(&mut inner, queue),

@@ -54,7 +54,7 @@ impl QueueState {
     /// rings' addresses and lengths, in bytes.
     pub(crate) fn extents(&self) -> Result<[(u64, u64); 3], String> {
         if !self.size.is_power_of_two() || self.size > MAX_QUEUE_SIZE {
-            return Err(format!("{} descriptors are no power of two", self.size));
+            return Err(format!("{} descriptors are not a power of two", self.size));
         }
         let size = u64::from(self.size);
         let rings = [
@@ -378,7 +378,7 @@ impl Registers {
             VIRTIO_MMIO_QUEUE_AVAIL_HIGH => set_high(&mut queue.available, value),
             VIRTIO_MMIO_QUEUE_USED_LOW => set_low(&mut queue.used, value),
             VIRTIO_MMIO_QUEUE_USED_HIGH => set_high(&mut queue.used, value),
-            _ => log::debug!("a driver writes to a register at {offset:#x}, where none is"),
+            _ => log::debug!("a driver writes to an unknown register at {offset:#x}"),
         }
     }
 }

@@ -43,7 +43,7 @@ const LOOK_EVERY: Duration = Duration::from_millis(5);
 
 /// Error for a request that arrives while another lifecycle operation is in progress.
 const BUSY: &str =
-    "something else is under way (a pause, a snapshot or a reset); ask again when it is done";
+    "another operation (a pause, a snapshot or a reset) is in progress; retry when it is done";
 
 /// The parts of a VM.
 pub struct VmParts {
@@ -279,8 +279,8 @@ impl Vm {
             return Error::failed(inside);
         };
         Error::failed(format!(
-            "{} did not stop within {} ms: device {} waits for {what}, and its back-end at {} does \
-             not answer; see that it runs",
+            "{} did not stop within {} ms: device {} waits for {what}, and its back-end at {} \
+             does not answer; check that it runs",
             inside.names(),
             inside.within.as_millis(),
             device.name(),
@@ -345,9 +345,9 @@ impl Vm {
         spawn("pause", move || {
             match vm.pause() {
                 Ok(()) => {
-                    log::error!("{reason}; the VM is paused, resume it when the source is back");
+                    log::error!("{reason}; the VM is paused; resume it when the source is back");
                 }
-                Err(error) => log::warn!("{reason}; pause the VM: {}", error.message),
+                Err(error) => log::warn!("{reason}; cannot pause the VM: {}", error.message),
             }
             vm.lifecycle.giving_up.store(false, Ordering::Release);
         })
@@ -410,12 +410,11 @@ impl Vm {
     ) -> Result<(Option<SavedBoot>, Option<String>), Error> {
         let (saved, why) = match &self.boot {
             Some(boot) => boot.keep_in(partial, &|| self.lifecycle.is_ending())?,
-            None => (None, Some(Error::failed("the VM's own snapshot holds none"))),
+            None => (None, Some(Error::failed("the VM's own snapshot has none"))),
         };
         let warning = why.map(|why| {
             format!(
-                "the snapshot {} holds no kernel, and a guest that is restored from it cannot \
-                 reset: {why}",
+                "snapshot {} has no kernel, so a guest restored from it cannot reset: {why}",
                 destination.display()
             )
         });
@@ -491,7 +490,9 @@ impl Control for Vm {
         match self.lifecycle.state() {
             State::Running => {}
             State::Paused => return Err(ControlError::wrong_state("the VM is paused already")),
-            other => return Err(ControlError::wrong_state(format!("the VM is {other}"))),
+            other => {
+                return Err(ControlError::wrong_state(format!("cannot pause: the VM is {other}")));
+            }
         }
         let vcpus = self.vcpus();
         if let Err(error) = vcpus.pause(PAUSE_WITHIN) {
@@ -507,7 +508,7 @@ impl Control for Vm {
         match self.lifecycle.state() {
             State::Paused => self.go_on(&mut change).map_err(ControlError::failed),
             State::Running => Err(ControlError::wrong_state("the VM is running already")),
-            other => Err(ControlError::wrong_state(format!("the VM is {other}"))),
+            other => Err(ControlError::wrong_state(format!("cannot resume: the VM is {other}"))),
         }
     }
 
@@ -516,7 +517,9 @@ impl Control for Vm {
         let mut change = self.lifecycle.change()?;
         let before = self.lifecycle.state();
         if !matches!(before, State::Running | State::Paused) {
-            return Err(ControlError::wrong_state(format!("the VM is {before}")));
+            return Err(ControlError::wrong_state(format!(
+                "cannot take a snapshot: the VM is {before}"
+            )));
         }
         // Checks for refusals before anything stops.
         self.devices.iter().try_for_each(|device| device.can_snapshot())?;
@@ -537,7 +540,9 @@ impl Control for Vm {
             if before == State::Running {
                 self.vcpus().resume();
             }
-            return Err(ControlError::wrong_state("the guest is resetting itself; ask again"));
+            return Err(ControlError::wrong_state(
+                "cannot take a snapshot: the guest is resetting itself; retry when it is done",
+            ));
         }
         *lock(&self.lifecycle.destination) = request.destination.display().to_string();
         self.lifecycle.copied.store(0, Ordering::Relaxed);
@@ -568,7 +573,7 @@ impl Control for Vm {
             }
             (Ok(_), Err(why)) => {
                 return Err(ControlError::failed(format!(
-                    "the snapshot {} is complete, but the VM stays paused: {why}",
+                    "snapshot {} is complete, but the VM stays paused: {why}",
                     request.destination.display()
                 )));
             }

@@ -106,8 +106,8 @@ impl VmState {
         };
         if let Some(behind) = Duration::from_nanos(then).checked_sub(since_1970()) {
             log::warn!(
-                "the host's clock is {} s behind the moment of the snapshot; the guest's clock goes \
-                 on from there",
+                "the host's clock is {} s behind the moment of the snapshot; the guest's clock is \
+                 kept",
                 behind.as_secs()
             );
         }
@@ -195,12 +195,12 @@ const IOAPIC: &str = "interrupt controller (IOAPIC)";
 const PIT: &str = "timer (PIT)";
 
 fn failed(verb: &str, what: &str, error: kvm_ioctls::Error) -> Error {
-    Error::host(format!("{verb} the VM's {what}: {error}; the kernel's log may say more"))
+    Error::host(format!("cannot {verb} the VM's {what}: {error}; the kernel's log may say more"))
 }
 
 /// Returns the error for a part of the state that KVM refuses.
 fn refused(what: &str, error: kvm_ioctls::Error) -> Error {
-    Error::host(format!("restore the VM's {what}: {error}; {STATE_REFUSED}"))
+    Error::host(format!("cannot restore the VM's {what}: {error}; {STATE_REFUSED}"))
 }
 
 #[cfg(test)]

@@ -55,14 +55,14 @@ impl Watch<'_> {
                 Event::Vcpu(VcpuEvent::Ended { cpu }) if running >> cpu & 1 == 1 => {
                     let step = self.control.result(cpu as usize).step;
                     return Err(Error::failed(format!(
-                        "vCPU {cpu} halted at step {step}, before its end; the guest saw memory \
-                         that is wrong"
+                        "vCPU {cpu} halted at step {step}, before its end; the guest saw wrong \
+                         memory content"
                     )));
                 }
                 Event::Vcpu(VcpuEvent::Ended { .. }) => {}
                 Event::Port(PortWrite { cpu, port, .. }) => {
                     return Err(Error::failed(format!(
-                        "vCPU {cpu} wrote to port {port:#x}, where nothing is"
+                        "vCPU {cpu} wrote to port {port:#x}, where no device is"
                     )));
                 }
                 Event::Vcpu(VcpuEvent::Failed { message, .. }) => {
@@ -96,7 +96,7 @@ impl Watch<'_> {
                 Ok(event) => return Ok(event),
                 Err(RecvTimeoutError::Timeout) => self.say_progress(),
                 Err(RecvTimeoutError::Disconnected) => {
-                    return Err(Error::failed("all threads of the machine ended without a word"));
+                    return Err(Error::failed("all threads of the VM ended without a result"));
                 }
             }
             if let Some(disk) = &mut self.disk {
@@ -131,8 +131,8 @@ impl Watch<'_> {
         }
         let result = self.control.result(cpu as usize);
         Err(Error::failed(format!(
-            "vCPU {cpu}, step {}: expected {:#x} at {:#x} and found {:#x}; the guest saw memory \
-             that is wrong",
+            "vCPU {cpu}, step {}: expected {:#x} at {:#x}, found {:#x}; the guest saw wrong \
+             memory content",
             result.step, result.expected, result.address, result.found
         )))
     }

@@ -51,7 +51,7 @@ fn a_full_disk_leaves_nothing() {
         fs::write(partial.hashes(), [1; 1024]).unwrap();
         let error = partial.publish(&"x".repeat(768 << 10)).unwrap_err().to_string();
         assert!(error.contains("state: No space left on device"), "{error}");
-        assert!(error.contains("make room"), "{error}");
+        assert!(error.contains("free some space"), "{error}");
         assert_eq!(names(folder.path()), 0);
         // A snapshot that fits is written.
         let partial = PartialSnapshot::create(&dir).unwrap();
@@ -71,7 +71,7 @@ fn a_mount_point_is_not_replaced() {
     let done = on_small_disk(folder.path(), || {
         let at = |name: &str| folder.path().join(name);
         let make = |name: &str| fs::create_dir(at(name)).map(|()| at(name)).unwrap();
-        let remedy = "it is a mount point, which nothing can replace; name a directory in it";
+        let remedy = "it is a mount point, which cannot be replaced; name a directory in it";
         let (disk, bound, late, other) = (make("disk"), make("bound"), make("late"), make("other"));
         mount("none", &disk, "tmpfs", MountFlags::empty(), c"size=1m").unwrap();
         // A bind mount from the same disk.

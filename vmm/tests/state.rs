@@ -360,8 +360,8 @@ fn a_state_that_kvm_cannot_take_is_refused_by_name() {
         (&|state| state["cpuid"] = json!([&leaves[..]; 9].concat()), "vCPU 7, its CPUID"),
         (&|state| state["regs"] = json!("00ff"), "2 bytes where this version has 144"),
         (&|state| state["regs"] = json!("zz"), "hexadecimal"),
-        (&|state| state["xsave"] = json!("01".repeat(100_000)), "vCPU 7: its FPU's state"),
-        (&|state| state["mp_state"] = json!("ff000000"), "vCPU 7, whether it runs"),
+        (&|state| state["xsave"] = json!("01".repeat(100_000)), "vCPU 7: its FPU state"),
+        (&|state| state["mp_state"] = json!("ff000000"), "vCPU 7, its MP state"),
     ];
     for (change, says) in cases {
         let error = refused(change);

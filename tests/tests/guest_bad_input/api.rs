@@ -80,7 +80,7 @@ fn wrong_requests() -> Vec<(&'static str, Vec<u8>, u16, &'static [&'static str])
             404,
             &["/api/v1/explode", "/api/v1/status"],
         ),
-        ("the root", request("GET", "/", ""), 404, &["there are"]),
+        ("the root", request("GET", "/", ""), 404, &["the paths are"]),
         ("another version", request("GET", "/api/v2/status", ""), 404, &["/api/v1/status"]),
         ("to read a pause", request("GET", Endpoint::Pause.path(), ""), 405, &["PUT, POST"]),
         ("to write a status", put(Endpoint::Status.path(), ""), 405, &["GET, HEAD"]),
@@ -97,16 +97,16 @@ fn wrong_requests() -> Vec<(&'static str, Vec<u8>, u16, &'static [&'static str])
             411,
             &["Content-Length"],
         ),
-        ("an empty body", put(snapshot, ""), 400, &["no request for a snapshot"]),
-        ("no JSON", put(snapshot, "{destination: x"), 400, &["no request for a snapshot"]),
-        ("another JSON", put(snapshot, "[1, 2]"), 400, &["no request for a snapshot"]),
+        ("an empty body", put(snapshot, ""), 400, &["not a snapshot request"]),
+        ("no JSON", put(snapshot, "{destination: x"), 400, &["not a snapshot request"]),
+        ("another JSON", put(snapshot, "[1, 2]"), 400, &["not a snapshot request"]),
         ("no destination", put(snapshot, "{}"), 400, &["destination"]),
         ("a number", put(snapshot, "{\"destination\": 7}"), 400, &["string"]),
         ("a field more", put(snapshot, "{\"destination\":\"/x\",\"how\":1}"), 400, &["how"]),
         ("to fly", put(snapshot, "{\"destination\":\"/x\",\"then\":\"fly\"}"), 400, &["fly"]),
         ("a relative path", put(snapshot, "{\"destination\":\"x\"}"), 400, &["absolute"]),
         ("a path with a NUL", put(snapshot, "{\"destination\":\"/x\\u0000y\"}"), 400, &["NUL"]),
-        ("a deep body", put(snapshot, &"[".repeat(60_000)), 400, &["no request"]),
+        ("a deep body", put(snapshot, &"[".repeat(60_000)), 400, &["not a snapshot request"]),
         ("a long body", put(snapshot, &"x".repeat(MAX_BODY + 1)), 413, &["longer than 65536"]),
         ("an endless body", with("Content-Length: 99999999999999999999").into(), 413, &["longer"]),
         ("two lengths", with("Content-Length: 1\r\nContent-Length: 2").into(), 400, &["two"]),
@@ -116,21 +116,21 @@ fn wrong_requests() -> Vec<(&'static str, Vec<u8>, u16, &'static [&'static str])
         ("many headers", with(&"a: b\r\n".repeat(100)).into(), 431, &["64 headers"]),
         ("no host", b"GET /api/v1/status HTTP/1.1\r\n\r\n".into(), 400, &["Host"]),
         ("HTTP/2", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".into(), 505, &["HTTP/1.1"]),
-        ("half a request", b"GET /api/v1/sta".into(), 400, &["halfway"]),
+        ("half a request", b"GET /api/v1/sta".into(), 400, &["incomplete"]),
         (
             "half a body",
             b"PUT /api/v1/snapshot HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n{".into(),
             400,
-            &["halfway"],
+            &["incomplete"],
         ),
         (
             "TLS",
             b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\x00\r\n\r\n".into(),
             400,
-            &["no HTTP"],
+            &["not HTTP"],
         ),
-        ("zeros", vec![0; 100_000], 400, &["no HTTP"]),
-        ("ones", vec![0xff; 100_000], 400, &["no HTTP"]),
+        ("zeros", vec![0; 100_000], 400, &["not HTTP"]),
+        ("ones", vec![0xff; 100_000], 400, &["not HTTP"]),
         ("letters", vec![b'a'; 100_000], 414, &["first line"]),
         ("empty lines", b"\r\n".repeat(50_000), 414, &["first line"]),
     ]
@@ -188,7 +188,7 @@ fn one_thing_at_a_time(guest: &Guest, folder: &Path) {
     let told =
         outcomes.into_iter().filter(Result::is_err).map(|outcome| ("snapshot", refused(outcome)));
     for (case, line) in told.chain(others) {
-        refusals.check_line(case, line, &["under way", "ask again"]);
+        refusals.check_line(case, line, &["in progress", "retry when it is done"]);
     }
     refusals.end();
 }

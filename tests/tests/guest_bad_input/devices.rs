@@ -38,11 +38,7 @@ fn back_ends_that_cannot_go_on() {
         BackEnd::vhost_device_blk_at(at(&format!("{name}.sock")), &disk, &options).unwrap()
     };
     let fewer = started("fewer", 8 << 20, BlkOptions { queues: 1, ..blk() });
-    not_taken(
-        "fewer queues",
-        fewer.socket(),
-        &["it has 2 queues", "serves 1", "start it with more"],
-    );
+    not_taken("fewer queues", fewer.socket(), &["it needs 2 queues", "has 1", "with more queues"]);
     let lost = started("lost", 8 << 20, BlkOptions { postcopy: false, ..blk() });
     not_taken("no post-copy", lost.socket(), &["PAGEFAULT", "lazy=fill"]);
     refusals.end();
@@ -52,13 +48,13 @@ fn back_ends_that_cannot_go_on() {
         let other = started(name, size, blk());
         let capacity = (size / 512).to_string();
         let mut command = restore_with(&snapshot.dir(), other.socket());
-        let words = ["capacity 16384", &capacity, "start one like the old"];
+        let words = ["capacity 16384", &capacity, "with the options of the old one"];
         refusals.check(&format!("a {name} disk"), &mut command, FAILED, &words);
     }
     let disk = snapshot.disk(folder.path());
     let other = BackEnd::qemu_storage_daemon_with(folder.path(), &disk, blk().queues).unwrap();
     let mut command = restore_with(&snapshot.dir(), other.socket());
-    let words = ["the guest knows it with", "start one like the old"];
+    let words = ["the new back-end has", "with the options of the old one"];
     refusals.check("another program", &mut command, FAILED, &words);
     let socket = lost.socket().display();
     for (lazy, words) in [

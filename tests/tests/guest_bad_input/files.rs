@@ -15,7 +15,7 @@ use serde_json::json;
 use crate::snapshot::{BOOT_FILES, FILES, MEMORY, Snapshot, Spoilt, restore, restore_with, seal};
 
 /// The cause and the hint for an altered state.
-const ALTERED: &[&str] = &["altered after it was written", "take another copy"];
+const ALTERED: &[&str] = &["altered after it was written", "use another copy"];
 
 /// Returns state files that are truncated, altered, or of another version: description, content,
 /// words of the error.
@@ -26,13 +26,13 @@ fn spoilt(good: &[u8]) -> Vec<(String, Vec<u8>, &'static [&'static str])> {
         cases.push((format!("state cut to {len} bytes"), good[..len].to_vec(), words));
     };
     for len in [0, 1, 18] {
-        cut(len, &["no snapshot", "does not begin as one"]);
+        cut(len, &["not a snapshot", "does not begin with"]);
     }
     for len in [19, 22, line / 2, line] {
-        cut(len, &["ends in its first line", "take another copy"]);
+        cut(len, &["ends in its first line", "use another copy"]);
     }
     for len in [line + 1, line + 2, (line + good.len()) / 2, good.len() - 1] {
-        cut(len, &["is cut off", "take another copy"]);
+        cut(len, &["is truncated", "use another copy"]);
     }
     cases.push(("state with a byte more".into(), [good, b"x"].concat(), ALTERED));
     // Each word of the header (its version, length, and both sums), and places all over the rest.
@@ -45,12 +45,12 @@ fn spoilt(good: &[u8]) -> Vec<(String, Vec<u8>, &'static [&'static str])> {
     }
     let mut bytes = good.to_vec();
     bytes[3] ^= 1;
-    cases.push(("state of something else".into(), bytes, &["does not begin as one does"]));
+    cases.push(("state of something else".into(), bytes, &["does not begin with"]));
     let json = &good[line + 1..];
     let newer = &["it has version 3", "use a newer demand-vmm"];
     cases.push(("a newer state".into(), seal(VERSION + 1, json), newer));
     cases.push(("a state of the future".into(), seal(u32::MAX, b"?"), &["use a newer demand-vmm"]));
-    let older = &["version 0", "with the demand-vmm that wrote it"];
+    let older = &["version 0", "use the demand-vmm that wrote it"];
     cases.push(("an older state".into(), seal(0, json), older));
     for (what, json) in [
         ("nothing", &b""[..]),
@@ -62,13 +62,17 @@ fn spoilt(good: &[u8]) -> Vec<(String, Vec<u8>, &'static [&'static str])> {
         cases.push((
             format!("a state that holds {what}"),
             seal(VERSION, json),
-            &["is whole, but not"],
+            &["is complete, but not"],
         ));
     }
     let deep = "[".repeat(100_000);
     for version in OLDEST..=VERSION {
         let state = seal(version, deep.as_bytes());
-        cases.push((format!("a deep state of version {version}"), state, &["is whole, but not"]));
+        cases.push((
+            format!("a deep state of version {version}"),
+            state,
+            &["is complete, but not"],
+        ));
     }
     cases
 }
@@ -113,7 +117,7 @@ fn files_that_are_not_there() {
     };
     refused("nothing there", "none", &["No such file", "name the directory of a snapshot"]);
     fs::write(at("file"), "x").unwrap();
-    refused("a file", "file", &["would be a directory"]);
+    refused("a file", "file", &["it is not a directory"]);
     symlink(at("none"), at("dangling")).unwrap();
     refused("a symbolic link to nothing", "dangling", &["No such file"]);
     for missing in FILES {
@@ -121,9 +125,9 @@ fn files_that_are_not_there() {
         for name in FILES.iter().filter(|name| **name != missing) {
             fs::write(at(missing).join(name), "x").unwrap();
         }
-        let words = format!("has no file '{missing}'");
+        let words = format!("'{missing}' is missing");
         refused(&format!("no {missing}"), missing, &[&words]);
-        let words = format!("'{missing}' is no regular file");
+        let words = format!("'{missing}' is not a regular file");
         fs::create_dir(at(missing).join(missing)).unwrap();
         refused(&format!("a folder for {missing}"), missing, &[&words]);
         fs::remove_dir(at(missing).join(missing)).unwrap();
@@ -162,7 +166,7 @@ fn a_memory_that_is_not_the_snapshots() {
         let (memory, hashes) = (copy.path("memory"), copy.path("hashes"));
         let writer = ImageWriter::create(&memory, &hashes, size, generation).unwrap();
         writer.finish().unwrap();
-        refused(case, &copy, &["another snapshot's", "put the files together"]);
+        refused(case, &copy, &["from different snapshots", "use files of the same snapshot"]);
     }
 
     let copy = snapshot.copy();
@@ -200,8 +204,8 @@ fn boot_files_that_are_not_the_snapshots() {
         };
         let copy = snapshot.copy();
         copy.remove(name);
-        refused("nothing", &copy, &[&format!("has no file '{name}'")]);
-        let not_regular = [&*format!("its '{name}' is no regular file")];
+        refused("nothing", &copy, &[&format!("'{name}' is missing")]);
+        let not_regular = [&*format!("'{name}' is not a regular file")];
         for target in [secret.path(), Path::new("../secret"), Path::new("/proc/self/fd/0")] {
             symlink(target, copy.path(name)).unwrap();
             refused(&format!("a link to {}", target.display()), &copy, &not_regular);
@@ -210,7 +214,7 @@ fn boot_files_that_are_not_the_snapshots() {
         assert!(Command::new("mkfifo").arg(copy.path(name)).status().unwrap().success());
         refused("a pipe", &copy, &not_regular);
         copy.write(name, b"short");
-        refused("another file", &copy, &[name, "it has 5 bytes", "belong together"]);
+        refused("another file", &copy, &[name, "it has 5 bytes", "use files of the same snapshot"]);
         let altered = snapshot.copy();
         let file = altered.own(name);
         file.write_all_at(b"?", file.metadata().unwrap().len() / 2).unwrap();
@@ -243,7 +247,7 @@ fn a_reset_opens_no_path_of_an_old_state() {
     let status = guest.wait_end().unwrap();
     assert_eq!(status.code(), Some(FAILED), "{}", guest.story());
     let said = guest.said();
-    assert!(said.contains("cannot reset the guest: its snapshot holds no kernel"), "{said}");
+    assert!(said.contains("cannot reset the guest: its snapshot has no kernel"), "{said}");
     // A warning at the restore announced this.
-    assert!(said.contains(&format!("{} holds no kernel", copy.dir().display())), "{said}");
+    assert!(said.contains(&format!("{} has no kernel", copy.dir().display())), "{said}");
 }

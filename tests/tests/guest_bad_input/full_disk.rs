@@ -82,12 +82,17 @@ fn a_snapshot_that_cannot_be_written_does_the_guest_no_harm() {
     refused(&mut guest, "it is taken", at("taken"), &["not empty", "another path"]);
     let mounted = small[0].0.clone();
     refused(&mut guest, "a mount point", mounted, &["mount point", "name a directory in it"]);
-    refused(&mut guest, "a file", at("file"), &["no directory", "another path"]);
-    refused(&mut guest, "no such folder", at("none/s"), &["there is no folder", "make it"]);
-    refused(&mut guest, "under a file", at("file/s"), &["there is no folder", "make it"]);
-    refused(&mut guest, "the root", "/".into(), &["ends in no name"]);
+    refused(&mut guest, "a file", at("file"), &["not a directory", "another path"]);
+    refused(
+        &mut guest,
+        "no such folder",
+        at("none/s"),
+        &["is not an existing folder", "create it"],
+    );
+    refused(&mut guest, "under a file", at("file/s"), &["is not an existing folder", "create it"]);
+    refused(&mut guest, "the root", "/".into(), &["does not end in a name"]);
     refused(&mut guest, "a long name", at(&"s".repeat(300)), &["name"]);
-    refused(&mut guest, "a relative path", "s".into(), &["no absolute path"]);
+    refused(&mut guest, "a relative path", "s".into(), &["not an absolute path"]);
     refusals.end();
     assert_eq!(fs::read_to_string(at("taken/file")).unwrap(), "precious");
     assert_eq!(fs::read_to_string(at("file")).unwrap(), "precious");

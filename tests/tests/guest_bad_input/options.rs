@@ -56,11 +56,11 @@ fn outputs_that_are_in_the_way() {
     let serial = format!("file={memory}");
     let mut refusals = Refusals::new();
     for (case, arguments, words) in [
-        ("the memory", &["--report", memory][..], &["--report", "memory", "which is read"][..]),
-        ("the hashes", &["--timeline", hashes], &["--timeline", "hashes", "which is read"]),
-        ("the state", &["--timeline", state], &["--timeline", "state", "which is read"]),
-        ("the kernel", &["--timeline", kernel], &["--timeline", "kernel", "which is read"]),
-        ("the console", &["--serial", &serial], &["--serial", "memory", "which is read"]),
+        ("the memory", &["--report", memory][..], &["--report", "memory", "is the input"][..]),
+        ("the hashes", &["--timeline", hashes], &["--timeline", "hashes", "is the input"]),
+        ("the state", &["--timeline", state], &["--timeline", "state", "is the input"]),
+        ("the kernel", &["--timeline", kernel], &["--timeline", "kernel", "is the input"]),
+        ("the console", &["--serial", &serial], &["--serial", "memory", "is the input"]),
         ("twice", &["--report", new_name, "--timeline", new_name], &["--report writes it"]),
         // The snapshot has a disk, and none is given.
         ("a refusal", &["--report", old_name, "--timeline", new_name], &["has 1 (blk)"]),
@@ -111,19 +111,19 @@ fn options_that_the_snapshot_does_not_go_with() {
             "a report into nowhere",
             &["--report", "/nowhere/report"],
             FAILED,
-            &["/nowhere/report", "can be written"],
+            &["/nowhere/report", "name a writable file"],
         ),
         (
             "a console into nowhere",
             &["--serial", "file=/nowhere/console"],
             FAILED,
-            &["/nowhere/console", "can be written"],
+            &["/nowhere/console", "name a writable file"],
         ),
         (
             "an API in nowhere",
             &["--api-socket", "/nowhere/api.sock"],
             FAILED,
-            &["/nowhere/api.sock", "is there such a folder?"],
+            &["/nowhere/api.sock", "name an existing folder"],
         ),
     ] {
         let mut command = restore_with(&snapshot.dir(), socket);
@@ -133,7 +133,7 @@ fn options_that_the_snapshot_does_not_go_with() {
     refusals.check("no device", &mut without, USAGE, &["0 devices", "has 1 (blk)"]);
     let mut other = crate::snapshot::restore(&snapshot.dir());
     other.args(["--vhost-user", &net]);
-    let words = ["was a device blk", "as net", "in the order"];
+    let words = ["of kind blk", "names net", "original order"];
     refusals.check("another kind of device", &mut other, FAILED, &words);
     let mut no_pool = restore_with(&snapshot.dir(), socket);
     no_pool.args(["--engine", "kvm-attributes", "--memory", "backing=hugetlb-1g,size=128M"]);

@@ -11,7 +11,7 @@ type Case = (&'static str, fn(&mut Value), i32, &'static [&'static str]);
 
 /// The state is impossible for a snapshot.
 const MACHINE: &[Case] = &[
-    ("no vCPU", |s| s["vcpus"] = json!([]), FAILED, &["0 vCPUs", "1 to 16", "take another"]),
+    ("no vCPU", |s| s["vcpus"] = json!([]), FAILED, &["0 vCPUs", "1 to 16", "use another"]),
     (
         "17 vCPUs",
         |s| s["vcpus"] = Value::Array(vec![s["vcpus"][0].clone(); 17]),
@@ -24,12 +24,17 @@ const MACHINE: &[Case] = &[
         FAILED,
         &["1000 vCPUs", "1 to 16"],
     ),
-    ("a petabyte", |s| s["memory"]["size"] = json!(1u64 << 50), FAILED, &["another snapshot's"]),
+    (
+        "a petabyte",
+        |s| s["memory"]["size"] = json!(1u64 << 50),
+        FAILED,
+        &["from different snapshots"],
+    ),
     (
         "all addresses",
         |s| s["memory"]["size"] = json!(u64::MAX - 4095),
         FAILED,
-        &["another snapshot's"],
+        &["from different snapshots"],
     ),
     ("no memory", |s| s["memory"]["size"] = json!(0), FAILED, &["snapshot", "size=0"]),
     ("half a page", |s| s["memory"]["size"] = json!(2048), FAILED, &["snapshot", "size=2048"]),
@@ -37,20 +42,20 @@ const MACHINE: &[Case] = &[
         "a page more",
         |s| s["memory"]["size"] = json!(MEMORY + 4096),
         FAILED,
-        &["another snapshot's"],
+        &["from different snapshots"],
     ),
     ("less than no memory", |s| s["memory"]["size"] = json!(-1), FAILED, &["at memory.size"]),
     (
         "another generation",
         |s| s["memory"]["generation"] = json!("00".repeat(16)),
         FAILED,
-        &["another snapshot's"],
+        &["from different snapshots"],
     ),
     (
         "a long generation",
         |s| s["memory"]["generation"] = json!("00".repeat(17)),
         FAILED,
-        &["another snapshot's"],
+        &["from different snapshots"],
     ),
     (
         "memory of paper",
@@ -67,19 +72,19 @@ const MACHINE: &[Case] = &[
         FAILED,
         &["snapshot", "multiple"],
     ),
-    ("a field more", |s| s["moon"] = json!(1), FAILED, &["moon", "is whole, but not"]),
+    ("a field more", |s| s["moon"] = json!(1), FAILED, &["moon", "is complete, but not"]),
     ("a field less", |s| drop(s.as_object_mut().unwrap().remove("vm")), FAILED, &["vm"]),
     (
         "a serial port full of input",
         |s| s["serial"]["in_buffer"] = json!(vec![7; 10_000]),
         FAILED,
-        &["serial port", "take another"],
+        &["serial port", "use another"],
     ),
 ];
 
 /// The disk's state is impossible for a disk, or unusable with this back-end.
 const DEVICE: &[Case] = &[
-    ("another kind", |s| device(s)["kind"] = json!("rng"), FAILED, &["was a device rng"]),
+    ("another kind", |s| device(s)["kind"] = json!("rng"), FAILED, &["of kind rng"]),
     ("an unknown kind", |s| device(s)["kind"] = json!("gpu"), FAILED, &["devices[0].kind"]),
     ("no device", |s| s["devices"] = json!([]), USAGE, &["1 devices", "has none"]),
     (
@@ -107,14 +112,14 @@ const DEVICE: &[Case] = &[
             registers(s)["queues"] = Value::Array(vec![queue; 3]);
         },
         FAILED,
-        &["it has 3 queues", "serves 2"],
+        &["it needs 3 queues", "has 2"],
     ),
     ("half a configuration", |s| registers(s)["config"] = json!([1, 2, 3]), FAILED, &["damaged"]),
     (
         "features of another world",
         |s| registers(s)["driver_features"] = json!(u64::MAX),
         FAILED,
-        &["is no state of a device blk", "damaged"],
+        &["does not fit a device of kind blk", "damaged"],
     ),
     ("a queue of no size", |s| queue(s)["size"] = json!(0), FAILED, &["queue 0", "damaged"]),
     ("a queue of a strange size", |s| queue(s)["size"] = json!(3), FAILED, &["queue 0", "damaged"]),
@@ -143,7 +148,7 @@ const DEVICE: &[Case] = &[
 ];
 
 /// The words of the error for rings outside memory.
-const OUTSIDE: &[&str] = &["device blk0", "queue 0", "there is no memory", "damaged"];
+const OUTSIDE: &[&str] = &["device blk0", "queue 0", "outside of guest memory", "damaged"];
 
 /// The CPU's state is one that this KVM refuses.
 const PROCESSOR: &[Case] = &[
@@ -153,7 +158,7 @@ const PROCESSOR: &[Case] = &[
         "features that no processor has",
         |s| leaf(s, 1)[5] = json!(u32::MAX),
         HOST,
-        &["CPUID leaf 0x1, subleaf 0, ECX, bits", "restore it on a host that does"],
+        &["CPUID leaf 0x1, subleaf 0, ECX, bits", "restore on a host that has them"],
     ),
     ("no CPUID", |s| vcpu(s)["cpuid"] = json!([]), HOST, &["vendor"]),
     (
@@ -184,8 +189,8 @@ const PROCESSOR: &[Case] = &[
         HOST,
         &["vCPU 0", "its system registers"],
     ),
-    ("no FPU", |s| vcpu(s)["xsave"] = json!(""), FAILED, &["its FPU's state", "0 bytes"]),
-    ("half an FPU", |s| cut(&mut vcpu(s)["xsave"], 2000), FAILED, &["FPU's state", "1000 bytes"]),
+    ("no FPU", |s| vcpu(s)["xsave"] = json!(""), FAILED, &["its FPU state", "0 bytes"]),
+    ("half an FPU", |s| cut(&mut vcpu(s)["xsave"], 2000), FAILED, &["FPU state", "1000 bytes"]),
     (
         "a larger FPU",
         |s| {
@@ -193,7 +198,7 @@ const PROCESSOR: &[Case] = &[
             vcpu(s)["xsave"] = json!(text + &"01".repeat(1 << 16));
         },
         HOST,
-        &["its FPU's state", "bytes"],
+        &["its FPU state", "bytes"],
     ),
     (
         "an unknown register",
@@ -205,7 +210,7 @@ const PROCESSOR: &[Case] = &[
         "a strange mode",
         |s| vcpu(s)["mp_state"] = json!("4d000000"),
         HOST,
-        &["vCPU 0", "whether it runs or waits"],
+        &["vCPU 0", "its MP state"],
     ),
     (
         "an interrupt controller that there is not",

@@ -99,9 +99,9 @@ impl Control {
         let tables_at = PDS + gigabytes * PAGE_SIZE;
         let len = (tables_at + tables.len() as u64 * entries * 8).next_multiple_of(PAGE_SIZE);
         let mapping = Mapping::anonymous(len)
-            .map_err(|error| Error::host(format!("map the guest's tables: {error}")))?;
+            .map_err(|error| Error::host(format!("cannot map the guest's tables: {error}")))?;
         let code = assemble(access)
-            .map_err(|error| Error::failed(format!("assemble the guest: {error}")))?;
+            .map_err(|error| Error::failed(format!("cannot assemble the guest: {error}")))?;
         let put = |offset: u64, bytes: &[u8]| {
             assert!(offset + bytes.len() as u64 <= len, "it was made large enough");
             // SAFETY: the assertion shows that the bytes lie in the mapping, and no other code has
@@ -138,7 +138,7 @@ impl Control {
     /// Returns a one-line error with its exit status.
     pub fn vcpu(&self, kvm: &Kvm, vm: &VmFd, cpu: u32) -> Result<VcpuFd, Error> {
         self.set_up(kvm, vm, cpu).map_err(|error| {
-            Error::host(format!("make vCPU {cpu}: {error}; ask for fewer with --cpus"))
+            Error::host(format!("cannot create vCPU {cpu}: {error}; ask for fewer with --cpus"))
         })
     }
 

@@ -87,7 +87,7 @@ impl BenchReport {
             "  verified: the guest saw what the source holds".to_string(),
         ];
         for line in lines {
-            writeln!(table, "{line}").expect("a string takes everything");
+            writeln!(table, "{line}").expect("writing to a String cannot fail");
         }
         table
     }

@@ -32,7 +32,7 @@ impl FromStr for SourceOption {
 
     fn from_str(text: &str) -> Result<Self, String> {
         match text {
-            "" => Err("--source: say hot, or name an image".into()),
+            "" => Err("--source: the value is empty; use hot, or name an image".into()),
             "hot" => Ok(SourceOption::Hot),
             path => Ok(SourceOption::File(path.into())),
         }

@@ -91,14 +91,14 @@ impl Vcpus {
             };
             let thread = thread::Builder::new().name(format!("vcpu-{cpu}")).spawn(body);
             let thread = thread
-                .map_err(|error| Error::host(format!("start a thread for a vCPU: {error}")))?;
+                .map_err(|error| Error::host(format!("cannot start a vCPU thread: {error}")))?;
             self.threads.push((kick, thread));
             self.go.push(go);
         }
         for _ in 0..count {
             match self.next()? {
                 Event::Ready => {}
-                _ => return Err(Error::failed("a vCPU ended before the measurement")),
+                _ => return Err(Error::failed("bench: a vCPU ended before the measurement")),
             }
         }
         for go in self.go.drain(..) {
@@ -111,14 +111,17 @@ impl Vcpus {
                 outcomes[cpu as usize] = Some(outcome);
             }
         }
-        outcomes.into_iter().collect::<Option<_>>().ok_or_else(|| Error::failed("a vCPU is gone"))
+        outcomes
+            .into_iter()
+            .collect::<Option<_>>()
+            .ok_or_else(|| Error::failed("bench: a vCPU ended without a result"))
     }
 
     fn next(&self) -> Result<Event, Error> {
         match self.events.recv() {
             Ok(Event::Failed(message)) => Err(Error::failed(format!("bench: {message}"))),
             Ok(event) => Ok(event),
-            Err(_) => Err(Error::failed("bench: all vCPUs ended without a word")),
+            Err(_) => Err(Error::failed("bench: all vCPU threads ended without a report")),
         }
     }
 
@@ -159,11 +162,11 @@ fn thread_of(
         return Err("it halted before it was ready".into());
     }
     let _ = tell.send(Event::Ready);
-    go.recv().map_err(|_| "the measurement was called off".to_string())?;
+    go.recv().map_err(|_| "the measurement was cancelled".to_string())?;
     let begun = Instant::now();
     while run(vcpu, kick, faults, shared)? {}
     let ended = Instant::now();
-    let regs = vcpu.get_regs().map_err(|error| format!("read its registers: {error}"))?;
+    let regs = vcpu.get_regs().map_err(|error| format!("cannot read its registers: {error}"))?;
     Ok(Outcome { begun, ended, hash: regs.rbx as u32 })
 }
 
@@ -183,10 +186,10 @@ fn run(
             }
             Ok(VcpuExit::IoOut(PORT_READY, _)) => return Ok(true),
             Ok(VcpuExit::Hlt) => return Ok(false),
-            Ok(exit) => return Err(format!("it left the guest with {exit:?}")),
+            Ok(exit) => return Err(format!("unexpected exit {exit:?}")),
             Err(error) => match error.errno() {
                 libc::EINTR | libc::EAGAIN if !shared.stop.load(Ordering::Acquire) => kick.clear(),
-                _ => return Err(format!("run it: {error}; the kernel's log may say more")),
+                _ => return Err(format!("cannot run it: {error}; the kernel's log may say more")),
             },
         }
     }
