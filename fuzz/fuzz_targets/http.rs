@@ -12,8 +12,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use demand_vmm::api::{Control, ControlError, SnapshotRequest, SnapshotSummary, State, Status};
-use demand_vmm::api_server::serve;
-use demand_vmm::http::{CONTINUE, Response, parse_head};
+use demand_vmm::api::server::serve;
+use demand_vmm::api::http::{CONTINUE, Response, parse_head};
 use input::Input;
 use libfuzzer_sys::fuzz_target;
 

@@ -3,7 +3,7 @@
 //! Each file is decoded or refused, and a changed bit is detected.
 #![no_main]
 
-use demand_vmm::snapshot_dir::{decode, encode};
+use demand_vmm::snapshot::dir::{decode, encode};
 use libfuzzer_sys::fuzz_target;
 use serde::{Deserialize, Serialize};
 

@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use std::sync::atomic::Ordering;
 
 use demand_memory::DemandMemory;
-use demand_vmm::vhost_user::VhostUserDevice;
+use demand_vmm::virtio::vhost_user::VhostUserDevice;
 use test_support::wait::until;
 use vm_device::DeviceMmio;
 use vm_device::bus::MmioAddress;

@@ -11,8 +11,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use demand_vmm::api::client::Client;
 use demand_vmm::api::{Go, SnapshotRequest, SnapshotSummary};
-use demand_vmm::client::Client;
 use demand_vmm::report::Report;
 use guest_work::{Line, Work};
 

@@ -52,7 +52,7 @@ pub fn pvh_kernel(code: &[u8]) -> Vec<u8> {
 /// below 0x80, values, and whether all four bytes are written or one. Every 256th time it writes
 /// "." to the serial port.
 pub fn register_writer(writes: &[(u8, u32, bool)]) -> Vec<u8> {
-    let device = demand_vmm::layout::DEVICES as u32;
+    let device = demand_vmm::arch::layout::DEVICES as u32;
     // mov edi, device
     let mut code = [&[0xbf][..], &device.to_le_bytes()].concat();
     let start = code.len();

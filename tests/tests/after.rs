@@ -18,8 +18,8 @@ use demand_memory::{
 use demand_source::LocalFile;
 use demand_tests::can_run;
 use demand_tests::host::skip;
-use demand_vmm::machine::{Machine, MachineConfig};
-use demand_vmm::options::MemoryOption;
+use demand_vmm::config::MemoryOption;
+use demand_vmm::vm::machine::{Machine, MachineConfig};
 use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
 use test_support::wait::until;
 use vm_memory::GuestAddress;

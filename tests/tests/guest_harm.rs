@@ -11,7 +11,7 @@ use demand_tests::backend::{BackEnd, BlkOptions};
 use demand_tests::host::{has_kvm, skip};
 use demand_tests::process::{Guarded, program};
 use demand_tests::tiny_kernel::{pvh_kernel, register_writer};
-use demand_vmm::client::Client;
+use demand_vmm::api::client::Client;
 use tempfile::TempDir;
 use test_support::wait::until;
 

@@ -26,7 +26,7 @@ const OFF: u8 = 5 << 2 | 1 << 5;
 
 /// Creates a kernel that turns the machine off through ACPI's register.
 fn off(folder: &Path) -> PathBuf {
-    let port = demand_vmm::layout::POWER;
+    let port = demand_vmm::arch::layout::POWER;
     // mov dx, port; mov al, value; out dx, al; jmp here
     let code = [0x66, 0xba, port as u8, (port >> 8) as u8, 0xb0, OFF, 0xee, 0xeb, 0xfe];
     let kernel = folder.join("kernel");

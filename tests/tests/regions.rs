@@ -11,9 +11,9 @@ use demand_source::LocalFile;
 use demand_tests::cannot_run;
 use demand_tests::host::{free_units, huge_pages, skip};
 use demand_tests::scenario::Scenario;
-use demand_vmm::machine::{Machine, MachineConfig};
-use demand_vmm::options::MemoryOption;
-use demand_vmm::placement::Placement;
+use demand_vmm::arch::placement::Placement;
+use demand_vmm::config::MemoryOption;
+use demand_vmm::vm::machine::{Machine, MachineConfig};
 use test_support::wait::{A_WHILE, PATIENCE, until};
 use vm_memory::GuestAddress;
 

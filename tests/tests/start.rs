@@ -11,7 +11,7 @@ use demand_memory::{Backing, BackingKind, MemfdBacking};
 use demand_tests::cannot_run;
 use demand_tests::host::{free_units, is_lab, skip};
 use demand_tests::process::{program, run};
-use demand_vmm::placement::place;
+use demand_vmm::arch::placement::place;
 use demand_vmm::report::Report;
 
 const SMALL: u64 = 256 << 20;

@@ -9,7 +9,7 @@ use anyhow::{Result, ensure};
 use demand_tests::guest::Kernel;
 use demand_tests::process::{Guarded, program, run};
 use demand_tests::pseudo_terminal::PseudoTerminal;
-use demand_vmm::client::Client;
+use demand_vmm::api::client::Client;
 use demand_vmm::report::Report;
 
 /// Time limit for a guest to end.

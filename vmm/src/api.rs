@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The VMM's HTTP API: its endpoints, and the values in requests and answers.
-//! [`ApiServer`](crate::api_server::ApiServer) serves it on a Unix socket.
+//! [`ApiServer`](crate::api::server::ApiServer) serves it on a Unix socket.
 //!
 //! | request | answer |
 //! |---|---|
@@ -12,14 +12,19 @@
 //! `{"error": "one line"}`, with status 400 if the request is wrong, 409 if the VM's state does not
 //! allow it, and 500 if the operation started and failed.
 
+pub mod client;
+pub mod http;
+pub mod server;
+pub(crate) mod socket;
+
 use std::fmt;
 use std::path::PathBuf;
 
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
+use crate::api::http::Response;
 use crate::error::Error;
-use crate::http::Response;
 
 /// The operations that a VMM offers through the API. Requests arrive on several threads at once.
 pub trait Control: Send + Sync {

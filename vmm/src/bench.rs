@@ -22,10 +22,10 @@ use vm_memory::{Bytes, GuestAddress};
 
 use self::guest::{ADDRESS_END, Control, MEMORY_ADDRESS};
 use self::vcpus::Vcpus;
+use crate::arch::placement::Placement;
+use crate::config::MemoryOption;
 use crate::error::Error;
-use crate::machine::{Machine, MachineConfig};
-use crate::options::MemoryOption;
-use crate::placement::Placement;
+use crate::vm::machine::{Machine, MachineConfig};
 
 pub use self::report::BenchReport;
 pub use self::source::SourceOption;

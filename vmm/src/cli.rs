@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Command-line parsing and dispatch of the `demand-vmm` binary.
 
+pub(crate) mod advice;
+pub mod probe;
+
 use std::io::Write;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -11,21 +14,21 @@ use demand_kvm::{Engine, EngineChoice};
 
 use test_guest::windows::Windows;
 
+use crate::api::client::{self, Client, Progress};
 use crate::api::{Go, SnapshotRequest, Status};
+use crate::arch::layout::MAX_CPUS;
 use crate::bench::{Access, BenchOptions, SourceOption, bench};
-use crate::boot_files::BootOption;
-use crate::client::{self, Client, Progress};
-use crate::error::Error;
-use crate::layout::MAX_CPUS;
-use crate::linux::{self, LinuxOptions};
-use crate::options::{
+use crate::config::{
     ClockOption, FillOption, MemoryOption, OnPanic, RestoreMemory, TestGuestOption, VhostUserOption,
 };
+use crate::devices::serial::SerialOption;
+use crate::error::Error;
 use crate::report::Report;
-use crate::restore::{RestoreOptions, restore};
-use crate::run::{RunOptions, run};
-use crate::serial::SerialOption;
-use crate::session::GuestOptions;
+use crate::snapshot::boot_files::BootOption;
+use crate::test_guest::{RunOptions, run};
+use crate::vm::linux::{self, LinuxOptions};
+use crate::vm::restore::{RestoreOptions, restore};
+use crate::vm::session::GuestOptions;
 
 /// Runs virtual machines whose memory pages are fetched when they are first used.
 ///
@@ -205,16 +208,16 @@ struct MakeImageArgs {
     #[arg(long)]
     memory: Option<PathBuf>,
     /// Bytes of memory that the test guest uses.
-    #[arg(long, value_parser = crate::options::parse_size, default_value = "64M")]
+    #[arg(long, value_parser = crate::config::parse_size, default_value = "64M")]
     size: u64,
     /// Size of memory, with holes in the image where the test guest uses none [default: --size].
-    #[arg(long, value_parser = crate::options::parse_size)]
+    #[arg(long, value_parser = crate::config::parse_size)]
     vm_size: Option<u64>,
     /// Path of the disk image.
     #[arg(long)]
     disk: Option<PathBuf>,
     /// Size of the disk image.
-    #[arg(long, value_parser = crate::options::parse_size, default_value = "16M")]
+    #[arg(long, value_parser = crate::config::parse_size, default_value = "16M")]
     disk_size: u64,
     /// Seed of the content.
     #[arg(long, default_value_t = 1)]
@@ -236,7 +239,7 @@ struct BenchArgs {
     #[arg(long, default_value = "hot", value_name = "hot|FILE")]
     source: SourceOption,
     /// Order in which a vCPU touches its pages: sequential, random or strided.
-    #[arg(long, default_value = "sequential", value_parser = crate::options::parse_order)]
+    #[arg(long, default_value = "sequential", value_parser = crate::config::parse_order)]
     order: test_guest::plan::Order,
     /// How a vCPU accesses its pages: read or write.
     #[arg(long, default_value = "read")]
@@ -293,7 +296,7 @@ pub fn main(started: Instant) -> Result<(), Error> {
         Err(error) => return Err(usage(&error)),
     };
     match cli.command {
-        Command::Probe(args) => say(&crate::probe::probe(args.json)?),
+        Command::Probe(args) => say(&crate::cli::probe::probe(args.json)?),
         Command::Run(args) => run_command(*args, started),
         Command::Restore(args) => restore_command(*args, started),
         Command::MakeImage(args) => make_image(&args),

@@ -1,6 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The report of a run, as JSON and as a table.
 
+pub(crate) mod outputs;
+pub(crate) mod progress;
+pub mod timeline;
+
 use std::fmt::Write;
 use std::path::Path as FilePath;
 
@@ -152,7 +156,7 @@ pub(crate) fn write_timeline(
         "{}: {}, engine {}, {} vCPUs",
         report.stage, report.backing, report.engine, report.cpus
     );
-    let picture = crate::timeline::svg(&title, &stats.timeline(), pages);
+    let picture = crate::report::timeline::svg(&title, &stats.timeline(), pages);
     std::fs::write(path, picture)
         .map_err(|error| Error::failed(format!("cannot write {}: {error}", path.display())))
 }

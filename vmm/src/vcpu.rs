@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The thread of a vCPU, for any kind of guest.
 
+pub(crate) mod gate;
+pub mod set;
+
 use std::io;
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
@@ -10,7 +13,7 @@ use demand_memory::DemandMemory;
 use kvm_bindings::{KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_UNINITIALIZED};
 use kvm_ioctls::VcpuExit;
 
-use crate::gate::{Gate, Settled, Turn};
+use crate::vcpu::gate::{Gate, Settled, Turn};
 
 /// A message from a vCPU's thread to the VMM.
 #[derive(Debug)]
@@ -36,7 +39,7 @@ pub enum Served {
     /// The vCPU continues.
     Continue,
     /// The vCPU cannot continue before it gets another state. It stays parked outside the guest
-    /// until [`Vcpus::release`](crate::vcpus::Vcpus::release), and can be paused and stopped
+    /// until [`Vcpus::release`](crate::vcpu::set::Vcpus::release), and can be paused and stopped
     /// meanwhile.
     Hold,
     /// The vCPU has nothing more to do, and its thread ends.

@@ -1,6 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A VM with a Linux guest, and the operations on it while it runs.
 
+pub(crate) mod absence;
+pub(crate) mod event_loop;
+pub mod events;
+pub mod health;
+pub(crate) mod interrupt;
+pub mod linux;
+pub mod machine;
+pub(crate) mod reset;
+pub mod restore;
+pub mod session;
+pub(crate) mod supervise;
+
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
@@ -14,20 +26,20 @@ use crate::api::{
     Control, ControlError, DeviceStatus, Go, SnapshotProgress, SnapshotRequest, SnapshotSummary,
     State, Status,
 };
-use crate::boot_files::{BootSource, SavedBoot};
-use crate::chipset::Chipset;
-use crate::device_state::DeviceState;
-use crate::drive::spawn;
+use crate::arch::vcpu_state::{StateShape, VcpuState};
+use crate::arch::vm_state::VmState;
+use crate::config::MemoryOption;
+use crate::devices::chipset::Chipset;
 use crate::error::Error;
-use crate::events::{Event, Tell};
-use crate::machine::Machine;
-use crate::options::MemoryOption;
-use crate::saved::{SavedMemory, SavedVm};
-use crate::snapshot_dir::PartialSnapshot;
-use crate::vcpu_state::{StateShape, VcpuState};
-use crate::vcpus::{StillInside, Vcpus};
-use crate::vhost_user::VhostUserDevice;
-use crate::vm_state::VmState;
+use crate::snapshot::boot_files::{BootSource, SavedBoot};
+use crate::snapshot::dir::PartialSnapshot;
+use crate::snapshot::saved::{SavedMemory, SavedVm};
+use crate::vcpu::set::{StillInside, Vcpus};
+use crate::virtio::state::DeviceState;
+use crate::virtio::vhost_user::VhostUserDevice;
+use crate::vm::event_loop::spawn;
+use crate::vm::events::{Event, Tell};
+use crate::vm::machine::Machine;
 
 /// Time limit of a pause, for the vCPUs to leave the guest.
 const PAUSE_WITHIN: Duration = Duration::from_secs(10);

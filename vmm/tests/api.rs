@@ -12,12 +12,12 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use demand_vmm::api::client::Client;
+use demand_vmm::api::http::Response;
+use demand_vmm::api::server::{ApiServer, MAX_CONNECTIONS, REQUEST_TIME, serve};
 use demand_vmm::api::{
     Control, ControlError, Go, SnapshotProgress, SnapshotRequest, SnapshotSummary, State, Status,
 };
-use demand_vmm::api_server::{ApiServer, MAX_CONNECTIONS, REQUEST_TIME, serve};
-use demand_vmm::client::Client;
-use demand_vmm::http::Response;
 use proptest::prelude::*;
 use serde_json::Value;
 
@@ -155,7 +155,7 @@ fn rest(mut stream: &UnixStream) -> Vec<u8> {
 fn answers(mut bytes: &[u8]) -> Vec<Response> {
     let mut answers = Vec::new();
     while !bytes.is_empty() {
-        if let Some(after) = bytes.strip_prefix(demand_vmm::http::CONTINUE) {
+        if let Some(after) = bytes.strip_prefix(demand_vmm::api::http::CONTINUE) {
             bytes = after;
             continue;
         }
@@ -268,9 +268,9 @@ fn a_client_that_waits_with_its_body_is_told() {
     };
     let mut stream = server.connect();
     stream.write_all(head("/api/v1/snapshot", body.len()).as_bytes()).unwrap();
-    let mut told = [0; demand_vmm::http::CONTINUE.len()];
+    let mut told = [0; demand_vmm::api::http::CONTINUE.len()];
     stream.read_exact(&mut told).unwrap();
-    assert_eq!(told, demand_vmm::http::CONTINUE);
+    assert_eq!(told, demand_vmm::api::http::CONTINUE);
     stream.write_all(body.as_bytes()).unwrap();
     assert_eq!(answers(&rest(&stream))[0].status, 200);
     // The server does not wait for a body that it would refuse.
@@ -278,7 +278,7 @@ fn a_client_that_waits_with_its_body_is_told() {
         let mut stream = server.connect();
         stream.write_all(head(request, length).as_bytes()).unwrap();
         let bytes = rest(&stream);
-        assert!(!bytes.starts_with(demand_vmm::http::CONTINUE));
+        assert!(!bytes.starts_with(demand_vmm::api::http::CONTINUE));
         assert_eq!(answers(&bytes)[0].status, status);
     }
 }

@@ -10,9 +10,9 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use demand_kvm::{PlainSlot, VcpuKick, Virtualization, open_kvm, probe};
 use demand_memory::{Mapping, PAGE_SIZE};
-use demand_vmm::cpuid::{check_host, for_vcpu, guest_cpuid};
-use demand_vmm::vcpu_state::{StateShape, VcpuState};
-use demand_vmm::vm_state::VmState;
+use demand_vmm::arch::cpuid::{check_host, for_vcpu, guest_cpuid};
+use demand_vmm::arch::vcpu_state::{StateShape, VcpuState};
+use demand_vmm::arch::vm_state::VmState;
 use kvm_bindings::{
     KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_MP_STATE_HALTED, KVM_MP_STATE_UNINITIALIZED,
     KVM_VCPUEVENT_VALID_NMI_PENDING, Msrs, Xsave, kvm_clock_data, kvm_irqchip, kvm_mp_state,

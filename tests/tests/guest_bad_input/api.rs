@@ -11,10 +11,10 @@ use std::time::{Duration, Instant};
 
 use demand_tests::guest::Guest;
 use demand_tests::refusal::Refusals;
+use demand_vmm::api::client::Client;
+use demand_vmm::api::http::{MAX_BODY, MAX_HEAD, Response};
+use demand_vmm::api::server::{MAX_CONNECTIONS, REQUEST_TIME};
 use demand_vmm::api::{Endpoint, Go, SnapshotRequest, State};
-use demand_vmm::api_server::{MAX_CONNECTIONS, REQUEST_TIME};
-use demand_vmm::client::Client;
-use demand_vmm::http::{MAX_BODY, MAX_HEAD, Response};
 
 use crate::snapshot::Snapshot;
 

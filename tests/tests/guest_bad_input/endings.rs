@@ -8,7 +8,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use demand_tests::guest::Guest;
-use demand_vmm::layout::COMMAND_LINE;
+use demand_vmm::arch::layout::COMMAND_LINE;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use test_support::host::{free_units, shared_memory_kib, threads_of};

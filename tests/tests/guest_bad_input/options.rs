@@ -6,7 +6,7 @@ use std::process::Command;
 
 use demand_tests::process::program;
 use demand_tests::refusal::{FAILED, Refusals, USAGE};
-use demand_vmm::snapshot_dir;
+use demand_vmm::snapshot::dir as snapshot_dir;
 
 use crate::snapshot::{Snapshot, restore_with};
 

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use demand_tests::guest::Guest;
 use demand_tests::refusal::{FAILED, Refusals};
 use demand_vmm::api::{State, Status};
-use demand_vmm::layout::COMMAND_LINE;
-use demand_vmm::snapshot_dir;
+use demand_vmm::arch::layout::COMMAND_LINE;
+use demand_vmm::snapshot::dir as snapshot_dir;
 use serde_json::Value;
 
 use crate::snapshot::{MEMORY, Snapshot, Spoilt, restore};

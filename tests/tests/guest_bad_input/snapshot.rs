@@ -13,7 +13,7 @@ use demand_tests::backend::{BackEnd, BlkOptions};
 use demand_tests::guest::{Guest, GuestConfig, Kernel};
 use demand_tests::process::program;
 use demand_vmm::api::Go;
-use demand_vmm::snapshot_dir::{self, VERSION};
+use demand_vmm::snapshot::dir::{self as snapshot_dir, VERSION};
 use guest_work::{Prove, Work};
 use serde_json::Value;
 use sha2::{Digest, Sha256};

@@ -13,7 +13,7 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 
 use super::guest::PORT_READY;
 use crate::error::Error;
-use crate::machine::Machine;
+use crate::vm::machine::Machine;
 
 /// The result of one vCPU.
 #[derive(Clone, Copy)]

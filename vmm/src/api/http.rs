@@ -1,0 +1,389 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! HTTP/1.1 messages with JSON bodies, as far as the API needs them: RFC 9110 (semantics) and RFC
+//! 9112 (framing). The functions work on bytes only, without sockets.
+//!
+//! The parser refuses ambiguous requests, after which the server closes the connection: two
+//! lengths, a length beside a transfer coding, a second `Host`.
+
+use std::fmt::Write;
+
+use serde::Serialize;
+
+/// Maximum length of a message's head (its first line and its headers), in bytes.
+pub const MAX_HEAD: usize = 16 << 10;
+/// Maximum number of headers of a message.
+pub const MAX_HEADERS: usize = 64;
+/// Maximum length of a request's body, in bytes.
+pub const MAX_BODY: usize = 64 << 10;
+
+/// The server's message to a client that waits before it sends its body (RFC 9110, 10.1.1).
+pub const CONTINUE: &[u8] = b"HTTP/1.1 100 Continue\r\n\r\n";
+
+/// The head of a request.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Head {
+    /// The method as sent: methods are case-sensitive.
+    pub method: String,
+    /// The path of the target, without host and query.
+    pub path: String,
+    /// Length of the body in bytes, at most [`MAX_BODY`]; `None` without a Content-Length, which
+    /// means no body.
+    pub body: Option<usize>,
+    /// Whether the client waits for a "100 Continue" before it sends its body.
+    pub expects_continue: bool,
+    /// Whether the client may send another request on the connection.
+    pub keep_alive: bool,
+    /// Length of the head in bytes.
+    pub len: usize,
+}
+
+/// Parses the head of a request at the start of `bytes`. Returns `None` if it is incomplete.
+///
+/// # Errors
+///
+/// The answer for the client. The server must then close the connection, because the start of the
+/// next request is unknown.
+///
+/// # Examples
+///
+/// ```
+/// use demand_vmm::api::http::parse_head;
+///
+/// let bytes = b"GET /api/v1/status HTTP/1.1\r\nHost: vmm\r\n\r\n";
+/// let head = parse_head(bytes).unwrap().unwrap();
+/// assert_eq!((head.path.as_str(), head.len), ("/api/v1/status", bytes.len()));
+/// assert_eq!(parse_head(&bytes[..20]), Ok(None));
+/// ```
+pub fn parse_head(bytes: &[u8]) -> Result<Option<Head>, Response> {
+    let mut headers = [httparse::EMPTY_HEADER; MAX_HEADERS];
+    let mut request = httparse::Request::new(&mut headers);
+    let status = request.parse(bytes).map_err(|error| match error {
+        httparse::Error::TooManyHeaders => {
+            Response::error(431, format!("the request has more than {MAX_HEADERS} headers"))
+        }
+        httparse::Error::Version => {
+            Response::error(505, "only HTTP/1.0 and HTTP/1.1 are supported")
+        }
+        error => Response::error(400, format!("the request is not HTTP: {error}")),
+    })?;
+    let len = match status {
+        httparse::Status::Complete(len) if len <= MAX_HEAD => len,
+        httparse::Status::Partial if bytes.len() < MAX_HEAD => return Ok(None),
+        // Empty lines may precede the first line.
+        _ if request.version.is_none() => {
+            return Err(Response::error(
+                414,
+                format!("the request's first line is longer than {MAX_HEAD} bytes"),
+            ));
+        }
+        _ => {
+            return Err(Response::error(
+                431,
+                format!("the request's headers are longer than {MAX_HEAD} bytes"),
+            ));
+        }
+    };
+    let fields = Fields(request.headers);
+    let is_1_1 = request.version == Some(1);
+    let hosts = fields.all("host").count();
+    if hosts > 1 || (is_1_1 && hosts == 0) {
+        return Err(Response::error(400, "an HTTP/1.1 request needs one Host header; send one"));
+    }
+    if fields.all("transfer-encoding").next().is_some() {
+        return Err(Response::error(
+            501,
+            "chunked bodies are not supported; send the body with a Content-Length",
+        ));
+    }
+    let body = fields.content_length().map_err(|error| Response::error(400, error))?;
+    if body.is_some_and(|len| len > MAX_BODY as u64) {
+        return Err(Response::error(
+            413,
+            format!("the request's body is longer than {MAX_BODY} bytes"),
+        ));
+    }
+    let expects_continue = match fields.all("expect").next() {
+        // HTTP/1.0 has no Expect header (RFC 9110, 10.1.1).
+        Some(value) if is_1_1 => {
+            if !value.eq_ignore_ascii_case(b"100-continue") {
+                return Err(Response::error(417, "only Expect: 100-continue is supported"));
+            }
+            true
+        }
+        _ => false,
+    };
+    Ok(Some(Head {
+        method: request.method.unwrap_or_default().into(),
+        path: path_of(request.path.unwrap_or_default()).into(),
+        // The value is at most MAX_BODY, so it fits a usize.
+        body: body.map(|len| len as usize),
+        expects_continue,
+        keep_alive: fields.keep_alive(is_1_1),
+        len,
+    }))
+}
+
+/// Returns the path of a request's target, which may be a full URI (RFC 9112, 3.2.2).
+fn path_of(target: &str) -> &str {
+    let target = match target.split_once("://") {
+        Some((scheme, rest)) if !scheme.contains('/') => {
+            rest.find('/').map_or("/", |at| &rest[at..])
+        }
+        _ => target,
+    };
+    target.split('?').next().unwrap_or(target)
+}
+
+/// The headers of a message.
+struct Fields<'a>(&'a [httparse::Header<'a>]);
+
+impl<'a> Fields<'a> {
+    /// Returns the values of a header; `name` is in lower case.
+    fn all(&self, name: &'static str) -> impl Iterator<Item = &'a [u8]> {
+        self.0
+            .iter()
+            .filter(move |header| header.name.eq_ignore_ascii_case(name))
+            .map(|header| header.value.trim_ascii())
+    }
+
+    /// Returns the length of the body; several equal values count as one (RFC 9112, 6.3).
+    fn content_length(&self) -> Result<Option<u64>, &'static str> {
+        let mut length = None;
+        for value in self.all("content-length").flat_map(|values| values.split(|&b| b == b',')) {
+            let digits = value.trim_ascii();
+            if digits.is_empty() || !digits.iter().all(u8::is_ascii_digit) {
+                return Err("the Content-Length is not a number of bytes");
+            }
+            // A number that overflows a u64 is too large in any case.
+            let value = std::str::from_utf8(digits).ok().and_then(|text| text.parse().ok());
+            let value: u64 = value.unwrap_or(u64::MAX);
+            if length.is_some_and(|length| length != value) {
+                return Err("the request has two different Content-Lengths");
+            }
+            length = Some(value);
+        }
+        Ok(length)
+    }
+
+    /// Returns whether the connection persists after this request (RFC 9112, 9.3).
+    fn keep_alive(&self, is_1_1: bool) -> bool {
+        let said = |word: &[u8]| {
+            self.all("connection")
+                .flat_map(|values| values.split(|&b| b == b','))
+                .any(|value| value.trim_ascii().eq_ignore_ascii_case(word))
+        };
+        !said(b"close") && (is_1_1 || said(b"keep-alive"))
+    }
+}
+
+/// A response: its status, and its JSON body.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Response {
+    /// The status code.
+    pub status: u16,
+    /// The body.
+    pub body: Vec<u8>,
+    /// The methods of the target, if the request's method is not one of them.
+    pub allow: Option<&'static str>,
+}
+
+impl Response {
+    /// Returns a response with a value, or the error if the value cannot be written as JSON.
+    pub fn json(status: u16, value: &impl Serialize) -> Self {
+        match serde_json::to_vec(value) {
+            Ok(mut body) => {
+                // A line break, for people who read it in a terminal.
+                body.push(b'\n');
+                Response { status, body, allow: None }
+            }
+            Err(error) => Response::error(500, format!("cannot write the answer: {error}")),
+        }
+    }
+
+    /// Returns a response with the body `{"error": "one line"}`.
+    pub fn error(status: u16, message: impl Into<String>) -> Self {
+        Response::json(status, &ErrorBody { error: message.into() })
+    }
+
+    /// Returns the bytes of the response. Without `with_body` these are only the head, as for HEAD.
+    pub fn to_bytes(&self, keep_alive: bool, with_body: bool) -> Vec<u8> {
+        let mut head = format!(
+            "HTTP/1.1 {} {}\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\
+             Connection: {}\r\n",
+            self.status,
+            reason(self.status),
+            self.body.len(),
+            if keep_alive { "keep-alive" } else { "close" },
+        );
+        if let Some(methods) = self.allow {
+            let _ = write!(head, "Allow: {methods}\r\n");
+        }
+        head.push_str("\r\n");
+        let mut bytes = head.into_bytes();
+        if with_body {
+            bytes.extend_from_slice(&self.body);
+        }
+        bytes
+    }
+
+    /// Parses a response at the start of `bytes`, and returns it with its length in bytes. Returns
+    /// `None` if it is incomplete. A response without a length is an error, because the API always
+    /// sends one.
+    ///
+    /// # Errors
+    ///
+    /// The fault of the response, as a part of a sentence.
+    pub fn parse(bytes: &[u8], most: usize) -> Result<Option<(Self, usize)>, String> {
+        let mut headers = [httparse::EMPTY_HEADER; MAX_HEADERS];
+        let mut response = httparse::Response::new(&mut headers);
+        let status = response.parse(bytes).map_err(|error| format!("it is not HTTP: {error}"))?;
+        let httparse::Status::Complete(len) = status else {
+            return if bytes.len() < MAX_HEAD {
+                Ok(None)
+            } else {
+                Err("its head is too long".into())
+            };
+        };
+        let body = Fields(response.headers).content_length()?.ok_or("it has no Content-Length")?;
+        if body > most as u64 {
+            return Err(format!("it is longer than {most} bytes"));
+        }
+        let end = len + body as usize;
+        let Some(body) = bytes.get(len..end) else { return Ok(None) };
+        let status = response.code.unwrap_or_default();
+        Ok(Some((Response { status, body: body.to_vec(), allow: None }, end)))
+    }
+}
+
+/// The body of an error response.
+#[derive(Debug, serde::Serialize, serde::Deserialize)]
+pub(crate) struct ErrorBody {
+    /// One line: the operation, the cause, and a remedy.
+    pub(crate) error: String,
+}
+
+/// Returns the reason phrase of a status (RFC 9110, 15).
+fn reason(status: u16) -> &'static str {
+    match status {
+        200 => "OK",
+        400 => "Bad Request",
+        404 => "Not Found",
+        405 => "Method Not Allowed",
+        408 => "Request Timeout",
+        409 => "Conflict",
+        411 => "Length Required",
+        413 => "Content Too Large",
+        414 => "URI Too Long",
+        417 => "Expectation Failed",
+        431 => "Request Header Fields Too Large",
+        500 => "Internal Server Error",
+        501 => "Not Implemented",
+        503 => "Service Unavailable",
+        505 => "HTTP Version Not Supported",
+        // The phrase has no meaning and may be empty (RFC 9112, 4).
+        _ => "",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn head(text: &str) -> Head {
+        parse_head(text.as_bytes()).unwrap().unwrap()
+    }
+
+    fn refusal(text: &str) -> u16 {
+        parse_head(text.as_bytes()).unwrap_err().status
+    }
+
+    #[test]
+    fn a_head_says_where_the_request_ends_and_whether_more_follow() {
+        let text = "PUT /api/v1/snapshot?x=1 HTTP/1.1\r\nhost: a\r\nContent-Length: 2, 2\r\n\
+                    Expect: 100-Continue\r\n\r\n{}GET";
+        let whole = head(text);
+        assert_eq!((whole.method.as_str(), whole.path.as_str()), ("PUT", "/api/v1/snapshot"));
+        assert_eq!((whole.body, whole.len), (Some(2), text.len() - 5));
+        assert!(whole.expects_continue && whole.keep_alive);
+        for len in 0..whole.len {
+            assert_eq!(parse_head(&text.as_bytes()[..len]), Ok(None), "{len}");
+        }
+        for (version, connection, lasts) in [
+            ("1.1", "x", true),
+            ("1.1", "x, Close", false),
+            ("1.0", "x", false),
+            ("1.0", "Keep-Alive", true),
+            ("1.0", "keep-alive, close", false),
+        ] {
+            let text =
+                format!("GET / HTTP/{version}\r\nHost: a\r\nConnection: {connection}\r\n\r\n");
+            assert_eq!(head(&text).keep_alive, lasts, "{text}");
+        }
+        assert!(!head("GET / HTTP/1.0\r\nExpect: 100-continue\r\n\r\n").expects_continue);
+    }
+
+    #[test]
+    fn a_target_may_be_a_whole_uri() {
+        for (target, path) in [
+            ("http://vmm/api/v1/status?a=b", "/api/v1/status"),
+            ("http://vmm", "/"),
+            ("/a?b=http://c/d", "/a"),
+            ("/a://b/c", "/a://b/c"),
+            ("*", "*"),
+        ] {
+            assert_eq!(path_of(target), path);
+        }
+    }
+
+    #[test]
+    fn what_is_wrong_has_its_status() {
+        let with = |header: &str| format!("PUT / HTTP/1.1\r\nHost: a\r\n{header}\r\n\r\n");
+        assert_eq!(refusal("GET / HTTP/1.1\r\n\r\n"), 400);
+        assert_eq!(refusal("\u{1}\r\n\r\n"), 400);
+        assert_eq!(refusal("GET / HTTP/2.0\r\n\r\n"), 505);
+        for (header, status) in [
+            ("Host: b", 400),
+            ("Content-Length: 1\r\nContent-Length: 2", 400),
+            ("Content-Length: 1, 2", 400),
+            ("Content-Length: +1", 400),
+            ("Content-Length: -1", 400),
+            ("Content-Length:", 400),
+            ("Content-Length: 65537", 413),
+            ("Content-Length: 99999999999999999999999", 413),
+            ("Content-Length: 1\r\nTransfer-Encoding: chunked", 501),
+            ("Expect: a miracle", 417),
+            (&"a: b\r\n".repeat(MAX_HEADERS), 431),
+            (&format!("a: {}", "b".repeat(MAX_HEAD)), 431),
+            ("a : b", 400),
+            ("a: b\r\n c", 400),
+        ] {
+            assert_eq!(refusal(&with(header)), status, "{header:.60}");
+        }
+        assert_eq!(head(&with("Content-Length: 65536")).body, Some(MAX_BODY));
+        assert_eq!(refusal(&format!("GET /{}", "a".repeat(MAX_HEAD))), 414);
+        assert_eq!(refusal(&"\r\n".repeat(MAX_HEAD)), 414);
+        assert_eq!(refusal(&format!("GET / HTTP/1.1\r\na: {}", "b".repeat(MAX_HEAD))), 431);
+    }
+
+    #[test]
+    fn an_answer_is_read_as_it_was_written() {
+        let mut answer = Response::error(405, "it's \"no\"\n");
+        answer.allow = Some("GET, HEAD");
+        let mut bytes = answer.to_bytes(true, true);
+        let text = String::from_utf8(bytes.clone()).unwrap();
+        assert!(text.starts_with("HTTP/1.1 405 Method Not Allowed\r\n"), "{text}");
+        assert!(text.contains("\r\nAllow: GET, HEAD\r\n"), "{text}");
+        for len in 0..bytes.len() {
+            assert_eq!(Response::parse(&bytes[..len], 100), Ok(None), "{len}");
+        }
+        let len = bytes.len();
+        bytes.extend_from_slice(b"more");
+        answer.allow = None;
+        assert_eq!(Response::parse(&bytes, 100), Ok(Some((answer, len))));
+        assert!(Response::parse(&bytes, 10).is_err());
+        let head = Response::error(404, "x").to_bytes(false, false);
+        assert!(head.ends_with(b"Connection: close\r\n\r\n"));
+        assert!(Response::parse(b"HTTP/1.1 200 OK\r\n\r\n", 10).is_err());
+        assert!(Response::parse(&[b'a'; MAX_HEAD], 10).is_err());
+    }
+}

@@ -1,0 +1,799 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! A snapshot as a directory that is either complete or absent.
+//!
+//! | file | content |
+//! |---|---|
+//! | `state` | a header line, and the state of the VM as JSON |
+//! | `memory` | the image of its memory: raw, with holes for zeros |
+//! | `hashes` | the image's table of hashes |
+//! | `kernel` | the kernel that the guest boots when it resets itself |
+//! | `initramfs` | the guest's initramfs, if it has one |
+//!
+//! The state holds the length and the SHA-256 of `kernel` and `initramfs`. A snapshot names no file
+//! outside its directory. (In version 1 the state named the kernel's path on the host. That path is
+//! ignored now, and a snapshot of that version has no `kernel`.)
+//!
+//! The header is `demand-vmm-snapshot VERSION LENGTH SHA256 CHECK`: the number of bytes after the
+//! header line, their SHA-256, and the SHA-256 of the header itself up to the space before it. The
+//! first two words and the last keep their places in all versions, so that an altered header can be
+//! told from a newer version.
+//!
+//! A snapshot is written beside its destination, in a directory `DIR.partial-RANDOM` that only its
+//! owner can read, and renamed once all of it is on the disk. A crash leaves that directory behind.
+//! Its name holds only the beginning of a long DIR.
+
+use std::ffi::{OsStr, OsString};
+use std::fmt::Write as _;
+use std::fs::{self, File, Metadata, OpenOptions};
+use std::io::{self, Write as _};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{AtFlags, CWD, StatxAttributes, StatxFlags, statx};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+use sha2::{Digest, Sha256};
+use tempfile::TempDir;
+
+use crate::error::Error;
+use crate::snapshot::open::OpenSnapshot;
+
+/// The version of the format that this program writes.
+pub const VERSION: u32 = 2;
+
+/// The oldest version that this program reads.
+pub const OLDEST: u32 = 1;
+
+/// The first word of a state file.
+const MAGIC: &str = "demand-vmm-snapshot";
+
+/// Largest size of a state file, in bytes: far more than a VM with 64 vCPUs needs.
+pub(crate) const MAX_STATE: u64 = 64 << 20;
+
+/// Largest size of a header of any version, in bytes.
+const MAX_HEADER: usize = 512;
+
+pub(crate) const STATE: &str = "state";
+pub(crate) const MEMORY: &str = "memory";
+pub(crate) const HASHES: &str = "hashes";
+pub(crate) const KERNEL: &str = "kernel";
+pub(crate) const INITRAMFS: &str = "initramfs";
+
+/// The part of a partial directory's name after the snapshot's name, and the number of random
+/// letters after that.
+const PARTIAL: &str = ".partial-";
+const RANDOM: usize = 8;
+
+/// Largest length of a file's name, in bytes: Linux's `NAME_MAX`.
+const NAME_MAX: usize = 255;
+
+/// Returns the path of the memory's image in the snapshot `dir`.
+pub fn memory(dir: &Path) -> PathBuf {
+    dir.join(MEMORY)
+}
+
+/// Returns the path of the table of hashes in the snapshot `dir`.
+pub fn hashes(dir: &Path) -> PathBuf {
+    dir.join(HASHES)
+}
+
+/// Returns the paths of all files that the snapshot `dir` may have.
+pub fn files(dir: &Path) -> [PathBuf; 5] {
+    [STATE, MEMORY, HASHES, KERNEL, INITRAMFS].map(|name| dir.join(name))
+}
+
+/// A snapshot that is being written. Dropping it removes it, unless it was published.
+///
+/// # Examples
+///
+/// ```
+/// use demand_vmm::snapshot::dir::{PartialSnapshot, read_state};
+///
+/// let folder = tempfile::tempdir().unwrap();
+/// let dir = folder.path().join("snapshot");
+/// let partial = PartialSnapshot::create(&dir).unwrap();
+/// std::fs::write(partial.memory(), [1; 4096]).unwrap();
+/// std::fs::write(partial.hashes(), [2; 8]).unwrap();
+/// assert!(!dir.exists());
+/// partial.publish(&("vcpus", 2)).unwrap();
+/// assert_eq!(read_state::<(String, u32)>(&dir).unwrap(), ("vcpus".to_string(), 2));
+/// ```
+#[derive(Debug)]
+pub struct PartialSnapshot {
+    /// The destination.
+    dir: PathBuf,
+    parent: PathBuf,
+    /// The directory that it is written in.
+    partial: TempDir,
+}
+
+impl PartialSnapshot {
+    /// Creates a directory beside `dir`. `dir` must not exist, or must be an empty directory, which
+    /// is replaced later; a mount point cannot be replaced.
+    ///
+    /// # Errors
+    ///
+    /// If `dir` is taken, or if its parent is not a directory or cannot be written to.
+    pub fn create(dir: &Path) -> Result<Self, Error> {
+        let failed =
+            |why: String| Error::failed(format!("cannot create snapshot {}: {why}", dir.display()));
+        let Some(name) = dir.file_name() else {
+            return Err(failed("the path does not end in a name; give one that does".into()));
+        };
+        let parent = match dir.parent() {
+            Some(parent) if !parent.as_os_str().is_empty() => parent,
+            _ => Path::new("."),
+        };
+        check_free(dir, parent).map_err(failed)?;
+        let prefix = partial_prefix(name);
+        warn_of_leftovers(parent, &prefix);
+        let partial = tempfile::Builder::new()
+            .prefix(&prefix)
+            .rand_bytes(RANDOM)
+            .permissions(fs::Permissions::from_mode(0o700))
+            .tempdir_in(parent)
+            .map_err(|error| match error.kind() {
+                io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => failed(format!(
+                    "{} is not an existing folder; create it, or give another path",
+                    parent.display()
+                )),
+                // (tempfile's own message names a temporary file that the user does not know.)
+                kind => failed(format!(
+                    "cannot write to {}: {kind}; check its permissions and its free space",
+                    parent.display()
+                )),
+            })?;
+        Ok(PartialSnapshot { dir: dir.into(), parent: parent.into(), partial })
+    }
+
+    /// Returns the path for the memory's image.
+    pub fn memory(&self) -> PathBuf {
+        memory(self.partial.path())
+    }
+
+    /// Returns the path for the table of hashes.
+    pub fn hashes(&self) -> PathBuf {
+        hashes(self.partial.path())
+    }
+
+    /// Returns the path for another file of the snapshot. Publishing syncs the kernel and the
+    /// initramfs if they exist.
+    pub(crate) fn file(&self, name: &str) -> PathBuf {
+        self.partial.path().join(name)
+    }
+
+    /// Returns the error for a part that cannot be written.
+    pub(crate) fn failed(&self, what: &str, why: &dyn std::fmt::Display) -> Error {
+        cannot_write(&self.dir, what, why)
+    }
+
+    /// Writes the state, syncs everything to the disk, and gives the snapshot its name. Memory and
+    /// hashes must have been written before. The snapshot appears complete or not at all, even
+    /// after a power cut. Returns the size of all files but the memory, in bytes.
+    ///
+    /// # Errors
+    ///
+    /// If a step fails; nothing is left then. The exception is the last step, which syncs the name
+    /// itself: if that fails, the snapshot exists and is complete.
+    pub fn publish<T: Serialize>(self, state: &T) -> Result<u64, Error> {
+        let dir = self.dir.clone();
+        let failed = |what: &str, why: &dyn std::fmt::Display| cannot_write(&dir, what, why);
+        let bytes = encode(state).map_err(|error| failed(STATE, &error))?;
+        step("encoded");
+        let path = self.partial.path().join(STATE);
+        write_synced(&path, &bytes).map_err(|error| failed(STATE, &room(&error)))?;
+        let sync = |file| {
+            step(file);
+            let path = self.partial.path().join(file);
+            sync_file(&path).map_err(|error| failed(file, &room(&error)))
+        };
+        sync(MEMORY)?;
+        let mut beside = sync(HASHES)? + bytes.len() as u64;
+        for name in [KERNEL, INITRAMFS] {
+            if self.file(name).exists() {
+                beside += sync(name)?;
+            }
+        }
+        step("directory");
+        sync_dir(self.partial.path()).map_err(|error| failed("its folder", &error))?;
+        step("rename");
+        // rename(2): a directory replaces nothing but an empty directory.
+        fs::rename(self.partial.path(), &self.dir).map_err(|error| match error.kind() {
+            io::ErrorKind::DirectoryNotEmpty
+            | io::ErrorKind::AlreadyExists
+            | io::ErrorKind::NotADirectory => {
+                failed("rename", &"the destination was created meanwhile; give another path")
+            }
+            // A bind mount from the same disk, or a mount made since `create`.
+            io::ErrorKind::ResourceBusy => failed("rename", &MOUNT_POINT),
+            _ => failed("rename", &error),
+        })?;
+        // The directory has its final name, so nothing must be removed.
+        let _ = self.partial.keep();
+        step("parent");
+        sync_dir(&self.parent).map_err(|error| {
+            failed(
+                "its parent folder",
+                &format!("{error}; the snapshot is complete, but a crash may lose it"),
+            )
+        })?;
+        step("published");
+        Ok(beside)
+    }
+}
+
+fn cannot_write(dir: &Path, what: &str, why: &dyn std::fmt::Display) -> Error {
+    Error::failed(format!("cannot write snapshot {}: {what}: {why}", dir.display()))
+}
+
+/// Returns the beginning of the partial directory's name for a snapshot called `name`. The whole
+/// name fits wherever `name` fits.
+fn partial_prefix(name: &OsStr) -> OsString {
+    let most = name.len().min(NAME_MAX - PARTIAL.len() - RANDOM);
+    // Some file systems accept only whole characters.
+    let is_end = |at: &usize| name.to_str().is_none_or(|text| text.is_char_boundary(*at));
+    let len = (0..=most).rev().find(is_end).unwrap_or(0);
+    let mut prefix = OsStr::from_bytes(&name.as_bytes()[..len]).to_os_string();
+    prefix.push(PARTIAL);
+    prefix
+}
+
+/// The cause if a snapshot cannot take the place of an empty directory.
+const MOUNT_POINT: &str = "it is a mount point, which cannot be replaced; name a directory in it";
+
+/// Refuses a destination that is taken, or that a rename within `parent` cannot replace.
+fn check_free(dir: &Path, parent: &Path) -> Result<(), String> {
+    let there = match dir.symlink_metadata() {
+        Ok(there) => there,
+        // The parent is checked later.
+        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound) => return Ok(()),
+        Err(error) if matches!(error.kind(), io::ErrorKind::NotADirectory) => return Ok(()),
+        Err(error) if matches!(error.kind(), io::ErrorKind::InvalidFilename) => {
+            return Err(format!("{error}; give a shorter one"));
+        }
+        Err(error) => return Err(error.to_string()),
+    };
+    if !there.is_dir() {
+        return Err("it exists and is not a directory; give another path".into());
+    }
+    match fs::read_dir(dir).map(|mut entries| entries.next()) {
+        Ok(None) if is_mount_point(dir, &there, parent) => Err(MOUNT_POINT.into()),
+        Ok(None) => Ok(()),
+        Ok(Some(_)) => Err("it exists and is not empty; give another path".into()),
+        Err(error) => Err(format!("it exists, but cannot be read: {error}; give another path")),
+    }
+}
+
+/// Whether `dir` is a mount point, as far as the kernel tells: Linux before 5.8 does not tell of a
+/// bind mount from the disk that `parent` is on.
+fn is_mount_point(dir: &Path, there: &Metadata, parent: &Path) -> bool {
+    let on_another_disk = parent.metadata().is_ok_and(|parent| parent.dev() != there.dev());
+    let flags = AtFlags::SYMLINK_NOFOLLOW;
+    let told = statx(CWD, dir, flags, StatxFlags::empty());
+    on_another_disk
+        || told.is_ok_and(|told| told.stx_attributes.contains(StatxAttributes::MOUNT_ROOT))
+}
+
+/// Warns of directories that unfinished attempts have left, because nothing else removes them.
+fn warn_of_leftovers(parent: &Path, prefix: &OsString) {
+    let entries = fs::read_dir(parent).into_iter().flatten().flatten();
+    for name in entries.map(|entry| entry.file_name()) {
+        if name.as_encoded_bytes().starts_with(prefix.as_encoded_bytes()) {
+            let path = parent.join(name);
+            log::warn!(
+                "found {}: an unfinished snapshot, or one that is being written; delete it only \
+                 if none is being written",
+                path.display()
+            );
+        }
+    }
+}
+
+fn write_synced(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    // Mode 0600, as for the image and its table: it protects the file outside its directory, too.
+    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
+    step("created");
+    let (first, rest) = bytes.split_at(bytes.len() / 2);
+    file.write_all(first)?;
+    step("halfway");
+    file.write_all(rest)?;
+    step("written");
+    file.sync_all()
+}
+
+/// Syncs a file to the disk, and returns its length in bytes.
+fn sync_file(path: &Path) -> io::Result<u64> {
+    let file = open(path)?;
+    let there = file.metadata()?;
+    if !there.is_file() {
+        return Err(io::Error::other("it is not a regular file"));
+    }
+    file.sync_all()?;
+    Ok(there.len())
+}
+
+fn sync_dir(path: &Path) -> io::Result<()> {
+    File::open(path)?.sync_all()
+}
+
+/// Opens a file for reading. Never blocks, even if the file is a FIFO or a device.
+fn open(path: &Path) -> io::Result<File> {
+    OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path)
+}
+
+/// Formats a write error, with a remedy if the disk is full.
+pub(crate) fn room(error: &io::Error) -> String {
+    match error.kind() {
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+            format!("{error}; free some space, or give a path on another disk")
+        }
+        _ => error.to_string(),
+    }
+}
+
+/// Reads the state of the snapshot `dir`, and checks that it is complete.
+///
+/// # Errors
+///
+/// If `dir` is not a snapshot, or if the state is shorter than its header says, was altered, has an
+/// unsupported version, or is not in the format that this program writes. In the last case the line
+/// names the field.
+pub fn read_state<T: DeserializeOwned>(dir: &Path) -> Result<T, Error> {
+    OpenSnapshot::open(dir)?.read_state()
+}
+
+/// Encodes a state as the bytes of a state file.
+///
+/// # Errors
+///
+/// The message of serde_json if the state cannot be written as JSON, or one line if the file would
+/// be longer than 64 MiB.
+pub fn encode<T: Serialize>(state: &T) -> Result<Vec<u8>, String> {
+    let json = serde_json::to_vec(state).map_err(|error| error.to_string())?;
+    let mut header = format!("{MAGIC} {VERSION} {} {}", json.len(), sha256(&json));
+    let check = sha256(header.as_bytes());
+    let _ = writeln!(header, " {check}");
+    if (header.len() + json.len()) as u64 > MAX_STATE {
+        return Err(format!("it has {} bytes, and the limit is {MAX_STATE}", json.len()));
+    }
+    let mut bytes = header.into_bytes();
+    bytes.extend_from_slice(&json);
+    Ok(bytes)
+}
+
+/// Decodes the bytes of a state file.
+///
+/// # Errors
+///
+/// The cause and the remedy, as the rest of a line.
+pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, String> {
+    const ALTERED: &str = "was altered after it was written; use another copy of the snapshot";
+    let Some(rest) = bytes.strip_prefix(MAGIC.as_bytes()) else {
+        return Err(format!(
+            "it is not a snapshot: the file '{STATE}' does not begin with '{MAGIC}'"
+        ));
+    };
+    let line_end = rest.iter().take(MAX_HEADER).position(|&byte| byte == b'\n');
+    let Some(line_end) = line_end.map(|at| MAGIC.len() + at) else {
+        return Err(if bytes.len() < MAX_HEADER {
+            format!("the file '{STATE}' ends in its first line; use another copy of the snapshot")
+        } else {
+            format!("the first line of '{STATE}' {ALTERED}")
+        });
+    };
+    let altered = || format!("the first line of '{STATE}' {ALTERED}");
+    let line = std::str::from_utf8(&bytes[..line_end]).map_err(|_| altered())?;
+    let (covered, check) = line.rsplit_once(' ').ok_or_else(altered)?;
+    if sha256(covered.as_bytes()) != check {
+        return Err(altered());
+    }
+    let mut words = covered.split(' ').skip(1);
+    let version: u32 = words.next().and_then(|word| word.parse().ok()).ok_or_else(altered)?;
+    if version > VERSION {
+        return Err(format!(
+            "it has version {version}, and this program reads {OLDEST} to {VERSION}; use a newer \
+             demand-vmm"
+        ));
+    }
+    if version < OLDEST {
+        return Err(format!(
+            "it has version {version}, and this program reads {OLDEST} to {VERSION}; use the \
+             demand-vmm that wrote it"
+        ));
+    }
+    let (Some(length), Some(digest), None) = (words.next(), words.next(), words.next()) else {
+        return Err(altered());
+    };
+    let length: usize = length.parse().map_err(|_| altered())?;
+    let json = &bytes[line_end + 1..];
+    if json.len() < length {
+        return Err(format!(
+            "the file '{STATE}' is truncated: it has {} of {length} bytes; use another copy of \
+             the snapshot",
+            json.len()
+        ));
+    }
+    if json.len() > length || sha256(json) != digest {
+        return Err(format!("the file '{STATE}' {ALTERED}"));
+    }
+    if version < VERSION {
+        let mut state: Value = parse(json)?;
+        upgrade(version, &mut state);
+        return parse(&serde_json::to_vec(&state).map_err(|error| error.to_string())?);
+    }
+    parse(json)
+}
+
+fn parse<T: DeserializeOwned>(json: &[u8]) -> Result<T, String> {
+    serde_json::from_slice(json).map_err(|error| {
+        let place = place(json, error.line(), error.column());
+        format!(
+            "the file '{STATE}' is complete, but not in the format of this demand-vmm: {place}: \
+             {error}; use the one that wrote it"
+        )
+    })
+}
+
+/// Upgrades the state of an older version to this version.
+fn upgrade(version: u32, state: &mut Value) {
+    if version < 2
+        && let Some(boot) = state.get_mut("boot")
+    {
+        // These are paths on the host that wrote the snapshot. The state's writer chose them, so
+        // they are never opened.
+        *boot = Value::Null;
+    }
+}
+
+fn sha256(bytes: &[u8]) -> String {
+    Sha256::digest(bytes).iter().fold(String::new(), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}
+
+/// Returns the path to a position in a JSON text, as in `vcpus[1].regs.rax`. serde_json reports the
+/// position as a line and a column, both counted from 1; the column is that of the last byte that
+/// it read.
+fn place(json: &[u8], line: usize, column: usize) -> String {
+    /// A position in an array or an object.
+    enum Level {
+        Index(usize),
+        Key(String),
+    }
+    let start: usize =
+        json.split_inclusive(|&b| b == b'\n').take(line.saturating_sub(1)).map(<[u8]>::len).sum();
+    let text = &json[..json.len().min(start + column)];
+    let mut levels = Vec::new();
+    let mut at = 0;
+    let mut is_key = false;
+    while let Some(&byte) = text.get(at) {
+        at += 1;
+        match byte {
+            b'{' => {
+                levels.push(Level::Key(String::new()));
+                is_key = true;
+            }
+            b'[' => levels.push(Level::Index(0)),
+            b'}' | b']' => {
+                levels.pop();
+                is_key = false;
+            }
+            b':' => is_key = false,
+            b',' => match levels.last_mut() {
+                Some(Level::Index(index)) => *index += 1,
+                _ => is_key = true,
+            },
+            b'"' => {
+                let begin = at;
+                while text.get(at).is_some_and(|&byte| byte != b'"') {
+                    at += if text[at] == b'\\' { 2 } else { 1 };
+                }
+                let string = &text[begin..at.min(text.len())];
+                at += 1;
+                if let (true, Some(Level::Key(key))) = (is_key, levels.last_mut()) {
+                    *key = String::from_utf8_lossy(string).into();
+                }
+            }
+            _ => {}
+        }
+    }
+    let mut path = String::new();
+    for level in levels {
+        let _ = match level {
+            Level::Index(index) => write!(path, "[{index}]"),
+            Level::Key(key) if path.is_empty() || key.is_empty() => write!(path, "{key}"),
+            Level::Key(key) => write!(path, ".{key}"),
+        };
+    }
+    if path.is_empty() { "at its top".into() } else { format!("at {path}") }
+}
+
+/// A step at which the crash test kills the process.
+#[cfg(not(test))]
+fn step(_name: &str) {}
+
+#[cfg(test)]
+use tests::step;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::ffi::OsStringExt;
+    use std::os::unix::process::ExitStatusExt;
+    use std::process::Command;
+
+    use serde::Deserialize;
+
+    #[derive(Debug, Default, PartialEq, Serialize, Deserialize)]
+    struct Machine {
+        vcpus: Vec<Vcpu>,
+        clock: u64,
+    }
+
+    #[derive(Debug, Default, PartialEq, Serialize, Deserialize)]
+    struct Vcpu {
+        rax: u64,
+        name: String,
+    }
+
+    fn machine() -> Machine {
+        let vcpu = |rax| Vcpu { rax, name: "a \"},{ b".into() };
+        Machine { vcpus: vec![vcpu(1), vcpu(2)], clock: 3 }
+    }
+
+    /// Creates a snapshot that is ready to be published.
+    fn partial(dir: &Path) -> PartialSnapshot {
+        let partial = PartialSnapshot::create(dir).unwrap();
+        fs::write(partial.memory(), [7; 8192]).unwrap();
+        fs::write(partial.hashes(), [8; 16]).unwrap();
+        partial
+    }
+
+    fn names(dir: &Path) -> Vec<String> {
+        let entries = fs::read_dir(dir).unwrap();
+        entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
+    }
+
+    /// The step at which a test's child process dies, and the destination of its snapshot.
+    const CRASH_AT: &str = "SNAPSHOT_TEST_CRASH_AT";
+    const CRASH_DIR: &str = "SNAPSHOT_TEST_DIR";
+
+    pub(super) fn step(name: &str) {
+        if std::env::var(CRASH_AT).is_ok_and(|at| at == name) {
+            let this = rustix::process::getpid();
+            let _ = rustix::process::kill_process(this, rustix::process::Signal::KILL);
+            // Waits for the signal.
+            std::thread::park();
+        }
+    }
+
+    #[test]
+    fn a_kill_at_any_step_leaves_all_or_nothing() {
+        if let Some(dir) = std::env::var_os(CRASH_DIR) {
+            // This process is the child.
+            partial(Path::new(&dir)).publish(&machine()).unwrap();
+            return;
+        }
+        const TEST: &str = "snapshot_dir::tests::a_kill_at_any_step_leaves_all_or_nothing";
+        let folder = tempfile::tempdir().unwrap();
+        let dir = folder.path().join("snapshot");
+        let mut there = Vec::new();
+        for at in [
+            "encoded",
+            "created",
+            "halfway",
+            "written",
+            MEMORY,
+            HASHES,
+            "directory",
+            "rename",
+            "parent",
+            "published",
+        ] {
+            let output = Command::new(std::env::current_exe().unwrap())
+                .args(["--exact", TEST, "--test-threads", "1"])
+                .env(CRASH_AT, at)
+                .env(CRASH_DIR, &dir)
+                .output()
+                .unwrap();
+            assert_eq!(output.status.signal(), Some(9), "{at}: {output:?}");
+            if dir.exists() {
+                assert_eq!(read_state::<Machine>(&dir).unwrap(), machine(), "{at}");
+                assert_eq!(fs::read(memory(&dir)).unwrap(), [7; 8192], "{at}");
+                fs::remove_dir_all(&dir).unwrap();
+                there.push(at);
+            }
+        }
+        assert_eq!(there, ["parent", "published"]);
+        // The directories that the other children left do no harm.
+        assert_eq!(names(folder.path()).len(), 8);
+        partial(&dir).publish(&machine()).unwrap();
+        assert_eq!(read_state::<Machine>(&dir).unwrap(), machine());
+    }
+
+    #[test]
+    fn what_is_not_published_is_removed() {
+        let folder = tempfile::tempdir().unwrap();
+        let dir = folder.path().join("snapshot");
+        let half = partial(&dir);
+        let there = names(folder.path());
+        assert!(there.len() == 1 && there[0].starts_with("snapshot.partial-"), "{there:?}");
+        let mode = fs::metadata(folder.path().join(&there[0])).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o700);
+        drop(half);
+        assert!(names(folder.path()).is_empty());
+        // A snapshot without its memory is refused.
+        let half = partial(&dir);
+        fs::remove_file(half.memory()).unwrap();
+        let error = half.publish(&machine()).unwrap_err().to_string();
+        assert!(error.contains("memory: No such file"), "{error}");
+        assert!(names(folder.path()).is_empty());
+    }
+
+    #[test]
+    fn a_snapshot_can_have_any_name_that_a_file_can_have() {
+        let folder = tempfile::tempdir().unwrap();
+        let names = [237, 238, 239, 254, 255].map(|len| "s".repeat(len));
+        // Characters of two and four bytes, and bytes that are no characters.
+        let names = names.into_iter().chain(["ä".repeat(127), "a".to_string() + &"🦀".repeat(63)]);
+        let names = names.map(OsString::from);
+        for name in names.chain([OsString::from_vec(vec![0xbf; 255])]) {
+            let dir = folder.path().join(&name);
+            let half = partial(&dir);
+            let beside = fs::read_dir(folder.path()).unwrap().next().unwrap().unwrap().file_name();
+            assert_eq!(beside.to_str().is_some(), name.to_str().is_some(), "{beside:?}");
+            half.publish(&machine()).unwrap();
+            assert_eq!(read_state::<Machine>(&dir).unwrap(), machine());
+            fs::remove_dir_all(&dir).unwrap();
+        }
+        let error = PartialSnapshot::create(&folder.path().join("s".repeat(256))).unwrap_err();
+        assert!(error.to_string().contains("name too long"), "{error}");
+        assert!(error.to_string().contains("give a shorter one"), "{error}");
+        assert!(self::names(folder.path()).is_empty());
+    }
+
+    #[test]
+    fn a_state_is_its_owners_only_and_counted() {
+        let folder = tempfile::tempdir().unwrap();
+        let dir = folder.path().join("snapshot");
+        let beside = partial(&dir).publish(&machine()).unwrap();
+        let state = fs::metadata(dir.join(STATE)).unwrap();
+        assert_eq!(state.permissions().mode() & 0o777, 0o600);
+        assert_eq!(beside, 16 + state.len());
+    }
+
+    #[test]
+    fn nothing_but_an_empty_directory_is_replaced() {
+        let folder = tempfile::tempdir().unwrap();
+        let dir = folder.path().join("snapshot");
+        let refused = |dir: &Path| PartialSnapshot::create(dir).unwrap_err().to_string();
+        fs::create_dir(&dir).unwrap();
+        partial(&dir).publish(&machine()).unwrap();
+        let error = refused(&dir);
+        assert!(error.contains("not empty; give another path"), "{error}");
+        let file = folder.path().join("file");
+        fs::write(&file, "precious").unwrap();
+        assert!(refused(&file).contains("not a directory"));
+        assert!(refused(&file.join("x")).contains("is not an existing folder"));
+        assert!(refused(&folder.path().join("no/x")).contains("create it"));
+        assert!(refused(&folder.path().join("..")).contains("does not end in a name"));
+        assert!(refused(Path::new("")).contains("does not end in a name"));
+        // The destination is taken after the check.
+        for make in [
+            |dir: &Path| fs::write(dir, "precious"),
+            |dir: &Path| fs::create_dir_all(dir.join("x")),
+        ] {
+            let dir = folder.path().join("late");
+            let late = partial(&dir);
+            make(&dir).unwrap();
+            let error = late.publish(&machine()).unwrap_err().to_string();
+            assert!(error.contains("created meanwhile"), "{error}");
+            assert!(fs::remove_file(&dir).or_else(|_| fs::remove_dir_all(&dir)).is_ok());
+        }
+        assert_eq!(names(folder.path()).len(), 2, "{:?}", names(folder.path()));
+    }
+
+    #[test]
+    fn each_altered_or_missing_byte_is_found() {
+        let bytes = encode(&machine()).unwrap();
+        assert_eq!(decode::<Machine>(&bytes).unwrap(), machine());
+        for len in 0..bytes.len() {
+            decode::<Machine>(&bytes[..len]).unwrap_err();
+        }
+        for at in 0..bytes.len() {
+            for bit in 0..8 {
+                let mut altered = bytes.clone();
+                altered[at] ^= 1 << bit;
+                decode::<Machine>(&altered).unwrap_err();
+            }
+        }
+        let told = |bytes: &[u8]| decode::<Machine>(bytes).unwrap_err();
+        assert!(told(&bytes[..bytes.len() - 1]).contains("is truncated"));
+        assert!(told(&bytes[..30]).contains("ends in its first line"));
+        assert!(told(&[&bytes[..], b" "].concat()).contains("was altered"));
+        let mut altered = bytes.clone();
+        altered[MAGIC.len() + 1] = b'3';
+        assert!(told(&altered).contains("first line of 'state' was altered"), "not: newer");
+        assert!(told(b"\x7fELF").contains("not a snapshot"));
+    }
+
+    #[test]
+    fn another_version_is_told_before_anything_else() {
+        for (version, what) in [(3, "use a newer demand-vmm"), (0, "that wrote it")] {
+            let covered = format!("{MAGIC} {version} more words than today");
+            let state = format!("{covered} {}\nnot even JSON", sha256(covered.as_bytes()));
+            let error = decode::<Machine>(state.as_bytes()).unwrap_err();
+            let both = format!("it has version {version}, and this program reads 1 to 2; ");
+            assert!(error.starts_with(&both) && error.contains(what), "{error}");
+        }
+    }
+
+    /// Version 1 named paths on the host, which are dropped.
+    #[test]
+    fn an_older_state_is_upgraded() {
+        let json = br#"{"vcpus":[],"clock":3,"boot":{"kernel":"/etc/shadow","initramfs":null}}"#;
+        let sealed = |version| {
+            let covered = format!("{MAGIC} {version} {} {}", json.len(), sha256(json));
+            let line = format!("{covered} {}\n", sha256(covered.as_bytes()));
+            [line.as_bytes(), json].concat()
+        };
+        let state: Value = decode(&sealed(1)).unwrap();
+        assert_eq!(state, serde_json::json!({"vcpus": [], "clock": 3, "boot": null}));
+        let state: Value = decode(&sealed(2)).unwrap();
+        assert_eq!(state["boot"]["kernel"], "/etc/shadow");
+    }
+
+    #[test]
+    fn a_field_that_does_not_fit_is_named() {
+        let told = |json: &str| {
+            let value: serde_json::Value = serde_json::from_str(json).unwrap();
+            decode::<Machine>(&encode(&value).unwrap()).unwrap_err()
+        };
+        // (serde_json writes the keys of a value in order.)
+        for (json, place) in [
+            (r#"{"clock":"x","vcpus":[]}"#, "at clock: invalid type: string \"x\""),
+            (
+                r#"{"clock":1,"vcpus":[{"name":"},{","rax":1},{"name":"","rax":-1}]}"#,
+                "at vcpus[1].rax: invalid value",
+            ),
+            (r#"{"clock":1,"vcpus":[{"name":"\"}"}]}"#, "at vcpus[0]: missing field `rax`"),
+            (r#"{"clock":1}"#, "at its top: missing field `vcpus`"),
+            (r#"[1]"#, "at [0]: invalid type"),
+        ] {
+            let error = told(json);
+            assert!(error.contains(place), "{error}, and not: {place}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_snapshot_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let dir = folder.path().join("snapshot");
+        let told = |dir: &Path| read_state::<Machine>(dir).unwrap_err().to_string();
+        assert!(told(&dir).contains("No such file"));
+        partial(&dir).publish(&machine()).unwrap();
+        assert!(told(&dir.join(STATE)).contains("it is not a directory"));
+        for file in [HASHES, STATE] {
+            fs::remove_file(dir.join(file)).unwrap();
+            let error = told(&dir);
+            assert!(error.contains(&format!("'{file}' is missing")), "{error}");
+            // A FIFO in place of a file does not block the reader.
+            rustix::fs::mknodat(
+                rustix::fs::CWD,
+                dir.join(file),
+                rustix::fs::FileType::Fifo,
+                rustix::fs::Mode::RUSR,
+                0,
+            )
+            .unwrap();
+            let error = told(&dir);
+            assert!(error.contains(&format!("'{file}' is not a regular file")), "{error}");
+            fs::remove_file(dir.join(file)).unwrap();
+            fs::write(dir.join(file), "").unwrap();
+        }
+        assert!(told(&dir).contains("does not begin with"));
+    }
+}

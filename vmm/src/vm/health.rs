@@ -1,0 +1,158 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Detects a guest that has stopped working without a power request: its kernel has panicked, or
+//! all of its vCPUs are halted for good.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use vm_device::DevicePio;
+use vm_device::bus::{PioAddress, PioAddressOffset};
+
+use crate::api::{GuestCondition, State};
+use crate::devices::power::{OnPower, PowerRequest};
+use crate::vm::Vm;
+
+/// Bits of the panic device's port (QEMU's `docs/specs/pvpanic.rst`): the kernel has panicked; the
+/// kernel has panicked and boots a second one that dumps its memory.
+const PANICKED: u8 = 1 << 0;
+const CRASH_LOADED: u8 = 1 << 1;
+
+/// The guest's condition, as far as the VMM can see it.
+#[derive(Debug, Default)]
+pub struct GuestHealth {
+    panicked: AtomicBool,
+    halted: AtomicBool,
+}
+
+impl GuestHealth {
+    /// Returns the guest's condition, or `None` if it seems to run normally.
+    pub fn condition(&self) -> Option<GuestCondition> {
+        if self.panicked.load(Ordering::Acquire) {
+            Some(GuestCondition::Panicked)
+        } else {
+            self.halted.load(Ordering::Acquire).then_some(GuestCondition::Halted)
+        }
+    }
+
+    /// Clears the condition after a reset.
+    pub fn reset(&self) {
+        self.panicked.store(false, Ordering::Release);
+        self.halted.store(false, Ordering::Release);
+    }
+}
+
+/// The device through which a kernel reports a panic ("pvpanic"): a port of one byte.
+pub struct PanicPort {
+    health: Arc<GuestHealth>,
+    tell: OnPower,
+}
+
+impl PanicPort {
+    /// Returns a port that records a panic, and reports it once until the next reset.
+    pub fn new(health: Arc<GuestHealth>, tell: OnPower) -> Self {
+        PanicPort { health, tell }
+    }
+}
+
+impl DevicePio for PanicPort {
+    fn pio_read(&self, _base: PioAddress, _offset: PioAddressOffset, data: &mut [u8]) {
+        data.fill(0);
+        if let Some(first) = data.first_mut() {
+            *first = PANICKED | CRASH_LOADED;
+        }
+    }
+
+    fn pio_write(&self, _base: PioAddress, _offset: PioAddressOffset, data: &[u8]) {
+        // With only the other bit set, the guest continues by itself and dumps its memory.
+        if data.first().is_some_and(|event| event & PANICKED != 0)
+            && !self.health.panicked.swap(true, Ordering::AcqRel)
+        {
+            (self.tell)(PowerRequest::Panicked);
+        }
+    }
+}
+
+/// How long the vCPUs must have used no processor time before the watch examines them.
+const QUIET: Duration = Duration::from_secs(2);
+
+/// Detects that all vCPUs are halted with interrupts off. It leaves alone a guest that uses its
+/// processors. It examines an idle one at most every two seconds; each vCPU leaves the guest once
+/// for that.
+pub(crate) struct HaltWatch {
+    /// Processor time of the vCPUs, and since when it has not changed.
+    used: Duration,
+    since: Instant,
+    /// The check whose outcome is not known yet.
+    look: Option<u64>,
+    /// Whether the outcome is known and the vCPUs have been idle since.
+    known: bool,
+}
+
+impl HaltWatch {
+    pub(crate) fn new() -> Self {
+        HaltWatch { used: Duration::ZERO, since: Instant::now(), look: None, known: false }
+    }
+
+    /// Polls once, without blocking. The caller repeats this several times a second.
+    pub(crate) fn look(&mut self, vm: &Vm) {
+        let Some(vcpus) = vm.try_vcpus() else { return };
+        if vm.lifecycle.state() != State::Running {
+            self.look = None;
+            self.known = false;
+            return;
+        }
+        let used = vcpus.cpu_time();
+        if let Some(look) = self.look.take() {
+            let halted = vcpus.are_halted(look);
+            let before = vm.chipset.health.halted.swap(halted, Ordering::AcqRel);
+            if halted && !before {
+                log::warn!(
+                    "all vCPUs of the guest are halted with interrupts off: it cannot continue; \
+                     demand-vmm shutdown ends the VM"
+                );
+            }
+            (self.used, self.known) = (used, true);
+        } else if used != self.used {
+            (self.used, self.since, self.known) = (used, Instant::now(), false);
+        } else if !self.known && self.since.elapsed() >= QUIET {
+            self.look = Some(vcpus.look());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Mutex;
+
+    #[test]
+    fn a_panic_is_told_once() {
+        let told = Arc::new(Mutex::new(0));
+        let tell: OnPower = {
+            let told = told.clone();
+            Arc::new(move |request| {
+                assert_eq!(request, PowerRequest::Panicked);
+                *told.lock().unwrap() += 1;
+            })
+        };
+        let health = Arc::new(GuestHealth::default());
+        let port = PanicPort::new(health.clone(), tell);
+        let mut byte = [0];
+        port.pio_read(PioAddress(0), 0, &mut byte);
+        assert_eq!(byte, [3]);
+        for event in [0, CRASH_LOADED, 4] {
+            port.pio_write(PioAddress(0), 0, &[event]);
+        }
+        assert_eq!((*told.lock().unwrap(), health.condition()), (0, None));
+        for _ in 0..3 {
+            port.pio_write(PioAddress(0), 0, &[PANICKED]);
+        }
+        assert_eq!(*told.lock().unwrap(), 1);
+        assert_eq!(health.condition(), Some(GuestCondition::Panicked));
+        health.reset();
+        assert_eq!(health.condition(), None);
+        port.pio_write(PioAddress(0), 0, &[PANICKED]);
+        assert_eq!(*told.lock().unwrap(), 2);
+    }
+}
