@@ -577,7 +577,7 @@ mod tests {
             partial(Path::new(&dir)).publish(&machine()).unwrap();
             return;
         }
-        const TEST: &str = "snapshot_dir::tests::a_kill_at_any_step_leaves_all_or_nothing";
+        const TEST: &str = "snapshot::dir::tests::a_kill_at_any_step_leaves_all_or_nothing";
         let folder = tempfile::tempdir().unwrap();
         let dir = folder.path().join("snapshot");
         let mut there = Vec::new();
