@@ -11,9 +11,9 @@ use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use demand_vmm::api::{Control, ControlError, SnapshotRequest, SnapshotSummary, State, Status};
-use demand_vmm::api::server::serve;
 use demand_vmm::api::http::{CONTINUE, Response, parse_head};
+use demand_vmm::api::server::serve;
+use demand_vmm::api::{Control, ControlError, SnapshotRequest, SnapshotSummary, State, Status};
 use input::Input;
 use libfuzzer_sys::fuzz_target;
 
