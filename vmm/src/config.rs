@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Command-line options whose values have parts, such as `size=1G,thp=on`.
 
+pub mod device_kind;
+
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -8,8 +10,7 @@ use std::str::FromStr;
 use demand_memory::{BackingKind, FillRate};
 use test_guest::plan::{Arrivals, Order};
 
-use crate::virtio::kind::DeviceKind;
-use crate::virtio::mmio::MAX_QUEUE_SIZE;
+use crate::config::device_kind::{DeviceKind, MAX_QUEUE_SIZE};
 
 /// Splits `key=value,key=value`. A part without `=` becomes a key with an empty value.
 struct Parts<'a> {

@@ -3,11 +3,11 @@
 
 pub mod chipset;
 pub mod exits;
+pub mod health;
 pub mod pci;
 pub mod pm_timer;
 pub mod power;
 pub mod registers;
 pub mod serial;
-pub(crate) mod spool;
 pub(crate) mod terminal;
 pub mod vmgenid;

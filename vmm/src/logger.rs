@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 
 use log::{Level, Log, Metadata, Record};
 
-use crate::devices::spool::{Overflow, Spool};
+use crate::spool::{Overflow, Spool};
 
 /// Number of messages from one place that pass in a row.
 const BURST: u32 = 20;

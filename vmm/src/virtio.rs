@@ -2,7 +2,6 @@
 //! virtio devices over MMIO, served by vhost-user back-ends.
 
 pub mod ioeventfd;
-pub mod kind;
 pub mod mmio;
 pub(crate) mod negotiate;
 pub(crate) mod rings;

@@ -4,7 +4,7 @@
 pub(crate) mod absence;
 pub(crate) mod event_loop;
 pub mod events;
-pub mod health;
+mod halt_watch;
 pub(crate) mod interrupt;
 pub mod linux;
 pub mod machine;

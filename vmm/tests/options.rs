@@ -2,8 +2,8 @@
 //! Options with parts: correct values are accepted, and no text causes a panic.
 
 use demand_memory::{BackingKind, FillRate};
+use demand_vmm::config::device_kind::DeviceKind;
 use demand_vmm::config::{FillOption, MemoryOption, TestGuestOption, VhostUserOption, parse_size};
-use demand_vmm::virtio::kind::DeviceKind;
 use proptest::prelude::*;
 
 /// Words of options, which are combined in any order and with other text.

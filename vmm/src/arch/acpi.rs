@@ -23,10 +23,9 @@ use vm_memory::Bytes;
 
 use crate::arch::layout::{
     ACPI, ACPI_SIZE, BIOS_ENTRY, DEVICE_SIZE, GENERATION_GSI, GENERATION_ID, IO_APIC, LOCAL_APIC,
-    PANIC, PANIC_SIZE, PM_TIMER, PM1_CONTROL, PM1_STATUS, RESET, SCI_GSI, SERIAL, SERIAL_GSI,
-    SERIAL_SIZE, device_address, device_gsi,
+    PANIC, PANIC_SIZE, PM_TIMER, PM1_CONTROL, PM1_STATUS, RESET, RESET_VALUE, S5, SCI_GSI, SERIAL,
+    SERIAL_GSI, SERIAL_SIZE, device_address, device_gsi,
 };
-use crate::devices::power::{RESET_VALUE, S5};
 use crate::error::Error;
 
 const OEM: [u8; 6] = *b"RSTVMM";

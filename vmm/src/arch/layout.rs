@@ -78,6 +78,10 @@ pub const POWER_SIZE: u16 = 16;
 pub const SLEEP_CONTROL: u16 = POWER;
 /// The reset register (one byte).
 pub const RESET: u16 = POWER + 2;
+/// The value that resets the machine when it is written to the reset register.
+pub const RESET_VALUE: u8 = 1;
+/// The sleep type of "soft off".
+pub const S5: u8 = 5;
 /// The status of ACPI's events (16 bits).
 pub const PM1_STATUS: u16 = POWER + 4;
 /// The enable bits of these events' interrupts (16 bits).

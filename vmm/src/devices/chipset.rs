@@ -17,6 +17,7 @@ use crate::arch::layout::{
     DEVICE_SIZE, I8042, I8042_SIZE, KVM_IDENTITY_MAP, KVM_TSS, PANIC, PANIC_SIZE, PCI, PCI_SIZE,
     POWER, POWER_SIZE, SERIAL, SERIAL_SIZE, device_address,
 };
+use crate::devices::health::{GuestHealth, PanicPort};
 use crate::devices::pci::PciPorts;
 use crate::devices::pm_timer::PmTimer;
 use crate::devices::power::{Keyboard, OnPower, PowerRegisters};
@@ -24,7 +25,6 @@ use crate::devices::registers::SavedRegisters;
 use crate::devices::serial::{SavedSerial, SerialOption, SerialPort};
 use crate::devices::vmgenid::Generation;
 use crate::error::Error;
-use crate::vm::health::{GuestHealth, PanicPort};
 
 /// Creates the VM's interrupt controllers and its timer, all inside KVM. The caller must do this
 /// before it creates the first vCPU.

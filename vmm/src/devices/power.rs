@@ -12,15 +12,11 @@ use vm_device::bus::{PioAddress, PioAddressOffset};
 use vm_superio::{I8042Device, Trigger};
 
 use crate::arch::layout::{
-    PM_TIMER, PM1_CONTROL, PM1_ENABLE, POWER, POWER_SIZE, RESET, SLEEP_CONTROL,
+    PM_TIMER, PM1_CONTROL, PM1_ENABLE, POWER, POWER_SIZE, RESET, RESET_VALUE, S5, SLEEP_CONTROL,
 };
 use crate::devices::pm_timer::PmTimer;
 use crate::devices::registers::SavedRegisters;
 
-/// The value that resets the machine when it is written to the reset register.
-pub const RESET_VALUE: u8 = 1;
-/// The sleep type of "soft off".
-pub const S5: u8 = 5;
 /// Sleep control: the bit that starts the sleep (section 4.8.3.7).
 const SLEEP_ENABLE: u8 = 1 << 5;
 /// Sleep control: position of the sleep type.

@@ -20,8 +20,8 @@ use vm_superio::{Serial, SerialState, Trigger};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::arch::layout::SERIAL_GSI;
-use crate::devices::spool::{Overflow, Spool};
 use crate::error::{Error, no_thread};
+use crate::spool::{Overflow, Spool};
 
 /// The value of `--serial`: `tty`, `file=PATH` or `off`.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -13,9 +13,9 @@ use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::config::VhostUserOption;
+use crate::config::device_kind::DeviceKind;
 use crate::error::Error;
 use crate::virtio::ioeventfd::{Notify, no_eventfd};
-use crate::virtio::kind::DeviceKind;
 use crate::vm::machine::Machine;
 
 /// Features that the test guest's driver accepts. Without event indices, because the guest kicks

@@ -8,6 +8,8 @@ use virtio_bindings::virtio_config::{
 };
 use virtio_bindings::virtio_mmio::*;
 
+use crate::config::device_kind::MAX_QUEUE_SIZE;
+
 /// Size of a device's window, in bytes of guest physical addresses.
 pub const WINDOW: u64 = 0x1000;
 
@@ -27,9 +29,6 @@ const VENDOR: u32 = u32::from_le_bytes(*b"dmnd");
 const QUEUE_RESET: u32 = 0xc0;
 /// The length and address of a shared memory region that does not exist.
 const NO_SHARED_MEMORY: u32 = u32::MAX;
-
-/// Size of the largest queue that virtio allows, in descriptors.
-pub const MAX_QUEUE_SIZE: u16 = 32768;
 
 /// A queue, as the driver has set it up.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -5,8 +5,8 @@ use demand_vhost::{BackEnd, Error as BackEndError, VhostUserProtocolFeatures};
 use virtio_bindings::virtio_blk::VIRTIO_BLK_F_MQ;
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 
+use crate::config::device_kind::{BLK_NUM_QUEUES, BLK_SEG_MAX, DeviceKind, NET_F_MAC};
 use crate::config::{Lazy, VhostUserOption};
-use crate::virtio::kind::{BLK_NUM_QUEUES, BLK_SEG_MAX, DeviceKind, NET_F_MAC};
 
 /// Returns the features that the guest is offered.
 pub(crate) fn offered(back_end: &BackEnd, option: &VhostUserOption) -> u64 {

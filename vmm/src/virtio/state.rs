@@ -3,9 +3,10 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::config::device_kind::DeviceKind;
+use crate::config::device_kind::MAX_QUEUE_SIZE;
 use crate::config::is_name;
-use crate::virtio::kind::DeviceKind;
-use crate::virtio::mmio::{MAX_QUEUE_SIZE, Registers};
+use crate::virtio::mmio::Registers;
 
 /// The state of a device that has stopped with nothing in flight.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -74,7 +75,7 @@ impl DeviceState {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::virtio::kind::NET_F_MAC;
+    use crate::config::device_kind::NET_F_MAC;
 
     const FEATURES: u64 = 1 << 32 | 1 << 9 | 1 << 2;
 

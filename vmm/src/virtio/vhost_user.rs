@@ -21,10 +21,10 @@ use vm_device::bus::{MmioAddress, MmioAddressOffset};
 use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use crate::config::device_kind::{BLK_WRITE_BACK, DeviceKind};
 use crate::config::{Lazy, VhostUserOption, is_name};
 use crate::error::Error;
 use crate::virtio::ioeventfd::{Notify, no_eventfd, signal};
-use crate::virtio::kind::{BLK_WRITE_BACK, DeviceKind};
 use crate::virtio::mmio::{Action, QUEUE_NOTIFY, Registers};
 use crate::virtio::negotiate::{check_back_end, has_address, offered, read_config};
 use crate::virtio::rings::{await_used, check_rings, ring_index};
@@ -43,7 +43,7 @@ use crate::virtio::vsock;
 /// # Examples
 ///
 /// ```no_run
-/// use demand_vmm::virtio::kind::DeviceKind;
+/// use demand_vmm::config::device_kind::DeviceKind;
 /// use demand_vmm::error::Error;
 /// use demand_vmm::vm::machine::Machine;
 /// use demand_vmm::config::VhostUserOption;

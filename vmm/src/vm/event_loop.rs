@@ -19,7 +19,7 @@ use crate::virtio::vhost_user::VhostUserDevice;
 use crate::vm::Vm;
 use crate::vm::absence::AbsenceWatch;
 use crate::vm::events::{Event, Hear};
-use crate::vm::health::HaltWatch;
+use crate::vm::halt_watch::HaltWatch;
 
 /// Interval of the main loop's polls, in milliseconds.
 const LOOK_EVERY_MS: i32 = 200;

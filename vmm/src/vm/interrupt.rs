@@ -2,10 +2,10 @@
 //! Requests to end a run at any moment: by a signal, or because the source has failed for too long.
 
 use std::io;
-use std::mem::MaybeUninit;
-use std::ptr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
+
+use crate::signals::{SIGNALS, block_signals};
 
 type Callback = Box<dyn FnOnce() + Send>;
 
@@ -55,46 +55,6 @@ impl Interrupt {
     }
 }
 
-/// The signals that end a run.
-const SIGNALS: [(libc::c_int, &str); 3] =
-    [(libc::SIGINT, "SIGINT"), (libc::SIGTERM, "SIGTERM"), (libc::SIGHUP, "SIGHUP")];
-
-/// Whether the process ignores a signal, as one that `nohup` starts ignores SIGHUP.
-fn is_ignored(signal: libc::c_int) -> bool {
-    let mut action = MaybeUninit::<libc::sigaction>::uninit();
-    // SAFETY: a null pointer means that the action is not changed, and the call writes the current
-    // one if it succeeds, which is checked before it is read.
-    unsafe {
-        libc::sigaction(signal, ptr::null(), action.as_mut_ptr()) == 0
-            && action.assume_init().sa_sigaction == libc::SIG_IGN
-    }
-}
-
-/// Blocks the signals that end a run in this thread, and in the threads that it starts later.
-/// Returns the set of these signals. An ignored signal is not among them: Linux would queue it if it
-/// were blocked.
-///
-/// # Errors
-///
-/// If the system call fails.
-pub(crate) fn block_signals() -> io::Result<libc::sigset_t> {
-    let mut set = MaybeUninit::uninit();
-    // SAFETY: `sigemptyset` initialises the set before it is used, and the signal numbers are
-    // valid.
-    let set = unsafe {
-        libc::sigemptyset(set.as_mut_ptr());
-        for (signal, _) in SIGNALS.into_iter().filter(|(signal, _)| !is_ignored(*signal)) {
-            libc::sigaddset(set.as_mut_ptr(), signal);
-        }
-        set.assume_init()
-    };
-    // SAFETY: the set is initialised, and a null pointer means that the old mask is not returned.
-    match unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &set, ptr::null_mut()) } {
-        0 => Ok(set),
-        error => Err(io::Error::from_raw_os_error(error)),
-    }
-}
-
 /// Raises `interrupt` at the first SIGINT, SIGTERM or SIGHUP, and ends the process at once at the
 /// second. The caller must do this before it starts other threads: they inherit the signals as
 /// blocked from this thread. A signal that the process was started to ignore (`nohup`) stays
@@ -130,17 +90,6 @@ pub fn on_signals(interrupt: Interrupt) -> io::Result<()> {
 mod tests {
     use super::*;
     use std::sync::mpsc::channel;
-
-    #[test]
-    fn ignored_signals_stay_ignored() {
-        // SAFETY: ignoring a signal runs no handler.
-        unsafe { libc::signal(libc::SIGHUP, libc::SIG_IGN) };
-        let set = block_signals().unwrap();
-        // SAFETY: the set is initialised, and the signal numbers are valid.
-        let [hangup, terminate] = [libc::SIGHUP, libc::SIGTERM]
-            .map(|signal| unsafe { libc::sigismember(&set, signal) } == 1);
-        assert!(!hangup && terminate);
-    }
 
     #[test]
     fn the_first_reason_counts_and_each_callback_runs_once() {

@@ -7,7 +7,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::vm::interrupt::block_signals;
+use crate::signals::block_signals;
 
 /// Capacity of the queue, in bytes. Output beyond it is lost.
 const CAPACITY: usize = 1 << 20;

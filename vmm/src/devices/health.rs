@@ -1,17 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Detects a guest that has stopped working without a power request: its kernel has panicked, or
-//! all of its vCPUs are halted for good.
+//! The guest's condition, and the device through which its kernel reports a panic.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
 
 use vm_device::DevicePio;
 use vm_device::bus::{PioAddress, PioAddressOffset};
 
-use crate::api::{GuestCondition, State};
+use crate::api::GuestCondition;
 use crate::devices::power::{OnPower, PowerRequest};
-use crate::vm::Vm;
 
 /// Bits of the panic device's port (QEMU's `docs/specs/pvpanic.rst`): the kernel has panicked; the
 /// kernel has panicked and boots a second one that dumps its memory.
@@ -22,7 +19,7 @@ const CRASH_LOADED: u8 = 1 << 1;
 #[derive(Debug, Default)]
 pub struct GuestHealth {
     panicked: AtomicBool,
-    halted: AtomicBool,
+    pub(crate) halted: AtomicBool,
 }
 
 impl GuestHealth {
@@ -69,54 +66,6 @@ impl DevicePio for PanicPort {
             && !self.health.panicked.swap(true, Ordering::AcqRel)
         {
             (self.tell)(PowerRequest::Panicked);
-        }
-    }
-}
-
-/// How long the vCPUs must have used no processor time before the watch examines them.
-const QUIET: Duration = Duration::from_secs(2);
-
-/// Detects that all vCPUs are halted with interrupts off. It leaves alone a guest that uses its
-/// processors. It examines an idle one at most every two seconds; each vCPU leaves the guest once
-/// for that.
-pub(crate) struct HaltWatch {
-    /// Processor time of the vCPUs, and since when it has not changed.
-    used: Duration,
-    since: Instant,
-    /// The check whose outcome is not known yet.
-    look: Option<u64>,
-    /// Whether the outcome is known and the vCPUs have been idle since.
-    known: bool,
-}
-
-impl HaltWatch {
-    pub(crate) fn new() -> Self {
-        HaltWatch { used: Duration::ZERO, since: Instant::now(), look: None, known: false }
-    }
-
-    /// Polls once, without blocking. The caller repeats this several times a second.
-    pub(crate) fn look(&mut self, vm: &Vm) {
-        let Some(vcpus) = vm.try_vcpus() else { return };
-        if vm.lifecycle.state() != State::Running {
-            self.look = None;
-            self.known = false;
-            return;
-        }
-        let used = vcpus.cpu_time();
-        if let Some(look) = self.look.take() {
-            let halted = vcpus.are_halted(look);
-            let before = vm.chipset.health.halted.swap(halted, Ordering::AcqRel);
-            if halted && !before {
-                log::warn!(
-                    "all vCPUs of the guest are halted with interrupts off: it cannot continue; \
-                     demand-vmm shutdown ends the VM"
-                );
-            }
-            (self.used, self.known) = (used, true);
-        } else if used != self.used {
-            (self.used, self.since, self.known) = (used, Instant::now(), false);
-        } else if !self.known && self.since.elapsed() >= QUIET {
-            self.look = Some(vcpus.look());
         }
     }
 }

@@ -10,6 +10,9 @@ use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ids as ids;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
+/// Size of the largest queue that virtio allows, in descriptors.
+pub const MAX_QUEUE_SIZE: u16 = 32768;
+
 /// A kind of device. The VMM refuses all others, because their back-ends keep state that cannot be
 /// handed over (for example open files), or need more than this transport has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
