@@ -21,8 +21,8 @@ fn is_ignored(signal: libc::c_int) -> bool {
 }
 
 /// Blocks the signals that end a run in this thread, and in the threads that it starts later.
-/// Returns the set of these signals. An ignored signal is not among them: Linux would queue it if it
-/// were blocked.
+/// Returns the set of these signals. An ignored signal is not among them: Linux would queue it if
+/// it were blocked.
 ///
 /// # Errors
 ///

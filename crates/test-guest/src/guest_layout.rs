@@ -10,8 +10,8 @@
 //! The control region has the same physical address, or one above the VM's memory if that extends
 //! further.
 //!
-//! It holds page tables, the interpreter, stacks, result blocks, flags and the programs: a guest that
-//! waits for a page of the memory under test needs no other page of it.
+//! It holds page tables, the interpreter, stacks, result blocks, flags and the programs: a guest
+//! that waits for a page of the memory under test needs no other page of it.
 
 use std::io;
 use std::sync::Arc;

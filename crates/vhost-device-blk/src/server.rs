@@ -133,8 +133,8 @@ pub fn serve(options: &Options) -> Result<()> {
     }
 }
 
-/// Fails if the process has other threads: hardly anything is allowed in a forked child of a process
-/// with several threads, because locks that the others hold stay locked.
+/// Fails if the process has other threads: hardly anything is allowed in a forked child of a
+/// process with several threads, because locks that the others hold stay locked.
 fn expect_no_threads() -> Result<()> {
     let threads = fs::read_dir("/proc/self/task").map_err(Error::system("count threads"))?;
     match threads.count() {

@@ -53,9 +53,9 @@ struct Profile {
     test: bool,
 }
 
-/// Builds the tests that `arguments` of `cargo test` select and runs each binary by `lab run`, in up
-/// to `machines` machines at once. Each binary's output is printed when the binary has ended. All of
-/// them run, also after a failure. Returns the exit status.
+/// Builds the tests that `arguments` of `cargo test` select and runs each binary by `lab run`, in
+/// up to `machines` machines at once. Each binary's output is printed when the binary has ended.
+/// All of them run, also after a failure. Returns the exit status.
 pub fn run(
     cargo: &OsStr,
     lab: &Path,

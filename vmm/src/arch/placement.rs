@@ -58,8 +58,8 @@ pub fn place(size: u64) -> Vec<Placement> {
 /// The most bytes in a memslot: `KVM_MEM_MAX_NR_PAGES` in include/linux/kvm_host.h.
 const MEMSLOT_MAX: u64 = ((1 << 31) - 1) * PAGE_SIZE;
 
-/// Refuses memory that no machine on this host can have. Call it before any work on the memory's size:
-/// the bitmaps of memory that is too large take gigabytes.
+/// Refuses memory that no machine on this host can have. Call it before any work on the memory's
+/// size: the bitmaps of memory that is too large take gigabytes.
 pub(crate) fn check_places(regions: &[Placement]) -> Result<(), Error> {
     check_reach(regions)?;
     check_memslots(regions)
@@ -155,7 +155,7 @@ mod tests {
     #[test]
     fn memory_beyond_a_memslot_is_refused() {
         const T: u64 = 1 << 40;
-        // What the error advises is among them.
+        // The size that the error advises is among them.
         for size in [8 * G, 8 * T, LOW_MEMORY_END + 8 * T - PAGE_SIZE] {
             assert!(check_memslots(&place(size)).is_ok(), "{size:#x}");
         }

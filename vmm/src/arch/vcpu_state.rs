@@ -86,7 +86,8 @@ impl StateShape {
 /// ([`DemandVcpu::settle_step`](demand_kvm::DemandVcpu::settle_step)), and all vCPUs of the VM must
 /// be paused.
 ///
-/// It does not include nested guests, which [`guest_cpuid`](crate::arch::cpuid::guest_cpuid) rules out.
+/// It does not include nested guests, which [`guest_cpuid`](crate::arch::cpuid::guest_cpuid) rules
+/// out.
 ///
 /// A VM is restored in this order:
 /// [`VmState::restore_clock`](crate::arch::vm_state::VmState::restore_clock), the pages of

@@ -135,8 +135,8 @@ impl VmState {
 
     /// Sets the guest's clock once more, as the last step, so that the restore takes no time for
     /// the guest. Returns the moment at which the clock stopped and the present one, by which the
-    /// vCPUs' TSCs can be [aligned](crate::arch::vcpu_state::VcpuState); `None` if KVM did not report the
-    /// host's TSC with the clock, either then or now.
+    /// vCPUs' TSCs can be [aligned](crate::arch::vcpu_state::VcpuState); `None` if KVM did not
+    /// report the host's TSC with the clock, either then or now.
     ///
     /// # Errors
     ///

@@ -13,7 +13,8 @@ use crate::virtio::mmio::QueueState;
 /// Interval at which a used ring is polled for requests in flight.
 const LOOK_EVERY: Duration = Duration::from_millis(1);
 
-/// Checks that each of a queue's rings lies within one region of memory, before a back-end gets them.
+/// Checks that each of a queue's rings lies within one region of memory, before a back-end gets
+/// them.
 pub(crate) fn check_rings(memory: &DemandMemory, queue: &QueueState) -> Result<(), String> {
     for (address, len) in queue.extents()? {
         let region = memory.find_region(GuestAddress(address));
