@@ -2,9 +2,11 @@
 //! Bad input: each case yields one clear line and the right exit status.
 
 use std::fs;
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::Command;
-use std::time::Duration;
+use std::process::{Command, Stdio};
+use std::sync::mpsc::{Receiver, channel};
+use std::time::{Duration, Instant};
 
 use demand_kvm::Engine;
 use demand_tests::backend::{BackEnd, BlkOptions};
@@ -13,6 +15,7 @@ use demand_tests::host::{free_units, has_kvm, skip};
 use demand_tests::process::{Guarded, program, run};
 use demand_tests::refusal::{FAILED, HOST, USAGE, refused};
 use demand_tests::sandbox::{Device, is_root, vmm_for_everybody, with_devices, with_limit};
+use test_support::fuse::SlowFile;
 
 /// A folder with a memory image and a disk, and the arguments of a run on them that would succeed.
 struct Setting {
@@ -310,6 +313,63 @@ fn a_source_that_fails_for_good() {
     image.set_len(4096).unwrap();
     signal(&mut run.back_end, libc::SIGCONT);
     run.fails_with("ends at byte 4096");
+}
+
+#[test]
+fn storage_server() {
+    test_support::fuse::serve();
+}
+
+/// Starts a run whose source hangs in the middle; returns it with its source and its lines of
+/// standard error. Its process can end only once the source answers or is dropped, because the
+/// kernel does not interrupt the read.
+fn hanging_run(arguments: &[&str]) -> Option<(Guarded, SlowFile, Receiver<String>)> {
+    if let Some(why) = cannot_run() {
+        skip(&why);
+        return None;
+    }
+    let setting = Setting::new();
+    let file = SlowFile::new(&fs::read(setting.path("memory.img")).unwrap())?;
+    file.hold(4 << 20..5 << 20);
+    let mut command = Command::new(program("demand-vmm").unwrap());
+    command.args(["run", "--memory", "size=8M", "--source"]).arg(file.path()).args(arguments);
+    command.stderr(Stdio::piped());
+    let mut vmm = Guarded::spawn(&mut command).unwrap();
+    let (sender, said) = channel();
+    let pipe = BufReader::new(vmm.child().stderr.take().unwrap());
+    std::thread::spawn(move || {
+        pipe.lines().map_while(Result::ok).try_for_each(|line| sender.send(line))
+    });
+    Some((vmm, file, said))
+}
+
+#[test]
+fn hanging_source_ends_the_run() {
+    let Some((mut vmm, file, said)) = hanging_run(&["--source-limit", "2"]) else { return };
+    let _guard = file.answer_at_the_end();
+    let mut lines = std::iter::from_fn(|| said.recv_timeout(Duration::from_secs(60)).ok());
+    let last = lines.find(|line| line.starts_with("demand-vmm: ")).expect("it says why it ends");
+    let words = format!("of {}: no answer for ", file.path().display());
+    assert!(last.contains("cannot read the page at offset") && last.contains(&words), "{last}");
+    drop(file);
+    let status = vmm.wait(Duration::from_secs(60)).unwrap();
+    assert_eq!(status.code(), Some(FAILED));
+}
+
+#[test]
+fn hanging_source_is_told_once() {
+    let Some((mut vmm, file, said)) = hanging_run(&[]) else { return };
+    let _guard = file.answer_at_the_end();
+    let begun = Instant::now();
+    let mut lines = std::iter::from_fn(|| said.recv_timeout(Duration::from_secs(60)).ok());
+    let told = |line: &String| line.contains("no answer for");
+    assert!(lines.any(|line| told(&line)), "the run says nothing");
+    assert!(begun.elapsed() >= Duration::from_secs(10));
+    // Two further looks.
+    std::thread::sleep(Duration::from_millis(2500));
+    file.answer();
+    assert!(vmm.wait(Duration::from_secs(60)).unwrap().success());
+    assert_eq!(said.iter().filter(told).count(), 0);
 }
 
 #[test]

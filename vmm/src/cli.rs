@@ -154,7 +154,8 @@ struct RunArgs {
     /// The raw image from which the test guest's memory is filled.
     #[arg(long, conflicts_with = "kernel")]
     source: Option<PathBuf>,
-    /// End with an error after the source has failed for this many seconds [default: never].
+    /// End with an error after the source has failed, or has not answered, for this many seconds
+    /// [default: never].
     #[arg(long, value_name = "SECONDS", requires = "source", conflicts_with = "kernel")]
     source_limit: Option<u64>,
     /// Background fill: on, off or rate=BYTES/s.
@@ -187,7 +188,8 @@ struct RestoreArgs {
     /// How vCPU accesses to missing pages are trapped.
     #[arg(long, default_value = "auto", long_help = Engine::HELP)]
     engine: EngineChoice,
-    /// Pause the VM after the source has failed for this many seconds [default: never].
+    /// Pause the VM after the source has failed, or has not answered, for this many seconds
+    /// [default: never].
     #[arg(long, value_name = "SECONDS")]
     source_limit: Option<u64>,
     /// Background fill: on, off or rate=BYTES/s.

@@ -18,9 +18,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use demand_kvm::{EngineChoice, PlainSlot};
-use demand_memory::{
-    DemandMemory, Fill, FillRate, PAGE_SIZE, PageRange, Path, Retrier, RetryPolicy, Stats, Waiter,
-};
+use demand_memory::{Fill, FillRate, PAGE_SIZE, PageRange, Path, Stats, Waiter};
 use demand_source::LocalFile;
 use test_guest::guest_layout::ControlMemory;
 use test_guest::plan::{DiskParams, Plan, PlanParams, run_vmm_actor};
@@ -39,6 +37,7 @@ use crate::vcpu::VcpuContext;
 use crate::vcpu::set::Vcpus;
 use crate::vm::interrupt::{Interrupt, on_signals};
 use crate::vm::machine::{Machine, MachineConfig, VCPUS_WITHIN};
+use crate::vm::source_watch::{Awaited, LastError, SourceWatch};
 use crate::vm::supervise::supervise;
 
 /// The parameters of `run`.
@@ -54,7 +53,8 @@ pub struct RunOptions {
     pub engine: EngineChoice,
     /// The image that pages are fetched from.
     pub source: PathBuf,
-    /// How long the source may fail before the run ends with an error; `None`: without limit.
+    /// How long the source may fail, or not answer, before the run ends with an error; `None`:
+    /// without limit.
     pub source_limit: Option<Duration>,
     /// The disk's back-end, if the guest has a disk.
     pub vhost_user: Option<VhostUserOption>,
@@ -83,17 +83,17 @@ pub fn run(options: RunOptions, started: Instant) -> Result<Report, Error> {
     let interrupt = Interrupt::default();
     on_signals(interrupt.clone())
         .map_err(|error| Error::host(format!("cannot start a thread: {error}")))?;
-    let memory = Arc::new(OnceLock::new());
+    let awaited = Arc::new(OnceLock::new());
     let work = {
-        let (interrupt, memory) = (interrupt.clone(), memory.clone());
+        let (interrupt, awaited) = (interrupt.clone(), awaited.clone());
         move || {
             let mut parts = Parts::default();
-            let outcome = run_parts(&options, started, &interrupt, &memory, &mut parts);
+            let outcome = run_parts(&options, started, &interrupt, &awaited, &mut parts);
             parts.take_down();
             outcome
         }
     };
-    supervise(&interrupt, &memory, work)
+    supervise(&interrupt, &awaited, work)
 }
 
 /// The parts of a run, in the order in which they are taken down.
@@ -127,7 +127,7 @@ fn run_parts(
     options: &RunOptions,
     started: Instant,
     interrupt: &Interrupt,
-    memory: &OnceLock<DemandMemory>,
+    awaited: &OnceLock<Awaited>,
     parts: &mut Parts,
 ) -> Result<Report, Error> {
     // Errors in the command line are reported before those of the host.
@@ -141,15 +141,23 @@ fn run_parts(
     if options.timeline.is_some() {
         stats.keep_timeline();
     }
+    let ended = interrupt.clone();
+    let source = SourceWatch::new(
+        options.source.clone(),
+        options.source_limit,
+        LastError::default(),
+        move |reason| ended.raise(reason),
+    );
     let machine = Arc::new(Machine::new(MachineConfig {
         memory: &options.memory,
         engine: options.engine,
         source: Arc::new(LocalFile::open(&options.source).map_err(Error::failed)?),
         stats: stats.clone(),
-        retrier: retrier(options.source_limit, interrupt.clone()),
+        retrier: source.retrier(),
     })?);
     parts.machine = Some(machine.clone());
-    let _ = memory.set(machine.memory().clone());
+    let memory = machine.memory().clone();
+    let _ = awaited.set(Awaited { memory, source: Some(source) });
     let interrupted = sender.clone();
     interrupt.when_raised(move || drop(interrupted.send(Event::Interrupted)));
     let completed = Arc::new(OnceLock::new());
@@ -243,19 +251,6 @@ fn run_parts(
     }
     outputs.keep();
     Ok(report)
-}
-
-fn retrier(limit: Option<Duration>, interrupt: Interrupt) -> Arc<Retrier> {
-    let policy = RetryPolicy { limit, ..RetryPolicy::default() };
-    Retrier::new(policy, move |failure| {
-        if failure.given_up {
-            interrupt.raise(format!("{} ({} attempts)", failure.error, failure.attempts));
-        } else if failure.attempts.is_power_of_two() {
-            // Only attempts 1, 2, 4 and so on, because the pauses between attempts are short at
-            // first.
-            log::warn!("{} (attempt {})", failure.error, failure.attempts);
-        }
-    })
 }
 
 /// Makes the plan that the options describe.

@@ -11,6 +11,7 @@ pub mod machine;
 pub(crate) mod reset;
 pub mod restore;
 pub mod session;
+pub mod source_watch;
 pub(crate) mod supervise;
 
 use std::path::Path;
@@ -40,6 +41,7 @@ use crate::virtio::vhost_user::VhostUserDevice;
 use crate::vm::event_loop::spawn;
 use crate::vm::events::{Event, Tell};
 use crate::vm::machine::Machine;
+use crate::vm::source_watch::LastError;
 
 /// Time limit of a pause, for the vCPUs to leave the guest.
 const PAUSE_WITHIN: Duration = Duration::from_secs(10);
@@ -106,21 +108,6 @@ pub struct Vm {
     pub(crate) tell: Tell,
     reset_asked: Arc<AtomicBool>,
     pub(crate) lifecycle: Lifecycle,
-}
-
-/// The last error that did not end the VM.
-#[derive(Clone, Debug, Default)]
-pub struct LastError(Arc<Mutex<Option<String>>>);
-
-impl LastError {
-    /// Stores an error: one line.
-    pub fn set(&self, error: impl Into<String>) {
-        *lock(&self.0) = Some(error.into());
-    }
-
-    fn get(&self) -> Option<String> {
-        lock(&self.0).clone()
-    }
 }
 
 /// Combines all errors into one, if there are any.
@@ -340,6 +327,11 @@ impl Vm {
         Ok(())
     }
 
+    /// Returns the current error of the source: one line.
+    fn last_error(&self) -> Option<String> {
+        self.last_error.get(self.machine.is_source_failing())
+    }
+
     /// Pauses the VM on a separate thread, because the source has failed for too long. Does nothing
     /// if the VM has been paused since then, or the source is back.
     ///
@@ -348,7 +340,7 @@ impl Vm {
     /// If the host has no more threads.
     pub fn give_up(self: &Arc<Self>, reason: String) -> Result<(), Error> {
         if self.lifecycle.state() != State::Running
-            || !self.machine.is_source_failing()
+            || self.last_error().is_none()
             || self.lifecycle.giving_up.swap(true, Ordering::AcqRel)
         {
             return Ok(());
@@ -493,7 +485,7 @@ impl Control for Vm {
             version: env!("CARGO_PKG_VERSION").into(),
             guest: self.chipset.health.condition(),
             snapshot,
-            last_error: self.last_error.get().filter(|_| self.machine.is_source_failing()),
+            last_error: self.last_error(),
         }
     }
 

@@ -369,6 +369,12 @@ impl BitmapReader {
         self.waiting.is_wanted(range)
     }
 
+    /// Returns the missing pages that waiters other than background fill currently wait for.
+    #[cfg(not(loom))]
+    pub(crate) fn waited_for(&self) -> Vec<u64> {
+        self.waiting.waited_for()
+    }
+
     /// Calls `callback` when no page of the range is missing: at once on this thread, or later on
     /// the thread that publishes the last of them. The callback must not block. If the bitmap is
     /// [stopped](MissingBitmap::stop) first, the callback is dropped without a call.

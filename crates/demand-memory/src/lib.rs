@@ -41,6 +41,8 @@ mod stats;
 mod trap;
 #[cfg(not(loom))]
 mod unmap;
+#[cfg(not(loom))]
+mod wait_watch;
 
 pub use bitmap::{BitmapReader, Claimed, MissingBitmap, Published};
 pub use page::{PAGE_SIZE, PageRange};
@@ -64,5 +66,6 @@ pub use self::{
     stats::{LatencyMicros, Path, PathReport, SourceReport, Stats, TimelineEvent},
     trap::{MappingGuard, Trap, VcpuTrap},
     unmap::UnmapError,
+    wait_watch::{PageWait, WaitWatch},
     words::BitmapWords,
 };

@@ -642,7 +642,7 @@ impl Pager {
         }
         let errand = Errand { tried: Some(attempts), role: Role::Whole, ..errand };
         let pager = self.clone();
-        self.retrier.failed(error, run, self.image_offset + run.offset(), attempts, move || {
+        self.retrier.failed(error, run, self.image_offset_of(run.first), attempts, move || {
             if pager.bitmap.is_stopped() {
                 return;
             }
@@ -663,6 +663,16 @@ impl Pager {
     /// that does not need them may continue: they are retried.
     pub(crate) fn is_set_aside(&self, range: PageRange) -> bool {
         self.set_aside.has_all(range, |page| self.bitmap.is_missing(page))
+    }
+
+    /// Returns whether the page's fetch has failed, and waits for its next attempt.
+    pub(crate) fn is_to_retry(&self, page: u64) -> bool {
+        self.retrier.is_failing_at(self.image_offset_of(page))
+    }
+
+    /// Returns the offset of a page in the image, in bytes.
+    pub(crate) fn image_offset_of(&self, page: u64) -> u64 {
+        self.image_offset + page * PAGE_SIZE
     }
 
     /// Returns the source of missing pages and the region's offset in it, in bytes.

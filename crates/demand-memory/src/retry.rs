@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::error::Error;
 use std::fmt;
+use std::ops::Range;
 use std::panic::{self, AssertUnwindSafe};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -61,7 +62,14 @@ pub struct Failure<'a> {
 }
 
 type Observer = Box<dyn Fn(&Failure<'_>) + Send + Sync>;
-type Job = Box<dyn FnOnce() + Send>;
+type Attempt = Box<dyn FnOnce() + Send>;
+
+/// The next attempt to fetch some pages.
+struct Job {
+    /// Offsets of the pages in the image, in bytes.
+    image: Range<u64>,
+    attempt: Attempt,
+}
 
 #[derive(Default)]
 struct Queue {
@@ -142,7 +150,8 @@ impl Retrier {
         }
         let key = (Instant::now() + self.policy.pause(count), queue.next);
         queue.next += 1;
-        queue.jobs.insert(key, Box::new(job));
+        let image = image_offset..image_offset + pages.bytes();
+        queue.jobs.insert(key, Job { image, attempt: Box::new(job) });
         if !queue.running {
             let inner = self.inner.clone();
             let spawned = thread::Builder::new().name("retry".into()).spawn(move || run(&inner));
@@ -167,6 +176,11 @@ impl Retrier {
     pub fn is_failing(&self) -> bool {
         let queue = self.inner.lock();
         queue.busy || !queue.jobs.is_empty()
+    }
+
+    /// Returns whether the page at `image_offset` (bytes) waits for its next attempt.
+    pub(crate) fn is_failing_at(&self, image_offset: u64) -> bool {
+        self.inner.lock().jobs.values().any(|job| job.image.contains(&image_offset))
     }
 
     /// Drops all jobs, and every later one.
@@ -199,7 +213,7 @@ fn run(inner: &Inner) {
         drop(queue);
         if let Some(job) = job {
             // A panic of a job is a bug, and has been reported; the other jobs continue.
-            let _ = panic::catch_unwind(AssertUnwindSafe(job));
+            let _ = panic::catch_unwind(AssertUnwindSafe(job.attempt));
         }
         queue = inner.lock();
         queue.busy = false;

@@ -160,6 +160,13 @@ enum Told {
     Callback(Box<dyn FnOnce() + Send>),
 }
 
+#[cfg(not(loom))]
+impl Told {
+    fn is_background(&self) -> bool {
+        matches!(self, Told::Thread(waiter, _) if waiter.background)
+    }
+}
+
 struct Entry {
     /// The page that the entry currently waits for: the first missing page of `range`.
     page: u64,
@@ -297,10 +304,23 @@ impl WaitTable {
     /// Returns whether a waiter other than background fill waits for a page of the range.
     #[cfg(not(loom))]
     pub(crate) fn is_wanted(&self, range: PageRange) -> bool {
-        let background = |told: &Told| matches!(told, Told::Thread(waiter, _) if waiter.background);
         let wants =
-            |entry: &Entry| !entry.range.intersect(range).is_empty() && !background(&entry.told);
+            |entry: &Entry| !entry.range.intersect(range).is_empty() && !entry.told.is_background();
         self.buckets.iter().any(|bucket| bucket.lock().iter().any(wants))
+    }
+
+    /// Returns the pages that waiters other than background fill currently wait for.
+    #[cfg(not(loom))]
+    pub(crate) fn waited_for(&self) -> Vec<u64> {
+        let mut pages = Vec::new();
+        // A later call finds a wait that begins now.
+        let used = |bucket: &&CachePadded<Bucket>| bucket.waiting.load(Ordering::Relaxed) != 0;
+        for bucket in self.buckets.iter().filter(used) {
+            let entries = bucket.lock();
+            let wanted = entries.iter().filter(|entry| !entry.told.is_background());
+            pages.extend(wanted.map(|entry| entry.page));
+        }
+        pages
     }
 
     /// Removes a wait's entry, wherever in its range it waits.

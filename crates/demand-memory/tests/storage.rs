@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use demand_memory::{
     BackingKind, FetchError, Fill, FillRate, MemfdBacking, PAGE_SIZE, PageRange, Pager, Path,
-    Retrier, RetryPolicy, Stats, Waiter,
+    Retrier, RetryPolicy, Stats, WaitWatch, Waiter,
 };
 use demand_source::{
     BlockingSource, Destination, Extent, HashedImage, ImageWriter, LocalFile, PageSource,
@@ -105,6 +105,78 @@ fn a_wait_for_hanging_storage_is_kicked() {
     until("the storage is asked", || file.waiting() > 0);
     waiter.kick();
     assert_eq!(vcpu.recv_timeout(SOON).expect("it is kicked"), Err(FetchError::Kicked));
+}
+
+#[test]
+fn unanswered_waits_are_found() {
+    let Some(file) = slow_file() else { return };
+    let pager = pager(LocalFile::open(file.path()).unwrap());
+    let _guard = file.answer_at_the_end();
+    file.hold(bytes(1..9));
+    let mut watch = WaitWatch::default();
+    let mut look = || watch.look([&pager]);
+    pager.fetch(PageRange::page(1), Path::Guest).unwrap();
+    let fill = Fill::start(vec![pager.clone()], FillRate::Unlimited).unwrap();
+    until("fill hangs", || file.waiting() > 1);
+    assert!(look().is_none(), "no thread but that of fill waits");
+    drop(fill);
+    let waiter = Waiter::new();
+    let vcpu = later({
+        let (pager, waiter) = (pager.clone(), waiter.clone());
+        move || pager.ensure(PageRange::new(0, 4), Path::Guest, &waiter)
+    });
+    until("a thread waits", || waiter.is_waiting());
+    // Page 0 may still be on its way.
+    until("it waits for what hangs", || {
+        look().is_some_and(|wait| wait.image_offset() == PAGE_SIZE)
+    });
+    thread::sleep(A_WHILE);
+    waiter.kick();
+    assert_eq!(vcpu.recv_timeout(SOON).expect("it is kicked"), Err(FetchError::Kicked));
+    // Later waits are shorter. This is how a back-end's fault waits.
+    let (sender, arrived) = mpsc::channel();
+    pager.fetch(PageRange::page(5), Path::BackEnd).unwrap();
+    pager.bitmap().when_present(PageRange::page(5), move || sender.send(()).unwrap());
+    let wait = look().expect("the page was waited for and is missing");
+    assert_eq!(wait.image_offset(), PAGE_SIZE);
+    assert!(wait.waiting() >= A_WHILE && !wait.is_over());
+    file.answer();
+    arrived.recv_timeout(PATIENCE).expect("all pages arrive");
+    until("the wait is over", || wait.is_over());
+    assert!(look().is_none());
+    file.hold(bytes(900..901));
+    let (sender, arrived) = mpsc::channel();
+    pager.fetch(PageRange::page(900), Path::BackEnd).unwrap();
+    pager.bitmap().when_present(PageRange::page(900), move || sender.send(()).unwrap());
+    let wait = look().expect("a callback waits");
+    assert_eq!(wait.image_offset(), 900 * PAGE_SIZE);
+    file.answer();
+    arrived.recv_timeout(PATIENCE).expect("the page arrives");
+}
+
+#[test]
+fn failed_fetches_count_as_answered() {
+    let Some(file) = slow_file() else { return };
+    file.fail(bytes(7..8));
+    let backing = MemfdBacking::new(BackingKind::Shmem, PAGES * PAGE_SIZE, true).unwrap();
+    let first = Duration::from_secs(600);
+    let policy = RetryPolicy { first, longest: first, limit: None };
+    let retrier = Retrier::new(policy, |_| {});
+    let (source, stats) = (LocalFile::open(file.path()).unwrap(), Arc::new(Stats::new()));
+    let pager = Pager::new(Arc::new(backing), Arc::new(source), 0, stats, retrier.clone()).unwrap();
+    let waiter = Waiter::new();
+    let vcpu = later({
+        let (pager, waiter) = (pager.clone(), waiter.clone());
+        move || pager.ensure(PageRange::page(7), Path::Guest, &waiter)
+    });
+    until("a thread waits", || waiter.is_waiting());
+    until("the fetch has failed", || retrier.is_failing());
+    let mut watch = WaitWatch::default();
+    for _ in 0..3 {
+        assert!(watch.look([&pager]).is_none());
+    }
+    pager.stop();
+    assert_eq!(vcpu.recv_timeout(SOON).expect("the wait ends"), Err(FetchError::Stopped));
 }
 
 #[test]

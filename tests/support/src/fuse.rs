@@ -152,6 +152,22 @@ impl SlowFile {
         self.folder.path().join(MOUNT).join(NAME)
     }
 
+    /// Mounts this file over `path`, an existing file, until the returned guard is dropped.
+    ///
+    /// # Panics
+    ///
+    /// If it cannot be mounted.
+    pub fn show_at(&self, path: PathBuf) -> impl Drop + use<> {
+        struct Shown(PathBuf);
+        impl Drop for Shown {
+            fn drop(&mut self) {
+                let _ = rustix::mount::unmount(&self.0, rustix::mount::UnmountFlags::DETACH);
+            }
+        }
+        rustix::mount::mount_bind(self.path(), &path).unwrap();
+        Shown(path)
+    }
+
     /// Also holds back reads of these bytes.
     pub fn hold(&self, bytes: Range<u64>) {
         self.ask(&format!("hold {} {}", bytes.start, bytes.end));

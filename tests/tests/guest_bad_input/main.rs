@@ -12,3 +12,8 @@ mod pages;
 mod run;
 mod snapshot;
 mod state;
+
+#[test]
+fn storage_server() {
+    test_support::fuse::serve();
+}

@@ -11,6 +11,7 @@ use demand_vmm::api::{State, Status};
 use demand_vmm::arch::layout::COMMAND_LINE;
 use demand_vmm::snapshot::dir as snapshot_dir;
 use serde_json::Value;
+use test_support::fuse::SlowFile;
 
 use crate::snapshot::{MEMORY, Snapshot, Spoilt, restore};
 
@@ -133,6 +134,42 @@ fn an_altered_page_is_waited_for_and_the_guest_goes_on_when_it_is_put_back() {
     assert!(status.last_error.unwrap_or_default().contains(&words));
 
     flip(&copy, page + 2000);
+    wait(&guest, "the page arrives", |status| status.last_error.is_none());
+    guest.api().resume().unwrap();
+    guest.wait_beats(3).unwrap();
+    let status = guest.api().status().unwrap();
+    assert_eq!((status.state, status.last_error), (State::Running, None));
+    guest.finish().unwrap();
+    snapshot.assert_unchanged();
+}
+
+#[test]
+fn hanging_page_is_told_and_pauses_the_guest() {
+    let Some(snapshot) = Snapshot::get() else { return };
+    let Some(file) = SlowFile::new(&snapshot.read("memory")) else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let copy = snapshot.copy();
+    copy.write("memory", &[]);
+    let _shown = file.show_at(copy.path("memory"));
+    let _guard = file.answer_at_the_end();
+    let page = worked_on(snapshot);
+    file.hold(page..page + PAGE);
+    let more = ["--source-limit", "15", "--fill", "off"];
+    let (mut guest, _back_end) = snapshot.restore(folder.path(), &copy.dir(), &more);
+    let words = format!("offset {page} of {}: no answer", copy.path("memory").display());
+    let told =
+        |status: &Status| status.last_error.as_ref().is_some_and(|error| error.contains(&words));
+    let status = wait(&guest, "it is told", told);
+    assert_eq!(status.state, State::Running);
+    let paused = |status: &Status| status.state == State::Paused;
+    assert!(told(&wait(&guest, "the limit passes", paused)));
+    let said = guest.said();
+    assert!(said.contains(&words) && said.contains("the VM is paused"), "{said}");
+    // The source is not back.
+    guest.api().resume().unwrap();
+    assert!(told(&wait(&guest, "it is paused again", paused)));
+
+    file.answer();
     wait(&guest, "the page arrives", |status| status.last_error.is_none());
     guest.api().resume().unwrap();
     guest.wait_beats(3).unwrap();

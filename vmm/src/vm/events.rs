@@ -24,7 +24,7 @@ pub enum Event {
     Finished(Result<(), Error>),
     /// The machine has been reset, or the reset has failed.
     Reset(Result<(), Error>),
-    /// The source has failed for longer than the user's limit.
+    /// The source has failed, or has not answered, for longer than the user's limit.
     GivenUp(String),
     /// A client has asked for the VM's end through the API.
     Shutdown,

@@ -20,6 +20,7 @@ use crate::vcpu::set::Vcpus;
 use crate::virtio::vhost_user::VhostUserDevice;
 use crate::vm::machine::Machine;
 use crate::vm::session::{GuestOptions, Prepared, Session, attach, run_guest};
+use crate::vm::source_watch::Awaited;
 use crate::vm::{Vm, VmParts};
 
 /// Options of `run --kernel`.
@@ -72,7 +73,7 @@ pub fn check_kvm() -> Result<(), Error> {
 
 fn prepare(session: &Session, options: &LinuxOptions) -> Result<Prepared, Error> {
     let machine = Arc::new(Machine::present(&options.memory, &session.stats)?);
-    let _ = session.memory.set(machine.memory().clone());
+    let _ = session.awaited.set(Awaited { memory: machine.memory().clone(), source: None });
     create_irqchip(machine.vm())?;
     let chipset = Chipset::new(machine.vm(), &session.guest.serial, None)?;
     let mut devices = Vec::new();

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use demand_kvm::{EngineChoice, open_kvm};
-use demand_memory::{PAGE_SIZE, PageRange, Path, Retrier, RetryPolicy, Waiter};
+use demand_memory::{PAGE_SIZE, PageRange, Path, Waiter};
 use demand_source::HashedImage;
 
 use crate::arch::cpuid;
@@ -25,10 +25,11 @@ use crate::snapshot::open::OpenSnapshot;
 use crate::snapshot::saved::SavedVm;
 use crate::vcpu::set::Vcpus;
 use crate::virtio::vhost_user::VhostUserDevice;
-use crate::vm::events::{Event, Tell};
+use crate::vm::events::Event;
 use crate::vm::machine::{Machine, MachineConfig};
 use crate::vm::session::{GuestOptions, Prepared, Session, attach, run_guest};
-use crate::vm::{LastError, Vm, VmParts};
+use crate::vm::source_watch::{Awaited, SourceWatch};
+use crate::vm::{Vm, VmParts};
 
 /// Time limit for setting the state of all vCPUs.
 const STATE_WITHIN: Duration = Duration::from_secs(60);
@@ -46,7 +47,8 @@ pub struct RestoreOptions {
     pub cpus: Option<u32>,
     /// The engine that traps vCPU accesses to missing pages.
     pub engine: EngineChoice,
-    /// How long the source may fail before the VM is paused with an error; `None`: without limit.
+    /// How long the source may fail, or not answer, before the VM is paused with an error; `None`:
+    /// without limit.
     pub source_limit: Option<Duration>,
     /// Background fill.
     pub fill: FillOption,
@@ -89,14 +91,22 @@ fn prepare(session: &Session, options: &RestoreOptions) -> Result<Prepared, Erro
         verify(&image)?;
         boot.iter().try_for_each(BootSource::check)?;
     }
+    let tell = session.tell.clone();
+    let source = SourceWatch::new(
+        dir::memory(&options.source),
+        options.source_limit,
+        session.last_error.clone(),
+        move |reason| tell.tell(Event::GivenUp(reason)),
+    );
     let machine = Arc::new(Machine::new(MachineConfig {
         memory: &memory,
         engine: options.engine,
         source: Arc::new(image),
         stats: session.stats.clone(),
-        retrier: retrier(options.source_limit, session.tell.clone(), session.last_error.clone()),
+        retrier: source.retrier(),
     })?);
-    let _ = session.memory.set(machine.memory().clone());
+    let awaited = Awaited { memory: machine.memory().clone(), source: Some(source) };
+    let _ = session.awaited.set(awaited);
     let shape = Arc::new(StateShape::of(machine.kvm(), machine.vm())?);
     create_irqchip(machine.vm())?;
     let registers = Some((&saved.serial, &saved.registers));
@@ -224,22 +234,6 @@ fn verify(image: &HashedImage) -> Result<(), Error> {
         true
     };
     image.verify(&mut progress).map_err(Error::failed)
-}
-
-fn retrier(limit: Option<Duration>, tell: Tell, last_error: LastError) -> Arc<Retrier> {
-    let policy = RetryPolicy { limit, ..RetryPolicy::default() };
-    Retrier::new(policy, move |failure| {
-        last_error.set(failure.error.to_string());
-        if failure.given_up {
-            // Each time, because the VM may have been resumed before the source was back.
-            let reason = format!("{} ({} attempts)", failure.error, failure.attempts);
-            tell.tell(Event::GivenUp(reason));
-        } else if failure.attempts.is_power_of_two() {
-            // Only attempts 1, 2, 4 and so on, because the pauses between attempts are short at
-            // first.
-            log::warn!("{} (attempt {})", failure.error, failure.attempts);
-        }
-    })
 }
 
 /// Fetches all memory, for back-ends that cannot wait for missing pages.

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use demand_memory::{DemandMemory, Fill, FillRate, Stats};
+use demand_memory::{Fill, FillRate, Stats};
 use vm_device::DeviceMmio;
 
 use crate::api::server::ApiServer;
@@ -24,13 +24,14 @@ use crate::report::progress::Bar;
 use crate::report::{Report, write_timeline};
 use crate::vcpu::{VcpuContext, VcpuEvent};
 use crate::virtio::vhost_user::VhostUserDevice;
+use crate::vm::Vm;
 use crate::vm::event_loop::{End, drive, spawn};
 use crate::vm::events::{Event, Hear, Tell, events};
 use crate::vm::interrupt::{Interrupt, on_signals};
 use crate::vm::machine::Machine;
 use crate::vm::reset::Pristine;
+use crate::vm::source_watch::{Awaited, LastError};
 use crate::vm::supervise::supervise;
-use crate::vm::{LastError, Vm};
 
 /// Time limit for writing the guest's last output when it ends.
 const CONSOLE_WITHIN: Duration = Duration::from_secs(1);
@@ -67,7 +68,7 @@ pub(crate) struct Session {
     /// one vCPU.
     pub(crate) reset_asked: Arc<AtomicBool>,
     /// The guest's memory, once it exists. The thread that ends the run uses it.
-    pub(crate) memory: Arc<OnceLock<DemandMemory>>,
+    pub(crate) awaited: Arc<OnceLock<Awaited>>,
 }
 
 /// The remaining work before the first instruction. It may wait for pages.
@@ -181,9 +182,9 @@ pub(crate) fn run_guest(
     let _terminal = console.then(RawTerminal::new).transpose().map_err(|error| {
         Error::failed(format!("cannot use the terminal as the guest's console: {error}"))
     })?;
-    let memory = Arc::new(OnceLock::new());
+    let awaited = Arc::new(OnceLock::new());
     let work = {
-        let (interrupt, memory) = (interrupt.clone(), memory.clone());
+        let (interrupt, awaited) = (interrupt.clone(), awaited.clone());
         move || {
             let (tell, hear) = events().map_err(|error| {
                 Error::host(format!(
@@ -198,12 +199,12 @@ pub(crate) fn run_guest(
             }
             let last_error = LastError::default();
             let reset_asked = Arc::default();
-            let session = Session { started, guest, stats, tell, last_error, reset_asked, memory };
+            let session = Session { started, guest, stats, tell, last_error, reset_asked, awaited };
             let prepared = prepare(&session)?;
             follow(session, prepared, &hear, console)
         }
     };
-    let report = supervise(&interrupt, &memory, work)?;
+    let report = supervise(&interrupt, &awaited, work)?;
     outputs.keep();
     Ok(report)
 }

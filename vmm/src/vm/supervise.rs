@@ -6,13 +6,17 @@ use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::Duration;
 
-use demand_memory::DemandMemory;
+use demand_memory::WaitWatch;
 
 use crate::error::{Error, no_thread};
 use crate::vm::interrupt::Interrupt;
+use crate::vm::source_watch::Awaited;
 
 /// How long a requested end waits for the work while pages still arrive, and again after they stop.
 const END_WITHIN: Duration = Duration::from_millis(2500);
+
+/// Interval between looks for pages that the source leaves unanswered.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
 
 /// A message to the thread that supervises the work.
 enum Said<T> {
@@ -23,7 +27,7 @@ enum Said<T> {
 }
 
 /// Runs `work` on its own thread, and returns the outcome. After `interrupt` is raised, that takes
-/// a few seconds at most. `memory` is the memory that the work waits for, once it exists.
+/// a few seconds at most. `awaited` is the memory that the work waits for, once it exists.
 ///
 /// # Errors
 ///
@@ -31,7 +35,7 @@ enum Said<T> {
 /// because the work may still run.
 pub(crate) fn supervise<T: Send + 'static>(
     interrupt: &Interrupt,
-    memory: &Arc<OnceLock<DemandMemory>>,
+    awaited: &Arc<OnceLock<Awaited>>,
     work: impl FnOnce() -> Result<T, Error> + Send + 'static,
 ) -> Result<T, Error> {
     // This thread only receives messages, so that no page fault can block it.
@@ -44,12 +48,15 @@ pub(crate) fn supervise<T: Send + 'static>(
         .spawn(body)
         .map_err(|error| no_thread("run the VM", error))?;
 
-    let mut patience = Duration::MAX;
+    let (mut ending, mut waits) = (false, WaitWatch::default());
     let outcome = loop {
-        match said.recv_timeout(patience) {
+        match said.recv_timeout(if ending { END_WITHIN } else { LOOK_EVERY }) {
             Ok(Said::Ended(outcome)) => break Some(*outcome),
-            Ok(Said::Interrupted) => patience = END_WITHIN,
-            Err(RecvTimeoutError::Timeout) => match memory.get() {
+            Ok(Said::Interrupted) => ending = true,
+            Err(RecvTimeoutError::Timeout) if !ending => {
+                awaited.get().into_iter().for_each(|awaited| awaited.look(&mut waits));
+            }
+            Err(RecvTimeoutError::Timeout) => match awaited.get().map(|awaited| &awaited.memory) {
                 // Ends every wait for a page except KVM's own.
                 Some(memory) if !memory.is_stopped() => memory.stop(),
                 Some(memory) => {
