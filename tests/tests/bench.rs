@@ -112,7 +112,7 @@ fn what_cannot_be_measured_is_refused() {
     image.as_file().set_len(4 << 20).unwrap();
     let source = format!("--source={}", image.path().display());
     for (arguments, word) in [
-        (&["--memory=size=8M", &source][..], "the image has only"),
+        (&["--memory=size=8M", &source][..], "the image: it has only"),
         (&["--memory=size=1T,reserve=off"], "exceed"),
         (&["--memory=size=4M", "--pages=1025"], "1024 pages"),
         (&["--memory=size=4M", "--pages=0"], "1024 pages"),

@@ -115,7 +115,7 @@ fn snapshot_loses_no_pending_reset() {
         snapshot.join().unwrap()
     });
     let error = taken.expect_err("a snapshot was taken without the reset").to_string();
-    assert!(error.contains("the guest is resetting itself; ask again"), "{error}");
+    assert!(error.contains("the guest is resetting itself; retry"), "{error}");
     assert!(!at("early").exists());
     until("the guest begins anew", || beginnings() == 2);
     take("later").unwrap();
