@@ -37,7 +37,7 @@ mod tests {
     use std::mem::offset_of;
 
     #[test]
-    fn the_bitmap_field_lies_where_the_kernel_has_it() {
+    fn bitmap_field_has_the_kernels_offset() {
         assert_eq!(offset_of!(kvm_userspace_memory_region2, pad2), 48);
         assert_eq!(size_of::<kvm_userspace_memory_region2>(), 160);
     }

@@ -259,7 +259,7 @@ mod tests {
     }
 
     #[test]
-    fn auto_takes_the_best_there_is() {
+    fn auto_takes_the_best_available_engine() {
         for (userfault, best) in [
             (Trial::Works, Engine::KvmUserfault),
             (REFUSED, Engine::Uffd),
@@ -273,7 +273,7 @@ mod tests {
     }
 
     #[test]
-    fn an_engine_asked_for_by_name_is_never_replaced() {
+    fn named_engine_is_never_replaced() {
         let only = |engine| EngineChoice::Only(engine);
         let all = host(Trial::Works, Trial::Works);
         for engine in Engine::ALL {

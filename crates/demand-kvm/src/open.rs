@@ -71,7 +71,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_reason_says_what_to_do() {
+    fn each_reason_has_its_advice() {
         for (errno, advice) in [
             (libc::ENOENT, "load the module"),
             (libc::EACCES, "join the group"),

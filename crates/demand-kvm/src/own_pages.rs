@@ -169,7 +169,7 @@ mod tests {
     }
 
     #[test]
-    fn the_list_has_each_page_once_and_in_order() {
+    fn pages_are_listed_once_and_in_order() {
         let msr = |index, data| kvm_msr_entry { index, data, ..Default::default() };
         let msrs = [msr(0x4b56_4d01, 0x9001), msr(0x4b56_4d03, 0x2041), msr(0x4b56_4d00, 0x9040)];
         let sregs =

@@ -193,7 +193,7 @@ mod tests {
     }
 
     #[test]
-    fn nested_virtualization_is_shown_only_where_it_is_known_to_be_right() {
+    fn nested_virtualization_is_hidden_unless_known_correct() {
         let probe = |virtualization, own_accesses| {
             let kvm = crate::KvmFeatures { own_accesses, ..Default::default() };
             Probe { virtualization, kvm: Ok(kvm) }

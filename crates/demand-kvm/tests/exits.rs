@@ -43,7 +43,7 @@ fn missing(pager: &Pager) -> u64 {
 }
 
 #[test]
-fn a_guest_sees_every_byte_of_the_image_and_fetches_what_it_touches() {
+fn guest_sees_image_and_fetches_only_touched_pages() {
     on_each(from_file, |machine, pager, _slot, handler| {
         let mut cpu = machine.vcpu(0);
         let touched = [
@@ -69,7 +69,7 @@ fn a_guest_sees_every_byte_of_the_image_and_fetches_what_it_touches() {
 }
 
 #[test]
-fn what_the_guest_wrote_is_never_overwritten() {
+fn guest_writes_are_never_overwritten() {
     on_each(from_file, |machine, pager, slot, handler| {
         let mut cpu = machine.vcpu(0);
         // Some are holes, and some have neighbours that stay missing.
@@ -101,7 +101,7 @@ fn what_the_guest_wrote_is_never_overwritten() {
 }
 
 #[test]
-fn two_vcpus_on_disjoint_and_on_the_same_pages() {
+fn two_vcpus_read_disjoint_and_shared_pages() {
     on_each(from_file, |machine, pager, _slot, handler| {
         let mut cpus = [machine.vcpu(0), machine.vcpu(1)];
         let round = |cpus: &mut [Cpu; 2], pages: [Pages; 2]| {
@@ -129,7 +129,7 @@ fn two_vcpus_on_disjoint_and_on_the_same_pages() {
 }
 
 #[test]
-fn a_vcpu_that_waits_for_its_page_can_be_kicked() {
+fn waiting_vcpu_can_be_kicked() {
     let gates = std::cell::RefCell::new(Vec::new());
     let source = |kind| {
         let gate = Gate::new(PAGES);
@@ -276,7 +276,7 @@ fn no_vcpu_is_ever_ahead_of_the_content() {
 /// Under memory attributes a page that fill has populated stays private until a vCPU touches it.
 /// Then its present neighbours become accessible with it.
 #[test]
-fn a_vcpu_is_stopped_once_for_a_run_of_pages_that_have_arrived() {
+fn vcpu_exits_once_per_run_of_present_pages() {
     let Some(kvm) = kvm_with(Engine::KvmAttributes) else { return };
     let machine = Machine::new(&kvm, Engine::KvmAttributes);
     let pager = from_file(BackingKind::Shmem);
@@ -347,7 +347,7 @@ fn refused_slot_leaves_attributes_alone() {
 /// On a kernel that is known to respect the bitmap, dirty logging can be turned off at any time,
 /// and the restored huge pages map no missing page.
 #[test]
-fn dirty_logging_goes_off_where_kvm_keeps_to_the_bitmap() {
+fn dirty_logging_can_stop_if_kvm_respects_bitmap() {
     let Some(kvm) = kvm_with(Engine::KvmUserfault) else { return };
     let features = features();
     if !features.own_accesses {

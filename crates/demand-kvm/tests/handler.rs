@@ -38,7 +38,7 @@ fn each_region_gets_its_own_faults() {
 }
 
 #[test]
-fn exits_that_are_not_ours_are_refused() {
+fn foreign_exits_are_refused() {
     let pager = file_pager(BackingKind::Shmem, 8);
     let handler = handler_of(&[(REGION, &pager)]).unwrap();
     let waiter = Waiter::new();
@@ -62,7 +62,7 @@ fn exits_that_are_not_ours_are_refused() {
 }
 
 #[test]
-fn regions_that_overlap_are_refused() {
+fn overlapping_regions_are_refused() {
     let pager = file_pager(BackingKind::Shmem, 8);
     let next = REGION + 8 * PAGE_SIZE;
     handler_of(&[(REGION, &pager), (next, &pager)]).unwrap();
@@ -71,7 +71,7 @@ fn regions_that_overlap_are_refused() {
 }
 
 #[test]
-fn a_page_that_came_meanwhile_is_not_fetched_again() {
+fn present_page_is_not_fetched_again() {
     let pager = file_pager(BackingKind::Shmem, 8);
     let handler = handler_of(&[(REGION, &pager)]).unwrap();
     let waiter = Waiter::new();
@@ -83,7 +83,7 @@ fn a_page_that_came_meanwhile_is_not_fetched_again() {
 }
 
 #[test]
-fn who_waits_for_a_slow_source_can_be_called_away_and_ask_again() {
+fn kicked_waiter_on_slow_source_can_wait_again() {
     let gate = Gate::new(8);
     let pager = pager(BackingKind::Shmem, 8, Arc::new(Threaded::new(gate.clone(), 2).unwrap()));
     let handler = handler_of(&[(REGION, &pager)]).unwrap();

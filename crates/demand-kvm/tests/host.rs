@@ -32,7 +32,7 @@ fn dirty(log: &[u64]) -> Vec<u64> {
 }
 
 #[test]
-fn a_guest_reads_the_image_and_its_writes_are_logged() {
+fn guest_reads_image_and_writes_are_logged() {
     let Some(kvm) = kvm() else { return };
     let machine = Machine::new(&kvm, Engine::Uffd);
     let pager = file_pager(BackingKind::Shmem, PAGES);
@@ -80,7 +80,7 @@ fn a_kernel_without_userfault_says_so() {
 }
 
 #[test]
-fn slots_that_cannot_be_are_refused() {
+fn impossible_slots_are_refused() {
     let Some(kvm) = kvm() else { return };
     let machine = Machine::new(&kvm, Engine::Uffd);
     let pager = file_pager(BackingKind::Shmem, PAGES);
@@ -160,7 +160,7 @@ fn arming_after_the_slot_is_refused() {
 }
 
 #[test]
-fn a_dropped_slot_is_gone_though_a_vcpu_keeps_the_vm() {
+fn dropped_slot_is_removed_despite_a_live_vcpu() {
     let Some(kvm) = kvm() else { return };
     let machine = Machine::new(&kvm, Engine::Uffd);
     let pager = file_pager(BackingKind::Shmem, PAGES);
@@ -208,7 +208,7 @@ fn a_running_guest_is_kicked_out() {
 }
 
 #[test]
-fn a_thread_that_waits_for_a_page_is_kicked_out() {
+fn waiting_thread_is_kicked_out() {
     let Some(kvm) = kvm() else { return };
     let gate = Gate::new(PAGES);
     let source = Arc::new(Threaded::new(gate.clone(), 2).unwrap());
@@ -235,7 +235,7 @@ fn a_thread_that_waits_for_a_page_is_kicked_out() {
 }
 
 #[test]
-fn no_kick_is_lost_wherever_the_vcpu_is() {
+fn no_kick_is_lost_at_any_moment() {
     let Some(kvm) = kvm() else { return };
     let machine = Machine::new(&kvm, Engine::Uffd);
     let mut cpu = machine.vcpu(0);

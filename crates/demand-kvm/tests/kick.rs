@@ -38,7 +38,7 @@ fn with_gate(engine: Engine, kind: BackingKind, test: impl FnOnce(Rig, Gate)) {
 /// Under the engine uffd a guest's access waits inside `KVM_RUN` while the source does not answer.
 /// KVM ends the wait for any signal (`FOLL_INTERRUPTIBLE`, since Linux 6.2).
 #[test]
-fn a_guest_that_waits_in_a_userfaultfd_is_kicked_out() {
+fn guest_waiting_in_userfaultfd_is_kicked_out() {
     for kind in [BackingKind::Shmem, BackingKind::Hugetlb2M] {
         with_gate(Engine::Uffd, kind, |rig, gate| {
             let mut cpu = rig.machine.vcpu(0);
@@ -70,7 +70,7 @@ fn a_guest_that_waits_in_a_userfaultfd_is_kicked_out() {
 /// the vCPU runs no instruction of the guest, and the kick is still in force when the access
 /// completes.
 #[test]
-fn kvms_own_access_comes_out_with_the_page_and_then_minds_the_kick() {
+fn kick_takes_effect_once_kvms_access_completes() {
     with_gate(Engine::Uffd, BackingKind::Shmem, |rig, gate| {
         let mut cpu = rig.machine.vcpu(0);
         let kick = cpu.kick.clone();

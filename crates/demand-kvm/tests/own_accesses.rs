@@ -110,7 +110,7 @@ fn image_with_tables() -> Vec<u8> {
 }
 
 #[test]
-fn page_tables_on_the_way_to_an_operand_are_the_images() {
+fn page_tables_of_an_operand_are_the_images() {
     let image = image_with_tables();
     for (entry, regs) in
         [((|entries| entries.outs) as fn(&Entries) -> u64, outs()), (|entries| entries.ins, ins())]
@@ -163,7 +163,7 @@ fn page_tables_on_the_way_to_an_operand_are_the_images() {
 
 /// Where the slot's mapping is inaccessible, KVM leaves accesses to user space, as for a device.
 #[test]
-fn accesses_that_kvm_leaves_to_user_space_are_made_there() {
+fn user_space_makes_accesses_left_by_kvm() {
     let image = full_image(PAGES);
     for engine in Engine::ALL {
         let Some(kvm) = kvm_with(engine) else { continue };

@@ -93,7 +93,7 @@ fn set(cpu: &Cpu, index: u32, data: u64) -> bool {
 }
 
 #[test]
-fn pages_are_fetched_before_user_space_sets_the_msrs() {
+fn pages_are_fetched_before_user_space_sets_msrs() {
     on_each(|_, _, image, rig| {
         for (msr, at) in [
             (WALL_CLOCK, WALL_CLOCK_AT),
@@ -147,7 +147,7 @@ fn trap(rig: &Rig) -> Option<MsrTrap> {
 }
 
 #[test]
-fn pages_are_fetched_before_the_guest_sets_the_msrs() {
+fn pages_are_fetched_before_guest_sets_msrs() {
     on_each(|_, _, image, rig| {
         for (msr, at) in [
             (WALL_CLOCK, WALL_CLOCK_AT),
@@ -182,7 +182,7 @@ fn pages_are_fetched_before_the_guest_sets_the_msrs() {
 }
 
 #[test]
-fn a_value_that_kvm_refuses_faults_in_the_guest() {
+fn refused_msr_value_faults_in_the_guest() {
     on_each(|_, _, image, rig| {
         let rig = rig();
         let Some(_trap) = trap(&rig) else { return };
@@ -195,7 +195,7 @@ fn a_value_that_kvm_refuses_faults_in_the_guest() {
 }
 
 #[test]
-fn a_guest_that_is_called_away_while_it_sets_an_msr_still_sets_it() {
+fn kicked_guest_still_completes_its_msr_write() {
     let Some(kvm) = kvm_with(Engine::Uffd) else { return };
     let gate = Gate::new(PAGES);
     let source = Arc::new(Threaded::new(gate.clone(), 2).unwrap());
@@ -229,7 +229,7 @@ fn a_guest_that_is_called_away_while_it_sets_an_msr_still_sets_it() {
 
 /// PV EOI: KVM sets the byte when it delivers an interrupt, and clears it when the guest exits.
 #[test]
-fn the_word_that_spares_an_end_of_interrupt_is_kvms() {
+fn pv_eoi_byte_of_kvm_is_kept() {
     if demand_kvm::probe().virtualization == Virtualization::Emulated {
         // It leaves the guest at any instruction.
         return skip("this KVM emulates the guest's instructions");

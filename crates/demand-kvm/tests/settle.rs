@@ -96,7 +96,7 @@ fn given() -> u64 {
 }
 
 #[test]
-fn an_instruction_that_asks_a_device_is_done_once_settled() {
+fn device_access_is_done_once_settled() {
     let Some(kvm) = kvm_with(Engine::Uffd) else { return };
     let image = full_image(PAGES);
     let value = 0x0123_4567;
@@ -157,7 +157,7 @@ fn until_it_waits(stage: &mut Stage) {
 }
 
 #[test]
-fn a_vcpu_that_waits_for_a_page_is_settled_once_it_comes() {
+fn waiting_vcpu_settles_once_its_page_arrives() {
     let image = full_image(PAGES);
     const LEN: u64 = 3 * PAGE_SIZE;
     let strings =
@@ -223,7 +223,7 @@ fn an_access_across_missing_pages_is_made_whole() {
 
 /// Until it is completed, a guest's write to one of KVM's MSRs has no effect.
 #[test]
-fn a_write_of_an_msr_that_waits_is_as_if_not_begun() {
+fn waiting_msr_write_has_no_effect() {
     const STEAL_TIME: u64 = 0x4b56_4d03;
     let Some(kvm) = kvm_with(Engine::Uffd) else { return };
     let gate = Gate::new(PAGES);
@@ -253,7 +253,7 @@ fn a_write_of_an_msr_that_waits_is_as_if_not_begun() {
 
 /// The vCPU can get another state, which the old instruction does not affect.
 #[test]
-fn a_write_of_an_msr_that_waits_can_be_forgotten() {
+fn waiting_msr_write_can_be_abandoned() {
     const STEAL_TIME: u64 = 0x4b56_4d03;
     let Some(kvm) = kvm_with(Engine::Uffd) else { return };
     let gate = Gate::new(PAGES);
@@ -288,7 +288,7 @@ fn a_write_of_an_msr_that_waits_can_be_forgotten() {
 }
 
 #[test]
-fn a_vcpu_whose_memory_was_stopped_says_so() {
+fn vcpu_reports_stopped_memory() {
     let Some(kvm) = kvm_with(Engine::Uffd) else { return };
     let (mut stage, _gate) = closed(&kvm, Engine::Uffd);
     let regs = kvm_regs { rsi: REGION, rcx: 8, rdx: u64::from(PORT), ..Default::default() };

@@ -408,7 +408,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sizes_that_are_no_multiple_of_the_unit_are_refused() {
+    fn sizes_other_than_whole_units_are_refused() {
         for (kind, size) in [
             (BackingKind::Shmem, 0),
             (BackingKind::Shmem, 4097),
@@ -435,7 +435,7 @@ mod tests {
     }
 
     #[test]
-    fn nobody_can_take_memory_away_by_its_length() {
+    fn length_of_memory_is_sealed() {
         let backing = MemfdBacking::new(BackingKind::Shmem, 1 << 20, true).unwrap();
         for size in [0, 4096, 2 << 20] {
             let error = backing.file().unwrap().set_len(size).unwrap_err();
@@ -445,7 +445,7 @@ mod tests {
     }
 
     #[test]
-    fn units_that_exist_are_found_and_removed() {
+    fn existing_units_are_found_and_removed() {
         let backing = MemfdBacking::new(BackingKind::Shmem, 1 << 20, true).unwrap();
         assert_eq!(backing.next_existing(0).unwrap(), None);
         let mapping = backing.map().unwrap();

@@ -416,7 +416,7 @@ mod tests {
     use std::time::Duration;
 
     #[test]
-    fn all_pages_are_missing_at_first_and_no_more() {
+    fn exactly_all_pages_are_missing_at_first() {
         let bitmap = MissingBitmap::new(130).unwrap();
         assert_eq!(bitmap.count_missing(PageRange::new(0, 130)), 130);
         assert_eq!(bitmap.words().load(2), 3);
@@ -432,7 +432,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_present_from_the_start_is_complete_and_costs_nothing() {
+    fn initially_present_bitmap_is_complete_and_costs_nothing() {
         use std::os::unix::fs::MetadataExt;
         // The bitmap of 1 TiB of memory.
         let bitmap = MissingBitmap::present(1 << 28).unwrap();
@@ -475,7 +475,7 @@ mod tests {
     }
 
     #[test]
-    fn a_claim_gives_runs_across_words_and_leaves_out_what_others_have() {
+    fn claim_spans_words_and_skips_claimed_pages() {
         let bitmap = MissingBitmap::new(512).unwrap();
         assert_eq!(bitmap.claim(PageRange::new(100, 2))[..], [PageRange::new(100, 2)]);
         let runs = bitmap.claim(PageRange::new(0, 512));
@@ -551,7 +551,7 @@ mod tests {
     }
 
     #[test]
-    fn a_waiter_goes_on_when_its_range_is_whole() {
+    fn waiter_resumes_once_its_range_is_present() {
         let bitmap = MissingBitmap::new(512).unwrap();
         let waiter = Waiter::new();
         thread::scope(|scope| {

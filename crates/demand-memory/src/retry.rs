@@ -246,7 +246,7 @@ mod tests {
     }
 
     #[test]
-    fn it_is_failing_until_the_last_job_is_done() {
+    fn retrier_is_failing_until_its_last_job_ends() {
         let retrier = Retrier::new(RetryPolicy::default(), |_| {});
         assert!(!retrier.is_failing());
         let (sender, receiver) = std::sync::mpsc::channel::<()>();

@@ -57,7 +57,7 @@ fn slices_of_nothing_bring_nothing_in() {
 }
 
 #[test]
-fn slices_hold_what_the_image_does_at_each_edge_of_a_word() {
+fn slices_across_word_edges_hold_the_image() {
     for first in [0, 1, 62, 63, 64, 65, 127, 128] {
         for count in [1, 2, 63, 64, 65, 128, 130] {
             if first + count > 130 {
@@ -86,7 +86,7 @@ fn slices_hold_what_the_image_does_at_each_edge_of_a_word() {
 }
 
 #[test]
-fn addresses_are_found_in_few_regions_and_in_many() {
+fn addresses_are_found_in_few_or_many_regions() {
     for regions in [1, 2, 4, 5, 9] {
         // Every second region directly follows the one before it.
         let starts: Vec<_> =

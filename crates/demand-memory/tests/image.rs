@@ -175,13 +175,13 @@ fn is_what_the_guest_would_see(kind: BackingKind, second: u64) {
 }
 
 #[test]
-fn an_image_of_lazy_memory_is_what_the_guest_would_see() {
+fn lazy_memory_image_is_the_guests_view() {
     // More than 1 MiB, and not a multiple of it.
     is_what_the_guest_would_see(BackingKind::Shmem, 300);
 }
 
 #[test]
-fn an_image_of_lazy_huge_pages_is_what_the_guest_would_see() {
+fn lazy_huge_pages_image_is_the_guests_view() {
     let Some(_pool) = host::huge_pages(3) else { return };
     is_what_the_guest_would_see(BackingKind::Hugetlb2M, 1024);
 }
@@ -192,7 +192,7 @@ proptest! {
     })]
 
     #[test]
-    fn whatever_is_present_the_image_is_the_same(
+    fn image_does_not_depend_on_present_pages(
         fetched in prop::collection::vec((0..FIRST + 64, 1..200u64), 0..8),
         writes in prop::collection::vec(0..(FIRST + 64) * PAGE_SIZE, 0..20),
     ) {
@@ -215,7 +215,7 @@ proptest! {
 }
 
 #[test]
-fn background_fill_may_go_on() {
+fn background_fill_may_run_during_a_copy() {
     let pages = FIRST + 2048;
     let (source, _) = far(pages * PAGE_SIZE);
     let memory = two(BackingKind::Shmem, 2048, source);
@@ -237,7 +237,7 @@ fn present(kind: BackingKind, size: u64) -> DemandMemory {
 }
 
 #[test]
-fn memory_that_is_present_from_the_start_costs_what_is_used() {
+fn present_memory_costs_only_its_used_pages() {
     let begun = Instant::now();
     let memory = present(BackingKind::Shmem, 64 << 30);
     let took = begun.elapsed();
@@ -313,7 +313,7 @@ impl Backing for Bare {
 }
 
 #[test]
-fn memory_that_is_no_file_is_read_where_it_is_mapped() {
+fn memory_without_file_is_read_through_its_mapping() {
     let bare = Bare(MemfdBacking::new(BackingKind::Shmem, FIRST * PAGE_SIZE, true).unwrap());
     let source: Arc<dyn PageSource> = Arc::new(Near(FIRST * PAGE_SIZE));
     let config = RegionConfig {
@@ -332,7 +332,7 @@ fn memory_that_is_no_file_is_read_where_it_is_mapped() {
 }
 
 #[test]
-fn a_source_that_fails_is_an_error_and_the_memory_goes_on() {
+fn source_failure_ends_copy_and_spares_memory() {
     let pages = FIRST + 64;
     let (source, control) = far(pages * PAGE_SIZE);
     let memory = two(BackingKind::Shmem, 64, source);
@@ -364,7 +364,7 @@ fn a_source_that_fails_is_an_error_and_the_memory_goes_on() {
 }
 
 #[test]
-fn a_copy_can_be_ended_also_while_the_source_takes_its_time() {
+fn copy_can_be_cancelled_during_a_hanging_read() {
     let pages = FIRST + 64;
     let (source, control) = far(pages * PAGE_SIZE);
     let _end = control.let_go_at_the_end();

@@ -67,7 +67,7 @@ impl Memory {
 }
 
 #[test]
-fn two_faulters_on_one_page_populate_it_once_and_both_see_it() {
+fn two_faulters_populate_once_and_see_the_page() {
     loom::model(|| {
         let memory = Memory::new(1);
         let fault = |memory: &Memory| {
@@ -103,7 +103,7 @@ fn a_unit_and_one_of_its_pages_meet() {
 }
 
 #[test]
-fn a_reader_of_the_bitmap_never_sees_a_page_before_its_content() {
+fn bitmap_reader_never_sees_page_before_its_content() {
     loom::model(|| {
         let memory = Memory::new(1);
         let vcpu = {
@@ -152,7 +152,7 @@ fn copy_misses_no_write_before_publication() {
 }
 
 #[test]
-fn the_last_page_is_told_once_and_everything_is_there_by_then() {
+fn completion_is_reported_once_after_all_content() {
     loom::model(|| {
         // Two words, so that two counters must agree.
         let memory = Memory::new(65);
@@ -178,7 +178,7 @@ fn the_last_page_is_told_once_and_everything_is_there_by_then() {
 }
 
 #[test]
-fn a_callback_for_a_unit_runs_once_when_all_of_it_is_there() {
+fn unit_callback_runs_once_when_unit_is_present() {
     loom::model(|| {
         let memory = Memory::new(2);
         let unit = PageRange::new(0, 2);
@@ -203,7 +203,7 @@ fn a_callback_for_a_unit_runs_once_when_all_of_it_is_there() {
 }
 
 #[test]
-fn a_kick_ends_a_wait_and_the_next_wait_is_whole() {
+fn kick_ends_one_wait_and_not_the_next() {
     loom::model(|| {
         let memory = Memory::new(1);
         let waiter = Waiter::new();
@@ -248,7 +248,7 @@ fn swept_page_is_not_claimed_meanwhile() {
 }
 
 #[test]
-fn stopping_leaves_nobody_waiting() {
+fn stopping_ends_every_wait() {
     loom::model(|| {
         let memory = Memory::new(1);
         memory.bitmap.claim(PageRange::page(0));

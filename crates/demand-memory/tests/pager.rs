@@ -98,7 +98,7 @@ fn fickle(file: &tempfile::NamedTempFile, delay: Duration) -> Fickle {
 }
 
 #[test]
-fn every_access_sees_what_the_image_holds() {
+fn every_access_sees_the_images_content() {
     let file = image();
     let region = region(LocalFile::open(file.path()).unwrap());
     check(&region, (0..PAGES).rev().step_by(3));
@@ -112,7 +112,7 @@ fn every_access_sees_what_the_image_holds() {
 }
 
 #[test]
-fn accesses_bring_in_exactly_what_they_touch() {
+fn accesses_fetch_exactly_the_touched_pages() {
     let file = image();
     let memory = DemandMemory::new(vec![region(LocalFile::open(file.path()).unwrap())]).unwrap();
     let pager = memory.pagers().next().unwrap().clone();
@@ -145,7 +145,7 @@ fn accesses_bring_in_exactly_what_they_touch() {
 }
 
 #[test]
-fn what_the_guest_wrote_is_never_overwritten() {
+fn guest_writes_are_never_overwritten() {
     let file = image();
     let region = region(LocalFile::open(file.path()).unwrap());
     for page in (1..PAGES).step_by(7) {
@@ -186,7 +186,7 @@ fn many_threads_read_one_slow_source() {
 }
 
 #[test]
-fn a_failing_source_is_never_zeros_and_the_wait_outlasts_it() {
+fn wait_outlasts_failing_source_and_sees_no_zeros() {
     let file = image();
     for threads in [0, 2] {
         let fickle = fickle(&file, Duration::ZERO);
@@ -250,7 +250,7 @@ fn a_failing_source_is_never_zeros_and_the_wait_outlasts_it() {
 }
 
 #[test]
-fn a_wait_for_a_slow_source_can_be_kicked_and_stopped() {
+fn slow_source_wait_can_be_kicked_and_stopped() {
     let file = image();
     let region = region(Threaded::new(fickle(&file, Duration::from_millis(300)), 1).unwrap());
     let (pager, waiter) = (region.pager(), Waiter::new());
@@ -325,7 +325,7 @@ impl Trap for Recorder {
 }
 
 #[test]
-fn pages_are_mapped_for_the_guest_before_their_bits_are_cleared() {
+fn pages_are_mapped_before_bits_are_cleared() {
     let file = image();
     let region = region(LocalFile::open(file.path()).unwrap());
     let trap = Arc::new(Recorder {
@@ -364,7 +364,7 @@ impl Trap for Halfway {
 }
 
 #[test]
-fn a_mapping_that_failed_halfway_costs_no_write_of_the_guest() {
+fn half_failed_mapping_loses_no_guest_write() {
     let file = image();
     let region = region(LocalFile::open(file.path()).unwrap());
     let guest = region.pager().backing().map().unwrap();
@@ -377,7 +377,7 @@ fn a_mapping_that_failed_halfway_costs_no_write_of_the_guest() {
 }
 
 #[test]
-fn a_region_that_goes_leaves_the_retrier_to_others() {
+fn dropped_region_leaves_retrier_to_others() {
     let file = image();
     let retrier = Retrier::new(RetryPolicy::default(), |_| {});
     let make = |failing: bool| {

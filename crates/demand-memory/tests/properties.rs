@@ -82,14 +82,14 @@ proptest! {
     }
 
     #[test]
-    fn what_two_runs_share_lies_in_both(a in range_in(300), b in range_in(300)) {
+    fn intersection_of_two_runs_lies_in_both(a in range_in(300), b in range_in(300)) {
         let set = |range: PageRange| (range.first..range.end()).collect::<BTreeSet<_>>();
         prop_assert_eq!(set(a.intersect(b)), &set(a) & &set(b));
         prop_assert_eq!(a.intersect(b).is_empty(), b.intersect(a).is_empty());
     }
 
     #[test]
-    fn growing_to_units_is_the_least_that_holds_the_run(
+    fn runs_grow_to_the_fewest_whole_units(
         (limit, range) in (1..3000u64).prop_flat_map(|limit| (Just(limit), range_in(limit))),
         unit in prop_oneof![Just(1u64), Just(2), Just(64), Just(512)],
     ) {
@@ -177,7 +177,7 @@ proptest! {
     }
 
     #[test]
-    fn a_stopped_bitmap_keeps_nobody(pages in 1..500u64, first: prop::sample::Index) {
+    fn stopped_bitmap_keeps_no_waiter_or_callback(pages in 1..500u64, first: prop::sample::Index) {
         let bitmap = MissingBitmap::new(pages).unwrap();
         let range = PageRange::page(first.index(pages as usize) as u64);
         bitmap.stop();
@@ -321,7 +321,7 @@ proptest! {
 
     /// Uses regions with and without gaps between them. A check fetches nothing.
     #[test]
-    fn ranges_and_accesses_agree_with_a_map_of_bytes(
+    fn ranges_and_accesses_match_a_byte_map(
         layout in layout(),
         accesses in prop::collection::vec(access(), 1..30),
         wild in prop::collection::vec((any::<u64>(), any::<usize>()), 4),
