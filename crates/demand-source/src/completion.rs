@@ -115,7 +115,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_outcome_known_before_it_is_asked_for_arrives() {
+    fn outcome_known_before_the_wait_arrives() {
         let (completer, completion) = Completion::pair();
         completer.complete(Ok(()));
         completion.wait().unwrap();

@@ -335,7 +335,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_not_written_is_told() {
+    fn unwritten_bytes_are_reported() {
         let mut bytes = [0; 8];
         let mut destination = Destination::from(&mut bytes[..]);
         // Writing the same half twice does not fill it.

@@ -190,7 +190,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_shrinks_is_an_error_and_not_zeros() {
+    fn shrunk_file_is_an_error_and_not_zeros() {
         let (file, image) = image();
         file.as_file().set_len(1 << 20).unwrap();
         let mut bytes = [0; 4096];

@@ -51,7 +51,7 @@ mod tests {
     }
 
     #[test]
-    fn a_single_bit_anywhere_is_no_page_of_zeros() {
+    fn one_set_bit_is_no_page_of_zeros() {
         for bit in (0..PAGE_BYTES * 8).step_by(61) {
             let mut page = [0; PAGE_BYTES];
             page[bit / 8] = 1 << (bit % 8);

@@ -186,7 +186,7 @@ mod tests {
     }
 
     #[test]
-    fn a_buffer_is_used_again_and_only_after_its_last_use() {
+    fn buffer_is_reused_only_after_its_last_use() {
         let mut first = MappedBytes::buffer(8192);
         first.fill(7);
         let first = MappedBytes::owned(first);
@@ -202,7 +202,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_there_is_refused() {
+    fn bytes_past_the_end_are_refused() {
         let file = file(3 << 20);
         let mapped = MappedFile::new(&file, 3 << 20).unwrap();
         assert!(mapped.bytes(2 << 20, 2 << 20).is_none());
@@ -214,7 +214,7 @@ mod tests {
     }
 
     #[test]
-    fn what_stays_mapped_is_bounded() {
+    fn resident_bytes_are_bounded() {
         let len = 4 * WINDOW;
         let mapped = MappedFile::new(&file(len), len).unwrap();
         for offset in (0..len).step_by(2 << 20) {

@@ -194,7 +194,7 @@ mod tests {
     const HEADER: Header = Header { size: 3 << 20, generation: *b"sixteen bytes..." };
 
     #[test]
-    fn a_header_is_read_back_and_each_bit_of_it_counts() {
+    fn header_is_read_back_and_each_bit_counts() {
         let bytes = HEADER.encode();
         assert_eq!(Header::decode(&bytes), Ok(HEADER));
         for bit in 0..HEADER_BYTES * 8 {
@@ -205,7 +205,7 @@ mod tests {
     }
 
     #[test]
-    fn the_errors_tell_what_it_is() {
+    fn header_errors_name_the_cause() {
         let why = |bytes| Header::decode(&bytes).unwrap_err();
         assert!(why([0; HEADER_BYTES]).contains("unfinished"));
         assert!(why([7; HEADER_BYTES]).contains("not a table"));

@@ -333,7 +333,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_page_of_the_image_is_refused() {
+    fn invalid_sizes_and_pages_are_refused() {
         let folder = tempfile::tempdir().unwrap();
         for size in [0, 4097, u64::MAX - 4095] {
             let error = writer(folder.path(), size).unwrap_err();
@@ -361,7 +361,7 @@ mod tests {
     }
 
     #[test]
-    fn a_full_disk_is_told_with_what_to_do() {
+    fn full_disk_error_has_offset_and_advice() {
         let full = Output {
             file: OpenOptions::new().write(true).open("/dev/full").unwrap(),
             path: "/dev/full".into(),

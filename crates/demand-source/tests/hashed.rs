@@ -158,7 +158,7 @@ proptest! {
     })]
 
     #[test]
-    fn what_was_written_comes_back(
+    fn written_content_is_read_back(
         (pages, steps) in steps(),
         reads in prop::collection::vec((0..MOST_PAGES * PAGE, 0..20_000usize), 0..10),
     ) {
@@ -291,7 +291,7 @@ proptest! {
 }
 
 #[test]
-fn an_image_that_was_not_finished_is_refused() {
+fn unfinished_image_is_refused() {
     let folder = tempfile::tempdir().unwrap();
     let (image, table) = (folder.path().join("image"), folder.path().join("table"));
     let mut writer = ImageWriter::create(&image, &table, 8192, [0; 16]).unwrap();
@@ -342,7 +342,7 @@ fn whole_units_come_checked() {
 
 /// An image of 64 GiB, nearly all hole: neither opening it nor a fault reads the whole table.
 #[test]
-fn opening_and_holes_cost_the_same_whatever_the_size() {
+fn opening_and_holes_are_cheap_at_any_size() {
     const SIZE: u64 = 64 << 30;
     let pair = Pair::write(SIZE / PAGE, &[(SIZE / PAGE - 1, 1, 9)]);
     let begun = std::time::Instant::now();

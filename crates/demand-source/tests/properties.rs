@@ -23,7 +23,7 @@ proptest! {
     })]
 
     #[test]
-    fn an_image_is_what_was_written(
+    fn image_reads_as_written(
         (len, writes) in image(),
         reads in prop::collection::vec((0..MOST, 0..20_000u64), 0..20),
         wild in (any::<u64>(), 0..100u64),
