@@ -174,7 +174,7 @@ mod tests {
     }
 
     #[test]
-    fn errors_are_one_line_and_say_what_to_do() {
+    fn errors_are_one_line_with_advice() {
         let text = error(libc::ENOENT).to_string();
         assert!(text.starts_with("cannot map 8192 bytes at address 0x1000"), "{text}");
         assert!(text.contains("after 4096 bytes") && text.contains("register the range"), "{text}");

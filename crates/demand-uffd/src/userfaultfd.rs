@@ -555,7 +555,7 @@ mod tests {
 
     /// A process that holds a descriptor of the same userfaultfd can make it blocking at any time.
     #[test]
-    fn a_read_waits_for_nothing_whatever_the_flags() {
+    fn read_never_blocks_despite_blocking_flags() {
         let uffd = Arc::new(Userfaultfd::open(Features::GUEST_MEMORY).unwrap());
         assert_eq!(uffd.read(&mut Vec::new()).unwrap(), 0);
         let theirs = uffd.try_clone_fd().unwrap();
@@ -577,7 +577,7 @@ mod tests {
     }
 
     #[test]
-    fn without_a_read_that_takes_flags_those_of_the_descriptor_are_looked_at() {
+    fn read_without_flags_checks_the_descriptors_flags() {
         let uffd = Userfaultfd::open(Features::GUEST_MEMORY).unwrap();
         uffd.flags_decide.store(true, Ordering::Relaxed);
         assert_eq!(uffd.read(&mut Vec::new()).unwrap(), 0);

@@ -361,7 +361,7 @@ mod tests {
     }
 
     #[test]
-    fn what_there_was_no_memory_for_is_tried_again_after_a_pause() {
+    fn fault_without_memory_is_retried_after_a_pause() {
         let memory = memory();
         let service = FaultService::start(1).unwrap();
         let reader = memory.touch();
@@ -382,7 +382,7 @@ mod tests {
     }
 
     #[test]
-    fn who_was_left_to_a_fault_that_the_pager_has_mapped_is_woken() {
+    fn second_faulter_on_a_mapped_page_is_woken() {
         let memory = memory();
         let service = FaultService::start(1).unwrap();
         assert!(memory.armed.begin(PAGE));

@@ -18,14 +18,14 @@ fn armed(kind: BackingKind, vcpus: VcpuTrap) -> (Modes, Path) {
 }
 
 #[test]
-fn shared_memory_is_armed_against_everybody() {
+fn shmem_is_armed_in_all_modes() {
     let kind = BackingKind::Shmem;
     assert_eq!(armed(kind, VcpuTrap::Mapping), (Modes::ALL, Path::Guest));
     assert_eq!(armed(kind, VcpuTrap::Hypervisor), (Modes::ALL, Path::KvmInternal));
 }
 
 #[test]
-fn huge_pages_are_left_to_a_hypervisor_that_traps() {
+fn huge_pages_are_left_to_a_trapping_hypervisor() {
     let Some(_pool) = huge_pages(2) else { return };
     let kind = BackingKind::Hugetlb2M;
     assert_eq!(armed(kind, VcpuTrap::Mapping), (Modes::ALL, Path::Guest));

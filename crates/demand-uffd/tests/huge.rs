@@ -61,7 +61,7 @@ fn a_half_filled_unit_is_completed_first() {
 }
 
 #[test]
-fn a_unit_is_not_reachable_before_it_is_whole() {
+fn incomplete_unit_is_not_reachable() {
     let Some(_pool) = huge_pages(4) else { return };
     let (source, control) = far(SIZE);
     let pager = pager_on(common::backing(KIND, SIZE), source);
@@ -121,7 +121,7 @@ fn missing_alone_lets_half_filled_units_through() {
 }
 
 #[test]
-fn single_pages_and_units_of_the_same_memory_at_once() {
+fn single_pages_and_units_are_served_together() {
     let Some(_pool) = huge_pages(4) else { return };
     let (source, _control) = far(SIZE);
     let pager = pager_on(common::backing(KIND, SIZE), source);

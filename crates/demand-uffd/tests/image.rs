@@ -94,7 +94,7 @@ impl Trap for Half {
 }
 
 #[test]
-fn writes_to_half_mapped_pages_are_in_the_image() {
+fn image_has_writes_to_half_mapped_pages() {
     const PAGES: u64 = 64;
     let (memory, pager) = memory(BackingKind::Shmem, Near(PAGES * PAGE_SIZE));
     let guest = mapping(&pager);
@@ -140,7 +140,7 @@ impl LoadUnit for Held {
 }
 
 #[test]
-fn writes_to_units_just_created_are_in_the_image() {
+fn image_has_writes_to_new_units() {
     const UNIT: u64 = 512;
     let Some(_pool) = huge_pages(1) else { return };
     // Units are created with their content only from a source that cannot block, like a file in

@@ -111,7 +111,7 @@ fn wholly_missing_units_come_with_their_content() {
 }
 
 #[test]
-fn units_within_a_longer_run_are_loaded_until_all_are_there() {
+fn units_of_longer_runs_are_loaded_until_complete() {
     let Some(_pool) = huge_pages(UNITS) else { return };
     let World { backing, pager, loads, .. } = world();
     assert_eq!(pager.fetch(PageRange::new(0, 3 * 512), Path::Vmm), Ok(3 * 512));
@@ -129,7 +129,7 @@ fn units_within_a_longer_run_are_loaded_until_all_are_there() {
 
 /// As after an attempt that failed halfway.
 #[test]
-fn a_unit_that_exists_is_read_into() {
+fn existing_unit_is_filled_in_place() {
     let Some(_pool) = huge_pages(UNITS) else { return };
     let World { backing, pager, loads, .. } = world();
     backing.allocate(PageRange::new(512 * 3, 512)).unwrap();
@@ -142,7 +142,7 @@ fn a_unit_that_exists_is_read_into() {
 }
 
 #[test]
-fn an_image_that_has_shrunk_is_no_zeros() {
+fn shrunk_image_gives_no_zeros() {
     // The first case's reader may still hold its memory while the second case runs.
     let Some(_pool) = huge_pages(2 * UNITS) else { return };
     // By whole pages, which the kernel reports, and by a part of one, which reads as zeros.

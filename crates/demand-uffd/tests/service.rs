@@ -65,7 +65,7 @@ fn all_pages_arrive_one_by_one() {
 
 /// One read of the service returns at most a batch of messages.
 #[test]
-fn more_faults_than_one_read_gives_are_all_served() {
+fn more_faults_than_one_batch_are_served() {
     let (pager, uffd) = (shmem(), uffd());
     let mapping = mapping(&pager);
     let armed = ArmedMapping::own(&uffd, mapping.clone(), &pager, Path::Vmm).unwrap();
@@ -113,7 +113,7 @@ fn pages_outside_of_a_mapping_are_left_alone() {
 
 /// A present page does not stay mapped for ever: the kernel may unmap it.
 #[test]
-fn a_page_that_was_unmapped_comes_back() {
+fn unmapped_page_comes_back() {
     let (pager, uffd) = (shmem(), uffd());
     let mapping = mapping(&pager);
     let armed = ArmedMapping::own(&uffd, mapping.clone(), &pager, Path::Guest).unwrap();
@@ -164,7 +164,7 @@ fn a_half_filled_chunk_is_completed_first() {
 }
 
 #[test]
-fn a_chunk_is_not_reachable_before_it_is_whole() {
+fn incomplete_chunk_is_not_reachable() {
     let (source, control) = far(SIZE);
     let pager = pager_on(common::backing(BackingKind::Shmem, SIZE), source);
     let (uffd, mapping) = (uffd(), mapping(&pager));
@@ -188,7 +188,7 @@ fn a_chunk_is_not_reachable_before_it_is_whole() {
 }
 
 #[test]
-fn a_slow_page_holds_up_nobody_else() {
+fn slow_page_delays_no_other() {
     let (source, control) = far(SIZE);
     let pager = pager_on(common::backing(BackingKind::Shmem, SIZE), source);
     let (uffd, mapping) = (uffd(), mapping(&pager));
@@ -289,7 +289,7 @@ fn the_service_resolves_other_processes_faults() {
 
 /// Many readers of one memory, through all kinds of mappings at once.
 #[test]
-fn everybody_reads_the_image_at_once() {
+fn all_mappings_read_the_image_at_once() {
     for round in 0..3 {
         let (source, _control) = far(SIZE);
         let pager = pager_on(common::backing(BackingKind::Shmem, SIZE), source);
@@ -347,7 +347,7 @@ fn faults_in_no_mapping_are_left_alone() {
 /// A thread still waits for a page that is already mapped: it is woken, and the rest of the chunk
 /// is mapped.
 #[test]
-fn who_waits_for_a_mapped_page_goes_on() {
+fn waiter_on_a_mapped_page_is_woken() {
     let (pager, uffd) = (shmem(), uffd());
     let mapping = mapping(&pager);
     let armed = ArmedMapping::foreign(&uffd, base(&mapping), &pager).unwrap();
@@ -373,7 +373,7 @@ fn who_waits_for_a_mapped_page_goes_on() {
 }
 
 #[test]
-fn a_trap_is_not_taken_away_before_the_end() {
+fn trap_stays_until_no_page_is_missing() {
     let (pager, uffd) = (shmem(), uffd());
     let mapping = mapping(&pager);
     let armed = ArmedMapping::own(&uffd, mapping.clone(), &pager, Path::Vmm).unwrap();

@@ -36,7 +36,7 @@ fn service(mappings: &[Arc<ArmedMapping>]) -> FaultService {
 }
 
 #[test]
-fn neighbours_that_exist_have_not_arrived() {
+fn existing_neighbours_stay_missing() {
     if !transparent_huge_pages() {
         return;
     }

@@ -33,7 +33,7 @@ fn shmem(present: &[u64]) -> (Arc<Mapping>, u64) {
 }
 
 #[test]
-fn the_kernel_has_what_is_needed_and_lacks_what_does_not_exist() {
+fn kernel_has_needed_and_lacks_unknown_features() {
     let features = Userfaultfd::kernel_features().unwrap();
     assert!(features.contains(Features::GUEST_MEMORY), "{features}");
     let wanted = Features::MISSING_SHMEM | Features::from_bits(1 << 60);
@@ -50,7 +50,7 @@ fn the_kernel_has_what_is_needed_and_lacks_what_does_not_exist() {
 }
 
 #[test]
-fn pages_that_exist_are_mapped_and_the_others_told_apart() {
+fn existing_pages_are_mapped_and_others_told_apart() {
     let (mapping, base) = shmem(&[0, 1, 2, 3, 6]);
     let uffd = uffd();
     let pages = |pages: u64| pages * PAGE_SIZE;
@@ -153,7 +153,7 @@ fn nothing_can_be_mapped_while_an_event_waits() {
 }
 
 #[test]
-fn only_a_userfaultfd_that_is_ready_is_taken() {
+fn only_an_initialised_userfaultfd_is_accepted() {
     let file = OwnedFd::from(tempfile::tempfile().unwrap());
     let error = Userfaultfd::from_received(file).unwrap_err();
     assert!(error.to_string().contains("not a userfaultfd"), "{error}");
@@ -258,7 +258,7 @@ fn armed_mappings_trap_both() {
 /// The kernel wakes the waiters of a range and then removes the trap. A thread that faults between
 /// the two steps must not wait for ever. Before the fix one did, within some thousand rounds.
 #[test]
-fn who_faults_while_the_trap_is_taken_away_goes_on() {
+fn unregister_wakes_late_faulter() {
     let (mapping, base) = shmem(&(0..PAGES).collect::<Vec<_>>());
     let len = PAGES * PAGE_SIZE;
     let uffd = uffd();
