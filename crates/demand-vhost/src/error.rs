@@ -241,7 +241,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn errors_are_one_line_and_say_what_to_do() {
+    fn errors_are_one_line_with_advice() {
         let socket = PathBuf::from("blk.sock");
         let text = Error::NoPagefault { socket: socket.clone() }.to_string();
         assert!(text.contains("PAGEFAULT") && text.contains("fill the memory"), "{text}");

@@ -80,7 +80,7 @@ mod tests {
     }
 
     #[test]
-    fn a_change_is_told_and_answered_until_the_end() {
+    fn config_changes_are_reported_and_answered_until_dropped() {
         const CONFIG_CHANGE: u32 = 2;
         let (sender, heard) = mpsc::channel();
         let (requests, theirs) = Requests::serve(move || sender.send(()).unwrap()).unwrap();

@@ -42,7 +42,7 @@ fn share(deed: Deed) -> (Error, Vec<u32>) {
 }
 
 #[test]
-fn nobody_listens() {
+fn connecting_without_listener_fails_at_once() {
     let directory = tempfile::tempdir().unwrap();
     let socket = directory.path().join("s");
     let begun = Instant::now();
@@ -56,7 +56,7 @@ fn nobody_listens() {
 }
 
 #[test]
-fn a_back_end_without_pagefault_sees_no_missing_memory() {
+fn back_end_without_pagefault_sees_complete_memory_only() {
     let foolish = Foolish::start(Deed::Behave, REPLY_ACK);
     let memory = Memory::new(BackingKind::Shmem);
     let mut back_end = BackEnd::connect(&foolish.socket, options()).unwrap();
@@ -81,7 +81,7 @@ fn a_back_end_without_pagefault_sees_no_missing_memory() {
 }
 
 #[test]
-fn features_that_are_needed_and_lack_are_named() {
+fn missing_needed_features_are_named() {
     let foolish = Foolish::start(Deed::Behave, REPLY_ACK | PAGEFAULT);
     let needed = VhostUserProtocolFeatures::CONFIG;
     let error = BackEnd::connect(&foolish.socket, Options { needed, ..options() }).unwrap_err();
@@ -93,7 +93,7 @@ fn features_that_are_needed_and_lack_are_named() {
 
 /// Without REPLY_ACK, the front-end takes the answer to the next request as the acknowledgement.
 #[test]
-fn a_back_end_that_acknowledges_nothing_sees_complete_memory() {
+fn back_end_without_reply_ack_sees_complete_memory() {
     for deed in [Deed::Behave, Deed::At(Wrong::HangUp, Step::VringAddr)] {
         let foolish = Foolish::start(deed, PAGEFAULT);
         let memory = Memory::new(BackingKind::Shmem);
@@ -136,7 +136,7 @@ fn our_own_addresses_are_recognised() {
 }
 
 #[test]
-fn addresses_that_cannot_be_right_are_refused() {
+fn impossible_base_addresses_are_refused() {
     for deed in
         [Deed::Base(Base::Unaligned), Deed::Base(Base::Overlap), Deed::Base(Base::PastTheEnd)]
     {
@@ -161,7 +161,7 @@ fn other_regions_than_ours_are_refused() {
 }
 
 #[test]
-fn a_back_end_that_refuses_or_has_no_userfaultfd_is_told_apart() {
+fn refusal_and_missing_userfaultfd_are_told_apart() {
     let (error, _) = share(Deed::Uffd(Sent::None));
     assert!(matches!(error, Error::NoUserfaultfd { .. }), "{error}");
     let (error, _) = share(Deed::Uffd(Sent::File));
@@ -174,7 +174,7 @@ fn a_back_end_that_refuses_or_has_no_userfaultfd_is_told_apart() {
 }
 
 #[test]
-fn a_back_end_that_goes_away_or_says_nothing_holds_up_nobody() {
+fn vanished_or_silent_back_end_blocks_no_caller() {
     let (error, _) = share(Deed::At(Wrong::HangUp, Step::MemTable));
     assert!(matches!(error, Error::Disconnected { .. }), "{error}");
     let begun = Instant::now();
@@ -342,7 +342,7 @@ fn hanging_up_ends_the_wait_for_prefaulted_pages() {
 
 /// The time limit does not run while the back-end waits for a page.
 #[test]
-fn who_waits_for_a_page_is_not_silent() {
+fn waiting_for_a_page_is_not_silence() {
     let foolish = Foolish::start(Deed::Memory(Mischief::Read), REPLY_ACK | PAGEFAULT);
     let memory = Memory::new(BackingKind::Shmem);
     memory.control.hold([511]);

@@ -114,13 +114,13 @@ fn memory_arrives_as_it_is_touched() {
 }
 
 #[test]
-fn memory_arrives_as_it_is_touched_on_huge_pages() {
+fn huge_pages_arrive_as_they_are_touched() {
     let Some(_pool) = huge_pages(6) else { return };
     memory_arrives(BackingKind::Hugetlb2M);
 }
 
 #[test]
-fn changes_of_the_configuration_can_be_heard_where_they_are_told() {
+fn config_changes_are_heard_only_if_negotiated() {
     for (unused, told) in [
         (VhostUserProtocolFeatures::empty(), true),
         (VhostUserProtocolFeatures::BACKEND_REQ, false),
@@ -140,7 +140,7 @@ fn changes_of_the_configuration_can_be_heard_where_they_are_told() {
 /// The back-end answers SET_VRING_ADDR only when the ring's page is present. Faults are served
 /// meanwhile, by a single thread.
 #[test]
-fn a_queue_that_waits_for_its_ring_holds_up_no_fault() {
+fn queue_waiting_for_its_ring_delays_no_fault() {
     let memory = Memory::new(BackingKind::Shmem);
     let service = service(1);
     let process = Process::start();
@@ -164,7 +164,7 @@ fn a_queue_that_waits_for_its_ring_holds_up_no_fault() {
 }
 
 #[test]
-fn a_wait_for_a_back_end_can_be_ended() {
+fn hang_up_ends_a_blocked_request() {
     let memory = Memory::new(BackingKind::Shmem);
     let service = service(1);
     let process = Process::start();
@@ -196,7 +196,7 @@ fn ticks_of_services() -> Vec<(String, u64)> {
 
 /// Back-ends die while they wait for a page: others are still served, and no thread spins.
 #[test]
-fn a_back_end_that_dies_holds_up_nobody() {
+fn dead_back_end_delays_no_other() {
     let memory = Memory::new(BackingKind::Shmem);
     let service = service(2);
     let mut mortals = [Process::start(), Process::start()];
@@ -232,7 +232,7 @@ fn a_back_end_that_dies_holds_up_nobody() {
 
 /// Two back-ends and an armed mapping of this process access the same memory at once.
 #[test]
-fn everybody_reads_the_same() {
+fn all_processes_read_the_same() {
     let memory = Memory::new(BackingKind::Shmem);
     let service = service(2);
     let processes = [Process::start(), Process::start()];
@@ -264,7 +264,7 @@ fn everybody_reads_the_same() {
 }
 
 #[test]
-fn memory_that_is_there_needs_no_service() {
+fn present_memory_needs_no_service() {
     let memory = Memory::new(BackingKind::Shmem);
     memory.fill();
     let process = Process::start();

@@ -67,7 +67,7 @@ proptest! {
     /// Bases are accepted exactly if they are page-aligned, do not overlap, and none is our own
     /// address.
     #[test]
-    fn bases_are_taken_that_can_be_right(
+    fn exactly_the_valid_bases_are_accepted(
         (layout, high) in layout(),
         bases in prop::collection::vec(
             prop_oneof![
