@@ -252,7 +252,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn it_assembles_and_every_opcode_has_a_handler() {
+    fn assembled_code_has_a_handler_per_opcode() {
         let address = 0xf_0000_0000;
         let code = assemble(address).unwrap();
         assert_eq!(code.handlers.len(), OPCODES);

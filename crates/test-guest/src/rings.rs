@@ -375,7 +375,7 @@ mod tests {
     }
 
     #[test]
-    fn parts_do_not_overlap_and_statuses_are_not_zero_before() {
+    fn parts_do_not_overlap_and_statuses_start_nonzero() {
         for (queues, size, vm) in [(1, 4, 64 << 20), (3, 64, 5 << 30), (8, 1024, 64 << 30)] {
             let content = Content::new(u64::from(size));
             let windows = Windows::new(64 << 20, vm).unwrap();
@@ -415,7 +415,7 @@ mod tests {
     }
 
     #[test]
-    fn a_chain_is_what_virtio_says() {
+    fn chain_has_the_layout_of_virtio() {
         let content = Content::new(1);
         let windows = Windows::new(16 << 20, 5 << 30).unwrap();
         let mut rings = Rings::new(&content, &windows, 1, 1, 8).unwrap();

@@ -101,7 +101,7 @@ fn files_of(plan: &Plan, memory: &[u8]) -> Vec<File> {
 }
 
 #[test]
-fn plans_come_to_their_end_and_memory_is_right_for_many_seeds() {
+fn plans_end_with_right_memory_for_many_seeds() {
     let test = TestDisk::new();
     for seed in 0..80 {
         let params = params(seed);
@@ -296,7 +296,7 @@ fn memory_in_files_is_read_or_mapped() {
 }
 
 #[test]
-fn memory_around_the_hole_and_what_lies_outside() {
+fn differences_around_the_hole_and_outside_are_found() {
     let test = TestDisk::new();
     let disk = test.fresh();
     let params = PlanParams { vm_bytes: 5 << 30, ..full_params(6) };
@@ -338,7 +338,7 @@ fn memory_around_the_hole_and_what_lies_outside() {
 }
 
 #[test]
-fn parameters_that_do_not_go_together_are_refused() {
+fn contradictory_parameters_are_refused() {
     let test = TestDisk::new();
     let refused = |change: &dyn Fn(&mut PlanParams)| {
         let mut params = full_params(1);

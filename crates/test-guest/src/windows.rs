@@ -198,7 +198,7 @@ mod tests {
     }
 
     #[test]
-    fn they_lie_at_both_ends_and_on_both_sides_of_the_hole() {
+    fn windows_lie_at_both_ends_and_around_hole() {
         assert_eq!(
             windows(16 * M, 5 * G),
             [
@@ -226,7 +226,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_is_refused() {
+    fn impossible_sizes_are_refused() {
         for (memory, vm) in [
             (0, 0),
             (5000, 2 * M),

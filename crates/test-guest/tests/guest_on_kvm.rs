@@ -205,7 +205,7 @@ fn params(cpus: u32, order: Order, arrivals: Arrivals) -> PlanParams {
 }
 
 #[test]
-fn plans_come_to_their_end_and_memory_is_right() {
+fn plans_end_with_right_memory() {
     let Some(kvm) = kvm() else { return };
     for (cpus, order, arrivals) in [
         (1, Order::Sequential, Arrivals::Mixed),
@@ -255,7 +255,7 @@ fn requests_are_made_and_answers_waited_for() {
 }
 
 #[test]
-fn a_wrong_word_is_reported_with_the_step_that_found_it() {
+fn wrong_word_is_reported_with_its_step() {
     let Some(kvm) = kvm() else { return };
     let params = params(1, Order::Random, Arrivals::Free);
     let plan = Plan::new(params, None).unwrap();
