@@ -183,7 +183,7 @@ mod tests {
     const PATIENCE: Duration = Duration::from_secs(10);
 
     #[test]
-    fn a_job_that_waits_holds_up_no_other() {
+    fn waiting_job_delays_no_other() {
         let pool = Pool::new("test".into(), 2);
         let (release, held) = mpsc::channel::<()>();
         pool.run(pool.reserve().unwrap(), move || {
@@ -202,7 +202,7 @@ mod tests {
     }
 
     #[test]
-    fn a_full_pool_gives_no_place_and_a_closed_one_none_at_all() {
+    fn full_pool_waits_and_closed_pool_refuses() {
         let pool = Pool::new("test".into(), 1);
         let place = pool.reserve().unwrap();
         thread::scope(|scope| {
@@ -221,7 +221,7 @@ mod tests {
     }
 
     #[test]
-    fn jobs_in_hand_are_done_after_closing_even_if_one_panics() {
+    fn accepted_jobs_finish_after_closing_despite_a_panic() {
         let pool = Arc::new(Pool::new("test".into(), 3));
         let (sender, done) = mpsc::channel();
         pool.run(pool.reserve().unwrap(), || std::panic::resume_unwind(Box::new(())));

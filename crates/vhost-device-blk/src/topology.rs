@@ -76,7 +76,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sizes_make_sense_whatever_the_host_says() {
+    fn sizes_are_valid_for_any_host_values() {
         let sizes = |t: Topology| (t.block_size, t.physical, t.min_io, t.opt_io);
         assert_eq!(sizes(Topology::new(512, 4096, 0, 0)), (512, 4096, 4096, 0));
         assert_eq!(sizes(Topology::new(4096, 4096, 0, 0)), (4096, 4096, 4096, 0));

@@ -191,7 +191,7 @@ mod tests {
     }
 
     #[test]
-    fn space_is_given_back_only_if_it_may_be() {
+    fn space_is_freed_only_if_allowed() {
         let file = full_file();
         let before = file.metadata().unwrap().blocks();
         means(&file, true, true, true).write_zeroes(&file, 0, 1 << 20, false).unwrap();
@@ -211,7 +211,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_host_does_not_know_is_not_offered() {
+    fn unsupported_discard_is_not_offered() {
         let (pipe, _other) = std::io::pipe().unwrap();
         let file = File::from(std::os::fd::OwnedFd::from(pipe));
         assert!(!Means::probe(&file, LEN, None, true).can_discard());

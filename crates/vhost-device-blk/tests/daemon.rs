@@ -45,7 +45,7 @@ fn one_front_end_after_another() {
 
 /// Counters that can no longer be written are reported, and the next front-end is served.
 #[test]
-fn counters_that_cannot_be_written() {
+fn unwritable_counters_are_reported() {
     let mut daemon = Daemon::start(100, &[]);
     let stats = daemon.dir.path().join("stats");
     fs::remove_file(&stats).unwrap();
@@ -72,7 +72,7 @@ fn ends_without_a_front_end() {
 }
 
 #[test]
-fn nothing_is_left_of_a_killed_daemon_but_its_socket() {
+fn killed_daemon_leaves_only_its_socket() {
     let mut daemon = Daemon::start(100, &[]);
     let guest = Guest::connect(&daemon.socket(), 1);
     daemon.signal(libc::SIGKILL);
@@ -102,7 +102,7 @@ fn a_protocol_error_fails_once() {
 }
 
 #[test]
-fn command_lines_that_cannot_be() {
+fn wrong_command_lines_are_refused() {
     let dir = tempfile::tempdir().unwrap();
     let path = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
     let (socket, disk, live) = (path("socket"), path("disk"), path("live"));

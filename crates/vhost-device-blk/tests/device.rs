@@ -169,7 +169,7 @@ fn indirect_descriptors() {
 }
 
 #[test]
-fn bad_requests_are_answered_and_the_queue_goes_on() {
+fn bad_requests_are_answered_and_the_queue_continues() {
     let mut daemon = Daemon::start(100, &["--once"]);
     let before = daemon.disk();
     let mut guest = Guest::connect(&daemon.socket(), 1);
@@ -231,7 +231,7 @@ fn bad_requests_are_answered_and_the_queue_goes_on() {
 }
 
 #[test]
-fn a_ring_that_lies_does_not_spin_and_can_be_set_up_again() {
+fn inconsistent_ring_does_not_spin_and_can_restart() {
     let daemon = Daemon::start(100, &["--num-queues", "2"]);
     let mut guest = Guest::connect(&daemon.socket(), 2);
     // More chains available than the ring can hold.
@@ -346,7 +346,7 @@ fn written_pages_are_logged() {
 }
 
 #[test]
-fn a_queue_stops_and_goes_on_where_it_was() {
+fn stopped_queue_resumes_at_its_position() {
     let daemon = Daemon::start(100, &[]);
     let mut guest = Guest::connect(&daemon.socket(), 1);
     for _ in 0..3 {

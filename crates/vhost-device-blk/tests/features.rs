@@ -183,7 +183,7 @@ fn write_thrice(guest: &mut Guest) {
 }
 
 #[test]
-fn writes_are_stable_when_the_cache_mode_says_so() {
+fn cache_mode_decides_when_writes_are_stable() {
     let through = &["--cache", "writethrough"];
     let cases: &[(&[&str], u64, u64)] = &[
         // Drivers that see the cache mode, that do not, and that cannot flush.

@@ -34,7 +34,7 @@ fn put(mem: &GuestMemoryMmap, table: u64, descriptors: &[Descriptor]) {
 }
 
 #[test]
-fn chains_that_are_no_requests() {
+fn malformed_chains_change_no_other_memory() {
     let mut daemon = Daemon::start(100, &["--once"]);
     let before = daemon.disk();
     let mut guest = Guest::connect(&daemon.socket(), 1);
@@ -214,7 +214,7 @@ fn chains_at_random() {
 /// Rings at or beyond the end of memory are refused or unusable, and reported once, not at each
 /// kick.
 #[test]
-fn rings_that_are_not_in_memory() {
+fn rings_outside_memory_are_reported_once() {
     let daemon = Daemon::start(100, &["--num-queues", "2"]);
     let mut guest = Guest::connect(&daemon.socket(), 2);
     guest.frontend.get_vring_base(0).unwrap();
@@ -251,7 +251,7 @@ fn rings_that_are_not_in_memory() {
 
 /// A front-end that truncates its shared memory kills only the process that serves it.
 #[test]
-fn memory_that_is_cut_off() {
+fn truncated_memory_kills_only_its_process() {
     let daemon = Daemon::start(100, &[]);
     let guest = Guest::connect(&daemon.socket(), 1);
     for region in guest.mem.iter() {

@@ -51,7 +51,7 @@ fn blank(daemon: &Daemon) {
 }
 
 #[test]
-fn a_front_end_that_goes_with_requests_in_flight() {
+fn disconnect_in_flight_loses_no_answered_request() {
     let daemon = Daemon::start(REQUESTS * LEN / 512, &[]);
     let mut sum = 0;
     for round in 1..=10u8 {
@@ -71,7 +71,7 @@ fn a_front_end_that_goes_with_requests_in_flight() {
 }
 
 #[test]
-fn a_daemon_that_is_ended_with_requests_in_flight() {
+fn ending_in_flight_loses_no_answered_request() {
     for round in 1..=5u8 {
         let mut daemon = Daemon::start(REQUESTS * LEN / 512, &[]);
         blank(&daemon);

@@ -105,7 +105,7 @@ fn queues_do_not_wait_for_each_others_pages() {
 
 /// The requests of one queue do not wait for each other's pages either.
 #[test]
-fn requests_of_one_queue_do_not_wait_for_each_others_pages() {
+fn requests_do_not_wait_for_each_others_pages() {
     need_userfaultfd!();
     let mut daemon = Daemon::start(4096, &["--once"]);
     let (mut guest, server) = restore(&daemon, 1);

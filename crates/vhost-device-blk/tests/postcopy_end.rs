@@ -27,7 +27,7 @@ use vm_memory::{GuestAddress, GuestMemoryBackend};
 /// A request that waits for a page when the front-end dies never reads zeros, and does not delay
 /// the next front-end.
 #[test]
-fn a_front_end_that_dies_in_a_fault() {
+fn front_end_death_in_a_fault_writes_nothing() {
     need_userfaultfd!();
     let daemon = Daemon::start(4096, &["--num-queues", "2"]);
     let before = daemon.disk();
@@ -50,7 +50,7 @@ fn a_front_end_that_dies_in_a_fault() {
 
 /// SET_VRING_ADDR reads the ring, in the thread that handles messages.
 #[test]
-fn a_front_end_that_dies_in_a_message() {
+fn front_end_death_in_a_message_is_survived() {
     need_userfaultfd!();
     let daemon = Daemon::start(4096, &[]);
     let (guest, server) = restore(&daemon, 0);
@@ -214,7 +214,7 @@ fn front_end_to_be_killed() {
 }
 
 #[test]
-fn a_front_end_that_is_killed_in_a_fault() {
+fn killed_front_end_in_a_fault_writes_nothing() {
     need_userfaultfd!();
     let daemon = Daemon::start(4096, &[]);
     let before = daemon.disk();
@@ -261,7 +261,7 @@ fn memory_removed_under_a_request() {
 /// A device in another program, without the daemon, also waits for its requests when it is dropped,
 /// because the userfaultfd that they wait for is closed next.
 #[test]
-fn a_device_that_is_dropped_with_a_request_in_a_fault() {
+fn dropped_device_waits_for_requests_in_a_fault() {
     need_userfaultfd!();
     let dir = tempfile::tempdir().unwrap();
     let (disk, socket) = (dir.path().join("disk"), dir.path().join("socket"));

@@ -14,7 +14,7 @@ proptest! {
 
     /// Each part that is read equals the same part of the whole, and nothing lies outside.
     #[test]
-    fn parts_of_the_configuration_are_parts_of_the_whole(
+    fn config_space_parts_match_the_whole(
         sectors in 8..1u64 << 32,
         queue_size: u16,
         queues: u16,
