@@ -277,7 +277,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_mere_name_means_is_found() {
+    fn dependency_of_a_metapackage_is_found() {
         let depends = "linux-image-x\n  Depends: linux-image-6.1.0-48-x\n";
         let found = dependency(depends, "linux-image-x");
         assert_eq!(found.as_deref(), Some("linux-image-6.1.0-48-x"));

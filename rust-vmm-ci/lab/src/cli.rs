@@ -270,7 +270,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pool_that_does_not_fit_is_refused() {
+    fn oversized_pool_is_refused() {
         assert!(options(&["--memory", "4G"]).machine().is_ok());
         let error =
             options(&["--memory", "1G", "--hugepages", "500"]).machine().expect_err("too small");
@@ -287,7 +287,7 @@ mod tests {
     }
 
     #[test]
-    fn what_follows_the_command_is_the_commands() {
+    fn arguments_after_the_command_are_the_commands() {
         let line = ["lab", "run", "--", "ls", "--icount", "--", "-l"];
         match Cli::try_parse_from(line).expect("parses").task {
             Task::Run { options, command } => {

@@ -175,7 +175,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn parameters_name_the_pools_that_are_wanted() {
+    fn parameters_name_the_requested_pools() {
         let mut machine = Machine {
             cpus: 2,
             memory_mib: 4096,

@@ -112,7 +112,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn modules_come_after_what_they_depend_on() {
+    fn modules_come_after_their_dependencies() {
         let folder = tempfile::tempdir().expect("a folder");
         let drivers = folder.path().join("kernel/drivers");
         fs::create_dir_all(&drivers).expect("made");

@@ -284,7 +284,7 @@ mod tests {
     }
 
     #[test]
-    fn a_machine_that_ends_early_is_a_fault() {
+    fn early_end_of_the_machine_is_a_fault() {
         let events = vec![Event::Report(Report::Started), Event::Gone(None)];
         assert!(follow_all(events, &LIMITS).is_err());
     }
@@ -306,7 +306,7 @@ mod tests {
     }
 
     #[test]
-    fn a_complaint_fails_the_run_unless_it_is_allowed() {
+    fn complaint_fails_the_run_unless_allowed() {
         let ending = || Ending { status: 0, complaint: Some("WARNING: CPU: 0".into()) };
         assert!(judge(ending(), &LIMITS).is_err());
         let limits = Limits { command: None, allow_warn: true };

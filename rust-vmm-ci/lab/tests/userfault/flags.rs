@@ -83,7 +83,7 @@ fn no_order_of_changes_opens_a_page() {
 }
 
 #[test]
-fn huge_pages_come_back_as_a_plain_slot_has_them() {
+fn huge_pages_come_back_as_in_plain_slots() {
     for backing in BACKINGS {
         let Some(huge) = plain(backing) else { return };
         for flags in [USERFAULT, USERFAULT | LOG] {

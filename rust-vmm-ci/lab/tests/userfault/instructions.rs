@@ -8,7 +8,7 @@ use crate::machine::{
 };
 
 #[test]
-fn what_was_read_from_a_device_is_not_read_again() {
+fn device_read_is_not_repeated() {
     on_each(|machine| {
         // push dword [ebx]: KVM finds the stack missing only after the read of the device.
         machine.program(&[0x67, 0x66, 0xff, 0x33], |regs| {
@@ -38,7 +38,7 @@ fn what_was_read_from_a_device_is_not_read_again() {
 }
 
 #[test]
-fn an_instruction_that_user_space_leaves_is_forgotten() {
+fn abandoned_instruction_is_forgotten() {
     on_each(|machine| {
         flat_stack(machine);
         // push dword [ebx], as above
@@ -56,7 +56,7 @@ fn an_instruction_that_user_space_leaves_is_forgotten() {
 }
 
 #[test]
-fn an_unreadable_bitmap_is_a_plain_fault_here_too() {
+fn unreadable_bitmap_is_a_plain_fault_in_emulation() {
     on_each(|machine| {
         // outsb
         machine.program(&[0x67, 0x6e], |regs| (regs.rsi, regs.rdx) = (at(3, 0), PORT.into()));
@@ -118,7 +118,7 @@ fn ordinary_instructions_change_memory_once() {
 }
 
 #[test]
-fn a_store_across_pages_is_whole_or_not_done() {
+fn store_across_pages_is_all_or_nothing() {
     allow_emulate();
     on_each(|machine| {
         machine.arrive(90);
@@ -154,7 +154,7 @@ fn calls_and_interrupts_push_once() {
 }
 
 #[test]
-fn a_device_that_comes_first_is_written_once() {
+fn device_before_a_missing_page_is_written_once() {
     allow_emulate();
     on_each(|machine| {
         flat_stack(machine);
@@ -211,7 +211,7 @@ fn code_at_memory(machine: &Machine) {
 }
 
 #[test]
-fn descriptors_are_read_when_they_are_there() {
+fn descriptors_are_read_when_present() {
     allow_emulate();
     on_each(|machine| {
         machine.long_mode(at(300, 0));
@@ -233,7 +233,7 @@ fn descriptors_are_read_when_they_are_there() {
 }
 
 #[test]
-fn other_system_structures_are_read_when_they_are_there() {
+fn other_system_structures_are_read_when_present() {
     allow_emulate();
     on_each(|machine| {
         // lgdt [ebx]

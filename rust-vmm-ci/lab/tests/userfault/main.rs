@@ -184,7 +184,7 @@ fn the_same_flags_again_change_nothing() {
 }
 
 #[test]
-fn a_bit_set_later_leaves_a_mapped_page_alone() {
+fn later_bit_leaves_a_mapped_page_alone() {
     on_each(USERFAULT, |guest, _| {
         guest.arrive(0);
         assert_eq!(guest.load(0), Access::Done(content(0)));

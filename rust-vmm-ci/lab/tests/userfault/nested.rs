@@ -109,7 +109,7 @@ fn first_missed() -> Vec<usize> {
 }
 
 #[test]
-fn an_l2_runs_on_what_arrives() {
+fn l2_runs_on_arriving_pages() {
     on_each(|machine| {
         l1(machine);
         // mov eax, [ebx]; out PORT, al
@@ -161,7 +161,7 @@ fn nothing_is_mapped_ahead_for_an_l2() {
 }
 
 #[test]
-fn kvm_emulates_for_an_l2_on_what_arrives() {
+fn kvm_emulates_for_l2_on_arriving_pages() {
     on_each(|machine| {
         l1(machine);
         // rep outsb to a port that L1 does not intercept, so that L0 emulates it

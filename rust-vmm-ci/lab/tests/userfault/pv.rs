@@ -67,7 +67,7 @@ fn the_wall_clock_waits_for_its_page() {
 }
 
 #[test]
-fn a_page_that_user_space_names_is_not_written_either() {
+fn page_named_by_user_space_is_not_written() {
     on_each(|machine| {
         let before = machine.memory(53, 1);
         set_msr(machine, WALL_CLOCK, at(53, 64));

@@ -15,7 +15,7 @@ const REP_MOVSB: [u8; 3] = [0x67, 0xf3, 0xa4];
 const STD: u8 = 0xfd;
 
 #[test]
-fn outs_waits_for_what_it_reads() {
+fn outs_waits_for_its_page() {
     on_each(|machine| {
         machine.program(&[0x67, 0x6e], |regs| {
             regs.rsi = at(3, 100);
@@ -153,7 +153,7 @@ fn memcpy_toio_crosses_into_missing_pages() {
 }
 
 #[test]
-fn memcpy_toio_to_a_device_that_kvm_serves() {
+fn memcpy_toio_to_a_device_served_by_kvm() {
     on_each(|machine| {
         // Coalesced writes: KVM queues them in a ring and continues without an exit to user space.
         let address = IoEventAddress::Mmio(MMIO_GPA);

@@ -21,7 +21,7 @@ fn missing_tables(machine: &mut Machine, page: usize) -> [usize; 3] {
 }
 
 #[test]
-fn page_tables_are_walked_when_they_are_there() {
+fn page_tables_are_walked_when_present() {
     on_each(|machine| {
         let tables = missing_tables(machine, 230);
         // rep outsb, which reads memory only through KVM's walk
@@ -38,7 +38,7 @@ fn page_tables_are_walked_when_they_are_there() {
 }
 
 #[test]
-fn page_tables_are_walked_before_the_device_is_read() {
+fn page_tables_are_walked_before_a_device_read() {
     on_each(|machine| {
         let _ = missing_tables(machine, 230);
         // rep insb
@@ -63,7 +63,7 @@ fn page_tables_are_walked_before_the_device_is_read() {
 }
 
 #[test]
-fn ordinary_accesses_walk_page_tables_that_are_there() {
+fn ordinary_accesses_walk_present_page_tables() {
     on_each(|machine| {
         let tables = missing_tables(machine, 230);
         // mov [rbx], eax; mov ecx, [rbx + 0x1000]
@@ -109,7 +109,7 @@ fn nothing_is_mapped_ahead_of_its_page() {
 }
 
 #[test]
-fn page_directory_pointers_are_loaded_when_they_are_there() {
+fn page_directory_pointers_are_loaded_when_present() {
     on_each(|machine| {
         // 32-bit protected mode, about to enable PAE paging.
         machine.long_mode(at(310, 0));
