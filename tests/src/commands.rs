@@ -148,7 +148,7 @@ mod tests {
     }
 
     #[test]
-    fn marked_commands_are_run_and_what_they_print_is_compared() {
+    fn marked_commands_run_and_their_output_is_compared() {
         let mut blocks = blocks(DOCUMENT).unwrap();
         assert_eq!(blocks.iter().map(|block| block.line).collect::<Vec<_>>(), [7, 18]);
         assert_eq!(blocks[0].prints, ["a ... b", "c"]);

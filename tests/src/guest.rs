@@ -419,7 +419,7 @@ mod tests {
     }
 
     #[test]
-    fn kernels_are_what_they_are_called() {
+    fn kernel_files_match_their_names() {
         let (Some(lab), Some(elf), Some(debian)) =
             (Kernel::lab(), Kernel::lab_elf(), Kernel::debian())
         else {

@@ -90,7 +90,7 @@ fn uffd_on_hugetlb_2m() {
 
 /// 64 GiB of which a few pages are touched: untouched pages cost nothing.
 #[test]
-fn much_memory_of_which_little_is_touched() {
+fn untouched_memory_costs_nothing() {
     if let Some(why) = cannot_run() {
         return skip(&why);
     }
@@ -104,7 +104,7 @@ fn much_memory_of_which_little_is_touched() {
 }
 
 #[test]
-fn what_cannot_be_measured_is_refused() {
+fn impossible_measurements_are_refused() {
     if let Some(why) = cannot_run() {
         return skip(&why);
     }

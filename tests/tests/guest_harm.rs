@@ -117,7 +117,7 @@ fn an_unread_log_holds_up_no_vcpu() {
 }
 
 #[test]
-fn a_pause_names_the_back_end_that_is_waited_for() {
+fn pause_error_names_the_unresponsive_back_end() {
     if !has_kvm() {
         return skip("there is no usable /dev/kvm");
     }

@@ -41,7 +41,7 @@ fn vmm(program: &Path, kernel: &Path) -> Command {
 }
 
 #[test]
-fn a_limit_that_is_too_low_is_named() {
+fn insufficient_limit_is_named() {
     let _alone = alone();
     if !has_kvm() {
         return skip("there is no usable /dev/kvm");
@@ -70,7 +70,7 @@ fn a_limit_that_is_too_low_is_named() {
 }
 
 #[test]
-fn threads_that_a_user_may_not_have_are_named() {
+fn thread_limit_of_the_user_is_named() {
     let _alone = alone();
     let kvm = Device::of_machine(c"/dev/kvm", 0o666);
     let (Some(kvm), true) = (kvm.filter(|_| has_kvm()), is_root()) else {
@@ -92,7 +92,7 @@ fn threads_that_a_user_may_not_have_are_named() {
 }
 
 #[test]
-fn a_disk_beyond_the_limit_of_a_file_is_refused() {
+fn disk_beyond_the_limits_is_refused() {
     let _alone = alone();
     let folder = tempfile::tempdir().unwrap();
     let at = |name: &str| folder.path().join(name);

@@ -69,12 +69,12 @@ fn alone_and_locked(engine: Engine, memory: &'static str) {
 }
 
 #[test]
-fn alone_and_locked_with_kvm_userfault_on_hugetlb_2m() {
+fn alone_and_locked_kvm_userfault_on_hugetlb_2m() {
     alone_and_locked(Engine::KvmUserfault, HUGETLB_2M);
 }
 
 #[test]
-fn alone_and_locked_with_uffd_on_shmem() {
+fn alone_and_locked_uffd_on_shmem() {
     alone_and_locked(Engine::Uffd, SHMEM);
 }
 
@@ -102,7 +102,7 @@ fn beside_a_disk_in_a_chain_of_snapshots() {
 /// Post-copy ends while echoes are in flight. Then the guest is restored with a testpmd without
 /// post-copy, which sees memory only when all of it is present.
 #[test]
-fn until_all_is_there_and_then_without_postcopy() {
+fn guest_restores_without_post_copy_once_complete() {
     test(Journal::Ext4, |mut life, folder| {
         let moment = life.stop_at(&folder.join("moment"))?;
         drop(life);

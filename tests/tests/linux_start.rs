@@ -147,7 +147,7 @@ fn alike(what: &str, start: impl Fn(usize) -> Result<Start>) -> Result<()> {
 }
 
 #[test]
-fn a_restored_guest_begins_no_later_with_more_memory() {
+fn more_memory_does_not_delay_restored_guest() {
     let Some(kernel) = Kernel::lab() else { return };
     let folder = tempfile::tempdir().unwrap();
     for (cpus, cases) in [
@@ -165,7 +165,7 @@ fn a_restored_guest_begins_no_later_with_more_memory() {
 }
 
 #[test]
-fn a_booted_guest_begins_no_later_with_more_memory() {
+fn more_memory_does_not_delay_booted_guest() {
     let Some(kernel) = Kernel::lab() else { return };
     let folder = tempfile::tempdir().unwrap();
     alike("run", |size| booted(folder.path(), &kernel, SIZES[size])).unwrap();
@@ -196,7 +196,7 @@ fn idle_touches_little(kernel: &Kernel, cpus: u32) -> Result<()> {
 }
 
 #[test]
-fn an_idle_guest_of_the_labs_kernel_touches_little() {
+fn an_idle_guest_of_labs_kernel_touches_little() {
     let Some(kernel) = Kernel::lab() else { return };
     idle_touches_little(&kernel, 2).unwrap();
 }

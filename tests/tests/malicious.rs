@@ -229,20 +229,20 @@ fn on_shmem() -> Option<Setting> {
 }
 
 #[test]
-fn nothing_that_a_back_end_answers_does_harm() {
+fn no_back_end_reply_does_harm() {
     let Some(setting) = on_shmem() else { return };
     let quick = |deed: &Deed| matches!(deed, Deed::At(..)) && !takes_long(deed);
     setting.check_all(Deed::all().filter(quick), 4);
 }
 
 #[test]
-fn no_memory_or_userfaultfd_of_a_back_end_does_harm() {
+fn no_back_end_memory_or_userfaultfd_does_harm() {
     let Some(setting) = on_shmem() else { return };
     setting.check_all(Deed::all().filter(|deed| !matches!(deed, Deed::At(..))), 4);
 }
 
 #[test]
-fn nor_on_huge_pages() {
+fn no_back_end_on_huge_pages_does_harm() {
     let Some(_) = on_shmem() else { return };
     let backing = BackingKind::Hugetlb2M;
     // Four at a time, with four pages each.
@@ -274,7 +274,7 @@ fn patience_has_an_end() {
 /// A disk that answers no request is a problem for the guest: the VMM keeps running, and detects
 /// the end of the back-end.
 #[test]
-fn a_disk_that_does_nothing() {
+fn silent_disk_does_not_end_the_vmm() {
     let Some(setting) = on_shmem() else { return };
     let (mut back_end, socket) = setting.back_end(Deed::Behave);
     let mut vmm = Guarded::spawn(setting.vmm(&socket, 4).stderr(Stdio::piped())).unwrap();

@@ -36,7 +36,7 @@ fn steps(report: &Value) -> Vec<&str> {
 }
 
 #[test]
-fn the_report_is_what_the_crates_say() {
+fn report_agrees_with_the_crates() {
     if let Some(why) = cannot_run() {
         return skip(&why);
     }
@@ -99,7 +99,7 @@ fn the_table_has_a_line_for_each_thing() {
 }
 
 #[test]
-fn a_host_without_kvm_can_do_nothing_and_is_told_so() {
+fn host_without_kvm_is_unusable_and_advised() {
     if !is_root() {
         return skip("only root can hide a device");
     }
@@ -121,7 +121,7 @@ fn a_host_without_kvm_can_do_nothing_and_is_told_so() {
 }
 
 #[test]
-fn a_user_without_a_userfaultfd_is_told_how_to_get_one() {
+fn user_without_userfaultfd_gets_advice() {
     let kvm = Device::of_machine(c"/dev/kvm", 0o666);
     let uffd = Device::of_machine(c"/dev/userfaultfd", 0o600);
     let (true, true, Some(kvm), Some(uffd)) = (is_root(), has_kvm(), kvm, uffd) else {

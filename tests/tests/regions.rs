@@ -85,17 +85,17 @@ fn one_huge_page_above_the_hole_kvm_userfault() {
 }
 
 #[test]
-fn huge_pages_on_both_sides_of_the_hole_kvm_userfault() {
+fn huge_pages_around_the_hole_kvm_userfault() {
     run(Engine::KvmUserfault, BackingKind::Hugetlb2M, 5 * G);
 }
 
 #[test]
-fn more_huge_pages_than_there_are_kvm_userfault() {
+fn too_many_huge_pages_kvm_userfault() {
     run(Engine::KvmUserfault, BackingKind::Hugetlb2M, 64 * G);
 }
 
 #[test]
-fn shmem_on_both_sides_of_the_hole_kvm_userfault() {
+fn shmem_around_the_hole_kvm_userfault() {
     run(Engine::KvmUserfault, BackingKind::Shmem, 5 * G);
 }
 
@@ -173,7 +173,7 @@ fn userfaultfds() -> usize {
 
 // One after the other, because they count the process's userfaultfds.
 #[test]
-fn fill_completes_both_regions_and_takes_demand_paging_away() {
+fn fill_completes_regions_and_removes_demand_paging() {
     fill(EngineChoice::Only(Engine::Uffd), BackingKind::Shmem);
     fill(EngineChoice::Only(Engine::KvmUserfault), BackingKind::Shmem);
     fill(EngineChoice::Only(Engine::KvmUserfault), BackingKind::Hugetlb2M);

@@ -126,11 +126,11 @@ fn no_slower_with_more_memory(backing: BackingKind) {
 }
 
 #[test]
-fn the_first_instruction_comes_no_later_with_more_memory_shmem() {
+fn more_shmem_does_not_delay_first_instruction() {
     no_slower_with_more_memory(BackingKind::Shmem);
 }
 
 #[test]
-fn the_first_instruction_comes_no_later_with_more_memory_hugetlb_2m() {
+fn more_hugetlb_2m_does_not_delay_first_instruction() {
     no_slower_with_more_memory(BackingKind::Hugetlb2M);
 }

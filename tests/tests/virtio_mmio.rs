@@ -132,7 +132,7 @@ fn use_disk(driver: &mut Driver<'_>, disk: &Path, sector: u64, mark: u64) {
 }
 
 #[test]
-fn a_driver_uses_a_disk_and_sets_it_up_again() {
+fn driver_uses_disk_and_sets_up_again() {
     let place = Place::new();
     let back_end = place.back_end(2);
     let memory = memory(&place.image());
@@ -172,7 +172,7 @@ fn a_driver_uses_a_disk_and_sets_it_up_again() {
 }
 
 #[test]
-fn a_driver_that_is_wrong_about_its_rings_is_told() {
+fn driver_with_wrong_rings_is_told_to_reset() {
     let place = Place::new();
     let back_end = place.back_end(1);
     let memory = memory(&place.image());
@@ -329,7 +329,7 @@ fn save(memory: &DemandMemory, path: &Path) {
 /// The disk is repeatedly stopped under load, and each time resumed by a new process on missing
 /// memory; each request is answered once, and each write is on the disk.
 #[test]
-fn a_disk_goes_on_with_another_back_end() {
+fn disk_resumes_with_another_back_end() {
     let place = Place::new();
     let mut load = Load { next: 0 };
     let mut saved: Option<(DeviceState, Vec<Ring>)> = None;
@@ -413,7 +413,7 @@ fn state_of_disk(place: &Place, queues: u16) -> DeviceState {
 }
 
 #[test]
-fn a_back_end_that_is_not_as_good_is_refused() {
+fn inferior_back_end_is_refused() {
     let place = Place::new();
     let state = state_of_disk(&place, 2);
     let refused = |option: &VhostUserOption, words: &[&str]| {
@@ -446,7 +446,7 @@ fn a_back_end_that_is_not_as_good_is_refused() {
 
 /// Requests that wait for pages, from an unavailable source.
 #[test]
-fn a_disk_with_requests_in_flight_is_not_stopped() {
+fn disk_with_requests_in_flight_is_not_stopped() {
     let place = Place::new();
     let back_end = place.back_end(1);
     let (source, control) = image::far(MEMORY);
@@ -480,7 +480,7 @@ fn a_disk_with_requests_in_flight_is_not_stopped() {
 
 /// A paused vCPU may have made a request, but not kicked the device yet.
 #[test]
-fn a_disk_is_stopped_between_a_request_and_its_kick() {
+fn disk_stops_between_request_and_kick() {
     let place = Place::new();
     let back_end = place.back_end(1);
     let memory = memory(&place.image());
@@ -498,7 +498,7 @@ fn a_disk_is_stopped_between_a_request_and_its_kick() {
 /// An interrupt may be lost between the stop of a back-end and the save of a guest: each is raised
 /// once when the device resumes, even if the back-end has no answer.
 #[test]
-fn a_device_that_goes_on_interrupts_once() {
+fn resumed_device_interrupts_once() {
     let place = Place::new();
     let back_end = place.back_end(1);
     let memory = memory(&place.image());
@@ -520,7 +520,7 @@ fn a_device_that_goes_on_interrupts_once() {
 
 /// A back-end whose post-copy does not work sees complete memory only.
 #[test]
-fn a_foreign_back_end_on_memory_that_is_there() {
+fn foreign_back_end_needs_complete_memory() {
     let place = Place::new();
     let memory = memory(&place.image());
     let service = service();

@@ -145,7 +145,7 @@ mod tests {
     }
 
     #[test]
-    fn an_older_version_is_told_from_a_torn_one_and_from_zeros() {
+    fn old_torn_and_zero_blocks_are_told_apart() {
         let mut block = Block::ZERO;
         assert!(block.check([1, 2, 3]).unwrap_err().contains("zeros"));
         block.fill([1, 2, 3]);

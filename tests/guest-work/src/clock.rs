@@ -161,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn the_clock_that_goes_back_is_noticed() {
+    fn backward_clock_is_noticed() {
         let now = monotonic().expect("goes on");
         LATEST.store(now + 1_000_000_000_000, Ordering::SeqCst);
         assert!(monotonic().is_err());

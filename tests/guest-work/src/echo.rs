@@ -320,7 +320,7 @@ mod tests {
     }
 
     #[test]
-    fn what_comes_back_is_counted_and_the_next_asked_for() {
+    fn answers_are_counted_and_followed_by_requests() {
         let (mut book, now) = book(2);
         let asked = book.due(now, true).unwrap();
         assert_eq!(asked.len(), 2);
@@ -358,7 +358,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_lost_is_asked_again_and_may_yet_come_but_no_more_often() {
+    fn repeated_request_has_at_most_two_answers() {
         let (mut book, now) = book(1);
         let first = book.due(now, true).unwrap().remove(0);
         let late = now + AGAIN;

@@ -135,7 +135,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_block_that_is_not_as_it_was_written_is_noticed() {
+    fn altered_block_is_noticed() {
         let path = std::env::temp_dir().join(format!("guest-work-file-{}", std::process::id()));
         let content = Content::create(&path, 2 << 20).expect("there is room");
         assert!(content.verify(|| true).is_ok());

@@ -249,7 +249,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_lost_write_and_a_misplaced_one_are_noticed() {
+    fn lost_and_misplaced_writes_are_noticed() {
         let mut table = Table::new(77, 2);
         let record = |slot: u64, number| {
             let mut block = Block::ZERO;
@@ -266,7 +266,7 @@ mod tests {
     }
 
     #[test]
-    fn slots_are_taken_at_random_and_all_of_them() {
+    fn all_slots_are_taken_at_random() {
         let mut table = Table::new(5, 16);
         let mut taken = [0; 16];
         for number in 1..=400 {

@@ -99,7 +99,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn complaints_of_the_kernel_are_told_from_the_rest() {
+    fn kernel_complaints_are_told_from_other_lines() {
         for (record, line) in [
             ("6,1,2,-;smp: Brought up 1 node, 2 CPUs\n", None),
             ("5,1,2,-;random: crng reseeded due to virtual machine fork\n", Some(Line::Reseeded)),

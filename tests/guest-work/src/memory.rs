@@ -208,7 +208,7 @@ mod tests {
     }
 
     #[test]
-    fn a_spoilt_page_and_an_old_one_are_noticed() {
+    fn spoilt_and_old_pages_are_noticed() {
         let mut part = Part::new(0..200);
         part.batch().expect("nothing is wrong");
         part.spoil();

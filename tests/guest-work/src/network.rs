@@ -110,7 +110,7 @@ mod tests {
     }
 
     #[test]
-    fn a_request_is_as_the_kernel_has_it() {
+    fn request_has_the_kernels_layout() {
         assert_eq!(size_of::<Request>(), 40);
         let request = Request::new(&[2, 0]);
         assert_eq!((&request.name[..5], request.value[0]), (&b"eth0\0"[..], 2));

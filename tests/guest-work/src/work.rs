@@ -213,7 +213,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_is_named() {
+    fn wrong_options_are_named() {
         for (text, named) in [
             ("sleep", "sleep"),
             ("idle,memory=1M", "memory"),

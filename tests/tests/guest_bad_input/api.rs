@@ -261,7 +261,7 @@ fn wrong_requests_do_the_guest_no_harm() {
 }
 
 #[test]
-fn nothing_is_begun_when_the_end_has() {
+fn nothing_begins_during_shutdown() {
     let Some(snapshot) = Snapshot::get() else { return };
     let folder = tempfile::tempdir().unwrap();
     let (mut guest, _back_end) = snapshot.restore(folder.path(), &snapshot.dir(), &[]);

@@ -17,7 +17,7 @@ fn proves_itself(mut guest: Guest) {
 }
 
 #[test]
-fn back_ends_that_cannot_go_on() {
+fn unfit_back_ends_are_refused() {
     let Some(snapshot) = Snapshot::get() else { return };
     let folder = tempfile::tempdir().unwrap();
     let mut refusals = Refusals::new();
@@ -71,7 +71,7 @@ fn back_ends_that_cannot_go_on() {
 }
 
 #[test]
-fn a_back_end_without_post_copy_goes_on_when_memory_is_filled() {
+fn back_end_without_post_copy_works_after_fill() {
     let Some(snapshot) = Snapshot::get() else { return };
     let folder = tempfile::tempdir().unwrap();
     let back_end = snapshot.back_end(folder.path(), &BlkOptions { postcopy: false, ..blk() });
@@ -81,7 +81,7 @@ fn a_back_end_without_post_copy_goes_on_when_memory_is_filled() {
 }
 
 #[test]
-fn a_back_end_that_echoes_addresses_goes_on_when_memory_is_filled() {
+fn address_echoing_back_end_works_after_fill() {
     let started = |folder: &Path, disk: &Path| {
         BackEnd::qemu_storage_daemon_with(folder, disk, blk().queues).unwrap()
     };

@@ -79,7 +79,7 @@ fn spoilt(good: &[u8]) -> Vec<(String, Vec<u8>, &'static [&'static str])> {
 
 /// Needs no guest: any sealed content serves as a state.
 #[test]
-fn a_state_that_was_cut_off_or_altered() {
+fn truncated_or_altered_state_is_refused() {
     let folder = tempfile::tempdir().unwrap();
     let mut refusals = Refusals::new();
     for (case, bytes, words) in spoilt(&seal(VERSION, &br#"{"memory":{"size":1}}"#.repeat(100))) {
@@ -95,7 +95,7 @@ fn a_state_that_was_cut_off_or_altered() {
 }
 
 #[test]
-fn a_real_state_that_was_cut_off_or_altered() {
+fn truncated_or_altered_real_state_is_refused() {
     let Some(snapshot) = Snapshot::get() else { return };
     let mut refusals = Refusals::new();
     let copy = snapshot.copy();
@@ -108,7 +108,7 @@ fn a_real_state_that_was_cut_off_or_altered() {
 }
 
 #[test]
-fn files_that_are_not_there() {
+fn missing_files_are_refused() {
     let folder = tempfile::tempdir().unwrap();
     let at = |name: &str| folder.path().join(name);
     let mut refusals = Refusals::new();
@@ -140,7 +140,7 @@ fn files_that_are_not_there() {
 }
 
 #[test]
-fn a_memory_that_is_not_the_snapshots() {
+fn foreign_memory_is_refused() {
     let Some(snapshot) = Snapshot::get() else { return };
     let mut refusals = Refusals::new();
     let copy = snapshot.copy();
@@ -193,7 +193,7 @@ fn a_memory_that_is_not_the_snapshots() {
 }
 
 #[test]
-fn boot_files_that_are_not_the_snapshots() {
+fn foreign_boot_files_are_refused() {
     let Some(snapshot) = Snapshot::get() else { return };
     let secret = tempfile::NamedTempFile::new().unwrap();
     let mut refusals = Refusals::new();
@@ -230,7 +230,7 @@ fn boot_files_that_are_not_the_snapshots() {
 
 /// A state of version 1 names the kernel and the initramfs of a reset by paths.
 #[test]
-fn a_reset_opens_no_path_of_an_old_state() {
+fn reset_opens_no_path_of_old_state() {
     let Some(snapshot) = Snapshot::get() else { return };
     let folder = tempfile::tempdir().unwrap();
     let secret = folder.path().join("secret");

@@ -39,7 +39,7 @@ fn mount(arguments: &[&str], folder: &Path) {
 }
 
 #[test]
-fn a_snapshot_that_cannot_be_written_does_the_guest_no_harm() {
+fn failed_snapshot_does_not_harm_the_guest() {
     let Some(snapshot) = Snapshot::get() else { return };
     let folder = tempfile::tempdir().unwrap();
     let at = |name: &str| folder.path().join(name);

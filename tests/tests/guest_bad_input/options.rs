@@ -12,7 +12,7 @@ use crate::snapshot::{Snapshot, restore_with};
 
 /// Needs no guest.
 #[test]
-fn options_that_are_none() {
+fn invalid_options_are_refused() {
     let mut refusals = Refusals::new();
     for (arguments, words) in [
         (&["restore"][..], &["--source"][..]),
@@ -44,7 +44,7 @@ fn options_that_are_none() {
 
 /// A run's outputs must not be its inputs, and a refused run leaves no output.
 #[test]
-fn outputs_that_are_in_the_way() {
+fn conflicting_outputs_are_refused() {
     let Some(snapshot) = Snapshot::get() else { return };
     let folder = tempfile::tempdir().unwrap();
     let old = folder.path().join("old");
@@ -77,7 +77,7 @@ fn outputs_that_are_in_the_way() {
 }
 
 #[test]
-fn options_that_the_snapshot_does_not_go_with() {
+fn options_contradicting_the_snapshot_are_refused() {
     let Some(snapshot) = Snapshot::get() else { return };
     let folder = tempfile::tempdir().unwrap();
     let back_end = snapshot.back_end(folder.path(), &crate::snapshot::blk());

@@ -28,7 +28,7 @@ const CRASH: &[u8] = &[0x0f, 0x0b];
 
 /// A guest that crashes again and again ends with an error.
 #[test]
-fn a_kernel_that_does_not_get_anywhere() {
+fn repeated_crashes_end_the_run() {
     if !has_kvm() {
         return skip("there is no usable /dev/kvm");
     }
@@ -44,7 +44,7 @@ fn a_kernel_that_does_not_get_anywhere() {
 
 /// Needs no kernel, and often no KVM.
 #[test]
-fn kernels_that_are_none() {
+fn files_other_than_kernels_are_refused() {
     if !has_kvm() {
         return skip("there is no usable /dev/kvm");
     }
@@ -85,7 +85,7 @@ fn kernels_that_are_none() {
 }
 
 #[test]
-fn options_that_a_guest_cannot_have() {
+fn impossible_options_are_refused() {
     let kernel = Path::new("/nowhere/vmlinux");
     let folder = tempfile::tempdir().unwrap();
     let taken = folder.path().join("taken.sock");
@@ -142,7 +142,7 @@ fn options_that_a_guest_cannot_have() {
 }
 
 #[test]
-fn a_kernel_that_does_not_go_with_the_rest() {
+fn unfit_boot_files_and_options_are_refused() {
     let Some(kernel) = Kernel::lab() else { return };
     let folder = tempfile::tempdir().unwrap();
     let at = |name: &str| folder.path().join(name);

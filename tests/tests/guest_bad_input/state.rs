@@ -281,16 +281,16 @@ fn all_are_refused(cases: &[Case]) {
 }
 
 #[test]
-fn machines_that_there_are_not() {
+fn impossible_machines_are_refused() {
     all_are_refused(MACHINE);
 }
 
 #[test]
-fn devices_that_there_are_not() {
+fn impossible_devices_are_refused() {
     all_are_refused(DEVICE);
 }
 
 #[test]
-fn processors_that_there_are_not() {
+fn impossible_processors_are_refused() {
     all_are_refused(PROCESSOR);
 }
