@@ -118,7 +118,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_error_names_the_limit_it_comes_from() {
+    fn error_names_its_limit() {
         let advised = |line: &str| {
             advise_under(line, |resource| match resource {
                 Resource::Nofile => Some(20),

@@ -178,7 +178,7 @@ mod tests {
     }
 
     #[test]
-    fn nobody_waits_for_who_does_not_read() {
+    fn unread_spool_blocks_no_writer() {
         let (mut reader, writer) = io::pipe().unwrap();
         let mut spool = Spool::new(writer, "console", Overflow::Warn).unwrap();
         let begun = Instant::now();

@@ -197,7 +197,7 @@ impl Server {
 }
 
 #[test]
-fn each_request_does_what_it_says() {
+fn each_request_is_carried_out() {
     let server = server();
     for (request, body, status, asked) in [
         ("GET /api/v1/status", "", 200, &[][..]),
@@ -257,7 +257,7 @@ fn a_connection_lasts_as_the_client_says() {
 }
 
 #[test]
-fn a_client_that_waits_with_its_body_is_told() {
+fn expect_100_continue_is_answered() {
     let server = server();
     let body = r#"{"destination":"/a"}"#;
     let head = |request: &str, length: usize| {
@@ -284,7 +284,7 @@ fn a_client_that_waits_with_its_body_is_told() {
 }
 
 #[test]
-fn a_body_that_is_too_long_does_not_hide_its_answer() {
+fn oversized_body_does_not_hide_its_answer() {
     let server = server();
     let mut stream = server.connect();
     let body = vec![b' '; 150 << 10];
@@ -299,7 +299,7 @@ fn a_body_that_is_too_long_does_not_hide_its_answer() {
 }
 
 #[test]
-fn a_status_is_told_while_a_snapshot_is_written() {
+fn status_is_answered_during_a_snapshot() {
     let server = server();
     let (has_begun, go) = server.record.hold();
     let client = Client::new(&server.path);
@@ -331,7 +331,7 @@ fn a_status_is_told_while_a_snapshot_is_written() {
 }
 
 #[test]
-fn slow_clients_are_cut_off_and_hold_up_nobody() {
+fn slow_clients_are_cut_off_without_delaying_others() {
     let server = server();
     let get = "GET /api/v1/status HTTP/1.1\r\nHost: a\r\n\r\n";
     let put = "PUT /api/v1/snapshot HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n{";
@@ -588,7 +588,7 @@ proptest! {
     })]
 
     #[test]
-    fn whatever_comes_is_answered_or_hung_up_on(bytes in bytes()) {
+    fn any_input_is_answered_or_disconnected(bytes in bytes()) {
         let (mut client, server) = UnixStream::pair().unwrap();
         client.write_all(&bytes).unwrap();
         client.shutdown(Shutdown::Write).unwrap();

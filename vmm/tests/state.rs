@@ -288,7 +288,7 @@ const PORT: u16 = 0x90;
 
 /// A local APIC accepts a deadline of its timer only in the mode that waits for one.
 #[test]
-fn a_timer_that_was_set_goes_off_in_the_restored_guest() {
+fn armed_timer_fires_in_the_restored_guest() {
     let Some(kvm) = kvm() else { return };
     let rig = Rig::new(&kvm);
     let vcpu = &rig.vcpus[0];
@@ -333,7 +333,7 @@ fn a_timer_that_was_set_goes_off_in_the_restored_guest() {
 }
 
 #[test]
-fn a_state_that_kvm_cannot_take_is_refused_by_name() {
+fn unusable_state_is_refused_by_name() {
     let Some(kvm) = kvm() else { return };
     let rig = Rig::new(&kvm);
     make_distinct(&kvm, &rig, 0);

@@ -141,7 +141,7 @@ fn rip(_: u32, vcpu: &mut DemandVcpu) -> u64 {
 }
 
 #[test]
-fn vcpus_that_are_started_paused_run_from_the_state_they_are_given() {
+fn paused_vcpus_run_from_their_given_state() {
     let Some(mut rig) = Rig::new() else { return };
     let (said, events) = channel();
     // The order of the starts does not matter.
@@ -172,7 +172,7 @@ fn vcpus_that_are_started_paused_run_from_the_state_they_are_given() {
 
 /// A vCPU that has shut down does not run on from there, in any state that KVM leaves it in.
 #[test]
-fn a_vcpu_that_is_held_runs_again_from_another_state() {
+fn held_vcpu_runs_from_another_state() {
     if probe().virtualization == Virtualization::Emulated {
         return skip("this KVM emulates, and knows of no triple fault in real mode");
     }
@@ -216,7 +216,7 @@ fn a_vcpu_that_is_held_runs_again_from_another_state() {
 }
 
 #[test]
-fn a_vcpu_in_the_middle_of_an_instruction_is_reached_once_its_page_comes() {
+fn vcpu_mid_instruction_parks_once_its_page_arrives() {
     let Some(mut rig) = Rig::new() else { return };
     rig.close_data();
     rig.set_source_len(DATA);
@@ -275,7 +275,7 @@ fn only_waits_of_vcpus_count_for_the_guest() {
 }
 
 #[test]
-fn who_is_late_or_called_back_does_not_get_through() {
+fn late_or_revoked_job_never_runs() {
     let Some(mut rig) = Rig::new() else { return };
     let vcpu = rig.machine.vm().create_vcpu(0).unwrap();
     rig.vcpus.start(0, vcpu, |_| {}).unwrap();
@@ -307,7 +307,7 @@ fn who_is_late_or_called_back_does_not_get_through() {
 }
 
 #[test]
-fn a_guest_that_cannot_go_on_is_told_of_in_one_line() {
+fn failed_guest_is_reported_in_one_line() {
     let Some(mut rig) = Rig::new() else { return };
     if probe().virtualization == Virtualization::Emulated {
         return skip("this KVM emulates, and knows of no triple fault in real mode");

@@ -386,7 +386,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_vmm_is_said_to_be_none() {
+    fn unexpected_answers_are_errors() {
         for (answer, text) in [
             (&b""[..], "hung up without an answer"),
             (b"SSH-2.0-x\r\n", "does not answer as a VMM"),
@@ -402,7 +402,7 @@ mod tests {
     }
 
     #[test]
-    fn nobody_there_is_one_line() {
+    fn absent_vmm_is_one_line() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("s");
         for _ in 0..2 {

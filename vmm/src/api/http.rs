@@ -298,7 +298,7 @@ mod tests {
     }
 
     #[test]
-    fn a_head_says_where_the_request_ends_and_whether_more_follow() {
+    fn head_gives_body_length_and_keep_alive() {
         let text = "PUT /api/v1/snapshot?x=1 HTTP/1.1\r\nhost: a\r\nContent-Length: 2, 2\r\n\
                     Expect: 100-Continue\r\n\r\n{}GET";
         let whole = head(text);
@@ -336,7 +336,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_has_its_status() {
+    fn each_error_has_its_status() {
         let with = |header: &str| format!("PUT / HTTP/1.1\r\nHost: a\r\n{header}\r\n\r\n");
         assert_eq!(refusal("GET / HTTP/1.1\r\n\r\n"), 400);
         assert_eq!(refusal("\u{1}\r\n\r\n"), 400);

@@ -157,7 +157,7 @@ mod tests {
     use std::os::unix::fs::PermissionsExt;
 
     #[test]
-    fn only_what_a_dead_process_left_is_replaced() {
+    fn only_a_stale_socket_is_replaced() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("api.sock");
         drop(UnixListener::bind(&path).unwrap());
@@ -189,7 +189,7 @@ mod tests {
     }
 
     #[test]
-    fn a_path_that_cannot_be_a_socket_is_said_to_be() {
+    fn impossible_socket_path_is_named() {
         let folder = tempfile::tempdir().unwrap();
         let long = folder.path().join("a".repeat(120));
         let error = Listener::bind(&long).unwrap_err().to_string();
@@ -199,7 +199,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pipe_is_no_folder_and_not_waited_for() {
+    fn pipe_is_no_folder_and_blocks_nothing() {
         let folder = tempfile::tempdir().unwrap();
         let pipe = folder.path().join("pipe");
         let fifo = rustix::fs::FileType::Fifo;
@@ -214,7 +214,7 @@ mod tests {
     }
 
     #[test]
-    fn nobody_waits_for_a_server_that_hangs() {
+    fn connect_does_not_wait_for_hanging_server() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("api.sock");
         let _listener = Listener::bind(&path).unwrap();

@@ -131,7 +131,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bzimage_runs_where_it_prefers() {
+    fn bzimage_runs_at_its_preferred_address() {
         for relocatable in [0, 1] {
             let room = KernelRoom::of_bzimage(&header(relocatable), MIB, 5 * MIB);
             assert_eq!(room, KernelRoom { end: 34 * MIB + 4096, reach: 2048 * MIB });

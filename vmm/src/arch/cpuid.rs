@@ -479,7 +479,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_restored_is_hidden_and_the_rest_is_not() {
+    fn only_unrestorable_features_are_hidden() {
         let before = full(b"GenuineIntel");
         let mut after = before.clone();
         hide(&mut after);
@@ -560,7 +560,7 @@ mod tests {
     }
 
     #[test]
-    fn a_host_that_lacks_something_is_refused_by_name() {
+    fn host_lacking_a_feature_is_refused_by_name() {
         let mut host = full(b"GenuineIntel");
         hide(&mut host);
         let saved = for_vcpu(&host, 1, 2);
@@ -596,7 +596,7 @@ mod tests {
     }
 
     #[test]
-    fn kvm_takes_what_guests_are_told() {
+    fn kvm_accepts_the_guests_cpuid() {
         let Some((kvm, cpuid)) = host() else { return };
         let vm = kvm.create_vm().unwrap();
         vm.create_irq_chip().unwrap();

@@ -364,7 +364,7 @@ mod tests {
     }
 
     #[test]
-    fn what_an_elf_kernel_takes_beside_its_file_must_fit() {
+    fn elf_kernels_memory_size_must_fit() {
         let file = tempfile::NamedTempFile::new().unwrap();
         let room = MEMORY - HIGH_START.0;
         let load = |size| {
@@ -384,7 +384,7 @@ mod tests {
     }
 
     #[test]
-    fn a_command_line_is_no_longer_than_the_kernel_keeps() {
+    fn command_line_beyond_kernels_limit_is_refused() {
         let memory = memory();
         // An ELF kernel states no limit.
         for (kernels, most) in [(None, 2047), (Some(2047), 2047), (Some(255), 255)] {

@@ -73,7 +73,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_two_measurements_make_of_one_counter_is_the_same() {
+    fn frequencies_within_tolerance_are_equal() {
         assert!(is_as_fast(2_000_000, 2_000_000));
         assert!(is_as_fast(2_000_499, 2_000_000) && is_as_fast(1_999_501, 2_000_000));
         assert!(!is_as_fast(2_000_501, 2_000_000) && !is_as_fast(1_000_000, 2_000_000));
@@ -81,7 +81,7 @@ mod tests {
     }
 
     #[test]
-    fn a_counter_goes_on_with_the_clock() {
+    fn counter_advances_with_the_clock() {
         let khz = 2_000_000;
         let then = Moment { clock: 5_000_000_000, host_tsc: 70_000_000_000 };
         let offset = 3u64.wrapping_sub(60_000_000_000);

@@ -441,7 +441,7 @@ mod tests {
     use test_support::host::skip;
 
     #[test]
-    fn more_msrs_than_kvm_takes_at_once_are_read_and_set() {
+    fn msrs_beyond_one_call_are_read_and_set() {
         let kvm = match demand_kvm::open_kvm() {
             Ok(kvm) => kvm,
             Err(error) => return skip(&error.to_string()),
@@ -459,7 +459,7 @@ mod tests {
     }
 
     #[test]
-    fn only_of_a_restored_state_is_said_that_it_may_be_damaged() {
+    fn only_restore_errors_mention_a_damaged_snapshot() {
         let says = |verb| {
             let refused = Err::<(), _>(kvm_ioctls::Error::new(libc::EINVAL));
             On { cpu: 3, verb }.step("its registers", refused).unwrap_err().to_string()

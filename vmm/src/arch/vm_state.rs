@@ -210,7 +210,7 @@ mod tests {
     use test_support::host::skip;
 
     #[test]
-    fn a_state_that_kvm_refuses_may_be_damaged() {
+    fn refused_state_may_be_damaged() {
         let kvm = match demand_kvm::open_kvm() {
             Ok(kvm) => kvm,
             Err(error) => return skip(&error.to_string()),

@@ -162,7 +162,7 @@ mod tests {
     }
 
     #[test]
-    fn the_hot_buffer_differs_from_page_to_page_and_repeats() {
+    fn hot_buffer_pages_differ_and_repeat() {
         let source = HotBuffer::new(1 << 20);
         let page = |index: u64| {
             let mut bytes = vec![0; 4096];

@@ -170,7 +170,7 @@ mod tests {
     }
 
     #[test]
-    fn a_host_that_has_all_is_left_alone() {
+    fn complete_host_gets_no_advice() {
         let best = kvm(Virtualization::Svm, Trial::Works, true);
         let uffd = Ok(uffd(&Answer::Yes));
         assert!(steps(&best, &uffd, 4, 1).is_empty());
@@ -181,7 +181,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_lacking_is_told_with_the_way_to_it() {
+    fn each_lack_comes_with_its_remedy() {
         let expect = |kvm: &Probe, uffd: &Result<_, _>, wanted: &[&str]| {
             let steps = steps(kvm, uffd, 4, 1);
             assert_eq!(steps.len(), wanted.len(), "{steps:?}");

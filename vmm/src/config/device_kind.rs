@@ -335,7 +335,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_what_can_be_passed_on_is_offered() {
+    fn only_forwardable_features_are_offered() {
         let all = u64::MAX;
         for kind in DeviceKind::ALL {
             let offered = kind.features(all, true);
@@ -373,7 +373,7 @@ mod tests {
     }
 
     #[test]
-    fn the_driver_writes_only_what_can_be_written() {
+    fn driver_writes_only_writable_fields() {
         let blk = DeviceKind::Blk;
         assert!(blk.may_write(32, &[1], 1 << 11));
         assert!(!blk.may_write(32, &[1], 0) && !blk.may_write(32, &[2], 1 << 11));

@@ -201,7 +201,7 @@ mod tests {
     }
 
     #[test]
-    fn only_what_asks_for_an_end_is_an_end() {
+    fn only_complete_power_requests_count() {
         let (registers, tell, asked) = registers();
         let keyboard = Keyboard::new(tell);
         for (offset, value) in [(0, S5 << SLEEP_TYPE_SHIFT), (0, 0x20), (1, 0x34), (2, 0)] {
@@ -225,7 +225,7 @@ mod tests {
 
     /// Linux considers the hardware broken if an event does not stay enabled.
     #[test]
-    fn registers_keep_what_is_written() {
+    fn registers_keep_written_values() {
         let (registers, _, asked) = registers();
         assert_eq!(read(&registers, PM1_CONTROL), SCI_ENABLE);
         registers.pio_write(BASE, PM1_ENABLE - POWER, &0x0021u16.to_le_bytes());

@@ -105,7 +105,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_read_or_written_already_is_refused() {
+    fn files_already_in_use_are_refused() {
         let folder = tempfile::tempdir().unwrap();
         let at = |name: &str| folder.path().join(name);
         fs::write(at("memory"), "content").unwrap();
@@ -121,7 +121,7 @@ mod tests {
     }
 
     #[test]
-    fn a_fifo_that_nobody_reads_is_refused_at_once() {
+    fn fifo_without_reader_is_refused_at_once() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("fifo");
         rustix::fs::mknodat(

@@ -109,7 +109,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_path_that_brought_pages_has_its_colour() {
+    fn each_used_path_has_its_colour() {
         let event = |at_us, pages, path| TimelineEvent { at_us, pages, path };
         let events = [event(10, 3, Path::Guest), event(500, 512, Path::BackEnd)];
         let svg = svg("1 < 2", &events, 1024);

@@ -571,13 +571,13 @@ mod tests {
     }
 
     #[test]
-    fn a_kill_at_any_step_leaves_all_or_nothing() {
+    fn kill_at_any_step_leaves_all_or_nothing() {
         if let Some(dir) = std::env::var_os(CRASH_DIR) {
             // This process is the child.
             partial(Path::new(&dir)).publish(&machine()).unwrap();
             return;
         }
-        const TEST: &str = "snapshot::dir::tests::a_kill_at_any_step_leaves_all_or_nothing";
+        const TEST: &str = "snapshot::dir::tests::kill_at_any_step_leaves_all_or_nothing";
         let folder = tempfile::tempdir().unwrap();
         let dir = folder.path().join("snapshot");
         let mut there = Vec::new();
@@ -615,7 +615,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_published_is_removed() {
+    fn unpublished_snapshot_is_removed() {
         let folder = tempfile::tempdir().unwrap();
         let dir = folder.path().join("snapshot");
         let half = partial(&dir);
@@ -634,7 +634,7 @@ mod tests {
     }
 
     #[test]
-    fn a_snapshot_can_have_any_name_that_a_file_can_have() {
+    fn snapshot_can_have_any_file_name() {
         let folder = tempfile::tempdir().unwrap();
         let names = [237, 238, 239, 254, 255].map(|len| "s".repeat(len));
         // Characters of two and four bytes, and bytes that are no characters.
@@ -747,7 +747,7 @@ mod tests {
     }
 
     #[test]
-    fn a_field_that_does_not_fit_is_named() {
+    fn wrong_field_is_named() {
         let told = |json: &str| {
             let value: serde_json::Value = serde_json::from_str(json).unwrap();
             decode::<Machine>(&encode(&value).unwrap()).unwrap_err()
@@ -769,7 +769,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_snapshot_is_refused() {
+    fn anything_but_a_snapshot_is_refused() {
         let folder = tempfile::tempdir().unwrap();
         let dir = folder.path().join("snapshot");
         let told = |dir: &Path| read_state::<Machine>(dir).unwrap_err().to_string();

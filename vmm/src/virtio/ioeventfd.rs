@@ -83,7 +83,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_write_kicks_its_queue_and_others_are_refused() {
+    fn write_kicks_its_queue_and_others_are_refused() {
         let notify = Notify::new(0xd000_0050, 2).unwrap();
         assert!(notify.write(0xd000_0050, &1u32.to_le_bytes()));
         assert_eq!(notify.kicks()[1].read().unwrap(), 1);

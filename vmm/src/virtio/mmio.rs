@@ -504,7 +504,7 @@ mod tests {
     }
 
     #[test]
-    fn a_device_that_needs_a_reset_says_so() {
+    fn device_reports_a_needed_reset() {
         let mut registers = registers();
         assert!(accept(&mut registers, FEATURES));
         assert!(!registers.need_reset(), "nobody listens yet");

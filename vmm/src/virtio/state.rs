@@ -125,7 +125,7 @@ mod tests {
     }
 
     #[test]
-    fn a_state_is_the_same_after_a_trip_through_json() {
+    fn state_survives_json() {
         let state = agreed(DeviceKind::Blk, vec![7; 60]);
         let text = serde_json::to_string(&state).unwrap();
         assert_eq!(serde_json::from_str::<DeviceState>(&text).unwrap(), state);

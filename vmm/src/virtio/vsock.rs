@@ -85,7 +85,7 @@ mod tests {
     }
 
     #[test]
-    fn a_guest_that_was_moved_is_told_once_for_each_buffer() {
+    fn moved_guest_is_told_once_per_buffer() {
         let memory = memory();
         let mut queue = QueueState {
             size: 8,

@@ -92,7 +92,7 @@ mod tests {
     use std::sync::mpsc::channel;
 
     #[test]
-    fn the_first_reason_counts_and_each_callback_runs_once() {
+    fn first_reason_counts_and_callbacks_run_once() {
         let interrupt = Interrupt::default();
         let (sender, calls) = channel();
         for name in ["before", "too"] {
