@@ -165,7 +165,7 @@ fn an_image_shorter_than_the_memory() {
 }
 
 #[test]
-fn an_image_that_is_not_there() {
+fn missing_image_is_refused() {
     if let Some(why) = cannot_run() {
         return skip(&why);
     }
@@ -175,7 +175,7 @@ fn an_image_that_is_not_there() {
 }
 
 #[test]
-fn an_engine_that_the_kernel_lacks() {
+fn unsupported_engine_is_refused() {
     if let Some(why) = cannot_run() {
         return skip(&why);
     }
@@ -204,7 +204,7 @@ fn a_back_end_without_pagefault() {
 }
 
 #[test]
-fn a_back_end_that_echoes_our_addresses() {
+fn back_end_echoing_our_addresses_is_refused() {
     if let Some(why) = cannot_run() {
         return skip(&why);
     }
@@ -217,7 +217,7 @@ fn a_back_end_that_echoes_our_addresses() {
 }
 
 #[test]
-fn a_socket_that_is_not_there() {
+fn missing_socket_is_refused() {
     if let Some(why) = cannot_run() {
         return skip(&why);
     }
@@ -303,7 +303,7 @@ fn signal(back_end: &mut BackEnd, signal: libc::c_int) {
 }
 
 #[test]
-fn a_source_that_fails_for_good() {
+fn permanent_source_failure_ends_the_run() {
     if let Some(why) = cannot_run() {
         return skip(&why);
     }
@@ -373,7 +373,7 @@ fn hanging_source_is_told_once() {
 }
 
 #[test]
-fn a_back_end_that_dies_while_it_is_waited_for() {
+fn dying_back_end_ends_the_waiting_run() {
     if let Some(why) = cannot_run() {
         return skip(&why);
     }

@@ -180,7 +180,7 @@ fn failed_fetches_count_as_answered() {
 }
 
 #[test]
-fn reads_that_hang_leave_threads_for_others() {
+fn hanging_reads_leave_threads_for_others() {
     let Some(file) = slow_file() else { return };
     let pager = pager(LocalFile::open(file.path()).unwrap());
     let _guard = file.answer_at_the_end();
@@ -220,7 +220,7 @@ fn fill_ends_while_the_storage_hangs() {
 }
 
 #[test]
-fn a_checked_image_never_waits_where_faults_are_served() {
+fn checked_image_never_blocks_the_fault_service() {
     let folder = tempfile::tempdir().unwrap();
     let (image, table) = (folder.path().join("memory"), folder.path().join("hashes"));
     let mut writer = ImageWriter::create(&image, &table, PAGES * PAGE_SIZE, [7; 16]).unwrap();

@@ -74,7 +74,7 @@ fn wait(guest: &Guest, what: &str, wanted: impl Fn(&Status) -> bool) -> Status {
 }
 
 #[test]
-fn altered_pages_are_found_before_the_guest_runs_if_it_is_asked_for() {
+fn requested_check_finds_altered_pages_before_start() {
     let Some(snapshot) = Snapshot::get() else { return };
     let page = worked_on(snapshot);
     let zeros = {
@@ -112,7 +112,7 @@ fn altered_pages_are_found_before_the_guest_runs_if_it_is_asked_for() {
 }
 
 #[test]
-fn an_altered_page_is_waited_for_and_the_guest_goes_on_when_it_is_put_back() {
+fn guest_waits_until_altered_page_is_restored() {
     let Some(snapshot) = Snapshot::get() else { return };
     let folder = tempfile::tempdir().unwrap();
     let copy = snapshot.copy();
@@ -180,7 +180,7 @@ fn hanging_page_is_told_and_pauses_the_guest() {
 }
 
 #[test]
-fn a_page_that_is_needed_to_begin_is_waited_for() {
+fn start_waits_for_a_needed_page() {
     let Some(snapshot) = Snapshot::get() else { return };
     let folder = tempfile::tempdir().unwrap();
     let copy = snapshot.copy();
@@ -215,7 +215,7 @@ fn a_page_that_is_needed_to_begin_is_waited_for() {
 
 /// The back-end reads it when it is told of the ring, while the VMM waits for the back-end.
 #[test]
-fn a_page_that_a_back_end_needs_to_begin_does_not_keep_the_end() {
+fn back_ends_missing_page_does_not_delay_shutdown() {
     let Some(snapshot) = Snapshot::get() else { return };
     let folder = tempfile::tempdir().unwrap();
     let copy = snapshot.copy();
@@ -238,7 +238,7 @@ fn a_page_that_a_back_end_needs_to_begin_does_not_keep_the_end() {
 
 /// The VM can be shut down nevertheless, and reports what it is doing.
 #[test]
-fn a_reset_that_waits_for_a_page_does_not_keep_the_end() {
+fn reset_waiting_for_page_does_not_delay_shutdown() {
     let Some(snapshot) = Snapshot::get() else { return };
     let folder = tempfile::tempdir().unwrap();
     let copy = snapshot.copy();
