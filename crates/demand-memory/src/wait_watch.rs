@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Finds long waits for pages that the source leaves unanswered, for example when its storage hangs.
+//! Finds long waits for pages that the source leaves unanswered, for example when its storage
+//! hangs.
 
 use std::collections::HashMap;
 use std::sync::Arc;
