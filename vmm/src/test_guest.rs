@@ -36,9 +36,10 @@ use crate::test_guest::watch::{Event, Watch};
 use crate::vcpu::VcpuContext;
 use crate::vcpu::set::Vcpus;
 use crate::vm::interrupt::{Interrupt, on_signals};
-use crate::vm::machine::{Machine, MachineConfig, VCPUS_WITHIN};
+use crate::vm::machine::{Machine, MachineConfig};
 use crate::vm::source_watch::{Awaited, LastError, SourceWatch};
 use crate::vm::supervise::supervise;
+use crate::vm::timeouts;
 
 /// The parameters of `run`.
 #[derive(Clone, Debug)]
@@ -213,7 +214,7 @@ fn run_parts(
     watch.until_done(options.cpus)?;
     // The vCPUs have halted, so no thread waits for a page.
     if let Some(threads) = &mut parts.threads {
-        threads.vcpus.stop(VCPUS_WITHIN).map_err(Error::failed)?;
+        threads.vcpus.stop(timeouts::VCPUS).map_err(Error::failed)?;
     }
     parts.fill = None;
     // Memory that the guest does not use arrives only by background fill.

@@ -6,6 +6,7 @@ pub(crate) mod event_loop;
 pub mod events;
 mod halt_watch;
 pub(crate) mod interrupt;
+pub mod lifecycle;
 pub mod linux;
 pub mod machine;
 pub(crate) mod reset;
@@ -13,11 +14,11 @@ pub mod restore;
 pub mod session;
 pub mod source_watch;
 pub(crate) mod supervise;
+pub(crate) mod timeouts;
 
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
-use std::thread;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use demand_memory::{ImageProgress, PAGE_SIZE, Stats};
@@ -40,24 +41,9 @@ use crate::virtio::state::DeviceState;
 use crate::virtio::vhost_user::VhostUserDevice;
 use crate::vm::event_loop::spawn;
 use crate::vm::events::{Event, Tell};
+use crate::vm::lifecycle::{Change, Lifecycle};
 use crate::vm::machine::Machine;
 use crate::vm::source_watch::LastError;
-
-/// Time limit of a pause, for the vCPUs to leave the guest.
-const PAUSE_WITHIN: Duration = Duration::from_secs(10);
-/// Time limit of a snapshot, for the state of all vCPUs.
-const STATE_WITHIN: Duration = Duration::from_secs(10);
-/// Time limit of a snapshot, for each device's requests in flight.
-const DRAIN_WITHIN: Duration = Duration::from_secs(10);
-
-/// How long an end waits for a snapshot in progress while pages still arrive.
-const END_WITHIN: Duration = Duration::from_secs(2);
-/// Polling interval of that wait.
-const LOOK_EVERY: Duration = Duration::from_millis(5);
-
-/// Error for a request that arrives while another lifecycle operation is in progress.
-const BUSY: &str =
-    "another operation (a pause, a snapshot or a reset) is in progress; retry when it is done";
 
 /// The parts of a VM.
 pub struct VmParts {
@@ -126,79 +112,6 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The VM's lifecycle state, and the lock that serialises its transitions.
-#[derive(Debug, Default)]
-pub struct Lifecycle {
-    state: AtomicU8,
-    /// Locked for the whole of a transition.
-    change: Mutex<Change>,
-    /// Whether the VM is ending, so that a snapshot in progress stops.
-    ending: AtomicBool,
-    /// Whether the end was requested.
-    asked: AtomicBool,
-    /// Whether the VM is being paused because its source fails.
-    giving_up: AtomicBool,
-    /// Pages of memory that the snapshot in progress has processed.
-    copied: AtomicU64,
-    /// The destination of that snapshot.
-    destination: Mutex<String>,
-}
-
-#[derive(Debug, Default)]
-struct Change {
-    /// Whether a snapshot has quiesced the devices, so that a resume must start them.
-    quiesced: bool,
-}
-
-const STATES: [State; 5] =
-    [State::Starting, State::Running, State::Paused, State::Snapshotting, State::Stopped];
-
-impl Lifecycle {
-    /// Returns the state, without blocking.
-    pub fn state(&self) -> State {
-        STATES[usize::from(self.state.load(Ordering::Acquire))]
-    }
-
-    /// Sets the state.
-    pub fn set(&self, state: State) {
-        let index = STATES.iter().position(|known| *known == state);
-        self.state.store(index.unwrap_or_default() as u8, Ordering::Release);
-    }
-
-    fn change(&self) -> Result<MutexGuard<'_, Change>, ControlError> {
-        match self.change.try_lock() {
-            Ok(guard) => Ok(guard),
-            Err(TryLockError::Poisoned(poisoned)) => Ok(poisoned.into_inner()),
-            Err(TryLockError::WouldBlock) => Err(ControlError::wrong_state(BUSY)),
-        }
-    }
-
-    /// Whether the VM is ending.
-    fn is_ending(&self) -> bool {
-        self.ending.load(Ordering::Acquire)
-    }
-
-    /// Whether the VM is ending because its end was requested.
-    pub fn was_asked(&self) -> bool {
-        self.asked.load(Ordering::Acquire)
-    }
-
-    /// Stops a snapshot in progress, and waits until no transition is in progress. Calls `unblock`
-    /// if that takes longer than `within`.
-    pub fn end(&self, within: Duration, unblock: impl FnOnce()) {
-        self.ending.store(true, Ordering::Release);
-        let due = Instant::now() + within;
-        while self.change().is_err() && Instant::now() < due {
-            thread::sleep(LOOK_EVERY);
-        }
-        if self.change().is_err() {
-            unblock();
-        }
-        let _change = lock(&self.change);
-        self.set(State::Stopped);
-    }
-}
-
 impl Vm {
     /// Creates a VM of these parts.
     pub fn new(parts: VmParts) -> Self {
@@ -242,7 +155,7 @@ impl Vm {
     /// Stops a snapshot in progress, and waits until no transition is in progress: for a short time
     /// while pages arrive, and then without waiting for pages or back-ends.
     pub(crate) fn end(&self) {
-        self.lifecycle.end(END_WITHIN, || self.unblock());
+        self.lifecycle.end(timeouts::END, || self.unblock());
     }
 
     /// Ends every wait for a page or a back-end.
@@ -381,7 +294,7 @@ impl Vm {
         let shape = self.shape.clone();
         let states = self
             .vcpus()
-            .on_parked(STATE_WITHIN, move |cpu, vcpu| VcpuState::save(cpu, vcpu.fd(), &shape))
+            .on_parked(timeouts::SAVE, move |cpu, vcpu| VcpuState::save(cpu, vcpu.fd(), &shape))
             .map_err(Error::failed)?;
         Ok(SavedVm {
             memory: SavedMemory {
@@ -403,7 +316,7 @@ impl Vm {
     /// Quiesces the devices. If one refuses, those before it are started again when the VM resumes.
     fn quiesce(&self, change: &mut Change) -> Result<Vec<DeviceState>, Error> {
         change.quiesced = true;
-        self.devices.iter().map(|device| device.quiesce(DRAIN_WITHIN)).collect()
+        self.devices.iter().map(|device| device.quiesce(timeouts::DRAIN)).collect()
     }
 
     /// Copies the boot files into a snapshot. Returns a warning if the snapshot cannot have them.
@@ -499,7 +412,7 @@ impl Control for Vm {
             }
         }
         let vcpus = self.vcpus();
-        if let Err(error) = vcpus.pause(PAUSE_WITHIN) {
+        if let Err(error) = vcpus.pause(timeouts::PAUSE) {
             vcpus.resume();
             return Err(self.explain(&error).into());
         }
@@ -533,7 +446,7 @@ impl Control for Vm {
         let (boot, warning) = self.keep_boot(&partial, &request.destination)?;
         if before == State::Running {
             let vcpus = self.vcpus();
-            if let Err(error) = vcpus.pause(PAUSE_WITHIN) {
+            if let Err(error) = vcpus.pause(timeouts::PAUSE) {
                 vcpus.resume();
                 return Err(self.explain(&error).into());
             }

@@ -22,10 +22,7 @@ use crate::config::MemoryOption;
 use crate::error::Error;
 use crate::limits::warn_of_cgroup;
 use crate::vcpu::set::StillInside;
-
-/// How long an end waits for the vCPUs to leave the guest while pages can still become present, and
-/// once more after the guest's memory has been revoked.
-pub(crate) const VCPUS_WITHIN: Duration = Duration::from_secs(2);
+use crate::vm::timeouts;
 
 /// Polling interval of the wait for open faults.
 const LOOK_EVERY: Duration = Duration::from_millis(5);
@@ -243,11 +240,11 @@ impl Machine {
     ) -> Result<(), StillInside> {
         // While pages can still become present: a vCPU may be blocked on one inside KVM, where a
         // kick does not reach it.
-        let stopped = stop_vcpus(VCPUS_WITHIN);
+        let stopped = stop_vcpus(timeouts::VCPUS);
         self.memory.revoke();
         stopped.or_else(|stuck| {
             log::warn!("{stuck}; the guest is stopped in the middle of an instruction");
-            stop_vcpus(VCPUS_WITHIN)
+            stop_vcpus(timeouts::VCPUS)
         })
     }
 

@@ -29,10 +29,8 @@ use crate::vm::events::Event;
 use crate::vm::machine::{Machine, MachineConfig};
 use crate::vm::session::{GuestOptions, Prepared, Session, attach, run_guest};
 use crate::vm::source_watch::{Awaited, SourceWatch};
+use crate::vm::timeouts;
 use crate::vm::{Vm, VmParts};
-
-/// Time limit for setting the state of all vCPUs.
-const STATE_WITHIN: Duration = Duration::from_secs(60);
 
 /// The parameters of `restore`.
 #[derive(Clone, Debug)]
@@ -268,7 +266,7 @@ fn begin(vm: &Vm, saved: SavedVm) -> Result<(), Error> {
     let (states, shape) = (Arc::new(saved.vcpus), vm.shape.clone());
     let aligned = states.clone();
     vm.vcpus()
-        .on_parked(STATE_WITHIN, move |cpu, vcpu| {
+        .on_parked(timeouts::RESTORE, move |cpu, vcpu| {
             states[cpu as usize].restore(cpu, vcpu.fd(), &shape)
         })
         .map_err(Error::failed)?
@@ -285,7 +283,7 @@ fn begin(vm: &Vm, saved: SavedVm) -> Result<(), Error> {
     vm.chipset.generation.tell()?;
     if let Some((then, now)) = saved.vm.align_clock(vm.machine.vm())? {
         vm.vcpus()
-            .on_parked(STATE_WITHIN, move |cpu, vcpu| {
+            .on_parked(timeouts::RESTORE, move |cpu, vcpu| {
                 aligned[cpu as usize].align_tsc(cpu, vcpu.fd(), then, now)
             })
             .map_err(Error::failed)?

@@ -32,9 +32,7 @@ use crate::vm::machine::Machine;
 use crate::vm::reset::Pristine;
 use crate::vm::source_watch::{Awaited, LastError};
 use crate::vm::supervise::supervise;
-
-/// Time limit for writing the guest's last output when it ends.
-const CONSOLE_WITHIN: Duration = Duration::from_secs(1);
+use crate::vm::timeouts;
 
 /// The options of every command that runs a Linux guest.
 #[derive(Clone, Debug)]
@@ -275,7 +273,7 @@ fn follow(
     vm.end();
     drop(filling);
     let stopped = vm.machine.end_guest(|within| vm.stop_vcpus(within));
-    vm.chipset.serial.drain(CONSOLE_WITHIN);
+    vm.chipset.serial.drain(timeouts::CONSOLE);
     drop(api);
     match (outcome, stopped) {
         (Ok(()), Ok(())) => {}

@@ -11,9 +11,7 @@ use demand_memory::WaitWatch;
 use crate::error::{Error, no_thread};
 use crate::vm::interrupt::Interrupt;
 use crate::vm::source_watch::Awaited;
-
-/// How long a requested end waits for the work while pages still arrive, and again after they stop.
-const END_WITHIN: Duration = Duration::from_millis(2500);
+use crate::vm::timeouts;
 
 /// Interval between looks for pages that the source leaves unanswered.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
@@ -50,7 +48,7 @@ pub(crate) fn supervise<T: Send + 'static>(
 
     let (mut ending, mut waits) = (false, WaitWatch::default());
     let outcome = loop {
-        match said.recv_timeout(if ending { END_WITHIN } else { LOOK_EVERY }) {
+        match said.recv_timeout(if ending { timeouts::SIGNAL } else { LOOK_EVERY }) {
             Ok(Said::Ended(outcome)) => break Some(*outcome),
             Ok(Said::Interrupted) => ending = true,
             Err(RecvTimeoutError::Timeout) if !ending => {
