@@ -96,6 +96,16 @@ pub struct RegionsOverlap {
     pub second: u64,
 }
 
+/// An exit at missing pages.
+#[derive(Debug)]
+pub(crate) struct Fault {
+    pub(crate) gpa: u64,
+    pub(crate) size: u64,
+    pub(crate) flags: u64,
+    /// The time of the vCPU's first exit at these pages.
+    pub(crate) begun: Instant,
+}
+
 struct Region {
     start: u64,
     pager: Arc<Pager>,
@@ -193,7 +203,8 @@ impl FaultHandler {
     /// ([`VcpuKick::waiter`](crate::VcpuKick::waiter)). It waits as long as the source does.
     ///
     /// Each resolved exit counts as a fault of [`Path::Guest`], even if another vCPU had already
-    /// made the page present.
+    /// made the page present. Its latency is the time in this call; a
+    /// [`DemandVcpu`](crate::DemandVcpu) that was kicked counts from its first exit at the page.
     ///
     /// # Errors
     ///
@@ -209,18 +220,15 @@ impl FaultHandler {
         flags: u64,
         waiter: &Arc<Waiter>,
     ) -> Result<(), FaultError> {
-        self.handle_timed(gpa, size, flags, waiter).map(drop)
+        self.resolve(&Fault { gpa, size, flags, begun: Instant::now() }, waiter).map(drop)
     }
 
-    /// Like [`handle`](Self::handle), but returns the time it took.
-    pub(crate) fn handle_timed(
+    /// Like [`handle`](Self::handle), but returns the time since the fault began.
+    pub(crate) fn resolve(
         &self,
-        gpa: u64,
-        size: u64,
-        flags: u64,
+        &Fault { gpa, size, flags, begun }: &Fault,
         waiter: &Arc<Waiter>,
     ) -> Result<Duration, FaultError> {
-        let begun = Instant::now();
         let unexpected = FaultError::Unexpected { gpa, size, flags };
         let (Region { pager, trap, .. }, pages) = self
             .find(gpa, size)
@@ -231,6 +239,12 @@ impl FaultHandler {
         let waited = begun.elapsed();
         pager.stats().fault(Path::Guest, pages.bytes(), waited);
         Ok(waited)
+    }
+
+    /// Returns whether all pages of a fault are present.
+    pub(crate) fn has_pages_of(&self, fault: &Fault) -> bool {
+        let missing = |(region, pages): (&Region, _)| region.pager.bitmap().first_missing(pages);
+        self.find(fault.gpa, fault.size).and_then(missing).is_none()
     }
 
     /// Returns whether any of the `len` bytes at guest physical address `gpa` lies in a

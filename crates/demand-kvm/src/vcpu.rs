@@ -2,12 +2,13 @@
 //! A vCPU with all of its demand-paging exits handled.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use demand_memory::Waiter;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use vm_memory::{Bytes, GuestAddress};
 
+use crate::fault::Fault;
 use crate::{FaultError, FaultHandler, KickError, Pending, VcpuKick};
 
 /// The outcome of one step of a vCPU.
@@ -91,6 +92,8 @@ pub struct DemandVcpu {
     kick: VcpuKick,
     /// The exit that must be completed before the vCPU runs again.
     pending: Option<Pending>,
+    /// Faults whose wait a kick has ended, and that are not resolved yet.
+    open: Vec<Fault>,
     absences: u64,
 }
 
@@ -105,7 +108,7 @@ impl DemandVcpu {
     /// [`KickError`].
     pub fn new(vcpu: VcpuFd) -> Result<Self, KickError> {
         let kick = VcpuKick::new(&vcpu)?;
-        Ok(DemandVcpu { vcpu, kick, pending: None, absences: 0 })
+        Ok(DemandVcpu { vcpu, kick, pending: None, open: Vec::new(), absences: 0 })
     }
 
     /// Returns the handle that kicks the vCPU. The thread that steps the vCPU attaches itself
@@ -158,7 +161,9 @@ impl DemandVcpu {
                 Err(error) => return self.kick.called_away(error),
             }
         }
-        match run(&mut self.vcpu, &mut self.pending, handler, self.kick.waiter()) {
+        self.count_resolved(handler);
+        let (pending, open) = (&mut self.pending, &mut self.open);
+        match run(&mut self.vcpu, pending, open, handler, self.kick.waiter()) {
             Ok(Ran::Served { waited }) => {
                 self.absences += u64::from(waited > LONG_WAIT);
                 Ok(Step::Again)
@@ -235,13 +240,30 @@ impl DemandVcpu {
                 Err(error) => return Err(error.into()),
             }
         }
-        match run(&mut self.vcpu, &mut self.pending, handler, self.kick.waiter()) {
+        let (pending, open) = (&mut self.pending, &mut self.open);
+        match run(&mut self.vcpu, pending, open, handler, self.kick.waiter()) {
             Ok(Ran::Served { .. }) => Ok(Settle::Again),
             Ok(Ran::CalledAway) => Ok(Settle::Done),
             Ok(Ran::Exit(exit)) => Ok(Settle::Exit(exit)),
             Err(StepError::Fault(FaultError::Kicked { gpa })) => Ok(Settle::Waiting { gpa }),
             Err(error) => Err(error),
         }
+    }
+
+    /// Counts the open faults whose pages have arrived since: the guest does not exit there again.
+    fn count_resolved(&mut self, handler: &FaultHandler) {
+        let (waiter, absences) = (self.kick.waiter(), &mut self.absences);
+        self.open.retain(|fault| {
+            if !handler.has_pages_of(fault) {
+                return true;
+            }
+            match handler.resolve(fault, waiter) {
+                Ok(waited) => *absences += u64::from(waited > LONG_WAIT),
+                // The guest exits there again.
+                Err(error) => log::debug!("{error}"),
+            }
+            false
+        });
     }
 
     /// Drops the pending exit, if any, without making its accesses: for a vCPU whose state is about
@@ -252,6 +274,7 @@ impl DemandVcpu {
     ///
     /// [`StepError::Run`].
     pub fn abandon(&mut self) -> Result<(), StepError> {
+        self.open.clear();
         let Some(pending) = self.pending.take() else { return Ok(()) };
         pending.refuse(&mut self.vcpu);
         // KVM finishes the instruction, possibly part by part, and does not run the guest.
@@ -284,6 +307,7 @@ enum Ran<'a> {
 fn run<'a>(
     vcpu: &'a mut VcpuFd,
     pending: &mut Option<Pending>,
+    open: &mut Vec<Fault>,
     handler: &FaultHandler,
     waiter: &Arc<Waiter>,
 ) -> Result<Ran<'a>, StepError> {
@@ -300,11 +324,20 @@ fn run<'a>(
     }
     match exit {
         VcpuExit::MemoryFault { flags, gpa, size } => {
-            match handler.handle_timed(gpa, size, flags, waiter) {
+            let known = open.iter().position(|fault| fault.gpa == gpa);
+            let known = known.map(|index| open.swap_remove(index));
+            let begun = known.map_or_else(Instant::now, |fault| fault.begun);
+            let fault = Fault { gpa, size, flags, begun };
+            match handler.resolve(&fault, waiter) {
                 Ok(waited) => Ok(Ran::Served { waited }),
                 // Not a fault on missing pages: the VMM decides.
                 Err(FaultError::Unexpected { .. }) => Ok(Ran::Exit(exit)),
-                Err(error) => Err(error.into()),
+                Err(error) => {
+                    if matches!(error, FaultError::Kicked { .. }) {
+                        open.push(fault);
+                    }
+                    Err(error.into())
+                }
             }
         }
         exit => Ok(Ran::Exit(exit)),

@@ -6,10 +6,11 @@
 mod common;
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use common::*;
 use demand_kvm::{DemandVcpu, Engine, MsrTrap, Settle, Step, StepError};
-use demand_memory::{BackingKind, PAGE_SIZE};
+use demand_memory::{BackingKind, PAGE_SIZE, Path};
 use demand_source::{PageSource, Threaded};
 use kvm_bindings::{Msrs, kvm_msr_entry, kvm_regs, kvm_sregs};
 use kvm_ioctls::{Kvm, VcpuExit};
@@ -190,6 +191,37 @@ fn waiting_vcpu_settles_once_its_page_arrives() {
         // The first machine does the same.
         while !stage.until_exit() {}
         assert!(stage.device.written == all);
+    }
+}
+
+#[test]
+fn latency_counts_from_the_first_exit() {
+    let Some(kvm) = kvm_with(Engine::KvmUserfault) else { return };
+    for comes_while_waiting in [true, false] {
+        let gate = Gate::new(PAGES);
+        let source = Arc::new(Threaded::new(gate.clone(), 2).unwrap());
+        let mut stage = Stage::new(&kvm, Engine::KvmUserfault, source);
+        stage.begin(|entries| entries.load, kvm_regs { rsi: REGION, ..Default::default() });
+        until_it_waits(&mut stage);
+        let first_exit = Instant::now();
+        for _ in 0..2 {
+            a_while();
+            until_it_waits(&mut stage);
+        }
+        // As in a pause.
+        assert_eq!(stage.settle(), (0, true));
+        let waited = first_exit.elapsed();
+        let counted = stage.rig.pager().stats().path(Path::Guest).faults;
+        assert_eq!(counted, 0, "a fault is counted once it is resolved");
+        gate.open();
+        if !comes_while_waiting {
+            until("the page does not come", || !stage.rig.pager().bitmap().is_missing(0));
+        }
+        assert!(stage.until_exit());
+        let guest = stage.rig.pager().stats().path(Path::Guest);
+        assert_eq!(guest.faults, 1);
+        let latency = Duration::from_secs_f64(guest.latency_us.max / 1e6);
+        assert!(latency >= waited, "{latency:?} of {waited:?}");
     }
 }
 
