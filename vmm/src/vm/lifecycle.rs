@@ -19,7 +19,7 @@
 //! | go | the session, once everything is restored or loaded |
 //! | pause, resume, snapshot | threads of the API; pause also a thread of the VM, when the source has failed for too long, or the guest's kernel has panicked |
 //! | reset | a thread of the session, on the guest's request |
-//! | Stopped | the session, at the end; by way of [`supervise`](super::supervise) after a signal |
+//! | Stopped | the session, at the end; by way of `supervise` after a signal |
 //!
 //! A transition holds the lock from its beginning to its end. One that finds the lock taken is
 //! refused, except for the session's own, which wait. An end first sets `ending`, on which a
