@@ -3,18 +3,18 @@
 //! would, as separate processes with real images, and checks the results.
 
 pub mod backend;
-pub mod comes_back;
 pub mod commands;
+pub mod compare_memory;
 pub mod driver;
 pub mod file_system;
-pub mod guest;
-pub mod life;
+pub mod linux_vm;
 pub mod process;
 pub mod pseudo_terminal;
 pub mod refusal;
-pub mod same_memory;
+pub mod restore_demo;
 pub mod sandbox;
 pub mod scenario;
+pub mod snapshot_cycle;
 pub mod tiny_kernel;
 
 use demand_kvm::Engine;

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use demand_tests::commands::{blocks, run_all};
-use demand_tests::guest::Kernel;
+use demand_tests::linux_vm::Kernel;
 use demand_tests::process::program;
 
 fn top() -> PathBuf {
@@ -53,9 +53,11 @@ fn each_failure_has_its_test() {
 #[test]
 fn each_invariant_has_its_links() {
     let document = fs::read_to_string(top().join("DESIGN.md")).unwrap();
-    let mutants: Vec<String> = fs::read_dir(top().join("rust-vmm-ci/broken.d"))
+    let mutants: Vec<String> = fs::read_dir(top().join("rust-vmm-ci/mutants"))
         .unwrap()
-        .filter_map(|entry| Some(entry.unwrap().path().file_stem()?.to_str()?.to_owned()))
+        .filter_map(|entry| {
+            Some(entry.unwrap().file_name().to_str()?.strip_suffix(".patch")?.into())
+        })
         .collect();
     let rows: Vec<&str> = document.lines().filter(|line| line.starts_with("| **")).collect();
     assert_eq!(rows.len(), 8, "invariants");

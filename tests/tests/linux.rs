@@ -15,9 +15,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use demand_kvm::Engine;
-use demand_tests::guest::Kernel;
 use demand_tests::host::transparent_huge_pages;
-use demand_tests::life::{Birth, Life, Moment, Rebirth};
+use demand_tests::linux_vm::Kernel;
+use demand_tests::snapshot_cycle::{Birth, Life, Moment, Rebirth};
 use demand_vmm::api::Status;
 use guest_work::Journal;
 use rand::rngs::StdRng;

@@ -5,7 +5,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use demand_tests::guest::{DiskOption, Guest, GuestConfig, Kernel};
+use demand_tests::linux_vm::{DiskOption, Guest, GuestConfig, Kernel};
 use demand_vmm::api::Go;
 use guest_work::{Beat, Journal, Line, Prove, Work};
 

@@ -7,8 +7,8 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use demand_kvm::Engine;
-use demand_tests::guest::{CardOption, Kernel};
-use demand_tests::life::{Birth, Life, Moment, Rebirth};
+use demand_tests::linux_vm::{CardOption, Kernel};
+use demand_tests::snapshot_cycle::{Birth, Life, Moment, Rebirth};
 use demand_vmm::report::Report;
 use guest_work::Journal;
 

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use demand_memory::PAGE_SIZE;
-use demand_tests::guest::{Guest, GuestConfig, Kernel};
+use demand_tests::linux_vm::{Guest, GuestConfig, Kernel};
 use demand_vmm::api::{Go, State};
 use demand_vmm::report::{Report, size};
 use guest_work::Work;

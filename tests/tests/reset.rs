@@ -8,8 +8,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use demand_tests::guest::{DiskOption, Guest, GuestConfig, Kernel};
 use demand_tests::host::{has_kvm, skip};
+use demand_tests::linux_vm::{DiskOption, Guest, GuestConfig, Kernel};
 use demand_tests::process::{Guarded, program};
 use demand_tests::tiny_kernel::pvh_kernel;
 use demand_vmm::api::client::Client;

@@ -6,7 +6,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use demand_tests::guest::Kernel;
+use demand_tests::linux_vm::Kernel;
 use demand_tests::process::{Guarded, program, run};
 use demand_tests::pseudo_terminal::PseudoTerminal;
 use demand_vmm::api::client::Client;

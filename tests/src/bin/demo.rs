@@ -16,9 +16,9 @@ use anyhow::{Context, Result, ensure};
 use clap::Parser;
 use demand_memory::BackingKind;
 use demand_tests::cannot_run;
-use demand_tests::comes_back::{self, Stage};
-use demand_tests::guest::Kernel;
+use demand_tests::linux_vm::Kernel;
 use demand_tests::process::{Guarded, program};
+use demand_tests::restore_demo::{self, Stage};
 use demand_tests::scenario::{Disk, Scenario};
 use demand_vmm::report::Report;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -186,7 +186,7 @@ fn run_in_lab(options: &Options) -> Result<Report> {
 fn inside(options: &Options) -> Result<()> {
     let folder = tempfile::Builder::new().prefix("demand-paging-").tempdir()?;
     let mut said = 0;
-    let report = comes_back::run(Stage {
+    let report = restore_demo::run(Stage {
         kernel: Kernel::lab().context("the lab has no guest: it needs --guests")?,
         folder: folder.path(),
         files: files()?,

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use demand_tests::guest::Guest;
+use demand_tests::linux_vm::Guest;
 use demand_tests::refusal::Refusals;
 use demand_vmm::api::client::Client;
 use demand_vmm::api::http::{MAX_BODY, MAX_HEAD, Response};

@@ -5,7 +5,7 @@ use std::fs::File;
 use std::path::Path;
 
 use demand_tests::backend::{BackEnd, BlkOptions};
-use demand_tests::guest::Guest;
+use demand_tests::linux_vm::Guest;
 use demand_tests::refusal::{FAILED, Refusals, refused};
 
 use crate::snapshot::{Snapshot, blk, restore_with};

@@ -7,7 +7,7 @@ use std::fs;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use demand_tests::guest::Guest;
+use demand_tests::linux_vm::Guest;
 use demand_vmm::arch::layout::COMMAND_LINE;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};

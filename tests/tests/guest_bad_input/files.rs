@@ -235,7 +235,7 @@ fn reset_opens_no_path_of_old_state() {
     let folder = tempfile::tempdir().unwrap();
     let secret = folder.path().join("secret");
     fs::write(&secret, "the host's own").unwrap();
-    let kernel = demand_tests::guest::Kernel::lab().unwrap().image;
+    let kernel = demand_tests::linux_vm::Kernel::lab().unwrap().image;
     let copy = snapshot.edited_as(1, |state| {
         state["boot"] = json!({"kernel": kernel, "initramfs": secret, "cmdline": "console=ttyS0"});
     });

@@ -59,7 +59,7 @@ fn failed_snapshot_does_not_harm_the_guest() {
 
     let mut refusals = Refusals::new();
     let mut refused =
-        |guest: &mut demand_tests::guest::Guest, case: &str, to: PathBuf, words: &[&str]| {
+        |guest: &mut demand_tests::linux_vm::Guest, case: &str, to: PathBuf, words: &[&str]| {
             let line = guest.api().snapshot(
                 &SnapshotRequest { destination: to.clone(), then: Some(Go::Shutdown) },
                 |_| {},

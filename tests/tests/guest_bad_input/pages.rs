@@ -5,7 +5,7 @@ use std::os::unix::fs::FileExt;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use demand_tests::guest::Guest;
+use demand_tests::linux_vm::Guest;
 use demand_tests::refusal::{FAILED, Refusals};
 use demand_vmm::api::{State, Status};
 use demand_vmm::arch::layout::COMMAND_LINE;

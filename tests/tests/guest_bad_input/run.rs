@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use demand_tests::guest::Kernel;
 use demand_tests::host::{has_kvm, skip};
+use demand_tests::linux_vm::Kernel;
 use demand_tests::process::{self, program};
 use demand_tests::refusal::{FAILED, HOST, Refusals, USAGE};
 use demand_tests::tiny_kernel::{plain_elf, pvh_kernel};

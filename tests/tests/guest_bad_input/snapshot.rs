@@ -10,7 +10,7 @@ use std::process::Command;
 use std::sync::OnceLock;
 
 use demand_tests::backend::{BackEnd, BlkOptions};
-use demand_tests::guest::{Guest, GuestConfig, Kernel};
+use demand_tests::linux_vm::{Guest, GuestConfig, Kernel};
 use demand_tests::process::program;
 use demand_vmm::api::Go;
 use demand_vmm::snapshot::dir::{self as snapshot_dir, VERSION};

@@ -9,7 +9,7 @@ use std::thread;
 use std::time::{Duration, Instant, UNIX_EPOCH};
 
 use anyhow::{Context, Result, ensure};
-use demand_tests::guest::{Guest, Kernel};
+use demand_tests::linux_vm::{Guest, Kernel};
 use demand_vmm::api::Go;
 use guest_work::{Journal, Prove, Work};
 use rustix::process::{Pid, Signal, kill_process};

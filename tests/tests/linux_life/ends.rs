@@ -6,7 +6,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use demand_tests::guest::{Guest, Kernel};
+use demand_tests::linux_vm::{Guest, Kernel};
 use demand_vmm::api::{Go, GuestCondition, State, Status};
 use guest_work::Work;
 

@@ -6,7 +6,7 @@ mod clock;
 mod ends;
 mod room;
 
-use demand_tests::guest::GuestConfig;
+use demand_tests::linux_vm::GuestConfig;
 
 fn config(cpus: u32, memory: &str, more: &[&str]) -> GuestConfig {
     let more = more.iter().map(ToString::to_string).collect();

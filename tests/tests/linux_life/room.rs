@@ -11,7 +11,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use demand_tests::guest::{Guest, Kernel};
+use demand_tests::linux_vm::{Guest, Kernel};
 use demand_tests::process::{program, run};
 use guest_work::Work;
 

@@ -12,7 +12,7 @@ use demand_vmm::report::{Report, duration, size};
 use guest_work::{Beat, Journal, Line, Prove, Work};
 
 use crate::file_system;
-use crate::guest::{DiskOption, Guest, GuestConfig, Kernel};
+use crate::linux_vm::{DiskOption, Guest, GuestConfig, Kernel};
 
 /// Size of the guest's memory, in bytes.
 const MEMORY: u64 = 1 << 30;

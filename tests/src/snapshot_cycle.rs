@@ -13,8 +13,8 @@ use demand_vmm::api::{Go, State};
 use demand_vmm::report::Report;
 use guest_work::{Beat, Journal, Line, Prove, Work};
 
-use crate::guest::{CardOption, DiskOption, Guest, GuestConfig, Kernel};
-use crate::same_memory::same_memory;
+use crate::compare_memory::same_memory;
+use crate::linux_vm::{CardOption, DiskOption, Guest, GuestConfig, Kernel};
 
 /// Size of a guest's disk, in bytes.
 const DISK: u64 = 24 << 20;
