@@ -206,6 +206,23 @@ fn without_tsc(state: &str) -> (Value, u64) {
     (state, tsc)
 }
 
+/// Returns an interrupt controller's state without the requests that the timer's ticks make at any
+/// moment: of interrupt 0, and of the I/O APIC's pins 0 and 2.
+fn without_ticks(name: &str, chip: &Value) -> Vec<u8> {
+    const HEADER: usize = 8;
+    let hex = chip.as_str().unwrap();
+    let digits = (0..hex.len()).step_by(2).map(|at| u8::from_str_radix(&hex[at..at + 2], 16));
+    let mut bytes: Vec<u8> = digits.map(Result::unwrap).collect();
+    match name {
+        // The edge that was seen last, and the requests.
+        "pic_master" => bytes[HEADER..HEADER + 2].iter_mut().for_each(|byte| *byte &= !1),
+        // The requests.
+        "ioapic" => bytes[HEADER + 16] &= !0b101,
+        _ => {}
+    }
+    bytes
+}
+
 #[test]
 fn all_of_it_comes_back() {
     let Some(kvm) = kvm() else { return };
@@ -243,7 +260,8 @@ fn all_of_it_comes_back() {
     let [vm, other_vm]: [Value; 2] =
         [&saved.vm, &now.vm].map(|json| serde_json::from_str(json).unwrap());
     for name in ["pic_master", "pic_slave", "ioapic"] {
-        assert_eq!(vm[name], other_vm[name], "{name}");
+        let [before, after] = [&vm, &other_vm].map(|state| without_ticks(name, &state[name]));
+        assert_eq!(before, after, "{name}");
     }
     let [clock, later] = [&vm, &other_vm].map(|state| state["clock"].as_u64().unwrap());
     let a_minute = 60_000_000_000;
