@@ -158,9 +158,11 @@ impl Vm {
         self.lifecycle.end(timeouts::END, || self.unblock());
     }
 
-    /// Ends every wait for a page or a back-end.
+    /// Ends every wait for a page or a back-end. Stopping the memory would not be enough: while its
+    /// state is set or reset, a vCPU's thread may wait for a page inside KVM, where only revoking
+    /// the memory ends the wait.
     fn unblock(&self) {
-        self.machine.memory().stop();
+        self.machine.memory().revoke();
         self.devices.iter().for_each(|device| device.hang_up().hang_up());
     }
 

@@ -8,18 +8,23 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use demand_tests::linux_vm::Guest;
+use demand_vmm::api::State;
 use demand_vmm::arch::layout::COMMAND_LINE;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use test_support::host::{free_units, shared_memory_kib, threads_of};
+use test_support::wait::until;
 
-use crate::pages::{all_worked_on, flip};
+use crate::pages::{all_worked_on, flip, kvm_clock};
 use crate::snapshot::{Snapshot, Spoilt};
 
 /// Time limit for a VM's end: its vCPUs, its back-ends and its console get some seconds.
 const WITHIN: Duration = Duration::from_secs(20);
 /// The latest moment of an end, after the start of the restore.
 const LATEST_MS: u64 = 1500;
+
+/// A huge page, in bytes.
+const UNIT: u64 = 2 << 20;
 
 const DEVICE: &str = "/dev/userfaultfd";
 
@@ -135,6 +140,30 @@ fn end(snapshot: &Snapshot, ending: Ending, backing: &str, moment: Duration, cas
         }
     }
     wait_gone(&mut guest, case);
+}
+
+/// KVM waits for a whole unit, of which it touches one page, when a vCPU gets its state.
+#[test]
+fn shutdown_ends_kvms_wait_at_start() {
+    let Some(snapshot) = Snapshot::get() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let copy = snapshot.copy();
+    drop(copy.own("memory"));
+    let clock = kvm_clock(snapshot);
+    let within = clock % UNIT;
+    // A page of the same unit that KVM does not touch.
+    flip(&copy, clock - within + (within + UNIT / 2) % UNIT + 4000);
+    let more = ["--engine", "uffd", "--fill", "off", "--memory", "backing=hugetlb-2m"];
+    let (mut guest, _back_end) = snapshot.restore(folder.path(), &copy.dir(), &more);
+    until("a vCPU's thread waits inside KVM", || {
+        threads_of(guest.id())
+            .split(", ")
+            .any(|thread| thread.starts_with("vcpu-") && thread.ends_with("in handle_userfault"))
+    });
+    assert_eq!(guest.api().status().unwrap().state, State::Starting);
+    shut_down(&guest);
+    wait_gone(&mut guest, "shutdown while KVM waits");
+    snapshot.assert_unchanged();
 }
 
 fn number(name: &str) -> Option<u64> {

@@ -39,7 +39,7 @@ fn worked_on(snapshot: &Snapshot) -> u64 {
 }
 
 /// Returns the offset of kvm-clock's page.
-fn kvm_clock(snapshot: &Snapshot) -> u64 {
+pub fn kvm_clock(snapshot: &Snapshot) -> u64 {
     let state: Value = snapshot_dir::decode(&snapshot.read("state")).unwrap();
     let msrs = state["vcpus"][0]["msrs"].as_array().unwrap();
     let clock = msrs.iter().find(|msr| msr[0] == KVM_CLOCK).unwrap();
