@@ -67,7 +67,7 @@ impl MsrTrap {
         Ok(MsrTrap { vm: vm.clone() })
     }
 
-    /// Lets the guest write the MSRs directly again. Call it when no page is missing, from a
+    /// Restores direct writes of the MSRs by the guest. Call it when no page is missing, from a
     /// control thread. A pending exit must still be completed.
     ///
     /// # Errors

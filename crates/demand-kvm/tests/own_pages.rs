@@ -299,7 +299,7 @@ fn interrupt(rig: &Rig, cpu: &mut Cpu, device: &mut Device) {
         while !vcpu.is_finished() && begun.elapsed() < PATIENCE {
             thread::sleep(Duration::from_millis(1));
         }
-        // Has no effect on a guest that has already handled it.
+        // This does not affect a guest that has already handled it.
         kick.kick();
         vcpu.join().unwrap().unwrap();
     });

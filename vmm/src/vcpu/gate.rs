@@ -219,7 +219,7 @@ impl Gate {
         !self.lock().held.is_empty()
     }
 
-    /// Lets all vCPUs into the guest again once the VM runs.
+    /// Ends the hold: all vCPUs enter the guest again once the VM runs.
     pub(crate) fn release(&self) {
         self.lock().held.clear();
         self.changed.notify_all();

@@ -7,7 +7,7 @@ use crate::{BACKINGS, only};
 
 const STATES: [u32; 4] = [0, USERFAULT, LOG, USERFAULT | LOG];
 
-/// Lets the guest access some of its pages, and checks that it misses the odd ones while the flag
+/// Makes the guest access some of its pages, and checks that it misses the odd ones while the flag
 /// is on.
 fn touch(guest: &mut Guest, flags: u32, step: usize) {
     for page in (0..PAGES).step_by(step) {
