@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Benchmarks of the steps that make a page present, and of an access to present pages.
+
+#![allow(clippy::cast_possible_truncation, reason = "the numbers of a bench are small")]
 #![allow(missing_docs)] // criterion's macros make public items.
 
 use std::os::unix::fs::FileExt;
@@ -8,8 +10,8 @@ use std::time::Duration;
 
 use criterion::{BatchSize, Criterion, criterion_group, criterion_main};
 use demand_memory::{
-    BackingKind, DemandMemory, DemandRegion, MemfdBacking, MissingBitmap, PAGE_SIZE, PageRange,
-    Path, RegionConfig, Retrier, Stats, Waiter,
+    BackingKind, DemandMemory, DemandRegion, FaultPath, MemfdBacking, MissingBitmap, PAGE_SIZE,
+    PageRange, PagerConfig, Retrier, Stats, Waiter,
 };
 use demand_source::LocalFile;
 use vm_memory::{Bytes, GuestAddress};
@@ -36,16 +38,15 @@ fn bitmap(criterion: &mut Criterion) {
 }
 
 fn memory(image: &std::path::Path) -> DemandMemory {
-    let backing = MemfdBacking::new(BackingKind::Shmem, PAGES * PAGE_SIZE, true).unwrap();
-    let config = RegionConfig {
-        start: GuestAddress(0),
+    let backing = MemfdBacking::new(BackingKind::Shmem, PAGES * PAGE_SIZE).unwrap();
+    let config = PagerConfig {
         backing: Arc::new(backing),
         source: Arc::new(LocalFile::open(image).unwrap()),
         image_offset: 0,
         stats: Arc::new(Stats::new()),
         retrier: Retrier::new(Default::default(), |failure| panic!("{}", failure.error)),
     };
-    DemandMemory::new(vec![DemandRegion::new(config, ()).unwrap()]).unwrap()
+    DemandMemory::new(vec![DemandRegion::new(GuestAddress(0), config, ()).unwrap()]).unwrap()
 }
 
 fn pages(criterion: &mut Criterion) {
@@ -56,7 +57,7 @@ fn pages(criterion: &mut Criterion) {
         let ensure = |memory: DemandMemory| {
             let pager = memory.pagers().next().unwrap();
             for page in 0..PAGES {
-                pager.ensure(PageRange::page(page), Path::Guest, &waiter).unwrap();
+                pager.ensure(PageRange::page(page), FaultPath::Guest, &waiter).unwrap();
             }
             memory
         };

@@ -3,11 +3,13 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
+use std::thread;
 
 use demand_source::{Lender, SourceError};
 
 use crate::errand::{Errand, Left};
-use crate::pager::{PopulateError, data_bytes};
+use crate::error::PopulateError;
+use crate::extents::data_bytes;
 use crate::{PageRange, Pager};
 
 /// Claimed pages that the source is working on. The outcome and the destination both hold it, and
@@ -29,14 +31,41 @@ impl Arrival {
     }
 
     /// Records the source's outcome, once.
-    pub(crate) fn tell(&self, outcome: Result<(), SourceError>) {
+    fn record(&self, outcome: Result<(), SourceError>) {
         let _ = self.outcome.set(outcome);
+    }
+
+    /// Returns the part of it that records the outcome.
+    pub(crate) fn recorder(self: Arc<Self>) -> Recorder {
+        Recorder(self)
+    }
+}
+
+/// Records the outcome of a request.
+pub(crate) struct Recorder(Arc<Arrival>);
+
+impl Recorder {
+    pub(crate) fn record(self, outcome: Result<(), SourceError>) {
+        self.0.record(outcome);
+    }
+}
+
+impl Drop for Recorder {
+    fn drop(&mut self) {
+        // Without effect after `record`.
+        if thread::panicking() {
+            self.0.record(Err(SourceError::Panicked));
+        }
     }
 }
 
 impl Lender for Arrival {
     fn take_back(&self, wrote: usize) {
         self.wrote.store(wrote as u64, Ordering::Relaxed);
+    }
+
+    fn is_wanted(&self) -> bool {
+        !self.pager.bitmap().is_stopped()
     }
 }
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The memory object behind a region: shared memory or huge pages.
+//! The memory object behind a region: its kinds, and those in a memfd.
 
 use std::ffi::CStr;
 use std::fmt;
@@ -22,17 +22,25 @@ pub enum BackingKind {
     Hugetlb2M,
     /// Huge pages of 1 GiB.
     Hugetlb1G,
+    /// A hypervisor's memory for one VM, in pages of 4096 bytes: [`VmFileBacking`].
+    ///
+    /// [`VmFileBacking`]: crate::VmFileBacking
+    GuestMemfd,
 }
 
 impl BackingKind {
     /// All kinds.
-    pub const ALL: [BackingKind; 3] =
-        [BackingKind::Shmem, BackingKind::Hugetlb2M, BackingKind::Hugetlb1G];
+    pub const ALL: [BackingKind; 4] = [
+        BackingKind::Shmem,
+        BackingKind::Hugetlb2M,
+        BackingKind::Hugetlb1G,
+        BackingKind::GuestMemfd,
+    ];
 
     /// Returns the kind's unit: the page size of the backing, in bytes.
     pub const fn unit(self) -> u64 {
         match self {
-            BackingKind::Shmem => PAGE_SIZE,
+            BackingKind::Shmem | BackingKind::GuestMemfd => PAGE_SIZE,
             BackingKind::Hugetlb2M => 2 << 20,
             BackingKind::Hugetlb1G => 1 << 30,
         }
@@ -44,19 +52,42 @@ impl BackingKind {
             BackingKind::Shmem => "shmem",
             BackingKind::Hugetlb2M => "hugetlb-2m",
             BackingKind::Hugetlb1G => "hugetlb-1g",
+            BackingKind::GuestMemfd => "guest-memfd",
         }
     }
 
-    fn is_hugetlb(self) -> bool {
-        self != BackingKind::Shmem
+    /// Returns whether the memory consists of huge pages, which come from a pool.
+    pub const fn is_hugetlb(self) -> bool {
+        matches!(self, BackingKind::Hugetlb2M | BackingKind::Hugetlb1G)
     }
 
-    fn memfd_flags(self) -> libc::c_uint {
+    /// Returns whether a mapping can trap accesses to missing pages. Without that, only the
+    /// hypervisor can keep the guest from them, and no other process may reach the memory before
+    /// all of it is present.
+    pub const fn traps_in_mappings(self) -> bool {
+        !matches!(self, BackingKind::GuestMemfd)
+    }
+
+    /// Returns the flags of a memfd of this kind; `None` if there is none.
+    fn memfd_flags(self) -> Option<libc::c_uint> {
         match self {
-            BackingKind::Shmem => 0,
-            BackingKind::Hugetlb2M => libc::MFD_HUGETLB | libc::MFD_HUGE_2MB,
-            BackingKind::Hugetlb1G => libc::MFD_HUGETLB | libc::MFD_HUGE_1GB,
+            BackingKind::Shmem => Some(0),
+            BackingKind::Hugetlb2M => Some(libc::MFD_HUGETLB | libc::MFD_HUGE_2MB),
+            BackingKind::Hugetlb1G => Some(libc::MFD_HUGETLB | libc::MFD_HUGE_1GB),
+            BackingKind::GuestMemfd => None,
         }
+    }
+
+    /// Checks that memory of this kind can have `size` bytes: one or more whole units.
+    ///
+    /// # Errors
+    ///
+    /// [`BackingError::Size`].
+    pub fn expect_size(self, size: u64) -> Result<(), BackingError> {
+        if size == 0 || !size.is_multiple_of(self.unit()) {
+            return Err(BackingError::Size { size, kind: self });
+        }
+        Ok(())
     }
 }
 
@@ -67,18 +98,27 @@ impl fmt::Display for BackingKind {
 }
 
 impl FromStr for BackingKind {
-    type Err = String;
+    type Err = ParseBackingKindError;
 
-    fn from_str(name: &str) -> Result<Self, String> {
-        BackingKind::ALL.into_iter().find(|kind| kind.name() == name).ok_or_else(|| {
-            let names = BackingKind::ALL.map(BackingKind::name).join(", ");
-            format!("unknown backing '{name}'; choose one of {names}")
-        })
+    fn from_str(name: &str) -> Result<Self, ParseBackingKindError> {
+        let kind = BackingKind::ALL.into_iter().find(|kind| kind.name() == name);
+        kind.ok_or_else(|| ParseBackingKindError { name: name.into() })
     }
+}
+
+/// The error from parsing a text that is no [`BackingKind`]'s name.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "unknown backing '{name}'; choose one of {}",
+    BackingKind::ALL.map(BackingKind::name).join(", ")
+)]
+pub struct ParseBackingKindError {
+    name: String,
 }
 
 /// Errors from creating, allocating or removing memory of a backing.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum BackingError {
     /// A size that is not a multiple of the unit.
     #[error(
@@ -93,17 +133,28 @@ pub enum BackingError {
         kind: BackingKind,
     },
     /// A memory object that could not be created or mapped.
-    #[error("cannot create {size} bytes of {kind}: {error}; {}", advice(*kind))]
+    #[error("cannot create {size} bytes of {kind}: {source}; {}", advice(*kind))]
     Create {
         /// The requested size, in bytes.
         size: u64,
         /// The requested kind.
         kind: BackingKind,
         /// The system's error.
-        error: io::Error,
+        source: io::Error,
+    },
+    /// Memory that belongs to a VM, and was requested without one.
+    #[error(
+        "cannot create {size} bytes of {kind}: the hypervisor creates it, for one VM; create the \
+         VM first, and the memory through it"
+    )]
+    OfVm {
+        /// The requested size, in bytes.
+        size: u64,
+        /// The requested kind.
+        kind: BackingKind,
     },
     /// Memory that could not be allocated for pages.
-    #[error("cannot allocate {len} bytes of {kind} at offset {offset}: {error}; {}", advice(*kind))]
+    #[error("cannot allocate {len} bytes of {kind} at offset {offset}: {source}; {}", advice(*kind))]
     Allocate {
         /// Offset in the region, in bytes.
         offset: u64,
@@ -112,10 +163,10 @@ pub enum BackingError {
         /// The region's kind.
         kind: BackingKind,
         /// The system's error.
-        error: io::Error,
+        source: io::Error,
     },
     /// Memory without content that could not be found or removed.
-    #[error("cannot remove {len} bytes of {kind} without content at offset {offset}: {error}")]
+    #[error("cannot remove {len} bytes of {kind} without content at offset {offset}: {source}")]
     Remove {
         /// Offset in the region, in bytes.
         offset: u64,
@@ -124,13 +175,29 @@ pub enum BackingError {
         /// The region's kind.
         kind: BackingKind,
         /// The system's error.
-        error: io::Error,
+        source: io::Error,
+    },
+    /// Memory that could not be read.
+    #[error("cannot read {len} bytes of {kind} at offset {offset}: {source}")]
+    Read {
+        /// Offset in the region, in bytes.
+        offset: u64,
+        /// Length, in bytes.
+        len: u64,
+        /// The region's kind.
+        kind: BackingKind,
+        /// The system's error.
+        source: io::Error,
     },
 }
 
 fn advice(kind: BackingKind) -> &'static str {
     match kind {
         BackingKind::Shmem => "free memory, or use less",
+        BackingKind::GuestMemfd => {
+            "use a kernel whose hypervisor has such memory and lets it be mapped (Linux 6.18 or \
+             newer), or another backing; if it has, free memory"
+        }
         BackingKind::Hugetlb2M => {
             "free or add huge pages of 2 MiB (see sysctl vm.nr_hugepages, and HugePages_Free in \
              /proc/meminfo)"
@@ -144,8 +211,7 @@ fn advice(kind: BackingKind) -> &'static str {
 
 /// A memory object that can back a region.
 ///
-/// Nothing outside an implementation assumes that the object is a plain memfd, so that others
-/// (guest_memfd, for example) can be added.
+/// Nothing outside an implementation assumes that the object is a plain memfd.
 pub trait Backing: Send + Sync + fmt::Debug {
     /// Returns the kind of memory.
     fn kind(&self) -> BackingKind;
@@ -169,13 +235,14 @@ pub trait Backing: Send + Sync + fmt::Debug {
     /// [`BackingError::Allocate`] with the system's error.
     fn allocate(&self, pages: PageRange) -> Result<(), BackingError>;
 
-    /// Returns the first run of units from page `from` on that may exist, for example because a
-    /// process has touched them. Repeated calls find every unit that exists.
+    /// Returns the first pages of `within` whose units may exist, for example because a process has
+    /// touched them. Repeated calls, each from the end of the last answer on, find every unit that
+    /// exists.
     ///
     /// # Errors
     ///
     /// [`BackingError::Remove`] with the system's error.
-    fn next_existing(&self, from: u64) -> Result<Option<PageRange>, BackingError>;
+    fn next_existing(&self, within: PageRange) -> Result<Option<PageRange>, BackingError>;
 
     /// Removes whole units from the object and from every mapping of it, in all processes. Their
     /// reservations are kept. The next access to them finds new units of zeros, so only the pager
@@ -188,6 +255,11 @@ pub trait Backing: Send + Sync + fmt::Debug {
 
     /// Returns the file through which other processes map the object, from its first byte on.
     fn file(&self) -> Option<&Arc<File>>;
+
+    /// Returns the file if it can be read, and tells its holes (`SEEK_HOLE`), without a mapping.
+    fn readable_file(&self) -> Option<&Arc<File>> {
+        self.file()
+    }
 }
 
 /// Shared memory or huge pages in a memfd.
@@ -197,10 +269,10 @@ pub trait Backing: Send + Sync + fmt::Debug {
 /// ```
 /// use demand_memory::{Backing, BackingKind, MemfdBacking};
 ///
-/// let backing = MemfdBacking::new(BackingKind::Shmem, 1 << 20, true).unwrap();
+/// let backing = MemfdBacking::new(BackingKind::Shmem, 1 << 20).unwrap();
 /// assert_eq!(backing.size(), 1 << 20);
 /// // 3 MiB is not a multiple of 2 MiB.
-/// assert!(MemfdBacking::new(BackingKind::Hugetlb2M, 3 << 20, true).is_err());
+/// assert!(MemfdBacking::new(BackingKind::Hugetlb2M, 3 << 20).is_err());
 /// ```
 #[derive(Debug)]
 pub struct MemfdBacking {
@@ -212,23 +284,30 @@ pub struct MemfdBacking {
 }
 
 impl MemfdBacking {
-    /// Creates a memory object of `size` bytes. With `reserve`, the first mapping reserves huge
-    /// pages for all of it, and fails if they are not free; without, an empty pool causes an error
-    /// only when a page is fetched.
+    /// Creates a memory object of `size` bytes. The first mapping reserves huge pages for all of it,
+    /// and fails if they are not free: see [`with_reservation`](Self::with_reservation).
     ///
     /// # Errors
     ///
-    /// [`BackingError::Size`] and [`BackingError::Create`].
-    pub fn new(kind: BackingKind, size: u64, reserve: bool) -> Result<Self, BackingError> {
-        if size == 0 || !size.is_multiple_of(kind.unit()) {
-            return Err(BackingError::Size { size, kind });
-        }
-        let refused = |error| BackingError::Create { size, kind, error };
-        let file = memfd(c"guest-memory", libc::MFD_ALLOW_SEALING | kind.memfd_flags())
-            .map_err(refused)?;
+    /// [`BackingError::Size`], [`BackingError::Create`], and [`BackingError::OfVm`] for a kind that
+    /// is no memfd.
+    pub fn new(kind: BackingKind, size: u64) -> Result<Self, BackingError> {
+        kind.expect_size(size)?;
+        let flags = kind.memfd_flags().ok_or(BackingError::OfVm { size, kind })?;
+        let refused = |source| BackingError::Create { size, kind, source };
+        let file = memfd(c"guest-memory", libc::MFD_ALLOW_SEALING | flags).map_err(refused)?;
         file.set_len(size).map_err(refused)?;
         seal(&file, 0).map_err(refused)?;
-        Ok(MemfdBacking { file: Arc::new(file), kind, size, reserve, transparent: false })
+        Ok(MemfdBacking { file: Arc::new(file), kind, size, reserve: true, transparent: false })
+    }
+
+    /// Sets whether mappings reserve huge pages; initially they do. Without a reservation, an empty
+    /// pool causes an error only when a page is fetched. Must be called before the first mapping is
+    /// created. Has no effect on shared memory.
+    #[must_use]
+    pub fn with_reservation(mut self, on: bool) -> Self {
+        self.reserve = on;
+        self
     }
 
     /// Sets whether the kernel may use transparent huge pages for shared memory; initially it may
@@ -248,22 +327,41 @@ impl MemfdBacking {
     }
 }
 
+/// The kernel's setting of transparent huge pages for shared memory.
+const SHMEM_ENABLED: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
+
+/// The reason why shared memory gets no transparent huge pages.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum TransparentHugePagesError {
+    /// A kernel whose setting cannot be read.
+    #[error(
+        "cannot read {}: {source}; this kernel may lack transparent huge pages for shared memory",
+        SHMEM_ENABLED
+    )]
+    Unreadable {
+        /// The system's error.
+        source: io::Error,
+    },
+    /// A kernel whose setting turns them off.
+    #[error("{} is '{setting}'; write 'advise' to it", SHMEM_ENABLED)]
+    Off {
+        /// The setting's text.
+        setting: String,
+    },
+}
+
 /// Checks whether this kernel uses transparent huge pages for shared memory that asks for them.
 ///
 /// # Errors
 ///
-/// One line of text: the reason, and the remedy.
-pub fn transparent_huge_pages_of_shmem() -> Result<(), String> {
-    const SETTING: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
-    let text = std::fs::read_to_string(SETTING).map_err(|error| {
-        format!(
-            "cannot read {SETTING}: {error}; this kernel may lack transparent huge pages for \
-             shared memory"
-        )
-    })?;
+/// [`TransparentHugePagesError`] if it does not.
+pub fn transparent_huge_pages_of_shmem() -> Result<(), TransparentHugePagesError> {
+    let text = std::fs::read_to_string(SHMEM_ENABLED)
+        .map_err(|source| TransparentHugePagesError::Unreadable { source })?;
     match chosen(&text) {
         Some("never" | "deny") | None => {
-            Err(format!("{SETTING} is '{}'; write 'advise' to it", text.trim()))
+            Err(TransparentHugePagesError::Off { setting: text.trim().into() })
         }
         Some(_) => Ok(()),
     }
@@ -284,9 +382,13 @@ impl Backing for MemfdBacking {
     }
 
     fn map(&self) -> Result<Mapping, BackingError> {
-        let refused = |error| BackingError::Create { size: self.size, kind: self.kind, error };
-        let no_reserve = self.kind.is_hugetlb() && !self.reserve;
-        let mapping = Mapping::shared(&self.file, self.size, no_reserve).map_err(refused)?;
+        let refused = |source| BackingError::Create { size: self.size, kind: self.kind, source };
+        let map = if self.kind.is_hugetlb() && !self.reserve {
+            Mapping::shared_without_reservation
+        } else {
+            Mapping::shared
+        };
+        let mapping = map(&self.file, self.size).map_err(refused)?;
         if !self.kind.is_hugetlb() {
             // Kernels built without transparent huge pages for shared memory refuse both values.
             let _ = mapping.advise(match self.transparent {
@@ -302,48 +404,48 @@ impl Backing for MemfdBacking {
         let units = pages.grow_to_units(unit / PAGE_SIZE, self.size / PAGE_SIZE);
         let (offset, len) = (units.offset(), units.bytes());
         // Without flags, it creates pages that do not exist and changes no byte of those that do.
-        fallocate(&self.file, 0, units).map_err(|error| BackingError::Allocate {
+        fallocate(&self.file, 0, units).map_err(|source| BackingError::Allocate {
             offset,
             len,
             kind: self.kind,
-            error,
+            source,
         })
     }
 
-    fn next_existing(&self, from: u64) -> Result<Option<PageRange>, BackingError> {
-        let end = self.size / PAGE_SIZE;
-        let failed = |error| {
-            let (offset, kind) = (from * PAGE_SIZE, self.kind);
-            BackingError::Remove { offset, len: self.size - offset, kind, error }
+    fn next_existing(&self, within: PageRange) -> Result<Option<PageRange>, BackingError> {
+        let failed = |source| {
+            let (offset, len, kind) = (within.offset(), within.bytes(), self.kind);
+            BackingError::Remove { offset, len, kind, source }
         };
-        if from >= end {
+        if within.is_empty() {
             return Ok(None);
         }
         if self.kind.is_hugetlb() {
             // Huge pages cannot be located, but they are counted.
             let blocks = self.file.metadata().map_err(failed)?.blocks();
-            return Ok((blocks > 0).then_some(PageRange::new(from, end - from)));
+            return Ok((blocks > 0).then_some(within));
         }
-        let Some(first) = seek(&self.file, from, libc::SEEK_DATA).map_err(failed)? else {
-            return Ok(None);
-        };
-        let end = seek(&self.file, first, libc::SEEK_HOLE).map_err(failed)?.unwrap_or(end);
+        let first = seek(&self.file, within.first, libc::SEEK_DATA).map_err(failed)?;
+        let Some(first) = first.filter(|first| *first < within.end()) else { return Ok(None) };
+        let hole = seek(&self.file, first, libc::SEEK_HOLE).map_err(failed)?;
+        let end = hole.map_or(within.end(), |hole| hole.min(within.end()));
         Ok(Some(PageRange::new(first, end - first)))
     }
 
     fn remove(&self, units: PageRange) -> Result<(), BackingError> {
         let (offset, len) = (units.offset(), units.bytes());
         let how = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
-        fallocate(&self.file, how, units).map_err(|error| BackingError::Remove {
+        fallocate(&self.file, how, units).map_err(|source| BackingError::Remove {
             offset,
             len,
             kind: self.kind,
-            error,
+            source,
         })?;
         if self.kind.is_hugetlb() && self.reserve {
             // The reservation of a huge page is lost with the page; a new mapping reserves the ones
             // that lack it.
-            let refused = |error| BackingError::Create { size: self.size, kind: self.kind, error };
+            let refused =
+                |source| BackingError::Create { size: self.size, kind: self.kind, source };
             Mapping::reserve(&self.file, self.size).map_err(refused)?;
         }
         Ok(())
@@ -354,7 +456,7 @@ impl Backing for MemfdBacking {
     }
 }
 
-fn fallocate(file: &File, mode: libc::c_int, pages: PageRange) -> io::Result<()> {
+pub(crate) fn fallocate(file: &File, mode: libc::c_int, pages: PageRange) -> io::Result<()> {
     let (offset, len) = (pages.offset() as i64, pages.bytes() as i64);
     loop {
         // SAFETY: the call touches no memory of this process. The caller knows the mappings of the
@@ -404,8 +506,9 @@ pub(crate) fn memfd(name: &CStr, flags: libc::c_uint) -> io::Result<File> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
+    use std::error::Error;
 
     #[test]
     fn sizes_other_than_whole_units_are_refused() {
@@ -414,10 +517,17 @@ mod tests {
             (BackingKind::Shmem, 4097),
             (BackingKind::Hugetlb2M, 4096),
             (BackingKind::Hugetlb1G, 3 << 29),
+            (BackingKind::GuestMemfd, 4097),
         ] {
-            let error = MemfdBacking::new(kind, size, true).unwrap_err();
+            let error = MemfdBacking::new(kind, size).unwrap_err();
             assert!(matches!(error, BackingError::Size { .. }), "{error}");
         }
+    }
+
+    #[test]
+    fn memory_of_a_vm_is_no_memfd() {
+        let error = MemfdBacking::new(BackingKind::GuestMemfd, 4096).unwrap_err();
+        assert!(error.to_string().contains("create the VM first"), "{error}");
     }
 
     #[test]
@@ -431,12 +541,12 @@ mod tests {
         for kind in BackingKind::ALL {
             assert_eq!(kind.name().parse(), Ok(kind));
         }
-        assert!("tmpfs".parse::<BackingKind>().unwrap_err().contains("hugetlb-2m"));
+        assert!("tmpfs".parse::<BackingKind>().unwrap_err().to_string().contains("hugetlb-2m"));
     }
 
     #[test]
     fn length_of_memory_is_sealed() {
-        let backing = MemfdBacking::new(BackingKind::Shmem, 1 << 20, true).unwrap();
+        let backing = MemfdBacking::new(BackingKind::Shmem, 1 << 20).unwrap();
         for size in [0, 4096, 2 << 20] {
             let error = backing.file().unwrap().set_len(size).unwrap_err();
             assert_eq!(error.kind(), io::ErrorKind::PermissionDenied, "{size}: {error}");
@@ -446,18 +556,25 @@ mod tests {
 
     #[test]
     fn existing_units_are_found_and_removed() {
-        let backing = MemfdBacking::new(BackingKind::Shmem, 1 << 20, true).unwrap();
-        assert_eq!(backing.next_existing(0).unwrap(), None);
+        check_existing_pages(&MemfdBacking::new(BackingKind::Shmem, 1 << 20).unwrap());
+    }
+
+    /// Checks a backing of 256 pages, none of which exists yet.
+    pub(crate) fn check_existing_pages(backing: &dyn Backing) {
+        let from = |page| backing.next_existing(PageRange::new(page, 256 - page)).unwrap();
+        assert_eq!(from(0), None);
         let mapping = backing.map().unwrap();
         for page in [3, 4, 255] {
             // SAFETY: the byte lies in the mapping, and nothing else refers to it.
             unsafe { mapping.at(page * PAGE_SIZE).write_volatile(1) };
         }
-        assert_eq!(backing.next_existing(0).unwrap(), Some(PageRange::new(3, 2)));
-        assert_eq!(backing.next_existing(4).unwrap(), Some(PageRange::page(4)));
+        assert_eq!(from(0), Some(PageRange::new(3, 2)));
+        assert_eq!(from(4), Some(PageRange::page(4)));
+        let some = |first, count| backing.next_existing(PageRange::new(first, count)).unwrap();
+        assert_eq!((some(0, 4), some(5, 250)), (Some(PageRange::page(3)), None));
         backing.remove(PageRange::new(3, 200)).unwrap();
-        assert_eq!(backing.next_existing(0).unwrap(), Some(PageRange::page(255)));
-        assert_eq!(backing.next_existing(256).unwrap(), None);
+        assert_eq!(from(0), Some(PageRange::page(255)));
+        assert_eq!(from(256), None);
         // SAFETY: as above.
         let bytes = [4, 255].map(|page| unsafe { mapping.at(page * PAGE_SIZE).read_volatile() });
         assert_eq!(bytes, [0, 1]);
@@ -466,8 +583,9 @@ mod tests {
     #[test]
     fn an_empty_pool_is_an_error() {
         // No machine has 1 PiB of huge pages.
-        let backing = MemfdBacking::new(BackingKind::Hugetlb2M, 1 << 50, true).unwrap();
+        let backing = MemfdBacking::new(BackingKind::Hugetlb2M, 1 << 50).unwrap();
         let error = backing.map().unwrap_err();
         assert!(error.to_string().contains("vm.nr_hugepages"), "{error}");
+        assert!(error.source().is_some(), "{error:?}");
     }
 }

@@ -6,25 +6,25 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::retry::Attempts;
-use crate::{PageRange, Path};
+use crate::{FaultPath, PageRange};
 
 /// The purpose for which claimed pages are fetched.
 #[derive(Clone, Copy)]
 pub(crate) struct Errand {
-    pub(crate) path: Path,
+    pub(crate) path: FaultPath,
     /// The attempts so far, if one has failed.
     pub(crate) tried: Option<Attempts>,
     pub(crate) role: Role,
 }
 
 impl Errand {
-    pub(crate) fn new(path: Path) -> Self {
+    pub(crate) fn new(path: FaultPath) -> Self {
         Errand { path, tried: None, role: Role::Whole }
     }
 
     /// Returns whether an accessor other than background fill wants the pages.
     pub(crate) fn is_wanted(&self) -> bool {
-        self.path != Path::Fill || self.tried.is_some_and(|attempts| attempts.wanted.is_some())
+        self.path != FaultPath::Fill || self.tried.is_some_and(|attempts| attempts.wanted.is_some())
     }
 }
 
@@ -49,10 +49,18 @@ pub(crate) fn probe_of(run: PageRange, tried: Option<Attempts>) -> PageRange {
     // The fractions 0, 1/2, 1/4, 3/4, 1/8 and so on of the run, one for each attempt.
     let fraction = u64::from(attempts.reverse_bits());
     let within = (u128::from(fraction) * u128::from(run.count)) >> 32;
-    PageRange::page(run.first + within as u64)
+    PageRange::page(run.first + u64::try_from(within).expect("a fraction of a count"))
 }
 
-/// Pages that have failed when fetched one by one.
+/// Returns whether another page of a failed run is worth a probe, after the page that belongs to
+/// `attempts`: a source that will never deliver the first ones may deliver others. Eight pages
+/// stand for the run.
+pub(crate) fn has_more_probes(run: PageRange, attempts: u32) -> bool {
+    let probes = run.count.next_power_of_two().min(8);
+    !(u64::from(attempts) + 1).is_multiple_of(probes)
+}
+
+/// Pages that have failed when fetched one by one, or that the source will never deliver.
 #[derive(Default)]
 pub(crate) struct SetAside {
     count: AtomicU64,
@@ -64,9 +72,9 @@ impl SetAside {
         self.pages.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(crate) fn add(&self, page: u64) {
+    pub(crate) fn add(&self, range: PageRange) {
         let mut pages = self.lock();
-        pages.insert(page);
+        pages.extend(range.first..range.end());
         self.count.store(pages.len() as u64, Ordering::Relaxed);
     }
 

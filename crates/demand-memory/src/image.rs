@@ -2,19 +2,18 @@
 //! Copies guest memory to an image, while pages may be missing.
 
 use std::io;
-use std::os::unix::fs::FileExt;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use demand_source::{
-    Chunk, Destination, Extent, ImageWriter, ImageWriterError, PageCounts, PageSource, Priority,
-    Request, SourceError, extent_of_file,
+    Chunk, Destination, ImageWriter, ImageWriterError, PageCounts, PageSource, Priority, Request,
+    Retry, SourceError, to_usize,
 };
 use vm_memory::GuestMemoryBackend;
 use vm_memory::bitmap::Bitmap;
 
-use crate::pager::{data_bytes, extent_now, pages_of};
+use crate::extents::{data_bytes, extent_now, extent_of, pages_of};
 use crate::{DemandMemory, DemandRegion, PAGE_SIZE, PageRange, Pager};
 
 /// Pages copied at once: 1 MiB.
@@ -50,6 +49,7 @@ pub struct ImageProgress {
 
 /// Errors from copying memory to an image. The memory is unchanged.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum WriteImageError {
     /// An image of another size than the memory.
     #[error(
@@ -76,7 +76,7 @@ pub enum WriteImageError {
     /// A failure to read memory.
     #[error(
         "cannot copy memory to an image: reading {len} bytes at offset {offset} of the memory \
-         object failed: {error}; check the kernel log for memory errors"
+         object failed: {source}; check the kernel log for memory errors"
     )]
     Memory {
         /// Offset in the region, in bytes.
@@ -84,7 +84,7 @@ pub enum WriteImageError {
         /// Length of the read, in bytes.
         len: u64,
         /// The system's error.
-        error: io::Error,
+        source: io::Error,
     },
     /// A huge page that was being created throughout the wait: the hypervisor may have written to
     /// it.
@@ -99,7 +99,7 @@ pub enum WriteImageError {
     /// Missing pages that their source did not deliver.
     #[error(
         "cannot copy memory to an image: the source failed {attempts} times at offset {offset}: \
-         {error}; the VM can continue; try again when the source is available"
+         {source}; the VM can continue; try again when the source is available"
     )]
     Source {
         /// Offset in the source's image, in bytes.
@@ -107,7 +107,7 @@ pub enum WriteImageError {
         /// Number of attempts.
         attempts: u32,
         /// The source's last error.
-        error: SourceError,
+        source: SourceError,
     },
 }
 
@@ -125,7 +125,7 @@ impl<B: Bitmap> DemandMemory<B> {
     ///
     /// `progress` is called after each MiB, and repeatedly while a source is slow. It ends the copy
     /// by returning `false`. A source that fails is tried five times, with pauses of 750 ms in
-    /// total.
+    /// total, unless it says that another attempt is useless.
     ///
     /// # Errors
     ///
@@ -135,14 +135,14 @@ impl<B: Bitmap> DemandMemory<B> {
     /// # Examples
     ///
     /// ```
-    /// use std::sync::Arc;
     /// use demand_memory::{BackingKind, DemandMemory, DemandRegion, MemfdBacking, Stats};
     /// use demand_source::ImageWriter;
+    /// use std::sync::Arc;
     /// use vm_memory::{Bytes, GuestAddress};
     ///
-    /// let backing = Arc::new(MemfdBacking::new(BackingKind::Shmem, 1 << 20, true).unwrap());
+    /// let backing = Arc::new(MemfdBacking::new(BackingKind::Shmem, 1 << 20).unwrap());
     /// let region =
-    ///     DemandRegion::present(GuestAddress(0), backing, Arc::new(Stats::new()), ()).unwrap();
+    ///     DemandRegion::new_present(GuestAddress(0), backing, Arc::new(Stats::new()), ()).unwrap();
     /// let memory = DemandMemory::new(vec![region]).unwrap();
     /// memory.write_obj(7u8, GuestAddress(0x5000)).unwrap();
     ///
@@ -191,7 +191,7 @@ impl Copy<'_> {
     ) -> Result<(), WriteImageError> {
         let (bitmap, pages) = (region.pager().bitmap(), region.pager().pages());
         self.await_units(region.pager())?;
-        for first in (0..pages).step_by(CHUNK as usize) {
+        for first in (0..pages).step_by(to_usize(CHUNK)) {
             let chunk = PageRange::new(first, CHUNK.min(pages - first));
             let data_before = self.so_far.pages.data;
             let mut at = chunk.first;
@@ -241,28 +241,18 @@ impl Copy<'_> {
         base: u64,
         run: PageRange,
     ) -> Result<(), WriteImageError> {
-        let refused = |offset, len, error| WriteImageError::Memory { offset, len, error };
+        let refused = |offset, len, source| WriteImageError::Memory { offset, len, source };
         let (mut at, end) = (run.offset(), run.offset() + run.bytes());
         while at < end {
-            // Through the file, because reading an untouched page in a mapping would allocate it.
-            let file = region.pager().backing().file();
-            let extent = match file {
-                Some(file) => {
-                    extent_of_file(file, at, end).map_err(|e| refused(at, end - at, e))?
-                }
-                None => Some(Extent::Data { end }),
-            };
+            let extent = extent_of(&**region.pager().backing(), at, end);
+            let extent = extent.map_err(|error| refused(at, end - at, error))?;
             let Some(extent) = extent else { return Ok(()) };
             let (pages, hole) = pages_of(extent, at, (end - at) / PAGE_SIZE);
             let len = pages * PAGE_SIZE;
             if !hole {
-                self.buffer.resize(len as usize, 0);
-                match file {
-                    Some(file) => file
-                        .read_exact_at(&mut self.buffer, at)
-                        .map_err(|error| refused(at, len, error))?,
-                    None => region.read_populated(&mut self.buffer, at),
-                }
+                self.buffer.resize(to_usize(len), 0);
+                let read = region.pager().read_existing(&mut self.buffer, at);
+                read.map_err(|error| refused(at, len, error))?;
                 self.so_far.from_memory += len;
                 self.write(base + at)?;
             }
@@ -286,7 +276,9 @@ impl Copy<'_> {
             let (pages, hole) = pages_of(extent, offset + here, run.count - done);
             if !hole {
                 let len = pages * PAGE_SIZE;
-                self.persist(offset + here, |copy| copy.read(source, offset + here, len as usize))?;
+                self.persist(offset + here, |copy| {
+                    copy.read(source, offset + here, to_usize(len))
+                })?;
                 self.so_far.from_source += data_bytes(source, offset + here, len);
                 self.write(to + here)?;
             }
@@ -308,8 +300,9 @@ impl Copy<'_> {
                 Ok(answer) => return Ok(answer),
                 Err(error) => error,
             };
-            let Some(pause) = pauses.next() else {
-                return Err(WriteImageError::Source { offset, attempts, error });
+            let pause = pauses.next().filter(|_| error.retry() == Retry::Later);
+            let Some(pause) = pause else {
+                return Err(WriteImageError::Source { offset, attempts, source: error });
             };
             log::warn!(
                 "cannot read missing pages for an image (attempt {attempts}): {error}; retrying"
@@ -364,7 +357,7 @@ impl Copy<'_> {
 
     fn report(&mut self) -> Result<(), WriteImageError> {
         let ImageProgress { bytes, total, .. } = self.so_far;
-        let go_on = (self.progress)(self.so_far);
-        if go_on { Ok(()) } else { Err(WriteImageError::Cancelled { bytes, total }) }
+        let may_continue = (self.progress)(self.so_far);
+        if may_continue { Ok(()) } else { Err(WriteImageError::Cancelled { bytes, total }) }
     }
 }

@@ -5,6 +5,8 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use demand_source::to_usize;
+
 /// Each power of two has 2^7 buckets, so that a bucket's middle is within 0.4 % of its values.
 const BITS: u32 = 7;
 
@@ -40,7 +42,7 @@ impl Latencies {
 fn bucket_of(value: u64) -> usize {
     // The shift that leaves BITS bits after the value's leading one.
     let shift = (u64::BITS - (value | 1 << BITS).leading_zeros()) - BITS - 1;
-    ((shift as usize) << BITS) + (value >> shift) as usize
+    ((shift as usize) << BITS) + to_usize(value >> shift)
 }
 
 /// Returns the middle of a bucket's values.
@@ -87,7 +89,7 @@ impl Sum {
     }
 }
 
-#[cfg(all(test, not(loom)))]
+#[cfg(test)]
 mod tests {
     use super::*;
 
@@ -115,7 +117,7 @@ mod tests {
     fn percentiles_of_several_threads() {
         let all: [Latencies; 2] = Default::default();
         for micros in 1..=1000 {
-            all[micros as usize % 2].record(Duration::from_micros(micros));
+            all[to_usize(micros) % 2].record(Duration::from_micros(micros));
         }
         let mut sum = Sum::new();
         assert_eq!((sum.percentile(50), sum.max()), (0, 0));

@@ -1,71 +1,61 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 #![doc = include_str!("../README.md")]
 
-mod bitmap;
-mod gate;
-mod page;
-mod sync;
-mod wait;
-mod words;
-
-// The model checker explores the words, the claims and the waits; the rest needs a kernel.
-#[cfg(not(loom))]
 mod arrival;
-#[cfg(not(loom))]
 mod backing;
-#[cfg(not(loom))]
+mod bitmap;
 mod errand;
-#[cfg(not(loom))]
+mod error;
+mod extents;
+mod failure_log;
+mod fetch_notes;
 mod fill;
-#[cfg(not(loom))]
+mod guest_mapping;
 mod image;
-#[cfg(not(loom))]
 mod latency;
-#[cfg(not(loom))]
 mod load;
-#[cfg(not(loom))]
 mod mapping;
-#[cfg(not(loom))]
 mod memory;
-#[cfg(not(loom))]
+mod page;
 mod pager;
-#[cfg(not(loom))]
 mod pool;
-#[cfg(not(loom))]
+mod readahead;
 mod region;
-#[cfg(not(loom))]
 mod retry;
-#[cfg(not(loom))]
 mod stats;
-#[cfg(not(loom))]
+mod sync;
 mod trap;
-#[cfg(not(loom))]
+mod unanswered;
 mod unmap;
-#[cfg(not(loom))]
+mod vm_file;
 mod wait_watch;
 
-pub use bitmap::{BitmapReader, Claimed, MissingBitmap, Published};
+pub use bitmap::{BitmapReader, Claimed, MissingBitmap, Published, Wait, Waiter};
 pub use page::{PAGE_SIZE, PageRange};
-pub use wait::{Wait, Waiter};
 
-#[cfg(not(loom))]
-pub use demand_source::{MappedBytes, join_within};
+pub use demand_source::{MappedBytes, OwnProcess, join_within, to_usize};
 
-#[cfg(not(loom))]
 pub use self::{
-    backing::{Backing, BackingError, BackingKind, MemfdBacking, transparent_huge_pages_of_shmem},
-    fill::{Fill, FillRate},
+    backing::{
+        Backing, BackingError, BackingKind, MemfdBacking, ParseBackingKindError,
+        TransparentHugePagesError, transparent_huge_pages_of_shmem,
+    },
+    error::{FetchError, GuestTrapError, PagerError},
+    fill::{Fill, FillOptions, FillOrder, FillRange, FillRate, InFlight},
+    guest_mapping::{GuestMapping, GuestMappingError},
     image::{ImageProgress, WriteImageError},
     load::LoadUnit,
     mapping::Mapping,
     memory::DemandMemory,
-    pager::{FetchError, GuestTrapError, Pager, PagerError},
+    pager::{Pager, PagerConfig},
     pool::HugePagePool,
-    region::{AccessMappingError, DemandRegion, RegionConfig},
+    region::{AccessMappingError, DemandRegion},
     retry::{Failure, Retrier, RetryPolicy},
-    stats::{LatencyMicros, Path, PathReport, SourceReport, Stats, TimelineEvent},
-    trap::{MappingGuard, Trap, VcpuTrap},
+    stats::{FaultPath, LatencyMicros, PathReport, SourceReport, Stats, TimelineEvent},
+    trap::{MapPresent, Mapped, MappingGuard, VcpuTrap},
     unmap::UnmapError,
+    vm_file::VmFileBacking,
     wait_watch::{PageWait, WaitWatch},
-    words::BitmapWords,
 };
+#[cfg(not(loom))] // The model checker has words of its own.
+pub use bitmap::BitmapWords;

@@ -5,7 +5,10 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::ptr::NonNull;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+
+use demand_source::to_usize;
 
 use crate::MappingGuard;
 
@@ -21,6 +24,8 @@ pub struct Mapping {
     len: u64,
     /// The trap of the range, dropped after the range is unmapped.
     guard: Mutex<Option<Arc<dyn MappingGuard>>>,
+    /// Whether all access has ended.
+    revoked: AtomicBool,
 }
 
 // SAFETY: a mapping is an address range of the process, which belongs to no thread, and this type
@@ -31,19 +36,19 @@ unsafe impl Send for Mapping {}
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
-    /// Maps `len` bytes of `file`, shared and writable. With `no_reserve`, the kernel reserves no
-    /// huge pages for it.
+    /// Maps `len` bytes of `file`, shared and writable. If the file consists of huge pages, all of
+    /// them are reserved.
     ///
     /// # Errors
     ///
     /// The system's error: `ENOMEM` if the huge pages to reserve are not free.
-    pub fn shared(file: &File, len: u64, no_reserve: bool) -> io::Result<Self> {
-        Self::map(
-            len,
-            ACCESSIBLE,
-            if no_reserve { libc::MAP_NORESERVE } else { 0 },
-            file.as_raw_fd(),
-        )
+    pub fn shared(file: &File, len: u64) -> io::Result<Self> {
+        Self::map(len, ACCESSIBLE, 0, file.as_raw_fd())
+    }
+
+    /// Like [`shared`](Self::shared), but reserves no huge pages.
+    pub(crate) fn shared_without_reservation(file: &File, len: u64) -> io::Result<Self> {
+        Self::map(len, ACCESSIBLE, libc::MAP_NORESERVE, file.as_raw_fd())
     }
 
     /// Reserves huge pages for all `len` bytes of `file`. Unlike an accessible mapping, this
@@ -78,7 +83,7 @@ impl Mapping {
             return Err(io::Error::last_os_error());
         }
         let address = NonNull::new(address.cast()).expect("mmap gives no null address");
-        Ok(Mapping { address, len, guard: Mutex::default() })
+        Ok(Mapping { address, len, guard: Mutex::default(), revoked: AtomicBool::new(false) })
     }
 
     /// Returns the address of the mapping's first byte.
@@ -111,7 +116,7 @@ impl Mapping {
         );
         // SAFETY: the assertion keeps the pointer within the mapping or one past its end, and a
         // mapping is smaller than `isize::MAX`.
-        unsafe { self.address.add(offset as usize) }
+        unsafe { self.address.add(to_usize(offset)) }
     }
 
     /// Sets the trap of this mapping, in place of the one before, and keeps it for as long as the
@@ -124,6 +129,11 @@ impl Mapping {
     fn guard(&self) -> Option<Arc<dyn MappingGuard>> {
         let guard = self.guard.lock().unwrap_or_else(PoisonError::into_inner).clone();
         guard.filter(|guard| guard.is_active())
+    }
+
+    /// Returns whether the mapping has an active trap, be it for some accesses only.
+    pub(crate) fn is_trapped(&self) -> bool {
+        self.guard().is_some()
     }
 
     /// Returns whether an access to any missing page is trapped here.
@@ -147,13 +157,19 @@ impl Mapping {
         // SAFETY: the range is this mapping, and no Rust reference points into it. Its content does
         // not change.
         let result = unsafe {
-            libc::mprotect(self.address.as_ptr().cast(), self.len as usize, libc::PROT_NONE)
+            libc::mprotect(self.address.as_ptr().cast(), to_usize(self.len), libc::PROT_NONE)
         };
         if result != 0 {
             return Err(io::Error::last_os_error());
         }
+        self.revoked.store(true, Ordering::Release);
         guard.wake();
         Ok(())
+    }
+
+    /// Returns whether the mapping was [revoked](Self::revoke): nothing can access it any more.
+    pub fn is_revoked(&self) -> bool {
+        self.revoked.load(Ordering::Acquire)
     }
 
     /// Removes the trap of a mapping that nothing can access any more, either after
@@ -180,16 +196,28 @@ impl Mapping {
         }
     }
 
+    /// Keeps the mapping from child processes made by `fork`: an access of a child ends it with
+    /// SIGSEGV. A child does not inherit the trap of a mapping, so missing pages would read as zeros
+    /// there.
+    ///
+    /// # Errors
+    ///
+    /// The system's error.
+    pub fn hide_from_children(&self) -> io::Result<()> {
+        self.advise(libc::MADV_DONTFORK)
+    }
+
     /// Gives the kernel advice about the mapping, such as `MADV_HUGEPAGE`.
     ///
     /// # Errors
     ///
     /// The system's error.
     pub(crate) fn advise(&self, advice: libc::c_int) -> io::Result<()> {
-        // SAFETY: the range is this mapping. This crate gives advice about page sizes, or advice
-        // that unmaps pages of a shared mapping, whose object keeps them; neither changes content.
+        // SAFETY: the range is this mapping. This crate gives advice about page sizes, advice
+        // that unmaps pages of a shared mapping, whose object keeps them, or advice about child
+        // processes; none changes content.
         let result =
-            unsafe { libc::madvise(self.address.as_ptr().cast(), self.len as usize, advice) };
+            unsafe { libc::madvise(self.address.as_ptr().cast(), to_usize(self.len), advice) };
         if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
     }
 }
@@ -198,6 +226,6 @@ impl Drop for Mapping {
     fn drop(&mut self) {
         // SAFETY: the range was mapped by `map` and is unmapped once. All users of its address keep
         // the mapping alive while they use it.
-        unsafe { libc::munmap(self.address.as_ptr().cast(), self.len as usize) };
+        unsafe { libc::munmap(self.address.as_ptr().cast(), to_usize(self.len)) };
     }
 }

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{
     GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionCollection,
-    GuestRegionCollectionError, MemoryRegionAddress,
+    GuestRegionCollectionError, GuestUsize, MemoryRegionAddress,
 };
 
 use crate::{DemandRegion, Pager};
@@ -25,30 +25,20 @@ const FEW: usize = 4;
 /// # Examples
 ///
 /// ```
-/// use std::sync::Arc;
 /// use demand_memory::{
-///     BackingKind, DemandMemory, DemandRegion, MemfdBacking, PageRange, RegionConfig, Retrier,
-///     RetryPolicy, Stats,
+///     BackingKind, DemandMemory, DemandRegion, MemfdBacking, PageRange, PagerConfig,
 /// };
 /// use demand_source::LocalFile;
+/// use std::sync::Arc;
 /// use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 ///
 /// let image = tempfile::NamedTempFile::new().unwrap();
 /// std::os::unix::fs::FileExt::write_all_at(image.as_file(), b"hello", 0x5000).unwrap();
 /// image.as_file().set_len(1 << 20).unwrap();
 ///
-/// let region = DemandRegion::new(
-///     RegionConfig {
-///         start: GuestAddress(0),
-///         backing: Arc::new(MemfdBacking::new(BackingKind::Shmem, 1 << 20, true).unwrap()),
-///         source: Arc::new(LocalFile::open(image.path()).unwrap()),
-///         image_offset: 0,
-///         stats: Arc::new(Stats::new()),
-///         retrier: Retrier::new(RetryPolicy::default(), |failure| eprintln!("{}", failure.error)),
-///     },
-///     (),
-/// )
-/// .unwrap();
+/// let backing = Arc::new(MemfdBacking::new(BackingKind::Shmem, 1 << 20).unwrap());
+/// let config = PagerConfig::new(backing, Arc::new(LocalFile::open(image.path()).unwrap()));
+/// let region = DemandRegion::new(GuestAddress(0), config, ()).unwrap();
 /// let memory = DemandMemory::new(vec![region]).unwrap();
 ///
 /// assert!(memory.check_range(GuestAddress(0), 1 << 20));
@@ -77,6 +67,59 @@ impl<B: Bitmap> DemandMemory<B> {
         Ok(DemandMemory { regions: GuestRegionCollection::from_regions(regions)? })
     }
 
+    /// Returns this memory with a further region, like
+    /// [`GuestRegionCollection::insert_region`]: the others are shared. A VMM whose memory changes
+    /// keeps it in a `GuestMemoryAtomic`, and replaces it there.
+    ///
+    /// demand-kvm's `FaultHandler::insert` gives the region to the guest first.
+    ///
+    /// # Errors
+    ///
+    /// [`GuestRegionCollectionError::MemoryRegionOverlap`].
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use demand_memory::{BackingKind, DemandMemory, DemandRegion, MemfdBacking, Stats};
+    /// use std::sync::Arc;
+    /// use vm_memory::{GuestAddress, GuestMemoryBackend};
+    ///
+    /// let region = |start| {
+    ///     let backing = Arc::new(MemfdBacking::new(BackingKind::Shmem, 1 << 20).unwrap());
+    ///     let stats = Arc::new(Stats::new());
+    ///     DemandRegion::new_present(GuestAddress(start), backing, stats, ()).unwrap()
+    /// };
+    /// let memory = DemandMemory::new(vec![region(0)]).unwrap();
+    /// let larger = memory.insert_region(Arc::new(region(4 << 20))).unwrap();
+    /// assert!(larger.check_range(GuestAddress(4 << 20), 1 << 20));
+    /// let (smaller, removed) = larger.remove_region(GuestAddress(0), 1 << 20).unwrap();
+    /// assert!(!smaller.check_range(GuestAddress(0), 1));
+    /// assert!(larger.check_range(GuestAddress(0), 1), "a memory that is in use stays");
+    /// assert!(!removed.pager().bitmap().is_stopped());
+    /// ```
+    pub fn insert_region(
+        &self,
+        region: Arc<DemandRegion<B>>,
+    ) -> Result<Self, GuestRegionCollectionError> {
+        Ok(DemandMemory { regions: self.regions.insert_region(region)? })
+    }
+
+    /// Returns this memory without the region of `size` bytes at `base`, and the region, like
+    /// [`GuestRegionCollection::remove_region`]. The region is still in use where the present
+    /// memory is held; demand-kvm's `FaultHandler::remove` ends that.
+    ///
+    /// # Errors
+    ///
+    /// [`GuestRegionCollectionError::NoMemoryRegion`].
+    pub fn remove_region(
+        &self,
+        base: GuestAddress,
+        size: GuestUsize,
+    ) -> Result<(Self, Arc<DemandRegion<B>>), GuestRegionCollectionError> {
+        let (regions, region) = self.regions.remove_region(base, size)?;
+        Ok((DemandMemory { regions }, region))
+    }
+
     /// Returns the regions' pagers, in order of guest address.
     pub fn pagers(&self) -> impl Iterator<Item = &Arc<Pager>> {
         self.regions.iter().map(DemandRegion::pager)
@@ -84,8 +127,10 @@ impl<B: Bitmap> DemandMemory<B> {
 
     /// Calls `callback` when the last page of all regions is present: at once if it already is,
     /// else on the thread that publishes it. The callback must not block. The steps that follow
-    /// (ending post-copy, [releasing](crate::Trap::release) the traps, turning the memslots into
+    /// (ending post-copy, removing the traps, turning the memslots into
     /// ordinary ones) block, and belong on a thread that serves no faults.
+    ///
+    /// It concerns the regions that this memory has: after a change call it for the new memory.
     pub fn on_complete(&self, callback: impl FnOnce() + Send + 'static) {
         let left = AtomicUsize::new(self.num_regions());
         let shared = Arc::new((left, Mutex::new(Some(callback))));
@@ -112,8 +157,8 @@ impl<B: Bitmap> DemandMemory<B> {
     /// own threads, get errors. Nothing reads zeros.
     ///
     /// This is the first step of every shutdown of a VM, once its vCPUs were asked to stop: a VM
-    /// whose hypervisor waits for a page can be neither closed nor killed. Deleting a memslot of
-    /// `demand-kvm` does the same for its mapping.
+    /// whose hypervisor waits for a page can be neither closed nor killed. Deleting a memslot
+    /// does the same for its mapping.
     pub fn revoke(&self) {
         for pager in self.pagers() {
             if let Err(error) = pager.revoke() {

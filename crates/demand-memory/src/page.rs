@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Pages, and runs of pages.
 
+use demand_source::to_usize;
+
 /// Size of a page, in bytes: the granularity of the missing bitmap on every backing.
 pub const PAGE_SIZE: u64 = 4096;
 
@@ -94,12 +96,12 @@ impl PageRange {
         words.map(move |word| {
             let low = first.saturating_sub(word * 64);
             let high = (end - word * 64).min(64);
-            (word as usize, (u64::MAX << low) & (u64::MAX >> (64 - high)))
+            (to_usize(word), (u64::MAX << low) & (u64::MAX >> (64 - high)))
         })
     }
 }
 
-#[cfg(all(test, not(loom)))]
+#[cfg(test)]
 mod tests {
     use super::*;
 

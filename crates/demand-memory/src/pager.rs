@@ -4,122 +4,63 @@
 
 use std::fmt;
 use std::io;
+use std::os::unix::fs::FileExt;
 use std::panic::{self, AssertUnwindSafe};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, TryLockError, Weak};
-use std::time::Instant;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, Once, OnceLock, PoisonError, RwLock, Weak};
 
 use demand_source::{
-    Chunk, Completion, Destination, Extent, PageSource, Priority, Request, SourceError,
+    Completion, Extent, OwnProcess, PageSource, Request, SourceError, ZeroPadded, to_usize,
 };
+use vm_memory::VolatileSlice;
 
-use crate::arrival::Arrival;
-use crate::errand::{Errand, Left, Role, SetAside, probe_of};
-use crate::retry::{Attempts, Retrier, RetryPolicy};
+use crate::errand::{Errand, SetAside};
+use crate::fetch_notes::FetchNotes;
+use crate::readahead::Readahead;
 use crate::{
-    Backing, BackingError, BitmapReader, LoadUnit, Mapping, MissingBitmap, PAGE_SIZE, PageRange,
-    Path, Published, Stats, Trap, Wait, Waiter,
+    Backing, BitmapReader, FaultPath, FetchError, GuestMappingError, GuestTrapError, LoadUnit,
+    MapPresent, Mapped, Mapping, MissingBitmap, PAGE_SIZE, PageRange, PagerError, Retrier,
+    RetryPolicy, Stats, Wait, Waiter,
 };
 
-/// Errors from creating a pager.
-#[derive(Debug, thiserror::Error)]
-pub enum PagerError {
-    /// A backing that could not be mapped.
-    #[error(transparent)]
-    Backing(#[from] BackingError),
-    /// A missing bitmap that could not be created.
-    #[error(
-        "cannot create a missing bitmap for {pages} pages: {error}; free memory, or use less \
-         guest memory"
-    )]
-    Bitmap {
-        /// Number of pages of the region.
-        pages: u64,
-        /// The system's error.
-        error: io::Error,
-    },
-    /// An image that ends before the region does.
-    #[error(
-        "cannot fill {size} bytes of memory from offset {image_offset} of the image: it has only \
-         {image_size} bytes; use an image of at least {} bytes, or less memory",
-        image_offset.saturating_add(*size)
-    )]
-    ImageShort {
-        /// Size of the region, in bytes.
-        size: u64,
-        /// Offset of the region in the image, in bytes.
-        image_offset: u64,
-        /// Size of the image, in bytes.
-        image_size: u64,
-    },
-    /// A mapping that is shorter than the size that the backing reports.
-    #[error(
-        "cannot use a backing of {size} bytes: its mapping has only {mapped} bytes; this is a bug \
-         in the backing"
-    )]
-    MappingShort {
-        /// Size of the backing, in bytes.
-        size: u64,
-        /// Length of its mapping, in bytes.
-        mapped: u64,
-    },
-    /// A region whose last byte would lie past the last guest address.
-    #[error(
-        "cannot place {size} bytes of memory at guest address {start:#x}: they exceed the last \
-         guest address; choose a lower address"
-    )]
-    PastTheEnd {
-        /// Guest physical address of the region.
-        start: u64,
-        /// Size of the region, in bytes.
-        size: u64,
-    },
-    /// An image offset that is not a multiple of the page size.
-    #[error("cannot fill memory from offset {0} of the image: it is not a multiple of 4096 bytes")]
-    Unaligned(u64),
+mod populate;
+mod publish;
+
+/// The configuration of a pager.
+#[derive(Clone)]
+pub struct PagerConfig {
+    /// The memory object.
+    pub backing: Arc<dyn Backing>,
+    /// The source of its pages. If its image ends within a page, the rest of that page is zeros.
+    pub source: Arc<dyn PageSource>,
+    /// Offset of the region's first byte in the source's image, in bytes: a multiple of 4096.
+    pub image_offset: u64,
+    /// The statistics that the pager updates; one for the whole VM.
+    pub stats: Arc<Stats>,
+    /// The retrier of failed fetches; one for the whole VM.
+    pub retrier: Retrier,
 }
 
-/// Errors from fetching pages or waiting for them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum FetchError {
-    /// A wait that a kick ended; the caller may ask again.
-    #[error("the wait for a page was interrupted by a kick; call again to resume")]
-    Kicked,
-    /// A stop of the memory: the VM is shutting down, and the pages will not arrive.
-    #[error("the wait for missing pages ended: the memory was stopped")]
-    Stopped,
-    /// A range that does not lie in the region.
-    #[error("cannot fetch {count} pages from page {first}: the region has {pages} pages")]
-    OutOfRange {
-        /// First page of the request.
-        first: u64,
-        /// Number of pages of the request.
-        count: u64,
-        /// Number of pages of the region.
-        pages: u64,
-    },
+impl PagerConfig {
+    /// Returns the configuration of a pager that fills `backing` from the beginning of `source`. It
+    /// has its own statistics, and a retrier with the default policy that logs failures.
+    pub fn new(backing: Arc<dyn Backing>, source: Arc<dyn PageSource>) -> Self {
+        let retrier = Retrier::logging(RetryPolicy::default());
+        PagerConfig { backing, source, image_offset: 0, stats: Arc::new(Stats::new()), retrier }
+    }
 }
 
-/// Errors from arming the guest's mapping of a region.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum GuestTrapError {
-    /// A guest mapping that is armed already.
-    #[error("cannot arm the guest's mapping: the region already has an armed one")]
-    Twice,
-    /// A memslot that was created earlier: its mapping may have shown zeros.
-    #[error(
-        "cannot arm the guest's mapping: a memslot of this region already exists; arm the mapping \
-         before creating the memslot"
-    )]
-    AfterSlot,
-    /// A page that was requested earlier.
-    #[error(
-        "cannot arm the guest's mapping: pages were already requested; arm it before the first \
-         request"
-    )]
-    AfterFetch,
+impl fmt::Debug for PagerConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PagerConfig")
+            .field("backing", &self.backing)
+            .field("image_offset", &self.image_offset)
+            .finish_non_exhaustive()
+    }
 }
+
+/// Pages per request of readahead: 256 KiB, as of background fill.
+const AHEAD: u64 = 64;
 
 type Callback = Box<dyn FnOnce() + Send>;
 
@@ -138,66 +79,76 @@ pub struct Pager {
     image_offset: u64,
     /// One bit for each unit that is known to exist; `None` where a unit is one page.
     allocated: Option<Box<[AtomicU64]>>,
-    guest_trap: OnceLock<Arc<dyn Trap>>,
+    guest_trap: OnceLock<Arc<dyn MapPresent>>,
     /// The mappings under the memslots, which the memslots keep alive.
     guest_mappings: Mutex<Vec<Weak<Mapping>>>,
     unit_loader: OnceLock<Arc<dyn LoadUnit>>,
     /// Read-locked while a unit is created: the hypervisor may write to the unit as soon as it
     /// exists, and its pages are marked as populated only after that.
     loading: RwLock<()>,
-    /// Whether any page was ever requested.
-    begun: AtomicBool,
+    /// The notes that a fetch must take: none for nearly all fetches.
+    notes: FetchNotes,
+    /// Set at most once, together with a note.
+    readahead: OnceLock<Readahead>,
+    /// Number of regions and guest mappings that need the pager.
+    holders: AtomicUsize,
+    /// Whether the pager was ever a region's.
+    of_region: AtomicBool,
+    /// Number of regions, each of which has the populate mapping, too.
+    regions: AtomicUsize,
     on_complete: Mutex<Vec<Callback>>,
     stats: Arc<Stats>,
-    retrier: Arc<Retrier>,
+    retrier: Retrier,
     set_aside: SetAside,
+    /// Which alone fetches pages: a child shares the memory object, but not the bitmap.
+    process: OwnProcess,
+    /// Done once the retrier looks at the waits for pages.
+    looked_at: Once,
 }
 
 impl Pager {
-    /// Creates a pager that fills `backing` from `source`. Byte `image_offset` of the source is the
-    /// region's first byte.
+    /// Creates a pager.
     ///
     /// # Errors
     ///
-    /// [`PagerError`] names the part that does not fit or could not be created.
-    pub fn new(
-        backing: Arc<dyn Backing>,
-        source: Arc<dyn PageSource>,
-        image_offset: u64,
-        stats: Arc<Stats>,
-        retrier: Arc<Retrier>,
-    ) -> Result<Arc<Self>, PagerError> {
-        let (size, image_size) = (backing.size(), source.size());
+    /// [`PagerError`] names the part that does not fit or could not be created. Memory that ends
+    /// after the last page of the image is [`PagerError::ImageShort`]; if zeros are right there,
+    /// pad the source ([`ZeroPadded`]).
+    pub fn new(mut config: PagerConfig) -> Result<Arc<Self>, PagerError> {
+        config.source = ZeroPadded::to_pages(config.source);
+        let (size, image_size) = (config.backing.size(), config.source.size());
+        let image_offset = config.image_offset;
         if !image_offset.is_multiple_of(PAGE_SIZE) {
             return Err(PagerError::Unaligned(image_offset));
         }
         if image_offset.checked_add(size).is_none_or(|end| end > image_size) {
             return Err(PagerError::ImageShort { size, image_offset, image_size });
         }
-        Self::with_bitmap(MissingBitmap::new, backing, source, image_offset, stats, retrier)
+        Self::with_bitmap(MissingBitmap::new, config)
     }
 
     /// Creates a pager of memory that is present from the start and initially zero, for a VM that
     /// boots. Nothing is ever fetched. No memory is allocated here: each page is allocated when it
     /// is first touched. Huge pages that were not reserved must therefore be free at that time (see
-    /// [`MemfdBacking::new`](crate::MemfdBacking::new)), as with any other VMM.
+    /// [`MemfdBacking::with_reservation`](crate::MemfdBacking::with_reservation)), as with any other
+    /// VMM.
     ///
     /// # Errors
     ///
     /// [`PagerError::Backing`] and [`PagerError::Bitmap`].
-    pub fn present(backing: Arc<dyn Backing>, stats: Arc<Stats>) -> Result<Arc<Self>, PagerError> {
-        let retrier = Retrier::new(RetryPolicy::default(), |_| {});
-        Self::with_bitmap(MissingBitmap::present, backing, Arc::new(NoSource), 0, stats, retrier)
+    pub fn new_present(
+        backing: Arc<dyn Backing>,
+        stats: Arc<Stats>,
+    ) -> Result<Arc<Self>, PagerError> {
+        let config = PagerConfig { stats, ..PagerConfig::new(backing, Arc::new(NoSource)) };
+        Self::with_bitmap(MissingBitmap::all_present, config)
     }
 
     fn with_bitmap(
         bitmap: impl FnOnce(u64) -> io::Result<MissingBitmap>,
-        backing: Arc<dyn Backing>,
-        source: Arc<dyn PageSource>,
-        image_offset: u64,
-        stats: Arc<Stats>,
-        retrier: Arc<Retrier>,
+        config: PagerConfig,
     ) -> Result<Arc<Self>, PagerError> {
+        let PagerConfig { backing, source, image_offset, stats, retrier } = config;
         let size = backing.size();
         let pages = size / PAGE_SIZE;
         // Before the bitmap, which takes memory: refusing a size that cannot be mapped costs
@@ -207,7 +158,7 @@ impl Pager {
         if populate.len() < size {
             return Err(PagerError::MappingShort { size, mapped: populate.len() });
         }
-        let bitmap = bitmap(pages).map_err(|error| PagerError::Bitmap { pages, error })?;
+        let bitmap = bitmap(pages).map_err(|source| PagerError::Bitmap { pages, source })?;
         let unit = backing.kind().unit();
         let allocated = (unit > PAGE_SIZE)
             .then(|| (0..(size / unit).div_ceil(64)).map(|_| AtomicU64::new(0)).collect());
@@ -222,11 +173,17 @@ impl Pager {
             guest_mappings: Mutex::default(),
             unit_loader: OnceLock::new(),
             loading: RwLock::default(),
-            begun: AtomicBool::new(false),
+            notes: FetchNotes::default(),
+            readahead: OnceLock::new(),
+            holders: AtomicUsize::new(0),
+            of_region: AtomicBool::new(false),
+            regions: AtomicUsize::new(0),
             on_complete: Mutex::default(),
             stats,
             retrier,
             set_aside: SetAside::default(),
+            process: OwnProcess::current(),
+            looked_at: Once::new(),
         }))
     }
 
@@ -263,7 +220,7 @@ impl Pager {
     /// # Errors
     ///
     /// [`GuestTrapError`]; nothing has changed then.
-    pub fn set_guest_trap(&self, trap: Arc<dyn Trap>) -> Result<(), GuestTrapError> {
+    pub fn set_guest_trap(&self, trap: Arc<dyn MapPresent>) -> Result<(), GuestTrapError> {
         self.can_set_guest_trap()?;
         self.guest_trap.set(trap).map_err(|_| GuestTrapError::Twice)
     }
@@ -277,21 +234,56 @@ impl Pager {
         if self.guest_trap.get().is_some() {
             return Err(GuestTrapError::Twice);
         }
-        if self.guest_mappings().iter().any(|mapping| mapping.strong_count() > 0) {
-            return Err(GuestTrapError::AfterSlot);
+        if self.guest_mappings().iter().any(|mapping| self.is_lent(mapping)) {
+            return Err(GuestTrapError::AfterUnarmed);
         }
         // A flag and not the bitmap's count: every start runs this, and memory may have any size.
-        if self.begun.load(Ordering::Relaxed) {
-            return Err(GuestTrapError::AfterFetch);
+        if self.notes.has_begun() {
+            let requested = |page: &u64| !self.bitmap.is_untouched(PageRange::page(*page));
+            let mut pages = (0..self.pages()).filter(requested);
+            if let Some(first) = pages.next() {
+                return Err(GuestTrapError::AfterFetch { first, pages: 1 + pages.count() as u64 });
+            }
         }
         Ok(())
     }
 
-    /// Records that a memslot is about to be created over `mapping`.
-    pub fn note_memslot(&self, mapping: &Arc<Mapping>) {
+    /// Maps a unit of the backing, all of whose pages are present, in the guest's mapping: a vCPU
+    /// has met a marker there ([`VcpuTrap::Markers`](crate::VcpuTrap::Markers)).
+    ///
+    /// # Errors
+    ///
+    /// Those of [`MapPresent::map_unit`]; `Unsupported` if the mapping is not armed.
+    pub fn map_unit(&self, unit: PageRange) -> io::Result<Mapped> {
+        debug_assert_eq!(self.bitmap.first_missing(unit), None, "a missing page would be zero");
+        let trap = self.guest_trap.get().ok_or(io::ErrorKind::Unsupported)?;
+        trap.map_unit(unit)
+    }
+
+    /// Records the guest's mapping, which is armed.
+    pub(crate) fn note_guest_mapping(&self, mapping: &Arc<Mapping>) {
         let mut mappings = self.guest_mappings();
-        mappings.retain(|known| known.strong_count() > 0);
+        mappings.retain(|known| self.is_lent(known));
         mappings.push(Arc::downgrade(mapping));
+    }
+
+    /// Records a mapping of the guest that is not armed, so that the region is not armed later.
+    pub(crate) fn note_unarmed(&self, mapping: &Arc<Mapping>) -> Result<(), GuestTrapError> {
+        if self.guest_trap.get().is_some() && !self.bitmap.is_complete() {
+            return Err(GuestTrapError::Twice);
+        }
+        self.note_guest_mapping(mapping);
+        Ok(())
+    }
+
+    /// Returns whether a guest has this mapping. The pager and its region keep the one for
+    /// populating, which a guest without a trap has, too.
+    fn is_lent(&self, mapping: &Weak<Mapping>) -> bool {
+        let regions = || self.regions.load(Ordering::Acquire);
+        let (before, count, after) = (regions(), mapping.strong_count(), regions());
+        let is_own = mapping.as_ptr() == Arc::as_ptr(&self.populate);
+        // A region that comes or goes meanwhile may count as a guest, and never a guest as none.
+        count > if is_own { 1 + before.min(after) } else { 0 }
     }
 
     fn guest_mappings(&self) -> MutexGuard<'_, Vec<Weak<Mapping>>> {
@@ -324,6 +316,8 @@ impl Pager {
     /// retried.
     pub fn stop(&self) {
         self.bitmap.stop();
+        // Attempts that wait for a request keep their pager. Those of this one end now.
+        self.retrier.retry_now();
     }
 
     /// [Stops](Self::stop) the region and revokes the guest's access to it: see
@@ -349,27 +343,55 @@ impl Pager {
     ///
     /// # Errors
     ///
-    /// [`FetchError::OutOfRange`] and [`FetchError::Stopped`].
-    pub fn fetch(self: &Arc<Self>, range: PageRange, path: Path) -> Result<u64, FetchError> {
+    /// [`FetchError::OutOfRange`], and [`FetchError::Stopped`], also in a child process.
+    pub fn fetch(self: &Arc<Self>, range: PageRange, path: FaultPath) -> Result<u64, FetchError> {
         let pages = self.pages();
         if range.first.checked_add(range.count).is_none_or(|end| end > pages) {
             return Err(FetchError::OutOfRange { first: range.first, count: range.count, pages });
         }
-        if self.bitmap.is_stopped() {
+        if self.bitmap.is_stopped() || !self.process.is_current() {
             return Err(FetchError::Stopped);
         }
-        // Loaded first: threads on disjoint pages must not share a line that is written repeatedly.
-        if !self.begun.load(Ordering::Relaxed) {
-            self.begun.store(true, Ordering::Relaxed);
+        if self.notes.are_wanted() {
+            return Ok(self.fetch_and_note(range, path));
         }
+        Ok(self.fetch_inside(range, path))
+    }
+
+    /// Fetches pages that lie in the region.
+    #[inline(always)]
+    fn fetch_inside(self: &Arc<Self>, range: PageRange, path: FaultPath) -> u64 {
         if range.count == 1 {
             let claimed = self.bitmap.claim_page(range.first);
-            return Ok(if claimed { self.populate(range, Errand::new(path)) } else { 0 });
+            return if claimed { self.populate(range, Errand::new(path)) } else { 0 };
         }
         // All claims of the range are taken before the first byte is read, so that content written
         // for this range cannot reach a page that another thread has claimed.
         let claimed = self.bitmap.claim(range);
-        Ok(claimed.iter().map(|run| self.populate(*run, Errand::new(path))).sum())
+        claimed.iter().map(|run| self.populate(*run, Errand::new(path))).sum()
+    }
+
+    /// Fetches pages, takes the notes that are wanted, and fetches more ahead of a sequential
+    /// reader.
+    #[cold]
+    fn fetch_and_note(self: &Arc<Self>, range: PageRange, path: FaultPath) -> u64 {
+        self.notes.take(range, path);
+        let arrived = self.fetch_inside(range, path);
+        let readahead = self.readahead.get().filter(|_| path != FaultPath::Fill);
+        let Some(readahead) = readahead else { return arrived };
+        // A source that answers at once needs none.
+        if arrived > 0 && self.bitmap.first_missing(range).is_none() {
+            return arrived;
+        }
+        let Some(ahead) = readahead.fault(range, self.pages()) else { return arrived };
+        for first in (ahead.first..ahead.end()).step_by(to_usize(AHEAD)) {
+            let pages = PageRange::new(first, AHEAD.min(ahead.end() - first));
+            if self.fetch_inside(pages, FaultPath::Fill) > 0 {
+                readahead.ended_at(ahead, pages.end());
+                break;
+            }
+        }
+        arrived
     }
 
     /// Makes all pages of `range` present: fetches the unclaimed ones and waits for the others. The
@@ -382,276 +404,100 @@ impl Pager {
     pub fn ensure(
         self: &Arc<Self>,
         range: PageRange,
-        path: Path,
-        waiter: &Arc<Waiter>,
+        path: FaultPath,
+        waiter: &Waiter,
     ) -> Result<(), FetchError> {
         if self.fetch(range, path)? == range.count {
             return Ok(());
         }
-        match self.bitmap.wait(range, waiter) {
+        let raise = || {
+            if path != FaultPath::Fill {
+                self.raise(range);
+            }
+        };
+        match self.bitmap.wait_listed(range, waiter, raise) {
             Wait::Present => Ok(()),
-            Wait::Kicked => Err(FetchError::Kicked),
+            Wait::Kicked => {
+                // The wait may have ended before it began.
+                raise();
+                Err(FetchError::Kicked)
+            }
             Wait::Stopped => Err(FetchError::Stopped),
         }
     }
 
-    /// Populates claimed pages and returns how many are present on return. The source still works
-    /// on the others, or they will be retried.
-    fn populate(self: &Arc<Self>, run: PageRange, errand: Errand) -> u64 {
-        let mut left = run;
-        let mut present = 0;
-        while !left.is_empty() {
-            // This thread holds the claims: a panic in the source's code must not lose them.
-            let populate = AssertUnwindSafe(|| self.populate_extent(left, errand));
-            let outcome = panic::catch_unwind(populate)
-                .unwrap_or(Err(PopulateError::Source(SourceError::Panicked)));
-            match outcome {
-                Ok((done, bytes_read)) => {
-                    // Outside the part that catches panics: present pages must not be retried.
-                    let pages = PageRange::new(left.first, done);
-                    let arrived = bytes_read.is_some_and(|read| self.publish(pages, errand, read));
-                    left = PageRange::new(pages.end(), left.count - done);
-                    present += if arrived { done } else { 0 };
-                }
-                Err(error) => {
-                    self.failed(left, Left::Populate, errand, &error);
-                    break;
-                }
-            }
-        }
-        present
-    }
-
-    /// Populates the pages at the beginning of `run` that lie in one extent of the image. Returns
-    /// their number and, if their content is already complete, how many bytes of it were read.
-    fn populate_extent(
-        self: &Arc<Self>,
-        run: PageRange,
-        errand: Errand,
-    ) -> Result<(u64, Option<u64>), PopulateError> {
-        let offset = self.image_offset + run.offset();
-        let extent = extent_now(&*self.source, offset)?;
-        let (pages, hole) = pages_of(extent, offset, run.count);
-        let pages = pages.min(self.to_unit_border(run.first).unwrap_or(pages));
-        let run = PageRange::new(run.first, pages);
-        if hole {
-            // New memory reads as zeros, as a hole does.
-            self.allocate(run, true)?;
-            return Ok((pages, Some(0)));
-        }
-        if let Some(unit) = self.load_unit(run) {
-            return Ok((unit.count, Some(unit.bytes())));
-        }
-        self.allocate(run, false)?;
-        let (address, len) = (self.populate.at(run.offset()), run.bytes() as usize);
-        // SAFETY: `at` and the range check in `fetch` keep the loan within the populate mapping,
-        // which `self` keeps mapped writable during this call. No Rust reference to guest memory is
-        // ever created, and this call holds the claims on the pages, so no other thread writes
-        // them.
-        let mut destination = unsafe { Destination::new(address, len, None) };
-        if let Some(read) = self.source.read_now(offset, &mut destination) {
-            read.and_then(|()| destination.check_filled())?;
-            return Ok((pages, Some(run.bytes())));
-        }
-        // A page that cannot be allocated must fail here, not as a signal in a thread of the
-        // source.
-        self.allocate(run, true)?;
-        let arrival = Arc::new(Arrival::new(self.clone(), run, errand));
-        // SAFETY: as above; `arrival` keeps the mapping alive, and the pages stay claimed until it
-        // is dropped, which happens after the loan has ended.
-        let destination = unsafe { Destination::new(address, len, Some(arrival.clone())) };
-        let priority = if errand.is_wanted() { Priority::Demand } else { Priority::Fill };
-        let request = Request { priority, chunks: vec![Chunk { offset, destination }] };
-        let told = move |outcome| arrival.tell(outcome);
-        // A panic drops the request and `told`, and with them the arrival, which reports a failure.
-        let submit = AssertUnwindSafe(|| self.source.submit(request).then(told));
-        let _ = panic::catch_unwind(submit);
-        Ok((pages, None))
-    }
-
-    /// Returns the number of pages up to the next unit, which may be created as a whole. `None` at
-    /// the beginning of a unit, and without a loader.
-    fn to_unit_border(&self, first: u64) -> Option<u64> {
-        self.unit_loader.get()?;
-        match first % self.unit_pages() {
-            0 => None,
-            within => Some(self.unit_pages() - within),
+    /// Calls `callback` when all pages of `range`, which were [fetched](Self::fetch) for a fault,
+    /// are present: see [`BitmapReader::when_present`]. Pages that background fill has requested
+    /// before are requested with the priority of a fault from now on.
+    pub fn when_present(&self, range: PageRange, callback: impl FnOnce() + Send + 'static) {
+        self.bitmap.when_present(range, callback);
+        if self.bitmap.first_missing(range).is_some() {
+            self.raise(range);
         }
     }
 
-    /// Creates the unit at the beginning of `run` together with its content. Returns `None` if the
-    /// run, which is data throughout, does not begin with a whole unit, or if the unit cannot be
-    /// created like this, for example because it exists.
-    fn load_unit(&self, run: PageRange) -> Option<PageRange> {
-        let (loader, allocated) = (self.unit_loader.get()?, self.allocated.as_ref()?);
-        let unit = PageRange::new(run.first, self.unit_pages());
-        if !unit.first.is_multiple_of(unit.count) || run.count < unit.count {
-            return None;
-        }
-        let index = unit.first / unit.count;
-        let (word, bit) = (&allocated[(index / 64) as usize], 1 << (index % 64));
-        if word.load(Ordering::Relaxed) & bit != 0 {
-            return None;
-        }
-        let content = self.source.mapped(self.image_offset + unit.offset(), unit.bytes())?;
-        // Longer content would reach into pages that other threads have claimed.
-        if content.len() as u64 != unit.bytes() {
-            return None;
-        }
-        let _loading = self.loading.read().unwrap_or_else(PoisonError::into_inner);
-        loader.load(unit.offset(), content).ok()?;
-        word.fetch_or(bit, Ordering::Relaxed);
-        // Checked after the last byte was read. If the source has changed, the bits stay set, and
-        // the ordinary read reports the cause.
-        self.source.is_intact().then(|| {
-            self.bitmap.mark_populated(unit);
-            unit
-        })
-    }
-
-    /// Ensures that memory for `run` exists. Without `always`, pages of ordinary shared memory are
-    /// left to their first write.
-    fn allocate(&self, run: PageRange, always: bool) -> Result<(), BackingError> {
-        let Some(allocated) = &self.allocated else {
-            return if always { self.backing.allocate(run) } else { Ok(()) };
-        };
-        let unit = self.unit_pages();
-        for index in run.first / unit..run.end().div_ceil(unit) {
-            let (word, bit) = (&allocated[(index / 64) as usize], 1 << (index % 64));
-            if word.load(Ordering::Relaxed) & bit == 0 {
-                // Two threads may both get here: allocating an existing unit changes nothing.
-                self.backing.allocate(PageRange::new(index * unit, unit))?;
-                word.fetch_or(bit, Ordering::Relaxed);
-            }
-        }
-        Ok(())
-    }
-
-    /// Returns whether no unit is being created at this moment. If so, every page that was written
-    /// in a unit created earlier is found by [`BitmapReader::is_populated`].
-    pub(crate) fn is_no_unit_loading(&self) -> bool {
-        !matches!(self.loading.try_write(), Err(TryLockError::WouldBlock))
-    }
-
-    /// Makes pages present whose content is complete. Returns false if they could not be mapped;
-    /// the retrier then tries again. The order keeps readers from seeing incomplete pages, and
-    /// their writes from being lost: content, populated mark, the guest's armed mapping, missing
-    /// bit, waiters.
-    pub(crate) fn publish(
-        self: &Arc<Self>,
-        run: PageRange,
-        errand: Errand,
-        bytes_read: u64,
-    ) -> bool {
-        if let Some(trap) = self.guest_trap.get() {
-            self.bitmap.mark_populated(run);
-            if let Err(error) = trap.map_present(run) {
-                // Some of the pages may be mapped, and the guest may already have written to them:
-                // their content must not be fetched again.
-                let left = Left::Publish { bytes_read };
-                self.failed(run, left, errand, &PopulateError::Map(error));
-                return false;
-            }
-        }
-        self.stats.arrived(errand.path, run.count, bytes_read);
-        self.set_aside.take_back(run);
-        if self.bitmap.publish(run) == Published::Last {
-            if let Some(loader) = self.unit_loader.get() {
-                loader.finish();
-            }
-            let callbacks = std::mem::take(
-                &mut *self.on_complete.lock().unwrap_or_else(PoisonError::into_inner),
-            );
-            for callback in callbacks {
-                // The other callbacks must still run, and the thread serves more than this.
-                let _ = panic::catch_unwind(AssertUnwindSafe(callback));
-            }
-        }
-        self.populate_rest(run, errand);
-        true
-    }
-
-    /// Populates the rest of a failed run once one of its pages has arrived: the source answers, so
-    /// it fails only on some of the pages.
-    fn populate_rest(self: &Arc<Self>, probe: PageRange, errand: Errand) {
-        let Role::Probe { of } = errand.role else { return };
-        let rest = Errand { role: Role::Part, ..errand };
-        for part in [
-            PageRange::new(of.first, probe.first - of.first),
-            PageRange::new(probe.end(), of.end() - probe.end()),
-        ] {
-            if !part.is_empty() {
-                self.populate(part, rest);
-            }
-        }
-    }
-
-    /// Handles claimed pages that could not be populated or mapped. They stay missing and claimed,
-    /// and faults on them stay open.
+    /// Raises the source's queued fill requests for these pages to demand: a thread waits for them.
     ///
-    /// A run on which the source fails is split into halves, down to the pages that fail alone, so
-    /// that no other page waits for them. One page is tried first, to learn whether the source
-    /// delivers anything: an unavailable source is asked only for the run and for this page.
-    pub(crate) fn failed(
-        self: &Arc<Self>,
-        run: PageRange,
-        left: Left,
-        errand: Errand,
-        error: &PopulateError,
-    ) {
-        if self.bitmap.is_stopped() {
-            return;
-        }
-        self.stats.failed();
-        if run.count > 1 && matches!(error, PopulateError::Source(_)) {
-            match errand.role {
-                Role::Whole => {
-                    let probe = Errand { role: Role::Probe { of: run }, ..errand };
-                    self.populate(probe_of(run, errand.tried), probe);
-                    return;
-                }
-                Role::Part => {
-                    let half = run.count / 2;
-                    self.populate(PageRange::new(run.first, half), errand);
-                    self.populate(PageRange::new(run.first + half, run.count - half), errand);
-                    return;
-                }
-                Role::Probe { .. } => {}
-            }
-        }
-        match (left, errand.role) {
-            (Left::Populate, Role::Probe { of }) => self.retry(of, left, errand, error),
-            _ => {
-                self.retry(run, left, errand, error);
-                // The probe has arrived, and only its mapping has failed.
-                self.populate_rest(run, errand);
-            }
+    /// A request that fill submits at this moment is not missed: `populate_extent` submits first
+    /// and then looks for waiters, and the callers are listed as waiters before they call this.
+    fn raise(&self, range: PageRange) {
+        let raise = || self.source.raise(self.image_offset_of(range.first), range.bytes());
+        // A panic in the source's code must not end a thread that serves faults.
+        let _ = panic::catch_unwind(AssertUnwindSafe(raise));
+    }
+
+    /// Checks that nothing has written to the memory object, past the pager. It reads what exists
+    /// of the object: normally nothing, and in a process that locks its memory zeros.
+    ///
+    /// # Errors
+    ///
+    /// [`GuestMappingError`]; [`GuestTrapError::AfterWrite`] if a page holds data that the source's
+    /// content would replace.
+    pub fn expect_unwritten(&self) -> Result<(), GuestMappingError> {
+        let (mut first, mut pages) = (None, 0);
+        self.for_each_written(|page| {
+            first.get_or_insert(page);
+            pages += 1;
+        })?;
+        match first {
+            Some(first) => Err(GuestTrapError::AfterWrite { first, pages }.into()),
+            None => Ok(()),
         }
     }
 
-    /// Hands claimed pages to the retrier.
-    fn retry(self: &Arc<Self>, run: PageRange, left: Left, errand: Errand, error: &PopulateError) {
-        let now = Instant::now();
-        let mut attempts = errand.tried.unwrap_or(Attempts { count: 0, since: now, wanted: None });
-        attempts.count = attempts.count.saturating_add(1);
-        if attempts.wanted.is_none() && (errand.path != Path::Fill || self.bitmap.is_wanted(run)) {
-            attempts.wanted = Some(if attempts.count == 1 { attempts.since } else { now });
+    /// From now on fetches pages ahead of readers that touch pages in ascending order, at most
+    /// `bytes` ahead of each. It is background fill to the source, which lets faults overtake it,
+    /// and in [`Stats`]. A source that answers at once gets no readahead, and without this call a
+    /// fault costs what it did. A second call has no effect.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # use std::sync::Arc;
+    /// # use demand_memory::{BackingKind, MemfdBacking, Pager, PagerConfig};
+    /// # use demand_source::LocalFile;
+    /// # let image = tempfile::NamedTempFile::new().unwrap();
+    /// # image.as_file().set_len(1 << 20).unwrap();
+    /// # let backing = Arc::new(MemfdBacking::new(BackingKind::Shmem, 1 << 20).unwrap());
+    /// # let source = Arc::new(LocalFile::open(image.path()).unwrap());
+    /// let pager = Pager::new(PagerConfig::new(backing, source)).unwrap();
+    /// pager.read_ahead(8 << 20);
+    /// ```
+    pub fn read_ahead(&self, bytes: u64) {
+        let pages = bytes / PAGE_SIZE;
+        if pages > 0 && self.readahead.set(Readahead::new(pages)).is_ok() {
+            self.notes.read_ahead();
         }
-        if run.count == 1 && matches!(left, Left::Populate) {
-            self.set_aside.add(run.first);
-        }
-        let errand = Errand { tried: Some(attempts), role: Role::Whole, ..errand };
-        let pager = self.clone();
-        self.retrier.failed(error, run, self.image_offset_of(run.first), attempts, move || {
-            if pager.bitmap.is_stopped() {
-                return;
-            }
-            pager.stats.retried();
-            match left {
-                Left::Populate => pager.populate(run, errand),
-                Left::Publish { bytes_read } => u64::from(pager.publish(run, errand, bytes_read)),
-            };
-        });
+    }
+
+    /// From now on notes the page of the latest fault, for [`take_fault`](Self::take_fault).
+    pub(crate) fn note_faults(&self) {
+        self.notes.note_faults();
+    }
+
+    /// Returns the page of the latest fault, if one came since the last call.
+    pub(crate) fn take_fault(&self) -> Option<u64> {
+        self.notes.take_fault()
     }
 
     /// Returns the bitmap through which pages are claimed.
@@ -680,6 +526,29 @@ impl Pager {
         (&self.source, self.image_offset)
     }
 
+    /// Reads bytes of the memory object that exist, whether the pages are present or not. Through
+    /// the object's file, if that can be read: a page that ceases to exist meanwhile is not created
+    /// again.
+    pub(crate) fn read_existing(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        if let Some(file) = self.backing.readable_file() {
+            return file.read_exact_at(buffer, offset);
+        }
+        let end = offset.checked_add(buffer.len() as u64);
+        assert!(end.is_some_and(|end| end <= self.populate.len()));
+        let from = self.populate.at(offset).as_ptr();
+        // SAFETY: the assertion keeps the bytes within the populate mapping, which `self` keeps
+        // mapped for longer than the slice lives. All others access them volatilely, as this does.
+        let bytes = unsafe { VolatileSlice::new(from, buffer.len()) };
+        bytes.copy_to(buffer);
+        Ok(())
+    }
+
+    /// Returns whether this is the mapping through which the pager writes content, which must not be
+    /// trapped.
+    pub fn populates_through(&self, mapping: &Mapping) -> bool {
+        std::ptr::eq(mapping, Arc::as_ptr(&self.populate))
+    }
+
     /// Returns the populate mapping. The caller must access only populated pages in it.
     pub(crate) fn populate_mapping(&self) -> &Arc<Mapping> {
         &self.populate
@@ -695,33 +564,51 @@ impl fmt::Debug for Pager {
     }
 }
 
-/// Returns the extent at `offset` (bytes) of the image; data without an end if only waiting for the
-/// source could tell.
-pub(crate) fn extent_now(source: &dyn PageSource, offset: u64) -> Result<Extent, SourceError> {
-    panic::catch_unwind(AssertUnwindSafe(|| source.extent_now(offset)))
-        .unwrap_or(Some(Err(SourceError::Panicked)))
-        .unwrap_or(Ok(Extent::Data { end: u64::MAX }))
+/// A pager in use by a region or by a guest's mapping. Once the region and all of these are
+/// dropped, the pager is [stopped](Pager::stop): fetches in progress keep it, but no access can
+/// wait for their pages any more. A pager without a region is left to its creator.
+#[derive(Debug)]
+pub(crate) struct Held {
+    pager: Arc<Pager>,
+    /// Whether a region holds it, which also has the populate mapping.
+    by_region: bool,
 }
 
-/// Returns how many of the `len` bytes at `offset` were data. They have been read, so the source
-/// knows its holes by now.
-pub(crate) fn data_bytes(source: &dyn PageSource, offset: u64, len: u64) -> u64 {
-    let (mut at, mut data, end) = (offset, 0, offset + len);
-    while at < end {
-        let extent = extent_now(source, at).unwrap_or(Extent::Data { end });
-        let until = extent.end().min(end).max(at + 1);
-        data += if extent.is_hole() { 0 } else { until - at };
-        at = until;
+impl Held {
+    pub(crate) fn new(pager: &Arc<Pager>) -> Self {
+        pager.holders.fetch_add(1, Ordering::Relaxed);
+        Held { pager: pager.clone(), by_region: false }
     }
-    data
+
+    pub(crate) fn of_region(pager: &Arc<Pager>) -> Self {
+        pager.of_region.store(true, Ordering::Relaxed);
+        pager.regions.fetch_add(1, Ordering::AcqRel);
+        pager.holders.fetch_add(1, Ordering::Relaxed);
+        Held { pager: pager.clone(), by_region: true }
+    }
+
+    #[inline]
+    pub(crate) fn pager(&self) -> &Arc<Pager> {
+        &self.pager
+    }
 }
 
-/// Returns how many of the `most` pages from `offset` (bytes in the image) lie in the extent found
-/// there, and whether they are a hole. If the extent ends within the first page, that page is data,
-/// to be read as a whole.
-pub(crate) fn pages_of(extent: Extent, offset: u64, most: u64) -> (u64, bool) {
-    let pages = extent.end().saturating_sub(offset) / PAGE_SIZE;
-    (pages.clamp(1, most), extent.is_hole() && pages > 0)
+impl Clone for Held {
+    fn clone(&self) -> Self {
+        Held::new(&self.pager)
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        if self.by_region {
+            self.pager.regions.fetch_sub(1, Ordering::AcqRel);
+        }
+        let last = self.pager.holders.fetch_sub(1, Ordering::AcqRel) == 1;
+        if last && self.pager.of_region.load(Ordering::Relaxed) {
+            self.pager.stop();
+        }
+    }
 }
 
 /// The source of memory that is present from the start. The pager never asks it for a page.
@@ -739,15 +626,4 @@ impl PageSource for NoSource {
     fn submit(&self, _: Request) -> Completion {
         Completion::ready(Err(SourceError::Abandoned))
     }
-}
-
-/// Errors from populating or mapping claimed pages.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum PopulateError {
-    #[error(transparent)]
-    Source(#[from] SourceError),
-    #[error(transparent)]
-    Backing(#[from] BackingError),
-    #[error("cannot map populated pages for the guest: {0}; retrying")]
-    Map(io::Error),
 }

@@ -32,7 +32,7 @@ impl HugePagePool {
     /// }
     /// ```
     pub fn of(kind: BackingKind) -> Option<Self> {
-        if kind == BackingKind::Shmem {
+        if !kind.is_hugetlb() {
             return None;
         }
         let folder = format!("/sys/kernel/mm/hugepages/hugepages-{}kB", kind.unit() >> 10);

@@ -7,38 +7,22 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
-use demand_source::PageSource;
+use demand_source::to_usize;
 use vm_memory::bitmap::{BS, Bitmap};
 use vm_memory::{
     AtomicAccess, Bytes, GuestAddress, GuestMemoryError, GuestMemoryRegion, GuestUsize,
     MemoryRegionAddress, ReadVolatile, VolatileSlice, WriteVolatile, guest_memory,
 };
 
-use crate::retry::Retrier;
+use crate::pager::Held;
 use crate::{
-    Backing, FetchError, Mapping, PAGE_SIZE, PageRange, Pager, PagerError, Path, Stats, Waiter,
+    Backing, FaultPath, FetchError, Mapping, PAGE_SIZE, PageRange, Pager, PagerConfig, PagerError,
+    Stats, Waiter,
 };
 
 thread_local! {
     // Never kicked: a wait through vm-memory ends when the page arrives or the memory is stopped.
-    static WAITER: Arc<Waiter> = Waiter::new();
-}
-
-/// The configuration of a region.
-#[derive(Clone)]
-pub struct RegionConfig {
-    /// Guest physical address of the region.
-    pub start: GuestAddress,
-    /// The memory object.
-    pub backing: Arc<dyn Backing>,
-    /// The source of its pages.
-    pub source: Arc<dyn PageSource>,
-    /// Offset of the region's first byte in the source's image, in bytes: a multiple of 4096.
-    pub image_offset: u64,
-    /// The statistics that the pager updates; one for the whole VM.
-    pub stats: Arc<Stats>,
-    /// The retrier of failed fetches; one for the whole VM.
-    pub retrier: Arc<Retrier>,
+    static WAITER: Waiter = Waiter::new();
 }
 
 /// Errors from setting a region's mapping for raw pointers.
@@ -76,12 +60,15 @@ pub enum AccessMappingError {
 /// [`file_offset`](GuestMemoryRegion::file_offset) is `None`: code that mapped the file without a
 /// trap would read zeros from missing pages. Code that has a trap finds the file through
 /// [`Pager::backing`].
+///
+/// Dropping it [stops](Pager::stop) its pager, unless a [`GuestMapping`](crate::GuestMapping) of
+/// the region exists: then the guest still gets its pages.
 #[derive(Debug)]
 pub struct DemandRegion<B = ()> {
     start: GuestAddress,
     /// Length, in bytes.
     len: u64,
-    pager: Arc<Pager>,
+    pager: Held,
     /// The pager's populate mapping, kept here because each access needs it.
     populate: Arc<Mapping>,
     access: OnceLock<Arc<Mapping>>,
@@ -89,43 +76,42 @@ pub struct DemandRegion<B = ()> {
 }
 
 impl<B: Bitmap> DemandRegion<B> {
-    /// Creates a region. `bitmap` tracks the VMM's writes; `()` tracks nothing.
+    /// Creates a region at guest physical address `start`. `bitmap` tracks the VMM's writes; `()`
+    /// tracks nothing.
     ///
     /// # Errors
     ///
     /// The errors of [`Pager::new`], and [`PagerError::PastTheEnd`].
-    pub fn new(config: RegionConfig, bitmap: B) -> Result<Self, PagerError> {
-        let RegionConfig { start, backing, source, image_offset, stats, retrier } = config;
-        let pager = Pager::new(backing, source, image_offset, stats, retrier)?;
-        Self::with_pager(start, pager, bitmap)
+    pub fn new(start: GuestAddress, config: PagerConfig, bitmap: B) -> Result<Self, PagerError> {
+        Self::with_pager(start, Pager::new(config)?, bitmap)
     }
 
-    /// Creates a region whose pages are all present and initially zero: see [`Pager::present`].
+    /// Creates a region whose pages are all present and initially zero: see [`Pager::new_present`].
     ///
     /// # Errors
     ///
-    /// The errors of [`Pager::present`], and [`PagerError::PastTheEnd`].
+    /// The errors of [`Pager::new_present`], and [`PagerError::PastTheEnd`].
     ///
     /// # Examples
     ///
     /// ```
-    /// use std::sync::Arc;
     /// use demand_memory::{BackingKind, DemandRegion, MemfdBacking, Stats};
+    /// use std::sync::Arc;
     /// use vm_memory::{Bytes, GuestAddress, MemoryRegionAddress};
     ///
-    /// let backing = Arc::new(MemfdBacking::new(BackingKind::Shmem, 1 << 20, true).unwrap());
+    /// let backing = Arc::new(MemfdBacking::new(BackingKind::Shmem, 1 << 20).unwrap());
     /// let region =
-    ///     DemandRegion::present(GuestAddress(0), backing, Arc::new(Stats::new()), ()).unwrap();
+    ///     DemandRegion::new_present(GuestAddress(0), backing, Arc::new(Stats::new()), ()).unwrap();
     /// assert!(region.pager().bitmap().is_complete());
     /// assert_eq!(region.read_obj::<u64>(MemoryRegionAddress(8)).unwrap(), 0);
     /// ```
-    pub fn present(
+    pub fn new_present(
         start: GuestAddress,
         backing: Arc<dyn Backing>,
         stats: Arc<Stats>,
         bitmap: B,
     ) -> Result<Self, PagerError> {
-        Self::with_pager(start, Pager::present(backing, stats)?, bitmap)
+        Self::with_pager(start, Pager::new_present(backing, stats)?, bitmap)
     }
 
     fn with_pager(start: GuestAddress, pager: Arc<Pager>, bitmap: B) -> Result<Self, PagerError> {
@@ -135,12 +121,13 @@ impl<B: Bitmap> DemandRegion<B> {
         if start.0.checked_add(len - 1).is_none() {
             return Err(PagerError::PastTheEnd { start: start.0, size: len });
         }
+        let pager = Held::of_region(&pager);
         Ok(DemandRegion { start, len, pager, populate, access: OnceLock::new(), bitmap })
     }
 
     /// Returns the region's pager.
     pub fn pager(&self) -> &Arc<Pager> {
-        &self.pager
+        self.pager.pager()
     }
 
     /// Sets the mapping for raw pointers. It must be armed unless all pages are present: an access
@@ -153,7 +140,7 @@ impl<B: Bitmap> DemandRegion<B> {
         if mapping.len() != self.len {
             return Err(AccessMappingError::Length { mapping: mapping.len(), region: self.len });
         }
-        if !mapping.traps_all() && !self.pager.bitmap().is_complete() {
+        if !mapping.traps_all() && !self.pager().bitmap().is_complete() {
             return Err(AccessMappingError::NotTrapped);
         }
         self.access.set(mapping).map_err(|_| AccessMappingError::Twice)
@@ -169,7 +156,7 @@ impl<B: Bitmap> DemandRegion<B> {
         // An empty range lies in no page: `None`.
         let last = offset.checked_add(len.checked_sub(1)?)?;
         let present = last < self.len
-            && self.pager.bitmap().present_in_word(offset / PAGE_SIZE, last / PAGE_SIZE);
+            && self.pager().bitmap().present_in_word(offset / PAGE_SIZE, last / PAGE_SIZE);
         present.then(|| self.address(offset))
     }
 
@@ -180,7 +167,7 @@ impl<B: Bitmap> DemandRegion<B> {
         if offset.checked_add(len).is_none_or(|end| end > self.len) {
             return Err(GuestMemoryError::InvalidBackendAddress);
         }
-        bring_in(&self.pager, PageRange::of_bytes(offset, len))?;
+        bring_in(self.pager(), PageRange::of_bytes(offset, len))?;
         Ok(self.address(offset))
     }
 
@@ -190,17 +177,7 @@ impl<B: Bitmap> DemandRegion<B> {
         debug_assert!(offset <= self.len);
         // SAFETY: the callers keep `offset` within the region or at its end, and the pager has
         // checked that the mapping is not shorter than the region.
-        unsafe { self.populate.address().add(offset as usize) }
-    }
-
-    /// Copies populated pages to `buffer`, whether their bits are cleared or not.
-    pub(crate) fn read_populated(&self, buffer: &mut [u8], offset: u64) {
-        assert!(offset.checked_add(buffer.len() as u64).is_some_and(|end| end <= self.len));
-        // SAFETY: the assertion keeps the bytes within the region, and so within the populate
-        // mapping, which `self` keeps mapped for longer than the slice lives. The pager no longer
-        // writes them; all others access them volatilely, as this does.
-        let bytes = unsafe { VolatileSlice::new(self.address(offset).as_ptr(), buffer.len()) };
-        bytes.copy_to(buffer);
+        unsafe { self.populate.address().add(to_usize(offset)) }
     }
 
     /// Returns the address in the region that corresponds to `address`, if it lies there.
@@ -273,14 +250,14 @@ impl<B: Bitmap> GuestMemoryRegion for DemandRegion<B> {
             VolatileSlice::with_bitmap(
                 address.as_ptr(),
                 count,
-                self.bitmap.slice_at(offset.0 as usize),
+                self.bitmap.slice_at(to_usize(offset.0)),
                 None,
             )
         })
     }
 
     fn is_hugetlbfs(&self) -> Option<bool> {
-        Some(self.pager.unit_pages() > 1)
+        Some(self.pager().unit_pages() > 1)
     }
 }
 
@@ -366,18 +343,10 @@ fn bring_in(pager: &Arc<Pager>, pages: PageRange) -> Result<(), GuestMemoryError
     }
     let begun = Instant::now();
     WAITER
-        .with(|waiter| pager.ensure(pages, Path::Vmm, waiter))
+        .with(|waiter| pager.ensure(pages, FaultPath::Vmm, waiter))
         .map_err(|error| GuestMemoryError::IOError(io::Error::other(error)))?;
-    pager.stats().fault(Path::Vmm, missing * PAGE_SIZE, begun.elapsed());
+    pager.stats().fault(FaultPath::Vmm, missing * PAGE_SIZE, begun.elapsed());
     Ok(())
-}
-
-impl<B> Drop for DemandRegion<B> {
-    fn drop(&mut self) {
-        // Fetches in progress keep the pager alive, but no access can wait for their pages any
-        // more.
-        self.pager.stop();
-    }
 }
 
 impl From<FetchError> for io::Error {

@@ -17,11 +17,12 @@ use crate::latency::{Latencies, Sum};
 /// The path by which a page is requested.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Path {
+pub enum FaultPath {
     /// A vCPU.
     Guest,
     /// The hypervisor itself: emulator operands, clock pages and the like.
-    KvmInternal,
+    #[serde(rename = "kvm_internal")]
+    HypervisorInternal,
     /// The VMM, through vm-memory or a raw pointer.
     Vmm,
     /// A vhost-user back-end.
@@ -30,19 +31,24 @@ pub enum Path {
     Fill,
 }
 
-impl Path {
+impl FaultPath {
     /// All paths, in the order of reports.
-    pub const ALL: [Path; 5] =
-        [Path::Guest, Path::KvmInternal, Path::Vmm, Path::BackEnd, Path::Fill];
+    pub const ALL: [FaultPath; 5] = [
+        FaultPath::Guest,
+        FaultPath::HypervisorInternal,
+        FaultPath::Vmm,
+        FaultPath::BackEnd,
+        FaultPath::Fill,
+    ];
 
     /// Returns the path's name in reports.
     pub const fn name(self) -> &'static str {
         match self {
-            Path::Guest => "guest",
-            Path::KvmInternal => "kvm_internal",
-            Path::Vmm => "vmm",
-            Path::BackEnd => "back_end",
-            Path::Fill => "fill",
+            FaultPath::Guest => "guest",
+            FaultPath::HypervisorInternal => "kvm_internal",
+            FaultPath::Vmm => "vmm",
+            FaultPath::BackEnd => "back_end",
+            FaultPath::Fill => "fill",
         }
     }
 }
@@ -97,7 +103,7 @@ pub struct TimelineEvent {
     /// Number of pages.
     pub pages: u64,
     /// The path that fetched them.
-    pub path: Path,
+    pub path: FaultPath,
 }
 
 #[derive(Default)]
@@ -122,7 +128,7 @@ impl PathCounts {
 /// locks are hardly ever contended.
 #[derive(Default)]
 struct Shard {
-    paths: [PathCounts; Path::ALL.len()],
+    paths: [PathCounts; FaultPath::ALL.len()],
     errors: AtomicU64,
     retries: AtomicU64,
     events: Mutex<Vec<TimelineEvent>>,
@@ -180,7 +186,7 @@ impl Stats {
 
     /// Counts a fault that was resolved `latency` after it arrived, by mapping
     /// `granularity_bytes` for the faulter.
-    pub fn fault(&self, path: Path, granularity_bytes: u64, latency: Duration) {
+    pub fn fault(&self, path: FaultPath, granularity_bytes: u64, latency: Duration) {
         let counts = &self.shard().paths[path as usize];
         if granularity_bytes == PAGE_SIZE {
             counts.of_a_page.fetch_add(1, Ordering::Relaxed);
@@ -191,7 +197,7 @@ impl Stats {
     }
 
     /// Counts pages that became present; `bytes_read` of their bytes were read from the source.
-    pub(crate) fn arrived(&self, path: Path, pages: u64, bytes_read: u64) {
+    pub(crate) fn arrived(&self, path: FaultPath, pages: u64, bytes_read: u64) {
         let shard = self.shard();
         let counts = &shard.paths[path as usize];
         counts.pages.fetch_add(pages, Ordering::Relaxed);
@@ -200,7 +206,7 @@ impl Stats {
             counts.bytes_fetched.fetch_add(bytes_read, Ordering::Relaxed);
         }
         if self.timeline.load(Ordering::Relaxed) {
-            let at_us = self.origin.elapsed().as_micros() as u64;
+            let at_us = u64::try_from(self.origin.elapsed().as_micros()).unwrap_or(u64::MAX);
             shard.events().push(TimelineEvent { at_us, pages, path });
         }
     }
@@ -216,7 +222,7 @@ impl Stats {
     }
 
     /// Returns the activity of one path so far.
-    pub fn path(&self, path: Path) -> PathReport {
+    pub fn path(&self, path: FaultPath) -> PathReport {
         let mut report = PathReport::default();
         let mut latency = Sum::new();
         for shard in &self.shards {
@@ -299,22 +305,22 @@ mod tests {
         std::thread::scope(|scope| {
             for _ in 0..4 {
                 scope.spawn(|| {
-                    stats.fault(Path::Guest, 4096, Duration::from_micros(10));
-                    stats.arrived(Path::Guest, 1, 4096);
-                    stats.fault(Path::BackEnd, 2 << 20, Duration::from_micros(200));
-                    stats.arrived(Path::BackEnd, 512, 0);
+                    stats.fault(FaultPath::Guest, 4096, Duration::from_micros(10));
+                    stats.arrived(FaultPath::Guest, 1, 4096);
+                    stats.fault(FaultPath::BackEnd, 2 << 20, Duration::from_micros(200));
+                    stats.arrived(FaultPath::BackEnd, 512, 0);
                 });
             }
         });
-        stats.fault(Path::Guest, 8192, Duration::from_millis(1));
-        let guest = stats.path(Path::Guest);
+        stats.fault(FaultPath::Guest, 8192, Duration::from_millis(1));
+        let guest = stats.path(FaultPath::Guest);
         assert_eq!((guest.faults, guest.pages, guest.bytes_fetched), (5, 4, 16384));
         assert_eq!(guest.granularity_bytes, 4096);
         assert_eq!(guest.granularity_histogram, BTreeMap::from([(4096, 4), (8192, 1)]));
-        assert_eq!(stats.path(Path::BackEnd).granularity_histogram[&(2 << 20)], 4);
+        assert_eq!(stats.path(FaultPath::BackEnd).granularity_histogram[&(2 << 20)], 4);
         assert!((9.9..10.1).contains(&guest.latency_us.p50), "{guest:?}");
         assert!((999.0..1001.0).contains(&guest.latency_us.max), "{guest:?}");
-        assert_eq!(stats.path(Path::Fill), PathReport::default());
+        assert_eq!(stats.path(FaultPath::Fill), PathReport::default());
         let source = stats.source();
         assert_eq!((source.reads, source.bytes), (4, 16384));
         assert_eq!(stats.timeline().iter().map(|event| event.pages).sum::<u64>(), 4 * 513);

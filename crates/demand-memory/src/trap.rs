@@ -15,34 +15,50 @@ pub enum VcpuTrap {
     /// The hypervisor, which checks each page before it uses the mapping. Only the hypervisor's
     /// internal accesses still reach missing pages in the mapping.
     Hypervisor,
+    /// Markers in the guest's mapping: the vCPU's thread gets a signal when the vCPU touches a
+    /// missing page, and fetches the page itself. Other accesses fail there. Where a range has no
+    /// markers yet, an access blocks, as under [`Mapping`](Self::Mapping).
+    Markers,
 }
 
-/// An armed mapping of a region: an access to a page that is not mapped there waits.
-///
-/// This trait connects the fault paths, which know nothing of each other: demand-uffd implements it
-/// for each mapping that it has armed, and the pager calls it as pages arrive.
-pub trait Trap: Send + Sync {
-    /// Returns the number of bytes that one resolution maps: a power of two, at least one page.
-    fn granularity(&self) -> u64;
+/// The outcome of [`MapPresent::map_unit`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mapped {
+    /// The unit was not mapped, and now is.
+    Now,
+    /// The unit was mapped already.
+    Before,
+    /// The hardware has lost the unit's content, which the kernel therefore does not map.
+    Lost,
+}
 
+/// Maps pages in the guest's armed mapping, in which an access to a page that is not mapped waits.
+///
+/// This trait is a border between crates, and has one implementor: the pager calls it as pages
+/// arrive, and demand-uffd, which depends on the pager, implements it for its armed mappings.
+pub trait MapPresent: Send + Sync {
     /// Maps these pages in the armed mapping and wakes the threads that wait for them. The pager
     /// calls it with pages whose content is complete, before their bits are cleared, on the thread
     /// that publishes them. Pages that are already mapped are not an error.
     ///
-    /// A trap whose granularity is more than a page may skip pages whose unit still has missing
-    /// pages; it learns from the bitmap when all are present.
+    /// An implementor that maps units of more than a page may skip pages whose unit still has
+    /// missing pages; it learns from the bitmap when all are present.
     ///
     /// # Errors
     ///
     /// The system's error. The pages then stay missing, and the pager tries again.
     fn map_present(&self, pages: PageRange) -> io::Result<()>;
 
-    /// Stops trapping these pages. Called when all pages of the region are present.
+    /// Maps a unit of the backing, all of whose pages are present, in place of the marker that it
+    /// may have ([`VcpuTrap::Markers`]).
     ///
     /// # Errors
     ///
-    /// The system's error.
-    fn release(&self, pages: PageRange) -> io::Result<()>;
+    /// The system's error; by default `Unsupported`, for mappings without markers.
+    fn map_unit(&self, unit: PageRange) -> io::Result<Mapped> {
+        let _ = unit;
+        Err(io::ErrorKind::Unsupported.into())
+    }
 }
 
 /// The trap of a mapping of this process, kept by the [`Mapping`](crate::Mapping) itself.

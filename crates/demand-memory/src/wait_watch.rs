@@ -8,7 +8,10 @@ use std::time::{Duration, Instant};
 
 use crate::Pager;
 
-/// Measures waits for pages by polling.
+/// A longer wait for a page is reported.
+const LONG: Duration = Duration::from_secs(10);
+
+/// Measures waits for pages by polling. A [`Retrier`](crate::Retrier) does that for its pagers.
 ///
 /// A wait records no time itself, so that faults get no slower. A failed fetch counts as an answer:
 /// the [`Retrier`](crate::Retrier) reports it.
@@ -34,7 +37,7 @@ impl WaitWatch {
         &mut self,
         pagers: impl IntoIterator<Item = &'a Arc<Pager>>,
     ) -> Option<PageWait> {
-        self.waits.retain(|_, seen| !seen.wait.is_over());
+        self.forget_ended();
         let since = Instant::now();
         for pager in pagers {
             for page in pager.bitmap().waited_for() {
@@ -51,6 +54,11 @@ impl WaitWatch {
             (!failing && !failed).then_some(&seen.wait)
         });
         unanswered.min_by_key(|wait| wait.since).cloned()
+    }
+
+    /// Forgets the waits that have ended, and with them their regions.
+    pub(crate) fn forget_ended(&mut self) {
+        self.waits.retain(|_, seen| !seen.wait.is_over());
     }
 }
 
@@ -71,6 +79,16 @@ impl PageWait {
     /// Returns the time since the wait was first seen.
     pub fn waiting(&self) -> Duration {
         self.since.elapsed()
+    }
+
+    /// Returns whether the wait has lasted so long that it should be reported: ten seconds.
+    pub fn is_long(&self) -> bool {
+        self.waiting() >= LONG
+    }
+
+    /// Returns the index of the page in its region.
+    pub(crate) fn page(&self) -> u64 {
+        self.page
     }
 
     /// Returns whether the page has become present, or the memory was stopped.

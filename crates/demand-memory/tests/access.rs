@@ -1,31 +1,33 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Accesses at the edges of a page, of a bitmap word, of a region and of memory.
 
+#![allow(clippy::cast_possible_truncation, reason = "the numbers of a test are small")]
+
+use std::num::NonZeroUsize;
 use std::sync::Arc;
 
 use demand_memory::{
     AccessMappingError, BackingKind, DemandMemory, DemandRegion, MemfdBacking, PAGE_SIZE,
-    PageRange, RegionConfig, Retrier, RetryPolicy, Stats,
+    PageRange, PagerConfig,
 };
 use demand_source::LocalFile;
+use vm_memory::bitmap::{AtomicBitmap, Bitmap};
 use vm_memory::{
     Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryRegion,
     MemoryRegionAddress,
 };
 
-fn region(start: u64, pages: u64) -> DemandRegion {
+fn config(pages: u64) -> PagerConfig {
     let image = tempfile::NamedTempFile::new().unwrap();
     let content: Vec<u8> = (0..pages).flat_map(|page| [page as u8 + 1; 4096]).collect();
     std::fs::write(image.path(), content).unwrap();
-    let config = RegionConfig {
-        start: GuestAddress(start),
-        backing: Arc::new(MemfdBacking::new(BackingKind::Shmem, pages * PAGE_SIZE, true).unwrap()),
-        source: Arc::new(LocalFile::open(image.path()).unwrap()),
-        image_offset: 0,
-        stats: Arc::new(Stats::new()),
-        retrier: Retrier::new(RetryPolicy::default(), |_| {}),
-    };
-    DemandRegion::new(config, ()).unwrap()
+    let backing = MemfdBacking::new(BackingKind::Shmem, pages * PAGE_SIZE).unwrap();
+    let source = LocalFile::open(image.path()).unwrap();
+    PagerConfig::new(Arc::new(backing), Arc::new(source))
+}
+
+fn region(start: u64, pages: u64) -> DemandRegion {
+    DemandRegion::new(GuestAddress(start), config(pages), ()).unwrap()
 }
 
 fn missing(region: &DemandRegion) -> u64 {
@@ -128,4 +130,20 @@ fn untrapped_access_mapping_is_refused() {
     // SAFETY: the byte lies in the mapping, which the region keeps alive, and nothing writes it.
     assert_eq!(unsafe { address.read_volatile() }, 4);
     assert_eq!(set(&incomplete), Err(AccessMappingError::Twice));
+}
+
+#[test]
+fn writes_mark_their_pages_dirty() {
+    let tracked = AtomicBitmap::new(4 * PAGE_SIZE as usize, NonZeroUsize::new(4096).unwrap());
+    let region = DemandRegion::new(GuestAddress(0), config(4), tracked).unwrap();
+    let dirty =
+        || -> Vec<usize> { (0..4).filter(|page| region.bitmap().dirty_at(page * 4096)).collect() };
+    let mut all = vec![0; 4 * PAGE_SIZE as usize];
+    region.read_slice(&mut all, MemoryRegionAddress(0)).unwrap();
+    assert_eq!(dirty(), [0; 0], "neither a fetch nor a read is a write of the VMM");
+    region.write_obj(7u8, MemoryRegionAddress(3 * PAGE_SIZE + 5)).unwrap();
+    assert_eq!(dirty(), [3]);
+    let slice = region.get_slice(MemoryRegionAddress(PAGE_SIZE - 1), 2).unwrap();
+    slice.write_slice(&[8, 9], 0).unwrap();
+    assert_eq!(dirty(), [0, 1, 3]);
 }

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Copies of memory to an image: lazy, present from the start, and with a source that fails.
+
+#![allow(clippy::cast_possible_truncation, reason = "the numbers of a test are small")]
 #![cfg(not(loom))]
 
 use std::fs::File;
@@ -9,9 +11,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use demand_memory::{
-    Backing, BackingError, BackingKind, DemandMemory, DemandRegion, Fill, FillRate, ImageProgress,
-    Mapping, MemfdBacking, PAGE_SIZE, PageRange, Pager, Path, RegionConfig, Retrier, RetryPolicy,
-    Stats, Waiter, WriteImageError,
+    Backing, BackingError, BackingKind, DemandMemory, DemandRegion, FaultPath, Fill, FillRate,
+    ImageProgress, Mapping, MemfdBacking, PAGE_SIZE, PageRange, Pager, PagerConfig, Retrier,
+    RetryPolicy, Stats, Waiter, WriteImageError,
 };
 use demand_source::{Destination, HashedImage, ImageWriter, PageCounts, PageSource};
 use proptest::prelude::*;
@@ -26,15 +28,14 @@ fn region(
     source: &Arc<dyn PageSource>,
     image_offset: u64,
 ) -> DemandRegion {
-    let config = RegionConfig {
-        start: GuestAddress(start),
-        backing: Arc::new(MemfdBacking::new(kind, pages * PAGE_SIZE, true).unwrap()),
+    let config = PagerConfig {
+        backing: Arc::new(MemfdBacking::new(kind, pages * PAGE_SIZE).unwrap()),
         source: source.clone(),
         image_offset,
         stats: Arc::new(Stats::new()),
         retrier: Retrier::new(RetryPolicy::default(), |_| {}),
     };
-    DemandRegion::new(config, ()).unwrap()
+    DemandRegion::new(GuestAddress(start), config, ()).unwrap()
 }
 
 /// Creates a memory of two regions, the second of `second` pages, over one image.
@@ -166,7 +167,7 @@ fn is_what_the_guest_would_see(kind: BackingKind, second: u64) {
         // It equals an image of completely filled memory.
         for pager in memory.pagers() {
             let all = PageRange::new(0, pager.pages());
-            pager.ensure(all, Path::Fill, &Waiter::new()).unwrap();
+            pager.ensure(all, FaultPath::Fill, &Waiter::new()).unwrap();
         }
         let complete = write(&memory);
         complete.is(&expected);
@@ -231,8 +232,8 @@ fn background_fill_may_run_during_a_copy() {
 }
 
 fn present(kind: BackingKind, size: u64) -> DemandMemory {
-    let backing = Arc::new(MemfdBacking::new(kind, size, true).unwrap());
-    let region = DemandRegion::present(GuestAddress(0), backing, Arc::new(Stats::new()), ());
+    let backing = Arc::new(MemfdBacking::new(kind, size).unwrap());
+    let region = DemandRegion::new_present(GuestAddress(0), backing, Arc::new(Stats::new()), ());
     DemandMemory::new(vec![region.unwrap()]).unwrap()
 }
 
@@ -241,7 +242,8 @@ fn present_memory_costs_only_its_used_pages() {
     let begun = Instant::now();
     let memory = present(BackingKind::Shmem, 64 << 30);
     let took = begun.elapsed();
-    assert!(took < Duration::from_millis(200), "{took:?}");
+    // To touch all of it would take longer on any machine.
+    assert!(took < Duration::from_secs(3), "{took:?}");
     assert_eq!((missing(&memory), allocated(&memory)), (0, 0));
     let (sender, receiver) = std::sync::mpsc::channel();
     memory.on_complete(move || sender.send(()).unwrap());
@@ -249,7 +251,7 @@ fn present_memory_costs_only_its_used_pages() {
     // Fill ends at once, and a fetch has nothing to do.
     let pager = memory.pagers().next().unwrap();
     drop(Fill::start(vec![pager.clone()], FillRate::Unlimited).unwrap());
-    assert_eq!(pager.fetch(PageRange::new(0, 1 << 20), Path::BackEnd), Ok(0));
+    assert_eq!(pager.fetch(PageRange::new(0, 1 << 20), FaultPath::BackEnd), Ok(0));
     assert_eq!((pager.stats().source().reads, allocated(&memory)), (0, 0));
 }
 
@@ -301,8 +303,8 @@ impl Backing for Bare {
     fn allocate(&self, pages: PageRange) -> Result<(), BackingError> {
         self.0.allocate(pages)
     }
-    fn next_existing(&self, from: u64) -> Result<Option<PageRange>, BackingError> {
-        self.0.next_existing(from)
+    fn next_existing(&self, within: PageRange) -> Result<Option<PageRange>, BackingError> {
+        self.0.next_existing(within)
     }
     fn remove(&self, units: PageRange) -> Result<(), BackingError> {
         self.0.remove(units)
@@ -314,17 +316,18 @@ impl Backing for Bare {
 
 #[test]
 fn memory_without_file_is_read_through_its_mapping() {
-    let bare = Bare(MemfdBacking::new(BackingKind::Shmem, FIRST * PAGE_SIZE, true).unwrap());
+    let bare = Bare(MemfdBacking::new(BackingKind::Shmem, FIRST * PAGE_SIZE).unwrap());
     let source: Arc<dyn PageSource> = Arc::new(Near(FIRST * PAGE_SIZE));
-    let config = RegionConfig {
-        start: GuestAddress(0),
+    let config = PagerConfig {
         backing: Arc::new(bare),
         source,
         image_offset: 0,
         stats: Arc::new(Stats::new()),
         retrier: Retrier::new(RetryPolicy::default(), |_| {}),
     };
-    let memory = DemandMemory::new(vec![DemandRegion::<()>::new(config, ()).unwrap()]).unwrap();
+    let memory =
+        DemandMemory::new(vec![DemandRegion::<()>::new(GuestAddress(0), config, ()).unwrap()])
+            .unwrap();
     let expected = half_present(&memory);
     let before = missing(&memory);
     try_write(&memory, &mut |_| true).unwrap().is(expected);
@@ -367,7 +370,7 @@ fn source_failure_ends_copy_and_spares_memory() {
 fn copy_can_be_cancelled_during_a_hanging_read() {
     let pages = FIRST + 64;
     let (source, control) = far(pages * PAGE_SIZE);
-    let _end = control.let_go_at_the_end();
+    let _end = control.release_at_the_end();
     let memory = two(BackingKind::Shmem, 64, source);
     let error = try_write(&memory, &mut |_| false).err().unwrap();
     assert!(
@@ -384,7 +387,7 @@ fn copy_can_be_cancelled_during_a_hanging_read() {
     });
     let error = error.err().unwrap();
     assert!(matches!(error, WriteImageError::Cancelled { .. }), "{error}");
-    control.let_go();
+    control.release();
     write(&memory).is(page_of);
 }
 

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Backings and sources that break their contract: their safe code must not reach memory that it
 //! was not given, and no page may count as present that was not filled.
+
+#![allow(clippy::cast_possible_truncation, reason = "the numbers of a test are small")]
 #![cfg(not(loom))]
 
 use std::fs::File;
@@ -9,11 +11,13 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 
 use demand_memory::{
-    Backing, BackingError, BackingKind, DemandRegion, Mapping, MemfdBacking, PAGE_SIZE, PageRange,
-    Pager, PagerError, Path, RegionConfig, Retrier, RetryPolicy, Stats,
+    Backing, BackingError, BackingKind, DemandMemory, DemandRegion, FaultPath, LoadUnit, Mapping,
+    MemfdBacking, PAGE_SIZE, PageRange, Pager, PagerConfig, PagerError, Retrier, RetryPolicy,
+    Stats, WriteImageError,
 };
 use demand_source::{
-    BlockingSource, Completion, Destination, Extent, PageSource, Request, SourceError, Threaded,
+    BlockingSource, Completion, Destination, Extent, ImageWriter, MappedBytes, PageSource, Request,
+    SourceError, Threaded,
 };
 use test_support::image::{Near, page_of};
 use test_support::wait::{A_WHILE, until};
@@ -23,12 +27,11 @@ const PAGES: u64 = 64;
 const SIZE: u64 = PAGES * PAGE_SIZE;
 
 fn backing() -> MemfdBacking {
-    MemfdBacking::new(BackingKind::Shmem, SIZE, true).unwrap()
+    MemfdBacking::new(BackingKind::Shmem, SIZE).unwrap()
 }
 
-fn config(backing: impl Backing + 'static, source: impl PageSource + 'static) -> RegionConfig {
-    RegionConfig {
-        start: GuestAddress(0),
+fn config(backing: impl Backing + 'static, source: impl PageSource + 'static) -> PagerConfig {
+    PagerConfig {
         backing: Arc::new(backing),
         source: Arc::new(source),
         image_offset: 0,
@@ -50,13 +53,13 @@ impl Backing for Short {
     }
     fn map(&self) -> Result<Mapping, BackingError> {
         let file = self.0.file().expect("it is a file");
-        Ok(Mapping::shared(file, SIZE - 1, false).unwrap())
+        Ok(Mapping::shared(file, SIZE - 1).unwrap())
     }
     fn allocate(&self, pages: PageRange) -> Result<(), BackingError> {
         self.0.allocate(pages)
     }
-    fn next_existing(&self, from: u64) -> Result<Option<PageRange>, BackingError> {
-        self.0.next_existing(from)
+    fn next_existing(&self, within: PageRange) -> Result<Option<PageRange>, BackingError> {
+        self.0.next_existing(within)
     }
     fn remove(&self, units: PageRange) -> Result<(), BackingError> {
         self.0.remove(units)
@@ -72,16 +75,17 @@ fn a_mapping_shorter_than_its_backing_is_refused() {
         let short = PagerError::MappingShort { size: SIZE, mapped: SIZE - 1 };
         assert_eq!(error.to_string(), short.to_string());
     };
-    expected(DemandRegion::<()>::new(config(Short(backing()), Near(SIZE)), ()).unwrap_err());
-    expected(Pager::present(Arc::new(Short(backing())), Arc::new(Stats::new())).unwrap_err());
+    expected(
+        DemandRegion::<()>::new(GuestAddress(0), config(Short(backing()), Near(SIZE)), ())
+            .unwrap_err(),
+    );
+    expected(Pager::new_present(Arc::new(Short(backing())), Arc::new(Stats::new())).unwrap_err());
 }
 
 #[test]
 fn memory_past_the_last_address_is_refused() {
-    let at = |start| {
-        let config = config(backing(), Near(SIZE));
-        DemandRegion::<()>::new(RegionConfig { start: GuestAddress(start), ..config }, ())
-    };
+    let at =
+        |start| DemandRegion::<()>::new(GuestAddress(start), config(backing(), Near(SIZE)), ());
     assert!(matches!(at(u64::MAX - SIZE + 2), Err(PagerError::PastTheEnd { size: SIZE, .. })));
     at(u64::MAX - SIZE + 1).unwrap();
 }
@@ -125,14 +129,15 @@ impl PageSource for Keeper {
 fn keeper(failing: bool) -> (Arc<Kept>, DemandRegion) {
     let failing = AtomicBool::new(failing);
     let kept = Arc::new(Kept { kept: Mutex::default(), failing, requests: AtomicUsize::new(0) });
-    let region = DemandRegion::new(config(backing(), Keeper(kept.clone())), ()).unwrap();
+    let region =
+        DemandRegion::new(GuestAddress(0), config(backing(), Keeper(kept.clone())), ()).unwrap();
     (kept, region)
 }
 
 #[test]
 fn a_page_is_missing_until_its_loan_ends() {
     let (keeper, region) = keeper(false);
-    assert_eq!(region.pager().fetch(PageRange::page(1), Path::Guest), Ok(0));
+    assert_eq!(region.pager().fetch(PageRange::page(1), FaultPath::Guest), Ok(0));
     assert!(region.pager().bitmap().is_missing(1), "the source can still write to it");
     keeper.kept.lock().unwrap().clear();
     assert!(content(&region, 1) == page_of(1));
@@ -141,13 +146,15 @@ fn a_page_is_missing_until_its_loan_ends() {
 #[test]
 fn a_failed_page_is_retried_after_its_loan() {
     let (keeper, region) = keeper(true);
-    region.pager().fetch(PageRange::page(1), Path::Guest).unwrap();
+    region.pager().fetch(PageRange::page(1), FaultPath::Guest).unwrap();
     thread::sleep(A_WHILE);
     assert_eq!(keeper.requests.load(Ordering::Relaxed), 1, "the source can still write to it");
     keeper.failing.store(false, Ordering::Relaxed);
     keeper.kept.lock().unwrap().clear();
     until("it is tried again", || keeper.requests.load(Ordering::Relaxed) == 2);
     until("it is given back", || keeper.kept.lock().unwrap().pop().is_some());
+    // The retrying thread may not have the outcome yet.
+    until("it arrives", || !region.pager().bitmap().is_missing(1));
     assert!(content(&region, 1) == page_of(1));
 }
 
@@ -205,9 +212,9 @@ fn success_with_half_a_page_is_a_failure() {
         let retrier = Retrier::new(RetryPolicy::default(), move |failure| {
             tell.lock().unwrap().push(failure.error.to_string());
         });
-        let config = RegionConfig { source, retrier, ..config(backing(), Near(SIZE)) };
-        let region = DemandRegion::<()>::new(config, ()).unwrap();
-        region.pager().fetch(PageRange::page(1), Path::Guest).unwrap();
+        let config = PagerConfig { source, retrier, ..config(backing(), Near(SIZE)) };
+        let region = DemandRegion::<()>::new(GuestAddress(0), config, ()).unwrap();
+        region.pager().fetch(PageRange::page(1), FaultPath::Guest).unwrap();
         until("it is told", || !told.lock().unwrap().is_empty());
         assert!(region.pager().bitmap().is_missing(1));
         let short = SourceError::Short { wrote: 2048, len: 4096 }.to_string();
@@ -215,5 +222,100 @@ fn success_with_half_a_page_is_a_failure() {
         whole.store(true, Ordering::Relaxed);
         until("the page arrives", || !region.pager().bitmap().is_missing(1));
         assert!(content(&region, 1) == page_of(1));
+    }
+}
+
+#[test]
+fn copy_from_short_source_is_refused() {
+    for near in [true, false] {
+        let half = Half { whole: Arc::default(), near };
+        let region = DemandRegion::<()>::new(GuestAddress(0), config(backing(), half), ()).unwrap();
+        let memory = DemandMemory::new(vec![region]).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let (image, table) = (folder.path().join("memory"), folder.path().join("hashes"));
+        let mut writer = ImageWriter::create(&image, &table, SIZE, [7; 16]).unwrap();
+        let error = memory.write_image(&mut writer, &mut |_| true).unwrap_err();
+        let short = matches!(
+            error,
+            WriteImageError::Source { source: SourceError::Short { wrote, len: SIZE }, .. }
+                if wrote == SIZE / 2
+        );
+        assert!(short, "{error}");
+    }
+}
+
+/// Shared memory that calls itself huge pages, so that its units are loaded as a whole.
+#[derive(Debug)]
+struct Units(MemfdBacking);
+
+impl Backing for Units {
+    fn kind(&self) -> BackingKind {
+        BackingKind::Hugetlb2M
+    }
+    fn size(&self) -> u64 {
+        self.0.size()
+    }
+    fn map(&self) -> Result<Mapping, BackingError> {
+        self.0.map()
+    }
+    fn allocate(&self, pages: PageRange) -> Result<(), BackingError> {
+        self.0.allocate(pages)
+    }
+    fn next_existing(&self, within: PageRange) -> Result<Option<PageRange>, BackingError> {
+        self.0.next_existing(within)
+    }
+    fn remove(&self, units: PageRange) -> Result<(), BackingError> {
+        self.0.remove(units)
+    }
+    fn file(&self) -> Option<&Arc<File>> {
+        self.0.file()
+    }
+}
+
+const UNIT: u64 = 2 << 20;
+
+/// A source that maps this many bytes for each unit.
+struct Maps(usize);
+
+impl PageSource for Maps {
+    fn size(&self) -> u64 {
+        UNIT
+    }
+    fn extent(&self, _: u64) -> Result<Extent, SourceError> {
+        Ok(Extent::Data { end: UNIT })
+    }
+    fn submit(&self, request: Request) -> Completion {
+        Near(UNIT).submit(request)
+    }
+    fn mapped(&self, _: u64, _: u64) -> Option<MappedBytes<'_>> {
+        Some(MappedBytes::owned(vec![0; self.0]))
+    }
+}
+
+/// A loader that refuses what it counts.
+#[derive(Default)]
+struct Loads(AtomicUsize);
+
+impl LoadUnit for Loads {
+    fn load(&self, _: u64, _: MappedBytes<'_>) -> std::io::Result<()> {
+        self.0.fetch_add(1, Ordering::Relaxed);
+        Err(std::io::ErrorKind::Unsupported.into())
+    }
+    fn finish(&self) {}
+}
+
+#[test]
+fn mapped_content_of_another_length_is_not_loaded() {
+    let unit = UNIT as usize;
+    for (len, expected) in [(unit, 1), (unit - 4096, 0), (unit + 4096, 0), (0, 0)] {
+        let backing = Units(MemfdBacking::new(BackingKind::Shmem, UNIT).unwrap());
+        let region =
+            DemandRegion::<()>::new(GuestAddress(0), config(backing, Maps(len)), ()).unwrap();
+        let loads = Arc::new(Loads::default());
+        region.pager().set_unit_loader(loads.clone());
+        region.pager().fetch(PageRange::new(0, 512), FaultPath::BackEnd).unwrap();
+        until("all arrive", || region.pager().bitmap().is_complete());
+        assert_eq!(loads.0.load(Ordering::Relaxed), expected, "{len} bytes");
+        assert!(content(&region, 511) == page_of(511));
     }
 }

@@ -1,19 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The pager and vm-memory's view of it, on real shared memory and real images.
 
+#![allow(clippy::cast_possible_truncation, reason = "the numbers of a test are small")]
+
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use demand_memory::{
-    BackingKind, DemandMemory, DemandRegion, FetchError, Fill, FillRate, MemfdBacking, PAGE_SIZE,
-    PageRange, PagerError, Path, RegionConfig, Retrier, RetryPolicy, Stats, Trap, Waiter,
+    BackingKind, DemandMemory, DemandRegion, FaultPath, FetchError, Fill, FillRate, MapPresent,
+    MemfdBacking, PAGE_SIZE, PageRange, PagerConfig, PagerError, Retrier, RetryPolicy, Stats,
+    Waiter,
 };
 use demand_source::{
     BlockingSource, Destination, Extent, LocalFile, PageSource, SourceError, Threaded,
 };
-use test_support::image::Near;
+use test_support::image::{Near, far};
 use test_support::wait::until;
 use vm_memory::{
     Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryRegion,
@@ -39,10 +42,9 @@ fn image() -> tempfile::NamedTempFile {
     file
 }
 
-fn config(source: Arc<dyn PageSource>) -> RegionConfig {
-    RegionConfig {
-        start: GuestAddress(0x10000),
-        backing: Arc::new(MemfdBacking::new(BackingKind::Shmem, SIZE, true).unwrap()),
+fn config(source: Arc<dyn PageSource>) -> PagerConfig {
+    PagerConfig {
+        backing: Arc::new(MemfdBacking::new(BackingKind::Shmem, SIZE).unwrap()),
         source,
         image_offset: 0,
         stats: Arc::new(Stats::new()),
@@ -51,7 +53,7 @@ fn config(source: Arc<dyn PageSource>) -> RegionConfig {
 }
 
 fn region(source: impl PageSource + 'static) -> DemandRegion {
-    DemandRegion::new(config(Arc::new(source)), ()).unwrap()
+    DemandRegion::new(GuestAddress(0x10000), config(Arc::new(source)), ()).unwrap()
 }
 
 fn check(region: &DemandRegion, pages: impl Iterator<Item = u64>) {
@@ -105,7 +107,7 @@ fn every_access_sees_the_images_content() {
     check(&region, (0..PAGES).rev().step_by(3));
     check(&region, 0..PAGES);
     let stats = region.pager().stats();
-    let (vmm, source) = (stats.path(Path::Vmm), stats.source());
+    let (vmm, source) = (stats.path(FaultPath::Vmm), stats.source());
     assert_eq!(vmm.pages, PAGES);
     // Holes were not read.
     assert_eq!(source.bytes, (0..PAGES).filter(|page| page % 5 != 0).count() as u64 * PAGE_SIZE);
@@ -153,7 +155,7 @@ fn guest_writes_are_never_overwritten() {
         region.write_obj(0xd1u8, MemoryRegionAddress(page * PAGE_SIZE + 8)).unwrap();
     }
     // A fetch of a unit and background fill cover the same pages.
-    region.pager().fetch(PageRange::new(0, 512), Path::BackEnd).unwrap();
+    region.pager().fetch(PageRange::new(0, 512), FaultPath::BackEnd).unwrap();
     let fill = Fill::start(vec![region.pager().clone()], FillRate::Unlimited).unwrap();
     while !region.pager().bitmap().is_complete() {
         thread::sleep(Duration::from_millis(1));
@@ -226,7 +228,7 @@ fn wait_outlasts_failing_source_and_sees_no_zeros() {
         config.retrier = Retrier::new(policy, move |failure| {
             seen.lock().unwrap().push((failure.attempts, failure.given_up));
         });
-        let region = DemandRegion::<()>::new(config, ()).unwrap();
+        let region = DemandRegion::<()>::new(GuestAddress(0), config, ()).unwrap();
         thread::scope(|scope| {
             let reader = scope.spawn(|| check(&region, 1..2));
             // Waits for an event, not a time, as the machine may be slow: two reports of giving up.
@@ -252,19 +254,23 @@ fn wait_outlasts_failing_source_and_sees_no_zeros() {
 
 #[test]
 fn slow_source_wait_can_be_kicked_and_stopped() {
-    let file = image();
-    let region = region(Threaded::new(fickle(&file, Duration::from_millis(300)), 1).unwrap());
+    let (source, control) = far(SIZE);
+    let region = region(source);
     let (pager, waiter) = (region.pager(), Waiter::new());
     thread::scope(|scope| {
-        let vcpu = scope.spawn(|| pager.ensure(PageRange::page(1), Path::Guest, &waiter));
-        thread::sleep(Duration::from_millis(50));
+        let _end = control.release_at_the_end();
+        control.hold([1]);
+        let vcpu = scope.spawn(|| pager.ensure(PageRange::page(1), FaultPath::Guest, &waiter));
+        until("the vCPU waits", || waiter.is_waiting());
         waiter.kick();
         assert_eq!(vcpu.join().unwrap(), Err(FetchError::Kicked));
         waiter.clear_kick();
         // The page was requested, and still arrives.
-        assert_eq!(pager.ensure(PageRange::page(1), Path::Guest, &waiter), Ok(()));
-        let vcpu = scope.spawn(|| pager.ensure(PageRange::page(2), Path::Guest, &waiter));
-        thread::sleep(Duration::from_millis(50));
+        control.release();
+        until("the page arrives", || !pager.bitmap().is_missing(1));
+        control.hold([2]);
+        let vcpu = scope.spawn(|| pager.ensure(PageRange::page(2), FaultPath::Guest, &waiter));
+        until("the vCPU waits", || waiter.is_waiting());
         pager.stop();
         assert_eq!(vcpu.join().unwrap(), Err(FetchError::Stopped));
     });
@@ -275,9 +281,10 @@ fn slow_source_wait_can_be_kicked_and_stopped() {
 #[test]
 fn an_image_shorter_than_the_memory_is_refused() {
     let file = image();
-    file.as_file().set_len(SIZE - 1).unwrap();
+    // A part of the last page would do: its rest is zeros.
+    file.as_file().set_len(SIZE - PAGE_SIZE).unwrap();
     let config = config(Arc::new(LocalFile::open(file.path()).unwrap()));
-    let error = DemandRegion::<()>::new(config, ()).unwrap_err();
+    let error = DemandRegion::<()>::new(GuestAddress(0), config, ()).unwrap_err();
     assert!(matches!(error, PagerError::ImageShort { .. }));
     assert!(error.to_string().contains(&SIZE.to_string()), "{error}");
 }
@@ -289,7 +296,7 @@ fn pages_out_of_range_are_refused() {
     for range in
         [PageRange::new(PAGES, 1), PageRange::new(u64::MAX, 2), PageRange::new(0, PAGES + 1)]
     {
-        let error = region.pager().fetch(range, Path::Guest).unwrap_err();
+        let error = region.pager().fetch(range, FaultPath::Guest).unwrap_err();
         assert!(matches!(error, FetchError::OutOfRange { .. }), "{error}");
     }
 }
@@ -301,10 +308,7 @@ struct Recorder {
     mapped: AtomicUsize,
 }
 
-impl Trap for Recorder {
-    fn granularity(&self) -> u64 {
-        PAGE_SIZE
-    }
+impl MapPresent for Recorder {
     fn map_present(&self, pages: PageRange) -> std::io::Result<()> {
         let pager = self.region.get().unwrap();
         for page in pages.first..pages.end() {
@@ -318,9 +322,6 @@ impl Trap for Recorder {
             return Err(std::io::Error::from_raw_os_error(libc::ENOMEM));
         }
         self.mapped.fetch_add(pages.count as usize, Ordering::Relaxed);
-        Ok(())
-    }
-    fn release(&self, _: PageRange) -> std::io::Result<()> {
         Ok(())
     }
 }
@@ -347,10 +348,7 @@ struct Halfway {
     failed: AtomicBool,
 }
 
-impl Trap for Halfway {
-    fn granularity(&self) -> u64 {
-        PAGE_SIZE
-    }
+impl MapPresent for Halfway {
     fn map_present(&self, pages: PageRange) -> std::io::Result<()> {
         if self.failed.swap(true, Ordering::Relaxed) {
             return Ok(());
@@ -358,9 +356,6 @@ impl Trap for Halfway {
         // SAFETY: the byte lies in the mapping, and no other thread accesses it.
         unsafe { self.guest.at(pages.offset()).as_ptr().write_volatile(0x55) };
         Err(std::io::Error::from_raw_os_error(libc::ENOMEM))
-    }
-    fn release(&self, _: PageRange) -> std::io::Result<()> {
-        Ok(())
     }
 }
 
@@ -373,7 +368,7 @@ fn half_failed_mapping_loses_no_guest_write() {
         .pager()
         .set_guest_trap(Arc::new(Halfway { guest, failed: AtomicBool::new(false) }))
         .unwrap();
-    region.pager().ensure(PageRange::new(1, 4), Path::Guest, &Waiter::new()).unwrap();
+    region.pager().ensure(PageRange::new(1, 4), FaultPath::Guest, &Waiter::new()).unwrap();
     assert_eq!(region.read_obj::<u8>(MemoryRegionAddress(PAGE_SIZE)).unwrap(), 0x55);
 }
 
@@ -387,18 +382,18 @@ fn dropped_region_leaves_retrier_to_others() {
         switch.store(failing, Ordering::Relaxed);
         let mut config = config(Arc::new(Threaded::new(source, 1).unwrap()));
         config.retrier = retrier.clone();
-        (DemandRegion::<()>::new(config, ()).unwrap(), switch)
+        (DemandRegion::<()>::new(GuestAddress(0), config, ()).unwrap(), switch)
     };
     let (first, _) = make(false);
     let (second, failing) = make(true);
     drop(first);
-    second.pager().fetch(PageRange::page(1), Path::Guest).unwrap();
+    second.pager().fetch(PageRange::page(1), FaultPath::Guest).unwrap();
     failing.store(false, Ordering::Relaxed);
     check(&second, 1..2);
 }
 
 #[test]
-fn the_end_is_told_once() {
+fn completion_is_reported_once() {
     let file = image();
     let region = region(LocalFile::open(file.path()).unwrap());
     let told = Arc::new(AtomicUsize::new(0));
@@ -423,7 +418,7 @@ fn the_end_is_told_once() {
 fn panic_of_a_callback_loses_no_write() {
     let region = region(Near(PAGES * PAGE_SIZE));
     let (pager, last) = (region.pager(), PageRange::page(PAGES - 1));
-    assert_eq!(pager.fetch(PageRange::new(0, PAGES - 1), Path::Guest), Ok(PAGES - 1));
+    assert_eq!(pager.fetch(PageRange::new(0, PAGES - 1), FaultPath::Guest), Ok(PAGES - 1));
     let told = Arc::new(AtomicUsize::new(0));
     let count = || {
         let told = told.clone();
@@ -433,7 +428,7 @@ fn panic_of_a_callback_loses_no_write() {
     pager.bitmap().when_present(last, count());
     pager.on_complete(|| panic!("of a callback for the end"));
     pager.on_complete(count());
-    pager.fetch(last, Path::Guest).unwrap();
+    pager.fetch(last, FaultPath::Guest).unwrap();
     let address = MemoryRegionAddress(last.offset());
     region.write_obj(0xd1u8, address).unwrap();
     // Longer than the pause before the first retry.
@@ -463,11 +458,11 @@ fn fill_is_dropped_by_its_last_page() {
 }
 
 #[test]
-fn the_end_of_all_regions_is_told_once() {
+fn completion_of_all_regions_is_reported_once() {
     let file = image();
     let source: Arc<dyn PageSource> = Arc::new(LocalFile::open(file.path()).unwrap());
-    let far = RegionConfig { start: GuestAddress(1 << 32), ..config(source.clone()) };
-    let regions = [config(source), far].map(|config| DemandRegion::new(config, ()).unwrap());
+    let regions = [0x10000, 1 << 32]
+        .map(|start| DemandRegion::new(GuestAddress(start), config(source.clone()), ()).unwrap());
     let memory = DemandMemory::new(regions.into()).unwrap();
     let told = Arc::new(AtomicUsize::new(0));
     let tell = || {

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Property tests of ranges, bitmaps and memory against models too simple to be wrong.
+
+#![allow(clippy::cast_possible_truncation, reason = "the numbers of a test are small")]
 #![cfg(not(loom))]
 
 use std::collections::BTreeSet;
@@ -7,8 +9,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use demand_memory::{
-    BackingKind, DemandMemory, DemandRegion, FetchError, MemfdBacking, MissingBitmap, PAGE_SIZE,
-    PageRange, Path, Published, RegionConfig, Retrier, RetryPolicy, Stats, Wait, Waiter,
+    BackingKind, DemandMemory, DemandRegion, FaultPath, FetchError, MemfdBacking, MissingBitmap,
+    PAGE_SIZE, PageRange, PagerConfig, Published, Retrier, RetryPolicy, Stats, Wait, Waiter,
 };
 use demand_source::{Completion, Destination, Extent, PageSource, Request, SourceError};
 use proptest::prelude::*;
@@ -241,15 +243,14 @@ impl PageSource for Image {
 }
 
 fn region(start: u64, pages: u64, source: Arc<dyn PageSource>, first: u64) -> DemandRegion {
-    let config = RegionConfig {
-        start: GuestAddress(start),
-        backing: Arc::new(MemfdBacking::new(BackingKind::Shmem, pages * PAGE_SIZE, true).unwrap()),
+    let config = PagerConfig {
+        backing: Arc::new(MemfdBacking::new(BackingKind::Shmem, pages * PAGE_SIZE).unwrap()),
         source,
         image_offset: first * PAGE_SIZE,
         stats: Arc::new(Stats::new()),
         retrier: Retrier::new(RetryPolicy::default(), |_| {}),
     };
-    DemandRegion::new(config, ()).unwrap()
+    DemandRegion::new(GuestAddress(start), config, ()).unwrap()
 }
 
 /// Generates the start and length of an access, often up to the end of a page, or a byte more or
@@ -309,7 +310,7 @@ proptest! {
         let image = Arc::new(Image::new(vec![(pages * PAGE_SIZE, true)]));
         let region = region(0, pages, image, 0);
         let inside = u128::from(first) + u128::from(count) <= u128::from(pages);
-        let fetched = region.pager().fetch(PageRange::new(first, count), Path::Vmm);
+        let fetched = region.pager().fetch(PageRange::new(first, count), FaultPath::Vmm);
         match fetched {
             Ok(_) => prop_assert!(inside),
             Err(error) => {

@@ -10,12 +10,12 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use demand_memory::{
-    BackingKind, FetchError, Fill, FillRate, MemfdBacking, PAGE_SIZE, PageRange, Pager, Path,
-    Retrier, RetryPolicy, Stats, WaitWatch, Waiter,
+    BackingKind, FaultPath, FetchError, Fill, FillOptions, FillRate, InFlight, MemfdBacking,
+    PAGE_SIZE, PageRange, Pager, PagerConfig, Retrier, RetryPolicy, Stats, WaitWatch, Waiter,
 };
 use demand_source::{
-    BlockingSource, Destination, Extent, HashedImage, ImageWriter, LocalFile, PageSource,
-    SourceError, Threaded,
+    BlockingSource, Chunk, Completion, Destination, Extent, HashedImage, ImageWriter, LocalFile,
+    PageSource, Request, SourceError, Threaded,
 };
 use test_support::fuse::SlowFile;
 use test_support::image::page_of;
@@ -40,9 +40,10 @@ fn bytes(pages: std::ops::Range<u64>) -> std::ops::Range<u64> {
 }
 
 fn pager(source: impl PageSource + 'static) -> Arc<Pager> {
-    let backing = MemfdBacking::new(BackingKind::Shmem, PAGES * PAGE_SIZE, true).unwrap();
+    let backing = MemfdBacking::new(BackingKind::Shmem, PAGES * PAGE_SIZE).unwrap();
     let retrier = Retrier::new(RetryPolicy::default(), |_| {});
-    Pager::new(Arc::new(backing), Arc::new(source), 0, Arc::new(Stats::new()), retrier).unwrap()
+    Pager::new(PagerConfig { retrier, ..PagerConfig::new(Arc::new(backing), Arc::new(source)) })
+        .unwrap()
 }
 
 fn missing(pager: &Pager, range: PageRange) -> u64 {
@@ -57,7 +58,7 @@ fn later<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Receiv
 }
 
 /// Fetches pages one by one on another thread, without waiting for them.
-fn expect_asked(pager: &Arc<Pager>, pages: std::ops::Range<u64>, path: Path) {
+fn expect_asked(pager: &Arc<Pager>, pages: std::ops::Range<u64>, path: FaultPath) {
     let pager = pager.clone();
     let asked = later(move || pages.for_each(|page| _ = pager.fetch(PageRange::page(page), path)));
     asked.recv_timeout(SOON).expect("fetch waits for nothing");
@@ -66,7 +67,8 @@ fn expect_asked(pager: &Arc<Pager>, pages: std::ops::Range<u64>, path: Path) {
 /// Fetches a page on another thread: a page that does not arrive fails the test, which ends.
 fn expect_arrival(pager: &Arc<Pager>, page: u64) {
     let pager = pager.clone();
-    let ensured = later(move || pager.ensure(PageRange::page(page), Path::Guest, &Waiter::new()));
+    let ensured =
+        later(move || pager.ensure(PageRange::page(page), FaultPath::Guest, &Waiter::new()));
     let outcome = ensured.recv_timeout(PATIENCE);
     assert_eq!(outcome.unwrap_or_else(|_| panic!("page {page} does not arrive")), Ok(()));
 }
@@ -80,7 +82,7 @@ fn fetch_returns_while_the_storage_hangs() {
     // A service thread makes this call for a fault.
     let fetched = later({
         let pager = pager.clone();
-        move || pager.fetch(PageRange::page(1), Path::Guest)
+        move || pager.fetch(PageRange::page(1), FaultPath::Guest)
     });
     assert_eq!(fetched.recv_timeout(SOON).expect("fetch waits for nothing"), Ok(0));
     until("the read hangs", || file.waiting() == 1);
@@ -88,7 +90,7 @@ fn fetch_returns_while_the_storage_hangs() {
     expect_arrival(&pager, 6);
     assert!(pager.bitmap().is_missing(1));
     file.answer();
-    pager.ensure(PageRange::page(1), Path::Guest, &Waiter::new()).unwrap();
+    pager.ensure(PageRange::page(1), FaultPath::Guest, &Waiter::new()).unwrap();
 }
 
 #[test]
@@ -100,7 +102,7 @@ fn a_wait_for_hanging_storage_is_kicked() {
     let waiter = Waiter::new();
     let vcpu = later({
         let (pager, waiter) = (pager.clone(), waiter.clone());
-        move || pager.ensure(PageRange::page(1), Path::Guest, &waiter)
+        move || pager.ensure(PageRange::page(1), FaultPath::Guest, &waiter)
     });
     until("the storage is asked", || file.waiting() > 0);
     waiter.kick();
@@ -115,15 +117,18 @@ fn unanswered_waits_are_found() {
     file.hold(bytes(1..9));
     let mut watch = WaitWatch::default();
     let mut look = || watch.look([&pager]);
-    pager.fetch(PageRange::page(1), Path::Guest).unwrap();
-    let fill = Fill::start(vec![pager.clone()], FillRate::Unlimited).unwrap();
+    pager.fetch(PageRange::page(1), FaultPath::Guest).unwrap();
+    // One request in flight: pages behind it stay missing.
+    let in_flight = InFlight::Fixed(FillOptions::CHUNK);
+    let options = FillOptions { in_flight, ..FillOptions::default() };
+    let fill = Fill::start(vec![pager.clone()], options).unwrap();
     until("fill hangs", || file.waiting() > 1);
     assert!(look().is_none(), "no thread but that of fill waits");
     drop(fill);
     let waiter = Waiter::new();
     let vcpu = later({
         let (pager, waiter) = (pager.clone(), waiter.clone());
-        move || pager.ensure(PageRange::new(0, 4), Path::Guest, &waiter)
+        move || pager.ensure(PageRange::new(0, 4), FaultPath::Guest, &waiter)
     });
     until("a thread waits", || waiter.is_waiting());
     // Page 0 may still be on its way.
@@ -135,7 +140,7 @@ fn unanswered_waits_are_found() {
     assert_eq!(vcpu.recv_timeout(SOON).expect("it is kicked"), Err(FetchError::Kicked));
     // Later waits are shorter. This is how a back-end's fault waits.
     let (sender, arrived) = mpsc::channel();
-    pager.fetch(PageRange::page(5), Path::BackEnd).unwrap();
+    pager.fetch(PageRange::page(5), FaultPath::BackEnd).unwrap();
     pager.bitmap().when_present(PageRange::page(5), move || sender.send(()).unwrap());
     let wait = look().expect("the page was waited for and is missing");
     assert_eq!(wait.image_offset(), PAGE_SIZE);
@@ -146,7 +151,7 @@ fn unanswered_waits_are_found() {
     assert!(look().is_none());
     file.hold(bytes(900..901));
     let (sender, arrived) = mpsc::channel();
-    pager.fetch(PageRange::page(900), Path::BackEnd).unwrap();
+    pager.fetch(PageRange::page(900), FaultPath::BackEnd).unwrap();
     pager.bitmap().when_present(PageRange::page(900), move || sender.send(()).unwrap());
     let wait = look().expect("a callback waits");
     assert_eq!(wait.image_offset(), 900 * PAGE_SIZE);
@@ -158,16 +163,21 @@ fn unanswered_waits_are_found() {
 fn failed_fetches_count_as_answered() {
     let Some(file) = slow_file() else { return };
     file.fail(bytes(7..8));
-    let backing = MemfdBacking::new(BackingKind::Shmem, PAGES * PAGE_SIZE, true).unwrap();
+    let backing = MemfdBacking::new(BackingKind::Shmem, PAGES * PAGE_SIZE).unwrap();
     let first = Duration::from_secs(600);
     let policy = RetryPolicy { first, longest: first, limit: None };
     let retrier = Retrier::new(policy, |_| {});
     let (source, stats) = (LocalFile::open(file.path()).unwrap(), Arc::new(Stats::new()));
-    let pager = Pager::new(Arc::new(backing), Arc::new(source), 0, stats, retrier.clone()).unwrap();
+    let pager = Pager::new(PagerConfig {
+        stats,
+        retrier: retrier.clone(),
+        ..PagerConfig::new(Arc::new(backing), Arc::new(source))
+    })
+    .unwrap();
     let waiter = Waiter::new();
     let vcpu = later({
         let (pager, waiter) = (pager.clone(), waiter.clone());
-        move || pager.ensure(PageRange::page(7), Path::Guest, &waiter)
+        move || pager.ensure(PageRange::page(7), FaultPath::Guest, &waiter)
     });
     until("a thread waits", || waiter.is_waiting());
     until("the fetch has failed", || retrier.is_failing());
@@ -186,14 +196,14 @@ fn hanging_reads_leave_threads_for_others() {
     let _guard = file.answer_at_the_end();
     // One read less than the source has threads.
     file.hold(bytes(1..32));
-    expect_asked(&pager, 1..32, Path::Guest);
+    expect_asked(&pager, 1..32, FaultPath::Guest);
     until("they hang", || file.waiting() == 31);
     [40, 41, 600].into_iter().for_each(|page| expect_arrival(&pager, page));
     // Hanging reads of background fill leave threads for demand.
     file.answer();
     until("they arrive", || missing(&pager, PageRange::new(1, 31)) == 0);
     file.hold(bytes(100..200));
-    expect_asked(&pager, 100..200, Path::Fill);
+    expect_asked(&pager, 100..200, FaultPath::Fill);
     until("fill hangs", || file.waiting() == 16);
     thread::sleep(A_WHILE);
     assert_eq!(file.waiting(), 16);
@@ -235,14 +245,14 @@ fn checked_image_never_blocks_the_fault_service() {
     file.fall_silent();
     let fetched = later({
         let pager = pager.clone();
-        move || pager.fetch(PageRange::new(0, 512), Path::BackEnd)
+        move || pager.fetch(PageRange::new(0, 512), FaultPath::BackEnd)
     });
     let fetched = fetched.recv_timeout(SOON).expect("fetch waits for nothing");
     assert!(fetched.is_ok());
     assert_eq!(missing(&pager, PageRange::new(1, 4)), 4, "nothing is present unchecked");
     file.answer();
     let begun = Instant::now();
-    pager.ensure(PageRange::new(0, 512), Path::BackEnd, &Waiter::new()).unwrap();
+    pager.ensure(PageRange::new(0, 512), FaultPath::BackEnd, &Waiter::new()).unwrap();
     assert!(begun.elapsed() < PATIENCE);
 }
 
@@ -250,7 +260,7 @@ fn checked_image_never_blocks_the_fault_service() {
 type Told = Arc<Mutex<Vec<(PageRange, bool, bool, String)>>>;
 
 fn observed(source: impl PageSource + 'static) -> (Arc<Pager>, Told) {
-    let backing = MemfdBacking::new(BackingKind::Shmem, PAGES * PAGE_SIZE, true).unwrap();
+    let backing = MemfdBacking::new(BackingKind::Shmem, PAGES * PAGE_SIZE).unwrap();
     let told = Told::default();
     let seen = told.clone();
     let policy = RetryPolicy {
@@ -263,7 +273,12 @@ fn observed(source: impl PageSource + 'static) -> (Arc<Pager>, Told) {
         seen.lock().unwrap().push((failure.pages, failure.wanted, failure.given_up, words));
     });
     let stats = Arc::new(Stats::new());
-    let pager = Pager::new(Arc::new(backing), Arc::new(source), 0, stats, retrier).unwrap();
+    let pager = Pager::new(PagerConfig {
+        stats,
+        retrier,
+        ..PagerConfig::new(Arc::new(backing), Arc::new(source))
+    })
+    .unwrap();
     (pager, told)
 }
 
@@ -287,7 +302,7 @@ fn an_altered_page_costs_no_neighbour() {
     altered.into_iter().for_each(flip);
     let (pager, told) = observed(HashedImage::open(&image, &table).unwrap());
     let unit = PageRange::new(0, 512);
-    pager.fetch(unit, Path::BackEnd).unwrap();
+    pager.fetch(unit, FaultPath::BackEnd).unwrap();
     let begun = Instant::now();
     until("the neighbours arrive", || missing(&pager, unit) == altered.len() as u64);
     assert!(begun.elapsed() < SOON, "{:?}", begun.elapsed());
@@ -302,7 +317,7 @@ fn an_altered_page_costs_no_neighbour() {
         })
     });
     altered.into_iter().for_each(flip);
-    pager.ensure(unit, Path::BackEnd, &Waiter::new()).unwrap();
+    pager.ensure(unit, FaultPath::BackEnd, &Waiter::new()).unwrap();
 }
 
 #[test]
@@ -310,7 +325,10 @@ fn fill_passes_over_an_unreadable_page() {
     let Some(file) = slow_file() else { return };
     file.fail(bytes(131..132));
     let (pager, told) = observed(LocalFile::open(file.path()).unwrap());
-    let _fill = Fill::start(vec![pager.clone()], FillRate::Unlimited).unwrap();
+    // One request in flight: if the fill waited for the page, nothing behind it would arrive.
+    let in_flight = InFlight::Fixed(FillOptions::CHUNK);
+    let options = FillOptions { in_flight, ..FillOptions::default() };
+    let _fill = Fill::start(vec![pager.clone()], options).unwrap();
     let all = PageRange::new(0, PAGES);
     until("all others arrive", || missing(&pager, all) == 1);
     assert!(pager.bitmap().is_missing(131));
@@ -324,7 +342,7 @@ fn fill_passes_over_an_unreadable_page() {
     }
     let vcpu = later({
         let pager = pager.clone();
-        move || pager.ensure(PageRange::page(131), Path::Guest, &Waiter::new())
+        move || pager.ensure(PageRange::page(131), FaultPath::Guest, &Waiter::new())
     });
     until("it is given up", || told.lock().unwrap().iter().any(|(_, _, given_up, _)| *given_up));
     file.recover();
@@ -338,12 +356,12 @@ fn an_absent_source_is_asked_for_little() {
     let Some(file) = slow_file() else { return };
     file.fail(bytes(0..PAGES));
     let (pager, told) = observed(LocalFile::open(file.path()).unwrap());
-    pager.fetch(PageRange::new(0, 512), Path::BackEnd).unwrap();
+    pager.fetch(PageRange::new(0, 512), FaultPath::BackEnd).unwrap();
     until("it is tried again", || told.lock().unwrap().len() >= 4);
     let (told, errors) = (told.lock().unwrap().len() as u64, pager.stats().source().errors);
     assert!(errors <= 2 * told + 2, "{errors} errors were told {told} times");
     file.recover();
-    pager.ensure(PageRange::new(0, 512), Path::BackEnd, &Waiter::new()).unwrap();
+    pager.ensure(PageRange::new(0, 512), FaultPath::BackEnd, &Waiter::new()).unwrap();
 }
 
 /// A source whose code panics, on the thread that asks it and on others.
@@ -372,6 +390,33 @@ fn a_panic_of_the_source_loses_no_page() {
     assert!(told.lock().unwrap().iter().any(|(.., words)| words.contains("panicked")));
 }
 
+/// A source whose first request panics, as a whole source does that is not run by [`Threaded`].
+struct PanicsOnRequest(AtomicUsize);
+
+impl PageSource for PanicsOnRequest {
+    fn size(&self) -> u64 {
+        PAGES * PAGE_SIZE
+    }
+    fn extent(&self, _: u64) -> Result<Extent, SourceError> {
+        Ok(Extent::Data { end: PAGES * PAGE_SIZE })
+    }
+    fn submit(&self, request: Request) -> Completion {
+        assert!(self.0.fetch_add(1, Ordering::Relaxed) > 0, "as the test wants it");
+        for Chunk { mut destination, .. } in request.chunks {
+            destination.write_at(0, &vec![7; destination.len()]);
+        }
+        Completion::ready(Ok(()))
+    }
+}
+
+#[test]
+fn panic_of_a_request_is_reported_as_such() {
+    let (pager, told) = observed(PanicsOnRequest(AtomicUsize::new(0)));
+    pager.ensure(PageRange::page(3), FaultPath::Guest, &Waiter::new()).unwrap();
+    let told = told.lock().unwrap();
+    assert!(told.len() == 1 && told[0].3.contains("its code panicked"), "{told:?}");
+}
+
 /// A source that panics when it is asked for an extent that it has read.
 struct PanicsLate(AtomicUsize);
 
@@ -393,6 +438,6 @@ impl BlockingSource for PanicsLate {
 #[test]
 fn late_panic_of_the_source_loses_no_page() {
     let (pager, _) = observed(Threaded::new(PanicsLate(AtomicUsize::new(0)), 1).unwrap());
-    pager.fetch(PageRange::page(3), Path::Guest).unwrap();
+    pager.fetch(PageRange::page(3), FaultPath::Guest).unwrap();
     until("the page arrives", || !pager.bitmap().is_missing(3));
 }

@@ -9,8 +9,8 @@ use std::thread;
 use std::time::Duration;
 
 use demand_memory::{
-    Backing, BackingError, BackingKind, Mapping, MemfdBacking, PAGE_SIZE, PageRange, Pager, Path,
-    Retrier, RetryPolicy, Stats, Waiter,
+    Backing, BackingError, BackingKind, FaultPath, Mapping, MemfdBacking, PAGE_SIZE, PageRange,
+    Pager, PagerConfig, Retrier, RetryPolicy, Waiter,
 };
 use test_support::host;
 use test_support::image::{Near, word_of};
@@ -20,7 +20,7 @@ const PAGES: u64 = SIZE / PAGE_SIZE;
 
 /// Creates a pager, and an untrapped mapping as another process has one.
 fn memory(kind: BackingKind) -> (Arc<Pager>, Mapping) {
-    memory_on(MemfdBacking::new(kind, SIZE, true).unwrap())
+    memory_on(MemfdBacking::new(kind, SIZE).unwrap())
 }
 
 fn memory_on(backing: impl Backing + 'static) -> (Arc<Pager>, Mapping) {
@@ -28,7 +28,7 @@ fn memory_on(backing: impl Backing + 'static) -> (Arc<Pager>, Mapping) {
     let other = backing.map().unwrap();
     let retrier = Retrier::new(RetryPolicy::default(), |_| {});
     let source = Arc::new(Near(SIZE));
-    (Pager::new(backing, source, 0, Arc::new(Stats::new()), retrier).unwrap(), other)
+    (Pager::new(PagerConfig { retrier, ..PagerConfig::new(backing, source) }).unwrap(), other)
 }
 
 /// Returns the first word of a page.
@@ -57,13 +57,13 @@ fn touched_pages_are_removed_unless_claimed() {
     let (pager, other) = memory(BackingKind::Shmem);
     let waiter = Waiter::new();
     pager.unmap_missing(&waiter).unwrap();
-    pager.ensure(PageRange::new(100, 7), Path::Guest, &waiter).unwrap();
+    pager.ensure(PageRange::new(100, 7), FaultPath::Guest, &waiter).unwrap();
     touch(&other, 0..PAGES);
     assert_eq!(existing(&pager), PAGES);
     pager.unmap_missing(&waiter).unwrap();
     assert_eq!(existing(&pager), 7);
     assert_eq!(pager.bitmap().count_missing(PageRange::new(0, PAGES)), PAGES - 7);
-    pager.ensure(PageRange::new(0, PAGES), Path::Guest, &waiter).unwrap();
+    pager.ensure(PageRange::new(0, PAGES), FaultPath::Guest, &waiter).unwrap();
     check(&other);
     pager.unmap_missing(&waiter).unwrap();
     assert_eq!(existing(&pager), PAGES);
@@ -86,8 +86,8 @@ impl Backing for Slow {
     fn allocate(&self, pages: PageRange) -> Result<(), BackingError> {
         self.0.allocate(pages)
     }
-    fn next_existing(&self, from: u64) -> Result<Option<PageRange>, BackingError> {
-        self.0.next_existing(from)
+    fn next_existing(&self, within: PageRange) -> Result<Option<PageRange>, BackingError> {
+        self.0.next_existing(within)
     }
     fn remove(&self, units: PageRange) -> Result<(), BackingError> {
         self.1.lock().unwrap().send(()).unwrap();
@@ -103,13 +103,13 @@ impl Backing for Slow {
 #[test]
 fn removal_costs_no_arriving_page() {
     let (sender, removal) = mpsc::channel();
-    let backing = MemfdBacking::new(BackingKind::Shmem, SIZE, true).unwrap();
+    let backing = MemfdBacking::new(BackingKind::Shmem, SIZE).unwrap();
     let (pager, other) = memory_on(Slow(backing, Mutex::new(sender)));
     touch(&other, 0..PAGES);
     thread::scope(|scope| {
         scope.spawn(|| pager.unmap_missing(&Waiter::new()).unwrap());
         removal.recv().unwrap();
-        pager.ensure(PageRange::page(7), Path::Guest, &Waiter::new()).unwrap();
+        pager.ensure(PageRange::page(7), FaultPath::Guest, &Waiter::new()).unwrap();
     });
     assert_eq!(existing(&pager), 1);
     assert_eq!(read(&other, 7), word_of(7 * PAGE_SIZE));
@@ -124,7 +124,7 @@ fn removed_huge_pages_stay_reserved() {
     let (pager, other) = memory(BackingKind::Hugetlb2M);
     assert_eq!(reserved(), before + 4);
     let waiter = Waiter::new();
-    pager.ensure(PageRange::page(600), Path::Guest, &waiter).unwrap();
+    pager.ensure(PageRange::page(600), FaultPath::Guest, &waiter).unwrap();
     touch(&other, 0..PAGES);
     assert_eq!((reserved(), existing(&pager)), (before, PAGES));
     pager.unmap_missing(&waiter).unwrap();
@@ -132,6 +132,6 @@ fn removed_huge_pages_stay_reserved() {
     assert_eq!((reserved(), existing(&pager)), (before + 3, 512));
     assert_eq!(pager.bitmap().first_missing(PageRange::new(512, 512)), None);
     assert_eq!(pager.bitmap().count_missing(PageRange::new(0, PAGES)), PAGES - 512);
-    pager.ensure(PageRange::new(0, PAGES), Path::Guest, &waiter).unwrap();
+    pager.ensure(PageRange::new(0, PAGES), FaultPath::Guest, &waiter).unwrap();
     check(&other);
 }

@@ -2,9 +2,9 @@
 //! Waits for pages that another thread populates.
 
 use std::fmt;
-use std::time::Duration;
 
 use crossbeam_utils::CachePadded;
+use demand_source::to_usize;
 use smallvec::SmallVec;
 
 use crate::PageRange;
@@ -37,8 +37,8 @@ struct Sleep {
 
 /// The handle of a thread that may wait for pages, through which other threads can kick it.
 ///
-/// Each thread has a separate waiter; a kicking thread holds a clone of the `Arc`.
-/// Threads that share a waiter are kicked together: a kick that is cleared before all of them have
+/// Each thread has a separate waiter; a kicking thread holds a clone of it. Threads that share a
+/// waiter are kicked together: a kick that is cleared before all of them have
 /// returned may be missed by some.
 ///
 /// # Examples
@@ -52,36 +52,36 @@ struct Sleep {
 /// assert_eq!(bitmap.wait(PageRange::page(3), &waiter), Wait::Kicked);
 /// waiter.clear_kick();
 /// ```
-pub struct Waiter {
+#[derive(Clone)]
+pub struct Waiter(Arc<Inner>);
+
+struct Inner {
     state: Mutex<State>,
     changed: Condvar,
     /// Whether the waiter belongs to background fill.
-    #[cfg_attr(loom, allow(dead_code))] // Fill is not modelled.
     background: bool,
 }
 
 impl Waiter {
     /// Creates a waiter that has not been kicked.
-    #[allow(clippy::new_ret_no_self)] // It is only used behind an `Arc`.
-    pub fn new() -> Arc<Waiter> {
+    pub fn new() -> Self {
         Self::with(false)
     }
 
     /// Creates a waiter for background fill, whose waits do not mark pages as wanted.
-    #[cfg(not(loom))]
-    pub(crate) fn background() -> Arc<Waiter> {
+    pub(crate) fn background() -> Self {
         Self::with(true)
     }
 
-    fn with(background: bool) -> Arc<Waiter> {
+    fn with(background: bool) -> Self {
         let state = Mutex::new(State::default());
-        Arc::new(Waiter { state, changed: Condvar::new(), background })
+        Waiter(Arc::new(Inner { state, changed: Condvar::new(), background }))
     }
 
     /// Ends the current wait, and every later one until [`clear_kick`](Self::clear_kick).
     pub fn kick(&self) {
         self.lock().kicked = true;
-        self.changed.notify_all();
+        self.0.changed.notify_all();
     }
 
     /// Clears a kick, so that the thread can wait again.
@@ -116,34 +116,28 @@ impl Waiter {
         if let Some(wait) = self.lock().waits.iter_mut().find(|wait| wait.number == number) {
             wait.woken = true;
         }
-        self.changed.notify_all();
+        self.0.changed.notify_all();
     }
 
-    /// Sleeps until woken or kicked, or for `limit`, which the model checker ignores.
-    fn sleep(&self, number: u64, limit: Option<Duration>) {
+    /// Sleeps until woken or kicked.
+    fn sleep(&self, number: u64) {
         let mut state = self.lock();
         let woken =
             |state: &State| state.waits.iter().all(|wait| wait.number != number || wait.woken);
         while !woken(&state) && !state.kicked {
-            #[cfg(not(loom))]
-            if let Some(limit) = limit {
-                let sleep = self.changed.wait_timeout(state, limit);
-                let (back, time) = sleep.unwrap_or_else(|error| error.into_inner());
-                state = back;
-                if time.timed_out() {
-                    break;
-                }
-                continue;
-            }
-            #[cfg(loom)]
-            let _ = limit;
-            state = self.changed.wait(state).unwrap_or_else(|error| error.into_inner());
+            state = self.0.changed.wait(state).unwrap_or_else(|error| error.into_inner());
         }
         state.waits.retain(|wait| wait.number != number);
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(|error| error.into_inner())
+        self.0.state.lock().unwrap_or_else(|error| error.into_inner())
+    }
+}
+
+impl Default for Waiter {
+    fn default() -> Self {
+        Self::new()
     }
 }
 
@@ -153,17 +147,32 @@ impl fmt::Debug for Waiter {
     }
 }
 
+type Callback = Box<dyn FnOnce() + Send>;
+
 /// The recipient of a wake.
-enum Told {
+pub(super) enum Recipient {
     /// A waiter, and the number of its wait.
-    Thread(Arc<Waiter>, u64),
-    Callback(Box<dyn FnOnce() + Send>),
+    Thread(Waiter, u64),
+    Callback(Callback),
+    /// A callback of background fill.
+    Background(Callback),
 }
 
-#[cfg(not(loom))]
-impl Told {
+impl Recipient {
+    pub(super) fn callback(callback: impl FnOnce() + Send + 'static) -> Self {
+        Recipient::Callback(Box::new(callback))
+    }
+
+    pub(super) fn background_callback(callback: impl FnOnce() + Send + 'static) -> Self {
+        Recipient::Background(Box::new(callback))
+    }
+
     fn is_background(&self) -> bool {
-        matches!(self, Told::Thread(waiter, _) if waiter.background)
+        match self {
+            Recipient::Thread(waiter, _) => waiter.0.background,
+            Recipient::Callback(_) => false,
+            Recipient::Background(_) => true,
+        }
     }
 }
 
@@ -171,7 +180,7 @@ struct Entry {
     /// The page that the entry currently waits for: the first missing page of `range`.
     page: u64,
     range: PageRange,
-    told: Told,
+    recipient: Recipient,
 }
 
 #[derive(Default)]
@@ -209,7 +218,7 @@ impl WaitTable {
     }
 
     fn bucket(&self, word: u64) -> &Bucket {
-        &self.buckets[(word % BUCKETS as u64) as usize]
+        &self.buckets[to_usize(word % BUCKETS as u64)]
     }
 
     pub(crate) fn is_stopped(&self) -> bool {
@@ -226,7 +235,7 @@ impl WaitTable {
             let entries = std::mem::take(&mut *bucket.lock());
             bucket.waiting.fetch_sub(entries.len(), Ordering::Relaxed);
             for entry in entries {
-                if let Told::Thread(waiter, number) = entry.told {
+                if let Recipient::Thread(waiter, number) = entry.recipient {
                     waiter.wake(number);
                 }
             }
@@ -257,77 +266,64 @@ impl WaitTable {
         }
     }
 
-    /// Waits until no page of `range` is missing.
+    /// Waits until no page of `range` is missing. Calls `listed` before it sleeps, when
+    /// [`is_wanted`](Self::is_wanted) finds the wait.
     pub(crate) fn wait(
         &self,
         range: PageRange,
-        waiter: &Arc<Waiter>,
+        waiter: &Waiter,
+        listed: &dyn Fn(),
         first_missing: &FirstMissing<'_>,
     ) -> Wait {
-        self.wait_within(range, waiter, None, first_missing).unwrap_or(Wait::Stopped)
-    }
-
-    /// Like [`wait`](Self::wait). With a limit, returns `None` if pages are still missing after one
-    /// sleep.
-    pub(crate) fn wait_within(
-        &self,
-        range: PageRange,
-        waiter: &Arc<Waiter>,
-        limit: Option<Duration>,
-        first_missing: &FirstMissing<'_>,
-    ) -> Option<Wait> {
-        let mut slept = false;
         loop {
             if first_missing(range).is_none() {
-                return Some(Wait::Present);
+                return Wait::Present;
             }
-            let Some(number) = waiter.begin() else { return Some(Wait::Kicked) };
-            if slept && limit.is_some() {
-                waiter.end(number);
-                return None;
-            }
-            let entry = Entry { page: 0, range, told: Told::Thread(waiter.clone(), number) };
+            let Some(number) = waiter.begin() else { return Wait::Kicked };
+            let entry =
+                Entry { page: 0, range, recipient: Recipient::Thread(waiter.clone(), number) };
             if self.enter(entry, first_missing).is_err() {
                 waiter.end(number);
-                return Some(match first_missing(range) {
+                return match first_missing(range) {
                     None => Wait::Present,
                     Some(_) => Wait::Stopped,
-                });
+                };
             }
-            waiter.sleep(number, limit);
-            slept = true;
-            // After a kick or a timeout the entry may still be listed.
+            listed();
+            waiter.sleep(number);
+            // After a kick the entry may still be listed.
             self.leave(range, waiter, number);
         }
     }
 
     /// Returns whether a waiter other than background fill waits for a page of the range.
-    #[cfg(not(loom))]
     pub(crate) fn is_wanted(&self, range: PageRange) -> bool {
-        let wants =
-            |entry: &Entry| !entry.range.intersect(range).is_empty() && !entry.told.is_background();
-        self.buckets.iter().any(|bucket| bucket.lock().iter().any(wants))
+        let wants = |entry: &Entry| {
+            !entry.range.intersect(range).is_empty() && !entry.recipient.is_background()
+        };
+        // A wait that begins now may be missed.
+        let used = |bucket: &&CachePadded<Bucket>| bucket.waiting.load(Ordering::Relaxed) != 0;
+        self.buckets.iter().filter(used).any(|bucket| bucket.lock().iter().any(wants))
     }
 
     /// Returns the pages that waiters other than background fill currently wait for.
-    #[cfg(not(loom))]
     pub(crate) fn waited_for(&self) -> Vec<u64> {
         let mut pages = Vec::new();
         // A later call finds a wait that begins now.
         let used = |bucket: &&CachePadded<Bucket>| bucket.waiting.load(Ordering::Relaxed) != 0;
         for bucket in self.buckets.iter().filter(used) {
             let entries = bucket.lock();
-            let wanted = entries.iter().filter(|entry| !entry.told.is_background());
+            let wanted = entries.iter().filter(|entry| !entry.recipient.is_background());
             pages.extend(wanted.map(|entry| entry.page));
         }
         pages
     }
 
     /// Removes a wait's entry, wherever in its range it waits.
-    fn leave(&self, range: PageRange, waiter: &Arc<Waiter>, number: u64) {
-        let others = |entry: &Entry| match &entry.told {
-            Told::Thread(other, its) => *its != number || !Arc::ptr_eq(other, waiter),
-            Told::Callback(_) => true,
+    fn leave(&self, range: PageRange, waiter: &Waiter, number: u64) {
+        let others = |entry: &Entry| match &entry.recipient {
+            Recipient::Thread(other, its) => *its != number || !Arc::ptr_eq(&other.0, &waiter.0),
+            Recipient::Callback(_) | Recipient::Background(_) => true,
         };
         for bucket in self.buckets_of(range) {
             let mut entries = bucket.lock();
@@ -343,22 +339,21 @@ impl WaitTable {
     pub(crate) fn when_present(
         &self,
         range: PageRange,
-        callback: Box<dyn FnOnce() + Send>,
+        callback: Recipient,
         first_missing: &FirstMissing<'_>,
     ) {
-        let entry = Entry { page: 0, range, told: Told::Callback(callback) };
-        self.enter_or_tell(entry, first_missing);
+        self.enter_or_tell(Entry { page: 0, range, recipient: callback }, first_missing);
     }
 
     fn enter_or_tell(&self, entry: Entry, first_missing: &FirstMissing<'_>) {
         let Err(entry) = self.enter(entry, first_missing) else { return };
-        match entry.told {
-            Told::Callback(callback) => {
+        match entry.recipient {
+            Recipient::Callback(callback) | Recipient::Background(callback) => {
                 if first_missing(entry.range).is_none() {
                     call(callback);
                 }
             }
-            Told::Thread(waiter, number) => waiter.wake(number),
+            Recipient::Thread(waiter, number) => waiter.wake(number),
         }
     }
 
@@ -413,7 +408,7 @@ impl WaitTable {
 }
 
 /// Calls a callback. A panic in it, already reported, must not keep the other waiters from waking.
-fn call(callback: Box<dyn FnOnce() + Send>) {
+fn call(callback: Callback) {
     #[cfg(not(loom))]
     let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(callback));
     // The model checker's assertions are panics, and must pass.

@@ -9,7 +9,6 @@ use crate::sync::AtomicU64;
 ///
 /// The hypervisor reads it, and another process may map it read-only: the file is sealed against
 /// all other writers. Its pages that were never written take no memory.
-#[cfg(not(loom))]
 #[derive(Debug)]
 pub(crate) struct Words {
     mapping: crate::mapping::Mapping,
@@ -17,7 +16,6 @@ pub(crate) struct Words {
     len: usize,
 }
 
-#[cfg(not(loom))]
 impl Words {
     /// Creates `len` words, of which the first `ones` bits are set. `name` appears in
     /// `/proc/PID/fd` and `/proc/PID/maps`.
@@ -30,7 +28,7 @@ impl Words {
         let bytes = bytes.ok_or_else(|| std::io::Error::from_raw_os_error(libc::EOVERFLOW))? as u64;
         let file = crate::backing::memfd(name, libc::MFD_ALLOW_SEALING)?;
         file.set_len(bytes)?;
-        let mapping = crate::mapping::Mapping::shared(&file, bytes, false)?;
+        let mapping = crate::mapping::Mapping::shared(&file, bytes)?;
         set_first(&file, ones)?;
         // From here on, only that mapping can write to it.
         crate::backing::seal(&file, libc::F_SEAL_FUTURE_WRITE)?;
@@ -40,15 +38,16 @@ impl Words {
 
 /// Sets the first `bits` bits; all others are zero. Writes through the file: a mapping would fault
 /// at each page, which for large memories is most of the time that a start takes.
-#[cfg(not(loom))]
 fn set_first(file: &std::fs::File, bits: u64) -> std::io::Result<()> {
     use std::os::unix::fs::FileExt;
-    const ONES: [u8; 1 << 14] = [0xff; 1 << 14];
+
+    use demand_source::to_usize;
+    static ONES: [u8; 1 << 16] = [0xff; 1 << 16];
     let (bytes, rest) = (bits / 8, bits % 8);
     let mut at = 0;
     while at < bytes {
         let now = (bytes - at).min(ONES.len() as u64);
-        file.write_all_at(&ONES[..now as usize], at)?;
+        file.write_all_at(&ONES[..to_usize(now)], at)?;
         at += now;
     }
     // The first bits of a word are the low bits of its first bytes on a little-endian machine.
@@ -59,7 +58,6 @@ fn set_first(file: &std::fs::File, bits: u64) -> std::io::Result<()> {
     Ok(())
 }
 
-#[cfg(not(loom))]
 impl Deref for Words {
     type Target = [AtomicU64];
 
@@ -80,11 +78,9 @@ impl Deref for Words {
 /// # let bitmap = demand_memory::MissingBitmap::new(64).unwrap();
 /// bitmap.words()[0].store(0, Ordering::Relaxed);
 /// ```
-#[cfg(not(loom))]
 #[derive(Clone, Copy, Debug)]
 pub struct BitmapWords<'a>(&'a Words);
 
-#[cfg(not(loom))]
 impl<'a> BitmapWords<'a> {
     pub(crate) fn new(words: &'a Words) -> Self {
         BitmapWords(words)
@@ -121,33 +117,7 @@ impl<'a> BitmapWords<'a> {
     }
 }
 
-/// The words for the model checker.
-#[cfg(loom)]
-#[derive(Debug)]
-pub(crate) struct Words(Box<[AtomicU64]>);
-
-#[cfg(loom)]
-impl Words {
-    /// Creates `len` words, of which the first `ones` bits are set.
-    pub(crate) fn new(_: &std::ffi::CStr, len: usize, ones: u64) -> std::io::Result<Self> {
-        let words: Box<[_]> = (0..len).map(|_| AtomicU64::new(0)).collect();
-        for (word, mask) in crate::PageRange::new(0, ones).words() {
-            words[word].store(mask, crate::sync::Ordering::Relaxed);
-        }
-        Ok(Words(words))
-    }
-}
-
-#[cfg(loom)]
-impl Deref for Words {
-    type Target = [AtomicU64];
-
-    fn deref(&self) -> &[AtomicU64] {
-        &self.0
-    }
-}
-
-#[cfg(all(test, not(loom)))]
+#[cfg(test)]
 mod tests {
     use super::*;
 
