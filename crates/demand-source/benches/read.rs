@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Benchmarks of the read path of a local image: finding extents, and reading with and without
 //! hashes.
+
+#![allow(clippy::cast_possible_truncation, reason = "the numbers of a bench are small")]
 #![allow(missing_docs)] // criterion's macros generate public items.
 
 use std::os::unix::fs::FileExt;

@@ -19,8 +19,9 @@ pub trait BlockingSource: Send + Sync {
     /// Returns the image's size, in bytes.
     fn size(&self) -> u64;
 
-    /// Returns the extent at `offset` (bytes) of the image. It must not block, because the threads
-    /// that serve faults call it. A source that does not know its holes returns data.
+    /// Returns the extent at `offset` (bytes) of the image. It must not block: unlike
+    /// [`read`](Self::read), [`Threaded`] calls it on the calling thread, which may serve faults. A
+    /// source that does not know its holes returns data.
     ///
     /// # Errors
     ///
@@ -45,6 +46,16 @@ const END_WITHIN: Duration = Duration::from_secs(1);
 struct Job {
     request: Request,
     completer: Completer,
+}
+
+impl Job {
+    /// Returns whether the request touches these bytes.
+    fn touches(&self, offset: u64, len: u64) -> bool {
+        self.request.chunks.iter().any(|chunk| {
+            let end = chunk.offset.saturating_add(chunk.destination.len() as u64);
+            chunk.offset < offset.saturating_add(len) && offset < end
+        })
+    }
 }
 
 #[derive(Default)]
@@ -106,10 +117,15 @@ impl<S> Shared<S> {
 /// Runs a [`BlockingSource`] on a pool of threads.
 ///
 /// Each thread serves one request at a time. A demand request overtakes all fill requests that have
-/// not begun. Half of the threads serve no fill, so fill in progress never delays a demand request,
-/// even if it hangs. (With a single thread, one fill request in progress may delay it.) Threads
-/// exist only while there are requests. A panic of the source counts as a failed read
-/// ([`SourceError::Panicked`]).
+/// not begun, and a queued fill request becomes one once a thread waits for its bytes
+/// ([`PageSource::raise`]). Half of the threads serve no fill, so fill in progress never delays a
+/// demand request, even if it hangs. (With a single thread, one fill request in progress may delay
+/// it.) Threads exist only while there are requests. A panic of the source counts as a failed read
+/// ([`SourceError::Panicked`]), and its thread serves the next request.
+///
+/// A queued request whose [`Completion`] is dropped, or whose destinations are not
+/// [wanted](Destination::is_wanted) any more, is not read. It ends as
+/// [`SourceError::Withdrawn`].
 ///
 /// Dropping it ends the threads. Queued requests are reported as [`SourceError::Abandoned`];
 /// requests in progress are waited for, for at most a second. A thread that hangs in a read for
@@ -188,7 +204,8 @@ impl<S: BlockingSource + 'static> Threaded<S> {
         };
         queue.push_back(Job { request, completer });
         let mut failed = Vec::new();
-        if queues.ready(self.shared.most_fill) > queues.idle
+        let all_are_busy = queues.ready(self.shared.most_fill) > queues.idle;
+        if all_are_busy
             && queues.running < self.shared.most
             && let Err(error) = start(&self.shared, &mut queues)
             && queues.running == 0
@@ -201,8 +218,35 @@ impl<S: BlockingSource + 'static> Threaded<S> {
         for job in failed {
             job.completer.complete(Err(SourceError::Abandoned));
         }
-        self.shared.changed.notify_one();
+        // One thread for one request. A busy one looks into the queues when it is done.
+        if !all_are_busy {
+            self.shared.changed.notify_one();
+        }
         completion
+    }
+
+    /// Moves the queued fill requests that touch these bytes behind the demand requests. They move
+    /// as a whole: a request owns the destinations of all its pages.
+    pub(crate) fn raise_queued(&self, offset: u64, len: u64) {
+        let mut queues = self.shared.queues();
+        if !queues.fill.iter().any(|job| job.touches(offset, len)) {
+            return;
+        }
+        let fill = std::mem::take(&mut queues.fill);
+        for mut job in fill {
+            if !job.touches(offset, len) {
+                queues.fill.push_back(job);
+                continue;
+            }
+            job.request.priority = Priority::Demand;
+            queues.demand.push_back(job);
+            if queues.ready(self.shared.most_fill) <= queues.idle {
+                self.shared.changed.notify_one();
+            } else if queues.running < self.shared.most {
+                // Threads run, because fill was queued. If none can be added, they serve it next.
+                let _ = start(&self.shared, &mut queues);
+            }
+        }
     }
 }
 
@@ -249,9 +293,24 @@ fn serve<S: BlockingSource>(shared: &Shared<S>) {
     queues.running -= 1;
 }
 
+/// Returns whether the outcome is awaited and any of the destinations still wanted.
+fn is_wanted(request: &Request, completer: &Completer) -> bool {
+    let chunks = &request.chunks;
+    completer.is_awaited()
+        && (chunks.is_empty() || chunks.iter().any(|chunk| chunk.destination.is_wanted()))
+}
+
 /// Serves one request. A panic in the source or in the caller's callback does not end the thread.
 fn answer<S: BlockingSource>(shared: &Shared<S>, Job { request, completer }: Job) {
     let source = &shared.source;
+    if !is_wanted(&request, &completer) {
+        // Destinations go back before the outcome takes effect.
+        drop(request);
+        let _ = panic::catch_unwind(AssertUnwindSafe(|| {
+            completer.complete(Err(SourceError::Withdrawn));
+        }));
+        return;
+    }
     let last = request.chunks.last();
     let end = last.map(|chunk| chunk.offset.saturating_add(chunk.destination.len() as u64));
     let read = move || {
@@ -282,6 +341,10 @@ impl<S: BlockingSource + 'static> PageSource for Threaded<S> {
 
     fn submit(&self, request: Request) -> Completion {
         self.queue(request)
+    }
+
+    fn raise(&self, offset: u64, len: u64) {
+        self.raise_queued(offset, len);
     }
 }
 
@@ -318,13 +381,13 @@ impl<S> fmt::Debug for Threaded<S> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Chunk;
+    use crate::{Chunk, ZeroPadded};
     use std::sync::mpsc;
 
     /// A source that reports when a read begins, and ends the read on request.
     struct Gate {
         begun: Mutex<mpsc::Sender<u64>>,
-        go_on: Mutex<mpsc::Receiver<()>>,
+        may_continue: Mutex<mpsc::Receiver<()>>,
     }
 
     impl BlockingSource for Gate {
@@ -337,14 +400,14 @@ mod tests {
         fn read(&self, offset: u64, to: &mut Destination<'_>) -> Result<(), SourceError> {
             to.write_at(0, &vec![0; to.len()]);
             self.begun.lock().unwrap().send(offset).unwrap();
-            self.go_on.lock().unwrap().recv().map_err(|_| SourceError::Abandoned)
+            self.may_continue.lock().unwrap().recv().map_err(|_| SourceError::Abandoned)
         }
     }
 
     fn gate() -> (Gate, mpsc::Receiver<u64>, mpsc::Sender<()>) {
         let (begun, begins) = mpsc::channel();
-        let (go, go_on) = mpsc::channel();
-        (Gate { begun: Mutex::new(begun), go_on: Mutex::new(go_on) }, begins, go)
+        let (go, may_continue) = mpsc::channel();
+        (Gate { begun: Mutex::new(begun), may_continue: Mutex::new(may_continue) }, begins, go)
     }
 
     fn request(offset: u64, priority: Priority) -> Request {
@@ -366,6 +429,42 @@ mod tests {
         assert_eq!(begins.recv().unwrap(), 2);
         go.send(()).unwrap();
         for completion in [first, fill, demand] {
+            completion.wait().unwrap();
+        }
+    }
+
+    #[test]
+    fn raised_fill_overtakes_queued_fill() {
+        let (gate, begins, go) = gate();
+        let source = ZeroPadded::new(Arc::new(Threaded::new(gate, 1).unwrap()), 2 << 20);
+        let at = |page: u64| source.submit(request(page * 4096, Priority::Fill));
+        let fill: Vec<_> = (0..5).map(at).collect();
+        assert_eq!(begins.recv().unwrap(), 0);
+        // The last byte of one request and the first of the next; then none.
+        source.raise(4 * 4096 - 1, 2);
+        source.raise(5 * 4096, 4096);
+        for page in [3, 4, 1, 2] {
+            go.send(()).unwrap();
+            assert_eq!(begins.recv().unwrap(), page * 4096);
+        }
+        go.send(()).unwrap();
+        for completion in fill {
+            completion.wait().unwrap();
+        }
+    }
+
+    #[test]
+    fn raised_fill_gets_a_thread() {
+        let (gate, begins, go) = gate();
+        let source = Threaded::new(gate, 2).unwrap();
+        let fill: Vec<_> =
+            (0..3).map(|i| source.submit(request(i << 12, Priority::Fill))).collect();
+        assert_eq!(begins.recv().unwrap(), 0);
+        source.raise(2 << 12, 1);
+        // No read has been allowed to end.
+        assert_eq!(begins.recv_timeout(20 * END_WITHIN).expect("it begins"), 2 << 12);
+        (0..3).for_each(|_| go.send(()).unwrap());
+        for completion in fill {
             completion.wait().unwrap();
         }
     }
@@ -416,6 +515,63 @@ mod tests {
         ended.recv_timeout(20 * END_WITHIN).expect("the source ends");
         go.send(()).unwrap();
         hanging.wait().unwrap();
+    }
+
+    #[test]
+    fn withdrawn_requests_are_not_read() {
+        struct Stopped;
+        impl crate::Lender for Stopped {
+            fn take_back(&self, wrote: usize) {
+                assert_eq!(wrote, 0);
+            }
+            fn is_wanted(&self) -> bool {
+                false
+            }
+        }
+        let (gate, begins, go) = gate();
+        let source = Threaded::new(gate, 1).unwrap();
+        let first = source.submit(request(1, Priority::Demand));
+        assert_eq!(begins.recv().unwrap(), 1);
+        drop(source.submit(request(2, Priority::Demand)));
+        let mut stopped = request(3, Priority::Demand);
+        let mut bytes = vec![0; 4096];
+        let address = std::ptr::NonNull::from(&mut bytes[..]).cast();
+        // SAFETY: `bytes` outlives the request, whose outcome is awaited below.
+        let loan = unsafe { Destination::new(address, 4096, Some(Arc::new(Stopped))) };
+        stopped.chunks[0].destination = loan;
+        let stopped = source.submit(stopped);
+        let last = source.submit(request(4, Priority::Demand));
+        (0..4).for_each(|_| go.send(()).unwrap());
+        first.wait().unwrap();
+        assert!(matches!(stopped.wait(), Err(SourceError::Withdrawn)));
+        assert_eq!(begins.recv().unwrap(), 4, "the two between are not read");
+        last.wait().unwrap();
+        drop(bytes);
+    }
+
+    #[test]
+    fn panic_of_read_ends_no_thread() {
+        struct Odd(Mutex<Vec<thread::ThreadId>>);
+        impl BlockingSource for Odd {
+            fn size(&self) -> u64 {
+                1 << 20
+            }
+            fn extent(&self, _: u64) -> Result<Extent, SourceError> {
+                Ok(Extent::Data { end: 1 << 20 })
+            }
+            fn read(&self, offset: u64, to: &mut Destination<'_>) -> Result<(), SourceError> {
+                self.0.lock().unwrap().push(thread::current().id());
+                assert!(offset != 1, "on purpose");
+                to.write_at(0, &[7; 4096]);
+                Ok(())
+            }
+        }
+        let source = Threaded::new(Odd(Mutex::default()), 1).unwrap();
+        let panicked = source.submit(request(1, Priority::Demand)).wait();
+        assert!(matches!(panicked, Err(SourceError::Panicked)));
+        source.submit(request(3, Priority::Fill)).wait().unwrap();
+        let threads = source.source().0.lock().unwrap();
+        assert!(threads.len() == 2 && threads.iter().all(|id| *id == threads[0]), "{threads:?}");
     }
 
     /// A source that writes half of the requested bytes and reports success.

@@ -17,7 +17,8 @@ enum State {
     Taken,
 }
 
-/// The caller's end: receives the outcome of a request.
+/// The caller's end: receives the outcome of a request. Dropping it withdraws the request: a source
+/// that has not begun to read it need not.
 ///
 /// # Examples
 ///
@@ -80,6 +81,19 @@ impl Completer {
         self.finish(outcome);
     }
 
+    /// Returns whether the outcome is still awaited: whether the completion exists, or has a
+    /// callback. If not, a source may drop the request unanswered.
+    pub fn is_awaited(&self) -> bool {
+        self.0.as_ref().is_some_and(|shared| {
+            // Only this end can hold the last reference, so nothing changes after that.
+            Arc::strong_count(shared) > 1
+                || matches!(
+                    *shared.lock().unwrap_or_else(PoisonError::into_inner),
+                    State::Listening(_)
+                )
+        })
+    }
+
     fn finish(&mut self, outcome: Outcome) {
         let Some(shared) = self.0.take() else { return };
         let mut state = shared.lock().unwrap_or_else(PoisonError::into_inner);
@@ -126,6 +140,17 @@ mod tests {
         let (completer, completion) = Completion::pair();
         drop(completer);
         assert!(matches!(completion.wait(), Err(SourceError::Abandoned)));
+    }
+
+    #[test]
+    fn dropped_completion_is_not_awaited() {
+        let (completer, completion) = Completion::pair();
+        assert!(completer.is_awaited());
+        completion.then(|_| {});
+        assert!(completer.is_awaited());
+        let (completer, completion) = Completion::pair();
+        drop(completion);
+        assert!(!completer.is_awaited());
     }
 
     #[test]

@@ -48,6 +48,7 @@ impl BlockingSource for ImageFile {
         self.size()
     }
 
+    // It may wait: `LocalFile` has its own `extent_now`, which calls this only for a file in memory.
     fn extent(&self, offset: u64) -> Result<Extent, SourceError> {
         self.extent_checked(offset, Ok)
     }
@@ -113,6 +114,10 @@ impl PageSource for LocalFile {
         self.reads.queue(request)
     }
 
+    fn raise(&self, offset: u64, len: u64) {
+        self.reads.raise_queued(offset, len);
+    }
+
     fn read_now(
         &self,
         offset: u64,
@@ -153,7 +158,7 @@ mod tests {
     }
 
     #[test]
-    fn holes_and_data_are_told_apart() {
+    fn holes_and_data_are_distinguished() {
         let (_file, image) = image();
         assert_eq!(image.extent(0).unwrap(), Extent::Data { end: 4096 });
         assert_eq!(image.extent(4096).unwrap(), Extent::Hole { end: (3 << 20) - 4096 });
@@ -197,6 +202,8 @@ mod tests {
         let error =
             image.read_through(2 << 20, &mut Destination::from(&mut bytes[..])).unwrap_err();
         assert!(matches!(error, SourceError::Shrunk { end, .. } if end == 1 << 20), "{error}");
+        // A file that is only made longer again has a hole there, which a raw image cannot tell.
+        assert!(error.to_string().ends_with("; restore its content"), "{error}");
         // Beyond the new end there must not be a hole, even where one was before.
         assert!(matches!(image.extent(2 << 20), Err(SourceError::Shrunk { .. })));
     }

@@ -46,7 +46,7 @@ mod tests {
     fn the_hash_is_the_one_of_the_specification() {
         // Images outlive programs, so this value must never change. It is the one that the
         // reference implementation computes (xxHash 0.8, `XXH3_64bits`).
-        let page: Vec<u8> = (0..PAGE_BYTES).map(|i| (i % 251) as u8).collect();
+        let page: Vec<u8> = (0..PAGE_BYTES).map(|i| u8::try_from(i % 251).unwrap()).collect();
         assert_eq!(page_hash(&page), 0x7135_ffa5_04f1_bc71);
     }
 

@@ -4,6 +4,7 @@
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
+use crate::convert::to_usize;
 use crate::file::READERS;
 use crate::hash::{PAGE_BYTES, page_hash};
 use crate::image_file::ImageFile;
@@ -122,7 +123,7 @@ impl HashedImage {
                 at = extent.end();
             } else {
                 let end = extent.end().next_multiple_of(PAGE).min(at + STEP);
-                bytes.resize((end - at) as usize, 0);
+                bytes.resize(to_usize(end - at), 0);
                 self.hashed().read_pages(at, &mut Destination::from(&mut bytes[..]))?;
                 at = end;
             }
@@ -204,8 +205,8 @@ impl Hashed {
         while at < end {
             let (start, within) = (at - at % PAGE, (at % PAGE) as usize);
             self.read_pages(start, &mut Destination::from(&mut content[..]))?;
-            let part = &content[within..][..(end - at).min(PAGE - within as u64) as usize];
-            to.write_at((at - offset) as usize, part);
+            let part = &content[within..][..to_usize((end - at).min(PAGE - within as u64))];
+            to.write_at(to_usize(at - offset), part);
             at += part.len() as u64;
         }
         Ok(())
@@ -240,7 +241,7 @@ impl Hashed {
 fn hash_in(loan: &Destination<'_>) -> impl FnMut(u64) -> u64 {
     let mut content = [0; PAGE_BYTES];
     move |page| {
-        loan.copy_out(page as usize * PAGE_BYTES, &mut content);
+        loan.copy_out(to_usize(page) * PAGE_BYTES, &mut content);
         page_hash(&content)
     }
 }
@@ -250,6 +251,7 @@ impl BlockingSource for Hashed {
         self.image.size()
     }
 
+    // It may wait: `HashedImage` has its own `extent_now`, which calls this only for files in memory.
     fn extent(&self, offset: u64) -> Result<Extent, SourceError> {
         self.image.extent_checked(offset, |extent| self.check_extent(offset, extent))
     }
@@ -293,6 +295,10 @@ impl PageSource for HashedImage {
         self.reads.queue(request)
     }
 
+    fn raise(&self, offset: u64, len: u64) {
+        self.reads.raise_queued(offset, len);
+    }
+
     fn read_now(
         &self,
         offset: u64,
@@ -309,9 +315,10 @@ impl PageSource for HashedImage {
     fn mapped(&self, offset: u64, len: u64) -> Option<MappedBytes<'_>> {
         let len = usize::try_from(len).ok().filter(|_| len <= STEP && len.is_multiple_of(PAGE))?;
         let mut bytes = MappedBytes::buffer(len);
+        let mut destination = Destination::from(&mut bytes[..]);
         // The ordinary read that follows a `None` reports the error.
-        let read = self.read_now(offset, &mut Destination::from(&mut bytes[..]));
-        read?.ok()?;
+        let read = self.read_now(offset, &mut destination);
+        read?.and_then(|()| destination.check_filled()).ok()?;
         Some(MappedBytes::owned(bytes))
     }
 }

@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError, RwLock};
 
 use crate::cached::Storage;
+use crate::convert::to_usize;
 use crate::mapped::{MappedBytes, MappedFile};
 use crate::{Destination, Extent, SourceError, extent_of_file};
 
@@ -56,7 +57,7 @@ static NEXT_ID: AtomicU64 = AtomicU64::new(1);
 
 impl ImageFile {
     pub(crate) fn open(path: &Path) -> Result<Self, SourceError> {
-        let refused = |error| SourceError::Open { image: path.display().to_string(), error };
+        let refused = |source| SourceError::Open { image: path.display().to_string(), source };
         // Without this flag, opening a pipe would wait for a writer.
         let file = OpenOptions::new()
             .read(true)
@@ -68,7 +69,7 @@ impl ImageFile {
 
     /// Wraps a file that is already open; errors name it `path`.
     pub(crate) fn of_file(mut file: File, path: PathBuf) -> Result<Self, SourceError> {
-        let refused = |error| SourceError::Open { image: path.display().to_string(), error };
+        let refused = |source| SourceError::Open { image: path.display().to_string(), source };
         let kind = file.metadata().map_err(refused)?.file_type();
         if !kind.is_file() && !kind.is_block_device() {
             let what = if kind.is_dir() { "it is a directory" } else { "it is a special file" };
@@ -112,8 +113,8 @@ impl ImageFile {
         SourceError::Shrunk { image: self.name(), offset, len, end, size: self.size }
     }
 
-    fn refused(&self, offset: u64, len: u64, error: io::Error) -> SourceError {
-        SourceError::Read { image: self.name(), offset, len, error }
+    fn refused(&self, offset: u64, len: u64, source: io::Error) -> SourceError {
+        SourceError::Read { image: self.name(), offset, len, source }
     }
 
     /// Returns the end of the `len` bytes at `offset` if they lie in the image.
@@ -330,7 +331,7 @@ impl ImageFile {
         while at < end {
             let here = extent(at)?;
             let until = here.end().min(end);
-            destination.fill_part((at - offset) as usize, (until - at) as usize, |part| {
+            destination.fill_part(to_usize(at - offset), to_usize(until - at), |part| {
                 if here.is_hole() {
                     part.fill_zeros();
                     return Ok(());

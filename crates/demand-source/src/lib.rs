@@ -1,9 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 #![doc = include_str!("../README.md")]
 
+#[doc = include_str!("../docs/writing-a-source.md")]
+pub mod guide {}
+
 mod blocking;
 mod cached;
 mod completion;
+mod convert;
 mod destination;
 mod error;
 mod file;
@@ -11,6 +15,8 @@ mod hash;
 mod hashed;
 mod image_file;
 mod mapped;
+mod padded;
+mod process;
 mod source;
 mod sparse;
 mod table;
@@ -20,12 +26,15 @@ mod written;
 
 pub use blocking::{BlockingSource, Threaded};
 pub use completion::{Completer, Completion};
+pub use convert::to_usize;
 pub use destination::{Destination, Lender, OwnedBytes};
-pub use error::SourceError;
+pub use error::{ImageSizeError, Retry, SourceError, TableError};
 pub use file::LocalFile;
 pub use hash::page_hash;
 pub use hashed::HashedImage;
 pub use mapped::MappedBytes;
+pub use padded::ZeroPadded;
+pub use process::OwnProcess;
 pub use source::{Chunk, Extent, PageSource, Priority, Request};
 pub use sparse::extent_of_file;
 pub use threads::join_within;

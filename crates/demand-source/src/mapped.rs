@@ -10,6 +10,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use memmap2::{Advice, MmapOptions, MmapRaw, UncheckedAdvice};
 
+use crate::convert::to_usize;
+
 /// Bytes of an image at an address in this process, for the kernel to read.
 ///
 /// There is no slice of them, because they can vanish: if the file shrinks, a system call that
@@ -111,12 +113,12 @@ impl MappedFile {
         if offset.checked_add(len).is_none_or(|end| end > self.file.len() as u64) {
             return false;
         }
-        let mut pages = vec![0u8; len.div_ceil(4096) as usize];
+        let mut pages = vec![0u8; to_usize(len.div_ceil(4096))];
         // SAFETY: the check keeps the range within the mapping, and `pages` has one byte for each
         // page of it, which is all that the kernel writes.
         let result = unsafe {
-            let address = self.file.as_mut_ptr().add(offset as usize);
-            libc::mincore(address.cast(), len as usize, pages.as_mut_ptr())
+            let address = self.file.as_mut_ptr().add(to_usize(offset));
+            libc::mincore(address.cast(), to_usize(len), pages.as_mut_ptr())
         };
         result == 0 && pages.iter().all(|page| page & 1 == 1)
     }
@@ -134,7 +136,7 @@ impl MappedFile {
             // and no reference to its bytes exists.
             unsafe { self.file.unchecked_advise(UncheckedAdvice::DontNeed) }.ok()?;
         }
-        let (offset, len) = (offset as usize, len as usize);
+        let (offset, len) = (to_usize(offset), to_usize(len));
         match self.file.advise_range(Advice::PopulateRead, offset, len) {
             Ok(()) => {}
             // Linux before 5.14 lacks this advice and reads page by page, on access.

@@ -125,6 +125,12 @@ pub trait PageSource: Send + Sync {
     /// becomes [`SourceError::Short`].
     fn submit(&self, request: Request) -> Completion;
 
+    /// Gives the queued fill requests that touch these `len` bytes the priority of demand: a thread
+    /// waits for them now. It must return as quickly as [`submit`](Self::submit). The default does
+    /// nothing, which suits a source that queues no fill behind other requests. A source that wraps
+    /// another one passes the call on.
+    fn raise(&self, _offset: u64, _len: u64) {}
+
     /// Reads on the calling thread if that takes no longer than a function call, which avoids the
     /// bookkeeping of a request. The threads that serve faults call it, so it returns `None`
     /// wherever it would have to wait for the storage; the default always returns `None`. After
@@ -170,5 +176,41 @@ pub trait PageSource: Send + Sync {
         self.submit(Request { priority: Priority::Demand, chunks }).wait()?;
         destination.write_at(0, &bytes.take()?);
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A source that writes one byte at once, or later, and reports success.
+    struct OneByte {
+        now: bool,
+    }
+
+    impl PageSource for OneByte {
+        fn size(&self) -> u64 {
+            4096
+        }
+        fn extent(&self, _: u64) -> Result<Extent, SourceError> {
+            Ok(Extent::Data { end: 4096 })
+        }
+        fn submit(&self, mut request: Request) -> Completion {
+            request.chunks[0].destination.write_at(7, &[1]);
+            Completion::ready(Ok(()))
+        }
+        fn read_now(&self, _: u64, to: &mut Destination<'_>) -> Option<Result<(), SourceError>> {
+            to.write_at(7, &[1]);
+            self.now.then_some(Ok(()))
+        }
+    }
+
+    #[test]
+    fn short_success_is_found_by_read_through() {
+        for now in [true, false] {
+            let mut page = [0; 4096];
+            let read = OneByte { now }.read_through(0, &mut Destination::from(&mut page[..]));
+            assert!(matches!(read, Err(SourceError::Short { wrote: 1, len: 4096 })), "{read:?}");
+        }
     }
 }

@@ -4,9 +4,10 @@
 
 use twox_hash::XxHash3_64;
 
+use crate::convert::to_usize;
 use crate::hash::PAGE_BYTES;
 use crate::image_file::ImageFile;
-use crate::{Destination, SourceError};
+use crate::{Destination, ImageSizeError, SourceError, TableError};
 
 /// Bytes of the header, which is also the offset of the first hash.
 pub(crate) const HEADER_BYTES: usize = 4096;
@@ -16,7 +17,7 @@ pub(crate) const HASH_BYTES: u64 = 8;
 pub(crate) const BLOCK: usize = 512;
 
 const MAGIC: [u8; 8] = *b"DPHASHES";
-const VERSION: u32 = 1;
+pub(crate) const VERSION: u32 = 1;
 
 /// The decoded header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,7 +32,7 @@ impl Header {
         let mut bytes = [0; HEADER_BYTES];
         bytes[..8].copy_from_slice(&MAGIC);
         bytes[8..12].copy_from_slice(&VERSION.to_le_bytes());
-        bytes[12..16].copy_from_slice(&(PAGE_BYTES as u32).to_le_bytes());
+        bytes[12..16].copy_from_slice(&u32::try_from(PAGE_BYTES).expect("4096").to_le_bytes());
         bytes[16..24].copy_from_slice(&self.size.to_le_bytes());
         bytes[24..40].copy_from_slice(&self.generation);
         let checksum = XxHash3_64::oneshot(&bytes);
@@ -39,13 +40,12 @@ impl Header {
         bytes
     }
 
-    /// Decodes a header; the error says why it is invalid.
-    fn decode(bytes: &[u8; HEADER_BYTES]) -> Result<Self, String> {
+    fn decode(bytes: &[u8; HEADER_BYTES]) -> Result<Self, TableError> {
         if bytes.iter().all(|byte| *byte == 0) {
-            return Err("the table is unfinished".into());
+            return Err(TableError::Unfinished);
         }
         if bytes[..8] != MAGIC {
-            return Err("the file is not a table of page hashes".into());
+            return Err(TableError::NotATable);
         }
         let mut version = [0; 4];
         version.copy_from_slice(&bytes[8..12]);
@@ -55,28 +55,24 @@ impl Header {
         generation.copy_from_slice(&bytes[24..40]);
         let header = Header { size: u64::from_le_bytes(size), generation };
         if version == VERSION && header.encode() != *bytes {
-            return Err("the table's header is damaged".into());
+            return Err(TableError::Damaged);
         }
         if version != VERSION {
-            return Err(format!(
-                "the table has version {version}, but this program reads version {VERSION}"
-            ));
+            return Err(TableError::Version { version, readable: VERSION });
         }
         check_size(header.size)?;
         Ok(header)
     }
 }
 
-/// Checks an image's size, in bytes; the error says why it is invalid.
-pub(crate) fn check_size(size: u64) -> Result<(), String> {
+/// Checks an image's size, in bytes.
+pub(crate) fn check_size(size: u64) -> Result<(), ImageSizeError> {
     if size == 0 || !size.is_multiple_of(PAGE_BYTES as u64) {
-        return Err(format!(
-            "an image of {size} bytes is not a whole number of pages of 4096 bytes"
-        ));
+        return Err(ImageSizeError::NotPages { size });
     }
     // File offsets are signed.
     if i64::try_from(size).is_err() {
-        return Err(format!("an image of {size} bytes is longer than any file can be"));
+        return Err(ImageSizeError::TooLong { size });
     }
     Ok(())
 }
@@ -104,23 +100,21 @@ pub(crate) struct HashTable {
 impl HashTable {
     /// Opens the table of `image` from `file`.
     pub(crate) fn of(file: ImageFile, image: &ImageFile) -> Result<Self, SourceError> {
-        let unfit = |why| SourceError::Table { image: image.name(), table: file.name(), why };
+        let unfit = |source| SourceError::Table { image: image.name(), table: file.name(), source };
         let len = file.size();
         let mut bytes = [0; HEADER_BYTES];
         if len < HEADER_BYTES as u64 {
-            return Err(unfit(format!("the table has {len} bytes, less than its header")));
+            return Err(unfit(TableError::NoHeader { len }));
         }
         file.read(0, &mut Destination::from(&mut bytes[..]))?;
         let header = Header::decode(&bytes).map_err(unfit)?;
-        let (expected, actual) = (header.size, image.size());
-        if expected != actual {
-            return Err(unfit(format!(
-                "the table is for {expected} bytes, and the image has {actual}"
-            )));
+        let (expected, size) = (header.size, image.size());
+        if expected != size {
+            return Err(unfit(TableError::OtherImage { expected, size }));
         }
         let expected = table_len(header.size);
         if len != expected {
-            return Err(unfit(format!("the table has {len} bytes instead of {expected}")));
+            return Err(unfit(TableError::Length { len, expected }));
         }
         Ok(HashTable { file, header })
     }
@@ -168,15 +162,15 @@ impl HashTable {
         mut read: impl FnMut(u64, &mut Destination<'_>) -> Option<Result<(), SourceError>>,
         mut each: impl FnMut(u64, u64) -> bool,
     ) -> Option<Result<(), SourceError>> {
-        let mut hashes = [[0; HASH_BYTES as usize]; BLOCK];
+        let mut hashes = [[0; to_usize(HASH_BYTES)]; BLOCK];
         let mut done = 0;
         while done < count {
             let now = (count - done).min(BLOCK as u64);
-            let bytes = hashes[..now as usize].as_flattened_mut();
+            let bytes = hashes[..to_usize(now)].as_flattened_mut();
             if let Err(error) = read(hash_offset(first + done), &mut Destination::from(bytes))? {
                 return Some(Err(error));
             }
-            for (page, hash) in (first + done..).zip(&hashes[..now as usize]) {
+            for (page, hash) in (first + done..).zip(&hashes[..to_usize(now)]) {
                 if !each(page, u64::from_le_bytes(*hash)) {
                     return Some(Ok(()));
                 }
@@ -206,14 +200,20 @@ mod tests {
 
     #[test]
     fn header_errors_name_the_cause() {
-        let why = |bytes| Header::decode(&bytes).unwrap_err();
-        assert!(why([0; HEADER_BYTES]).contains("unfinished"));
-        assert!(why([7; HEADER_BYTES]).contains("not a table"));
+        let refused = |bytes| Header::decode(&bytes).unwrap_err();
+        assert_eq!(refused([0; HEADER_BYTES]), TableError::Unfinished);
+        assert_eq!(refused([7; HEADER_BYTES]), TableError::NotATable);
+        let mut damaged = HEADER.encode();
+        damaged[50] = 1;
+        assert_eq!(refused(damaged), TableError::Damaged);
         let mut newer = HEADER.encode();
         newer[8] = 2;
-        assert!(why(newer).contains("version 2"));
-        assert!(why(Header { size: 0, ..HEADER }.encode()).contains("0 bytes"));
-        assert!(why(Header { size: 4097, ..HEADER }.encode()).contains("4097 bytes"));
-        assert!(why(Header { size: !4095, ..HEADER }.encode()).contains("longer"));
+        assert_eq!(refused(newer), TableError::Version { version: 2, readable: VERSION });
+        let of_size = |size| refused(Header { size, ..HEADER }.encode());
+        for size in [0, 4097] {
+            assert_eq!(of_size(size), TableError::Size(ImageSizeError::NotPages { size }));
+        }
+        let size = !4095;
+        assert_eq!(of_size(size), TableError::Size(ImageSizeError::TooLong { size }));
     }
 }

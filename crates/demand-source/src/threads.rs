@@ -17,7 +17,8 @@ const LOOK_EVERY: Duration = Duration::from_millis(1);
 /// use std::time::Duration;
 ///
 /// let (sender, receiver) = std::sync::mpsc::channel::<()>();
-/// let threads = vec![std::thread::spawn(|| {}), std::thread::spawn(move || drop(receiver.recv()))];
+/// let threads =
+///     vec![std::thread::spawn(|| {}), std::thread::spawn(move || drop(receiver.recv()))];
 /// assert_eq!(demand_source::join_within(threads, Duration::from_millis(50)), 1);
 /// drop(sender);
 /// ```

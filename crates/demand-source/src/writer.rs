@@ -6,27 +6,30 @@ use std::io;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use crate::ImageSizeError;
+use crate::convert::to_usize;
 use crate::hash::{PAGE_BYTES, page_hash};
 use crate::table::{self, Header};
 
 /// An error from writing an image or its table.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum ImageWriterError {
     /// An image cannot have this size.
     #[error("cannot create an image: {0}; choose another size")]
-    Size(String),
+    Size(#[source] ImageSizeError),
     /// One of the files could not be created.
-    #[error("cannot create {}: {error}; {}", path.display(), advice(error))]
+    #[error("cannot create {}: {source}; {}", path.display(), advice(source))]
     Create {
         /// The file.
         path: PathBuf,
         /// The system's error.
-        error: io::Error,
+        source: io::Error,
     },
-    /// The write does not consist of whole pages within the image.
+    /// The write does not consist of whole pages within the image, or of all up to its end.
     #[error(
         "cannot write {len} bytes at offset {offset} of {}: they are not whole pages of an image \
-         of {size} bytes; write multiples of 4096 bytes within it",
+         of {size} bytes; write multiples of 4096 bytes within it, or all up to its end",
         path.display()
     )]
     Range {
@@ -53,9 +56,9 @@ pub enum ImageWriterError {
     },
     /// A write failed.
     #[error(
-        "cannot write {len} bytes at offset {offset} of {}: {error}; {}",
+        "cannot write {len} bytes at offset {offset} of {}: {source}; {}",
         path.display(),
-        advice(error)
+        advice(source)
     )]
     Write {
         /// The image or its table.
@@ -65,15 +68,15 @@ pub enum ImageWriterError {
         /// Length of the write, in bytes.
         len: u64,
         /// The system's error.
-        error: io::Error,
+        source: io::Error,
     },
     /// The file could not be synced to the disk.
-    #[error("cannot sync {} to the disk: {error}; {}", path.display(), advice(error))]
+    #[error("cannot sync {} to the disk: {source}; {}", path.display(), advice(source))]
     Sync {
         /// The image or its table.
         path: PathBuf,
         /// The system's error.
-        error: io::Error,
+        source: io::Error,
     },
 }
 
@@ -124,7 +127,7 @@ struct Output {
 impl Output {
     /// Creates a new file of `len` bytes, all of it a hole, that only its owner may access.
     fn create(path: &Path, len: u64) -> Result<Self, ImageWriterError> {
-        let refused = |error| ImageWriterError::Create { path: path.to_owned(), error };
+        let refused = |source| ImageWriterError::Create { path: path.to_owned(), source };
         let mut options = OpenOptions::new();
         options.write(true).create_new(true).mode(0o600);
         let file = options.open(path).map_err(refused)?;
@@ -137,16 +140,16 @@ impl Output {
     }
 
     fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), ImageWriterError> {
-        self.file.write_all_at(bytes, offset).map_err(|error| ImageWriterError::Write {
+        self.file.write_all_at(bytes, offset).map_err(|source| ImageWriterError::Write {
             path: self.path.clone(),
             offset,
             len: bytes.len() as u64,
-            error,
+            source,
         })
     }
 
     fn sync(&self) -> Result<(), ImageWriterError> {
-        let refused = |error| ImageWriterError::Sync { path: self.path.clone(), error };
+        let refused = |source| ImageWriterError::Sync { path: self.path.clone(), source };
         self.file.sync_all().map_err(refused)
     }
 }
@@ -180,6 +183,8 @@ pub struct ImageWriter {
     image: Output,
     table: Output,
     header: Header,
+    /// End of the content, in bytes. The rest of the last page is zeros.
+    end: u64,
     /// One bit for each page, set if the page was written and is not all zeros.
     written: Vec<u64>,
     data: u64,
@@ -188,10 +193,10 @@ pub struct ImageWriter {
 }
 
 impl ImageWriter {
-    /// Creates the two files, for an image of `size` bytes (a multiple of 4096). They must not
-    /// exist yet; only their owner may read them. `generation` is stored in the table; it
-    /// identifies the snapshot that the files belong to, and
-    /// [`HashedImage::generation`](crate::HashedImage::generation) returns it.
+    /// Creates the two files, for an image of `size` bytes. An image consists of whole pages of 4096
+    /// bytes: it is padded with zeros. The files must not exist yet; only their owner may read
+    /// them. `generation` is stored in the table; it identifies the snapshot that the files belong
+    /// to, and [`HashedImage::generation`](crate::HashedImage::generation) returns it.
     ///
     /// # Errors
     ///
@@ -202,6 +207,8 @@ impl ImageWriter {
         size: u64,
         generation: [u8; 16],
     ) -> Result<Self, ImageWriterError> {
+        let end = size;
+        let size = end.checked_next_multiple_of(PAGE_BYTES as u64).unwrap_or(u64::MAX);
         table::check_size(size).map_err(ImageWriterError::Size)?;
         let image = Output::create(image, size)?;
         let table = Output::create(table, table::table_len(size)).inspect_err(|_| {
@@ -209,41 +216,59 @@ impl ImageWriter {
         })?;
         let pages = size / PAGE_BYTES as u64;
         let header = Header { size, generation };
-        let written = vec![0; pages.div_ceil(64) as usize];
-        Ok(ImageWriter { image, table, header, written, data: 0, hashes: Vec::new() })
+        let written = vec![0; to_usize(pages.div_ceil(64))];
+        Ok(ImageWriter { image, table, header, end, written, data: 0, hashes: Vec::new() })
     }
 
-    /// Returns the size of the image, in bytes.
+    /// Returns the size of the image, in bytes: a multiple of 4096.
     pub fn size(&self) -> u64 {
         self.header.size
     }
 
     /// Writes `bytes` at `offset` (bytes) of the image. The offset and the length are multiples of
-    /// 4096. Pages may be written in any order, each page once; pages that are never written are
-    /// zero.
+    /// 4096, unless the write ends at the size that the image was created with. Pages may be
+    /// written in any order, each page once; pages that are never written are zero.
     ///
     /// # Errors
     ///
     /// [`ImageWriterError::Range`], [`ImageWriterError::Twice`] and [`ImageWriterError::Write`].
     pub fn write(&mut self, offset: u64, bytes: &[u8]) -> Result<PageCounts, ImageWriterError> {
+        let len = bytes.len() as u64;
+        let page = PAGE_BYTES as u64;
+        let end = offset.checked_add(len).filter(|end| {
+            let whole = len.is_multiple_of(page) && *end <= self.header.size;
+            offset.is_multiple_of(page) && (whole || *end == self.end)
+        });
+        let Some(end) = end else {
+            let (path, size) = (self.image.path.clone(), self.header.size);
+            return Err(ImageWriterError::Range { path, offset, len, size });
+        };
         let mut hashes = std::mem::take(&mut self.hashes);
-        let result = self.write_pages(offset, bytes, &mut hashes);
+        let (pages, rest) = bytes.split_at(bytes.len() / PAGE_BYTES * PAGE_BYTES);
+        let mut result = self.write_pages(offset, pages, &mut hashes);
+        if let (Ok(counts), false) = (&mut result, rest.is_empty()) {
+            let mut last = [0; PAGE_BYTES];
+            last[..rest.len()].copy_from_slice(rest);
+            match self.write_pages(end - rest.len() as u64, &last, &mut hashes) {
+                Ok(more) => {
+                    counts.data += more.data;
+                    counts.holes += more.holes;
+                }
+                Err(error) => result = Err(error),
+            }
+        }
         self.hashes = hashes;
         result
     }
 
+    /// Writes whole pages, which lie in the image.
     fn write_pages(
         &mut self,
         offset: u64,
         bytes: &[u8],
         hashes: &mut Vec<u64>,
     ) -> Result<PageCounts, ImageWriterError> {
-        let (page_bytes, len, size) = (PAGE_BYTES as u64, bytes.len() as u64, self.header.size);
-        let whole = offset.is_multiple_of(page_bytes) && len.is_multiple_of(page_bytes);
-        if !whole || offset.checked_add(len).is_none_or(|end| end > size) {
-            let path = self.image.path.clone();
-            return Err(ImageWriterError::Range { path, offset, len, size });
-        }
+        let (page_bytes, len) = (PAGE_BYTES as u64, bytes.len() as u64);
         let first = offset / page_bytes;
         if let Some(page) = (first..first + len / page_bytes).find(|page| self.is_written(*page)) {
             let path = self.image.path.clone();
@@ -335,7 +360,7 @@ mod tests {
     #[test]
     fn invalid_sizes_and_pages_are_refused() {
         let folder = tempfile::tempdir().unwrap();
-        for size in [0, 4097, u64::MAX - 4095] {
+        for size in [0, u64::MAX - 4095, u64::MAX] {
             let error = writer(folder.path(), size).unwrap_err();
             assert!(matches!(error, ImageWriterError::Size(_)), "{error}");
         }
@@ -358,6 +383,34 @@ mod tests {
         writer.write(0, &[0; 4096]).unwrap();
         writer.write(0, &page).unwrap();
         assert_eq!(writer.finish().unwrap().pages, PageCounts { data: 2, holes: 0 });
+    }
+
+    #[test]
+    fn image_of_any_length_is_padded() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut writer = writer(folder.path(), 10_001).unwrap();
+        assert_eq!(writer.size(), 12_288);
+        let bytes = [7; 10_001];
+        // Neither in the middle, nor past the end.
+        for (offset, len) in [(0, 5000), (8192, 1810), (8193, 1808), (4096, 5906)] {
+            let error = writer.write(offset, &bytes[..len]).unwrap_err();
+            assert!(matches!(error, ImageWriterError::Range { .. }), "{offset}: {error}");
+        }
+        let counts = writer.write(4096, &bytes[4096..]).unwrap();
+        assert_eq!(counts, PageCounts { data: 2, holes: 0 });
+        let error = writer.write(8192, &bytes[8192..]).unwrap_err();
+        assert!(matches!(error, ImageWriterError::Twice { offset: 8192, .. }), "{error}");
+        writer.finish().unwrap();
+
+        let [image, table] = ["image", "table"].map(|name| folder.path().join(name));
+        let image = crate::HashedImage::open(image, table).unwrap();
+        image.verify(&mut |_| true).unwrap();
+        let mut read = vec![1; 12_288];
+        let mut to = crate::Destination::from(&mut read[..]);
+        crate::PageSource::read_through(&image, 0, &mut to).unwrap();
+        assert_eq!(read[..4096], [0; 4096]);
+        assert_eq!(read[4096..10_001], bytes[4096..]);
+        assert_eq!(read[10_001..], [0; 2287]);
     }
 
     #[test]

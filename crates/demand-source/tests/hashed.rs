@@ -2,6 +2,8 @@
 //! Images with page hashes: reads return what was written, and later changes to the files are
 //! detected before the page is delivered.
 
+#![allow(clippy::cast_possible_truncation, reason = "the numbers of a test are small")]
+
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::os::fd::AsRawFd;

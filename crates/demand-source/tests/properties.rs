@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Compares image files of random shapes with a model of their bytes.
 
+#![allow(clippy::cast_possible_truncation, reason = "the numbers of a test are small")]
+
 use std::os::unix::fs::FileExt;
 
 use demand_source::{Destination, Extent, LocalFile, PageSource, SourceError};
