@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 
 use criterion::{Criterion, criterion_group, criterion_main};
 use demand_memory::{
-    BackingKind, Mapping, MemfdBacking, PageRange, Pager, Path, Retrier, Stats, Waiter,
+    BackingKind, FaultPath, Mapping, MemfdBacking, PageRange, Pager, PagerConfig, Retrier, Stats,
+    Waiter, to_usize,
 };
 use demand_uffd::{ArmedMapping, FaultService, Features, Userfaultfd};
 use test_support::image::{Near, word_of};
@@ -16,30 +17,35 @@ const SIZE: u64 = 8 << 20;
 
 /// Touches all units of new memory; returns the time that this took, and the number of units.
 fn touch_all(service: &FaultService, unit: u64) -> (Duration, u64) {
-    let backing = Arc::new(MemfdBacking::new(BackingKind::Shmem, SIZE, true).unwrap());
+    let backing = Arc::new(MemfdBacking::new(BackingKind::Shmem, SIZE).unwrap());
     let retrier = Retrier::new(Default::default(), |failure| panic!("{}", failure.error));
     let stats = Arc::new(Stats::new());
-    let pager = Pager::new(backing, Arc::new(Near(SIZE)), 0, stats, retrier).unwrap();
+    let pager = Pager::new(PagerConfig {
+        stats,
+        retrier,
+        ..PagerConfig::new(backing, Arc::new(Near(SIZE)))
+    })
+    .unwrap();
     let mapping = Arc::new(pager.backing().map().unwrap());
     let uffd = Arc::new(Userfaultfd::open(Features::GUEST_MEMORY).unwrap());
     let armed = if unit > 4096 {
         // As for a back-end: the service does not know that it is this process.
         ArmedMapping::foreign(&uffd, mapping.address().as_ptr() as u64, &pager).unwrap()
     } else {
-        ArmedMapping::own(&uffd, mapping.clone(), &pager, Path::Guest).unwrap()
+        ArmedMapping::own(&uffd, mapping.clone(), &pager, FaultPath::Guest).unwrap()
     };
     if unit == 4096 {
         pager.set_guest_trap(armed.clone()).unwrap();
     }
-    service.serve(&[armed]).unwrap();
+    service.add(&[armed]).unwrap();
     let begun = Instant::now();
-    for offset in (0..SIZE).step_by(unit as usize) {
+    for offset in (0..SIZE).step_by(to_usize(unit)) {
         assert_eq!(word(&mapping, offset), word_of(offset));
     }
     let elapsed = begun.elapsed();
     // A page is mapped a moment before it counts as present.
     let all = PageRange::new(0, pager.pages());
-    pager.ensure(all, Path::Fill, &Waiter::new()).unwrap();
+    pager.ensure(all, FaultPath::Fill, &Waiter::new()).unwrap();
     service.release(&uffd).unwrap();
     (elapsed, SIZE / unit)
 }

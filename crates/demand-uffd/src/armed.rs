@@ -1,25 +1,27 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Mappings of a region whose readers are trapped at missing pages.
+//! A mapping whose readers are trapped at missing pages: how it is armed, and how pages get there.
 
-use std::collections::HashMap;
-use std::collections::hash_map::Entry;
 use std::fmt;
 use std::io;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, PoisonError, RwLock, TryLockError, Weak};
 use std::thread;
 use std::time::Duration;
 
 use demand_memory::{
-    BackingError, BackingKind, Mapping, MappingGuard, PAGE_SIZE, PageRange, Pager, Path, Trap,
-    Waiter,
+    BackingError, FaultPath, MapPresent, Mapped, Mapping, PAGE_SIZE, PageRange, Pager, Waiter,
+    to_usize,
 };
 
-use crate::{Cause, Modes, RangeError, Userfaultfd};
+use crate::markers::Markers;
+use crate::own_guard::OwnGuard;
+use crate::pending::PendingGranules;
+use crate::watch::watch;
+use crate::{Cause, Modes, OwnFaults, RangeError, Userfaultfd};
 
 /// The least that one fault of another process maps, in bytes: shared memory is mapped in chunks of
 /// this size, huge pages as a whole.
-pub const BACK_END_CHUNK: u64 = 2 << 20;
+pub(crate) const BACK_END_CHUNK: u64 = 2 << 20;
 
 /// Number of immediate retries of an operation while the layout of an address space changes.
 const TRIES: u32 = 64;
@@ -28,11 +30,14 @@ const TRIES: u32 = 64;
 /// process can punch them again and again.
 const HOLES: u32 = 8;
 
+/// The next mapping's number.
+static NEXT_NUMBER: AtomicU64 = AtomicU64::new(0);
+
 /// A mapping of a whole region, in this process or in another, that is registered with a
 /// userfaultfd: a thread that touches an unmapped page of it waits.
 ///
 /// [`FaultService`](crate::FaultService) serves the mapping and maps its pages. In the guest's
-/// mapping the pager, which gets it as a [`Trap`](demand_memory::Pager::set_guest_trap), maps pages
+/// mapping the pager, which gets it by [`set_guest_trap`](Pager::set_guest_trap), maps pages
 /// too. One fault fetches and maps a granule, whose size is the granularity: a granule becomes
 /// reachable only once all of its pages are present.
 ///
@@ -44,17 +49,15 @@ pub struct ArmedMapping {
     uffd: Arc<Userfaultfd>,
     /// Weak, because the pager may own this as its guest trap.
     pager: Weak<Pager>,
-    base: u64,
     pages: u64,
-    /// Number of pages of a granule.
-    granule: u64,
     /// Page size of the mapping, in bytes: the backing's unit.
     unit: u64,
-    modes: Modes,
-    path: Path,
-    /// First pages of the granules that are being fetched for a fault. The value tells whether
-    /// later faults on the granule are left to the same resolution.
-    pending: Mutex<HashMap<u64, bool>>,
+    scope: Scope,
+    /// Identifies the mapping in this process.
+    number: u64,
+    pending: PendingGranules,
+    /// Number of faults that are being served, up to the end of their resolution.
+    faults: AtomicUsize,
     /// Whether it was reported that the kernel had no memory to map pages here.
     short_of_memory: AtomicBool,
     /// Whether it was reported that a fault stays open for good.
@@ -63,32 +66,65 @@ pub struct ArmedMapping {
     mapped_by_pager: AtomicBool,
     /// Whether all pages are present. The pager, which also knows, may be gone.
     complete: Arc<AtomicBool>,
+    /// Whether another process has given the mapping up, so that its addresses may come to mean
+    /// something else. Read-locked while pages are mapped there; only `retire` locks it otherwise.
+    retired: RwLock<bool>,
+    /// The markers by which vCPUs learn of missing pages, if they do.
+    markers: Option<Markers>,
     /// Keeps the mapping, if it is of this process.
     _mapping: Option<Arc<Mapping>>,
 }
 
+/// The accesses that an armed mapping traps, and the answer to them.
+#[derive(Clone, Copy)]
+struct Scope {
+    /// First address, in its process.
+    base: u64,
+    modes: Modes,
+    /// The path that faults are counted for.
+    path: FaultPath,
+    /// Number of pages of a granule.
+    granule: u64,
+    /// Number of pages that one fault fetches, aligned to that number: a multiple of `granule`.
+    around: u64,
+}
+
 impl ArmedMapping {
     /// Arms a mapping of this process. `mapping` covers the whole region of `pager`, and `uffd` was
-    /// opened by this process. One fault maps a unit of the backing: 4096 bytes of shared memory,
-    /// or a huge page. Faults are counted for `path`.
+    /// opened by this process. One fault maps a unit of the backing, 4096 bytes of shared memory or
+    /// a huge page, and as many around it as `faults` say; a [`FaultPath`] stands for none.
     ///
     /// Pages that are already mapped, as in a process that locks its memory, are unmapped from the
     /// mapping. No thread may touch the mapping while this runs.
+    ///
     /// # Errors
     ///
-    /// [`RangeError`] with the operating system's error.
-    ///
-    /// # Panics
-    ///
-    /// If the lengths of the mapping and the region differ.
+    /// [`RangeError`] with the operating system's error, which is `EBUSY` for a mapping that is armed
+    /// on another userfaultfd; or if the mapping is not as long as the region.
     pub fn own(
         uffd: &Arc<Userfaultfd>,
         mapping: Arc<Mapping>,
         pager: &Arc<Pager>,
-        path: Path,
+        faults: impl Into<OwnFaults>,
     ) -> Result<Arc<Self>, RangeError> {
-        let unit = pager.backing().kind().unit();
-        Self::own_with(uffd, mapping, pager, path, Modes::ALL, unit)
+        Ok(Arc::new(Self::arm_own(uffd, mapping, pager, faults.into(), Modes::ALL)?))
+    }
+
+    /// Arms a guest's mapping in which vCPUs learn of missing pages from markers, which are set
+    /// around their first faults.
+    ///
+    /// # Errors
+    ///
+    /// As for [`own`](Self::own).
+    pub(crate) fn own_marked(
+        uffd: &Arc<Userfaultfd>,
+        mapping: Arc<Mapping>,
+        pager: &Arc<Pager>,
+        path: FaultPath,
+    ) -> Result<Arc<Self>, RangeError> {
+        let armed = Self::arm_own(uffd, mapping, pager, path.into(), Modes::ALL)?;
+        let markers = Markers::new(armed.len() / armed.unit);
+        Ok(Arc::new(ArmedMapping { markers: Some(markers), ..armed }))
     }
 
     /// Arms a huge-page mapping of this process against wholly missing units only: once a unit
@@ -105,40 +141,76 @@ impl ArmedMapping {
     ///
     /// # Errors
     ///
-    /// [`RangeError`] with the operating system's error.
+    /// As for [`own`](Self::own).
     ///
     /// # Panics
     ///
-    /// If the lengths of the mapping and the region differ, or if the region is shared memory, in
-    /// which this would leave missing pages accessible.
+    /// If the region does not consist of huge pages: this would leave missing pages accessible.
     pub fn own_missing_units(
         uffd: &Arc<Userfaultfd>,
         mapping: Arc<Mapping>,
         pager: &Arc<Pager>,
-        path: Path,
+        path: FaultPath,
     ) -> Result<Arc<Self>, RangeError> {
         let kind = pager.backing().kind();
-        assert_ne!(kind, BackingKind::Shmem, "pages of shared memory need both modes");
-        Self::own_with(uffd, mapping, pager, path, Modes::MISSING, kind.unit())
+        assert!(kind.is_hugetlb(), "pages of {kind} need both modes");
+        Ok(Arc::new(Self::arm_own(uffd, mapping, pager, path.into(), Modes::MISSING)?))
     }
 
-    fn own_with(
+    fn arm_own(
         uffd: &Arc<Userfaultfd>,
         mapping: Arc<Mapping>,
         pager: &Arc<Pager>,
-        path: Path,
+        faults: OwnFaults,
         modes: Modes,
-        granularity: u64,
-    ) -> Result<Arc<Self>, RangeError> {
+    ) -> Result<Self, RangeError> {
         let len = pager.pages() * PAGE_SIZE;
-        assert_eq!(mapping.len(), len, "an armed mapping must be as long as its region");
         let base = mapping.address().as_ptr() as u64;
-        Self::arm(uffd, base, pager, path, modes, granularity, Some(mapping))
+        let unit = pager.backing().kind().unit();
+        let why = if mapping.len() != len {
+            Some(format!("its region has {len} bytes; map the region's backing"))
+        } else if pager.populates_through(&mapping) {
+            // The pager's own write would wait for itself.
+            Some("the pager writes content through it; map the region's backing".into())
+        } else {
+            None
+        };
+        if let Some(why) = why {
+            let source = io::Error::new(io::ErrorKind::InvalidInput, why);
+            let len = mapping.len();
+            return Err(RangeError { operation: "arm", address: base, len, done: 0, source });
+        }
+        // Pages that are already mapped are not trapped: in memory that the process locks, mmap maps
+        // zeroed pages. Unmap them before registering the range, because a userfaultfd with removal
+        // events would make this call wait for its reader.
+        unmap(&mapping, pager, modes).map_err(|source| RangeError {
+            operation: "unmap",
+            address: base,
+            len,
+            done: 0,
+            source,
+        })?;
+        // A child process inherits the pages that are mapped but not the trap: missing pages would
+        // read as zeros there.
+        mapping.hide_from_children().map_err(|source| RangeError {
+            operation: "hide from child processes",
+            address: base,
+            len,
+            done: 0,
+            source,
+        })?;
+        uffd.register(base, len, modes)?;
+        mapping.set_guard(Arc::new(OwnGuard { uffd: uffd.clone(), base, len, modes }));
+        let granule = unit / PAGE_SIZE;
+        // No block is larger than the region, so nothing overflows.
+        let around = faults.around.min(len).div_ceil(unit).max(1) * granule;
+        let scope = Scope { base, modes, path: faults.path, granule, around };
+        Ok(Self::new(uffd, pager, scope, Some(mapping)))
     }
 
     /// Arms another process' mapping of the whole region of `pager`, at address `base` in that
-    /// process, on the userfaultfd that it has sent. One fault maps a huge page, or
-    /// [`BACK_END_CHUNK`] of shared memory. Faults are counted for [`Path::BackEnd`].
+    /// process, on the userfaultfd that it has sent. One fault maps a huge page, or 2 MiB of shared
+    /// memory. Faults are counted for [`FaultPath::BackEnd`].
     ///
     /// If the process has registered the range itself, this adds the missing modes.
     ///
@@ -150,57 +222,44 @@ impl ArmedMapping {
         base: u64,
         pager: &Arc<Pager>,
     ) -> Result<Arc<Self>, RangeError> {
+        let (path, modes) = (FaultPath::BackEnd, Modes::ALL);
+        uffd.register(base, pager.pages() * PAGE_SIZE, modes)?;
         let granularity = pager.backing().kind().unit().max(BACK_END_CHUNK);
-        Self::arm(uffd, base, pager, Path::BackEnd, Modes::ALL, granularity, None)
+        let granule = granularity / PAGE_SIZE;
+        let scope = Scope { base, modes, path, granule, around: granule };
+        Ok(Arc::new(Self::new(uffd, pager, scope, None)))
     }
 
-    fn arm(
+    /// Describes a mapping that is registered.
+    fn new(
         uffd: &Arc<Userfaultfd>,
-        base: u64,
         pager: &Arc<Pager>,
-        path: Path,
-        modes: Modes,
-        granularity: u64,
+        scope: Scope,
         mapping: Option<Arc<Mapping>>,
-    ) -> Result<Arc<Self>, RangeError> {
-        let len = pager.pages() * PAGE_SIZE;
-        if let Some(mapping) = &mapping {
-            // Pages that are already mapped are not trapped: in memory that the process locks, mmap
-            // maps zeroed pages. Unmap them before registering the range, because a userfaultfd
-            // with removal events would make this call wait for its reader.
-            unmap(mapping, pager, modes).map_err(|error| RangeError {
-                operation: "unmap",
-                address: base,
-                len,
-                done: 0,
-                error,
-            })?;
-        }
-        uffd.register(base, len, modes)?;
-        if let Some(mapping) = &mapping {
-            mapping.set_guard(Arc::new(OwnGuard { uffd: uffd.clone(), base, len, modes }));
-        }
+    ) -> Self {
+        watch(uffd);
         let complete = Arc::new(AtomicBool::new(false));
         pager.on_complete({
             let complete = complete.clone();
             move || complete.store(true, Ordering::Release)
         });
-        Ok(Arc::new(ArmedMapping {
+        ArmedMapping {
             uffd: uffd.clone(),
             pager: Arc::downgrade(pager),
-            base,
             pages: pager.pages(),
-            granule: granularity / PAGE_SIZE,
             unit: pager.backing().kind().unit(),
-            modes,
-            path,
-            pending: Mutex::default(),
+            scope,
+            number: NEXT_NUMBER.fetch_add(1, Ordering::Relaxed),
+            pending: PendingGranules::default(),
+            faults: AtomicUsize::new(0),
             short_of_memory: AtomicBool::new(false),
             left_open: AtomicBool::new(false),
             mapped_by_pager: AtomicBool::new(false),
             complete,
+            retired: RwLock::new(false),
+            markers: None,
             _mapping: mapping,
-        }))
+        }
     }
 
     /// Returns the userfaultfd.
@@ -210,12 +269,27 @@ impl ArmedMapping {
 
     /// Returns the first address of the mapping, in its process.
     pub fn base(&self) -> u64 {
-        self.base
+        self.scope.base
     }
 
     /// Returns the length of the mapping, in bytes.
     pub fn len(&self) -> u64 {
         self.pages * PAGE_SIZE
+    }
+
+    /// Returns the number of pages of the mapping.
+    pub(crate) fn pages(&self) -> u64 {
+        self.pages
+    }
+
+    /// Returns the page size of the mapping, in bytes: the backing's unit.
+    pub(crate) fn unit(&self) -> u64 {
+        self.unit
+    }
+
+    /// Returns the markers by which vCPUs learn of missing pages, if they do.
+    pub(crate) fn markers(&self) -> Option<&Markers> {
+        self.markers.as_ref()
     }
 
     /// Returns whether the mapping has no bytes; never true.
@@ -225,12 +299,17 @@ impl ArmedMapping {
 
     /// Returns the trapped modes.
     pub fn modes(&self) -> Modes {
-        self.modes
+        self.scope.modes
+    }
+
+    /// Returns the number of bytes that one resolution maps: a power of two, at least one page.
+    pub fn granularity(&self) -> u64 {
+        self.scope.granule * PAGE_SIZE
     }
 
     /// Returns the path that the mapping's faults are counted for.
-    pub fn path(&self) -> Path {
-        self.path
+    pub fn path(&self) -> FaultPath {
+        self.scope.path
     }
 
     /// Returns whether a thread waits here for a missing page, and so only for the source.
@@ -239,9 +318,48 @@ impl ArmedMapping {
         if pager.bitmap().is_stopped() {
             return false; // The source gets no more requests.
         }
-        let granule = |first| PageRange::page(first).grow_to_units(self.granule, self.pages);
+        let granule = |first| PageRange::page(first).grow_to_units(self.scope.granule, self.pages);
         let missing = |first| pager.bitmap().first_missing(granule(first)).is_some();
-        self.pending().keys().any(|first| missing(*first))
+        self.pending.any(missing)
+    }
+
+    /// Returns whether faults here are being served: their pages are missing, or are being mapped.
+    /// Once the memory is stopped, none is.
+    pub fn has_open_faults(&self) -> bool {
+        let served = self.pager().is_some_and(|pager| !pager.bitmap().is_stopped());
+        served && self.faults.load(Ordering::Acquire) > 0
+    }
+
+    /// Stops trapping accesses. All pages must be present: missing ones would read as zeros. If the
+    /// process has ended, nothing is left to do.
+    ///
+    /// # Errors
+    ///
+    /// [`RangeError`] with the operating system's error.
+    pub(crate) fn disarm(&self) -> Result<(), RangeError> {
+        self.remove_markers()?;
+        match self.uffd.unregister(self.base(), self.len()) {
+            Err(error) if error.cause() == Cause::Closed => Ok(()),
+            Err(_) if !self.uffd.is_process_alive(self.base()) => Ok(()),
+            result => result,
+        }
+    }
+
+    /// Begins to count a fault.
+    pub(crate) fn begin_fault(&self) {
+        self.faults.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Ends what [`begin_fault`](Self::begin_fault) has begun.
+    pub(crate) fn end_fault(&self) {
+        // Release: who sees no open fault sees its pages mapped.
+        self.faults.fetch_sub(1, Ordering::Release);
+    }
+
+    /// Maps nothing here from now on, because another process has given the mapping up. Waits until
+    /// what is being mapped there is mapped.
+    pub(crate) fn retire(&self) {
+        *self.retired.write().unwrap_or_else(PoisonError::into_inner) = true;
     }
 
     /// Returns the pager, unless the region is gone.
@@ -252,8 +370,17 @@ impl ArmedMapping {
     /// Returns the granule that is fetched and mapped for a fault at `address`; `None` if the
     /// address is outside the mapping.
     pub(crate) fn granule_at(&self, address: u64) -> Option<PageRange> {
-        let page = address.checked_sub(self.base)? / PAGE_SIZE;
-        (page < self.pages).then(|| PageRange::page(page).grow_to_units(self.granule, self.pages))
+        let page = address.checked_sub(self.scope.base)? / PAGE_SIZE;
+        (page < self.pages)
+            .then(|| PageRange::page(page).grow_to_units(self.scope.granule, self.pages))
+    }
+
+    /// Returns the pages that a fault on this granule fetches.
+    pub(crate) fn around(&self, granule: PageRange) -> PageRange {
+        if self.scope.around == self.scope.granule {
+            return granule;
+        }
+        granule.grow_to_units(self.scope.around, self.pages)
     }
 
     /// Returns whether this is a mapping of this process.
@@ -261,9 +388,19 @@ impl ArmedMapping {
         self._mapping.is_some()
     }
 
-    /// Returns whether a fault was read and is not resolved yet.
-    pub(crate) fn has_pending(&self) -> bool {
-        !self.pending().is_empty()
+    /// Returns whether this is a mapping of this process that was revoked.
+    pub(crate) fn is_revoked(&self) -> bool {
+        self._mapping.as_ref().is_some_and(|mapping| mapping.is_revoked())
+    }
+
+    /// Returns the mapping's number, which no other mapping of this process has.
+    pub(crate) fn number(&self) -> u64 {
+        self.number
+    }
+
+    /// Returns the granules on which a fault is being served.
+    pub(crate) fn pending(&self) -> &PendingGranules {
+        &self.pending
     }
 
     /// Returns the number of missing pages of the range. If the region is gone, pages count as
@@ -274,33 +411,6 @@ impl ArmedMapping {
             None if self.complete.load(Ordering::Acquire) => 0,
             None => pages.count,
         }
-    }
-
-    fn pending(&self) -> MutexGuard<'_, HashMap<u64, bool>> {
-        self.pending.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Notes a fault on a granule. Returns false if the granule already had one: the resolution
-    /// under way then wakes this faulter as well, because [`end`](Self::end) reports it.
-    pub(crate) fn begin(&self, granule: PageRange) -> bool {
-        match self.pending().entry(granule.first) {
-            Entry::Occupied(mut known) => {
-                known.insert(true);
-                false
-            }
-            Entry::Vacant(new) => {
-                new.insert(false);
-                true
-            }
-        }
-    }
-
-    /// Notes that a granule is about to be resolved. The resolution that follows wakes the faulters
-    /// so far; a fault that is read after this counts as new. Returns whether `begin` has returned
-    /// false for the granule: if so, a resolution must follow even if the granule was mapped before
-    /// this.
-    pub(crate) fn end(&self, granule: PageRange) -> bool {
-        self.pending().remove(&granule.first).unwrap_or(false)
     }
 
     /// Notes that the kernel had no memory to map pages here; returns whether this is the first
@@ -320,19 +430,46 @@ impl ArmedMapping {
     }
 
     /// Maps a granule, all of whose pages are present, and wakes the threads that wait for it.
-    pub(crate) fn resolve(&self, granule: PageRange) -> Result<(), RangeError> {
+    pub(crate) fn map_granule(&self, granule: PageRange) -> Result<(), RangeError> {
         debug_assert_eq!(
             self.pager().and_then(|pager| pager.bitmap().first_missing(granule)),
             None,
             "a granule was mapped with missing pages"
         );
-        if self.modes.contains(Modes::MINOR) {
-            self.map(granule)
+        if self.scope.modes.contains(Modes::MINOR) {
+            self.map(granule).map(drop)
         } else {
             self.make_exist(granule)?;
             // A thread that was trapped because the unit did not exist finds it now.
-            self.uffd.wake(self.base + granule.offset(), granule.bytes())
+            self.uffd.wake(self.scope.base + granule.offset(), granule.bytes())
         }
+    }
+
+    /// Like [`map_granule`](Self::map_granule), but also maps the units around the granule that are
+    /// present, as far as the kernel allows that at once: a fault on any other maps it later.
+    /// Returns the number of bytes.
+    pub(crate) fn map_around(&self, granule: PageRange) -> Result<u64, RangeError> {
+        let around = self.around(granule);
+        let pager = self.pager().filter(|_| around != granule);
+        // The guest's mapping gets each page from the pager as it arrives.
+        let Some(pager) = pager.filter(|_| !self.is_mapped_by_pager()) else {
+            return self.map_granule(granule).map(|()| granule.bytes());
+        };
+        let mut mapped = 0;
+        let mut own = granule;
+        for run in present_runs(&pager, around, self.scope.granule) {
+            if run.contains(granule.first) {
+                own = run;
+            } else if self.map(run).is_ok() {
+                mapped += run.bytes();
+            }
+        }
+        // Last, because it wakes the faulter, and as a whole: otherwise the faulter would fault on
+        // the next unit before that is mapped.
+        if own != granule && self.map(own).is_ok() {
+            return Ok(mapped + own.bytes());
+        }
+        self.map_granule(granule).map(|()| mapped + granule.bytes())
     }
 
     /// Makes sure that units exist whose content has arrived. Another process that has the memory
@@ -341,12 +478,12 @@ impl ArmedMapping {
     fn make_exist(&self, granule: PageRange) -> Result<(), RangeError> {
         let Some(pager) = self.pager() else { return Ok(()) };
         pager.backing().allocate(granule).map_err(|error| {
-            let error = match error {
-                BackingError::Allocate { error, .. } => error,
+            let source = match error {
+                BackingError::Allocate { source, .. } => source,
                 error => io::Error::other(error),
             };
-            let (address, len) = (self.base + granule.offset(), granule.bytes());
-            RangeError { operation: "allocate", address, len, done: 0, error }
+            let (address, len) = (self.scope.base + granule.offset(), granule.bytes());
+            RangeError { operation: "allocate", address, len, done: 0, source }
         })
     }
 
@@ -366,18 +503,31 @@ impl ArmedMapping {
     }
 
     /// Maps present pages, skips those that are mapped already, and wakes the threads that wait for
-    /// any.
-    fn map(&self, pages: PageRange) -> Result<(), RangeError> {
-        let mut at = self.base + pages.offset();
+    /// any. Returns whether any page was not mapped before.
+    pub(crate) fn map(&self, pages: PageRange) -> Result<bool, RangeError> {
+        let mut at = self.scope.base + pages.offset();
         let end = at + pages.bytes();
-        let mut stepped_over = None;
+        // A mapping of this process is never retired. A lock that is not free is about to say so: a
+        // thread that serves faults must not wait for another one's call to end.
+        let retired = (!self.is_own()).then(|| match self.retired.try_read() {
+            Ok(retired) => Some(retired),
+            Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        });
+        if retired.as_ref().is_some_and(|retired| retired.as_deref() != Some(&false)) {
+            let source = io::Error::from_raw_os_error(libc::ENOENT);
+            let len = pages.bytes();
+            return Err(RangeError { operation: "map", address: at, len, done: 0, source });
+        }
+        let (mut stepped_over, mut mapped) = (None, false);
         let (mut tries, mut holes) = (0, 0);
         let result = loop {
             if at >= end {
-                break Ok(());
+                break Ok(mapped);
             }
-            let Err(error) = self.uffd.r#continue(at, end - at) else { break Ok(()) };
+            let Err(error) = self.uffd.r#continue(at, end - at) else { break Ok(true) };
             at += error.done;
+            mapped |= error.done > 0;
             match error.cause() {
                 Cause::Exists => {
                     stepped_over.get_or_insert(at);
@@ -393,7 +543,7 @@ impl ArmedMapping {
                 }
                 Cause::NoPage if holes < HOLES => {
                     holes += 1;
-                    let page = (at - self.base) / PAGE_SIZE;
+                    let page = (at - self.scope.base) / PAGE_SIZE;
                     let rest = PageRange::new(page, pages.end() - page);
                     if let Err(error) = self.make_exist(rest) {
                         break Err(error);
@@ -412,13 +562,9 @@ impl ArmedMapping {
     }
 }
 
-impl Trap for ArmedMapping {
-    fn granularity(&self) -> u64 {
-        self.granule * PAGE_SIZE
-    }
-
+impl MapPresent for ArmedMapping {
     fn map_present(&self, pages: PageRange) -> io::Result<()> {
-        if self.granule > 1 {
+        if self.scope.granule > 1 {
             // If a thread waits for the unit, the service gets a callback from the bitmap once all
             // of its pages are present.
             return Ok(());
@@ -435,25 +581,29 @@ impl Trap for ArmedMapping {
                 log::debug!("{error}");
                 Ok(())
             }
-            outcome => Ok(outcome?),
+            outcome => Ok(outcome.map(drop)?),
         }
     }
 
-    fn release(&self, pages: PageRange) -> io::Result<()> {
-        self.expect_inside(pages)?;
-        let missing = self.count_missing(pages);
-        if missing > 0 {
-            return Err(io::Error::other(crate::ServiceError::Incomplete { missing }));
-        }
-        let (address, len) = (self.base + pages.offset(), pages.bytes());
-        match self.uffd.unregister(address, len) {
-            Ok(()) => Ok(()),
-            // A process that has ended needs no release.
-            Err(error) if error.cause() == Cause::Closed => Ok(()),
-            Err(_) if !self.uffd.is_process_alive(self.base) => Ok(()),
-            Err(error) => Err(error.into()),
+    fn map_unit(&self, unit: PageRange) -> io::Result<Mapped> {
+        self.expect_inside(unit)?;
+        self.map_marked(unit)
+    }
+}
+
+/// Returns the runs of units of the range all of whose pages are present.
+fn present_runs(pager: &Pager, range: PageRange, unit: u64) -> Vec<PageRange> {
+    let mut runs: Vec<PageRange> = Vec::new();
+    for first in (range.first..range.end()).step_by(to_usize(unit)) {
+        let pages = PageRange::new(first, unit);
+        if pager.bitmap().first_missing(pages).is_none() {
+            match runs.last_mut() {
+                Some(last) if last.end() == first => last.count += unit,
+                _ => runs.push(pages),
+            }
         }
     }
+    runs
 }
 
 /// Makes sure that every missing page of a mapping of this process is trapped.
@@ -468,46 +618,14 @@ fn unmap(mapping: &Mapping, pager: &Arc<Pager>, modes: Modes) -> io::Result<()> 
     pager.unmap_missing(&Waiter::new()).map_err(io::Error::other)
 }
 
-/// The trap of a mapping of this process, kept by the mapping. It is a separate type because an
-/// armed mapping keeps the mapping: as the guard, it would form a reference cycle.
-#[derive(Debug)]
-struct OwnGuard {
-    uffd: Arc<Userfaultfd>,
-    base: u64,
-    len: u64,
-    modes: Modes,
-}
-
-impl MappingGuard for OwnGuard {
-    fn traps_all(&self) -> bool {
-        self.is_active() && self.modes == Modes::ALL
-    }
-
-    fn is_active(&self) -> bool {
-        !self.uffd.is_closed()
-    }
-
-    fn wake(&self) {
-        if let Err(error) = self.uffd.wake(self.base, self.len) {
-            log::debug!("{error}");
-        }
-    }
-
-    fn remove(&self) {
-        if let Err(error) = self.uffd.unregister(self.base, self.len) {
-            log::debug!("{error}");
-        }
-    }
-}
-
 impl fmt::Debug for ArmedMapping {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("ArmedMapping")
-            .field("base", &format_args!("{:#x}", self.base))
+            .field("base", &format_args!("{:#x}", self.scope.base))
             .field("len", &self.len())
             .field("granularity", &self.granularity())
-            .field("modes", &self.modes)
-            .field("path", &self.path)
+            .field("modes", &self.scope.modes)
+            .field("path", &self.scope.path)
             .finish_non_exhaustive()
     }
 }

@@ -7,28 +7,36 @@ use crate::Features;
 
 /// Errors from opening or receiving a userfaultfd.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum OpenError {
     /// This process may not open a userfaultfd that serves faults of the kernel.
     #[error(
         "cannot open a userfaultfd that handles faults of the kernel: {device} (/dev/userfaultfd), \
-         {call} (system call); let this user read and write /dev/userfaultfd, or give the process \
-         CAP_SYS_PTRACE"
+         {call} (system call); let this user read and write /dev/userfaultfd, give the process \
+         CAP_SYS_PTRACE, or set the sysctl vm.unprivileged_userfaultfd to 1"
     )]
     NotPermitted {
         /// Error from opening the device.
         device: io::Error,
         /// Error from the system call.
+        #[source]
         call: io::Error,
     },
+    /// The kernel or a seccomp filter refuses a userfaultfd for accesses of user-mode code.
+    #[error(
+        "cannot open a userfaultfd for accesses of user-mode code: {0}; use Linux 5.11 or newer, \
+         and let the seccomp filter of the container or service pass the system call userfaultfd"
+    )]
+    NoUserMode(#[source] io::Error),
     /// The kernel has no userfaultfd.
     #[error(
         "cannot open a userfaultfd: the kernel has no such call ({0}); use a kernel built with \
          CONFIG_USERFAULTFD"
     )]
-    NoKernelSupport(io::Error),
+    NoKernelSupport(#[source] io::Error),
     /// The kernel refused for another reason.
     #[error("cannot open a userfaultfd: {0}; raise the limit that it names, or free resources")]
-    Failed(io::Error),
+    Failed(#[source] io::Error),
     /// The kernel lacks features.
     #[error(
         "cannot open a userfaultfd with the features {wanted}: the kernel lacks {lacking}; use a \
@@ -40,12 +48,24 @@ pub enum OpenError {
         /// Those of them that the kernel lacks.
         lacking: Features,
     },
-    /// A received descriptor is not a usable userfaultfd.
+    /// A received descriptor is of another kind.
     #[error(
-        "cannot use a userfaultfd of another process: the descriptor is {0}; this is a bug in that \
-         process"
+        "cannot use a userfaultfd of another process: the descriptor is {found}, not a \
+         userfaultfd; this is a bug in that process"
     )]
-    NoUserfaultfd(String),
+    NoUserfaultfd {
+        /// A description of the descriptor.
+        found: String,
+    },
+    /// A received userfaultfd is not ready for use.
+    #[error(
+        "cannot use a userfaultfd of another process: it was never initialised with UFFDIO_API; \
+         this is a bug in that process"
+    )]
+    NotInitialised,
+    /// A received descriptor could not be examined or changed.
+    #[error("cannot use a userfaultfd of another process: its descriptor is unusable: {0}")]
+    Unusable(#[source] io::Error),
 }
 
 /// The causes of a [`RangeError`] that code serving faults must tell apart.
@@ -74,8 +94,9 @@ pub enum Cause {
 
 /// Error for a failed operation on a range of addresses.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 #[error(
-    "cannot {operation} {len} bytes at address {address:#x} through a userfaultfd: {error} after \
+    "cannot {operation} {len} bytes at address {address:#x} through a userfaultfd: {source} after \
      {done} bytes; {}", self.advice()
 )]
 pub struct RangeError {
@@ -88,13 +109,13 @@ pub struct RangeError {
     /// Bytes from the first address on for which the operation succeeded.
     pub done: u64,
     /// Error from the operating system.
-    pub error: io::Error,
+    pub source: io::Error,
 }
 
 impl RangeError {
     /// Returns the cause of the failure.
     pub fn cause(&self) -> Cause {
-        match self.error.raw_os_error() {
+        match self.source.raw_os_error() {
             Some(libc::EEXIST) => Cause::Exists,
             Some(libc::EAGAIN) => Cause::Again,
             Some(libc::ENOMEM) => Cause::NoMemory,
@@ -127,20 +148,21 @@ impl RangeError {
 
 impl From<RangeError> for io::Error {
     fn from(error: RangeError) -> Self {
-        io::Error::new(error.error.kind(), error)
+        io::Error::new(error.source.kind(), error)
     }
 }
 
 /// Errors from the fault service.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum ServiceError {
     /// The operating system refused a resource that the service needs.
-    #[error("cannot {asked}: {error}; raise the limit that it names, or free resources")]
+    #[error("cannot {operation}: {source}; raise the limit that it names, or free resources")]
     System {
         /// The operation, as a verb phrase.
-        asked: &'static str,
+        operation: &'static str,
         /// Error from the operating system.
-        error: io::Error,
+        source: io::Error,
     },
     /// Pages are still missing.
     #[error(
@@ -169,7 +191,7 @@ mod tests {
             address: 0x1000,
             len: 8192,
             done: 4096,
-            error: io::Error::from_raw_os_error(errno),
+            source: io::Error::from_raw_os_error(errno),
         }
     }
 
@@ -184,12 +206,25 @@ mod tests {
             call: io::Error::from_raw_os_error(libc::EPERM),
         };
         let text = denied.to_string();
-        assert!(text.contains("/dev/userfaultfd") && text.contains("CAP_SYS_PTRACE"), "{text}");
+        for way in ["/dev/userfaultfd", "CAP_SYS_PTRACE", "vm.unprivileged_userfaultfd"] {
+            assert!(text.contains(way), "{text}");
+        }
         assert!(!text.contains('\n') && !text.contains("  "), "{text}");
     }
 
     #[test]
-    fn causes_are_told_apart() {
+    fn causes_are_chained() {
+        use std::error::Error as _;
+        let cause = error(libc::ENOENT).source().expect("it has a cause").to_string();
+        assert!(error(libc::ENOENT).to_string().contains(&cause), "{cause}");
+        let call = io::Error::from_raw_os_error(libc::EPERM);
+        let device = io::Error::from_raw_os_error(libc::EACCES);
+        assert!(OpenError::NotPermitted { device, call }.source().is_some());
+        assert!(ServiceError::from(error(libc::ENOENT)).source().is_some());
+    }
+
+    #[test]
+    fn causes_are_distinguished() {
         assert_eq!(error(libc::EEXIST).cause(), Cause::Exists);
         assert_eq!(error(libc::EAGAIN).cause(), Cause::Again);
         assert_eq!(error(libc::ENOMEM).cause(), Cause::NoMemory);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The messages of a userfaultfd.
+//! The messages of a userfaultfd: faults, and changes of the process to its own memory.
 
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 
@@ -49,9 +49,24 @@ pub enum Event {
         /// First address after it.
         end: u64,
     },
+    /// KVM itself waits for a page of a virtual machine that this userfaultfd was registered with
+    /// (a kernel patch). It waits until the page's bit is cleared, and checks it every 10 ms, and
+    /// whenever any range is [woken](crate::Userfaultfd::wake) on this userfaultfd.
+    Gfn {
+        /// The memslot's number, with the address space in the upper half.
+        slot: u32,
+        /// The page's guest frame number.
+        gfn: u64,
+        /// Whether KVM is about to write the page.
+        write: bool,
+    },
     /// An event that this version does not know.
     Unknown(u8),
 }
+
+/// `UFFD_EVENT_GFN` and its flag, which the released kernel headers do not define.
+const EVENT_GFN: u32 = 0x17;
+const GFN_FLAG_WRITE: u32 = 1;
 
 /// A decoded message, before a descriptor in it is taken.
 #[derive(Debug, PartialEq, Eq)]
@@ -61,6 +76,7 @@ pub(crate) enum Message {
     Remap([u64; 3]),
     Remove([u64; 2]),
     Unmap([u64; 2]),
+    Gfn { slot: u32, flags: u32, gfn: u64 },
     Unknown(u8),
 }
 
@@ -71,14 +87,14 @@ impl Message {
             let at = 8 + index * 8;
             u64::from_ne_bytes(bytes[at..at + 8].try_into().expect("8 bytes"))
         };
+        let half = |at: usize| u32::from_ne_bytes(bytes[at..at + 4].try_into().expect("4 bytes"));
         match u32::from(bytes[0]) {
             raw::UFFD_EVENT_PAGEFAULT => Message::Pagefault { flags: word(0), address: word(1) },
-            raw::UFFD_EVENT_FORK => {
-                Message::Fork(u32::from_ne_bytes(bytes[8..12].try_into().expect("4 bytes")))
-            }
+            raw::UFFD_EVENT_FORK => Message::Fork(half(8)),
             raw::UFFD_EVENT_REMAP => Message::Remap([word(0), word(1), word(2)]),
             raw::UFFD_EVENT_REMOVE => Message::Remove([word(0), word(1)]),
             raw::UFFD_EVENT_UNMAP => Message::Unmap([word(0), word(1)]),
+            EVENT_GFN => Message::Gfn { slot: half(8), flags: half(12), gfn: word(1) },
             _ => Message::Unknown(bytes[0]),
         }
     }
@@ -105,6 +121,9 @@ impl Message {
             Message::Remap([from, to, len]) => Event::Remap { from, to, len },
             Message::Remove([start, end]) => Event::Remove { start, end },
             Message::Unmap([start, end]) => Event::Unmap { start, end },
+            Message::Gfn { slot, flags, gfn } => {
+                Event::Gfn { slot, gfn, write: flags & GFN_FLAG_WRITE != 0 }
+            }
             Message::Unknown(event) => Event::Unknown(event),
         }
     }
@@ -116,7 +135,7 @@ mod tests {
 
     fn message(event: u32, words: [u64; 3]) -> [u8; MESSAGE] {
         let mut bytes = [0; MESSAGE];
-        bytes[0] = event as u8;
+        bytes[0] = event.try_into().expect("events are small numbers");
         for (index, word) in words.iter().enumerate() {
             bytes[8 + index * 8..][..8].copy_from_slice(&word.to_ne_bytes());
         }
@@ -135,11 +154,15 @@ mod tests {
         assert_eq!(decode(raw::UFFD_EVENT_REMOVE, [1, 2, 9]), Message::Remove([1, 2]));
         assert_eq!(decode(raw::UFFD_EVENT_UNMAP, [1, 2, 9]), Message::Unmap([1, 2]));
         assert_eq!(decode(raw::UFFD_EVENT_FORK, [7, 0, 0]), Message::Fork(7));
+        assert_eq!(
+            decode(EVENT_GFN, [1 << 32 | 0x1_0002, 0x345, 9]),
+            Message::Gfn { slot: 0x1_0002, flags: 1, gfn: 0x345 }
+        );
         assert_eq!(decode(0xff, [0; 3]), Message::Unknown(0xff));
     }
 
     #[test]
-    fn flags_of_a_fault_are_told_apart() {
+    fn flags_of_a_fault_are_distinguished() {
         let flags = u64::from(raw::UFFD_PAGEFAULT_FLAG_WRITE | raw::UFFD_PAGEFAULT_FLAG_MINOR);
         // SAFETY: a fault carries no descriptor.
         let event = unsafe { Message::Pagefault { flags, address: 4096 }.into_event() };

@@ -21,12 +21,12 @@ impl Modes {
     pub const ALL: Modes = Modes(Modes::MISSING.0 | Modes::MINOR.0);
 
     /// Returns the bits of `UFFDIO_REGISTER_MODE_*`.
-    pub const fn bits(self) -> u64 {
+    pub(crate) const fn bits(self) -> u64 {
         self.0
     }
 
     /// Returns whether all modes of `other` are set.
-    pub const fn contains(self, other: Modes) -> bool {
+    pub(crate) const fn contains(self, other: Modes) -> bool {
         self.0 & other.0 == other.0
     }
 }
@@ -61,6 +61,11 @@ impl Features {
     /// Unmapped ranges cause an event.
     pub const EVENT_UNMAP: Features = Features(raw::UFFD_FEATURE_EVENT_UNMAP as u64);
 
+    /// Pages can be marked, so that an access to them is an error ([`Userfaultfd::poison`]).
+    ///
+    /// [`Userfaultfd::poison`]: crate::Userfaultfd::poison
+    pub const POISON: Features = Features(raw::UFFD_FEATURE_POISON as u64);
+
     /// The features that guest memory needs, on every backing.
     pub const GUEST_MEMORY: Features = Features(
         Features::MISSING_HUGETLBFS.0
@@ -85,7 +90,7 @@ impl Features {
     }
 
     /// Returns these features without those of `other`.
-    pub const fn without(self, other: Features) -> Features {
+    pub(crate) const fn without(self, other: Features) -> Features {
         Features(self.0 & !other.0)
     }
 
@@ -141,7 +146,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn features_are_told_by_name() {
+    fn features_are_printed_by_name() {
         let features = Features::MISSING_SHMEM | Features::EXACT_ADDRESS | Features(1 << 40);
         assert_eq!(features.to_string(), "MISSING_SHMEM EXACT_ADDRESS bit 40");
         assert_eq!(Features::NONE.to_string(), "none");

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Creates huge pages together with their content, with `UFFDIO_COPY`.
+//! Creates missing huge pages together with their content (`UFFDIO_COPY`).
 
 use std::io;
 use std::sync::{Arc, PoisonError, RwLock};
@@ -82,7 +82,7 @@ impl LoadUnit for UnitLoader {
         let address = mapping.at(offset).as_ptr() as u64;
         // SAFETY: no Rust reference into the mapping exists, because this type never exposes its
         // address, and the check keeps the range inside it.
-        Ok(unsafe { uffd.copy_mapped(address, content) }?)
+        Ok(unsafe { uffd.copy(address, content) }?)
     }
 
     fn finish(&self) {

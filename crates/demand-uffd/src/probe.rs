@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The userfaultfd capabilities of this host.
+//! Finds the userfaultfd capabilities of this host by trying them.
 
+use std::error::Error;
 use std::fmt;
 
 use demand_memory::{Backing, BackingKind, MemfdBacking};
 
+use crate::open::{Access, Accesses, kernel_features, open};
 use crate::{Features, Modes, OpenError, Userfaultfd};
 
 /// Whether a capability works on this host.
@@ -18,7 +20,7 @@ pub enum Answer {
 
 impl Answer {
     /// Returns whether it works.
-    pub fn is_yes(&self) -> bool {
+    pub(crate) fn is_yes(&self) -> bool {
         *self == Answer::Yes
     }
 }
@@ -30,17 +32,6 @@ impl fmt::Display for Answer {
             Answer::No(why) => write!(f, "no: {why}"),
         }
     }
-}
-
-/// The way in which this process opens a userfaultfd that serves faults of the kernel. Source:
-/// Documentation/admin-guide/mm/userfaultfd.rst, "Creating a userfaultfd".
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum Access {
-    /// `/dev/userfaultfd` (Linux 6.1), whose file permissions control access.
-    Device,
-    /// The system call, which needs `CAP_SYS_PTRACE` or the sysctl `vm.unprivileged_userfaultfd`.
-    SystemCall,
 }
 
 /// The userfaultfd capabilities of this host, found by trying them.
@@ -66,11 +57,12 @@ impl Probe {
     /// Returns whether memory of this kind can be demand-paged: missing and unmapped pages are
     /// trapped.
     pub fn can_page(&self, kind: BackingKind) -> bool {
-        if kind == BackingKind::Shmem {
-            self.missing_shmem.is_yes() && self.minor_shmem.is_yes()
-        } else {
-            self.missing_hugetlbfs.is_yes() && self.minor_hugetlbfs.is_yes()
-        }
+        kind.traps_in_mappings()
+            && if kind.is_hugetlb() {
+                self.missing_hugetlbfs.is_yes() && self.minor_hugetlbfs.is_yes()
+            } else {
+                self.missing_shmem.is_yes() && self.minor_shmem.is_yes()
+            }
     }
 
     /// Returns the features that were tried, with the outcomes.
@@ -104,14 +96,29 @@ impl Probe {
 /// }
 /// ```
 pub fn probe() -> Result<Probe, OpenError> {
-    let (features, access) = Userfaultfd::ask()?;
+    probe_accesses(Accesses::All)
+}
+
+/// Like [`probe`], but tests what this process can do with a userfaultfd that traps accesses of
+/// user-mode code only, which needs no permission: see [`Userfaultfd::open_user_mode`]. The answers
+/// do not hold for guests.
+///
+/// # Errors
+///
+/// [`OpenError`] if the kernel or a seccomp filter refuses such a userfaultfd.
+pub fn probe_user_mode() -> Result<Probe, OpenError> {
+    probe_accesses(Accesses::UserMode)
+}
+
+fn probe_accesses(accesses: Accesses) -> Result<Probe, OpenError> {
+    let (features, access) = kernel_features(accesses)?;
     let answer = |feature: Features, kind: BackingKind, modes: Modes| {
         if !features.contains(feature) {
             return Answer::No(format!("the kernel lacks {feature}"));
         }
-        match try_register(kind, feature, modes) {
+        match try_register(kind, feature, modes, accesses) {
             Ok(()) => Answer::Yes,
-            Err(why) => Answer::No(why),
+            Err(why) => Answer::No(why.to_string()),
         }
     };
     let (shmem, huge) = (BackingKind::Shmem, BackingKind::Hugetlb2M);
@@ -126,11 +133,16 @@ pub fn probe() -> Result<Probe, OpenError> {
     })
 }
 
-fn try_register(kind: BackingKind, feature: Features, modes: Modes) -> Result<(), String> {
-    let uffd = Userfaultfd::open(feature).map_err(|error| error.to_string())?;
+fn try_register(
+    kind: BackingKind,
+    feature: Features,
+    modes: Modes,
+    accesses: Accesses,
+) -> Result<(), Box<dyn Error>> {
+    let uffd = Userfaultfd::of(open(feature, accesses)?.0);
     // Reserves nothing: the test works even if the pool is empty.
-    let backing = MemfdBacking::new(kind, kind.unit(), false).map_err(|error| error.to_string())?;
-    let mapping = backing.map().map_err(|error| error.to_string())?;
-    uffd.register(mapping.address().as_ptr() as u64, mapping.len(), modes)
-        .map_err(|error| error.to_string())
+    let backing = MemfdBacking::new(kind, kind.unit())?.with_reservation(false);
+    let mapping = backing.map()?;
+    uffd.register(mapping.address().as_ptr() as u64, mapping.len(), modes)?;
+    Ok(())
 }

@@ -1,25 +1,31 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Threads that serve the faults of several userfaultfds.
+//! The threads that read userfaultfds and serve their faults, and the registration of mappings.
 
 use std::collections::HashMap;
 use std::fmt;
-use std::io;
 use std::os::fd::AsRawFd;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{
+    Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak,
+};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use demand_memory::{PageRange, Trap, join_within};
+use demand_memory::{OwnProcess, PageRange, Pager, join_within};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
-use vmm_sys_util::timerfd::TimerFd;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use crate::watch::{Fault, Watch};
-use crate::{ArmedMapping, ServiceError, Userfaultfd};
+use crate::fault::Resolutions;
+use crate::service_options::Counters;
+use crate::spin::Processors;
+use crate::uffd_entry::UffdEntry;
+use crate::{ArmedMapping, ServiceCounts, ServiceError, ServiceOptions, Userfaultfd};
 
-/// Default number of threads of a service.
-pub const DEFAULT_THREADS: usize = 2;
+#[cfg(test)]
+mod tests;
+mod threads;
+
+use threads::once;
 
 /// Longest time to wait at the end for threads that are blocked in a system call.
 const END_WITHIN: Duration = Duration::from_secs(1);
@@ -36,16 +42,17 @@ const DUE: u64 = 1;
 /// publishing thread or, in another process' mapping, by a thread of the service. The threads wait
 /// for nothing else either, except for the kernel: one faulter never delays another.
 ///
-/// Dropping the service stops it. Faults then stay open; no missing page reads as zeros.
+/// Dropping the service stops it, unless a guest's mapping that it has
+/// [armed](FaultService::arm_guest) exists: that keeps the threads. Faults of other mappings then
+/// stay open, and no missing page reads as zeros. A fault that no thread has read for 5 seconds is
+/// reported in the log.
 ///
 /// # Examples
 ///
 /// A mapping whose pages come from a file as they are touched:
 ///
 /// ```
-/// use demand_memory::{
-///     Backing, BackingKind, MemfdBacking, Pager, Path, Retrier, RetryPolicy, Stats,
-/// };
+/// use demand_memory::{Backing, BackingKind, FaultPath, MemfdBacking, Pager, PagerConfig};
 /// use demand_source::LocalFile;
 /// use demand_uffd::{ArmedMapping, FaultService, Features, Userfaultfd};
 /// use std::sync::Arc;
@@ -55,19 +62,18 @@ const DUE: u64 = 1;
 /// std::os::unix::fs::FileExt::write_all_at(image.as_file(), b"hello", 0x5000)?;
 /// image.as_file().set_len(1 << 20)?;
 ///
-/// let backing = Arc::new(MemfdBacking::new(BackingKind::Shmem, 1 << 20, true)?);
-/// let retrier = Retrier::new(RetryPolicy::default(), |failure| eprintln!("{}", failure.error));
+/// let backing = Arc::new(MemfdBacking::new(BackingKind::Shmem, 1 << 20)?);
 /// let source = Arc::new(LocalFile::open(image.path())?);
-/// let pager = Pager::new(backing.clone(), source, 0, Arc::new(Stats::new()), retrier)?;
+/// let pager = Pager::new(PagerConfig::new(backing.clone(), source))?;
 ///
 /// let uffd = match Userfaultfd::open(Features::GUEST_MEMORY) {
 ///     Ok(uffd) => Arc::new(uffd),
 ///     Err(error) => return Ok(eprintln!("{error}")),
 /// };
 /// let mapping = Arc::new(backing.map()?);
-/// let armed = ArmedMapping::own(&uffd, mapping.clone(), &pager, Path::Vmm)?;
+/// let armed = ArmedMapping::own(&uffd, mapping.clone(), &pager, FaultPath::Vmm)?;
 /// let service = FaultService::start(demand_uffd::DEFAULT_THREADS)?;
-/// service.serve(&[armed])?;
+/// service.add(&[armed])?;
 ///
 /// // SAFETY: the byte lies in the mapping, and no thread writes it.
 /// assert_eq!(unsafe { mapping.at(0x5001).as_ptr().read_volatile() }, b'e');
@@ -75,74 +81,105 @@ const DUE: u64 = 1;
 /// # Ok(())
 /// # }
 /// ```
+#[must_use = "faults are served until this is dropped"]
 pub struct FaultService {
-    shared: Arc<Shared>,
-    threads: Mutex<Vec<JoinHandle<()>>>,
+    running: Arc<Running>,
 }
 
-pub(crate) struct Shared {
+/// The threads of a service, which end when this is dropped.
+pub(crate) struct Running {
+    shared: Arc<Shared>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+    process: OwnProcess,
+}
+
+struct Shared {
     epoll: Epoll,
     stop: EventFd,
-    /// Expires when the next resolution in `again` is due. Any free thread sees it, because the
-    /// thread that set it may be blocked by then.
-    timer: Mutex<TimerFd>,
-    stopped: AtomicBool,
-    next: AtomicU64,
-    watches: RwLock<HashMap<u64, Arc<Watch>>>,
-    /// Resolutions that a thread of the service must run, with their due times, by mapping and
-    /// granule: those that the kernel refused for now, and those of other processes' faults whose
-    /// last page another thread has published. A resolution wakes all waiters of its granule, so
-    /// there are at most as many as granules, however often a process touches them.
-    again: Mutex<HashMap<(usize, u64), (Instant, Fault)>>,
-    /// Number of faults that any thread is currently resolving and counting.
-    resolving: AtomicUsize,
+    next_token: AtomicU64,
+    /// The userfaultfds that are read, by their epoll tokens.
+    entries: RwLock<HashMap<u64, Arc<UffdEntry>>>,
+    /// Held while mappings are added, and by the end until it refuses more: it misses none. Threads
+    /// that serve faults do not wait for it.
+    adding: Mutex<()>,
+    resolutions: Arc<Resolutions>,
+    options: ServiceOptions,
+    /// `None` if no thread spins.
+    processors: Option<Processors>,
+    /// Whether a thread spins: a second one would wait for the same message.
+    spins: AtomicBool,
+    counters: Counters,
 }
 
 impl FaultService {
-    /// Starts a service with `threads` threads, at least one.
+    /// Starts a service. A number stands for the default options with this number of threads.
     ///
     /// # Errors
     ///
     /// [`ServiceError::System`].
-    pub fn start(threads: usize) -> Result<Self, ServiceError> {
-        let refused = |error| ServiceError::System { asked: "start a fault service", error };
-        let timer = TimerFd::new().map_err(|error| refused(error.into()))?;
-        let timer_fd = timer.as_raw_fd();
+    pub fn start(options: impl Into<ServiceOptions>) -> Result<Self, ServiceError> {
+        let options: ServiceOptions = options.into();
+        let processors = (!options.spin.is_zero()).then(Processors::new);
+        Self::start_on(processors, options)
+    }
+
+    /// Starts a service that spins only while these processors suffice.
+    fn start_on(
+        processors: Option<Processors>,
+        options: ServiceOptions,
+    ) -> Result<Self, ServiceError> {
+        let options = ServiceOptions { threads: options.threads.max(1), ..options };
+        let refused = |source| ServiceError::System { operation: "start a fault service", source };
+        let resolutions = Arc::new(Resolutions::new().map_err(refused)?);
+        let due_fd = resolutions.deferred.as_raw_fd();
         let shared = Arc::new(Shared {
             epoll: Epoll::new().map_err(refused)?,
-            stop: EventFd::new(EFD_NONBLOCK).map_err(refused)?,
-            timer: Mutex::new(timer),
-            stopped: AtomicBool::new(false),
-            next: AtomicU64::new(DUE + 1),
-            watches: RwLock::default(),
-            again: Mutex::default(),
-            resolving: AtomicUsize::new(0),
+            stop: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(refused)?,
+            next_token: AtomicU64::new(DUE + 1),
+            entries: RwLock::default(),
+            adding: Mutex::default(),
+            resolutions,
+            options,
+            processors,
+            spins: AtomicBool::new(false),
+            counters: Counters::default(),
         });
-        for (fd, token) in [(shared.stop.as_raw_fd(), STOP), (timer_fd, DUE)] {
-            let interest = EpollEvent::new(EventSet::IN, token);
+        // Every thread is told of the end, and one thread of each time that work is due: each time
+        // is followed by another until no work is left.
+        let ends = EpollEvent::new(EventSet::IN, STOP);
+        for (fd, interest) in [(shared.stop.as_raw_fd(), ends), (due_fd, once(DUE))] {
             shared.epoll.ctl(ControlOperation::Add, fd, interest).map_err(refused)?;
         }
-        // From here on dropping `service` ends the threads that were started.
-        let service = FaultService { shared, threads: Mutex::default() };
-        for index in 0..threads.max(1) {
-            let shared = service.shared.clone();
+        // From here on dropping `running` ends the threads that were started.
+        let running = Running { shared, threads: Mutex::default(), process: OwnProcess::current() };
+        for index in 0..options.threads {
+            let shared = running.shared.clone();
             let thread = thread::Builder::new()
                 .name(format!("uffd-{index}"))
                 .spawn(move || shared.run())
                 .map_err(refused)?;
-            service.threads().push(thread);
+            running.threads().push(thread);
         }
-        Ok(service)
+        Ok(FaultService { running: Arc::new(running) })
     }
 
-    /// Returns the reference that faults hold to the service.
     #[cfg(test)]
-    pub(crate) fn weak(&self) -> std::sync::Weak<Shared> {
-        Arc::downgrade(&self.shared)
+    pub(crate) fn resolutions(&self) -> &Arc<Resolutions> {
+        &self.shared().resolutions
     }
 
-    fn threads(&self) -> MutexGuard<'_, Vec<JoinHandle<()>>> {
-        self.threads.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Returns whether the threads are this process', and not its parent's.
+    pub(crate) fn is_of_this_process(&self) -> bool {
+        self.running.process.is_current()
+    }
+
+    fn shared(&self) -> &Arc<Shared> {
+        &self.running.shared
+    }
+
+    /// Returns a handle that keeps the threads, and the mapping served, until it is dropped.
+    pub(crate) fn serving(&self, mapping: &Arc<ArmedMapping>) -> Serving {
+        Serving { running: self.running.clone(), mapping: Arc::downgrade(mapping) }
     }
 
     /// Serves these mappings from now on. Pass all mappings of a userfaultfd at once, so that no
@@ -151,45 +188,61 @@ impl FaultService {
     /// # Errors
     ///
     /// [`ServiceError::Stopped`], and [`ServiceError::System`] if a userfaultfd cannot be watched.
-    pub fn serve(&self, mappings: &[Arc<ArmedMapping>]) -> Result<(), ServiceError> {
-        if self.shared.stopped.load(Ordering::Acquire) {
+    pub fn add(&self, mappings: &[Arc<ArmedMapping>]) -> Result<(), ServiceError> {
+        let _adding = self.shared().adding();
+        if self.shared().resolutions.deferred.is_closed() {
             return Err(ServiceError::Stopped);
         }
-        let mut watches = self.shared.watches_mut();
-        let mut new: Vec<(u64, Arc<Watch>)> = Vec::new();
+        let mut entries = self.shared().entries_mut();
+        let mut new: Vec<Arc<UffdEntry>> = Vec::new();
         for mapping in mappings {
-            let same = |watch: &Arc<Watch>| Arc::ptr_eq(&watch.uffd, mapping.uffd());
-            if let Some(watch) = watches.values().find(|watch| same(watch)) {
-                watch.add(mapping);
-            } else if let Some((_, watch)) = new.iter().find(|(_, watch)| same(watch)) {
-                watch.add(mapping);
+            let same = |entry: &Arc<UffdEntry>| Arc::ptr_eq(entry.uffd(), mapping.uffd());
+            if let Some(entry) = entries.values().find(|entry| same(entry)) {
+                entry.add(mapping);
+            } else if let Some(entry) = new.iter().find(|entry| same(entry)) {
+                entry.add(mapping);
             } else {
-                let token = self.shared.next.fetch_add(1, Ordering::Relaxed);
-                let watch = Arc::new(Watch::new(mapping.uffd().clone()));
-                watch.add(mapping);
-                new.push((token, watch));
+                let entry = Arc::new(UffdEntry::new(mapping.uffd().clone()));
+                entry.add(mapping);
+                new.push(entry);
             }
         }
-        for (token, watch) in new {
-            let refused = |error| ServiceError::System { asked: "watch a userfaultfd", error };
-            let fd = watch.uffd.fd().map_err(refused)?;
-            watches.insert(token, watch);
-            let interest = EpollEvent::new(EventSet::IN, token);
-            if let Err(error) =
-                self.shared.epoll.ctl(ControlOperation::Add, fd.as_raw_fd(), interest)
-            {
-                watches.remove(&token);
-                return Err(refused(error));
-            }
-        }
+        new.into_iter().try_for_each(|entry| self.shared().watch_new(&mut entries, entry))?;
         for mapping in mappings {
             // Makes faults repeat that were read earlier and either lay in no known mapping, or
-            // were deferred and dropped with an earlier watch.
+            // were deferred and dropped with an earlier entry.
             if let Err(error) = mapping.uffd().wake(mapping.base(), mapping.len()) {
                 log::debug!("{error}");
             }
         }
         Ok(())
+    }
+
+    /// Serves, from now on, the messages of KVM on a userfaultfd that it was given: pages for which
+    /// it waits itself. `find` returns the region's pager, and the page in it, of a memslot's number
+    /// and a guest frame number; it must not block. The same threads read faults and messages.
+    ///
+    /// # Errors
+    ///
+    /// As for [`add`](Self::add).
+    pub fn serve_gfns(
+        &self,
+        uffd: &Arc<Userfaultfd>,
+        find: impl Fn(u32, u64) -> Option<(Arc<Pager>, u64)> + Send + Sync + 'static,
+    ) -> Result<(), ServiceError> {
+        let _adding = self.shared().adding();
+        if self.shared().resolutions.deferred.is_closed() {
+            return Err(ServiceError::Stopped);
+        }
+        let known = self.shared().tokens_of(Some(uffd));
+        let mut entries = self.shared().entries_mut();
+        if let Some(entry) = known.first().and_then(|token| entries.get(token)) {
+            entry.set_find_page(Arc::new(find));
+            return Ok(());
+        }
+        let entry = Arc::new(UffdEntry::new(uffd.clone()));
+        entry.set_find_page(Arc::new(find));
+        self.shared().watch_new(&mut entries, entry)
     }
 
     /// Stops trapping accesses to the mappings of a userfaultfd, all of whose pages are present,
@@ -198,28 +251,45 @@ impl FaultService {
     /// # Errors
     ///
     /// [`ServiceError::Incomplete`], without any effect, if pages are missing, or were missing when
-    /// their region was dropped. [`ServiceError::System`] if the operating system refuses; the
+    /// their region was dropped. [`ServiceError::Range`] if the operating system refuses; the
     /// userfaultfd is then no longer watched.
     pub fn release(&self, uffd: &Arc<Userfaultfd>) -> Result<(), ServiceError> {
-        let tokens = self.shared.tokens_of(Some(uffd));
-        self.shared.release(&tokens)
+        let tokens = self.shared().tokens_of(Some(uffd));
+        self.shared().release_entries(&tokens)
     }
 
     /// Returns whether a thread is blocked on a fault in a mapping of this process, or was a moment
     /// ago. With all vCPUs outside the guest, such a fault belongs to one of the hypervisor's own
     /// threads.
     pub fn has_open_faults(&self) -> bool {
-        let watches: Vec<_> = self.shared.watches().values().cloned().collect();
-        watches.iter().any(|watch| {
-            let mappings = watch.mappings();
-            mappings.iter().any(|mapping| mapping.is_own())
-                && (watch.uffd.has_messages() || mappings.iter().any(|m| m.has_pending()))
-        })
+        let entries: Vec<_> = self.shared().entries().values().cloned().collect();
+        entries.iter().any(|entry| entry.has_open_faults())
+    }
+
+    /// Returns the work of the threads so far.
+    pub fn counts(&self) -> ServiceCounts {
+        self.shared().counters.counts()
     }
 
     /// Stops watching a userfaultfd whose process has ended. Its mappings stay armed.
     pub fn forget(&self, uffd: &Arc<Userfaultfd>) {
-        self.shared.forget(uffd);
+        for token in self.shared().tokens_of(Some(uffd)) {
+            self.shared().remove_entry(token);
+        }
+    }
+
+    /// Serves another process' mapping no longer, because that process has given it up: nothing is
+    /// mapped there any more, not even for a fault that was read before, and the process may use
+    /// the addresses for something else. The mapping stays armed, so a thread of the process that
+    /// touches a missing page there after all waits. The other mappings of its userfaultfd are
+    /// served as before.
+    pub fn remove(&self, mapping: &Arc<ArmedMapping>) {
+        mapping.retire();
+        let entries: Vec<_> = self.shared().entries().values().cloned().collect();
+        for entry in entries {
+            // An entry without mappings is kept: its userfaultfd may get another one.
+            entry.remove(&Arc::downgrade(mapping));
+        }
     }
 
     /// Ends paging once all pages are present: stops trapping accesses on all userfaultfds, closes
@@ -228,17 +298,20 @@ impl FaultService {
     /// # Errors
     ///
     /// As for [`release`](Self::release). After [`ServiceError::Incomplete`] the service still
-    /// runs.
+    /// runs; otherwise nothing can be [added](Self::add) any more, by a concurrent call either.
     pub fn finish(&self) -> Result<(), ServiceError> {
-        let tokens = self.shared.tokens_of(None);
+        let adding = self.shared().adding();
+        let tokens = self.shared().tokens_of(None);
         let uffds: Vec<_> = {
-            let watches = self.shared.watches();
-            tokens.iter().filter_map(|token| Some(watches.get(token)?.uffd.clone())).collect()
+            let entries = self.shared().entries();
+            tokens.iter().filter_map(|token| Some(entries.get(token)?.uffd().clone())).collect()
         };
-        let released = self.shared.release(&tokens);
+        let released = self.shared().release_entries(&tokens);
         if let Err(ServiceError::Incomplete { .. }) = released {
             return released;
         }
+        self.shared().close();
+        drop(adding);
         uffds.iter().for_each(|uffd| uffd.close());
         self.stop();
         released
@@ -247,7 +320,42 @@ impl FaultService {
     /// Ends the threads, waiting at most a second for them. Faults stay open as long as their
     /// userfaultfds do. All faults that were resolved before are counted when this returns.
     pub fn stop(&self) {
-        self.shared.stopped.store(true, Ordering::Release);
+        self.running.stop();
+    }
+}
+
+/// A mapping that is served until this is dropped.
+pub(crate) struct Serving {
+    running: Arc<Running>,
+    mapping: Weak<ArmedMapping>,
+}
+
+impl Drop for Serving {
+    fn drop(&mut self) {
+        let shared = &self.running.shared;
+        let mut left = Vec::new();
+        shared.entries().iter().for_each(|(token, entry)| {
+            if entry.remove(&self.mapping) {
+                left.push(*token);
+            }
+        });
+        left.into_iter().for_each(|token| shared.remove_entry(token));
+    }
+}
+
+impl Running {
+    fn threads(&self) -> MutexGuard<'_, Vec<JoinHandle<()>>> {
+        self.threads.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn stop(&self) {
+        // A child shares the descriptors that wake the threads, but has no threads.
+        if !self.process.is_current() {
+            return;
+        }
+        let adding = self.shared.adding();
+        self.shared.close();
+        drop(adding);
         // Only a counter at its limit refuses the write, and then the threads are awake anyway.
         let _ = self.shared.stop.write(1);
         let threads = self.threads().drain(..).collect();
@@ -261,62 +369,72 @@ impl FaultService {
         }
         // Threads of a source resolve faults too, and count them after the faulter resumes.
         let due = Instant::now() + END_WITHIN;
-        while self.shared.resolving.load(Ordering::Acquire) > 0 && Instant::now() < due {
+        while self.shared.resolutions.are_under_way() && Instant::now() < due {
             thread::sleep(Duration::from_micros(100));
         }
     }
 }
 
-/// A fault that is being resolved, until it is counted.
-pub(crate) struct Resolving(Arc<Shared>);
-
-impl Drop for Resolving {
-    fn drop(&mut self) {
-        // Release: the end of the service sees the counted fault.
-        self.0.resolving.fetch_sub(1, Ordering::Release);
-    }
-}
-
 impl Shared {
-    /// Notes that a fault is being resolved.
-    pub(crate) fn resolving(self: Arc<Self>) -> Resolving {
-        self.resolving.fetch_add(1, Ordering::Relaxed);
-        Resolving(self)
+    fn adding(&self) -> MutexGuard<'_, ()> {
+        self.adding.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn watches(&self) -> RwLockReadGuard<'_, HashMap<u64, Arc<Watch>>> {
-        self.watches.read().unwrap_or_else(PoisonError::into_inner)
+    fn entries(&self) -> RwLockReadGuard<'_, HashMap<u64, Arc<UffdEntry>>> {
+        self.entries.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn watches_mut(&self) -> RwLockWriteGuard<'_, HashMap<u64, Arc<Watch>>> {
-        self.watches.write().unwrap_or_else(PoisonError::into_inner)
+    fn entries_mut(&self) -> RwLockWriteGuard<'_, HashMap<u64, Arc<UffdEntry>>> {
+        self.entries.write().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Returns the tokens of the watches of one userfaultfd, or of all.
+    /// Refuses mappings from now on. The caller holds `adding`.
+    fn close(&self) {
+        self.resolutions.deferred.close();
+    }
+
+    /// Returns the tokens of the entries of one userfaultfd, or of all.
     fn tokens_of(&self, uffd: Option<&Arc<Userfaultfd>>) -> Vec<u64> {
-        let chosen = |watch: &Watch| uffd.is_none_or(|uffd| Arc::ptr_eq(uffd, &watch.uffd));
-        let watches = self.watches();
-        watches.iter().filter(|(_, watch)| chosen(watch)).map(|(token, _)| *token).collect()
+        let chosen = |entry: &UffdEntry| uffd.is_none_or(|uffd| Arc::ptr_eq(uffd, entry.uffd()));
+        let entries = self.entries();
+        entries.iter().filter(|(_, entry)| chosen(entry)).map(|(token, _)| *token).collect()
+    }
+
+    /// Starts watching a userfaultfd. The caller holds `adding`.
+    fn watch_new(
+        &self,
+        entries: &mut HashMap<u64, Arc<UffdEntry>>,
+        entry: Arc<UffdEntry>,
+    ) -> Result<(), ServiceError> {
+        let refused = |source| ServiceError::System { operation: "watch a userfaultfd", source };
+        let token = self.next_token.fetch_add(1, Ordering::Relaxed);
+        let fd = entry.uffd().fd().map_err(refused)?;
+        entries.insert(token, entry);
+        self.epoll.ctl(ControlOperation::Add, fd.as_raw_fd(), once(token)).map_err(|error| {
+            entries.remove(&token);
+            refused(error)
+        })
     }
 
     /// Stops watching a userfaultfd.
-    fn unwatch(&self, token: u64) {
-        let Some(watch) = self.watches_mut().remove(&token) else { return };
-        if let Ok(fd) = watch.uffd.fd() {
+    fn remove_entry(&self, token: u64) {
+        let Some(entry) = self.entries_mut().remove(&token) else { return };
+        if let Ok(fd) = entry.uffd().fd() {
             // An error means that it was not watched, which does no harm.
             let gone = EpollEvent::default();
             let _ = self.epoll.ctl(ControlOperation::Delete, fd.as_raw_fd(), gone);
         }
-        self.again().retain(|_, (_, fault)| !Arc::ptr_eq(fault.mapping.uffd(), &watch.uffd));
+        self.resolutions.forget(entry.uffd());
     }
 
-    fn release(&self, tokens: &[u64]) -> Result<(), ServiceError> {
+    /// Stops trapping accesses to all mappings of these entries, and stops watching them.
+    fn release_entries(&self, tokens: &[u64]) -> Result<(), ServiceError> {
         let mappings: Vec<_> = {
-            let watches = self.watches();
+            let entries = self.entries();
             tokens
                 .iter()
-                .filter_map(|token| watches.get(token))
-                .flat_map(|w| w.mappings())
+                .filter_map(|token| entries.get(token))
+                .flat_map(|entry| entry.mappings())
                 .collect()
         };
         let all = |mapping: &ArmedMapping| PageRange::of_bytes(0, mapping.len());
@@ -326,116 +444,18 @@ impl Shared {
         }
         let mut released = Ok(());
         for mapping in mappings {
-            if let Err(error) = mapping.release(all(&mapping)) {
-                let asked = "unregister guest memory";
-                released = Err(ServiceError::System { asked, error });
+            if let Err(error) = mapping.disarm() {
+                released = Err(error.into());
             }
         }
         for token in tokens {
-            self.unwatch(*token);
+            self.remove_entry(*token);
         }
         released
     }
-
-    pub(crate) fn is_stopped(&self) -> bool {
-        self.stopped.load(Ordering::Acquire)
-    }
-
-    fn again(&self) -> MutexGuard<'_, HashMap<(usize, u64), (Instant, Fault)>> {
-        self.again.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Runs a resolution after a pause, on a thread of the service. Meanwhile the service reads the
-    /// events that may block the resolution.
-    pub(crate) fn resolve_again(&self, mut fault: Fault, pause: Duration) {
-        fault.pause = pause;
-        let place = (Arc::as_ptr(&fault.mapping) as usize, fault.granule.first);
-        let mut again = self.again();
-        again.entry(place).or_insert((Instant::now() + pause, fault));
-        self.set_timer(&again);
-    }
-
-    /// Sets the timer for the resolution that is due next. The lock on `again` keeps two threads
-    /// from setting it in the wrong order.
-    fn set_timer(&self, again: &HashMap<(usize, u64), (Instant, Fault)>) {
-        let Some(due) = again.values().map(|(due, _)| *due).min() else { return };
-        // Zero would disarm the timer.
-        let left = due.saturating_duration_since(Instant::now()).max(Duration::from_micros(1));
-        let mut timer = self.timer.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Err(error) = timer.reset(left, None) {
-            log::error!("cannot set a timer: {error}; a fault may stay unresolved");
-        }
-    }
-
-    /// Runs the resolutions that are due.
-    fn resolve_due(self: &Arc<Self>) {
-        {
-            // Disarming the timer makes it unreadable. Reading it would too, but could block.
-            let mut timer = self.timer.lock().unwrap_or_else(PoisonError::into_inner);
-            if let Err(error) = timer.clear() {
-                log::debug!("cannot clear a timer: {error}");
-            }
-        }
-        let due: Vec<_> = {
-            let mut again = self.again();
-            let now = Instant::now();
-            let due = again.extract_if(|_, (due, _)| *due <= now).collect();
-            self.set_timer(&again);
-            due
-        };
-        for (_, (_, fault)) in due {
-            fault.let_go(&Arc::downgrade(self));
-        }
-    }
-
-    /// Stops watching a userfaultfd whose process has ended.
-    pub(crate) fn forget(&self, uffd: &Arc<Userfaultfd>) {
-        for token in self.tokens_of(Some(uffd)) {
-            self.unwatch(token);
-        }
-    }
-
-    /// Runs a thread of the service until it is stopped.
-    fn run(self: &Arc<Self>) {
-        let mut ready = [EpollEvent::default(); 8];
-        let mut events = Vec::new();
-        loop {
-            let count = match self.epoll.wait(-1, &mut ready) {
-                Ok(count) => count,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(error) => {
-                    return log::error!(
-                        "cannot wait for faults: {error}; this thread no longer serves them"
-                    );
-                }
-            };
-            for event in &ready[..count] {
-                match event.data() {
-                    // The event is not consumed, so that the other threads see it too.
-                    STOP => return,
-                    DUE => self.resolve_due(),
-                    token => self.serve(token, event.event_set(), &mut events),
-                }
-            }
-        }
-    }
-
-    fn serve(self: &Arc<Self>, token: u64, ready: EventSet, events: &mut Vec<crate::Event>) {
-        let Some(watch) = self.watches().get(&token).cloned() else { return };
-        let served = if ready.contains(EventSet::IN) {
-            watch.serve(self, events)
-        } else {
-            Err(io::Error::other("the userfaultfd reports an error"))
-        };
-        if let Err(error) = served {
-            // If it stayed watched, epoll would report it again and again.
-            log::warn!("cannot read faults from a userfaultfd: {error}; they are no longer served");
-            self.unwatch(token);
-        }
-    }
 }
 
-impl Drop for FaultService {
+impl Drop for Running {
     fn drop(&mut self) {
         self.stop();
     }
@@ -444,8 +464,8 @@ impl Drop for FaultService {
 impl fmt::Debug for FaultService {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("FaultService")
-            .field("userfaultfds", &self.shared.watches().len())
-            .field("threads", &self.threads().len())
+            .field("userfaultfds", &self.shared().entries().len())
+            .field("threads", &self.running.threads().len())
             .finish()
     }
 }

@@ -1,32 +1,32 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A thin safe wrapper of the kernel's userfaultfd.
+//! A thin safe wrapper of the kernel's userfaultfd: operations on ranges, and messages.
 
-use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
-use std::os::unix::fs::MetadataExt;
-use std::ptr::NonNull;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
-use demand_memory::MappedBytes;
+use demand_memory::{MappedBytes, OwnProcess};
 use linux_raw_sys::{general as raw, ioctl as request};
-use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref, ioctl_with_val};
-use vmm_sys_util::ioctl_io_nr;
+use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref};
+use vmm_sys_util::ioctl_iowr_nr;
 
-use crate::event::{MESSAGE, Message};
+use crate::open::{Accesses, check_received, open};
+use crate::read::Reader;
 use crate::{Access, Event, Features, Modes, OpenError, RangeError};
 
-ioctl_io_nr!(USERFAULTFD_IOC_NEW, raw::USERFAULTFD_IOC, 0);
+// linux-raw-sys has the request's structure, but neither its number nor its mode. Source:
+// include/uapi/linux/userfaultfd.h.
+ioctl_iowr_nr!(UFFDIO_POISON, raw::UFFDIO, raw::_UFFDIO_POISON, raw::uffdio_poison);
 
-/// Number of messages in one read.
-const BATCH: usize = 16;
+/// The mode of `UFFDIO_POISON` in which threads that wait for a page keep waiting.
+const POISON_DONTWAKE: u64 = 1;
 
 /// A userfaultfd of this process, or one that another process has sent.
 ///
 /// All operations act on the address space of the process that opened it, whichever process calls
 /// them. They trap accesses, map pages of memory objects that are shared anyway, and wake waiting
-/// threads. Only the copies ([`copy`](Self::copy)) write content, so only those are unsafe. These
+/// threads. Only [`copy`](Self::copy) writes content, so only that is unsafe. These
 /// operations do not ensure that a range reads correctly while or after it is trapped:
 /// [`ArmedMapping`](crate::ArmedMapping) and [`FaultService`](crate::FaultService) do.
 ///
@@ -37,7 +37,7 @@ const BATCH: usize = 16;
 ///
 /// match Userfaultfd::open(Features::GUEST_MEMORY) {
 ///     Ok(uffd) => assert!(uffd.read(&mut Vec::new()).unwrap() == 0),
-/// // One line: the operation, the system's answer, a remedy.
+///     // One line: the operation, the system's answer, a remedy.
 ///     Err(error) => eprintln!("{error}"),
 /// }
 /// ```
@@ -45,9 +45,10 @@ const BATCH: usize = 16;
 pub struct Userfaultfd {
     // Shared with operations in progress, so that closing waits for none of them.
     fd: RwLock<Option<Arc<OwnedFd>>>,
-    /// Whether the kernel lacks reads that never wait by their own flags, so that those of the
-    /// descriptor decide.
-    flags_decide: AtomicBool,
+    reader: Reader,
+    /// Number of reads so far; reads at the same time may count as one.
+    reads: AtomicU64,
+    process: OwnProcess,
 }
 
 impl Userfaultfd {
@@ -62,30 +63,30 @@ impl Userfaultfd {
     ///
     /// [`OpenError`], with a remedy.
     pub fn open(features: Features) -> Result<Self, OpenError> {
-        let (fd, _) = open_fd()?;
-        if handshake(&fd, features).is_ok() {
-            return Ok(Userfaultfd::of(closed_early(fd)));
-        }
-        // A refused handshake does not name the cause: query the kernel's features, and compare.
-        let lacking = features.without(Self::kernel_features()?);
-        Err(OpenError::Features { wanted: features, lacking })
+        Ok(Self::open_with_access(features)?.0)
     }
 
-    /// Returns the features that the kernel has.
+    /// Like [`open`](Self::open), and returns the way in which it was opened.
+    pub(crate) fn open_with_access(features: Features) -> Result<(Self, Access), OpenError> {
+        let (fd, access) = open(features, Accesses::All)?;
+        Ok((Userfaultfd::of(fd), access))
+    }
+
+    /// Opens a userfaultfd for this process that traps accesses of user-mode code only, which needs
+    /// no permission, and negotiates `features` with the kernel.
+    ///
+    /// An access of the kernel to a page that is not mapped is not trapped: it fails. `read`,
+    /// `write` and every other system call that is given such memory returns `EFAULT`, or the
+    /// number of bytes before it; KVM and vhost fail likewise. Nothing waits, and nothing reads
+    /// zeros. So this suits a process that reads the memory itself (see
+    /// [`LazyMap`](crate::LazyMap)), and no guest.
     ///
     /// # Errors
     ///
-    /// [`OpenError`], with a remedy.
-    pub fn kernel_features() -> Result<Features, OpenError> {
-        Self::ask().map(|(features, _)| features)
-    }
-
-    /// Returns the features that the kernel has, and the way in which this process could query
-    /// them.
-    pub(crate) fn ask() -> Result<(Features, Access), OpenError> {
-        let (fd, access) = open_fd()?;
-        let features = handshake(&fd, Features::NONE).map_err(OpenError::Failed)?;
-        Ok((features, access))
+    /// [`OpenError`], with a remedy: [`OpenError::NoUserMode`] before Linux 5.11 and behind a seccomp
+    /// filter that refuses the call.
+    pub fn open_user_mode(features: Features) -> Result<Self, OpenError> {
+        Ok(Userfaultfd::of(open(features, Accesses::UserMode)?.0))
     }
 
     /// Takes a userfaultfd that another process has opened and sent, after checking that it is one
@@ -93,39 +94,9 @@ impl Userfaultfd {
     ///
     /// # Errors
     ///
-    /// [`OpenError::NoUserfaultfd`] describes the descriptor instead.
+    /// [`OpenError::NoUserfaultfd`], [`OpenError::NotInitialised`] or [`OpenError::Unusable`].
     pub fn from_received(fd: OwnedFd) -> Result<Self, OpenError> {
-        let refuse = |what: String| Err(OpenError::NoUserfaultfd(what));
-        match std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd())) {
-            Ok(name) if name.as_os_str() == "anon_inode:[userfaultfd]" => {}
-            Ok(name) => return refuse(format!("{}, not a userfaultfd", name.display())),
-            // Without /proc the request below decides, but only among files without a file type. A
-            // device can answer a request in any way, and its reads can return anything that the
-            // sender likes.
-            Err(_) => match is_anonymous(&fd) {
-                Ok(true) => {}
-                Ok(false) => return refuse("a file or a device, not a userfaultfd".into()),
-                Err(error) => return refuse(format!("unusable ({error})")),
-            },
-        }
-        // SAFETY: fcntl with these commands touches no memory.
-        let flags = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GETFL) };
-        // SAFETY: as above. A blocking userfaultfd cannot be polled.
-        if unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, flags | libc::O_NONBLOCK) } < 0 {
-            return refuse(format!("unusable ({})", io::Error::last_os_error()));
-        }
-        let nothing = raw::uffdio_range { start: 0, len: 0 };
-        // SAFETY: the request reads a range of this type; an empty one does nothing.
-        unsafe { ioctl_with_ref(&fd, request::UFFDIO_WAKE.into(), &nothing) };
-        let answer = io::Error::last_os_error();
-        if answer.raw_os_error() != Some(libc::EINVAL) {
-            return refuse(format!("not a userfaultfd ({answer})"));
-        }
-        let mut poll = libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
-        // SAFETY: one entry, as the count says.
-        if unsafe { libc::poll(&mut poll, 1, 0) } < 0 || poll.revents & libc::POLLERR != 0 {
-            return refuse("a userfaultfd that was never initialised with UFFDIO_API".into());
-        }
+        check_received(&fd)?;
         Ok(Userfaultfd::of(fd))
     }
 
@@ -140,9 +111,11 @@ impl Userfaultfd {
         Userfaultfd::of(fd)
     }
 
-    fn of(fd: OwnedFd) -> Self {
+    pub(crate) fn of(fd: OwnedFd) -> Self {
         let fd = RwLock::new(Some(Arc::new(fd)));
-        Userfaultfd { fd, flags_decide: AtomicBool::new(false) }
+        let (reader, reads, process) =
+            (Reader::default(), AtomicU64::new(0), OwnProcess::current());
+        Userfaultfd { fd, reader, reads, process }
     }
 
     /// Returns a duplicate of its descriptor, to be sent to another process.
@@ -242,24 +215,24 @@ impl Userfaultfd {
         })
     }
 
-    /// Maps zeroed pages in place of missing ones, and wakes the threads that wait there. Without a
-    /// userfaultfd an access would have found the same.
+    /// Sets poison markers on unmapped pages (Linux 6.6): an access there is an error. A thread gets
+    /// SIGBUS with `BUS_MCEERR_AR`, a system call `EFAULT`. Threads that wait for a page keep
+    /// waiting. [`continue`](Self::continue) and [`copy`](Self::copy) replace markers.
     ///
     /// # Errors
     ///
-    /// As for [`continue`](Self::continue); `EINVAL` on huge pages.
-    pub fn zeropage(&self, address: u64, len: u64) -> Result<(), RangeError> {
-        self.in_parts("map zeros into", address, len, |fd, start, len| {
-            let mut argument = raw::uffdio_zeropage {
+    /// [`RangeError`] with the number of bytes that were marked before it: `EEXIST` for a page that
+    /// is mapped or marked already, and otherwise as for [`continue`](Self::continue).
+    pub fn poison(&self, address: u64, len: u64) -> Result<(), RangeError> {
+        self.in_parts("mark", address, len, |fd, start, len| {
+            let mut argument = raw::uffdio_poison {
                 range: raw::uffdio_range { start, len },
-                mode: 0,
-                zeropage: 0,
+                mode: POISON_DONTWAKE,
+                updated: 0,
             };
-            // SAFETY: the request reads and writes this structure. It creates only pages that do
-            // not exist, with the zeros that they would have held anyway.
-            let result =
-                unsafe { ioctl_with_mut_ref(fd, request::UFFDIO_ZEROPAGE.into(), &mut argument) };
-            (result, argument.zeropage)
+            // SAFETY: as for `register`.
+            let result = unsafe { ioctl_with_mut_ref(fd, UFFDIO_POISON(), &mut argument) };
+            (result, argument.updated)
         })
     }
 
@@ -268,34 +241,13 @@ impl Userfaultfd {
     ///
     /// # Errors
     ///
-    /// As for [`continue`](Self::continue).
+    /// As for [`continue`](Self::continue), and `EFAULT` if the content cannot be read because its
+    /// pages have vanished.
     ///
     /// # Safety
     ///
     /// If the userfaultfd is of this process, no Rust reference to bytes of the range may exist.
-    pub unsafe fn copy(&self, address: u64, content: &[u8]) -> Result<(), RangeError> {
-        // SAFETY: a slice is mapped and does not change while it is borrowed; the rest is the
-        // caller's guarantee.
-        unsafe {
-            let content = MappedBytes::new(NonNull::from(content).cast(), content.len());
-            self.copy_mapped(address, content)
-        }
-    }
-
-    /// Like [`copy`](Self::copy), with content whose pages may have vanished, which is an `EFAULT`.
-    ///
-    /// # Errors
-    ///
-    /// As for [`continue`](Self::continue), and `EFAULT` if the content cannot be read.
-    ///
-    /// # Safety
-    ///
-    /// As for [`copy`](Self::copy).
-    pub unsafe fn copy_mapped(
-        &self,
-        address: u64,
-        content: MappedBytes<'_>,
-    ) -> Result<(), RangeError> {
+    pub unsafe fn copy(&self, address: u64, content: MappedBytes<'_>) -> Result<(), RangeError> {
         let source = content.address().as_ptr() as u64;
         self.in_parts("copy content to", address, content.len() as u64, |fd, start, len| {
             let mut argument = raw::uffdio_copy {
@@ -325,22 +277,13 @@ impl Userfaultfd {
     ///
     /// The operating system's error; `EBADF` after [`close`](Self::close).
     pub fn read(&self, events: &mut Vec<Event>) -> io::Result<usize> {
-        let fd = self.fd()?;
-        let mut messages = [[0u8; MESSAGE]; BATCH];
-        loop {
-            let read = match self.read_now(&fd, &mut messages) {
-                Ok(read) => read,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(0),
-                Err(error) => return Err(error),
-            };
-            let count = read / MESSAGE;
-            for message in &messages[..count] {
-                // SAFETY: the kernel has just written this message, and it is converted once.
-                events.push(unsafe { Message::decode(message).into_event() });
-            }
-            return Ok(count);
-        }
+        self.reads.store(self.reads() + 1, Ordering::Relaxed);
+        self.reader.read(&*self.fd()?, events)
+    }
+
+    /// Returns the number of reads so far.
+    pub(crate) fn reads(&self) -> u64 {
+        self.reads.load(Ordering::Relaxed)
     }
 
     /// Returns whether a message waits to be read.
@@ -351,42 +294,9 @@ impl Userfaultfd {
         unsafe { libc::poll(&mut poll, 1, 0) == 1 && poll.revents & libc::POLLIN != 0 }
     }
 
-    /// Reads the available messages once; returns their length in bytes. The process that sent the
-    /// descriptor shares its flags, and could make a read wait at any time, so this read passes its
-    /// own flag.
-    fn read_now(&self, fd: &OwnedFd, messages: &mut [[u8; MESSAGE]; BATCH]) -> io::Result<usize> {
-        if self.flags_decide.load(Ordering::Relaxed) {
-            return read_by_flags(fd, messages);
-        }
-        let len = size_of_val(messages);
-        let part = libc::iovec { iov_base: messages.as_mut_ptr().cast(), iov_len: len };
-        // -1, in both halves, means the file's own position; a userfaultfd has none.
-        let (count, position): (libc::c_ulong, libc::c_long) = (1, -1);
-        // SAFETY: the kernel reads one iovec, as the count says, and writes at most its bytes,
-        // which are those of the array. Both live until the call returns, and no other code uses
-        // them before.
-        let read = unsafe {
-            let fd = fd.as_raw_fd();
-            let flags = libc::RWF_NOWAIT;
-            libc::syscall(libc::SYS_preadv2, fd, &part, count, position, position, flags)
-        };
-        if let Ok(read) = usize::try_from(read) {
-            return Ok(read);
-        }
-        let error = io::Error::last_os_error();
-        match error.raw_os_error() {
-            // Nothing was read: this kernel accepts no flags for reads of a userfaultfd.
-            Some(libc::EOPNOTSUPP | libc::EINVAL | libc::ESPIPE | libc::ENOSYS) => {
-                self.flags_decide.store(true, Ordering::Relaxed);
-                read_by_flags(fd, messages)
-            }
-            _ => Err(error),
-        }
-    }
-
     /// Returns whether the process behind it still has its address space. `address` is any address
     /// in it.
-    pub fn is_process_alive(&self, address: u64) -> bool {
+    pub(crate) fn is_process_alive(&self, address: u64) -> bool {
         let argument = raw::uffdio_writeprotect {
             range: raw::uffdio_range { start: address & !0xfff, len: 4096 },
             mode: 0,
@@ -413,11 +323,15 @@ impl Userfaultfd {
         call: impl FnOnce(&Descriptor) -> libc::c_int,
     ) -> Result<(), RangeError> {
         let error = match self.fd() {
+            // The request would change the memory of the parent.
+            Ok(_) if !self.process.is_current() => {
+                io::Error::other("it belongs to the process that has forked this one")
+            }
             Ok(fd) if call(&Descriptor(fd.as_raw_fd())) == 0 => return Ok(()),
             Ok(_) => io::Error::last_os_error(),
             Err(error) => error,
         };
-        Err(RangeError { operation, address, len, done: 0, error })
+        Err(RangeError { operation, address, len, done: 0, source: error })
     }
 
     /// Runs an operation on a range that the kernel may do in parts. `call` returns the result of
@@ -430,7 +344,7 @@ impl Userfaultfd {
         mut call: impl FnMut(&Descriptor, u64, u64) -> (libc::c_int, i64),
     ) -> Result<(), RangeError> {
         let mut done = 0;
-        let failed = |done, error| Err(RangeError { operation, address, len, done, error });
+        let failed = |done, source| Err(RangeError { operation, address, len, done, source });
         let fd = match self.fd() {
             Ok(fd) => fd,
             Err(error) => return failed(0, error),
@@ -452,12 +366,6 @@ impl Userfaultfd {
     }
 }
 
-/// Returns whether a descriptor refers to an anonymous file of the kernel, as that of a userfaultfd
-/// does: only such files have no file type.
-fn is_anonymous(fd: &OwnedFd) -> io::Result<bool> {
-    Ok(File::from(fd.try_clone()?).metadata()?.mode() & libc::S_IFMT == 0)
-}
-
 /// A descriptor that the caller keeps open, in the form that the request functions take.
 struct Descriptor(RawFd);
 
@@ -467,123 +375,20 @@ impl AsRawFd for Descriptor {
     }
 }
 
-/// Reads the available messages; only the descriptor's flags keep the read from waiting.
-fn read_by_flags(fd: &OwnedFd, messages: &mut [[u8; MESSAGE]; BATCH]) -> io::Result<usize> {
-    // SAFETY: fcntl with this command touches no memory.
-    let flags = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GETFL) };
-    if flags & libc::O_NONBLOCK == 0 {
-        return Err(io::Error::other("the other process made its userfaultfd blocking"));
-    }
-    let len = size_of_val(messages);
-    // SAFETY: the kernel writes at most the bytes of the array.
-    let read = unsafe { libc::read(fd.as_raw_fd(), messages.as_mut_ptr().cast(), len) };
-    usize::try_from(read).map_err(|_| io::Error::last_os_error())
-}
-
-/// Opens a descriptor of a userfaultfd that is not ready for use yet.
-fn open_fd() -> Result<(OwnedFd, Access), OpenError> {
-    let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
-    let device = match OpenOptions::new().read(true).write(true).open("/dev/userfaultfd") {
-        Ok(device) => {
-            // SAFETY: the request takes flags and creates a descriptor.
-            let fd = unsafe { ioctl_with_val(&device, USERFAULTFD_IOC_NEW(), flags as _) };
-            if fd >= 0 {
-                // SAFETY: the kernel has just created this descriptor, and no other code owns it.
-                return Ok((unsafe { OwnedFd::from_raw_fd(fd) }, Access::Device));
-            }
-            io::Error::last_os_error()
-        }
-        Err(error) => error,
-    };
-    // SAFETY: the call takes flags and creates a descriptor.
-    let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, flags) };
-    if let Ok(fd @ 0..) = RawFd::try_from(fd) {
-        // SAFETY: the kernel has just created this descriptor, and no other code owns it.
-        return Ok((unsafe { OwnedFd::from_raw_fd(fd) }, Access::SystemCall));
-    }
-    let call = io::Error::last_os_error();
-    Err(match call.raw_os_error() {
-        Some(libc::EPERM | libc::EACCES) => OpenError::NotPermitted { device, call },
-        Some(libc::ENOSYS) => OpenError::NoKernelSupport(call),
-        _ => OpenError::Failed(call),
-    })
-}
-
-/// The lowest number of a userfaultfd's descriptor: higher than a VMM's number of descriptors, and
-/// normally below the limit of open files.
-const HIGH: u64 = 512;
-
-/// Gives a descriptor a high number. When a process ends, the kernel queues its files in the order
-/// of their numbers, and releases them last in, first out (`task_work_run`): the highest is closed
-/// first.
-fn closed_early(fd: OwnedFd) -> OwnedFd {
-    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-    // SAFETY: the call writes the structure.
-    if unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) } != 0 {
-        return fd;
-    }
-    let least = HIGH.min(limit.rlim_cur / 2) as libc::c_int;
-    // SAFETY: fcntl with this command touches no memory.
-    match unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_DUPFD_CLOEXEC, least) } {
-        // SAFETY: the kernel has just created this descriptor, and no other code owns it.
-        high @ 0.. => unsafe { OwnedFd::from_raw_fd(high) },
-        // Too many files are open. The low number works too, except when the process is killed.
-        _ => fd,
-    }
-}
-
-/// Negotiates features; returns those that the kernel has.
-fn handshake(fd: &OwnedFd, features: Features) -> io::Result<Features> {
-    let mut api =
-        raw::uffdio_api { api: raw::UFFD_API.into(), features: features.bits(), ioctls: 0 };
-    // SAFETY: the request reads and writes this structure.
-    let result = unsafe { ioctl_with_mut_ref(fd, request::UFFDIO_API.into(), &mut api) };
-    if result == 0 {
-        Ok(Features::from_bits(api.features))
-    } else {
-        Err(io::Error::last_os_error())
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use std::sync::mpsc;
-    use std::thread;
-    use std::time::Duration;
+    use demand_memory::{Backing, BackingKind, MemfdBacking, PAGE_SIZE};
 
     use super::*;
 
-    /// A process that holds a descriptor of the same userfaultfd can make it blocking at any time.
     #[test]
-    fn read_never_blocks_despite_blocking_flags() {
-        let uffd = Arc::new(Userfaultfd::open(Features::GUEST_MEMORY).unwrap());
-        assert_eq!(uffd.read(&mut Vec::new()).unwrap(), 0);
-        let theirs = uffd.try_clone_fd().unwrap();
-        // SAFETY: fcntl with this command touches no memory.
-        assert_eq!(unsafe { libc::fcntl(theirs.as_raw_fd(), libc::F_SETFL, 0) }, 0);
-        let (sender, receiver) = mpsc::channel();
-        let reader = uffd.clone();
-        thread::spawn(move || sender.send(reader.read(&mut Vec::new())));
-        let read = receiver.recv_timeout(Duration::from_secs(20)).expect("the read returns");
-        if uffd.flags_decide.load(Ordering::Relaxed) {
-            // An older kernel: the change is noticed, unless it happens at the moment of the read.
-            assert!(read.unwrap_err().to_string().contains("blocking"));
-            if std::env::var("LAB").is_err() {
-                println!("SKIPPED: a read of a userfaultfd that takes flags needs Linux 6.10");
-            }
-            return;
-        }
-        assert_eq!(read.unwrap(), 0);
-    }
-
-    #[test]
-    fn read_without_flags_checks_the_descriptors_flags() {
+    fn own_process_is_alive() {
+        let backing = MemfdBacking::new(BackingKind::Shmem, PAGE_SIZE).unwrap();
+        let mapping = backing.map().unwrap();
+        let base = mapping.address().as_ptr() as u64;
         let uffd = Userfaultfd::open(Features::GUEST_MEMORY).unwrap();
-        uffd.flags_decide.store(true, Ordering::Relaxed);
-        assert_eq!(uffd.read(&mut Vec::new()).unwrap(), 0);
-        let theirs = uffd.try_clone_fd().unwrap();
-        // SAFETY: fcntl with this command touches no memory.
-        assert_eq!(unsafe { libc::fcntl(theirs.as_raw_fd(), libc::F_SETFL, 0) }, 0);
-        assert!(uffd.read(&mut Vec::new()).unwrap_err().to_string().contains("blocking"));
+        assert!(uffd.is_process_alive(base));
+        uffd.register(base, PAGE_SIZE, Modes::ALL).unwrap();
+        assert!(uffd.is_process_alive(base));
     }
 }

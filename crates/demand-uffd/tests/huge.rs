@@ -9,7 +9,7 @@ use std::thread;
 use common::{
     base, check_page, expect, expect_blocked, mapping, pager, pager_on, read, read_later, uffd,
 };
-use demand_memory::{BackingKind, PAGE_SIZE, PageRange, Path, Trap};
+use demand_memory::{BackingKind, FaultPath, PAGE_SIZE, PageRange};
 use demand_uffd::{ArmedMapping, DEFAULT_THREADS, Event, FaultService, Modes};
 use test_support::host::huge_pages;
 use test_support::image::far;
@@ -22,7 +22,7 @@ const KIND: BackingKind = BackingKind::Hugetlb2M;
 
 fn service(mappings: &[Arc<ArmedMapping>]) -> FaultService {
     let service = FaultService::start(DEFAULT_THREADS).unwrap();
-    service.serve(mappings).unwrap();
+    service.add(mappings).unwrap();
     service
 }
 
@@ -31,14 +31,14 @@ fn units_arrive_whole() {
     let Some(_pool) = huge_pages(4) else { return };
     let (pager, uffd) = (pager(KIND, SIZE), uffd());
     let mapping = mapping(&pager);
-    let armed = ArmedMapping::own(&uffd, mapping.clone(), &pager, Path::Vmm).unwrap();
+    let armed = ArmedMapping::own(&uffd, mapping.clone(), &pager, FaultPath::Vmm).unwrap();
     assert_eq!(armed.granularity(), 2 << 20);
     let service = service(&[armed]);
     for page in (0..PAGES).rev() {
         check_page(&mapping, page);
     }
     service.finish().unwrap();
-    let report = pager.stats().path(Path::Vmm);
+    let report = pager.stats().path(FaultPath::Vmm);
     assert_eq!((report.faults, report.granularity_bytes), (4, 2 << 20));
 }
 
@@ -52,7 +52,7 @@ fn a_half_filled_unit_is_completed_first() {
     assert_eq!(armed.granularity(), 2 << 20);
     let _service = service(&[armed]);
     for page in [1, 511, 600] {
-        pager.fetch(PageRange::page(page), Path::Guest).unwrap();
+        pager.fetch(PageRange::page(page), FaultPath::Guest).unwrap();
     }
     // One that is present, and one that is missing.
     expect(&read_later(&mapping, PAGE_SIZE), PAGE_SIZE);
@@ -72,7 +72,7 @@ fn incomplete_unit_is_not_reachable() {
     let reader = read_later(&mapping, 2 * PAGE_SIZE);
     until("the others arrive", || !pager.bitmap().is_missing(2) && !pager.bitmap().is_missing(99));
     expect_blocked(&reader);
-    control.let_go();
+    control.release();
     expect(&reader, 2 * PAGE_SIZE);
     expect(&read_later(&mapping, 511 * PAGE_SIZE), 511 * PAGE_SIZE);
 }
@@ -85,8 +85,13 @@ fn missing_units_only() {
     let (source, control) = far(SIZE);
     let pager = pager_on(common::backing(KIND, SIZE), source);
     let (uffd, mapping) = (uffd(), mapping(&pager));
-    let armed =
-        ArmedMapping::own_missing_units(&uffd, mapping.clone(), &pager, Path::KvmInternal).unwrap();
+    let armed = ArmedMapping::own_missing_units(
+        &uffd,
+        mapping.clone(),
+        &pager,
+        FaultPath::HypervisorInternal,
+    )
+    .unwrap();
     assert_eq!(armed.modes(), Modes::MISSING);
     pager.set_guest_trap(armed.clone()).unwrap();
     let service = service(&[armed]);
@@ -94,16 +99,16 @@ fn missing_units_only() {
     let reader = read_later(&mapping, (UNIT + 2) * PAGE_SIZE);
     until("the others arrive", || !pager.bitmap().is_missing(UNIT + 2));
     expect_blocked(&reader);
-    control.let_go();
+    control.release();
     expect(&reader, (UNIT + 2) * PAGE_SIZE);
     // A present page is read without a fault, as by a vCPU.
-    let faults = || pager.stats().path(Path::KvmInternal).faults;
+    let faults = || pager.stats().path(FaultPath::HypervisorInternal).faults;
     until("the first is counted", || faults() == 1);
-    pager.fetch(PageRange::page(1), Path::Guest).unwrap();
+    pager.fetch(PageRange::page(1), FaultPath::Guest).unwrap();
     until("it arrives", || !pager.bitmap().is_missing(1));
     check_page(&mapping, 1);
     assert_eq!(faults(), 1);
-    pager.fetch(PageRange::new(0, PAGES), Path::Fill).unwrap();
+    pager.fetch(PageRange::new(0, PAGES), FaultPath::Fill).unwrap();
     until("all arrive", || pager.bitmap().is_complete());
     service.finish().unwrap();
 }
@@ -114,7 +119,7 @@ fn missing_alone_lets_half_filled_units_through() {
     let Some(_pool) = huge_pages(1) else { return };
     let (pager, uffd) = (pager(KIND, UNIT * PAGE_SIZE), uffd());
     let mapping = mapping(&pager);
-    pager.fetch(PageRange::page(1), Path::Guest).unwrap();
+    pager.fetch(PageRange::page(1), FaultPath::Guest).unwrap();
     uffd.register(base(&mapping), mapping.len(), Modes::MISSING).unwrap();
     assert_eq!(read(&mapping, 2 * PAGE_SIZE), 0, "the image has something else there");
     assert_eq!(uffd.read(&mut Vec::<Event>::new()).unwrap(), 0);
@@ -128,7 +133,7 @@ fn single_pages_and_units_are_served_together() {
     let (access, back_end) = (mapping(&pager), mapping(&pager));
     let (own, theirs) = (uffd(), uffd());
     let service = service(&[
-        ArmedMapping::own(&own, access.clone(), &pager, Path::Vmm).unwrap(),
+        ArmedMapping::own(&own, access.clone(), &pager, FaultPath::Vmm).unwrap(),
         ArmedMapping::foreign(&theirs, base(&back_end), &pager).unwrap(),
     ]);
     let mut readers = Vec::new();
@@ -141,7 +146,7 @@ fn single_pages_and_units_are_served_together() {
         let pager = pager.clone();
         thread::spawn(move || {
             for page in (0..PAGES).rev() {
-                pager.fetch(PageRange::page(page), Path::Guest).unwrap();
+                pager.fetch(PageRange::page(page), FaultPath::Guest).unwrap();
             }
         })
     };

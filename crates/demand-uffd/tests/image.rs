@@ -11,8 +11,9 @@ use std::thread;
 
 use common::{expect, mapping, read_later, uffd};
 use demand_memory::{
-    BackingKind, DemandMemory, DemandRegion, LoadUnit, MappedBytes, Mapping, PAGE_SIZE, PageRange,
-    Pager, Path, RegionConfig, Retrier, RetryPolicy, Stats, Trap, WriteImageError,
+    BackingKind, DemandMemory, DemandRegion, FaultPath, LoadUnit, MapPresent, MappedBytes, Mapping,
+    PAGE_SIZE, PageRange, Pager, PagerConfig, Retrier, RetryPolicy, Stats, WriteImageError,
+    to_usize,
 };
 use demand_source::{Destination, HashedImage, ImageWriter, LocalFile, PageSource};
 use demand_uffd::{ArmedMapping, DEFAULT_THREADS, FaultService, UnitLoader};
@@ -26,15 +27,14 @@ const WRITTEN: u64 = 0xd1d1_d1d1;
 
 fn memory(kind: BackingKind, source: impl PageSource + 'static) -> (DemandMemory, Arc<Pager>) {
     let size = source.size();
-    let config = RegionConfig {
-        start: GuestAddress(0),
+    let config = PagerConfig {
         backing: common::backing(kind, size),
         source: Arc::new(source),
         image_offset: 0,
         stats: Arc::new(Stats::new()),
         retrier: Retrier::new(RetryPolicy::default(), |_| {}),
     };
-    let region = DemandRegion::new(config, ()).unwrap();
+    let region = DemandRegion::new(GuestAddress(0), config, ()).unwrap();
     let pager = region.pager().clone();
     (DemandMemory::new(vec![region]).unwrap(), pager)
 }
@@ -59,10 +59,10 @@ fn image(memory: &DemandMemory) -> Result<Vec<Vec<u8>>, WriteImageError> {
     let mut writer = ImageWriter::create(&image, &table, size, [1; 16]).unwrap();
     memory.write_image(&mut writer, &mut |_| true)?;
     writer.finish().unwrap();
-    let mut content = vec![0xee; size as usize];
+    let mut content = vec![0xee; to_usize(size)];
     let image = HashedImage::open(&image, &table).unwrap();
     image.read_through(0, &mut Destination::from(&mut content[..])).unwrap();
-    Ok(content.chunks_exact(PAGE_SIZE as usize).map(<[u8]>::to_vec).collect())
+    Ok(content.chunks_exact(to_usize(PAGE_SIZE)).map(<[u8]>::to_vec).collect())
 }
 
 /// Returns a page of the source after the guest has written its first word.
@@ -77,19 +77,13 @@ struct Half {
     whole: AtomicBool,
 }
 
-impl Trap for Half {
-    fn granularity(&self) -> u64 {
-        self.armed.granularity()
-    }
+impl MapPresent for Half {
     fn map_present(&self, pages: PageRange) -> io::Result<()> {
         if self.whole.load(Ordering::Relaxed) {
             return self.armed.map_present(pages);
         }
         self.armed.map_present(PageRange::page(pages.first))?;
         Err(io::Error::from_raw_os_error(libc::ENOMEM))
-    }
-    fn release(&self, pages: PageRange) -> io::Result<()> {
-        self.armed.release(pages)
     }
 }
 
@@ -98,12 +92,12 @@ fn image_has_writes_to_half_mapped_pages() {
     const PAGES: u64 = 64;
     let (memory, pager) = memory(BackingKind::Shmem, Near(PAGES * PAGE_SIZE));
     let guest = mapping(&pager);
-    let armed = ArmedMapping::own(&uffd(), guest.clone(), &pager, Path::Guest).unwrap();
+    let armed = ArmedMapping::own(&uffd(), guest.clone(), &pager, FaultPath::Guest).unwrap();
     let trap = Arc::new(Half { armed, whole: AtomicBool::new(false) });
     pager.set_guest_trap(trap.clone()).unwrap();
 
     let written = write_later(&guest, PAGE_SIZE);
-    assert_eq!(pager.fetch(PageRange::new(1, 4), Path::Fill), Ok(0));
+    assert_eq!(pager.fetch(PageRange::new(1, 4), FaultPath::Fill), Ok(0));
     written.recv_timeout(PATIENCE).expect("the first page is mapped");
     assert!(pager.bitmap().is_missing(1), "and does not count as present");
 
@@ -156,11 +150,16 @@ fn image_has_writes_to_new_units() {
     pager.set_unit_loader(Arc::new(held));
     // Armed as for KVM's own accesses, which are trapped only until the unit exists.
     let guest = mapping(&pager);
-    let own = ArmedMapping::own_missing_units(&uffd(), guest.clone(), &pager, Path::KvmInternal);
+    let own = ArmedMapping::own_missing_units(
+        &uffd(),
+        guest.clone(),
+        &pager,
+        FaultPath::HypervisorInternal,
+    );
     let armed = own.unwrap();
     pager.set_guest_trap(armed.clone()).unwrap();
     let service = FaultService::start(DEFAULT_THREADS).unwrap();
-    service.serve(&[armed]).unwrap();
+    service.add(&[armed]).unwrap();
     // Dropped before the service, whose thread waits for it.
     let go = go;
 
@@ -185,10 +184,10 @@ fn raw_pointers_wait_for_missing_pages() {
     let (memory, pager) = memory(BackingKind::Shmem, Near(8 * PAGE_SIZE));
     let region = memory.find_region(GuestAddress(0)).unwrap();
     let access = mapping(&pager);
-    let armed = ArmedMapping::own(&uffd(), access.clone(), &pager, Path::Vmm).unwrap();
+    let armed = ArmedMapping::own(&uffd(), access.clone(), &pager, FaultPath::Vmm).unwrap();
     region.set_access_mapping(access).unwrap();
     let service = FaultService::start(DEFAULT_THREADS).unwrap();
-    service.serve(&[armed]).unwrap();
+    service.add(&[armed]).unwrap();
     let address = region.get_host_address(MemoryRegionAddress(3 * PAGE_SIZE)).unwrap();
     // SAFETY: the word lies in the mapping, which the region keeps, and nothing writes it.
     let word = unsafe { address.cast::<u64>().read_volatile() };

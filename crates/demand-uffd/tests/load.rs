@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use common::{base, expect_blocked, mapping, read_later, uffd};
 use demand_memory::{
-    Backing, BackingKind, LoadUnit, MemfdBacking, PAGE_SIZE, PageRange, Pager, Path, Retrier,
-    RetryPolicy, Stats,
+    Backing, BackingKind, FaultPath, LoadUnit, MemfdBacking, PAGE_SIZE, PageRange, Pager,
+    PagerConfig, Retrier, RetryPolicy,
 };
 use demand_source::{LocalFile, MappedBytes};
 use demand_uffd::{ArmedMapping, Cause, DEFAULT_THREADS, FaultService, RangeError, UnitLoader};
@@ -80,7 +80,8 @@ fn world() -> World {
     let retrier =
         Retrier::new(policy, move |failure| told.lock().unwrap().push(failure.error.to_string()));
     let source = Arc::new(LocalFile::open(file.path()).unwrap());
-    let pager = Pager::new(backing.clone(), source, 0, Arc::new(Stats::new()), retrier).unwrap();
+    let pager =
+        Pager::new(PagerConfig { retrier, ..PagerConfig::new(backing.clone(), source) }).unwrap();
     let loads = Loads::default();
     let loader = UnitLoader::new(&*backing).unwrap();
     pager.set_unit_loader(Arc::new(Watched(loader, loads.clone())));
@@ -94,9 +95,9 @@ fn wholly_missing_units_come_with_their_content() {
     let (mapping, uffd) = (mapping(&pager), uffd());
     let armed = ArmedMapping::foreign(&uffd, base(&mapping), &pager).unwrap();
     let service = FaultService::start(DEFAULT_THREADS).unwrap();
-    service.serve(&[armed]).unwrap();
+    service.add(&[armed]).unwrap();
     // Unit 2 already has a page.
-    pager.fetch(PageRange::page(2 * 512 + 7), Path::Guest).unwrap();
+    pager.fetch(PageRange::page(2 * 512 + 7), FaultPath::Guest).unwrap();
     for page in (0..SIZE / PAGE_SIZE).rev() {
         let offset = page * PAGE_SIZE;
         let read = read_later(&mapping, offset + 8).recv_timeout(PATIENCE).unwrap();
@@ -106,7 +107,7 @@ fn wholly_missing_units_come_with_their_content() {
     service.finish().unwrap();
     // Unit 1 has a hole, which is not read.
     assert_eq!(*loads.lock().unwrap(), [(3, None), (0, None), (FINISHED, None)]);
-    let report = pager.stats().path(Path::BackEnd);
+    let report = pager.stats().path(FaultPath::BackEnd);
     assert_eq!(report.faults, UNITS);
 }
 
@@ -114,9 +115,9 @@ fn wholly_missing_units_come_with_their_content() {
 fn units_of_longer_runs_are_loaded_until_complete() {
     let Some(_pool) = huge_pages(UNITS) else { return };
     let World { backing, pager, loads, .. } = world();
-    assert_eq!(pager.fetch(PageRange::new(0, 3 * 512), Path::Vmm), Ok(3 * 512));
+    assert_eq!(pager.fetch(PageRange::new(0, 3 * 512), FaultPath::Vmm), Ok(3 * 512));
     assert_eq!(*loads.lock().unwrap(), [(0, None), (2, None)]);
-    assert_eq!(pager.fetch(PageRange::new(3 * 512, 512), Path::Vmm), Ok(512));
+    assert_eq!(pager.fetch(PageRange::new(3 * 512, 512), FaultPath::Vmm), Ok(512));
     assert!(pager.bitmap().is_complete());
     assert_eq!(loads.lock().unwrap()[2..], [(3, None), (FINISHED, None)]);
     // A second loader comes too late.
@@ -133,7 +134,7 @@ fn existing_unit_is_filled_in_place() {
     let Some(_pool) = huge_pages(UNITS) else { return };
     let World { backing, pager, loads, .. } = world();
     backing.allocate(PageRange::new(512 * 3, 512)).unwrap();
-    assert_eq!(pager.fetch(PageRange::new(512 * 3, 512), Path::BackEnd), Ok(512));
+    assert_eq!(pager.fetch(PageRange::new(512 * 3, 512), FaultPath::BackEnd), Ok(512));
     assert_eq!(*loads.lock().unwrap(), [(3, Some(Cause::Exists))]);
     let mapping = mapping(&pager);
     for offset in (3 * UNIT..SIZE).step_by(8) {
@@ -156,7 +157,7 @@ fn shrunk(to: u64) {
     let armed = ArmedMapping::foreign(&uffd, base(&mapping), &pager).unwrap();
     // One thread, which remembers the end of the file's data.
     let service = FaultService::start(1).unwrap();
-    service.serve(&[armed]).unwrap();
+    service.add(&[armed]).unwrap();
     // The file is now known to be data to its end, and is mapped.
     let before = read_later(&mapping, 2 * UNIT + 8).recv_timeout(PATIENCE);
     assert_eq!(before, Ok(word(2 * UNIT + 8)));

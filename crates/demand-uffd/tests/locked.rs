@@ -7,7 +7,7 @@ mod common;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use common::{expect, mapping, pager, pager_on, read, read_later, uffd};
-use demand_memory::{BackingKind, Mapping, MemfdBacking, PAGE_SIZE, Pager, Path, VcpuTrap};
+use demand_memory::{BackingKind, FaultPath, Mapping, MemfdBacking, PAGE_SIZE, Pager, VcpuTrap};
 use demand_uffd::{ArmedMapping, DEFAULT_THREADS, FaultService};
 use test_support::host::huge_pages;
 use test_support::image::Near;
@@ -40,9 +40,9 @@ impl Drop for Locked {
 }
 
 fn expect_served(pager: &Arc<Pager>, mapping: Arc<Mapping>) {
-    let armed = ArmedMapping::own(&uffd(), mapping.clone(), pager, Path::Vmm).unwrap();
+    let armed = ArmedMapping::own(&uffd(), mapping.clone(), pager, FaultPath::Vmm).unwrap();
     let service = FaultService::start(DEFAULT_THREADS).unwrap();
-    service.serve(&[armed]).unwrap();
+    service.add(&[armed]).unwrap();
     for page in [0, pager.pages() / 2, pager.pages() - 1] {
         expect(&read_later(&mapping, page * PAGE_SIZE + 8), page * PAGE_SIZE + 8);
     }
@@ -73,11 +73,11 @@ fn locked_units_are_removed_for_the_hypervisor() {
     let _locked = Locked::new(libc::MCL_FUTURE);
     let (kind, size) = (BackingKind::Hugetlb2M, BackingKind::Hugetlb2M.unit());
     for reserve in [false, true] {
-        let backing = Arc::new(MemfdBacking::new(kind, size, reserve).unwrap());
-        let pager = pager_on(backing, Near(size));
+        let backing = MemfdBacking::new(kind, size).unwrap().with_reservation(reserve);
+        let pager = pager_on(Arc::new(backing), Near(size));
         let service = FaultService::start(DEFAULT_THREADS).unwrap();
         let mappings = service.arm_guest([&pager], VcpuTrap::Hypervisor).unwrap();
-        expect(&read_later(&mappings[0], PAGE_SIZE), PAGE_SIZE);
+        expect(&read_later(mappings[0].mapping(), PAGE_SIZE), PAGE_SIZE);
     }
 }
 

@@ -6,7 +6,7 @@ mod common;
 use std::sync::Arc;
 
 use common::{base, mapping, pager, read_later, uffd};
-use demand_memory::{BackingKind, Mapping, PAGE_SIZE, PageRange, Pager, Path, Waiter};
+use demand_memory::{BackingKind, FaultPath, Mapping, PAGE_SIZE, PageRange, Pager, Waiter};
 use demand_uffd::{ArmedMapping, DEFAULT_THREADS, FaultService, Userfaultfd};
 use test_support::host::huge_pages;
 use test_support::wait::PATIENCE;
@@ -23,9 +23,9 @@ fn expect_end(kind: BackingKind, arm: Arm) {
     let pager = pager(kind, SIZE);
     let (uffd, mapping) = (uffd(), mapping(&pager));
     let service = FaultService::start(DEFAULT_THREADS).unwrap();
-    service.serve(&[arm(&uffd, mapping.clone(), &pager)]).unwrap();
+    service.add(&[arm(&uffd, mapping.clone(), &pager)]).unwrap();
     let all = PageRange::new(0, pager.pages());
-    pager.ensure(all, Path::Fill, &Waiter::new()).unwrap();
+    pager.ensure(all, FaultPath::Fill, &Waiter::new()).unwrap();
     pager.backing().remove(all).unwrap();
     for offset in [PAGE_SIZE, UNIT] {
         let word = read_later(&mapping, offset).recv_timeout(PATIENCE);
@@ -37,14 +37,15 @@ fn expect_end(kind: BackingKind, arm: Arm) {
 fn hypervisor_fault_in_a_hole_ends() {
     let Some(_pool) = huge_pages(SIZE / UNIT) else { return };
     expect_end(BackingKind::Hugetlb2M, |uffd, mapping, pager| {
-        ArmedMapping::own_missing_units(uffd, mapping, pager, Path::KvmInternal).unwrap()
+        ArmedMapping::own_missing_units(uffd, mapping, pager, FaultPath::HypervisorInternal)
+            .unwrap()
     });
 }
 
 #[test]
 fn own_fault_in_a_hole_ends() {
     let own: Arm =
-        |uffd, mapping, pager| ArmedMapping::own(uffd, mapping, pager, Path::Guest).unwrap();
+        |uffd, mapping, pager| ArmedMapping::own(uffd, mapping, pager, FaultPath::Guest).unwrap();
     expect_end(BackingKind::Shmem, own);
     let Some(_pool) = huge_pages(SIZE / UNIT) else { return };
     expect_end(BackingKind::Hugetlb2M, own);

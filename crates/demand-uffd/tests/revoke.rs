@@ -11,8 +11,8 @@ use std::sync::mpsc::{self, Receiver};
 use std::thread;
 
 use common::{backing, expect, expect_blocked, mapping, pager, pager_on, read_later, uffd};
-use demand_memory::{BackingKind, GuestTrapError, Mapping, PAGE_SIZE, PageRange, Path, VcpuTrap};
-use demand_uffd::{ArmGuestError, ArmedMapping, FaultService};
+use demand_memory::{BackingKind, FaultPath, Mapping, PAGE_SIZE, PageRange, to_usize};
+use demand_uffd::{ArmedMapping, FaultService};
 use test_support::host::huge_pages;
 use test_support::image::far;
 use test_support::wait::{A_WHILE, PATIENCE, until};
@@ -30,7 +30,7 @@ fn kernel_reads(mapping: &Arc<Mapping>, page: u64) -> Receiver<io::Result<usize>
         let from = mapping.at(page * PAGE_SIZE).as_ptr().cast();
         // SAFETY: the page lies in the mapping, which this thread keeps, and the kernel only reads
         // it.
-        let wrote = unsafe { libc::write(file.as_raw_fd(), from, PAGE_SIZE as usize) };
+        let wrote = unsafe { libc::write(file.as_raw_fd(), from, to_usize(PAGE_SIZE)) };
         let _ = sender.send(usize::try_from(wrote).map_err(|_| io::Error::last_os_error()));
     });
     receiver
@@ -46,10 +46,10 @@ fn revoke_ends_waits(kind: BackingKind) {
     for stopped in [false, true] {
         let (pager, uffd) = (pager(kind, SIZE), uffd());
         let mapping = mapping(&pager);
-        let armed = ArmedMapping::own(&uffd, mapping.clone(), &pager, Path::Guest).unwrap();
+        let armed = ArmedMapping::own(&uffd, mapping.clone(), &pager, FaultPath::Guest).unwrap();
         pager.stop();
         let service = FaultService::start(1).unwrap();
-        service.serve(&[armed]).unwrap();
+        service.add(&[armed]).unwrap();
         if stopped {
             service.stop();
         }
@@ -78,10 +78,10 @@ fn revoke_ends_waits_on_hugetlb_2m() {
 fn stopped_memory_resolves_present_pages() {
     let (pager, uffd) = (pager(BackingKind::Shmem, SIZE), uffd());
     let mapping = mapping(&pager);
-    let armed = ArmedMapping::own(&uffd, mapping.clone(), &pager, Path::Vmm).unwrap();
+    let armed = ArmedMapping::own(&uffd, mapping.clone(), &pager, FaultPath::Vmm).unwrap();
     let service = FaultService::start(1).unwrap();
-    service.serve(std::slice::from_ref(&armed)).unwrap();
-    pager.fetch(PageRange::page(1), Path::Fill).unwrap();
+    service.add(std::slice::from_ref(&armed)).unwrap();
+    pager.fetch(PageRange::page(1), FaultPath::Fill).unwrap();
     pager.stop();
     let missing = read_later(&mapping, 2 * PAGE_SIZE);
     expect_blocked(&missing);
@@ -96,18 +96,19 @@ fn stopped_memory_resolves_present_pages() {
 #[test]
 fn stopped_memory_forgets_open_faults() {
     let (source, control) = far(SIZE);
-    let _end = control.let_go_at_the_end();
+    let _end = control.release_at_the_end();
     control.hold([2]);
     let (pager, uffd) = (pager_on(backing(BackingKind::Shmem, SIZE), source), uffd());
     let mapping = mapping(&pager);
-    let armed = ArmedMapping::own(&uffd, mapping.clone(), &pager, Path::Vmm).unwrap();
+    let armed = ArmedMapping::own(&uffd, mapping.clone(), &pager, FaultPath::Vmm).unwrap();
     let service = FaultService::start(1).unwrap();
-    service.serve(&[armed]).unwrap();
-    expect_blocked(&read_later(&mapping, 2 * PAGE_SIZE));
-    assert!(service.has_open_faults());
+    service.add(&[armed]).unwrap();
+    let reader = read_later(&mapping, 2 * PAGE_SIZE);
+    until("the fault is under way", || service.has_open_faults());
+    expect_blocked(&reader);
     pager.stop();
     until("no fault is under way", || !service.has_open_faults());
-    control.let_go();
+    control.release();
     until("the page arrives", || !pager.bitmap().is_missing(2));
     expect(&read_later(&mapping, 2 * PAGE_SIZE), 2 * PAGE_SIZE);
 }
@@ -118,31 +119,9 @@ fn mapping_keeps_its_userfaultfd() {
     let mapping = mapping(&pager);
     {
         let uffd = uffd();
-        let armed = ArmedMapping::own(&uffd, mapping.clone(), &pager, Path::Vmm).unwrap();
-        FaultService::start(1).unwrap().serve(&[armed]).unwrap();
+        let armed = ArmedMapping::own(&uffd, mapping.clone(), &pager, FaultPath::Vmm).unwrap();
+        FaultService::start(1).unwrap().add(&[armed]).unwrap();
     }
     assert!(mapping.traps_all());
     expect_blocked(&read_later(&mapping, PAGE_SIZE));
-}
-
-#[test]
-fn arming_twice_or_late_is_refused() {
-    let service = FaultService::start(1).unwrap();
-    let arm = |pager| service.arm_guest([pager], VcpuTrap::Mapping).map(drop);
-    let armed = pager(BackingKind::Shmem, SIZE);
-    arm(&armed).unwrap();
-    let error = arm(&armed).unwrap_err();
-    assert!(matches!(error, ArmGuestError::Order(GuestTrapError::Twice)), "{error}");
-
-    let slotted = pager(BackingKind::Shmem, SIZE);
-    let mapping = mapping(&slotted);
-    slotted.note_memslot(&mapping);
-    let error = arm(&slotted).unwrap_err();
-    assert!(matches!(error, ArmGuestError::Order(GuestTrapError::AfterSlot)), "{error}");
-
-    let begun = pager(BackingKind::Shmem, SIZE);
-    begun.fetch(PageRange::page(3), Path::Fill).unwrap();
-    let error = arm(&begun).unwrap_err();
-    assert!(matches!(error, ArmGuestError::Order(GuestTrapError::AfterFetch)), "{error}");
-    assert!(error.to_string().starts_with("cannot arm the guest's mapping: "), "{error}");
 }

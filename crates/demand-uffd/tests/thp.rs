@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::thread;
 
 use common::{base, check_page, expect, mapping, pager_on, read, read_later, uffd};
-use demand_memory::{Backing, BackingKind, MemfdBacking, PAGE_SIZE, PageRange, Pager, Path, Trap};
+use demand_memory::{Backing, BackingKind, FaultPath, MemfdBacking, PAGE_SIZE, PageRange, Pager};
 use demand_uffd::{ArmedMapping, DEFAULT_THREADS, Event, FaultService, Modes};
 use test_support::host::transparent_huge_pages;
 use test_support::image::{Near, word_of};
@@ -22,7 +22,7 @@ const SIZE: u64 = PAGES * PAGE_SIZE;
 /// Creates a region for which the kernel is asked to use huge pages; the returned function gives
 /// the bytes allocated to it.
 fn huge() -> (Arc<Pager>, impl Fn() -> u64) {
-    let backing = MemfdBacking::new(BackingKind::Shmem, SIZE, true).unwrap();
+    let backing = MemfdBacking::new(BackingKind::Shmem, SIZE).unwrap();
     let backing = Arc::new(backing.with_transparent_huge_pages(true));
     let file = backing.file().unwrap().clone();
     let allocated = move || file.metadata().unwrap().blocks() * 512;
@@ -31,7 +31,7 @@ fn huge() -> (Arc<Pager>, impl Fn() -> u64) {
 
 fn service(mappings: &[Arc<ArmedMapping>]) -> FaultService {
     let service = FaultService::start(DEFAULT_THREADS).unwrap();
-    service.serve(mappings).unwrap();
+    service.add(mappings).unwrap();
     service
 }
 
@@ -43,7 +43,7 @@ fn existing_neighbours_stay_missing() {
     let (pager, allocated) = huge();
     let (guest_uffd, back_end_uffd) = (uffd(), uffd());
     let (guest, back_end) = (mapping(&pager), mapping(&pager));
-    let armed = ArmedMapping::own(&guest_uffd, guest.clone(), &pager, Path::Guest).unwrap();
+    let armed = ArmedMapping::own(&guest_uffd, guest.clone(), &pager, FaultPath::Guest).unwrap();
     assert_eq!(armed.granularity(), PAGE_SIZE);
     pager.set_guest_trap(armed.clone()).unwrap();
     let theirs = ArmedMapping::foreign(&back_end_uffd, base(&back_end), &pager).unwrap();
@@ -69,7 +69,7 @@ fn existing_neighbours_stay_missing() {
         thread::spawn(move || (0..PAGES).rev().for_each(|page| check_page(&mapping, page)))
     });
     readers.into_iter().for_each(|reader| reader.join().unwrap());
-    assert!(pager.stats().path(Path::Guest).faults > 2);
+    assert!(pager.stats().path(FaultPath::Guest).faults > 2);
     service.finish().unwrap();
 }
 
@@ -81,7 +81,7 @@ fn missing_alone_lets_neighbours_through() {
     }
     let (pager, _) = huge();
     let (uffd, mapping) = (uffd(), mapping(&pager));
-    pager.fetch(PageRange::page(1), Path::Guest).unwrap();
+    pager.fetch(PageRange::page(1), FaultPath::Guest).unwrap();
     uffd.register(base(&mapping), mapping.len(), Modes::MISSING).unwrap();
     assert_eq!(read(&mapping, 2 * PAGE_SIZE), 0);
     assert_ne!(word_of(2 * PAGE_SIZE), 0, "the image has something else there");
