@@ -1,15 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! `BackEnd`, the connection to a vhost-user back-end.
+//! The connection to a vhost-user back-end: its features, its config space, and bounded waits.
 
 use std::fmt;
 use std::io;
-use std::net::Shutdown;
 use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::thread;
-use std::time::Duration;
 
 use vhost::VhostBackend;
 use vhost::vhost_user::message::{
@@ -17,46 +12,26 @@ use vhost::vhost_user::message::{
 };
 use vhost::vhost_user::{Error as ProtocolError, Frontend, VhostUserFrontend};
 
+use crate::connect::{connect, unconnected};
 use crate::deadline::within;
+use crate::error::Operation;
 use crate::requests::Requests;
-use crate::share::Sharing;
-use crate::{Error, Result};
+use crate::sharing::Sharing;
+use crate::{Error, ErrorKind, HangUp, Options, Result};
 
 /// Protocol features that are used if the back-end offers them.
 const USED: VhostUserProtocolFeatures = VhostUserProtocolFeatures::REPLY_ACK
     .union(VhostUserProtocolFeatures::MQ)
     .union(VhostUserProtocolFeatures::BACKEND_REQ)
     .union(VhostUserProtocolFeatures::CONFIG)
-    .union(VhostUserProtocolFeatures::PAGEFAULT);
+    .union(VhostUserProtocolFeatures::PAGEFAULT)
+    .union(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS);
 
 /// Number of queues of a back-end that does not report one.
 const DEFAULT_QUEUES: u64 = 1;
 
 /// Maximum queue count, used until the back-end reports its own.
 const MAX_QUEUES: u64 = 256;
-
-/// Options of a connection to a back-end.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Options {
-    /// Required protocol features. Reading the device's configuration from the back-end needs
-    /// `CONFIG`.
-    pub needed: VhostUserProtocolFeatures,
-    /// Protocol features that are not used even if they are offered. Without `MQ` the back-end is
-    /// not asked for its number of queues; for network cards some back-ends count queue pairs,
-    /// others queues.
-    pub unused: VhostUserProtocolFeatures,
-    /// Time limit for an answer of the back-end. Time in which it waits for missing pages does not
-    /// count.
-    pub patience: Duration,
-}
-
-impl Default for Options {
-    /// Returns options without required or unused features, and a time limit of 30 seconds.
-    fn default() -> Self {
-        let none = VhostUserProtocolFeatures::empty();
-        Options { needed: none, unused: none, patience: Duration::from_secs(30) }
-    }
-}
 
 /// A connection to a vhost-user back-end: another process that emulates a device and accesses guest
 /// memory.
@@ -103,7 +78,7 @@ impl Default for Options {
 /// ```
 pub struct BackEnd {
     frontend: Frontend,
-    stream: Arc<UnixStream>,
+    hang_up: HangUp,
     socket: PathBuf,
     options: Options,
     features: u64,
@@ -113,50 +88,37 @@ pub struct BackEnd {
     requests: Option<Requests>,
 }
 
-/// A handle that closes a connection from another thread, which ends all waits of its [`BackEnd`].
-/// It can also check whether the connection is closed while the `BackEnd` waits.
-#[derive(Clone, Debug)]
-pub struct HangUp(Arc<UnixStream>);
-
-impl HangUp {
-    /// Closes the connection.
-    pub fn hang_up(&self) {
-        // It fails only if the connection is down already.
-        let _ = self.0.shutdown(Shutdown::Both);
-    }
-
-    /// Returns whether either side has closed the connection.
-    pub fn is_closed(&self) -> bool {
-        let events = libc::POLLIN | libc::POLLRDHUP;
-        let mut poll = libc::pollfd { fd: self.as_raw_fd(), events, revents: 0 };
-        // SAFETY: the pointer and the count describe one valid entry.
-        let ready = unsafe { libc::poll(&mut poll, 1, 0) };
-        let gone = libc::POLLHUP | libc::POLLRDHUP | libc::POLLERR;
-        ready > 0 && poll.revents & gone != 0
-    }
-}
-
-impl AsRawFd for HangUp {
-    fn as_raw_fd(&self) -> RawFd {
-        self.0.as_raw_fd()
-    }
-}
-
 impl BackEnd {
     /// Connects to the back-end that listens on `socket` and negotiates protocol features.
     ///
     /// # Errors
     ///
-    /// [`Error::Connect`] if no process listens, [`Error::NoProtocolFeatures`] or
-    /// [`Error::Features`] if the back-end lacks required features, and the back-end's errors.
+    /// [`ErrorKind::Connect`] if no process listens, [`ErrorKind::NoProtocolFeatures`] or
+    /// [`ErrorKind::MissingFeatures`] if the back-end lacks required features, and the back-end's
+    /// errors; [`ErrorKind::Silent`] if it does not answer in time.
     pub fn connect(socket: impl AsRef<Path>, options: Options) -> Result<Self> {
+        Self::connect_with(socket, options, |_| {})
+    }
+
+    /// Does the same, and first passes `begun` the handle with which another thread can end the
+    /// attempt, and later every wait for the back-end.
+    ///
+    /// # Errors
+    ///
+    /// As for [`connect`](Self::connect), and [`ErrorKind::Disconnected`] if another thread ends
+    /// the attempt.
+    pub fn connect_with(
+        socket: impl AsRef<Path>,
+        options: Options,
+        begun: impl FnOnce(&HangUp),
+    ) -> Result<Self> {
         let socket = socket.as_ref().to_path_buf();
-        let refused = |error| Error::Connect { socket: socket.clone(), error };
-        let stream = connect(&socket).map_err(refused)?;
-        let ours = Arc::new(stream.try_clone().map_err(refused)?);
+        let (stream, hang_up) = unconnected(&socket)?;
+        begun(&hang_up);
+        connect(&stream, &socket, options.patience, &hang_up)?;
         let mut this = BackEnd {
             frontend: Frontend::from_stream(stream, MAX_QUEUES),
-            stream: ours,
+            hang_up,
             socket,
             options,
             features: 0,
@@ -165,24 +127,22 @@ impl BackEnd {
             sharing: Sharing::None,
             requests: None,
         };
-        this.in_time("negotiate features with", Self::negotiate)?;
+        this.in_time(Operation::Negotiate, Self::negotiate)?;
         Ok(this)
     }
 
     fn negotiate(&mut self) -> Result<()> {
-        const ASKED: &str = "negotiate features with";
-        self.ask(ASKED, |f| f.set_owner())?;
-        self.features = self.ask(ASKED, |f| f.get_features())?;
+        let operation = Operation::Negotiate;
+        self.ask(operation, |f| f.set_owner())?;
+        self.features = self.ask(operation, |f| f.get_features())?;
         if self.features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() == 0 {
-            return Err(Error::NoProtocolFeatures { socket: self.socket.clone() });
+            return Err(self.error(Operation::Use, ErrorKind::NoProtocolFeatures));
         }
         let needed = self.options.needed;
-        let offered = self.ask(ASKED, |f| f.get_protocol_features())?;
+        let offered = self.ask(operation, |f| f.get_protocol_features())?;
         if !offered.contains(needed) {
-            return Err(Error::Features {
-                socket: self.socket.clone(),
-                lacking: needed.difference(offered),
-            });
+            let lacking = needed.difference(offered);
+            return Err(self.error(Operation::Use, ErrorKind::MissingFeatures(lacking)));
         }
         self.protocol = offered & (USED.difference(self.options.unused) | needed);
         if !self.protocol.contains(VhostUserProtocolFeatures::REPLY_ACK) {
@@ -190,9 +150,9 @@ impl BackEnd {
             self.protocol.remove(VhostUserProtocolFeatures::PAGEFAULT);
         }
         let agreed = self.protocol;
-        self.ask(ASKED, |f| f.set_protocol_features(agreed))?;
+        self.ask(operation, |f| f.set_protocol_features(agreed))?;
         if agreed.contains(VhostUserProtocolFeatures::MQ) {
-            self.queues = self.ask("read the number of queues of", |f| f.get_queue_num())?;
+            self.queues = self.ask(Operation::ReadQueueCount, |f| f.get_queue_num())?;
         }
         Ok(())
     }
@@ -212,9 +172,16 @@ impl BackEnd {
         self.protocol
     }
 
-    /// Returns whether memory with missing pages can be shared with the back-end.
-    pub fn has_pagefault(&self) -> bool {
-        self.protocol.contains(VhostUserProtocolFeatures::PAGEFAULT)
+    /// Checks that memory with missing pages can be shared with the back-end.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::NoPagefault`] if not.
+    pub fn expect_pagefault(&self) -> Result<()> {
+        if self.protocol.contains(VhostUserProtocolFeatures::PAGEFAULT) {
+            return Ok(());
+        }
+        Err(self.error(Operation::ShareMissingMemory, ErrorKind::NoPagefault))
     }
 
     /// Returns the back-end's number of queues, or 1 if it does not report one.
@@ -229,20 +196,22 @@ impl BackEnd {
     /// The back-end's errors.
     pub fn set_features(&mut self, features: u64) -> Result<()> {
         let bits = features & self.features | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
-        const ASKED: &str = "set the features of";
-        self.in_time(ASKED, |this| this.tell(ASKED, |f| f.set_features(bits)))
+        self.tell_in_time(Operation::SetFeatures, |f| f.set_features(bits))
     }
 
     /// Reads the device's config space, from `offset` (bytes) on.
     ///
     /// # Errors
     ///
-    /// The back-end's errors, and [`Error::Protocol`] if it does not offer `CONFIG`.
+    /// The back-end's errors, and [`ErrorKind::Protocol`] if it does not offer `CONFIG`.
     pub fn read_config(&mut self, offset: u32, config: &mut [u8]) -> Result<()> {
-        let (size, flags) = (config.len() as u32, VhostUserConfigFlags::empty());
-        let zeros = vec![0; config.len()];
-        let (_, content) = self.in_time("read the config space of", |this| {
-            this.ask("read the config space of", |f| f.get_config(offset, size, flags, &zeros))
+        let operation = Operation::ReadConfig;
+        let (len, flags) = (config.len(), VhostUserConfigFlags::empty());
+        let size = u32::try_from(len)
+            .map_err(|_| self.error(operation, ErrorKind::ConfigLength { len }))?;
+        let zeros = vec![0; len];
+        let (_, content) = self.in_time(operation, |this| {
+            this.ask(operation, |f| f.get_config(offset, size, flags, &zeros))
         })?;
         // The vhost crate has checked that the lengths are equal.
         config.copy_from_slice(&content);
@@ -253,13 +222,12 @@ impl BackEnd {
     ///
     /// # Errors
     ///
-    /// The back-end's errors, and [`Error::Protocol`] if it does not offer `CONFIG`.
+    /// The back-end's errors, and [`ErrorKind::Protocol`] if it does not offer `CONFIG`.
     pub fn write_config(&mut self, offset: u32, config: &[u8]) -> Result<()> {
         // Flags 0 mean a write by the driver. With the flag that the vhost crate calls `WRITABLE`,
         // back-ends take the write for a migration and refuse it.
         let flags = VhostUserConfigFlags::empty();
-        const ASKED: &str = "write the config space of";
-        self.in_time(ASKED, |this| this.tell(ASKED, |f| f.set_config(offset, flags, config)))
+        self.tell_in_time(Operation::WriteConfig, |f| f.set_config(offset, flags, config))
     }
 
     /// Checks that the back-end has not closed the connection. To notice that, watch the
@@ -267,12 +235,9 @@ impl BackEnd {
     ///
     /// # Errors
     ///
-    /// [`Error::Disconnected`] if it has.
+    /// [`ErrorKind::Disconnected`] if it has.
     pub fn check(&self) -> Result<()> {
-        if self.hang_up().is_closed() {
-            return Err(self.disconnected("use"));
-        }
-        Ok(())
+        self.hang_up.check()
     }
 
     /// Arranges for `changed` to be called when the back-end reports a change of its config space;
@@ -287,11 +252,9 @@ impl BackEnd {
         if !self.protocol.contains(VhostUserProtocolFeatures::BACKEND_REQ) {
             return Ok(false);
         }
-        const ASKED: &str = "watch the config space of";
-        let asked = "receive requests of a vhost-user back-end";
-        let system = |error| Error::System { asked, error };
-        let (requests, theirs) = Requests::serve(changed).map_err(system)?;
-        self.in_time(ASKED, |this| this.tell(ASKED, |f| f.set_backend_request_fd(&theirs)))?;
+        let (requests, theirs) = Requests::serve(changed)
+            .map_err(|error| self.error(Operation::ReceiveRequests, ErrorKind::System(error)))?;
+        self.tell_in_time(Operation::WatchConfig, |f| f.set_backend_request_fd(&theirs))?;
         self.requests = Some(requests);
         Ok(true)
     }
@@ -299,35 +262,44 @@ impl BackEnd {
     /// Returns a handle that closes this connection from another thread, which ends every wait for
     /// the back-end.
     pub fn hang_up(&self) -> HangUp {
-        HangUp(self.stream.clone())
+        self.hang_up.clone()
     }
 
     /// Runs `work`, whose messages the back-end must answer in time, except while it waits for
     /// pages.
     pub(crate) fn in_time<T>(
         &mut self,
-        asked: &'static str,
+        operation: Operation,
         work: impl FnOnce(&mut Self) -> Result<T>,
     ) -> Result<T> {
-        let (stream, patience) = (self.stream.clone(), self.options.patience);
+        let (hang_up, patience) = (self.hang_up.clone(), self.options.patience);
         let armed = self.sharing.armed().to_vec();
         let excused = || armed.iter().any(|mapping| mapping.is_waited_for());
-        let (result, late) = within(patience, &stream, excused, || work(self))
-            .map_err(|error| Error::System { asked: "watch a vhost-user back-end", error })?;
+        let (result, late) = within(patience, &hang_up, excused, || work(self))
+            .map_err(|error| self.error(Operation::Watch, ErrorKind::System(error)))?;
         match result {
-            Err(_) if late => Err(Error::Silent { socket: self.socket.clone(), asked, patience }),
+            Err(_) if late => Err(self.error(operation, ErrorKind::Silent { patience })),
             result => result,
         }
+    }
+
+    /// Sends a message as [`tell`](Self::tell) does, and bounds the wait.
+    pub(crate) fn tell_in_time<T>(
+        &mut self,
+        operation: Operation,
+        call: impl FnOnce(&mut Frontend) -> vhost::Result<T>,
+    ) -> Result<T> {
+        self.in_time(operation, |this| this.tell(operation, call))
     }
 
     /// Sends a message that has its own reply, or none at all.
     pub(crate) fn ask<T>(
         &mut self,
-        asked: &'static str,
+        operation: Operation,
         call: impl FnOnce(&mut Frontend) -> vhost::Result<T>,
     ) -> Result<T> {
         self.frontend.set_hdr_flags(VhostUserHeaderFlag::empty());
-        call(&mut self.frontend).map_err(|error| self.failed(asked, error))
+        call(&mut self.frontend).map_err(|error| self.failed(operation, error))
     }
 
     /// Sends a message that has no reply, and waits until the back-end has processed it. A back-end
@@ -336,43 +308,45 @@ impl BackEnd {
     /// if the first failed.
     pub(crate) fn tell<T>(
         &mut self,
-        asked: &'static str,
+        operation: Operation,
         call: impl FnOnce(&mut Frontend) -> vhost::Result<T>,
     ) -> Result<T> {
         if !self.protocol.contains(VhostUserProtocolFeatures::REPLY_ACK) {
-            let told = self.ask(asked, call)?;
-            self.ask(asked, |f| f.get_features())?;
+            let told = self.ask(operation, call)?;
+            self.ask(operation, |f| f.get_features())?;
             return Ok(told);
         }
         self.frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
-        call(&mut self.frontend).map_err(|error| self.failed(asked, error))
+        call(&mut self.frontend).map_err(|error| self.failed(operation, error))
     }
 
-    fn failed(&self, asked: &'static str, error: vhost::Error) -> Error {
+    fn failed(&self, operation: Operation, error: vhost::Error) -> Error {
         let broken = |error: &io::Error| {
             matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset)
         };
-        match &error {
+        let kind = match error {
             vhost::Error::VhostUserProtocol(
                 ProtocolError::Disconnected | ProtocolError::PartialMessage,
-            ) => self.disconnected(asked),
+            ) => ErrorKind::Disconnected,
             vhost::Error::VhostUserProtocol(
-                ProtocolError::SocketBroken(io) | ProtocolError::SocketError(io),
-            ) if broken(io) => self.disconnected(asked),
-            _ => Error::Protocol { socket: self.socket.clone(), asked, error },
-        }
+                ProtocolError::SocketBroken(ref io) | ProtocolError::SocketError(ref io),
+            ) if broken(io) => ErrorKind::Disconnected,
+            error => ErrorKind::Protocol(error),
+        };
+        self.error(operation, kind)
     }
 
-    pub(crate) fn disconnected(&self, asked: &'static str) -> Error {
-        Error::Disconnected { socket: self.socket.clone(), asked }
-    }
-
-    pub(crate) fn wrong_order(&self, asked: &'static str, why: &'static str) -> Error {
-        Error::Order { socket: self.socket.clone(), asked, why }
+    /// Returns an error of this connection.
+    pub(crate) fn error(&self, operation: Operation, kind: ErrorKind) -> Error {
+        Error::new(&self.socket, operation, kind)
     }
 
     pub(crate) fn sharing(&self) -> &Sharing {
         &self.sharing
+    }
+
+    pub(crate) fn sharing_mut(&mut self) -> &mut Sharing {
+        &mut self.sharing
     }
 
     pub(crate) fn set_sharing(&mut self, sharing: Sharing) {
@@ -380,30 +354,17 @@ impl BackEnd {
     }
 }
 
-/// Connects, and retries for a short time if the back-end has created its socket but does not
-/// listen on it yet.
-fn connect(socket: &Path) -> io::Result<UnixStream> {
-    for _ in 0..10 {
-        match UnixStream::connect(socket) {
-            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-                thread::sleep(Duration::from_millis(20));
-            }
-            result => return result,
-        }
-    }
-    UnixStream::connect(socket)
-}
-
 impl AsRawFd for BackEnd {
     fn as_raw_fd(&self) -> RawFd {
-        self.stream.as_raw_fd()
+        self.hang_up.as_raw_fd()
     }
 }
 
 impl Drop for BackEnd {
     fn drop(&mut self) {
-        // Each `HangUp` holds a descriptor too, so dropping ours would not close the connection.
-        self.hang_up().hang_up();
+        // Each copy of the `HangUp` holds the descriptor too, so dropping ours would not close the
+        // connection.
+        self.hang_up.hang_up();
         if let Sharing::Trapped { uffd, service, .. } = &self.sharing {
             service.forget(uffd);
         }

@@ -2,8 +2,6 @@
 //! Bounds waits for a back-end: by a time limit, or by the end of its connection.
 
 use std::io;
-use std::net::Shutdown;
-use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
@@ -16,16 +14,16 @@ use crate::HangUp;
 /// Interval at which the watching threads check the excuse or the connection.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 
-/// Runs `work`, which communicates through `stream`, and shuts the connection down if that takes
-/// longer than `patience`, which ends any wait in `work`. Time in which the back-end is `excused`
-/// does not count; after an excuse, the back-end again has the full time. Returns the result of
-/// `work`, and whether the time limit was reached before `work` returned.
+/// Runs `work`, which communicates through the connection, and closes it if that takes longer than
+/// `patience`, which ends any wait in `work`. Time in which the back-end is `excused` does not
+/// count; after an excuse, the back-end again has the full time. Returns the result of `work`, and
+/// whether the time limit was reached before `work` returned.
 ///
 /// A timeout of the socket would not help: the vhost crate waits for all bytes that the protocol
 /// requires, and retries after a timeout.
 pub(crate) fn within<T>(
     patience: Duration,
-    stream: &UnixStream,
+    connection: &HangUp,
     excused: impl Fn() -> bool + Sync,
     work: impl FnOnce() -> T,
 ) -> io::Result<(T, bool)> {
@@ -45,9 +43,7 @@ pub(crate) fn within<T>(
                     since = Instant::now();
                 } else if since.elapsed() >= patience {
                     late.store(true, Ordering::Release);
-                    // It fails only if the connection is already closed.
-                    let _ = stream.shutdown(Shutdown::Both);
-                    return;
+                    return connection.hang_up();
                 }
             }
         };
@@ -86,11 +82,17 @@ pub(crate) fn while_open<T>(
 mod tests {
     use super::*;
     use std::io::Read;
+    use std::os::unix::net::UnixStream;
+    use std::path::Path;
+
+    fn watched(stream: &UnixStream) -> HangUp {
+        HangUp::new(stream.try_clone().unwrap(), Path::new("s"))
+    }
 
     #[test]
     fn a_wait_ends_in_time() {
         let (mut ours, _theirs) = UnixStream::pair().unwrap();
-        let watched = ours.try_clone().unwrap();
+        let watched = watched(&ours);
         let wait = || ours.read(&mut [0]).unwrap();
         let patience = Duration::from_millis(20);
         assert_eq!(within(patience, &watched, || false, wait).unwrap(), (0, true));
@@ -99,7 +101,7 @@ mod tests {
     #[test]
     fn time_with_an_excuse_does_not_count() {
         let (mut ours, _theirs) = UnixStream::pair().unwrap();
-        let watched = ours.try_clone().unwrap();
+        let watched = watched(&ours);
         let begun = Instant::now();
         let (patience, excuse) = (Duration::from_millis(20), Duration::from_millis(400));
         let wait = || ours.read(&mut [0]).unwrap();
@@ -111,7 +113,8 @@ mod tests {
     #[test]
     fn quick_work_is_left_alone() {
         let (ours, _theirs) = UnixStream::pair().unwrap();
-        let (result, late) = within(Duration::from_secs(60), &ours, || false, || 7).unwrap();
+        let (result, late) =
+            within(Duration::from_secs(60), &watched(&ours), || false, || 7).unwrap();
         assert_eq!((result, late), (7, false));
     }
 }

@@ -5,17 +5,23 @@
 pub use vhost::vhost_user::message::VhostUserProtocolFeatures;
 
 mod back_end;
+mod connect;
 mod deadline;
 mod error;
+mod hang_up;
+mod hotplug;
+mod options;
 mod regions;
 mod requests;
 mod share;
+mod sharing;
 mod vring;
 
 pub use self::{
-    back_end::{BackEnd, HangUp, Options},
-    error::Error,
-    regions::MAX_REGIONS,
+    back_end::BackEnd,
+    error::{Error, ErrorKind},
+    hang_up::HangUp,
+    options::Options,
     vring::Vring,
 };
 

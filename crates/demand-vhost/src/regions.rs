@@ -2,18 +2,20 @@
 //! Guest memory regions as vhost-user messages describe them.
 
 use std::os::fd::AsRawFd;
-use std::path::Path;
 use std::sync::Arc;
 
-use demand_memory::{DemandMemory, PAGE_SIZE, PageRange, Pager};
+use demand_memory::{DemandMemory, DemandRegion, PAGE_SIZE, PageRange, Pager};
 use vhost::VhostUserMemoryRegionInfo;
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
-use crate::{Error, Result};
+use crate::ErrorKind;
+
+/// A result whose error the connection completes with its socket and operation.
+type Result<T> = std::result::Result<T, ErrorKind>;
 
 /// Maximum number of regions in one message, by the vhost-user protocol.
-pub const MAX_REGIONS: usize = 8;
+pub(crate) const MAX_REGIONS: usize = 8;
 
 /// Offset from a guest address to the "user address" that the protocol requires.
 ///
@@ -25,31 +27,36 @@ const USER_ADDRESSES: u64 = 1 << 56;
 /// A region shared with a back-end.
 #[derive(Clone, Debug)]
 pub(crate) struct Shared {
-    guest_address: u64,
+    pub(crate) guest_address: u64,
     pub(crate) pager: Arc<Pager>,
 }
 
 impl Shared {
     /// Returns all regions of a guest's memory, if one message can describe them.
     pub(crate) fn all<B: Bitmap>(memory: &DemandMemory<B>) -> Result<Vec<Shared>> {
-        let regions: Vec<_> = memory
-            .iter()
-            .map(|region| Shared {
-                guest_address: region.start_addr().0,
-                pager: region.pager().clone(),
-            })
-            .collect();
-        if regions.len() > MAX_REGIONS {
-            return Err(Error::Regions(regions.len()));
+        let regions = memory.num_regions();
+        if regions > MAX_REGIONS {
+            return Err(ErrorKind::TooManyRegions { regions, most: MAX_REGIONS });
         }
+        memory.iter().map(Shared::new).collect()
+    }
+
+    /// Returns a region, if a message can describe it.
+    pub(crate) fn new<B: Bitmap>(region: &DemandRegion<B>) -> Result<Shared> {
+        let guest_address = region.start_addr().0;
+        let shared = Shared { guest_address, pager: region.pager().clone() };
         // Guest addresses have at most 52 bits; the user addresses of much higher ones would
         // overflow.
-        let too_high =
-            |shared: &&Shared| shared.guest_address.saturating_add(shared.len()) > USER_ADDRESSES;
-        if let Some(shared) = regions.iter().find(too_high) {
-            return Err(Error::TooHigh(shared.guest_address));
+        if guest_address.saturating_add(shared.len()) > USER_ADDRESSES {
+            return Err(ErrorKind::TooHigh { address: guest_address });
         }
-        Ok(regions)
+        Ok(shared)
+    }
+
+    /// Returns whether both contain some guest address.
+    pub(crate) fn overlaps(&self, other: &Shared) -> bool {
+        self.guest_address < other.guest_address + other.len()
+            && other.guest_address < self.guest_address + self.len()
     }
 
     fn len(&self) -> u64 {
@@ -64,10 +71,20 @@ impl Shared {
         self.pager.bitmap().count_missing(PageRange::new(0, self.pager.pages()))
     }
 
+    /// Checks that a back-end's accesses to the region can be trapped, or need not be.
+    pub(crate) fn expect_trappable(&self) -> Result<()> {
+        let (address, kind) = (self.guest_address, self.pager.backing().kind());
+        if kind.traps_in_mappings() || self.pager.bitmap().is_complete() {
+            return Ok(());
+        }
+        Err(ErrorKind::Untrappable { address, kind, missing: self.count_missing() })
+    }
+
     /// Returns the region as a message describes it. The file descriptor in it is the backing's;
     /// `self` keeps it open.
     pub(crate) fn info(&self) -> Result<VhostUserMemoryRegionInfo> {
-        let file = self.pager.backing().file().ok_or(Error::NoFile(self.guest_address))?;
+        let address = self.guest_address;
+        let file = self.pager.backing().file().ok_or(ErrorKind::NoFile { address })?;
         Ok(VhostUserMemoryRegionInfo {
             guest_phys_addr: self.guest_address,
             memory_size: self.len(),
@@ -87,15 +104,12 @@ pub(crate) fn user_address(regions: &[Shared], address: u64) -> Option<u64> {
 }
 
 /// Checks that the addresses that a back-end returned for its mappings are plausible.
-pub(crate) fn check_bases(socket: &Path, regions: &[Shared], bases: &[u64]) -> Result<()> {
+pub(crate) fn check_bases(regions: &[Shared], bases: &[u64]) -> Result<()> {
     for (index, (region, &base)) in regions.iter().zip(bases).enumerate() {
         if base == region.user_address() {
-            return Err(Error::EchoedAddress { socket: socket.into(), address: base });
+            return Err(ErrorKind::EchoedAddress { address: base });
         }
-        let bad = |why| {
-            let (socket, len) = (socket.into(), region.len());
-            Err(Error::BadBase { socket, address: base, len, why })
-        };
+        let bad = |why| Err(ErrorKind::BadBase { address: base, len: region.len(), why });
         let Some(end) = base.checked_add(region.len()) else {
             return bad("lies past the end of the address space");
         };

@@ -4,42 +4,18 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use demand_memory::{DemandMemory, FetchError, UnmapError, Waiter};
+use demand_memory::{DemandMemory, FetchError, Pager, UnmapError, Waiter};
 use demand_uffd::{ArmedMapping, FaultService, Userfaultfd};
-use vhost::VhostBackend;
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::FrontendReq;
+use vhost::{VhostBackend, VhostUserMemoryRegionInfo};
 use vm_memory::bitmap::Bitmap;
 
 use crate::deadline::while_open;
+use crate::error::Operation;
 use crate::regions::{Shared, check_bases};
-use crate::{BackEnd, Error, Result};
-
-/// The state of memory sharing with a back-end.
-#[derive(Debug)]
-pub(crate) enum Sharing {
-    /// No memory is shared yet.
-    None,
-    /// All memory is shared; accesses to missing pages are trapped.
-    Trapped {
-        regions: Vec<Shared>,
-        uffd: Arc<Userfaultfd>,
-        armed: Vec<Arc<ArmedMapping>>,
-        service: Arc<FaultService>,
-    },
-    /// All memory is shared, and all its pages are present.
-    Present { regions: Vec<Shared> },
-}
-
-impl Sharing {
-    /// Returns the back-end's armed mappings, in which it may wait for pages.
-    pub(crate) fn armed(&self) -> &[Arc<ArmedMapping>] {
-        match self {
-            Sharing::Trapped { armed, .. } => armed,
-            Sharing::None | Sharing::Present { .. } => &[],
-        }
-    }
-}
+use crate::sharing::Sharing;
+use crate::{BackEnd, ErrorKind, Result};
 
 impl BackEnd {
     /// Shares memory that has missing pages. The back-end's accesses to missing pages are trapped
@@ -59,35 +35,33 @@ impl BackEnd {
     ///
     /// # Errors
     ///
-    /// [`Error::NoPagefault`], with nothing shared, if the back-end does not support post-copy; and
-    /// an error in every case in which the back-end would read zeros: [`Error::EchoedAddress`],
-    /// [`Error::BadBase`], [`Error::Arm`], [`Error::Prefaulted`]. After any error but the first,
-    /// the back-end cannot be used any more.
+    /// With nothing shared, [`ErrorKind::NoPagefault`], if the back-end does not support post-copy,
+    /// and [`ErrorKind::Untrappable`] for memory that no userfaultfd traps. An error in every case in
+    /// which the back-end would read zeros: [`ErrorKind::EchoedAddress`], [`ErrorKind::BadBase`],
+    /// [`ErrorKind::Arm`], [`ErrorKind::Prefaulted`]. After any error but the first two, the
+    /// back-end cannot be used any more.
     pub fn share_missing_memory<B: Bitmap>(
         &mut self,
         memory: &DemandMemory<B>,
         service: &Arc<FaultService>,
     ) -> Result<()> {
-        const ASKED: &str = "share missing memory with";
-        self.expect_nothing_shared(ASKED)?;
-        if !self.has_pagefault() {
-            return Err(Error::NoPagefault { socket: self.socket().into() });
-        }
-        let regions = Shared::all(memory)?;
-        let infos = regions.iter().map(Shared::info).collect::<Result<Vec<_>>>()?;
-        self.in_time(ASKED, |this| {
-            let advised = this.ask("begin post-copy with", |f| f.postcopy_advise());
-            let fd = advised.map_err(|error| match error {
-                Error::Protocol { socket, error, .. } => Error::NoUserfaultfd { socket, error },
-                other => other,
+        let operation = Operation::ShareMissingMemory;
+        self.expect_nothing_shared(operation)?;
+        let regions = Shared::all(memory).map_err(|kind| self.error(operation, kind))?;
+        let trappable = regions.iter().try_for_each(Shared::expect_trappable);
+        trappable.map_err(|kind| self.error(operation, kind))?;
+        self.expect_pagefault()?;
+        let infos = self.infos(operation, &regions)?;
+        self.in_time(operation, |this| {
+            let fd = this.receive_userfaultfd()?;
+            let uffd = Userfaultfd::from_received(fd).map_err(|error| {
+                this.error(Operation::BeginPostcopy, ErrorKind::Userfaultfd(error))
             })?;
-            let socket = || this.socket().to_path_buf();
-            let uffd = Userfaultfd::from_received(OwnedFd::from(fd))
-                .map_err(|error| Error::Userfaultfd { socket: socket(), error })?;
             let uffd = Arc::new(uffd);
-            this.tell("start listening for faults of", |f| f.postcopy_listen())?;
-            let bases = this.ask(ASKED, |f| f.set_mem_table(&infos))?.unwrap_or_default();
-            check_bases(this.socket(), &regions, &bases)?;
+            this.tell(Operation::Listen, |f| f.postcopy_listen())?;
+            let bases = this.ask(operation, |f| f.set_mem_table(&infos))?.unwrap_or_default();
+            let refused = |kind| this.error(Operation::ShareMemory, kind);
+            check_bases(&regions, &bases).map_err(refused)?;
             // This happens between the back-end's answer and our acknowledgement. The back-end has
             // registered its mappings for MISSING at most. This adds MINOR, without which the
             // back-end would read zeros in partly present huge pages, and fails if the addresses
@@ -97,34 +71,58 @@ impl BackEnd {
                 .zip(bases)
                 .map(|(region, base)| ArmedMapping::foreign(&uffd, base, &region.pager))
                 .collect::<std::result::Result<Vec<_>, _>>()
-                .map_err(|error| Error::Arm { socket: this.socket().into(), error })?;
-            service.serve(&armed)?;
+                .map_err(|error| refused(ErrorKind::Arm(error)))?;
+            service.add(&armed).map_err(|error| refused(ErrorKind::Service(error)))?;
             // From here on, dropping the `BackEnd` stops the service of its faults.
             this.set_sharing(Sharing::Trapped { regions, uffd, armed, service: service.clone() });
             Ok(())
         })?;
-        self.unmap_missing(ASKED)?;
-        const ACKNOWLEDGE: &str = "acknowledge the addresses of";
-        self.in_time(ACKNOWLEDGE, |this| {
-            this.tell(ACKNOWLEDGE, |f| f.postcopy_ack_mem_regions(FrontendReq::SET_MEM_TABLE))
+        self.unmap_missing(operation, self.regions(operation)?.iter().map(|r| &r.pager))?;
+        self.acknowledge_bases(FrontendReq::SET_MEM_TABLE)
+    }
+
+    /// Acknowledges the addresses in the answer to a request: the back-end may use the memory.
+    pub(crate) fn acknowledge_bases(&mut self, request: FrontendReq) -> Result<()> {
+        self.tell_in_time(Operation::AcknowledgeAddresses, |f| {
+            f.postcopy_ack_mem_regions(request)
         })?;
         // The acknowledgement has no answer. An answer to the next message shows that the back-end
         // has processed it.
-        const BEGIN: &str = "confirm the memory shared with";
-        self.in_time(BEGIN, |this| this.ask(BEGIN, |f| f.get_features())).map(drop)
+        let confirm = Operation::ConfirmMemory;
+        self.in_time(confirm, |this| this.ask(confirm, |f| f.get_features())).map(drop)
+    }
+
+    /// Receives the userfaultfd of the back-end's process.
+    fn receive_userfaultfd(&mut self) -> Result<OwnedFd> {
+        let operation = Operation::BeginPostcopy;
+        match self.ask(operation, |f| f.postcopy_advise()) {
+            Ok(fd) => Ok(OwnedFd::from(fd)),
+            Err(error) => Err(match error.into_kind() {
+                ErrorKind::Protocol(error) => {
+                    self.error(operation, ErrorKind::NoUserfaultfd(error))
+                }
+                kind => self.error(operation, kind),
+            }),
+        }
     }
 
     /// Unmaps from the back-end the missing pages that it touched before its accesses were trapped:
     /// those are mapped, and read as zeros. If the back-end has touched nothing, this costs one
     /// look at each region.
-    fn unmap_missing(&self, asked: &'static str) -> Result<()> {
-        let (waiter, mut regions) = (Waiter::new(), self.regions(asked)?.iter());
-        let unmap = || regions.try_for_each(|region| region.pager.unmap_missing(&waiter));
+    pub(crate) fn unmap_missing<'a>(
+        &self,
+        operation: Operation,
+        pagers: impl IntoIterator<Item = &'a Arc<Pager>>,
+    ) -> Result<()> {
+        let (waiter, mut pagers) = (Waiter::new(), pagers.into_iter());
+        let unmap = || pagers.try_for_each(|pager| pager.unmap_missing(&waiter));
         while_open(&self.hang_up(), &waiter, unmap)
-            .map_err(|error| Error::System { asked: "watch a vhost-user back-end", error })?
+            .map_err(|error| self.error(Operation::Watch, ErrorKind::System(error)))?
             .map_err(|error| match error {
-                UnmapError::Fetch(FetchError::Kicked) => self.disconnected(asked),
-                error => Error::Prefaulted { socket: self.socket().into(), error },
+                UnmapError::Fetch(FetchError::Kicked) => {
+                    self.error(operation, ErrorKind::Disconnected)
+                }
+                error => self.error(Operation::UnmapMissing, ErrorKind::Prefaulted(error)),
             })
     }
 
@@ -132,14 +130,14 @@ impl BackEnd {
     ///
     /// # Errors
     ///
-    /// [`Error::Incomplete`], with nothing shared, if pages are missing, and the back-end's errors.
+    /// [`ErrorKind::Incomplete`], with nothing shared, if pages are missing, and the back-end's errors.
     pub fn share_present_memory<B: Bitmap>(&mut self, memory: &DemandMemory<B>) -> Result<()> {
-        const ASKED: &str = "share memory with";
-        self.expect_nothing_shared(ASKED)?;
-        let regions = Shared::all(memory)?;
-        self.expect_complete(ASKED, &regions)?;
-        let infos = regions.iter().map(Shared::info).collect::<Result<Vec<_>>>()?;
-        self.in_time(ASKED, |this| this.tell(ASKED, |f| f.set_mem_table(&infos)))?;
+        let operation = Operation::ShareMemory;
+        self.expect_nothing_shared(operation)?;
+        let regions = Shared::all(memory).map_err(|kind| self.error(operation, kind))?;
+        self.expect_complete(operation, &regions)?;
+        let infos = self.infos(operation, &regions)?;
+        self.tell_in_time(operation, |f| f.set_mem_table(&infos))?;
         self.set_sharing(Sharing::Present { regions });
         Ok(())
     }
@@ -152,40 +150,57 @@ impl BackEnd {
     ///
     /// # Errors
     ///
-    /// [`Error::Incomplete`], with nothing done, if pages are missing, and the back-end's errors.
+    /// [`ErrorKind::Incomplete`], with nothing done, if pages are missing, and the back-end's errors.
     pub fn end_postcopy(&mut self) -> Result<()> {
-        const ASKED: &str = "end post-copy with";
+        let operation = Operation::EndPostcopy;
         let Sharing::Trapped { regions, uffd, service, .. } = self.sharing() else { return Ok(()) };
-        self.expect_complete(ASKED, regions)?;
+        self.expect_complete(operation, regions)?;
         let (regions, uffd, service) = (regions.clone(), uffd.clone(), service.clone());
         // Otherwise the back-end's mapping would stay registered until the last descriptor is
         // closed.
-        service.release(&uffd)?;
-        let ended = self.in_time(ASKED, |this| this.tell(ASKED, |f| f.postcopy_end()));
+        let released = service.release(&uffd);
+        released.map_err(|error| self.error(operation, ErrorKind::Service(error)))?;
+        let ended = self.tell_in_time(operation, |f| f.postcopy_end());
         uffd.close();
         self.set_sharing(Sharing::Present { regions });
         ended
     }
 
-    fn expect_nothing_shared(&self, asked: &'static str) -> Result<()> {
+    fn expect_nothing_shared(&self, operation: Operation) -> Result<()> {
         match self.sharing() {
             Sharing::None => Ok(()),
-            _ => Err(self.wrong_order(asked, "memory is already shared; connect again")),
+            _ => {
+                let why = "memory is already shared; connect again";
+                Err(self.error(operation, ErrorKind::Order { why }))
+            }
         }
     }
 
-    fn expect_complete(&self, asked: &'static str, regions: &[Shared]) -> Result<()> {
+    pub(crate) fn expect_complete(&self, operation: Operation, regions: &[Shared]) -> Result<()> {
         match regions.iter().map(Shared::count_missing).sum() {
             0 => Ok(()),
-            missing => Err(Error::Incomplete { socket: self.socket().into(), asked, missing }),
+            missing => Err(self.error(operation, ErrorKind::Incomplete { missing })),
         }
+    }
+
+    /// Returns the regions as a message describes them.
+    fn infos(
+        &self,
+        operation: Operation,
+        regions: &[Shared],
+    ) -> Result<Vec<VhostUserMemoryRegionInfo>> {
+        let infos: std::result::Result<_, _> = regions.iter().map(Shared::info).collect();
+        infos.map_err(|kind| self.error(operation, kind))
     }
 
     /// Returns the shared regions.
-    pub(crate) fn regions(&self, asked: &'static str) -> Result<&[Shared]> {
+    pub(crate) fn regions(&self, operation: Operation) -> Result<&[Shared]> {
         match self.sharing() {
             Sharing::Trapped { regions, .. } | Sharing::Present { regions } => Ok(regions),
-            Sharing::None => Err(self.wrong_order(asked, "no memory is shared; share it first")),
+            Sharing::None => {
+                let why = "no memory is shared; share it first";
+                Err(self.error(operation, ErrorKind::Order { why }))
+            }
         }
     }
 }

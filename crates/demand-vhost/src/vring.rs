@@ -5,8 +5,9 @@ use vhost::{VhostBackend, VringConfigData, vhost_user::VhostUserFrontend};
 use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::error::Operation;
 use crate::regions::user_address;
-use crate::{BackEnd, Error, Result};
+use crate::{BackEnd, ErrorKind, Result};
 
 /// A virtqueue as the driver has configured it.
 #[derive(Debug)]
@@ -36,13 +37,14 @@ impl BackEnd {
     ///
     /// # Errors
     ///
-    /// [`Error::VringAddress`] if a ring lies outside the shared memory, [`Error::Order`] if no
-    /// memory has been shared yet, and the back-end's errors.
+    /// [`ErrorKind::VringAddress`] if a ring lies outside the shared memory, [`ErrorKind::Order`] if
+    /// no memory has been shared yet, and the back-end's errors.
     pub fn set_vring(&mut self, queue: usize, vring: &Vring<'_>, enabled: bool) -> Result<()> {
-        let regions = self.regions("set up a queue of")?;
-        let find = |address: GuestAddress| {
-            user_address(regions, address.0)
-                .ok_or(Error::VringAddress { queue, address: address.0 })
+        let operation = Operation::SetUpVring;
+        let regions = self.regions(operation)?;
+        let find = |GuestAddress(address): GuestAddress| {
+            user_address(regions, address)
+                .ok_or_else(|| self.error(operation, ErrorKind::VringAddress { queue, address }))
         };
         let addresses = VringConfigData {
             queue_max_size: vring.size,
@@ -53,15 +55,13 @@ impl BackEnd {
             avail_ring_addr: find(vring.available)?,
             log_addr: None,
         };
-        self.in_time("set up a queue of", |this| {
-            this.tell("set the size of a queue of", |f| f.set_vring_num(queue, vring.size))?;
-            this.tell("set the addresses of a queue of", |f| f.set_vring_addr(queue, &addresses))?;
-            let goes_on = vring.next_available;
-            this.tell("set the next request of a queue of", |f| f.set_vring_base(queue, goes_on))?;
-            this.tell("connect the interrupt of a queue of", |f| {
-                f.set_vring_call(queue, vring.call)
-            })?;
-            this.tell("connect the doorbell of a queue of", |f| f.set_vring_kick(queue, vring.kick))
+        self.in_time(operation, |this| {
+            this.tell(Operation::SetVringSize, |f| f.set_vring_num(queue, vring.size))?;
+            this.tell(Operation::SetVringAddresses, |f| f.set_vring_addr(queue, &addresses))?;
+            let next = vring.next_available;
+            this.tell(Operation::SetVringBase, |f| f.set_vring_base(queue, next))?;
+            this.tell(Operation::SetVringCall, |f| f.set_vring_call(queue, vring.call))?;
+            this.tell(Operation::SetVringKick, |f| f.set_vring_kick(queue, vring.kick))
         })?;
         if enabled { self.enable_vring(queue, true) } else { Ok(()) }
     }
@@ -72,8 +72,7 @@ impl BackEnd {
     ///
     /// The back-end's errors.
     pub fn enable_vring(&mut self, queue: usize, enabled: bool) -> Result<()> {
-        const ASKED: &str = "enable or disable a queue of";
-        self.in_time(ASKED, |this| this.tell(ASKED, |f| f.set_vring_enable(queue, enabled)))
+        self.tell_in_time(Operation::EnableVring, |f| f.set_vring_enable(queue, enabled))
     }
 
     /// Stops a queue and returns the index in the available ring of the first request that the
@@ -83,9 +82,10 @@ impl BackEnd {
     ///
     /// The back-end's errors.
     pub fn stop_vring(&mut self, queue: usize) -> Result<u16> {
+        let operation = Operation::StopVring;
+        let base =
+            self.in_time(operation, |this| this.ask(operation, |f| f.get_vring_base(queue)))?;
         // The upper bits are for packed rings, which this crate never negotiates.
-        const ASKED: &str = "stop a queue of";
-        let base = self.in_time(ASKED, |this| this.ask(ASKED, |f| f.get_vring_base(queue)))?;
-        Ok(base as u16)
+        Ok((base & 0xffff) as u16)
     }
 }

@@ -8,13 +8,15 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
-use common::process::{self, Process, expect, expect_blocked};
+use common::process::{self, NOTHING, Process, expect, expect_blocked};
 use common::{HIGH, Memory, PAGES, address_of};
-use demand_memory::{BackingKind, PAGE_SIZE, PageRange, Path};
+use demand_memory::{
+    BackingKind, DemandMemory, DemandRegion, FaultPath, PAGE_SIZE, PageRange, to_usize,
+};
 use demand_uffd::{ArmedMapping, FaultService, Features, Userfaultfd};
-use demand_vhost::{BackEnd, Error, Options, VhostUserProtocolFeatures, Vring};
+use demand_vhost::{BackEnd, ErrorKind, Options, VhostUserProtocolFeatures, Vring};
 use test_support::host::huge_pages;
-use test_support::wait::{A_WHILE, until};
+use test_support::wait::{A_WHILE, PATIENCE, until};
 use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -76,7 +78,7 @@ fn memory_arrives(kind: BackingKind) {
     // Units that are partly present because of a vCPU's faults.
     let pagers = memory.pagers();
     for page in [1, 7, 511, 600] {
-        pagers[0].fetch(PageRange::page(page), Path::Guest).unwrap();
+        pagers[0].fetch(PageRange::page(page), FaultPath::Guest).unwrap();
     }
     until("they arrive", || !pagers[0].bitmap().is_missing(600));
     process.expect(7 * PAGE_SIZE);
@@ -103,7 +105,7 @@ fn memory_arrives(kind: BackingKind) {
         process.expect(address_of(page));
     }
     service.finish().unwrap();
-    let report = memory.stats.path(Path::BackEnd);
+    let report = memory.stats.path(FaultPath::BackEnd);
     assert_eq!(report.granularity_bytes, 2 << 20, "{report:?}");
     assert!(report.faults >= 4 && report.faults <= 12, "{report:?}");
 }
@@ -120,20 +122,20 @@ fn huge_pages_arrive_as_they_are_touched() {
 }
 
 #[test]
-fn config_changes_are_heard_only_if_negotiated() {
+fn config_changes_are_delivered_only_if_negotiated() {
     for (unused, told) in [
         (VhostUserProtocolFeatures::empty(), true),
         (VhostUserProtocolFeatures::BACKEND_REQ, false),
     ] {
         let process = Process::start();
-        let options = Options { unused, ..Options::default() };
+        let options = Options::default().unused(unused);
         let mut back_end = BackEnd::connect(&process.socket, options).unwrap();
         assert_eq!(back_end.on_config_change(|| ()).unwrap(), told);
         back_end.write_config(0, &[1]).unwrap();
         let hang_up = back_end.hang_up();
-        assert!(!hang_up.is_closed());
+        hang_up.check().unwrap();
         drop(back_end);
-        assert!(hang_up.is_closed(), "whoever may hang up keeps no connection open");
+        assert!(hang_up.check().is_err(), "a handle keeps no connection open");
     }
 }
 
@@ -157,7 +159,7 @@ fn queue_waiting_for_its_ring_delays_no_fault() {
     process.expect(513 * PAGE_SIZE);
     process.expect(HIGH + 8);
     assert!(set.recv_timeout(A_WHILE).is_err(), "the ring has not arrived");
-    memory.control.let_go();
+    memory.control.release();
     let back_end = setter.join().unwrap().unwrap();
     expect(&waiting, PAGE_SIZE);
     back_end.check().unwrap();
@@ -176,8 +178,8 @@ fn hang_up_ends_a_blocked_request() {
     assert!(!setter.is_finished());
     hang_up.hang_up();
     let error = setter.join().unwrap().unwrap_err();
-    assert!(matches!(error, Error::Disconnected { .. }), "{error}");
-    memory.control.let_go();
+    assert!(matches!(error.kind(), ErrorKind::Disconnected), "{error}");
+    memory.control.release();
 }
 
 /// Returns the CPU time used so far by each thread of the fault services, in ticks of 10 ms.
@@ -219,7 +221,7 @@ fn dead_back_end_delays_no_other() {
         assert!(ticks - then < 30, "a thread used {} of 60 ticks", ticks - then);
     }
     survivor.expect(600 * PAGE_SIZE);
-    memory.control.let_go();
+    memory.control.release();
     expect(&alive, PAGE_SIZE);
     drop(first);
     survivor.expect(HIGH + 600 * PAGE_SIZE);
@@ -239,9 +241,9 @@ fn all_processes_read_the_same() {
     let uffd = Arc::new(Userfaultfd::open(Features::GUEST_MEMORY).unwrap());
     let pagers = memory.pagers();
     let guest = Arc::new(pagers[0].backing().map().unwrap());
-    let armed = ArmedMapping::own(&uffd, guest.clone(), &pagers[0], Path::Guest).unwrap();
+    let armed = ArmedMapping::own(&uffd, guest.clone(), &pagers[0], FaultPath::Guest).unwrap();
     pagers[0].set_guest_trap(armed.clone()).unwrap();
-    service.serve(&[armed]).unwrap();
+    service.add(&[armed]).unwrap();
     let mut back_ends: Vec<_> =
         processes.iter().map(|process| connect(process, &memory, &service)).collect();
     let reads: Vec<_> = (0..600)
@@ -259,7 +261,7 @@ fn all_processes_read_the_same() {
     service.finish().unwrap();
     assert!(uffd.is_closed());
     for page in 0..2 * PAGES {
-        processes[(page % 2) as usize].expect(address_of(page) + 2048);
+        processes[to_usize(page % 2)].expect(address_of(page) + 2048);
     }
 }
 
@@ -272,7 +274,7 @@ fn present_memory_needs_no_service() {
     back_end.set_features(back_end.features()).unwrap();
     let ring = Ring::new();
     let early = ring.set(&mut back_end).unwrap_err();
-    assert!(matches!(early, Error::Order { .. }), "{early}");
+    assert!(matches!(early.kind(), ErrorKind::Order { .. }), "{early}");
     back_end.share_present_memory(&memory.memory).unwrap();
     let outside = Vring {
         size: 16,
@@ -284,11 +286,103 @@ fn present_memory_needs_no_service() {
         call: &ring.call,
     };
     let error = back_end.set_vring(0, &outside, true).unwrap_err();
-    assert!(matches!(error, Error::VringAddress { address: common::SIZE, .. }), "{error}");
+    assert!(
+        matches!(error.kind(), ErrorKind::VringAddress { address: common::SIZE, .. }),
+        "{error}"
+    );
     ring.set(&mut back_end).unwrap();
     ring.kick.write(1).unwrap();
     assert!(ring.call.read().unwrap() >= 1);
     for page in (0..2 * PAGES).step_by(37) {
         process.expect(address_of(page));
     }
+}
+
+/// Memory, its low part, and its high region.
+fn split(kind: BackingKind) -> (Memory, DemandMemory, Arc<DemandRegion>) {
+    let memory = Memory::new(kind);
+    let (low, high) = memory.memory.remove_region(GuestAddress(HIGH), common::SIZE).unwrap();
+    (memory, low, high)
+}
+
+fn expect_nothing(process: &Process, address: u64) {
+    assert_eq!(process.read(address).recv_timeout(PATIENCE), Ok(NOTHING));
+}
+
+/// Regions that are partly present come to a running back-end, and go.
+fn regions_come_and_go(kind: BackingKind) {
+    let (memory, low, high) = split(kind);
+    let service = service(1);
+    let process = Process::start();
+    let mut back_end = BackEnd::connect(&process.socket, Options::default()).unwrap();
+    back_end.set_features(back_end.features()).unwrap();
+    let early = back_end.insert_region(&*high).unwrap_err();
+    assert!(matches!(early.kind(), ErrorKind::Order { .. }), "{early}");
+    back_end.share_missing_memory(&low, &service).unwrap();
+    let pages = [0, 511, 512, 514, PAGES - 1];
+    for _ in 0..3 {
+        let (_memory, _, high) = split(kind);
+        expect_nothing(&process, HIGH);
+        // As by vCPUs' faults.
+        let partly = PageRange::new(511, 3);
+        high.pager().fetch(partly, FaultPath::Guest).unwrap();
+        until("they arrive", || high.pager().bitmap().first_missing(partly).is_none());
+        back_end.insert_region(&*high).unwrap();
+        pages.iter().for_each(|page| process.expect(HIGH + page * PAGE_SIZE + 8));
+        let again = back_end.insert_region(&*high).unwrap_err();
+        assert!(matches!(again.kind(), ErrorKind::RegionOverlap { .. }), "{again}");
+        back_end.remove_region(GuestAddress(HIGH)).unwrap();
+        high.pager().stop();
+        expect_nothing(&process, HIGH);
+        let gone = back_end.remove_region(GuestAddress(HIGH)).unwrap_err();
+        assert!(matches!(gone.kind(), ErrorKind::NoRegion { address: HIGH }), "{gone}");
+    }
+    process.expect(PAGE_SIZE);
+    back_end.insert_region(&*high).unwrap();
+    let early = back_end.end_postcopy().unwrap_err();
+    assert!(matches!(early.kind(), ErrorKind::Incomplete { .. }), "{early}");
+    memory.fill();
+    back_end.end_postcopy().unwrap();
+    service.finish().unwrap();
+    pages.iter().for_each(|page| process.expect(HIGH + page * PAGE_SIZE));
+    // After post-copy only complete regions come.
+    back_end.remove_region(GuestAddress(HIGH)).unwrap();
+    expect_nothing(&process, HIGH);
+    let (_other, _, missing) = split(kind);
+    let late = back_end.insert_region(&*missing).unwrap_err();
+    assert!(matches!(late.kind(), ErrorKind::Incomplete { missing: PAGES }), "{late}");
+    back_end.insert_region(&*high).unwrap();
+    pages.iter().for_each(|page| process.expect(HIGH + page * PAGE_SIZE));
+}
+
+#[test]
+fn regions_of_running_back_end_come_and_go() {
+    regions_come_and_go(BackingKind::Shmem);
+}
+
+#[test]
+fn huge_regions_come_and_go() {
+    let Some(_pool) = huge_pages(12) else { return };
+    regions_come_and_go(BackingKind::Hugetlb2M);
+}
+
+#[test]
+fn back_end_without_slots_keeps_its_memory() {
+    let (_memory, low, high) = split(BackingKind::Shmem);
+    let process = Process::start();
+    let options = Options::default().unused(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS);
+    let mut back_end = BackEnd::connect(&process.socket, options).unwrap();
+    back_end.set_features(back_end.features()).unwrap();
+    back_end.share_missing_memory(&low, &service(1)).unwrap();
+    for refused in [
+        back_end.expect_mem_slots(),
+        back_end.insert_region(&*high),
+        back_end.remove_region(GuestAddress(0)),
+    ] {
+        let error = refused.unwrap_err();
+        assert!(matches!(error.kind(), ErrorKind::NoMemSlots), "{error}");
+        assert!(error.to_string().contains("--mem-slots on"), "{error}");
+    }
+    process.expect(PAGE_SIZE);
+    expect_nothing(&process, HIGH);
 }

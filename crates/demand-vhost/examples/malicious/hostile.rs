@@ -10,25 +10,28 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
+use demand_memory::to_usize;
 use demand_uffd::{Features, Userfaultfd};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use super::deed::{Base, Deed, Mischief, Sent, Step, Wrong};
 use super::memory::{self, Guarded, tempfile_of};
 
-pub const GET_FEATURES: u32 = 1;
-pub const SET_MEM_TABLE: u32 = 5;
+pub(crate) const GET_FEATURES: u32 = 1;
+pub(crate) const SET_MEM_TABLE: u32 = 5;
 const GET_PROTOCOL_FEATURES: u32 = 15;
 const GET_CONFIG: u32 = 24;
 const ADVISE: u32 = 28;
-pub const END: u32 = 30;
+pub(crate) const END: u32 = 30;
+const GET_MAX_MEM_SLOTS: u32 = 36;
+const ADD_MEM_REG: u32 = 37;
 
-pub const MQ: u64 = 1;
-pub const REPLY_ACK: u64 = 1 << 3;
-pub const PAGEFAULT: u64 = 1 << 8;
-pub const CONFIG: u64 = 1 << 9;
+pub(crate) const MQ: u64 = 1;
+pub(crate) const REPLY_ACK: u64 = 1 << 3;
+pub(crate) const PAGEFAULT: u64 = 1 << 8;
+pub(crate) const CONFIG: u64 = 1 << 9;
 /// All protocol features that a front-end may require.
-pub const ALL_FEATURES: u64 = MQ | REPLY_ACK | PAGEFAULT | CONFIG;
+pub(crate) const ALL_FEATURES: u64 = MQ | REPLY_ACK | PAGEFAULT | CONFIG;
 
 /// VIRTIO_F_VERSION_1 and PROTOCOL_FEATURES.
 const FEATURES: u64 = 1 << 32 | 1 << 30;
@@ -37,7 +40,7 @@ const SECTORS: u64 = 1 << 40;
 const NEED_REPLY: u32 = 8;
 
 /// One connection with a front-end.
-pub struct Connection {
+pub(crate) struct Connection {
     stream: UnixStream,
     deed: Deed,
     protocol_features: u64,
@@ -52,7 +55,7 @@ pub struct Connection {
 }
 
 impl Connection {
-    pub fn new(stream: UnixStream, deed: Deed, protocol_features: u64) -> Self {
+    pub(crate) fn new(stream: UnixStream, deed: Deed, protocol_features: u64) -> Self {
         Connection {
             stream,
             deed,
@@ -66,12 +69,12 @@ impl Connection {
     }
 
     /// Returns the mappings of guest memory.
-    pub fn mappings(&self) -> Arc<Mutex<Vec<Arc<Guarded>>>> {
+    pub(crate) fn mappings(&self) -> Arc<Mutex<Vec<Arc<Guarded>>>> {
         self.mappings.clone()
     }
 
     /// Serves the connection to its end; returns the requests received.
-    pub fn serve(&mut self) -> Vec<u32> {
+    pub(crate) fn serve(&mut self) -> Vec<u32> {
         let mut requests = Vec::new();
         if self.deed == Deed::FloodMessages {
             let answer = message(GET_FEATURES, &0u64.to_ne_bytes());
@@ -119,7 +122,13 @@ impl Connection {
                 Some(payload)
             }
             SET_MEM_TABLE if !files.is_empty() && self.uffd.is_some() => {
-                Some(self.mem_table(&payload, files))
+                let which = if let Deed::Base(base) = self.deed { Some(base) } else { None };
+                Some(self.mem_table(&payload, files, which))
+            }
+            // The region is described as in a table, after padding in place of the count.
+            ADD_MEM_REG if !files.is_empty() && self.uffd.is_some() => {
+                let which = if let Deed::Added(base) = self.deed { Some(base) } else { None };
+                Some(self.mem_table(&payload, files, which))
             }
             _ => self
                 .value(request)
@@ -164,6 +173,7 @@ impl Connection {
             ADVISE => Step::Advise,
             29 => Step::Listen,
             END => Step::End,
+            ADD_MEM_REG if files => Step::AddRegion,
             _ => return None,
         })
     }
@@ -176,6 +186,7 @@ impl Connection {
             GET_PROTOCOL_FEATURES => Some(self.protocol_features),
             // GET_QUEUE_NUM.
             17 => Some(1),
+            GET_MAX_MEM_SLOTS => Some(3),
             // GET_VRING_BASE: the queue's index (low half) and its position in the available ring
             // (high half).
             11 => Some(0),
@@ -192,7 +203,7 @@ impl Connection {
 
     fn refuse(&mut self, request: u32, flags: u32) -> Option<()> {
         let refusal = match request {
-            ADVISE | SET_MEM_TABLE => Vec::new(),
+            ADVISE | SET_MEM_TABLE | ADD_MEM_REG => Vec::new(),
             GET_CONFIG => vec![0; 12],
             _ if self.value(request).is_some() => 0u64.to_ne_bytes().to_vec(),
             _ if flags & NEED_REPLY != 0 => 1u64.to_ne_bytes().to_vec(),
@@ -287,12 +298,11 @@ impl Connection {
     }
 
     /// Maps the regions and returns the answer to a memory table.
-    fn mem_table(&mut self, payload: &[u8], files: Vec<File>) -> Vec<u8> {
+    fn mem_table(&mut self, payload: &[u8], files: Vec<File>, which: Option<Base>) -> Vec<u8> {
         // The layout is a count and padding, and for each region: guest address, size, user
         // address, offset.
         let mut table: Vec<u64> =
             payload.chunks(8).map(|word| u64::from_ne_bytes(word.try_into().unwrap())).collect();
-        let which = if let Deed::Base(base) = self.deed { Some(base) } else { None };
         for (index, file) in files.iter().enumerate() {
             let region = 1 + index * 4;
             let len = table[region + 1];
@@ -313,11 +323,11 @@ impl Connection {
                 Some(Base::PastTheEnd) => !0xfff,
                 Some(Base::Unmapped) => 0x1000_0000_0000 + region as u64 * (1 << 32),
                 Some(Base::Zero) => 0,
-                Some(Base::Private) => memory::reserve(len as usize) as u64,
+                Some(Base::Private) => memory::reserve(to_usize(len)) as u64,
                 _ => base,
             };
         }
-        self.files = files;
+        self.files.extend(files);
         match which {
             Some(Base::TooFew) => {
                 table[0] = 1;
@@ -363,8 +373,9 @@ impl Connection {
 }
 
 fn message(request: u32, payload: &[u8]) -> Vec<u8> {
+    let len = u32::try_from(payload.len()).expect("payloads are short");
     // The flags: version 1, reply.
-    let mut message = [request, 1 | 4, payload.len() as u32].map(u32::to_ne_bytes).concat();
+    let mut message = [request, 1 | 4, len].map(u32::to_ne_bytes).concat();
     message.extend(payload);
     message
 }
@@ -375,8 +386,9 @@ fn raw_uffd() -> OwnedFd {
     // SAFETY: the call only takes flags, and accesses no memory.
     let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, flags) };
     assert!(fd >= 0, "{}", std::io::Error::last_os_error());
+    let fd = RawFd::try_from(fd).expect("a descriptor");
     // SAFETY: the call has just returned this descriptor, so no other code owns it.
-    unsafe { OwnedFd::from_raw_fd(fd as RawFd) }
+    unsafe { OwnedFd::from_raw_fd(fd) }
 }
 
 /// Returns a userfaultfd of a process that has ended.

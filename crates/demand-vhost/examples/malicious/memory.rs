@@ -22,7 +22,7 @@ const PRIVATE: libc::c_int = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
 const FLOOD: Duration = Duration::from_secs(3);
 
 /// A mapping of a file between two canaries. It is never unmapped, because threads may wait in it.
-pub struct Guarded {
+pub(crate) struct Guarded {
     start: *mut u8,
     len: usize,
 }
@@ -34,7 +34,7 @@ unsafe impl Send for Guarded {}
 unsafe impl Sync for Guarded {}
 
 impl Guarded {
-    pub fn new(file: &File, len: u64) -> Self {
+    pub(crate) fn new(file: &File, len: u64) -> Self {
         let len = usize::try_from(len).unwrap();
         // Room to align the mapping to a huge page.
         let room = len + 3 * MARGIN;
@@ -55,11 +55,11 @@ impl Guarded {
         Guarded { start, len }
     }
 
-    pub fn base(&self) -> u64 {
+    pub(crate) fn base(&self) -> u64 {
         self.start as u64
     }
 
-    pub fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.len
     }
 
@@ -70,21 +70,21 @@ impl Guarded {
     }
 
     /// Reads a byte; blocks if its page is trapped.
-    pub fn read(&self, offset: usize) -> u8 {
+    pub(crate) fn read(&self, offset: usize) -> u8 {
         // SAFETY: the byte lies in the mapping, and no reference to it exists.
         unsafe { self.at(offset).read_volatile() }
     }
 
     /// Reads a word; blocks if its page is trapped.
     #[allow(dead_code)] // Only tests check content.
-    pub fn read_word(&self, offset: usize) -> u64 {
+    pub(crate) fn read_word(&self, offset: usize) -> u64 {
         assert!(offset.is_multiple_of(8));
         // SAFETY: the word lies in the mapping, and no reference to it exists.
         unsafe { self.at(offset).cast::<u64>().read_volatile() }
     }
 
     /// Returns whether the canaries are unchanged.
-    pub fn is_intact(&self) -> bool {
+    pub(crate) fn is_intact(&self) -> bool {
         // SAFETY: the margins are private memory of this process that no code writes after `new`.
         let (before, behind) = unsafe {
             (
@@ -112,7 +112,7 @@ impl Guarded {
 }
 
 /// Maps `len` bytes of private memory, at an address of the kernel's choice.
-pub fn reserve(len: usize) -> *mut u8 {
+pub(crate) fn reserve(len: usize) -> *mut u8 {
     let prot = libc::PROT_READ | libc::PROT_WRITE;
     // SAFETY: a new mapping does not affect existing memory.
     let at = unsafe { libc::mmap(std::ptr::null_mut(), len, prot, PRIVATE, -1, 0) };
@@ -121,7 +121,7 @@ pub fn reserve(len: usize) -> *mut u8 {
 }
 
 /// Moves a mapping away while a thread waits for its first page.
-pub fn move_later(mapping: &Arc<Guarded>) {
+pub(crate) fn move_later(mapping: &Arc<Guarded>) {
     let reader = mapping.clone();
     thread::spawn(move || reader.read(0));
     thread::sleep(Duration::from_millis(50));
@@ -129,7 +129,7 @@ pub fn move_later(mapping: &Arc<Guarded>) {
 }
 
 /// Touches all pages on a new thread.
-pub fn read_all(mapping: &Arc<Guarded>) -> thread::JoinHandle<()> {
+pub(crate) fn read_all(mapping: &Arc<Guarded>) -> thread::JoinHandle<()> {
     let mapping = mapping.clone();
     thread::spawn(move || {
         for offset in (0..mapping.len()).step_by(PAGE) {
@@ -140,13 +140,13 @@ pub fn read_all(mapping: &Arc<Guarded>) -> thread::JoinHandle<()> {
 
 /// Touches a mapping's pages on a new thread, and wakes the thread repeatedly, so that it faults
 /// again each time its fault was not resolved.
-pub fn insist(mapping: &Arc<Guarded>, uffd: &Arc<Userfaultfd>) {
+pub(crate) fn insist(mapping: &Arc<Guarded>, uffd: &Arc<Userfaultfd>) {
     let (_, mapping, uffd) = (read_all(mapping), mapping.clone(), uffd.clone());
     for_a_while(move |_| drop(uffd.wake(mapping.base(), mapping.len() as u64)));
 }
 
 /// Performs the part of a mischief that comes before memory may be used.
-pub fn prefault(what: Mischief, mapping: &Arc<Guarded>) {
+pub(crate) fn prefault(what: Mischief, mapping: &Arc<Guarded>) {
     let (at, len) = (mapping.at(0).cast(), mapping.len());
     let result = match what {
         Mischief::TouchEarly => {
@@ -163,7 +163,12 @@ pub fn prefault(what: Mischief, mapping: &Arc<Guarded>) {
 }
 
 /// Performs a mischief. Floods continue after this has returned.
-pub fn mischief(what: Mischief, mapping: &Arc<Guarded>, file: &File, uffd: &Arc<Userfaultfd>) {
+pub(crate) fn mischief(
+    what: Mischief,
+    mapping: &Arc<Guarded>,
+    file: &File,
+    uffd: &Arc<Userfaultfd>,
+) {
     match what {
         Mischief::Read | Mischief::TouchEarly | Mischief::PopulateEarly | Mischief::LockEarly => {
             read_all(mapping).join().unwrap()
@@ -229,7 +234,7 @@ fn touch_outside(uffd: &Arc<Userfaultfd>) -> Arc<Guarded> {
 }
 
 /// Creates an empty memory object of `len` bytes.
-pub fn tempfile_of(len: u64) -> File {
+pub(crate) fn tempfile_of(len: u64) -> File {
     use std::os::fd::FromRawFd;
     // SAFETY: the name is a valid C string.
     let fd = unsafe { libc::memfd_create(c"malicious".as_ptr(), libc::MFD_CLOEXEC) };
@@ -248,7 +253,7 @@ fn forget(mapping: &Guarded, offset: usize) {
 }
 
 /// Calls `what` repeatedly on a new thread, until the flood is over.
-pub fn for_a_while(mut what: impl FnMut(usize) + Send + 'static) {
+pub(crate) fn for_a_while(mut what: impl FnMut(usize) + Send + 'static) {
     thread::spawn(move || {
         let begun = Instant::now();
         let mut turn = 0;

@@ -2,11 +2,11 @@
 //! The malicious back-end of the examples, run on a thread.
 
 #[path = "../../examples/malicious/deed.rs"]
-pub mod deed;
+pub(crate) mod deed;
 #[path = "../../examples/malicious/hostile.rs"]
-pub mod hostile;
+pub(crate) mod hostile;
 #[path = "../../examples/malicious/memory.rs"]
-pub mod memory;
+pub(crate) mod memory;
 
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
@@ -17,15 +17,15 @@ use deed::Deed;
 use hostile::Connection;
 use memory::Guarded;
 
-pub struct Foolish {
-    pub socket: PathBuf,
+pub(crate) struct Foolish {
+    pub(crate) socket: PathBuf,
     _directory: tempfile::TempDir,
     mappings: std::sync::mpsc::Receiver<Arc<Mutex<Vec<Arc<Guarded>>>>>,
     thread: Option<JoinHandle<Vec<u32>>>,
 }
 
 impl Foolish {
-    pub fn start(deed: Deed, protocol_features: u64) -> Self {
+    pub(crate) fn start(deed: Deed, protocol_features: u64) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let socket = directory.path().join("s");
         let listener = UnixListener::bind(&socket).unwrap();
@@ -40,12 +40,12 @@ impl Foolish {
     }
 
     /// Waits for a connection and returns the back-end's mappings of guest memory.
-    pub fn mappings(&self) -> Vec<Arc<Guarded>> {
+    pub(crate) fn mappings(&self) -> Vec<Arc<Guarded>> {
         self.mappings.recv().unwrap().lock().unwrap().clone()
     }
 
     /// Waits for the end of the connection and returns the requests received.
-    pub fn requests(mut self) -> Vec<u32> {
+    pub(crate) fn requests(mut self) -> Vec<u32> {
         self.thread.take().unwrap().join().unwrap()
     }
 }

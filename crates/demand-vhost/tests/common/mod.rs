@@ -2,13 +2,13 @@
 //! Guest memory and back-ends that the tests share.
 #![allow(dead_code)] // Each test binary uses only a part of this module.
 
-pub mod foolish;
-pub mod process;
+pub(crate) mod foolish;
+pub(crate) mod process;
 
 use std::sync::Arc;
 
 use demand_memory::{
-    BackingKind, DemandMemory, DemandRegion, MemfdBacking, PAGE_SIZE, Pager, RegionConfig, Retrier,
+    BackingKind, DemandMemory, DemandRegion, MemfdBacking, PAGE_SIZE, Pager, PagerConfig, Retrier,
     RetryPolicy, Stats,
 };
 use test_support::image::{self, Control};
@@ -16,59 +16,58 @@ use test_support::wait::until;
 use vm_memory::GuestAddress;
 
 /// Size of each region in bytes. Guest memory has two regions, one at 0 and one at `HIGH`.
-pub const SIZE: u64 = 6 << 20;
-pub const HIGH: u64 = 1 << 32;
-pub const PAGES: u64 = SIZE / PAGE_SIZE;
+pub(crate) const SIZE: u64 = 6 << 20;
+pub(crate) const HIGH: u64 = 1 << 32;
+pub(crate) const PAGES: u64 = SIZE / PAGE_SIZE;
 
 /// Returns the word at a guest address (a multiple of 8).
-pub fn word_of(address: u64) -> u64 {
+pub(crate) fn word_of(address: u64) -> u64 {
     image::word_of(if address >= HIGH { address - HIGH + SIZE } else { address })
 }
 
 /// Returns the guest address of a page; pages are counted through both regions.
-pub fn address_of(page: u64) -> u64 {
+pub(crate) fn address_of(page: u64) -> u64 {
     if page < PAGES { page * PAGE_SIZE } else { HIGH + (page - PAGES) * PAGE_SIZE }
 }
 
-pub struct Memory {
-    pub memory: DemandMemory,
-    pub control: Arc<Control>,
-    pub stats: Arc<Stats>,
+pub(crate) struct Memory {
+    pub(crate) memory: DemandMemory,
+    pub(crate) control: Arc<Control>,
+    pub(crate) stats: Arc<Stats>,
 }
 
 impl Memory {
-    pub fn new(kind: BackingKind) -> Self {
+    pub(crate) fn new(kind: BackingKind) -> Self {
         Self::with(kind, &[0, HIGH])
     }
 
-    pub fn with(kind: BackingKind, starts: &[u64]) -> Self {
+    pub(crate) fn with(kind: BackingKind, starts: &[u64]) -> Self {
         let (source, control) = image::far(2 * SIZE);
         let source = Arc::new(source);
         let stats = Arc::new(Stats::new());
         let retrier = Retrier::new(RetryPolicy::default(), |_| {});
         let regions = starts.iter().enumerate().map(|(index, start)| {
-            let config = RegionConfig {
-                start: GuestAddress(*start),
-                backing: Arc::new(MemfdBacking::new(kind, SIZE, false).unwrap()),
+            let config = PagerConfig {
+                backing: Arc::new(MemfdBacking::new(kind, SIZE).unwrap().with_reservation(false)),
                 source: source.clone(),
                 image_offset: (index as u64 % 2) * SIZE,
                 stats: stats.clone(),
                 retrier: retrier.clone(),
             };
-            DemandRegion::new(config, ()).unwrap()
+            DemandRegion::new(GuestAddress(*start), config, ()).unwrap()
         });
         let memory = DemandMemory::new(regions.collect()).unwrap();
         Memory { memory, control, stats }
     }
 
-    pub fn pagers(&self) -> Vec<Arc<Pager>> {
+    pub(crate) fn pagers(&self) -> Vec<Arc<Pager>> {
         self.memory.pagers().cloned().collect()
     }
 
-    pub fn fill(&self) {
+    pub(crate) fn fill(&self) {
         for pager in self.memory.pagers() {
             let all = demand_memory::PageRange::new(0, pager.pages());
-            pager.fetch(all, demand_memory::Path::Fill).unwrap();
+            pager.fetch(all, demand_memory::FaultPath::Fill).unwrap();
         }
         until("memory is complete", || self.memory.pagers().all(|p| p.bitmap().is_complete()));
     }

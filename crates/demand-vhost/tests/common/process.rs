@@ -22,11 +22,14 @@ use vmm_sys_util::epoll::EventSet;
 type Asked = (u64, Sender<u64>);
 type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
 
+/// The answer where no memory is.
+pub(crate) const NOTHING: u64 = u64::MAX;
+
 const SOCKET: &str = "DEMAND_VHOST_TEST_SOCKET";
 
 /// Runs the back-end if this is its process. Call it from a top-level test named `back_end`, which
 /// is the test that [`Process::start`] runs.
-pub fn run_if_asked() {
+pub(crate) fn run_if_asked() {
     let Ok(socket) = env::var(SOCKET) else { return };
     let memory = Memory::new(GuestMemoryMmap::new());
     let control = UnixStream::connect(format!("{socket}.control")).unwrap();
@@ -47,7 +50,7 @@ fn read_what_is_asked(control: UnixStream, memory: &Memory) {
         let Ok(address) = line.unwrap_or_default().parse::<u64>() else { return };
         let (memory, answers) = (memory.clone(), answers.clone());
         thread::spawn(move || {
-            let word: u64 = memory.memory().read_obj(GuestAddress(address)).unwrap();
+            let word = memory.memory().read_obj(GuestAddress(address)).unwrap_or(NOTHING);
             writeln!(answers.lock().unwrap(), "{address} {word}").unwrap();
         });
     }
@@ -76,10 +79,11 @@ impl VhostUserBackendMut for Device {
             | VhostUserProtocolFeatures::REPLY_ACK
             | VhostUserProtocolFeatures::PAGEFAULT
             | VhostUserProtocolFeatures::BACKEND_REQ
+            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
     }
     fn set_event_idx(&mut self, _: bool) {}
     fn get_config(&self, offset: u32, size: u32) -> Vec<u8> {
-        (offset..offset + size).map(|byte| byte as u8).collect()
+        (offset..offset + size).map(|byte| byte.to_le_bytes()[0]).collect()
     }
     fn set_config(&mut self, _: u32, _: &[u8]) -> Result<()> {
         Ok(())
@@ -100,8 +104,8 @@ impl VhostUserBackendMut for Device {
 }
 
 /// The test's handle to the back-end's process.
-pub struct Process {
-    pub socket: PathBuf,
+pub(crate) struct Process {
+    pub(crate) socket: PathBuf,
     _directory: tempfile::TempDir,
     child: Child,
     control: UnixStream,
@@ -109,7 +113,7 @@ pub struct Process {
 }
 
 impl Process {
-    pub fn start() -> Self {
+    pub(crate) fn start() -> Self {
         let directory = tempfile::tempdir().unwrap();
         let socket = directory.path().join("s");
         let listener = UnixListener::bind(directory.path().join("s.control")).unwrap();
@@ -137,7 +141,7 @@ impl Process {
     }
 
     /// Requests a read of the word at a guest address.
-    pub fn read(&self, address: u64) -> Receiver<u64> {
+    pub(crate) fn read(&self, address: u64) -> Receiver<u64> {
         let (sender, receiver) = mpsc::channel();
         self.waiting.lock().unwrap().push((address, sender));
         writeln!(&self.control, "{address}").unwrap();
@@ -145,24 +149,24 @@ impl Process {
     }
 
     /// Requests a read of the word at a guest address, and compares the result.
-    pub fn expect(&self, address: u64) {
+    pub(crate) fn expect(&self, address: u64) {
         expect(&self.read(address), address);
     }
 
-    pub fn kill(&mut self) {
+    pub(crate) fn kill(&mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
     }
 }
 
-pub fn expect(reader: &Receiver<u64>, address: u64) {
+pub(crate) fn expect(reader: &Receiver<u64>, address: u64) {
     let word = reader
         .recv_timeout(PATIENCE)
         .unwrap_or_else(|_| panic!("the read of {address:#x} was not served"));
     assert_eq!(word, super::word_of(address), "the word at {address:#x}");
 }
 
-pub fn expect_blocked(reader: &Receiver<u64>) {
+pub(crate) fn expect_blocked(reader: &Receiver<u64>) {
     if let Ok(word) = reader.recv_timeout(A_WHILE) {
         panic!("read {word:#x} before its page had arrived");
     }
