@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Benchmarks the work of a vCPU's thread at an exit for a missing page, without KVM.
 #![allow(missing_docs)] // criterion's macros create public items.
+#![allow(clippy::cast_possible_truncation, reason = "the numbers of a bench are small")]
 
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::time::Duration;
 
 use criterion::{BatchSize, Criterion, criterion_group, criterion_main};
-use demand_kvm::{FaultHandler, KVM_MEMORY_EXIT_FLAG_USERFAULT};
-use demand_memory::{BackingKind, MemfdBacking, PAGE_SIZE, Pager, Retrier, Stats, Waiter};
+use demand_kvm::{FaultHandler, FaultRegion, KVM_MEMORY_EXIT_FLAG_USERFAULT};
+use demand_memory::{BackingKind, MemfdBacking, PAGE_SIZE, Pager, PagerConfig, Retrier, Waiter};
 use demand_source::LocalFile;
 use vm_memory::GuestAddress;
 
@@ -20,11 +21,12 @@ fn handle(criterion: &mut Criterion) {
     image.as_file().write_all_at(&vec![7; (PAGES * PAGE_SIZE) as usize], 0).unwrap();
     let waiter = Waiter::new();
     let make = || {
-        let backing = MemfdBacking::new(BackingKind::Shmem, PAGES * PAGE_SIZE, true).unwrap();
+        let backing = MemfdBacking::new(BackingKind::Shmem, PAGES * PAGE_SIZE).unwrap();
         let source = Arc::new(LocalFile::open(image.path()).unwrap());
         let retrier = Retrier::new(Default::default(), |failure| panic!("{}", failure.error));
-        let pager = Pager::new(Arc::new(backing), source, 0, Arc::new(Stats::new()), retrier);
-        FaultHandler::new([(GuestAddress(START), pager.unwrap())]).unwrap()
+        let pager =
+            Pager::new(PagerConfig { retrier, ..PagerConfig::new(Arc::new(backing), source) });
+        FaultHandler::new([FaultRegion::userfault(GuestAddress(START), pager.unwrap())]).unwrap()
     };
     let all = |handler: FaultHandler| {
         for page in 0..PAGES {

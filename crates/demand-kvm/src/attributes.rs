@@ -9,7 +9,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use demand_memory::{BitmapReader, PAGE_SIZE, PageRange};
+use demand_memory::{BitmapReader, PAGE_SIZE, PageRange, to_usize};
 use kvm_ioctls::VmFd;
 use vm_memory::GuestAddress;
 
@@ -45,8 +45,8 @@ impl Attributes {
         });
         let attributes =
             Attributes { vm: vm.clone(), number, start: start.0, pages, private: words.collect() };
-        attributes.change(PageRange::new(0, pages), PRIVATE).map_err(|error| {
-            SlotError::Attributes { number, start: start.0, size: pages * PAGE_SIZE, error }
+        attributes.change(PageRange::new(0, pages), PRIVATE).map_err(|source| {
+            SlotError::Attributes { number, start: start.0, size: pages * PAGE_SIZE, source }
         })?;
         Ok(Arc::new(attributes))
     }
@@ -73,6 +73,14 @@ impl Attributes {
         result
     }
 
+    /// Returns whether any of the pages is private, and no thread is clearing its attribute.
+    pub(crate) fn is_private(&self, pages: PageRange) -> bool {
+        let bit = |page: u64| {
+            self.private[to_usize(page / 64)].load(Ordering::Relaxed) >> (page % 64) & 1
+        };
+        (pages.first..pages.end()).any(|page| bit(page) != 0)
+    }
+
     /// Returns the run of pages around a page that are both present and private, within one word of
     /// the bitmaps: 64 pages, 256 KiB. `None` if `pages` is not a single page, or if another vCPU
     /// is clearing it. In the latter case the caller clears the page all the same, because the
@@ -81,10 +89,10 @@ impl Attributes {
         if pages.count != 1 {
             return None;
         }
-        let (word, bit) = ((pages.first / 64) as usize, pages.first % 64);
+        let (word, bit) = (to_usize(pages.first / 64), (pages.first % 64) as u32);
         // Acquire: pages that become accessible have their content.
         let missing = missing.words().load(word);
-        let run = run_around(self.private[word].load(Ordering::Relaxed) & !missing, bit as u32);
+        let run = run_around(self.private[word].load(Ordering::Relaxed) & !missing, bit);
         (run != 0).then_some((word, run))
     }
 
@@ -94,11 +102,11 @@ impl Attributes {
         if self.private.iter().all(|word| word.load(Ordering::Relaxed) == 0) {
             return Ok(());
         }
-        self.change(PageRange::new(0, self.pages), 0).map_err(|error| SlotError::Attributes {
+        self.change(PageRange::new(0, self.pages), 0).map_err(|source| SlotError::Attributes {
             number: self.number,
             start: self.start,
             size: self.pages * PAGE_SIZE,
-            error,
+            source,
         })?;
         self.private.iter().for_each(|word| word.store(0, Ordering::Relaxed));
         Ok(())

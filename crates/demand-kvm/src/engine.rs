@@ -2,13 +2,12 @@
 //! The engines: the ways to trap a guest's access to a missing page.
 
 use std::fmt;
-use std::str::FromStr;
 
 use demand_memory::VcpuTrap;
 use kvm_ioctls::{Kvm, VmFd};
 use serde::{Deserialize, Serialize};
 
-use crate::{KvmError, Probe, Trial};
+use crate::KvmError;
 
 /// A way to trap a guest's access to a missing page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -21,6 +20,19 @@ pub enum Engine {
     /// A userfaultfd on the guest's mapping, served by another thread, one unit of the backing at a
     /// time. Works with any kernel; to KVM the memslot is an ordinary one.
     Uffd,
+    /// Poison markers in the guest's mapping, which a userfaultfd sets: KVM sends SIGBUS to the
+    /// vCPU's own thread, and `KVM_RUN` returns there, one unit of the backing at a time. Works on
+    /// Linux 6.6 or later where KVM uses VMX or SVM; to KVM the memslot is an ordinary one. Chosen
+    /// only by name.
+    ///
+    /// The first access to each 512 units goes through the userfaultfd, as under
+    /// [`Uffd`](Self::Uffd).
+    ///
+    /// Its weakness is KVM's own accesses, which fail at a marker instead of waiting. Operands of
+    /// instructions that KVM emulates are completed like MMIO. But where only the emulator walks a
+    /// page of the guest's page tables that is missing, the guest gets a page fault that it did not
+    /// cause: see "uffd-poison" in the [README](crate).
+    UffdPoison,
     /// Missing pages are private pages without a guest_memfd: KVM returns from `KVM_RUN` on the
     /// vCPU's thread, 4096 bytes at a time on any backing. Experimental, and chosen only by name.
     /// Needs Linux 6.8 with `CONFIG_KVM_SW_PROTECTED_VM`, nested paging in the processor, and a VM
@@ -38,20 +50,15 @@ pub enum Engine {
 
 impl Engine {
     /// All engines, in order of preference.
-    pub const ALL: [Engine; 3] = [Engine::KvmUserfault, Engine::Uffd, Engine::KvmAttributes];
+    pub const ALL: [Engine; 4] =
+        [Engine::KvmUserfault, Engine::Uffd, Engine::UffdPoison, Engine::KvmAttributes];
 
-    /// The engines' names and descriptions, for the help text of an option.
-    pub const HELP: &str = "auto: the best that the host supports; kvm-userfault: KVM reads \
-                            the missing bitmap (a kernel with the KVM Userfault series); uffd: \
-                            userfaultfd under the guest (any kernel); kvm-attributes: memory \
-                            attributes (experimental, never chosen by auto: set-up takes a step \
-                            per page, and KVM's own accesses to huge pages are not trapped)";
-
-    /// Returns the engine's name on command lines and in reports.
+    /// Returns the engine's name, as in reports.
     pub const fn name(self) -> &'static str {
         match self {
             Engine::KvmUserfault => "kvm-userfault",
             Engine::Uffd => "uffd",
+            Engine::UffdPoison => "uffd-poison",
             Engine::KvmAttributes => "kvm-attributes",
         }
     }
@@ -61,7 +68,17 @@ impl Engine {
         match self {
             Engine::KvmUserfault => "a memslot with KVM_MEM_USERFAULT",
             Engine::Uffd => "a memslot",
+            Engine::UffdPoison => "a memslot over marked pages",
             Engine::KvmAttributes => "private pages in a VM of type KVM_X86_SW_PROTECTED_VM",
+        }
+    }
+
+    /// Returns whether a vCPU's fault fetches and maps a whole unit of the backing, and not 4096
+    /// bytes.
+    pub const fn faults_by_unit(self) -> bool {
+        match self {
+            Engine::Uffd | Engine::UffdPoison => true,
+            Engine::KvmUserfault | Engine::KvmAttributes => false,
         }
     }
 
@@ -71,6 +88,7 @@ impl Engine {
         match self {
             Engine::KvmUserfault | Engine::KvmAttributes => VcpuTrap::Hypervisor,
             Engine::Uffd => VcpuTrap::Mapping,
+            Engine::UffdPoison => VcpuTrap::Markers,
         }
     }
 
@@ -91,7 +109,9 @@ impl Engine {
     /// ```
     pub fn create_vm(self, kvm: &Kvm) -> Result<VmFd, KvmError> {
         match self {
-            Engine::KvmUserfault | Engine::Uffd => kvm.create_vm().map_err(KvmError::CreateVm),
+            Engine::KvmUserfault | Engine::Uffd | Engine::UffdPoison => {
+                kvm.create_vm().map_err(KvmError::CreateVm)
+            }
             Engine::KvmAttributes => create_protected_vm(kvm).map_err(KvmError::CreateProtectedVm),
         }
     }
@@ -110,192 +130,5 @@ fn create_protected_vm(_: &Kvm) -> Result<VmFd, kvm_ioctls::Error> {
 impl fmt::Display for Engine {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.name())
-    }
-}
-
-/// The engine that the user asked for.
-///
-/// # Examples
-///
-/// ```
-/// use demand_kvm::{Engine, EngineChoice};
-///
-/// assert_eq!("auto".parse(), Ok(EngineChoice::Auto));
-/// assert_eq!("uffd".parse(), Ok(EngineChoice::Only(Engine::Uffd)));
-/// let error = "vmexit".parse::<EngineChoice>().unwrap_err();
-/// assert_eq!(
-///     error.to_string(),
-///     "unknown engine 'vmexit'; choose one of auto, kvm-userfault, uffd, kvm-attributes"
-/// );
-/// ```
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub enum EngineChoice {
-    /// The best engine that the host has.
-    #[default]
-    Auto,
-    /// This engine, or an error.
-    Only(Engine),
-}
-
-impl EngineChoice {
-    const AUTO: &'static str = "auto";
-
-    /// Returns the choice's name on command lines.
-    pub const fn name(self) -> &'static str {
-        match self {
-            EngineChoice::Auto => EngineChoice::AUTO,
-            EngineChoice::Only(engine) => engine.name(),
-        }
-    }
-}
-
-impl fmt::Display for EngineChoice {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
-    }
-}
-
-/// Error for an engine name that does not exist.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("unknown engine '{0}'; choose one of {names}", names = names())]
-pub struct UnknownEngine(pub String);
-
-fn names() -> String {
-    let engines = Engine::ALL.map(Engine::name).join(", ");
-    format!("{}, {engines}", EngineChoice::AUTO)
-}
-
-impl FromStr for EngineChoice {
-    type Err = UnknownEngine;
-
-    fn from_str(name: &str) -> Result<Self, UnknownEngine> {
-        if name == EngineChoice::AUTO {
-            return Ok(EngineChoice::Auto);
-        }
-        let engine = Engine::ALL.into_iter().find(|engine| engine.name() == name);
-        engine.map(EngineChoice::Only).ok_or_else(|| UnknownEngine(name.to_owned()))
-    }
-}
-
-/// Errors from choosing an engine: this host cannot run the one that was asked for.
-#[derive(Clone, Debug, PartialEq, thiserror::Error)]
-#[non_exhaustive]
-pub enum EngineError {
-    /// The host has no usable KVM.
-    #[error(transparent)]
-    Kvm(#[from] KvmError),
-    /// The host lacks the engine that the user named.
-    #[error(
-        "cannot use engine {engine}: {}; use engine uffd or auto, or {}",
-        .trial.describe(*.engine),
-        remedy(*.engine)
-    )]
-    NotThere {
-        /// The engine.
-        engine: Engine,
-        /// The outcome of trying it.
-        trial: Trial,
-    },
-}
-
-fn remedy(engine: Engine) -> &'static str {
-    match engine {
-        Engine::KvmAttributes => "boot a kernel with CONFIG_KVM_SW_PROTECTED_VM and nested paging",
-        Engine::KvmUserfault | Engine::Uffd => "boot a kernel with the KVM Userfault series",
-    }
-}
-
-/// Chooses the engine: the one that the user named, or with [`EngineChoice::Auto`] the best that
-/// the host has, which is never [`Engine::KvmAttributes`]. KVM always supports [`Engine::Uffd`];
-/// whether this user may open a userfaultfd is checked only when one is opened.
-///
-/// # Errors
-///
-/// [`EngineError`] if the host has no usable KVM or lacks the engine that was asked for.
-///
-/// # Examples
-///
-/// ```
-/// use demand_kvm::{Engine, EngineChoice, probe, resolve};
-///
-/// let probe = probe();
-/// match resolve(EngineChoice::Auto, &probe) {
-///     Ok(engine) => println!("pages are caught by {engine}"),
-///     Err(error) => eprintln!("{error}"),
-/// }
-/// ```
-pub fn resolve(choice: EngineChoice, probe: &Probe) -> Result<Engine, EngineError> {
-    let features = probe.kvm.as_ref().map_err(Clone::clone)?;
-    match choice {
-        EngineChoice::Only(engine) => match features.trial(engine) {
-            Trial::Works => Ok(engine),
-            trial => Err(EngineError::NotThere { engine, trial }),
-        },
-        EngineChoice::Auto if features.userfault.works() => Ok(Engine::KvmUserfault),
-        EngineChoice::Auto => Ok(Engine::Uffd),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::{KvmFeatures, Virtualization};
-
-    fn host(userfault: Trial, attributes: Trial) -> Probe {
-        let kvm = Ok(KvmFeatures { userfault, attributes, ..KvmFeatures::default() });
-        Probe { virtualization: Virtualization::Svm, kvm }
-    }
-
-    const REFUSED: Trial = Trial::Refused { errno: libc::EINVAL };
-
-    #[test]
-    fn names_are_read_back() {
-        let choices = Engine::ALL.map(EngineChoice::Only);
-        for choice in choices.into_iter().chain([EngineChoice::Auto]) {
-            assert_eq!(choice.to_string().parse(), Ok(choice));
-            assert!(Engine::HELP.contains(&format!("{choice}: ")), "{choice}");
-        }
-        assert!("attributes".parse::<EngineChoice>().is_err());
-    }
-
-    #[test]
-    fn auto_takes_the_best_available_engine() {
-        for (userfault, best) in [
-            (Trial::Works, Engine::KvmUserfault),
-            (REFUSED, Engine::Uffd),
-            (Trial::Ignored, Engine::Uffd),
-        ] {
-            // Never the experimental engine, whether the host has it or not.
-            for attributes in [Trial::Works, REFUSED] {
-                assert_eq!(resolve(EngineChoice::Auto, &host(userfault, attributes)), Ok(best));
-            }
-        }
-    }
-
-    #[test]
-    fn named_engine_is_never_replaced() {
-        let only = |engine| EngineChoice::Only(engine);
-        let all = host(Trial::Works, Trial::Works);
-        for engine in Engine::ALL {
-            assert_eq!(resolve(only(engine), &all), Ok(engine));
-        }
-        for (engine, needs) in [
-            (Engine::KvmUserfault, "KVM Userfault series"),
-            (Engine::KvmAttributes, "CONFIG_KVM_SW_PROTECTED_VM"),
-        ] {
-            let error = resolve(only(engine), &host(REFUSED, REFUSED)).unwrap_err();
-            assert_eq!(error, EngineError::NotThere { engine, trial: REFUSED });
-            let text = error.to_string();
-            for part in ["Invalid argument", "use engine uffd", needs, engine.name()] {
-                assert!(text.contains(part) && !text.contains('\n'), "{text}");
-            }
-        }
-    }
-
-    #[test]
-    fn without_kvm_there_is_no_engine() {
-        let error = KvmError::NotThere(kvm_ioctls::Error::new(libc::ENOENT));
-        let probe = Probe { virtualization: Virtualization::Svm, kvm: Err(error.clone()) };
-        assert_eq!(resolve(EngineChoice::Auto, &probe), Err(EngineError::Kvm(error)));
     }
 }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Kicks a vCPU's thread out of `KVM_RUN` and out of its waits for pages.
 
+use std::cell::Cell;
 use std::fmt;
 use std::fs::File;
 use std::mem::offset_of;
@@ -9,9 +10,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, AtomicU8, Ordering, fence};
 use std::{io, mem, ptr};
 
-use demand_memory::{Mapping, PAGE_SIZE, Waiter};
+use demand_memory::{Mapping, PAGE_SIZE, Waiter, to_usize};
 use kvm_bindings::kvm_run;
 use kvm_ioctls::VcpuFd;
+use vmm_sys_util::signal::unblock_signal;
 
 /// Errors from making a vCPU kickable.
 #[derive(Debug, thiserror::Error)]
@@ -19,14 +21,14 @@ use kvm_ioctls::VcpuFd;
 pub enum KickError {
     /// The page that a vCPU shares with KVM could not be mapped.
     #[error("cannot map the page that a vCPU shares with KVM: {0}; free memory")]
-    Map(io::Error),
+    Map(#[source] io::Error),
     /// The handler of the signal that ends `KVM_RUN` could not be installed.
-    #[error("cannot set up signal {signal} to kick vCPUs: {error}")]
+    #[error("cannot set up signal {signal} to kick vCPUs: {source}")]
     Signal {
         /// Number of the signal.
         signal: i32,
         /// Error from the operating system.
-        error: io::Error,
+        source: io::Error,
     },
     /// The program already has its own handler for the signal.
     #[error(
@@ -38,7 +40,12 @@ pub enum KickError {
 /// Offset of `immediate_exit` in the `kvm_run` page, in bytes.
 const IMMEDIATE_EXIT: usize = offset_of!(kvm_run, immediate_exit);
 
-const _: () = assert!(IMMEDIATE_EXIT < PAGE_SIZE as usize);
+const _: () = assert!(IMMEDIATE_EXIT < to_usize(PAGE_SIZE));
+
+thread_local! {
+    /// The kernel's id of this thread once it has attached to a vCPU, which unblocks the signal.
+    static ATTACHED: Cell<i32> = const { Cell::new(0) };
+}
 
 struct Inner {
     /// A second mapping of the page that the vCPU shares with KVM. kvm-ioctls creates `&mut`
@@ -47,16 +54,19 @@ struct Inner {
     shared: Mapping,
     /// The kernel's id of the vCPU's thread; 0 until the thread attaches.
     thread: AtomicI32,
-    waiter: Arc<Waiter>,
+    waiter: Waiter,
 }
 
 /// Kicks the thread of one vCPU out of `KVM_RUN`, and out of its waits for pages.
 ///
-/// The vCPU's thread calls [`attach`](Self::attach) once and passes [`waiter`](Self::waiter) to the
-/// [`FaultHandler`](crate::FaultHandler). Any thread with a clone calls [`kick`](Self::kick). The
-/// kick stays in force until the vCPU's thread calls [`clear`](Self::clear): `KVM_RUN` returns
-/// `EINTR` at once, and waits for pages end with [`FaultError::Kicked`](crate::FaultError::Kicked).
-/// So a kick between two steps of the vCPU is not lost.
+/// [`DemandVcpu::step`](crate::DemandVcpu::step) attaches the thread that calls it. Code that calls
+/// `KVM_RUN` itself calls [`attach`](Self::attach) once on the vCPU's thread, and passes
+/// [`waiter`](Self::waiter) to the [`FaultHandler`](crate::FaultHandler).
+///
+/// Any thread with a clone calls [`kick`](Self::kick). The kick stays in force until the vCPU's
+/// thread calls [`clear`](Self::clear): `KVM_RUN` returns `EINTR` at once, and waits for pages end
+/// with [`FaultError::Kicked`](crate::FaultError::Kicked). So a kick between two steps of the vCPU
+/// is not lost.
 ///
 /// The kicking thread first stores its request, then kicks. The vCPU's thread first clears the
 /// kick, then checks for requests.
@@ -98,7 +108,7 @@ impl VcpuKick {
         // SAFETY: the descriptor belongs to the vCPU, which is borrowed for longer than this.
         let fd = unsafe { BorrowedFd::borrow_raw(vcpu.as_raw_fd()) };
         let file = File::from(fd.try_clone_to_owned().map_err(KickError::Map)?);
-        let shared = Mapping::shared(&file, PAGE_SIZE, false).map_err(KickError::Map)?;
+        let shared = Mapping::shared(&file, PAGE_SIZE).map_err(KickError::Map)?;
         let inner = Inner { shared, thread: AtomicI32::new(0), waiter: Waiter::new() };
         Ok(VcpuKick { inner: Arc::new(inner) })
     }
@@ -113,15 +123,32 @@ impl VcpuKick {
     pub fn attach(&self) {
         // SAFETY: the call has no arguments and cannot fail.
         let thread = unsafe { libc::gettid() };
-        unblock_signal();
+        // A thread inherits its parent's mask, which may block it.
+        unblock_signal(Self::signal()).expect("the signal's number is valid");
+        ATTACHED.set(thread);
         self.inner.thread.store(thread, Ordering::SeqCst);
         // Pairs with the fence in `kick`: either `kick` reads this thread id, or KVM reads the byte
         // that `kick` has set.
         fence(Ordering::SeqCst);
     }
 
+    /// Returns the kernel's id of the calling thread, which is attached to a vCPU.
+    #[inline]
+    pub(crate) fn thread() -> i32 {
+        ATTACHED.get()
+    }
+
+    /// [Attaches](Self::attach) the calling thread unless it is attached.
+    #[inline]
+    pub(crate) fn attach_once(&self) {
+        let here = ATTACHED.get();
+        if here == 0 || here != self.inner.thread.load(Ordering::Relaxed) {
+            self.attach();
+        }
+    }
+
     /// Returns the waiter that the vCPU's thread uses to wait for pages.
-    pub fn waiter(&self) -> &Arc<Waiter> {
+    pub fn waiter(&self) -> &Waiter {
         &self.inner.waiter
     }
 
@@ -178,9 +205,13 @@ impl fmt::Debug for VcpuKick {
 /// Does nothing: the signal only has to arrive.
 extern "C" fn ignore(_signal: libc::c_int) {}
 
+/// Installs the handler, unless the signal has another one.
+///
+/// `register_signal_handler` of vmm-sys-util would replace the program's own handler, and would
+/// interrupt reads of a source on this thread, because it does not set `SA_RESTART`.
 fn install_handler() -> Result<(), KickError> {
     let signal = VcpuKick::signal();
-    let failed = |error| KickError::Signal { signal, error };
+    let failed = |source| KickError::Signal { signal, source };
     let handler = ignore as extern "C" fn(libc::c_int) as libc::sighandler_t;
     // SAFETY: all zeros is a valid value of this C structure: no flags, an empty mask.
     let mut before: libc::sigaction = unsafe { mem::zeroed() };
@@ -203,17 +234,4 @@ fn install_handler() -> Result<(), KickError> {
         return Err(failed(io::Error::last_os_error()));
     }
     Ok(())
-}
-
-/// Unblocks the signal: a thread inherits its parent's mask, which may block it.
-fn unblock_signal() {
-    // SAFETY: all zeros is a valid value of this C structure, and `sigemptyset` makes it an empty
-    // set. The signal's number is valid, and only these calls use the set. So none of them can
-    // fail.
-    unsafe {
-        let mut set: libc::sigset_t = mem::zeroed();
-        libc::sigemptyset(&mut set);
-        libc::sigaddset(&mut set, VcpuKick::signal());
-        libc::pthread_sigmask(libc::SIG_UNBLOCK, &set, ptr::null_mut());
-    }
 }

@@ -3,14 +3,21 @@
 
 use std::any::Any;
 use std::fmt;
+use std::fs::File;
 use std::mem::ManuallyDrop;
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
-use demand_memory::{BitmapReader, Mapping, MissingBitmap, PAGE_SIZE, Pager};
-use kvm_bindings::{kvm_userspace_memory_region, kvm_userspace_memory_region2};
+use demand_memory::{
+    BackingKind, BitmapReader, Mapping, MissingBitmap, PAGE_SIZE, Pager, VcpuTrap,
+};
+use kvm_bindings::{
+    KVM_MEM_GUEST_MEMFD, kvm_userspace_memory_region, kvm_userspace_memory_region2,
+};
 use kvm_ioctls::VmFd;
 use vm_memory::GuestAddress;
 
+use crate::Engine;
 use crate::abi::{KVM_MEM_USERFAULT, set_userfault_bitmap};
 
 /// Errors from creating or changing a memslot.
@@ -28,33 +35,62 @@ pub enum SlotError {
         /// Guest physical address that the caller asked for.
         start: u64,
     },
-    /// The lengths of the guest's mapping and the region differ.
+    /// Nothing keeps the guest, or KVM itself, from the mapping's missing pages.
     #[error(
-        "cannot create memslot {number}: its mapping has {mapping} bytes and its region {region}; \
-         map the region's backing"
-    )]
-    Size {
-        /// Number of the slot.
-        number: u32,
-        /// Length of the mapping, in bytes.
-        mapping: u64,
-        /// Length of the region, in bytes.
-        region: u64,
-    },
-    /// The engine needs a mapping whose missing pages are trapped.
-    #[error(
-        "cannot create memslot {number}: accesses to missing pages of its mapping are not trapped, \
-         and the guest would read zeros; arm the mapping before creating the memslot"
+        "cannot create memslot {number} under engine {engine}: accesses to missing pages of its \
+         mapping are not trapped, {}, and they would read as zeros; arm the mapping before \
+         creating the memslot",
+        untrapped(*engine)
     )]
     Unarmed {
+        /// Number of the slot.
+        number: u32,
+        /// Engine of the slot.
+        engine: Engine,
+    },
+    /// Memory in whose mappings nothing can trap, under an engine or a KVM that needs such a trap.
+    #[error(
+        "cannot create memslot {number} over {kind} under engine {engine}: pages are missing, and \
+         only a KVM that checks the missing bitmap in all of its accesses can keep the guest from \
+         them; use {} on such a kernel, read all pages first, or use another kind of memory",
+        Engine::KvmUserfault
+    )]
+    Untrappable {
+        /// Number of the slot.
+        number: u32,
+        /// Kind of the memory.
+        kind: BackingKind,
+        /// Engine of the slot.
+        engine: Engine,
+    },
+    /// The mapping was armed for another mechanism than the engine's.
+    #[error(
+        "cannot create memslot {number} under engine {engine}: its mapping was armed for \
+         {armed:?} and not for {:?}; arm it for Engine::vcpu_trap",
+        engine.vcpu_trap()
+    )]
+    ArmedOtherwise {
+        /// Number of the slot.
+        number: u32,
+        /// Engine of the slot.
+        engine: Engine,
+        /// Mechanism for which the mapping was armed.
+        armed: VcpuTrap,
+    },
+    /// The mapping was revoked, as by an earlier slot that was dropped.
+    #[error(
+        "cannot create memslot {number}: its mapping was revoked, and no access to it succeeds any \
+         more; create the region again"
+    )]
+    Revoked {
         /// Number of the slot.
         number: u32,
     },
     /// KVM refused the slot.
     #[error(
         "cannot create memslot {number} of {size} bytes at guest address {start:#x}, flags \
-         {flags:#x}: {error}; {}",
-        create_advice(*.error, *.flags)
+         {flags:#x}: {source}; {}",
+        create_advice(*source, *flags)
     )]
     Create {
         /// Number of the slot.
@@ -66,23 +102,30 @@ pub enum SlotError {
         /// Its `KVM_MEM_` flags.
         flags: u32,
         /// Error from KVM.
-        error: kvm_ioctls::Error,
+        source: kvm_ioctls::Error,
     },
-    /// KVM refused to change a slot's flags.
-    #[error("cannot set the flags of memslot {number} to {flags:#x}: {error}; they are unchanged")]
+    /// KVM refused to clear a slot's flags.
+    #[error("cannot clear the flags of memslot {number}: {source}; they are unchanged")]
     Flags {
         /// Number of the slot.
         number: u32,
-        /// The `KVM_MEM_` flags that the caller asked for.
-        flags: u32,
         /// Error from KVM.
-        error: kvm_ioctls::Error,
+        source: kvm_ioctls::Error,
+    },
+    /// The start relies on a kept outcome that a trial does not confirm.
+    #[error(
+        "cannot create memslot {number}: a kept probe says that KVM stops vCPUs at missing pages, \
+         and a trial does not confirm it; start again, which probes anew"
+    )]
+    Unverified {
+        /// Number of the slot.
+        number: u32,
     },
     /// The memory attributes of the slot's pages could not be changed.
     #[error(
         "cannot change the memory attributes of memslot {number}, {size} bytes at guest address \
-         {start:#x}: {error}; {}",
-        attributes_advice(*.error)
+         {start:#x}: {source}; {}",
+        attributes_advice(*source)
     )]
     Attributes {
         /// Number of the slot.
@@ -92,17 +135,7 @@ pub enum SlotError {
         /// Length of the slot, in bytes.
         size: u64,
         /// Error from KVM.
-        error: kvm_ioctls::Error,
-    },
-    /// The slot's dirty log could not be read.
-    #[error(
-        "cannot read the dirty log of memslot {number}: {error}; check that dirty logging is on"
-    )]
-    DirtyLog {
-        /// Number of the slot.
-        number: u32,
-        /// Error from KVM.
-        error: kvm_ioctls::Error,
+        source: kvm_ioctls::Error,
     },
     /// Pages are missing, so KVM must keep reading the bitmap.
     #[error(
@@ -115,29 +148,28 @@ pub enum SlotError {
         /// Number of missing pages.
         missing: u64,
     },
-    /// Dirty logging stays on while pages are missing: when it is turned off, KVM may map huge
-    /// pages, and missing pages with them.
-    #[error(
-        "cannot disable dirty logging of memslot {number}: {missing} pages are still missing, and \
-         KVM may map them when it restores huge pages; wait until all are present"
-    )]
-    LoggingStaysOn {
-        /// Number of the slot.
-        number: u32,
-        /// Number of missing pages.
-        missing: u64,
-    },
+}
+
+fn untrapped(engine: Engine) -> &'static str {
+    match engine.vcpu_trap() {
+        VcpuTrap::Mapping | VcpuTrap::Markers => "neither the guest's nor KVM's own",
+        VcpuTrap::Hypervisor => "when KVM itself makes them",
+    }
 }
 
 fn create_advice(error: kvm_ioctls::Error, flags: u32) -> &'static str {
     match error.errno() {
         libc::EEXIST => "it overlaps another memslot; choose another address",
+        libc::EINVAL if flags & KVM_MEM_GUEST_MEMFD != 0 && flags & KVM_MEM_USERFAULT != 0 => {
+            "this kernel may lack KVM Userfault for guest_memfd, or the file may be another VM's; \
+             use another kind of memory, or read all pages first"
+        }
         libc::EINVAL if flags & KVM_MEM_USERFAULT != 0 => {
-            "this kernel may lack KVM Userfault; use engine uffd"
+            "this kernel may lack KVM Userfault; use another engine"
         }
         libc::EINVAL => "check that the number is unused and below KVM_CAP_NR_MEMSLOTS",
         libc::ENOMEM => "free memory, or use less guest memory",
-        libc::ENOTTY => "this kernel is older than 6.8; use engine uffd",
+        libc::ENOTTY => "this kernel is older than 6.8; use another engine",
         _ => "check the kernel log",
     }
 }
@@ -173,9 +205,24 @@ impl Bitmap {
 }
 
 /// The memory that KVM uses while a slot exists.
-struct Used {
-    mapping: Arc<Mapping>,
-    bitmap: Option<Bitmap>,
+pub(crate) struct SlotMemory {
+    pub(crate) mapping: Arc<Mapping>,
+    /// The missing bitmap, which KVM reads while the slot has [`KVM_MEM_USERFAULT`].
+    pub(crate) bitmap: Option<Bitmap>,
+    /// The guest_memfd that the mapping is of, if it is of one.
+    pub(crate) guest_memfd: Option<Arc<File>>,
+}
+
+impl SlotMemory {
+    /// Returns memory of which no page is missing, and which is no guest_memfd.
+    pub(crate) fn present(mapping: Arc<Mapping>) -> Self {
+        SlotMemory { mapping, bitmap: None, guest_memfd: None }
+    }
+
+    /// Returns the flags of a slot over this memory that has `flags` as well.
+    fn flags(&self, flags: u32) -> u32 {
+        flags | if self.guest_memfd.is_some() { KVM_MEM_GUEST_MEMFD } else { 0 }
+    }
 }
 
 /// A memslot, deleted when it is dropped.
@@ -189,44 +236,38 @@ pub(crate) struct Memslot {
     vm: Arc<VmFd>,
     number: u32,
     start: GuestAddress,
-    used: ManuallyDrop<Used>,
+    used: ManuallyDrop<SlotMemory>,
 }
 
 impl Memslot {
-    /// Creates a slot. With [`KVM_MEM_USERFAULT`] in `flags` KVM reads `bitmap`, which must be
-    /// `Some`.
+    /// Creates a slot. With [`KVM_MEM_USERFAULT`] in `flags` KVM reads the memory's bitmap, which
+    /// must be `Some`.
     pub(crate) fn new(
         vm: Arc<VmFd>,
         number: u32,
         start: GuestAddress,
-        mapping: Arc<Mapping>,
-        bitmap: Option<Bitmap>,
+        used: SlotMemory,
         flags: u32,
     ) -> Result<Self, SlotError> {
         if !start.0.is_multiple_of(PAGE_SIZE) {
             return Err(SlotError::Unaligned { number, start: start.0 });
         }
-        if let Some(bitmap) = &bitmap {
-            let pages = mapping.len().div_ceil(PAGE_SIZE);
+        if let Some(bitmap) = &used.bitmap {
+            let pages = used.mapping.len().div_ceil(PAGE_SIZE);
             assert!(
                 bitmap.words as u64 >= pages.div_ceil(64),
                 "a bitmap needs a bit for each page of the memslot"
             );
         }
-        let size = mapping.len();
-        let used = Used { mapping, bitmap };
-        set(&vm, number, start, &used, flags, size).map_err(|error| SlotError::Create {
+        let size = used.mapping.len();
+        set(&vm, number, start, &used, flags, size).map_err(|source| SlotError::Create {
             number,
             start: start.0,
             size,
-            flags,
-            error,
+            flags: used.flags(flags),
+            source,
         })?;
         Ok(Memslot { vm, number, start, used: ManuallyDrop::new(used) })
-    }
-
-    pub(crate) fn vm(&self) -> &Arc<VmFd> {
-        &self.vm
     }
 
     pub(crate) fn number(&self) -> u32 {
@@ -241,12 +282,11 @@ impl Memslot {
         &self.used.mapping
     }
 
-    /// Changes the slot's flags. With [`KVM_MEM_USERFAULT`] each change must pass the bitmap's
-    /// address again, because KVM replaces the old one.
-    pub(crate) fn set_flags(&self, flags: u32) -> Result<(), SlotError> {
+    /// Clears the slot's flags that can change: KVM stops reading the bitmap.
+    pub(crate) fn clear_flags(&self) -> Result<(), SlotError> {
         let number = self.number;
-        set(&self.vm, number, self.start, &self.used, flags, self.used.mapping.len())
-            .map_err(|error| SlotError::Flags { number, flags, error })
+        set(&self.vm, number, self.start, &self.used, 0, self.used.mapping.len())
+            .map_err(|source| SlotError::Flags { number, source })
     }
 }
 
@@ -255,13 +295,14 @@ fn set(
     vm: &VmFd,
     slot: u32,
     start: GuestAddress,
-    used: &Used,
+    used: &SlotMemory,
     flags: u32,
     memory_size: u64,
 ) -> Result<(), kvm_ioctls::Error> {
     let guest_phys_addr = start.0;
     let userspace_addr = used.mapping.address().as_ptr() as u64;
-    if flags & KVM_MEM_USERFAULT == 0 {
+    let flags = used.flags(flags);
+    if flags & (KVM_MEM_USERFAULT | KVM_MEM_GUEST_MEMFD) == 0 {
         let region = kvm_userspace_memory_region {
             slot,
             flags,
@@ -274,7 +315,6 @@ fn set(
         // reference to its bytes, so the guest may write them. KVM refuses slots that overlap.
         return unsafe { vm.set_user_memory_region(region) };
     }
-    let bitmap = used.bitmap.as_ref().expect("KVM Userfault needs a bitmap");
     let mut region = kvm_userspace_memory_region2 {
         slot,
         flags,
@@ -283,10 +323,16 @@ fn set(
         userspace_addr,
         ..Default::default()
     };
-    set_userfault_bitmap(&mut region, bitmap.address);
-    // SAFETY: as above for the mapping; there is no guest_memfd. The bitmap has a bit for each
-    // page, which `Memslot::new` has checked. KVM only reads it, and its owner is kept until the
-    // slot is deleted.
+    if flags & KVM_MEM_USERFAULT != 0 {
+        let bitmap = used.bitmap.as_ref().expect("KVM Userfault needs a bitmap");
+        set_userfault_bitmap(&mut region, bitmap.address);
+    }
+    if let Some(file) = &used.guest_memfd {
+        region.guest_memfd = file.as_raw_fd().cast_unsigned();
+    }
+    // SAFETY: as above for the mapping. A guest_memfd has the same bytes, and KVM knows its size.
+    // The bitmap has a bit for each page, which `Memslot::new` has checked. KVM only reads it, and
+    // its owner is kept until the slot is deleted.
     unsafe { vm.set_user_memory_region2(region) }
 }
 

@@ -14,25 +14,28 @@ pub enum KvmError {
         "cannot open /dev/kvm: {0}; load the module kvm_intel or kvm_amd, or give this container \
          or machine access to KVM"
     )]
-    NotThere(kvm_ioctls::Error),
+    Absent(#[source] kvm_ioctls::Error),
     /// This user may not open `/dev/kvm`.
-    #[error("cannot open /dev/kvm: {0}; join the group that owns /dev/kvm, usually 'kvm'")]
-    Permission(kvm_ioctls::Error),
+    #[error(
+        "cannot open /dev/kvm: {0}; join the group that owns /dev/kvm, usually 'kvm', and log in \
+         again"
+    )]
+    Permission(#[source] kvm_ioctls::Error),
     /// `/dev/kvm` cannot be opened for another reason.
     #[error("cannot open /dev/kvm: {0}; check the kernel log")]
-    Open(kvm_ioctls::Error),
+    Open(#[source] kvm_ioctls::Error),
     /// KVM has another version of its API.
     #[error("cannot use KVM: its API has version {0}, not 12; use Linux 2.6.22 or later")]
     ApiVersion(i32),
     /// KVM is open, but refuses to create a virtual machine.
     #[error("cannot create a VM: {0}; check whether another hypervisor uses the hardware")]
-    CreateVm(kvm_ioctls::Error),
+    CreateVm(#[source] kvm_ioctls::Error),
     /// KVM refuses to create a virtual machine of the type that memory attributes need.
     #[error(
         "cannot create a VM of type KVM_X86_SW_PROTECTED_VM: {0}; use a kernel with \
          CONFIG_KVM_SW_PROTECTED_VM and nested paging, or another engine"
     )]
-    CreateProtectedVm(kvm_ioctls::Error),
+    CreateProtectedVm(#[source] kvm_ioctls::Error),
 }
 
 /// Opens `/dev/kvm` and checks the version of its API.
@@ -60,7 +63,7 @@ pub fn open_kvm() -> Result<Kvm, KvmError> {
 
 fn refused(error: kvm_ioctls::Error) -> KvmError {
     match error.errno() {
-        libc::ENOENT | libc::ENODEV | libc::ENXIO => KvmError::NotThere(error),
+        libc::ENOENT | libc::ENODEV | libc::ENXIO => KvmError::Absent(error),
         libc::EACCES | libc::EPERM => KvmError::Permission(error),
         _ => KvmError::Open(error),
     }

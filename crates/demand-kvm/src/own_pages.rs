@@ -33,7 +33,7 @@ impl Area {
     }
 }
 
-/// KVM's own MSRs come first: those that a guest writes and [`MsrTrap`](crate::MsrTrap) traps.
+/// KVM's own MSRs come first: those that a guest writes and [`MsrFilter`](crate::MsrFilter) traps.
 const AREAS: [Area; 13] = [
     // Wall clock, old and new: `struct pvclock_wall_clock`, written when the MSR is written.
     Area::new(0x11, 0, !0, 12),

@@ -9,7 +9,7 @@ use kvm_ioctls::VmFd;
 use vm_memory::GuestAddress;
 
 use crate::SlotError;
-use crate::memslot::Memslot;
+use crate::memslot::{Memslot, SlotMemory};
 
 /// A memslot over ordinary memory, none of which is ever missing: firmware, for example, or a
 /// control page.
@@ -28,18 +28,18 @@ use crate::memslot::Memslot;
 /// let vm = Arc::new(kvm.create_vm().unwrap());
 /// let file = tempfile::tempfile().unwrap();
 /// file.set_len(8192).unwrap();
-/// let mapping = Arc::new(Mapping::shared(&file, 8192, false).unwrap());
-/// let _slot = PlainSlot::new(vm, 0, GuestAddress(0x10_0000), mapping, false).unwrap();
+/// let mapping = Arc::new(Mapping::shared(&file, 8192).unwrap());
+/// let _slot = PlainSlot::new(vm, 0, GuestAddress(0x10_0000), mapping).unwrap();
 /// ```
 #[derive(Debug)]
+#[must_use = "the memslot is deleted when this is dropped"]
 pub struct PlainSlot {
     memslot: Memslot,
 }
 
 impl PlainSlot {
     /// Creates memslot `number`, whose first byte is at guest physical address `start`, over
-    /// `mapping`. The number must be unused. The guest's writes to a `read_only` slot are MMIO
-    /// exits.
+    /// `mapping`. The number must be unused.
     ///
     /// # Errors
     ///
@@ -49,15 +49,25 @@ impl PlainSlot {
         number: u32,
         start: GuestAddress,
         mapping: Arc<Mapping>,
-        read_only: bool,
     ) -> Result<Self, SlotError> {
-        let flags = if read_only { KVM_MEM_READONLY } else { 0 };
-        Ok(PlainSlot { memslot: Memslot::new(vm, number, start, mapping, None, flags)? })
+        Ok(PlainSlot { memslot: Memslot::new(vm, number, start, SlotMemory::present(mapping), 0)? })
     }
 
-    /// Returns the number of the memslot.
-    pub fn number(&self) -> u32 {
-        self.memslot.number()
+    /// Creates a memslot like [`new`](Self::new) whose memory the guest can only read: its writes
+    /// are MMIO exits.
+    ///
+    /// # Errors
+    ///
+    /// As for [`new`](Self::new).
+    pub fn read_only(
+        vm: Arc<VmFd>,
+        number: u32,
+        start: GuestAddress,
+        mapping: Arc<Mapping>,
+    ) -> Result<Self, SlotError> {
+        let memory = SlotMemory::present(mapping);
+        let memslot = Memslot::new(vm, number, start, memory, KVM_MEM_READONLY)?;
+        Ok(PlainSlot { memslot })
     }
 
     /// Returns the guest physical address of the slot's first byte.

@@ -2,11 +2,14 @@
 //! The KVM features and usable engines of this host.
 
 use std::fmt;
-use std::fs;
+use std::fs::File;
+use std::io::{BufRead, BufReader};
 
 use serde::{Serialize, Serializer};
 
-use crate::{Engine, KvmError, KvmFeatures, open_kvm};
+use crate::features::{Scope, Trials};
+use crate::scratch::Ending;
+use crate::{Engine, EngineChoice, KvmError, KvmFeatures, Trial, open_kvm};
 
 /// The virtualization technology of this host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -24,6 +27,19 @@ pub enum Virtualization {
     Unknown,
 }
 
+impl Virtualization {
+    /// Returns the technology of this host, as /proc/cpuinfo names it. Unlike [`probe`], this tries
+    /// nothing.
+    pub fn of_host() -> Self {
+        if !cfg!(target_arch = "x86_64") {
+            return Virtualization::Unknown;
+        }
+        // All processors have the same, and the kernel writes the file as it is read.
+        let Ok(cpuinfo) = File::open("/proc/cpuinfo") else { return Virtualization::Unknown };
+        virtualization_of(BufReader::new(cpuinfo).lines().map_while(Result::ok))
+    }
+}
+
 impl fmt::Display for Virtualization {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
@@ -37,6 +53,7 @@ impl fmt::Display for Virtualization {
 
 /// An engine, whether this host has it, and the reason.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
 pub struct EngineReport {
     /// The engine.
     pub engine: Engine,
@@ -64,7 +81,7 @@ impl Probe {
                 (Err(error), _) => (false, error.to_string()),
                 (Ok(_), Engine::Uffd) => (true, "it needs no support from KVM".to_owned()),
                 (Ok(kvm), engine) => {
-                    let trial = kvm.trial(engine);
+                    let trial = self.trial(kvm, engine);
                     (trial.works(), trial.describe(engine))
                 }
             };
@@ -73,24 +90,36 @@ impl Probe {
         Engine::ALL.map(report).into()
     }
 
+    /// Returns the outcome of trying an engine.
+    pub(crate) fn trial(&self, kvm: &KvmFeatures, engine: Engine) -> Trial {
+        // An emulator's accesses are KVM's own, which fail at markers.
+        let emulates = self.virtualization == Virtualization::Emulated;
+        if emulates && engine == Engine::UffdPoison { Trial::Ignored } else { kvm.trial(engine) }
+    }
+
+    /// Returns whether the engine itself traps every access to a missing page on this host, KVM's
+    /// own included, so that the guest's mapping need not be armed.
+    pub fn traps_own_accesses(&self, engine: Engine) -> bool {
+        engine == Engine::KvmUserfault && self.kvm.as_ref().is_ok_and(|kvm| kvm.own_accesses)
+    }
+
     /// Returns whether nested virtualization must be hidden from a guest while pages are missing
     /// ([`hide_nested`](crate::hide_nested)). For a nested guest KVM prefetches missing pages and
     /// reads structures that the guest names, unless it is known to respect the bitmap in all of
     /// these accesses, which it is on SVM only. Under [`Engine::Uffd`] the armed mapping traps them
     /// all.
     pub fn hides_nested(&self, engine: Engine) -> bool {
-        let right = self.kvm.as_ref().is_ok_and(|kvm| kvm.own_accesses);
         match engine {
-            Engine::KvmUserfault => !right || self.virtualization != Virtualization::Svm,
-            Engine::KvmAttributes => true,
+            Engine::KvmUserfault => {
+                !self.traps_own_accesses(engine) || self.virtualization != Virtualization::Svm
+            }
+            Engine::KvmAttributes | Engine::UffdPoison => true,
             Engine::Uffd => false,
         }
     }
 
     /// Returns the limits of this engine on this host: sentences, without full stops.
     pub fn limits(&self, engine: Engine) -> Vec<&'static str> {
-        let known = self.kvm.as_ref().ok();
-        let right = known.is_some_and(|kvm| engine == Engine::KvmUserfault && kvm.own_accesses);
         let mut limits = Vec::new();
         if engine == Engine::KvmAttributes {
             limits.push(
@@ -99,7 +128,15 @@ impl Probe {
                  memslots may be refused",
             );
         }
-        if engine != Engine::Uffd && !right {
+        if engine == Engine::UffdPoison {
+            limits.push(
+                "uffd-poison is chosen only by name: where KVM emulates an instruction and alone \
+                 walks a missing page of the guest's page tables, the guest gets a page fault that \
+                 it did not cause",
+            );
+        }
+        let by_kvm = matches!(engine, Engine::KvmUserfault | Engine::KvmAttributes);
+        if by_kvm && !self.traps_own_accesses(engine) {
             limits.push(
                 "on huge pages, this kernel does not stop KVM's own accesses to a partly populated \
                  unit (operands of instructions that it emulates, walks of the guest's page \
@@ -140,8 +177,8 @@ impl Serialize for Probe {
     }
 }
 
-/// Tests the capabilities of this host. It tries the engines on scratch VMs, which takes some
-/// milliseconds.
+/// Tests all capabilities of this host, now. It tries the engines on scratch VMs, which takes some
+/// tens of milliseconds. A start needs less: [`probe_for`], or a [`ProbeCache`](crate::ProbeCache).
 ///
 /// # Examples
 ///
@@ -151,22 +188,43 @@ impl Serialize for Probe {
 /// }
 /// ```
 pub fn probe() -> Probe {
-    Probe {
-        virtualization: virtualization(),
-        kvm: open_kvm().and_then(|kvm| KvmFeatures::of(&kvm)),
-    }
+    let mut trials = Trials::default();
+    probe_with(&mut trials, Scope::ALL, Ending::Here)
 }
 
-fn virtualization() -> Virtualization {
-    if !cfg!(target_arch = "x86_64") {
-        return Virtualization::Unknown;
-    }
-    fs::read_to_string("/proc/cpuinfo")
-        .map_or(Virtualization::Unknown, |cpuinfo| virtualization_of(&cpuinfo))
+/// Tests the capabilities of this host on which [`resolve`](crate::resolve) depends for this
+/// choice: an engine that is named is tried alone, and [`Engine::Uffd`] needs no trial. Engines
+/// that were not tried are [`Trial::Untried`](crate::Trial::Untried) in the result.
+///
+/// The scratch VM is closed on a thread that ends by itself, because KVM takes some milliseconds to
+/// close it.
+///
+/// # Examples
+///
+/// ```
+/// use demand_kvm::{Engine, EngineChoice, probe_for, resolve};
+///
+/// let choice = EngineChoice::Only(Engine::Uffd);
+/// match resolve(choice, &probe_for(choice)) {
+///     Ok(engine) => assert_eq!(engine, Engine::Uffd),
+///     Err(error) => eprintln!("{error}"),
+/// }
+/// ```
+pub fn probe_for(choice: EngineChoice) -> Probe {
+    probe_with(&mut Trials::default(), Scope::of(choice), Ending::Beside)
 }
 
-fn virtualization_of(cpuinfo: &str) -> Virtualization {
-    let Some(flags) = cpuinfo.lines().find_map(|line| line.strip_prefix("flags")) else {
+/// Probes, with `trials` as known outcomes, and adds to them.
+pub(crate) fn probe_with(trials: &mut Trials, scope: Scope, ending: Ending) -> Probe {
+    let kvm = open_kvm().and_then(|kvm| {
+        trials.complete(&kvm, scope, ending)?;
+        Ok(KvmFeatures::of(&kvm, *trials))
+    });
+    Probe { virtualization: Virtualization::of_host(), kvm }
+}
+
+fn virtualization_of(mut cpuinfo: impl Iterator<Item = String>) -> Virtualization {
+    let Some(flags) = cpuinfo.find(|line| line.starts_with("flags")) else {
         return Virtualization::Unknown;
     };
     let has = |name| flags.split_whitespace().any(|flag| flag == name);
@@ -180,16 +238,18 @@ fn virtualization_of(cpuinfo: &str) -> Virtualization {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Trial;
     use test_support::host::is_lab;
 
     #[test]
     fn flags_are_whole_words() {
-        let cpuinfo = |flags: &str| format!("processor\t: 0\nflags\t\t: {flags}\nbugs\t: svm\n");
-        assert_eq!(virtualization_of(&cpuinfo("fpu vmx")), Virtualization::Vmx);
-        assert_eq!(virtualization_of(&cpuinfo("svm fpu")), Virtualization::Svm);
-        assert_eq!(virtualization_of(&cpuinfo("fpu svm_lock")), Virtualization::Emulated);
-        assert_eq!(virtualization_of(""), Virtualization::Unknown);
+        let of = |flags: &str| {
+            let lines = ["processor\t: 0", &format!("flags\t\t: {flags}"), "bugs\t: svm"];
+            virtualization_of(lines.map(String::from).into_iter())
+        };
+        assert_eq!(of("fpu vmx"), Virtualization::Vmx);
+        assert_eq!(of("svm fpu"), Virtualization::Svm);
+        assert_eq!(of("fpu svm_lock"), Virtualization::Emulated);
+        assert_eq!(virtualization_of(std::iter::empty()), Virtualization::Unknown);
     }
 
     #[test]

@@ -34,8 +34,19 @@ impl Trial {
         self == Trial::Works
     }
 
+    /// Returns whether another trial under the same kernel has the same outcome. Other refusals,
+    /// such as for lack of memory or by a filter of system calls, concern this process or this
+    /// moment.
+    pub(crate) fn is_lasting(self) -> bool {
+        match self {
+            Trial::Works | Trial::Ignored => true,
+            Trial::Refused { errno } => matches!(errno, libc::EINVAL | libc::ENOTTY),
+            Trial::Untried => false,
+        }
+    }
+
     /// Describes the outcome to the user: a clause for reports and errors.
-    pub fn describe(self, engine: Engine) -> String {
+    pub(crate) fn describe(self, engine: Engine) -> String {
         let needs = engine.needs();
         match self {
             Trial::Works => match engine {

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A fault on a page that no other thread has claimed allocates nothing.
+#![allow(clippy::cast_possible_truncation, reason = "the numbers of a test are small")]
 
 mod common;
 
@@ -7,8 +8,8 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 
 use common::*;
-use demand_kvm::{FaultHandler, KVM_MEMORY_EXIT_FLAG_USERFAULT};
-use demand_memory::{BackingKind, PAGE_SIZE, Path, Waiter};
+use demand_kvm::{FaultHandler, FaultRegion, KVM_MEMORY_EXIT_FLAG_USERFAULT};
+use demand_memory::{BackingKind, FaultPath, PAGE_SIZE, Waiter};
 use vm_memory::GuestAddress;
 
 thread_local! {
@@ -39,7 +40,8 @@ static ALLOCATOR: Counting = Counting;
 fn a_fault_allocates_nothing() {
     const PAGES: u64 = 4096;
     let pager = file_pager(BackingKind::Shmem, PAGES);
-    let handler = FaultHandler::new([(GuestAddress(REGION), pager.clone())]).unwrap();
+    let handler =
+        FaultHandler::new([FaultRegion::userfault(GuestAddress(REGION), pager.clone())]).unwrap();
     let waiter = Waiter::new();
     let fault = |page: u64| {
         let before = ALLOCATIONS.get();
@@ -52,5 +54,5 @@ fn a_fault_allocates_nothing() {
     fault(0);
     let allocated: u64 = (1..PAGES).map(fault).sum();
     assert!(allocated <= 20, "{allocated} allocations in {} faults", PAGES - 1);
-    assert_eq!(pager.stats().path(Path::Guest).faults, PAGES);
+    assert_eq!(pager.stats().path(FaultPath::Guest).faults, PAGES);
 }

@@ -2,6 +2,7 @@
 //! Ends of a process while KVM itself waits for a page that is never served: a guest with
 //! interrupts under `uffd`, for whose page KVM waits on a kernel thread (async page fault). Closing
 //! the VM waits for that thread, and no signal ends the wait.
+#![allow(clippy::cast_possible_truncation, reason = "the numbers of a test are small")]
 
 mod common;
 
@@ -14,12 +15,11 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use common::*;
-use demand_kvm::{DemandSlot, Engine};
+use demand_kvm::Engine;
 use demand_memory::{BackingKind, PAGE_SIZE};
 use demand_source::{Completion, Extent, PageSource, Request, SourceError};
 use demand_uffd::{DEFAULT_THREADS, FaultService};
 use test_support::host::{free_units, huge_pages, is_lab, shared_memory_kib, skip, threads_of};
-use vm_memory::GuestAddress;
 
 const PAGES: u64 = 2048;
 /// The interrupt flag of RFLAGS. With interrupts disabled KVM waits on the vCPU's thread.
@@ -95,9 +95,7 @@ fn vmm() {
     let mapping = service.arm_guest([&pager], Engine::Uffd.vcpu_trap()).unwrap().remove(0);
     // After the userfaultfd, so that the descriptors' numbers have the wrong order.
     let machine = Machine::with_interrupts(&kvm, Engine::Uffd);
-    let start = GuestAddress(REGION);
-    let slot = DemandSlot::new(machine.vm.clone(), 2, start, mapping, pager.clone(), Engine::Uffd)
-        .unwrap();
+    let slot = machine.slot_over(mapping, Engine::Uffd);
     let handler = handler(&slot);
     let mut cpu = machine.vcpu(0);
     machine.load(&mut cpu, Program::Check, Pages::run(0, 1));

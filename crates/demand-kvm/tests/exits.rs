@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The engines under which vCPUs leave `KVM_RUN`, with real guests. A test is skipped if the kernel
 //! lacks the engine; in the lab (LAB=1) that is a failure.
+#![allow(clippy::cast_possible_truncation, reason = "the numbers of a test are small")]
 
 mod common;
 
@@ -8,8 +9,8 @@ use std::sync::Arc;
 use std::thread;
 
 use common::*;
-use demand_kvm::{DemandSlot, Engine, FaultError, FaultHandler, Finished, SlotError};
-use demand_memory::{BackingKind, Fill, FillRate, PAGE_SIZE, PageRange, Pager, Path, Waiter};
+use demand_kvm::{DemandSlot, DemandSlotConfig, Engine, FaultError, FaultHandler, SlotError};
+use demand_memory::{BackingKind, FaultPath, Fill, FillRate, PAGE_SIZE, PageRange, Pager, Waiter};
 use demand_source::Threaded;
 use vm_memory::GuestAddress;
 
@@ -56,7 +57,7 @@ fn guest_sees_image_and_fetches_only_touched_pages() {
             machine.copy_and_compare(&mut cpu, handler, pages, 0, page);
             count += pages.count;
         }
-        let guest = pager.stats().path(Path::Guest);
+        let guest = pager.stats().path(FaultPath::Guest);
         assert_eq!((guest.faults, guest.pages), (count, count));
         assert_eq!(guest.granularity_histogram.into_iter().collect::<Vec<_>>(), [(4096, count)]);
         assert_eq!(missing(pager), PAGES - count);
@@ -64,39 +65,15 @@ fn guest_sees_image_and_fetches_only_touched_pages() {
         assert_eq!(guest.bytes_fetched, (count - holes.count() as u64) * PAGE_SIZE);
         // A second time: no page is missing there.
         machine.copy_and_compare(&mut cpu, handler, touched[1], 0, page);
-        assert_eq!(pager.stats().path(Path::Guest).faults, count);
+        assert_eq!(pager.stats().path(FaultPath::Guest).faults, count);
     });
 }
 
 #[test]
 fn guest_writes_are_never_overwritten() {
     on_each(from_file, |machine, pager, slot, handler| {
-        let mut cpu = machine.vcpu(0);
-        // Some are holes, and some have neighbours that stay missing.
-        let written = Pages { first: 3, count: 200, stride: 5 };
-        let value = 0xabcd_0000;
-        machine.load(&mut cpu, Program::Write { value }, written);
-        cpu.run(handler).unwrap();
-        assert_eq!(missing(pager), PAGES - 200);
-        fill(pager);
-        fill(pager);
-        let expected = |index: u64| {
-            let mut bytes = page(index);
-            if index % 5 == 3 && index < 3 + 5 * 200 {
-                let value = value + ((index - 3) / 5) as u32;
-                bytes[16..20].copy_from_slice(&value.to_le_bytes());
-            }
-            bytes
-        };
-        for half in [0, 512] {
-            let pages = Pages::run(half, 512);
-            machine.copy_and_compare(&mut cpu, handler, pages, 0, expected);
-        }
-        for index in 0..PAGES {
-            let bytes = look(slot.mapping(), index * PAGE_SIZE, PAGE_SIZE);
-            assert!(bytes == expected(index), "page {index}");
-        }
-        assert_eq!(pager.stats().pages_arrived(), PAGES);
+        let written = || assert_eq!(missing(pager), PAGES - 200);
+        check_writes_stay(machine, &slot, handler, written);
     });
 }
 
@@ -104,23 +81,13 @@ fn guest_writes_are_never_overwritten() {
 fn two_vcpus_read_disjoint_and_shared_pages() {
     on_each(from_file, |machine, pager, _slot, handler| {
         let mut cpus = [machine.vcpu(0), machine.vcpu(1)];
-        let round = |cpus: &mut [Cpu; 2], pages: [Pages; 2]| {
-            thread::scope(|scope| {
-                for (index, (cpu, pages)) in cpus.iter_mut().zip(pages).enumerate() {
-                    scope.spawn(move || {
-                        let out = index as u64 * 256;
-                        machine.copy_and_compare(cpu, handler, pages, out, page);
-                    });
-                }
-            });
-        };
         let even = Pages { first: 0, count: 200, stride: 2 };
-        round(&mut cpus, [even, Pages { first: 1, ..even }]);
-        let guest = pager.stats().path(Path::Guest);
+        copy_by_two(machine, &mut cpus, handler, [even, Pages { first: 1, ..even }]);
+        let guest = pager.stats().path(FaultPath::Guest);
         assert_eq!((guest.faults, guest.pages), (400, 400));
         let same = Pages::run(600, 250);
-        round(&mut cpus, [same, same]);
-        let guest = pager.stats().path(Path::Guest);
+        copy_by_two(machine, &mut cpus, handler, [same, same]);
+        let guest = pager.stats().path(FaultPath::Guest);
         // Where both vCPUs faulted on a page, one of them fetched it.
         assert!((650..=900).contains(&guest.faults), "{guest:?}");
         assert_eq!(guest.pages, 650);
@@ -162,7 +129,7 @@ fn waiting_vcpu_can_be_kicked() {
         for index in 0..3 {
             assert!(machine.copied(index) == full_page(7 + index));
         }
-        assert_eq!(pager.stats().path(Path::Guest).pages, 3);
+        assert_eq!(pager.stats().path(FaultPath::Guest).pages, 3);
     });
 }
 
@@ -184,92 +151,26 @@ fn a_finished_slot_is_like_any_other() {
                 }
             });
             let rest = Fill::start(vec![pager.clone()], FillRate::Unlimited).unwrap();
-            pager.ensure(PageRange::new(0, PAGES), Path::Fill, &Waiter::new()).unwrap();
-            assert_eq!(slot.finish(), Ok(Finished::Now));
+            pager.ensure(PageRange::new(0, PAGES), FaultPath::Fill, &Waiter::new()).unwrap();
+            assert_eq!(slot.finish(), Ok(()));
             vcpu.join().unwrap();
             drop(rest);
         });
         assert!(!slot.is_trapping());
-        assert_eq!(slot.finish(), Ok(Finished::Now));
+        assert_eq!(slot.finish(), Ok(()));
         // KVM does not read the bitmap any more: no handler would serve a fault.
-        let nobody = FaultHandler::new([]).unwrap();
         let word = pager.bitmap().words().as_ptr().cast::<std::sync::atomic::AtomicU64>();
         // SAFETY: the word lives as long as the pager, and all accesses to it are atomic.
         unsafe { &*word }.store(u64::MAX, std::sync::atomic::Ordering::SeqCst);
-        slot.set_dirty_logging(true).unwrap();
-        slot.set_dirty_logging(false).unwrap();
-        machine.copy_and_compare(&mut cpu, &nobody, Pages::run(0, 512), 0, page);
+        machine.copy_and_compare(&mut cpu, &no_faults(), Pages::run(0, 512), 0, page);
     });
 }
 
-#[test]
-fn dirty_logging_goes_together_with_missing_pages() {
-    on_each(from_file, |machine, pager, slot, handler| {
-        let mut cpu = machine.vcpu(0);
-        let dirty = || {
-            let log = slot.dirty_log().unwrap();
-            (0..PAGES)
-                .filter(|page| log[(page / 64) as usize] >> (page % 64) & 1 == 1)
-                .collect::<Vec<_>>()
-        };
-        machine.copy_and_compare(&mut cpu, handler, Pages::run(0, 10), 0, page);
-        slot.set_dirty_logging(true).unwrap();
-        assert!(slot.is_trapping());
-        let written = Pages { first: 5, count: 20, stride: 7 };
-        machine.load(&mut cpu, Program::Write { value: 1 }, written);
-        cpu.run(handler).unwrap();
-        assert_eq!(dirty(), written.iter().collect::<Vec<_>>());
-        let by_flag = slot.engine() == Engine::KvmUserfault;
-        if by_flag {
-            let error = slot.set_dirty_logging(false).unwrap_err();
-            assert!(matches!(error, SlotError::LoggingStaysOn { .. }), "{error}");
-            // Logging is still on, and so is the trap.
-        } else {
-            slot.set_dirty_logging(false).unwrap();
-            slot.set_dirty_logging(true).unwrap();
-        }
-        machine.load(&mut cpu, Program::Write { value: 1 }, Pages::run(1000, 1));
-        cpu.run(handler).unwrap();
-        assert_eq!(dirty(), [1000]);
-        machine.copy_and_compare(&mut cpu, handler, Pages::run(700, 100), 0, page);
-        fill(pager);
-        let when = if by_flag { Finished::WithLogging } else { Finished::Now };
-        assert_eq!(slot.finish(), Ok(when));
-        assert_eq!(slot.is_trapping(), by_flag);
-        slot.set_dirty_logging(false).unwrap();
-        assert!(!slot.is_trapping());
-        machine.copy_and_compare(&mut cpu, handler, Pages::run(200, 500), 0, page);
-        assert_eq!(slot.finish(), Ok(Finished::Now));
-    });
-}
-
-/// Four vCPUs and a fill need the same pages from a source that writes each in pieces: a page that
-/// becomes accessible before its last byte is written fails the check.
 #[test]
 fn no_vcpu_is_ever_ahead_of_the_content() {
     let torn = |kind| pager(kind, PAGES, Arc::new(Torn(PAGES)));
-    on_each(torn, |machine, pager, slot, handler| {
-        thread::scope(|scope| {
-            for id in 0..4 {
-                scope.spawn(move || {
-                    let mut cpu = machine.vcpu(id);
-                    for pages in [
-                        Pages { first: (id + 1) * PAGES / 4 - 1, count: PAGES / 4, stride: -1 },
-                        Pages { first: id, count: PAGES / 4, stride: 4 },
-                        Pages { first: PAGES - 1, count: PAGES, stride: -1 },
-                    ] {
-                        machine.load(&mut cpu, Program::Check, pages);
-                        cpu.run(handler).unwrap();
-                    }
-                });
-            }
-            let rate = FillRate::BytesPerSecond(8 << 20);
-            let fill = Fill::start(vec![pager.clone()], rate).unwrap();
-            pager.ensure(PageRange::new(0, PAGES), Path::Fill, &Waiter::new()).unwrap();
-            drop(fill);
-        });
-        assert_eq!(pager.stats().pages_arrived(), PAGES);
-        assert_eq!(slot.finish(), Ok(Finished::Now));
+    on_each(torn, |machine, _pager, slot, handler| {
+        check_content_is_first(machine, &slot, handler);
     });
 }
 
@@ -284,9 +185,9 @@ fn vcpu_exits_once_per_run_of_present_pages() {
     let handler = handler(&slot);
     let mut cpu = machine.vcpu(0);
     let arrive = |first, count| {
-        pager.ensure(PageRange::new(first, count), Path::Fill, &Waiter::new()).unwrap();
+        pager.ensure(PageRange::new(first, count), FaultPath::Fill, &Waiter::new()).unwrap();
     };
-    let faults = || pager.stats().path(Path::Guest).faults;
+    let faults = || pager.stats().path(FaultPath::Guest).faults;
     // 10 to 19 and 21 to 99; 20 is missing.
     arrive(10, 10);
     arrive(21, 79);
@@ -298,11 +199,11 @@ fn vcpu_exits_once_per_run_of_present_pages() {
     // One for each word of the bitmap.
     assert_eq!(faults(), 3);
     machine.copy_and_compare(&mut cpu, &handler, Pages::run(20, 1), 0, page);
-    assert_eq!((faults(), pager.stats().path(Path::Guest).pages), (4, 1));
+    assert_eq!((faults(), pager.stats().path(FaultPath::Guest).pages), (4, 1));
     // A page that became accessible too early would show zeros.
     machine.copy_and_compare(&mut cpu, &handler, Pages::run(0, 512), 0, page);
     machine.copy_and_compare(&mut cpu, &handler, Pages::run(512, 512), 0, page);
-    assert_eq!(slot.finish(), Ok(Finished::Now));
+    assert_eq!(slot.finish(), Ok(()));
 }
 
 /// A deleted slot must leave no attributes behind that would stop the guest at the next slot.
@@ -317,8 +218,7 @@ fn a_slot_takes_its_attributes_along() {
     drop(slot);
     fill(&pager);
     let _slot = machine.slot(&pager, Engine::Uffd);
-    let nobody = FaultHandler::new([]).unwrap();
-    machine.copy_and_compare(&mut cpu, &nobody, Pages::run(0, 512), 0, page);
+    machine.copy_and_compare(&mut cpu, &no_faults(), Pages::run(0, 512), 0, page);
 }
 
 /// Undoing a refused slot must not open the missing pages of the slot that it overlaps.
@@ -329,10 +229,10 @@ fn refused_slot_leaves_attributes_alone() {
     let pager = from_file(BackingKind::Shmem);
     let slot = machine.slot(&pager, Engine::KvmAttributes);
     let other = from_file(BackingKind::Shmem);
+    let mapping = guest_mapping(&other, Engine::KvmAttributes);
     let overlapping = || {
-        let (vm, start) = (machine.vm.clone(), GuestAddress(REGION + PAGE_SIZE));
-        let mapping = Arc::new(other.backing().map().unwrap());
-        DemandSlot::new(vm, 3, start, mapping, other.clone(), Engine::KvmAttributes)
+        let config = machine.slot_config(3, mapping.clone(), Engine::KvmAttributes);
+        DemandSlot::new(DemandSlotConfig { start: GuestAddress(REGION + PAGE_SIZE), ..config })
     };
     let error = overlapping().unwrap_err();
     assert!(error.to_string().contains("overlaps another memslot"), "{error}");
@@ -341,40 +241,5 @@ fn refused_slot_leaves_attributes_alone() {
     machine.copy_and_compare(&mut cpu, &handler, Pages::run(5, 5), 0, page);
     // A handler outlives its slot, and keeps no reservation.
     drop(slot);
-    overlapping().unwrap();
-}
-
-/// On a kernel that is known to respect the bitmap, dirty logging can be turned off at any time,
-/// and the restored huge pages map no missing page.
-#[test]
-fn dirty_logging_can_stop_if_kvm_respects_bitmap() {
-    let Some(kvm) = kvm_with(Engine::KvmUserfault) else { return };
-    let features = features();
-    if !features.own_accesses {
-        // The lab cannot help it, so this is not `skip`.
-        println!("SKIPPED: this KVM is not known to keep to the bitmap");
-        return;
-    }
-    for kind in backings(PAGES * PAGE_SIZE) {
-        println!("on {kind}");
-        let machine = Machine::new(&kvm, Engine::KvmUserfault);
-        let pager = from_file(kind);
-        let slot = machine.slot(&pager, Engine::KvmUserfault).with_features(&features);
-        let handler = handler(&slot);
-        let mut cpu = machine.vcpu(0);
-        for round in 0..4 {
-            slot.set_dirty_logging(true).unwrap();
-            let pages = Pages { first: round, count: 100, stride: 4 };
-            machine.copy_and_compare(&mut cpu, &handler, pages, 0, page);
-            slot.set_dirty_logging(false).unwrap();
-            assert!(slot.is_trapping());
-            // Neighbours of present pages.
-            let pages = Pages { first: 512 + round, count: 100, stride: 4 };
-            machine.copy_and_compare(&mut cpu, &handler, pages, 0, page);
-        }
-        let guest = pager.stats().path(Path::Guest);
-        assert_eq!((guest.faults, missing(&pager)), (800, PAGES - 800));
-        fill(&pager);
-        assert_eq!(slot.finish(), Ok(Finished::Now));
-    }
+    let _slot = overlapping().unwrap();
 }

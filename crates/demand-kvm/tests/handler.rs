@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The fault handler without KVM: threads play the part of KVM and the vCPUs.
+#![allow(clippy::cast_possible_truncation, reason = "the numbers of a test are small")]
 
 mod common;
 
@@ -8,15 +9,20 @@ use std::sync::{Arc, Barrier};
 use std::thread;
 
 use common::*;
-use demand_kvm::{FaultError, FaultHandler, KVM_MEMORY_EXIT_FLAG_USERFAULT, RegionsOverlap};
-use demand_memory::{BackingKind, Fill, FillRate, PAGE_SIZE, PageRange, Pager, Path, Waiter};
+use demand_kvm::{
+    FaultError, FaultHandler, FaultRegion, KVM_MEMORY_EXIT_FLAG_USERFAULT, RegionsOverlap,
+};
+use demand_memory::{BackingKind, FaultPath, Fill, FillRate, PAGE_SIZE, PageRange, Pager, Waiter};
 use demand_source::Threaded;
 use vm_memory::GuestAddress;
 
 const FLAG: u64 = KVM_MEMORY_EXIT_FLAG_USERFAULT;
 
 fn handler_of(regions: &[(u64, &Arc<Pager>)]) -> Result<FaultHandler, RegionsOverlap> {
-    FaultHandler::new(regions.iter().map(|(start, pager)| (GuestAddress(*start), (*pager).clone())))
+    let region = |(start, pager): &(u64, &Arc<Pager>)| {
+        FaultRegion::userfault(GuestAddress(*start), (*pager).clone())
+    };
+    FaultHandler::new(regions.iter().map(region))
 }
 
 #[test]
@@ -33,7 +39,7 @@ fn each_region_gets_its_own_faults() {
     };
     assert_eq!(missing(&low), [0, 1, 2, 3, 4, 6, 7]);
     assert_eq!(missing(&high), (1..14).collect::<Vec<_>>());
-    let guest = high.stats().path(Path::Guest);
+    let guest = high.stats().path(FaultPath::Guest);
     assert_eq!((guest.faults, guest.pages, guest.granularity_bytes), (2, 3, 2 * PAGE_SIZE));
 }
 
@@ -58,7 +64,7 @@ fn foreign_exits_are_refused() {
         assert!(error.to_string().starts_with("cannot handle a memory fault exit"), "{error}");
     }
     assert_eq!(pager.bitmap().count_missing(PageRange::new(0, 8)), 8);
-    assert_eq!(pager.stats().path(Path::Guest).faults, 0);
+    assert_eq!(pager.stats().path(FaultPath::Guest).faults, 0);
 }
 
 #[test]
@@ -78,7 +84,7 @@ fn present_page_is_not_fetched_again() {
     for _ in 0..3 {
         handler.handle(REGION, PAGE_SIZE, FLAG, &waiter).unwrap();
     }
-    let guest = pager.stats().path(Path::Guest);
+    let guest = pager.stats().path(FaultPath::Guest);
     assert_eq!((guest.faults, guest.pages, guest.bytes_fetched), (3, 1, PAGE_SIZE));
 }
 
@@ -104,7 +110,7 @@ fn kicked_waiter_on_slow_source_can_wait_again() {
         vcpu.join().unwrap().unwrap();
     });
     assert_eq!(pager.stats().source().reads, 1);
-    assert_eq!(pager.stats().path(Path::Guest).faults, 1);
+    assert_eq!(pager.stats().path(FaultPath::Guest).faults, 1);
 }
 
 #[test]

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Tests that work with any KVM: plain slots, slots that another engine traps, kicks.
+#![allow(clippy::cast_possible_truncation, reason = "the numbers of a test are small")]
 
 mod common;
 
@@ -10,47 +11,35 @@ use std::time::{Duration, Instant};
 
 use common::*;
 use demand_kvm::{
-    DemandSlot, Engine, FaultError, FaultHandler, Finished, KVM_MEMORY_EXIT_FLAG_USERFAULT,
-    PlainSlot, SlotError, VcpuKick,
+    DemandSlot, DemandSlotConfig, DemandVcpu, Engine, FaultError, FaultHandler, FaultRegion,
+    KVM_MEMORY_EXIT_FLAG_USERFAULT, PlainSlot, SlotError, Step, VcpuKick,
 };
-use demand_memory::{BackingKind, GuestTrapError, Mapping, PAGE_SIZE, VcpuTrap};
+use demand_memory::{
+    BackingKind, DemandMemory, DemandRegion, GuestMapping, MemfdBacking, PAGE_SIZE, PagerConfig,
+    VcpuTrap,
+};
 use demand_source::Threaded;
-use demand_uffd::{ArmGuestError, DEFAULT_THREADS, FaultService};
+use demand_uffd::{DEFAULT_THREADS, FaultService};
 use vm_memory::GuestAddress;
+use vmm_sys_util::signal::block_signal;
 
 const PAGES: u64 = 16;
 
-fn no_faults() -> FaultHandler {
-    FaultHandler::new([]).unwrap()
-}
-
-/// Returns the pages whose bit is set in a dirty log.
-fn dirty(log: &[u64]) -> Vec<u64> {
-    (0..log.len() as u64 * 64)
-        .filter(|page| log[(page / 64) as usize] >> (page % 64) & 1 == 1)
-        .collect()
-}
-
 #[test]
-fn guest_reads_image_and_writes_are_logged() {
+fn guest_reads_image_and_its_writes() {
     let Some(kvm) = kvm() else { return };
     let machine = Machine::new(&kvm, Engine::Uffd);
     let pager = file_pager(BackingKind::Shmem, PAGES);
     fill(&pager);
     let slot = machine.slot(&pager, Engine::Uffd);
     assert!(!slot.is_trapping());
-    assert!(matches!(slot.dirty_log(), Err(SlotError::DirtyLog { .. })));
 
     let mut cpu = machine.vcpu(0);
     machine.copy_and_compare(&mut cpu, &no_faults(), Pages::run(0, PAGES), 0, page);
 
-    slot.set_dirty_logging(true).unwrap();
     machine.load(&mut cpu, Program::Write { value: 77 }, Pages { first: 1, count: 3, stride: 5 });
     cpu.run(&no_faults()).unwrap();
-    assert_eq!(dirty(&slot.dirty_log().unwrap()), [1, 6, 11]);
-    assert!(dirty(&slot.dirty_log().unwrap()).is_empty());
-    slot.set_dirty_logging(false).unwrap();
-    assert_eq!(slot.finish(), Ok(Finished::Now));
+    assert_eq!(slot.finish(), Ok(()));
     assert_eq!(look_at_word(slot.mapping(), 6 * PAGE_SIZE + 16), 78);
     machine.copy_and_compare(&mut cpu, &no_faults(), Pages::run(0, PAGES), 0, |index| {
         let mut expected = page(index);
@@ -68,15 +57,16 @@ fn a_kernel_without_userfault_says_so() {
     if demand_kvm::probe().kvm.unwrap().userfault.works() {
         return;
     }
-    let vm = Arc::new(kvm.create_vm().unwrap());
+    let machine = Machine::new(&kvm, Engine::Uffd);
     let pager = file_pager(BackingKind::Shmem, PAGES);
-    let mapping = Arc::new(pager.backing().map().unwrap());
-    let slot =
-        DemandSlot::new(vm, 0, GuestAddress(REGION), mapping.clone(), pager, Engine::KvmUserfault);
-    let error = slot.unwrap_err();
+    let mapping = guest_mapping(&pager, Engine::KvmUserfault);
+    let kept = mapping.mapping().clone();
+    let config = machine.slot_config(2, mapping, Engine::KvmUserfault);
+    let error = DemandSlot::new(config).unwrap_err();
     assert!(matches!(error, SlotError::Create { .. }), "{error}");
-    assert!(error.to_string().contains("use engine uffd"), "{error}");
-    assert_eq!(Arc::strong_count(&mapping), 1, "a slot that never was keeps nothing");
+    assert!(error.to_string().contains("may lack KVM Userfault"), "{error}");
+    // This test, and the service that traps it.
+    assert_eq!(Arc::strong_count(&kept), 2, "a slot that never was keeps nothing");
 }
 
 #[test]
@@ -85,78 +75,59 @@ fn impossible_slots_are_refused() {
     let machine = Machine::new(&kvm, Engine::Uffd);
     let pager = file_pager(BackingKind::Shmem, PAGES);
     fill(&pager);
-    let slot = machine.slot(&pager, Engine::Uffd);
-    let mapping = slot.mapping();
-    let new = |number, start, mapping: &Arc<Mapping>| {
-        let (vm, mapping) = (machine.vm.clone(), mapping.clone());
-        DemandSlot::new(vm, number, GuestAddress(start), mapping, pager.clone(), Engine::Uffd)
-            .unwrap_err()
+    let mapping = guest_mapping(&pager, Engine::Uffd);
+    let _slot = machine.slot_over(mapping.clone(), Engine::Uffd);
+    let new = |number, start| {
+        let config = machine.slot_config(number, mapping.clone(), Engine::Uffd);
+        DemandSlot::new(DemandSlotConfig { start: GuestAddress(start), ..config }).unwrap_err()
     };
-    let error = new(3, REGION + PAGE_SIZE, mapping);
+    let error = new(3, REGION + PAGE_SIZE);
     assert!(error.to_string().contains("overlaps another memslot"), "{error}");
-    assert!(matches!(new(3, 0x123, mapping), SlotError::Unaligned { start: 0x123, .. }));
-    let other = file_pager(BackingKind::Shmem, 1);
-    let short = Arc::new(other.backing().map().unwrap());
-    let error = new(3, 2 * REGION, &short);
-    assert!(matches!(error, SlotError::Size { mapping: PAGE_SIZE, .. }), "{error}");
-    let error = new(u32::MAX, 2 * REGION, mapping);
+    assert!(matches!(new(3, 0x123), SlotError::Unaligned { start: 0x123, .. }));
+    let error = new(u32::MAX, 2 * REGION);
     assert!(error.to_string().contains("Invalid argument"), "{error}");
 }
 
-/// An unarmed mapping is refused under `uffd`, and so is one that does not trap all accesses. The
-/// trap is removed with the slot; accesses to its missing pages are then an error and never zeros.
+/// A mapping that is not armed for the engine is refused. The trap is removed with the slot;
+/// accesses to its missing pages are then an error and never zeros.
 #[test]
-fn unarmed_mapping_is_refused_under_uffd() {
+fn wrongly_armed_mapping_is_refused() {
     let Some(kvm) = kvm() else { return };
     let machine = Machine::new(&kvm, Engine::Uffd);
-    let pager = file_pager(BackingKind::Shmem, PAGES);
-    let new = |mapping: &Arc<Mapping>| {
-        let (vm, mapping) = (machine.vm.clone(), mapping.clone());
-        DemandSlot::new(vm, 2, GuestAddress(REGION), mapping, pager.clone(), Engine::Uffd)
+    let new = |mapping: &GuestMapping, engine| {
+        DemandSlot::new(machine.slot_config(2, mapping.clone(), engine))
     };
-    let unarmed = Arc::new(pager.backing().map().unwrap());
-    let error = new(&unarmed).unwrap_err();
-    assert!(matches!(error, SlotError::Unarmed { number: 2 }), "{error}");
+    let pager = file_pager(BackingKind::Shmem, PAGES);
+    let unarmed = GuestMapping::unarmed(&pager).unwrap();
+    for engine in [Engine::Uffd, Engine::KvmAttributes] {
+        let error = new(&unarmed, engine).unwrap_err();
+        assert!(matches!(error, SlotError::Unarmed { number: 2, .. }), "{error}");
+    }
+    if !features().own_accesses {
+        let error = new(&unarmed, Engine::KvmUserfault).unwrap_err();
+        assert!(error.to_string().contains("when KVM itself makes them"), "{error}");
+    }
+    drop(unarmed);
 
     let service = FaultService::start(DEFAULT_THREADS).unwrap();
     let armed = service.arm_guest([&pager], VcpuTrap::Mapping).unwrap().remove(0);
-    let slot = new(&armed).unwrap();
+    let error = new(&armed, Engine::KvmUserfault).unwrap_err();
+    let trap = VcpuTrap::Mapping;
+    assert!(matches!(error, SlotError::ArmedOtherwise { armed, .. } if armed == trap), "{error}");
+    let slot = new(&armed, Engine::Uffd).unwrap();
     let error = slot.finish().unwrap_err();
     assert!(matches!(error, SlotError::PagesMissing { missing: PAGES, .. }), "{error}");
-    assert!(armed.traps_all());
+    assert!(armed.mapping().traps_all());
     drop(slot);
     // The kernel reads it and reports an error; a read in user space would be a signal.
     let (file, bytes) = (tempfile::tempfile().unwrap(), PAGE_SIZE as usize);
+    let from = armed.mapping().address().as_ptr();
     // SAFETY: the mapping is kept, and the kernel only reads it.
-    let wrote = unsafe { libc::write(file.as_raw_fd(), armed.address().as_ptr().cast(), bytes) };
+    let wrote = unsafe { libc::write(file.as_raw_fd(), from.cast(), bytes) };
     let error = std::io::Error::last_os_error();
     assert_eq!((wrote, error.raw_os_error()), (-1, Some(libc::EFAULT)));
-
-    // Arming cannot be repeated: another mapping is refused, before and after the slot.
-    let arm = || service.arm_guest([&pager], VcpuTrap::Mapping).unwrap_err();
-    assert!(matches!(arm(), ArmGuestError::Order(GuestTrapError::Twice)));
-}
-
-#[test]
-fn arming_after_the_slot_is_refused() {
-    let Some(kvm) = kvm() else { return };
-    let machine = Machine::new(&kvm, Engine::Uffd);
-    let service = FaultService::start(DEFAULT_THREADS).unwrap();
-    let pager = file_pager(BackingKind::Shmem, PAGES);
-    // As for an engine that needs no armed mapping, on a kernel that has no such engine.
-    let mapping = Arc::new(pager.backing().map().unwrap());
-    pager.note_memslot(&mapping);
-    let error = service.arm_guest([&pager], VcpuTrap::Hypervisor).unwrap_err();
-    assert!(matches!(error, ArmGuestError::Order(GuestTrapError::AfterSlot)), "{error}");
-    // The same holds for pages that were fetched.
-    let other = file_pager(BackingKind::Shmem, PAGES);
-    fill(&other);
-    let slot = machine.slot(&other, Engine::Uffd);
-    let error = service.arm_guest([&other], VcpuTrap::Mapping).unwrap_err();
-    assert!(matches!(error, ArmGuestError::Order(GuestTrapError::AfterSlot)), "{error}");
-    drop(slot);
-    let error = service.arm_guest([&other], VcpuTrap::Mapping).unwrap_err();
-    assert!(matches!(error, ArmGuestError::Order(GuestTrapError::AfterFetch)), "{error}");
+    let error = new(&armed, Engine::Uffd).unwrap_err();
+    assert!(matches!(error, SlotError::Revoked { number: 2 }), "{error}");
 }
 
 #[test]
@@ -165,18 +136,64 @@ fn dropped_slot_is_removed_despite_a_live_vcpu() {
     let machine = Machine::new(&kvm, Engine::Uffd);
     let pager = file_pager(BackingKind::Shmem, PAGES);
     fill(&pager);
-    let slot = machine.slot(&pager, Engine::Uffd);
     // Its memory stays: only the slot is missing in the guest.
-    let mapping = slot.mapping().clone();
+    let mapping = GuestMapping::unarmed(&pager).unwrap().mapping().clone();
+    let kept = Arc::strong_count(&mapping);
+    let slot = machine.slot(&pager, Engine::Uffd);
+    assert!(Arc::ptr_eq(&mapping, slot.mapping()));
     let mut cpu = machine.vcpu(0);
     machine.copy_and_compare(&mut cpu, &no_faults(), Pages::run(0, 1), 0, page);
     drop(slot);
-    assert_eq!(Arc::strong_count(&mapping), 1);
+    assert_eq!(Arc::strong_count(&mapping), kept);
     machine.load(&mut cpu, Program::Check, Pages::run(0, 1));
     assert_eq!(cpu.run(&no_faults()), Err(Stopped::Mmio(REGION)));
     // Its number and its addresses are free.
     let other = Arc::new(pager.backing().map().unwrap());
-    PlainSlot::new(machine.vm.clone(), 2, GuestAddress(REGION), other, false).unwrap();
+    let _slot = PlainSlot::new(machine.vm.clone(), 2, GuestAddress(REGION), other).unwrap();
+}
+
+/// The thread that steps a vCPU attaches itself.
+#[test]
+fn stepping_thread_is_kicked_unattached() {
+    let Some(kvm) = kvm() else { return };
+    let machine = Machine::new(&kvm, Engine::Uffd);
+    let mut cpu = machine.vcpu(0);
+    machine.load(&mut cpu, Program::Spin, Pages::run(0, 1));
+    let mut vcpu = DemandVcpu::new(cpu.vcpu).unwrap();
+    let kick = vcpu.kick().clone();
+    // Twice, and each time on another thread.
+    for _ in 0..2 {
+        thread::scope(|scope| {
+            let memory = DemandMemory::<()>::default();
+            let vcpu = &mut vcpu;
+            let step = scope.spawn(move || {
+                block_signal(VcpuKick::signal()).unwrap();
+                matches!(vcpu.step(&no_faults(), &memory), Ok(Step::Again))
+            });
+            a_while();
+            assert!(!step.is_finished());
+            kick.kick();
+            assert!(step.join().unwrap());
+        });
+    }
+}
+
+/// The slot keeps the pager, and its mapping the threads that serve it.
+#[test]
+fn guest_outlives_its_memory_and_service() {
+    let Some(kvm) = kvm() else { return };
+    let machine = Machine::new(&kvm, Engine::Uffd);
+    let backing = Arc::new(MemfdBacking::new(BackingKind::Shmem, PAGES * PAGE_SIZE).unwrap());
+    let image: Vec<u8> = (0..PAGES).flat_map(page).collect();
+    let config = PagerConfig::new(backing, source_of(&image));
+    let region = DemandRegion::new(GuestAddress(REGION), config, ()).unwrap();
+    let memory = DemandMemory::new(vec![region]).unwrap();
+    let service = FaultService::start(DEFAULT_THREADS).unwrap();
+    let guest = service.arm_guest(memory.pagers(), VcpuTrap::Mapping).unwrap().remove(0);
+    let _slot = machine.slot_over(guest, Engine::Uffd);
+    drop((service, memory));
+    let mut cpu = machine.vcpu(0);
+    machine.copy_and_compare(&mut cpu, &no_faults(), Pages::run(0, PAGES), 0, page);
 }
 
 #[test]
@@ -213,8 +230,8 @@ fn waiting_thread_is_kicked_out() {
     let gate = Gate::new(PAGES);
     let source = Arc::new(Threaded::new(gate.clone(), 2).unwrap());
     let pager = pager(BackingKind::Shmem, PAGES, source);
-    let handler = FaultHandler::new([(GuestAddress(REGION), pager)]).unwrap();
-    let Cpu { vcpu: _vcpu, kick } = Machine::new(&kvm, Engine::Uffd).vcpu(0);
+    let handler = FaultHandler::new([FaultRegion::userfault(GuestAddress(REGION), pager)]).unwrap();
+    let Cpu { vcpu: _vcpu, kick, .. } = Machine::new(&kvm, Engine::Uffd).vcpu(0);
     let handle = || {
         kick.attach();
         handler.handle(REGION, PAGE_SIZE, KVM_MEMORY_EXIT_FLAG_USERFAULT, kick.waiter())
@@ -245,7 +262,7 @@ fn no_kick_is_lost_at_any_moment() {
     thread::scope(|scope| {
         scope.spawn(|| {
             // Even if the thread inherited a mask that blocks the signal.
-            block_signal();
+            block_signal(VcpuKick::signal()).unwrap();
             for _ in 0..200 {
                 assert_eq!(cpu.run(&no_faults()), Err(Stopped::Kicked));
                 cpu.kick.clear();
@@ -262,13 +279,4 @@ fn no_kick_is_lost_at_any_moment() {
             kicks.recv_timeout(Duration::from_secs(20)).expect("a kick was lost");
         }
     });
-}
-
-fn block_signal() {
-    // SAFETY: only this function uses the set, and the signal's number is valid.
-    unsafe {
-        let mut set: libc::sigset_t = std::mem::zeroed();
-        libc::sigaddset(&mut set, VcpuKick::signal());
-        libc::pthread_sigmask(libc::SIG_BLOCK, &set, std::ptr::null_mut());
-    }
 }

@@ -3,6 +3,7 @@
 //! `host.rs`, `exits.rs` and `own_pages.rs` test kicks of a vCPU that waits in the handler or runs
 //! guest code.
 #![cfg(target_arch = "x86_64")]
+#![allow(clippy::cast_possible_truncation, reason = "the numbers of a test are small")]
 
 mod common;
 

@@ -2,12 +2,13 @@
 //! Pages that MSRs name to KVM are fetched before the guest or the VMM sets the MSRs, so that KVM's
 //! writes to them are kept. On every backing and with every engine: this needs no trap.
 #![cfg(target_arch = "x86_64")]
+#![allow(clippy::cast_possible_truncation, reason = "the numbers of a test are small")]
 
 mod common;
 
 use common::*;
-use demand_kvm::{Engine, FaultError, MsrTrap, Virtualization, own_pages};
-use demand_memory::{BackingKind, PAGE_SIZE, Path, Waiter};
+use demand_kvm::{Engine, FaultError, MsrFilter, Virtualization, own_pages};
+use demand_memory::{BackingKind, FaultPath, PAGE_SIZE, Waiter};
 use demand_source::Threaded;
 use kvm_bindings::{Msrs, kvm_msi, kvm_msr_entry, kvm_regs};
 use std::sync::Arc;
@@ -106,7 +107,7 @@ fn pages_are_fetched_before_user_space_sets_msrs() {
             let entry = kvm_msr_entry { index: msr, data: value(msr, at), ..Default::default() };
             let pages = own_pages(&[entry], None);
             rig.handler.fetch_pages(&pages, cpu.kick.waiter()).unwrap();
-            let internal = rig.pager().stats().path(Path::KvmInternal);
+            let internal = rig.pager().stats().path(FaultPath::HypervisorInternal);
             assert_eq!(internal.faults, if msr == WALL_CLOCK { 2 } else { 1 });
             if !set(&cpu, msr, value(msr, at)) {
                 assert!(!is_lab(), "MSR {msr:#x}");
@@ -136,8 +137,8 @@ fn write_msr(rig: &Rig, cpu: &mut Cpu, msr: u32, data: u64) -> Result<Vec<u8>, S
 }
 
 /// Sets the trap if this KVM supports it.
-fn trap(rig: &Rig) -> Option<MsrTrap> {
-    match MsrTrap::new(&rig.machine.vm) {
+fn trap(rig: &Rig) -> Option<MsrFilter> {
+    match MsrFilter::new(&rig.machine.vm) {
         Ok(trap) => Some(trap),
         Err(error) => {
             skip(&error.to_string());
@@ -167,16 +168,16 @@ fn pages_are_fetched_before_guest_sets_msrs() {
                 result => result.unwrap(),
             };
             assert_eq!(read, data.to_le_bytes());
-            assert!(rig.pager().stats().path(Path::KvmInternal).faults > 0);
+            assert!(rig.pager().stats().path(FaultPath::HypervisorInternal).faults > 0);
             // A second run, in which KVM may write again.
             write_msr(&rig, &mut cpu, msr, data).unwrap();
             check(&rig, image, msr);
             // No page is missing; the guest now sets the MSR directly.
             trap.remove().unwrap();
-            let faults = rig.pager().stats().path(Path::KvmInternal).faults;
+            let faults = rig.pager().stats().path(FaultPath::HypervisorInternal).faults;
             let off = if msr == WALL_CLOCK { 0 } else { data & !1 };
             assert_eq!(write_msr(&rig, &mut cpu, msr, off).unwrap(), off.to_le_bytes());
-            assert_eq!(rig.pager().stats().path(Path::KvmInternal).faults, faults);
+            assert_eq!(rig.pager().stats().path(FaultPath::HypervisorInternal).faults, faults);
         }
     });
 }

@@ -2,6 +2,11 @@
 //! Guests in 32-bit protected mode without paging, so that guest virtual addresses are physical
 //! ones.
 
+use std::sync::LazyLock;
+
+use demand_memory::GuestMapping;
+use demand_uffd::{DEFAULT_THREADS, FaultService};
+
 use super::*;
 
 /// Guest physical address of the memory that guests copy pages to.
@@ -20,7 +25,7 @@ pub struct Machine {
 fn plain_memory(size: u64) -> (File, Arc<Mapping>) {
     let file = tempfile::tempfile().unwrap();
     file.set_len(size).unwrap();
-    let mapping = Arc::new(Mapping::shared(&file, size, false).unwrap());
+    let mapping = Arc::new(Mapping::shared(&file, size).unwrap());
     (file, mapping)
 }
 
@@ -37,45 +42,46 @@ impl Machine {
     }
 
     fn of(vm: Arc<VmFd>) -> Self {
-        let entries = assemble();
+        let entries = assemble().unwrap();
         let (file, mapping) = plain_memory(PAGE_SIZE);
         file.write_all_at(&entries.code, 0).unwrap();
-        let code = PlainSlot::new(vm.clone(), 0, GuestAddress(CODE), mapping, true).unwrap();
+        let code = PlainSlot::read_only(vm.clone(), 0, GuestAddress(CODE), mapping).unwrap();
         let (_, mapping) = plain_memory(OUT_PAGES * PAGE_SIZE);
-        let out = PlainSlot::new(vm.clone(), 1, GuestAddress(OUT), mapping, false).unwrap();
+        let out = PlainSlot::new(vm.clone(), 1, GuestAddress(OUT), mapping).unwrap();
         Machine { vm, _code: code, out, entries }
     }
 
     /// Creates a demand-paged slot at [`REGION`].
     pub fn slot(&self, pager: &Arc<Pager>, engine: Engine) -> DemandSlot {
-        let mapping = Arc::new(pager.backing().map().unwrap());
-        DemandSlot::new(self.vm.clone(), 2, GuestAddress(REGION), mapping, pager.clone(), engine)
-            .unwrap()
+        self.slot_over(guest_mapping(pager, engine), engine)
+    }
+
+    /// Creates a demand-paged slot at [`REGION`] over this mapping.
+    pub fn slot_over(&self, mapping: GuestMapping, engine: Engine) -> DemandSlot {
+        DemandSlot::new(self.slot_config(2, mapping, engine)).unwrap()
+    }
+
+    /// Returns the configuration of a slot at [`REGION`].
+    pub fn slot_config(
+        &self,
+        number: u32,
+        mapping: GuestMapping,
+        engine: Engine,
+    ) -> DemandSlotConfig {
+        let start = GuestAddress(REGION);
+        DemandSlotConfig { vm: self.vm.clone(), number, start, mapping, engine }
     }
 
     /// Creates a vCPU, without a program.
     pub fn vcpu(&self, id: u64) -> Cpu {
         let vcpu = self.vm.create_vcpu(id).unwrap();
         let mut sregs = vcpu.get_sregs().unwrap();
-        sregs.cr0 = 0x11; // PE, ET
-        let flat = |type_| kvm_bindings::kvm_segment {
-            base: 0,
-            limit: 0xffff_ffff,
-            selector: 8,
-            type_,
-            present: 1,
-            db: 1,
-            s: 1,
-            g: 1,
-            ..Default::default()
-        };
-        sregs.cs = flat(0xb);
-        (sregs.ds, sregs.es, sregs.ss) = (flat(3), flat(3), flat(3));
-        (sregs.gdt.base, sregs.gdt.limit) = (GDT, 15);
+        Mode::Protected.apply(&mut sregs);
+        (sregs.gdt.base, sregs.gdt.limit) = (GDT, GDT_LIMIT);
         (sregs.idt.base, sregs.idt.limit) = (IDT, IDT_LIMIT);
         vcpu.set_sregs(&sregs).unwrap();
         let kick = VcpuKick::new(&vcpu).unwrap();
-        Cpu { vcpu, kick }
+        Cpu { vcpu, kick, markers: MarkerFaults::default(), stops: 0 }
     }
 
     /// Loads the program that a vCPU runs next.
@@ -84,10 +90,9 @@ impl Machine {
             rsi: REGION + pages.first * PAGE_SIZE,
             rbx: pages.count,
             rdx: u64::from((pages.stride * PAGE_SIZE as i64) as u32),
-            rflags: 2,
             ..Default::default()
         };
-        regs.rip = match program {
+        let entry = match program {
             Program::Copy { out } => {
                 assert!(out + pages.count <= OUT_PAGES);
                 regs.rdi = OUT + out * PAGE_SIZE;
@@ -100,14 +105,15 @@ impl Machine {
             Program::Check => self.entries.check,
             Program::Spin => self.entries.spin,
         };
-        cpu.vcpu.set_regs(&regs).unwrap();
+        self.begin(cpu, entry, regs);
     }
 
     /// Makes a vCPU start at one of the entries, with these registers.
     pub fn begin(&self, cpu: &mut Cpu, entry: u64, regs: kvm_bindings::kvm_regs) {
         let rsp = OUT + OUT_PAGES * PAGE_SIZE;
-        let rflags = regs.rflags | 2;
-        let regs = kvm_bindings::kvm_regs { rip: entry, rsp, rflags, ..regs };
+        let start = start_at(entry);
+        let (rip, rflags) = (start.rip, regs.rflags | start.rflags);
+        let regs = kvm_bindings::kvm_regs { rip, rsp, rflags, ..regs };
         cpu.vcpu.set_regs(&regs).unwrap();
     }
 
@@ -139,6 +145,9 @@ impl Machine {
 pub struct Cpu {
     pub vcpu: VcpuFd,
     pub kick: VcpuKick,
+    pub markers: MarkerFaults,
+    /// Number of faults that were resolved on its thread.
+    pub stops: u64,
 }
 
 /// The reason why a vCPU stopped before it halted.
@@ -159,10 +168,12 @@ impl Cpu {
     pub fn run(&mut self, handler: &FaultHandler) -> Result<(), Stopped> {
         self.kick.attach();
         loop {
+            self.markers.prepare(&self.vcpu, handler).unwrap();
             match self.vcpu.run() {
                 Ok(VcpuExit::Hlt) => return Ok(()),
                 Ok(VcpuExit::MemoryFault { flags, gpa, size }) => {
                     handler.handle(gpa, size, flags, self.kick.waiter()).map_err(Stopped::Fault)?;
+                    self.stops += 1;
                 }
                 Ok(VcpuExit::IoOut(port, _)) if port == u16::from(WRONG) => {
                     let regs = self.vcpu.get_regs().unwrap();
@@ -170,22 +181,46 @@ impl Cpu {
                 }
                 Ok(VcpuExit::MmioRead(address, _)) => return Err(Stopped::Mmio(address)),
                 Ok(other) => panic!("{other:?}"),
-                Err(error) if error.errno() == libc::EINTR => return Err(Stopped::Kicked),
+                Err(error) if error.errno() == libc::EINTR => {
+                    let resolved = self.markers.resolve(handler, self.kick.waiter());
+                    if !resolved.map_err(Stopped::Fault)? {
+                        return Err(Stopped::Kicked);
+                    }
+                    self.stops += 1;
+                }
                 Err(error) => panic!("{error}"),
             }
         }
     }
 }
 
+/// Serves the mappings of all tests of this process.
+static SERVICE: LazyLock<FaultService> =
+    LazyLock::new(|| FaultService::start(DEFAULT_THREADS).unwrap());
+
+/// Returns the guest's mapping of a region: unarmed, unless the engine needs it armed.
+pub fn guest_mapping(pager: &Arc<Pager>, engine: Engine) -> GuestMapping {
+    let by_kvm = engine == Engine::KvmUserfault && features().own_accesses;
+    if by_kvm || pager.bitmap().is_complete() {
+        return GuestMapping::unarmed(pager).unwrap();
+    }
+    SERVICE.arm_guest([pager], engine.vcpu_trap()).unwrap().remove(0)
+}
+
 /// Creates a handler for one slot's region.
 pub fn handler(slot: &DemandSlot) -> FaultHandler {
-    FaultHandler::for_slots([slot]).unwrap()
+    FaultHandler::new([slot]).unwrap()
+}
+
+/// Creates a handler for guests that reach no missing page.
+pub fn no_faults() -> FaultHandler {
+    FaultHandler::new::<FaultRegion>([]).unwrap()
 }
 
 /// Fetches all pages.
 pub fn fill(pager: &Arc<Pager>) {
     let all = PageRange::new(0, pager.pages());
-    pager.ensure(all, demand_memory::Path::Fill, &demand_memory::Waiter::new()).unwrap();
+    pager.ensure(all, demand_memory::FaultPath::Fill, &demand_memory::Waiter::new()).unwrap();
 }
 
 /// Sleeps long enough for any thread that is not blocked to make progress.

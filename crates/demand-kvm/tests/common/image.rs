@@ -40,9 +40,9 @@ pub fn image_file(pages: u64) -> tempfile::NamedTempFile {
 }
 
 pub fn pager(kind: BackingKind, pages: u64, source: Arc<dyn PageSource>) -> Arc<Pager> {
-    let backing = MemfdBacking::new(kind, pages * PAGE_SIZE, true).unwrap();
+    let backing = MemfdBacking::new(kind, pages * PAGE_SIZE).unwrap();
     let retrier = Retrier::new(RetryPolicy::default(), |failure| panic!("{}", failure.error));
-    Pager::new(Arc::new(backing), source, 0, Arc::new(Stats::new()), retrier).unwrap()
+    Pager::new(PagerConfig { retrier, ..PagerConfig::new(Arc::new(backing), source) }).unwrap()
 }
 
 /// Creates a pager over an image file.
@@ -102,6 +102,11 @@ impl Gate {
     pub fn open(&self) {
         *self.open.0.lock().unwrap() = true;
         self.open.1.notify_all();
+    }
+
+    /// Holds back all pages from now on.
+    pub fn shut(&self) {
+        *self.open.0.lock().unwrap() = false;
     }
 }
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! An image whose every word encodes its own address, and a small guest that reads and writes it.
-#![allow(dead_code, unused_imports)] // Each test binary uses a part of it.
+#![allow(dead_code, unused_imports, reason = "each test binary uses a part of it")]
+#![allow(unreachable_pub, reason = "a module of each test binary")]
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -8,9 +9,14 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
 use std::time::Duration;
 
-use demand_kvm::{DemandSlot, Engine, FaultError, FaultHandler, PlainSlot, VcpuKick, open_kvm};
+use bare_guest::{Mode, start_at};
+use demand_kvm::{
+    DemandSlot, DemandSlotConfig, Engine, FaultError, FaultHandler, FaultRegion, MarkerFaults,
+    PlainSlot, VcpuKick, open_kvm,
+};
 use demand_memory::{
-    BackingKind, Mapping, MemfdBacking, PAGE_SIZE, PageRange, Pager, Retrier, RetryPolicy, Stats,
+    BackingKind, Mapping, MemfdBacking, PAGE_SIZE, PageRange, Pager, PagerConfig, Retrier,
+    RetryPolicy, Stats,
 };
 use demand_source::{
     BlockingSource, Completion, Destination, Extent, LocalFile, PageSource, Request, SourceError,
@@ -19,11 +25,13 @@ use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use test_support::host::skip;
 use vm_memory::GuestAddress;
 
+mod checks;
 mod guest;
 mod image;
 mod programs;
 mod rig;
 
+pub use checks::*;
 pub use guest::*;
 pub use image::*;
 pub use programs::*;
@@ -48,7 +56,7 @@ pub fn kvm_with(engine: Engine) -> Option<Kvm> {
 
 /// Returns the backings that this host has memory for.
 pub fn backings(size: u64) -> Vec<BackingKind> {
-    let there = |kind: &BackingKind| match MemfdBacking::new(*kind, size, true)
+    let there = |kind: &BackingKind| match MemfdBacking::new(*kind, size)
         .and_then(|backing| demand_memory::Backing::map(&backing))
     {
         Ok(_) => true,

@@ -2,9 +2,11 @@
 //! The programs of small guests.
 
 use super::*;
-use iced_x86::code_asm::{
-    CodeAssembler, al, byte_ptr, dword_ptr, dx, eax, ebp, ebx, ecx, edi, edx, esi,
+use bare_guest::PROTECTED_GDT;
+use bare_guest::assembler::code_asm::{
+    al, byte_ptr, dword_ptr, dx, eax, ebp, ebx, ecx, edi, edx, esi,
 };
+use bare_guest::assembler::{IcedError, Programs};
 
 /// Guest physical address of the code.
 pub const CODE: u64 = 0x1000;
@@ -80,8 +82,10 @@ pub struct Entries {
 const APIC_EOI: u64 = 0xfee0_00b0;
 /// Bytes of the code page for programs; tables follow.
 const CODE_BYTES: usize = 0x800;
-/// Address of the segment table, which has one segment, at selector 8.
+/// Address of the segment table.
 pub const GDT: u64 = CODE + CODE_BYTES as u64;
+/// Offset of the last byte of that table.
+pub const GDT_LIMIT: u16 = PROTECTED_GDT.len() as u16 * 8 - 1;
 /// Address of the gate of the only interrupt.
 const GATE: u64 = GDT + 0x100;
 /// Number of that interrupt.
@@ -94,131 +98,127 @@ pub const IDT_LIMIT: u16 = VECTOR as u16 * 8 + 7;
 /// Assembles the programs, one after another. Those of [`Program`] take the address of the first
 /// page in esi, the number of pages in ebx, and the distance from one page to the next in edx, in
 /// bytes.
-pub fn assemble() -> Entries {
-    let mut code = Vec::new();
-    let mut program = |build: &dyn Fn(&mut CodeAssembler)| {
-        let start = CODE + code.len() as u64;
-        let mut asm = CodeAssembler::new(32).unwrap();
-        build(&mut asm);
-        code.extend(asm.assemble(start).unwrap());
-        start
-    };
-    let copy = program(&|asm| {
+pub fn assemble() -> Result<Entries, IcedError> {
+    let mut programs = Programs::new(32, CODE);
+    let copy = programs.add(|asm| {
         let mut next = asm.create_label();
-        asm.cld().unwrap();
-        asm.set_label(&mut next).unwrap();
-        asm.mov(ebp, esi).unwrap();
-        asm.mov(ecx, 1024u32).unwrap();
-        asm.rep().movsd().unwrap();
-        asm.lea(esi, ebp + edx).unwrap();
-        asm.dec(ebx).unwrap();
-        asm.jne(next).unwrap();
-        asm.hlt().unwrap();
-    });
-    let write = program(&|asm| {
+        asm.cld()?;
+        asm.set_label(&mut next)?;
+        asm.mov(ebp, esi)?;
+        asm.mov(ecx, 1024u32)?;
+        asm.rep().movsd()?;
+        asm.lea(esi, ebp + edx)?;
+        asm.dec(ebx)?;
+        asm.jne(next)?;
+        asm.hlt()
+    })?;
+    let write = programs.add(|asm| {
         let mut next = asm.create_label();
-        asm.set_label(&mut next).unwrap();
-        asm.mov(dword_ptr(esi + 16), eax).unwrap();
-        asm.inc(eax).unwrap();
-        asm.add(esi, edx).unwrap();
-        asm.dec(ebx).unwrap();
-        asm.jne(next).unwrap();
-        asm.hlt().unwrap();
-    });
-    let check = program(&|asm| {
+        asm.set_label(&mut next)?;
+        asm.mov(dword_ptr(esi + 16), eax)?;
+        asm.inc(eax)?;
+        asm.add(esi, edx)?;
+        asm.dec(ebx)?;
+        asm.jne(next)?;
+        asm.hlt()
+    })?;
+    let check = programs.add(|asm| {
         let (mut next, mut within, mut right) =
             (asm.create_label(), asm.create_label(), asm.create_label());
-        asm.set_label(&mut next).unwrap();
-        asm.mov(ebp, esi).unwrap();
-        asm.mov(ecx, 1024u32).unwrap();
-        asm.set_label(&mut within).unwrap();
-        asm.mov(eax, dword_ptr(esi)).unwrap();
-        asm.xor(eax, MIX).unwrap();
-        asm.cmp(eax, esi).unwrap();
-        asm.je(right).unwrap();
-        asm.out(u32::from(WRONG), al).unwrap();
-        asm.set_label(&mut right).unwrap();
-        asm.add(esi, 4).unwrap();
-        asm.dec(ecx).unwrap();
-        asm.jne(within).unwrap();
-        asm.lea(esi, ebp + edx).unwrap();
-        asm.dec(ebx).unwrap();
-        asm.jne(next).unwrap();
-        asm.hlt().unwrap();
-    });
-    let spin = program(&|asm| {
+        asm.set_label(&mut next)?;
+        asm.mov(ebp, esi)?;
+        asm.mov(ecx, 1024u32)?;
+        asm.set_label(&mut within)?;
+        asm.mov(eax, dword_ptr(esi))?;
+        asm.xor(eax, MIX)?;
+        asm.cmp(eax, esi)?;
+        asm.je(right)?;
+        asm.out(u32::from(WRONG), al)?;
+        asm.set_label(&mut right)?;
+        asm.add(esi, 4)?;
+        asm.dec(ecx)?;
+        asm.jne(within)?;
+        asm.lea(esi, ebp + edx)?;
+        asm.dec(ebx)?;
+        asm.jne(next)?;
+        asm.hlt()
+    })?;
+    let spin = programs.add(|asm| {
         let mut here = asm.create_label();
-        asm.set_label(&mut here).unwrap();
-        asm.jmp(here).unwrap();
-    });
-    let outs = program(&|asm| {
-        asm.rep().outsb().unwrap();
-        asm.hlt().unwrap();
-    });
-    let ins = program(&|asm| {
-        asm.rep().insb().unwrap();
-        asm.hlt().unwrap();
-    });
-    let movs = program(&|asm| {
-        asm.rep().movsb().unwrap();
-        asm.hlt().unwrap();
-    });
-    let wrmsr = program(&|asm| {
-        asm.wrmsr().unwrap();
-        asm.rdmsr().unwrap();
-        asm.out(u32::from(PORT), eax).unwrap();
-        asm.mov(eax, edx).unwrap();
-        asm.out(u32::from(PORT), eax).unwrap();
+        asm.set_label(&mut here)?;
+        asm.jmp(here)
+    })?;
+    let outs = programs.add(|asm| {
+        asm.rep().outsb()?;
+        asm.hlt()
+    })?;
+    let ins = programs.add(|asm| {
+        asm.rep().insb()?;
+        asm.hlt()
+    })?;
+    let movs = programs.add(|asm| {
+        asm.rep().movsb()?;
+        asm.hlt()
+    })?;
+    let wrmsr = programs.add(|asm| {
+        asm.wrmsr()?;
+        asm.rdmsr()?;
+        asm.out(u32::from(PORT), eax)?;
+        asm.mov(eax, edx)?;
+        asm.out(u32::from(PORT), eax)?;
         let mut done = asm.create_label();
-        asm.test(ebx, ebx).unwrap();
-        asm.je(done).unwrap();
-        asm.mov(al, byte_ptr(ebx)).unwrap();
-        asm.push(eax).unwrap();
-        asm.sti().unwrap();
-        asm.set_label(&mut done).unwrap();
-        asm.hlt().unwrap();
-        asm.jmp(done).unwrap();
-    });
-    let port_out = program(&|asm| {
-        asm.out(dx, eax).unwrap();
-        asm.hlt().unwrap();
-    });
-    let port_in = program(&|asm| {
-        asm.in_(eax, dx).unwrap();
-        asm.hlt().unwrap();
-    });
-    let store = program(&|asm| {
-        asm.mov(dword_ptr(edi), eax).unwrap();
-        asm.hlt().unwrap();
-    });
-    let load = program(&|asm| {
-        asm.mov(eax, dword_ptr(esi)).unwrap();
-        asm.hlt().unwrap();
-    });
-    let touch = program(&|asm| {
+        asm.test(ebx, ebx)?;
+        asm.je(done)?;
+        asm.mov(al, byte_ptr(ebx))?;
+        asm.push(eax)?;
+        asm.sti()?;
+        asm.set_label(&mut done)?;
+        asm.hlt()?;
+        asm.jmp(done)
+    })?;
+    let port_out = programs.add(|asm| {
+        asm.out(dx, eax)?;
+        asm.hlt()
+    })?;
+    let port_in = programs.add(|asm| {
+        asm.in_(eax, dx)?;
+        asm.hlt()
+    })?;
+    let store = programs.add(|asm| {
+        asm.mov(dword_ptr(edi), eax)?;
+        asm.hlt()
+    })?;
+    let load = programs.add(|asm| {
+        asm.mov(eax, dword_ptr(esi))?;
+        asm.hlt()
+    })?;
+    let touch = programs.add(|asm| {
         let mut here = asm.create_label();
-        asm.mov(al, byte_ptr(ebx)).unwrap();
-        asm.push(eax).unwrap();
-        asm.sti().unwrap();
-        asm.set_label(&mut here).unwrap();
-        asm.jmp(here).unwrap();
-    });
-    let interrupt = program(&|asm| {
-        asm.mov(al, byte_ptr(ebx)).unwrap();
-        asm.out(u32::from(PORT), al).unwrap();
-        asm.mov(dword_ptr(APIC_EOI), 0).unwrap();
-        asm.out(u32::from(DONE), al).unwrap();
-        asm.iretd().unwrap();
-    });
+        asm.mov(al, byte_ptr(ebx))?;
+        asm.push(eax)?;
+        asm.sti()?;
+        asm.set_label(&mut here)?;
+        asm.jmp(here)
+    })?;
+    let interrupt = programs.add(|asm| {
+        asm.mov(al, byte_ptr(ebx))?;
+        asm.out(u32::from(PORT), al)?;
+        asm.mov(dword_ptr(APIC_EOI), 0)?;
+        asm.out(u32::from(DONE), al)?;
+        asm.iretd()
+    })?;
+    let mut code = programs.into_code();
     assert!(code.len() <= CODE_BYTES);
     code.resize(PAGE_SIZE as usize, 0);
     let mut table = |address: u64, entry: u64| {
         let at = (address - CODE) as usize;
         code[at..at + 8].copy_from_slice(&entry.to_le_bytes());
     };
-    table(GDT + 8, 0x00cf_9b00_0000_ffff); // Flat code, 32 bits.
+    for (at, descriptor) in (GDT..).step_by(8).zip(PROTECTED_GDT) {
+        table(at, descriptor);
+    }
     table(GATE, (interrupt & 0xffff_0000) << 32 | 0x8e00 << 32 | 8 << 16 | interrupt & 0xffff);
-    Entries {
+    Ok(Entries {
         code,
         copy,
         write,
@@ -234,5 +234,5 @@ pub fn assemble() -> Entries {
         load,
         touch,
         interrupt,
-    }
+    })
 }

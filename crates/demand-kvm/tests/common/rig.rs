@@ -2,9 +2,9 @@
 //! A machine whose guest mapping is armed, as in a VMM, with a device for its guests.
 
 use super::*;
-use demand_kvm::{KvmFeatures, Pending};
-use demand_memory::{Backing, DemandMemory, DemandRegion, Path, RegionConfig, Waiter};
-use demand_uffd::{ArmedMapping, DEFAULT_THREADS, FaultService, Features, Userfaultfd};
+use demand_kvm::{KvmFeatures, PendingExit};
+use demand_memory::{Backing, DemandMemory, DemandRegion, FaultPath, PagerConfig, Waiter};
+use demand_uffd::{DEFAULT_THREADS, FaultService};
 use vm_memory::Bytes;
 
 /// The port that guests read from and write to. Unlike many others it has no device in KVM.
@@ -19,7 +19,6 @@ pub fn device_byte(index: usize) -> u8 {
 
 /// A machine with a demand-paged region whose guest mapping is armed.
 pub struct Rig {
-    // Fields are dropped in this order: the slot before the trap under it.
     pub handler: FaultHandler,
     pub slot: DemandSlot,
     pub memory: DemandMemory,
@@ -38,34 +37,20 @@ impl Rig {
         kind: BackingKind,
         source: Arc<dyn PageSource>,
     ) -> Self {
-        let backing = MemfdBacking::new(kind, source.size(), true).unwrap();
-        let config = RegionConfig {
-            start: GuestAddress(REGION),
+        let backing = MemfdBacking::new(kind, source.size()).unwrap();
+        let config = PagerConfig {
             backing: Arc::new(backing),
             source,
             image_offset: 0,
             stats: Arc::new(Stats::new()),
             retrier: Retrier::new(RetryPolicy::default(), |failure| panic!("{}", failure.error)),
         };
-        let region = DemandRegion::new(config, ()).unwrap();
+        let region = DemandRegion::new(GuestAddress(REGION), config, ()).unwrap();
         let pager = region.pager().clone();
         let memory = DemandMemory::new(vec![region]).unwrap();
-        let guest = Arc::new(pager.backing().map().unwrap());
-        let uffd = Arc::new(Userfaultfd::open(Features::GUEST_MEMORY).unwrap());
-        // Where KVM traps partly present units, the mapping traps only wholly missing ones.
-        let armed = match (kind, engine) {
-            (_, Engine::Uffd) => ArmedMapping::own(&uffd, guest.clone(), &pager, Path::Guest),
-            (BackingKind::Shmem, _) => {
-                ArmedMapping::own(&uffd, guest.clone(), &pager, Path::KvmInternal)
-            }
-            _ => ArmedMapping::own_missing_units(&uffd, guest.clone(), &pager, Path::KvmInternal),
-        };
-        let armed = armed.unwrap();
-        pager.set_guest_trap(armed.clone()).unwrap();
         let service = FaultService::start(DEFAULT_THREADS).unwrap();
-        service.serve(&[armed]).unwrap();
-        let vm = machine.vm.clone();
-        let slot = DemandSlot::new(vm, 2, GuestAddress(REGION), guest, pager, engine).unwrap();
+        let guest = service.arm_guest([&pager], engine.vcpu_trap()).unwrap().remove(0);
+        let slot = machine.slot_over(guest, engine);
         let handler = handler(&slot);
         Rig { handler, slot, memory, machine, _service: service }
     }
@@ -77,7 +62,7 @@ impl Rig {
     /// Fetches a page, as another thread might.
     pub fn arrive(&self, page: u64) {
         let page = PageRange::page(page);
-        self.pager().ensure(page, Path::Fill, &Waiter::new()).unwrap();
+        self.pager().ensure(page, FaultPath::Fill, &Waiter::new()).unwrap();
     }
 
     /// Runs the vCPU until it halts, as a VMM with the device does.
@@ -85,13 +70,16 @@ impl Rig {
         cpu.kick.attach();
         loop {
             if let Some(exit) = device.pending {
-                exit.answer(&mut cpu.vcpu, &self.handler, &self.memory, cpu.kick.waiter())
+                exit.complete(&mut cpu.vcpu, &self.handler, &self.memory, cpu.kick.waiter())
                     .map_err(Stopped::Fault)?;
                 device.pending = None;
             }
+            cpu.markers.prepare(&cpu.vcpu, &self.handler).unwrap();
+            let (memory, waiter) = (&self.memory, cpu.kick.waiter());
+            cpu.markers.fetch_tables(&cpu.vcpu, &self.handler, memory, waiter).unwrap();
             match cpu.vcpu.run() {
                 Ok(exit) => {
-                    device.pending = Pending::of(&exit, &self.handler);
+                    device.pending = PendingExit::of(&exit, &self.handler);
                     if device.pending.is_some() {
                         device.answered += 1;
                         continue;
@@ -111,7 +99,12 @@ impl Rig {
                         other => panic!("{other:?}"),
                     }
                 }
-                Err(error) if error.errno() == libc::EINTR => return Err(Stopped::Kicked),
+                Err(error) if error.errno() == libc::EINTR => {
+                    let resolved = cpu.markers.resolve(&self.handler, cpu.kick.waiter());
+                    if !resolved.map_err(Stopped::Fault)? {
+                        return Err(Stopped::Kicked);
+                    }
+                }
                 Err(error) => panic!("{error}"),
             }
         }
@@ -149,7 +142,7 @@ pub struct Device {
     /// Number of bytes that it has supplied.
     given: usize,
     /// The exit that must be completed.
-    pub pending: Option<Pending>,
+    pub pending: Option<PendingExit>,
     /// Number of pending exits so far, this one included.
     pub answered: u64,
 }
@@ -176,7 +169,7 @@ pub fn where_own_accesses_are_trapped(image: &[u8], test: impl Fn(Rig)) {
         let Some(kvm) = kvm_with(engine) else { continue };
         for kind in backings(image.len() as u64) {
             let by_kvm = engine == Engine::KvmUserfault && features().own_accesses;
-            if kind != BackingKind::Shmem && engine != Engine::Uffd && !by_kvm {
+            if kind != BackingKind::Shmem && !engine.faults_by_unit() && !by_kvm {
                 let why = format!("{engine} on {kind}: this KVM's own accesses pass its trap");
                 match engine {
                     // The lab cannot help it, so this is not `skip`.

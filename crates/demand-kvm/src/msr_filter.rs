@@ -14,24 +14,24 @@ use kvm_ioctls::{
 
 use crate::own_pages::own_msrs;
 
-/// Errors from trapping a VM's MSRs, or from removing the trap.
+/// Errors from setting or removing the filter of a VM's MSRs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
-pub enum MsrTrapError {
+pub enum MsrFilterError {
     /// KVM does not leave MSRs to user space.
     #[error(
         "cannot trap the guest's writes to MSRs: {0}; use Linux 5.10 or later, with MSR filters \
          enabled"
     )]
-    Capability(kvm_ioctls::Error),
+    Capability(#[source] kvm_ioctls::Error),
     /// KVM refused the filter.
     #[error("cannot filter the guest's writes to KVM's MSRs: {0}; free memory")]
-    Filter(kvm_ioctls::Error),
+    Filter(#[source] kvm_ioctls::Error),
 }
 
 /// Makes a guest's writes to those of KVM's MSRs that name memory leave `KVM_RUN`, so that the
-/// memory can be fetched before KVM touches it: [`Pending`](crate::Pending) does the rest. Reads
-/// are not trapped.
+/// memory can be fetched before KVM touches it: [`PendingExit`](crate::PendingExit) does the rest.
+/// Reads are not trapped.
 ///
 /// Create it before the first vCPU runs, and [`remove`](Self::remove) it once no page is missing.
 /// It is the VM's only MSR filter: a VMM with its own filter adds `KVM_MSR_FILTER_WRITE` for 0x11,
@@ -41,17 +41,17 @@ pub enum MsrTrapError {
 /// KVM of a write by the guest. A VMM may offer these MSRs only to guests that start after paging
 /// is complete, or that are restored with the MSRs already set.
 #[derive(Clone)]
-pub struct MsrTrap {
+pub struct MsrFilter {
     vm: Arc<VmFd>,
 }
 
-impl MsrTrap {
-    /// Sets the trap.
+impl MsrFilter {
+    /// Sets the filter.
     ///
     /// # Errors
     ///
-    /// [`MsrTrapError`].
-    pub fn new(vm: &Arc<VmFd>) -> Result<Self, MsrTrapError> {
+    /// [`MsrFilterError`].
+    pub fn new(vm: &Arc<VmFd>) -> Result<Self, MsrFilterError> {
         user_space_msrs(vm, MsrExitReason::Filter)?;
         // One bit for each MSR, all 0: denied, which means left to user space.
         const DENIED: [u8; 1] = [0];
@@ -63,8 +63,9 @@ impl MsrTrap {
                 bitmap: &DENIED,
             })
             .collect();
-        vm.set_msr_filter(MsrFilterDefaultAction::ALLOW, &ranges).map_err(MsrTrapError::Filter)?;
-        Ok(MsrTrap { vm: vm.clone() })
+        vm.set_msr_filter(MsrFilterDefaultAction::ALLOW, &ranges)
+            .map_err(MsrFilterError::Filter)?;
+        Ok(MsrFilter { vm: vm.clone() })
     }
 
     /// Restores direct writes of the MSRs by the guest. Call it when no page is missing, from a
@@ -72,21 +73,23 @@ impl MsrTrap {
     ///
     /// # Errors
     ///
-    /// [`MsrTrapError`]. The trap then stays as it was, which does no harm except for its cost.
-    pub fn remove(&self) -> Result<(), MsrTrapError> {
-        self.vm.set_msr_filter(MsrFilterDefaultAction::ALLOW, &[]).map_err(MsrTrapError::Filter)?;
+    /// [`MsrFilterError`]. The filter then stays as it was, which does no harm except for its cost.
+    pub fn remove(&self) -> Result<(), MsrFilterError> {
+        self.vm
+            .set_msr_filter(MsrFilterDefaultAction::ALLOW, &[])
+            .map_err(MsrFilterError::Filter)?;
         user_space_msrs(&self.vm, MsrExitReason::empty())
     }
 }
 
-fn user_space_msrs(vm: &VmFd, reasons: MsrExitReason) -> Result<(), MsrTrapError> {
+fn user_space_msrs(vm: &VmFd, reasons: MsrExitReason) -> Result<(), MsrFilterError> {
     let args = [u64::from(reasons.bits()), 0, 0, 0];
     let cap = kvm_enable_cap { cap: Cap::X86UserSpaceMsr as u32, args, ..Default::default() };
-    vm.enable_cap(&cap).map_err(MsrTrapError::Capability)
+    vm.enable_cap(&cap).map_err(MsrFilterError::Capability)
 }
 
-impl fmt::Debug for MsrTrap {
+impl fmt::Debug for MsrFilter {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("MsrTrap").finish_non_exhaustive()
+        f.debug_struct("MsrFilter").finish_non_exhaustive()
     }
 }

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A vCPU that is stopped in the middle of an instruction: once `settle_step` has completed it, the
-//! registers show the instruction as done, and another machine resumes from them.
+//! A vCPU that is stopped in the middle of an instruction: once `complete_pending_io` has completed
+//! it, the registers show the instruction as done, and another machine resumes from them.
 #![cfg(target_arch = "x86_64")]
+#![allow(clippy::cast_possible_truncation, reason = "the numbers of a test are small")]
 
 mod common;
 
@@ -9,8 +10,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use common::*;
-use demand_kvm::{DemandVcpu, Engine, MsrTrap, Settle, Step, StepError};
-use demand_memory::{BackingKind, PAGE_SIZE, Path};
+use demand_kvm::{CompleteIo, DemandVcpu, Engine, MsrFilter, Step, StepError};
+use demand_memory::{BackingKind, FaultPath, PAGE_SIZE};
 use demand_source::{PageSource, Threaded};
 use kvm_bindings::{Msrs, kvm_msr_entry, kvm_regs, kvm_sregs};
 use kvm_ioctls::{Kvm, VcpuExit};
@@ -61,19 +62,19 @@ impl Stage {
         }
     }
 
-    /// Settles the vCPU as far as its pages are present; returns the number of device accesses, and
-    /// whether the vCPU's state is consistent.
-    fn settle(&mut self) -> (u32, bool) {
+    /// Completes the pending I/O as far as its pages are present; returns the number of device
+    /// accesses, and whether the vCPU's state is consistent.
+    fn complete(&mut self) -> (u32, bool) {
         let mut asked = 0;
         loop {
-            match self.vcpu.settle_step(&self.rig.handler, &self.rig.memory).unwrap() {
-                Settle::Again => {}
-                Settle::Done => return (asked, true),
-                Settle::Waiting { gpa } => {
+            match self.vcpu.complete_pending_io(&self.rig.handler, &self.rig.memory).unwrap() {
+                CompleteIo::Again => {}
+                CompleteIo::Done => return (asked, true),
+                CompleteIo::Waiting { gpa } => {
                     assert!(gpa >= REGION, "{gpa:#x}");
                     return (asked, false);
                 }
-                Settle::Exit(exit) => {
+                CompleteIo::Exit(exit) => {
                     serve(&mut self.device, exit);
                     asked += 1;
                 }
@@ -97,7 +98,7 @@ fn given() -> u64 {
 }
 
 #[test]
-fn device_access_is_done_once_settled() {
+fn device_access_is_done_once_completed() {
     let Some(kvm) = kvm_with(Engine::Uffd) else { return };
     let image = full_image(PAGES);
     let value = 0x0123_4567;
@@ -117,9 +118,9 @@ fn device_access_is_done_once_settled() {
         stage.begin(entry, regs);
         let begin = stage.registers().0.rip;
         assert!(!stage.until_exit());
-        assert_eq!(stage.settle(), (rest, true));
+        assert_eq!(stage.complete(), (rest, true));
         // A second time: nothing is left to do.
-        assert_eq!(stage.settle(), (0, true));
+        assert_eq!(stage.complete(), (0, true));
         assert!(!stage.vcpu.kick().is_kicked());
         let (now, sregs) = stage.registers();
         let reads = matches!(what, "in" | "load" | "load across pages");
@@ -158,7 +159,7 @@ fn until_it_waits(stage: &mut Stage) {
 }
 
 #[test]
-fn waiting_vcpu_settles_once_its_page_arrives() {
+fn waiting_access_completes_once_its_page_arrives() {
     let image = full_image(PAGES);
     const LEN: u64 = 3 * PAGE_SIZE;
     let strings =
@@ -171,11 +172,11 @@ fn waiting_vcpu_settles_once_its_page_arrives() {
         until_it_waits(&mut stage);
         // A KVM that respects the bitmap shows the state before the instruction.
         let asks = engine == Engine::KvmUserfault && features().own_accesses;
-        assert_eq!(stage.settle(), (0, asks));
-        assert_eq!(stage.settle(), (0, asks));
+        assert_eq!(stage.complete(), (0, asks));
+        assert_eq!(stage.complete(), (0, asks));
         assert!(stage.rig.pager().bitmap().is_missing(0));
         gate.open();
-        until("the page does not come", || stage.settle().1);
+        until("the page does not come", || stage.complete().1);
         let (regs, sregs) = stage.registers();
         let done = LEN - regs.rcx;
         assert_eq!(regs.rsi, REGION + ACROSS + done);
@@ -209,16 +210,16 @@ fn latency_counts_from_the_first_exit() {
             until_it_waits(&mut stage);
         }
         // As in a pause.
-        assert_eq!(stage.settle(), (0, true));
+        assert_eq!(stage.complete(), (0, true));
         let waited = first_exit.elapsed();
-        let counted = stage.rig.pager().stats().path(Path::Guest).faults;
+        let counted = stage.rig.pager().stats().path(FaultPath::Guest).faults;
         assert_eq!(counted, 0, "a fault is counted once it is resolved");
         gate.open();
         if !comes_while_waiting {
             until("the page does not come", || !stage.rig.pager().bitmap().is_missing(0));
         }
         assert!(stage.until_exit());
-        let guest = stage.rig.pager().stats().path(Path::Guest);
+        let guest = stage.rig.pager().stats().path(FaultPath::Guest);
         assert_eq!(guest.faults, 1);
         let latency = Duration::from_secs_f64(guest.latency_us.max / 1e6);
         assert!(latency >= waited, "{latency:?} of {waited:?}");
@@ -227,7 +228,7 @@ fn latency_counts_from_the_first_exit() {
 
 /// KVM leaves an access to RAM to user space in two parts, in both directions.
 #[test]
-fn an_access_across_missing_pages_is_made_whole() {
+fn access_across_missing_pages_is_completed() {
     let image = full_image(PAGES);
     let Some(kvm) = kvm_with(Engine::Uffd) else { return };
     let at = |at| kvm_regs { rdi: REGION + at, rsi: DEVICE, rcx: 4, ..Default::default() };
@@ -238,10 +239,10 @@ fn an_access_across_missing_pages_is_made_whole() {
         assert!(!stage.until_exit());
         if index == 0 {
             // The guest has read from the device, and its write needs a missing page.
-            assert_eq!(stage.settle(), (0, false));
+            assert_eq!(stage.complete(), (0, false));
             gate.open();
         }
-        until("the page does not come", || stage.settle().1);
+        until("the page does not come", || stage.complete().1);
         let (regs, _) = stage.registers();
         assert_eq!((regs.rcx, regs.rdi), (3 - index, REGION + ACROSS + index + 1));
     }
@@ -253,18 +254,25 @@ fn an_access_across_missing_pages_is_made_whole() {
     stage.rig.check(&expected);
 }
 
+/// One of KVM's MSRs, which names a page.
+const STEAL_TIME: u64 = 0x4b56_4d03;
+
+/// Creates a stage whose pages can be fetched once the gate is opened, and whose guest's writes to
+/// KVM's MSRs are left to user space. Returns `None` where KVM cannot do that.
+fn trapping_msrs() -> Option<(Stage, Gate, MsrFilter)> {
+    let kvm = kvm_with(Engine::Uffd)?;
+    let gate = Gate::new(PAGES);
+    let source = Arc::new(Threaded::new(gate.clone(), 2).unwrap());
+    let stage = Stage::new(&kvm, Engine::Uffd, source);
+    let trap = MsrFilter::new(&stage.rig.machine.vm);
+    let trap = trap.map_err(|error| skip(&error.to_string())).ok()?;
+    Some((stage, gate, trap))
+}
+
 /// Until it is completed, a guest's write to one of KVM's MSRs has no effect.
 #[test]
 fn waiting_msr_write_has_no_effect() {
-    const STEAL_TIME: u64 = 0x4b56_4d03;
-    let Some(kvm) = kvm_with(Engine::Uffd) else { return };
-    let gate = Gate::new(PAGES);
-    let source = Arc::new(Threaded::new(gate.clone(), 2).unwrap());
-    let mut stage = Stage::new(&kvm, Engine::Uffd, source);
-    let trap = match MsrTrap::new(&stage.rig.machine.vm) {
-        Ok(trap) => trap,
-        Err(error) => return skip(&error.to_string()),
-    };
+    let Some((mut stage, gate, trap)) = trapping_msrs() else { return };
     let regs = kvm_regs { rax: REGION | 1, rcx: STEAL_TIME, ..Default::default() };
     stage.begin(|entries| entries.wrmsr, regs);
     let begin = stage.registers().0;
@@ -272,12 +280,12 @@ fn waiting_msr_write_has_no_effect() {
     if stage.vcpu.pending().is_none() {
         return skip("this KVM does not leave such an MSR to user space");
     }
-    assert_eq!(stage.settle(), (0, true));
+    assert_eq!(stage.complete(), (0, true));
     assert_eq!(stage.registers().0, begin);
     assert!(stage.vcpu.pending().is_some());
     gate.open();
     until("it goes on", || {
-        stage.settle();
+        stage.complete();
         stage.registers().0.rip > begin.rip
     });
     drop(trap);
@@ -286,15 +294,7 @@ fn waiting_msr_write_has_no_effect() {
 /// The vCPU can get another state, which the old instruction does not affect.
 #[test]
 fn waiting_msr_write_can_be_abandoned() {
-    const STEAL_TIME: u64 = 0x4b56_4d03;
-    let Some(kvm) = kvm_with(Engine::Uffd) else { return };
-    let gate = Gate::new(PAGES);
-    let source = Arc::new(Threaded::new(gate.clone(), 2).unwrap());
-    let mut stage = Stage::new(&kvm, Engine::Uffd, source);
-    let trap = match MsrTrap::new(&stage.rig.machine.vm) {
-        Ok(trap) => trap,
-        Err(error) => return skip(&error.to_string()),
-    };
+    let Some((mut stage, gate, trap)) = trapping_msrs() else { return };
     stage.vcpu.abandon().unwrap();
     let before = stage.vcpu.fd().get_vcpu_events().unwrap();
     let regs = kvm_regs { rax: REGION | 1, rcx: STEAL_TIME, ..Default::default() };
@@ -309,7 +309,7 @@ fn waiting_msr_write_can_be_abandoned() {
     stage.begin(|entries| entries.outs, kvm_regs { rsi: REGION, rcx: 8, ..Default::default() });
     stage.vcpu.fd().set_vcpu_events(&before).unwrap();
     let begin = stage.registers().0;
-    assert_eq!(stage.settle(), (0, true));
+    assert_eq!(stage.complete(), (0, true));
     assert_eq!(stage.registers().0, begin);
     let entry = kvm_msr_entry { index: STEAL_TIME as u32, ..Default::default() };
     let mut msrs = Msrs::from_entries(&[entry]).unwrap();
@@ -326,8 +326,8 @@ fn vcpu_reports_stopped_memory() {
     let regs = kvm_regs { rsi: REGION, rcx: 8, rdx: u64::from(PORT), ..Default::default() };
     stage.begin(|entries| entries.outs, regs);
     until_it_waits(&mut stage);
-    assert!(!stage.settle().1);
+    assert!(!stage.complete().1);
     stage.rig.memory.stop();
-    let error = stage.vcpu.settle_step(&stage.rig.handler, &stage.rig.memory).unwrap_err();
+    let error = stage.vcpu.complete_pending_io(&stage.rig.handler, &stage.rig.memory).unwrap_err();
     assert!(matches!(error, StepError::Fault(demand_kvm::FaultError::Stopped { .. })), "{error}");
 }
