@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Benchmarks of request processing: parsing a descriptor chain, and reading from the disk.
 #![allow(missing_docs)] // criterion's macros make public items.
+#![allow(clippy::cast_possible_truncation, reason = "the numbers of a bench are small")]
 
 use std::os::unix::fs::FileExt;
 use std::time::Duration;
 
 use criterion::{Criterion, criterion_group, criterion_main};
-use vhost_device_blk::disk::{Disk, DiskOptions};
 use vhost_device_blk::request::{Kind, Request};
+use vhost_device_blk::{Disk, DiskOptions};
 use virtio_queue::desc::{RawDescriptor, split::Descriptor};
 use virtio_queue::mock::MockSplitQueue;
 use virtio_queue::{Queue, QueueT};

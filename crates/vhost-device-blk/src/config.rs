@@ -12,13 +12,14 @@ use virtio_bindings::bindings::virtio_ring::{
     VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
 };
 
-use crate::disk::{Disk, SECTOR_SIZE};
+use crate::disk::Disk;
+use crate::options::MIN_BLOCK_SIZE;
 use crate::range::{MAX_DISCARD_SECTORS, MAX_RANGES, MAX_ZEROES_SECTORS};
 
 /// The size in bytes of the fields defined here; the bytes after them read as zeros.
-pub const CONFIG_SIZE: usize = 60;
+pub(crate) const CONFIG_SIZE: usize = 60;
 /// The maximum number of bytes that a front-end may read, counted from offset 0.
-pub const MAX_CONFIG_SIZE: usize = 256;
+pub(crate) const MAX_CONFIG_SIZE: usize = 256;
 /// The maximum number of data segments of a request: the limit of one system call, less the header
 /// and the status.
 const MAX_SEGMENTS: u16 = 1022;
@@ -44,7 +45,7 @@ const WRITE_ZEROES_MAY_UNMAP: usize = 56;
 /// `mq` states whether the device has more than one queue.
 ///
 /// `VIRTIO_BLK_F_SIZE_MAX` is not offered: a segment may have any size.
-pub fn virtio_features(disk: &Disk, mq: bool) -> u64 {
+pub(crate) fn virtio_features(disk: &Disk, mq: bool) -> u64 {
     let mut features = (1 << VIRTIO_F_VERSION_1)
         | (1 << VIRTIO_RING_F_EVENT_IDX)
         | (1 << VIRTIO_RING_F_INDIRECT_DESC)
@@ -69,8 +70,31 @@ pub fn virtio_features(disk: &Disk, mq: bool) -> u64 {
     features
 }
 
+/// The names of the features that this device offers, by their bits.
+const NAMES: [(u32, &str); 13] = [
+    (VIRTIO_BLK_F_SEG_MAX, "SEG_MAX"),
+    (VIRTIO_BLK_F_RO, "RO"),
+    (VIRTIO_BLK_F_BLK_SIZE, "BLK_SIZE"),
+    (VIRTIO_BLK_F_FLUSH, "FLUSH"),
+    (VIRTIO_BLK_F_TOPOLOGY, "TOPOLOGY"),
+    (VIRTIO_BLK_F_CONFIG_WCE, "CONFIG_WCE"),
+    (VIRTIO_BLK_F_MQ, "MQ"),
+    (VIRTIO_BLK_F_DISCARD, "DISCARD"),
+    (VIRTIO_BLK_F_WRITE_ZEROES, "WRITE_ZEROES"),
+    (VhostUserVirtioFeatures::LOG_ALL.bits().trailing_zeros(), "LOG_ALL"),
+    (VIRTIO_RING_F_INDIRECT_DESC, "INDIRECT_DESC"),
+    (VIRTIO_RING_F_EVENT_IDX, "EVENT_IDX"),
+    (VIRTIO_F_VERSION_1, "VERSION_1"),
+];
+
+/// Returns the names of those of `features` that this device offers.
+pub(crate) fn feature_names(features: u64) -> String {
+    let set = NAMES.iter().filter(|(bit, _)| features & (1 << bit) != 0);
+    set.map(|(_, name)| *name).collect::<Vec<_>>().join(" ")
+}
+
 /// Returns the vhost-user protocol features on offer.
-pub fn protocol_features(postcopy: bool, mem_slots: bool) -> VhostUserProtocolFeatures {
+pub(crate) fn protocol_features(postcopy: bool, mem_slots: bool) -> VhostUserProtocolFeatures {
     let mut features = VhostUserProtocolFeatures::MQ
         | VhostUserProtocolFeatures::LOG_SHMFD
         | VhostUserProtocolFeatures::REPLY_ACK
@@ -86,25 +110,27 @@ pub fn protocol_features(postcopy: bool, mem_slots: bool) -> VhostUserProtocolFe
 
 /// The device's configuration space.
 #[derive(Clone, Debug)]
-pub struct ConfigSpace([u8; CONFIG_SIZE]);
+pub(crate) struct ConfigSpace([u8; CONFIG_SIZE]);
 
 impl ConfigSpace {
     /// Creates the configuration space of `disk`; `queue_size` is in descriptors.
-    pub fn new(disk: &Disk, queue_size: u16, num_queues: u16) -> Self {
+    pub(crate) fn new(disk: &Disk, queue_size: u16, num_queues: u16) -> Self {
         let seg_max = queue_size.saturating_sub(2).clamp(1, MAX_SEGMENTS);
         let topology = disk.topology();
         let blocks = |bytes: u32| bytes / topology.block_size;
+        let exponent = u8::try_from(blocks(topology.physical).ilog2()).expect("a u32 has 32 bits");
+        let min_io = u16::try_from(blocks(topology.min_io)).expect("a unit has 64 KiB at most");
         let mut bytes = [0; CONFIG_SIZE];
         let mut put = |at: usize, field: &[u8]| bytes[at..at + field.len()].copy_from_slice(field);
         put(CAPACITY, &disk.sectors().to_le_bytes());
         put(SEG_MAX, &u32::from(seg_max).to_le_bytes());
         put(BLK_SIZE, &topology.block_size.to_le_bytes());
-        put(PHYSICAL_BLOCK_EXP, &[blocks(topology.physical).ilog2() as u8]);
-        put(MIN_IO_SIZE, &(blocks(topology.min_io) as u16).to_le_bytes());
+        put(PHYSICAL_BLOCK_EXP, &[exponent]);
+        put(MIN_IO_SIZE, &min_io.to_le_bytes());
         put(OPT_IO_SIZE, &blocks(topology.opt_io).to_le_bytes());
         put(NUM_QUEUES, &num_queues.to_le_bytes());
         if disk.can_discard() {
-            let alignment = topology.physical / SECTOR_SIZE as u32;
+            let alignment = topology.physical / MIN_BLOCK_SIZE;
             put(MAX_DISCARD_SECTORS_AT, &MAX_DISCARD_SECTORS.to_le_bytes());
             put(MAX_DISCARD_SEG, &MAX_RANGES.to_le_bytes());
             put(DISCARD_SECTOR_ALIGNMENT, &alignment.to_le_bytes());
@@ -120,7 +146,7 @@ impl ConfigSpace {
     /// Returns `size` bytes from `offset`, with zeros where no field is defined. Returns an empty
     /// vector, which makes vhost-user report an error, if the range exceeds [`MAX_CONFIG_SIZE`].
     /// `write_back` is the current state of the write cache.
-    pub fn read(&self, offset: u32, size: u32, write_back: bool) -> Vec<u8> {
+    pub(crate) fn read(&self, offset: u32, size: u32, write_back: bool) -> Vec<u8> {
         let (offset, size) = (offset as usize, size as usize);
         match offset.checked_add(size) {
             Some(end) if end <= MAX_CONFIG_SIZE => {}
@@ -139,7 +165,7 @@ impl ConfigSpace {
 
 /// Decodes a write to the configuration space. Only the write cache can be written: returns whether
 /// the driver turns it on, or `None` for any other write.
-pub fn written_write_back(offset: u32, bytes: &[u8]) -> Option<bool> {
+pub(crate) fn written_write_back(offset: u32, bytes: &[u8]) -> Option<bool> {
     match (offset as usize, bytes) {
         (WCE, [on @ (0 | 1)]) => Some(*on == 1),
         _ => None,
@@ -150,6 +176,7 @@ pub fn written_write_back(offset: u32, bytes: &[u8]) -> Option<bool> {
 mod tests {
     use super::*;
     use crate::disk::DiskOptions;
+    use proptest::prelude::*;
     use std::mem::{offset_of, size_of};
     use virtio_bindings::bindings::virtio_blk::virtio_blk_config;
 
@@ -251,7 +278,45 @@ mod tests {
         let config = ConfigSpace::new(&read_only, 128, 1);
         assert_eq!(config.read(36, 21, true), [0; 21]);
 
+        // Each feature on offer has a name, but that of vhost-user itself.
+        let named = feature_names(normal | features).split(' ').count();
+        assert_eq!(named, ((normal | features).count_ones() - 1) as usize);
+
         assert!(protocol_features(true, false).contains(VhostUserProtocolFeatures::PAGEFAULT));
         assert!(!protocol_features(false, true).contains(VhostUserProtocolFeatures::PAGEFAULT));
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig {
+            cases: 2000, failure_persistence: None, ..ProptestConfig::default()
+        })]
+
+        /// Each part that is read equals the same part of the whole, and nothing lies outside.
+        #[test]
+        fn config_space_parts_match_the_whole(
+            sectors in 8..1u64 << 32,
+            queue_size: u16,
+            queues: u16,
+            offset in prop_oneof![any::<u32>(), 0..300u32],
+            size in prop_oneof![any::<u32>(), 0..300u32],
+            write_back: bool,
+        ) {
+            let file = tempfile::NamedTempFile::new().unwrap();
+            file.as_file().set_len(sectors * 512).unwrap();
+            let disk = Disk::open(file.path(), &DiskOptions::default()).unwrap();
+            let config = ConfigSpace::new(&disk, queue_size, queues);
+            let whole = config.read(0, MAX_CONFIG_SIZE as u32, write_back);
+            prop_assert_eq!(whole.len(), MAX_CONFIG_SIZE);
+            prop_assert_eq!(&whole[..8], &sectors.to_le_bytes()[..]);
+            prop_assert_eq!(&whole[34..36], &queues.to_le_bytes()[..]);
+            prop_assert!(whole[CONFIG_SIZE..].iter().all(|byte| *byte == 0));
+            let part = config.read(offset, size, write_back);
+            match u64::from(offset) + u64::from(size) {
+                end if end <= MAX_CONFIG_SIZE as u64 => {
+                    prop_assert_eq!(&part[..], &whole[offset as usize..end as usize]);
+                }
+                _ => prop_assert!(part.is_empty()),
+            }
+        }
     }
 }

@@ -9,6 +9,7 @@ use std::fs;
 use std::io;
 use std::mem;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 use std::sync::mpsc::{self, RecvTimeoutError};
@@ -19,11 +20,15 @@ use vhost::vhost_user::{Error as VhostUserError, Listener};
 use vhost_user_backend::{Error as DaemonError, VhostUserDaemon};
 use vm_memory::GuestMemoryAtomic;
 
+use crate::advice;
+use crate::child::Parent;
 use crate::counters::Counters;
-use crate::device::{BlkBackend, DeviceOptions, Memory};
+use crate::device::BlkBackend;
 use crate::disk::Disk;
+use crate::error::{Error, Result};
+use crate::memory::Memory;
+use crate::options::DeviceOptions;
 use crate::signals::{self, Signals};
-use crate::{Error, Result};
 
 /// The time that requests in flight, or a message, may make no progress after the front-end has
 /// disconnected.
@@ -32,12 +37,13 @@ const GRACE: Duration = Duration::from_secs(1);
 /// Accepts the connection that is pending on `listener` and serves it until the front-end
 /// disconnects or a signal requests termination. Blocked threads may remain: the caller must end
 /// the process without running destructors.
-pub fn serve(
+pub(crate) fn serve(
     listener: UnixListener,
     signals: &Signals,
     disk: Arc<Disk>,
     counters: Arc<Counters>,
     options: DeviceOptions,
+    parent: &Parent,
 ) -> Result<()> {
     let local = listener.local_addr().map_err(Error::system("get the socket's address"))?;
     let memory = GuestMemoryAtomic::new(Memory::new());
@@ -47,6 +53,7 @@ pub fn serve(
         VhostUserDaemon::new("vhost-user-blk".into(), backend, memory).map_err(failed)?;
     daemon.start(&mut Listener::from(listener)).map_err(failed)?;
     let connection = accepted(&local)?;
+    parent.connected(&connection)?;
 
     // The thread that handles messages may itself wait for a missing page (SET_VRING_ADDR reads the
     // ring), so it cannot be the thread that watches the connection.
@@ -67,7 +74,7 @@ pub fn serve(
             [(connection.as_raw_fd(), libc::POLLRDHUP), (signals.as_raw_fd(), libc::POLLIN)],
             None,
         )?;
-        end = hung_up != 0 || (signalled != 0 && signals.take());
+        end = hung_up != 0 || (signalled != 0 && signals.take().end.is_some());
     }
 
     // Wait for the requests in flight first, then for a message, which may itself be waiting for
@@ -96,22 +103,26 @@ pub fn serve(
         | Err(DaemonError::HandleRequest(
             VhostUserError::Disconnected | VhostUserError::PartialMessage,
         )) => Ok(()),
-        Err(e) => Err(failed(e)),
+        Err(error) => Err(failed(error)),
     }
 }
 
 /// Converts an error of the library into one that tells the user what to do.
-fn failed(e: DaemonError) -> Error {
-    Error::Connection(match e {
+fn failed(error: DaemonError) -> Error {
+    Error::Connection(match error {
         DaemonError::HandleRequest(VhostUserError::InvalidOperation(
             "postcopy already advised",
         )) => "it sent a second POSTCOPY_ADVISE on one connection, which supports only one \
              post-copy; connect again for another"
             .into(),
-        e => format!(
-            "the connection failed ({e}); see the messages above, and check that the front-end \
-             uses at most the queue count and size given here"
-        ),
+        error => {
+            let error = error.to_string();
+            let advice = advice::for_text(&error).unwrap_or(
+                "see the messages above, and check that the front-end uses at most the queue count \
+                 and size given here",
+            );
+            format!("the connection failed ({error}); {advice}")
+        }
     })
 }
 
@@ -132,7 +143,10 @@ fn accepted(local: &std::os::unix::net::SocketAddr) -> Result<UnixStream> {
                 fd => UnixStream::from(OwnedFd::from_raw_fd(fd)),
             }
         };
-        let same = stream.local_addr().is_ok_and(|a| a.as_pathname() == local.as_pathname());
+        let same = stream.local_addr().is_ok_and(|own| {
+            own.as_pathname() == local.as_pathname()
+                && own.as_abstract_name() == local.as_abstract_name()
+        });
         if same && stream.peer_addr().is_ok() {
             return Ok(stream);
         }

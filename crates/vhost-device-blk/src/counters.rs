@@ -2,15 +2,12 @@
 //! Counters of the requests served, in memory that the daemon shares with the processes that serve
 //! front-ends.
 
-use std::fs;
-use std::io;
-use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde::Serialize;
 
-use crate::Result;
-use crate::args::MAX_QUEUES;
+use crate::error::Result;
+use crate::options::MAX_QUEUES;
 use crate::shared::{Shareable, Shared};
 
 /// Defines the counters of a queue and the fields of their sum from one list.
@@ -19,10 +16,10 @@ macro_rules! counters {
         /// One queue's counters, on separate cache lines.
         #[derive(Debug, Default)]
         #[repr(C, align(128))]
-        pub struct QueueCounters {
-            $($(#[doc = $doc])+ pub $name: AtomicU64,)+
+        pub(crate) struct QueueCounters {
+            $($(#[doc = $doc])+ pub(crate) $name: AtomicU64,)+
             /// The maximum number of requests in flight at once.
-            pub most_in_hand: AtomicU64,
+            pub(crate) most_in_hand: AtomicU64,
         }
 
         /// The values of [`Counters`] at one moment.
@@ -36,8 +33,8 @@ macro_rules! counters {
             pub abandoned: u64,
             /// The maximum number of requests of one queue in flight at once.
             pub most_in_hand: u64,
-            /// Chains taken from each queue.
-            pub queue_requests: Vec<u64>,
+            /// The main counters of each queue.
+            pub queues: Vec<QueueSnapshot>,
         }
 
         impl Snapshot {
@@ -46,6 +43,34 @@ macro_rules! counters {
             }
         }
     };
+}
+
+/// The values of one queue's main counters at one moment.
+#[derive(Clone, Debug, Default, Eq, PartialEq, Serialize)]
+pub struct QueueSnapshot {
+    /// Chains taken, whatever their outcome.
+    pub requests: u64,
+    /// Bytes read from the disk by successful requests.
+    pub bytes_read: u64,
+    /// Bytes written to the disk by successful requests.
+    pub bytes_written: u64,
+    /// Requests answered with an I/O error.
+    pub io_errors: u64,
+    /// Page faults in which requests waited for guest memory.
+    pub faults_waited: u64,
+}
+
+impl QueueCounters {
+    fn snapshot(&self) -> QueueSnapshot {
+        let of = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        QueueSnapshot {
+            requests: of(&self.requests),
+            bytes_read: of(&self.bytes_read),
+            bytes_written: of(&self.bytes_written),
+            io_errors: of(&self.io_errors),
+            faults_waited: of(&self.faults_waited),
+        }
+    }
 }
 
 counters! {
@@ -89,6 +114,8 @@ counters! {
     bytes_discarded,
     /// Bytes in the ranges of successful write zeroes requests.
     bytes_zeroed,
+    /// Page faults in which requests waited for guest memory, with post-copy.
+    faults_waited,
 }
 
 #[derive(Debug)]
@@ -126,12 +153,12 @@ impl Counters {
     ///
     /// # Panics
     /// If the device has no queue `index`.
-    pub fn queue(&self, index: usize) -> &QueueCounters {
+    pub(crate) fn queue(&self, index: usize) -> &QueueCounters {
         &self.all.queues[..self.num_queues][index]
     }
 
     /// Counts one connected front-end.
-    pub fn connected(&self) {
+    pub(crate) fn connected(&self) {
         self.all.connections.fetch_add(1, Ordering::Relaxed);
     }
 
@@ -143,7 +170,7 @@ impl Counters {
         };
         for queue in &self.all.queues[..self.num_queues] {
             sum.add(queue);
-            sum.queue_requests.push(queue.requests.load(Ordering::Relaxed));
+            sum.queues.push(queue.snapshot());
             sum.most_in_hand = sum.most_in_hand.max(queue.most_in_hand.load(Ordering::Relaxed));
         }
         let outcomes = [
@@ -162,30 +189,12 @@ impl Counters {
     }
 }
 
-impl Snapshot {
-    /// Writes the counters to `path` as JSON, atomically: a reader sees either the old file or the
-    /// new one.
-    ///
-    /// # Errors
-    /// The error that the file system returns.
-    pub fn write(&self, path: &Path) -> io::Result<()> {
-        let mut text = serde_json::to_string_pretty(self).map_err(io::Error::other)?;
-        text.push('\n');
-        let mut name = path.file_name().unwrap_or_default().to_os_string();
-        name.push(format!(".{}.new", std::process::id()));
-        let new = path.with_file_name(name);
-        fs::write(&new, text)
-            .and_then(|()| fs::rename(&new, path))
-            .inspect_err(|_| drop(fs::remove_file(&new)))
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn sums_and_writes() {
+    fn queues_are_summed() {
         let counters = Counters::new(2).unwrap();
         counters.connected();
         counters.queue(0).requests.fetch_add(3, Ordering::Relaxed);
@@ -197,17 +206,10 @@ mod tests {
         let snapshot = counters.snapshot();
         assert_eq!(snapshot.connections, 1);
         assert_eq!((snapshot.requests, snapshot.abandoned), (4, 1));
-        assert_eq!(snapshot.queue_requests, [3, 1]);
+        let requests: Vec<_> = snapshot.queues.iter().map(|queue| queue.requests).collect();
+        assert_eq!(requests, [3, 1]);
+        assert_eq!(snapshot.queues[1].bytes_written, 512);
         assert_eq!(snapshot.most_in_hand, 2);
         assert_eq!(snapshot.bytes_written, 512);
-
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("stats.json");
-        snapshot.write(&path).unwrap();
-        let value: serde_json::Value =
-            serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
-        assert_eq!(value["reads"], 2);
-        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
-        assert!(snapshot.write(&dir.path().join("absent/stats.json")).is_err());
     }
 }

@@ -1,14 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The virtio-blk device, as an implementation of vhost-user-backend's trait.
 
+use std::fmt;
 use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use vhost::vhost_user::message::VhostUserProtocolFeatures;
+use log::Level;
+use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
+use vhost_user_backend::VhostUserBackend;
 use vhost_user_backend::bitmap::BitmapMmapRegion;
-use vhost_user_backend::{VhostUserBackend, VringMutex};
-use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
+use vm_memory::{GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::event::{
     EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier,
@@ -18,42 +21,16 @@ use crate::config::{self, ConfigSpace};
 use crate::counters::Counters;
 use crate::disk::Disk;
 use crate::execute::Executor;
+use crate::memory::{AtomicMemory, Vring};
+use crate::options::DeviceOptions;
 use crate::pool::{Pool, drain_all};
 use crate::queue::Queue;
-
-/// The guest's memory, with the log of written pages that a migrating front-end may request.
-pub type Memory = GuestMemoryMmap<BitmapMmapRegion>;
-/// The current guest memory, which front-ends may replace.
-pub type AtomicMemory = GuestMemoryAtomic<Memory>;
-/// A queue, locked by its thread and by the messages that concern it.
-pub type Vring = VringMutex<AtomicMemory>;
-
-/// Configuration of a [`BlkBackend`].
-#[derive(Clone, Debug)]
-pub struct DeviceOptions {
-    /// The number of queues, 1 to 64.
-    pub num_queues: u16,
-    /// The maximum queue size, in descriptors; a power of two.
-    pub queue_size: u16,
-    /// The maximum number of requests of one queue that are executed at once; 1 keeps them in
-    /// order.
-    pub threads: u16,
-    /// Whether the write cache is on at the start: writes are then stable when flushed, not when
-    /// answered. The driver may change it (`VIRTIO_BLK_F_CONFIG_WCE`).
-    pub write_cache: bool,
-    /// The serial number, of which 20 bytes are used.
-    pub serial: String,
-    /// Whether to offer `PAGEFAULT`. [`crate::postcopy::probe`] tells whether the host permits it.
-    pub postcopy: bool,
-    /// Whether to offer `CONFIGURE_MEM_SLOTS`.
-    pub mem_slots: bool,
-}
 
 /// A virtio-blk device.
 ///
 /// With post-copy, the program that runs the device must ensure that the device's threads end,
 /// together with their process, if the front-end disconnects while they wait for a page;
-/// [`crate::server::serve`] does this. The `VhostUserDaemon` must also hold the last reference to
+/// [`crate::serve`] does this. The `VhostUserDaemon` must also hold the last reference to
 /// the device: dropping the device waits for the requests in flight while the userfaultfd is still
 /// open. A reference kept elsewhere prevents that, and a request that waits for a page then writes
 /// zeros to the disk. To stop the device, keep its [`requests`](Self::requests) instead.
@@ -76,6 +53,11 @@ impl BlkBackend {
     ) -> Self {
         let config = ConfigSpace::new(&disk, options.queue_size, options.num_queues);
         let features = config::virtio_features(&disk, options.num_queues > 1);
+        log::debug!(
+            "features on offer: {features:#x} ({}), protocol features: {:?}",
+            config::feature_names(features),
+            config::protocol_features(options.postcopy, options.mem_slots),
+        );
         let executor = Arc::new(Executor::new(disk, counters, options.clone()));
         let queue = |index| {
             let threads = usize::from(options.threads);
@@ -143,6 +125,12 @@ impl VhostUserBackend for BlkBackend {
     }
 
     fn acked_features(&self, features: u64) {
+        // Some front-ends accept VERSION_1 alone before the driver has negotiated.
+        let preliminary =
+            1 << VIRTIO_F_VERSION_1 | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+        let level = if features & !preliminary == 0 { Level::Debug } else { Level::Info };
+        let names = config::feature_names(features);
+        log::log!(level, "features negotiated: {features:#x} ({names})");
         self.executor.set_acked_features(features);
     }
 
@@ -168,7 +156,11 @@ impl VhostUserBackend for BlkBackend {
     }
 
     // The memory is shared with the library, which has already replaced it.
-    fn update_memory(&self, _mem: AtomicMemory) -> io::Result<()> {
+    fn update_memory(&self, mem: AtomicMemory) -> io::Result<()> {
+        self.executor.memory_was_shared();
+        let mem = mem.memory();
+        let bytes: u64 = mem.iter().map(GuestMemoryRegion::len).sum();
+        log::info!("guest memory: {bytes} bytes in {} regions", mem.num_regions());
         Ok(())
     }
 
@@ -178,7 +170,9 @@ impl VhostUserBackend for BlkBackend {
 
     fn exit_event(&self, _thread_index: usize) -> Option<(EventConsumer, EventNotifier)> {
         new_event_consumer_and_notifier(EventFlag::NONBLOCK | EventFlag::CLOEXEC)
-            .inspect_err(|e| log::error!("cannot create an exit event for a queue's thread: {e}"))
+            .inspect_err(|error| {
+                log::error!("cannot create an exit event for a queue's thread: {error}")
+            })
             .ok()
     }
 
@@ -205,5 +199,17 @@ impl VhostUserBackend for BlkBackend {
             _ => log::warn!("event {device_event} ({evset:?}) belongs to no queue: ignored"),
         }
         Ok(())
+    }
+}
+
+impl fmt::Debug for BlkBackend {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("BlkBackend").field("options", &self.options).finish_non_exhaustive()
+    }
+}
+
+impl fmt::Debug for Requests {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Requests").field("queues", &self.pools.len()).finish_non_exhaustive()
     }
 }

@@ -12,14 +12,13 @@ use rustix::process::{Resource, getrlimit};
 use vm_memory::VolatileSlice;
 use vm_memory::bitmap::BitmapSlice;
 
-use crate::range::Range;
+use crate::error::{Error, Result};
+use crate::lock::{self, Lock};
+use crate::range::{Range, SECTOR_SIZE};
 use crate::shared::Shared;
 use crate::topology::{self, Topology};
 use crate::zero::Means;
-use crate::{Error, Result};
 
-/// The size in bytes of a sector, the unit of a request's position and length.
-pub const SECTOR_SIZE: u64 = 512;
 /// The maximum number of segments of one preadv or pwritev (`UIO_MAXIOV`).
 const MAX_IOVECS: usize = 1024;
 
@@ -33,6 +32,8 @@ pub struct DiskOptions {
     pub block_size: Option<u32>,
     /// Whether the disk's space stays allocated when the guest discards it.
     pub keep_space: bool,
+    /// Whether other processes may write to the image, which is then not locked.
+    pub shared: bool,
 }
 
 /// An open disk.
@@ -47,19 +48,33 @@ pub struct Disk {
     /// processes that serve front-ends, because the host reports a loss only once, to the first of
     /// them that flushes.
     lost: Shared<AtomicBool>,
+    /// Whether the disk is an image, which other processes can truncate.
+    is_image: bool,
+    /// Whether a truncation of the image has been reported, by any of these processes.
+    truncation_reported: Shared<AtomicBool>,
 }
 
 /// Refuses an image that this process may not write up to its end: the guest would otherwise get
 /// I/O errors there.
 fn check_file_limit(path: &Path, bytes: u64) -> Result<()> {
     match getrlimit(Resource::Fsize).current {
-        Some(most) if most < bytes => Err(Error::Limit {
-            option: "--disk",
-            path: path.to_path_buf(),
-            problem: format!("it has {bytes} bytes, and files of this process may have {most}"),
-            limit: "ulimit -f",
-        }),
+        Some(most) if most < bytes => Err(Error::DiskTooLarge { path: path.into(), bytes, most }),
         _ => Ok(()),
+    }
+}
+
+/// Locks the image. Where the file system has no locks, a warning says so.
+fn lock_image(file: &File, path: &Path, write: bool) -> Result<()> {
+    match lock::lock(file, write) {
+        Ok(Lock::Held) => Ok(()),
+        Ok(Lock::Busy) => Err(Error::Locked { path: path.to_path_buf() }),
+        Err(error) => {
+            log::warn!(
+                "cannot lock --blk-file {}: {error}; make sure that no other process writes to it",
+                path.display()
+            );
+            Ok(())
+        }
     }
 }
 
@@ -75,33 +90,39 @@ impl Disk {
     ///
     /// # Errors
     /// [`Error::Disk`] if it cannot be opened, is neither a file nor a block device, or is smaller
-    /// than one block; [`Error::ReadOnly`] if it must be writable but can only be read.
+    /// than one block; [`Error::ReadOnly`] if it must be writable but can only be read;
+    /// [`Error::Locked`] if another process uses it and one of the two writes;
+    /// [`Error::DiskTooLarge`] if this process may not write up to its end.
     pub fn open(path: &Path, options: &DiskOptions) -> Result<Self> {
-        let failed = |problem: String| Error::Disk { path: path.to_path_buf(), problem };
-        let io_failed = |e: io::Error| {
-            Error::too_many_files("--disk", path, &e).unwrap_or_else(|| failed(e.to_string()))
-        };
-        let read_only = |problem: String| Error::ReadOnly { path: path.to_path_buf(), problem };
+        let failed = |source| Error::Disk { path: path.to_path_buf(), source };
+        let unusable = |why: String| failed(io::Error::new(io::ErrorKind::InvalidInput, why));
+        let read_only = |source| Error::ReadOnly { path: path.to_path_buf(), source };
         let open = |write: bool| {
             // Opening a pipe must not block until its other end is opened.
             let flags = libc::O_NONBLOCK;
             OpenOptions::new().read(true).write(write).custom_flags(flags).open(path)
         };
-        let mut file = open(!options.read_only).map_err(|e| {
+        let mut file = open(!options.read_only).map_err(|error| {
             // A file system, a flag or a permission may prevent writing only.
-            let only_read = !options.read_only && is_forbidden(&e) && open(false).is_ok();
-            if only_read { read_only(e.to_string()) } else { io_failed(e) }
+            let only_read = !options.read_only && is_forbidden(&error) && open(false).is_ok();
+            if only_read { read_only(error) } else { failed(error) }
         })?;
-        let metadata = file.metadata().map_err(io_failed)?;
+        let metadata = file.metadata().map_err(failed)?;
         let kind = metadata.file_type();
         if !kind.is_file() && !kind.is_block_device() {
-            return Err(failed("it is neither a regular file nor a block device".into()));
+            return Err(unusable("it is neither a regular file nor a block device".into()));
         }
         // The host opens a read-only device for writing, and then fails the writes.
         if !options.read_only && kind.is_block_device() && topology::is_read_only(&file) {
-            return Err(read_only("the block device is read-only".into()));
+            return Err(read_only(io::Error::new(
+                io::ErrorKind::ReadOnlyFilesystem,
+                "the block device is read-only",
+            )));
         }
-        let bytes = file.seek(SeekFrom::End(0)).map_err(io_failed)?;
+        if !options.shared {
+            lock_image(&file, path, !options.read_only)?;
+        }
+        let bytes = file.seek(SeekFrom::End(0)).map_err(failed)?;
         let (topology, device_block) = if kind.is_block_device() {
             let (topology, own) = Topology::of_device(&file, options.block_size);
             (topology, Some(own))
@@ -113,11 +134,13 @@ impl Disk {
         }
         let block_size = u64::from(topology.block_size);
         if bytes < block_size {
-            return Err(failed(format!("it has {bytes} bytes, less than a block of {block_size}")));
+            return Err(unusable(format!(
+                "it has {bytes} bytes, less than a block of {block_size}"
+            )));
         }
         if !bytes.is_multiple_of(block_size) {
             log::warn!(
-                "cannot show the guest the last {} bytes of --disk {}: they are less than a block \
+                "cannot show the guest the last {} bytes of --blk-file {}: they are less than a block \
                  of {block_size}",
                 bytes % block_size,
                 path.display()
@@ -130,38 +153,30 @@ impl Disk {
             topology,
             means: Means::probe(&file, bytes, device_block, discard),
             lost: Shared::zeroed("map memory for the state of the disk")?,
+            is_image: kind.is_file(),
+            truncation_reported: Shared::zeroed("map memory for the state of the disk")?,
             file,
         })
     }
 
     /// Returns the capacity in sectors of 512 bytes.
-    pub fn sectors(&self) -> u64 {
+    pub(crate) fn sectors(&self) -> u64 {
         self.sectors
     }
 
     /// Returns whether writes are refused.
-    pub fn read_only(&self) -> bool {
+    pub(crate) fn read_only(&self) -> bool {
         self.read_only
     }
 
     /// Returns the block sizes reported to the guest.
-    pub fn topology(&self) -> Topology {
+    pub(crate) fn topology(&self) -> Topology {
         self.topology
     }
 
     /// Returns whether a discard returns space to the host.
-    pub fn can_discard(&self) -> bool {
+    pub(crate) fn can_discard(&self) -> bool {
         self.means.can_discard()
-    }
-
-    /// Returns the byte offset of `sector` if the `len` bytes from there are whole blocks of
-    /// `block_size` bytes and lie within the disk.
-    pub fn offset(&self, sector: u64, len: u64, block_size: u32) -> Option<u64> {
-        let block_size = u64::from(block_size);
-        let offset = sector.checked_mul(SECTOR_SIZE)?;
-        let end = offset.checked_add(len)?;
-        let whole = offset.is_multiple_of(block_size) && len.is_multiple_of(block_size);
-        (whole && end <= self.sectors * SECTOR_SIZE).then_some(offset)
     }
 
     /// Reads from byte `offset` until all of `slices` is filled. The caller must first make missing
@@ -174,7 +189,13 @@ impl Disk {
         slices: &[VolatileSlice<'_, B>],
         offset: u64,
     ) -> io::Result<()> {
-        let result = self.transfer(slices, offset, Transfer::FromDisk);
+        let result = self.transfer(slices, offset, Transfer::FromDisk).map_err(|error| {
+            if error.kind() != io::ErrorKind::UnexpectedEof {
+                return error;
+            }
+            self.report_truncation(offset, len_of(slices));
+            io::Error::new(error.kind(), "the image has been truncated")
+        });
         // Even a failed read may have written some of the slices.
         for slice in slices {
             slice.bitmap().mark_dirty(0, slice.len());
@@ -186,11 +207,13 @@ impl Disk {
     ///
     /// # Errors
     /// The error that the host returns.
-    pub fn write<B: BitmapSlice>(
+    pub(crate) fn write<B: BitmapSlice>(
         &self,
         slices: &[VolatileSlice<'_, B>],
         offset: u64,
     ) -> io::Result<()> {
+        // Before the write extends the image again.
+        self.report_truncation(offset, len_of(slices));
         self.transfer(slices, offset, Transfer::ToDisk)
     }
 
@@ -199,7 +222,7 @@ impl Disk {
     /// # Errors
     /// The error that the host returns. Once a flush has failed, every later one fails too, in this
     /// process and in every process forked with this disk: the host reports a loss only once.
-    pub fn flush(&self) -> io::Result<()> {
+    pub(crate) fn flush(&self) -> io::Result<()> {
         if self.lost.load(Ordering::SeqCst) {
             return Err(io::Error::other(
                 "an earlier write was lost; check the disk, and restart this daemon",
@@ -212,7 +235,7 @@ impl Disk {
     ///
     /// # Errors
     /// The error that the host returns.
-    pub fn discard(&self, range: &Range) -> io::Result<()> {
+    pub(crate) fn discard(&self, range: &Range) -> io::Result<()> {
         self.means.discard(&self.file, range.offset, range.len)
     }
 
@@ -220,8 +243,30 @@ impl Disk {
     ///
     /// # Errors
     /// The error that the host returns.
-    pub fn write_zeroes(&self, range: &Range) -> io::Result<()> {
+    pub(crate) fn write_zeroes(&self, range: &Range) -> io::Result<()> {
+        self.report_truncation(range.offset, range.len);
         self.means.write_zeroes(&self.file, range.offset, range.len, range.unmap)
+    }
+
+    /// Warns, once, if the image ends before `offset + len`, within the capacity that the guest
+    /// knows: another process has truncated it.
+    fn report_truncation(&self, offset: u64, len: u64) {
+        if !self.is_image || self.truncation_reported.load(Ordering::Relaxed) {
+            return;
+        }
+        // An image whose size is unknown fails in the transfer, too.
+        let Ok(bytes) = self.file.metadata().map(|metadata| metadata.len()) else { return };
+        if offset.saturating_add(len) <= bytes
+            || self.truncation_reported.swap(true, Ordering::Relaxed)
+        {
+            return;
+        }
+        log::warn!(
+            "the image has been truncated: it has {bytes} bytes, and the guest's disk {}; what was \
+             past its end is lost, reads there fail, and writes extend it again with zeros between: \
+             end the guest, and restore the image",
+            self.sectors * SECTOR_SIZE
+        );
     }
 
     fn transfer<B: BitmapSlice>(
@@ -238,7 +283,8 @@ impl Disk {
             .collect();
         let mut rest = &mut iovecs[..];
         while !skip(&mut rest, 0).is_empty() {
-            let count = rest.len().min(MAX_IOVECS) as libc::c_int;
+            let count = rest.len().min(MAX_IOVECS);
+            let count = libc::c_int::try_from(count).expect("it is at most 1024");
             let position = libc::off_t::try_from(offset).map_err(io::Error::other)?;
             let fd = self.file.as_raw_fd();
             // SAFETY: the vectors describe guest memory that the guards keep mapped; the kernel may
@@ -262,15 +308,20 @@ impl Disk {
                     skip(&mut rest, n);
                 }
                 Err(_) => {
-                    let e = io::Error::last_os_error();
-                    if e.kind() != io::ErrorKind::Interrupted {
-                        return Err(e);
+                    let error = io::Error::last_os_error();
+                    if error.kind() != io::ErrorKind::Interrupted {
+                        return Err(error);
                     }
                 }
             }
         }
         Ok(())
     }
+}
+
+/// Returns the total length of `slices` in bytes.
+fn len_of<B: BitmapSlice>(slices: &[VolatileSlice<'_, B>]) -> u64 {
+    slices.iter().map(|slice| slice.len() as u64).sum()
 }
 
 /// Returns whether opening a file failed for lack of permission.
@@ -326,24 +377,6 @@ mod tests {
     }
 
     #[test]
-    fn ranges() {
-        let (_file, disk) = disk(16 * 512);
-        let offset = |sector, len| disk.offset(sector, len, 512);
-        assert_eq!(offset(0, 8192), Some(0));
-        assert_eq!(offset(15, 512), Some(7680));
-        assert_eq!(offset(16, 0), Some(8192));
-        assert_eq!(offset(16, 512), None);
-        assert_eq!(offset(15, 1024), None);
-        assert_eq!(offset(0, 511), None);
-        assert_eq!(offset(u64::MAX, 512), None);
-        assert_eq!(offset(u64::MAX / 512 + 1, 512), None);
-        assert_eq!(offset(u64::MAX / 512, 1024), None);
-        assert_eq!(disk.offset(8, 4096, 4096), Some(4096));
-        assert_eq!(disk.offset(8, 512, 4096), None);
-        assert_eq!(disk.offset(1, 4096, 4096), None);
-    }
-
-    #[test]
     fn scattered_transfers_beyond_one_call() {
         let sectors = 3000;
         let (_file, disk) = disk(sectors * 512);
@@ -369,8 +402,8 @@ mod tests {
         file.as_file().set_len(1024).unwrap();
         let mut memory = [0u8; 2048];
         let slices = [VolatileSlice::from(&mut memory[..])];
-        let e = disk.read(&slices, 0).unwrap_err();
-        assert_eq!(e.kind(), io::ErrorKind::UnexpectedEof);
+        let error = disk.read(&slices, 0).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
     }
 
     #[test]

@@ -2,78 +2,100 @@
 //! The daemon's errors, each one line: the operation, the cause and a hint.
 
 use std::io;
-use std::path::{Path, PathBuf};
+use std::os::fd::RawFd;
+use std::path::PathBuf;
+
+use crate::advice;
 
 /// Errors of the daemon.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// An option's value is invalid.
-    #[error("cannot use {option} {value}: {problem}; see --help")]
-    Option {
-        /// The option as written on the command line.
-        option: &'static str,
-        /// The given value.
-        value: String,
-        /// The reason why the value is invalid.
-        problem: String,
-    },
     /// The disk image cannot be opened or is not usable.
     #[error(
-        "cannot open --disk {}: {problem}; use a raw image or a block device that this user may \
-         open",
-        path.display()
+        "cannot open --blk-file {}: {source}; {}",
+        path.display(),
+        advice::for_error(source)
+            .unwrap_or("use a raw image or a block device that this user may open")
     )]
     Disk {
         /// The image.
         path: PathBuf,
-        /// The host's error.
-        problem: String,
+        /// The reason.
+        source: io::Error,
     },
     /// The disk must be writable, but can only be read.
     #[error(
-        "cannot open --disk {} for writing: {problem}; use --read-only, or make it \
+        "cannot open --blk-file {} for writing: {source}; use --read-only, or make it \
          writable",
         path.display()
     )]
     ReadOnly {
         /// The image or block device.
         path: PathBuf,
-        /// The host's error.
-        problem: String,
+        /// The reason.
+        source: io::Error,
+    },
+    /// Another process uses the disk, and one of the two writes to it.
+    #[error(
+        "cannot lock --blk-file {}: another process is using it; use another image, or use \
+         --read-only in both",
+        path.display()
+    )]
+    Locked {
+        /// The image or block device.
+        path: PathBuf,
+    },
+    /// The disk is larger than the files that this process may write.
+    #[error(
+        "cannot use --blk-file {}: it has {bytes} bytes, and files of this process may have \
+         {most}; raise the limit (ulimit -f)",
+        path.display()
+    )]
+    DiskTooLarge {
+        /// The image.
+        path: PathBuf,
+        /// Its size.
+        bytes: u64,
+        /// The limit.
+        most: u64,
     },
     /// The socket cannot be created.
-    #[error("cannot listen on --socket {}: {problem}; {advice}", path.display())]
+    #[error(
+        "cannot listen on --socket-path {}: {source}; {}",
+        path.display(),
+        advice::for_error(source).unwrap_or(advice)
+    )]
     Socket {
         /// The socket's path.
         path: PathBuf,
-        /// The host's error.
-        problem: String,
+        /// The reason.
+        source: io::Error,
         /// A hint for the user.
         advice: &'static str,
     },
-    /// A limit of this process prevents the operation.
-    #[error("cannot use {option} {}: {problem}; raise the limit ({limit})", path.display())]
-    Limit {
-        /// The option that names the file.
-        option: &'static str,
-        /// The file.
-        path: PathBuf,
-        /// The host's error.
-        problem: String,
-        /// The command that raises the limit.
-        limit: &'static str,
+    /// The inherited socket cannot be used.
+    #[error(
+        "cannot use --fd {number}: {source}; start this program with a Unix stream socket there \
+         that listens or is connected"
+    )]
+    Inherited {
+        /// The descriptor.
+        number: RawFd,
+        /// The reason.
+        source: io::Error,
     },
     /// `--postcopy require` was given and the host does not permit post-copy.
     #[error(
         "cannot offer post-copy (--postcopy require): {0}; {advice}, or use --postcopy off",
         advice = .0.advice()
     )]
-    PostcopyUnavailable(crate::postcopy::Unavailable),
+    PostcopyUnavailable(#[source] crate::postcopy::Unavailable),
     /// The statistics cannot be written.
     #[error(
-        "cannot write --stats {}: {source}; use a path that this user may write",
-        path.display()
+        "cannot write --stats {}: {source}; {}",
+        path.display(),
+        advice::for_error(source).unwrap_or("use a path that this user may write")
     )]
     Stats {
         /// The file.
@@ -92,7 +114,9 @@ pub enum Error {
     Threads(usize),
     /// A system call failed unexpectedly.
     #[error(
-        "cannot {what}: {source}; free resources of the host, or report a bug if it has enough"
+        "cannot {what}: {source}; {}",
+        advice::for_start(source)
+            .unwrap_or("free resources of the host, or report a bug if it has enough")
     )]
     System {
         /// The attempted operation.
@@ -106,28 +130,21 @@ pub enum Error {
 pub type Result<T> = std::result::Result<T, Error>;
 
 impl Error {
-    /// Returns the daemon's exit status: 1 for a failure, 2 for a wrong command line, 3 if this
-    /// host cannot do what was asked.
-    pub fn exit_status(&self) -> u8 {
-        match self {
-            Error::Option { .. } => 2,
-            Error::PostcopyUnavailable(_) => 3,
-            _ => 1,
-        }
-    }
-
-    /// Returns an [`Error::Limit`] if `error` means that too many files are open.
-    pub(crate) fn too_many_files(
-        option: &'static str,
-        path: &Path,
-        error: &io::Error,
-    ) -> Option<Self> {
-        (error.raw_os_error() == Some(libc::EMFILE)).then(|| Error::Limit {
-            option,
-            path: path.to_path_buf(),
-            problem: error.to_string(),
-            limit: "ulimit -n",
-        })
+    /// Returns whether the host's limits or permissions for this process are the cause, so that
+    /// another host or another user could do what was asked.
+    pub fn is_of_host(&self) -> bool {
+        let source = match self {
+            Error::PostcopyUnavailable(_) | Error::DiskTooLarge { .. } => return true,
+            Error::Connection(text) => return advice::for_text(text).is_some_and(advice::is_limit),
+            Error::Disk { source, .. }
+            | Error::Socket { source, .. }
+            | Error::Stats { source, .. } => source,
+            Error::System { source, .. } => {
+                return advice::for_start(source).is_some_and(advice::is_limit);
+            }
+            _ => return false,
+        };
+        advice::for_error(source).is_some_and(advice::is_limit)
     }
 
     /// Returns a function that converts an I/O error into an [`Error::System`].
@@ -146,22 +163,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn errors_are_one_line_with_their_status() {
+    fn errors_are_one_line() {
         let errors = [
-            (
-                Error::Option {
-                    option: "--queue-size",
-                    value: "3".into(),
-                    problem: "not a power of two".into(),
-                },
-                2,
-            ),
-            (Error::Disk { path: "x.img".into(), problem: "No such file".into() }, 1),
-            (Error::Connection("broken".into()), 1),
+            Error::Disk { path: "x.img".into(), source: io::ErrorKind::NotFound.into() },
+            Error::Connection("broken".into()),
         ];
-        for (e, status) in errors {
-            assert_eq!(e.exit_status(), status);
-            assert!(!e.to_string().contains('\n'), "{e}");
+        for error in errors {
+            assert!(!error.to_string().contains('\n'), "{error}");
         }
     }
 }

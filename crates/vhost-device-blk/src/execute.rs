@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Execution of a request, from its descriptor chain to its status byte.
 
+use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
-use std::{io, mem};
 
 use virtio_bindings::bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_ID_BYTES,
@@ -14,24 +13,30 @@ use virtio_queue::DescriptorChain;
 use vm_memory::bitmap::BitmapSlice;
 use vm_memory::{GuestMemoryLoadGuard, VolatileSlice};
 
+use crate::advice;
 use crate::counters::{Counters, QueueCounters};
-use crate::device::{DeviceOptions, Memory};
-use crate::disk::{Disk, SECTOR_SIZE};
+use crate::disk::Disk;
+use crate::faults;
+use crate::memory::Memory;
+use crate::options::{DeviceOptions, MIN_BLOCK_SIZE};
 use crate::present::make_present;
-use crate::range::{self, Action, MAX_RANGES, RANGE_SIZE};
+use crate::range::{self, Action, Bounds, MAX_RANGES, RANGE_SIZE};
+use crate::rate::OncePerSecond;
 use crate::request::{Kind, Malformed, Request};
 
 /// A request as taken from a queue. It holds a reference to its memory, which stays mapped until
 /// the request is done even if the front-end replaces it meanwhile.
-pub type Chain = DescriptorChain<GuestMemoryLoadGuard<Memory>>;
+pub(crate) type Chain = DescriptorChain<GuestMemoryLoadGuard<Memory>>;
 
 /// Executes requests of all queues, on any thread.
-pub struct Executor {
+pub(crate) struct Executor {
     disk: Arc<Disk>,
     counters: Arc<Counters>,
     options: DeviceOptions,
     acked_features: AtomicU64,
     write_cache: AtomicBool,
+    /// Whether pages of guest memory may be missing.
+    pages_may_miss: AtomicBool,
     /// Requests whose data is all present and which are now inside the host's file system.
     at_the_disk: AtomicUsize,
 }
@@ -63,8 +68,8 @@ impl Answer {
     fn done(what: &str, result: io::Result<()>, bytes: u64) -> Self {
         match result {
             Ok(()) => Answer { moved: bytes, ..Answer::of(VIRTIO_BLK_S_OK) },
-            Err(e) => {
-                report(what, &e);
+            Err(error) => {
+                report(what, &error);
                 Answer::of(VIRTIO_BLK_S_IOERR)
             }
         }
@@ -72,38 +77,38 @@ impl Answer {
 }
 
 /// Logs a disk failure, at most once a second because the guest can retry as often as it likes.
-fn report(what: &str, e: &io::Error) {
-    static LAST: Mutex<(Option<Instant>, u64)> = Mutex::new((None, 0));
-    let left_out = {
-        let mut last = LAST.lock().unwrap_or_else(PoisonError::into_inner);
-        if last.0.is_some_and(|at| at.elapsed() < Duration::from_secs(1)) {
-            last.1 += 1;
-            return;
-        }
-        last.0 = Some(Instant::now());
-        mem::take(&mut last.1)
-    };
-    let more = match left_out {
-        0 => String::new(),
-        n => format!(" ({n} more were not reported)"),
-    };
-    log::error!("cannot {what} the disk: {e}; the guest gets an I/O error{more}");
+fn report(what: &str, error: &io::Error) {
+    static LIMIT: Mutex<OncePerSecond> = Mutex::new(OncePerSecond::new());
+    let left_out = LIMIT.lock().unwrap_or_else(PoisonError::into_inner).pass();
+    if let Some(left_out) = left_out {
+        let advice = advice::for_error(error).map_or(String::new(), |it| format!("; {it}"));
+        log::error!(
+            "cannot {what} the disk: {error}; the guest gets an I/O error{advice}{left_out}"
+        );
+    }
 }
 
 impl Executor {
-    pub fn new(disk: Arc<Disk>, counters: Arc<Counters>, options: DeviceOptions) -> Self {
+    pub(crate) fn new(disk: Arc<Disk>, counters: Arc<Counters>, options: DeviceOptions) -> Self {
         Executor {
             disk,
             counters,
             write_cache: AtomicBool::new(options.write_cache),
             options,
             acked_features: AtomicU64::new(0),
+            pages_may_miss: AtomicBool::new(false),
             at_the_disk: AtomicUsize::new(0),
         }
     }
 
+    /// Notes that the front-end has shared memory.
+    pub(crate) fn memory_was_shared(&self) {
+        let may_miss = self.options.postcopy && faults::userfaultfd_is_open();
+        self.pages_may_miss.store(may_miss, Ordering::Relaxed);
+    }
+
     /// Records the negotiated features.
-    pub fn set_acked_features(&self, features: u64) {
+    pub(crate) fn set_acked_features(&self, features: u64) {
         self.acked_features.store(features, Ordering::Relaxed);
         if self.acked(VIRTIO_BLK_F_CONFIG_WCE) && !self.acked(VIRTIO_BLK_F_FLUSH) {
             // Required by the specification (virtio 1.3, 5.2.5.2): a driver without FLUSH would
@@ -114,25 +119,26 @@ impl Executor {
 
     /// Returns the number of requests that no longer wait for memory and are not yet done with the
     /// disk.
-    pub fn at_the_disk(&self) -> usize {
+    pub(crate) fn at_the_disk(&self) -> usize {
         self.at_the_disk.load(Ordering::SeqCst)
     }
 
     /// Counts a chain taken from a queue; `in_hand` requests, including it, are now in flight.
-    pub fn count_taken(&self, queue: usize, in_hand: usize) {
+    pub(crate) fn count_taken(&self, queue: usize, in_hand: usize) {
         let counters = self.counters.queue(queue);
         counters.requests.fetch_add(1, Ordering::Relaxed);
         counters.most_in_hand.fetch_max(in_hand as u64, Ordering::Relaxed);
     }
 
     /// Serves one request of a queue. Returns the length for the used ring.
-    pub fn serve(&self, queue: usize, chain: Chain, mem: &Memory) -> u32 {
+    pub(crate) fn serve(&self, queue: usize, chain: Chain, mem: &Memory) -> u32 {
         let counters = self.counters.queue(queue);
-        let request = match Request::parse(mem, chain) {
+        let parsed = self.count_faults(counters, || Request::parse(mem, chain));
+        let request = match parsed {
             Ok(request) => request,
             Err(Malformed::Answerable(status)) => {
                 add(&counters.io_errors, 1);
-                status.write(VIRTIO_BLK_S_IOERR as u8);
+                status.write(VIRTIO_BLK_S_IOERR);
                 return 0;
             }
             Err(Malformed::Broken) => {
@@ -142,7 +148,7 @@ impl Executor {
         };
         let answer = self.execute(&request, counters);
         count(counters, request.kind, &answer);
-        request.status.write(answer.status as u8);
+        request.status.write(answer.status);
         // The used length promises that many bytes from the start (virtio 1.3, 2.7.8.2), so the
         // status counts only if everything before it has been written.
         let all = answer.written == request.before_status;
@@ -161,7 +167,7 @@ impl Executor {
                 let Some(offset) = self.offset(sector, request.data_len) else {
                     return refused;
                 };
-                self.make_present(&request.data);
+                self.make_present(&request.data, counters);
                 let _at_the_disk = self.go_to_the_disk();
                 let result = self.disk.read(&request.data, offset);
                 let answer = Answer::done("read from", result, request.data_len);
@@ -174,10 +180,10 @@ impl Executor {
                 if self.disk.read_only() {
                     return refused;
                 }
-                self.make_present(&request.data);
+                self.make_present(&request.data, counters);
                 let _at_the_disk = self.go_to_the_disk();
                 let result = self.disk.write(&request.data, offset);
-                let result = result.and_then(|()| self.settle(counters));
+                let result = result.and_then(|()| self.make_stable(counters));
                 Answer::done("write to", result, request.data_len)
             }
             Kind::Flush => {
@@ -215,15 +221,16 @@ impl Executor {
         if !offered {
             return Answer::of(VIRTIO_BLK_S_UNSUPP);
         }
-        if request.data_len > (RANGE_SIZE * MAX_RANGES as usize) as u64 {
+        let most = RANGE_SIZE * MAX_RANGES as usize;
+        let Some(len) = usize::try_from(request.data_len).ok().filter(|len| *len <= most) else {
             return Answer::of(VIRTIO_BLK_S_IOERR);
-        }
-        let mut data = vec![0; request.data_len as usize];
+        };
+        let mut data = vec![0; len];
         let mut at = 0;
         for slice in &request.data {
             at += slice.copy_to(&mut data[at..]);
         }
-        let ranges = match range::parse(&data, action, &self.disk, self.block_size()) {
+        let ranges = match range::parse(&data, action, &self.bounds()) {
             Ok(ranges) => ranges,
             Err(status) => return Answer::of(status),
         };
@@ -236,7 +243,7 @@ impl Executor {
             }
             Action::WriteZeroes => {
                 let result = ranges.iter().try_for_each(|range| self.disk.write_zeroes(range));
-                let result = result.and_then(|()| self.settle(counters));
+                let result = result.and_then(|()| self.make_stable(counters));
                 Answer::done("zero ranges of", result, bytes)
             }
         }
@@ -244,18 +251,18 @@ impl Executor {
 
     /// Turns the write cache on or off, as the driver requests. When it is turned off, everything
     /// written before is stable.
-    pub fn set_write_cache(&self, on: bool) -> io::Result<()> {
+    pub(crate) fn set_write_cache(&self, on: bool) -> io::Result<()> {
         self.write_cache.store(on, Ordering::SeqCst);
         if on { Ok(()) } else { self.disk.flush() }
     }
 
     /// Returns whether the write cache is on, as shown in the configuration space.
-    pub fn write_cache(&self) -> bool {
+    pub(crate) fn write_cache(&self) -> bool {
         self.write_cache.load(Ordering::SeqCst)
     }
 
     /// Makes written data stable before the answer, unless the write cache is on.
-    fn settle(&self, counters: &QueueCounters) -> io::Result<()> {
+    fn make_stable(&self, counters: &QueueCounters) -> io::Result<()> {
         let cached = match (self.acked(VIRTIO_BLK_F_FLUSH), self.acked(VIRTIO_BLK_F_CONFIG_WCE)) {
             // A driver that cannot flush needs every write to be stable.
             (false, _) => false,
@@ -281,12 +288,16 @@ impl Executor {
         if self.acked(VIRTIO_BLK_F_BLK_SIZE) {
             self.disk.topology().block_size
         } else {
-            SECTOR_SIZE as u32
+            MIN_BLOCK_SIZE
         }
     }
 
+    fn bounds(&self) -> Bounds {
+        Bounds { sectors: self.disk.sectors(), block_size: self.block_size() }
+    }
+
     fn offset(&self, sector: u64, len: u64) -> Option<u64> {
-        self.disk.offset(sector, len, self.block_size())
+        self.bounds().offset(sector, len)
     }
 
     fn go_to_the_disk(&self) -> AtTheDisk<'_> {
@@ -296,10 +307,25 @@ impl Executor {
 
     /// Makes the pages of `data` present. Memory can be missing only if post-copy was offered to
     /// the front-end.
-    fn make_present<B: BitmapSlice>(&self, data: &[VolatileSlice<'_, B>]) {
+    fn make_present<B: BitmapSlice>(
+        &self,
+        data: &[VolatileSlice<'_, B>],
+        counters: &QueueCounters,
+    ) {
         if self.options.postcopy {
-            make_present(data);
+            self.count_faults(counters, || make_present(data));
         }
+    }
+
+    /// Accesses guest memory in `access`, and counts the faults in which it waited, if pages may be
+    /// missing at all: the count costs system calls.
+    fn count_faults<T>(&self, counters: &QueueCounters, access: impl FnOnce() -> T) -> T {
+        if !self.pages_may_miss.load(Ordering::Relaxed) {
+            return access();
+        }
+        let (result, waits) = faults::count_waits(access);
+        add(&counters.faults_waited, waits);
+        result
     }
 }
 

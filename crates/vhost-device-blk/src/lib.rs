@@ -15,34 +15,56 @@
 //!   process. If the front-end disconnects while a queue waits for a page, that process ends with
 //!   the access unfinished, and the next front-end gets a new process.
 //!
-//! [`server::serve`] is the whole daemon; [`device::BlkBackend`] is the device alone, for a program
-//! that runs its own `vhost_user_backend::VhostUserDaemon`.
+//! [`serve`] is the whole daemon; [`BlkBackend`] is the device alone, for a program that runs its
+//! own `vhost_user_backend::VhostUserDaemon`.
+
+#![cfg_attr(
+    test,
+    allow(clippy::cast_possible_truncation, reason = "the numbers of a test are small")
+)]
 
 #[cfg(not(target_os = "linux"))]
 compile_error!("vhost-device-blk needs Linux");
 
-pub mod args;
-pub mod config;
+mod advice;
+mod child;
+mod config;
 mod connection;
-pub mod counters;
-pub mod device;
-pub mod disk;
-pub mod error;
+mod counters;
+mod device;
+mod disk;
+mod endpoint;
+mod error;
 mod execute;
-pub mod limits;
+mod faults;
+mod lock;
+mod memory;
+mod notify;
+mod options;
 mod pool;
 pub mod postcopy;
 mod present;
 mod queue;
-pub mod range;
+mod range;
+mod rate;
+mod relay;
+#[doc(hidden)] // For the benchmark.
 pub mod request;
-pub mod server;
+mod server;
 mod shared;
 mod signals;
-pub mod topology;
+mod stats;
+mod topology;
 mod zero;
 
+pub use counters::{Counters, Snapshot};
+pub use device::{BlkBackend, Requests};
+pub use disk::{Disk, DiskOptions};
+pub use endpoint::Endpoint;
 pub use error::{Error, Result};
+pub use memory::{AtomicMemory, Memory, Vring};
+pub use options::{DeviceOptions, MAX_BLOCK_SIZE, MAX_QUEUES, MIN_BLOCK_SIZE, Options, Postcopy};
+pub use server::serve;
 
 /// Compiles the examples of the README as doc tests.
 #[cfg(doctest)]

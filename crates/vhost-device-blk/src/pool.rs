@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 type Job = Box<dyn FnOnce() + Send>;
 
 /// A bounded number of threads, started on demand.
-pub struct Pool {
+pub(crate) struct Pool {
     shared: Arc<Shared>,
     name: String,
     limit: usize,
@@ -39,7 +39,7 @@ struct State {
 }
 
 /// The right to run one job; dropping it frees the place.
-pub struct Place(Arc<Shared>);
+pub(crate) struct Place(Arc<Shared>);
 
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -56,7 +56,7 @@ impl Drop for Place {
 
 impl Pool {
     /// Creates a pool that runs at most `limit` jobs at once, in threads with this name.
-    pub fn new(name: String, limit: usize) -> Self {
+    pub(crate) fn new(name: String, limit: usize) -> Self {
         let state = State { jobs: VecDeque::new(), taken: 0, threads: 0, idle: 0, closed: false };
         let shared =
             Shared { state: Mutex::new(state), work: Condvar::new(), freed: Condvar::new() };
@@ -64,7 +64,7 @@ impl Pool {
     }
 
     /// Waits for a place. Returns `None` once the pool is closed.
-    pub fn reserve(&self) -> Option<Place> {
+    pub(crate) fn reserve(&self) -> Option<Place> {
         let mut state = self.shared.lock();
         while state.taken >= self.limit && !state.closed {
             state = wait(&self.shared.freed, state);
@@ -78,7 +78,7 @@ impl Pool {
 
     /// Runs `job` on a thread of the pool, or on the calling thread if the pool has no thread and
     /// the host refuses to create one. The job holds its place until it is done.
-    pub fn run(&self, place: Place, job: impl FnOnce() + Send + 'static) {
+    pub(crate) fn run(&self, place: Place, job: impl FnOnce() + Send + 'static) {
         let job = move || {
             let _place = place;
             job();
@@ -88,10 +88,10 @@ impl Pool {
             let shared = self.shared.clone();
             match thread::Builder::new().name(self.name.clone()).spawn(move || work(&shared)) {
                 Ok(_) => state.threads += 1,
-                Err(e) if state.threads == 0 => {
+                Err(error) if state.threads == 0 => {
                     drop(state);
                     log::warn!(
-                        "cannot spawn a thread for {}: {e}; serving its requests one by one",
+                        "cannot spawn a thread for {}: {error}; serving its requests one by one",
                         self.name
                     );
                     return job();
@@ -105,12 +105,12 @@ impl Pool {
     }
 
     /// Returns the number of places taken.
-    pub fn taken(&self) -> usize {
+    pub(crate) fn taken(&self) -> usize {
         self.shared.lock().taken
     }
 
     /// Waits until no place is taken.
-    pub fn drain(&self) {
+    pub(crate) fn drain(&self) {
         let mut state = self.shared.lock();
         while state.taken > 0 {
             state = wait(&self.shared.freed, state);
@@ -118,7 +118,7 @@ impl Pool {
     }
 
     /// Stops handing out places. Jobs already submitted still run, and the threads end after them.
-    pub fn close(&self) {
+    pub(crate) fn close(&self) {
         self.shared.lock().closed = true;
         self.shared.work.notify_all();
         self.shared.freed.notify_all();
@@ -156,7 +156,11 @@ fn wait<'a>(condition: &Condvar, state: MutexGuard<'a, State>) -> MutexGuard<'a,
 
 /// Waits until no place of `pools` is taken. Returns `false` after `patience` without a change in
 /// the number of places taken or in the value of `progress`.
-pub fn drain_all(pools: &[Arc<Pool>], patience: Duration, progress: impl Fn() -> u128) -> bool {
+pub(crate) fn drain_all(
+    pools: &[Arc<Pool>],
+    patience: Duration,
+    progress: impl Fn() -> u128,
+) -> bool {
     let mut last = None;
     let mut deadline = Instant::now();
     loop {

@@ -1,19 +1,27 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Probes whether this process may open the userfaultfd that post-copy needs.
 
+use std::path::Path;
+
 use userfaultfd::UffdBuilder;
 
 /// The reason why post-copy cannot be offered.
 #[derive(Debug, thiserror::Error)]
-#[error("this process cannot open a userfaultfd through /dev/userfaultfd ({0})")]
-pub struct Unavailable(String);
+#[error("this process cannot open a userfaultfd ({})", describe(source))]
+pub struct Unavailable {
+    source: userfaultfd::Error,
+}
 
 impl Unavailable {
     /// Returns the hint for the user.
     pub fn advice(&self) -> &'static str {
-        if self.0.contains("Too many open files") {
+        // The library's error has no number.
+        if describe(&self.source).contains("Too many open files") {
             "raise the limit of open files (ulimit -n)"
+        } else if !Path::new("/dev/userfaultfd").exists() {
+            "give this process CAP_SYS_PTRACE, or set the sysctl vm.unprivileged_userfaultfd to 1"
         } else {
+            // The library tries no other way where the device exists.
             "let this user read and write /dev/userfaultfd"
         }
     }
@@ -31,13 +39,13 @@ pub fn probe() -> Result<(), Unavailable> {
         .user_mode_only(false)
         .create()
         .map(drop)
-        .map_err(|e| Unavailable(describe(&e)))
+        .map_err(|source| Unavailable { source })
 }
 
 /// Returns the error and its causes on one line, without repetition.
-fn describe(e: &dyn std::error::Error) -> String {
-    let mut text = e.to_string();
-    let mut cause = e.source();
+fn describe(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
     while let Some(c) = cause {
         let part = c.to_string();
         if !text.contains(&part) {

@@ -10,7 +10,7 @@ const PAGE_SIZE: usize = 4096;
 /// Reads a byte of each page of `slices` from user mode, so that the thread waits for missing pages
 /// here, with no lock held. In a system call it would wait in the middle of the file system, which
 /// writes under the image's inode lock: every other queue would wait too.
-pub fn make_present<B: BitmapSlice>(slices: &[VolatileSlice<'_, B>]) {
+pub(crate) fn make_present<B: BitmapSlice>(slices: &[VolatileSlice<'_, B>]) {
     for slice in slices {
         let start = slice.ptr_guard().as_ptr() as usize;
         let mut offset = 0;

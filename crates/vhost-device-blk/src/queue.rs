@@ -12,44 +12,55 @@ use vhost_user_backend::{VringState, VringT};
 use virtio_queue::{Error, QueueOwnedT, QueueT};
 use vm_memory::{GuestAddressSpace, GuestMemoryLoadGuard};
 
-use crate::device::{AtomicMemory, Memory, Vring};
 use crate::execute::{Chain, Executor};
+use crate::memory::{AtomicMemory, Memory, Vring};
 use crate::pool::Pool;
 
 /// A queue of the device.
-pub struct Queue {
+pub(crate) struct Queue {
     index: usize,
     executor: Arc<Executor>,
     mem: AtomicMemory,
     pool: Arc<Pool>,
     /// Whether the driver's broken ring has been reported; it is reported once, not at each kick.
     reported: Arc<AtomicBool>,
+    /// Whether requests are taken.
+    runs: AtomicBool,
 }
 
 impl Queue {
-    pub fn new(index: usize, executor: Arc<Executor>, mem: AtomicMemory, threads: usize) -> Self {
+    pub(crate) fn new(
+        index: usize,
+        executor: Arc<Executor>,
+        mem: AtomicMemory,
+        threads: usize,
+    ) -> Self {
         let pool = Arc::new(Pool::new(format!("queue {index}"), threads));
-        Queue { index, executor, mem, pool, reported: Arc::new(AtomicBool::new(false)) }
+        let reported = Arc::new(AtomicBool::new(false));
+        Queue { index, executor, mem, pool, reported, runs: AtomicBool::new(false) }
     }
 
     /// Returns the pool that holds the queue's requests in flight.
-    pub fn pool(&self) -> &Arc<Pool> {
+    pub(crate) fn pool(&self) -> &Arc<Pool> {
         &self.pool
     }
 
     /// Takes the chains on `vring` until it is empty or stopped. Waits while the maximum number of
     /// requests is in flight. Must be called from one thread only.
-    pub fn process(&self, vring: &Vring) {
-        if let Err(e) = self.take_all(vring) {
-            report(&self.reported, self.index, &e);
+    pub(crate) fn process(&self, vring: &Vring) {
+        if let Err(error) = self.take_all(vring) {
+            report(&self.reported, self.index, &error);
         }
     }
 
     /// Waits until no request is in flight. The ring must be stopped, or more chains would be
     /// taken.
-    pub fn drain(&self) {
+    pub(crate) fn drain(&self) {
         self.pool.drain();
         self.reported.store(false, Ordering::Relaxed);
+        if self.runs.swap(false, Ordering::Relaxed) {
+            log::info!("queue {} stopped", self.index);
+        }
     }
 
     fn take_all(&self, vring: &Vring) -> Result<(), Error> {
@@ -59,6 +70,10 @@ impl Queue {
                 let mut state = vring.get_mut();
                 if !may_run(&state) {
                     return Ok(());
+                }
+                if !self.runs.swap(true, Ordering::Relaxed) {
+                    let size = state.get_queue().size();
+                    log::info!("queue {} runs, with {size} entries", self.index);
                 }
                 state.disable_notification()?;
             }
@@ -79,8 +94,8 @@ impl Queue {
                 self.pool.run(place, move || {
                     let head = chain.head_index();
                     let written = executor.serve(index, chain, &mem);
-                    if let Err(e) = complete(&vring, head, written) {
-                        report(&reported, index, &e);
+                    if let Err(error) = complete(&vring, head, written) {
+                        report(&reported, index, &error);
                     }
                 });
             }
@@ -128,15 +143,15 @@ fn complete(vring: &Vring, head: u16, written: u32) -> Result<(), Error> {
     }
     state.add_used(head, written)?;
     if state.needs_notification()?
-        && let Err(e) = state.signal_used_queue()
+        && let Err(error) = state.signal_used_queue()
     {
-        log::error!("cannot signal the front-end: {e}; the guest may miss a completion");
+        log::error!("cannot signal the front-end: {error}; the guest may miss a completion");
     }
     Ok(())
 }
 
-fn report(reported: &AtomicBool, index: usize, e: &Error) {
+fn report(reported: &AtomicBool, index: usize, error: &Error) {
     if !reported.swap(true, Ordering::Relaxed) {
-        log::error!("cannot serve queue {index}: {e}; the driver's ring is unusable");
+        log::error!("cannot serve queue {index}: {error}; the driver's ring is unusable");
     }
 }

@@ -59,7 +59,8 @@ pub struct Status<'m, B>(VolatileSlice<'m, B>);
 
 impl<B: BitmapSlice> Status<'_, B> {
     /// Writes the answer, one of `VIRTIO_BLK_S_*`.
-    pub fn write(&self, status: u8) {
+    pub fn write(&self, status: u32) {
+        let status = u8::try_from(status).expect("a status is a byte");
         self.0.copy_from(&[status]);
     }
 }

@@ -2,133 +2,88 @@
 //! The daemon: listens on a socket and forks a process for each front-end, one at a time.
 
 use std::fs;
-use std::io::{self, PipeReader, Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::os::unix::net::{UnixDatagram, UnixListener};
-use std::path::{Path, PathBuf};
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::args::Postcopy;
-use crate::counters::Counters;
-use crate::device::DeviceOptions;
+use rustix::net::sockopt::socket_peercred;
+
+use crate::child::{Child, Event, Parent};
+use crate::counters::{Counters, Snapshot};
 use crate::disk::{Disk, DiskOptions};
+use crate::endpoint::{Listening, Socket};
+use crate::error::{Error, Result};
+use crate::options::{DeviceOptions, Options, Postcopy};
+use crate::rate::OncePerSecond;
 use crate::signals::{self, Signals};
-use crate::{Error, Result, connection, postcopy};
+use crate::stats::Stats;
+use crate::{connection, notify, postcopy, relay};
 
 /// The time that a front-end's process may take to end after SIGTERM before it is killed. Longer
 /// than the time that the process gives its requests in flight.
 const END_PATIENCE: Duration = Duration::from_secs(4);
 
-/// The exit status of a front-end's process in which a thread panicked.
-const PANICKED: i32 = 70;
+/// The time that a front-end has to disconnect after the next one has connected. A process that is
+/// replaced may still hold its connection for a moment, as in a child that it is starting.
+const HANDOVER: Duration = Duration::from_millis(200);
 
-/// Configuration of the daemon; [`crate::args::Args::into_options`] creates it from a command line.
-#[derive(Clone, Debug)]
-pub struct Options {
-    /// The Unix socket to listen on.
-    pub socket: PathBuf,
-    /// The raw image or block device to serve.
-    pub disk: PathBuf,
-    /// The number of queues, 1 to 64.
-    pub num_queues: u16,
-    /// The maximum queue size, in descriptors; a power of two.
-    pub queue_size: u16,
-    /// The maximum number of requests of one queue that are executed at once.
-    pub threads: u16,
-    /// Whether writes are refused.
-    pub read_only: bool,
-    /// The logical block size in bytes, if different from the disk's own.
-    pub block_size: Option<u32>,
-    /// Whether the space of discarded ranges stays allocated.
-    pub keep_space: bool,
-    /// Whether the write cache is on at the start.
-    pub write_cache: bool,
-    /// The serial number, up to 20 bytes.
-    pub serial: String,
-    /// Whether to offer post-copy.
-    pub postcopy: Postcopy,
-    /// Whether to offer `CONFIGURE_MEM_SLOTS`.
-    pub mem_slots: bool,
-    /// Whether to return after the first front-end.
-    pub once: bool,
-    /// The file for the counters.
-    pub stats: Option<PathBuf>,
-}
+/// The pause before the next attempt to serve a front-end, if the host had no process for it.
+const RETRY: Duration = Duration::from_secs(1);
 
 /// Serves `options.disk` on `options.socket`: until the first front-end has disconnected if
-/// `options.once`, otherwise until SIGTERM or SIGINT. Removes the socket before it returns.
+/// `options.once` or if the socket is a connection, otherwise until SIGTERM, SIGINT or SIGHUP.
+/// Removes a socket that it created before it returns.
 ///
-/// Blocks the two signals and forks for each front-end, so the process must have no other threads.
-/// Front-ends are served one at a time; the next one waits for its turn.
+/// Blocks these signals and SIGUSR1, on which it reports the counters, and forks for each
+/// front-end, so the process must have no other threads. Front-ends are served one at a time: the
+/// connection of another one is closed.
 ///
 /// # Errors
-/// [`Error`]; a connection's own errors only with `options.once`.
-pub fn serve(options: &Options) -> Result<()> {
+/// [`Error`]; a connection's own errors only if it is the last one.
+pub fn serve(options: Options) -> Result<()> {
     expect_no_threads()?;
     let signals = Signals::block()?;
     let disk_options = DiskOptions {
         read_only: options.read_only,
         block_size: options.block_size,
         keep_space: options.keep_space,
+        shared: options.share_disk,
     };
     let disk = Arc::new(Disk::open(&options.disk, &disk_options)?);
     let postcopy = offer_postcopy(options.postcopy)?;
     let counters = Arc::new(Counters::new(options.num_queues)?);
-    let write_stats = || match &options.stats {
-        Some(path) => counters
-            .snapshot()
-            .write(path)
-            .map_err(|source| Error::Stats { path: path.clone(), source }),
-        None => Ok(()),
-    };
-    write_stats()?;
-    let socket = Socket::bind(&options.socket)?;
+    let stats = Stats::new(counters.clone(), options.stats, options.stats_interval);
+    stats.write()?;
     let device = DeviceOptions {
         num_queues: options.num_queues,
         queue_size: options.queue_size,
         threads: options.threads,
         write_cache: options.write_cache,
-        serial: options.serial.clone(),
+        serial: options.serial,
         postcopy,
         mem_slots: options.mem_slots,
     };
-
-    loop {
-        let [incoming, signalled] = signals::poll(
-            [(socket.listener.as_raw_fd(), libc::POLLIN), (signals.as_raw_fd(), libc::POLLIN)],
-            None,
-        )?;
-        if signalled != 0 && signals.take() {
-            return write_stats();
+    let served = format!(
+        "{}: {} bytes{}, queues: {} of up to {}, post-copy {}offered",
+        options.disk.display(),
+        disk.sectors() * 512,
+        if options.read_only { ", read-only" } else { "" },
+        device.num_queues,
+        device.queue_size,
+        if postcopy { "" } else { "not " },
+    );
+    let mut server = Server { signals, disk, counters, stats, device };
+    match Socket::open(options.socket)? {
+        Socket::Listening(socket) => {
+            log::info!("listening on {}; serving {served}", socket.name());
+            notify::ready(&format!("listening on {}", socket.name()));
+            server.serve_all(&socket, options.once)
         }
-        if incoming == 0 {
-            continue;
-        }
-        counters.connected();
-        let child = Child::fork(|| {
-            // SAFETY: this runs in the child, which drops nothing, so the descriptor has one owner
-            // there. It is closed as soon as the connection is accepted, so that no front-end
-            // connects to a daemon that has ended.
-            let listener = unsafe { UnixListener::from_raw_fd(socket.listener.as_raw_fd()) };
-            connection::serve(listener, &signals, disk.clone(), counters.clone(), device.clone())
-        })?;
-        let (result, ended) = child.wait(&signals)?;
-        if ended {
-            return write_stats();
-        }
-        match write_stats() {
-            Err(e) if options.once => return Err(e),
-            // A failure to write counters does not justify refusing the next front-end.
-            Err(e) => log::error!("{e}"),
-            Ok(()) => {}
-        }
-        match result {
-            Err(e) if options.once => return Err(e),
-            Err(e) => log::error!("{e}"),
-            Ok(()) if options.once => return Ok(()),
-            Ok(()) => {}
+        Socket::Connected(front_end) => {
+            log::info!("serving the inherited connection; {served}");
+            notify::ready("serving the inherited connection");
+            server.serve_one(front_end)
         }
     }
 }
@@ -149,222 +104,298 @@ fn offer_postcopy(wish: Postcopy) -> Result<bool> {
     }
     match postcopy::probe() {
         Ok(()) => Ok(true),
-        Err(e) if wish == Postcopy::Require => Err(Error::PostcopyUnavailable(e)),
-        Err(e) => {
+        Err(error) if wish == Postcopy::Require => Err(Error::PostcopyUnavailable(error)),
+        Err(error) => {
             log::warn!(
-                "cannot offer PAGEFAULT (--postcopy on): {e}; {}, or use --postcopy off",
-                e.advice()
+                "cannot offer PAGEFAULT (--postcopy on): {error}; {}, or use --postcopy off",
+                error.advice()
             );
             Ok(false)
         }
     }
 }
 
-/// A process that serves one front-end.
-struct Child {
-    pid: libc::pid_t,
-    /// The read end of the pipe on which it reports a failure; hung up when the process ends.
-    report: PipeReader,
+struct Server {
+    signals: Signals,
+    disk: Arc<Disk>,
+    counters: Arc<Counters>,
+    stats: Stats,
+    device: DeviceOptions,
 }
 
-impl Child {
-    /// Runs `work` in a new process, which ends after it, and at the latest together with this one.
-    fn fork(work: impl FnOnce() -> Result<()>) -> Result<Self> {
-        let (report, mut failure) = io::pipe().map_err(Error::system("create a pipe"))?;
-        let parent = std::process::id();
-        // SAFETY: this process has no other threads: `serve` has checked that, and neither it nor
-        // the functions it calls start one. So the child may do everything that this process could.
-        match unsafe { libc::fork() } {
-            -1 => Err(Error::last_os("start a process for the front-end")),
-            0 => {
-                drop(report);
-                die_with(parent);
-                let print = std::panic::take_hook();
-                std::panic::set_hook(Box::new(move |info| {
-                    print(info);
-                    exit_now(PANICKED);
-                }));
-                match work() {
-                    Ok(()) => exit_now(0),
-                    Err(e) => {
-                        let text = match e {
-                            Error::Connection(text) => text,
-                            e => e.to_string(),
-                        };
-                        let _ = failure.write_all(text.as_bytes());
-                        exit_now(1)
-                    }
-                }
+/// How serving a front-end ended.
+struct Served {
+    /// The outcome of its connection. A connection that the daemon's end has ended did not fail.
+    result: Result<()>,
+    /// Whether the front-end's process accepted its connection.
+    connected: bool,
+    /// The signal that ended the daemon meanwhile.
+    signal: Option<&'static str>,
+}
+
+impl Server {
+    /// Serves one front-end after another.
+    fn serve_all(&mut self, socket: &Listening, once: bool) -> Result<()> {
+        let listener = &socket.listener;
+        loop {
+            if let Some(signal) = self.await_front_end(listener)? {
+                return self.end(signal);
             }
-            pid => Ok(Child { pid, report }),
+            let served = Child::fork(|parent| {
+                // SAFETY: this runs in the child, which drops nothing, so the descriptor has one
+                // owner there. It is closed as soon as the connection is accepted, so that no
+                // front-end connects to a daemon that has ended.
+                let listener = unsafe { UnixListener::from_raw_fd(listener.as_raw_fd()) };
+                self.serve_in_child(listener, parent)
+            });
+            let served = match served {
+                Ok(child) => self.attend(child, Some(listener), None)?,
+                Err(error) => Served { result: Err(error), connected: false, signal: None },
+            };
+            if served.signal.is_some() {
+                return self.stats.write();
+            }
+            match self.stats.write() {
+                Err(error) if once => return Err(error),
+                // A failure to write counters does not justify refusing the next front-end.
+                Err(error) => log::error!("{error}"),
+                Ok(()) => {}
+            }
+            match served.result {
+                result if once => return result,
+                Err(error) => log::error!("{error}"),
+                Ok(()) => {}
+            }
+            if !served.connected
+                && let Some(signal) = self.pause(RETRY)?
+            {
+                // The front-end that could not be served is still pending.
+                return self.end(signal);
+            }
+            notify::status(&format!("listening on {}", socket.name()));
         }
     }
 
-    /// Waits for the process to end, and terminates it if this process receives a signal. Returns
-    /// the outcome, and whether a signal was received.
-    fn wait(mut self, signals: &Signals) -> Result<(Result<()>, bool)> {
-        let mut deadline = None;
+    /// Serves the front-end of a connection that was inherited.
+    fn serve_one(&mut self, front_end: UnixStream) -> Result<()> {
+        let name = name_of(&front_end);
+        let child =
+            Child::fork(|parent| self.serve_in_child(relay::listener_for(front_end)?, parent))?;
+        let served = self.attend(child, None, Some(name))?;
+        self.stats.write().and(served.result)
+    }
+
+    fn serve_in_child(&self, listener: UnixListener, parent: &Parent) -> Result<()> {
+        let (disk, counters) = (self.disk.clone(), self.counters.clone());
+        connection::serve(listener, &self.signals, disk, counters, self.device.clone(), parent)
+    }
+
+    /// Waits for a front-end. Returns the signal if one comes first that ends the daemon.
+    fn await_front_end(&mut self, listener: &UnixListener) -> Result<Option<&'static str>> {
         loop {
-            let patience = deadline.map(|d: Instant| d.saturating_duration_since(Instant::now()));
-            let [ended, signalled] = signals::poll(
-                [(self.report.as_raw_fd(), libc::POLLIN), (signals.as_raw_fd(), libc::POLLIN)],
+            let fds =
+                [(listener.as_raw_fd(), libc::POLLIN), (self.signals.as_raw_fd(), libc::POLLIN)];
+            let [incoming, signalled] = signals::poll(fds, self.stats.time_left())?;
+            if let Some(signal) = self.take_signals(signalled != 0) {
+                return Ok(Some(signal));
+            }
+            if incoming != 0 {
+                return Ok(None);
+            }
+        }
+    }
+
+    /// Waits for some time. Returns the signal if one comes that ends the daemon.
+    fn pause(&mut self, time: Duration) -> Result<Option<&'static str>> {
+        let fds = [(self.signals.as_raw_fd(), libc::POLLIN)];
+        let [signalled] = signals::poll(fds, Some(time))?;
+        Ok(self.take_signals(signalled != 0))
+    }
+
+    /// Reports the counters if that is due, or if a signal asks for it. Returns the signal that
+    /// ends the daemon, if there is one.
+    fn take_signals(&mut self, signalled: bool) -> Option<&'static str> {
+        self.stats.report_if_due();
+        let taken = if signalled { self.signals.take() } else { Default::default() };
+        if taken.stats {
+            self.stats.report();
+        }
+        taken.end
+    }
+
+    fn end(&self, signal: &str) -> Result<()> {
+        report_end(signal);
+        self.stats.write()
+    }
+
+    /// Waits for the process of a front-end to end, and terminates it if this process receives a
+    /// signal. Meanwhile it refuses other front-ends on `listener`.
+    fn attend(
+        &mut self,
+        mut child: Child,
+        listener: Option<&UnixListener>,
+        mut name: Option<String>,
+    ) -> Result<Served> {
+        let begun = Instant::now();
+        let before = self.counters.snapshot();
+        let mut connection: Option<UnixStream> = None;
+        let mut refused = OncePerSecond::new();
+        let mut leaving = false;
+        let mut refuse_at: Option<Instant> = None;
+        let mut signal = None;
+        let mut deadline: Option<Instant> = None;
+        let mut killed = false;
+        loop {
+            let watched = connection.is_some() && !leaving && refuse_at.is_none();
+            let others = listener.filter(|_| watched).map_or(-1, AsRawFd::as_raw_fd);
+            let until = deadline.into_iter().chain(refuse_at).min();
+            let left = until.map(|it| it.saturating_duration_since(Instant::now()));
+            let patience = left.into_iter().chain(self.stats.time_left()).min();
+            let [changed, signalled, incoming] = signals::poll(
+                [
+                    (child.channel(), libc::POLLIN),
+                    (self.signals.as_raw_fd(), libc::POLLIN),
+                    (others, libc::POLLIN),
+                ],
                 patience,
             )?;
-            if signalled != 0 && signals.take() && deadline.is_none() {
-                self.kill(libc::SIGTERM);
+            if let Some(end) = self.take_signals(signalled != 0)
+                && signal.is_none()
+            {
+                report_end(end);
+                child.kill(libc::SIGTERM);
+                signal = Some(end);
+                leaving = true;
                 deadline = Some(Instant::now() + END_PATIENCE);
             }
-            if ended != 0 {
-                break;
-            }
-            if deadline.is_some_and(|d| Instant::now() >= d) {
-                log::warn!("cannot end the front-end's process: it does not stop; killing it");
-                self.kill(libc::SIGKILL);
-                break;
-            }
-        }
-        let mut text = String::new();
-        let _ = self.report.read_to_string(&mut text);
-        let mut status = 0;
-        // SAFETY: the process is our child, and no other code waits for it.
-        while unsafe { libc::waitpid(self.pid, &mut status, 0) } < 0 {
-            if io::Error::last_os_error().kind() != io::ErrorKind::Interrupted {
-                return Err(Error::last_os("wait for the front-end's process"));
-            }
-        }
-        let result = if libc::WIFSIGNALED(status) {
-            let signal = libc::WTERMSIG(status);
-            Err(Error::Connection(format!(
-                "its process was killed by signal {signal}; check whether its shared memory was \
-                 truncated"
-            )))
-        } else if !text.is_empty() {
-            Err(Error::Connection(text))
-        } else {
-            match libc::WEXITSTATUS(status) {
-                0 => Ok(()),
-                status => Err(Error::Connection(format!(
-                    "its process ended with status {status}; see the messages above, and report \
-                     this bug"
-                ))),
-            }
-        };
-        Ok((result, deadline.is_some()))
-    }
-
-    fn kill(&self, signal: libc::c_int) {
-        // SAFETY: the process has not been waited for, so its ID has not been reused.
-        unsafe { libc::kill(self.pid, signal) };
-    }
-}
-
-/// Arranges for the kernel to kill this process when `parent` ends.
-fn die_with(parent: u32) {
-    // SAFETY: neither call accesses memory.
-    let orphan = unsafe {
-        libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
-        libc::getppid() as u32 != parent
-    };
-    if orphan {
-        exit_now(1);
-    }
-}
-
-/// Ends the process whatever its threads are doing, and runs no destructor or exit handler.
-fn exit_now(status: i32) -> ! {
-    // SAFETY: it never returns, and no state of this process is needed afterwards.
-    unsafe { libc::_exit(status) }
-}
-
-/// The socket that front-ends connect to; removed when dropped.
-struct Socket {
-    listener: UnixListener,
-    path: PathBuf,
-    /// Device and inode, so that only the socket created here is removed.
-    id: (u64, u64),
-}
-
-impl Socket {
-    /// Listens on `path`, replacing a stale socket.
-    fn bind(path: &Path) -> Result<Self> {
-        let failed =
-            |problem: String, advice| Error::Socket { path: path.to_path_buf(), problem, advice };
-        match fs::symlink_metadata(path) {
-            Ok(found) if !found.file_type().is_socket() => {
-                return Err(failed("it exists and is not a socket".into(), "use another path"));
-            }
-            Ok(_) => {
-                // Connect with a socket of another type: a live listener does not notice.
-                match UnixDatagram::unbound().and_then(|s| s.connect(path)) {
-                    Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => {
-                        fs::remove_file(path)
-                            .map_err(|e| failed(e.to_string(), "remove the stale socket"))?;
+            if changed != 0 {
+                match child.next_event()? {
+                    Event::Connected(stream) => {
+                        let name = name.get_or_insert_with(|| name_of(&stream));
+                        self.counters.connected();
+                        log::info!("{name} connected");
+                        notify::status(&format!("serving {name}"));
+                        connection = Some(stream);
                     }
-                    Err(e) if e.raw_os_error() != Some(libc::EPROTOTYPE) => {
-                        return Err(failed(e.to_string(), "use another path"));
-                    }
-                    _ => {
-                        return Err(failed(
-                            "another process listens on it".into(),
-                            "use another path",
-                        ));
-                    }
+                    Event::Ended => break,
                 }
             }
-            Err(_) => {}
+            if deadline.is_some_and(|it| Instant::now() >= it) {
+                log::warn!("cannot end the front-end's process: it does not stop; killing it");
+                child.kill(libc::SIGKILL);
+                killed = true;
+                break;
+            }
+            if incoming != 0 {
+                refuse_at = Some(Instant::now() + HANDOVER);
+            }
+            if let (Some(connection), Some(listener)) = (&connection, listener)
+                && refuse_at.is_some_and(|it| Instant::now() >= it)
+            {
+                refuse_at = None;
+                // The next front-end waits while the process of this one ends: it is not long.
+                leaving = leaving || hung_up(connection)?;
+                if !leaving {
+                    refuse(listener, name.as_deref().unwrap_or_default(), &mut refused);
+                }
+            }
         }
-        let advice = "use a path of at most 107 bytes, in a directory that this user may write";
-        let listener = UnixListener::bind(path).map_err(|e| {
-            let too_many = Error::too_many_files("--socket", path, &e);
-            too_many.unwrap_or_else(|| failed(e.to_string(), advice))
-        })?;
-        let made = fs::symlink_metadata(path).map_err(|e| failed(e.to_string(), advice))?;
-        Ok(Socket { listener, path: path.to_path_buf(), id: (made.dev(), made.ino()) })
+        let connected = connection.is_some();
+        let mut result = child.reap()?;
+        if signal.is_some()
+            && let Err(error) = std::mem::replace(&mut result, Ok(()))
+            && !killed
+        {
+            log::error!("{error}");
+        }
+        if let Some(name) = name.filter(|_| connected) {
+            let did = difference(&before, &self.counters.snapshot());
+            log::info!("{name} disconnected after {:.1} s: {did}", begun.elapsed().as_secs_f64());
+        }
+        Ok(Served { result, connected, signal })
     }
 }
 
-impl Drop for Socket {
-    fn drop(&mut self) {
-        if fs::symlink_metadata(&self.path).is_ok_and(|m| (m.dev(), m.ino()) == self.id) {
-            let _ = fs::remove_file(&self.path);
-        }
+fn report_end(signal: &str) {
+    log::info!("ending on {signal}");
+    notify::stopping(&format!("ending on {signal}"));
+}
+
+/// Returns a front-end's name for messages.
+fn name_of(front_end: &UnixStream) -> String {
+    match socket_peercred(front_end) {
+        Ok(peer) => format!("front-end (process {})", peer.pid.as_raw_nonzero()),
+        Err(_) => "front-end".into(),
     }
+}
+
+fn hung_up(connection: &UnixStream) -> Result<bool> {
+    let fds = [(connection.as_raw_fd(), libc::POLLRDHUP)];
+    let [events] = signals::poll(fds, Some(Duration::ZERO))?;
+    Ok(events != 0)
+}
+
+/// Closes the connection of a front-end that is pending while another one is served.
+fn refuse(listener: &UnixListener, served: &str, limit: &mut OncePerSecond) {
+    let (name, advice) = match listener.accept() {
+        Ok((other, _)) => (name_of(&other), "start another back-end for this one"),
+        Err(error) => {
+            log::error!("cannot refuse another front-end: {error}");
+            std::thread::sleep(Duration::from_millis(100));
+            return;
+        }
+    };
+    if let Some(left_out) = limit.pass() {
+        log::warn!("cannot serve {name}: busy with {served}; {advice}{left_out}");
+    }
+}
+
+/// Returns the requests between two moments, in words.
+fn difference(before: &Snapshot, after: &Snapshot) -> String {
+    let of = |counter: fn(&Snapshot) -> u64| counter(after) - counter(before);
+    format!(
+        "{} requests, {} bytes read, {} bytes written, {} errors, {} faults waited, {} abandoned",
+        of(|it| it.requests),
+        of(|it| it.bytes_read),
+        of(|it| it.bytes_written),
+        of(|it| it.io_errors),
+        of(|it| it.faults_waited),
+        after.abandoned.saturating_sub(before.abandoned),
+    )
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::endpoint::Endpoint;
 
     #[test]
     fn a_process_with_threads_is_refused() {
-        use clap::Parser;
         let dir = tempfile::tempdir().unwrap();
         let (disk, socket) = (dir.path().join("disk"), dir.path().join("s"));
         fs::write(&disk, [0; 4096]).unwrap();
-        let paths = [disk, socket].map(|path| path.display().to_string());
-        let args = ["vhost-device-blk", "--disk", &paths[0], "--socket", &paths[1]];
-        let options = crate::args::Args::try_parse_from(args).unwrap().into_options().unwrap();
+        let options = Options {
+            socket: Endpoint::Path(socket),
+            disk,
+            share_disk: false,
+            num_queues: 1,
+            queue_size: 256,
+            threads: 1,
+            read_only: false,
+            block_size: None,
+            keep_space: false,
+            write_cache: true,
+            serial: String::new(),
+            postcopy: Postcopy::Off,
+            mem_slots: false,
+            once: false,
+            stats: None,
+            stats_interval: None,
+        };
         // On a separate thread, so that a server that starts by mistake does not block the test.
         let (sender, result) = std::sync::mpsc::channel();
-        std::thread::spawn(move || sender.send(serve(&options)));
+        std::thread::spawn(move || sender.send(serve(options)));
         let result = result.recv_timeout(Duration::from_secs(10)).expect("it does not begin");
         assert!(matches!(result, Err(Error::Threads(2..))), "{result:?}");
-    }
-
-    #[test]
-    fn sockets() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("s");
-        drop(UnixListener::bind(&path).unwrap());
-        let socket = Socket::bind(&path).expect("a stale socket is replaced");
-        let e = Socket::bind(&path).err().expect("a live one is not");
-        assert!(e.to_string().contains("another process listens"), "{e}");
-        drop(socket);
-        assert!(!path.exists());
-
-        fs::write(&path, "").unwrap();
-        assert!(Socket::bind(&path).is_err());
-        assert!(path.exists());
-        assert!(Socket::bind(&dir.path().join("absent/s")).is_err());
     }
 }

@@ -6,7 +6,7 @@ use std::ops::Deref;
 use std::ptr::{self, NonNull};
 use std::sync::atomic::AtomicBool;
 
-use crate::{Error, Result};
+use crate::error::{Error, Result};
 
 /// Types that may be shared with a forked process.
 ///

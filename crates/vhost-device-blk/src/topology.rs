@@ -5,39 +5,37 @@ use std::fs::{File, Metadata};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 
+use crate::options::{MAX_BLOCK_SIZE, MIN_BLOCK_SIZE};
+
 /// The ioctl that reads whether the device is read-only (`<linux/fs.h>`).
 const BLKROGET: libc::Ioctl = 0x125e;
 
-/// The minimum logical block size: a sector.
-pub const MIN_BLOCK_SIZE: u32 = 512;
-/// The maximum logical block size: the smallest page.
-pub const MAX_BLOCK_SIZE: u32 = 4096;
 /// Sizes above this express a file system's preference for large transfers, not its block size.
 const MAX_PHYSICAL: u32 = 64 << 10;
 
 /// The sizes, in bytes; all but `opt_io` are powers of two.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub struct Topology {
+pub(crate) struct Topology {
     /// The size of which requests must be multiples.
-    pub block_size: u32,
+    pub(crate) block_size: u32,
     /// The size that the disk writes without reading first; a multiple of `block_size`.
-    pub physical: u32,
+    pub(crate) physical: u32,
     /// The best size for small requests.
-    pub min_io: u32,
+    pub(crate) min_io: u32,
     /// The best size for large requests, 0 if there is none.
-    pub opt_io: u32,
+    pub(crate) opt_io: u32,
 }
 
 impl Topology {
     /// Returns the topology of a file: a write of less than a block of its file system needs a read
     /// first.
-    pub fn of_file(metadata: &Metadata, block_size: Option<u32>) -> Self {
+    pub(crate) fn of_file(metadata: &Metadata, block_size: Option<u32>) -> Self {
         let own = u32::try_from(metadata.blksize()).unwrap_or(u32::MAX);
         Topology::new(block_size.unwrap_or(MIN_BLOCK_SIZE), own, 0, 0)
     }
 
     /// Returns the topology of a block device, and the size of the device's own logical blocks.
-    pub fn of_device(file: &File, block_size: Option<u32>) -> (Self, u64) {
+    pub(crate) fn of_device(file: &File, block_size: Option<u32>) -> (Self, u64) {
         let ask = |request| ask(file, request);
         let own = ask(libc::BLKSSZGET).filter(|n| n.is_power_of_two()).unwrap_or(MIN_BLOCK_SIZE);
         let physical = ask(libc::BLKPBSZGET).unwrap_or(own);

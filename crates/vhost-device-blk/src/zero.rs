@@ -20,7 +20,7 @@ static ZEROS: [u8; 1 << 20] = [0; 1 << 20];
 
 /// The methods that the host supports for a disk, as far as known.
 #[derive(Debug)]
-pub struct Means {
+pub(crate) struct Means {
     /// For a block device: its block size in bytes, of which its ranges must be multiples.
     device_block: Option<u64>,
     /// Whether space may and can be returned to the host.
@@ -33,11 +33,11 @@ impl Means {
     /// Probes the operations that the host supports on `file`, of `len` bytes, which must be open
     /// for writing if `discard` is set. `device_block` is the block size if the file is a block
     /// device.
-    pub fn probe(file: &File, len: u64, device_block: Option<u64>, discard: bool) -> Self {
+    pub(crate) fn probe(file: &File, len: u64, device_block: Option<u64>, discard: bool) -> Self {
         // Neither call changes anything: one covers 0 bytes, the other lies behind the end.
         let discard = discard
             && match device_block {
-                Some(_) => !discard_device(file, 0, 0).is_err_and(|e| unsupported(&e)),
+                Some(_) => !discard_device(file, 0, 0).is_err_and(|error| unsupported(&error)),
                 None => fallocate(file, PUNCH_HOLE, len.next_multiple_of(4096), 4096).is_ok(),
             };
         Means {
@@ -49,13 +49,13 @@ impl Means {
     }
 
     /// Returns whether space can be returned to the host.
-    pub fn can_discard(&self) -> bool {
+    pub(crate) fn can_discard(&self) -> bool {
         self.discard.load(Ordering::Relaxed)
     }
 
     /// Returns the space of a range to the host, or does nothing if that turns out to be
     /// impossible: a discard is a hint (virtio 1.3, 5.2.6.2).
-    pub fn discard(&self, file: &File, offset: u64, len: u64) -> io::Result<()> {
+    pub(crate) fn discard(&self, file: &File, offset: u64, len: u64) -> io::Result<()> {
         if !self.can_discard() {
             return Ok(());
         }
@@ -72,7 +72,7 @@ impl Means {
             }
         };
         match result {
-            Err(e) if unsupported(&e) => {
+            Err(error) if unsupported(&error) => {
                 self.discard.store(false, Ordering::Relaxed);
                 Ok(())
             }
@@ -81,7 +81,13 @@ impl Means {
     }
 
     /// Makes the range read as zeros. Returns its space to the host only if `unmap` permits it.
-    pub fn write_zeroes(&self, file: &File, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
+    pub(crate) fn write_zeroes(
+        &self,
+        file: &File,
+        offset: u64,
+        len: u64,
+        unmap: bool,
+    ) -> io::Result<()> {
         let means = [
             (PUNCH_HOLE, &self.punch_hole, unmap && self.can_discard()),
             (ZERO_RANGE, &self.zero_range, true),
@@ -91,15 +97,16 @@ impl Means {
                 continue;
             }
             match fallocate(file, mode, offset, len) {
-                Err(e) if unsupported(&e) => works.store(false, Ordering::Relaxed),
+                Err(error) if unsupported(&error) => works.store(false, Ordering::Relaxed),
                 // A block device refuses ranges that cover parts of its blocks.
-                Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {}
+                Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {}
                 result => return result,
             }
         }
         let (mut offset, mut rest) = (offset, len);
         while rest > 0 {
-            let part = &ZEROS[..rest.min(ZEROS.len() as u64) as usize];
+            let part =
+                &ZEROS[..usize::try_from(rest).map_or(ZEROS.len(), |rest| rest.min(ZEROS.len()))];
             file.write_all_at(part, offset)?;
             offset += part.len() as u64;
             rest -= part.len() as u64;
@@ -109,9 +116,9 @@ impl Means {
 }
 
 /// Returns whether the host does not support the operation, at all or for this file.
-fn unsupported(e: &io::Error) -> bool {
+fn unsupported(error: &io::Error) -> bool {
     let unsupported = [libc::EOPNOTSUPP, libc::ENOSYS, libc::ENOTTY, libc::ENODEV];
-    e.raw_os_error().is_some_and(|e| unsupported.contains(&e))
+    error.raw_os_error().is_some_and(|error| unsupported.contains(&error))
 }
 
 fn fallocate(file: &File, mode: libc::c_int, offset: u64, len: u64) -> io::Result<()> {
@@ -139,9 +146,9 @@ fn uninterrupted(call: impl Fn() -> libc::c_int) -> io::Result<()> {
         if call() == 0 {
             return Ok(());
         }
-        let e = io::Error::last_os_error();
-        if e.kind() != io::ErrorKind::Interrupted {
-            return Err(e);
+        let error = io::Error::last_os_error();
+        if error.kind() != io::ErrorKind::Interrupted {
+            return Err(error);
         }
     }
 }

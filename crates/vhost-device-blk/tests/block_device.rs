@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A block device as the disk: a loop device with blocks of 4096 bytes. The tests print SKIPPED and
 //! pass where no loop device can be set up.
+#![allow(clippy::cast_possible_truncation, reason = "the numbers of a test are small")]
 
 mod common;
 
@@ -39,8 +40,8 @@ impl Loop {
     fn set_up(backing: &File) -> Option<Self> {
         match Self::try_set_up(backing) {
             Ok(device) => Some(device),
-            Err(e) => {
-                eprintln!("SKIPPED: no loop device: {e}");
+            Err(error) => {
+                eprintln!("SKIPPED: no loop device: {error}");
                 None
             }
         }
@@ -54,8 +55,8 @@ impl Loop {
             let device = open(&path)?;
             match ioctl(&device, LOOP_SET_FD, backing.as_raw_fd() as libc::c_ulong) {
                 // Another process took the device first.
-                Err(e) if e.raw_os_error() == Some(libc::EBUSY) => {}
-                Err(e) => return Err(e),
+                Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {}
+                Err(error) => return Err(error),
                 Ok(_) => {
                     let this = Loop { device, path };
                     ioctl(&this.device, LOOP_SET_BLOCK_SIZE, 4096)?;
@@ -189,4 +190,25 @@ fn read_only_device_is_refused_at_start() {
     let mut guest = Guest::connect(&daemon.socket(), 1);
     assert_eq!(guest.request(0, T_IN, 8, DATA, 4096), (OK, 4097));
     assert_eq!(guest.request(0, T_OUT, 8, DATA, 4096).0, IOERR);
+}
+
+/// Another process has the device's file open for writing.
+#[test]
+fn device_in_use_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let backing = dir.path().join("backing");
+    fs::write(&backing, vec![0xaa; 1 << 20]).unwrap();
+    let Some(device) = Loop::set_up(&open(&backing).unwrap()) else { return };
+    symlink(&device.path, dir.path().join("disk")).unwrap();
+    let process = spawn(dir.path(), &[]);
+    let daemon = Daemon { process, dir };
+    daemon.await_socket();
+    for args in [&[][..], &["--read-only"]] {
+        let dir = tempfile::tempdir().unwrap();
+        symlink(&device.path, dir.path().join("disk")).unwrap();
+        let mut second = Daemon { process: spawn(dir.path(), args), dir };
+        assert_eq!(second.wait().code(), Some(1));
+        let said = second.stderr();
+        assert!(said.contains("another process is using it"), "{said}");
+    }
 }

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The daemon around the device: its command line, successive front-ends, and its termination.
+#![allow(clippy::cast_possible_truncation, reason = "the numbers of a test are small")]
 
 mod common;
 
@@ -10,9 +11,11 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 use common::*;
+use test_support::program::copy_for_everybody;
 use vhost::VhostBackend;
 
 #[test]
@@ -92,7 +95,7 @@ fn a_protocol_error_fails_once() {
     let mut daemon = Daemon::start(100, &["--once"]);
     let guest = Guest::connect(&daemon.socket(), 0);
     // A queue larger than the daemon permits.
-    assert!(guest.frontend.set_vring_num(0, 512).is_err());
+    assert!(guest.frontend.set_vring_num(0, 2048).is_err());
     assert_eq!(daemon.wait().code(), Some(1));
     let stderr = daemon.stderr();
     assert!(
@@ -108,7 +111,7 @@ fn wrong_command_lines_are_refused() {
     let (socket, disk, live) = (path("socket"), path("disk"), path("live"));
     fs::write(&disk, [0; 512]).unwrap();
     let _live = UnixListener::bind(&live).unwrap();
-    let good = ["--socket", &socket, "--disk", &disk];
+    let good = ["--socket-path", &socket, "--blk-file", &disk];
     let with = |more: &[&str]| [&good[..], more].concat().into_iter().map(String::from).collect();
     let cases: &[(Vec<String>, i32, &str)] = &[
         (vec![], 2, "required"),
@@ -147,13 +150,15 @@ fn read_only_image_is_refused_by_option() {
     let folder = tempfile::tempdir().unwrap();
     let image = folder.path().join("image");
     fs::write(&image, [0; 512]).unwrap();
-    let program = folder.path().join("program");
-    fs::copy(env!("CARGO_BIN_EXE_vhost-device-blk"), &program).unwrap();
-    for (path, mode) in [(folder.path(), 0o755), (&image, 0o444), (&program, 0o755)] {
-        fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
-    }
+    let program = Path::new(env!("CARGO_BIN_EXE_vhost-device-blk"));
+    let program = copy_for_everybody(program, folder.path()).unwrap();
+    fs::set_permissions(&image, fs::Permissions::from_mode(0o444)).unwrap();
     let refused = |command: &mut Command, cause: &str| {
-        command.arg("--socket").arg(folder.path().join("socket")).arg("--disk").arg(&image);
+        command
+            .arg("--socket-path")
+            .arg(folder.path().join("socket"))
+            .arg("--blk-file")
+            .arg(&image);
         let output = command.output().unwrap();
         let said = String::from_utf8(output.stderr).unwrap();
         assert_eq!(output.status.code(), Some(1), "{said}");
@@ -195,8 +200,8 @@ fn read_only_image_is_refused_by_option() {
         command
     };
     match command().arg("--help").stdout(Stdio::null()).status() {
-        Err(e) if e.raw_os_error() == Some(libc::EPERM) => {
-            return eprintln!("SKIPPED: no mounts: {e}");
+        Err(error) if error.raw_os_error() == Some(libc::EPERM) => {
+            return eprintln!("SKIPPED: no mounts: {error}");
         }
         status => assert!(status.unwrap().success()),
     }

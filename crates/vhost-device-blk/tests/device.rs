@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The device over a real socket, driven by a front-end with real rings.
+#![allow(clippy::cast_possible_truncation, reason = "the numbers of a test are small")]
 
 mod common;
 
@@ -29,7 +30,7 @@ fn configuration() {
     assert_eq!(guest.features & (1 << 32 | 1 << 28), 1 << 32 | 1 << 28);
     assert_eq!(guest.frontend.get_queue_num().unwrap(), 3);
     assert_eq!(guest.config(0, 8), 1000u64.to_le_bytes());
-    assert_eq!(guest.config(12, 4), 254u32.to_le_bytes());
+    assert_eq!(guest.config(12, 4), 1022u32.to_le_bytes());
     assert_eq!(guest.config(34, 2), 3u16.to_le_bytes());
     assert_eq!(guest.config(0, 60).len(), 60);
     let wanted = VhostUserProtocolFeatures::MQ
@@ -37,6 +38,29 @@ fn configuration() {
         | VhostUserProtocolFeatures::REPLY_ACK
         | VhostUserProtocolFeatures::CONFIG;
     assert_eq!(guest.protocol, wanted);
+}
+
+#[test]
+fn truncated_image_is_reported() {
+    let daemon = Daemon::start(64, &["--postcopy", "off"]);
+    let mut guest = Guest::connect(&daemon.socket(), 1);
+    assert_eq!(guest.request(0, T_IN, 40, DATA, 512), (OK, 513));
+    let image = fs::File::options().write(true).open(daemon.dir.path().join("disk")).unwrap();
+    image.set_len(16 * 512).unwrap();
+    assert_eq!(guest.request(0, T_OUT, 8, DATA, 512), (OK, 1));
+    assert_eq!(daemon.stderr(), "");
+
+    let words = "the image has been truncated: it has 8192 bytes, and the guest's disk 32768";
+    assert_eq!(guest.request(0, T_OUT, 40, DATA, 512), (OK, 1));
+    assert!(daemon.stderr().contains(words), "{}", daemon.stderr());
+    assert_eq!(guest.request(0, T_IN, 50, DATA, 512), (IOERR, 0));
+    assert_eq!(guest.request(0, T_OUT, 60, DATA, 512), (OK, 1));
+    // The next front-end is served by another process.
+    drop(guest);
+    let mut guest = Guest::connect(&daemon.socket(), 1);
+    assert_eq!(guest.request(0, T_IN, 63, DATA, 512), (IOERR, 0));
+    assert_eq!(daemon.stderr().matches(words).count(), 1, "{}", daemon.stderr());
+    assert!(daemon.stderr().contains("cannot read from the disk: the image has been truncated; "));
 }
 
 #[test]
@@ -130,7 +154,10 @@ fn many_requests_on_several_queues_at_once() {
     });
     drop(guest);
     assert!(daemon.wait().success());
-    assert_eq!(daemon.stats()["queue_requests"], serde_json::json!([1000, 1000, 1000, 1000]));
+    let stats = daemon.stats();
+    let requests: Vec<_> =
+        stats["queues"].as_array().unwrap().iter().map(|queue| &queue["requests"]).collect();
+    assert_eq!(requests, [1000, 1000, 1000, 1000]);
 }
 
 #[test]

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Requests in flight when the front-end disconnects or the daemon is terminated: each is executed
 //! or dropped as a whole, and every answered request was executed.
+#![allow(clippy::cast_possible_truncation, reason = "the numbers of a test are small")]
 
 mod common;
 

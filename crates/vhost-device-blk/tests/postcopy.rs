@@ -1,17 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Post-copy: the front-end under test shares memory that is still missing, and serves the faults.
 //! Needs /dev/userfaultfd; the tests print SKIPPED and pass where it may not be opened.
+#![allow(clippy::cast_possible_truncation, reason = "the numbers of a test are small")]
 
 mod common;
 
 use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use common::missing::*;
 use common::*;
 use vhost::VhostBackend;
-use vhost::vhost_user::VhostUserFrontend;
+use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 fn writes_and_reads(args: &[&str]) {
@@ -52,6 +54,42 @@ fn writes_and_reads(args: &[&str]) {
     drop(guest);
     assert!(daemon.wait().success());
     assert_eq!(daemon.stderr(), "");
+}
+
+/// Over an inherited connection, too, descriptors go both ways. The counters tell how often a
+/// request waited.
+#[test]
+fn faults_that_requests_wait_for_are_counted() {
+    need_userfaultfd!();
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("disk"), vec![0; 1 << 20]).unwrap();
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let mut daemon = Daemon { process: spawn_with(theirs.into(), dir.path(), &[]), dir };
+    let (mut guest, server) = restore_on(Frontend::from_stream(ours, 64), 1);
+    // A page that comes late, and one that is present by then.
+    server.hold(DATA);
+    let mem = guest.mem.clone();
+    guest.rings[0].submit(&mem, T_OUT, 8, &[(DATA, 4096)]);
+    server.await_fault(DATA);
+    thread::sleep(Duration::from_millis(20));
+    server.release(DATA);
+    guest.rings[0].wait(&mem);
+    let faults = || {
+        daemon.signal(libc::SIGUSR1);
+        until("a report", || daemon.stderr().contains("faults_waited"));
+        std::fs::write(daemon.dir.path().join("stderr"), "").unwrap();
+        daemon.stats()["queues"][0]["faults_waited"].as_u64().unwrap()
+    };
+    let waited = faults();
+    assert!(waited >= 1, "{}", daemon.stats());
+    for _ in 0..20 {
+        assert_eq!(guest.request(0, T_OUT, 8, DATA, 4096), (OK, 1));
+    }
+    // At most the pages of headers and statuses.
+    assert!(faults() <= waited + 3, "{}", daemon.stats());
+    drop(guest);
+    drop(server);
+    assert!(daemon.wait().success());
 }
 
 #[test]

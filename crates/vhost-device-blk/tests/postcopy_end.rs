@@ -2,6 +2,7 @@
 //! The end of a post-copy: in good order, or with the front-end or the daemon ending during a
 //! fault; and the start of another. Needs /dev/userfaultfd; the tests print SKIPPED and pass where
 //! it may not be opened.
+#![allow(clippy::cast_possible_truncation, reason = "the numbers of a test are small")]
 
 mod common;
 
@@ -18,9 +19,9 @@ use common::missing::*;
 use common::*;
 use vhost::vhost_user::{Listener, VhostUserFrontend};
 use vhost::{VhostBackend, VringConfigData};
-use vhost_device_blk::counters::Counters;
-use vhost_device_blk::device::{AtomicMemory, BlkBackend, DeviceOptions, Memory};
-use vhost_device_blk::disk::{Disk, DiskOptions};
+use vhost_device_blk::{
+    AtomicMemory, BlkBackend, Counters, DeviceOptions, Disk, DiskOptions, Memory,
+};
 use vhost_user_backend::VhostUserDaemon;
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 

@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! QEMU as the front-end: its firmware boots from the device, and the boot sector reads and writes.
 //! The tests print SKIPPED and pass where QEMU is not installed.
+#![allow(clippy::cast_possible_truncation, reason = "the numbers of a test are small")]
 
 mod common;
 
 use std::fs;
 use std::io::ErrorKind;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
 use std::thread;
 use std::time::Instant;
@@ -45,11 +46,11 @@ fn qemu(daemon: &Daemon, accelerator: &str, args: &[&str]) -> Option<ExitStatus>
         .spawn();
     let mut qemu = match qemu {
         Ok(qemu) => qemu,
-        Err(e) if e.kind() == ErrorKind::NotFound => {
+        Err(error) if error.kind() == ErrorKind::NotFound => {
             eprintln!("SKIPPED: qemu-system-x86_64 is not installed");
             return None;
         }
-        Err(e) => panic!("{e}"),
+        Err(error) => panic!("{error}"),
     };
     // An emulated machine on a busy host needs this long.
     let start = Instant::now();
@@ -99,6 +100,23 @@ fn boots_under_qemu() {
     assert_eq!(daemon.stderr(), "");
 }
 
+/// QEMU's own words for a closed connection; it does not wait.
+#[test]
+fn second_qemu_ends_at_once() {
+    let daemon = Daemon::start(4096, &[]);
+    let mut first = Guest::connect(&daemon.socket(), 1);
+    let start = Instant::now();
+    let device = ["-device", "vhost-user-blk-pci,chardev=c"];
+    let Some(status) = qemu(&daemon, "tcg", &device) else {
+        return;
+    };
+    assert_eq!(status.code(), Some(1));
+    // To start QEMU takes seconds on a busy machine.
+    assert!(start.elapsed() < 3 * PATIENCE, "{:?}", start.elapsed());
+    until("the message", || daemon.stderr().contains("busy with front-end (process "));
+    assert_eq!(first.request(0, T_IN, 1, DATA, 512), (OK, 513));
+}
+
 /// The init script of the Linux guest; its output goes to the console.
 const INIT: &str = r#"#!/bin/busybox sh
 b() { /bin/busybox "$@"; }
@@ -138,7 +156,9 @@ b reboot -f
 
 /// Returns the newest kernel in the lab's cache, which serves as the guest's kernel.
 fn kernel() -> Option<PathBuf> {
-    if let Some(kernel) = std::env::var_os("LAB_KERNEL") {
+    // On the host the variable may name a series instead.
+    let image = std::env::var_os("LAB_KERNEL").filter(|kernel| Path::new(kernel).is_file());
+    if let Some(kernel) = image {
         return Some(kernel.into());
     }
     let cache = std::env::var_os("XDG_CACHE_HOME")
@@ -176,8 +196,8 @@ fn a_linux_guest_under_qemu() {
     };
     let busybox = match fs::read("/bin/busybox") {
         Ok(busybox) => busybox,
-        Err(e) => {
-            eprintln!("SKIPPED: /bin/busybox: {e}; busybox-static has it");
+        Err(error) => {
+            eprintln!("SKIPPED: /bin/busybox: {error}; busybox-static has it");
             return;
         }
     };
@@ -236,7 +256,7 @@ fn a_linux_guest_under_qemu() {
     }
     let stats = daemon.stats();
     for (counter, least) in
-        [("reads", 100), ("writes", 20), ("flushes", 1), ("discards", 2), ("get_ids", 1)]
+        [("reads", 20), ("writes", 20), ("flushes", 1), ("discards", 2), ("get_ids", 1)]
     {
         assert!(stats[counter].as_u64().unwrap() >= least, "{counter}: {stats}");
     }

@@ -10,8 +10,8 @@ use std::time::Duration;
 
 use userfaultfd::{Event, Uffd};
 use vhost::VhostBackend;
-use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::{FrontendReq, VhostUserProtocolFeatures};
+use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 use super::*;
@@ -20,8 +20,8 @@ use super::*;
 #[macro_export]
 macro_rules! need_userfaultfd {
     () => {
-        if let Err(e) = vhost_device_blk::postcopy::probe() {
-            eprintln!("SKIPPED: {e}");
+        if let Err(error) = vhost_device_blk::postcopy::probe() {
+            eprintln!("SKIPPED: {error}");
             return;
         }
     };
@@ -111,10 +111,10 @@ impl Drop for Server {
     /// Stops the thread and closes the userfaultfd.
     fn drop(&mut self) {
         self.stop.store(true, Ordering::SeqCst);
-        if let Err(e) = self.thread.take().unwrap().join()
+        if let Err(error) = self.thread.take().unwrap().join()
             && !thread::panicking()
         {
-            std::panic::resume_unwind(e);
+            std::panic::resume_unwind(error);
         }
     }
 }
@@ -126,8 +126,13 @@ pub fn restore(daemon: &Daemon, queues: usize) -> (Guest, Server) {
 
 /// Like [`restore`], given the socket's path.
 pub fn restore_at(socket: &Path, queues: usize) -> (Guest, Server) {
+    restore_on(Frontend::connect(socket, 64).unwrap(), queues)
+}
+
+/// Like [`restore`], on an existing connection.
+pub fn restore_on(frontend: Frontend, queues: usize) -> (Guest, Server) {
     let none = VhostUserProtocolFeatures::empty();
-    let (mut frontend, features, protocol) = negotiate(socket, 0, none);
+    let (mut frontend, features, protocol) = negotiate_on(frontend, 0, none);
     assert!(protocol.contains(VhostUserProtocolFeatures::PAGEFAULT));
     let uffd = frontend.postcopy_advise().unwrap();
     frontend.postcopy_listen().unwrap();

@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The daemon under test, and a front-end with a driver for it.
 
-#![allow(dead_code, unused_macros)] // Not every test binary uses every item.
+#![allow(dead_code, unused_macros, reason = "each test binary uses a part of it")]
+#![allow(unreachable_pub, reason = "a module of each test binary")]
 
 pub mod missing;
 
 use std::fs::{self, File};
-use std::os::fd::{AsRawFd, FromRawFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread;
@@ -123,19 +125,46 @@ impl Drop for Daemon {
 
 /// Starts the binary on the disk and the socket in `dir`.
 pub fn spawn(dir: &Path, args: &[&str]) -> Child {
+    daemon_command(dir, args).spawn().unwrap()
+}
+
+/// Returns the command that [`spawn`] runs.
+pub fn daemon_command(dir: &Path, args: &[&str]) -> Command {
+    let mut command = command(dir, args);
+    command.arg("--socket-path").arg(dir.join("socket"));
+    command
+}
+
+/// Starts the binary on the disk in `dir`, with the socket `fd` as a descriptor.
+pub fn spawn_with(fd: OwnedFd, dir: &Path, args: &[&str]) -> Child {
+    let mut command = command(dir, args);
+    pass(&mut command, fd);
+    command.arg("--fd").arg(PASSED.to_string()).spawn().unwrap()
+}
+
+fn command(dir: &Path, args: &[&str]) -> Command {
     let file = |name| dir.join(name);
-    Command::new(env!("CARGO_BIN_EXE_vhost-device-blk"))
-        .arg("--socket")
-        .arg(file("socket"))
-        .arg("--disk")
-        .arg(file("disk"))
-        .arg("--stats")
-        .arg(file("stats"))
-        .args(args)
-        .stdin(Stdio::null())
-        .stderr(File::create(file("stderr")).unwrap())
-        .spawn()
-        .unwrap()
+    let mut command = Command::new(env!("CARGO_BIN_EXE_vhost-device-blk"));
+    command.arg("--blk-file").arg(file("disk")).arg("--stats").arg(file("stats")).args(args);
+    // Appended to, so that a test can empty it.
+    let stderr = File::options().append(true).create(true).open(file("stderr")).unwrap();
+    stderr.set_len(0).unwrap();
+    command.stdin(Stdio::null()).stderr(stderr);
+    command
+}
+
+/// The number under which [`pass`] passes a descriptor: none that a process has at its start.
+const PASSED: i32 = 100;
+
+/// Passes a descriptor to a program.
+pub fn pass(command: &mut Command, fd: OwnedFd) {
+    // SAFETY: the closure only makes a system call.
+    unsafe {
+        command.pre_exec(move || match libc::dup2(fd.as_raw_fd(), PASSED) {
+            PASSED => Ok(()),
+            _ => Err(std::io::Error::last_os_error()),
+        });
+    }
 }
 
 /// Waits for `condition`, and panics if it takes too long.
@@ -178,7 +207,16 @@ pub fn negotiate(
     refuse: u64,
     refuse_protocol: VhostUserProtocolFeatures,
 ) -> (Frontend, u64, VhostUserProtocolFeatures) {
-    let mut frontend = Frontend::connect(socket, 64).unwrap();
+    let frontend = Frontend::connect(socket, 64).unwrap();
+    negotiate_on(frontend, refuse, refuse_protocol)
+}
+
+/// Negotiates on a connection.
+pub fn negotiate_on(
+    mut frontend: Frontend,
+    refuse: u64,
+    refuse_protocol: VhostUserProtocolFeatures,
+) -> (Frontend, u64, VhostUserProtocolFeatures) {
     frontend.set_owner().unwrap();
     let features = frontend.get_features().unwrap() & !refuse;
     let protocol = frontend.get_protocol_features().unwrap() - refuse_protocol;
@@ -207,8 +245,13 @@ impl Guest {
 
     /// Like [`Guest::connect`], without some of the virtio features.
     pub fn connect_without(socket: &Path, queues: usize, refuse: u64) -> Self {
+        Self::of(Frontend::connect(socket, 64).unwrap(), queues, refuse)
+    }
+
+    /// Like [`Guest::connect_without`], on an existing connection.
+    pub fn of(frontend: Frontend, queues: usize, refuse: u64) -> Self {
         let none = VhostUserProtocolFeatures::empty();
-        let (mut frontend, features, protocol) = negotiate(socket, refuse, none);
+        let (mut frontend, features, protocol) = negotiate_on(frontend, refuse, none);
         let mem = memory();
         if protocol.contains(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS) {
             for region in region_infos(&mem) {
@@ -287,6 +330,11 @@ impl Guest {
     }
 }
 
+/// Guest memory of any kind.
+pub trait GuestBytes: Bytes<GuestAddress, E: std::fmt::Debug> {}
+
+impl<M: Bytes<GuestAddress, E: std::fmt::Debug>> GuestBytes for M {}
+
 /// A queue as seen by its driver.
 pub struct Ring {
     pub index: usize,
@@ -300,7 +348,7 @@ pub struct Ring {
 }
 
 impl Ring {
-    pub fn new(mem: &GuestMemoryMmap, index: usize, event_idx: bool) -> Self {
+    pub fn new(mem: &impl GuestBytes, index: usize, event_idx: bool) -> Self {
         let base = BASE + RING_SPACE * index as u64;
         assert!(base + RING_SPACE <= DATA);
         mem.write_slice(&[0; RING_SPACE as usize], GuestAddress(base)).unwrap();
@@ -341,6 +389,10 @@ impl Ring {
         self.next_desc = descriptor;
     }
 
+    pub fn avail_addr(&self) -> u64 {
+        self.base + AVAIL
+    }
+
     pub fn used_addr(&self) -> u64 {
         self.base + USED
     }
@@ -357,12 +409,12 @@ impl Ring {
         self.header_addr(head) + 16
     }
 
-    pub fn status(&self, mem: &GuestMemoryMmap, head: u16) -> u8 {
+    pub fn status(&self, mem: &impl GuestBytes, head: u16) -> u8 {
         mem.read_obj(GuestAddress(self.status_addr(head))).unwrap()
     }
 
     /// Writes the header, and marks the status as unanswered.
-    pub fn header(&self, mem: &GuestMemoryMmap, head: u16, kind: u32, sector: u64) {
+    pub fn header(&self, mem: &impl GuestBytes, head: u16, kind: u32, sector: u64) {
         let at = |offset| GuestAddress(self.header_addr(head) + offset);
         mem.write_obj(u64::from(kind), at(0)).unwrap();
         mem.write_obj(sector, at(8)).unwrap();
@@ -372,7 +424,7 @@ impl Ring {
     /// Submits a request with header, data and status, and kicks. Returns its head.
     pub fn submit(
         &mut self,
-        mem: &GuestMemoryMmap,
+        mem: &impl GuestBytes,
         kind: u32,
         sector: u64,
         data: &[(u64, u32)],
@@ -394,12 +446,12 @@ impl Ring {
         head
     }
 
-    pub fn descriptor(&self, mem: &GuestMemoryMmap, index: u16, descriptor: Descriptor) {
+    pub fn descriptor(&self, mem: &impl GuestBytes, index: u16, descriptor: Descriptor) {
         mem.write_obj(descriptor, GuestAddress(self.desc_addr(index))).unwrap();
     }
 
     /// Puts a head on the available ring, and kicks.
-    pub fn publish(&mut self, mem: &GuestMemoryMmap, head: u16) {
+    pub fn publish(&mut self, mem: &impl GuestBytes, head: u16) {
         let avail = self.base + AVAIL;
         let slot = 4 + 2 * u64::from(self.next_avail % QUEUE_SIZE);
         mem.write_obj(head, GuestAddress(avail + slot)).unwrap();
@@ -407,26 +459,26 @@ impl Ring {
         self.set_avail_index(mem, self.next_avail);
     }
 
-    pub fn set_avail_index(&self, mem: &GuestMemoryMmap, index: u16) {
+    pub fn set_avail_index(&self, mem: &impl GuestBytes, index: u16) {
         let order = std::sync::atomic::Ordering::SeqCst;
         mem.store(index, GuestAddress(self.base + AVAIL + 2), order).unwrap();
         self.kick.write(1).unwrap();
     }
 
     /// Requests a call for the completion with this index, counted from 0.
-    pub fn set_used_event(&self, mem: &GuestMemoryMmap, index: u16) {
+    pub fn set_used_event(&self, mem: &impl GuestBytes, index: u16) {
         let at = self.base + AVAIL + 4 + 2 * u64::from(QUEUE_SIZE);
         mem.write_obj(index, GuestAddress(at)).unwrap();
     }
 
     /// Returns the total number of completions that the device has published.
-    pub fn used_index(&self, mem: &GuestMemoryMmap) -> u16 {
+    pub fn used_index(&self, mem: &impl GuestBytes) -> u16 {
         let order = std::sync::atomic::Ordering::SeqCst;
         mem.load(GuestAddress(self.base + USED + 2), order).unwrap()
     }
 
     /// Returns the head and the length of the next completion, if any.
-    pub fn poll(&mut self, mem: &GuestMemoryMmap) -> Option<(u32, u32)> {
+    pub fn poll(&mut self, mem: &impl GuestBytes) -> Option<(u32, u32)> {
         if self.used_index(mem) == self.last_used {
             return None;
         }
@@ -441,7 +493,7 @@ impl Ring {
     }
 
     /// Waits for the call of the next completion, and returns the completion.
-    pub fn wait(&mut self, mem: &GuestMemoryMmap) -> (u32, u32) {
+    pub fn wait(&mut self, mem: &impl GuestBytes) -> (u32, u32) {
         let mut fds = libc::pollfd { fd: self.call.as_raw_fd(), events: libc::POLLIN, revents: 0 };
         // SAFETY: the array is the one structure `fds`, which is ours.
         let n = unsafe { libc::poll(&mut fds, 1, PATIENCE.as_millis() as i32) };
