@@ -5,32 +5,81 @@
 //! | request | answer |
 //! |---|---|
 //! | `GET /api/v1/status` | [`Status`] |
-//! | `PUT /api/v1/pause`, `resume`, `shutdown` | [`Status`], after the request |
-//! | `PUT /api/v1/snapshot` with a [`SnapshotRequest`] | [`SnapshotSummary`] |
+//! | `GET /api/v1/events` | a line for each [`VmEvent`](events::VmEvent), until the VM has ended |
+//! | `PUT /api/v1/vm.create` with a [`VmConfig`] | [`Status`], after the request |
+//! | `PUT /api/v1/vm.boot` | the same |
+//! | `PUT /api/v1/vm.restore` with a [`RestoreConfig`] | the same |
+//! | `PUT /api/v1/vm.pause`, `vm.resume`, `vm.shutdown` | the same |
+//! | `PUT /api/v1/vm.snapshot` with a [`SnapshotRequest`] | [`SnapshotSummary`] |
 //!
-//! `POST` works as well as `PUT`. All bodies are JSON. A failure has the body
-//! `{"error": "one line"}`, with status 400 if the request is wrong, 409 if the VM's state does not
-//! allow it, and 500 if the operation started and failed.
+//! The last four work without `vm.` as well, and `POST` as well as `PUT`. All bodies are JSON. A
+//! failure has the body `{"error": "cannot DO THING: CAUSE; HINT"}`, one line, with status 400 if
+//! the request is wrong, 409 if the VM's state does not allow it, and 500 if the operation started
+//! and failed. `openapi.yaml`, beside this module, describes all of it for programs.
 
 pub mod client;
+pub mod endpoint;
+pub mod events;
 pub mod http;
 pub mod server;
 pub(crate) mod socket;
 
 use std::fmt;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
+use crate::api::endpoint::Endpoint;
+use crate::api::events::EventLog;
 use crate::api::http::Response;
-use crate::error::Error;
+use crate::config::names::with_keys;
+use crate::config::vm::{RestoreConfig, VmConfig};
+use crate::error::{Error, Kind};
 
 /// The operations that a VMM offers through the API. Requests arrive on several threads at once.
 pub trait Control: Send + Sync {
     /// Returns the VM's status. It never blocks: clients ask for it while other requests are in
     /// progress, to see how far they are.
     fn status(&self) -> Status;
+
+    /// Returns the log of the VM's events.
+    fn events(&self) -> Arc<EventLog>;
+
+    /// Defines the VM that [`boot`](Self::boot) starts, in a process without one.
+    ///
+    /// # Errors
+    ///
+    /// [`WrongState`](ErrorKind::WrongState) if the process has a VM, which is the default;
+    /// [`Invalid`](ErrorKind::Invalid) if there cannot be such a VM.
+    fn create(&self, config: &VmConfig) -> Result<(), ControlError> {
+        let _ = config;
+        Err(ControlError::wrong_state(format_args!("cannot create a VM: {HAS_ONE}")))
+    }
+
+    /// Boots the VM that was created. It returns once the vCPUs run.
+    ///
+    /// # Errors
+    ///
+    /// [`WrongState`](ErrorKind::WrongState) if no VM was created or it was booted, which is the
+    /// default; [`Invalid`](ErrorKind::Invalid) and [`Failed`](ErrorKind::Failed) if it cannot be
+    /// booted.
+    fn boot(&self) -> Result<(), ControlError> {
+        Err(ControlError::wrong_state(format_args!("cannot boot a VM: {HAS_ONE}")))
+    }
+
+    /// Restores a VM from a snapshot, in a process without one. It returns once the vCPUs run,
+    /// before the VM's memory has arrived.
+    ///
+    /// # Errors
+    ///
+    /// [`WrongState`](ErrorKind::WrongState) if the process has a VM, which is the default;
+    /// [`Invalid`](ErrorKind::Invalid) and [`Failed`](ErrorKind::Failed) if it cannot be restored.
+    fn restore(&self, config: &RestoreConfig) -> Result<(), ControlError> {
+        let _ = config;
+        Err(ControlError::wrong_state(format_args!("cannot restore a VM: {HAS_ONE}")))
+    }
 
     /// Stops all vCPUs at a consistent point.
     ///
@@ -69,8 +118,12 @@ pub trait Control: Send + Sync {
     fn shutdown(&self) -> Result<(), ControlError>;
 }
 
+/// The cause of a request for a VM in a process that has one, and the hint.
+const HAS_ONE: &str = "this process runs one already; start another demand-vmm for it";
+
 /// The cause of a refused or failed request, which decides the HTTP status.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum ErrorKind {
     /// The VM's state does not allow the request: 409.
     WrongState,
@@ -81,12 +134,12 @@ pub enum ErrorKind {
 }
 
 /// A refused or failed request: one line with the request, the cause and a remedy.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Debug, thiserror::Error)]
+#[error("{error}")]
 pub struct ControlError {
-    /// The kind of cause.
-    pub kind: ErrorKind,
-    /// The one-line message.
-    pub message: String,
+    kind: ErrorKind,
+    #[source]
+    error: Error,
 }
 
 impl ControlError {
@@ -105,23 +158,39 @@ impl ControlError {
         ControlError::new(ErrorKind::Failed, message)
     }
 
+    /// Returns the error for a VM that does not start: [`Invalid`](ErrorKind::Invalid) if the
+    /// request is the cause, else [`Failed`](ErrorKind::Failed).
+    pub(crate) fn of_start(error: &Error) -> Self {
+        // A client knows keys, and not the options of a command line.
+        let line = with_keys(&error.to_string(), |_| true);
+        match error.kind() {
+            Kind::Usage => ControlError::invalid(line),
+            Kind::Failed | Kind::Host => ControlError::failed(line),
+        }
+    }
+
+    /// Returns the same error, whose line begins with what was asked for.
+    pub(crate) fn of(self, endpoint: Endpoint) -> Self {
+        let line = self.error.to_string();
+        if line.starts_with("cannot ") {
+            return self;
+        }
+        ControlError::new(self.kind, format_args!("cannot {}: {line}", endpoint.action()))
+    }
+
     fn new(kind: ErrorKind, message: impl fmt::Display) -> Self {
-        // `Error` joins the message into one line.
-        ControlError { kind, message: Error::failed(message).to_string() }
+        ControlError { kind, error: Error::failed(message) }
+    }
+
+    /// Returns the kind of cause.
+    pub fn kind(&self) -> ErrorKind {
+        self.kind
     }
 }
 
-impl fmt::Display for ControlError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.message)
-    }
-}
-
-impl std::error::Error for ControlError {}
-
-impl From<Error> for ControlError {
-    fn from(error: Error) -> Self {
-        ControlError::failed(error)
+impl<E: Into<Error>> From<E> for ControlError {
+    fn from(error: E) -> Self {
+        ControlError { kind: ErrorKind::Failed, error: error.into() }
     }
 }
 
@@ -132,7 +201,7 @@ impl From<ControlError> for Response {
             ErrorKind::Invalid => 400,
             ErrorKind::Failed => 500,
         };
-        Response::error(status, error.message)
+        Response::error(status, error.to_string())
     }
 }
 
@@ -140,6 +209,10 @@ impl From<ControlError> for Response {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum State {
+    /// The process has no VM.
+    Empty,
+    /// The VM is defined, and uses nothing of the host yet.
+    Created,
     /// The VM is being set up.
     Starting,
     /// The vCPUs run.
@@ -155,6 +228,8 @@ pub enum State {
 impl fmt::Display for State {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(match self {
+            State::Empty => "empty",
+            State::Created => "created",
             State::Starting => "starting",
             State::Running => "running",
             State::Paused => "paused",
@@ -183,14 +258,17 @@ impl fmt::Display for GuestCondition {
     }
 }
 
-/// The VM's configuration and state, and how much of its memory is present.
+/// The VM's configuration and state, and how much of its memory is present. Sizes are in bytes,
+/// pages are pages of 4 KiB, and times are in microseconds. Before a VM exists, numbers are 0 and
+/// names are "none".
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Status {
     /// The VM's state.
     pub state: State,
-    /// How vCPU accesses to missing pages are trapped.
+    /// How vCPU accesses to missing pages are trapped: the engine's name, or "none" if no page was
+    /// ever missing.
     pub engine: String,
-    /// The kind of the memory's backing.
+    /// The kind of the memory's backing: `shmem`, `hugetlb-2m`, `hugetlb-1g` or `guest-memfd`.
     pub backing: String,
     /// Size of the memory, in bytes.
     pub memory_bytes: u64,
@@ -198,7 +276,7 @@ pub struct Status {
     pub cpus: u32,
     /// Number of 4 KiB pages of the memory.
     pub pages_total: u64,
-    /// Number of pages that are present.
+    /// Number of 4 KiB pages that are present: their content has arrived, or was never missing.
     pub pages_present: u64,
     /// The devices, in the order in which the guest finds them.
     pub devices: Vec<DeviceStatus>,
@@ -217,6 +295,9 @@ pub struct Status {
     /// The last error whose cause persists, for example a source that cannot be read: one line.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_error: Option<String>,
+    /// The limits that the VM has because of its backing: one line each.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub limits: Vec<String>,
 }
 
 /// A device's kind and state.
@@ -228,7 +309,8 @@ pub struct DeviceStatus {
     /// The socket of the back-end, if a back-end serves the device.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub socket: Option<String>,
-    /// The device's state, in one word.
+    /// The device's state, in one word: `configured` before the VM starts, then `alive`, or `gone`
+    /// once its back-end has hung up.
     pub state: String,
 }
 
@@ -283,105 +365,4 @@ pub struct SnapshotSummary {
     /// The part that the snapshot lacks, if any: one line.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub warning: Option<String>,
-}
-
-/// An operation of the API.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Endpoint {
-    /// [`Control::status`]
-    Status,
-    /// [`Control::pause`]
-    Pause,
-    /// [`Control::resume`]
-    Resume,
-    /// [`Control::snapshot`]
-    Snapshot,
-    /// [`Control::shutdown`]
-    Shutdown,
-}
-
-impl Endpoint {
-    const ALL: [Endpoint; 5] = [
-        Endpoint::Status,
-        Endpoint::Pause,
-        Endpoint::Resume,
-        Endpoint::Snapshot,
-        Endpoint::Shutdown,
-    ];
-
-    /// Returns the endpoint's path.
-    pub fn path(self) -> &'static str {
-        match self {
-            Endpoint::Status => "/api/v1/status",
-            Endpoint::Pause => "/api/v1/pause",
-            Endpoint::Resume => "/api/v1/resume",
-            Endpoint::Snapshot => "/api/v1/snapshot",
-            Endpoint::Shutdown => "/api/v1/shutdown",
-        }
-    }
-
-    /// Returns the endpoint for a request's method and path.
-    ///
-    /// # Errors
-    ///
-    /// The answer for an unknown path (404), or for a method that the path does not support (405).
-    pub fn find(method: &str, path: &str) -> Result<Endpoint, Response> {
-        let Some(endpoint) = Endpoint::ALL.into_iter().find(|endpoint| endpoint.path() == path)
-        else {
-            let known = Endpoint::ALL.map(Endpoint::path).join(", ");
-            return Err(Response::error(
-                404,
-                format!("unknown path {path:.99}; the paths are {known}"),
-            ));
-        };
-        let methods: &[&str] = match endpoint {
-            Endpoint::Status => &["GET", "HEAD"],
-            _ => &["PUT", "POST"],
-        };
-        if methods.contains(&method) {
-            return Ok(endpoint);
-        }
-        let allow = if endpoint == Endpoint::Status { "GET, HEAD" } else { "PUT, POST" };
-        let error = format!("{path} does not take {method:.20}; it takes {allow}");
-        Err(Response { allow: Some(allow), ..Response::error(405, error) })
-    }
-
-    /// Returns whether a request must have a body.
-    pub fn needs_body(self) -> bool {
-        self == Endpoint::Snapshot
-    }
-
-    /// Performs the operation and returns its answer.
-    pub fn answer(self, body: &[u8], control: &dyn Control) -> Response {
-        match self.try_answer(body, control) {
-            Ok(response) => response,
-            Err(error) => error.into(),
-        }
-    }
-
-    fn try_answer(self, body: &[u8], control: &dyn Control) -> Result<Response, ControlError> {
-        if !self.needs_body() && !matches!(body.trim_ascii(), b"" | b"{}") {
-            let path = self.path();
-            return Err(ControlError::invalid(format!("{path} takes no body; send none")));
-        }
-        match self {
-            Endpoint::Status => {}
-            Endpoint::Pause => control.pause()?,
-            Endpoint::Resume => control.resume()?,
-            Endpoint::Shutdown => control.shutdown()?,
-            Endpoint::Snapshot => {
-                let request: SnapshotRequest = serde_json::from_slice(body).map_err(|error| {
-                    ControlError::invalid(format!("the body is not a snapshot request: {error}"))
-                })?;
-                if !request.destination.is_absolute() {
-                    return Err(ControlError::invalid(format!(
-                        "the destination '{}' is not an absolute path; it must begin with /",
-                        request.destination.display()
-                    )));
-                }
-                return Ok(Response::json(200, &control.snapshot(&request)?));
-            }
-        }
-        Ok(Response::json(200, &control.status()))
-    }
 }

@@ -1,13 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Everything that depends on x86_64: memory layout, boot protocol, CPUID, ACPI, and KVM state.
+//! The x86_64 boot protocol, memory layout, CPUID, ACPI and KVM state. The PC's devices are in
+//! `devices`.
 
-pub mod acpi;
-pub mod boot_cpu;
+pub(crate) mod acpi;
+pub(crate) mod boot_cpu;
+pub(crate) mod boot_files;
+pub(crate) mod boot_part;
 pub(crate) mod boot_room;
 pub mod cpuid;
+pub mod error;
 pub(crate) mod hex;
 pub mod layout;
-pub mod loader;
+pub(crate) mod loader;
 pub mod placement;
 pub(crate) mod sregs2;
 pub(crate) mod tsc;

@@ -2,19 +2,30 @@
 #![doc = include_str!("../README.md")]
 
 pub mod api;
-pub mod arch;
-pub mod bench;
-pub mod cli;
 pub mod config;
-pub mod devices;
 pub mod error;
-pub mod limits;
-pub mod logger;
-pub mod report;
-mod signals;
 pub mod snapshot;
-mod spool;
-pub mod test_guest;
 pub mod vcpu;
-pub mod virtio;
 pub mod vm;
+
+// Not an interface: public only for the binary, the test programs and the fuzz targets.
+#[doc(hidden)]
+pub mod arch;
+#[doc(hidden)]
+pub mod bench;
+#[doc(hidden)]
+pub mod cli;
+#[doc(hidden)]
+pub mod limits;
+#[doc(hidden)]
+pub mod logger;
+#[doc(hidden)]
+pub mod report;
+#[doc(hidden)]
+pub mod virtio;
+
+mod devices;
+mod patience;
+mod signals;
+mod spool;
+mod sync;

@@ -4,63 +4,78 @@
 //! To the kernel, guest memory is a file (a memfd). A VM needs several dozen file descriptors, and
 //! starts threads. It locks no memory, so `RLIMIT_MEMLOCK` does not apply.
 
+use std::fs;
 use std::path::{Path, PathBuf};
-use std::{fmt, fs};
 
+use demand_uffd::make_room_for_descriptors;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 /// Prepares the process for its limits. The caller must do this first of all.
 ///
 /// A write beyond the file size limit becomes an error, instead of a signal that ends the process
 /// without a message. The limit of open files is raised as far as the user may: its default is low
-/// for the sake of programs that use `select`.
+/// for the sake of programs that use `select`. The table of open files gets its final size, which
+/// takes longer once there are threads.
 pub fn prepare() {
     // SAFETY: ignoring a signal installs no handler, so no code of this process runs on it.
     unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
     let files = getrlimit(Resource::Nofile);
     // The limit stays unchanged if raising it is not permitted.
     let _ = setrlimit(Resource::Nofile, Rlimit { current: files.maximum, maximum: files.maximum });
+    make_room_for_descriptors();
 }
 
-/// Adds advice to an error's line if the error comes from a resource limit. The advice replaces or
-/// extends the general remedy at the end of the line. Returns the line, and whether it was changed.
-pub(crate) fn advise(line: String) -> (String, bool) {
+/// The origin of an exhausted resource.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Limit {
+    /// A limit of the process, its user or the system: another user or another host could perform
+    /// the operation.
+    Host,
+    /// The space of a file system, or the user's share of it.
+    Disk,
+}
+
+/// Fits the remedy at the end of an error's line to the error's number, if that stands for an
+/// exhausted resource. This is the one place that knows these numbers' remedies: libraries cannot,
+/// because a number comes from any step. Returns the line, and the limit.
+pub(crate) fn advise(line: String) -> (String, Option<Limit>) {
     match advise_under(&line, |resource| getrlimit(resource).current) {
-        Some(advised) => (advised, true),
-        None => (line, false),
+        Some((advised, limit)) => (advised, Some(limit)),
+        None => (line, None),
     }
 }
 
-fn advise_under(line: &str, limit: impl Fn(Resource) -> Option<u64>) -> Option<String> {
+fn advise_under(line: &str, limit: impl Fn(Resource) -> Option<u64>) -> Option<(String, Limit)> {
     let says = |errno| line.find(&format!("(os error {errno})"));
-    let replaced = |at: usize, advice: &dyn fmt::Display| {
+    // Keeps a remedy that an earlier error of the chain was given.
+    let with = |advised: String, advice: &str, limit| {
+        Some((if line.contains(advice) { line.to_owned() } else { advised }, limit))
+    };
+    let replaced = |at: usize, advice: String, limit| {
         let end = line[at..].find(')').map_or(line.len(), |len| at + len + 1);
-        Some(format!("{}; {advice}", &line[..end]))
+        with(format!("{}; {advice}", &line[..end]), &advice, limit)
     };
     let number = |resource| limit(resource).map_or("any number of".into(), |n| n.to_string());
     if let Some(at) = says(libc::EMFILE) {
         let files = number(Resource::Nofile);
-        return replaced(
-            at,
-            &format_args!("this process may have {files} files open: raise the limit (ulimit -n)"),
-        );
+        let advice =
+            format!("this process may have {files} files open: raise the limit (ulimit -n)");
+        return replaced(at, advice, Limit::Host);
     }
     if let Some(at) = says(libc::ENFILE) {
-        return replaced(at, &"raise the system's limit of open files (sysctl fs.file-max)");
+        let advice = "raise the system's limit of open files (sysctl fs.file-max)";
+        return replaced(at, advice.into(), Limit::Host);
     }
     if let (Some(at), Some(bytes)) = (says(libc::EFBIG), limit(Resource::Fsize)) {
-        return replaced(
-            at,
-            &format_args!(
-                "a file may have {bytes} bytes, and guest memory counts as one: raise the limit \
-                 (ulimit -f)"
-            ),
+        let advice = format!(
+            "a file may have {bytes} bytes, and guest memory counts as one: raise the limit \
+             (ulimit -f)"
         );
+        return replaced(at, advice, Limit::Host);
     }
     if let (Some(_), Some(bytes)) = (says(libc::ENOMEM), limit(Resource::As)) {
-        return Some(format!(
-            "{line}; or raise the limit of address space, {bytes} bytes (ulimit -v)"
-        ));
+        let advice = format!("or raise the limit of address space, {bytes} bytes (ulimit -v)");
+        return with(format!("{line}; {advice}"), &advice, Limit::Host);
     }
     // Other causes of EAGAIN have nothing to do with threads. The fault service consists of
     // threads.
@@ -72,14 +87,23 @@ fn advise_under(line: &str, limit: impl Fn(Resource) -> Option<u64>) -> Option<S
         let cgroups = cgroups.map_or(String::new(), |(path, most)| {
             format!(", and {} allows {most}", path.display())
         });
-        return replaced(
-            at,
-            &format_args!(
-                "the user may have {threads} threads (ulimit -u){cgroups}: raise the limit"
-            ),
-        );
+        let advice =
+            format!("the user may have {threads} threads (ulimit -u){cgroups}: raise the limit");
+        return replaced(at, advice, Limit::Host);
     }
-    None
+    // Pools of huge pages and snapshots have remedies of their own.
+    let is_known = line.contains("huge pages") || line.contains("free space");
+    match (says(libc::ENOSPC), says(libc::EDQUOT), is_known) {
+        (Some(at), _, false) => {
+            let advice = "free some space there, or name a file on another disk";
+            replaced(at, advice.into(), Limit::Disk)
+        }
+        (None, Some(at), false) => {
+            let advice = "raise the quota, or name a file where it has room";
+            replaced(at, advice.into(), Limit::Disk)
+        }
+        _ => None,
+    }
 }
 
 /// The mount point of cgroups.
@@ -117,40 +141,74 @@ pub(crate) fn warn_of_cgroup(bytes: u64) {
 mod tests {
     use super::*;
 
+    fn under_limits(line: &str) -> Option<(String, Limit)> {
+        advise_under(line, |resource| match resource {
+            Resource::Nofile => Some(20),
+            Resource::Fsize => Some(1000),
+            Resource::As => Some(2000),
+            _ => Some(3),
+        })
+    }
+
     #[test]
     fn error_names_its_limit() {
-        let advised = |line: &str| {
-            advise_under(line, |resource| match resource {
-                Resource::Nofile => Some(20),
-                Resource::Fsize => Some(1000),
-                Resource::As => Some(2000),
-                _ => Some(3),
-            })
-        };
-        for (line, starts, ends) in [
+        for (line, limit, starts, ends) in [
             (
                 "make it: Too many open files (os error 24); free memory",
+                Limit::Host,
                 "make it: Too many open files (os error 24); this process may have 20 ",
                 "(ulimit -n)",
             ),
-            ("make it: x (os error 23); wait", "make it: x (os error 23); raise", "file-max)"),
-            ("make it: x (os error 27)", "make it: x (os error 27); a file may have 1000", "-f)"),
+            (
+                "make it: x (os error 23); wait",
+                Limit::Host,
+                "make it: x (os error 23); raise",
+                "file-max)",
+            ),
+            (
+                "make it: x (os error 27)",
+                Limit::Host,
+                "make it: x (os error 27); a file may have 1000",
+                "-f)",
+            ),
             (
                 "make it: x (os error 12); free memory",
+                Limit::Host,
                 "make it: x (os error 12); free memory; or raise",
                 "2000 bytes (ulimit -v)",
             ),
             (
                 "start a thread: x (os error 11); wait",
+                Limit::Host,
                 "start a thread: x (os error 11); the user may have 3 threads (ulimit -u)",
                 "raise the limit",
             ),
+            (
+                "write it: x (os error 28); name a writable file",
+                Limit::Disk,
+                "write it: x (os error 28); free some space",
+                "another disk",
+            ),
+            (
+                "write it: x (os error 122); name a writable file",
+                Limit::Disk,
+                "write it: x (os error 122); raise the quota",
+                "has room",
+            ),
         ] {
-            let advised = advised(line).unwrap();
+            let (advised, found) = under_limits(line).unwrap();
             assert!(advised.starts_with(starts) && advised.ends_with(ends), "{advised}");
+            assert_eq!(found, limit, "{line}");
+            // As the cause of another error.
+            let outer = format!("{advised}; and the VM stays paused");
+            assert_eq!(under_limits(&outer), Some((outer.clone(), limit)));
         }
-        for line in ["read: x (os error 11); again", "open: x (os error 2); name a file"] {
-            assert_eq!(advised(line), None);
+        for line in [
+            "read: x (os error 11); again",
+            "open: x (os error 2); name a file",
+            "allocate: x (os error 28); add huge pages",
+        ] {
+            assert_eq!(under_limits(line), None);
         }
         // EFBIG can also mean that a file is too large for its file system.
         assert_eq!(advise_under("x (os error 27); y", |_| None), None);

@@ -1,24 +1,31 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The log and the messages on standard error. Writing them never blocks a thread, and a guest
-//! cannot flood them.
+//! The log, in a file or on standard error, and the messages on standard error. Writing them never
+//! blocks a thread, and a guest cannot flood them.
 //!
-//! Lines go into a bounded queue, and a separate thread writes them. If standard error accepts no
-//! data, the queue fills up and later lines are lost; a line with their number takes their place.
+//! Lines go into a bounded queue, and a separate thread writes them. If the output accepts no data,
+//! the queue fills up and later lines are lost; a line with their number takes their place.
 //! Warnings and errors from one line of code for one target, such as a device, are limited to
 //! `BURST` and then to one per `REFILL`; the next one that passes states the number left out.
 
 use std::backtrace::{Backtrace, BacktraceStatus};
 use std::collections::HashMap;
 use std::fmt;
-use std::io::Write;
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::panic::PanicHookInfo;
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use log::{Level, Log, Metadata, Record};
+use env_logger::{Builder, Env, Target};
+use log::{Level, LevelFilter, Log, Metadata, Record};
+use rustix::fs::{OFlags, fcntl_setfl};
 
+use crate::error::{Error, Kind};
 use crate::spool::{Overflow, Spool};
+use crate::sync::LockExt;
 
 /// Number of messages from one place that pass in a row.
 const BURST: u32 = 20;
@@ -30,26 +37,74 @@ const REFILL: Duration = Duration::from_secs(1);
 const END_WITHIN: Duration = Duration::from_secs(1);
 
 static STDERR: OnceLock<Spool> = OnceLock::new();
+static FILE: OnceLock<Spool> = OnceLock::new();
 static LOGGER: OnceLock<Logger> = OnceLock::new();
 
-/// Sets up the process's log with the level and the filters in the variable `RUST_LOG`. The caller
-/// must do this once, before the first log message.
-pub fn start() {
-    let mut builder =
-        env_logger::Builder::from_env(env_logger::Env::new().default_filter_or("warn"));
+/// The level and the destination of the log.
+#[derive(Clone, Debug, Default)]
+pub struct LogConfig {
+    /// The file to which lines are appended; `None`: standard error.
+    pub file: Option<PathBuf>,
+    /// The level; `None`: as `RUST_LOG` says, and without it, info in a file and warnings elsewhere.
+    pub level: Option<LevelFilter>,
+}
+
+/// An error from opening the log's file.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot write the log to {}: {source}; name a writable file", path.display())]
+pub struct LogFileError {
+    path: PathBuf,
+    source: io::Error,
+}
+
+impl From<LogFileError> for Error {
+    fn from(error: LogFileError) -> Self {
+        Error::of(Kind::Failed, error)
+    }
+}
+
+/// Sets up the process's log. The caller must do this once, before the first log message and before
+/// other threads start.
+///
+/// # Errors
+///
+/// [`LogFileError`]
+pub fn start(config: &LogConfig) -> Result<(), LogFileError> {
+    let mut builder = Builder::new();
+    match (config.level, &config.file) {
+        (Some(level), _) => builder.filter_level(level),
+        (None, None) => builder.parse_env(Env::new().default_filter_or("warn")),
+        (None, Some(_)) => builder.parse_env(Env::new().default_filter_or("info")),
+    };
     builder.format_timestamp_micros();
     // Without the thread, messages are written directly. The VM needs more threads and will not
     // start.
-    if let Ok(spool) = Spool::new(std::io::stderr(), "log", Overflow::Count) {
-        builder.target(env_logger::Target::Pipe(Box::new(spool.clone())));
+    if let Ok(spool) = Spool::new(io::stderr(), "log", Overflow::Count) {
+        builder.target(Target::Pipe(Box::new(spool.clone())));
         let _ = STDERR.set(spool);
         std::panic::set_hook(Box::new(say_panic));
+    }
+    if let Some(path) = &config.file {
+        let failed = |source| LogFileError { path: path.clone(), source };
+        let file = append_to(path).map_err(failed)?;
+        let spool = Spool::new(file, "log-file", Overflow::Count).map_err(failed)?;
+        builder.target(Target::Pipe(Box::new(spool.clone())));
+        let _ = FILE.set(spool);
     }
     let lines = builder.build();
     log::set_max_level(lines.filter());
     let logger = LOGGER.get_or_init(|| Logger { lines, limits: Limits::default() });
     // This fails if another logger was set, which then stays in use.
     let _ = log::set_logger(logger);
+    Ok(())
+}
+
+/// Opens a file to append to. A FIFO without a reader is refused; opening it would block.
+fn append_to(path: &Path) -> io::Result<File> {
+    let mut options = OpenOptions::new();
+    let file = options.append(true).create(true).custom_flags(libc::O_NONBLOCK).open(path)?;
+    fcntl_setfl(&file, OFlags::APPEND)?;
+    Ok(file)
 }
 
 /// Writes a line to standard error, through the queue.
@@ -58,6 +113,14 @@ pub fn say(line: impl fmt::Display) {
     match STDERR.get() {
         Some(spool) => drop(spool.clone().write_all(line.as_bytes())),
         None => eprint!("{line}"),
+    }
+}
+
+/// Reports the error that ends `program` on standard error, and in the log if that is a file.
+pub fn say_error(program: &str, error: &Error) {
+    say(format_args!("{program}: {error}"));
+    if FILE.get().is_some() {
+        log::error!("{error}");
     }
 }
 
@@ -70,7 +133,7 @@ pub fn end() {
 }
 
 fn flush() {
-    if let Some(spool) = STDERR.get() {
+    for spool in [&STDERR, &FILE].into_iter().filter_map(OnceLock::get) {
         spool.drain(END_WITHIN);
     }
 }
@@ -78,7 +141,11 @@ fn flush() {
 fn say_panic(info: &PanicHookInfo<'_>) {
     let this = thread::current();
     let trace = Backtrace::capture();
-    say(format_args!("thread '{}' {info}", this.name().unwrap_or("?")));
+    let line = format!("thread '{}' {info}", this.name().unwrap_or("?"));
+    if FILE.get().is_some() {
+        log::error!("{line}");
+    }
+    say(line);
     match trace.status() {
         BacktraceStatus::Captured => say(trace),
         _ => say("note: RUST_BACKTRACE=1 shows a backtrace"),
@@ -157,12 +224,13 @@ impl Limits {
     /// Returns `None` if a message may not pass, else the number of messages left out before it.
     fn pass(&self, record: &Record<'_>, now: Instant) -> Option<u64> {
         let place = (record.target().to_owned(), record.file_static(), record.line());
-        let mut buckets = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut buckets = self.0.lock_always();
         let new = || Bucket { left: BURST, refilled: now, left_out: 0, text: String::new() };
         let bucket = buckets.entry(place).or_insert_with(new);
         let refills = now.duration_since(bucket.refilled).as_nanos() / REFILL.as_nanos();
         if refills > 0 {
-            bucket.left = bucket.left.saturating_add(refills as u32).min(BURST);
+            let refills = u32::try_from(refills).unwrap_or(BURST);
+            bucket.left = bucket.left.saturating_add(refills).min(BURST);
             bucket.refilled = now;
         }
         let Some(left) = bucket.left.checked_sub(1) else {
@@ -177,7 +245,7 @@ impl Limits {
     }
 
     fn take_left_out(&self) -> Vec<(String, String, u64)> {
-        let mut buckets = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut buckets = self.0.lock_always();
         let silent = buckets.iter_mut().filter(|(_, bucket)| bucket.left_out > 0);
         silent
             .map(|((target, ..), bucket)| {

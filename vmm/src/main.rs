@@ -9,11 +9,10 @@ use demand_vmm::{limits, logger};
 fn main() -> ExitCode {
     let started = Instant::now();
     limits::prepare();
-    logger::start();
     let code = match demand_vmm::cli::main(started) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            logger::say(format_args!("demand-vmm: {error}"));
+            logger::say_error("demand-vmm", &error);
             error.exit_code()
         }
     };

@@ -1,17 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The report of a run, as JSON and as a table.
 
-pub(crate) mod outputs;
-pub(crate) mod progress;
-pub mod timeline;
+pub mod outputs;
+pub mod progress;
+pub(crate) mod timeline;
 
 use std::fmt::Write;
-use std::path::Path as FilePath;
+use std::time::Duration;
 
-use demand_memory::{Path, PathReport, SourceReport, Stats};
+use demand_memory::{FaultPath, PathReport, SourceReport, Stats};
 use serde::{Deserialize, Serialize};
-
-use crate::error::Error;
 
 /// The report of one run.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -26,9 +24,8 @@ pub struct Report {
     pub memory_bytes: u64,
     /// Number of vCPUs.
     pub cpus: u32,
-    /// Whether memory and disk were found to hold the expected content. For the test guest, a
-    /// separate process has compared all of it (`--verify`). For a Linux guest, only the user can
-    /// know the expected content, and can set this field.
+    /// Whether memory and disk were found to hold the expected content. Only the user of a guest can
+    /// know that content, and can set this field.
     pub verified: bool,
     /// Figures for the vCPUs.
     pub guest: PathReport,
@@ -40,6 +37,9 @@ pub struct Report {
     pub back_end: PathReport,
     /// Figures for background fill.
     pub fill: PathReport,
+    /// The most that background fill kept in flight at last, in bytes; 0 without fill.
+    #[serde(default)]
+    pub fill_in_flight_bytes: u64,
     /// Figures for the page source.
     pub source: SourceReport,
     /// Time from the process's start to its first `KVM_RUN`, in microseconds.
@@ -47,27 +47,30 @@ pub struct Report {
     /// Time from the process's start until the last page was present, in microseconds; 0 if pages
     /// were still missing at the end, or if all were present from the start.
     pub time_to_complete_us: u64,
+    /// The error that ended the run; absent after an end in order.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
 }
 
 impl Report {
     /// Copies the figures of the paths and of the source into the report.
     pub fn set_paths(&mut self, stats: &Stats) {
-        self.guest = stats.path(Path::Guest);
-        self.kvm_internal = stats.path(Path::KvmInternal);
-        self.vmm = stats.path(Path::Vmm);
-        self.back_end = stats.path(Path::BackEnd);
-        self.fill = stats.path(Path::Fill);
+        self.guest = stats.path(FaultPath::Guest);
+        self.kvm_internal = stats.path(FaultPath::HypervisorInternal);
+        self.vmm = stats.path(FaultPath::Vmm);
+        self.back_end = stats.path(FaultPath::BackEnd);
+        self.fill = stats.path(FaultPath::Fill);
         self.source = stats.source();
     }
 
     /// Returns the figures of the paths, in the order of the table.
     pub fn paths(&self) -> [(&'static str, &PathReport); 5] {
         [
-            (Path::Guest.name(), &self.guest),
-            (Path::KvmInternal.name(), &self.kvm_internal),
-            (Path::Vmm.name(), &self.vmm),
-            (Path::BackEnd.name(), &self.back_end),
-            (Path::Fill.name(), &self.fill),
+            (FaultPath::Guest.name(), &self.guest),
+            (FaultPath::HypervisorInternal.name(), &self.kvm_internal),
+            (FaultPath::Vmm.name(), &self.vmm),
+            (FaultPath::BackEnd.name(), &self.back_end),
+            (FaultPath::Fill.name(), &self.fill),
         ]
     }
 
@@ -90,39 +93,10 @@ impl Report {
                 if self.cpus == 1 { "" } else { "s" }
             ),
         );
-        line(
-            &mut table,
-            format_args!(
-                "  {:<13}{:>9}{:>11}{:>10}{:>11}{:>11}{:>11}{:>12}",
-                "path", "faults", "each maps", "pages", "fetched", "p50 us", "p99 us", "max us"
-            ),
-        );
-        for (name, path) in self.paths() {
-            line(
-                &mut table,
-                format_args!(
-                    "  {:<13}{:>9}{:>11}{:>10}{:>11}{:>11.1}{:>11.1}{:>12.1}",
-                    name,
-                    path.faults,
-                    size(path.granularity_bytes),
-                    path.pages,
-                    size(path.bytes_fetched),
-                    path.latency_us.p50,
-                    path.latency_us.p99,
-                    path.latency_us.max
-                ),
-            );
+        // A guest that boots has no missing pages, and nothing but zeros here.
+        if self.engine != "none" || self.source.reads > 0 {
+            self.add_figures(&mut table);
         }
-        line(
-            &mut table,
-            format_args!(
-                "  source: {} reads, {}, {} errors, {} retries",
-                self.source.reads,
-                size(self.source.bytes),
-                self.source.errors,
-                self.source.retries
-            ),
-        );
         let complete = match self.time_to_complete_us {
             0 if self.engine == "none" => "all pages present from the start".to_string(),
             0 => "some pages still missing at the end".to_string(),
@@ -143,22 +117,43 @@ impl Report {
         }
         table
     }
+
+    /// Adds the figures of the paths and of the source to the table.
+    fn add_figures(&self, table: &mut String) {
+        *table += &format!(
+            "  {:<13}{:>9}{:>11}{:>10}{:>11}{:>11}{:>11}{:>12}\n",
+            "path", "faults", "each maps", "pages", "fetched", "p50 us", "p99 us", "max us"
+        );
+        for (name, path) in self.paths() {
+            *table += &format!(
+                "  {:<13}{:>9}{:>11}{:>10}{:>11}{:>11.1}{:>11.1}{:>12.1}\n",
+                name,
+                path.faults,
+                size(path.granularity_bytes),
+                path.pages,
+                size(path.bytes_fetched),
+                path.latency_us.p50,
+                path.latency_us.p99,
+                path.latency_us.max
+            );
+        }
+        *table += &format!(
+            "  source: {} reads, {}, {} errors, {} retries\n",
+            self.source.reads,
+            size(self.source.bytes),
+            self.source.errors,
+            self.source.retries
+        );
+    }
 }
 
-/// Writes a picture of a run's pages over time to a file.
-pub(crate) fn write_timeline(
-    path: &FilePath,
-    report: &Report,
-    stats: &Stats,
-    pages: u64,
-) -> Result<(), Error> {
+/// Draws a run's pages over time, as an SVG. `pages` is the number of pages of its memory.
+pub fn picture(report: &Report, stats: &Stats, pages: u64) -> String {
     let title = format!(
         "{}: {}, engine {}, {} vCPUs",
         report.stage, report.backing, report.engine, report.cpus
     );
-    let picture = crate::report::timeline::svg(&title, &stats.timeline(), pages);
-    std::fs::write(path, picture)
-        .map_err(|error| Error::failed(format!("cannot write {}: {error}", path.display())))
+    timeline::svg(&title, &stats.timeline(), pages)
 }
 
 /// Formats a number of bytes for people: in the largest unit that it reaches, rounded to one
@@ -178,6 +173,11 @@ pub fn size(bytes: u64) -> String {
     }
 }
 
+/// Returns a duration in whole microseconds, for a report.
+pub(crate) fn micros(duration: Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
+}
+
 /// Formats a number of microseconds for people, rounded.
 pub fn duration(us: u64) -> String {
     match us {
@@ -190,6 +190,20 @@ pub fn duration(us: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn plain_boot_has_no_table_of_zeros() {
+        let mut report = Report { stage: "run".into(), cpus: 1, ..Report::default() };
+        report.engine = "none".into();
+        let lines = report.table();
+        let lines: Vec<_> = lines.lines().collect();
+        assert_eq!(lines.len(), 2, "{lines:?}");
+        assert!(lines[1].ends_with("all pages present from the start"), "{lines:?}");
+        report.engine = "uffd".into();
+        let lines = report.table();
+        assert_eq!(lines.lines().count(), 9, "{lines}");
+        assert!(lines.lines().nth(7).unwrap().starts_with("  source: 0 reads"), "{lines}");
+    }
 
     #[test]
     fn sizes_for_people() {

@@ -1,7 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A snapshot: its state, its files, and their publication as one directory.
 
-pub mod boot_files;
+pub(crate) mod boot_files;
 pub mod dir;
+pub mod error;
 pub mod open;
-pub mod saved;
+#[cfg(test)]
+mod sample;
+pub(crate) mod saved;
+pub mod state_file;

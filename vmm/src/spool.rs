@@ -3,11 +3,12 @@
 
 use std::collections::VecDeque;
 use std::io::{self, Write};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::signals::block_signals;
+use crate::sync::LockExt;
 
 /// Capacity of the queue, in bytes. Output beyond it is lost.
 const CAPACITY: usize = 1 << 20;
@@ -22,18 +23,14 @@ struct State {
     lost: u64,
     /// Whether the thread ends once the queue is empty.
     closed: bool,
+    /// Whether the last byte, if any, did not end a line.
+    in_line: bool,
 }
 
 #[derive(Debug, Default)]
 struct Shared {
     state: Mutex<State>,
     changed: Condvar,
-}
-
-impl Shared {
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
 }
 
 /// The report of output that does not fit and is lost.
@@ -71,7 +68,7 @@ impl Spool {
             let _ = block_signals();
             let mut bytes = Vec::new();
             loop {
-                let mut state = ours.lock();
+                let mut state = ours.state.lock_always();
                 state.under_way = 0;
                 ours.changed.notify_all();
                 while state.kept.is_empty() {
@@ -104,14 +101,21 @@ impl Spool {
 
     /// Makes the thread end once the queue is empty.
     pub(crate) fn close(&self) {
-        self.0.lock().closed = true;
+        self.0.state.lock_always().closed = true;
         self.0.changed.notify_all();
+    }
+
+    /// Ends the last line, if it has no end yet.
+    pub(crate) fn end_line(&self) {
+        if self.0.state.lock_always().in_line {
+            let _ = self.clone().write_all(b"\n");
+        }
     }
 
     /// Waits until all output is passed on, at most for `within`.
     pub(crate) fn drain(&self, within: Duration) {
         let due = Instant::now() + within;
-        let mut state = self.0.lock();
+        let mut state = self.0.state.lock_always();
         while !state.kept.is_empty() || state.under_way > 0 {
             let left = due.saturating_duration_since(Instant::now());
             if left.is_zero() {
@@ -125,7 +129,8 @@ impl Spool {
 
 impl Write for Spool {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let mut state = self.0.lock();
+        let mut state = self.0.state.lock_always();
+        state.in_line = bytes.last().map_or(state.in_line, |last| *last != b'\n');
         let fits = bytes.len().min(CAPACITY - state.kept.len());
         let mut warn = false;
         if fits == bytes.len() {
@@ -163,7 +168,7 @@ mod tests {
     fn all_of_it_is_passed_on_in_order() {
         let (mut reader, writer) = io::pipe().unwrap();
         let mut spool = Spool::new(writer, "console", Overflow::Warn).unwrap();
-        let all: Vec<u8> = (0..200_000u32).map(|n| n as u8).collect();
+        let all: Vec<u8> = (0..=u8::MAX).cycle().take(200_000).collect();
         let sent = all.clone();
         let sender = thread::spawn(move || {
             for bytes in sent.chunks(1000) {
@@ -187,7 +192,7 @@ mod tests {
         }
         spool.drain(Duration::from_millis(50));
         assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
-        let state = spool.0.lock();
+        let state = spool.0.state.lock_always();
         assert!(state.lost > 0 && state.kept.len() <= CAPACITY);
         drop(state);
         // A late reader gets the first output.

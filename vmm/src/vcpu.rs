@@ -1,19 +1,24 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The thread of a vCPU, for any kind of guest.
 
-pub(crate) mod gate;
+pub mod error;
+pub(crate) mod pause_gate;
 pub mod set;
 
-use std::io;
+use std::fmt;
 use std::sync::{Arc, OnceLock};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use demand_kvm::{DemandVcpu, FaultError, FaultHandler, KickError, Settle, Step, StepError};
-use demand_memory::DemandMemory;
+use demand_paging::{CompleteIo, Error as PagingError, LazyVcpu, Step};
 use kvm_bindings::{KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_UNINITIALIZED};
 use kvm_ioctls::VcpuExit;
 
-use crate::vcpu::gate::{Gate, Settled, Turn};
+use crate::vcpu::error::{UnservedExit, VcpuError};
+use crate::vcpu::pause_gate::{IoState, ParkAction, PauseGate};
+
+/// The shortest time out of the guest of which the guest is told: well below the limit of any
+/// watchdog.
+pub(crate) const LONG_ABSENCE: Duration = Duration::from_secs(1);
 
 /// A message from a vCPU's thread to the VMM.
 #[derive(Debug)]
@@ -28,8 +33,8 @@ pub enum VcpuEvent {
     Failed {
         /// The vCPU.
         cpu: u32,
-        /// The cause: one line.
-        message: String,
+        /// The cause.
+        error: VcpuError,
     },
 }
 
@@ -44,8 +49,8 @@ pub enum Served {
     Hold,
     /// The vCPU has nothing more to do, and its thread ends.
     End,
-    /// The vCPU cannot continue. One line names the vCPU and the cause.
-    Failed(String),
+    /// The vCPU cannot continue.
+    Failed(UnservedExit),
 }
 
 /// The machine around the vCPUs, as far as their exits need it: its devices, and its end.
@@ -71,7 +76,7 @@ pub enum Served {
 ///
 /// assert_eq!(Port80.serve(0, VcpuExit::IoOut(0x80, &[1])), Served::Continue);
 /// let Served::Failed(why) = Port80.serve(3, VcpuExit::IoOut(0x81, &[1])) else { panic!() };
-/// assert_eq!(why, "vCPU 3 wrote 1 bytes to port 0x81, where no device is");
+/// assert_eq!(why.to_string(), "vCPU 3 wrote 1 bytes to port 0x81, where no device is");
 /// ```
 pub trait ServeExit: Send + Sync {
     /// Serves an exit of vCPU `cpu`, on the vCPU's thread. The answer to a read goes into the
@@ -84,10 +89,10 @@ pub trait ServeExit: Send + Sync {
     fn serve(&self, cpu: u32, exit: VcpuExit<'_>) -> Served;
 }
 
-/// Returns the outcome of an exit that the machine does not serve: a failure of one line. An exit
-/// that only means that `KVM_RUN` has returned is not a failure.
+/// Returns the outcome of an exit that the machine does not serve: a failure. An exit that only
+/// means that `KVM_RUN` has returned is not a failure.
 pub fn unserved(cpu: u32, exit: &VcpuExit<'_>) -> Served {
-    let what = match exit {
+    let exit = match exit {
         VcpuExit::Intr | VcpuExit::IrqWindowOpen => return Served::Continue,
         VcpuExit::IoOut(port, data) => {
             format!("wrote {} bytes to port {port:#x}, where no device is", data.len())
@@ -116,34 +121,27 @@ pub fn unserved(cpu: u32, exit: &VcpuExit<'_>) -> Served {
         ),
         exit => format!("left the guest with {exit:?}, which is unsupported"),
     };
-    Served::Failed(format!("vCPU {cpu} {what}"))
+    Served::Failed(UnservedExit { cpu, exit })
 }
 
 /// The context that all vCPUs of a VM share.
 pub struct VcpuContext {
-    /// The handler of exits at missing pages.
-    pub faults: FaultHandler,
-    /// The guest's memory, for accesses that KVM leaves to the VMM.
-    pub memory: DemandMemory,
-    /// The handler of all other exits.
+    /// The handler of all exits except those at missing pages.
     pub exits: Arc<dyn ServeExit>,
     /// The time at which the first vCPU entered the guest.
-    pub first_run: OnceLock<Instant>,
+    pub first_run: Arc<OnceLock<Instant>>,
 }
 
-/// Errors from starting a vCPU's thread.
-#[derive(Debug, thiserror::Error)]
-pub enum StartError {
-    /// The vCPU cannot be kicked.
-    #[error(transparent)]
-    Kick(#[from] KickError),
-    /// The host has no more threads.
-    #[error("cannot start a vCPU thread: {0}; raise the limit of threads (ulimit -u)")]
-    Thread(#[from] io::Error),
+impl fmt::Debug for VcpuContext {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut context = f.debug_struct("VcpuContext");
+        context.field("first_run", &self.first_run);
+        context.finish_non_exhaustive()
+    }
 }
 
 /// Reports the end of a vCPU's thread, even after a panic.
-struct TellEnd<'a>(u32, &'a Gate, &'a dyn Fn(VcpuEvent));
+struct TellEnd<'a>(u32, &'a PauseGate, &'a dyn Fn(VcpuEvent));
 
 impl Drop for TellEnd<'_> {
     fn drop(&mut self) {
@@ -156,21 +154,20 @@ impl Drop for TellEnd<'_> {
 enum End {
     /// A reason that needs no message.
     Quiet,
-    /// A failure: one line.
-    Failed(String),
+    /// A failure.
+    Failed(VcpuError),
 }
 
 /// Runs the guest on a vCPU's thread and serves its exits, until the vCPU halts, fails or is told
 /// to stop.
 pub(crate) fn run(
     cpu: u32,
-    vcpu: DemandVcpu,
+    vcpu: LazyVcpu,
     context: &VcpuContext,
-    gate: &Gate,
+    gate: &PauseGate,
     tell: &dyn Fn(VcpuEvent),
 ) {
     let _ended = TellEnd(cpu, gate, tell);
-    vcpu.kick().attach();
     let mut runner = Runner {
         cpu,
         vcpu,
@@ -181,16 +178,16 @@ pub(crate) fn run(
         absences: (0, 0),
         looks: 0,
     };
-    if let End::Failed(message) = runner.run() {
-        tell(VcpuEvent::Failed { cpu, message });
+    if let End::Failed(error) = runner.run() {
+        tell(VcpuEvent::Failed { cpu, error });
     }
 }
 
 struct Runner<'a> {
     cpu: u32,
-    vcpu: DemandVcpu,
+    vcpu: LazyVcpu,
     context: &'a VcpuContext,
-    gate: &'a Gate,
+    gate: &'a PauseGate,
     /// Whether the vCPU stays out of the guest until the VM is reset.
     held: bool,
     /// Whether the vCPU may have an incomplete I/O or MMIO exit.
@@ -210,7 +207,7 @@ impl Runner<'_> {
             {
                 return end;
             }
-            let absences = (self.vcpu.absences(), gate.absences());
+            let absences = (self.vcpu.demand().absences(), gate.absences());
             if absences != self.absences {
                 self.absences = absences;
                 self.tell_absence();
@@ -229,11 +226,17 @@ impl Runner<'_> {
     }
 
     fn step(&mut self) -> Result<(), End> {
-        match self.vcpu.step(&self.context.faults, &self.context.memory) {
+        match self.vcpu.step() {
             Ok(Step::Again) => Ok(()),
             Ok(Step::Exit(VcpuExit::InternalError)) => Err(self.internal_error()),
             Ok(Step::Exit(exit)) => {
+                let begun = Instant::now();
                 self.held = serve(self.cpu, self.context, self.gate, exit)?;
+                // A device takes no such time: the process was stopped meanwhile, as a rule. The
+                // guest must hear of it before it runs, and the main loop may notice only later.
+                if begun.elapsed() >= LONG_ABSENCE {
+                    self.tell_absence();
+                }
                 Ok(())
             }
             Err(error) => Err(self.failed(error)),
@@ -242,15 +245,15 @@ impl Runner<'_> {
 
     /// Parks the vCPU for as long as the gate is closed or the vCPU is held, and runs jobs
     /// meanwhile.
-    fn pause(&mut self, gate: &Gate) -> Result<(), End> {
-        let settle = self.has_run && gate.is_pausing();
-        let mut settled = if settle { self.settle()? } else { Settled::Yes };
+    fn pause(&mut self, gate: &PauseGate) -> Result<(), End> {
+        let complete_io = self.has_run && gate.is_pausing();
+        let mut io = if complete_io { self.complete_io()? } else { IoState::Complete };
         loop {
-            match gate.wait(self.cpu, settled) {
-                Turn::Go => break,
-                Turn::Stop => return Err(End::Quiet),
-                Turn::Settle => settled = self.settle()?,
-                Turn::Do(job) => job(&mut self.vcpu),
+            match gate.wait(self.cpu, io) {
+                ParkAction::Enter => break,
+                ParkAction::End => return Err(End::Quiet),
+                ParkAction::CompleteIo => io = self.complete_io()?,
+                ParkAction::Run(job) => job(self.vcpu.demand_mut()),
             }
         }
         // The vCPU was released, or it was held again on its way into the pause.
@@ -287,14 +290,14 @@ impl Runner<'_> {
     }
 
     /// Completes pending I/O, as far as that does not need a missing page.
-    fn settle(&mut self) -> Result<Settled, End> {
+    fn complete_io(&mut self) -> Result<IoState, End> {
         loop {
-            match self.vcpu.settle_step(&self.context.faults, &self.context.memory) {
-                Ok(Settle::Again) => {}
-                Ok(Settle::Done) => return Ok(Settled::Yes),
-                Ok(Settle::Waiting { gpa }) => return Ok(Settled::Waiting { gpa }),
-                Ok(Settle::Exit(VcpuExit::InternalError)) => return Err(self.internal_error()),
-                Ok(Settle::Exit(exit)) => {
+            match self.vcpu.complete_pending_io() {
+                Ok(CompleteIo::Again) => {}
+                Ok(CompleteIo::Done) => return Ok(IoState::Complete),
+                Ok(CompleteIo::Waiting { gpa }) => return Ok(IoState::Waiting { gpa }),
+                Ok(CompleteIo::Exit(VcpuExit::InternalError)) => return Err(self.internal_error()),
+                Ok(CompleteIo::Exit(exit)) => {
                     self.held |= serve(self.cpu, self.context, self.gate, exit)?;
                 }
                 Err(error) => return Err(self.failed(error)),
@@ -302,40 +305,35 @@ impl Runner<'_> {
         }
     }
 
-    fn failed(&self, error: StepError) -> End {
+    fn failed(&self, error: PagingError) -> End {
         match error {
-            StepError::Fault(FaultError::Stopped { .. }) => End::Quiet,
-            error => End::Failed(format!("vCPU {}: {error}", self.cpu)),
+            PagingError::Ended => End::Quiet,
+            source => End::Failed(VcpuError::Step { cpu: self.cpu, source }),
         }
     }
 
     /// Returns the error for KVM's internal errors, most of which are instructions that it cannot
     /// emulate.
     fn internal_error(&mut self) -> End {
-        let cpu = self.cpu;
         // SAFETY: the vCPU's last exit was KVM_EXIT_INTERNAL_ERROR, so `internal` is the union's
         // member in use, and all bytes are valid values of it.
-        let suberror =
-            unsafe { self.vcpu.fd_mut().get_kvm_run().__bindgen_anon_1.internal.suberror };
-        let why = match suberror {
-            kvm_bindings::KVM_INTERNAL_ERROR_EMULATION => "cannot emulate an instruction",
-            _ => "has met an internal error",
+        let suberror = unsafe {
+            self.vcpu.demand_mut().fd_mut().get_kvm_run().__bindgen_anon_1.internal.suberror
         };
-        let at = self.vcpu.fd().get_regs().map_or(String::new(), |r| format!(" at {:#x}", r.rip));
-        End::Failed(format!(
-            "vCPU {cpu}{at}: KVM {why} (suberror {suberror}); the kernel's log may say more"
-        ))
+        let rip = self.vcpu.fd().get_regs().ok().map(|registers| registers.rip);
+        End::Failed(VcpuError::Internal { cpu: self.cpu, rip, suberror })
     }
 }
 
 /// Serves an exit. Returns whether the vCPU is held from now on.
-fn serve(cpu: u32, context: &VcpuContext, gate: &Gate, exit: VcpuExit<'_>) -> Result<bool, End> {
+fn serve(
+    cpu: u32,
+    context: &VcpuContext,
+    gate: &PauseGate,
+    exit: VcpuExit<'_>,
+) -> Result<bool, End> {
     if let VcpuExit::FailEntry(reason, _) = exit {
-        let why = format!(
-            "vCPU {cpu}: the processor refused to enter the guest (reason {reason:#x}); the \
-             kernel's log may say more"
-        );
-        return Err(End::Failed(why));
+        return Err(End::Failed(VcpuError::Entry { cpu, reason }));
     }
     match context.exits.serve(cpu, exit) {
         Served::Continue => Ok(false),
@@ -344,6 +342,6 @@ fn serve(cpu: u32, context: &VcpuContext, gate: &Gate, exit: VcpuExit<'_>) -> Re
             Ok(true)
         }
         Served::End => Err(End::Quiet),
-        Served::Failed(message) => Err(End::Failed(message)),
+        Served::Failed(exit) => Err(End::Failed(exit.into())),
     }
 }

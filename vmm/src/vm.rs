@@ -1,52 +1,70 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A VM with a Linux guest, and the operations on it while it runs.
+//!
+//! `lifecycle` has the states of its life and says which thread makes which transition; `session`
+//! follows it from its start to its end.
 
 pub(crate) mod absence;
+pub(crate) mod error;
 pub(crate) mod event_loop;
-pub mod events;
+pub(crate) mod events;
 mod halt_watch;
-pub(crate) mod interrupt;
-pub mod lifecycle;
-pub mod linux;
+pub(crate) mod host;
+pub mod interrupt;
+pub mod kept_probes;
+pub(crate) mod lifecycle;
+pub(crate) mod linux;
 pub mod machine;
+pub(crate) mod record;
 pub(crate) mod reset;
-pub mod restore;
-pub mod session;
+pub(crate) mod restore;
+pub(crate) mod serve;
+pub(crate) mod session;
 pub mod source_watch;
-pub(crate) mod supervise;
+pub mod supervise;
+mod task;
 pub(crate) mod timeouts;
 
+use std::fmt;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use demand_memory::{ImageProgress, PAGE_SIZE, Stats};
 use demand_source::{ImageSummary, ImageWriter};
 
+use crate::api::endpoint::Endpoint;
+use crate::api::events::{EventKind, EventLog, PauseReason};
 use crate::api::{
     Control, ControlError, DeviceStatus, Go, SnapshotProgress, SnapshotRequest, SnapshotSummary,
     State, Status,
 };
+use crate::arch::boot_files::BootSource;
 use crate::arch::vcpu_state::{StateShape, VcpuState};
 use crate::arch::vm_state::VmState;
-use crate::config::MemoryOption;
+use crate::config::MemoryConfig;
 use crate::devices::chipset::Chipset;
 use crate::error::Error;
-use crate::snapshot::boot_files::{BootSource, SavedBoot};
+use crate::report::micros;
+use crate::snapshot::boot_files::SavedBoot;
 use crate::snapshot::dir::PartialSnapshot;
 use crate::snapshot::saved::{SavedMemory, SavedVm};
-use crate::vcpu::set::{StillInside, Vcpus};
+use crate::sync::LockExt;
+use crate::vcpu::error::StillInside;
+use crate::vcpu::set::Vcpus;
+use crate::virtio::error::DeviceError;
 use crate::virtio::state::DeviceState;
 use crate::virtio::vhost_user::VhostUserDevice;
-use crate::vm::event_loop::spawn;
-use crate::vm::events::{Event, Tell};
+use crate::vm::error::VmError;
+use crate::vm::events::{Event, EventSender};
 use crate::vm::lifecycle::{Change, Lifecycle};
 use crate::vm::machine::Machine;
 use crate::vm::source_watch::LastError;
+use crate::vm::task::spawn;
 
 /// The parts of a VM.
-pub struct VmParts {
+pub(crate) struct VmParts {
     /// Memory, memslots, and the service that serves faults.
     pub machine: Arc<Machine>,
     /// The fixed devices, such as the serial port and the generation identifier.
@@ -60,7 +78,7 @@ pub struct VmParts {
     /// The parts of each vCPU's state.
     pub shape: Arc<StateShape>,
     /// The properties of the memory.
-    pub memory: MemoryOption,
+    pub memory: MemoryConfig,
     /// The files that the guest was booted from.
     pub boot: Option<BootSource>,
     /// The statistics of the run.
@@ -72,49 +90,54 @@ pub struct VmParts {
     /// The last error that did not end the VM.
     pub last_error: LastError,
     /// The sender of events to the thread that follows the VM.
-    pub tell: Tell,
+    pub events: EventSender,
+    /// The log of events for clients of the API.
+    pub log: Arc<EventLog>,
     /// Whether a reset that the guest requested is pending.
     pub reset_asked: Arc<AtomicBool>,
 }
 
 /// A VM. Any thread can operate it through [`Control`].
-pub struct Vm {
+pub(crate) struct Vm {
     pub(crate) machine: Arc<Machine>,
     pub(crate) chipset: Chipset,
     pub(crate) devices: Vec<Arc<VhostUserDevice>>,
     vcpus: Mutex<Vcpus>,
     pub(crate) cpus: u32,
     pub(crate) shape: Arc<StateShape>,
-    pub(crate) memory: MemoryOption,
+    pub(crate) memory: MemoryConfig,
     pub(crate) boot: Option<BootSource>,
     pub(crate) stats: Arc<Stats>,
     started: Instant,
     pub(crate) missing_at_start: u64,
     last_error: LastError,
-    pub(crate) tell: Tell,
+    pub(crate) events: EventSender,
+    pub(crate) log: Arc<EventLog>,
     reset_asked: Arc<AtomicBool>,
     pub(crate) lifecycle: Lifecycle,
 }
 
-/// Combines all errors into one, if there are any.
-fn all_of(results: impl Iterator<Item = Result<(), Error>>) -> Option<Error> {
-    let errors: Vec<Error> = results.filter_map(Result::err).collect();
-    match errors.len() {
-        0 | 1 => errors.into_iter().next(),
-        _ => {
-            let words: Vec<String> = errors.iter().map(ToString::to_string).collect();
-            Some(Error::failed(words.join("; ")))
-        }
+impl fmt::Debug for Vm {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut vm = f.debug_struct("Vm");
+        vm.field("machine", &self.machine).field("state", &self.lifecycle.state());
+        vm.field("devices", &self.devices.len()).field("cpus", &self.cpus);
+        vm.finish_non_exhaustive()
     }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+/// Combines all errors into one, if there are any.
+fn all_of(results: impl Iterator<Item = Result<(), DeviceError>>) -> Option<Error> {
+    let errors: Vec<DeviceError> = results.filter_map(Result::err).collect();
+    match errors.len() {
+        0 | 1 => errors.into_iter().next().map(Error::from),
+        _ => Some(VmError::Devices(errors).into()),
+    }
 }
 
 impl Vm {
     /// Creates a VM of these parts.
-    pub fn new(parts: VmParts) -> Self {
+    pub(crate) fn new(parts: VmParts) -> Self {
         Vm {
             machine: parts.machine,
             chipset: parts.chipset,
@@ -128,7 +151,8 @@ impl Vm {
             started: parts.started,
             missing_at_start: parts.missing_at_start,
             last_error: parts.last_error,
-            tell: parts.tell,
+            events: parts.events,
+            log: parts.log,
             reset_asked: parts.reset_asked,
             lifecycle: Lifecycle::default(),
         }
@@ -136,7 +160,7 @@ impl Vm {
 
     /// Locks the vCPUs.
     pub(crate) fn vcpus(&self) -> MutexGuard<'_, Vcpus> {
-        lock(&self.vcpus)
+        self.vcpus.lock_always()
     }
 
     /// Locks the vCPUs, unless another thread holds the lock.
@@ -147,9 +171,12 @@ impl Vm {
     /// Starts the vCPUs. They run before the state says so, so that a pause always finds them
     /// running.
     pub(crate) fn go(&self) {
-        let _change = lock(&self.lifecycle.change);
+        let _change = self.lifecycle.change.lock_always();
         self.vcpus().resume();
         self.lifecycle.set(State::Running);
+        self.log.add(EventKind::Running);
+        // A report before this found no running VM to pause.
+        self.machine.retry_source();
     }
 
     /// Stops a snapshot in progress, and waits until no transition is in progress: for a short time
@@ -173,9 +200,9 @@ impl Vm {
         within: Duration,
         work: impl FnOnce() -> Result<(), Error>,
     ) -> Result<(), Error> {
-        let mut change = lock(&self.lifecycle.change);
+        let mut change = self.lifecycle.change.lock_always();
         let paused = self.vcpus().pause(within);
-        paused.map_err(|error| self.explain(&error))?;
+        paused.map_err(|inside| self.explain(inside))?;
         work()?;
         change.quiesced = false;
         self.vcpus().release();
@@ -187,24 +214,13 @@ impl Vm {
 
     /// Returns the error for vCPUs that did not leave the guest. It names the device if one of them
     /// waits for a back-end.
-    pub(crate) fn explain(&self, inside: &StillInside) -> Error {
+    pub(crate) fn explain(&self, inside: StillInside) -> VmError {
         let waits = |device: &Arc<VhostUserDevice>| Some((device.clone(), device.waits_for()?));
-        let Some((device, what)) = self.devices.iter().find_map(waits) else {
-            return Error::failed(inside);
+        let Some((device, request)) = self.devices.iter().find_map(waits) else {
+            return VmError::StillInside(inside);
         };
-        Error::failed(format!(
-            "{} did not stop within {} ms: device {} waits for {what}, and its back-end at {} \
-             does not answer; check that it runs",
-            inside.names(),
-            inside.within.as_millis(),
-            device.name(),
-            device.socket().display()
-        ))
-    }
-
-    /// Returns the time at which the first vCPU entered the guest.
-    pub(crate) fn first_run(&self) -> Option<Instant> {
-        self.vcpus().context().first_run.get().copied()
+        let (name, socket) = (device.name().into(), device.socket().into());
+        VmError::BackEndSilent { source: inside, device: name, request, socket }
     }
 
     /// Stops the vCPUs for good. Call it while pages still arrive.
@@ -212,7 +228,7 @@ impl Vm {
     /// # Errors
     ///
     /// Those of [`Vcpus::stop`].
-    pub fn stop_vcpus(&self, within: Duration) -> Result<(), StillInside> {
+    pub(crate) fn stop_vcpus(&self, within: Duration) -> Result<(), StillInside> {
         self.vcpus().stop(within)
     }
 
@@ -222,14 +238,14 @@ impl Vm {
     /// # Errors
     ///
     /// The back-ends' refusals, and KVM's.
-    pub fn finish_paging(&self) -> Result<(), Error> {
+    pub(crate) fn finish_paging(&self) -> Result<(), Error> {
         self.devices.iter().try_for_each(|device| device.end_postcopy())?;
-        self.machine.finish()
+        Ok(self.machine.finish()?)
     }
 
     /// Resumes the vCPUs. If a snapshot has quiesced the devices, all of them are started first, as
     /// far as they can.
-    fn go_on(&self, change: &mut Change) -> Result<(), Error> {
+    fn resume_all(&self, change: &mut Change) -> Result<(), Error> {
         if change.quiesced {
             let resumed = self.devices.iter().map(|device| device.resume());
             if let Some(error) = all_of(resumed) {
@@ -239,6 +255,31 @@ impl Vm {
         }
         self.vcpus().resume();
         self.lifecycle.set(State::Running);
+        self.log.add(EventKind::Resumed);
+        // The user may have mended the source. Pages that still fail are reported, which pauses the
+        // VM again.
+        self.machine.retry_source();
+        Ok(())
+    }
+
+    /// Pauses the VM for this reason.
+    fn pause_for(&self, reason: PauseReason, error: Option<String>) -> Result<(), ControlError> {
+        let _change = self.lifecycle.change()?;
+        match self.lifecycle.state() {
+            State::Running => {}
+            State::Paused => {
+                let error = "cannot pause: the VM is paused already; resume it first";
+                return Err(ControlError::wrong_state(error));
+            }
+            other => return Err(not_while(Endpoint::Pause, other)),
+        }
+        let vcpus = self.vcpus();
+        if let Err(inside) = vcpus.pause(timeouts::PAUSE) {
+            vcpus.resume();
+            return Err(self.explain(inside).into());
+        }
+        self.lifecycle.set(State::Paused);
+        self.log.add(EventKind::Paused { reason, error });
         Ok(())
     }
 
@@ -247,13 +288,18 @@ impl Vm {
         self.last_error.get(self.machine.is_source_failing())
     }
 
+    /// Adds an event to the log if the source answers again. Must be called regularly.
+    pub(crate) fn look_at_source(&self) {
+        self.last_error.look(self.machine.is_source_failing());
+    }
+
     /// Pauses the VM on a separate thread, because the source has failed for too long. Does nothing
     /// if the VM has been paused since then, or the source is back.
     ///
     /// # Errors
     ///
     /// If the host has no more threads.
-    pub fn give_up(self: &Arc<Self>, reason: String) -> Result<(), Error> {
+    pub(crate) fn give_up(self: &Arc<Self>, reason: String) -> Result<(), Error> {
         if self.lifecycle.state() != State::Running
             || self.last_error().is_none()
             || self.lifecycle.giving_up.swap(true, Ordering::AcqRel)
@@ -262,11 +308,11 @@ impl Vm {
         }
         let vm = self.clone();
         spawn("pause", move || {
-            match vm.pause() {
+            match vm.pause_for(PauseReason::Source, Some(reason.clone())) {
                 Ok(()) => {
                     log::error!("{reason}; the VM is paused; resume it when the source is back");
                 }
-                Err(error) => log::warn!("{reason}; cannot pause the VM: {}", error.message),
+                Err(error) => log::warn!("{reason}; the VM is not paused: {error}"),
             }
             vm.lifecycle.giving_up.store(false, Ordering::Release);
         })
@@ -279,9 +325,9 @@ impl Vm {
     /// If the host has no more threads.
     pub(crate) fn pause_panicked(self: &Arc<Self>) -> Result<(), Error> {
         let vm = self.clone();
-        spawn("pause", move || match vm.pause() {
-            Ok(()) => log::warn!("the VM is paused, as --on-panic says"),
-            Err(error) => log::warn!("cannot pause the VM: {}", error.message),
+        spawn("pause", move || match vm.pause_for(PauseReason::Panic, None) {
+            Ok(()) => log::warn!("the VM is paused, as its on-panic says"),
+            Err(error) => log::warn!("the VM is not paused: {error}"),
         })
     }
 
@@ -296,8 +342,7 @@ impl Vm {
         let shape = self.shape.clone();
         let states = self
             .vcpus()
-            .on_parked(timeouts::SAVE, move |cpu, vcpu| VcpuState::save(cpu, vcpu.fd(), &shape))
-            .map_err(Error::failed)?;
+            .on_parked(timeouts::SAVE, move |cpu, vcpu| VcpuState::save(cpu, vcpu.fd(), &shape))?;
         Ok(SavedVm {
             memory: SavedMemory {
                 size: self.memory.size,
@@ -318,7 +363,7 @@ impl Vm {
     /// Quiesces the devices. If one refuses, those before it are started again when the VM resumes.
     fn quiesce(&self, change: &mut Change) -> Result<Vec<DeviceState>, Error> {
         change.quiesced = true;
-        self.devices.iter().map(|device| device.quiesce(timeouts::DRAIN)).collect()
+        self.devices.iter().map(|device| Ok(device.quiesce(timeouts::DRAIN)?)).collect()
     }
 
     /// Copies the boot files into a snapshot. Returns a warning if the snapshot cannot have them.
@@ -328,8 +373,11 @@ impl Vm {
         destination: &Path,
     ) -> Result<(Option<SavedBoot>, Option<String>), Error> {
         let (saved, why) = match &self.boot {
-            Some(boot) => boot.keep_in(partial, &|| self.lifecycle.is_ending())?,
-            None => (None, Some(Error::failed("the VM's own snapshot has none"))),
+            Some(boot) => {
+                let (saved, why) = boot.keep_in(partial, &|| self.lifecycle.is_ending())?;
+                (saved, why.map(Error::from))
+            }
+            None => (None, Some(VmError::NoBootFiles.into())),
         };
         let warning = why.map(|why| {
             format!(
@@ -353,19 +401,34 @@ impl Vm {
         let states = self.quiesce(change)?;
         let generation: [u8; 16] = rand::random();
         let saved = self.save(&generation, states, boot)?;
-        let mut writer =
-            ImageWriter::create(&partial.memory(), &partial.hashes(), self.memory.size, generation)
-                .map_err(Error::failed)?;
+        let mut writer = ImageWriter::create(
+            &partial.memory(),
+            &partial.hashes(),
+            self.memory.size,
+            generation,
+        )?;
         let mut progress = |progress: ImageProgress| {
             self.lifecycle.copied.store(progress.bytes / PAGE_SIZE, Ordering::Relaxed);
             !self.lifecycle.is_ending()
         };
-        self.machine.memory().write_image(&mut writer, &mut progress).map_err(Error::failed)?;
-        let mut image = writer.finish().map_err(Error::failed)?;
+        self.machine.memory().write_image(&mut writer, &mut progress)?;
+        let mut image = writer.finish()?;
         // Includes the files other than the image.
         image.bytes_written += partial.publish(&saved)?;
         Ok(image)
     }
+}
+
+/// Returns the error for a request that this state does not allow.
+fn not_while(request: Endpoint, state: State) -> ControlError {
+    let hint = match state {
+        State::Starting => "retry when it runs",
+        State::Snapshotting => "retry when its snapshot is complete",
+        State::Stopped => "start another",
+        State::Empty | State::Created | State::Running | State::Paused => "ask for its status",
+    };
+    let action = request.action();
+    ControlError::wrong_state(format_args!("cannot {action}: the VM is {state}; {hint}"))
 }
 
 impl Control for Vm {
@@ -374,7 +437,7 @@ impl Control for Vm {
         let missing = self.missing_at_start.saturating_sub(self.stats.pages_arrived());
         let state = self.lifecycle.state();
         let snapshot = (state == State::Snapshotting).then(|| SnapshotProgress {
-            destination: lock(&self.lifecycle.destination).clone(),
+            destination: self.lifecycle.destination.lock_always().clone(),
             pages_done: self.lifecycle.copied.load(Ordering::Relaxed),
             pages_total,
         });
@@ -395,39 +458,32 @@ impl Control for Vm {
                     state: if device.check_alive().is_ok() { "alive" } else { "gone" }.into(),
                 })
                 .collect(),
-            uptime_us: self.started.elapsed().as_micros() as u64,
+            uptime_us: micros(self.started.elapsed()),
             pid: std::process::id(),
             version: env!("CARGO_PKG_VERSION").into(),
             guest: self.chipset.health.condition(),
             snapshot,
             last_error: self.last_error(),
+            limits: self.memory.limits().iter().map(ToString::to_string).collect(),
         }
     }
 
+    fn events(&self) -> Arc<EventLog> {
+        self.log.clone()
+    }
+
     fn pause(&self) -> Result<(), ControlError> {
-        let _change = self.lifecycle.change()?;
-        match self.lifecycle.state() {
-            State::Running => {}
-            State::Paused => return Err(ControlError::wrong_state("the VM is paused already")),
-            other => {
-                return Err(ControlError::wrong_state(format!("cannot pause: the VM is {other}")));
-            }
-        }
-        let vcpus = self.vcpus();
-        if let Err(error) = vcpus.pause(timeouts::PAUSE) {
-            vcpus.resume();
-            return Err(self.explain(&error).into());
-        }
-        self.lifecycle.set(State::Paused);
-        Ok(())
+        self.pause_for(PauseReason::Request, None)
     }
 
     fn resume(&self) -> Result<(), ControlError> {
         let mut change = self.lifecycle.change()?;
         match self.lifecycle.state() {
-            State::Paused => self.go_on(&mut change).map_err(ControlError::failed),
-            State::Running => Err(ControlError::wrong_state("the VM is running already")),
-            other => Err(ControlError::wrong_state(format!("cannot resume: the VM is {other}"))),
+            State::Paused => self.resume_all(&mut change).map_err(ControlError::failed),
+            State::Running => Err(ControlError::wrong_state(
+                "cannot resume: the VM is running already; pause it first",
+            )),
+            other => Err(not_while(Endpoint::Resume, other)),
         }
     }
 
@@ -436,9 +492,7 @@ impl Control for Vm {
         let mut change = self.lifecycle.change()?;
         let before = self.lifecycle.state();
         if !matches!(before, State::Running | State::Paused) {
-            return Err(ControlError::wrong_state(format!(
-                "cannot take a snapshot: the VM is {before}"
-            )));
+            return Err(not_while(Endpoint::Snapshot, before));
         }
         // Checks for refusals before anything stops.
         self.devices.iter().try_for_each(|device| device.can_snapshot())?;
@@ -448,9 +502,9 @@ impl Control for Vm {
         let (boot, warning) = self.keep_boot(&partial, &request.destination)?;
         if before == State::Running {
             let vcpus = self.vcpus();
-            if let Err(error) = vcpus.pause(timeouts::PAUSE) {
+            if let Err(inside) = vcpus.pause(timeouts::PAUSE) {
                 vcpus.resume();
-                return Err(self.explain(&error).into());
+                return Err(self.explain(inside).into());
             }
         }
         // The guest could not continue from this state, because the request for the reset is not
@@ -463,10 +517,21 @@ impl Control for Vm {
                 "cannot take a snapshot: the guest is resetting itself; retry when it is done",
             ));
         }
-        *lock(&self.lifecycle.destination) = request.destination.display().to_string();
+        *self.lifecycle.destination.lock_always() = request.destination.display().to_string();
         self.lifecycle.copied.store(0, Ordering::Relaxed);
         self.lifecycle.set(State::Snapshotting);
+        self.log.add(EventKind::SnapshotBegun { destination: request.destination.clone() });
         let taken = self.take_snapshot(partial, boot, &mut change);
+        self.log.add(match &taken {
+            Ok(image) => EventKind::SnapshotWritten {
+                destination: request.destination.clone(),
+                bytes: image.bytes_written,
+            },
+            Err(error) => EventKind::SnapshotFailed {
+                destination: request.destination.clone(),
+                error: error.to_string(),
+            },
+        });
         let then = match (&taken, request.then) {
             // After a failure the VM continues as before.
             (Err(_), _) | (Ok(_), None) if before == State::Running => Go::Resume,
@@ -474,15 +539,19 @@ impl Control for Vm {
             (Ok(_), Some(then)) => then,
         };
         self.lifecycle.set(State::Paused);
-        let gone_on = match then {
-            Go::Resume => self.go_on(&mut change),
+        let resumed = match then {
+            Go::Resume => self.resume_all(&mut change),
             Go::Pause => Ok(()),
             Go::Shutdown => {
-                self.tell.tell(Event::Shutdown);
+                self.events.send(Event::Shutdown);
                 Ok(())
             }
         };
-        let image = match (taken, gone_on) {
+        if self.lifecycle.state() == State::Paused && before == State::Running {
+            let error = resumed.as_ref().err().map(ToString::to_string);
+            self.log.add(EventKind::Paused { reason: PauseReason::Snapshot, error });
+        }
+        let image = match (taken, resumed) {
             (Ok(image), Ok(())) => image,
             (Err(error), Ok(())) => return Err(error.into()),
             (Err(error), Err(why)) => {
@@ -502,14 +571,14 @@ impl Control for Vm {
             data_pages: image.pages.data,
             hole_pages: image.pages.holes,
             bytes: image.bytes_written,
-            took_us: begun.elapsed().as_micros() as u64,
+            took_us: micros(begun.elapsed()),
             warning,
         })
     }
 
     fn shutdown(&self) -> Result<(), ControlError> {
         self.lifecycle.asked.store(true, Ordering::Release);
-        self.tell.tell(Event::Shutdown);
+        self.events.send(Event::Shutdown);
         if self.lifecycle.state() == State::Starting {
             // No thread handles events before the guest runs, and the steps before that may wait
             // for pages that do not arrive.

@@ -2,8 +2,10 @@
 //! Options with parts: correct values are accepted, and no text causes a panic.
 
 use demand_memory::{BackingKind, FillRate};
+use demand_vmm::cli::parse::ParseError;
 use demand_vmm::config::device_kind::DeviceKind;
-use demand_vmm::config::{FillOption, MemoryOption, TestGuestOption, VhostUserOption, parse_size};
+use demand_vmm::config::size::parse_size;
+use demand_vmm::config::{FillConfig, MemoryConfig, VhostUserConfig};
 use proptest::prelude::*;
 
 /// Words of options, which are combined in any order and with other text.
@@ -14,15 +16,18 @@ const WORDS: &[&str] = &[
     "backing",
     "shmem",
     "hugetlb-1g",
+    "guest-memfd",
     "reserve",
+    "in-flight",
+    "chunk",
+    "order",
+    "rate",
     "on",
     "blk",
     "socket",
     "queues",
-    "seed",
     "rate=",
     "/s",
-    "order",
     "18446744073709551615",
     "0",
     "K",
@@ -46,13 +51,12 @@ proptest! {
 
     #[test]
     fn no_text_panics(text in text()) {
-        let told = |error: String| assert!(!error.is_empty());
-        let _ = parse_size(&text).map_err(told);
-        let _ = text.parse::<MemoryOption>().map_err(told);
-        let _ = text.parse::<VhostUserOption>().map_err(told);
-        let _ = text.parse::<FillOption>().map_err(told);
-        let _ = text.parse::<TestGuestOption>().map_err(told);
-        let _ = text.parse::<BackingKind>().map_err(told);
+        let told = |error: ParseError| assert!(!error.to_string().is_empty());
+        let _ = parse_size(&text).map_err(|error| told(error.into()));
+        let _ = text.parse::<MemoryConfig>().map_err(told);
+        let _ = text.parse::<VhostUserConfig>().map_err(told);
+        let _ = text.parse::<FillConfig>().map_err(told);
+        let _ = text.parse::<BackingKind>().map_err(|error| assert!(!error.to_string().is_empty()));
     }
 
     #[test]
@@ -73,26 +77,31 @@ proptest! {
         odd in 0..2u64,
         backing in prop::sample::select(&BackingKind::ALL[..]),
         reserve: bool,
+        plain: bool,
     ) {
         let size = units * backing.unit() + odd * 512;
         let switch = if reserve { "on" } else { "off" };
-        let text = format!("reserve={switch},size={size},backing={backing}");
+        let text = match plain {
+            true => format!("{size},reserve={switch},backing={backing}"),
+            false => format!("reserve={switch},size={size},backing={backing}"),
+        };
         let right = units > 0 && odd == 0;
-        let expected = right.then_some(MemoryOption { size, backing, reserve, thp: false });
-        prop_assert_eq!(text.parse::<MemoryOption>().ok(), expected, "{}", text);
+        let expected = right.then_some(MemoryConfig { size, backing, reserve, thp: false });
+        prop_assert_eq!(text.parse::<MemoryConfig>().ok(), expected, "{}", text);
     }
 
     #[test]
-    fn a_back_end_is_understood(socket in "[a-zA-Z0-9/._ -]{1,40}", queues: u16) {
-        let parsed = format!("queues={queues},blk,socket={socket}").parse::<VhostUserOption>();
-        let right = VhostUserOption { queues, ..VhostUserOption::new(DeviceKind::Blk, socket) };
+    fn a_back_end_is_understood(socket in "[a-zA-Z0-9/._ =,-]{1,40}", queues: u16) {
+        let doubled = socket.replace(',', ",,");
+        let parsed = format!("queues={queues},blk,socket={doubled}").parse::<VhostUserConfig>();
+        let right = VhostUserConfig { queues, ..VhostUserConfig::new(DeviceKind::Blk, socket) };
         prop_assert_eq!(parsed.ok(), (1..=256).contains(&queues).then_some(right));
     }
 
     #[test]
     fn a_rate_is_understood(rate: u64) {
-        let parsed = format!("rate={rate}/s").parse::<FillOption>();
-        let right = FillOption::On(FillRate::BytesPerSecond(rate));
+        let parsed = format!("rate={rate}/s").parse::<FillConfig>();
+        let right = FillConfig::On(FillRate::BytesPerSecond(rate).into());
         prop_assert_eq!(parsed.ok(), (rate > 0).then_some(right));
     }
 }

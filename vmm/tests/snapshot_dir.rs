@@ -6,7 +6,8 @@ use std::io::{self, Write};
 use std::path::Path;
 use std::thread;
 
-use demand_vmm::snapshot::dir::{PartialSnapshot, read_state};
+use demand_vmm::snapshot::dir::PartialSnapshot;
+use demand_vmm::snapshot::open::read_state;
 use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_bind, mount_change};
 use rustix::thread::UnshareFlags;
 

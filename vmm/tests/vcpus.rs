@@ -1,19 +1,25 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Jobs on the threads of paused vCPUs, which run only between two instructions.
 
+#![allow(clippy::cast_possible_truncation, reason = "the numbers of a test are small")]
+
 use std::fs::OpenOptions;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::mpsc::channel;
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
 use demand_kvm::{DemandVcpu, Engine, EngineChoice, Virtualization, probe, resolve};
-use demand_memory::{BackingKind, Fill, FillRate, PAGE_SIZE, Retrier, RetryPolicy, Stats};
+use demand_memory::{
+    BackingKind, Fill, FillRate, PAGE_SIZE, PageRange, Retrier, RetryPolicy, Stats,
+};
+use demand_paging::{Lazy, ServiceOptions};
 use demand_source::LocalFile;
-use demand_vmm::config::MemoryOption;
-use demand_vmm::vcpu::set::{ParkedError, Vcpus};
+use demand_vmm::config::MemoryConfig;
+use demand_vmm::vcpu::error::ParkedError;
+use demand_vmm::vcpu::set::Vcpus;
 use demand_vmm::vcpu::{ServeExit, Served, VcpuContext, VcpuEvent, unserved};
 use demand_vmm::vm::machine::{Machine, MachineConfig};
 use kvm_bindings::kvm_regs;
@@ -92,26 +98,25 @@ impl Rig {
         let stats = Arc::new(Stats::new());
         let backing = BackingKind::Shmem;
         let machine = Machine::new(MachineConfig {
-            memory: &MemoryOption { size: SIZE, backing, reserve: true, thp: false },
+            memory: &MemoryConfig { size: SIZE, backing, reserve: true, thp: false },
             engine,
+            probes: None,
+            lazy: Lazy::Require,
             source: Arc::new(LocalFile::open(file.path()).unwrap()),
+            service: ServiceOptions::default(),
             stats: stats.clone(),
             retrier: Retrier::new(RetryPolicy::default(), |_| {}),
         })
         .unwrap();
         let port = Arc::new(Port::default());
-        let context = Arc::new(VcpuContext {
-            faults: machine.fault_handler().unwrap(),
-            memory: machine.memory().clone(),
-            exits: port.clone(),
-            first_run: OnceLock::new(),
-        });
+        let context = Arc::new(VcpuContext { exits: port.clone(), first_run: Arc::default() });
         Some(Rig { vcpus: Vcpus::paused(context), machine, port, stats, file })
     }
 
     /// Makes the data page inaccessible, so that KVM asks user space for it.
     fn close_data(&self) {
-        let mapping = self.machine.slots()[0].mapping();
+        let slots = self.machine.slots();
+        let mapping = slots[0].mapping();
         let address = mapping.at(DATA).as_ptr().cast();
         // SAFETY: the page belongs to the mapping, and no code of this process accesses it.
         assert_eq!(unsafe { libc::mprotect(address, PAGE_SIZE as usize, libc::PROT_NONE) }, 0);
@@ -146,8 +151,8 @@ fn paused_vcpus_run_from_their_given_state() {
     let (said, events) = channel();
     // The order of the starts does not matter.
     for cpu in [1, 0] {
-        let (vcpu, said) = (rig.machine.vm().create_vcpu(cpu).unwrap(), said.clone());
-        rig.vcpus.start(cpu as u32, vcpu, move |event| drop(said.send(event))).unwrap();
+        let (vcpu, said) = (rig.machine.create_vcpu(cpu).unwrap(), said.clone());
+        rig.vcpus.start(cpu, vcpu, move |event| drop(said.send(event))).unwrap();
     }
     let threads = rig.vcpus.on_parked(SOON, |cpu, vcpu| {
         begin(vcpu, if cpu == 0 { SPIN } else { OUTS });
@@ -179,7 +184,7 @@ fn held_vcpu_runs_from_another_state() {
     let Some(mut rig) = Rig::new() else { return };
     rig.port.held.store(true, Ordering::Release);
     let (said, events) = channel();
-    let vcpu = rig.machine.vm().create_vcpu(0).unwrap();
+    let vcpu = rig.machine.create_vcpu(0).unwrap();
     rig.vcpus.start(0, vcpu, move |event| drop(said.send(event))).unwrap();
     rig.vcpus.on_parked(SOON, |_, vcpu| begin(vcpu, TRIPLE_FAULT)).unwrap();
     rig.vcpus.resume();
@@ -222,8 +227,8 @@ fn vcpu_mid_instruction_parks_once_its_page_arrives() {
     rig.set_source_len(DATA);
     let (said, events) = channel();
     for cpu in 0..2 {
-        let (vcpu, said) = (rig.machine.vm().create_vcpu(cpu).unwrap(), said.clone());
-        rig.vcpus.start(cpu as u32, vcpu, move |event| drop(said.send(event))).unwrap();
+        let (vcpu, said) = (rig.machine.create_vcpu(cpu).unwrap(), said.clone());
+        rig.vcpus.start(cpu, vcpu, move |event| drop(said.send(event))).unwrap();
     }
     let set = |cpu, vcpu: &mut DemandVcpu| begin(vcpu, if cpu == 0 { SPIN } else { OUTS });
     rig.vcpus.on_parked(SOON, set).unwrap();
@@ -259,9 +264,13 @@ fn only_waits_of_vcpus_count_for_the_guest() {
         let pagers = rig.machine.pagers().cloned().collect();
         let fill = Fill::start(pagers, FillRate::Unlimited).unwrap();
         until("fill meets the page", || rig.stats.source().errors > 0);
+        // A vCPU waits for no other page.
+        let code = PageRange::page(SPIN / PAGE_SIZE);
+        let missing = || rig.machine.pagers().map(|pager| pager.bitmap().count_missing(code));
+        until("the code is present", || missing().sum::<u64>() == 0);
         thread::sleep(Duration::from_millis(100));
         assert!(!rig.vcpus.wait_for_pages(rig.machine.service()), "fill waits, and no vCPU");
-        let vcpu = rig.machine.vm().create_vcpu(0).unwrap();
+        let vcpu = rig.machine.create_vcpu(0).unwrap();
         rig.vcpus.start(0, vcpu, |_| {}).unwrap();
         rig.vcpus.on_parked(SOON, |_, vcpu| begin(vcpu, OUTS)).unwrap();
         rig.vcpus.resume();
@@ -277,7 +286,7 @@ fn only_waits_of_vcpus_count_for_the_guest() {
 #[test]
 fn late_or_revoked_job_never_runs() {
     let Some(mut rig) = Rig::new() else { return };
-    let vcpu = rig.machine.vm().create_vcpu(0).unwrap();
+    let vcpu = rig.machine.create_vcpu(0).unwrap();
     rig.vcpus.start(0, vcpu, |_| {}).unwrap();
     rig.vcpus.on_parked(SOON, |_, vcpu| begin(vcpu, OUTS)).unwrap();
     // The device is slow, so the vCPU does not leave it in time.
@@ -313,12 +322,13 @@ fn failed_guest_is_reported_in_one_line() {
         return skip("this KVM emulates, and knows of no triple fault in real mode");
     }
     let (said, events) = channel();
-    let vcpu = rig.machine.vm().create_vcpu(0).unwrap();
+    let vcpu = rig.machine.create_vcpu(0).unwrap();
     rig.vcpus.start(0, vcpu, move |event| drop(said.send(event))).unwrap();
     rig.vcpus.on_parked(SOON, |_, vcpu| begin(vcpu, TRIPLE_FAULT)).unwrap();
     rig.vcpus.resume();
     match events.recv_timeout(SOON).unwrap() {
-        VcpuEvent::Failed { cpu: 0, message } => {
+        VcpuEvent::Failed { cpu: 0, error } => {
+            let message = error.to_string();
             assert!(message.starts_with("vCPU 0 ") && message.contains("triple"), "{message}");
             assert!(!message.contains('\n'), "{message}");
         }

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A client for the API of a running VMM.
 
-use std::fmt;
+pub mod events;
+
 use std::io::{self, ErrorKind, IsTerminal, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -9,13 +10,16 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use demand_memory::PAGE_SIZE;
-use indicatif::{ProgressBar, ProgressStyle};
+use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use crate::api::http::{ErrorBody, Response};
+use crate::api::endpoint::Endpoint;
+use crate::api::http::{ErrorBody, Response, ResponseError};
 use crate::api::socket::connect_now;
-use crate::api::{Endpoint, SnapshotRequest, SnapshotSummary, Status};
-use crate::error::Error;
+use crate::api::{SnapshotRequest, SnapshotSummary, State, Status};
+use crate::config::vm::{RestoreConfig, VmConfig};
+use crate::error::{Error, Kind};
+use crate::report::progress::Progress;
 use crate::report::{duration, size};
 
 /// Time limit for an answer to a status request, which never blocks in the VMM.
@@ -27,18 +31,122 @@ const TICK: Duration = Duration::from_millis(250);
 /// Maximum length of an answer, in bytes.
 const MAX_ANSWER: usize = 1 << 20;
 
+/// An error from a request to a VMM.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ClientError {
+    /// The snapshot's destination cannot be sent.
+    #[error("cannot request snapshot {}: {source}; give another path", destination.display())]
+    Destination {
+        /// The destination.
+        destination: PathBuf,
+        /// The cause.
+        source: serde_json::Error,
+    },
+    /// A VM's configuration cannot be sent.
+    #[error("cannot {request}: its configuration cannot be sent: {source}; use other paths")]
+    Config {
+        /// The request's name.
+        request: &'static str,
+        /// The cause.
+        source: serde_json::Error,
+    },
+    /// No VMM listens.
+    #[error(
+        "cannot {request}: no VMM listens at {0}; check that one runs with --api-socket {0}",
+        socket.display()
+    )]
+    NoVmm {
+        /// The request's name.
+        request: &'static str,
+        /// The path of the VMM's socket.
+        socket: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
+    /// The socket cannot be connected to.
+    #[error(
+        "cannot {request}: no connection to the VMM at {}: {source}; check the socket's permissions",
+        socket.display()
+    )]
+    Connect {
+        /// The request's name.
+        request: &'static str,
+        /// The path of the VMM's socket.
+        socket: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
+    /// The VMM does not answer, or does not complete its answer.
+    #[error(
+        "cannot {request}: the VMM at {} has not answered in full for {} s; check whether it is \
+         blocked or stopped",
+        socket.display(), waited.as_secs()
+    )]
+    Silent {
+        /// The request's name.
+        request: &'static str,
+        /// The path of the VMM's socket.
+        socket: PathBuf,
+        /// The time that the client waited.
+        waited: Duration,
+    },
+    /// The connection was lost before the answer.
+    #[error(
+        "cannot {request}: the VMM at {} hung up without an answer: {source}; check whether it has \
+         ended",
+        socket.display()
+    )]
+    HungUp {
+        /// The request's name.
+        request: &'static str,
+        /// The path of the VMM's socket.
+        socket: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
+    /// The answer is not one of the API.
+    #[error(
+        "cannot {request}: the process at {} does not answer as a VMM does: {source}; name the \
+         socket of a demand-vmm",
+        socket.display()
+    )]
+    NotAVmm {
+        /// The request's name.
+        request: &'static str,
+        /// The path of the socket.
+        socket: PathBuf,
+        /// The fault of the answer.
+        source: AnswerError,
+    },
+    /// The VMM refused the request, or failed to perform it.
+    #[error("{line}")]
+    Refused {
+        /// The VMM's line, which is complete by itself.
+        line: String,
+    },
+}
+
+impl From<ClientError> for Error {
+    fn from(error: ClientError) -> Self {
+        Error::of(Kind::Failed, error)
+    }
+}
+
 /// A VMM whose API listens on a socket. Each request uses its own connection.
 ///
 /// See [`ApiServer`](crate::api::server::ApiServer) for an example.
 #[derive(Clone, Debug)]
 pub struct Client {
     socket: PathBuf,
+    /// [`PATIENCE`], except in tests.
+    patience: Duration,
 }
 
 impl Client {
     /// Returns a client for the VMM that listens at `socket`. It does not connect yet.
     pub fn new(socket: impl Into<PathBuf>) -> Self {
-        Client { socket: socket.into() }
+        Client { socket: socket.into(), patience: PATIENCE }
     }
 
     /// Returns the VM's status.
@@ -46,8 +154,36 @@ impl Client {
     /// # Errors
     ///
     /// If no VMM listens, or does not answer within 10 seconds.
-    pub fn status(&self) -> Result<Status, Error> {
-        self.try_status().map_err(|why| self.error("status", why))
+    pub fn status(&self) -> Result<Status, ClientError> {
+        self.try_status().map_err(|why| self.error(Endpoint::Status, why))
+    }
+
+    /// Defines the VM that [`boot`](Client::boot) starts, and returns the status. All paths must be
+    /// absolute, because the VMM has another working directory.
+    ///
+    /// # Errors
+    ///
+    /// As for [`pause`](Client::pause); also if a path is not UTF-8, which JSON cannot carry.
+    pub fn create(&self, config: &VmConfig) -> Result<Status, ClientError> {
+        self.configure(Endpoint::Create, config)
+    }
+
+    /// Boots the VM that was created, and returns its new status.
+    ///
+    /// # Errors
+    ///
+    /// As for [`pause`](Client::pause).
+    pub fn boot(&self) -> Result<Status, ClientError> {
+        self.command(Endpoint::Boot)
+    }
+
+    /// Restores a VM, and returns its new status. All paths must be absolute.
+    ///
+    /// # Errors
+    ///
+    /// As for [`create`](Client::create).
+    pub fn restore(&self, config: &RestoreConfig) -> Result<Status, ClientError> {
+        self.configure(Endpoint::Restore, config)
     }
 
     /// Pauses the VM and returns its new status.
@@ -56,8 +192,8 @@ impl Client {
     ///
     /// If no VMM listens, if the VMM answers with an error, or if it no longer answers status
     /// requests.
-    pub fn pause(&self) -> Result<Status, Error> {
-        self.command("pause", Endpoint::Pause)
+    pub fn pause(&self) -> Result<Status, ClientError> {
+        self.command(Endpoint::Pause)
     }
 
     /// Resumes the VM and returns its new status.
@@ -65,8 +201,8 @@ impl Client {
     /// # Errors
     ///
     /// As for [`pause`](Client::pause).
-    pub fn resume(&self) -> Result<Status, Error> {
-        self.command("resume", Endpoint::Resume)
+    pub fn resume(&self) -> Result<Status, ClientError> {
+        self.command(Endpoint::Resume)
     }
 
     /// Ends the VM and returns its new status.
@@ -74,8 +210,8 @@ impl Client {
     /// # Errors
     ///
     /// As for [`pause`](Client::pause).
-    pub fn shutdown(&self) -> Result<Status, Error> {
-        self.command("shutdown", Endpoint::Shutdown)
+    pub fn shutdown(&self) -> Result<Status, ClientError> {
+        self.command(Endpoint::Shutdown)
     }
 
     /// Requests a snapshot and waits for it without a time limit. `progress` gets the status from
@@ -89,42 +225,28 @@ impl Client {
         &self,
         request: &SnapshotRequest,
         mut progress: impl FnMut(&Status),
-    ) -> Result<SnapshotSummary, Error> {
-        let body = serde_json::to_vec(request).map_err(|error| {
-            let path = request.destination.display();
-            Error::failed(format!("cannot request snapshot {path}: {error}; give another path"))
+    ) -> Result<SnapshotSummary, ClientError> {
+        let body = serde_json::to_vec(request).map_err(|source| ClientError::Destination {
+            destination: request.destination.clone(),
+            source,
         })?;
         self.try_command(Endpoint::Snapshot, &body, &mut progress)
-            .map_err(|why| self.error("snapshot", why))
+            .map_err(|why| self.error(Endpoint::Snapshot, why))
     }
 
-    fn error(&self, what: &str, why: Failure) -> Error {
-        let socket = self.socket.display();
-        match why {
-            // The VMM's line is complete by itself.
-            Failure::Said(line) => Error::failed(line),
-            Failure::Connect(error)
-                if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) =>
+    fn error(&self, endpoint: Endpoint, failure: Failure) -> ClientError {
+        let (request, socket) = (endpoint.action(), self.socket.clone());
+        match failure {
+            Failure::Refused(line) => ClientError::Refused { line },
+            Failure::Connect(source)
+                if matches!(source.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) =>
             {
-                Error::failed(format!(
-                    "{what}: no VMM listens at {socket}; check that one runs with --api-socket \
-                     {socket}"
-                ))
+                ClientError::NoVmm { request, socket, source }
             }
-            Failure::Connect(error) => {
-                Error::failed(format!("{what}: cannot connect to the VMM at {socket}: {error}"))
-            }
-            Failure::Silent => Error::failed(format!(
-                "{what}: the VMM at {socket} has not answered for {} s; it may be blocked or \
-                 stopped",
-                PATIENCE.as_secs()
-            )),
-            Failure::Gone(why) => Error::failed(format!(
-                "{what}: the VMM at {socket} hung up without an answer: {why}; it may have ended"
-            )),
-            Failure::Answer(why) => Error::failed(format!(
-                "{what}: the process at {socket} does not answer as a VMM does: {why}"
-            )),
+            Failure::Connect(source) => ClientError::Connect { request, socket, source },
+            Failure::Silent => ClientError::Silent { request, socket, waited: self.patience },
+            Failure::Gone(source) => ClientError::HungUp { request, socket, source },
+            Failure::Answer(source) => ClientError::NotAVmm { request, socket, source },
         }
     }
 
@@ -135,16 +257,30 @@ impl Client {
             if let Some(response) = exchange.receive()? {
                 return value(&response);
             }
-            if begun.elapsed() > PATIENCE {
+            if begun.elapsed() > self.patience {
                 return Err(Failure::Silent);
             }
         }
     }
 
-    fn command(&self, what: &'static str, endpoint: Endpoint) -> Result<Status, Error> {
-        let mut progress = Progress::new(what);
-        self.try_command(endpoint, &[], &mut |status| progress.show(status))
-            .map_err(|why| self.error(what, why))
+    fn command(&self, endpoint: Endpoint) -> Result<Status, ClientError> {
+        self.command_with(endpoint, &[])
+    }
+
+    fn configure(
+        &self,
+        endpoint: Endpoint,
+        config: &impl Serialize,
+    ) -> Result<Status, ClientError> {
+        let body = serde_json::to_vec(config)
+            .map_err(|source| ClientError::Config { request: endpoint.action(), source })?;
+        self.command_with(endpoint, &body)
+    }
+
+    fn command_with(&self, endpoint: Endpoint, body: &[u8]) -> Result<Status, ClientError> {
+        let mut progress = RequestProgress::new(endpoint);
+        self.try_command(endpoint, body, &mut |status| progress.show(status))
+            .map_err(|why| self.error(endpoint, why))
     }
 
     fn try_command<T: DeserializeOwned>(
@@ -158,7 +294,8 @@ impl Client {
             if let Some(response) = exchange.receive()? {
                 return value(&response);
             }
-            // The request takes long. A VMM that still answers status requests is alive.
+            // The request takes long. A VMM that still answers status requests is alive. An answer
+            // that has begun has its own time limit.
             match self.try_status() {
                 Ok(status) => progress(&status),
                 Err(Failure::Silent) => return Err(Failure::Silent),
@@ -176,7 +313,7 @@ impl Client {
                 Ok(stream) => break stream,
                 // The listener's queue is full.
                 Err(error) if error.kind() == ErrorKind::WouldBlock => {
-                    if begun.elapsed() > PATIENCE {
+                    if begun.elapsed() > self.patience {
                         return Err(Failure::Silent);
                     }
                     thread::sleep(Duration::from_millis(20));
@@ -190,60 +327,96 @@ impl Client {
             endpoint.path(),
             body.len()
         );
-        stream.set_write_timeout(Some(PATIENCE)).map_err(Failure::gone)?;
-        stream.set_read_timeout(Some(TICK)).map_err(Failure::gone)?;
+        stream.set_write_timeout(Some(self.patience)).map_err(Failure::Gone)?;
+        stream.set_read_timeout(Some(TICK)).map_err(Failure::Gone)?;
         // A server that is too busy answers before it reads the request.
         match stream.write_all(&[head.as_bytes(), body].concat()) {
             Ok(()) => {}
             Err(error) if error.kind() == ErrorKind::BrokenPipe => {}
-            Err(error) => return Err(Failure::gone(error)),
+            Err(error) => return Err(Failure::Gone(error)),
         }
-        Ok(Exchange { stream, bytes: Vec::new() })
+        Ok(Exchange { stream, bytes: Vec::new(), patience: self.patience, begun: None })
     }
+}
+
+/// The fault of an answer that is not one of the API.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum AnswerError {
+    /// It cannot be parsed.
+    #[error(transparent)]
+    Response(#[from] ResponseError),
+    /// Its status means success, and its body is not the value.
+    #[error("{0}")]
+    Value(#[source] serde_json::Error),
+    /// Its status means an error, and its body does not say which.
+    #[error("its status is {status}")]
+    Status {
+        /// The status code.
+        status: u16,
+    },
 }
 
 /// The reason for which a request yields no value.
 enum Failure {
     /// No connection could be made.
     Connect(io::Error),
-    /// The VMM accepted the connection but does not answer.
+    /// The VMM accepted the connection but does not answer, or does not complete its answer.
     Silent,
     /// The connection was lost.
-    Gone(String),
+    Gone(io::Error),
     /// The answer is not one of the API.
-    Answer(String),
+    Answer(AnswerError),
     /// The answer is an error.
-    Said(String),
-}
-
-impl Failure {
-    fn gone(why: impl fmt::Display) -> Self {
-        Failure::Gone(why.to_string())
-    }
+    Refused(String),
 }
 
 /// A request in progress.
+#[derive(Debug)]
 struct Exchange {
     stream: UnixStream,
     bytes: Vec<u8>,
+    /// The time that a message may take from its first byte to its last.
+    patience: Duration,
+    /// When the first byte of an incomplete message arrived.
+    begun: Option<Instant>,
 }
 
 impl Exchange {
     /// Returns the answer, or `None` if it does not arrive within a [`TICK`].
     fn receive(&mut self) -> Result<Option<Response>, Failure> {
-        let mut bytes = [0; 4096];
+        let begun = Instant::now();
         loop {
-            if let Some((response, _)) =
-                Response::parse(&self.bytes, MAX_ANSWER).map_err(Failure::Answer)?
+            if let Some((response, _)) = Response::parse(&self.bytes, MAX_ANSWER)
+                .map_err(|error| Failure::Answer(error.into()))?
             {
                 return Ok(Some(response));
             }
+            // Bytes may trickle.
+            if begun.elapsed() >= TICK || !self.fill()? {
+                return Ok(None);
+            }
+        }
+    }
+
+    /// Waits for more bytes, for a [`TICK`]. Returns whether some arrived. Fails if the message has
+    /// begun and takes too long.
+    fn fill(&mut self) -> Result<bool, Failure> {
+        if self.begun.is_some_and(|begun| begun.elapsed() > self.patience) {
+            return Err(Failure::Silent);
+        }
+        let mut bytes = [0; 4096];
+        loop {
             match self.stream.read(&mut bytes) {
-                Ok(0) => return Err(Failure::gone("the connection was closed")),
-                Ok(len) => self.bytes.extend_from_slice(&bytes[..len]),
+                Ok(0) => return Err(Failure::Gone(io::Error::other("the connection was closed"))),
+                Ok(len) => {
+                    self.bytes.extend_from_slice(&bytes[..len]);
+                    self.begun.get_or_insert_with(Instant::now);
+                    return Ok(true);
+                }
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(None),
-                Err(error) => return Err(Failure::gone(error)),
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(false),
+                Err(error) => return Err(Failure::Gone(error)),
             }
         }
     }
@@ -252,15 +425,26 @@ impl Exchange {
 fn value<T: DeserializeOwned>(response: &Response) -> Result<T, Failure> {
     if response.status != 200 {
         return Err(match serde_json::from_slice::<ErrorBody>(&response.body) {
-            Ok(body) => Failure::Said(body.error),
-            Err(_) => Failure::Answer(format!("its status is {}", response.status)),
+            Ok(body) => Failure::Refused(body.error),
+            Err(_) => Failure::Answer(AnswerError::Status { status: response.status }),
         });
     }
-    serde_json::from_slice(&response.body).map_err(|error| Failure::Answer(error.to_string()))
+    serde_json::from_slice(&response.body)
+        .map_err(|error| Failure::Answer(AnswerError::Value(error)))
 }
 
 /// Returns a status as a table for people.
 pub fn table(status: &Status) -> String {
+    let process = format!(
+        "  {:<10}{}, version {}, for {}",
+        "process",
+        status.pid,
+        status.version,
+        duration(status.uptime_us)
+    );
+    if status.state == State::Empty {
+        return format!("empty: no VM; create or restore one\n{process}\n");
+    }
     let mut lines = vec![
         format!(
             "{}: {} of {}, engine {}, {} vCPU{}",
@@ -271,15 +455,12 @@ pub fn table(status: &Status) -> String {
             status.cpus,
             if status.cpus == 1 { "" } else { "s" },
         ),
-        format!(
-            "  {:<10}{}, version {}, for {}",
-            "process",
-            status.pid,
-            status.version,
-            duration(status.uptime_us)
-        ),
-        format!("  {:<10}{} present", "pages", share(status.pages_present, status.pages_total)),
+        process,
     ];
+    if status.pages_total > 0 {
+        let share = share(status.pages_present, status.pages_total);
+        lines.push(format!("  {:<10}{share} present", "pages"));
+    }
     for device in &status.devices {
         let socket = device.socket.as_deref().map_or(String::new(), |path| format!(", {path}"));
         lines.push(format!("  {:<10}{}{socket}", device.kind, device.state));
@@ -294,6 +475,7 @@ pub fn table(status: &Status) -> String {
     if let Some(error) = &status.last_error {
         lines.push(format!("  {:<10}{error}", "error"));
     }
+    lines.extend(status.limits.iter().map(|limit| format!("  {:<10}{limit}", "note")));
     lines.push(String::new());
     lines.join("\n")
 }
@@ -321,16 +503,16 @@ pub fn summary(snapshot: &SnapshotSummary) -> String {
 /// Shows the progress of a long request: a snapshot's as a bar if standard error is a terminal, any
 /// other as a line in the log every 10 seconds.
 #[derive(Debug)]
-pub struct Progress {
-    what: &'static str,
-    bar: Option<ProgressBar>,
+pub struct RequestProgress {
+    request: Endpoint,
+    bar: Option<Progress>,
     said: Instant,
 }
 
-impl Progress {
+impl RequestProgress {
     /// Returns a display that shows nothing yet.
-    pub fn new(what: &'static str) -> Self {
-        Progress { what, bar: None, said: Instant::now() }
+    pub fn new(request: Endpoint) -> Self {
+        RequestProgress { request, bar: None, said: Instant::now() }
     }
 
     /// Shows the progress that a status reports.
@@ -338,28 +520,15 @@ impl Progress {
         if let Some(snapshot) = &status.snapshot
             && io::stderr().is_terminal()
         {
-            let bar = self.bar.get_or_insert_with(|| {
-                let style = ProgressStyle::with_template(
-                    "{wide_bar} {percent:>3} %, {pos} of {len} pages, {eta} left",
-                );
-                ProgressBar::new(0).with_style(style.unwrap_or(ProgressStyle::default_bar()))
-            });
-            bar.set_length(snapshot.pages_total);
-            bar.set_position(snapshot.pages_done);
+            let bar = || Progress::new("snapshot", "pages written", snapshot.pages_total);
+            self.bar.get_or_insert_with(bar).set(snapshot.pages_done);
         } else if self.said.elapsed() >= PATIENCE {
             self.said = Instant::now();
             let far = status.snapshot.as_ref().map_or(String::new(), |snapshot| {
                 format!(", {} written", share(snapshot.pages_done, snapshot.pages_total))
             });
-            log::warn!("{}: not done yet; the VM is {}{far}", self.what, status.state);
-        }
-    }
-}
-
-impl Drop for Progress {
-    fn drop(&mut self) {
-        if let Some(bar) = &self.bar {
-            bar.finish_and_clear();
+            let action = self.request.action();
+            log::warn!("the request to {action} is in progress; the VM is {}{far}", status.state);
         }
     }
 }
@@ -385,6 +554,74 @@ mod tests {
         error
     }
 
+    /// A server that sends each client `first`, and then `more` every 10 ms until it hangs up.
+    fn trickling(first: &'static [u8], more: &'static [u8]) -> (tempfile::TempDir, Client) {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("s");
+        let listener = UnixListener::bind(&path).unwrap();
+        thread::spawn(move || {
+            for stream in listener.incoming() {
+                thread::spawn(move || {
+                    let mut stream = stream.unwrap();
+                    assert!(stream.read(&mut [0; 4096]).unwrap() > 0);
+                    stream.write_all(first).unwrap();
+                    while stream.write_all(more).is_ok() {
+                        thread::sleep(Duration::from_millis(10));
+                    }
+                });
+            }
+        });
+        let patience = Duration::from_secs(1);
+        (folder, Client { socket: path, patience })
+    }
+
+    #[test]
+    fn trickling_answers_are_bounded_in_time() {
+        let chunked = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n";
+        let one = b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n";
+        for (first, more) in
+            [(&b"HTTP/1.1 200 OK\r\na: "[..], &b"b"[..]), (chunked, b"1\r\na\r\n"), (one, b"a")]
+        {
+            let (_folder, client) = trickling(first, more);
+            let begun = Instant::now();
+            for error in [client.status().unwrap_err(), client.pause().unwrap_err()] {
+                let error = error.to_string();
+                assert!(error.contains("has not answered in full for 1 s"), "{error}");
+            }
+            let events = client.events().and_then(|mut events| events.next_event());
+            let error = events.unwrap_err().to_string();
+            // A chunk that is whole and no event is refused for that.
+            assert!(error.contains("in full") || error.contains("does not answer"), "{error}");
+            assert!(begun.elapsed() < Duration::from_secs(30), "{:?}", begun.elapsed());
+        }
+    }
+
+    #[test]
+    fn half_an_event_is_bounded_in_time() {
+        let first = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nfff\r\n";
+        let (_folder, client) = trickling(first, b"a");
+        let mut events = client.events().unwrap();
+        let begun = Instant::now();
+        let error = events.next_event().unwrap_err().to_string();
+        assert!(error.contains("cannot read the events") && error.contains("in full"), "{error}");
+        assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
+    }
+
+    #[test]
+    fn oversized_answers_are_refused_at_once() {
+        let whole = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n";
+        let begun = Instant::now();
+        for size in [&b"200000\r\n"[..], b"ffffffffffffffff\r\n"] {
+            let answer: &'static [u8] = Box::leak([&whole[..], size].concat().into_boxed_slice());
+            let (_folder, client) = trickling(answer, b"");
+            let error = client.status().unwrap_err().to_string();
+            assert!(error.contains("longer than 1048576 bytes"), "{error}");
+            let error = client.events().unwrap().next_event().unwrap_err().to_string();
+            assert!(error.contains("longer than 1048576 bytes"), "{error}");
+        }
+        assert!(begun.elapsed() < Duration::from_secs(1), "{:?}", begun.elapsed());
+    }
+
     #[test]
     fn unexpected_answers_are_errors() {
         for (answer, text) in [
@@ -407,7 +644,7 @@ mod tests {
         let path = folder.path().join("s");
         for _ in 0..2 {
             let error = Client::new(&path).pause().unwrap_err().to_string();
-            assert!(error.starts_with("pause: no VMM listens at /"), "{error}");
+            assert!(error.starts_with("cannot pause: no VMM listens at /"), "{error}");
             // The second pass meets the socket of a listener that is gone.
             let _ = UnixListener::bind(&path);
         }
@@ -438,6 +675,7 @@ mod tests {
                 pages_total: 4,
             }),
             last_error: Some("read /image: gone".into()),
+            limits: vec!["pages are small".into()],
         };
         assert_eq!(
             table(&status),
@@ -447,7 +685,8 @@ mod tests {
              blk       connected, /run/blk\n  \
              guest     its kernel has panicked; its console may say why\n  \
              snapshot  1 of 4 (25.0 %) written to /s\n  \
-             error     read /image: gone\n"
+             error     read /image: gone\n  \
+             note      pages are small\n"
         );
     }
 }

@@ -7,6 +7,7 @@
 
 use std::fmt::Write;
 
+use demand_memory::to_usize;
 use serde::Serialize;
 
 /// Maximum length of a message's head (its first line and its headers), in bytes.
@@ -33,6 +34,8 @@ pub struct Head {
     pub expects_continue: bool,
     /// Whether the client may send another request on the connection.
     pub keep_alive: bool,
+    /// Whether the client knows bodies in chunks, which HTTP/1.0 does not have.
+    pub knows_chunks: bool,
     /// Length of the head in bytes.
     pub len: usize,
 }
@@ -59,27 +62,27 @@ pub fn parse_head(bytes: &[u8]) -> Result<Option<Head>, Response> {
     let mut request = httparse::Request::new(&mut headers);
     let status = request.parse(bytes).map_err(|error| match error {
         httparse::Error::TooManyHeaders => {
-            Response::error(431, format!("the request has more than {MAX_HEADERS} headers"))
+            unparsed(431, format_args!("it has more than {MAX_HEADERS} headers; send fewer"))
         }
         httparse::Error::Version => {
-            Response::error(505, "only HTTP/1.0 and HTTP/1.1 are supported")
+            unparsed(505, "only HTTP/1.0 and HTTP/1.1 are supported; use one of them")
         }
-        error => Response::error(400, format!("the request is not HTTP: {error}")),
+        error => unparsed(400, format_args!("it is not HTTP: {error}; send HTTP/1.1")),
     })?;
     let len = match status {
         httparse::Status::Complete(len) if len <= MAX_HEAD => len,
         httparse::Status::Partial if bytes.len() < MAX_HEAD => return Ok(None),
         // Empty lines may precede the first line.
         _ if request.version.is_none() => {
-            return Err(Response::error(
+            return Err(unparsed(
                 414,
-                format!("the request's first line is longer than {MAX_HEAD} bytes"),
+                format_args!("its first line is longer than {MAX_HEAD} bytes; shorten it"),
             ));
         }
         _ => {
-            return Err(Response::error(
+            return Err(unparsed(
                 431,
-                format!("the request's headers are longer than {MAX_HEAD} bytes"),
+                format_args!("its headers are longer than {MAX_HEAD} bytes; shorten them"),
             ));
         }
     };
@@ -87,26 +90,31 @@ pub fn parse_head(bytes: &[u8]) -> Result<Option<Head>, Response> {
     let is_1_1 = request.version == Some(1);
     let hosts = fields.all("host").count();
     if hosts > 1 || (is_1_1 && hosts == 0) {
-        return Err(Response::error(400, "an HTTP/1.1 request needs one Host header; send one"));
+        return Err(unparsed(400, "in HTTP/1.1 it needs one Host header; send one"));
     }
     if fields.all("transfer-encoding").next().is_some() {
-        return Err(Response::error(
+        return Err(unparsed(
             501,
             "chunked bodies are not supported; send the body with a Content-Length",
         ));
     }
-    let body = fields.content_length().map_err(|error| Response::error(400, error))?;
+    let body = fields
+        .content_length()
+        .map_err(|error| unparsed(400, format_args!("{error}; send one length")))?;
     if body.is_some_and(|len| len > MAX_BODY as u64) {
-        return Err(Response::error(
+        return Err(unparsed(
             413,
-            format!("the request's body is longer than {MAX_BODY} bytes"),
+            format_args!("its body is longer than {MAX_BODY} bytes; send a shorter one"),
         ));
     }
     let expects_continue = match fields.all("expect").next() {
         // HTTP/1.0 has no Expect header (RFC 9110, 10.1.1).
         Some(value) if is_1_1 => {
             if !value.eq_ignore_ascii_case(b"100-continue") {
-                return Err(Response::error(417, "only Expect: 100-continue is supported"));
+                return Err(unparsed(
+                    417,
+                    "only 100-continue can be expected; leave out the header Expect",
+                ));
             }
             true
         }
@@ -115,12 +123,17 @@ pub fn parse_head(bytes: &[u8]) -> Result<Option<Head>, Response> {
     Ok(Some(Head {
         method: request.method.unwrap_or_default().into(),
         path: path_of(request.path.unwrap_or_default()).into(),
-        // The value is at most MAX_BODY, so it fits a usize.
-        body: body.map(|len| len as usize),
+        body: body.map(to_usize),
         expects_continue,
         keep_alive: fields.keep_alive(is_1_1),
+        knows_chunks: is_1_1,
         len,
     }))
+}
+
+/// Returns the answer to a request that cannot be parsed; `why` has the cause and the hint.
+fn unparsed(status: u16, why: impl std::fmt::Display) -> Response {
+    Response::error(status, format!("cannot parse the request: {why}"))
 }
 
 /// Returns the path of a request's target, which may be a full URI (RFC 9112, 3.2.2).
@@ -147,18 +160,18 @@ impl<'a> Fields<'a> {
     }
 
     /// Returns the length of the body; several equal values count as one (RFC 9112, 6.3).
-    fn content_length(&self) -> Result<Option<u64>, &'static str> {
+    fn content_length(&self) -> Result<Option<u64>, LengthError> {
         let mut length = None;
         for value in self.all("content-length").flat_map(|values| values.split(|&b| b == b',')) {
             let digits = value.trim_ascii();
             if digits.is_empty() || !digits.iter().all(u8::is_ascii_digit) {
-                return Err("the Content-Length is not a number of bytes");
+                return Err(LengthError::NotANumber);
             }
             // A number that overflows a u64 is too large in any case.
             let value = std::str::from_utf8(digits).ok().and_then(|text| text.parse().ok());
             let value: u64 = value.unwrap_or(u64::MAX);
             if length.is_some_and(|length| length != value) {
-                return Err("the request has two different Content-Lengths");
+                return Err(LengthError::Ambiguous);
             }
             length = Some(value);
         }
@@ -174,6 +187,45 @@ impl<'a> Fields<'a> {
         };
         !said(b"close") && (is_1_1 || said(b"keep-alive"))
     }
+}
+
+/// An error from a Content-Length that gives no length.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum LengthError {
+    /// The value is not a number.
+    #[error("its Content-Length is not a number of bytes")]
+    NotANumber,
+    /// The header is repeated with another value.
+    #[error("it has two different Content-Lengths")]
+    Ambiguous,
+}
+
+/// The fault of a response that cannot be parsed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum ResponseError {
+    /// It is not HTTP.
+    #[error("it is not HTTP: {0}")]
+    NotHttp(#[source] httparse::Error),
+    /// Its head is longer than [`MAX_HEAD`].
+    #[error("its head is too long")]
+    LongHead,
+    /// Its Content-Length gives no length.
+    #[error(transparent)]
+    Length(#[from] LengthError),
+    /// It has no Content-Length, and is not in chunks.
+    #[error("it has no Content-Length")]
+    NoLength,
+    /// A chunk of its body cannot be parsed.
+    #[error("a chunk of its body is malformed")]
+    Chunk,
+    /// Its body is too long.
+    #[error("it is longer than {most} bytes")]
+    TooLong {
+        /// Maximum length that the caller accepts, in bytes.
+        most: usize,
+    },
 }
 
 /// A response: its status, and its JSON body.
@@ -196,7 +248,9 @@ impl Response {
                 body.push(b'\n');
                 Response { status, body, allow: None }
             }
-            Err(error) => Response::error(500, format!("cannot write the answer: {error}")),
+            Err(error) => {
+                Response::error(500, format!("cannot write the answer: {error}; repeat it"))
+            }
         }
     }
 
@@ -228,31 +282,113 @@ impl Response {
 
     /// Parses a response at the start of `bytes`, and returns it with its length in bytes. Returns
     /// `None` if it is incomplete. A response without a length is an error, because the API always
-    /// sends one.
+    /// sends one, or chunks.
     ///
     /// # Errors
     ///
     /// The fault of the response, as a part of a sentence.
-    pub fn parse(bytes: &[u8], most: usize) -> Result<Option<(Self, usize)>, String> {
+    pub fn parse(bytes: &[u8], most: usize) -> Result<Option<(Self, usize)>, ResponseError> {
+        let Some(ResponseHead { status, body, len }) = ResponseHead::parse(bytes)? else {
+            return Ok(None);
+        };
+        let too_long =
+            |length| if length > most { Err(ResponseError::TooLong { most }) } else { Ok(()) };
+        if let Some(length) = body {
+            too_long(length)?;
+            let end = len + length;
+            let Some(body) = bytes.get(len..end) else { return Ok(None) };
+            return Ok(Some((Response { status, body: body.to_vec(), allow: None }, end)));
+        }
+        let (mut body, mut end) = (Vec::new(), len);
+        loop {
+            let left = most - body.len();
+            let chunk = parse_chunk(&bytes[end..], left).map_err(|error| match error {
+                ResponseError::TooLong { .. } => ResponseError::TooLong { most },
+                error => error,
+            })?;
+            let Some((chunk, len)) = chunk else { break };
+            end += len;
+            if chunk.is_empty() {
+                return Ok(Some((Response { status, body, allow: None }, end)));
+            }
+            body.extend_from_slice(chunk);
+        }
+        // Many small chunks: their sizes take more room than their data.
+        if bytes.len() > most.saturating_add(MAX_HEAD) {
+            return Err(ResponseError::TooLong { most });
+        }
+        Ok(None)
+    }
+}
+
+/// The head of a response.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct ResponseHead {
+    /// The status code.
+    pub(crate) status: u16,
+    /// Length of the body in bytes; `None` if it comes in chunks.
+    pub(crate) body: Option<usize>,
+    /// Length of the head in bytes.
+    pub(crate) len: usize,
+}
+
+impl ResponseHead {
+    /// Parses a head at the start of `bytes`. Returns `None` if it is incomplete.
+    pub(crate) fn parse(bytes: &[u8]) -> Result<Option<Self>, ResponseError> {
         let mut headers = [httparse::EMPTY_HEADER; MAX_HEADERS];
         let mut response = httparse::Response::new(&mut headers);
-        let status = response.parse(bytes).map_err(|error| format!("it is not HTTP: {error}"))?;
+        let status = response.parse(bytes).map_err(ResponseError::NotHttp)?;
         let httparse::Status::Complete(len) = status else {
-            return if bytes.len() < MAX_HEAD {
-                Ok(None)
-            } else {
-                Err("its head is too long".into())
-            };
+            return if bytes.len() < MAX_HEAD { Ok(None) } else { Err(ResponseError::LongHead) };
         };
-        let body = Fields(response.headers).content_length()?.ok_or("it has no Content-Length")?;
-        if body > most as u64 {
-            return Err(format!("it is longer than {most} bytes"));
-        }
-        let end = len + body as usize;
-        let Some(body) = bytes.get(len..end) else { return Ok(None) };
-        let status = response.code.unwrap_or_default();
-        Ok(Some((Response { status, body: body.to_vec(), allow: None }, end)))
+        let fields = Fields(response.headers);
+        let is_chunked =
+            fields.all("transfer-encoding").any(|it| it.eq_ignore_ascii_case(b"chunked"));
+        let body = match fields.content_length()? {
+            _ if is_chunked => None,
+            Some(length) => Some(to_usize(length)),
+            None => return Err(ResponseError::NoLength),
+        };
+        Ok(Some(ResponseHead { status: response.code.unwrap_or_default(), body, len }))
     }
+}
+
+/// The head of a response whose body is lines of JSON in chunks (RFC 9112, 7.1), up to the end of
+/// the connection.
+pub(crate) const LINES_HEAD: &[u8] = b"HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\n\
+    Transfer-Encoding: chunked\r\nCache-Control: no-store\r\nConnection: close\r\n\r\n";
+
+/// The chunk that ends a body.
+pub(crate) const LAST_CHUNK: &[u8] = b"0\r\n\r\n";
+
+/// Returns a chunk with a value as a line of JSON.
+pub(crate) fn line_chunk(value: &impl Serialize) -> serde_json::Result<Vec<u8>> {
+    let line = serde_json::to_string(value)? + "\n";
+    Ok(format!("{:x}\r\n{line}\r\n", line.len()).into_bytes())
+}
+
+/// Maximum length of the line with a chunk's size, in bytes: extensions may follow the number.
+const MAX_CHUNK_SIZE: usize = 256;
+
+/// Parses a chunk at the start of `bytes`, and returns its data with the length of the whole chunk
+/// in bytes. Returns `None` if it is incomplete. The last chunk has no data. A chunk that announces
+/// more than `most` bytes is refused before its data arrives, and so is an endless size.
+pub(crate) fn parse_chunk(
+    bytes: &[u8],
+    most: usize,
+) -> Result<Option<(&[u8], usize)>, ResponseError> {
+    let size = httparse::parse_chunk_size(bytes).map_err(|_| ResponseError::Chunk)?;
+    let httparse::Status::Complete((start, size)) = size else {
+        return if bytes.len() < MAX_CHUNK_SIZE { Ok(None) } else { Err(ResponseError::Chunk) };
+    };
+    let size = usize::try_from(size).ok().filter(|size| *size <= most);
+    let end = start + size.ok_or(ResponseError::TooLong { most })?;
+    let Some(rest) = bytes.get(end..).filter(|rest| rest.len() >= 2) else { return Ok(None) };
+    // The API sends no trailers, which could follow the last chunk.
+    if !rest.starts_with(b"\r\n") {
+        return Err(ResponseError::Chunk);
+    }
+    Ok(Some((&bytes[start..end], end + 2)))
 }
 
 /// The body of an error response.
@@ -333,6 +469,45 @@ mod tests {
         ] {
             assert_eq!(path_of(target), path);
         }
+    }
+
+    #[test]
+    fn chunks_are_read_as_they_were_written() {
+        let mut bytes = LINES_HEAD.to_vec();
+        for value in ["a", "b\n"] {
+            bytes.extend(line_chunk(&value).unwrap());
+        }
+        bytes.extend_from_slice(LAST_CHUNK);
+        for len in 0..bytes.len() {
+            assert_eq!(Response::parse(&bytes[..len], 100), Ok(None), "{len}");
+        }
+        let (answer, len) = Response::parse(&bytes, 100).unwrap().unwrap();
+        assert_eq!((answer.status, len), (200, bytes.len()));
+        assert_eq!(answer.body, b"\"a\"\n\"b\\n\"\n");
+        assert_eq!(Response::parse(&bytes, 3), Err(ResponseError::TooLong { most: 3 }));
+        for wrong in ["x\r\n", "1\r\nabc", "10000000000000000\r\na", "-1\r\na"] {
+            assert_eq!(parse_chunk(wrong.as_bytes(), 100), Err(ResponseError::Chunk), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn oversized_chunks_are_refused_at_once() {
+        let too_long = Err(ResponseError::TooLong { most: 100 });
+        for size in ["65\r\n", "ffffffffffffffff\r\n", "7fffffffffffffff\r\na"] {
+            assert_eq!(
+                parse_chunk(size.as_bytes(), 100),
+                Err(ResponseError::TooLong { most: 100 })
+            );
+        }
+        assert_eq!(parse_chunk(b"64\r\n", 100), Ok(None));
+        let endless = format!("1;{}", "a".repeat(MAX_CHUNK_SIZE));
+        assert_eq!(parse_chunk(endless.as_bytes(), 100), Err(ResponseError::Chunk));
+        // The limit holds for the body, whatever the number of its chunks, and for their sizes.
+        let answer = |chunks: &str| [LINES_HEAD, chunks.as_bytes()].concat();
+        assert_eq!(Response::parse(&answer("60\r\n"), 100), Ok(None));
+        assert_eq!(Response::parse(&answer("2\r\nab\r\n63\r\n"), 100), too_long);
+        let wide = format!("1;{}\r\na\r\n", "x".repeat(200)).repeat(90);
+        assert_eq!(Response::parse(&answer(&wide), 100), too_long);
     }
 
     #[test]

@@ -18,13 +18,47 @@ use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with,
 };
 
-use crate::error::Error;
-
 /// Largest number of connections that wait to be accepted.
 const BACKLOG: i32 = 128;
 
 /// How long to wait while another process sets up a socket in the same directory.
 const LOCK_PATIENCE: Duration = Duration::from_secs(5);
+
+/// An error from creating the API's socket, without its path.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum SocketError {
+    /// The path is longer than a socket's address can hold.
+    #[error("the path is longer than a socket's limit of 107 bytes; give a shorter one")]
+    PathTooLong,
+    /// The path cannot be a socket's.
+    #[error("{0}")]
+    Path(#[source] io::Error),
+    /// The folder of the path cannot be opened and locked.
+    #[error("its folder: {0}; name an existing folder")]
+    Folder(#[source] io::Error),
+    /// Another kind of file has this path.
+    #[error("it exists and is not a socket; give another path")]
+    NotASocket,
+    /// Another process listens at this path.
+    #[error("another process listens on it; give another path")]
+    Taken,
+    /// Whether another process listens at this path is unknown.
+    #[error("it exists, and connecting to it fails: {0}; give another path")]
+    Unknown(#[source] io::Error),
+    /// The socket of a dead process cannot be removed.
+    #[error("cannot remove the stale socket: {0}")]
+    Stale(#[source] io::Error),
+    /// The socket cannot be created or given its path.
+    #[error("{0}; give a path in a folder where files can be created")]
+    Create(#[source] io::Error),
+    /// The socket's mode cannot be set.
+    #[error("mode: {0}")]
+    Mode(#[source] io::Error),
+    /// The socket cannot listen.
+    #[error("listen: {0}")]
+    Listen(#[source] io::Error),
+}
 
 /// A socket that listens. Dropping it removes its file.
 #[derive(Debug)]
@@ -38,21 +72,18 @@ pub(crate) struct Listener {
 impl Listener {
     /// Creates a socket at `path` that only this user can connect to (mode 0600). The socket of a
     /// dead process is replaced.
-    pub(crate) fn bind(path: &Path) -> Result<Self, Error> {
-        let failed = |what: &str, why: &dyn std::fmt::Display| {
-            Error::failed(format!("cannot create the API socket {}: {what}{why}", path.display()))
-        };
-        let address = address(path).map_err(|error| failed("", &error))?;
+    pub(crate) fn bind(path: &Path) -> Result<Self, SocketError> {
+        let address = address(path)?;
         // The lock keeps other processes from a stale socket between this check and its
         // replacement.
-        let _lock = lock_folder(path).map_err(|error| {
-            failed("", &format!("its folder: {error}; name an existing folder"))
-        })?;
-        remove_stale(path).map_err(|error| failed("", &error))?;
-        let socket = new_socket(SocketFlags::CLOEXEC).map_err(|error| failed("", &error))?;
+        let _lock = lock_folder(path).map_err(SocketError::Folder)?;
+        remove_stale(path)?;
+        let created = |error: Errno| SocketError::Create(error.into());
+        let socket = new_socket(SocketFlags::CLOEXEC).map_err(created)?;
         // The file has the socket's mode from the moment of its creation.
-        fchmod(&socket, Mode::RUSR | Mode::WUSR).map_err(|error| failed("mode: ", &error))?;
-        bind(&socket, &address).map_err(|error| failed("", &error))?;
+        fchmod(&socket, Mode::RUSR | Mode::WUSR)
+            .map_err(|error| SocketError::Mode(error.into()))?;
+        bind(&socket, &address).map_err(created)?;
         let listened = listen(&socket, BACKLOG).map_err(io::Error::from).and_then(|()| {
             let metadata = path.symlink_metadata()?;
             Ok((metadata.dev(), metadata.ino()))
@@ -61,7 +92,7 @@ impl Listener {
             Ok(identity) => Ok(Listener { listener: socket.into(), path: path.into(), identity }),
             Err(error) => {
                 let _ = std::fs::remove_file(path);
-                Err(failed("listen: ", &error))
+                Err(SocketError::Listen(error))
             }
         }
     }
@@ -97,10 +128,10 @@ fn new_socket(flags: SocketFlags) -> rustix::io::Result<OwnedFd> {
     socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)
 }
 
-fn address(path: &Path) -> Result<SocketAddrUnix, String> {
+fn address(path: &Path) -> Result<SocketAddrUnix, SocketError> {
     SocketAddrUnix::new(path).map_err(|error| match error {
-        Errno::NAMETOOLONG => "the path is longer than a socket's limit of 107 bytes".into(),
-        error => error.to_string(),
+        Errno::NAMETOOLONG => SocketError::PathTooLong,
+        error => SocketError::Path(error.into()),
     })
 }
 
@@ -126,28 +157,22 @@ fn lock_folder(path: &Path) -> io::Result<File> {
 }
 
 /// Removes a socket without a listener.
-fn remove_stale(path: &Path) -> Result<(), String> {
+fn remove_stale(path: &Path) -> Result<(), SocketError> {
     let there = match path.symlink_metadata() {
         Ok(there) => there,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(error.to_string()),
+        Err(error) => return Err(SocketError::Path(error)),
     };
     if !there.file_type().is_socket() {
-        return Err("it exists and is not a socket; give another path".into());
+        return Err(SocketError::NotASocket);
     }
     match connect_now(path) {
         Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {}
-        Ok(_) => return Err("another process listens on it; give another path".into()),
-        Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-            return Err("another process listens on it; give another path".into());
-        }
-        Err(error) => {
-            return Err(format!(
-                "it exists, and connecting to it fails: {error}; give another path"
-            ));
-        }
+        Ok(_) => return Err(SocketError::Taken),
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Err(SocketError::Taken),
+        Err(error) => return Err(SocketError::Unknown(error)),
     }
-    std::fs::remove_file(path).map_err(|error| format!("cannot remove the stale socket: {error}"))
+    std::fs::remove_file(path).map_err(SocketError::Stale)
 }
 
 #[cfg(test)]

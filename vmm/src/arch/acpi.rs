@@ -6,6 +6,11 @@
 //! "hardware-reduced" machine Linux uses neither PICs nor PIT, so that it needs an I/O APIC and
 //! kvm-clock, and it resets only through EFI or the BIOS.
 
+#![expect(
+    clippy::cast_possible_truncation,
+    reason = "the tables hold the layout's addresses and numbers in narrower fields, which they fit"
+)]
+
 use acpi_tables::aml::{
     Arg, Device, EISAName, Equal, IO, If, Interrupt, Memory32Fixed, Method, Name, Notify, Package,
     Path, ResourceTemplate, Scope,
@@ -21,12 +26,12 @@ use acpi_tables::{Aml, AmlSink};
 use demand_memory::DemandMemory;
 use vm_memory::Bytes;
 
+use crate::arch::error::BootError;
 use crate::arch::layout::{
     ACPI, ACPI_SIZE, BIOS_ENTRY, DEVICE_SIZE, GENERATION_GSI, GENERATION_ID, IO_APIC, LOCAL_APIC,
     PANIC, PANIC_SIZE, PM_TIMER, PM1_CONTROL, PM1_STATUS, RESET, RESET_VALUE, S5, SCI_GSI, SERIAL,
     SERIAL_GSI, SERIAL_SIZE, device_address, device_gsi,
 };
-use crate::error::Error;
 
 const OEM: [u8; 6] = *b"RSTVMM";
 const OEM_TABLE: [u8; 8] = *b"DEMANDPG";
@@ -69,19 +74,15 @@ const BIOS: [u8; 9] = [0xb0, 0x06, 0xba, 0xf9, 0x0c, 0xee, 0xf4, 0xeb, 0xfd];
 /// # Errors
 ///
 /// If the tables do not fit, or the memory cannot be written.
-pub fn write(memory: &DemandMemory, cpus: u32, devices: usize) -> Result<(), Error> {
+pub(crate) fn write(memory: &DemandMemory, cpus: u32, devices: usize) -> Result<(), BootError> {
     let tables = tables(cpus, devices);
     if tables.len() as u64 > ACPI_SIZE {
-        return Err(Error::usage(format!(
-            "cannot describe {devices} devices and {cpus} vCPUs to the guest: the ACPI tables \
-             would take {} of {ACPI_SIZE} bytes; ask for fewer",
-            tables.len()
-        )));
+        return Err(BootError::AcpiSize { devices, cpus, bytes: tables.len() });
     }
     memory
         .write_slice(&tables, ACPI)
         .and_then(|()| memory.write_slice(&BIOS, BIOS_ENTRY))
-        .map_err(|error| Error::failed(format!("cannot write the ACPI tables: {error}")))
+        .map_err(BootError::Acpi)
 }
 
 /// Returns all tables, as they lie from [`ACPI`] on.

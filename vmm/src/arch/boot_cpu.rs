@@ -7,9 +7,9 @@ use kvm_bindings::{kvm_regs, kvm_segment};
 use kvm_ioctls::VcpuFd;
 use vm_memory::{Bytes, GuestAddress};
 
+use crate::arch::error::BootError;
 use crate::arch::layout::{BOOT_STACK, GDT, IDT, PAGE_TABLES, PVH_START_INFO, ZERO_PAGE};
 use crate::arch::loader::Entry;
-use crate::error::Error;
 
 const CR0_PE: u64 = 1;
 const CR0_ET: u64 = 1 << 4;
@@ -72,10 +72,7 @@ fn descriptor(segment: &kvm_segment) -> u64 {
 /// # Errors
 ///
 /// If KVM or the guest memory returns an error.
-pub fn set_up(vcpu: &VcpuFd, memory: &DemandMemory, entry: Entry) -> Result<(), Error> {
-    let failed = |error: &dyn std::fmt::Display| {
-        Error::host(format!("cannot set up the first vCPU: {error}"))
-    };
+pub(crate) fn set_up(vcpu: &VcpuFd, memory: &DemandMemory, entry: Entry) -> Result<(), BootError> {
     let long = matches!(entry, Entry::Linux64(_));
     let code = segment(0x10, CODE, long);
     let data = segment(0x18, DATA, false);
@@ -85,11 +82,12 @@ pub fn set_up(vcpu: &VcpuFd, memory: &DemandMemory, entry: Entry) -> Result<(), 
     write_words(memory, GDT, &table)?;
     write_words(memory, IDT, &[0])?;
 
-    let mut sregs = vcpu.get_sregs().map_err(|error| failed(&error))?;
+    let mut sregs = vcpu.get_sregs().map_err(BootError::Registers)?;
     sregs.cs = code;
     (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
     sregs.tr = task;
-    (sregs.gdt.base, sregs.gdt.limit) = (GDT.0, size_of_val(&table) as u16 - 1);
+    let limit = u16::try_from(size_of_val(&table) - 1).expect("the table has five entries");
+    (sregs.gdt.base, sregs.gdt.limit) = (GDT.0, limit);
     (sregs.idt.base, sregs.idt.limit) = (IDT.0, 7);
     sregs.cr0 = CR0_PE | CR0_ET;
     sregs.cr4 = 0;
@@ -106,12 +104,12 @@ pub fn set_up(vcpu: &VcpuFd, memory: &DemandMemory, entry: Entry) -> Result<(), 
         }
         Entry::Pvh(address) => (regs.rip, regs.rbx) = (address.0, PVH_START_INFO.0),
     }
-    vcpu.set_sregs(&sregs).map_err(|error| failed(&error))?;
-    vcpu.set_regs(&regs).map_err(|error| failed(&error))
+    vcpu.set_sregs(&sregs).map_err(BootError::Registers)?;
+    vcpu.set_regs(&regs).map_err(BootError::Registers)
 }
 
 /// Writes page tables that map the first GiB to itself with 2 MiB pages.
-fn write_page_tables(memory: &DemandMemory) -> Result<(), Error> {
+fn write_page_tables(memory: &DemandMemory) -> Result<(), BootError> {
     let table = |index: u64| GuestAddress(PAGE_TABLES.0 + index * 0x1000);
     write_words(memory, table(0), &[table(1).0 | PRESENT_WRITABLE])?;
     write_words(memory, table(1), &[table(2).0 | PRESENT_WRITABLE])?;
@@ -119,11 +117,9 @@ fn write_page_tables(memory: &DemandMemory) -> Result<(), Error> {
     write_words(memory, table(2), &pages)
 }
 
-fn write_words(memory: &DemandMemory, at: GuestAddress, words: &[u64]) -> Result<(), Error> {
+fn write_words(memory: &DemandMemory, at: GuestAddress, words: &[u64]) -> Result<(), BootError> {
     let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
-    memory
-        .write_slice(&bytes, at)
-        .map_err(|error| Error::failed(format!("cannot write the first vCPU's tables: {error}")))
+    memory.write_slice(&bytes, at).map_err(BootError::Tables)
 }
 
 #[cfg(test)]

@@ -5,8 +5,6 @@
 //! `Documentation/filesystems/ramfs-rootfs-initramfs.rst` and `tmpfs.rst` for the unpacking of an
 //! initramfs.
 
-use std::fmt;
-
 use demand_memory::PAGE_SIZE;
 use linux_loader::loader::bootparam::setup_header;
 
@@ -27,29 +25,35 @@ pub(crate) struct KernelRoom {
 }
 
 /// The reason for which an initramfs does not fit.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum NoRoom {
-    /// The memory is smaller than the `needed` bytes.
-    Memory { size: u64, kernel_end: u64, needed: u64 },
-    /// No amount of memory helps: the kernel can read an initramfs only below the address `reach`.
-    Reach { size: u64, kernel_end: u64, reach: u64 },
-}
-
-impl fmt::Display for NoRoom {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            NoRoom::Memory { size, kernel_end, .. } => write!(
-                f,
-                "its {size} bytes and their unpacked content do not fit beside the kernel, which \
-                 takes memory up to {kernel_end:#x}"
-            ),
-            NoRoom::Reach { size, kernel_end, reach } => write!(
-                f,
-                "its {size} bytes do not fit between the kernel, which takes memory up to \
-                 {kernel_end:#x}, and {reach:#x}, the end of what the kernel can reach"
-            ),
-        }
-    }
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum NoRoom {
+    /// The guest's memory is too small.
+    #[error(
+        "its {size} bytes and their unpacked content do not fit beside the kernel, which takes \
+         memory up to {kernel_end:#x}"
+    )]
+    Memory {
+        /// Size of the initramfs, in bytes.
+        size: u64,
+        /// End of the kernel's memory.
+        kernel_end: u64,
+        /// Size of the smallest memory that would do, in bytes.
+        needed: u64,
+    },
+    /// No amount of memory helps, because the kernel cannot read an initramfs at higher addresses.
+    #[error(
+        "its {size} bytes do not fit between the kernel, which takes memory up to \
+         {kernel_end:#x}, and {reach:#x}, the end of what the kernel can reach"
+    )]
+    Reach {
+        /// Size of the initramfs, in bytes.
+        size: u64,
+        /// End of the kernel's memory.
+        kernel_end: u64,
+        /// End of the addresses that the kernel can read an initramfs from.
+        reach: u64,
+    },
 }
 
 impl NoRoom {

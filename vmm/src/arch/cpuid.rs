@@ -12,10 +12,8 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{Cap, Kvm};
 
-use crate::error::Error;
-
-/// Maximum number of vCPUs in a guest's topology.
-pub const MAX_CPUS: u32 = 16;
+use crate::arch::error::CpuidError;
+use crate::arch::layout::{ADDRESS_SIZES, MAX_CPUS};
 
 /// An output register of a leaf.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,7 +60,6 @@ const EXTENDED_FEATURES: u32 = 7;
 const XSAVE: u32 = 0xd;
 const KVM_FEATURES: u32 = 0x4000_0001;
 const AMD_FEATURES: u32 = 0x8000_0001;
-const ADDRESS_SIZES: u32 = 0x8000_0008;
 
 /// Leaf 1, ECX: the local APIC's timer supports TSC deadlines.
 const TSC_DEADLINE: u32 = 1 << 24;
@@ -146,10 +143,9 @@ const HIDDEN_LEAVES: &[u32] = &[
 /// vm.create_vcpu(1).unwrap().set_cpuid2(&told).unwrap();
 /// check_host(&told, &cpuid).unwrap();
 /// ```
-pub fn guest_cpuid(kvm: &Kvm) -> Result<CpuId, Error> {
-    let mut cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(|error| {
-        Error::host(format!("cannot read the CPUID that KVM supports: {error}"))
-    })?;
+pub fn guest_cpuid(kvm: &Kvm) -> Result<CpuId, CpuidError> {
+    let mut cpuid =
+        kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(CpuidError::Supported)?;
     hide(&mut cpuid);
     // KVM reports this feature through a capability, not in the CPUID.
     if kvm.check_extension(Cap::TscDeadlineTimer) {
@@ -239,9 +235,8 @@ pub fn for_vcpu(cpuid: &CpuId, cpu: u32, cpus: u32) -> CpuId {
         // For each level: the shift from an APIC ID to the ID of the next level, the number of
         // processors, and the level's type.
         for (index, (shift, processors, kind)) in
-            [(0, 1, 1), (width, cpus, 2), (0, 0, 0)].into_iter().enumerate()
+            (0..).zip([(0, 1, 1), (width, cpus, 2), (0, 0, 0)])
         {
-            let index = index as u32;
             entries.push(kvm_cpuid_entry2 {
                 function: leaf,
                 index,
@@ -315,7 +310,8 @@ fn ratio(tsc_khz: u32) -> Option<(u32, u32)> {
     let told = u64::from(APIC_KHZ) * numerator / denominator.max(1);
     let off = told.abs_diff(tsc_khz.into()) * 1_000_000;
     let close = denominator != 0 && off <= u64::from(tsc_khz) * CRYSTAL_PPM;
-    close.then_some((numerator as u32, denominator as u32))
+    let both = u32::try_from(numerator).ok().zip(u32::try_from(denominator).ok());
+    both.filter(|_| close)
 }
 
 /// Leaves of features to compare: leaf, subleaf, register, and the bits to ignore, which are not
@@ -348,6 +344,28 @@ const CHECKED: &[(u32, u32, Reg, u32)] = &[
     (0x8000_0021, 0, Eax, 0),
 ];
 
+/// Checks that this host's KVM supports a guest whose vCPUs had these CPUIDs (`KVM_GET_CPUID2`).
+///
+/// # Errors
+///
+/// As for [`check_host`]; and if KVM does not return its CPUID.
+pub fn check_kvm(saved: &[CpuId], kvm: &Kvm) -> Result<(), CpuidError> {
+    let host = guest_cpuid(kvm)?;
+    let check = |host: &CpuId| saved.iter().try_for_each(|saved| check_host(saved, host));
+    check(&host).or_else(|error| match as_shown(&host, kvm) {
+        // An emulating KVM shows features of the processor that it does not list as supported.
+        Some(shown) => check(&shown),
+        None => Err(error),
+    })
+}
+
+/// Returns the CPUID that KVM shows to a vCPU which was given `cpuid`, if KVM creates one.
+fn as_shown(cpuid: &CpuId, kvm: &Kvm) -> Option<CpuId> {
+    let vcpu = kvm.create_vm().ok()?.create_vcpu(0).ok()?;
+    vcpu.set_cpuid2(&for_vcpu(cpuid, 0, 1)).ok()?;
+    vcpu.get_cpuid2(KVM_MAX_CPUID_ENTRIES).ok()
+}
+
 /// Checks that this host's KVM supports a guest. `saved` is the CPUID of one of its vCPUs
 /// ([`for_vcpu`], `KVM_GET_CPUID2`), and `host` the result of [`guest_cpuid`] on this host.
 ///
@@ -355,33 +373,26 @@ const CHECKED: &[(u32, u32, Reg, u32)] = &[
 ///
 /// The first mismatch: the vendor or family, a feature by leaf, register and bits, the layout of
 /// the XSAVE area, or the width of physical addresses.
-pub fn check_host(saved: &CpuId, host: &CpuId) -> Result<(), Error> {
-    let differs = |what: &str, saved: &str, host: &str| {
-        Error::host(format!(
-            "cannot restore: the guest's processor has {what} {saved}, this host's has {host}; \
-             restore on a host with the same {what}"
-        ))
-    };
+pub fn check_host(saved: &CpuId, host: &CpuId) -> Result<(), CpuidError> {
     let (its, ours) = (vendor(saved), vendor(host));
     if its != ours {
-        return Err(differs("vendor", &its, &ours));
+        return Err(CpuidError::Differs { what: "vendor", its, ours });
     }
     let (its, ours) = (family(saved), family(host));
     if its != ours {
-        return Err(differs("family", &format!("{its:#x}"), &format!("{ours:#x}")));
+        let (its, ours) = (format!("{its:#x}"), format!("{ours:#x}"));
+        return Err(CpuidError::Differs { what: "family", its, ours });
     }
     for (leaf, subleaf, reg, ignored) in CHECKED {
         let value = |cpuid| find(cpuid, *leaf, *subleaf).map_or(0, |entry| reg.of(entry));
         let lacking = value(saved) & !value(host) & !ignored;
         if lacking != 0 {
-            let bits: Vec<_> = (0..32).filter(|bit| lacking >> bit & 1 == 1).collect();
-            let bits: Vec<_> = bits.iter().map(u32::to_string).collect();
-            return Err(Error::host(format!(
-                "cannot restore: this host's KVM lacks features that the guest was told of: CPUID \
-                 leaf {leaf:#x}, subleaf {subleaf}, {}, bits {}; restore on a host that has them",
-                reg.name(),
-                bits.join(", ")
-            )));
+            return Err(CpuidError::Lacking {
+                leaf: *leaf,
+                subleaf: *subleaf,
+                register: reg.name(),
+                bits: (0..32).filter(|bit| lacking >> bit & 1 == 1).collect(),
+            });
         }
     }
     // The guest keeps XSAVE areas in its memory, so the offsets of the states must match.
@@ -389,19 +400,13 @@ pub fn check_host(saved: &CpuId, host: &CpuId) -> Result<(), Error> {
     for state in (2..32).filter(|state| states >> state & 1 == 1) {
         let place = |cpuid| find(cpuid, XSAVE, state).map(|entry| (entry.ebx, entry.eax));
         if place(saved) != place(host) {
-            return Err(Error::host(format!(
-                "cannot restore: the guest's XSAVE area has state {state} at another place than \
-                 this host's (CPUID leaf 0xd, subleaf {state}); restore on a host of the same kind"
-            )));
+            return Err(CpuidError::Xsave { state });
         }
     }
     let bits = |cpuid| find(cpuid, ADDRESS_SIZES, 0).map_or(36, |entry| entry.eax & 0xff);
     let (its, ours) = (bits(saved), bits(host));
     if its > ours {
-        return Err(Error::host(format!(
-            "cannot restore: the guest has physical addresses of {its} bits, this host has {ours} \
-             (CPUID leaf {ADDRESS_SIZES:#x}, EAX); restore on a host that has as many"
-        )));
+        return Err(CpuidError::Width { its, ours });
     }
     Ok(())
 }
@@ -535,7 +540,7 @@ mod tests {
     }
 
     #[test]
-    fn frequency_is_told_as_systems_compute_it() {
+    fn frequency_is_reported_as_systems_compute_it() {
         for khz in [800_000, 1_000_000, 2_399_998, 2_595_124, 2_999_990, 3_700_000, 4_200_001] {
             let intel = with_frequency(&full(b"GenuineIntel"), khz);
             let leaf = |cpuid, leaf| *find(cpuid, leaf, 0).unwrap();
@@ -601,16 +606,16 @@ mod tests {
         let vm = kvm.create_vm().unwrap();
         vm.create_irq_chip().unwrap();
         assert_ne!(find(&cpuid, FEATURES, 0).unwrap().ecx & HYPERVISOR, 0);
-        for cpu in 0..2 {
-            let vcpu = vm.create_vcpu(cpu).unwrap();
-            vcpu.set_cpuid2(&for_vcpu(&cpuid, cpu as u32, 2)).unwrap();
+        for cpu in 0..2u32 {
+            let vcpu = vm.create_vcpu(cpu.into()).unwrap();
+            vcpu.set_cpuid2(&for_vcpu(&cpuid, cpu, 2)).unwrap();
             let now = vcpu.get_cpuid2(KVM_MAX_CPUID_ENTRIES).unwrap();
             if demand_kvm::probe().virtualization == Virtualization::Emulated {
                 skip("this KVM emulates, and adds to what a guest is told");
             } else {
                 check_host(&now, &cpuid).unwrap();
             }
-            assert_eq!(find(&now, FEATURES, 0).unwrap().ebx >> 24, cpu as u32);
+            assert_eq!(find(&now, FEATURES, 0).unwrap().ebx >> 24, cpu);
         }
     }
 }

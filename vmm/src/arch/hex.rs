@@ -70,7 +70,7 @@ fn bytes(digits: &str) -> Option<Vec<u8>> {
     pairs
         .map(|pair| {
             let [high, low] = pair else { return None };
-            Some((value(high)? << 4 | value(low)?) as u8)
+            u8::try_from(value(high)? << 4 | value(low)?).ok()
         })
         .collect()
 }

@@ -5,6 +5,7 @@
 //! A guest in a snapshot has stored these addresses, so none of them may change without a new
 //! version of the snapshot format.
 
+use demand_memory::PAGE_SIZE;
 use vm_memory::GuestAddress;
 
 /// The initial segment descriptor table.
@@ -109,7 +110,7 @@ pub fn device_address(position: usize) -> u64 {
 
 /// Returns the interrupt of device `position`.
 pub fn device_gsi(position: usize) -> u32 {
-    DEVICE_GSI + position as u32
+    DEVICE_GSI + u32::try_from(position).expect("there are at most `MAX_DEVICES`")
 }
 
 // An I/O APIC has 24 pins.
@@ -118,3 +119,9 @@ const _: () = assert!(ACPI.0 + ACPI_SIZE <= GENERATION_ID.0);
 const _: () = assert!(GENERATION_ID.0 + 16 <= BIOS_ENTRY.0);
 const _: () = assert!(SCI_GSI < DEVICE_GSI && SCI_GSI != SERIAL_GSI && SCI_GSI != GENERATION_GSI);
 const _: () = assert!(COMMAND_LINE.0 + COMMAND_LINE_MAX as u64 <= LOW_END);
+
+/// The most bytes in a memslot: `KVM_MEM_MAX_NR_PAGES` in include/linux/kvm_host.h.
+pub(crate) const MEMSLOT_MAX: u64 = ((1 << 31) - 1) * PAGE_SIZE;
+
+/// The CPUID leaf with the numbers of address bits and of AMD processors.
+pub(crate) const ADDRESS_SIZES: u32 = 0x8000_0008;

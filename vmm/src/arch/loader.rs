@@ -3,9 +3,10 @@
 //!
 //! Sources: `Documentation/arch/x86/boot.rst` for bzImage, Xen's `docs/misc/pvh.pandoc` for ELF.
 
-use std::io::Read;
+use std::fs::File;
+use std::io::{self, Read, Seek, SeekFrom};
 
-use demand_memory::DemandMemory;
+use demand_memory::{DemandMemory, to_usize};
 use linux_loader::cmdline::Cmdline;
 use linux_loader::configurator::linux::LinuxBootConfigurator;
 use linux_loader::configurator::pvh::PvhBootConfigurator;
@@ -18,17 +19,17 @@ use linux_loader::loader::{
 };
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
+use crate::arch::boot_files::{BootFile, BootSource};
 use crate::arch::boot_room::{self, KernelRoom};
+use crate::arch::error::{BootFileError, BootFileFault, CommandLineFault, LoadError};
 use crate::arch::layout::{
     ACPI, COMMAND_LINE, COMMAND_LINE_MAX, HIGH_START, LOW_END, PVH_START_INFO, ZERO_PAGE,
 };
 use crate::arch::placement::LOW_MEMORY_END;
-use crate::error::Error;
-use crate::snapshot::boot_files::{BootFile, BootSource};
 
 /// The entry point of the first processor, and its boot protocol.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Entry {
+pub(crate) enum Entry {
     /// 64-bit mode, with the address of `boot_params` in RSI.
     Linux64(GuestAddress),
     /// 32-bit protected mode, with the address of `hvm_start_info` in EBX.
@@ -47,6 +48,8 @@ const CAN_USE_HEAP: u8 = 0x80;
 const XLF_KERNEL_64: u16 = 1;
 /// The first version of the boot protocol with `xloadflags`.
 const WITH_XLOADFLAGS: u16 = 0x20c;
+/// Offset in a bzImage of the field `boot_flag`, in bytes. Four bytes later lies `header`.
+const BOOT_FLAG: u64 = 0x1fe;
 /// Offset of the 64-bit entry, in bytes.
 const ENTRY_64: u64 = 0x200;
 /// Bytes of the command line, without the NUL, that Linux keeps on x86 unless the kernel states
@@ -61,11 +64,11 @@ const START_INFO_VERSION: u32 = 1;
 /// # Errors
 ///
 /// Returns a one-line error.
-pub(crate) fn check_size(memory: &DemandMemory) -> Result<(), Error> {
+pub(crate) fn check_size(memory: &DemandMemory) -> Result<(), LoadError> {
     if low_end(memory) > HIGH_START.0 {
         return Ok(());
     }
-    Err(Error::usage("--memory: a Linux guest needs more than 1M; give it at least 64M"))
+    Err(LoadError::LittleMemory)
 }
 
 /// Loads the files of `source` and the boot parameters. It waits for each page that it writes to
@@ -75,7 +78,7 @@ pub(crate) fn check_size(memory: &DemandMemory) -> Result<(), Error> {
 ///
 /// Returns a one-line error that names the file: it cannot be read, is not a kernel, or does not
 /// fit into memory.
-pub fn load(memory: &DemandMemory, source: &BootSource) -> Result<Entry, Error> {
+pub(crate) fn load(memory: &DemandMemory, source: &BootSource) -> Result<Entry, LoadError> {
     check_size(memory)?;
     let (loaded, room, pvh) = load_kernel(memory, &source.kernel)?;
     let unpacked = boot_room::unpacked(&source.cmdline);
@@ -105,23 +108,26 @@ pub fn load(memory: &DemandMemory, source: &BootSource) -> Result<Entry, Error> 
 fn load_kernel(
     memory: &DemandMemory,
     kernel: &BootFile,
-) -> Result<(KernelLoaderResult, KernelRoom, Option<GuestAddress>), Error> {
-    const KINDS: &str = "name a bzImage, or an ELF vmlinux with a PVH entry (CONFIG_PVH)";
-    let refused = |why: &dyn std::fmt::Display| kernel.cannot_load(why, KINDS);
+) -> Result<(KernelLoaderResult, KernelRoom, Option<GuestAddress>), BootFileError> {
+    let refused = |fault| kernel.cannot_load(fault);
     let (mut file, len) = (kernel.rewound()?, kernel.size());
     let mut magic = [0; 4];
-    file.read_exact(&mut magic).map_err(|_| refused(&"it is too short for a kernel"))?;
+    file.read_exact(&mut magic).map_err(|_| refused(BootFileFault::Short))?;
+    if magic != *b"\x7fELF"
+        && !is_bzimage(file).map_err(|error| refused(BootFileFault::Read(error)))?
+    {
+        return Err(refused(BootFileFault::Unknown));
+    }
     if magic == *b"\x7fELF" {
         let loaded =
             Elf::load(memory, None, &mut file, Some(HIGH_START)).map_err(|error| match error {
-                loader::Error::Elf(elf::Error::ReadKernelImage) => kernel.cannot_load(
-                    &"a segment is missing from the file, or does not fit into memory",
-                    "use another copy, or give the guest more with --memory",
-                ),
-                error => refused(&error),
+                loader::Error::Elf(elf::Error::ReadKernelImage) => {
+                    refused(BootFileFault::Segment(error))
+                }
+                error => refused(BootFileFault::NotAKernel(error)),
             })?;
         let PvhBootCapability::PvhEntryPresent(entry) = loaded.pvh_boot_cap else {
-            return Err(refused(&"it is an ELF file without a PVH entry"));
+            return Err(refused(BootFileFault::NoPvhEntry));
         };
         // This end includes the parts that are not in the file, such as .bss, which the kernel
         // clears as it starts.
@@ -136,17 +142,14 @@ fn load_kernel(
         return Err(too_large(memory, kernel, HIGH_START.0.saturating_add(len)));
     }
     let loaded = BzImage::load(memory, None, &mut file, Some(HIGH_START))
-        .map_err(|error| refused(&error))?;
+        .map_err(|error| refused(BootFileFault::NotAKernel(error)))?;
     let header = loaded.setup_header.unwrap_or_default();
     if header.version < WITH_XLOADFLAGS || header.xloadflags & XLF_KERNEL_64 == 0 {
-        return Err(refused(&"it has no 64-bit entry"));
+        return Err(refused(BootFileFault::No64BitEntry));
     }
-    let whole = bzimage_len(&header);
-    if len < whole {
-        return Err(kernel.cannot_load(
-            &format_args!("it is truncated: its header states {whole} bytes, the file has {len}"),
-            "use another copy",
-        ));
+    let stated = bzimage_len(&header);
+    if len < stated {
+        return Err(refused(BootFileFault::Truncated { stated, len }));
     }
     let room = KernelRoom::of_bzimage(&header, HIGH_START.0, len);
     if room.end > low_end(memory) {
@@ -155,12 +158,21 @@ fn load_kernel(
     Ok((loaded, room, None))
 }
 
-fn too_large(memory: &DemandMemory, kernel: &BootFile, end: u64) -> Error {
-    let guests = low_end(memory);
-    kernel.cannot_load(
-        &format_args!("it needs memory up to {end:#x}, and the guest's ends at {guests:#x}"),
-        "give the guest more with --memory",
-    )
+/// Returns whether a file has the magic numbers of a bzImage's header.
+fn is_bzimage(mut file: &File) -> io::Result<bool> {
+    let mut numbers = [0; 8];
+    file.seek(SeekFrom::Start(BOOT_FLAG))?;
+    let mut is = false;
+    match file.read_exact(&mut numbers) {
+        Ok(()) => is = numbers[..2] == [0x55, 0xaa] && numbers[4..] == *b"HdrS",
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {}
+        Err(error) => return Err(error),
+    }
+    Ok(is)
+}
+
+fn too_large(memory: &DemandMemory, kernel: &BootFile, end: u64) -> BootFileError {
+    kernel.cannot_load(BootFileFault::TooLarge { end, guests: low_end(memory) })
 }
 
 /// Returns the length of a bzImage according to its header: the boot sector, the set-up code, and
@@ -189,19 +201,19 @@ fn load_initramfs(
     file: &BootFile,
     room: KernelRoom,
     unpacked: u64,
-) -> Result<Initramfs, Error> {
+) -> Result<Initramfs, BootFileError> {
     let size = file.size();
     if size == 0 {
-        return Err(file.cannot_load(&"it is empty", "name a cpio archive"));
+        return Err(file.cannot_load(BootFileFault::Empty));
     }
     let total = memory.iter().map(|region| region.len()).sum();
     let start = room
         .place(size, unpacked, low_end(memory), total)
-        .map_err(|why| file.cannot_load(&why, &why.remedy()))?;
+        .map_err(|why| file.cannot_load(why.into()))?;
     let address = GuestAddress(start);
     memory
-        .read_exact_volatile_from(address, &mut file.rewound()?, size as usize)
-        .map_err(|error| file.cannot_load(&error, "do not change the file while the VM starts"))?;
+        .read_exact_volatile_from(address, &mut file.rewound()?, to_usize(size))
+        .map_err(|error| file.cannot_load(BootFileFault::Copy(error)))?;
     Ok((address, size))
 }
 
@@ -211,25 +223,21 @@ fn load_command_line(
     memory: &DemandMemory,
     text: &str,
     kernels: Option<u32>,
-) -> Result<u32, Error> {
-    let most = kernels.map_or(LINUX_KEEPS, |most| most as usize).min(COMMAND_LINE_MAX - 1);
-    let wrong = |why: &dyn std::fmt::Display| {
-        let why = why.to_string();
-        Error::usage(format!(
-            "--cmdline: {}; it takes printable ASCII, at most {most} bytes for this kernel",
-            why.trim_end_matches('.')
-        ))
-    };
-    let mut line = Cmdline::new(COMMAND_LINE_MAX).map_err(|error| wrong(&error))?;
+) -> Result<u32, LoadError> {
+    let most = kernels.map_or(LINUX_KEEPS, |most| to_usize(most.into())).min(COMMAND_LINE_MAX - 1);
+    let wrong = |source| LoadError::CommandLine { most, source };
+    let text_fault = |error| wrong(CommandLineFault::Text(error));
+    let mut line = Cmdline::new(COMMAND_LINE_MAX).map_err(text_fault)?;
     if !text.is_empty() {
-        line.insert_str(text).map_err(|error| wrong(&error))?;
+        line.insert_str(text).map_err(text_fault)?;
     }
-    let len = line.as_cstring().map_err(|error| wrong(&error))?.as_bytes().len();
-    if len > most {
-        return Err(wrong(&format_args!("it has {len} bytes")));
+    let bytes = line.as_cstring().map_err(text_fault)?.as_bytes().len();
+    if bytes > most {
+        return Err(wrong(CommandLineFault::TooLong { bytes }));
     }
-    load_cmdline(memory, COMMAND_LINE, &line).map_err(|error| wrong(&error))?;
-    Ok(len as u32 + 1)
+    load_cmdline(memory, COMMAND_LINE, &line)
+        .map_err(|error| wrong(CommandLineFault::Write(error)))?;
+    Ok(u32::try_from(bytes + 1).expect("the limit is far below 2^32"))
 }
 
 /// Returns the guest's memory map: start, length and type of each range.
@@ -244,12 +252,16 @@ fn memory_map(memory: &DemandMemory) -> Vec<(u64, u64, u32)> {
     map
 }
 
+#[expect(
+    clippy::cast_possible_truncation,
+    reason = "Linux is loaded, with few ranges of memory, below 4 GiB"
+)]
 fn write_zero_page(
     memory: &DemandMemory,
     kernel: &KernelLoaderResult,
     initramfs: Option<Initramfs>,
     cmdline_size: u32,
-) -> Result<(), Error> {
+) -> Result<(), LoadError> {
     let mut params =
         boot_params { hdr: kernel.setup_header.unwrap_or_default(), ..Default::default() };
     params.hdr.type_of_loader = LOADER_UNDEFINED;
@@ -257,7 +269,6 @@ fn write_zero_page(
     params.hdr.cmd_line_ptr = COMMAND_LINE.0 as u32;
     params.hdr.cmdline_size = cmdline_size;
     if let Some((address, size)) = initramfs {
-        // Both values are below 4 GiB, because `initrd_addr_max` is a 32-bit number.
         params.hdr.ramdisk_image = address.0 as u32;
         params.hdr.ramdisk_size = size as u32;
     }
@@ -268,10 +279,10 @@ fn write_zero_page(
     }
     params.e820_entries = map.len() as u8;
     LinuxBootConfigurator::write_bootparams(&BootParams::new(&params, ZERO_PAGE), memory)
-        .map_err(|error| Error::failed(format!("cannot write Linux's boot parameters: {error}")))
+        .map_err(LoadError::BootParams)
 }
 
-fn write_start_info(memory: &DemandMemory, initramfs: Option<Initramfs>) -> Result<(), Error> {
+fn write_start_info(memory: &DemandMemory, initramfs: Option<Initramfs>) -> Result<(), LoadError> {
     let map: Vec<_> = memory_map(memory)
         .into_iter()
         .map(|(addr, size, type_)| hvm_memmap_table_entry { addr, size, type_, reserved: 0 })
@@ -291,7 +302,7 @@ fn write_start_info(memory: &DemandMemory, initramfs: Option<Initramfs>) -> Resu
         cmdline_paddr: COMMAND_LINE.0,
         rsdp_paddr: ACPI.0,
         memmap_paddr: table.0,
-        memmap_entries: map.len() as u32,
+        memmap_entries: u32::try_from(map.len()).expect("the memory has few ranges"),
         ..Default::default()
     };
     let mut params = BootParams::new(&info, PVH_START_INFO);
@@ -299,8 +310,7 @@ fn write_start_info(memory: &DemandMemory, initramfs: Option<Initramfs>) -> Resu
     if let Some(module) = module {
         params.set_modules(&[module], modules);
     }
-    PvhBootConfigurator::write_bootparams(&params, memory)
-        .map_err(|error| Error::failed(format!("cannot write PVH's start information: {error}")))
+    PvhBootConfigurator::write_bootparams(&params, memory).map_err(LoadError::StartInfo)
 }
 
 #[cfg(test)]
@@ -309,58 +319,26 @@ mod tests {
     use std::sync::Arc;
 
     use demand_memory::{
-        BackingKind, DemandRegion, MemfdBacking, RegionConfig, Retrier, RetryPolicy, Stats,
+        BackingKind, DemandRegion, MemfdBacking, PagerConfig, Retrier, RetryPolicy, Stats,
     };
     use demand_source::LocalFile;
+    use test_support::elf;
 
-    use crate::snapshot::boot_files::BootPart;
+    use crate::arch::boot_part::BootPart;
 
     const MEMORY: u64 = 16 << 20;
 
     fn memory() -> DemandMemory {
         let image = tempfile::NamedTempFile::new().unwrap();
         image.as_file().set_len(MEMORY).unwrap();
-        let config = RegionConfig {
-            start: GuestAddress(0),
-            backing: Arc::new(MemfdBacking::new(BackingKind::Shmem, MEMORY, true).unwrap()),
+        let config = PagerConfig {
+            backing: Arc::new(MemfdBacking::new(BackingKind::Shmem, MEMORY).unwrap()),
             source: Arc::new(LocalFile::open(image.path()).unwrap()),
             image_offset: 0,
             stats: Arc::new(Stats::new()),
             retrier: Retrier::new(RetryPolicy::default(), |_| {}),
         };
-        DemandMemory::new(vec![DemandRegion::new(config, ()).unwrap()]).unwrap()
-    }
-
-    /// Returns an ELF kernel with a PVH entry, placed at 1 MiB, that takes `size` bytes of memory.
-    fn elf_kernel(size: u64) -> Vec<u8> {
-        // Values and their lengths in bytes, little-endian.
-        let header = [
-            // A 64-bit executable for x86-64 with entry at 1 MiB and two program headers.
-            (u64::from_le_bytes(*b"\x7fELF\x02\x01\x01\0"), 8),
-            (0, 8),
-            (2, 2),
-            (62, 2),
-            (1, 4),
-            (HIGH_START.0, 8),
-            (64, 8),
-            (0, 8),
-            (0, 4),
-            (64, 2),
-            (56, 2),
-            (2, 2),
-            (0, 6),
-        ];
-        let program = |kind, offset, len, size| {
-            let at = HIGH_START.0;
-            [(kind, 4), (5, 4), (offset, 8), (at, 8), (at, 8), (len, 8), (size, 8), (4096, 8)]
-        };
-        // The loadable segment covers all of the file except the note at its end.
-        let load = program(1, 0, 176, size);
-        let note_at = program(4, 176, 20, 20);
-        let name = u64::from(u32::from_le_bytes(*b"Xen\0"));
-        let note = [(4, 4), (4, 4), (18, 4), (name, 4), (HIGH_START.0, 4)];
-        let words = header.into_iter().chain(load).chain(note_at).chain(note);
-        words.flat_map(|(value, len)| value.to_le_bytes().into_iter().take(len)).collect()
+        DemandMemory::new(vec![DemandRegion::new(GuestAddress(0), config, ()).unwrap()]).unwrap()
     }
 
     #[test]
@@ -368,13 +346,14 @@ mod tests {
         let file = tempfile::NamedTempFile::new().unwrap();
         let room = MEMORY - HIGH_START.0;
         let load = |size| {
-            std::fs::write(file.path(), elf_kernel(size)).unwrap();
-            let kernel = BootFile::open(BootPart::Kernel, file.path()).unwrap();
+            std::fs::write(file.path(), elf::with_pvh_entry(HIGH_START.0, Some(size), &[]))
+                .unwrap();
+            let kernel = BootFile::open(BootPart::Kernel, file.path(), &|| false).unwrap();
             load_kernel(&memory(), &kernel).map_err(|error| error.to_string())
         };
         let (_, taken, entry) = load(room).unwrap();
         assert_eq!(taken, KernelRoom { end: MEMORY, reach: LOW_MEMORY_END });
-        assert_eq!(entry, Some(HIGH_START));
+        assert_eq!(entry, Some(HIGH_START.unchecked_add(elf::CODE)));
         for (size, end) in [(room + 1, "0x1000001"), (1 << 40, "0x10000100000")] {
             let error = load(size).unwrap_err();
             for words in ["load the kernel", end, "ends at 0x1000000;", "--memory"] {

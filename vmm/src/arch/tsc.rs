@@ -61,6 +61,7 @@ pub(crate) struct Moment {
 
 /// Returns the offset with which a counter of `khz` continues at `now`, if its offset was `offset`
 /// at `then`. The counter advances by as much as kvm-clock has in between.
+#[expect(clippy::cast_possible_truncation, reason = "offsets are numbers modulo 2^64")]
 pub(crate) fn offset_since(offset: u64, then: Moment, now: Moment, khz: u32) -> u64 {
     let elapsed = i128::from(now.clock) - i128::from(then.clock);
     // A million nanoseconds have as many ticks as there are kHz.

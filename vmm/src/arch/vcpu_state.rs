@@ -13,10 +13,10 @@ use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
 use vm_memory::GuestAddress;
 
+use crate::arch::error::VcpuStateError;
 use crate::arch::hex;
 use crate::arch::sregs2::{pdptrs, set_with_pdptrs};
 use crate::arch::tsc::{self, Moment};
-use crate::error::{Error, STATE_REFUSED};
 
 const TSC: u32 = 0x10;
 const TSC_DEADLINE: u32 = 0x6e0;
@@ -54,10 +54,8 @@ impl StateShape {
     /// # Errors
     ///
     /// If KVM does not list its MSRs.
-    pub fn of(kvm: &Kvm, vm: &VmFd) -> Result<Self, Error> {
-        let listed = kvm.get_msr_index_list().map_err(|error| {
-            Error::host(format!("cannot list the MSRs that KVM saves: {error}"))
-        })?;
+    pub fn of(kvm: &Kvm, vm: &VmFd) -> Result<Self, VcpuStateError> {
+        let listed = kvm.get_msr_index_list().map_err(VcpuStateError::MsrList)?;
         let mut msrs: Vec<_> = listed.as_slice().to_vec();
         msrs.extend(unlisted());
         msrs.retain(|msr| !HYPERV.contains(msr));
@@ -83,8 +81,8 @@ impl StateShape {
 
 /// A vCPU's state, which [`save`](Self::save) reads and [`restore`](Self::restore) sets, in JSON or
 /// another format of serde. When it is saved, the vCPU must have no pending I/O
-/// ([`DemandVcpu::settle_step`](demand_kvm::DemandVcpu::settle_step)), and all vCPUs of the VM must
-/// be paused.
+/// ([`DemandVcpu::complete_pending_io`](demand_kvm::DemandVcpu::complete_pending_io)), and all
+/// vCPUs of the VM must be paused.
 ///
 /// It does not include nested guests, which [`guest_cpuid`](crate::arch::cpuid::guest_cpuid) rules
 /// out.
@@ -149,7 +147,7 @@ impl VcpuState {
     /// # Errors
     ///
     /// KVM's refusal: one line that names the vCPU and the step.
-    pub fn save(cpu: u32, vcpu: &VcpuFd, shape: &StateShape) -> Result<Self, Error> {
+    pub fn save(cpu: u32, vcpu: &VcpuFd, shape: &StateShape) -> Result<Self, VcpuStateError> {
         let on = On { cpu, verb: "save" };
         // First, because KVM handles INIT and SIPI from other processors before it answers.
         let mp_state = on.step("its MP state", vcpu.get_mp_state())?;
@@ -192,7 +190,12 @@ impl VcpuState {
     /// # Errors
     ///
     /// KVM's refusal: one line that names the vCPU and the step. The vCPU is unusable then.
-    pub fn restore(&self, cpu: u32, vcpu: &VcpuFd, shape: &StateShape) -> Result<(), Error> {
+    pub fn restore(
+        &self,
+        cpu: u32,
+        vcpu: &VcpuFd,
+        shape: &StateShape,
+    ) -> Result<(), VcpuStateError> {
         let on = On { cpu, verb: RESTORE };
         // First, because CPUID decides which values the registers may hold.
         on.step("its CPUID", self.cpuid().and_then(|cpuid| vcpu.set_cpuid2(&cpuid)))?;
@@ -207,11 +210,16 @@ impl VcpuState {
     /// # Errors
     ///
     /// As for [`restore`](Self::restore).
-    pub(crate) fn reset(&self, cpu: u32, vcpu: &VcpuFd, shape: &StateShape) -> Result<(), Error> {
+    pub(crate) fn reset(
+        &self,
+        cpu: u32,
+        vcpu: &VcpuFd,
+        shape: &StateShape,
+    ) -> Result<(), VcpuStateError> {
         self.set(&On { cpu, verb: RESET }, vcpu, shape)
     }
 
-    fn set(&self, on: &On, vcpu: &VcpuFd, shape: &StateShape) -> Result<(), Error> {
+    fn set(&self, on: &On, vcpu: &VcpuFd, shape: &StateShape) -> Result<(), VcpuStateError> {
         on.step("its registers", vcpu.set_regs(&self.regs))?;
         // Before the local APIC, because a register here decides whether it is on, and its mode.
         let sregs = match self.pdptrs {
@@ -242,7 +250,7 @@ impl VcpuState {
         vcpu: &VcpuFd,
         then: Moment,
         now: Moment,
-    ) -> Result<(), Error> {
+    ) -> Result<(), VcpuStateError> {
         let (Some(offset), Some(khz)) = (self.tsc_offset, self.tsc_khz) else { return Ok(()) };
         // Offsets of scaled counters are not in the host's ticks.
         let scaled = vcpu.get_tsc_khz().is_ok_and(|ours| !tsc::is_as_fast(khz, ours));
@@ -270,14 +278,10 @@ impl VcpuState {
     /// # Errors
     ///
     /// If there are more leaves than KVM takes.
-    pub fn told(&self) -> Result<CpuId, Error> {
-        self.cpuid().map_err(|_| {
-            Error::failed(format!(
-                "cannot restore a vCPU's CPUID: it has {} leaves, and KVM takes {}; the snapshot \
-                 is damaged, use another",
-                self.cpuid.len(),
-                KVM_MAX_CPUID_ENTRIES
-            ))
+    pub fn guest_cpuid(&self) -> Result<CpuId, VcpuStateError> {
+        self.cpuid().map_err(|_| VcpuStateError::Leaves {
+            leaves: self.cpuid.len(),
+            most: KVM_MAX_CPUID_ENTRIES,
         })
     }
 
@@ -286,40 +290,37 @@ impl VcpuState {
         CpuId::from_entries(&entries).map_err(|_| kvm_ioctls::Error::new(libc::E2BIG))
     }
 
-    fn restore_tsc_khz(&self, on: &On, vcpu: &VcpuFd) -> Result<(), Error> {
+    fn restore_tsc_khz(&self, on: &On, vcpu: &VcpuFd) -> Result<(), VcpuStateError> {
         let (Some(its), Ok(ours)) = (self.tsc_khz, vcpu.get_tsc_khz()) else { return Ok(()) };
         if tsc::is_as_fast(its, ours) {
             return Ok(());
         }
-        vcpu.set_tsc_khz(its).map_err(|error| {
-            Error::host(format!(
-                "cannot restore vCPU {}: its TSC runs at {its} kHz, this host's at {ours} kHz, \
-                 and KVM cannot scale it: {error}; restore on a host of the same frequency",
-                on.cpu
-            ))
+        vcpu.set_tsc_khz(its).map_err(|source| VcpuStateError::Frequency {
+            cpu: on.cpu,
+            its,
+            ours,
+            source,
         })
     }
 
-    fn restore_xsave(&self, on: &On, vcpu: &VcpuFd, shape: &StateShape) -> Result<(), Error> {
+    fn restore_xsave(
+        &self,
+        on: &On,
+        vcpu: &VcpuFd,
+        shape: &StateShape,
+    ) -> Result<(), VcpuStateError> {
         if self.xsave.len() < size_of::<kvm_xsave>() {
-            return Err(Error::failed(format!(
-                "cannot restore vCPU {}: its FPU state has {} bytes, and the minimum is {}; the \
-                 snapshot is damaged, use another",
-                on.cpu,
-                self.xsave.len(),
-                size_of::<kvm_xsave>()
-            )));
+            return Err(VcpuStateError::ShortXsave {
+                cpu: on.cpu,
+                bytes: self.xsave.len(),
+                least: size_of::<kvm_xsave>(),
+            });
         }
         let mut area = shape.xsave();
         let room = size_of::<kvm_xsave>() + size_of_val(area.as_slice());
         let (fits, more) = self.xsave.split_at(room.min(self.xsave.len()));
         if more.iter().any(|byte| *byte != 0) {
-            return Err(Error::host(format!(
-                "cannot restore vCPU {}: its FPU state has {} bytes, and this host's has {room}; \
-                 restore on a host of the same kind",
-                on.cpu,
-                self.xsave.len()
-            )));
+            return Err(VcpuStateError::LongXsave { cpu: on.cpu, bytes: self.xsave.len(), room });
         }
         let words: Vec<_> = fits.chunks(4).map(word).collect();
         // SAFETY: this does not change the structure's length field.
@@ -345,16 +346,20 @@ struct On {
 }
 
 impl On {
-    fn step<T>(&self, what: &str, result: Result<T, kvm_ioctls::Error>) -> Result<T, Error> {
-        let On { cpu, verb } = self;
-        let remedy = if *verb == RESTORE { STATE_REFUSED } else { "the kernel's log may say more" };
-        result.map_err(|error| {
-            Error::host(format!("cannot {verb} vCPU {cpu}, {what}: {error}; {remedy}"))
+    fn step<T>(
+        &self,
+        part: &'static str,
+        result: Result<T, kvm_ioctls::Error>,
+    ) -> Result<T, VcpuStateError> {
+        let On { cpu, verb } = *self;
+        result.map_err(|source| match verb {
+            RESTORE => VcpuStateError::Refused { cpu, part, source },
+            _ => VcpuStateError::Access { verb, cpu, part, source },
         })
     }
 }
 
-fn restore_msrs(msrs: &[(u32, u64)], on: &On, vcpu: &VcpuFd) -> Result<(), Error> {
+fn restore_msrs(msrs: &[(u32, u64)], on: &On, vcpu: &VcpuFd) -> Result<(), VcpuStateError> {
     let entries: Vec<_> = msrs.iter().map(|(index, data)| msr_entry(*index, *data)).collect();
     let mut left = &entries[..];
     while !left.is_empty() {
@@ -370,11 +375,7 @@ fn restore_msrs(msrs: &[(u32, u64)], on: &On, vcpu: &VcpuFd) -> Result<(), Error
         let kvm_msr_entry { index, data, .. } = left[0];
         let now = on.step("its MSRs", get_msrs(vcpu, &[index]))?;
         if now.first() != Some(&(index, data)) && on.verb != RESET {
-            return Err(Error::host(format!(
-                "cannot restore vCPU {}: KVM refuses MSR {index:#x} with the value {data:#x}; \
-                 restore on a host of the same kind",
-                on.cpu
-            )));
+            return Err(VcpuStateError::Msr { cpu: on.cpu, index, data });
         }
         left = &left[1..];
     }
@@ -438,6 +439,8 @@ fn leaf_from_array([function, index, flags, eax, ebx, ecx, edx]: &[u32; 7]) -> k
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    use demand_memory::to_usize;
     use test_support::host::skip;
 
     #[test]
@@ -453,8 +456,8 @@ mod tests {
         for count in [254, 255, 256, 257, 600] {
             let msrs: Vec<_> = (1..=count).map(|value| (SYSENTER_EIP, value)).collect();
             restore_msrs(&msrs, &On { cpu: 0, verb: RESTORE }, &vcpu).unwrap();
-            let read = get_msrs(&vcpu, &vec![SYSENTER_EIP; count as usize]).unwrap();
-            assert_eq!(read, vec![(SYSENTER_EIP, count); count as usize]);
+            let read = get_msrs(&vcpu, &vec![SYSENTER_EIP; to_usize(count)]).unwrap();
+            assert_eq!(read, vec![(SYSENTER_EIP, count); to_usize(count)]);
         }
     }
 

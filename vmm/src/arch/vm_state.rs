@@ -4,6 +4,7 @@
 //! Source: `Documentation/virt/kvm/api.rst`, sections `KVM_GET_IRQCHIP`, `KVM_GET_PIT2` and
 //! `KVM_GET_CLOCK`.
 
+use std::fmt;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use kvm_bindings::{
@@ -13,9 +14,9 @@ use kvm_bindings::{
 use kvm_ioctls::VmFd;
 use serde::{Deserialize, Serialize};
 
+use crate::arch::error::VmStateError;
 use crate::arch::hex;
 use crate::arch::tsc::Moment;
-use crate::error::{Error, STATE_REFUSED};
 
 /// The state of a VM with KVM's interrupt controllers and timer (`KVM_CREATE_IRQCHIP`,
 /// `KVM_CREATE_PIT2`), in JSON or another format of serde. All vCPUs must be paused while it is
@@ -65,17 +66,23 @@ pub struct VmState {
     pit: kvm_pit_state2,
 }
 
+impl fmt::Debug for VmState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("VmState").field("clock", &self.clock).finish_non_exhaustive()
+    }
+}
+
 impl VmState {
     /// Reads the state.
     ///
     /// # Errors
     ///
     /// KVM's refusal: one line.
-    pub fn save(vm: &VmFd) -> Result<Self, Error> {
+    pub fn save(vm: &VmFd) -> Result<Self, VmStateError> {
         let chip = |chip_id, what| {
             let mut chip = kvm_irqchip { chip_id, ..Default::default() };
             vm.get_irqchip(&mut chip).map_err(|error| failed("save", what, error))?;
-            Ok(chip)
+            Ok::<_, VmStateError>(chip)
         };
         let clock = vm.get_clock().map_err(|error| failed("save", CLOCK, error))?;
         Ok(VmState {
@@ -97,12 +104,9 @@ impl VmState {
     /// # Errors
     ///
     /// If the snapshot does not hold the time at which it was taken.
-    pub fn follow_host(&mut self) -> Result<(), Error> {
+    pub fn follow_host(&mut self) -> Result<(), VmStateError> {
         let Some(then) = self.realtime else {
-            return Err(Error::failed(
-                "cannot set the guest's clock by the host's: the snapshot does not say when it was \
-                 taken; use --clock keep",
-            ));
+            return Err(VmStateError::NoTime);
         };
         if let Some(behind) = Duration::from_nanos(then).checked_sub(since_1970()) {
             log::warn!(
@@ -123,7 +127,7 @@ impl VmState {
     /// # Errors
     ///
     /// KVM's refusal: one line.
-    pub fn restore_clock(&self, vm: &VmFd) -> Result<(), Error> {
+    pub fn restore_clock(&self, vm: &VmFd) -> Result<(), VmStateError> {
         // KVM_CLOCK_REALTIME adds the time since then; the other flags are only answers.
         let mut clock = kvm_clock_data { clock: self.clock, ..Default::default() };
         if let Some(realtime) = self.realtime.filter(|_| self.follows_host) {
@@ -141,7 +145,7 @@ impl VmState {
     /// # Errors
     ///
     /// KVM's refusal: one line.
-    pub(crate) fn align_clock(&self, vm: &VmFd) -> Result<Option<(Moment, Moment)>, Error> {
+    pub(crate) fn align_clock(&self, vm: &VmFd) -> Result<Option<(Moment, Moment)>, VmStateError> {
         self.restore_clock(vm)?;
         let now = vm.get_clock().map_err(|error| failed("restore", CLOCK, error))?;
         let moment = |clock, host_tsc: Option<u64>| Some(Moment { clock, host_tsc: host_tsc? });
@@ -155,7 +159,7 @@ impl VmState {
     /// # Errors
     ///
     /// KVM's refusal: one line.
-    pub fn restore(&self, vm: &VmFd) -> Result<(), Error> {
+    pub fn restore(&self, vm: &VmFd) -> Result<(), VmStateError> {
         // The timer first, because the state of the controllers includes the effect of its output.
         vm.set_pit2(&self.pit).map_err(|error| refused(PIT, error))?;
         for (chip, what) in
@@ -175,7 +179,7 @@ impl VmState {
 /// Returns the host's wall clock at the moment of the clock's value, from KVM if KVM reports it.
 fn realtime(clock: &kvm_clock_data) -> u64 {
     match clock.flags & KVM_CLOCK_REALTIME {
-        0 => since_1970().as_nanos() as u64,
+        0 => u64::try_from(since_1970().as_nanos()).unwrap_or(u64::MAX),
         _ => clock.realtime,
     }
 }
@@ -194,13 +198,13 @@ const PIC: &str = "interrupt controller (PIC)";
 const IOAPIC: &str = "interrupt controller (IOAPIC)";
 const PIT: &str = "timer (PIT)";
 
-fn failed(verb: &str, what: &str, error: kvm_ioctls::Error) -> Error {
-    Error::host(format!("cannot {verb} the VM's {what}: {error}; the kernel's log may say more"))
+fn failed(verb: &'static str, part: &'static str, source: kvm_ioctls::Error) -> VmStateError {
+    VmStateError::Access { verb, part, source }
 }
 
 /// Returns the error for a part of the state that KVM refuses.
-fn refused(what: &str, error: kvm_ioctls::Error) -> Error {
-    Error::host(format!("cannot restore the VM's {what}: {error}; {STATE_REFUSED}"))
+fn refused(part: &'static str, source: kvm_ioctls::Error) -> VmStateError {
+    VmStateError::Refused { part, source }
 }
 
 #[cfg(test)]

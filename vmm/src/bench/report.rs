@@ -4,6 +4,7 @@
 use std::fmt::Write;
 
 use demand_memory::{LatencyMicros, PathReport, SourceReport};
+use demand_uffd::ServiceCounts;
 use serde::{Deserialize, Serialize};
 
 use crate::report::size;
@@ -35,6 +36,9 @@ pub struct BenchReport {
     /// Time from the first touch of any vCPU to the last, in nanoseconds; or in instructions, on a
     /// machine whose clock counts those.
     pub time_ns: u64,
+    /// Processor time of all threads of this process during `time_ns`, in nanoseconds: of vCPUs and
+    /// of threads that serve faults.
+    pub cpu_time_ns: u64,
     /// `time_ns` divided by `pages`.
     pub ns_per_page: f64,
     /// Pages per second of all vCPUs together.
@@ -47,8 +51,28 @@ pub struct BenchReport {
     pub kvm_internal: PathReport,
     /// Reads of the source.
     pub source_reads: SourceReport,
+    /// The threads that serve faults.
+    pub service: ServiceReport,
     /// Time from the process's start to its first `KVM_RUN`, in microseconds.
     pub time_to_first_instruction_us: u64,
+}
+
+/// The work of the threads that serve faults of userfaultfds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ServiceReport {
+    /// Number of messages that were read.
+    pub messages: u64,
+    /// Number of times that a sleeping thread was woken.
+    pub wake_ups: u64,
+    /// Number of times that a thread found the next message while it was spinning.
+    pub spun: u64,
+}
+
+impl From<ServiceCounts> for ServiceReport {
+    fn from(counts: ServiceCounts) -> Self {
+        let ServiceCounts { messages, wake_ups, spun } = counts;
+        ServiceReport { messages, wake_ups, spun }
+    }
 }
 
 impl BenchReport {
@@ -82,6 +106,12 @@ impl BenchReport {
             format!(
                 "  latency us: p50 {:.1}, p99 {:.1}, max {:.1}",
                 self.latency_us.p50, self.latency_us.p99, self.latency_us.max
+            ),
+            format!(
+                "  {:.1} ms of processor time for 1,000 pages; {} wake-ups, {} messages while spinning",
+                self.cpu_time_ns as f64 / 1e6 / (self.pages as f64 / 1e3),
+                self.service.wake_ups,
+                self.service.spun
             ),
             format!("  first instruction after {} us", self.time_to_first_instruction_us),
             "  verified: the guest saw what the source holds".to_string(),

@@ -5,52 +5,63 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, OnceLock};
 use std::thread::{self, JoinHandle};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use demand_kvm::{FaultHandler, VcpuKick};
+use demand_kvm::{FaultHandler, MarkerFaults, VcpuKick};
 use demand_memory::DemandMemory;
 use kvm_ioctls::{VcpuExit, VcpuFd};
+use rustix::time::{ClockId, clock_gettime};
 
+use super::error::{BenchError, VcpuError};
 use super::guest::PORT_READY;
 use crate::error::Error;
+use crate::vcpu::error::StartError;
 use crate::vm::machine::Machine;
 
 /// The result of one vCPU.
 #[derive(Clone, Copy)]
-pub struct Outcome {
+pub(super) struct Outcome {
     /// Time before the first touch.
-    pub begun: Instant,
+    pub(super) begun: Instant,
     /// Time after the last touch.
-    pub ended: Instant,
+    pub(super) ended: Instant,
+    /// Processor time of this process by `begun`.
+    pub(super) cpu_begun: Duration,
+    /// Processor time of this process by `ended`.
+    pub(super) cpu_ended: Duration,
     /// Hash of the words that the vCPU read.
-    pub hash: u32,
+    pub(super) hash: u32,
 }
 
+/// A vCPU thread's report, or the source's.
 enum Event {
+    /// A vCPU waits for the start.
     Ready,
+    /// The vCPU with this number has halted.
     Done(u32, Outcome),
-    Failed(String),
+    Failed(BenchError),
 }
 
 /// Reports to [`Vcpus::run`] that a page cannot be fetched.
 #[derive(Clone)]
-pub struct Complaint(Sender<Event>);
+pub(super) struct Complaint(Sender<Event>);
 
 impl Complaint {
-    pub fn send(&self, message: String) {
+    pub(super) fn send(&self, message: String) {
         // This fails only if the measurement is over.
-        let _ = self.0.send(Event::Failed(message));
+        let _ = self.0.send(Event::Failed(BenchError::Source(message)));
     }
 }
 
 /// vCPUs on their threads. Dropping this ends the threads.
-pub struct Vcpus {
+pub(super) struct Vcpus {
     shared: Arc<Shared>,
     threads: Vec<(VcpuKick, JoinHandle<()>)>,
     memory: Option<DemandMemory>,
     go: Vec<Sender<()>>,
     events: Receiver<Event>,
-    tell: Sender<Event>,
+    /// The senders' end of `events`.
+    sender: Sender<Event>,
 }
 
 #[derive(Default)]
@@ -60,45 +71,48 @@ struct Shared {
 }
 
 impl Vcpus {
-    pub fn new() -> Self {
-        let (tell, events) = channel();
+    pub(super) fn new() -> Self {
+        let (sender, events) = channel();
         let (shared, threads, go) = Default::default();
-        Vcpus { shared, threads, memory: None, go, events, tell }
+        Vcpus { shared, threads, memory: None, go, events, sender }
     }
 
     /// Returns the handle through which failures of the source are reported.
-    pub fn complaint(&self) -> Complaint {
-        Complaint(self.tell.clone())
+    pub(super) fn complaint(&self) -> Complaint {
+        Complaint(self.sender.clone())
     }
 
     /// Runs all vCPUs at the same time, and waits until they end.
-    pub fn run(&mut self, machine: &Machine, vcpus: Vec<VcpuFd>) -> Result<Vec<Outcome>, Error> {
+    pub(super) fn run(
+        &mut self,
+        machine: &Machine,
+        vcpus: Vec<VcpuFd>,
+    ) -> Result<Vec<Outcome>, Error> {
         self.memory = Some(machine.memory().clone());
-        let faults = Arc::new(machine.fault_handler()?);
+        let faults = machine.fault_handler().clone();
         let count = vcpus.len();
-        for (cpu, mut vcpu) in vcpus.into_iter().enumerate() {
-            let kick = VcpuKick::new(&vcpu).map_err(Error::host)?;
-            let (go, gone) = channel();
-            let (tell, faults) = (self.tell.clone(), faults.clone());
-            let (shared, own_kick) = (self.shared.clone(), kick.clone());
-            let cpu = cpu as u32;
+        for (cpu, vcpu) in (0..).zip(vcpus) {
+            let kick = VcpuKick::new(&vcpu).map_err(StartError::Kick)?;
+            let (go, start) = channel();
+            let events = self.sender.clone();
+            let (shared, faults) = (self.shared.clone(), faults.clone());
+            let (kick_here, markers) = (kick.clone(), MarkerFaults::default());
+            let mut vcpu = Vcpu { vcpu, kick: kick_here, faults, markers, shared };
             let body = move || {
-                let outcome = thread_of(&mut vcpu, &own_kick, &faults, &shared, &tell, &gone);
-                let _ = tell.send(match outcome {
+                let ready = || drop(events.send(Event::Ready));
+                let _ = events.send(match vcpu.measure(ready, &start) {
                     Ok(outcome) => Event::Done(cpu, outcome),
-                    Err(message) => Event::Failed(format!("vCPU {cpu}: {message}")),
+                    Err(source) => Event::Failed(BenchError::Vcpu { cpu, source }),
                 });
             };
             let thread = thread::Builder::new().name(format!("vcpu-{cpu}")).spawn(body);
-            let thread = thread
-                .map_err(|error| Error::host(format!("cannot start a vCPU thread: {error}")))?;
-            self.threads.push((kick, thread));
+            self.threads.push((kick, thread.map_err(StartError::Thread)?));
             self.go.push(go);
         }
         for _ in 0..count {
             match self.next()? {
                 Event::Ready => {}
-                _ => return Err(Error::failed("bench: a vCPU ended before the measurement")),
+                _ => return Err(BenchError::EndedEarly.into()),
             }
         }
         for go in self.go.drain(..) {
@@ -111,22 +125,19 @@ impl Vcpus {
                 outcomes[cpu as usize] = Some(outcome);
             }
         }
-        outcomes
-            .into_iter()
-            .collect::<Option<_>>()
-            .ok_or_else(|| Error::failed("bench: a vCPU ended without a result"))
+        outcomes.into_iter().collect::<Option<_>>().ok_or_else(|| BenchError::NoResult.into())
     }
 
-    fn next(&self) -> Result<Event, Error> {
+    fn next(&self) -> Result<Event, BenchError> {
         match self.events.recv() {
-            Ok(Event::Failed(message)) => Err(Error::failed(format!("bench: {message}"))),
+            Ok(Event::Failed(error)) => Err(error),
             Ok(event) => Ok(event),
-            Err(_) => Err(Error::failed("bench: all vCPU threads ended without a report")),
+            Err(_) => Err(BenchError::NoReport),
         }
     }
 
     /// Returns the time when the first vCPU entered the guest.
-    pub fn first_run(&self) -> Option<Instant> {
+    pub(super) fn first_run(&self) -> Option<Instant> {
         self.shared.first_run.get().copied()
     }
 }
@@ -148,49 +159,58 @@ impl Drop for Vcpus {
     }
 }
 
-fn thread_of(
-    vcpu: &mut VcpuFd,
-    kick: &VcpuKick,
-    faults: &FaultHandler,
-    shared: &Shared,
-    tell: &Sender<Event>,
-    go: &Receiver<()>,
-) -> Result<Outcome, String> {
-    kick.attach();
-    shared.first_run.get_or_init(Instant::now);
-    if !run(vcpu, kick, faults, shared)? {
-        return Err("it halted before it was ready".into());
-    }
-    let _ = tell.send(Event::Ready);
-    go.recv().map_err(|_| "the measurement was cancelled".to_string())?;
-    let begun = Instant::now();
-    while run(vcpu, kick, faults, shared)? {}
-    let ended = Instant::now();
-    let regs = vcpu.get_regs().map_err(|error| format!("cannot read its registers: {error}"))?;
-    Ok(Outcome { begun, ended, hash: regs.rbx as u32 })
+/// A vCPU on its thread.
+struct Vcpu {
+    vcpu: VcpuFd,
+    kick: VcpuKick,
+    faults: Arc<FaultHandler>,
+    markers: MarkerFaults,
+    shared: Arc<Shared>,
 }
 
-/// Runs the vCPU until it reports that it is ready (true), or halts (false).
-fn run(
-    vcpu: &mut VcpuFd,
-    kick: &VcpuKick,
-    faults: &FaultHandler,
-    shared: &Shared,
-) -> Result<bool, String> {
-    loop {
-        match vcpu.run() {
-            Ok(VcpuExit::MemoryFault { flags, gpa, size }) => {
-                faults
-                    .handle(gpa, size, flags, kick.waiter())
-                    .map_err(|error| error.to_string())?;
+impl Vcpu {
+    /// Runs the vCPU until it is ready, reports that, and measures its touches from `start` on.
+    fn measure(&mut self, ready: impl Fn(), start: &Receiver<()>) -> Result<Outcome, VcpuError> {
+        self.kick.attach();
+        self.shared.first_run.get_or_init(Instant::now);
+        if !self.run()? {
+            return Err(VcpuError::Halted);
+        }
+        ready();
+        start.recv().map_err(|_| VcpuError::Cancelled)?;
+        let (cpu_begun, begun) = (cpu_time(), Instant::now());
+        while self.run()? {}
+        let (ended, cpu_ended) = (Instant::now(), cpu_time());
+        let regs = self.vcpu.get_regs().map_err(|source| VcpuError::Registers { source })?;
+        let hash = (regs.rbx & 0xffff_ffff) as u32;
+        Ok(Outcome { begun, ended, cpu_begun, cpu_ended, hash })
+    }
+
+    /// Runs the vCPU until it reports that it is ready (true), or halts (false).
+    fn run(&mut self) -> Result<bool, VcpuError> {
+        loop {
+            let prepared = self.markers.prepare(&self.vcpu, &self.faults);
+            prepared.map_err(|source| VcpuError::Signals { source })?;
+            match self.vcpu.run() {
+                Ok(VcpuExit::MemoryFault { flags, gpa, size }) => {
+                    self.faults.handle(gpa, size, flags, self.kick.waiter())?;
+                }
+                Ok(VcpuExit::IoOut(PORT_READY, _)) => return Ok(true),
+                Ok(VcpuExit::Hlt) => return Ok(false),
+                Ok(exit) => return Err(VcpuError::Exit(format!("{exit:?}"))),
+                Err(source) => match source.errno() {
+                    libc::EINTR if self.markers.resolve(&self.faults, self.kick.waiter())? => {}
+                    libc::EINTR | libc::EAGAIN if !self.shared.stop.load(Ordering::Acquire) => {
+                        self.kick.clear();
+                    }
+                    _ => return Err(VcpuError::Run { source }),
+                },
             }
-            Ok(VcpuExit::IoOut(PORT_READY, _)) => return Ok(true),
-            Ok(VcpuExit::Hlt) => return Ok(false),
-            Ok(exit) => return Err(format!("unexpected exit {exit:?}")),
-            Err(error) => match error.errno() {
-                libc::EINTR | libc::EAGAIN if !shared.stop.load(Ordering::Acquire) => kick.clear(),
-                _ => return Err(format!("cannot run it: {error}; the kernel's log may say more")),
-            },
         }
     }
+}
+
+/// Returns the processor time of this process so far.
+fn cpu_time() -> Duration {
+    Duration::try_from(clock_gettime(ClockId::ProcessCPUTime)).unwrap_or_default()
 }

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Advice on how to change a host so that it supports more.
 
-use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::{fs, io};
 
 use demand_kvm::{KvmError, Virtualization};
 use demand_memory::{BackingKind, HugePagePool};
@@ -10,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 /// Advice on a capability that the host could have but lacks.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Advice {
+pub(crate) struct Advice {
     /// The capability that the host would gain.
     pub aim: String,
     /// The way to it: a command, or a replacement.
@@ -54,7 +55,10 @@ fn of_kvm(probe: &demand_kvm::Probe) -> Vec<Advice> {
         Ok(features) => features,
         Err(error) => {
             let step = match error {
-                KvmError::NotThere(_) => "modprobe kvm_intel || modprobe kvm_amd".into(),
+                KvmError::Absent(_) => "modprobe kvm_intel || modprobe kvm_amd".into(),
+                KvmError::Permission(_) if joins_at_login() => {
+                    "log in again: the group that owns /dev/kvm has this user already".into()
+                }
                 KvmError::Permission(_) => "usermod -aG kvm $USER, and log in again".into(),
                 // The remedy is the last part of the message.
                 other => other.to_string().rsplit("; ").next().unwrap_or_default().to_owned(),
@@ -85,6 +89,30 @@ fn of_kvm(probe: &demand_kvm::Probe) -> Vec<Advice> {
     advice
 }
 
+/// Returns whether the group that owns `/dev/kvm` has this user, but not yet this process: a login
+/// gives a process its groups.
+fn joins_at_login() -> bool {
+    let Ok(device) = fs::metadata("/dev/kvm") else { return false };
+    let has = rustix::process::getgroups()
+        .is_ok_and(|groups| groups.iter().any(|group| group.as_raw() == device.gid()));
+    let read = |path| fs::read_to_string(path).unwrap_or_default();
+    let me = rustix::process::getuid().as_raw();
+    !has && is_member(&read("/etc/passwd"), &read("/etc/group"), me, device.gid())
+}
+
+/// Returns whether the user is a member of the group, by the contents of `/etc/passwd` and
+/// `/etc/group`.
+fn is_member(users: &str, groups: &str, user: u32, group: u32) -> bool {
+    let (user, group) = (user.to_string(), group.to_string());
+    let fields = |line: &str| line.split(':').map(String::from).collect::<Vec<_>>();
+    let mut users = users.lines().map(fields);
+    let Some(user) = users.find(|found| found.get(2) == Some(&user)) else { return false };
+    let mut groups = groups.lines().map(fields).filter(|found| found.get(2) == Some(&group));
+    groups.any(|found| {
+        found.get(3).is_some_and(|members| members.split(',').any(|name| name == user[0]))
+    })
+}
+
 fn of_userfaultfd(probe: &Result<demand_uffd::Probe, OpenError>) -> Vec<Advice> {
     let step = match probe {
         Ok(probe) => {
@@ -100,12 +128,13 @@ fn of_userfaultfd(probe: &Result<demand_uffd::Probe, OpenError>) -> Vec<Advice> 
             "sysctl -w vm.unprivileged_userfaultfd=1"
         }
         Err(OpenError::NotPermitted { .. }) => {
-            "chgrp kvm /dev/userfaultfd && chmod g+rw /dev/userfaultfd, and be in the group kvm"
+            "chgrp kvm /dev/userfaultfd && chmod g+rw /dev/userfaultfd, and be in the group kvm; \
+             contrib/udev has the rule that does so at each boot"
         }
         Err(OpenError::NoKernelSupport(_)) => "use a kernel built with CONFIG_USERFAULTFD",
         Err(_) => "raise the limit of open files: ulimit -n 65536",
     };
-    vec![Advice::new("memory that arrives when it is used", step)]
+    vec![Advice::new("engine uffd, and back-ends that fault (post-copy)", step)]
 }
 
 fn of_pool(kind: BackingKind, pool: HugePagePool) -> Option<Advice> {
@@ -170,6 +199,16 @@ mod tests {
     }
 
     #[test]
+    fn group_membership_is_read() {
+        let users = "root:x:0:0::/root:/bin/sh\nme:x:1000:1000::/home/me:/bin/sh\n";
+        let groups = "root:x:0:\nkvm:x:104:you,me\nnet:x:105:meme,you\nbad\n";
+        assert!(is_member(users, groups, 1000, 104));
+        for (user, group) in [(1000, 105), (0, 104), (1001, 104), (1000, 106)] {
+            assert!(!is_member(users, groups, user, group), "{user} {group}");
+        }
+    }
+
+    #[test]
     fn complete_host_gets_no_advice() {
         let best = kvm(Virtualization::Svm, Trial::Works, true);
         let uffd = Ok(uffd(&Answer::Yes));
@@ -200,7 +239,7 @@ mod tests {
         let refused = |errno| Probe {
             virtualization: Virtualization::Svm,
             kvm: Err(match errno {
-                libc::ENOENT => KvmError::NotThere(kvm_ioctls::Error::new(errno)),
+                libc::ENOENT => KvmError::Absent(kvm_ioctls::Error::new(errno)),
                 libc::EACCES => KvmError::Permission(kvm_ioctls::Error::new(errno)),
                 _ => KvmError::CreateVm(kvm_ioctls::Error::new(errno)),
             }),

@@ -2,8 +2,9 @@
 //! The devices of a Linux guest's machine: interrupt controllers, the serial port, the power
 //! registers, the generation identifier, and the virtio devices on its buses.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
+use demand_memory::to_usize;
 use kvm_bindings::{
     KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_PIT_SPEAKER_DUMMY, kvm_irqchip,
     kvm_pit_config,
@@ -17,14 +18,16 @@ use crate::arch::layout::{
     DEVICE_SIZE, I8042, I8042_SIZE, KVM_IDENTITY_MAP, KVM_TSS, PANIC, PANIC_SIZE, PCI, PCI_SIZE,
     POWER, POWER_SIZE, SERIAL, SERIAL_SIZE, device_address,
 };
+use crate::config::SerialConfig;
+use crate::devices::error::ChipsetError;
 use crate::devices::health::{GuestHealth, PanicPort};
 use crate::devices::pci::PciPorts;
 use crate::devices::pm_timer::PmTimer;
 use crate::devices::power::{Keyboard, OnPower, PowerRegisters};
 use crate::devices::registers::SavedRegisters;
-use crate::devices::serial::{SavedSerial, SerialOption, SerialPort};
+use crate::devices::serial::{SavedSerial, SerialPort};
 use crate::devices::vmgenid::Generation;
-use crate::error::Error;
+use crate::sync::LockExt;
 
 /// Creates the VM's interrupt controllers and its timer, all inside KVM. The caller must do this
 /// before it creates the first vCPU.
@@ -32,13 +35,11 @@ use crate::error::Error;
 /// # Errors
 ///
 /// If KVM returns an error.
-pub fn create_irqchip(vm: &VmFd) -> Result<(), Error> {
-    let failed = |what: &str, error: kvm_ioctls::Error| {
-        Error::host(format!("cannot create {what}: {error}; this KVM cannot run a Linux guest"))
-    };
+pub(crate) fn create_irqchip(vm: &VmFd) -> Result<(), ChipsetError> {
+    let failed = |part, source| ChipsetError::Create { part, source };
     vm.set_identity_map_address(KVM_IDENTITY_MAP)
         .map_err(|error| failed("an identity map", error))?;
-    vm.set_tss_address(KVM_TSS as usize).map_err(|error| failed("a task state segment", error))?;
+    vm.set_tss_address(to_usize(KVM_TSS)).map_err(|error| failed("a task state segment", error))?;
     vm.create_irq_chip().map_err(|error| failed("interrupt controllers", error))?;
     mask_pics(vm).map_err(|error| failed("interrupt controllers", error))?;
     let timer = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
@@ -59,7 +60,7 @@ fn mask_pics(vm: &VmFd) -> Result<(), kvm_ioctls::Error> {
 }
 
 /// The devices of every machine.
-pub struct Chipset {
+pub(crate) struct Chipset {
     /// The guest's console.
     pub serial: Arc<SerialPort>,
     /// The generation identifier.
@@ -76,11 +77,11 @@ impl Chipset {
     /// # Errors
     ///
     /// Those of [`SerialPort::new`] and [`Generation::new`].
-    pub fn new(
+    pub(crate) fn new(
         vm: &Arc<VmFd>,
-        serial: &SerialOption,
+        serial: &SerialConfig,
         saved: Option<(&SavedSerial, &SavedRegisters)>,
-    ) -> Result<Self, Error> {
+    ) -> Result<Self, ChipsetError> {
         let (saved, registers) = saved.unzip();
         Ok(Chipset {
             serial: Arc::new(SerialPort::new(vm, serial, saved)?),
@@ -92,14 +93,14 @@ impl Chipset {
     }
 
     /// Returns the registers of ACPI and PCI, for a snapshot.
-    pub fn registers(&self) -> SavedRegisters {
-        self.registers.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    pub(crate) fn registers(&self) -> SavedRegisters {
+        self.registers.lock_always().clone()
     }
 
     /// Resets the registers. The vCPUs must be outside the guest, and the VM's clock must have been
     /// reset.
-    pub fn reset(&self) {
-        *self.registers.lock().unwrap_or_else(PoisonError::into_inner) = SavedRegisters::default();
+    pub(crate) fn reset(&self) {
+        *self.registers.lock_always() = SavedRegisters::default();
         self.timer.reset();
         self.health.reset();
     }
@@ -111,7 +112,7 @@ impl Chipset {
     ///
     /// If there are more devices than `layout` has room for. The callers refuse more devices before
     /// they create any.
-    pub fn buses(
+    pub(crate) fn buses(
         &self,
         virtio: impl IntoIterator<Item = Arc<dyn DeviceMmio + Send + Sync>>,
         power: OnPower,

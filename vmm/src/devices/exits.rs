@@ -10,14 +10,14 @@ use crate::vcpu::{ServeExit, Served, unserved};
 
 /// Handles exits with the devices on the buses. Without a device at the address, reads return all
 /// ones and writes have no effect, as on hardware, because kernels probe for absent devices.
-pub struct BusExits {
+pub(crate) struct BusExits {
     buses: IoManager,
     power: OnPower,
 }
 
 impl BusExits {
     /// Returns a handler for these buses. It reports a guest that crashes into a reset to `power`.
-    pub fn new(buses: IoManager, power: OnPower) -> Self {
+    pub(crate) fn new(buses: IoManager, power: OnPower) -> Self {
         BusExits { buses, power }
     }
 }

@@ -17,14 +17,14 @@ const CRASH_LOADED: u8 = 1 << 1;
 
 /// The guest's condition, as far as the VMM can see it.
 #[derive(Debug, Default)]
-pub struct GuestHealth {
+pub(crate) struct GuestHealth {
     panicked: AtomicBool,
     pub(crate) halted: AtomicBool,
 }
 
 impl GuestHealth {
     /// Returns the guest's condition, or `None` if it seems to run normally.
-    pub fn condition(&self) -> Option<GuestCondition> {
+    pub(crate) fn condition(&self) -> Option<GuestCondition> {
         if self.panicked.load(Ordering::Acquire) {
             Some(GuestCondition::Panicked)
         } else {
@@ -33,21 +33,21 @@ impl GuestHealth {
     }
 
     /// Clears the condition after a reset.
-    pub fn reset(&self) {
+    pub(crate) fn reset(&self) {
         self.panicked.store(false, Ordering::Release);
         self.halted.store(false, Ordering::Release);
     }
 }
 
 /// The device through which a kernel reports a panic ("pvpanic"): a port of one byte.
-pub struct PanicPort {
+pub(crate) struct PanicPort {
     health: Arc<GuestHealth>,
     tell: OnPower,
 }
 
 impl PanicPort {
     /// Returns a port that records a panic, and reports it once until the next reset.
-    pub fn new(health: Arc<GuestHealth>, tell: OnPower) -> Self {
+    pub(crate) fn new(health: Arc<GuestHealth>, tell: OnPower) -> Self {
         PanicPort { health, tell }
     }
 }
@@ -76,7 +76,7 @@ mod tests {
     use std::sync::Mutex;
 
     #[test]
-    fn a_panic_is_told_once() {
+    fn panic_is_reported_once() {
         let told = Arc::new(Mutex::new(0));
         let tell: OnPower = {
             let told = told.clone();

@@ -8,13 +8,14 @@
 //! 13.7.5, for the register.
 
 use std::ops::Range;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use vm_device::DevicePio;
 use vm_device::bus::{PioAddress, PioAddressOffset};
 
 use crate::devices::power::{OnPower, PowerRequest};
 use crate::devices::registers::SavedRegisters;
+use crate::sync::LockExt;
 
 /// Offset of the address register.
 const ADDRESS: PioAddressOffset = 0;
@@ -47,19 +48,19 @@ const BRIDGE: [(usize, u16); 3] = [
 ];
 
 /// The configuration ports.
-pub struct PciPorts {
+pub(crate) struct PciPorts {
     registers: Arc<Mutex<SavedRegisters>>,
     tell: OnPower,
 }
 
 impl PciPorts {
     /// Creates ports whose state is in `registers`, and that report resets through `tell`.
-    pub fn new(registers: Arc<Mutex<SavedRegisters>>, tell: OnPower) -> Self {
+    pub(crate) fn new(registers: Arc<Mutex<SavedRegisters>>, tell: OnPower) -> Self {
         PciPorts { registers, tell }
     }
 
     fn lock(&self) -> MutexGuard<'_, SavedRegisters> {
-        self.registers.lock().unwrap_or_else(PoisonError::into_inner)
+        self.registers.lock_always()
     }
 }
 

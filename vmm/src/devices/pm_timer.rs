@@ -17,7 +17,7 @@ const FREQUENCY: u64 = 3_579_545;
 const NANOSECONDS: u64 = 1_000_000_000;
 
 /// The power management timer of a VM.
-pub struct PmTimer {
+pub(crate) struct PmTimer {
     /// Weak, so that the devices on the buses do not keep the VM open.
     vm: Weak<VmFd>,
     /// The latest time that the guest has seen, in nanoseconds. KVM corrects its clock by small
@@ -27,18 +27,18 @@ pub struct PmTimer {
 
 impl PmTimer {
     /// Creates the timer of a VM.
-    pub fn new(vm: Weak<VmFd>) -> Self {
+    pub(crate) fn new(vm: Weak<VmFd>) -> Self {
         PmTimer { vm, latest: AtomicU64::new(0) }
     }
 
     /// Returns the count. The count stands still if KVM cannot read its clock.
-    pub fn count(&self) -> u32 {
+    pub(crate) fn count(&self) -> u32 {
         let now = self.vm.upgrade().and_then(|vm| vm.get_clock().ok());
         ticks(self.advance(now.map_or(0, |now| now.clock)))
     }
 
     /// Restarts the timer with the clock of a VM that was reset.
-    pub fn reset(&self) {
+    pub(crate) fn reset(&self) {
         self.latest.store(0, Ordering::Relaxed);
     }
 
@@ -49,12 +49,15 @@ impl PmTimer {
 }
 
 /// Converts nanoseconds to ticks, modulo 2^32.
+#[expect(clippy::cast_possible_truncation, reason = "the counter has 32 bits")]
 fn ticks(nanoseconds: u64) -> u32 {
     (u128::from(nanoseconds) * u128::from(FREQUENCY) / u128::from(NANOSECONDS)) as u32
 }
 
 #[cfg(test)]
 mod tests {
+    #![expect(clippy::cast_possible_truncation, reason = "the values are small")]
+
     use super::*;
     use std::sync::Arc;
     use std::thread;

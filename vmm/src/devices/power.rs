@@ -5,7 +5,7 @@
 //! Source: ACPI 6.5, section 4.8.
 
 use std::ops::Range;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use vm_device::DevicePio;
 use vm_device::bus::{PioAddress, PioAddressOffset};
@@ -16,6 +16,7 @@ use crate::arch::layout::{
 };
 use crate::devices::pm_timer::PmTimer;
 use crate::devices::registers::SavedRegisters;
+use crate::sync::LockExt;
 
 /// Sleep control: the bit that starts the sleep (section 4.8.3.7).
 const SLEEP_ENABLE: u8 = 1 << 5;
@@ -36,7 +37,7 @@ const PM1_SLEEP_ENABLE: u16 = 1 << 13;
 
 /// A request of the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum PowerRequest {
+pub(crate) enum PowerRequest {
     /// Power off.
     Off,
     /// Reset.
@@ -46,13 +47,13 @@ pub enum PowerRequest {
 }
 
 /// Callback for a guest's request. It runs on the vCPU's thread, and must not block.
-pub type OnPower = std::sync::Arc<dyn Fn(PowerRequest) + Send + Sync>;
+pub(crate) type OnPower = std::sync::Arc<dyn Fn(PowerRequest) + Send + Sync>;
 
 /// ACPI's registers: those of [`SavedRegisters`], the timer, and those that power off or reset.
 ///
 /// The sleep control register belongs to machines without fixed hardware. Guests of older snapshots
 /// believe that they run on such a machine.
-pub struct PowerRegisters {
+pub(crate) struct PowerRegisters {
     registers: Arc<Mutex<SavedRegisters>>,
     timer: Arc<PmTimer>,
     tell: OnPower,
@@ -70,12 +71,16 @@ const fn word_at(port: u16) -> Range<usize> {
 
 impl PowerRegisters {
     /// Creates registers that report requests through `tell`.
-    pub fn new(registers: Arc<Mutex<SavedRegisters>>, timer: Arc<PmTimer>, tell: OnPower) -> Self {
+    pub(crate) fn new(
+        registers: Arc<Mutex<SavedRegisters>>,
+        timer: Arc<PmTimer>,
+        tell: OnPower,
+    ) -> Self {
         PowerRegisters { registers, timer, tell }
     }
 
     fn lock(&self) -> MutexGuard<'_, SavedRegisters> {
-        self.registers.lock().unwrap_or_else(PoisonError::into_inner)
+        self.registers.lock_always()
     }
 
     /// Returns all readable bytes except the timer's.
@@ -151,11 +156,11 @@ impl Trigger for ResetLine {
 }
 
 /// A keyboard controller with only the reset line.
-pub struct Keyboard(Mutex<I8042Device<ResetLine>>);
+pub(crate) struct Keyboard(Mutex<I8042Device<ResetLine>>);
 
 impl Keyboard {
     /// Creates a controller that reports resets through `tell`.
-    pub fn new(tell: OnPower) -> Self {
+    pub(crate) fn new(tell: OnPower) -> Self {
         Keyboard(Mutex::new(I8042Device::new(ResetLine(tell))))
     }
 }
@@ -163,16 +168,16 @@ impl Keyboard {
 impl DevicePio for Keyboard {
     fn pio_read(&self, _base: PioAddress, offset: PioAddressOffset, data: &mut [u8]) {
         data.fill(0);
-        if let [byte] = data {
-            let mut device = self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-            *byte = device.read(offset as u8);
+        if let ([byte], Ok(offset)) = (data, u8::try_from(offset)) {
+            let mut device = self.0.lock_always();
+            *byte = device.read(offset);
         }
     }
 
     fn pio_write(&self, _base: PioAddress, offset: PioAddressOffset, data: &[u8]) {
-        if let [byte] = data {
-            let mut device = self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-            let Ok(()) = device.write(offset as u8, *byte);
+        if let ([byte], Ok(offset)) = (data, u8::try_from(offset)) {
+            let mut device = self.0.lock_always();
+            let Ok(()) = device.write(offset, *byte);
         }
     }
 }

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 /// The values of the registers. The default is that of a machine that has just started.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct SavedRegisters {
+pub(crate) struct SavedRegisters {
     /// The ACPI events that the guest has enabled.
     pub pm1_enable: u16,
     /// The ACPI control register.

@@ -5,9 +5,7 @@ use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::PathBuf;
-use std::str::FromStr;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use kvm_ioctls::VmFd;
@@ -17,65 +15,36 @@ use vm_device::DevicePio;
 use vm_device::bus::{PioAddress, PioAddressOffset};
 use vm_superio::serial::SerialEvents;
 use vm_superio::{Serial, SerialState, Trigger};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::arch::layout::SERIAL_GSI;
-use crate::error::{Error, no_thread};
+use crate::config::SerialConfig;
+use crate::devices::error::ChipsetError;
+use crate::error::ThreadError;
 use crate::spool::{Overflow, Spool};
+use crate::sync::LockExt;
 
-/// The value of `--serial`: `tty`, `file=PATH` or `off`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum SerialOption {
-    /// Output to standard output, input from standard input.
-    Terminal,
-    /// Output to a file, without input.
-    File(PathBuf),
-    /// Neither output nor input.
-    Off,
-}
-
-impl FromStr for SerialOption {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        match text {
-            "tty" => Ok(SerialOption::Terminal),
-            "off" => Ok(SerialOption::Off),
-            _ => match text.strip_prefix("file=") {
-                Some(path) if !path.is_empty() => Ok(SerialOption::File(path.into())),
-                _ => Err("--serial: choose tty, file=PATH or off".into()),
-            },
-        }
-    }
-}
-
-impl SerialOption {
-    fn output(&self) -> Result<Box<dyn Write + Send>, Error> {
-        match self {
-            SerialOption::Terminal => Ok(Box::new(io::stdout())),
-            SerialOption::Off => Ok(Box::new(io::sink())),
-            SerialOption::File(path) => {
-                let mut options = OpenOptions::new();
-                // A FIFO without a reader is refused; without O_NONBLOCK, opening it would block.
-                options.create(true).append(true).custom_flags(libc::O_NONBLOCK);
-                let file: Result<File, _> = options.open(path);
-                let refused = |error| {
-                    Error::failed(format!(
-                        "cannot write the serial output to {}: {error}; name a writable file",
-                        path.display()
-                    ))
-                };
-                let file = file.map_err(refused)?;
-                rustix::fs::fcntl_setfl(&file, OFlags::APPEND).map_err(|e| refused(e.into()))?;
-                Ok(Box::new(file))
-            }
+/// Opens the destination of the output.
+fn output(option: &SerialConfig) -> Result<Box<dyn Write + Send>, ChipsetError> {
+    match option {
+        SerialConfig::Terminal => Ok(Box::new(io::stdout())),
+        SerialConfig::Off => Ok(Box::new(io::sink())),
+        SerialConfig::File(path) => {
+            let mut options = OpenOptions::new();
+            // A FIFO without a reader is refused; without O_NONBLOCK, opening it would block.
+            options.create(true).append(true).custom_flags(libc::O_NONBLOCK);
+            let file: Result<File, _> = options.open(path);
+            let refused = |source| ChipsetError::SerialFile { path: path.clone(), source };
+            let file = file.map_err(refused)?;
+            rustix::fs::fcntl_setfl(&file, OFlags::APPEND).map_err(|e| refused(e.into()))?;
+            Ok(Box::new(file))
         }
     }
 }
 
 /// The port's registers, as a snapshot keeps them.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct SavedSerial(#[serde(with = "Registers")] SerialState);
+pub(crate) struct SavedSerial(#[serde(with = "Registers")] SerialState);
 
 #[derive(Serialize, Deserialize)]
 #[serde(remote = "SerialState", deny_unknown_fields)]
@@ -119,16 +88,13 @@ impl SerialEvents for TellRoom {
     }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 /// A 16550 serial port.
-pub struct SerialPort {
+pub(crate) struct SerialPort {
     uart: Mutex<Serial<Irq, TellRoom, Box<dyn Write + Send>>>,
     irq: Irq,
     room: Arc<EventFd>,
     spool: Spool,
+    is_stdout: bool,
 }
 
 impl SerialPort {
@@ -139,38 +105,31 @@ impl SerialPort {
     ///
     /// One line: the file cannot be written, the registers are invalid, or the host has no more
     /// eventfds or threads.
-    pub fn new(
+    pub(crate) fn new(
         vm: &VmFd,
-        option: &SerialOption,
+        option: &SerialConfig,
         saved: Option<&SavedSerial>,
-    ) -> Result<Self, Error> {
-        let failed = |error: &dyn fmt::Display| {
-            Error::host(format!(
-                "cannot connect the serial interrupt: {error}; raise the limit of open files \
-                 (ulimit -n)"
-            ))
-        };
-        let event = EventFd::new(EFD_NONBLOCK).map(Arc::new).map_err(|error| failed(&error))?;
-        vm.register_irqfd(&event, SERIAL_GSI).map_err(|error| failed(&error))?;
-        let room = Arc::new(EventFd::new(EFD_NONBLOCK).map_err(|error| failed(&error))?);
+    ) -> Result<Self, ChipsetError> {
+        let interrupt = "the serial interrupt";
+        let no_eventfd = |source| ChipsetError::EventFd { interrupt, source };
+        let event = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map(Arc::new).map_err(no_eventfd)?;
+        vm.register_irqfd(&event, SERIAL_GSI)
+            .map_err(|source| ChipsetError::Interrupt { interrupt, source })?;
+        let room = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(no_eventfd)?);
         let registers = saved.map(|saved| saved.0.clone()).unwrap_or_default();
-        let spool = Spool::new(option.output()?, "console", Overflow::Warn)
-            .map_err(|error| no_thread("write the serial output", error))?;
+        let spool = Spool::new(output(option)?, "console", Overflow::Warn)
+            .map_err(|source| ThreadError { duty: "write the serial output", source })?;
         let output: Box<dyn Write + Send> = Box::new(spool.clone());
         let uart =
             Serial::from_state(&registers, Irq(event.clone()), TellRoom(room.clone()), output)
-                .map_err(|error| {
-                    Error::failed(format!(
-                        "cannot set up the serial port from the snapshot: {error}; the snapshot \
-                         was altered, use another"
-                    ))
-                })?;
-        Ok(SerialPort { uart: Mutex::new(uart), irq: Irq(event), room, spool })
+                .map_err(ChipsetError::SerialState)?;
+        let is_stdout = *option == SerialConfig::Terminal;
+        Ok(SerialPort { uart: Mutex::new(uart), irq: Irq(event), room, spool, is_stdout })
     }
 
     /// Returns the registers, for a snapshot.
-    pub fn save(&self) -> SavedSerial {
-        SavedSerial(lock(&self.uart).state())
+    pub(crate) fn save(&self) -> SavedSerial {
+        SavedSerial(self.uart.lock_always().state())
     }
 
     /// Interrupts the guest once, whether or not there is a reason. An interrupt that belongs to
@@ -181,23 +140,27 @@ impl SerialPort {
     /// # Errors
     ///
     /// The system's error.
-    pub fn interrupt(&self) -> io::Result<()> {
+    pub(crate) fn interrupt(&self) -> io::Result<()> {
         self.irq.trigger()
     }
 
-    /// Waits until all of the guest's output is written, at most for `within`.
-    pub fn drain(&self, within: Duration) {
+    /// Waits until all of the guest's output is written, at most for `within`. On standard output,
+    /// other lines may follow, so the last one is ended.
+    pub(crate) fn drain(&self, within: Duration) {
+        if self.is_stdout {
+            self.spool.end_line();
+        }
         self.spool.drain(within);
     }
 
     /// Passes as many of `bytes` to the guest as fit, and returns their number.
-    pub fn type_in(&self, bytes: &[u8]) -> usize {
+    pub(crate) fn type_in(&self, bytes: &[u8]) -> usize {
         // A full buffer is not an error.
-        lock(&self.uart).enqueue_raw_bytes(bytes).unwrap_or(0)
+        self.uart.lock_always().enqueue_raw_bytes(bytes).unwrap_or(0)
     }
 
     /// Returns the eventfd that becomes readable when the guest has read all of its input.
-    pub fn room(&self) -> &Arc<EventFd> {
+    pub(crate) fn room(&self) -> &Arc<EventFd> {
         &self.room
     }
 }
@@ -217,14 +180,14 @@ impl fmt::Debug for SerialPort {
 impl DevicePio for SerialPort {
     fn pio_read(&self, _base: PioAddress, offset: PioAddressOffset, data: &mut [u8]) {
         data.fill(0);
-        if let [byte] = data {
-            *byte = lock(&self.uart).read(offset as u8);
+        if let ([byte], Ok(offset)) = (data, u8::try_from(offset)) {
+            *byte = self.uart.lock_always().read(offset);
         }
     }
 
     fn pio_write(&self, _base: PioAddress, offset: PioAddressOffset, data: &[u8]) {
-        if let [byte] = data
-            && let Err(error) = lock(&self.uart).write(offset as u8, *byte)
+        if let ([byte], Ok(offset)) = (data, u8::try_from(offset))
+            && let Err(error) = self.uart.lock_always().write(offset, *byte)
         {
             // A console that cannot be written is no reason to stop the guest.
             log::debug!("cannot write the serial output: {error}");
@@ -235,15 +198,6 @@ impl DevicePio for SerialPort {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn options() {
-        assert_eq!("tty".parse(), Ok(SerialOption::Terminal));
-        assert_eq!("file=a,b".parse(), Ok(SerialOption::File("a,b".into())));
-        for text in ["", "file=", "pty", "file"] {
-            assert!(text.parse::<SerialOption>().unwrap_err().starts_with("--serial"), "{text}");
-        }
-    }
 
     #[test]
     fn registers_are_kept_as_json() {

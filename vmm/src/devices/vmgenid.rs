@@ -8,14 +8,14 @@
 use demand_memory::DemandMemory;
 use kvm_ioctls::VmFd;
 use vm_memory::Bytes;
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::arch::layout::{GENERATION_GSI, GENERATION_ID};
-use crate::error::Error;
+use crate::devices::error::ChipsetError;
 
 /// The identifier's interrupt.
 #[derive(Debug)]
-pub struct Generation(EventFd);
+pub(crate) struct Generation(EventFd);
 
 impl Generation {
     /// Connects the interrupt. The VM must have its interrupt controllers.
@@ -23,15 +23,12 @@ impl Generation {
     /// # Errors
     ///
     /// If KVM refuses, or the host cannot create an eventfd.
-    pub fn new(vm: &VmFd) -> Result<Self, Error> {
-        let failed = |error: &dyn std::fmt::Display| {
-            Error::host(format!(
-                "cannot connect the interrupt of the generation identifier: {error}; raise the \
-                 limit of open files (ulimit -n)"
-            ))
-        };
-        let event = EventFd::new(EFD_NONBLOCK).map_err(|error| failed(&error))?;
-        vm.register_irqfd(&event, GENERATION_GSI).map_err(|error| failed(&error))?;
+    pub(crate) fn new(vm: &VmFd) -> Result<Self, ChipsetError> {
+        let interrupt = "the interrupt of the generation identifier";
+        let event = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)
+            .map_err(|source| ChipsetError::EventFd { interrupt, source })?;
+        vm.register_irqfd(&event, GENERATION_GSI)
+            .map_err(|source| ChipsetError::Interrupt { interrupt, source })?;
         Ok(Generation(event))
     }
 
@@ -41,11 +38,9 @@ impl Generation {
     /// # Errors
     ///
     /// If the memory cannot be written.
-    pub fn renew(&self, memory: &DemandMemory) -> Result<(), Error> {
+    pub(crate) fn renew(&self, memory: &DemandMemory) -> Result<(), ChipsetError> {
         let identifier: [u8; 16] = rand::random();
-        memory.write_slice(&identifier, GENERATION_ID).map_err(|error| {
-            Error::failed(format!("cannot write a generation identifier: {error}"))
-        })
+        memory.write_slice(&identifier, GENERATION_ID).map_err(ChipsetError::WriteGeneration)
     }
 
     /// Notifies the guest of the new identifier.
@@ -53,11 +48,7 @@ impl Generation {
     /// # Errors
     ///
     /// If the write to the eventfd fails.
-    pub fn tell(&self) -> Result<(), Error> {
-        self.0.write(1).map_err(|error| {
-            Error::host(format!(
-                "cannot notify the guest of its new generation identifier: {error}"
-            ))
-        })
+    pub(crate) fn tell(&self) -> Result<(), ChipsetError> {
+        self.0.write(1).map_err(ChipsetError::NotifyGeneration)
     }
 }

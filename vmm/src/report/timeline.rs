@@ -3,7 +3,7 @@
 
 use std::fmt::Write;
 
-use demand_memory::{Path, TimelineEvent};
+use demand_memory::{FaultPath, TimelineEvent};
 
 const WIDTH: f64 = 960.0;
 const HEIGHT: f64 = 420.0;
@@ -11,22 +11,22 @@ const LEFT: f64 = 80.0;
 const TOP: f64 = 50.0;
 const COLUMNS: usize = 480;
 
-fn colour(path: Path) -> &'static str {
+fn colour(path: FaultPath) -> &'static str {
     match path {
-        Path::Guest => "#2f6fb7",
-        Path::KvmInternal => "#8a5fbf",
-        Path::Vmm => "#e0a100",
-        Path::BackEnd => "#c8452d",
-        Path::Fill => "#9aa5b1",
+        FaultPath::Guest => "#2f6fb7",
+        FaultPath::HypervisorInternal => "#8a5fbf",
+        FaultPath::Vmm => "#e0a100",
+        FaultPath::BackEnd => "#c8452d",
+        FaultPath::Fill => "#9aa5b1",
     }
 }
 
 /// Draws the events as an SVG: the pages present over time, stacked by path. `total_pages` is the
 /// number of pages at the top of the picture.
-pub fn svg(title: &str, events: &[TimelineEvent], total_pages: u64) -> String {
+pub(crate) fn svg(title: &str, events: &[TimelineEvent], total_pages: u64) -> String {
     let end_us = events.iter().map(|event| event.at_us).max().unwrap_or(0).max(1);
     // For each column and path, the number of pages that had arrived by the column's end.
-    let mut arrived = vec![[0u64; Path::ALL.len()]; COLUMNS];
+    let mut arrived = vec![[0u64; FaultPath::ALL.len()]; COLUMNS];
     for event in events {
         let column = (event.at_us as u128 * (COLUMNS as u128 - 1) / end_us as u128) as usize;
         arrived[column][event.path as usize] += event.pages;
@@ -70,7 +70,7 @@ pub fn svg(title: &str, events: &[TimelineEvent], total_pages: u64) -> String {
         ));
     }
     let below = |column: usize, paths: usize| arrived[column][..paths].iter().sum::<u64>();
-    for (index, path) in Path::ALL.into_iter().enumerate() {
+    for (index, path) in FaultPath::ALL.into_iter().enumerate() {
         if arrived[COLUMNS - 1][index] == 0 {
             continue;
         }
@@ -84,7 +84,7 @@ pub fn svg(title: &str, events: &[TimelineEvent], total_pages: u64) -> String {
         put(format_args!("<polygon points=\"{}\" fill=\"{}\"/>", points.trim_end(), colour(path)));
     }
     let mut at = LEFT;
-    for (index, path) in Path::ALL.into_iter().enumerate() {
+    for (index, path) in FaultPath::ALL.into_iter().enumerate() {
         let label = format!("{} ({} pages)", path.name(), arrived[COLUMNS - 1][index]);
         put(format_args!(
             "<rect x=\"{at}\" y=\"{}\" width=\"12\" height=\"12\" fill=\"{}\"/>\
@@ -94,7 +94,7 @@ pub fn svg(title: &str, events: &[TimelineEvent], total_pages: u64) -> String {
             at + 18.0,
             TOP + HEIGHT + 57.0
         ));
-        at += WIDTH / Path::ALL.len() as f64;
+        at += WIDTH / FaultPath::ALL.len() as f64;
     }
     put(format_args!("</svg>"));
     out
@@ -111,11 +111,11 @@ mod tests {
     #[test]
     fn each_used_path_has_its_colour() {
         let event = |at_us, pages, path| TimelineEvent { at_us, pages, path };
-        let events = [event(10, 3, Path::Guest), event(500, 512, Path::BackEnd)];
+        let events = [event(10, 3, FaultPath::Guest), event(500, 512, FaultPath::BackEnd)];
         let svg = svg("1 < 2", &events, 1024);
         assert!(svg.contains("1 &lt; 2"));
         assert_eq!(svg.matches("<polygon").count(), 2);
-        for path in [Path::Guest, Path::BackEnd] {
+        for path in [FaultPath::Guest, FaultPath::BackEnd] {
             assert_eq!(svg.matches(colour(path)).count(), 2, "area and legend");
         }
         assert!(svg.contains("back_end (512 pages)"));

@@ -1,92 +1,26 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The kernel and initramfs of a guest, held open while it runs and stored in its snapshots.
-//!
-//! A reset or a snapshot may come long after the boot. Neither opens a path again, and both compare
-//! the content with a digest taken at the boot.
+//! The boot files of a guest, stored in its snapshots and read from them.
 
-use std::fmt::{self, Write as _};
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
 
 use rustix::fs::{AtFlags, CWD, ioctl_ficlone, linkat};
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
 
-use crate::error::Error;
-use crate::snapshot::dir::{self, PartialSnapshot};
+use crate::arch::boot_files::{BootFile, BootSource, MAX_BYTES, STEP, Seal, check_not_ended};
+use crate::arch::boot_part::BootPart;
+use crate::arch::error::{BootFileError, BootFileFault};
+use crate::snapshot::dir::PartialSnapshot;
+use crate::snapshot::error::{OpenError, ReadError, SnapshotError, WriteError};
 use crate::snapshot::open::OpenSnapshot;
-
-/// Maximum size of a boot file, in bytes: about three times a vmlinux with full debug information.
-const MAX_BYTES: u64 = 2 << 30;
-
-/// Number of bytes per read.
-const STEP: usize = 1 << 20;
-
-/// The role of a boot file.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum BootPart {
-    /// The kernel: a bzImage, or an ELF image with a PVH entry.
-    Kernel,
-    /// The initramfs, a cpio archive.
-    Initramfs,
-}
-
-impl BootPart {
-    /// Returns the part's name, which is also its file name in a snapshot.
-    pub fn name(self) -> &'static str {
-        match self {
-            BootPart::Kernel => dir::KERNEL,
-            BootPart::Initramfs => dir::INITRAMFS,
-        }
-    }
-}
-
-/// A file's length and digest.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Seal {
-    /// Length in bytes.
-    pub bytes: u64,
-    /// SHA-256 of the content, as 64 hexadecimal digits.
-    pub sha256: String,
-}
-
-impl Seal {
-    /// Computes the seal of a whole file, whatever its position. Fails once `ended` returns true.
-    fn of(file: &File, ended: &dyn Fn() -> bool) -> io::Result<Self> {
-        let (mut hasher, mut bytes) = (Sha256::new(), 0);
-        let mut buffer = vec![0; STEP];
-        loop {
-            go_on(ended)?;
-            match file.read_at(&mut buffer, bytes) {
-                Ok(0) => break,
-                Ok(len) => {
-                    hasher.update(&buffer[..len]);
-                    bytes += len as u64;
-                }
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
-            }
-            // The file grows while it is read, or a device has replaced it before it was opened.
-            if bytes > MAX_BYTES {
-                return Err(io::ErrorKind::FileTooLarge.into());
-            }
-        }
-        let sha256 = hasher.finalize().iter().fold(String::new(), |mut text, byte| {
-            let _ = write!(text, "{byte:02x}");
-            text
-        });
-        Ok(Seal { bytes, sha256 })
-    }
-}
 
 /// The boot files as recorded in a snapshot's state.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct SavedBoot {
+pub(crate) struct SavedBoot {
     /// The seal of the snapshot's file `kernel`.
     pub kernel: Seal,
     /// The seal of the snapshot's file `initramfs`, if it has one.
@@ -95,51 +29,16 @@ pub struct SavedBoot {
     pub cmdline: String,
 }
 
-/// The boot files that the command line names.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct BootOption {
-    /// The kernel: a bzImage, or an ELF image with a PVH entry.
-    pub kernel: PathBuf,
-    /// The initramfs, a cpio archive.
-    pub initramfs: Option<PathBuf>,
-    /// The kernel's command line.
-    pub cmdline: String,
-}
-
-/// The files from which a Linux guest boots, and boots again after a reset.
-#[derive(Debug)]
-pub struct BootSource {
-    /// The kernel.
-    pub kernel: BootFile,
-    /// The initramfs.
-    pub initramfs: Option<BootFile>,
-    /// The kernel's command line.
-    pub cmdline: String,
-}
-
 impl BootSource {
-    /// Opens and reads the files that the user named.
-    ///
-    /// # Errors
-    ///
-    /// Returns a one-line error that names the file.
-    pub fn open(option: &BootOption) -> Result<Self, Error> {
-        let initramfs = option.initramfs.as_deref();
-        Ok(BootSource {
-            kernel: BootFile::open(BootPart::Kernel, &option.kernel)?,
-            initramfs: initramfs
-                .map(|path| BootFile::open(BootPart::Initramfs, path))
-                .transpose()?,
-            cmdline: option.cmdline.clone(),
-        })
-    }
-
     /// Opens the files of a snapshot. Their content is checked when it is used.
     ///
     /// # Errors
     ///
     /// Returns a one-line error if a file is missing, is not a regular file, or has another length.
-    pub fn in_snapshot(snapshot: &OpenSnapshot, saved: &SavedBoot) -> Result<Self, Error> {
+    pub(crate) fn in_snapshot(
+        snapshot: &OpenSnapshot,
+        saved: &SavedBoot,
+    ) -> Result<Self, OpenError> {
         let open = |part, seal| BootFile::in_snapshot(snapshot, part, seal);
         Ok(BootSource {
             kernel: open(BootPart::Kernel, &saved.kernel)?,
@@ -150,19 +49,6 @@ impl BootSource {
                 .transpose()?,
             cmdline: saved.cmdline.clone(),
         })
-    }
-
-    fn files(&self) -> impl Iterator<Item = &BootFile> {
-        std::iter::once(&self.kernel).chain(&self.initramfs)
-    }
-
-    /// Reads the files and compares them with their seals from the boot.
-    ///
-    /// # Errors
-    ///
-    /// Returns a one-line error that names the file that cannot be read, or differs.
-    pub fn check(&self) -> Result<(), Error> {
-        self.files().try_for_each(BootFile::check)
     }
 
     /// Stores the files in a snapshot and returns their description for its state. If a file
@@ -176,7 +62,7 @@ impl BootSource {
         &self,
         partial: &PartialSnapshot,
         ended: &dyn Fn() -> bool,
-    ) -> Result<(Option<SavedBoot>, Option<Error>), Error> {
+    ) -> Result<(Option<SavedBoot>, Option<BootFileError>), SnapshotError> {
         for file in self.files() {
             if let Err(failure) = file.copy_to(&partial.file(file.part.name()), ended) {
                 return match failure {
@@ -187,7 +73,7 @@ impl BootSource {
                         Ok((None, Some(error)))
                     }
                     CopyFailure::Destination(error) => {
-                        Err(partial.failed(file.part.name(), &dir::room(&error)))
+                        Err(partial.failed(file.part.name(), WriteError::File(error)))
                     }
                 };
             }
@@ -203,56 +89,24 @@ impl BootSource {
 
 /// The end of a copy that failed.
 enum CopyFailure {
-    Source(Error),
+    Source(BootFileError),
     Destination(io::Error),
 }
 
-/// A file from which a guest boots. It stays open, so that its path can be replaced or removed
-/// meanwhile.
-#[derive(Debug)]
-pub struct BootFile {
-    part: BootPart,
-    path: PathBuf,
-    file: File,
-    seal: Seal,
-    /// Whether the file belongs to a snapshot. Such a file is never written again.
-    is_snapshots: bool,
-}
-
 impl BootFile {
-    /// Opens and reads a file that the user named.
-    ///
-    /// # Errors
-    ///
-    /// Returns a one-line error that names the file.
-    pub fn open(part: BootPart, path: &Path) -> Result<Self, Error> {
-        const REMEDY: &str = "name a readable file";
-        let refused = |why: &dyn fmt::Display| cannot_load(part, path, why, REMEDY);
-        // With O_NONBLOCK a pipe without a writer is refused at once; otherwise the open would
-        // block.
-        let opened = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path);
-        let file = opened.map_err(|error| refused(&error))?;
-        let metadata = file.metadata().map_err(|error| refused(&error))?;
-        if !metadata.is_file() {
-            return Err(refused(&"it is not a regular file"));
-        }
-        if metadata.len() > MAX_BYTES {
-            return Err(refused(&format_args!("it has more than {MAX_BYTES} bytes")));
-        }
-        let seal = Seal::of(&file, &|| false).map_err(|error| refused(&error))?;
-        Ok(BootFile { part, path: path.into(), file, seal, is_snapshots: false })
-    }
-
-    fn in_snapshot(snapshot: &OpenSnapshot, part: BootPart, seal: &Seal) -> Result<Self, Error> {
+    fn in_snapshot(
+        snapshot: &OpenSnapshot,
+        part: BootPart,
+        seal: &Seal,
+    ) -> Result<Self, OpenError> {
         let name = part.name();
         let file = snapshot.file(name)?;
-        let len = file.metadata().map_err(|error| snapshot.failed(name, &error))?.len();
-        if len != seal.bytes || len > MAX_BYTES {
-            let why = format!(
-                "it has {len} bytes, but the state records {}; use files of the same snapshot",
-                seal.bytes
-            );
-            return Err(snapshot.failed(name, &why));
+        let metadata = file
+            .metadata()
+            .map_err(|source| snapshot.failed(ReadError::File { file: name, source }))?;
+        let (len, recorded) = (metadata.len(), seal.bytes);
+        if len != recorded || len > MAX_BYTES {
+            return Err(snapshot.failed(ReadError::Length { file: name, len, recorded }));
         }
         Ok(BootFile {
             part,
@@ -261,58 +115,6 @@ impl BootFile {
             seal: seal.clone(),
             is_snapshots: true,
         })
-    }
-
-    /// Returns the file's length in bytes.
-    pub fn size(&self) -> u64 {
-        self.seal.bytes
-    }
-
-    /// Returns the path for messages.
-    pub fn path(&self) -> &Path {
-        &self.path
-    }
-
-    /// Returns the file, positioned at its start. Only one caller at a time may use it.
-    ///
-    /// # Errors
-    ///
-    /// Returns a one-line error that names the file.
-    pub fn rewound(&self) -> Result<&File, Error> {
-        (&self.file)
-            .seek(SeekFrom::Start(0))
-            .map_err(|error| self.cannot_load(&error, "use another copy"))?;
-        Ok(&self.file)
-    }
-
-    /// Returns an error for a file that cannot be loaded.
-    pub(crate) fn cannot_load(&self, why: &dyn fmt::Display, remedy: &str) -> Error {
-        cannot_load(self.part, &self.path, why, remedy)
-    }
-
-    /// Reads the file and compares it with its seal from the boot.
-    ///
-    /// # Errors
-    ///
-    /// Returns a one-line error if the file cannot be read, or differs.
-    pub fn check(&self) -> Result<(), Error> {
-        match Seal::of(&self.file, &|| false) {
-            Ok(seal) => self.compare(&seal),
-            Err(error) => Err(self.cannot_load(&error, "check its disk")),
-        }
-    }
-
-    fn compare(&self, seal: &Seal) -> Result<(), Error> {
-        if *seal == self.seal {
-            return Ok(());
-        }
-        let remedy = if self.is_snapshots {
-            "use another copy of the snapshot"
-        } else {
-            "do not write to a kernel or an initramfs in use; replace it with a new file"
-        };
-        let since = if self.is_snapshots { "the snapshot" } else { "the guest's boot" };
-        Err(self.cannot_load(&format_args!("it was altered after {since}"), remedy))
     }
 
     /// Copies the file to `to`, sharing its disk space where the file system can.
@@ -341,13 +143,13 @@ impl BootFile {
     }
 
     fn copy_into(&self, mut to: &File, ended: &dyn Fn() -> bool) -> Result<(), CopyFailure> {
-        let cannot_read = |error| CopyFailure::Source(self.cannot_load(&error, "check its disk"));
+        let cannot_read = |error| CopyFailure::Source(self.cannot_load(BootFileFault::Read(error)));
         let mut from = &self.file;
         from.seek(SeekFrom::Start(0)).map_err(cannot_read)?;
         let mut from = from.take(self.seal.bytes);
         let mut buffer = vec![0; STEP];
         loop {
-            go_on(ended).map_err(CopyFailure::Destination)?;
+            check_not_ended(ended).map_err(CopyFailure::Destination)?;
             match from.read(&mut buffer) {
                 Ok(0) => return Ok(()),
                 Ok(len) => to.write_all(&buffer[..len]).map_err(CopyFailure::Destination)?,
@@ -356,16 +158,6 @@ impl BootFile {
             }
         }
     }
-}
-
-/// Fails if the VM is going away, because its end waits for the copy.
-fn go_on(ended: &dyn Fn() -> bool) -> io::Result<()> {
-    if ended() { Err(io::Error::other("the VM is ending")) } else { Ok(()) }
-}
-
-fn cannot_load(part: BootPart, path: &Path, why: &dyn fmt::Display, remedy: &str) -> Error {
-    let name = part.name();
-    Error::failed(format!("cannot load the {name} {}: {why}; {remedy}", path.display()))
 }
 
 #[cfg(test)]
@@ -378,23 +170,25 @@ mod tests {
 
     use tempfile::TempDir;
 
+    use crate::arch::boot_files::BootConfig;
+
     /// Returns a directory with a kernel and an initramfs, and the source opened from them.
     fn booted() -> (TempDir, BootSource) {
         let folder = tempfile::tempdir().unwrap();
         let at = |name: &str| folder.path().join(name);
         fs::write(at("vmlinuz"), vec![1; 3 << 20]).unwrap();
         fs::write(at("archive"), [2; 5000]).unwrap();
-        let option = BootOption {
+        let option = BootConfig {
             kernel: at("vmlinuz"),
             initramfs: Some(at("archive")),
             cmdline: "quiet".into(),
         };
-        let source = BootSource::open(&option).unwrap();
+        let source = BootSource::open(&option, &|| false).unwrap();
         (folder, source)
     }
 
     /// Takes a snapshot without a VM and returns the boot files in its state.
-    fn snapshot(source: &BootSource, dir: &Path) -> Result<Option<SavedBoot>, Error> {
+    fn snapshot(source: &BootSource, dir: &Path) -> Result<Option<SavedBoot>, SnapshotError> {
         let partial = PartialSnapshot::create(dir)?;
         fs::write(partial.memory(), [1; 4096]).unwrap();
         fs::write(partial.hashes(), [2; 8]).unwrap();
@@ -430,7 +224,7 @@ mod tests {
         // The directories are removed while the guest runs.
         fs::remove_dir_all(at("first")).unwrap();
         fs::remove_dir_all(at("second")).unwrap();
-        restored.check().unwrap();
+        restored.check(&|| false).unwrap();
         assert_eq!(read(&restored.kernel), vec![1; 3 << 20]);
         assert_eq!(snapshot(&restored, &at("third")).unwrap(), Some(first));
         assert_eq!(fs::read(at("third/initramfs")).unwrap(), [2; 5000]);
@@ -454,7 +248,7 @@ mod tests {
         let at = |name: &str| folder.path().join(name);
         let first = snapshot(&source, &at("first")).unwrap().unwrap();
         fs::write(at("archive"), [3; 5000]).unwrap();
-        let error = source.check().unwrap_err().to_string();
+        let error = source.check(&|| false).unwrap_err().to_string();
         assert!(error.contains("initramfs") && error.contains("was altered after"), "{error}");
         assert_eq!(snapshot(&source, &at("second")).unwrap(), None);
         assert_eq!(fs::read_dir(at("second")).unwrap().count(), 3);
@@ -462,7 +256,7 @@ mod tests {
         fs::write(at("first/kernel"), vec![4; 3 << 20]).unwrap();
         let opened = OpenSnapshot::open(&at("first")).unwrap();
         let restored = BootSource::in_snapshot(&opened, &first).unwrap();
-        let error = restored.check().unwrap_err().to_string();
+        let error = restored.check(&|| false).unwrap_err().to_string();
         assert!(error.contains("use another copy of the snapshot"), "{error}");
         assert_eq!(snapshot(&restored, &at("third")).unwrap(), None);
     }
@@ -500,14 +294,5 @@ mod tests {
         BootSource::in_snapshot(&open, &saved).unwrap();
         fs::File::options().append(true).open(at("first/kernel")).unwrap().set_len(7).unwrap();
         assert!(told().contains("kernel: it has 7 bytes"), "{}", told());
-    }
-
-    #[test]
-    fn a_file_without_end_is_refused() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("kernel");
-        fs::File::create(&path).unwrap().set_len(1 << 40).unwrap();
-        let error = BootFile::open(BootPart::Kernel, &path).unwrap_err().to_string();
-        assert!(error.contains("more than"), "{error}");
     }
 }

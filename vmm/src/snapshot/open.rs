@@ -6,17 +6,18 @@
 //! regular files are read. The files stay open while the guest runs, even if the directory is
 //! changed or removed.
 
-use std::fmt;
 use std::fs::File;
-use std::io::{self, Read};
+use std::io::Read;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, openat, statat};
+use rustix::io::Errno;
 use serde::de::DeserializeOwned;
 
-use crate::error::Error;
-use crate::snapshot::dir::{HASHES, MAX_STATE, MEMORY, STATE, decode};
+use crate::snapshot::dir::{HASHES, MEMORY};
+use crate::snapshot::error::{OpenError, ReadError};
+use crate::snapshot::state_file::{MAX_STATE, STATE, decode};
 
 /// A snapshot whose files are open.
 #[derive(Debug)]
@@ -35,19 +36,17 @@ impl OpenSnapshot {
     ///
     /// One line that names the cause, if `dir` is not a directory, or if one of the files that each
     /// snapshot has is missing or is not a regular file.
-    pub fn open(dir: &Path) -> Result<Self, Error> {
+    pub fn open(dir: &Path) -> Result<Self, OpenError> {
         let path = dir.to_owned();
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let dir = openat(CWD, dir, flags, Mode::empty()).map_err(|error| {
-            let why = match error {
-                rustix::io::Errno::NOTDIR => {
-                    "it is not a directory; name the directory of a snapshot".to_string()
-                }
-                error => format!("{}; name the directory of a snapshot", io::Error::from(error)),
+            let cause = match error {
+                Errno::NOTDIR => ReadError::NotADirectory,
+                error => ReadError::Directory(error.into()),
             };
-            cannot_read(&path, &why)
+            OpenError::new(&path, cause)
         })?;
-        let file = |name| open_file(&dir, name, &path);
+        let file = |name| open_file(&dir, name).map_err(|error| OpenError::new(&path, error));
         let (state, memory, hashes) = (file(STATE)?, file(MEMORY)?, file(HASHES)?);
         Ok(OpenSnapshot { state, memory, hashes, dir, path })
     }
@@ -58,11 +57,11 @@ impl OpenSnapshot {
     ///
     /// If the state is shorter than its header says, was altered, has an unsupported version, or is
     /// not in the format that this program writes. In the last case the line names the field.
-    pub fn read_state<T: DeserializeOwned>(&self) -> Result<T, Error> {
+    pub fn read_state<T: DeserializeOwned>(&self) -> Result<T, OpenError> {
         let mut bytes = Vec::new();
         let read = (&self.state).take(MAX_STATE + 1).read_to_end(&mut bytes);
-        read.map_err(|error| self.failed(STATE, &error))?;
-        decode(&bytes).map_err(|why| cannot_read(&self.path, &why))
+        read.map_err(|source| self.failed(ReadError::File { file: STATE, source }))?;
+        decode(&bytes).map_err(|error| self.failed(error.into()))
     }
 
     /// Returns the image of the memory, and its path for messages.
@@ -70,7 +69,7 @@ impl OpenSnapshot {
     /// # Errors
     ///
     /// If the process has no more file descriptors.
-    pub fn memory(&self) -> Result<(File, PathBuf), Error> {
+    pub fn memory(&self) -> Result<(File, PathBuf), OpenError> {
         self.another(MEMORY, &self.memory)
     }
 
@@ -79,18 +78,20 @@ impl OpenSnapshot {
     /// # Errors
     ///
     /// If the process has no more file descriptors.
-    pub fn hashes(&self) -> Result<(File, PathBuf), Error> {
+    pub fn hashes(&self) -> Result<(File, PathBuf), OpenError> {
         self.another(HASHES, &self.hashes)
     }
 
-    fn another(&self, name: &str, file: &File) -> Result<(File, PathBuf), Error> {
-        let file = file.try_clone().map_err(|error| self.failed(name, &error))?;
+    fn another(&self, name: &'static str, file: &File) -> Result<(File, PathBuf), OpenError> {
+        let file = file
+            .try_clone()
+            .map_err(|source| self.failed(ReadError::File { file: name, source }))?;
         Ok((file, self.path(name)))
     }
 
     /// Opens another file of the snapshot.
-    pub(crate) fn file(&self, name: &str) -> Result<File, Error> {
-        open_file(&self.dir, name, &self.path)
+    pub(crate) fn file(&self, name: &'static str) -> Result<File, OpenError> {
+        open_file(&self.dir, name).map_err(|error| self.failed(error))
     }
 
     /// Returns the path of a file, for messages. Files are never opened by this path.
@@ -98,38 +99,42 @@ impl OpenSnapshot {
         self.path.join(name)
     }
 
-    /// Returns the error for a file that cannot be read.
-    pub(crate) fn failed(&self, file: &str, why: &dyn fmt::Display) -> Error {
-        cannot_read(&self.path, &format_args!("{file}: {why}"))
+    /// Returns the error with this snapshot's path.
+    pub(crate) fn failed(&self, cause: ReadError) -> OpenError {
+        OpenError::new(&self.path, cause)
     }
 }
 
-fn cannot_read(path: &Path, why: &dyn fmt::Display) -> Error {
-    Error::failed(format!("cannot read snapshot {}: {why}", path.display()))
+/// Reads the state of the snapshot `dir`, and checks that it is complete.
+///
+/// # Errors
+///
+/// If `dir` is not a snapshot, or if the state is shorter than its header says, was altered, has an
+/// unsupported version, or is not in the format that this program writes. In the last case the line
+/// names the field.
+pub fn read_state<T: DeserializeOwned>(dir: &Path) -> Result<T, OpenError> {
+    OpenSnapshot::open(dir)?.read_state()
 }
 
 /// Opens a file of a snapshot for reading. Never blocks, even if the file is a FIFO or a device.
-fn open_file(dir: &OwnedFd, name: &str, path: &Path) -> Result<File, Error> {
-    let not_regular =
-        || cannot_read(path, &format_args!("it is not a snapshot: '{name}' is not a regular file"));
+fn open_file(dir: &OwnedFd, file: &'static str) -> Result<File, ReadError> {
+    let not_regular = ReadError::NotRegular { file };
     let failed = |error| match error {
-        rustix::io::Errno::LOOP => not_regular(),
-        rustix::io::Errno::NOENT => {
-            cannot_read(path, &format_args!("it is not a snapshot: '{name}' is missing"))
-        }
-        error => cannot_read(path, &format_args!("{name}: {}", io::Error::from(error))),
+        Errno::LOOP => ReadError::NotRegular { file },
+        Errno::NOENT => ReadError::Missing { file },
+        error => ReadError::File { file, source: error.into() },
     };
     // Opening some devices has side effects.
-    let stat = statat(dir, name, AtFlags::SYMLINK_NOFOLLOW).map_err(failed)?;
+    let stat = statat(dir, file, AtFlags::SYMLINK_NOFOLLOW).map_err(failed)?;
     if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
-        return Err(not_regular());
+        return Err(not_regular);
     }
     let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
-    let file = File::from(openat(dir, name, flags, Mode::empty()).map_err(failed)?);
+    let opened = File::from(openat(dir, file, flags, Mode::empty()).map_err(failed)?);
     // The file may have been replaced since the check.
-    match file.metadata() {
-        Ok(metadata) if metadata.is_file() => Ok(file),
-        Ok(_) => Err(not_regular()),
-        Err(error) => Err(cannot_read(path, &format_args!("{name}: {error}"))),
+    match opened.metadata() {
+        Ok(metadata) if metadata.is_file() => Ok(opened),
+        Ok(_) => Err(not_regular),
+        Err(source) => Err(ReadError::File { file, source }),
     }
 }

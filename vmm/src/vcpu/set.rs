@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The vCPUs of a VM, which are started, paused, resumed and stopped together.
 
+use std::fmt;
 use std::os::unix::thread::JoinHandleExt;
 use std::sync::Arc;
 use std::sync::mpsc::{RecvTimeoutError, channel};
@@ -8,81 +9,12 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use demand_kvm::{DemandVcpu, VcpuKick};
+use demand_paging::LazyVcpu;
 use demand_uffd::FaultService;
-use kvm_ioctls::VcpuFd;
 
-use crate::vcpu::gate::{Gate, Place, Settled, Wanted};
-use crate::vcpu::{StartError, VcpuContext, VcpuEvent, run};
-
-/// Error for vCPUs that did not leave the guest in time.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "{} did not stop within {} ms: {} blocked inside KVM on a page fault; check the page source",
-    names(cpus),
-    within.as_millis(),
-    if cpus.len() == 1 { "it is" } else { "they are" }
-)]
-pub struct StillInside {
-    /// The vCPUs.
-    pub cpus: Vec<u32>,
-    /// The time limit.
-    pub within: Duration,
-}
-
-impl StillInside {
-    /// Returns the vCPUs' names for messages.
-    pub(crate) fn names(&self) -> String {
-        names(&self.cpus)
-    }
-}
-
-/// Errors from jobs on the vCPUs' threads.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum ParkedError {
-    /// The VM is not paused, or was resumed or stopped meanwhile.
-    #[error("vCPU {cpu} is not paused; pause the VM, and keep it paused")]
-    NotPaused {
-        /// The vCPU.
-        cpu: u32,
-    },
-    /// The vCPU's thread has ended.
-    #[error("vCPU {cpu} has ended, and its state is gone")]
-    Ended {
-        /// The vCPU.
-        cpu: u32,
-    },
-    /// The vCPU is in the middle of an instruction that needs a missing page.
-    #[error(
-        "vCPU {cpu} waits for the page at guest address {gpa:#x}, which did not arrive within {} \
-         ms; check the page source",
-        within.as_millis()
-    )]
-    Waiting {
-        /// The vCPU.
-        cpu: u32,
-        /// Guest physical address.
-        gpa: u64,
-        /// The time limit.
-        within: Duration,
-    },
-    /// The vCPU did not leave the guest, or did not finish the job, in time.
-    #[error(
-        "vCPU {cpu} did not respond within {} ms; check the page source",
-        within.as_millis()
-    )]
-    Late {
-        /// The vCPU.
-        cpu: u32,
-        /// The time limit.
-        within: Duration,
-    },
-}
-
-fn names(cpus: &[u32]) -> String {
-    let numbers: Vec<_> = cpus.iter().map(ToString::to_string).collect();
-    format!("{} {}", if cpus.len() == 1 { "vCPU" } else { "vCPUs" }, numbers.join(", "))
-}
+use crate::vcpu::error::{ParkedError, StartError, StillInside};
+use crate::vcpu::pause_gate::{IoState, PauseGate, Place, Wanted};
+use crate::vcpu::{VcpuContext, VcpuEvent, run};
 
 struct Vcpu {
     cpu: u32,
@@ -95,7 +27,14 @@ struct Vcpu {
 pub struct Vcpus {
     vcpus: Vec<Vcpu>,
     context: Arc<VcpuContext>,
-    gate: Arc<Gate>,
+    gate: Arc<PauseGate>,
+}
+
+impl fmt::Debug for Vcpus {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let cpus: Vec<u32> = self.vcpus.iter().map(|vcpu| vcpu.cpu).collect();
+        f.debug_struct("Vcpus").field("cpus", &cpus).finish_non_exhaustive()
+    }
 }
 
 impl Vcpus {
@@ -111,7 +50,7 @@ impl Vcpus {
     }
 
     fn with(context: Arc<VcpuContext>, wanted: Wanted) -> Self {
-        Vcpus { vcpus: Vec::new(), context, gate: Arc::new(Gate::new(wanted)) }
+        Vcpus { vcpus: Vec::new(), context, gate: Arc::new(PauseGate::new(wanted)) }
     }
 
     /// Returns the context that the vCPUs share.
@@ -123,15 +62,14 @@ impl Vcpus {
     ///
     /// # Errors
     ///
-    /// If the thread cannot be started, or the vCPU cannot be prepared for kicks.
+    /// If the thread cannot be started.
     pub fn start(
         &mut self,
         cpu: u32,
-        vcpu: VcpuFd,
+        vcpu: LazyVcpu,
         tell: impl Fn(VcpuEvent) + Send + 'static,
     ) -> Result<(), StartError> {
-        let vcpu = DemandVcpu::new(vcpu)?;
-        let kick = vcpu.kick().clone();
+        let kick = vcpu.demand().kick().clone();
         self.gate.begins(cpu);
         let (context, gate) = (self.context.clone(), self.gate.clone());
         let body = move || run(cpu, vcpu, &context, &gate, &tell);
@@ -251,7 +189,7 @@ impl Vcpus {
     fn unreachable(&self, cpu: u32, late: Option<Duration>) -> ParkedError {
         match (self.gate.place(cpu), late) {
             (Some(Place::Ended) | None, _) => ParkedError::Ended { cpu },
-            (Some(Place::Parked(Settled::Waiting { gpa })), Some(within)) => {
+            (Some(Place::Parked(IoState::Waiting { gpa })), Some(within)) => {
                 ParkedError::Waiting { cpu, gpa, within }
             }
             (_, Some(within)) => ParkedError::Late { cpu, within },
@@ -296,7 +234,11 @@ fn cpu_time(thread: &JoinHandle<()>) -> Duration {
         libc::pthread_getcpuclockid(thread.as_pthread_t(), &mut clock) == 0
             && libc::clock_gettime(clock, &mut time) == 0
     };
-    if known { Duration::new(time.tv_sec as u64, time.tv_nsec as u32) } else { Duration::ZERO }
+    if !known {
+        return Duration::ZERO;
+    }
+    let nanoseconds = u32::try_from(time.tv_nsec).expect("the kernel returns less than a second");
+    Duration::new(time.tv_sec as u64, nanoseconds)
 }
 
 impl Drop for Vcpus {

@@ -4,9 +4,7 @@
 use std::io;
 
 use kvm_ioctls::{IoEventAddress, VmFd};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
-
-use crate::error::Error;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 /// The register to which the guest writes the number of a queue with new buffers (virtio 1.2,
 /// section 4.2.2, `QueueNotify`). Each queue has an eventfd that the device waits on.
@@ -23,7 +21,9 @@ impl Notify {
     ///
     /// The system's error, if it has no more eventfds.
     pub fn new(address: u64, queues: u16) -> io::Result<Self> {
-        let kicks = (0..queues).map(|_| EventFd::new(EFD_NONBLOCK)).collect::<io::Result<_>>()?;
+        let kicks = (0..queues)
+            .map(|_| EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC))
+            .collect::<io::Result<_>>()?;
         Ok(Notify { address, kicks })
     }
 
@@ -41,9 +41,9 @@ impl Notify {
     /// As [`serve_in_kvm`](Self::serve_in_kvm), for a device that addresses its registers by
     /// offset: `address` is the guest physical address of this register.
     pub fn serve_in_kvm_at(&self, vm: &VmFd, address: u64) {
-        for (queue, kick) in self.kicks.iter().enumerate() {
+        for (queue, kick) in (0u32..).zip(&self.kicks) {
             let address = IoEventAddress::Mmio(address);
-            if let Err(error) = vm.register_ioevent(kick, &address, queue as u32) {
+            if let Err(error) = vm.register_ioevent(kick, &address, queue) {
                 log::warn!(
                     "cannot register an ioeventfd for queue {queue}: {error}; falling back to \
                      MMIO exits"
@@ -69,13 +69,6 @@ impl Notify {
 pub(crate) fn signal(eventfd: &EventFd) {
     // EAGAIN: the counter is at its maximum, so the reader wakes anyway.
     drop(eventfd.write(1));
-}
-
-/// Returns the error for a host that has no more eventfds.
-pub(crate) fn no_eventfd(error: io::Error) -> Error {
-    Error::host(format!(
-        "cannot create an eventfd: {error}; raise the limit of open files (ulimit -n)"
-    ))
 }
 
 #[cfg(test)]

@@ -9,9 +9,8 @@ use virtio_bindings::virtio_config::{
 use virtio_bindings::virtio_mmio::*;
 
 use crate::config::device_kind::MAX_QUEUE_SIZE;
-
-/// Size of a device's window, in bytes of guest physical addresses.
-pub const WINDOW: u64 = 0x1000;
+use crate::virtio::error::RingError;
+use crate::virtio::request::Request;
 
 /// Offset of the register for the number of a queue with new buffers, in bytes from the start of
 /// the window.
@@ -51,9 +50,9 @@ pub struct QueueState {
 impl QueueState {
     /// Checks the size and the addresses by themselves (virtio 1.2, section 2.7). Returns the
     /// rings' addresses and lengths, in bytes.
-    pub(crate) fn extents(&self) -> Result<[(u64, u64); 3], String> {
+    pub(crate) fn extents(&self) -> Result<[(u64, u64); 3], RingError> {
         if !self.size.is_power_of_two() || self.size > MAX_QUEUE_SIZE {
-            return Err(format!("{} descriptors are not a power of two", self.size));
+            return Err(RingError::Size { size: self.size });
         }
         let size = u64::from(self.size);
         let rings = [
@@ -61,9 +60,9 @@ impl QueueState {
             ("available ring", self.available, 6 + 2 * size, 2),
             ("used ring", self.used, 6 + 8 * size, 4),
         ];
-        for (name, address, _, alignment) in rings {
+        for (ring, address, _, alignment) in rings {
             if !address.is_multiple_of(alignment) {
-                return Err(format!("its {name} at {address:#x} is not aligned to {alignment}"));
+                return Err(RingError::Alignment { ring, address, alignment });
             }
         }
         Ok(rings.map(|(_, address, len, _)| (address, len)))
@@ -92,13 +91,13 @@ pub(crate) enum Action {
 
 impl Action {
     /// Returns the request to the back-end that the access waits for.
-    pub(crate) fn asks_back_end(&self) -> Option<&'static str> {
+    pub(crate) fn asks_back_end(&self) -> Option<Request> {
         match self {
             Action::None | Action::Notify => None,
-            Action::Start => Some("the device to be started"),
-            Action::Reset | Action::Fail => Some("the device to be stopped"),
-            Action::StopQueue(_) => Some("a queue to be stopped"),
-            Action::WriteConfig(..) => Some("its configuration to be written"),
+            Action::Start => Some(Request::Start),
+            Action::Reset | Action::Fail => Some(Request::Stop),
+            Action::StopQueue(_) => Some(Request::StopQueue),
+            Action::WriteConfig(..) => Some(Request::WriteConfig),
         }
     }
 }
@@ -236,8 +235,8 @@ impl Registers {
             for (to, from) in data.iter_mut().zip(rest.unwrap_or_default()) {
                 *to = *from;
             }
-        } else if data.len() == 4 {
-            data.copy_from_slice(&self.read_register(offset as u32).to_le_bytes());
+        } else if let (4, Ok(offset)) = (data.len(), u32::try_from(offset)) {
+            data.copy_from_slice(&self.read_register(offset).to_le_bytes());
         } else {
             log::debug!("a driver reads {} bytes of a register at {offset:#x}", data.len());
         }
@@ -251,8 +250,8 @@ impl Registers {
             VIRTIO_MMIO_DEVICE_ID => self.device_id,
             VIRTIO_MMIO_VENDOR_ID => VENDOR,
             VIRTIO_MMIO_DEVICE_FEATURES => match self.device_features_select {
-                0 => self.features as u32,
-                1 => (self.features >> 32) as u32,
+                0 => low(self.features),
+                1 => low(self.features >> 32),
                 _ => 0,
             },
             VIRTIO_MMIO_QUEUE_NUM_MAX if queue.is_some() => u32::from(self.queue_size_max),
@@ -280,7 +279,7 @@ impl Registers {
             log::debug!("a driver writes {} bytes to a register at {offset:#x}", data.len());
             return Action::None;
         };
-        let offset = offset as u32;
+        let offset = low(offset);
         match offset {
             VIRTIO_MMIO_DEVICE_FEATURES_SEL => self.device_features_select = value,
             VIRTIO_MMIO_DRIVER_FEATURES_SEL => self.driver_features_select = value,
@@ -382,6 +381,12 @@ impl Registers {
     }
 }
 
+/// Returns the lower half of a word.
+#[expect(clippy::cast_possible_truncation, reason = "the upper half is what must go")]
+fn low(word: u64) -> u32 {
+    word as u32
+}
+
 fn set_low(word: &mut u64, value: u32) {
     *word = *word & !u64::from(u32::MAX) | u64::from(value);
 }
@@ -416,7 +421,7 @@ mod tests {
     }
 
     fn accept(registers: &mut Registers, features: u64) -> bool {
-        for (select, half) in [(0, features as u32), (1, (features >> 32) as u32)] {
+        for (select, half) in [(0, low(features)), (1, low(features >> 32))] {
             set(registers, VIRTIO_MMIO_DRIVER_FEATURES_SEL, select);
             set(registers, VIRTIO_MMIO_DRIVER_FEATURES, half);
         }

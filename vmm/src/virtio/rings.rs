@@ -5,9 +5,10 @@ use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use demand_memory::{DemandMemory, PAGE_SIZE, PageRange, Path};
+use demand_memory::{DemandMemory, FaultPath, PAGE_SIZE, PageRange};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
+use crate::virtio::error::{QueueError, RingError};
 use crate::virtio::mmio::QueueState;
 
 /// Interval at which a used ring is polled for requests in flight.
@@ -15,13 +16,13 @@ const LOOK_EVERY: Duration = Duration::from_millis(1);
 
 /// Checks that each of a queue's rings lies within one region of memory, before a back-end gets
 /// them.
-pub(crate) fn check_rings(memory: &DemandMemory, queue: &QueueState) -> Result<(), String> {
+pub(crate) fn check_rings(memory: &DemandMemory, queue: &QueueState) -> Result<(), RingError> {
     for (address, len) in queue.extents()? {
         let region = memory.find_region(GuestAddress(address));
         let last = address.checked_add(len - 1);
         let inside = region.zip(last).is_some_and(|(region, last)| last <= region.last_addr().0);
         if !inside {
-            return Err(format!("its {len} bytes at {address:#x} are outside of guest memory"));
+            return Err(RingError::Outside { len, address });
         }
     }
     Ok(())
@@ -34,19 +35,14 @@ pub(crate) fn await_used(
     taken: u16,
     begun: Instant,
     within: Duration,
-) -> Result<(), String> {
+) -> Result<(), QueueError> {
     loop {
         let used = ring_index(memory, queue.used, begun, within)?;
         if used == taken {
             return Ok(());
         }
         if begun.elapsed() >= within {
-            return Err(format!(
-                "queue {index} has requests in flight: taken up to index {taken}, answered up to \
-                 {used} within {} ms; retry when it is idle, or use a back-end that answers what \
-                 it takes",
-                within.as_millis()
-            ));
+            return Err(QueueError::InFlight { index, taken, used, within });
         }
         thread::sleep(LOOK_EVERY);
     }
@@ -59,22 +55,17 @@ pub(crate) fn ring_index(
     ring: u64,
     begun: Instant,
     within: Duration,
-) -> Result<u16, String> {
+) -> Result<u16, QueueError> {
     let at = GuestAddress(ring.wrapping_add(2));
     if let Some((region, offset)) = memory.to_region_addr(at) {
         let (pager, page) = (region.pager(), PageRange::new(offset.0 / PAGE_SIZE, 1));
         while pager.bitmap().is_missing(page.first) {
-            pager.fetch(page, Path::Vmm).map_err(|error| format!("cannot read a ring: {error}"))?;
+            pager.fetch(page, FaultPath::Vmm)?;
             if begun.elapsed() >= within {
-                return Err(format!(
-                    "cannot read a ring: its page at {:#x} did not arrive within {} ms; check the \
-                     page source",
-                    at.0,
-                    within.as_millis()
-                ));
+                return Err(QueueError::Late { address: at.0, within });
             }
             thread::sleep(LOOK_EVERY);
         }
     }
-    memory.load(at, Ordering::Acquire).map_err(|error| format!("cannot read a ring: {error}"))
+    memory.load(at, Ordering::Acquire).map_err(QueueError::Read)
 }

@@ -3,9 +3,10 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::config::device::is_name;
 use crate::config::device_kind::DeviceKind;
 use crate::config::device_kind::MAX_QUEUE_SIZE;
-use crate::config::is_name;
+use crate::virtio::error::DeviceStateError;
 use crate::virtio::mmio::Registers;
 
 /// The state of a device that has stopped with nothing in flight.
@@ -22,7 +23,7 @@ pub struct DeviceState {
 
 impl DeviceState {
     /// Checks that a device of this kind can have this state: the file may have been altered.
-    pub(crate) fn check(&self) -> Result<(), String> {
+    pub(crate) fn check(&self) -> Result<(), DeviceStateError> {
         let (kind, registers) = (self.kind, &self.registers);
         let queues = registers.queues().len();
         let right = is_name(&self.name)
@@ -37,35 +38,30 @@ impl DeviceState {
         if right {
             return Ok(());
         }
-        Err(format!(
-            "its state in the snapshot does not fit a device of kind {kind}; the snapshot is \
-             damaged, use another"
-        ))
+        Err(DeviceStateError::Damaged { kind })
     }
 
     /// Checks that a back-end with these features and this config space can continue for the old
     /// one.
-    pub(crate) fn check_successor(&self, features: u64, config: &[u8]) -> Result<(), String> {
+    pub(crate) fn check_successor(
+        &self,
+        features: u64,
+        config: &[u8],
+    ) -> Result<(), DeviceStateError> {
         if !self.registers.has_agreed() {
             return Ok(());
         }
         let accepted = self.registers.driver_features();
         let lacking = accepted & !features;
         if lacking != 0 {
-            return Err(format!(
-                "the guest uses features that the new back-end does not offer: {}; start one that \
-                 offers them",
-                self.kind.name_features(lacking)
-            ));
+            let lacking = self.kind.name_features(lacking);
+            return Err(DeviceStateError::Features { lacking });
         }
         for field in self.kind.fixed_fields(accepted) {
             let (before, now) = (field.value(self.registers.config()), field.value(config));
             if !field.fits(before, now) {
                 let (name, before, now) = (field.name, field.show(before), field.show(now));
-                return Err(format!(
-                    "the guest has {name} {before}, the new back-end has {now}; start it with the \
-                     options of the old one"
-                ));
+                return Err(DeviceStateError::Field { name, before, now });
             }
         }
         Ok(())
@@ -83,6 +79,7 @@ mod tests {
         agreed_on(FEATURES, kind, config)
     }
 
+    #[expect(clippy::cast_possible_truncation, reason = "the register takes the lower half")]
     fn agreed_on(features: u64, kind: DeviceKind, config: Vec<u8>) -> DeviceState {
         let mut registers = Registers::new(kind.virtio_id(), features, 1, 64, config);
         for (offset, value) in
@@ -101,15 +98,17 @@ mod tests {
         assert!(state.registers.has_agreed());
         assert_eq!(state.check(), Ok(()));
         assert_eq!(state.check_successor(FEATURES | 1 << 29, &config), Ok(()));
-        let error = state.check_successor(FEATURES & !(1 << 9), &config).unwrap_err();
+        let error = state.check_successor(FEATURES & !(1 << 9), &config).unwrap_err().to_string();
         assert!(error.contains("FLUSH"), "{error}");
         config[12] = 31;
         assert_eq!(state.check_successor(FEATURES, &config), Ok(()));
         config[0] = 99;
-        let error = state.check_successor(FEATURES, &config).unwrap_err();
+        let error = state.check_successor(FEATURES, &config).unwrap_err().to_string();
         assert!(error.contains("capacity 100") && error.contains("99"), "{error}");
         config[..13].copy_from_slice(&[100, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 29]);
-        assert!(state.check_successor(FEATURES, &config).unwrap_err().contains("seg_max"));
+        assert!(
+            state.check_successor(FEATURES, &config).unwrap_err().to_string().contains("seg_max")
+        );
     }
 
     #[test]
@@ -119,7 +118,7 @@ mod tests {
         // The guest does not read a field whose feature it did not accept.
         assert_eq!(state.check_successor(FEATURES, &config(0xa)), Ok(()));
         state = agreed_on(FEATURES | 1 << NET_F_MAC, DeviceKind::Net, config(1));
-        let error = state.check_successor(u64::MAX, &config(0xa)).unwrap_err();
+        let error = state.check_successor(u64::MAX, &config(0xa)).unwrap_err().to_string();
         let both = ["02:00:00:00:00:01", "02:00:00:00:00:0a"];
         assert!(both.iter().all(|mac| error.contains(mac)), "{error}");
     }
@@ -130,6 +129,12 @@ mod tests {
         let text = serde_json::to_string(&state).unwrap();
         assert_eq!(serde_json::from_str::<DeviceState>(&text).unwrap(), state);
         assert!(agreed(DeviceKind::Blk, vec![]).check().is_err());
-        assert!(agreed(DeviceKind::Vsock, vec![0; 8]).check().unwrap_err().contains("damaged"));
+        assert!(
+            agreed(DeviceKind::Vsock, vec![0; 8])
+                .check()
+                .unwrap_err()
+                .to_string()
+                .contains("damaged")
+        );
     }
 }

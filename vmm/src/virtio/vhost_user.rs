@@ -1,35 +1,37 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A virtio-mmio device that a vhost-user back-end serves.
 
+mod queues;
+
 use std::fmt;
 use std::os::fd::{AsRawFd, RawFd};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use demand_memory::DemandMemory;
 use demand_uffd::FaultService;
 use demand_vhost::{
-    BackEnd, Error as BackEndError, HangUp, Options, VhostUserProtocolFeatures, Vring,
+    BackEnd, Error as BackEndError, ErrorKind, HangUp, Options, VhostUserProtocolFeatures,
 };
 use kvm_ioctls::VmFd;
 use log::Level;
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use vm_device::DeviceMmio;
 use vm_device::bus::{MmioAddress, MmioAddressOffset};
-use vm_memory::GuestAddress;
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use crate::config::device_kind::{BLK_WRITE_BACK, DeviceKind};
-use crate::config::{Lazy, VhostUserOption, is_name};
-use crate::error::Error;
-use crate::virtio::ioeventfd::{Notify, no_eventfd, signal};
+use crate::config::device::is_name;
+use crate::config::device_kind::DeviceKind;
+use crate::config::{Lazy, VhostUserConfig};
+use crate::sync::LockExt;
+use crate::virtio::error::{DeviceError, DeviceFault};
+use crate::virtio::ioeventfd::{Notify, signal};
 use crate::virtio::mmio::{Action, QUEUE_NOTIFY, Registers};
 use crate::virtio::negotiate::{check_back_end, has_address, offered, read_config};
-use crate::virtio::rings::{await_used, check_rings, ring_index};
+use crate::virtio::request::{Pending, Request, Waiting};
 use crate::virtio::state::DeviceState;
-use crate::virtio::vsock;
 
 /// A device: the registers that a driver sees, and the back-end behind them.
 ///
@@ -43,15 +45,15 @@ use crate::virtio::vsock;
 /// # Examples
 ///
 /// ```no_run
+/// use demand_vmm::config::VhostUserConfig;
 /// use demand_vmm::config::device_kind::DeviceKind;
 /// use demand_vmm::error::Error;
-/// use demand_vmm::vm::machine::Machine;
-/// use demand_vmm::config::VhostUserOption;
 /// use demand_vmm::virtio::vhost_user::VhostUserDevice;
+/// use demand_vmm::vm::machine::Machine;
 /// use std::time::Duration;
 ///
 /// fn run(machine: &Machine, address: u64, gsi: u32) -> Result<(), Error> {
-///     let option = VhostUserOption::new(DeviceKind::Blk, "blk.sock");
+///     let option = VhostUserConfig::new(DeviceKind::Blk, "blk.sock");
 ///     let device = VhostUserDevice::connect(&option, 0)?;
 ///     device.share_memory(machine.memory(), machine.service())?;
 ///     device.attach(machine.vm(), address, gsi)?;
@@ -68,32 +70,16 @@ pub struct VhostUserDevice {
     name: String,
     /// The target that the device logs under.
     log_target: String,
-    option: VhostUserOption,
+    option: VhostUserConfig,
     link: HangUp,
     notify: Notify,
     /// Interrupts: one for each queue, and the last for the config space.
     calls: Vec<Arc<EventFd>>,
     /// Whether the back-end has announced a config space that was not read yet.
     config_is_stale: Arc<AtomicBool>,
-    /// The reply that a register access of the guest waits for.
-    waits: Mutex<Option<&'static str>>,
+    /// The request that the back-end has not answered, for the thread that holds `inner`.
+    pending: Pending,
     inner: Mutex<Inner>,
-}
-
-/// Records, while it lives, that a register access waits for the back-end.
-struct Waits<'a>(&'a Mutex<Option<&'static str>>);
-
-impl<'a> Waits<'a> {
-    fn for_back_end(waits: &'a Mutex<Option<&'static str>>, what: &'static str) -> Self {
-        *waits.lock().unwrap_or_else(PoisonError::into_inner) = Some(what);
-        Waits(waits)
-    }
-}
-
-impl Drop for Waits<'_> {
-    fn drop(&mut self) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = None;
-    }
 }
 
 #[derive(Debug)]
@@ -115,45 +101,70 @@ impl VhostUserDevice {
     /// # Errors
     ///
     /// One line: no back-end listens, or the back-end lacks a feature that the device needs.
-    pub fn connect(option: &VhostUserOption, position: usize) -> Result<Self, Error> {
+    pub fn connect(option: &VhostUserConfig, position: usize) -> Result<Self, DeviceError> {
+        Self::connect_with(option, position, |_| {})
+    }
+
+    /// Does the same, and first passes `begun` the handle with which another thread can end the
+    /// connection, and every wait for the back-end.
+    ///
+    /// # Errors
+    ///
+    /// As for [`connect`](Self::connect).
+    pub fn connect_with(
+        option: &VhostUserConfig,
+        position: usize,
+        begun: impl FnOnce(&HangUp),
+    ) -> Result<Self, DeviceError> {
         let kind = option.kind;
         let name = option.id.clone().unwrap_or_else(|| format!("{kind}{position}"));
         let failed = |error: BackEndError| fail(&name, error);
-        let none = VhostUserProtocolFeatures::empty();
-        let options = Options {
-            needed: if kind.needs_config() { VhostUserProtocolFeatures::CONFIG } else { none },
-            unused: if kind.counts_queues() { none } else { VhostUserProtocolFeatures::MQ },
-            ..Options::default()
-        };
-        let mut back_end = BackEnd::connect(&option.socket, options).map_err(failed)?;
-        check_back_end(&back_end, option).map_err(|why| fail(&name, why))?;
+        let mut options = Options::default();
+        if kind.needs_config() {
+            options = options.needed(VhostUserProtocolFeatures::CONFIG);
+        }
+        if !kind.counts_queues() {
+            options = options.unused(VhostUserProtocolFeatures::MQ);
+        }
+        let log_target = format!("{}::{name}", module_path!());
+        let wait = Request::Negotiate.wait(&log_target, &name, &option.socket);
+        let connected = BackEnd::connect_with(&option.socket, options, begun);
+        let mut back_end = connected.map_err(failed)?;
+        check_back_end(&back_end, option).map_err(|error| fail(&name, error))?;
         let config =
-            read_config(&mut back_end, option, position).map_err(|why| fail(&name, why))?;
+            read_config(&mut back_end, option, position).map_err(|error| fail(&name, error))?;
+        drop(wait);
 
         let config_is_stale = Arc::new(AtomicBool::new(false));
-        let eventfd = || EventFd::new(EFD_NONBLOCK).map(Arc::new);
+        let eventfd = || EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map(Arc::new);
         let queues = usize::from(option.queues);
         let calls = (0..=queues).map(|_| eventfd()).collect::<Result<Vec<_>, _>>();
-        let calls = calls.map_err(no_eventfd)?;
-        let notify = Notify::new(QUEUE_NOTIFY, option.queues).map_err(no_eventfd)?;
+        let calls = calls.map_err(DeviceError::EventFd)?;
+        let notify = Notify::new(QUEUE_NOTIFY, option.queues).map_err(DeviceError::EventFd)?;
         let (stale, call) = (config_is_stale.clone(), calls[queues].clone());
         let changed = move || {
             stale.store(true, Ordering::Release);
             signal(&call);
         };
         back_end.on_config_change(changed).map_err(failed)?;
-        let registers = Registers::new(
-            kind.virtio_id(),
-            offered(&back_end, option),
-            queues,
+        let features = offered(&back_end, option);
+        let protocol: Vec<_> = back_end.protocol_features().iter_names().map(|(n, _)| n).collect();
+        log::info!(
+            target: &log_target,
+            "device {name}: connected to {}; queues: {queues} of {}; features: {}; protocol \
+             features: {}",
+            option.socket.display(),
             option.queue_size,
-            config,
+            kind.name_features(features),
+            protocol.join(", ")
         );
+        let registers =
+            Registers::new(kind.virtio_id(), features, queues, option.queue_size, config);
         let (link, running) = (back_end.hang_up(), vec![false; queues]);
         let inner = Inner { back_end, registers, memory: None, running, restored: false };
         Ok(VhostUserDevice {
-            log_target: format!("{}::{name}", module_path!()),
-            waits: Mutex::default(),
+            log_target,
+            pending: Pending::default(),
             name,
             option: option.clone(),
             link,
@@ -173,29 +184,39 @@ impl VhostUserDevice {
     /// one: it is another kind of device, it has fewer queues, it lacks features that the guest
     /// uses, or its config space does not fit the one that the guest has read.
     pub fn restore(
-        option: &VhostUserOption,
+        option: &VhostUserConfig,
         position: usize,
         state: &DeviceState,
-    ) -> Result<Self, Error> {
+    ) -> Result<Self, DeviceError> {
+        Self::restore_with(option, position, state, |_| {})
+    }
+
+    /// Does the same, and first passes `begun` the handle, as
+    /// [`connect_with`](Self::connect_with) does.
+    ///
+    /// # Errors
+    ///
+    /// As for [`restore`](Self::restore).
+    pub fn restore_with(
+        option: &VhostUserConfig,
+        position: usize,
+        state: &DeviceState,
+        begun: impl FnOnce(&HangUp),
+    ) -> Result<Self, DeviceError> {
         let name = match is_name(&state.name) {
             true => state.name.clone(),
             false => format!("{}{position}", state.kind),
         };
-        let failed = |why: String| fail(&name, why);
         if option.kind != state.kind {
-            return Err(failed(format!(
-                "it was of kind {}, and the option names {}; give the devices in their original \
-                 order",
-                state.kind, option.kind
-            )));
+            return Err(fail(&name, DeviceFault::Kind { saved: state.kind, wanted: option.kind }));
         }
-        state.check().map_err(failed)?;
-        // `check` has limited their number.
-        let queues = state.registers.queues().len() as u16;
+        state.check().map_err(|error| fail(&name, error))?;
+        let queues = u16::try_from(state.registers.queues().len())
+            .expect("`check` has limited their number");
         let queue_size = state.registers.queue_size_max();
         let id = Some(option.id.clone().unwrap_or_else(|| state.name.clone()));
-        let option = VhostUserOption { queues, queue_size, id, ..option.clone() };
-        let device = VhostUserDevice::connect(&option, position)?;
+        let option = VhostUserConfig { queues, queue_size, id, ..option.clone() };
+        let device = VhostUserDevice::connect_with(&option, position, begun)?;
         {
             let mut inner = device.lock();
             let features = offered(&inner.back_end, &option);
@@ -205,7 +226,7 @@ impl VhostUserDevice {
                 // Neither the user nor the back-end sets the address, so the guest keeps it.
                 config[..6].copy_from_slice(&state.registers.config()[..6]);
             }
-            state.check_successor(features, &config).map_err(failed)?;
+            state.check_successor(features, &config).map_err(|error| fail(&name, error))?;
             inner.registers = state.registers.clone();
             inner.registers.offer(features);
             if option.kind == DeviceKind::Vsock {
@@ -248,10 +269,11 @@ impl VhostUserDevice {
         &self,
         memory: &DemandMemory,
         service: &Arc<FaultService>,
-    ) -> Result<(), Error> {
+    ) -> Result<(), DeviceError> {
         let mut inner = self.lock();
         let missing = memory.pagers().any(|pager| !pager.bitmap().is_complete());
         let back_end = &mut inner.back_end;
+        let _wait = self.wait(Request::TakeMemory);
         // No feature is used before the driver agrees, but some back-ends expect VERSION_1 here.
         back_end.set_features(1 << VIRTIO_F_VERSION_1).map_err(|error| self.failed(error))?;
         let shared = match self.option.lazy {
@@ -259,43 +281,39 @@ impl VhostUserDevice {
                 back_end.share_missing_memory(memory, service)
             }
             Lazy::Refuse if missing => {
-                return Err(self.failed(
-                    "cannot start it: pages are missing, and lazy=refuse forbids its back-end to \
-                     wait for them; use lazy=auto or lazy=fill",
-                ));
+                return Err(self.failed(DeviceFault::PagesMissing));
             }
             _ => back_end.share_present_memory(memory),
         };
-        shared.map_err(|error| match error {
-            BackEndError::NoPagefault { .. }
-            | BackEndError::NoUserfaultfd { .. }
-            | BackEndError::EchoedAddress { .. }
-            | BackEndError::Prefaulted { .. }
-            | BackEndError::Arm { .. } => {
-                self.failed(format!("{error}; lazy=fill fills memory before the back-end sees it"))
-            }
-            error => self.failed(error),
+        shared.map_err(|error| match error.kind() {
+            ErrorKind::NoPagefault
+            | ErrorKind::Untrappable { .. }
+            | ErrorKind::NoUserfaultfd(_)
+            | ErrorKind::EchoedAddress { .. }
+            | ErrorKind::Prefaulted(_)
+            | ErrorKind::Arm(_) => self.failed(DeviceFault::Postcopy(error)),
+            _ => self.failed(error),
         })?;
         inner.memory = Some(memory.clone());
+        let how = if missing { "; its accesses to missing pages are trapped" } else { "" };
+        self.log(Level::Info, format_args!("the back-end shares the guest's memory{how}"));
         Ok(())
     }
 
-    /// Attaches the device to the VM: its registers to guest physical address `address` (a
-    /// [window](crate::virtio::mmio::WINDOW)), its interrupts to edges of `gsi`. From now on, kicks
-    /// and interrupts pass between KVM and the back-end.
+    /// Attaches the device to the VM: its registers to guest physical address `address` (a window
+    /// of [`DEVICE_SIZE`](crate::arch::layout::DEVICE_SIZE) bytes), its interrupts to edges of
+    /// `gsi`. From now on, kicks and interrupts pass between KVM and the back-end.
     ///
     /// # Errors
     ///
     /// KVM's error, if it has no interrupt controller, or no such interrupt.
-    pub fn attach(&self, vm: &VmFd, address: u64, gsi: u32) -> Result<(), Error> {
+    pub fn attach(&self, vm: &VmFd, address: u64, gsi: u32) -> Result<(), DeviceError> {
         self.notify.serve_in_kvm_at(vm, address + QUEUE_NOTIFY);
         for call in &self.calls {
-            vm.register_irqfd(call, gsi).map_err(|error| {
-                Error::host(format!(
-                    "cannot connect device {} to interrupt {gsi} of the guest: {error}; KVM must \
-                     have an interrupt controller (KVM_CREATE_IRQCHIP)",
-                    self.name
-                ))
+            vm.register_irqfd(call, gsi).map_err(|source| DeviceError::Interrupt {
+                name: self.name.clone(),
+                gsi,
+                source,
             })?;
         }
         Ok(())
@@ -318,7 +336,7 @@ impl VhostUserDevice {
     /// # Errors
     ///
     /// One line, if the back-end is gone: its requests in flight are lost.
-    pub fn can_snapshot(&self) -> Result<(), Error> {
+    pub fn can_snapshot(&self) -> Result<(), DeviceError> {
         self.check_alive()
     }
 
@@ -331,20 +349,22 @@ impl VhostUserDevice {
     ///
     /// One line; the device then still runs, if its back-end does. Requests may be in flight for
     /// too long, for example if the pages that they need do not arrive.
-    pub fn quiesce(&self, within: Duration) -> Result<DeviceState, Error> {
+    pub fn quiesce(&self, within: Duration) -> Result<DeviceState, DeviceError> {
         self.can_snapshot()?;
         let mut inner = self.lock();
+        let _wait = self.wait(Request::Quiesce);
         self.look_at_config(&mut inner);
         let begun = Instant::now();
-        let failed = |why: String| self.failed(format!("cannot snapshot it: {why}"));
+        let failed = |error| self.failed(DeviceFault::Quiesce(error));
         if self.option.kind.answers_all() {
             // The guest may have been stopped between a request and its kick.
             self.kick_running(&inner);
-            await_answers(&inner, begun, within).map_err(failed)?;
+            inner.await_answers(begun, within).map_err(failed)?;
         }
         if let Err(why) = self.drain(&mut inner, begun, within) {
             let error = failed(why);
-            if let Err(why) = self.go_on(&mut inner) {
+            let _wait = self.wait(Request::Resume);
+            if let Err(why) = self.resume_queues(&mut inner) {
                 self.log(
                     Level::Error,
                     format_args!("cannot resume it after a failed snapshot: {why}"),
@@ -363,9 +383,10 @@ impl VhostUserDevice {
     /// # Errors
     ///
     /// One line, if no memory was shared, a ring lies outside of it, or the back-end refuses.
-    pub fn resume(&self) -> Result<(), Error> {
+    pub fn resume(&self) -> Result<(), DeviceError> {
         let mut inner = self.lock();
-        self.go_on(&mut inner).map_err(|why| self.failed(format!("cannot resume it: {why}")))
+        let _wait = self.wait(Request::Resume);
+        self.resume_queues(&mut inner).map_err(|error| self.failed(DeviceFault::Resume(error)))
     }
 
     /// Ends post-copy when all pages are present: the back-end's accesses need no trap any more.
@@ -373,8 +394,10 @@ impl VhostUserDevice {
     /// # Errors
     ///
     /// The back-end's refusals.
-    pub fn end_postcopy(&self) -> Result<(), Error> {
-        self.lock().back_end.end_postcopy().map_err(|error| self.failed(error))
+    pub fn end_postcopy(&self) -> Result<(), DeviceError> {
+        let mut inner = self.lock();
+        let _wait = self.wait(Request::EndPostcopy);
+        inner.back_end.end_postcopy().map_err(|error| self.failed(error))
     }
 
     /// Checks whether the back-end is still connected, without blocking. To learn of its end, watch
@@ -383,17 +406,13 @@ impl VhostUserDevice {
     /// # Errors
     ///
     /// One line, if the back-end is gone: its requests will never be answered.
-    pub fn check_alive(&self) -> Result<(), Error> {
-        if !self.link.is_closed() {
-            return Ok(());
-        }
-        let (socket, asked) = (self.option.socket.clone(), "use");
-        Err(self.failed(BackEndError::Disconnected { socket, asked }))
+    pub fn check_alive(&self) -> Result<(), DeviceError> {
+        self.link.check().map_err(|error| self.failed(error))
     }
 
-    /// Returns the reply that the guest's access to a register waits for, if any. Never blocks.
-    pub fn waits_for(&self) -> Option<&'static str> {
-        *self.waits.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Returns the request that the back-end has not answered yet, if any. Never blocks.
+    pub fn waits_for(&self) -> Option<Request> {
+        self.pending.get()
     }
 
     /// Returns a handle that ends the connection, and every wait for the back-end, from another
@@ -408,121 +427,18 @@ impl VhostUserDevice {
         log::log!(target: &self.log_target, level, "device {}: {what}", self.name);
     }
 
+    /// Begins a wait for the back-end, which the log names if it becomes long. The caller holds the
+    /// lock.
+    fn wait(&self, request: Request) -> Waiting<'_> {
+        self.pending.begin(request, request.wait(&self.log_target, &self.name, self.socket()))
+    }
+
     fn lock(&self) -> MutexGuard<'_, Inner> {
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+        self.inner.lock_always()
     }
 
-    fn failed(&self, why: impl fmt::Display) -> Error {
-        fail(&self.name, why)
-    }
-
-    /// Starts the back-end with the queues that the driver has set up, each at its next request.
-    fn start(&self, inner: &mut Inner) -> Result<(), String> {
-        let Inner { back_end, registers, memory, running, restored } = inner;
-        let memory = memory.as_ref().ok_or("no memory was shared with its back-end")?;
-        if !registers.has_agreed() {
-            return Err("the driver has not agreed on features (status bit FEATURES_OK)".into());
-        }
-        for (index, queue) in registers.queues().iter().enumerate().filter(|(_, q)| q.ready) {
-            // (The driver's mistake is logged; a snapshot's ends the restore.)
-            let remedy = if *restored { "; the snapshot is damaged, use another" } else { "" };
-            check_rings(memory, queue).map_err(|why| format!("queue {index}: {why}{remedy}"))?;
-        }
-        let features = registers.driver_features();
-        back_end.set_features(features).map_err(|error| error.to_string())?;
-        let write_back = registers.config().get(BLK_WRITE_BACK);
-        if *restored && let Some(write_back) = write_back {
-            // The guest's choice, which a new back-end does not know.
-            let bytes = [*write_back];
-            if self.option.kind.may_write(BLK_WRITE_BACK, &bytes, features) {
-                let offset = BLK_WRITE_BACK as u32;
-                back_end.write_config(offset, &bytes).map_err(|error| error.to_string())?;
-            }
-        }
-        let served = self.option.kind.served_queues(registers.queues().len());
-        let calls = self.calls.iter().zip(self.notify.kicks());
-        let queues = registers.queues().iter().zip(calls).enumerate().take(served);
-        for (index, (queue, (call, kick))) in queues.filter(|(_, (queue, _))| queue.ready) {
-            // After a stop that failed half-way, some queues still run.
-            if std::mem::replace(&mut running[index], true) {
-                continue;
-            }
-            let vring = Vring {
-                size: queue.size,
-                descriptors: GuestAddress(queue.descriptors),
-                available: GuestAddress(queue.available),
-                used: GuestAddress(queue.used),
-                next_available: queue.next_available,
-                kick,
-                call,
-            };
-            back_end.set_vring(index, &vring, true).map_err(|error| error.to_string())?;
-        }
-        Ok(())
-    }
-
-    /// Starts the stopped device, if the guest wants it to run, and repeats signals that may be
-    /// lost.
-    fn go_on(&self, inner: &mut Inner) -> Result<(), String> {
-        if inner.registers.is_live() {
-            self.start(inner).inspect_err(|_| self.stop(inner))?;
-            self.kick_running(inner);
-            if inner.restored && self.option.kind == DeviceKind::Vsock {
-                self.tell_of_move(inner);
-            }
-            self.calls.iter().for_each(|call| signal(call));
-        }
-        inner.restored = false;
-        Ok(())
-    }
-
-    fn kick_running(&self, inner: &Inner) {
-        let running = self.notify.kicks().iter().zip(&inner.running);
-        running.filter(|(_, running)| **running).for_each(|(kick, _)| signal(kick));
-    }
-
-    /// Stops all queues, and waits until each request that was taken is answered.
-    fn drain(&self, inner: &mut Inner, begun: Instant, within: Duration) -> Result<(), String> {
-        let Inner { back_end, registers, memory, running, .. } = inner;
-        // Without shared memory, no queue runs.
-        let Some(memory) = memory else { return Ok(()) };
-        let were_running = running.clone();
-        for (index, running) in running.iter_mut().enumerate().filter(|(_, running)| **running) {
-            let base = back_end.stop_vring(index).map_err(|error| error.to_string())?;
-            *running = false;
-            registers.queue_mut(index).next_available = base;
-        }
-        let stopped = registers.queues().iter().zip(were_running).enumerate();
-        for (index, (queue, _)) in stopped.filter(|(_, (_, was_running))| *was_running) {
-            await_used(memory, (index, queue), queue.next_available, begun, within)?;
-        }
-        Ok(())
-    }
-
-    /// Stops all queues. Their positions do not matter any more.
-    fn stop(&self, inner: &mut Inner) {
-        for queue in 0..inner.running.len() {
-            self.stop_queue(inner, queue);
-        }
-    }
-
-    fn stop_queue(&self, inner: &mut Inner, queue: usize) {
-        if std::mem::take(&mut inner.running[queue])
-            && let Err(error) = inner.back_end.stop_vring(queue)
-        {
-            self.log(Level::Error, format_args!("{error}"));
-        }
-    }
-
-    /// Starts the device for the driver. A mistake of the driver is reported to the driver.
-    fn start_for_driver(&self, inner: &mut Inner) {
-        if let Err(why) = self.start(inner) {
-            self.log(Level::Error, format_args!("cannot start it for the guest's driver: {why}"));
-            self.stop(inner);
-            if inner.registers.need_reset() {
-                signal(self.config_call());
-            }
-        }
+    fn failed(&self, fault: impl Into<DeviceFault>) -> DeviceError {
+        fail(&self.name, fault)
     }
 
     fn write_config(&self, inner: &mut Inner, offset: usize, bytes: &[u8]) {
@@ -533,8 +449,8 @@ impl VhostUserDevice {
             self.log(Level::Debug, format_args!("a write to its configuration is ignored"));
             return;
         }
-        // `may_write` has checked that the offset is small.
-        if let Err(error) = back_end.write_config(offset as u32, bytes) {
+        let at = u32::try_from(offset).expect("`may_write` has checked that it is small");
+        if let Err(error) = back_end.write_config(at, bytes) {
             self.log(Level::Error, format_args!("{error}"));
             return;
         }
@@ -550,7 +466,7 @@ impl VhostUserDevice {
         if !self.config_is_stale.swap(false, Ordering::AcqRel) {
             return;
         }
-        let _waits = Waits::for_back_end(&self.waits, "its configuration to be read");
+        let _wait = self.wait(Request::ReadConfig);
         // Only the fields of the back-end can change, so the position does not matter.
         match read_config(&mut inner.back_end, &self.option, 0) {
             Ok(mut config) => {
@@ -560,25 +476,6 @@ impl VhostUserDevice {
                 inner.registers.change_config(config);
             }
             Err(why) => self.log(Level::Error, format_args!("{why}")),
-        }
-    }
-
-    fn tell_of_move(&self, inner: &mut Inner) {
-        let Inner { registers, memory: Some(memory), .. } = inner else { return };
-        let queue = registers.queue_mut(vsock::EVENT_QUEUE);
-        let told = if queue.ready { vsock::tell_of_move(memory, queue) } else { Ok(false) };
-        match told {
-            Ok(true) => {}
-            Ok(false) => self.log(
-                Level::Warn,
-                format_args!(
-                    "cannot notify the guest that its connections are gone: its event queue has \
-                     no buffer"
-                ),
-            ),
-            Err(error) => {
-                self.log(Level::Error, format_args!("cannot write to its event queue: {error}"))
-            }
         }
     }
 
@@ -602,7 +499,10 @@ impl DeviceMmio for VhostUserDevice {
         }
         let mut inner = self.lock();
         let action = inner.registers.write(offset, data);
-        let _waits = action.asks_back_end().map(|what| Waits::for_back_end(&self.waits, what));
+        // A device that does not run is stopped without the back-end. A guest can do that in a loop.
+        let runs = inner.running.contains(&true);
+        let request = action.asks_back_end().filter(|request| runs || *request != Request::Stop);
+        let _wait = request.map(|request| self.wait(request));
         match action {
             Action::None | Action::Notify => {}
             Action::Start => self.start_for_driver(&mut inner),
@@ -629,18 +529,13 @@ impl AsRawFd for VhostUserDevice {
     }
 }
 
-/// Waits until every request that the guest has made is answered. No queue is stopped before,
-/// because a disk's back-end may then drop its requests in flight.
-fn await_answers(inner: &Inner, begun: Instant, within: Duration) -> Result<(), String> {
-    let Some(memory) = &inner.memory else { return Ok(()) };
-    let queues = inner.registers.queues().iter().zip(&inner.running).enumerate();
-    for (index, (queue, _)) in queues.filter(|(_, (_, running))| **running) {
-        let made = ring_index(memory, queue.available, begun, within)?;
-        await_used(memory, (index, queue), made, begun, within)?;
+impl Drop for VhostUserDevice {
+    fn drop(&mut self) {
+        let socket = self.option.socket.display();
+        self.log(Level::Info, format_args!("disconnected from {socket}"));
     }
-    Ok(())
 }
 
-fn fail(name: &str, why: impl fmt::Display) -> Error {
-    Error::failed(format!("device {name}: {why}"))
+fn fail(name: &str, fault: impl Into<DeviceFault>) -> DeviceError {
+    DeviceError::Fault { name: name.into(), source: fault.into() }
 }

@@ -65,7 +65,7 @@ pub(crate) fn tell_of_move(
 mod tests {
     use super::*;
     use demand_memory::{
-        BackingKind, DemandRegion, MemfdBacking, RegionConfig, Retrier, RetryPolicy, Stats,
+        BackingKind, DemandRegion, MemfdBacking, PagerConfig, Retrier, RetryPolicy, Stats,
     };
     use demand_source::LocalFile;
     use std::sync::Arc;
@@ -73,19 +73,18 @@ mod tests {
     fn memory() -> DemandMemory {
         let image = tempfile::NamedTempFile::new().unwrap();
         image.as_file().set_len(1 << 20).unwrap();
-        let config = RegionConfig {
-            start: GuestAddress(0),
-            backing: Arc::new(MemfdBacking::new(BackingKind::Shmem, 1 << 20, true).unwrap()),
+        let config = PagerConfig {
+            backing: Arc::new(MemfdBacking::new(BackingKind::Shmem, 1 << 20).unwrap()),
             source: Arc::new(LocalFile::open(image.path()).unwrap()),
             image_offset: 0,
             stats: Arc::new(Stats::new()),
             retrier: Retrier::new(RetryPolicy::default(), |_| {}),
         };
-        DemandMemory::new(vec![DemandRegion::new(config, ()).unwrap()]).unwrap()
+        DemandMemory::new(vec![DemandRegion::new(GuestAddress(0), config, ()).unwrap()]).unwrap()
     }
 
     #[test]
-    fn moved_guest_is_told_once_per_buffer() {
+    fn moved_guest_is_notified_once_per_buffer() {
         let memory = memory();
         let mut queue = QueueState {
             size: 8,

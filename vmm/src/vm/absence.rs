@@ -4,15 +4,13 @@
 //!
 //! Without that the guest sees its clock jump, and its watchdogs report a lockup. Where a vCPU's
 //! own thread notices the delay, that thread tells the guest
-//! ([`DemandVcpu::absences`](demand_kvm::DemandVcpu::absences)); this module covers the other
-//! cases.
+//! ([`DemandVcpu::absences`](demand_kvm::DemandVcpu::absences), or while it serves an exit); this
+//! module covers the other cases.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
+use crate::vcpu::LONG_ABSENCE;
 use crate::vm::Vm;
-
-/// The shortest time that counts: well below the limit of any watchdog.
-const LONG: Duration = Duration::from_secs(1);
 
 /// Polls for such times and tells the guest.
 pub(crate) struct AbsenceWatch {
@@ -44,9 +42,9 @@ impl AbsenceWatch {
     /// it.
     fn was_absent(&mut self, now: Instant, waited_for: bool) -> bool {
         // Nothing in this process takes that long by itself, so the process was stopped.
-        let stopped = now.duration_since(std::mem::replace(&mut self.looked, now)) > LONG;
+        let stopped = now.duration_since(std::mem::replace(&mut self.looked, now)) > LONG_ABSENCE;
         let since = *self.waiting.get_or_insert(now);
-        let waited = waited_for && now.duration_since(since) >= LONG;
+        let waited = waited_for && now.duration_since(since) >= LONG_ABSENCE;
         if !waited_for {
             self.waiting = None;
         } else if waited {
@@ -58,6 +56,8 @@ impl AbsenceWatch {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
     #[test]

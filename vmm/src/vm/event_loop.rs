@@ -6,40 +6,42 @@ use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
-use std::thread;
 use std::time::Instant;
 
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 
+use crate::api::events::EventKind;
 use crate::devices::power::PowerRequest;
 use crate::devices::terminal::{Keys, Typed};
-use crate::error::{Error, no_thread};
+use crate::error::Error;
 use crate::vcpu::VcpuEvent;
 use crate::virtio::vhost_user::VhostUserDevice;
 use crate::vm::Vm;
 use crate::vm::absence::AbsenceWatch;
-use crate::vm::events::{Event, Hear};
+use crate::vm::error::VmError;
+use crate::vm::events::{Event, EventReceiver};
 use crate::vm::halt_watch::HaltWatch;
+use crate::vm::task::spawn;
 
 /// Interval of the main loop's polls, in milliseconds.
 const LOOK_EVERY_MS: i32 = 200;
 
 /// The way in which a VM ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum End {
+pub(crate) enum ExitReason {
     /// The guest has powered off.
     Off,
     /// The guest has asked for a reset.
     Reset,
     /// The guest's kernel has panicked. It may still run.
     Panicked,
-    /// A client of the API, or the user at the terminal, has asked for the end.
+    /// A client of the API, a signal, or the user at the terminal has asked for the end.
     Asked,
 }
 
 /// The file descriptors that the main loop watches, and the state of their handlers.
 struct Descriptors {
-    hear: Arc<vmm_sys_util::eventfd::EventFd>,
+    receiver: Arc<vmm_sys_util::eventfd::EventFd>,
     vm: Arc<Vm>,
     back_ends: Vec<(RawFd, Arc<VhostUserDevice>)>,
     /// Standard input, if it is the guest's console.
@@ -90,7 +92,8 @@ impl Descriptors {
 impl MutEventSubscriber for Descriptors {
     fn init(&mut self, ops: &mut EventOps<'_>) {
         let room = self.vm.chipset.serial.room().clone();
-        let mut fds = vec![(self.hear.as_raw_fd(), EventSet::IN), (room.as_raw_fd(), EventSet::IN)];
+        let mut fds =
+            vec![(self.receiver.as_raw_fd(), EventSet::IN), (room.as_raw_fd(), EventSet::IN)];
         // Hang-ups only: a back-end sends only replies, and the requesting thread reads those.
         fds.extend(self.back_ends.iter().map(|(fd, _)| (*fd, EventSet::READ_HANG_UP)));
         for (fd, set) in fds {
@@ -107,14 +110,16 @@ impl MutEventSubscriber for Descriptors {
 
     fn process(&mut self, events: Events, ops: &mut EventOps<'_>) {
         let fd = events.fd();
-        if fd == self.hear.as_raw_fd() {
-            let _ = self.hear.read();
+        if fd == self.receiver.as_raw_fd() {
+            let _ = self.receiver.read();
         } else if fd == self.vm.chipset.serial.room().as_raw_fd() {
             let _ = self.vm.chipset.serial.room().read();
             self.type_in(ops);
         } else if let Some((_, device)) = self.back_ends.iter().find(|(other, _)| *other == fd) {
             if let Err(error) = device.check_alive() {
-                self.lost.get_or_insert(error);
+                let kind = EventKind::BackEndDisconnected { error: error.to_string() };
+                self.vm.log.add(kind);
+                self.lost.get_or_insert(error.into());
                 let _ = ops.remove(Events::empty_raw(fd));
             }
         } else if fd == Self::stdin() {
@@ -129,24 +134,19 @@ impl MutEventSubscriber for Descriptors {
 ///
 /// # Errors
 ///
-/// Returns a one-line error if a vCPU cannot continue, a back-end is gone, demand paging cannot be
-/// removed, or the process was asked to end.
-pub(crate) fn drive(
+/// Returns a one-line error if a vCPU cannot continue, a back-end is gone, or demand paging cannot
+/// be removed.
+pub(crate) fn follow_events(
     vm: &Arc<Vm>,
-    hear: &Hear,
+    receiver: &EventReceiver,
     console: bool,
     mut look: impl FnMut(Option<Instant>),
-) -> Result<End, Error> {
-    let failed = |error: &dyn std::fmt::Display| {
-        Error::host(format!(
-            "cannot watch the VM's descriptors: {error}; raise the limit of open files \
-             (ulimit -n)"
-        ))
-    };
-    let mut manager = EventManager::new().map_err(|error| failed(&error))?;
+) -> Result<ExitReason, Error> {
+    let failed = |source| VmError::EventLoop { source };
+    let mut manager = EventManager::new().map_err(failed)?;
     let back_ends = vm.devices.iter().map(|device| (device.as_raw_fd(), device.clone()));
     let watched = manager.add_subscriber(Descriptors {
-        hear: hear.wake().clone(),
+        receiver: receiver.wake().clone(),
         vm: vm.clone(),
         back_ends: back_ends.collect(),
         keys: console.then(Keys::new),
@@ -156,10 +156,11 @@ pub(crate) fn drive(
     });
     let (mut absences, mut halts) = (AbsenceWatch::new(), HaltWatch::new());
     loop {
-        manager.run_with_timeout(LOOK_EVERY_MS).map_err(|error| failed(&error))?;
+        manager.run_with_timeout(LOOK_EVERY_MS).map_err(failed)?;
+        vm.look_at_source();
         absences.look(vm);
         halts.look(vm);
-        while let Some(event) = hear.next() {
+        while let Some(event) = receiver.next() {
             if matches!(event, Event::Complete) {
                 look(Some(Instant::now()));
             }
@@ -167,33 +168,33 @@ pub(crate) fn drive(
                 return Ok(end);
             }
         }
-        let descriptors = manager.subscriber_mut(watched).map_err(|error| failed(&error))?;
+        let descriptors = manager.subscriber_mut(watched).map_err(failed)?;
         if let Some(error) = descriptors.lost.take() {
             return Err(error);
         }
         if descriptors.quit {
-            return Ok(End::Asked);
+            return Ok(ExitReason::Asked);
         }
         look(None);
     }
 }
 
-fn on_event(vm: &Arc<Vm>, event: Event) -> Result<Option<End>, Error> {
+fn on_event(vm: &Arc<Vm>, event: Event) -> Result<Option<ExitReason>, Error> {
     match event {
-        Event::Power(PowerRequest::Off) => return Ok(Some(End::Off)),
-        Event::Power(PowerRequest::Reset) => return Ok(Some(End::Reset)),
-        Event::Power(PowerRequest::Panicked) => return Ok(Some(End::Panicked)),
-        Event::Shutdown => return Ok(Some(End::Asked)),
-        Event::Interrupted => return Err(Error::failed("the VM was interrupted")),
-        Event::Vcpu(VcpuEvent::Failed { message, .. }) => return Err(Error::failed(message)),
+        Event::Power(PowerRequest::Off) => return Ok(Some(ExitReason::Off)),
+        Event::Power(PowerRequest::Reset) => return Ok(Some(ExitReason::Reset)),
+        Event::Power(PowerRequest::Panicked) => return Ok(Some(ExitReason::Panicked)),
+        Event::Shutdown => return Ok(Some(ExitReason::Asked)),
+        Event::Vcpu(VcpuEvent::Failed { error, .. }) => return Err(VmError::Vcpu(error).into()),
         // The thread was not told to stop and has not reported an error, so it has panicked.
         Event::Vcpu(VcpuEvent::Ended { cpu }) => {
-            return Err(Error::failed(format!(
-                "vCPU {cpu} stopped: its thread has panicked; see its message above"
-            )));
+            return Err(VmError::VcpuPanicked { cpu }.into());
         }
         Event::Complete => finish(vm)?,
-        Event::Finished(outcome) => outcome?,
+        Event::Finished(outcome) => {
+            outcome?;
+            vm.log.add(EventKind::PagingComplete);
+        }
         Event::GivenUp(reason) => vm.give_up(reason)?,
         Event::Reset(outcome) => outcome?,
     }
@@ -203,11 +204,5 @@ fn on_event(vm: &Arc<Vm>, event: Event) -> Result<Option<End>, Error> {
 /// Removes demand paging on a separate thread, because that waits for the back-ends.
 fn finish(vm: &Arc<Vm>) -> Result<(), Error> {
     let vm = vm.clone();
-    spawn("finish", move || vm.tell.tell(Event::Finished(vm.finish_paging())))
-}
-
-/// Runs `work` on a new thread.
-pub(crate) fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Result<(), Error> {
-    let spawned = thread::Builder::new().name(name.into()).spawn(work);
-    spawned.map(drop).map_err(|error| no_thread("run a task of the VM", error))
+    spawn("finish", move || vm.events.send(Event::Finished(vm.finish_paging())))
 }

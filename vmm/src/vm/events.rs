@@ -5,7 +5,7 @@ use std::io;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::devices::power::PowerRequest;
 use crate::error::Error;
@@ -13,7 +13,7 @@ use crate::vcpu::VcpuEvent;
 
 /// An event for the main loop.
 #[derive(Debug)]
-pub enum Event {
+pub(crate) enum Event {
     /// A vCPU's thread has ended, or cannot continue.
     Vcpu(VcpuEvent),
     /// The guest has asked to end or to reset, or its kernel has panicked.
@@ -28,20 +28,18 @@ pub enum Event {
     GivenUp(String),
     /// A client has asked for the VM's end through the API.
     Shutdown,
-    /// The process was asked to end.
-    Interrupted,
 }
 
 /// The sending end of the event queue. Any thread may use it, and it never blocks.
 #[derive(Clone, Debug)]
-pub struct Tell {
+pub(crate) struct EventSender {
     sender: Sender<Event>,
     wake: Arc<EventFd>,
 }
 
-impl Tell {
+impl EventSender {
     /// Sends an event. It is lost if the VM is gone.
-    pub fn tell(&self, event: Event) {
+    pub(crate) fn send(&self, event: Event) {
         let _ = self.sender.send(event);
         // This fails only if the counter is at its maximum, and then the receiver has been woken
         // already.
@@ -51,19 +49,19 @@ impl Tell {
 
 /// The receiving end of the event queue.
 #[derive(Debug)]
-pub struct Hear {
+pub(crate) struct EventReceiver {
     receiver: Receiver<Event>,
     wake: Arc<EventFd>,
 }
 
-impl Hear {
+impl EventReceiver {
     /// Returns an eventfd that becomes readable when an event arrives.
-    pub fn wake(&self) -> &Arc<EventFd> {
+    pub(crate) fn wake(&self) -> &Arc<EventFd> {
         &self.wake
     }
 
     /// Returns the next event, if any.
-    pub fn next(&self) -> Option<Event> {
+    pub(crate) fn next(&self) -> Option<Event> {
         self.receiver.try_recv().ok()
     }
 }
@@ -73,8 +71,8 @@ impl Hear {
 /// # Errors
 ///
 /// If the host cannot create an eventfd.
-pub fn events() -> io::Result<(Tell, Hear)> {
+pub(crate) fn event_queue() -> io::Result<(EventSender, EventReceiver)> {
     let (sender, receiver) = channel();
-    let wake = Arc::new(EventFd::new(EFD_NONBLOCK)?);
-    Ok((Tell { sender, wake: wake.clone() }, Hear { receiver, wake }))
+    let wake = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?);
+    Ok((EventSender { sender, wake: wake.clone() }, EventReceiver { receiver, wake }))
 }

@@ -5,6 +5,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use crate::api::State;
+use crate::api::events::EventKind;
 use crate::vm::Vm;
 
 /// How long the vCPUs must have used no processor time before the watch examines them.
@@ -41,6 +42,7 @@ impl HaltWatch {
             let halted = vcpus.are_halted(look);
             let before = vm.chipset.health.halted.swap(halted, Ordering::AcqRel);
             if halted && !before {
+                vm.log.add(EventKind::GuestHalted);
                 log::warn!(
                     "all vCPUs of the guest are halted with interrupts off: it cannot continue; \
                      demand-vmm shutdown ends the VM"

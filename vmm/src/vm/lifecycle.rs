@@ -31,10 +31,13 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::api::{ControlError, State};
-use crate::vm::lock;
+use crate::sync::LockExt;
 
 /// Polling interval of an end that waits for the lock.
 const LOOK_EVERY: Duration = Duration::from_millis(5);
+
+/// Time from the new state of a transition to the end of its lock, on a busy host.
+const ENDS_WITHIN: Duration = Duration::from_millis(100);
 
 /// Error for a request that arrives while another lifecycle operation is in progress.
 const BUSY: &str =
@@ -42,7 +45,7 @@ const BUSY: &str =
 
 /// The VM's lifecycle state, and the lock that serialises its transitions.
 #[derive(Debug, Default)]
-pub struct Lifecycle {
+pub(crate) struct Lifecycle {
     state: AtomicU8,
     /// Locked for the whole of a transition.
     pub(super) change: Mutex<Change>,
@@ -64,26 +67,40 @@ pub(super) struct Change {
     pub(super) quiesced: bool,
 }
 
+/// The states of a VM that exists.
 const STATES: [State; 5] =
     [State::Starting, State::Running, State::Paused, State::Snapshotting, State::Stopped];
 
 impl Lifecycle {
     /// Returns the state, without blocking.
-    pub fn state(&self) -> State {
+    pub(crate) fn state(&self) -> State {
         STATES[usize::from(self.state.load(Ordering::Acquire))]
     }
 
     /// Sets the state.
-    pub fn set(&self, state: State) {
-        let index = STATES.iter().position(|known| *known == state);
-        self.state.store(index.unwrap_or_default() as u8, Ordering::Release);
+    pub(crate) fn set(&self, state: State) {
+        let index = (0..).zip(STATES).find(|(_, known)| *known == state);
+        self.state.store(index.map_or(0, |(index, _)| index), Ordering::Release);
     }
 
+    /// Begins a transition. The state of one that ends is seen before its lock is free, so a request
+    /// that follows that state waits a moment.
     pub(super) fn change(&self) -> Result<MutexGuard<'_, Change>, ControlError> {
+        let due = Instant::now() + ENDS_WITHIN;
+        loop {
+            match self.try_change() {
+                Some(guard) => return Ok(guard),
+                None if Instant::now() >= due => return Err(ControlError::wrong_state(BUSY)),
+                None => thread::sleep(LOOK_EVERY),
+            }
+        }
+    }
+
+    fn try_change(&self) -> Option<MutexGuard<'_, Change>> {
         match self.change.try_lock() {
-            Ok(guard) => Ok(guard),
-            Err(TryLockError::Poisoned(poisoned)) => Ok(poisoned.into_inner()),
-            Err(TryLockError::WouldBlock) => Err(ControlError::wrong_state(BUSY)),
+            Ok(guard) => Some(guard),
+            Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
         }
     }
 
@@ -93,22 +110,22 @@ impl Lifecycle {
     }
 
     /// Whether the VM is ending because its end was requested.
-    pub fn was_asked(&self) -> bool {
+    pub(crate) fn was_asked(&self) -> bool {
         self.asked.load(Ordering::Acquire)
     }
 
     /// Stops a snapshot in progress, and waits until no transition is in progress. Calls `unblock`
     /// if that takes longer than `within`.
-    pub fn end(&self, within: Duration, unblock: impl FnOnce()) {
+    pub(crate) fn end(&self, within: Duration, unblock: impl FnOnce()) {
         self.ending.store(true, Ordering::Release);
         let due = Instant::now() + within;
-        while self.change().is_err() && Instant::now() < due {
+        while self.try_change().is_none() && Instant::now() < due {
             thread::sleep(LOOK_EVERY);
         }
-        if self.change().is_err() {
+        if self.try_change().is_none() {
             unblock();
         }
-        let _change = lock(&self.change);
+        let _change = self.change.lock_always();
         self.set(State::Stopped);
     }
 }

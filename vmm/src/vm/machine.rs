@@ -1,75 +1,233 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A virtual machine on demand-paged memory, built from `demand-source`, `demand-memory`,
-//! `demand-kvm` and `demand-uffd`.
+//! A virtual machine: the memory, the VM and the fault service of `demand-paging`, with what this
+//! VMM adds: where memory lies in the guest, the vCPUs, and the order of the end.
 
+use std::fmt;
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
 use demand_kvm::{
-    DemandSlot, Engine, EngineChoice, FaultHandler, MsrTrap, PlainSlot, open_kvm, resolve,
+    DemandSlot, Engine, EngineChoice, EngineError, FaultHandler, KvmError, ProbeCache, open_kvm,
 };
 use demand_memory::{
-    Backing, BackingKind, DemandMemory, DemandRegion, MemfdBacking, Pager, RegionConfig, Retrier,
-    Stats, transparent_huge_pages_of_shmem,
+    BackingError, BackingKind, DemandMemory, FillOptions, MemfdBacking, PAGE_SIZE, Pager,
+    PagerError, Retrier, Stats, transparent_huge_pages_of_shmem,
+};
+use demand_paging::{
+    Error as PagingError, Lazy, LazyBuilder, LazyMemory, LazyVcpu, LazyVm, ServiceOptions,
 };
 use demand_source::PageSource;
-use demand_uffd::{ArmGuestError, DEFAULT_THREADS, FaultService};
-use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use demand_uffd::FaultService;
+use kvm_ioctls::{Kvm, VmFd};
+use vm_memory::GuestAddress;
 
+use crate::arch::error::PlacementError;
 use crate::arch::placement::{Placement, check_places, place};
-use crate::config::MemoryOption;
-use crate::error::Error;
+use crate::config::MemoryConfig;
+use crate::error::{Error, Kind};
 use crate::limits::warn_of_cgroup;
-use crate::vcpu::set::StillInside;
+use crate::patience::{PATIENCE, Wait};
+use crate::vcpu::error::StillInside;
 use crate::vm::timeouts;
 
 /// Polling interval of the wait for open faults.
 const LOOK_EVERY: Duration = Duration::from_millis(5);
 
+/// Errors of a machine.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum MachineError {
+    /// The memory does not fit the address space of this host's processors.
+    #[error(transparent)]
+    Placement(#[from] PlacementError),
+    /// This host cannot run the engine.
+    #[error("{0}, or use --engine uffd or auto")]
+    Engine(#[source] EngineError),
+    /// KVM cannot be opened.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// KVM refuses a vCPU.
+    #[error("cannot create vCPU {cpu}: {source}; ask for fewer with --cpus")]
+    CreateVcpu {
+        /// The vCPU.
+        cpu: u32,
+        /// KVM's error.
+        source: kvm_ioctls::Error,
+    },
+    /// The memory cannot be created, given to the VM, or freed of demand paging.
+    #[error(transparent)]
+    Paging(PagingError),
+    /// The VM ends while it waits.
+    #[error("cannot reset the guest: the VM is ending")]
+    Ending,
+}
+
+impl From<PagingError> for MachineError {
+    fn from(error: PagingError) -> Self {
+        match error {
+            PagingError::Kvm(error) => MachineError::Kvm(error),
+            PagingError::Engine(error) => MachineError::Engine(error),
+            other => MachineError::Paging(other),
+        }
+    }
+}
+
+impl From<MachineError> for Error {
+    fn from(error: MachineError) -> Self {
+        let kind = match &error {
+            MachineError::Paging(error) => kind_of(error),
+            MachineError::Placement(_)
+            | MachineError::Engine(_)
+            | MachineError::Kvm(_)
+            | MachineError::CreateVcpu { .. } => Kind::Host,
+            MachineError::Ending => Kind::Failed,
+        };
+        Error::of(kind, error)
+    }
+}
+
+fn kind_of(error: &PagingError) -> Kind {
+    match error {
+        PagingError::Backing(BackingError::Size { .. }) => Kind::Usage,
+        PagingError::Pager(PagerError::Bitmap { .. })
+        | PagingError::Engine(_)
+        | PagingError::Kvm(_)
+        | PagingError::Backing(_)
+        | PagingError::Service(_)
+        | PagingError::Map(_)
+        | PagingError::Arm(_)
+        | PagingError::Slot(_)
+        | PagingError::CreateVcpu { .. }
+        | PagingError::Kick(_)
+        | PagingError::Thread { .. } => Kind::Host,
+        _ => Kind::Failed,
+    }
+}
+
 /// The parts from which a machine is made.
 pub struct MachineConfig<'a> {
     /// Size and kind of the memory.
-    pub memory: &'a MemoryOption,
+    pub memory: &'a MemoryConfig,
     /// How vCPU accesses to missing pages are trapped.
     pub engine: EngineChoice,
+    /// The file that keeps what is found out about the engines.
+    pub probes: Option<ProbeCache>,
+    /// Whether the memory arrives on demand, or is read before the machine has it.
+    pub lazy: Lazy,
     /// The source of the memory's pages.
     pub source: Arc<dyn PageSource>,
+    /// The threads that serve faults of userfaultfds.
+    pub service: ServiceOptions,
     /// The counters of faults and reads.
     pub stats: Arc<Stats>,
     /// The retrier of failed fetches.
-    pub retrier: Arc<Retrier>,
+    pub retrier: Retrier,
 }
 
-/// A machine without vCPUs: untouched memory in one or two regions, a VM with these as memslots,
-/// and the service that handles faults.
+/// A machine without vCPUs: untouched memory in one or two regions, and a VM that has it.
+///
+/// Dropping it ends the guest: see [`LazyVm`].
 pub struct Machine {
-    // Fields are dropped in this order. Dropping a slot ends every wait for a page in it, and only
-    // then may the VM be closed.
-    slots: Vec<DemandSlot>,
-    /// Memslots of memory that was never missing.
-    _plain: Vec<PlainSlot>,
-    /// The trap for the guest's writes to MSRs that name memory for KVM, if KVM supports it.
-    msr_trap: Option<MsrTrap>,
-    vm: Arc<VmFd>,
-    kvm: Kvm,
-    /// `None` if no page was ever missing.
-    engine: Option<Engine>,
+    /// The memory: its regions stay.
     memory: DemandMemory,
-    /// `None` if no page was ever missing.
-    retrier: Option<Arc<Retrier>>,
-    service: Arc<FaultService>,
+    lazy: LazyVm,
+    kvm: Kvm,
+}
+
+impl fmt::Debug for MachineConfig<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut config = f.debug_struct("MachineConfig");
+        config.field("memory", &self.memory).field("engine", &self.engine);
+        config.finish_non_exhaustive()
+    }
+}
+
+impl fmt::Debug for Machine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut machine = f.debug_struct("Machine");
+        machine.field("lazy", &self.lazy).finish_non_exhaustive()
+    }
+}
+
+/// Returns a builder of the memory that `option` describes, at `regions`.
+fn builder(
+    begin: LazyBuilder,
+    option: &MemoryConfig,
+    regions: &[Placement],
+) -> Result<LazyBuilder, MachineError> {
+    check_places(regions)?;
+    warn_of_host(option);
+    let &MemoryConfig { backing, reserve, thp, .. } = option;
+    let begin = begin.finish_by_caller();
+    let begin = if backing == BackingKind::GuestMemfd {
+        begin.backing(backing)
+    } else {
+        begin.backing_from(move |size| {
+            let memory = MemfdBacking::new(backing, size)?.with_reservation(reserve);
+            Ok(Arc::new(memory.with_transparent_huge_pages(thp)))
+        })
+    };
+    let placed = |builder: LazyBuilder, &Placement { start, size, image_offset }: &Placement| {
+        builder.region_at(start, size, image_offset)
+    };
+    Ok(regions.iter().fold(begin, placed))
+}
+
+/// Creates the memory of a machine, which [`Machine::attach`] makes of it. The time does not depend
+/// on the size of the memory.
+///
+/// # Errors
+///
+/// [`MachineError`], with the step that this host refuses.
+pub(crate) fn guest_memory(config: MachineConfig<'_>) -> Result<LazyMemory, MachineError> {
+    let regions = place(config.memory.size);
+    memory_at(config, &regions)
+}
+
+/// Creates the memory of a machine whose pages are all present and zero, for a guest that boots.
+///
+/// # Errors
+///
+/// [`MachineError`], with the step that this host refuses.
+pub(crate) fn zeroed_memory(
+    option: &MemoryConfig,
+    stats: &Arc<Stats>,
+) -> Result<LazyMemory, MachineError> {
+    let begin = LazyBuilder::zeroed().stats(stats.clone());
+    Ok(builder(begin, option, &place(option.size))?.build()?)
+}
+
+fn memory_at(config: MachineConfig<'_>, regions: &[Placement]) -> Result<LazyMemory, MachineError> {
+    let MachineConfig { memory, engine, probes, lazy, source, service, stats, retrier } = config;
+    let begin = LazyBuilder::new(source).engine(engine).lazy(lazy).fault_service(service);
+    let begin = begin.stats(stats).retrier(retrier);
+    let begin = match probes {
+        Some(cache) => begin.probe_cache(cache),
+        None => begin,
+    };
+    Ok(builder(begin, memory, regions)?.build()?)
+}
+
+/// Begins the wait for KVM to take memory. KVM then allocates tables, in proportion to the memory's
+/// size: some bytes for each page of it, present or not.
+fn wait_for_tables(memory: &DemandMemory) -> Wait {
+    let pages: u64 = memory.pagers().map(|pager| pager.pages()).sum();
+    let gib = (pages * PAGE_SIZE) >> 30;
+    Wait::begin(PATIENCE, move || {
+        log::warn!("waiting for KVM to allocate its tables for {gib} GiB of guest memory");
+    })
 }
 
 impl Machine {
-    /// Creates a machine. The time does not depend on the size of the memory.
+    /// Creates a machine. The time does not depend on the size of the memory, unless the memory is
+    /// read first.
     ///
     /// # Errors
     ///
-    /// Returns a one-line error with its exit status.
-    pub fn new(config: MachineConfig<'_>) -> Result<Self, Error> {
-        let regions = place(config.memory.size);
-        Machine::with_regions(config, &regions)
+    /// [`MachineError`], with the step that this host refuses.
+    pub fn new(config: MachineConfig<'_>) -> Result<Self, MachineError> {
+        Machine::attach(guest_memory(config)?)
     }
 
     /// Creates a machine whose memory lies at `regions`, in ascending order. The option's size is
@@ -78,78 +236,34 @@ impl Machine {
     /// # Errors
     ///
     /// As for [`new`](Self::new).
-    pub fn with_regions(config: MachineConfig<'_>, regions: &[Placement]) -> Result<Self, Error> {
-        let MachineConfig { memory: option, engine, source, stats, retrier } = config;
-        check_places(regions)?;
-        let probe = demand_kvm::probe();
-        let engine = resolve(engine, &probe).map_err(Error::host)?;
-        let kvm = open_kvm().map_err(Error::host)?;
-
-        warn_of_host(option);
-        let mut demand_regions = Vec::new();
-        for &Placement { start, size, image_offset } in regions {
-            let config = RegionConfig {
-                start,
-                backing: backing(option, size)?,
-                source: source.clone(),
-                image_offset,
-                stats: stats.clone(),
-                retrier: retrier.clone(),
-            };
-            demand_regions.push(DemandRegion::new(config, ()).map_err(pager_error)?);
-        }
-        let memory = DemandMemory::new(demand_regions).map_err(Error::failed)?;
-
-        let service = Arc::new(FaultService::start(DEFAULT_THREADS).map_err(Error::host)?);
-        let guest = service.arm_guest(memory.pagers(), engine.vcpu_trap()).map_err(arm_error)?;
-
-        let vm = Arc::new(engine.create_vm(&kvm).map_err(Error::host)?);
-        let msr_trap = MsrTrap::new(&vm)
-            .inspect_err(|error| log::warn!("{error}; the guest must not enable kvm-clock"))
-            .ok();
-        let guest = guest.into_iter().zip(memory.pagers());
-        let slots = (0..).zip(regions).zip(guest).map(|((number, region), (mapping, pager))| {
-            DemandSlot::new(vm.clone(), number, region.start, mapping, pager.clone(), engine)
-        });
-        let mut slots = slots.collect::<Result<Vec<_>, _>>().map_err(Error::host)?;
-        if let Ok(known) = &probe.kvm {
-            slots = slots.into_iter().map(|slot| slot.with_features(known)).collect();
-        }
-        let (_plain, engine, retrier) = (Vec::new(), Some(engine), Some(retrier));
-        Ok(Machine { slots, _plain, msr_trap, vm, kvm, engine, memory, retrier, service })
+    pub fn with_regions(
+        config: MachineConfig<'_>,
+        regions: &[Placement],
+    ) -> Result<Self, MachineError> {
+        Machine::attach(memory_at(config, regions)?)
     }
 
-    /// Creates a machine whose pages are all present and zero, for a guest that boots.
+    /// Creates a machine that has this memory. If the memory is to be read first, this reads all of
+    /// it; [`DemandMemory::stop`] ends that.
     ///
     /// # Errors
     ///
-    /// Returns a one-line error with its exit status.
-    pub fn present(option: &MemoryOption, stats: &Arc<Stats>) -> Result<Self, Error> {
-        let regions = place(option.size);
-        check_places(&regions)?;
-        warn_of_host(option);
-        let kvm = open_kvm().map_err(Error::host)?;
-        let vm = Arc::new(kvm.create_vm().map_err(|error| {
-            Error::host(format!("cannot create a VM: {error}; the kernel's log may say more"))
-        })?);
-        let (mut _plain, mut present) = (Vec::new(), Vec::new());
-        for (number, &Placement { start, size, .. }) in (0..).zip(&regions) {
-            let backing = backing(option, size)?;
-            let mapping = Arc::new(backing.map().map_err(backing_error)?);
-            let slot = PlainSlot::new(vm.clone(), number, start, mapping, false);
-            _plain.push(slot.map_err(Error::host)?);
-            let region = DemandRegion::present(start, backing, stats.clone(), ());
-            present.push(region.map_err(pager_error)?);
-        }
-        let memory = DemandMemory::new(present).map_err(Error::failed)?;
-        let service = Arc::new(FaultService::start(DEFAULT_THREADS).map_err(Error::host)?);
-        let (slots, msr_trap, engine, retrier) = (Vec::new(), None, None, None);
-        Ok(Machine { slots, _plain, msr_trap, vm, kvm, engine, memory, retrier, service })
+    /// [`MachineError`], with the step that this host refuses.
+    pub fn attach(lazy: LazyMemory) -> Result<Self, MachineError> {
+        let kvm = open_kvm()?;
+        let (vm, memory) = (lazy.create_vm(&kvm)?, lazy.memory().clone());
+        // Reading all of the memory has its own progress.
+        let complete = memory.pagers().all(|pager| pager.bitmap().is_complete());
+        let reads = lazy.engine().is_none() && !complete;
+        let wait = (!reads).then(|| wait_for_tables(&memory));
+        let lazy = lazy.attach(vm)?;
+        drop(wait);
+        Ok(Machine { memory, lazy, kvm })
     }
 
     /// Returns the VM.
     pub fn vm(&self) -> &Arc<VmFd> {
-        &self.vm
+        self.lazy.fd()
     }
 
     /// Returns the handle of `/dev/kvm` from which the VM was created.
@@ -160,12 +274,12 @@ impl Machine {
     /// Returns how vCPU accesses to missing pages are trapped, or `None` if no page was ever
     /// missing.
     pub fn engine(&self) -> Option<Engine> {
-        self.engine
+        self.lazy.engine()
     }
 
     /// Returns the engine's name, or "none".
     pub fn engine_name(&self) -> &'static str {
-        self.engine.map_or("none", Engine::name)
+        self.engine().map_or("none", Engine::name)
     }
 
     /// Creates vCPU `cpu`.
@@ -173,9 +287,10 @@ impl Machine {
     /// # Errors
     ///
     /// If KVM refuses.
-    pub fn create_vcpu(&self, cpu: u32) -> Result<VcpuFd, Error> {
-        self.vm.create_vcpu(cpu.into()).map_err(|error| {
-            Error::host(format!("cannot create vCPU {cpu}: {error}; ask for fewer with --cpus"))
+    pub fn create_vcpu(&self, cpu: u32) -> Result<LazyVcpu, MachineError> {
+        self.lazy.create_vcpu(cpu.into()).map_err(|error| match error {
+            PagingError::CreateVcpu { source, .. } => MachineError::CreateVcpu { cpu, source },
+            other => other.into(),
         })
     }
 
@@ -184,15 +299,14 @@ impl Machine {
         &self.memory
     }
 
-    /// Returns the memslots of the demand-paged memory, by guest address and numbered from 0 on.
-    /// There are none if no page was ever missing.
-    pub fn slots(&self) -> &[DemandSlot] {
-        &self.slots
+    /// Returns the memslots of the memory, by guest address and numbered from 0 on.
+    pub fn slots(&self) -> Vec<Arc<DemandSlot>> {
+        self.lazy.slots()
     }
 
     /// Returns the pagers of the regions, by guest address.
     pub fn pagers(&self) -> impl Iterator<Item = &Arc<Pager>> {
-        self.memory.pagers()
+        self.memory().pagers()
     }
 
     /// Returns the number of pages in all regions.
@@ -201,28 +315,57 @@ impl Machine {
     }
 
     /// Returns whether fetches of some pages have failed and are being retried.
-    pub fn is_source_failing(&self) -> bool {
-        self.retrier.as_ref().is_some_and(|retrier| retrier.is_failing())
+    pub(crate) fn is_source_failing(&self) -> bool {
+        self.lazy.is_source_failing()
+    }
+
+    /// Makes the next attempt for pages whose fetch has failed now, even if the source has said that
+    /// it would be useless.
+    pub(crate) fn retry_source(&self) {
+        if let Some(retrier) = self.lazy.retrier() {
+            retrier.retry_now();
+        }
     }
 
     /// Calls `callback` when the last page of all regions becomes present: at once if it already
     /// is, else on the thread that publishes it. The callback must not block.
     pub fn on_complete(&self, callback: impl FnOnce() + Send + 'static) {
-        self.memory.on_complete(callback);
+        self.lazy.on_complete(callback);
     }
 
     /// Returns the service that handles faults, including those of back-ends.
     pub fn service(&self) -> &Arc<FaultService> {
-        &self.service
+        self.lazy.service()
     }
 
-    /// Returns a handler that resolves the vCPUs' exits at missing pages.
+    /// Returns the handler that resolves the vCPUs' exits at missing pages, for a run loop of one's
+    /// own.
+    pub fn fault_handler(&self) -> &Arc<FaultHandler> {
+        self.lazy.handler()
+    }
+
+    /// Returns the VM's memory and its life, for all that this type does not do. Its regions must
+    /// stay: [`memory`](Self::memory) has them.
+    pub fn lazy(&self) -> &LazyVm {
+        &self.lazy
+    }
+
+    /// Fetches pages that KVM is about to touch on its own, and waits for them.
     ///
     /// # Errors
     ///
-    /// None for a machine, because KVM has checked that its slots do not overlap.
-    pub fn fault_handler(&self) -> Result<FaultHandler, Error> {
-        FaultHandler::for_slots(&self.slots).map_err(Error::failed)
+    /// If the VM is going away.
+    pub(crate) fn fetch_pages(&self, pages: &[GuestAddress]) -> Result<(), MachineError> {
+        Ok(self.lazy.fetch_pages(pages)?)
+    }
+
+    /// Fetches the pages that nothing asks for in the background.
+    ///
+    /// # Errors
+    ///
+    /// If the host has no more threads.
+    pub(crate) fn start_fill(&self, options: FillOptions) -> Result<(), MachineError> {
+        Ok(self.lazy.start_fill(options)?)
     }
 
     /// Ends the guest, for any reason. First `stop_vcpus`, which gets a time limit, makes the vCPUs
@@ -241,7 +384,7 @@ impl Machine {
         // While pages can still become present: a vCPU may be blocked on one inside KVM, where a
         // kick does not reach it.
         let stopped = stop_vcpus(timeouts::VCPUS);
-        self.memory.revoke();
+        self.memory().revoke();
         stopped.or_else(|stuck| {
             log::warn!("{stuck}; the guest is stopped in the middle of an instruction");
             stop_vcpus(timeouts::VCPUS)
@@ -255,14 +398,14 @@ impl Machine {
     /// # Errors
     ///
     /// If the VM is going away.
-    pub fn wait_open_faults(&self) -> Result<(), Error> {
+    pub(crate) fn wait_open_faults(&self) -> Result<(), MachineError> {
         // Two checks, because a kernel thread may be between two faults.
         let mut quiet = 0;
         while quiet < 2 {
-            if self.memory.is_stopped() {
-                return Err(Error::failed("cannot reset the guest: the VM is ending"));
+            if self.memory().is_stopped() {
+                return Err(MachineError::Ending);
             }
-            quiet = if self.service.has_open_faults() { 0 } else { quiet + 1 };
+            quiet = if self.service().has_open_faults() { 0 } else { quiet + 1 };
             if quiet < 2 {
                 thread::sleep(LOOK_EVERY);
             }
@@ -276,17 +419,13 @@ impl Machine {
     /// # Errors
     ///
     /// If pages are missing, or the kernel refuses.
-    pub fn finish(&self) -> Result<(), Error> {
-        self.service.finish().map_err(Error::failed)?;
-        for slot in &self.slots {
-            slot.finish().map_err(Error::failed)?;
-        }
-        self.msr_trap.iter().try_for_each(MsrTrap::remove).map_err(Error::failed)
+    pub fn finish(&self) -> Result<(), MachineError> {
+        Ok(self.lazy.finish()?)
     }
 }
 
 /// Warns about properties of the host that do not suit the memory but do not prevent its creation.
-fn warn_of_host(option: &MemoryOption) {
+fn warn_of_host(option: &MemoryConfig) {
     if option.backing == BackingKind::Shmem {
         warn_of_cgroup(option.size);
     }
@@ -294,32 +433,5 @@ fn warn_of_host(option: &MemoryOption) {
         && let Err(why) = transparent_huge_pages_of_shmem()
     {
         log::warn!("guest memory gets no transparent huge pages: {why}");
-    }
-}
-
-fn backing(option: &MemoryOption, size: u64) -> Result<Arc<dyn Backing>, Error> {
-    let backing = MemfdBacking::new(option.backing, size, option.reserve).map_err(backing_error)?;
-    Ok(Arc::new(backing.with_transparent_huge_pages(option.thp)))
-}
-
-fn arm_error(error: ArmGuestError) -> Error {
-    match error {
-        ArmGuestError::Map(error) => backing_error(error),
-        _ => Error::host(error),
-    }
-}
-
-fn backing_error(error: demand_memory::BackingError) -> Error {
-    match error {
-        demand_memory::BackingError::Size { .. } => Error::usage(error),
-        _ => Error::host(error),
-    }
-}
-
-fn pager_error(error: demand_memory::PagerError) -> Error {
-    match error {
-        demand_memory::PagerError::Backing(error) => backing_error(error),
-        demand_memory::PagerError::Bitmap { .. } => Error::host(error),
-        _ => Error::failed(error),
     }
 }

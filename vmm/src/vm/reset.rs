@@ -11,35 +11,35 @@ use vm_device::bus::MmioAddress;
 
 use crate::arch::acpi;
 use crate::arch::boot_cpu;
+use crate::arch::boot_files::BootSource;
 use crate::arch::loader;
 use crate::arch::vcpu_state::VcpuState;
 use crate::arch::vm_state::VmState;
 use crate::error::Error;
-use crate::snapshot::boot_files::BootSource;
 use crate::virtio::mmio::STATUS;
 use crate::vm::Vm;
+use crate::vm::error::VmError;
 
 /// Time limit for the vCPUs to leave the guest, and again for each step on their threads.
 const WITHIN: Duration = Duration::from_secs(10);
 
 /// The reset state: KVM's state of a machine that was just created.
 #[derive(Clone)]
-pub(crate) struct Pristine {
+pub(crate) struct ResetState {
     vcpus: Arc<Vec<VcpuState>>,
     vm: VmState,
 }
 
-impl Pristine {
+impl ResetState {
     /// Reads the state of a VM whose vCPUs have not run.
     pub(crate) fn of(vm: &Vm) -> Result<Self, Error> {
         let shape = vm.shape.clone();
         let vcpus = vm
             .vcpus()
-            .on_parked(WITHIN, move |cpu, vcpu| VcpuState::save(cpu, vcpu.fd(), &shape))
-            .map_err(Error::failed)?
+            .on_parked(WITHIN, move |cpu, vcpu| VcpuState::save(cpu, vcpu.fd(), &shape))?
             .into_iter()
             .collect::<Result<_, _>>()?;
-        Ok(Pristine { vcpus: Arc::new(vcpus), vm: VmState::save(vm.machine.vm())? })
+        Ok(ResetState { vcpus: Arc::new(vcpus), vm: VmState::save(vm.machine.vm())? })
     }
 
     /// Returns the machine to its reset state, and boots the guest's kernel again. Missing pages
@@ -55,15 +55,9 @@ impl Pristine {
         boot: Option<&BootSource>,
         asked: &AtomicBool,
     ) -> Result<(), Error> {
-        let boot = boot.ok_or_else(|| {
-            Error::failed(
-                "cannot reset the guest: its snapshot has no kernel, because it has version 1 or \
-                 its kernel was altered; boot the guest with demand-vmm run and take another \
-                 snapshot",
-            )
-        })?;
+        let boot = boot.ok_or(VmError::NoKernel)?;
         // Before any state of the guest is lost.
-        boot.check()?;
+        boot.check(&|| vm.lifecycle.is_ending())?;
         vm.outside_guest(WITHIN, || {
             self.begin_anew(vm, boot)?;
             // Before the guest runs again, because it may then request another reset.
@@ -86,13 +80,15 @@ impl Pristine {
         let memory = vm.machine.memory().clone();
         vm.vcpus()
             .on_parked(WITHIN, move |cpu, vcpu| {
-                vcpu.abandon().map_err(|error| Error::host(format!("vCPU {cpu}: {error}")))?;
+                vcpu.abandon().map_err(|source| VmError::Abandon { cpu, source })?;
                 states[cpu as usize].reset(cpu, vcpu.fd(), &shape)?;
-                if cpu == 0 { boot_cpu::set_up(vcpu.fd(), &memory, entry) } else { Ok(()) }
-            })
-            .map_err(Error::failed)?
+                if cpu == 0 {
+                    boot_cpu::set_up(vcpu.fd(), &memory, entry)?;
+                }
+                Ok::<_, Error>(())
+            })?
             .into_iter()
             .collect::<Result<(), _>>()?;
-        self.vm.restore(vm.machine.vm())
+        Ok(self.vm.restore(vm.machine.vm())?)
     }
 }

@@ -2,39 +2,131 @@
 //! `demand-vmm restore`: restores a Linux guest from a snapshot, and runs it before its memory has
 //! arrived.
 
+use std::io;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use demand_kvm::{EngineChoice, open_kvm};
-use demand_memory::{PAGE_SIZE, PageRange, Path, Waiter};
-use demand_source::HashedImage;
+use demand_memory::{DemandMemory, FaultPath, PAGE_SIZE, PageRange, Waiter, to_usize};
+use demand_paging::{Lazy, ServiceOptions};
+use demand_source::{HashedImage, SourceError};
+use demand_vhost::HangUp;
 
+use crate::api::events::EventKind;
+use crate::arch::boot_files::BootSource;
 use crate::arch::cpuid;
 use crate::arch::layout::MAX_CPUS;
 use crate::arch::placement::{check_places, place};
-use crate::arch::vcpu_state::StateShape;
-use crate::config::{ClockOption, FillOption, RestoreMemory};
+use crate::arch::vcpu_state::{StateShape, VcpuState};
+use crate::config::device_kind::DeviceKind;
+use crate::config::vm::RestoreConfig;
+use crate::config::{ClockConfig, FillConfig, RestoreMemory};
 use crate::devices::chipset::{Chipset, create_irqchip};
-use crate::error::Error;
-use crate::report::Report;
-use crate::report::progress::Bar;
-use crate::snapshot::boot_files::BootSource;
+use crate::error::{Error, Kind};
+use crate::report::progress::Progress;
 use crate::snapshot::dir;
 use crate::snapshot::open::OpenSnapshot;
 use crate::snapshot::saved::SavedVm;
 use crate::vcpu::set::Vcpus;
 use crate::virtio::vhost_user::VhostUserDevice;
 use crate::vm::events::Event;
-use crate::vm::machine::{Machine, MachineConfig};
-use crate::vm::session::{GuestOptions, Prepared, Session, attach, run_guest};
-use crate::vm::source_watch::{Awaited, SourceWatch};
+use crate::vm::kept_probes::kept_probes;
+use crate::vm::machine::{Machine, MachineConfig, guest_memory};
+use crate::vm::session::{Ended, GuestOptions, Prepared, Session, attach, run_guest};
+use crate::vm::source_watch::SourceWatch;
 use crate::vm::timeouts;
 use crate::vm::{Vm, VmParts};
 
+/// Errors from restoring a guest.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum RestoreError {
+    /// The snapshot has no vCPU, or too many.
+    #[error(
+        "cannot restore snapshot {}: it has {cpus} vCPUs, and a guest has 1 to {MAX_CPUS}; use \
+         another snapshot",
+        snapshot.display()
+    )]
+    VcpuCount {
+        /// The snapshot's directory.
+        snapshot: PathBuf,
+        /// The number of its vCPUs.
+        cpus: usize,
+    },
+    /// The command line and the snapshot have different numbers of vCPUs.
+    #[error("--cpus: {given} vCPUs are given, and the snapshot's guest has {had}; leave it out")]
+    OtherVcpuCount {
+        /// The number on the command line.
+        given: u32,
+        /// The number in the snapshot.
+        had: usize,
+    },
+    /// The command line and the snapshot have different numbers of devices.
+    #[error("--vhost-user: {given} devices are given, and the snapshot's guest has {}", devices(.had))]
+    Devices {
+        /// The number on the command line.
+        given: usize,
+        /// The devices in the snapshot.
+        had: Vec<DeviceKind>,
+    },
+    /// The files of two snapshots were mixed.
+    #[error(
+        "cannot restore snapshot {}: its memory and state are from different snapshots; use files \
+         of the same snapshot",
+        snapshot.display()
+    )]
+    MixedFiles {
+        /// The snapshot's directory.
+        snapshot: PathBuf,
+    },
+    /// The source has failed, or has not answered, for longer than the user's limit, before there is
+    /// a guest that could be paused.
+    #[error(
+        "{reason}; the guest needs all of its memory before it runs, and the source had {} s for \
+         it; check that the storage it lies on responds, or allow more time with --source-limit",
+        limit.as_secs()
+    )]
+    SourceLimit {
+        /// The source's error.
+        reason: String,
+        /// The limit.
+        limit: Duration,
+    },
+    /// The serial port's interrupt cannot be raised.
+    #[error("cannot raise the serial port's interrupt: {source}")]
+    SerialInterrupt {
+        /// The system's error.
+        source: io::Error,
+    },
+}
+
+/// Returns the number and kinds of a snapshot's devices, and the hint for a wrong number of them.
+fn devices(kinds: &[DeviceKind]) -> String {
+    if kinds.is_empty() {
+        return "none; leave them out".into();
+    }
+    let names: Vec<_> = kinds.iter().map(ToString::to_string).collect();
+    let (number, names) = (kinds.len(), names.join(", "));
+    format!("{number} ({names}); name a back-end for each, in this order")
+}
+
+impl From<RestoreError> for Error {
+    fn from(error: RestoreError) -> Self {
+        let kind = match error {
+            RestoreError::VcpuCount { .. }
+            | RestoreError::MixedFiles { .. }
+            | RestoreError::SourceLimit { .. } => Kind::Failed,
+            RestoreError::OtherVcpuCount { .. } | RestoreError::Devices { .. } => Kind::Usage,
+            RestoreError::SerialInterrupt { .. } => Kind::Host,
+        };
+        Error::of(kind, error)
+    }
+}
+
 /// The parameters of `restore`.
 #[derive(Clone, Debug)]
-pub struct RestoreOptions {
+pub(crate) struct RestoreOptions {
     /// The options that every guest takes.
     pub guest: GuestOptions,
     /// The snapshot's directory.
@@ -45,34 +137,58 @@ pub struct RestoreOptions {
     pub cpus: Option<u32>,
     /// The engine that traps vCPU accesses to missing pages.
     pub engine: EngineChoice,
+    /// Whether the guest runs before its memory has arrived.
+    pub lazy: Lazy,
     /// How long the source may fail, or not answer, before the VM is paused with an error; `None`:
     /// without limit.
     pub source_limit: Option<Duration>,
     /// Background fill.
-    pub fill: FillOption,
+    pub fill: FillConfig,
     /// The point from which the guest's clocks continue.
-    pub clock: ClockOption,
+    pub clock: ClockConfig,
     /// Whether the whole memory image is read and checked before the guest runs.
     pub verify: bool,
 }
 
+impl RestoreOptions {
+    /// Returns the options of a VM of this configuration; `run` has those of the process.
+    pub(crate) fn new(config: RestoreConfig, run: GuestOptions) -> Self {
+        let guest = GuestOptions {
+            vhost_user: config.devices,
+            serial: config.serial,
+            on_panic: config.on_panic,
+            ..run
+        };
+        RestoreOptions {
+            guest,
+            source: config.source,
+            memory: config.memory,
+            cpus: config.cpus,
+            engine: config.engine,
+            lazy: config.lazy,
+            source_limit: config.source_limit_s.map(Duration::from_secs),
+            fill: config.fill,
+            clock: config.clock,
+            verify: config.verify,
+        }
+    }
+}
+
 /// Restores a guest and runs it until it ends. `started` is the time at which the process began.
-/// SIGINT, SIGTERM and SIGHUP end the guest; call this before the process starts other threads.
+/// The snapshot is left unchanged.
 ///
 /// # Errors
 ///
-/// One line, with its exit status. The snapshot is left unchanged. The process should exit after an
-/// error.
-pub fn restore(options: RestoreOptions, started: Instant) -> Result<Report, Error> {
-    let files = dir::files(&options.source);
-    let inputs = files.each_ref().map(|path| path.as_path());
-    run_guest(options.guest.clone(), &inputs, started, move |session| prepare(session, &options))
+/// As for [`run_guest`].
+pub(crate) fn restore(options: RestoreOptions, started: Instant) -> Result<Ended, Error> {
+    run_guest(options.guest.clone(), started, move |session| prepare(session, &options))
 }
 
 fn prepare(session: &Session, options: &RestoreOptions) -> Result<Prepared, Error> {
+    session.log.add(EventKind::Restoring { source: options.source.clone() });
     let snapshot = OpenSnapshot::open(&options.source)?;
     let mut saved: SavedVm = snapshot.read_state()?;
-    if options.clock == ClockOption::Host {
+    if options.clock == ClockConfig::Host {
         saved.vm.follow_host()?;
     }
     let memory = saved.memory.option(&options.memory)?;
@@ -81,30 +197,41 @@ fn prepare(session: &Session, options: &RestoreOptions) -> Result<Prepared, Erro
     let boot = open_boot(&snapshot, &saved, options)?;
     // Before the slow steps.
     check_places(&place(memory.size))?;
-    let host = cpuid::guest_cpuid(&open_kvm().map_err(Error::host)?)?;
-    for vcpu in &saved.vcpus {
-        cpuid::check_host(&vcpu.told()?, &host)?;
-    }
+    let cpuids = saved.vcpus.iter().map(VcpuState::guest_cpuid).collect::<Result<Vec<_>, _>>()?;
+    cpuid::check_kvm(&cpuids, &open_kvm()?)?;
     if options.verify {
-        verify(&image)?;
-        boot.iter().try_for_each(BootSource::check)?;
+        verify(&image, session)?;
+        boot.iter().try_for_each(|boot| boot.check(&|| session.is_ending()))?;
     }
-    let tell = session.tell.clone();
+    let (events, reading) = (session.events.clone(), Arc::new(Reading::default()));
+    let (read, kicked) = (reading.clone(), reading.clone());
     let source = SourceWatch::new(
         dir::memory(&options.source),
         options.source_limit,
         session.last_error.clone(),
-        move |reason| tell.tell(Event::GivenUp(reason)),
+        move |reason| {
+            read.give_up(&reason);
+            events.send(Event::GivenUp(reason));
+        },
     );
-    let machine = Arc::new(Machine::new(MachineConfig {
+    let lazy = guest_memory(MachineConfig {
         memory: &memory,
         engine: options.engine,
+        probes: (options.lazy != Lazy::Off).then(kept_probes).flatten(),
+        lazy: options.lazy,
         source: Arc::new(image),
+        service: ServiceOptions::default(),
         stats: session.stats.clone(),
         retrier: source.retrier(),
-    })?);
-    let awaited = Awaited { memory: machine.memory().clone(), source: Some(source) };
-    let _ = session.awaited.set(awaited);
+    })?;
+    let cpus = u32::try_from(saved.vcpus.len()).expect("at most MAX_CPUS, as was checked");
+    session.set_machine(&lazy, &memory, cpus);
+    let _kick = session.when_ending(move || kicked.waiter.kick());
+    if lazy.engine().is_none() {
+        let name = "memory, before the guest runs";
+        read_all(lazy.memory(), name, session, options, &reading)?;
+    }
+    let machine = Arc::new(Machine::attach(lazy)?);
     let shape = Arc::new(StateShape::of(machine.kvm(), machine.vm())?);
     create_irqchip(machine.vm())?;
     let registers = Some((&saved.serial, &saved.registers));
@@ -112,26 +239,28 @@ fn prepare(session: &Session, options: &RestoreOptions) -> Result<Prepared, Erro
     let mut devices = Vec::new();
     let options_and_states = session.guest.vhost_user.iter().zip(&saved.devices);
     for (position, (option, state)) in options_and_states.enumerate() {
-        devices.push(Arc::new(VhostUserDevice::restore(option, position, state)?));
+        let begun = |hang_up: &HangUp| session.hang_up_at_end(hang_up);
+        let device = VhostUserDevice::restore_with(option, position, state, begun)?;
+        devices.push(Arc::new(device));
     }
     if devices.iter().any(|device| device.wants_full_memory()) {
-        fill_first(&machine)?;
+        let name = "memory, for a back-end without post-copy";
+        read_all(machine.memory(), name, session, options, &reading)?;
     }
     for (position, device) in devices.iter().enumerate() {
         attach(device, position, &machine)?;
     }
 
-    let context = session.context(&machine, &chipset, &devices)?;
+    let context = session.context(&chipset, &devices);
     let mut vcpus = Vcpus::paused(context);
-    let cpus = saved.vcpus.len() as u32;
     for cpu in 0..cpus {
         let vcpu = machine.create_vcpu(cpu)?;
-        vcpus.start(cpu, vcpu, session.tell_vcpu()).map_err(Error::host)?;
+        vcpus.start(cpu, vcpu, session.tell_vcpu())?;
     }
     let vm = Vm::new(VmParts {
         // All pages, even if some have arrived by now: those are counted as arrivals, too. Reading
         // the bitmap instead would take time in proportion to the size of memory.
-        missing_at_start: machine.pages(),
+        missing_at_start: machine.engine().map_or(0, |_| machine.pages()),
         machine,
         chipset,
         devices,
@@ -143,49 +272,32 @@ fn prepare(session: &Session, options: &RestoreOptions) -> Result<Prepared, Erro
         stats: session.stats.clone(),
         started: session.started,
         last_error: session.last_error.clone(),
-        tell: session.tell.clone(),
+        events: session.events.clone(),
+        log: session.log.clone(),
         reset_asked: session.reset_asked.clone(),
     });
-    let fill = match options.fill {
-        FillOption::On(rate) => Some(rate),
-        FillOption::Off => None,
+    let fill = match &options.fill {
+        FillConfig::On(options) => Some(options.clone()),
+        FillConfig::Off => None,
     };
     Ok(Prepared { vm, begin: Box::new(move |vm| begin(vm, saved)), fill })
 }
 
 /// Refuses options that do not match the snapshot's guest.
-fn check(saved: &SavedVm, options: &RestoreOptions) -> Result<(), Error> {
+fn check(saved: &SavedVm, options: &RestoreOptions) -> Result<(), RestoreError> {
     let cpus = saved.vcpus.len();
     if cpus == 0 || cpus > MAX_CPUS as usize {
-        return Err(Error::failed(format!(
-            "cannot restore snapshot {}: it has {cpus} vCPUs, and a guest has 1 to {MAX_CPUS}; \
-             use another snapshot",
-            options.source.display()
-        )));
+        return Err(RestoreError::VcpuCount { snapshot: options.source.clone(), cpus });
     }
-    if let Some(wanted) = options.cpus
-        && wanted as usize != cpus
+    if let Some(given) = options.cpus
+        && given as usize != cpus
     {
-        return Err(Error::usage(format!(
-            "--cpus: {wanted} vCPUs are given, and the snapshot's guest has {cpus}; leave it out"
-        )));
+        return Err(RestoreError::OtherVcpuCount { given, had: cpus });
     }
     let (given, had) = (&options.guest.vhost_user, &saved.devices);
-    if had.is_empty() && !given.is_empty() {
-        return Err(Error::usage(format!(
-            "--vhost-user: {} devices are given, and the snapshot's guest has none; leave them out",
-            given.len()
-        )));
-    }
     if given.len() != had.len() {
-        let kinds: Vec<_> = had.iter().map(|device| device.kind.to_string()).collect();
-        return Err(Error::usage(format!(
-            "--vhost-user: {} devices are given, and the snapshot's guest has {} ({}); name a \
-             back-end for each, in this order",
-            given.len(),
-            had.len(),
-            kinds.join(", ")
-        )));
+        let had = had.iter().map(|device| device.kind).collect();
+        return Err(RestoreError::Devices { given: given.len(), had });
     }
     Ok(())
 }
@@ -204,7 +316,7 @@ fn open_boot(
         );
         return Ok(None);
     };
-    BootSource::in_snapshot(snapshot, boot).map(Some)
+    Ok(Some(BootSource::in_snapshot(snapshot, boot)?))
 }
 
 fn open_image(
@@ -212,42 +324,67 @@ fn open_image(
     saved: &SavedVm,
     options: &RestoreOptions,
 ) -> Result<HashedImage, Error> {
-    let image =
-        HashedImage::of_files(snapshot.memory()?, snapshot.hashes()?).map_err(Error::failed)?;
+    let image = HashedImage::of_files(snapshot.memory()?, snapshot.hashes()?)?;
     if image.generation()[..] != saved.memory.generation[..] || image.size() != saved.memory.size {
-        return Err(Error::failed(format!(
-            "cannot restore snapshot {}: its memory and state are from different snapshots; use \
-             files of the same snapshot",
-            options.source.display()
-        )));
+        return Err(RestoreError::MixedFiles { snapshot: options.source.clone() }.into());
     }
     Ok(image)
 }
 
-/// Reads the whole image, and compares it with its hashes.
-fn verify(image: &HashedImage) -> Result<(), Error> {
-    let bar = Bar::new("verify", "pages", image.size() / PAGE_SIZE);
+/// Reads the whole image, and compares it with its hashes, unless the run is asked to end.
+fn verify(image: &HashedImage, session: &Session) -> Result<(), SourceError> {
+    let pages = image.size() / PAGE_SIZE;
+    let shown = Progress::new("verify", "pages read and checked", pages);
+    let mut shown = shown.with_lines(session.guest.progress);
     let mut progress = |bytes: u64| {
-        bar.set(bytes / PAGE_SIZE);
-        true
+        shown.set(bytes / PAGE_SIZE);
+        !session.is_ending()
     };
-    image.verify(&mut progress).map_err(Error::failed)
+    image.verify(&mut progress)
 }
 
-/// Fetches all memory, for back-ends that cannot wait for missing pages.
-fn fill_first(machine: &Machine) -> Result<(), Error> {
+/// A read of all memory before the guest runs, which ends when the source is given up.
+#[derive(Default)]
+struct Reading {
+    waiter: Waiter,
+    given_up: OnceLock<String>,
+}
+
+impl Reading {
+    fn give_up(&self, reason: &str) {
+        let _ = self.given_up.set(reason.into());
+        self.waiter.kick();
+    }
+}
+
+/// Fetches all memory, for guests or back-ends that cannot wait for missing pages.
+fn read_all(
+    memory: &DemandMemory,
+    name: &'static str,
+    session: &Session,
+    options: &RestoreOptions,
+    reading: &Reading,
+) -> Result<(), Error> {
     /// Pages that are requested at once: 128 MiB.
     const STEP: u64 = 1 << 15;
-    let bar =
-        Bar::new("memory, for a back-end without post-copy", "pages present", machine.pages());
-    let (waiter, mut done) = (Waiter::new(), 0);
-    for pager in machine.pagers() {
+    let pages = memory.pagers().map(|pager| pager.pages()).sum();
+    let shown = Progress::new(name, "pages present", pages);
+    let mut shown = shown.with_lines(session.guest.progress);
+    let mut done = 0;
+    for pager in memory.pagers() {
         let pages = pager.pages();
-        for first in (0..pages).step_by(STEP as usize) {
+        for first in (0..pages).step_by(to_usize(STEP)) {
             let range = PageRange::new(first, STEP.min(pages - first));
-            pager.ensure(range, Path::Fill, &waiter).map_err(Error::failed)?;
+            let fetched = pager.ensure(range, FaultPath::Fill, &reading.waiter);
+            fetched.map_err(|error| match (reading.given_up.get(), options.source_limit) {
+                (Some(reason), Some(limit)) => {
+                    let reason = reason.clone();
+                    RestoreError::SourceLimit { reason, limit }.into()
+                }
+                _ => Error::from(error),
+            })?;
             done += range.count;
-            bar.set(done);
+            shown.set(done);
         }
     }
     Ok(())
@@ -256,10 +393,8 @@ fn fill_first(machine: &Machine) -> Result<(), Error> {
 /// Sets the VM's state. Waits for the pages that KVM accesses by itself, and for those that hold
 /// the devices' queues.
 fn begin(vm: &Vm, saved: SavedVm) -> Result<(), Error> {
-    let handler = vm.machine.fault_handler()?;
-    let waiter = Waiter::new();
     for vcpu in &saved.vcpus {
-        handler.fetch_pages(&vcpu.own_pages(), &waiter).map_err(Error::failed)?;
+        vm.machine.fetch_pages(&vcpu.own_pages())?;
     }
     // Before the vCPUs: when their MSRs are set, KVM computes the guest's wall clock from this one.
     saved.vm.restore_clock(vm.machine.vm())?;
@@ -268,15 +403,13 @@ fn begin(vm: &Vm, saved: SavedVm) -> Result<(), Error> {
     vm.vcpus()
         .on_parked(timeouts::RESTORE, move |cpu, vcpu| {
             states[cpu as usize].restore(cpu, vcpu.fd(), &shape)
-        })
-        .map_err(Error::failed)?
+        })?
         .into_iter()
         .collect::<Result<(), _>>()?;
     // After the local APICs, which receive the interrupts that were in flight.
     saved.vm.restore(vm.machine.vm())?;
-    vm.chipset.serial.interrupt().map_err(|error| {
-        Error::host(format!("cannot raise the serial port's interrupt: {error}"))
-    })?;
+    let raised = vm.chipset.serial.interrupt();
+    raised.map_err(|source| RestoreError::SerialInterrupt { source })?;
     // From here on the guest differs from the snapshot's.
     vm.chipset.generation.renew(vm.machine.memory())?;
     vm.devices.iter().try_for_each(|device| device.resume())?;
@@ -285,8 +418,7 @@ fn begin(vm: &Vm, saved: SavedVm) -> Result<(), Error> {
         vm.vcpus()
             .on_parked(timeouts::RESTORE, move |cpu, vcpu| {
                 aligned[cpu as usize].align_tsc(cpu, vcpu.fd(), then, now)
-            })
-            .map_err(Error::failed)?
+            })?
             .into_iter()
             .collect::<Result<(), _>>()?;
     }

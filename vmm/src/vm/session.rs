@@ -1,58 +1,115 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The life of a Linux guest from its start to its end, whether it was booted or restored.
 
-use std::path::{Path, PathBuf};
+use std::cell::RefCell;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use demand_memory::{Fill, FillRate, Stats};
+use demand_memory::{DemandMemory, FillOptions, Stats};
+use demand_paging::LazyMemory;
+use demand_vhost::HangUp;
 use vm_device::DeviceMmio;
 
+use crate::api::Control;
+use crate::api::events::{EventKind, EventLog};
 use crate::api::server::ApiServer;
 use crate::arch::layout::{MAX_DEVICES, device_address, device_gsi};
-use crate::config::{OnPanic, VhostUserOption};
+use crate::config::{MemoryConfig, OnPanic, SerialConfig, VhostUserConfig};
 use crate::devices::chipset::Chipset;
 use crate::devices::exits::BusExits;
 use crate::devices::power::{OnPower, PowerRequest};
-use crate::devices::serial::SerialOption;
-use crate::devices::terminal::RawTerminal;
+use crate::devices::terminal::{self, Console};
 use crate::error::{Error, no_thread};
-use crate::logger;
-use crate::report::outputs::Outputs;
-use crate::report::progress::Bar;
-use crate::report::{Report, write_timeline};
+use crate::report::progress::Progress;
 use crate::vcpu::{VcpuContext, VcpuEvent};
 use crate::virtio::vhost_user::VhostUserDevice;
 use crate::vm::Vm;
-use crate::vm::event_loop::{End, drive, spawn};
-use crate::vm::events::{Event, Hear, Tell, events};
-use crate::vm::interrupt::{Interrupt, on_signals};
+use crate::vm::error::VmError;
+use crate::vm::event_loop::{ExitReason, follow_events};
+use crate::vm::events::{Event, EventReceiver, EventSender, event_queue};
+use crate::vm::host::ServedHost;
+use crate::vm::interrupt::{Interrupt, Registered, on_signals};
 use crate::vm::machine::Machine;
-use crate::vm::reset::Pristine;
-use crate::vm::source_watch::{Awaited, LastError};
+use crate::vm::record::Record;
+use crate::vm::reset::ResetState;
+use crate::vm::source_watch::LastError;
 use crate::vm::supervise::supervise;
+use crate::vm::task::spawn;
 use crate::vm::timeouts;
 
 /// The options of every command that runs a Linux guest.
 #[derive(Clone, Debug)]
-pub struct GuestOptions {
+pub(crate) struct GuestOptions {
     /// Name of the run in its report.
     pub stage: String,
     /// The devices' back-ends, by position.
-    pub vhost_user: Vec<VhostUserOption>,
+    pub vhost_user: Vec<VhostUserConfig>,
     /// The destination of the serial port.
-    pub serial: SerialOption,
+    pub serial: SerialConfig,
     /// The action when the guest's kernel panics.
     pub on_panic: OnPanic,
-    /// The path of the API's socket; `None`: no API.
-    pub api_socket: Option<PathBuf>,
-    /// The file for the picture of the run.
-    pub timeline: Option<PathBuf>,
-    /// The file to which the caller will write the report; it is checked before the run.
-    pub report: Option<PathBuf>,
+    /// Where the API is served.
+    pub api: ApiPlace,
+    /// Whether the arrival of pages is recorded, for the picture of the run.
+    pub timeline: bool,
     /// Whether the number of present pages is printed on standard error from time to time.
     pub progress: bool,
+}
+
+impl Default for GuestOptions {
+    fn default() -> Self {
+        GuestOptions {
+            stage: "run".into(),
+            vhost_user: Vec::new(),
+            serial: SerialConfig::default(),
+            on_panic: OnPanic::default(),
+            api: ApiPlace::Nowhere,
+            timeline: false,
+            progress: false,
+        }
+    }
+}
+
+/// Where the API of a VM is served.
+#[derive(Clone, Debug)]
+pub(crate) enum ApiPlace {
+    /// Nowhere.
+    Nowhere,
+    /// On a socket that is created once the VM exists.
+    Socket(PathBuf),
+    /// On the socket of a process that began without a VM.
+    Host(Arc<ServedHost>),
+}
+
+impl ApiPlace {
+    /// Serves the API for this VM, until the outcome is dropped or [`close`](Self::close) is
+    /// called.
+    fn open(&self, vm: &Arc<Vm>) -> Result<Option<ApiServer>, Error> {
+        match self {
+            ApiPlace::Nowhere => Ok(None),
+            ApiPlace::Socket(path) => Ok(Some(ApiServer::start(path, vm.clone())?)),
+            ApiPlace::Host(served) => {
+                served.host.attach(vm.clone());
+                Ok(None)
+            }
+        }
+    }
+
+    /// Answers the request for the VM: its vCPUs run.
+    fn say_running(&self) {
+        if let ApiPlace::Host(served) = self {
+            served.host.answer(Ok(()));
+        }
+    }
+
+    /// Ends the API of a VM that has ended.
+    fn close(&self, outcome: &Result<(), Error>) {
+        if let ApiPlace::Host(served) = self {
+            served.close(outcome.as_ref().copied());
+        }
+    }
 }
 
 /// The shared parts of a run, which exist before the guest is prepared.
@@ -60,13 +117,28 @@ pub(crate) struct Session {
     pub(crate) started: Instant,
     pub(crate) guest: GuestOptions,
     pub(crate) stats: Arc<Stats>,
-    pub(crate) tell: Tell,
+    pub(crate) events: EventSender,
+    /// The log of events for clients of the API.
+    pub(crate) log: Arc<EventLog>,
     pub(crate) last_error: LastError,
     /// Whether a reset that the guest requested is pending. The guest may request it on more than
     /// one vCPU.
     pub(crate) reset_asked: Arc<AtomicBool>,
     /// The guest's memory, once it exists. The thread that ends the run uses it.
-    pub(crate) awaited: Arc<OnceLock<Awaited>>,
+    pub(crate) awaited: Arc<OnceLock<DemandMemory>>,
+    record: Arc<Record>,
+    interrupt: Interrupt,
+    /// The ends of the connections to back-ends, for an end before there is a VM.
+    hang_ups: RefCell<Vec<Registered>>,
+}
+
+/// A guest's run that has ended, in whatever way.
+#[derive(Debug)]
+pub(crate) struct Ended {
+    /// The facts for the report.
+    pub(crate) record: Arc<Record>,
+    /// An end that the guest, the user or a signal requested is not an error.
+    pub(crate) outcome: Result<(), Error>,
 }
 
 /// The remaining work before the first instruction. It may wait for pages.
@@ -76,30 +148,53 @@ pub(crate) type Begin = Box<dyn FnOnce(&Vm) -> Result<(), Error>>;
 pub(crate) struct Prepared {
     pub(crate) vm: Vm,
     pub(crate) begin: Begin,
-    pub(crate) fill: Option<FillRate>,
+    pub(crate) fill: Option<FillOptions>,
 }
 
 impl Session {
+    /// Announces the machine's memory, once it exists and before any thread waits for a page of it.
+    pub(crate) fn set_machine(&self, machine: &LazyMemory, memory: &MemoryConfig, cpus: u32) {
+        self.record.set_machine(machine, memory, cpus);
+        let _ = self.awaited.set(machine.memory().clone());
+    }
+
+    /// Returns whether the run was asked to end. The steps before the guest runs then stop.
+    pub(crate) fn is_ending(&self) -> bool {
+        self.interrupt.reason().is_some()
+    }
+
+    /// Calls `callback` when the run is asked to end, until the returned value is dropped.
+    pub(crate) fn when_ending(&self, callback: impl FnOnce() + Send + 'static) -> Registered {
+        self.interrupt.when_raised(callback)
+    }
+
+    /// Closes the connection to a back-end if the run is asked to end before there is a VM, whose
+    /// own end closes it later.
+    pub(crate) fn hang_up_at_end(&self, hang_up: &HangUp) {
+        let hang_up = hang_up.clone();
+        let registered = self.when_ending(move || hang_up.hang_up());
+        self.hang_ups.borrow_mut().push(registered);
+    }
+
     /// Returns the callback through which a vCPU's thread reports events.
     pub(crate) fn tell_vcpu(&self) -> impl Fn(VcpuEvent) + Send + 'static {
-        let tell = self.tell.clone();
-        move |event| tell.tell(Event::Vcpu(event))
+        let events = self.events.clone();
+        move |event| events.send(Event::Vcpu(event))
     }
 
     /// Returns the context that the vCPUs share, with the machine's devices on its buses.
     pub(crate) fn context(
         &self,
-        machine: &Machine,
         chipset: &Chipset,
         devices: &[Arc<VhostUserDevice>],
-    ) -> Result<Arc<VcpuContext>, Error> {
-        let tell = self.tell.clone();
+    ) -> Arc<VcpuContext> {
+        let events = self.events.clone();
         let asked = self.reset_asked.clone();
         let resets = self.guest.on_panic == OnPanic::Reset;
         let power: OnPower = Arc::new(move |request| {
             let mut request = request;
             if request == PowerRequest::Panicked {
-                tell.tell(Event::Power(request));
+                events.send(Event::Power(request));
                 if !resets {
                     return;
                 }
@@ -107,28 +202,23 @@ impl Session {
                 request = PowerRequest::Reset;
             }
             if request != PowerRequest::Reset || !asked.swap(true, Ordering::AcqRel) {
-                tell.tell(Event::Power(request));
+                events.send(Event::Power(request));
             }
         });
         let virtio =
             devices.iter().map(|device| device.clone() as Arc<dyn DeviceMmio + Send + Sync>);
         let buses = chipset.buses(virtio, power.clone());
-        Ok(Arc::new(VcpuContext {
-            faults: machine.fault_handler()?,
-            memory: machine.memory().clone(),
+        Arc::new(VcpuContext {
             exits: Arc::new(BusExits::new(buses, power)),
-            first_run: OnceLock::new(),
-        }))
+            first_run: self.record.first_run.clone(),
+        })
     }
 }
 
 /// Refuses more devices than the machine has room for.
-pub(crate) fn check_devices(devices: &[VhostUserOption]) -> Result<(), Error> {
+pub(crate) fn check_devices(devices: &[VhostUserConfig]) -> Result<(), Error> {
     if devices.len() > MAX_DEVICES {
-        return Err(Error::usage(format!(
-            "--vhost-user: {} devices are too many; a VM has room for {MAX_DEVICES}",
-            devices.len()
-        )));
+        return Err(VmError::TooManyDevices { given: devices.len() }.into());
     }
     Ok(())
 }
@@ -139,165 +229,190 @@ pub(crate) fn attach(
     position: usize,
     machine: &Machine,
 ) -> Result<(), Error> {
+    machine.lazy().expect_back_ends();
     device.share_memory(machine.memory(), machine.service())?;
-    device.attach(machine.vm(), device_address(position), device_gsi(position))
+    Ok(device.attach(machine.vm(), device_address(position), device_gsi(position))?)
 }
 
-impl GuestOptions {
-    fn try_outputs(&self, inputs: &[&Path]) -> Result<Outputs, Error> {
-        let mut outputs = Outputs::default();
-        let files = [("--report", &self.report), ("--timeline", &self.timeline)];
-        for (option, path) in files {
-            path.iter().try_for_each(|path| outputs.add(option, path, inputs))?;
-        }
-        if let SerialOption::File(path) = &self.serial {
-            outputs.add("--serial", path, inputs)?;
-        }
-        Ok(outputs)
-    }
-}
-
-/// Runs the guest that `prepare` makes, until it ends. `inputs` are files that the run must not
-/// write to. SIGINT, SIGTERM and SIGHUP end the guest; call this before the process starts other
-/// threads.
+/// Runs the guest that `prepare` makes, until it ends. SIGINT, SIGTERM and SIGHUP end the guest in
+/// order, which is not an error; call this before the process starts other threads.
 ///
 /// # Errors
 ///
-/// One line, with its exit status. The process should exit after an error, because a thread may be
-/// left that is blocked forever.
+/// One line, with its exit status, if the run cannot begin. The process should exit after an error
+/// in the outcome, because a thread may be left that is blocked forever.
 pub(crate) fn run_guest(
     guest: GuestOptions,
-    inputs: &[&Path],
     started: Instant,
     prepare: impl FnOnce(&Session) -> Result<Prepared, Error> + Send + 'static,
-) -> Result<Report, Error> {
+) -> Result<Ended, Error> {
     check_devices(&guest.vhost_user)?;
-    let outputs = guest.try_outputs(inputs)?;
-    let interrupt = Interrupt::default();
-    on_signals(interrupt.clone()).map_err(|error| no_thread("listen for signals", error))?;
-    let console = guest.serial == SerialOption::Terminal;
+    let (interrupt, log) = match &guest.api {
+        ApiPlace::Host(served) => (served.host.interrupt().clone(), served.host.events()),
+        ApiPlace::Nowhere | ApiPlace::Socket(_) => (listen_for_signals()?, Arc::default()),
+    };
+    let console = guest.serial == SerialConfig::Terminal;
     // Kept on this thread, which restores the terminal even if another thread hangs.
-    let _terminal = console.then(RawTerminal::new).transpose().map_err(|error| {
-        Error::failed(format!("cannot use the terminal as the guest's console: {error}"))
-    })?;
+    let _terminal = console.then(Console::new);
     let awaited = Arc::new(OnceLock::new());
+    let record = Record::new(guest.stage.clone(), started);
+    if guest.timeline {
+        record.stats.keep_timeline();
+    }
     let work = {
-        let (interrupt, awaited) = (interrupt.clone(), awaited.clone());
+        let (interrupt, awaited, record) = (interrupt.clone(), awaited.clone(), record.clone());
         move || {
-            let (tell, hear) = events().map_err(|error| {
-                Error::host(format!(
-                    "cannot create an eventfd: {error}; raise the limit of open files (ulimit -n)"
-                ))
-            })?;
-            let interrupted = tell.clone();
-            interrupt.when_raised(move || interrupted.tell(Event::Interrupted));
-            let stats = Arc::new(Stats::new());
-            if guest.timeline.is_some() {
-                stats.keep_timeline();
-            }
-            let last_error = LastError::default();
+            let (events, receiver) =
+                event_queue().map_err(|source| VmError::EventQueue { source })?;
+            let stats = record.stats.clone();
+            let last_error = LastError::new(log.clone());
             let reset_asked = Arc::default();
-            let session = Session { started, guest, stats, tell, last_error, reset_asked, awaited };
-            let prepared = prepare(&session)?;
-            follow(session, prepared, &hear, console)
+            let session = Session {
+                started,
+                guest,
+                stats,
+                events,
+                log,
+                last_error,
+                reset_asked,
+                awaited,
+                record,
+                interrupt,
+                hang_ups: RefCell::default(),
+            };
+            match prepare(&session) {
+                Ok(prepared) => follow(&session, prepared, &receiver, console),
+                // The interrupt is the cause of the error.
+                Err(_) if session.is_ending() => Ok(()),
+                Err(error) => Err(error),
+            }
         }
     };
-    let report = supervise(&interrupt, &awaited, work)?;
-    outputs.keep();
-    Ok(report)
+    let outcome = supervise(&interrupt, &awaited, work);
+    if let (Some(reason), Ok(())) = (interrupt.reason(), &outcome) {
+        log::info!("{reason}");
+    }
+    Ok(Ended { record, outcome })
+}
+
+/// Returns the interrupt that SIGINT, SIGTERM and SIGHUP raise.
+pub(crate) fn listen_for_signals() -> Result<Interrupt, Error> {
+    let interrupt = Interrupt::default();
+    on_signals(interrupt.clone()).map_err(|error| no_thread("listen for signals", error))?;
+    Ok(interrupt)
 }
 
 /// Follows the guest from its first instruction to its last.
 fn follow(
-    session: Session,
+    session: &Session,
     prepared: Prepared,
-    hear: &Hear,
+    receiver: &EventReceiver,
     console: bool,
-) -> Result<Report, Error> {
+) -> Result<(), Error> {
     let Prepared { vm, begin, fill } = prepared;
     let vm = Arc::new(vm);
-    let api = match &session.guest.api_socket {
-        Some(path) => Some(ApiServer::start(path, vm.clone())?),
-        None => None,
-    };
-    let mut completed = None;
-    let mut filling = None;
-    let outcome = Pristine::of(&vm).and_then(|pristine| {
+    let interrupted = Arc::downgrade(&vm);
+    let _told = session.interrupt.when_raised(move || {
+        if let Some(vm) = interrupted.upgrade() {
+            let _ = vm.shutdown();
+        }
+    });
+    // From now on, the VM's end closes the connections when no request is in flight.
+    session.hang_ups.take();
+    let api = session.guest.api.open(&vm)?;
+    let outcome = ResetState::of(&vm).and_then(|reset_state| {
         begin(&vm)?;
-        if let Some(rate) = fill {
-            let pagers = vm.machine.pagers().cloned().collect();
-            let started = Fill::start(pagers, rate);
-            filling = Some(started.map_err(|error| no_thread("fill memory", error))?);
+        let fills = fill.is_some();
+        if let Some(options) = fill {
+            vm.machine.start_fill(options)?;
         }
         if vm.machine.engine().is_some() {
-            let tell = session.tell.clone();
-            vm.machine.on_complete(move || tell.tell(Event::Complete));
+            let events = session.events.clone();
+            vm.machine.on_complete(move || events.send(Event::Complete));
+        }
+        if console {
+            // Until now, keys such as Ctrl-C have ended the start.
+            terminal::make_raw().map_err(|source| VmError::Terminal { source })?;
         }
         vm.go();
-        let bar = (fill.is_some() && !console && vm.missing_at_start > 0)
-            .then(|| Bar::new("memory", "pages present", vm.missing_at_start));
-        let mut said = Said { progress: session.guest.progress, last: u64::MAX };
+        session.record.set_running();
+        session.guest.api.say_running();
+        let missing = vm.missing_at_start;
+        let mut progress = (missing > 0).then(|| {
+            let progress = Progress::new("memory", "pages present", missing);
+            let progress = progress.with_lines(session.guest.progress);
+            if fills && !console { progress } else { progress.without_bar() }
+        });
         let mut look = |happened: Option<Instant>| {
-            completed = completed.or(happened);
-            let arrived = vm.stats.pages_arrived();
-            if let Some(bar) = &bar {
-                bar.set(arrived);
+            if let Some(happened) = happened {
+                let _ = session.record.completed.set(happened);
             }
-            said.say(arrived, vm.missing_at_start);
+            let arrived = vm.stats.pages_arrived();
+            if let Some(progress) = &mut progress {
+                progress.set(arrived);
+            }
         };
         let mut quick = QuickResets::default();
         loop {
-            match drive(&vm, hear, console, &mut look)? {
-                End::Reset => {
+            match follow_events(&vm, receiver, console, &mut look)? {
+                ExitReason::Reset => {
                     let loops = quick.count(Instant::now())?;
                     log::warn!("the guest reset itself, or crashed into a reset; restarting it");
+                    vm.log.add(EventKind::GuestReset);
                     if loops {
                         log::warn!("{}", QuickResets::LOOKS_LIKE);
                     }
-                    let (vm, pristine) = (vm.clone(), pristine.clone());
-                    let (asked, tell) = (session.reset_asked.clone(), session.tell.clone());
+                    let (vm, reset_state) = (vm.clone(), reset_state.clone());
+                    let (asked, events) = (session.reset_asked.clone(), session.events.clone());
                     // On a separate thread, because a reset may wait for pages and other events
                     // must be handled meanwhile.
                     spawn("reset", move || {
-                        tell.tell(Event::Reset(pristine.reset(&vm, vm.boot.as_ref(), &asked)));
+                        events.send(Event::Reset(reset_state.reset(&vm, vm.boot.as_ref(), &asked)));
                     })?;
                 }
-                End::Panicked => on_panic(&vm, session.guest.on_panic)?,
-                End::Off | End::Asked => return Ok(()),
+                ExitReason::Panicked => on_panic(&vm, session.guest.on_panic)?,
+                ExitReason::Off | ExitReason::Asked => return Ok(()),
             }
         }
     });
+    // The end may take seconds, in which keys have their usual effect again.
+    terminal::restore();
     // A requested end is not an error, even before the guest has begun or during a reset.
     let outcome = if vm.lifecycle.was_asked() { Ok(()) } else { outcome };
     // This also ends a snapshot in progress, and prevents another one.
     vm.end();
-    drop(filling);
+    if let Some(bytes) = vm.machine.lazy().fill_in_flight_limit() {
+        let _ = session.record.fill_in_flight_bytes.set(bytes);
+    }
+    vm.machine.lazy().stop_fill();
     let stopped = vm.machine.end_guest(|within| vm.stop_vcpus(within));
     vm.chipset.serial.drain(timeouts::CONSOLE);
-    drop(api);
-    match (outcome, stopped) {
-        (Ok(()), Ok(())) => {}
+    let outcome = match (outcome, stopped) {
+        (Ok(()), Ok(())) => Ok(()),
         (outcome, stopped) => {
             // A thread may still use the machine. The kernel takes everything down with the
             // process.
             std::mem::forget(vm.clone());
-            let stuck = stopped.err().map(|stuck| vm.explain(&stuck));
-            return Err(outcome
-                .err()
-                .or(stuck)
-                .unwrap_or_else(|| Error::failed("the VM did not end cleanly")));
+            let stuck = stopped.err().map(|stuck| vm.explain(stuck));
+            Err(outcome.err().unwrap_or_else(|| stuck.unwrap_or(VmError::Unclean).into()))
         }
+    };
+    match &outcome {
+        Ok(()) => vm.log.end(0, None),
+        Err(error) => vm.log.end(error.exit_status(), Some(error.to_string())),
     }
-    report(&session, &vm, completed)
+    session.guest.api.close(&outcome);
+    drop(api);
+    outcome
 }
 
 /// Logs that the guest's kernel has panicked, and takes the configured action.
 fn on_panic(vm: &Arc<Vm>, wanted: OnPanic) -> Result<(), Error> {
-    const PANICKED: &str = "the guest's kernel has panicked; its console may say why";
+    vm.log.add(EventKind::GuestPanicked);
     if wanted == OnPanic::Shutdown {
-        return Err(Error::failed(format!("{PANICKED}; the VM has ended, as --on-panic says")));
+        return Err(VmError::Panicked.into());
     }
-    log::warn!("{PANICKED}");
+    log::warn!("the guest's kernel has panicked; its console may say why");
     match wanted {
         OnPanic::Pause => vm.pause_panicked(),
         // The reset is on its way.
@@ -329,7 +444,7 @@ impl QuickResets {
                               initramfs is complete and fits the kernel";
 
     /// Counts a reset at `now`. Returns whether to log the likely cause.
-    fn count(&mut self, now: Instant) -> Result<bool, Error> {
+    fn count(&mut self, now: Instant) -> Result<bool, VmError> {
         let last = self.last.replace(now);
         let within = |most| last.is_some_and(|last| now.duration_since(last) < most);
         self.quick = if within(Self::WITHIN) { self.quick + 1 } else { 0 };
@@ -337,47 +452,8 @@ impl QuickResets {
         if self.quick < Self::MOST {
             return Ok(self.soon == Self::TOLD);
         }
-        Err(Error::failed(format!(
-            "the guest reset itself {} times, each within {} ms of its start; check that the \
-             kernel fits its memory, command line and initramfs",
-            Self::MOST,
-            Self::WITHIN.as_millis()
-        )))
+        Err(VmError::ResetLoop { resets: Self::MOST, within: Self::WITHIN })
     }
-}
-
-/// Prints the number of present pages when it has changed.
-struct Said {
-    progress: bool,
-    last: u64,
-}
-
-impl Said {
-    fn say(&mut self, arrived: u64, total: u64) {
-        if self.progress && arrived != self.last {
-            self.last = arrived;
-            logger::say(format_args!("progress {arrived} {total}"));
-        }
-    }
-}
-
-fn report(session: &Session, vm: &Vm, completed: Option<Instant>) -> Result<Report, Error> {
-    let since_start = |instant: Instant| instant.duration_since(session.started).as_micros() as u64;
-    let mut report = Report {
-        stage: session.guest.stage.clone(),
-        engine: vm.machine.engine_name().into(),
-        backing: vm.memory.backing.to_string(),
-        memory_bytes: vm.memory.size,
-        cpus: vm.cpus,
-        time_to_first_instruction_us: vm.first_run().map_or(0, since_start),
-        time_to_complete_us: completed.map_or(0, since_start),
-        ..Report::default()
-    };
-    report.set_paths(&session.stats);
-    if let Some(path) = &session.guest.timeline {
-        write_timeline(path, &report, &session.stats, vm.machine.pages())?;
-    }
-    Ok(report)
 }
 
 #[cfg(test)]
@@ -385,7 +461,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_third_reset_in_a_row_is_told() {
+    fn third_reset_in_a_row_is_reported() {
         let (mut resets, mut now) = (QuickResets::default(), Instant::now());
         let mut after = |seconds| {
             now += Duration::from_secs(seconds);

@@ -3,13 +3,16 @@
 
 use std::fmt;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
-use demand_memory::{DemandMemory, PageWait, Retrier, RetryPolicy, WaitWatch};
+use demand_memory::{Failure, PageWait, Retrier, RetryPolicy};
 
-/// A longer wait for a page is reported.
-const LONG: Duration = Duration::from_secs(10);
+use crate::api::events::{EventKind, EventLog};
+use crate::sync::LockExt;
+
+/// How long a source must not fail until it counts as back.
+const QUIET: Duration = Duration::from_secs(1);
 
 /// A page that the source leaves unanswered.
 #[derive(Clone, Debug)]
@@ -30,26 +33,71 @@ impl fmt::Display for Unanswered {
 struct Trouble {
     failure: Option<String>,
     unanswered: Option<Unanswered>,
+    /// Whether the latest event about the source says that it fails.
+    is_logged: bool,
+    /// The time since which it has seemed to be back.
+    quiet_since: Option<Instant>,
 }
 
 /// The last error of the page source.
 #[derive(Clone, Debug, Default)]
-pub struct LastError(Arc<Mutex<Trouble>>);
+pub struct LastError {
+    trouble: Arc<Mutex<Trouble>>,
+    log: Arc<EventLog>,
+}
 
 impl LastError {
-    fn lock(&self) -> MutexGuard<'_, Trouble> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Creates one without an error, which adds events to `log` when the source begins to fail and
+    /// when it is back.
+    pub(crate) fn new(log: Arc<EventLog>) -> Self {
+        LastError { trouble: Arc::default(), log }
     }
 
     /// Stores the error of a failed fetch: one line.
     fn set(&self, failure: impl Into<String>) {
-        self.lock().failure = Some(failure.into());
+        let failure = failure.into();
+        let mut trouble = self.trouble.lock_always();
+        trouble.quiet_since = None;
+        trouble.failure = Some(failure.clone());
+        self.log_failure(&mut trouble, failure);
+    }
+
+    /// Stores the page that was not answered for too long, if any.
+    fn set_unanswered(&self, page: Option<Unanswered>) {
+        let mut trouble = self.trouble.lock_always();
+        if let Some(page) = &page {
+            self.log_failure(&mut trouble, page.to_string());
+        }
+        trouble.unanswered = page;
+    }
+
+    fn log_failure(&self, trouble: &mut Trouble, error: String) {
+        if !std::mem::replace(&mut trouble.is_logged, true) {
+            self.log.add(EventKind::SourceFailing { error });
+        }
+    }
+
+    /// Adds an event if the source is back: it is not `failing`, and answers.
+    pub(crate) fn look(&self, failing: bool) {
+        let mut trouble = self.trouble.lock_always();
+        let answers = trouble.unanswered.as_ref().is_none_or(|page| page.wait.is_over());
+        if !trouble.is_logged || !answers || failing {
+            trouble.quiet_since = None;
+            return;
+        }
+        // While an attempt is under way, its failure is not known yet.
+        let since = *trouble.quiet_since.get_or_insert_with(Instant::now);
+        if since.elapsed() >= QUIET {
+            trouble.is_logged = false;
+            trouble.quiet_since = None;
+            self.log.add(EventKind::SourceBack);
+        }
     }
 
     /// Returns the page that has been waited for too long without an answer, else the last failure
     /// if the source is still `failing`: one line.
     pub(crate) fn get(&self, failing: bool) -> Option<String> {
-        let trouble = self.lock();
+        let trouble = self.trouble.lock_always();
         let unanswered = trouble.unanswered.as_ref().filter(|page| !page.wait.is_over());
         unanswered
             .map(|page| format!("{page}; {HINT}"))
@@ -60,7 +108,7 @@ impl LastError {
 const HINT: &str = "check that the storage it lies on responds";
 
 /// Reports failures and long waits, and gives the source up after the user's limit.
-pub(crate) struct SourceWatch {
+pub struct SourceWatch {
     image: PathBuf,
     limit: Option<Duration>,
     last_error: LastError,
@@ -69,11 +117,19 @@ pub(crate) struct SourceWatch {
     told: Mutex<Option<u64>>,
 }
 
+impl fmt::Debug for SourceWatch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut watch = f.debug_struct("SourceWatch");
+        watch.field("image", &self.image).field("limit", &self.limit);
+        watch.field("last_error", &self.last_error).finish_non_exhaustive()
+    }
+}
+
 impl SourceWatch {
     /// Creates a watch of the source that reads `image`. It calls `give_up` with the reason, again
     /// and again, while a wanted page has not arrived for longer than `limit`. The callback must
     /// not block.
-    pub(crate) fn new(
+    pub fn new(
         image: PathBuf,
         limit: Option<Duration>,
         last_error: LastError,
@@ -83,11 +139,11 @@ impl SourceWatch {
         Arc::new(SourceWatch { image, limit, last_error, give_up, told })
     }
 
-    /// Creates a retrier that reports failed fetches here.
-    pub(crate) fn retrier(self: &Arc<Self>) -> Arc<Retrier> {
+    /// Creates a retrier that reports failed fetches and long waits here.
+    pub fn retrier(self: &Arc<Self>) -> Retrier {
         let policy = RetryPolicy { limit: self.limit, ..RetryPolicy::default() };
-        let watch = self.clone();
-        Retrier::new(policy, move |failure| {
+        let (watch, looking) = (self.clone(), self.clone());
+        let failed = move |failure: &Failure<'_>| {
             watch.last_error.set(failure.error.to_string());
             if failure.given_up {
                 // Each time, because the VM may have been resumed before the source was back.
@@ -97,40 +153,25 @@ impl SourceWatch {
                 // first.
                 log::warn!("{} (attempt {})", failure.error, failure.attempts);
             }
-        })
+        };
+        Retrier::with_look(policy, failed, move |longest| looking.look(longest))
     }
 
     /// Reports the longest wait for a page if it is too long.
     fn look(&self, longest: Option<PageWait>) {
         let waiting = longest.as_ref().map_or(Duration::ZERO, PageWait::waiting);
         let given_up = self.limit.is_some_and(|limit| waiting >= limit);
-        let late = longest.filter(|_| given_up || waiting >= LONG);
+        let late = longest.filter(|wait| given_up || wait.is_long());
         let late = late.map(|wait| Unanswered { wait, image: self.image.clone() });
-        self.last_error.lock().unanswered = late.clone();
+        self.last_error.set_unanswered(late.clone());
         let Some(page) = late else { return };
         let offset = Some(page.wait.image_offset());
-        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut told = self.told.lock_always();
         if std::mem::replace(&mut *told, offset) != offset {
             log::warn!("{page}; {HINT}");
         }
         if given_up {
             (self.give_up)(page.to_string());
-        }
-    }
-}
-
-/// The memory of a run, whose pages its threads may wait for.
-pub(crate) struct Awaited {
-    pub(crate) memory: DemandMemory,
-    /// `None` if no page is ever missing.
-    pub(crate) source: Option<Arc<SourceWatch>>,
-}
-
-impl Awaited {
-    /// Looks for long waits. Must be called regularly, with the same `waits`.
-    pub(crate) fn look(&self, waits: &mut WaitWatch) {
-        if let Some(source) = &self.source {
-            source.look(waits.look(self.memory.pagers()));
         }
     }
 }

@@ -1,23 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Runs the VM on its own thread, so that a blocked page fault cannot delay shutdown.
 
-use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::sync::{Arc, OnceLock};
 use std::thread;
-use std::time::Duration;
 
-use demand_memory::WaitWatch;
+use demand_memory::DemandMemory;
 
 use crate::error::{Error, no_thread};
+use crate::vm::error::VmError;
 use crate::vm::interrupt::Interrupt;
-use crate::vm::source_watch::Awaited;
 use crate::vm::timeouts;
 
-/// Interval between looks for pages that the source leaves unanswered.
-const LOOK_EVERY: Duration = Duration::from_secs(1);
-
 /// A message to the thread that supervises the work.
-enum Said<T> {
+enum Message<T> {
     /// The work has ended.
     Ended(Box<Result<T, Error>>),
     /// The work must end.
@@ -25,55 +21,56 @@ enum Said<T> {
 }
 
 /// Runs `work` on its own thread, and returns the outcome. After `interrupt` is raised, that takes
-/// a few seconds at most. `awaited` is the memory that the work waits for, once it exists.
+/// a few seconds at most: the waits for pages of `awaited`, the memory that the work uses, are
+/// ended if the work does not end before.
 ///
 /// # Errors
 ///
-/// The errors of the work, or the reason of the interrupt. The process should exit after an error,
-/// because the work may still run.
-pub(crate) fn supervise<T: Send + 'static>(
+/// The errors of the work; or, if it does not end in time, an error with the reason of the
+/// interrupt. The process should exit after an error, because the work may still run.
+pub fn supervise<T: Send + 'static>(
     interrupt: &Interrupt,
-    awaited: &Arc<OnceLock<Awaited>>,
+    awaited: &Arc<OnceLock<DemandMemory>>,
     work: impl FnOnce() -> Result<T, Error> + Send + 'static,
 ) -> Result<T, Error> {
     // This thread only receives messages, so that no page fault can block it.
-    let (sender, said) = channel();
+    let (sender, messages) = channel();
     let interrupted = sender.clone();
-    interrupt.when_raised(move || drop(interrupted.send(Said::Interrupted)));
-    let body = move || drop(sender.send(Said::Ended(Box::new(work()))));
+    let _told = interrupt.when_raised(move || drop(interrupted.send(Message::Interrupted)));
+    let body = move || drop(sender.send(Message::Ended(Box::new(work()))));
     thread::Builder::new()
         .name("run".into())
         .spawn(body)
         .map_err(|error| no_thread("run the VM", error))?;
 
-    let (mut ending, mut waits) = (false, WaitWatch::default());
-    let outcome = loop {
-        match said.recv_timeout(if ending { timeouts::SIGNAL } else { LOOK_EVERY }) {
-            Ok(Said::Ended(outcome)) => break Some(*outcome),
-            Ok(Said::Interrupted) => ending = true,
-            Err(RecvTimeoutError::Timeout) if !ending => {
-                awaited.get().into_iter().for_each(|awaited| awaited.look(&mut waits));
-            }
-            Err(RecvTimeoutError::Timeout) => match awaited.get().map(|awaited| &awaited.memory) {
-                // Ends every wait for a page except KVM's own.
-                Some(memory) if !memory.is_stopped() => memory.stop(),
-                Some(memory) => {
-                    // Ends KVM's own waits, too, because they would keep the process from its exit.
-                    memory.revoke();
-                    break None;
-                }
-                None => break None,
-            },
-            Err(RecvTimeoutError::Disconnected) => {
-                break Some(Err(Error::failed("the run's thread ended without a result")));
-            }
+    match messages.recv() {
+        Ok(Message::Ended(outcome)) => return *outcome,
+        Ok(Message::Interrupted) => {}
+        Err(_) => return Err(VmError::NoResult.into()),
+    }
+    // Every wait for a page ends first, except KVM's own; then those, too, which would keep the
+    // process from its exit.
+    let steps: [Option<fn(&DemandMemory)>; 3] =
+        [Some(DemandMemory::stop), Some(DemandMemory::revoke), None];
+    for step in steps {
+        if let Some(outcome) = outcome_in_time(&messages) {
+            return outcome;
         }
-    };
-    match (outcome, interrupt.reason()) {
-        (Some(Ok(report)), _) => Ok(report),
-        // The interrupt is the cause of any later error.
-        (_, Some(reason)) => Err(Error::failed(reason)),
-        (Some(Err(error)), None) => Err(error),
-        (None, None) => Err(Error::failed("the run did not stop in time")),
+        let (Some(step), Some(memory)) = (step, awaited.get()) else { break };
+        step(memory);
+    }
+    let reason = interrupt.reason().unwrap_or_default();
+    Err(VmError::NotInTime { reason }.into())
+}
+
+/// Returns the outcome of the work if it ends soon.
+fn outcome_in_time<T>(messages: &Receiver<Message<T>>) -> Option<Result<T, Error>> {
+    loop {
+        match messages.recv_timeout(timeouts::SIGNAL) {
+            Ok(Message::Ended(outcome)) => return Some(*outcome),
+            Ok(Message::Interrupted) => {}
+            Err(RecvTimeoutError::Timeout) => return None,
+            Err(RecvTimeoutError::Disconnected) => return Some(Err(VmError::NoResult.into())),
+        }
     }
 }

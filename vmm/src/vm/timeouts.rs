@@ -2,7 +2,7 @@
 //! The time limits of a VM's operations, side by side.
 //!
 //! An end must be shorter than the patience of the process that ends: each limit of an end is
-//! about two seconds, and a signal ends the process after at most twice [`SIGNAL`].
+//! about two seconds, and a signal ends the process after at most three times [`SIGNAL`].
 
 use std::time::Duration;
 
@@ -23,6 +23,6 @@ pub(crate) const END: Duration = Duration::from_secs(2);
 pub(crate) const VCPUS: Duration = Duration::from_secs(2);
 /// How long an end waits until the guest's last console output is written.
 pub(crate) const CONSOLE: Duration = Duration::from_secs(1);
-/// How long an end that a signal requests waits for the VM while pages still arrive, and once more
-/// after its memory was stopped.
+/// How long an end that a signal requests waits for the VM while pages still arrive, again after
+/// its memory was stopped, and again after it was revoked.
 pub(crate) const SIGNAL: Duration = Duration::from_millis(2500);

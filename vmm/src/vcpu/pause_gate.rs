@@ -9,6 +9,8 @@ use std::time::{Duration, Instant};
 
 use demand_kvm::DemandVcpu;
 
+use crate::sync::LockExt;
+
 /// The state that the vCPUs must take.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
@@ -20,8 +22,8 @@ pub(crate) enum Wanted {
 
 /// Whether the pending I/O of a parked vCPU is complete.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Settled {
-    Yes,
+pub(crate) enum IoState {
+    Complete,
     /// An instruction is incomplete, and its page is missing.
     Waiting {
         /// Guest physical address of the page.
@@ -35,7 +37,7 @@ pub(crate) enum Place {
     /// In the guest, or handling an exit.
     Running,
     /// Parked at the gate, until it may run.
-    Parked(Settled),
+    Parked(IoState),
     /// Ended.
     Ended,
 }
@@ -44,15 +46,15 @@ pub(crate) enum Place {
 pub(crate) type Job = Box<dyn FnOnce(&mut DemandVcpu) + Send>;
 
 /// The next step of a vCPU's thread.
-pub(crate) enum Turn {
+pub(crate) enum ParkAction {
     /// The thread enters the guest.
-    Go,
+    Enter,
     /// The thread ends.
-    Stop,
+    End,
     /// The thread tries to complete the pending I/O, and returns to the gate.
-    Settle,
+    CompleteIo,
     /// The thread runs the job, and returns to the gate.
-    Do(Job),
+    Run(Job),
 }
 
 #[derive(Default)]
@@ -67,11 +69,11 @@ struct State {
 }
 
 /// Interval at which a vCPU with a pending job checks whether its missing page has become present.
-const SETTLE_EVERY: Duration = Duration::from_millis(2);
+const RETRY_EVERY: Duration = Duration::from_millis(2);
 
 /// The gate of all vCPUs. While no request is pending, a vCPU passes it with three loads of words
 /// that no thread then writes, and without a lock.
-pub(crate) struct Gate {
+pub(crate) struct PauseGate {
     wanted: AtomicU8,
     /// Number of times when all vCPUs were reported held up.
     absences: AtomicU64,
@@ -81,9 +83,9 @@ pub(crate) struct Gate {
     changed: Condvar,
 }
 
-impl Gate {
+impl PauseGate {
     pub(crate) fn new(wanted: Wanted) -> Self {
-        Gate {
+        PauseGate {
             wanted: AtomicU8::new(wanted as u8),
             absences: AtomicU64::new(0),
             looks: AtomicU64::new(0),
@@ -94,10 +96,6 @@ impl Gate {
 
     fn wants(&self, what: Wanted) -> bool {
         self.wanted.load(Ordering::Acquire) == what as u8
-    }
-
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn wait_changed<'a>(&self, state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
@@ -116,7 +114,7 @@ impl Gate {
     /// Sets the wanted state. It holds the lock, so that a thread that has just checked the state
     /// does not miss the wake-up.
     pub(crate) fn want(&self, what: Wanted) {
-        let state = self.lock();
+        let state = self.state.lock_always();
         // A VM that is stopping cannot be resumed or paused.
         if !self.wants(Wanted::Stop) {
             self.wanted.store(what as u8, Ordering::Release);
@@ -152,12 +150,12 @@ impl Gate {
 
     /// Records a vCPU's answer to a check.
     pub(crate) fn note_halted(&self, cpu: u32, look: u64, halted: bool) {
-        self.lock().halted.insert(cpu, (look, halted));
+        self.state.lock_always().halted.insert(cpu, (look, halted));
     }
 
     /// Returns whether all vCPUs have answered this check and are halted.
     pub(crate) fn are_halted(&self, look: u64) -> bool {
-        let state = self.lock();
+        let state = self.state.lock_always();
         state.places.keys().all(|cpu| state.halted.get(cpu) == Some(&(look, true)))
     }
 
@@ -167,8 +165,8 @@ impl Gate {
     }
 
     /// Parks a vCPU until its thread has a next step.
-    pub(crate) fn wait(&self, cpu: u32, settled: Settled) -> Turn {
-        let mut state = self.lock();
+    pub(crate) fn wait(&self, cpu: u32, io: IoState) -> ParkAction {
+        let mut state = self.state.lock_always();
         let mut looked = false;
         loop {
             if !self.wants(Wanted::Pause) {
@@ -179,9 +177,9 @@ impl Gate {
                     continue;
                 }
                 state.places.insert(cpu, Place::Running);
-                return if self.wants(Wanted::Run) { Turn::Go } else { Turn::Stop };
+                return if self.wants(Wanted::Run) { ParkAction::Enter } else { ParkAction::End };
             }
-            let place = Place::Parked(settled);
+            let place = Place::Parked(io);
             if state.places.insert(cpu, place) != Some(place) {
                 self.changed.notify_all();
             }
@@ -189,16 +187,16 @@ impl Gate {
                 state = self.wait_changed(state);
                 continue;
             }
-            if settled != Settled::Yes {
+            if io != IoState::Complete {
                 if looked {
-                    return Turn::Settle;
+                    return ParkAction::CompleteIo;
                 }
                 looked = true;
-                state = self.wait_changed_for(state, SETTLE_EVERY);
+                state = self.wait_changed_for(state, RETRY_EVERY);
                 continue;
             }
             match state.jobs.remove(&cpu) {
-                Some(job) => return Turn::Do(job),
+                Some(job) => return ParkAction::Run(job),
                 None => continue,
             }
         }
@@ -206,33 +204,33 @@ impl Gate {
 
     /// Keeps a vCPU parked until all are [released](Self::release).
     pub(crate) fn hold(&self, cpu: u32) {
-        self.lock().held.insert(cpu);
+        self.state.lock_always().held.insert(cpu);
     }
 
     /// Returns whether a vCPU stays parked even while the VM runs.
     pub(crate) fn is_held(&self, cpu: u32) -> bool {
-        self.lock().held.contains(&cpu)
+        self.state.lock_always().held.contains(&cpu)
     }
 
     /// Returns whether any vCPU does so.
     pub(crate) fn holds_any(&self) -> bool {
-        !self.lock().held.is_empty()
+        !self.state.lock_always().held.is_empty()
     }
 
     /// Ends the hold: all vCPUs enter the guest again once the VM runs.
     pub(crate) fn release(&self) {
-        self.lock().held.clear();
+        self.state.lock_always().held.clear();
         self.changed.notify_all();
     }
 
     /// Records that a vCPU's thread has started.
     pub(crate) fn begins(&self, cpu: u32) {
-        self.lock().places.insert(cpu, Place::Running);
+        self.state.lock_always().places.insert(cpu, Place::Running);
     }
 
     /// Records that a vCPU's thread is ending.
     pub(crate) fn ended(&self, cpu: u32) {
-        let mut state = self.lock();
+        let mut state = self.state.lock_always();
         state.jobs.remove(&cpu);
         state.places.insert(cpu, Place::Ended);
         drop(state);
@@ -241,14 +239,14 @@ impl Gate {
 
     /// Returns the position of a vCPU's thread, or `None` if it has no thread.
     pub(crate) fn place(&self, cpu: u32) -> Option<Place> {
-        self.lock().places.get(&cpu).copied()
+        self.state.lock_always().places.get(&cpu).copied()
     }
 
     /// Waits until `there` holds for the positions of all vCPUs. Returns those for which it does
     /// not hold after `within`.
     pub(crate) fn until(&self, within: Duration, there: impl Fn(Place) -> bool) -> Vec<u32> {
         let due = Instant::now() + within;
-        let mut state = self.lock();
+        let mut state = self.state.lock_always();
         loop {
             let others = state.places.iter().filter(|(_, place)| !there(**place));
             let others: Vec<u32> = others.map(|(cpu, _)| *cpu).collect();
@@ -263,7 +261,7 @@ impl Gate {
     /// Asks a vCPU's thread to run a job once it is parked with complete I/O. The job is dropped
     /// unrun if that does not happen. Returns false if it cannot happen.
     pub(crate) fn ask(&self, cpu: u32, job: Job) -> bool {
-        let mut state = self.lock();
+        let mut state = self.state.lock_always();
         let asked = self.wants(Wanted::Pause)
             && matches!(state.places.get(&cpu), Some(Place::Parked(_) | Place::Running));
         if asked {
@@ -276,6 +274,6 @@ impl Gate {
 
     /// Withdraws the job of a vCPU that has not started it.
     pub(crate) fn take_back(&self, cpu: u32) {
-        drop(self.lock().jobs.remove(&cpu));
+        drop(self.state.lock_always().jobs.remove(&cpu));
     }
 }
