@@ -5,11 +5,13 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
+use bare_guest::summing;
 use demand_kvm::Engine;
 use demand_memory::BackingKind;
 use demand_tests::can_run;
 use demand_tests::process::{Guarded, Output, program, run};
-use test_support::host::free_units;
+use test_support::fuse::SlowFile;
+use test_support::host::{free_units, has_kvm, skip};
 use test_support::wait::until;
 
 const LIMIT: Duration = Duration::from_secs(120);
@@ -65,12 +67,17 @@ fn all(engine: Engine, backing: BackingKind) {
     program("vhost-device-blk").unwrap();
     let output = succeeds(lazy_disk().args(arguments));
     // At least the buffer that it writes to the disk.
-    assert!(number(&output, "back_end", "back_end") >= 256, "{output:?}");
+    assert!(number(&output, "arrived: ", "back_end ") >= 256, "{output:?}");
 }
 
 #[test]
 fn under_uffd_on_shmem() {
     all(Engine::Uffd, BackingKind::Shmem);
+}
+
+#[test]
+fn under_uffd_poison_on_shmem() {
+    all(Engine::UffdPoison, BackingKind::Shmem);
 }
 
 #[test]
@@ -110,28 +117,86 @@ fn an_image_is_kept() {
     succeeds(lazy_vm().args(["--engine", "uffd", "--image"]).arg(&image));
 }
 
-/// Ctrl-C ends it in order, wherever the guest is.
+#[test]
+fn storage_server() {
+    test_support::fuse::serve();
+}
+
+/// Ctrl-C ends it in order, here while the guest waits for a page.
 #[test]
 fn ctrl_c_ends_it() {
     if !can_run(Engine::Uffd, BackingKind::Shmem, SIZE) {
         return;
     }
     let folder = tempfile::tempdir().unwrap();
-    let said = folder.path().join("said");
+    let (image, said) = (folder.path().join("memory.img"), folder.path().join("said"));
+    summing::write_walker(&image, 1 << 20).unwrap();
+    let Some(file) = SlowFile::new(&std::fs::read(image).unwrap()) else { return };
+    let _guard = file.answer_at_the_end();
+    // The guest sums from the top down.
+    file.hold(0..256 << 10);
     let output = std::fs::File::create(&said).unwrap();
     let mut command = lazy_vm();
-    command.args(["--engine", "uffd", "--mib", "64"]).stdin(Stdio::null());
+    command.args(["--engine", "uffd", "--image"]).arg(file.path()).stdin(Stdio::null());
     command.stdout(output.try_clone().unwrap()).stderr(output);
     let mut process = Guarded::spawn(&mut command).unwrap();
-    let text = || std::fs::read_to_string(&said).unwrap();
-    until("the guest runs", || text().contains("running uffd"));
+    until("the guest waits", || file.waiting() > 0);
     let id = libc::pid_t::try_from(process.id()).unwrap();
     // SAFETY: the child has not been reaped, so its ID has not been reused.
     unsafe { libc::kill(id, libc::SIGINT) };
+    let text = || std::fs::read_to_string(&said).unwrap();
+    until("it says why it ends", || text().ends_with("\nlazy-vm: ended by Ctrl-C\n"));
+    // The kernel does not interrupt the read.
+    file.answer();
     let status = process.wait(Duration::from_secs(20)).unwrap();
-    let text = text();
-    assert_eq!(status.code(), Some(1), "{text}");
-    assert!(text.ends_with("\nlazy-vm: ended by Ctrl-C\n"), "{text}");
+    assert_eq!(status.code(), Some(1), "{}", text());
+}
+
+/// The plain VMM, and the same made lazy, sum the same image and say the same.
+#[test]
+fn plain_vm_is_made_lazy() {
+    if !has_kvm() {
+        return skip("/dev/kvm is needed");
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let image = folder.path().join("memory.img");
+    summing::write_walker(&image, SIZE).unwrap();
+    let said = [env!("CARGO_BIN_EXE_plain-vm"), env!("CARGO_BIN_EXE_plain-vm-lazy")].map(|vmm| {
+        let output = run(Command::new(vmm).arg("--image").arg(&image), LIMIT).unwrap();
+        assert!(output.status.success() && output.stderr.is_empty(), "{output:?}");
+        output.stdout
+    });
+    assert_eq!(said[0], said[1]);
+    assert!(said[0].contains("\nthe guest's sum is right: 0x"), "{said:?}");
+}
+
+/// The diffs in `docs/LAZY.md`, in their order, turn the plain VMM into the lazy one.
+#[test]
+fn guided_diff_is_the_difference() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let read = |path: &str| std::fs::read_to_string(root.join(path)).unwrap();
+    let (plain, lazy) = (read("src/bin/plain-vm.rs"), read("src/bin/plain-vm-lazy.rs"));
+    let mut plain: Vec<&str> = plain.lines().collect();
+    let mut lazy: Vec<&str> = lazy.lines().collect();
+    let guide = read("../docs/LAZY.md");
+    let mut changed = 0;
+    for part in guide.split("```diff\n").skip(1) {
+        let (diff, _) = part.split_once("```").unwrap();
+        let side = |other: char| -> Vec<&str> {
+            let lines = diff.lines().filter(|line| !line.starts_with(other));
+            lines.map(|line| line.get(1..).unwrap_or_default()).collect()
+        };
+        let (old, new) = (side('+'), side('-'));
+        let at = plain.windows(old.len()).position(|lines| lines == old);
+        let at = at.unwrap_or_else(|| panic!("plain-vm.rs lacks:\n{diff}"));
+        assert_eq!(plain[..at], lazy[..at], "before:\n{diff}");
+        assert!(lazy[at..].starts_with(&new), "plain-vm-lazy.rs lacks:\n{diff}");
+        plain.drain(..at + old.len());
+        lazy.drain(..at + new.len());
+        changed += diff.lines().filter(|line| line.starts_with('+')).count();
+    }
+    assert_eq!(plain, lazy, "after the last diff");
+    assert!(changed <= 20, "{changed} lines are not about 20");
 }
 
 #[track_caller]
