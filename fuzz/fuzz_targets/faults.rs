@@ -16,8 +16,8 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use demand_memory::{
-    BackingKind, Mapping, MemfdBacking, PAGE_SIZE, PageRange, Pager, Path, Retrier, RetryPolicy,
-    Stats,
+    BackingKind, FaultPath, Mapping, MemfdBacking, PAGE_SIZE, PageRange, Pager, PagerConfig,
+    Retrier, RetryPolicy, Stats,
 };
 use demand_source::PageSource;
 use demand_uffd::{ArmedMapping, Event, FaultService, Features, Modes, Userfaultfd};
@@ -192,9 +192,14 @@ fn faults(input: &mut Input<'_>) {
         longest: Duration::from_millis(2),
         limit: None,
     };
-    let backing = Arc::new(MemfdBacking::new(BackingKind::Shmem, SIZE, false).unwrap());
+    let backing = Arc::new(MemfdBacking::new(BackingKind::Shmem, SIZE).unwrap());
     let (stats, retrier) = (Arc::new(Stats::new()), Retrier::new(policy, |_| {}));
-    let pager = Pager::new(backing, world.source.clone(), 0, stats.clone(), retrier).unwrap();
+    let pager = Pager::new(PagerConfig {
+        stats: stats.clone(),
+        retrier,
+        ..PagerConfig::new(backing, world.source.clone())
+    })
+    .unwrap();
     let mapping = Arc::new(pager.backing().map().unwrap());
     let mut features = Features::GUEST_MEMORY;
     for (bit, feature) in
@@ -208,11 +213,11 @@ fn faults(input: &mut Input<'_>) {
     let armed = if shape & 8 == 0 {
         ArmedMapping::foreign(&uffd, mapping.address().as_ptr() as u64, &pager).unwrap()
     } else {
-        let armed = ArmedMapping::own(&uffd, mapping.clone(), &pager, Path::Guest).unwrap();
+        let armed = ArmedMapping::own(&uffd, mapping.clone(), &pager, FaultPath::Guest).unwrap();
         pager.set_guest_trap(armed.clone()).unwrap();
         armed
     };
-    world.service.serve(std::slice::from_ref(&armed)).unwrap();
+    world.service.add(std::slice::from_ref(&armed)).unwrap();
     let outside = Mapping::anonymous(16 * PAGE_SIZE).unwrap();
     let outside_at = |page| outside.at(page * PAGE_SIZE).as_ptr() as u64;
     uffd.register(outside_at(0), outside.len(), Modes::MISSING).unwrap();
@@ -237,10 +242,10 @@ fn faults(input: &mut Input<'_>) {
                 }
                 3 => {
                     let range = PageRange::new(page, (u64::from(what) * 3).min(PAGES - page));
-                    pager.fetch(range, Path::Guest).unwrap();
+                    pager.fetch(range, FaultPath::Guest).unwrap();
                 }
                 4 => world.control.hold([page, page ^ 1]),
-                5 => world.control.let_go(),
+                5 => world.control.release(),
                 6 => world.control.fail([page, page ^ 3]),
                 7 => world.control.recover(),
                 8 => {
@@ -259,19 +264,19 @@ fn faults(input: &mut Input<'_>) {
                     if what & 128 != 0 {
                         world.service.forget(&uffd);
                     }
-                    world.service.serve(std::slice::from_ref(&armed)).unwrap();
+                    world.service.add(std::slice::from_ref(&armed)).unwrap();
                 }
             }
         }
         // Ends all failures and holds, so that every thread continues.
-        world.control.let_go();
+        world.control.release();
         world.control.recover();
         uffd.unregister(outside_at(0), outside.len()).unwrap();
         for toucher in touchers.iter_mut() {
             assert!(toucher.look(PATIENCE), "a fault is not served");
         }
     });
-    pager.fetch(PageRange::new(0, PAGES), Path::Fill).unwrap();
+    pager.fetch(PageRange::new(0, PAGES), FaultPath::Fill).unwrap();
     let begun = Instant::now();
     while !pager.bitmap().is_complete() {
         assert!(begun.elapsed() < PATIENCE, "pages never arrive");

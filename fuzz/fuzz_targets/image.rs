@@ -12,8 +12,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use demand_memory::{
-    BackingKind, DemandMemory, DemandRegion, MemfdBacking, PAGE_SIZE, PageRange, Path,
-    RegionConfig, Retrier, RetryPolicy, Stats,
+    BackingKind, DemandMemory, DemandRegion, FaultPath, MemfdBacking, PAGE_SIZE, PageRange,
+    PagerConfig, Retrier, RetryPolicy, Stats,
 };
 use demand_source::{Destination, Extent, LocalFile, PageSource};
 use input::Input;
@@ -137,8 +137,10 @@ fuzz_target!(|bytes: &[u8]| {
     image.check_extent(&source, wild, true);
     image.check_read(&source, wild, len, true);
 
-    // Fill memory from a part of the image.
-    let pages = image.len() / PAGE_SIZE;
+    // Fill memory from a part of the image. Behind its end, the last page is zeros.
+    let pages = image.len().div_ceil(PAGE_SIZE);
+    let mut model = image.model.clone();
+    model.resize((pages * PAGE_SIZE) as usize, 0);
     let first = input.below(pages + 1);
     let size = (pages - first).max(1) * PAGE_SIZE;
     let stats = Arc::new(Stats::new());
@@ -147,15 +149,14 @@ fuzz_target!(|bytes: &[u8]| {
         longest: Duration::from_millis(1),
         limit: None,
     };
-    let config = RegionConfig {
-        start: GuestAddress(0),
-        backing: Arc::new(MemfdBacking::new(BackingKind::Shmem, size, false).unwrap()),
+    let config = PagerConfig {
+        backing: Arc::new(MemfdBacking::new(BackingKind::Shmem, size).unwrap()),
         source: Arc::new(source),
         image_offset: first * PAGE_SIZE,
         stats: stats.clone(),
         retrier: Retrier::new(policy, |_| {}),
     };
-    let Ok(region) = DemandRegion::new(config, ()) else {
+    let Ok(region) = DemandRegion::new(GuestAddress(0), config, ()) else {
         assert!(first == pages, "a region within the image is refused");
         return;
     };
@@ -173,18 +174,18 @@ fuzz_target!(|bytes: &[u8]| {
                 intact = false;
             }
             0 => {
-                let _ = pager.fetch(PageRange::page(at / PAGE_SIZE), Path::Guest).unwrap();
+                let _ = pager.fetch(PageRange::page(at / PAGE_SIZE), FaultPath::Guest).unwrap();
             }
             1 => {
                 let first = at / PAGE_SIZE;
                 let count = (input.below(16) + 1).min(size / PAGE_SIZE - first);
-                let _ = pager.fetch(PageRange::new(first, count), Path::BackEnd).unwrap();
+                let _ = pager.fetch(PageRange::new(first, count), FaultPath::BackEnd).unwrap();
             }
             _ => {
                 let len = input.below(3 * PAGE_SIZE).min(size - at);
                 let range = PageRange::of_bytes(at, len);
                 // Reading a missing page here would block forever.
-                let _ = pager.fetch(range, Path::Vmm).unwrap();
+                let _ = pager.fetch(range, FaultPath::Vmm).unwrap();
                 if pager.bitmap().first_missing(range).is_some() {
                     assert!(!intact, "{range:?} of an intact image is not brought in");
                     continue;
@@ -192,7 +193,7 @@ fuzz_target!(|bytes: &[u8]| {
                 buffer.resize(len as usize, 0);
                 memory.read_slice(&mut buffer, GuestAddress(at)).unwrap();
                 let from = (first * PAGE_SIZE + at) as usize;
-                assert!(buffer == image.model[from..from + len as usize], "wrong bytes at {at}");
+                assert!(buffer == model[from..from + len as usize], "wrong bytes at {at}");
             }
         }
     }
@@ -201,7 +202,7 @@ fuzz_target!(|bytes: &[u8]| {
         image.restore();
     }
     let all = PageRange::new(0, size / PAGE_SIZE);
-    let _ = pager.fetch(all, Path::Fill).unwrap();
+    let _ = pager.fetch(all, FaultPath::Fill).unwrap();
     let begun = Instant::now();
     while !pager.bitmap().is_complete() {
         assert!(!intact && begun.elapsed() < Duration::from_secs(5), "pages never arrive");
@@ -210,6 +211,6 @@ fuzz_target!(|bytes: &[u8]| {
     buffer.resize(size as usize, 0);
     memory.read_slice(&mut buffer, GuestAddress(0)).unwrap();
     let from = (first * PAGE_SIZE) as usize;
-    assert!(buffer == image.model[from..from + size as usize], "wrong bytes in the end");
+    assert!(buffer == model[from..from + size as usize], "wrong bytes in the end");
     assert_eq!(stats.pages_arrived(), all.count, "each page arrives once");
 });

@@ -18,8 +18,8 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use demand_memory::{
-    BackingKind, DemandMemory, DemandRegion, Mapping, MemfdBacking, PageRange, Path, RegionConfig,
-    Retrier, RetryPolicy, Stats,
+    BackingKind, DemandMemory, DemandRegion, FaultPath, Mapping, MemfdBacking, PageRange,
+    PagerConfig, Retrier, RetryPolicy, Stats,
 };
 use demand_uffd::{FaultService, Features, Userfaultfd};
 use demand_vhost::{BackEnd, Options, VhostUserProtocolFeatures, Vring};
@@ -51,18 +51,17 @@ struct World {
 
 fn memory(complete: bool) -> DemandMemory {
     let regions = STARTS.map(|start| {
-        let config = RegionConfig {
-            start: GuestAddress(start),
-            backing: Arc::new(MemfdBacking::new(BackingKind::Shmem, SIZE, false).unwrap()),
+        let config = PagerConfig {
+            backing: Arc::new(MemfdBacking::new(BackingKind::Shmem, SIZE).unwrap()),
             source: Arc::new(Near(SIZE)),
             image_offset: 0,
             stats: Arc::new(Stats::new()),
             retrier: Retrier::new(RetryPolicy::default(), |_| {}),
         };
-        let region = DemandRegion::new(config, ()).unwrap();
+        let region = DemandRegion::new(GuestAddress(start), config, ()).unwrap();
         let pages = region.pager().pages();
         if complete {
-            region.pager().fetch(PageRange::new(0, pages), Path::Fill).unwrap();
+            region.pager().fetch(PageRange::new(0, pages), FaultPath::Fill).unwrap();
         }
         region
     });
@@ -250,8 +249,8 @@ fuzz_target!(|bytes: &[u8]| {
             // SAFETY: the pointer and the count describe one valid entry.
             unsafe { libc::poll(&mut poll, 1, 60_000) };
         });
-        let needed = VhostUserProtocolFeatures::CONFIG;
-        let options = Options { needed, patience: PATIENCE, ..Options::default() };
+        let options =
+            Options::default().needed(VhostUserProtocolFeatures::CONFIG).patience(PATIENCE);
         let outcome = BackEnd::connect(&world.socket, options)
             .and_then(|back_end| use_back_end(back_end, memory));
         if let Err(error) = outcome {
