@@ -51,9 +51,9 @@ impl BackEnd {
     pub fn vhost_device_blk_at(socket: PathBuf, disk: &Path, options: &BlkOptions) -> Result<Self> {
         let mut command = Command::new(program("vhost-device-blk")?);
         command
-            .arg("--socket")
+            .arg("--socket-path")
             .arg(&socket)
-            .arg("--disk")
+            .arg("--blk-file")
             .arg(disk)
             .arg("--num-queues")
             .arg(options.queues.to_string())
@@ -138,7 +138,8 @@ impl BackEnd {
             if let Some(status) = this.process.try_wait()? {
                 bail!("the back-end ended before it listened: {status}");
             }
-            if begun.elapsed() > Duration::from_secs(60) {
+            // Two testpmds that poll take most of an emulated processor.
+            if begun.elapsed() > Duration::from_secs(180) {
                 bail!("the back-end does not listen on {}", this.socket.display());
             }
             thread::sleep(Duration::from_millis(5));

@@ -32,15 +32,14 @@ pub fn same_memory(vmm: u32, snapshot: &Path, source: Option<&Path>) -> Result<(
         let populated = claims[page / 64 * 16 + 8 + page % 64 / 8];
         missing[page / 8] & !populated & 1 << (page % 8) != 0
     };
-    let memory = one_file(vmm, "guest-memory")?;
+    let (memory, first_byte, size) = guest_memory(vmm)?;
     let taken = File::open(snapshot.join("memory")).context("open the snapshot's memory")?;
-    let size = memory.metadata()?.len();
     ensure!(taken.metadata()?.len() == size, "the snapshot's memory has another size");
     let source = source.map(|source| File::open(source.join("memory"))).transpose()?;
     let [mut now, mut then, mut before] = [(); 3].map(|()| vec![0; STEP]);
     for at in (0..size).step_by(STEP) {
         let length = STEP.min((size - at) as usize);
-        memory.read_exact_at(&mut now[..length], at)?;
+        memory.read_exact_at(&mut now[..length], first_byte + at)?;
         taken.read_exact_at(&mut then[..length], at)?;
         let first = at as usize / PAGE;
         if (first..first + length / PAGE).any(is_missing) {
@@ -57,6 +56,21 @@ pub fn same_memory(vmm: u32, snapshot: &Path, source: Option<&Path>) -> Result<(
         }
     }
     Ok(())
+}
+
+/// Opens the guest's memory. Returns a file, the offset of the memory in it, and the memory's size.
+fn guest_memory(vmm: u32) -> Result<(File, u64, u64)> {
+    // A guest_memfd can only be read in a mapping.
+    let maps = fs::read_to_string(format!("/proc/{vmm}/maps"))?;
+    if let Some(line) = maps.lines().find(|line| line.contains("[kvm-gmem]")) {
+        let range = line.split(' ').next().and_then(|range| range.split_once('-'));
+        let (from, to) = range.context("no range in /proc/PID/maps")?;
+        let (from, to) = (u64::from_str_radix(from, 16)?, u64::from_str_radix(to, 16)?);
+        return Ok((File::open(format!("/proc/{vmm}/mem"))?, from, to - from));
+    }
+    let memory = one_file(vmm, "guest-memory")?;
+    let size = memory.metadata()?.len();
+    Ok((memory, 0, size))
 }
 
 /// Opens the only memfd of that name in a process.

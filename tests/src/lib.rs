@@ -2,6 +2,8 @@
 //! Code shared by the whole-system tests and the demo: it runs the project's own programs as a user
 //! would, as separate processes with real images, and checks the results.
 
+#![allow(clippy::cast_possible_truncation, reason = "the numbers of a test are small")]
+
 pub mod backend;
 pub mod commands;
 pub mod compare_memory;
@@ -16,6 +18,7 @@ pub mod sandbox;
 pub mod scenario;
 pub mod snapshot_cycle;
 pub mod tiny_kernel;
+pub mod tiny_snapshot;
 
 use demand_kvm::Engine;
 use demand_memory::BackingKind;
@@ -28,6 +31,17 @@ pub fn cannot_run() -> Option<String> {
         return Some("there is no usable /dev/kvm".into());
     }
     demand_uffd::probe().err().map(|error| error.to_string())
+}
+
+/// Returns the number of userfaultfds that a VM opens for its guest, as long as pages are missing.
+pub fn userfaultfds_of(engine: Engine, backing: BackingKind) -> usize {
+    match backing {
+        // The one on which KVM says for what pages it waits.
+        _ if demand_kvm::probe().traps_own_accesses(engine) => 1,
+        BackingKind::Shmem => 1,
+        // The guest's, and the one that creates huge pages with their content.
+        _ => 2,
+    }
 }
 
 /// Returns whether a guest of `size` bytes can run here with this engine and backing. If not,

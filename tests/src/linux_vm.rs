@@ -24,6 +24,10 @@ use crate::process::{Guarded, program};
 /// Time limit for a guest's silence: it is emulated, twice.
 const PATIENCE: Duration = Duration::from_secs(120);
 
+/// Names of files in a guest's folder.
+const SOCKET: &str = "api.sock";
+const REPORT: &str = "report.json";
+
 /// A kernel and its initial file system.
 #[derive(Clone, Debug)]
 pub struct Kernel {
@@ -118,6 +122,7 @@ pub struct GuestConfig {
 }
 
 /// A running guest, and its devices' back-ends. All of it is killed when this is dropped.
+#[derive(Debug)]
 pub struct Guest {
     vmm: Guarded,
     back_ends: Vec<BackEnd>,
@@ -176,10 +181,26 @@ impl Guest {
         Self::start(folder, command, config)
     }
 
+    /// Starts a VMM without a VM, for a guest that a client of its API boots or restores.
+    ///
+    /// # Errors
+    ///
+    /// If the process cannot be started, or does not serve its API.
+    pub fn none_yet(folder: &Path) -> Result<Self> {
+        std::fs::create_dir_all(folder)?;
+        let mut command = Command::new(program("demand-vmm")?);
+        command.arg("--api-socket").arg(folder.join(SOCKET));
+        let guest = Self::spawn(folder, command, Vec::new())?;
+        let begun = Instant::now();
+        while guest.api().status().is_err() {
+            ensure!(begun.elapsed() < PATIENCE, "it serves no API; {}", guest.story());
+            thread::sleep(Duration::from_millis(20));
+        }
+        Ok(guest)
+    }
+
     fn start(folder: &Path, mut command: Command, config: &GuestConfig) -> Result<Self> {
         std::fs::create_dir_all(folder)?;
-        let (report, socket) = (folder.join("report.json"), folder.join("api.sock"));
-        let stderr = folder.join("stderr");
         let mut back_ends = Vec::new();
         for (index, disk) in config.disks.iter().enumerate() {
             let options = BlkOptions { queues: 1, queue_size: 256, postcopy: disk.postcopy };
@@ -196,8 +217,14 @@ impl Guest {
             command.arg("--vhost-user").arg(format!("net,socket={socket}{}", card.more));
             back_ends.push(back_end);
         }
-        command.arg("--api-socket").arg(&socket).arg("--report").arg(&report);
-        command.args(&config.more);
+        command.arg("--api-socket").arg(folder.join(SOCKET));
+        command.arg("--report").arg(folder.join(REPORT)).args(&config.more);
+        Self::spawn(folder, command, back_ends)
+    }
+
+    fn spawn(folder: &Path, mut command: Command, back_ends: Vec<BackEnd>) -> Result<Self> {
+        let (report, socket) = (folder.join(REPORT), folder.join(SOCKET));
+        let stderr = folder.join("stderr");
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(File::create(&stderr)?);
         let mut vmm = Guarded::spawn(&mut command)?;
         let stdin = vmm.child().stdin.take();
@@ -402,6 +429,33 @@ impl Guest {
     /// Returns the VMM's standard error so far.
     pub fn said(&self) -> String {
         std::fs::read_to_string(&self.stderr).unwrap_or_default()
+    }
+
+    /// Returns the lines of the VMM's standard error so far, except that it waits for a back-end,
+    /// as it does for more than a second where the host has much to do.
+    pub fn complaints(&self) -> Vec<String> {
+        let said = self.said();
+        let is_complaint = |line: &&str| !line.contains(": waiting for the back-end at ");
+        said.lines().filter(is_complaint).map(Into::into).collect()
+    }
+
+    /// Waits until the VMM has written all of these words to its standard error: a log line may
+    /// follow the change that it reports.
+    ///
+    /// # Errors
+    ///
+    /// If it does not write them.
+    pub fn wait_said(&self, words: &[&str]) -> Result<()> {
+        let begun = Instant::now();
+        loop {
+            let said = self.said();
+            let missing: Vec<_> = words.iter().filter(|words| !said.contains(**words)).collect();
+            if missing.is_empty() {
+                return Ok(());
+            }
+            ensure!(begun.elapsed() < PATIENCE, "not said: {missing:?}; {}", self.story());
+            thread::sleep(Duration::from_millis(20));
+        }
     }
 }
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Processes that do not outlive the test.
 
+use std::fs;
 use std::io::{Read, Seek};
 use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
@@ -9,6 +10,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use test_support::host::threads_of;
+use test_support::wait::until;
 
 /// Returns the path of the program `name` of this workspace, in the folder that contains the
 /// running program.
@@ -47,6 +50,15 @@ pub struct Output {
     pub stdout: String,
     /// Its standard error.
     pub stderr: String,
+}
+
+impl Output {
+    /// Returns the lines of its standard error, except for the warning that this host's KVM boots no
+    /// Linux: the kernels of these tests are their own.
+    pub fn complaints(&self) -> String {
+        let is_complaint = |line: &&str| !line.contains("an emulating KVM cannot boot");
+        self.stderr.split_inclusive('\n').filter(is_complaint).collect()
+    }
 }
 
 /// A child process that is killed and reaped when this is dropped.
@@ -111,6 +123,66 @@ impl Drop for Guarded {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
+    }
+}
+
+/// Returns whether the thread that writes the console of a VMM waits for its reader.
+pub fn console_waits(vmm: u32) -> bool {
+    let threads = threads_of(vmm);
+    let console = threads.split(", ").find(|thread| thread.starts_with("console "));
+    // Otherwise it waits for the guest, at a futex, or runs.
+    console.is_some_and(|thread| {
+        thread.contains(" S in ") && !thread.ends_with(" 0") && !thread.contains("futex")
+    })
+}
+
+/// Processes that are stopped until this is dropped.
+#[derive(Debug)]
+pub struct Stopped(Vec<libc::pid_t>);
+
+impl Stopped {
+    /// Stops a child process and its children, and waits until they have stopped.
+    ///
+    /// # Errors
+    ///
+    /// If `/proc` cannot be read.
+    ///
+    /// # Panics
+    ///
+    /// If they do not stop in time.
+    pub fn all_of(id: u32) -> Result<Self> {
+        let parent = format!("PPid:\t{id}");
+        // Not by `children`, which a kernel may lack (CONFIG_PROC_CHILDREN).
+        let is_child = |id: &libc::pid_t| {
+            let status = fs::read_to_string(format!("/proc/{id}/status"));
+            status.is_ok_and(|status| status.lines().any(|line| line == parent))
+        };
+        let entries = fs::read_dir("/proc")?.filter_map(Result::ok);
+        let processes = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+        let children = processes.filter(is_child);
+        let stopped = Stopped([id.cast_signed()].into_iter().chain(children).collect());
+        stopped.send(libc::SIGSTOP);
+        // Until one of its threads takes the signal, the others run.
+        for id in &stopped.0 {
+            until("the process stops", || {
+                let threads = threads_of(id.cast_unsigned());
+                threads == "none" || threads.split(", ").all(|thread| thread.contains(" T in "))
+            });
+        }
+        Ok(stopped)
+    }
+
+    fn send(&self, signal: libc::c_int) {
+        for id in &self.0 {
+            // SAFETY: a signal to one of the test's child processes accesses no memory of this one.
+            unsafe { libc::kill(*id, signal) };
+        }
+    }
+}
+
+impl Drop for Stopped {
+    fn drop(&mut self) {
+        self.send(libc::SIGCONT);
     }
 }
 

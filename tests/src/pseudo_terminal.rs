@@ -3,8 +3,9 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
@@ -12,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
-use rustix::termios::{LocalModes, Winsize, tcgetattr, tcsetwinsize};
+use rustix::termios::{Action, LocalModes, Winsize, tcflow, tcgetattr, tcsetwinsize};
 
 /// Time limit for text to appear: guests are emulated, twice.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -63,6 +64,34 @@ impl PseudoTerminal {
         command.stdin(line()?).stdout(line()?).stderr(line()?);
         command.env("TERM", "xterm");
         Ok(())
+    }
+
+    /// Makes `command` run on it, as a shell would: it is the terminal of the program's session, so
+    /// keys such as Ctrl-C send signals.
+    ///
+    /// # Errors
+    ///
+    /// The system's.
+    pub fn control(&self, command: &mut Command) -> Result<()> {
+        self.attach(command)?;
+        let take = || {
+            rustix::process::setsid()?;
+            // SAFETY: `attach` has made the terminal standard input, which stays open.
+            let stdin = unsafe { BorrowedFd::borrow_raw(libc::STDIN_FILENO) };
+            Ok(rustix::process::ioctl_tiocsctty(stdin)?)
+        };
+        // SAFETY: the closure makes two system calls, and allocates nothing.
+        unsafe { command.pre_exec(take) };
+        Ok(())
+    }
+
+    /// Suspends the display of output, as Ctrl-S does: programs that write wait.
+    ///
+    /// # Errors
+    ///
+    /// The system's.
+    pub fn suspend(&self) -> Result<()> {
+        Ok(tcflow(&self.line, Action::OOff)?)
     }
 
     /// Types keys.

@@ -27,6 +27,7 @@ const DISK: u64 = 320 << 20;
 const FILL: &str = "rate=16M";
 
 /// The environment of a run: its inputs and its listeners.
+#[allow(missing_debug_implementations, reason = "it borrows closures")]
 pub struct Stage<'a> {
     /// The guest's kernel.
     pub kernel: Kernel,
@@ -108,7 +109,7 @@ pub fn run(stage: Stage<'_>) -> Result<Report> {
     story.step(format!("{}; a snapshot is taken meanwhile", done_so_far(&before)));
     let taken = guest.snapshot(&at("snapshot"), Some(Go::Pause))?;
     story.step(format!(
-        "the snapshot is there after {}: {} of pages with content; all else are holes",
+        "the snapshot is complete after {}: {} of content, the rest holes",
         duration(taken.took_us),
         size(taken.data_pages * 4096)
     ));
@@ -129,7 +130,7 @@ pub fn run(stage: Stage<'_>) -> Result<Report> {
     let first = guest.wait_beats(1)?;
     ensure!(
         first.number > before.number && first.mono_us > before.mono_us,
-        "the restored guest does not go on where it was: {first:?} after {before:?}"
+        "the restored guest did not resume where it stopped: {first:?} after {before:?}"
     );
     let status = guest.api().status()?;
     story.step(format!("its first beat, the {}th, with {}", first.number, present(&status)));
@@ -137,14 +138,13 @@ pub fn run(stage: Stage<'_>) -> Result<Report> {
     story.step(format!("all pages are present, demand paging is gone; {}", done_so_far(&last)));
     // Also check that the guest works without demand paging.
     guest.wait_beats(2)?;
-    story.step("the guest is told to stop, and to verify all of its memory, journal and file");
+    story.step("stopping the guest, which first verifies all of its memory, journal and file");
     let (pages, records, mut report) = guest.finish()?;
     ensure!(
         pages > before.pages && records > before.records,
         "the restored guest has done nothing: {pages} pages and {records} records in all"
     );
-    story
-        .step(format!("the guest has found nothing wrong, in {pages} pages and {records} records"));
+    story.step(format!("the guest verified {pages} pages and {records} records: no error"));
     file_system::check(&at("disk-restored"))?;
     story.step("e2fsck, too, finds nothing wrong on the disk");
     report.verified = true;

@@ -4,10 +4,12 @@
 use std::ffi::CStr;
 use std::fs;
 use std::io;
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+
+use test_support::program::copy_for_everybody;
 
 use crate::process::program;
 
@@ -34,19 +36,14 @@ pub fn is_root() -> bool {
     unsafe { libc::geteuid() == 0 }
 }
 
-/// Copies the VMM into a folder where any user can run it, and makes the folder readable for any
-/// user.
+/// Copies the program `name` of this workspace into a folder where any user can run it, and makes
+/// the folder readable for any user.
 ///
 /// # Errors
 ///
 /// If it has not been built, and the system's.
-pub fn vmm_for_everybody(folder: &Path) -> anyhow::Result<PathBuf> {
-    let copy = folder.join("demand-vmm");
-    fs::copy(program("demand-vmm")?, &copy)?;
-    for path in [folder, &copy] {
-        fs::set_permissions(path, fs::Permissions::from_mode(0o755))?;
-    }
-    Ok(copy)
+pub fn for_everybody(name: &str, folder: &Path) -> anyhow::Result<PathBuf> {
+    Ok(copy_for_everybody(&program(name)?, folder)?)
 }
 
 /// Limits the process's use of a resource (`RLIMIT_NOFILE` and others), permanently.

@@ -105,7 +105,7 @@ impl Scenario {
         let outcome = system.run_vmm(self, progress)?;
         ensure!(
             outcome.status.success(),
-            "demand-vmm ended with {}: {}",
+            "test-vmm ended with {}: {}",
             outcome.status,
             outcome.stderr
         );
@@ -165,7 +165,7 @@ impl System {
             back_end: None,
             write_area: 0,
         };
-        let mut make = Command::new(program("demand-vmm")?);
+        let mut make = Command::new(program("test-vmm")?);
         make.arg("make-image").arg("--memory").arg(&system.image);
         make.arg("--size").arg(scenario.window.unwrap_or(scenario.memory).to_string());
         make.arg("--vm-size").arg(scenario.memory.to_string());
@@ -199,7 +199,7 @@ impl System {
     ///
     /// If it has not been built.
     pub fn vmm_command(&self, scenario: &Scenario) -> Result<Command> {
-        let mut command = Command::new(program("demand-vmm")?);
+        let mut command = Command::new(program("test-vmm")?);
         let reserve = if scenario.reserve { "" } else { ",reserve=off" };
         let thp = if scenario.thp { ",thp=on" } else { "" };
         command
@@ -286,7 +286,7 @@ impl System {
                 let threads = describe_threads(process.id());
                 let _ = process.child().kill();
                 stderr += &threads;
-                break Err(anyhow::anyhow!("demand-vmm did not end within {:?}", scenario.limit));
+                break Err(anyhow::anyhow!("test-vmm did not end within {:?}", scenario.limit));
             }
         };
         drop(process);
@@ -295,10 +295,10 @@ impl System {
     }
 }
 
-/// Parses `progress PRESENT TOTAL`.
+/// Parses `progress: memory: PRESENT of TOTAL pages present (...)`.
 fn parse_progress(line: &str) -> Option<(u64, u64)> {
-    let mut words = line.strip_prefix("progress ")?.split(' ');
-    Some((words.next()?.parse().ok()?, words.next()?.parse().ok()?))
+    let mut words = line.strip_prefix("progress: memory: ")?.split(' ');
+    Some((words.next()?.parse().ok()?, words.nth(1)?.parse().ok()?))
 }
 
 /// Returns the place in the kernel of each thread of a hanging process.

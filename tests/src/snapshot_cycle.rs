@@ -85,6 +85,8 @@ pub struct Rebirth {
     pub fill: &'static str,
     /// Its network card, if any.
     pub card: CardOption,
+    /// Text appended to the option of its disk, for example ",lazy=fill".
+    pub disk: &'static str,
 }
 
 /// A snapshot, and the disk at that moment.
@@ -101,6 +103,7 @@ pub struct Moment {
 }
 
 /// A running guest. All its processes are killed when this is dropped.
+#[derive(Debug)]
 pub struct Life {
     guest: Guest,
     birth: Birth,
@@ -297,7 +300,7 @@ impl Life {
     /// # Errors
     ///
     /// The VMM's.
-    pub fn go_on(&self) -> Result<()> {
+    pub fn resume(&self) -> Result<()> {
         self.guest.api().resume()?;
         Ok(())
     }
@@ -318,7 +321,7 @@ impl Life {
         })?;
         let report = guest.ended()?;
         // A guest that crashed and restarted may have succeeded since.
-        ensure!(guest.said().is_empty(), "the VMM had something to say; {}", guest.story());
+        ensure!(guest.complaints().is_empty(), "the VMM had something to say; {}", guest.story());
         let story = || guest.story();
         if let Some(seen) = seen {
             ensure!(
@@ -369,7 +372,12 @@ impl Moment {
         let config = GuestConfig {
             cpus: 0,
             memory: rebirth.memory.into(),
-            disks: self.birth.disks(&disk),
+            disks: self
+                .birth
+                .disks(&disk)
+                .into_iter()
+                .map(|option| DiskOption { more: rebirth.disk.into(), ..option })
+                .collect(),
             cards: self.birth.cards(&rebirth.card),
             more: more.into(),
         };

@@ -4,21 +4,22 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::os::fd::AsRawFd;
-use std::path::Path as FilePath;
+use std::path::Path;
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use demand_examples::guest;
-use demand_kvm::{Engine, EngineChoice, FaultHandler, PlainSlot, VcpuKick, open_kvm};
+use bare_guest::{Mode, summing};
+use demand_kvm::{Engine, EngineChoice, FaultHandler, MarkerFaults, PlainSlot, VcpuKick, open_kvm};
 use demand_memory::{
-    Backing, BackingKind, Fill, FillRate, MemfdBacking, PageRange, Pager, Path, Retrier,
-    RetryPolicy, Stats, Waiter,
+    Backing, BackingKind, FaultPath, Fill, FillRate, MemfdBacking, PageRange, Pager, PagerConfig,
+    Retrier, RetryPolicy, Stats, Waiter,
 };
+use demand_paging::{Lazy, ServiceOptions};
 use demand_source::LocalFile;
-use demand_tests::can_run;
 use demand_tests::host::skip;
-use demand_vmm::config::MemoryOption;
+use demand_tests::{can_run, userfaultfds_of};
+use demand_vmm::config::MemoryConfig;
 use demand_vmm::vm::machine::{Machine, MachineConfig};
 use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
 use test_support::wait::until;
@@ -34,27 +35,38 @@ static ALONE: Mutex<()> = Mutex::new(());
 struct Walker {
     vcpu: VcpuFd,
     kick: VcpuKick,
+    markers: MarkerFaults,
 }
 
 impl Walker {
     fn new(vm: &VmFd) -> Self {
         let vcpu = vm.create_vcpu(0).unwrap();
-        vcpu.set_sregs(&guest::sregs(&vcpu).unwrap()).unwrap();
+        Mode::Protected.set(&vcpu).unwrap();
         let kick = VcpuKick::new(&vcpu).unwrap();
         kick.attach();
-        Walker { vcpu, kick }
+        Walker { vcpu, kick, markers: MarkerFaults::default() }
     }
 
     /// Walks through memory once; returns the sum.
     fn walk(&mut self, handler: Option<&FaultHandler>) -> u32 {
-        self.vcpu.set_regs(&guest::regs(SIZE)).unwrap();
+        self.vcpu.set_regs(&summing::start(SIZE)).unwrap();
         let mut sum = 0;
         loop {
-            match (self.vcpu.run().unwrap(), handler) {
+            if let Some(handler) = handler {
+                self.markers.prepare(&self.vcpu, handler).unwrap();
+            }
+            let exit = match (self.vcpu.run(), handler) {
+                (Err(error), Some(handler)) if error.errno() == libc::EINTR => {
+                    assert!(self.markers.resolve(handler, self.kick.waiter()).unwrap());
+                    continue;
+                }
+                (exit, _) => exit.unwrap(),
+            };
+            match (exit, handler) {
                 (VcpuExit::MemoryFault { flags, gpa, size }, Some(handler)) => {
                     handler.handle(gpa, size, flags, self.kick.waiter()).unwrap();
                 }
-                (VcpuExit::IoOut(guest::PORT_SUM, data), _) => {
+                (VcpuExit::IoOut(summing::PORT_SUM, data), _) => {
                     sum = u32::from_le_bytes(data.try_into().unwrap());
                 }
                 (VcpuExit::Hlt, _) => return sum,
@@ -78,7 +90,7 @@ fn open_userfaultfds() -> usize {
     let links = fs::read_dir("/proc/self/fd").unwrap();
     links
         .filter_map(|entry| fs::read_link(entry.ok()?.path()).ok())
-        .filter(|target| target == FilePath::new("anon_inode:[userfaultfd]"))
+        .filter(|target| target == Path::new("anon_inode:[userfaultfd]"))
         .count()
 }
 
@@ -92,15 +104,16 @@ fn our_threads() -> Vec<String> {
 }
 
 /// Returns the page counts of a VM that was never demand-paged, over the same kind of memory.
-fn plain(image: &FilePath, backing: BackingKind, expected: u32) -> Option<(u64, u64)> {
-    let memory = Arc::new(MemfdBacking::new(backing, SIZE, true).unwrap());
+fn plain(image: &Path, backing: BackingKind, expected: u32) -> Option<(u64, u64)> {
+    let memory = Arc::new(MemfdBacking::new(backing, SIZE).unwrap());
     let source = Arc::new(LocalFile::open(image).unwrap());
     let retrier = Retrier::new(RetryPolicy::default(), |failure| panic!("{}", failure.error));
-    let pager = Pager::new(memory.clone(), source, 0, Arc::new(Stats::new()), retrier).unwrap();
-    pager.ensure(PageRange::new(0, pager.pages()), Path::Fill, &Waiter::new()).unwrap();
+    let pager =
+        Pager::new(PagerConfig { retrier, ..PagerConfig::new(memory.clone(), source) }).unwrap();
+    pager.ensure(PageRange::new(0, pager.pages()), FaultPath::Fill, &Waiter::new()).unwrap();
     let vm = Arc::new(open_kvm().unwrap().create_vm().unwrap());
     let mapping = Arc::new(memory.map().unwrap());
-    let _slot = PlainSlot::new(vm.clone(), 0, GuestAddress(0), mapping, false).unwrap();
+    let _slot = PlainSlot::new(vm.clone(), 0, GuestAddress(0), mapping).unwrap();
     let mut walker = Walker::new(&vm);
     for _ in 0..2 {
         assert_eq!(walker.walk(None), expected);
@@ -116,23 +129,25 @@ fn nothing_is_left(engine: Engine, backing: BackingKind) {
     }
     let folder = tempfile::tempdir().unwrap();
     let image = folder.path().join("memory.img");
-    let code = guest::walker(SIZE).unwrap();
-    guest::write_image(&File::create(&image).unwrap(), SIZE, &code).unwrap();
-    let expected = guest::sum(File::open(&image).unwrap()).unwrap();
+    summing::write_walker(&image, SIZE).unwrap();
+    let expected = summing::sum(File::open(&image).unwrap()).unwrap();
     let plain = plain(&image, backing, expected);
 
     let whole = fs::read(&image).unwrap();
     let machine = Machine::new(MachineConfig {
-        memory: &MemoryOption { size: SIZE, backing, reserve: true, thp: false },
+        memory: &MemoryConfig { size: SIZE, backing, reserve: true, thp: false },
         engine: EngineChoice::Only(engine),
+        probes: None,
+        lazy: Lazy::Require,
         source: Arc::new(LocalFile::open(&image).unwrap()),
+        service: ServiceOptions::default(),
         stats: Arc::new(Stats::new()),
         retrier: Retrier::new(RetryPolicy::default(), |_| {}),
     })
     .unwrap();
     let (sender, complete) = channel();
     machine.on_complete(move || sender.send(()).unwrap());
-    let handler = machine.fault_handler().unwrap();
+    let handler = machine.fault_handler().clone();
     let mut walker = Walker::new(machine.vm());
 
     // All of the machinery is running, including the retry thread.
@@ -143,8 +158,7 @@ fn nothing_is_left(engine: Engine, backing: BackingKind) {
         let threads = our_threads();
         ["uffd-0", "uffd-1", "fill", "retry"].iter().all(|name| threads.contains(&name.to_string()))
     });
-    // The guest's, and the one that creates huge pages with their content.
-    assert_eq!(open_userfaultfds(), if backing == BackingKind::Shmem { 1 } else { 2 });
+    assert_eq!(open_userfaultfds(), userfaultfds_of(engine, backing));
     fs::write(&image, &whole).unwrap();
     assert_eq!(walker.walk(Some(&handler)), expected);
     complete.recv_timeout(PATIENCE).unwrap();
@@ -178,6 +192,16 @@ fn of_uffd_on_shmem() {
 #[test]
 fn of_uffd_on_hugetlb_2m() {
     nothing_is_left(Engine::Uffd, BackingKind::Hugetlb2M);
+}
+
+#[test]
+fn of_uffd_poison_on_shmem() {
+    nothing_is_left(Engine::UffdPoison, BackingKind::Shmem);
+}
+
+#[test]
+fn of_uffd_poison_on_hugetlb_2m() {
+    nothing_is_left(Engine::UffdPoison, BackingKind::Hugetlb2M);
 }
 
 #[test]

@@ -3,6 +3,9 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader};
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
@@ -14,7 +17,7 @@ use demand_tests::cannot_run;
 use demand_tests::host::{free_units, has_kvm, skip};
 use demand_tests::process::{Guarded, program, run};
 use demand_tests::refusal::{FAILED, HOST, USAGE, refused};
-use demand_tests::sandbox::{Device, is_root, vmm_for_everybody, with_devices, with_limit};
+use demand_tests::sandbox::{Device, for_everybody, is_root, with_devices, with_limit};
 use test_support::fuse::SlowFile;
 
 /// A folder with a memory image and a disk, and the arguments of a run on them that would succeed.
@@ -25,7 +28,7 @@ struct Setting {
 impl Setting {
     fn new() -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let mut make = Command::new(program("demand-vmm").unwrap());
+        let mut make = Command::new(program("test-vmm").unwrap());
         make.arg("make-image").arg("--memory").arg(folder.path().join("memory.img"));
         make.args(["--size", "8M", "--disk-size", "8M"]);
         make.arg("--disk").arg(folder.path().join("disk.img"));
@@ -44,7 +47,7 @@ impl Setting {
     }
 
     fn vmm(&self) -> Command {
-        self.run_command(&program("demand-vmm").unwrap())
+        self.run_command(&program("test-vmm").unwrap())
     }
 
     /// Starts the project's own back-end on the disk.
@@ -109,9 +112,10 @@ fn no_permission_on_dev_userfaultfd() {
         return skip("needs root, KVM and /dev/userfaultfd");
     };
     let setting = Setting::new();
-    let vmm = vmm_for_everybody(setting.folder.path()).unwrap();
+    let vmm = for_everybody("test-vmm", setting.folder.path()).unwrap();
     let mut command = setting.run_command(&vmm);
-    command.args(["--memory", "size=8M"]);
+    // Some kernels need no userfaultfd for the other engines.
+    command.args(["--memory", "size=8M", "--engine", "uffd"]);
     with_devices(&mut command, vec![kvm, uffd], Some(65534));
     refused(&mut command, HOST, &["/dev/userfaultfd", "ermi"]);
 }
@@ -144,7 +148,7 @@ fn memory_of_many_tebibytes_is_refused_at_once() {
     let image = tempfile::NamedTempFile::new_in("/dev/shm").unwrap();
     image.as_file().set_len(60 << 40).unwrap();
     for size in ["10T", "60T"] {
-        let mut command = Command::new(program("demand-vmm").unwrap());
+        let mut command = Command::new(program("test-vmm").unwrap());
         command.arg("run").arg("--source").arg(image.path());
         command.arg("--memory").arg(format!("size={size}")).args(["--test-guest", "window=64M"]);
         with_limit(&mut command, libc::RLIMIT_CPU, 1);
@@ -169,7 +173,7 @@ fn missing_image_is_refused() {
     if let Some(why) = cannot_run() {
         return skip(&why);
     }
-    let mut command = Command::new(program("demand-vmm").unwrap());
+    let mut command = Command::new(program("test-vmm").unwrap());
     command.args(["run", "--memory", "size=8M", "--source", "/nowhere/memory.img"]);
     refused(&mut command, FAILED, &["/nowhere/memory.img", "No such file"]);
 }
@@ -188,7 +192,7 @@ fn unsupported_engine_is_refused() {
         let output = run(&mut command, Duration::from_secs(120)).unwrap();
         assert!(output.status.success(), "{}", output.stderr);
     } else {
-        refused(&mut command, HOST, &["kvm-userfault", "use engine uffd"]);
+        refused(&mut command, HOST, &["kvm-userfault", "use --engine uffd"]);
     }
 }
 
@@ -226,9 +230,24 @@ fn missing_socket_is_refused() {
     refused(&mut setting.with_disk(Path::new("/nowhere/blk.sock")), FAILED, &words);
 }
 
+/// The back-end serves another front-end: neither program waits without a word.
+#[test]
+fn busy_back_end_is_refused() {
+    if let Some(why) = cannot_run() {
+        return skip(&why);
+    }
+    let setting = Setting::new();
+    let back_end = setting.back_end(false);
+    let _served = UnixStream::connect(back_end.socket()).unwrap();
+    let begun = Instant::now();
+    let words = ["closed the connection", "it may serve another front-end"];
+    refused(&mut setting.with_disk(back_end.socket()), FAILED, &words);
+    assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
+}
+
 #[test]
 fn a_wrong_command_line() {
-    let vmm = || Command::new(program("demand-vmm").unwrap());
+    let vmm = || Command::new(program("test-vmm").unwrap());
     for arguments in [
         &["run"][..],
         &["run", "--memory", "size=1G,backing=paper", "--source", "x"],
@@ -241,7 +260,7 @@ fn a_wrong_command_line() {
         &["make-image", "--memory", "x", "--size", "1000"],
         &[],
     ] {
-        refused(vmm().args(arguments), USAGE, &["demand-vmm: "]);
+        refused(vmm().args(arguments), USAGE, &["test-vmm: "]);
     }
 }
 
@@ -292,7 +311,7 @@ impl Waiting {
         std::io::Read::read_to_string(&mut pipe, &mut said).unwrap();
         assert_eq!(status.code(), Some(FAILED), "{said}");
         let last = said.lines().last().unwrap_or_default();
-        assert!(last.starts_with("demand-vmm: ") && last.contains(words), "{said}");
+        assert!(last.starts_with("test-vmm: ") && last.contains(words), "{said}");
     }
 }
 
@@ -331,7 +350,7 @@ fn hanging_run(arguments: &[&str]) -> Option<(Guarded, SlowFile, Receiver<String
     let setting = Setting::new();
     let file = SlowFile::new(&fs::read(setting.path("memory.img")).unwrap())?;
     file.hold(4 << 20..5 << 20);
-    let mut command = Command::new(program("demand-vmm").unwrap());
+    let mut command = Command::new(program("test-vmm").unwrap());
     command.args(["run", "--memory", "size=8M", "--source"]).arg(file.path()).args(arguments);
     command.stderr(Stdio::piped());
     let mut vmm = Guarded::spawn(&mut command).unwrap();
@@ -348,7 +367,7 @@ fn hanging_source_ends_the_run() {
     let Some((mut vmm, file, said)) = hanging_run(&["--source-limit", "2"]) else { return };
     let _guard = file.answer_at_the_end();
     let mut lines = std::iter::from_fn(|| said.recv_timeout(Duration::from_secs(60)).ok());
-    let last = lines.find(|line| line.starts_with("demand-vmm: ")).expect("it says why it ends");
+    let last = lines.find(|line| line.starts_with("test-vmm: ")).expect("it says why it ends");
     let words = format!("of {}: no answer for ", file.path().display());
     assert!(last.contains("cannot read the page at offset") && last.contains(&words), "{last}");
     drop(file);
@@ -357,10 +376,10 @@ fn hanging_source_ends_the_run() {
 }
 
 #[test]
-fn hanging_source_is_told_once() {
+fn hanging_source_is_reported_once() {
+    let begun = Instant::now();
     let Some((mut vmm, file, said)) = hanging_run(&[]) else { return };
     let _guard = file.answer_at_the_end();
-    let begun = Instant::now();
     let mut lines = std::iter::from_fn(|| said.recv_timeout(Duration::from_secs(60)).ok());
     let told = |line: &String| line.contains("no answer for");
     assert!(lines.any(|line| told(&line)), "the run says nothing");
@@ -380,4 +399,89 @@ fn dying_back_end_ends_the_waiting_run() {
     let mut run = Waiting::new();
     signal(&mut run.back_end, libc::SIGKILL);
     run.fails_with("closed the connection");
+}
+
+/// An image is complete or absent, and replaces another one only by request.
+#[test]
+fn existing_image_is_kept() {
+    let folder = tempfile::tempdir().unwrap();
+    let image = folder.path().join("image");
+    fs::write(&image, "of another run").unwrap();
+    let make = |disk: &Path, more: &[&str]| {
+        let mut make = Command::new(program("test-vmm").unwrap());
+        make.args(["make-image", "--size", "4M", "--memory"]).arg(&image);
+        make.arg("--disk").arg(disk).args(more);
+        make
+    };
+    let other = folder.path().join("disk");
+    refused(&mut make(&other, &[]), FAILED, &["image: it exists", "--force"]);
+    // The disk cannot be written, so the memory is not replaced either.
+    let nowhere = Path::new("/nowhere/disk");
+    refused(&mut make(nowhere, &["--force"]), FAILED, &["cannot write /nowhere/disk"]);
+    refused(&mut make(Path::new("/dev/null"), &["--force"]), FAILED, &["not a regular file"]);
+    assert_eq!(fs::read_to_string(&image).unwrap(), "of another run");
+    let output =
+        run(&mut make(&other, &["--force", "--progress"]), Duration::from_secs(60)).unwrap();
+    assert!(output.status.success(), "{output:?}");
+    for line in [
+        "progress: memory image: 1024 of 1024 pages written (100.0 %)",
+        "progress: disk image: 4096 of 4096 pages written (100.0 %)",
+    ] {
+        assert!(output.stderr.lines().any(|said| said == line), "{line}: {}", output.stderr);
+    }
+    assert_eq!(fs::metadata(&image).unwrap().len(), 4 << 20);
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 2, "nothing else is left");
+}
+
+/// Two spellings of one path, and two names of one file.
+#[test]
+fn one_file_for_both_images_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    fs::write(at("old"), "of another run").unwrap();
+    fs::hard_link(at("old"), at("linked")).unwrap();
+    for (memory, disk) in [("new", "new"), ("new", "./new"), ("old", "old"), ("old", "linked")] {
+        let mut make = Command::new(program("test-vmm").unwrap());
+        make.args(["make-image", "--size", "4M", "--force", "--memory"]).arg(at(memory));
+        make.arg("--disk").arg(at(disk));
+        refused(&mut make, FAILED, &["--disk: cannot write ", "--memory writes it"]);
+    }
+    assert_eq!(fs::read_to_string(at("old")).unwrap(), "of another run");
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 2);
+}
+
+/// Whether a file system has files without a name, which are gone with their process.
+fn has_unnamed_files(folder: &Path) -> bool {
+    let mut options = fs::OpenOptions::new();
+    options.write(true).custom_flags(libc::O_TMPFILE).open(folder).is_ok()
+}
+
+#[test]
+fn ended_make_image_leaves_no_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let left = || fs::read_dir(folder.path()).unwrap().count();
+    let killed = has_unnamed_files(folder.path()).then_some(libc::SIGKILL);
+    for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP].into_iter().chain(killed) {
+        let mut make = Command::new(program("test-vmm").unwrap());
+        make.args(["make-image", "--size", "3G", "--progress", "--memory"]);
+        make.arg(folder.path().join("image")).arg("--disk").arg(folder.path().join("disk"));
+        let mut make = Guarded::spawn(make.stderr(Stdio::piped())).unwrap();
+        let mut said = BufReader::new(make.child().stderr.take().unwrap());
+        let mut line = String::new();
+        said.read_line(&mut line).unwrap();
+        assert!(line.starts_with("progress: memory image: "), "{line}");
+        let id = libc::pid_t::try_from(make.id()).unwrap();
+        // SAFETY: the child has not been reaped, so its ID has not been reused.
+        assert_eq!(unsafe { libc::kill(id, signal) }, 0);
+        let rest: Vec<_> = said.lines().map_while(Result::ok).collect();
+        let status = make.wait(Duration::from_secs(60)).unwrap();
+        assert_eq!(left(), 0, "signal {signal}: {status}");
+        if signal == libc::SIGKILL {
+            assert_eq!(status.signal(), Some(signal));
+        } else {
+            let last = rest.last().map_or("", |line| line.as_str());
+            assert!(last.starts_with("test-vmm: ended by SIG"), "{last}");
+            assert_eq!(status.code(), Some(FAILED));
+        }
+    }
 }

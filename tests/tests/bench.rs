@@ -56,7 +56,7 @@ fn engine(engine: Engine, backing: BackingKind) {
         let pages = u64::from(cpus) * (4 << 20) / PAGE_SIZE;
         assert_eq!(report.pages, pages);
         // With userfaultfd, a vCPU faults once per unit; a fault can occur twice.
-        let unit = if engine == Engine::Uffd { backing.unit() } else { PAGE_SIZE };
+        let unit = if engine.faults_by_unit() { backing.unit() } else { PAGE_SIZE };
         let least = pages * PAGE_SIZE / unit;
         assert!((least..=least + least / 8 + 1).contains(&report.faults), "{report:?}");
         assert_eq!(report.guest.granularity_bytes, unit);
@@ -81,6 +81,16 @@ fn kvm_userfault_on_hugetlb_2m() {
 #[test]
 fn uffd_on_shmem() {
     engine(Engine::Uffd, BackingKind::Shmem);
+}
+
+#[test]
+fn uffd_poison_on_shmem() {
+    engine(Engine::UffdPoison, BackingKind::Shmem);
+}
+
+#[test]
+fn uffd_poison_on_hugetlb_2m() {
+    engine(Engine::UffdPoison, BackingKind::Hugetlb2M);
 }
 
 #[test]

@@ -2,6 +2,7 @@
 //! The names in the documents exist, and the commands in them do what they say.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use demand_tests::commands::{blocks, run_all};
@@ -76,11 +77,81 @@ fn each_invariant_has_its_links() {
         }
         assert!(check_tests(shown_by, row) > 0, "no test shows it: {row}");
         for name in broken_by.split(", ") {
-            assert!(mutants.iter().any(|mutant| mutant == name), "there is no mutant '{name}'");
+            assert!(mutants.iter().any(|mutant| mutant == name), "unknown mutant '{name}'");
         }
     }
     for mutant in mutants {
         assert!(document.contains(&mutant), "DESIGN.md names no invariant for '{mutant}'");
+    }
+}
+
+/// Each wrong order is shown by a test, or by a program that does not compile.
+#[test]
+fn each_wrong_order_is_shown() {
+    let document = fs::read_to_string(top().join("DESIGN.md")).unwrap();
+    let section = document.split("\n## ").find(|part| part.starts_with("Wrong orders")).unwrap();
+    let rows: Vec<&str> = section.lines().filter(|line| line.starts_with("| ")).skip(1).collect();
+    assert!(rows.len() >= 15, "only {} wrong orders", rows.len());
+    let programs = top().join("crates/demand-kvm/tests/compile_fail");
+    let mut named_programs = 0;
+    for row in rows {
+        let cells: Vec<&str> = row.split('|').map(str::trim).collect();
+        let [_, _, outcome, shown_by, _] = cells[..] else { panic!("not three cells: {row}") };
+        if let Some(program) = outcome.strip_prefix("compile error: ") {
+            named_programs += 1;
+            let program = program.trim_matches('`');
+            assert!(programs.join(format!("{program}.rs")).exists(), "{program}: {row}");
+        } else {
+            let known = ["error: ", "harmless: ", "log: "];
+            assert!(known.iter().any(|known| outcome.starts_with(known)), "{row}");
+        }
+        assert!(check_tests(shown_by, row) > 0, "no test shows it: {row}");
+    }
+    let count = fs::read_dir(programs).unwrap().filter(|entry| {
+        entry.as_ref().is_ok_and(|entry| entry.path().extension().is_some_and(|ext| ext == "rs"))
+    });
+    assert_eq!(named_programs, count.count(), "each program has a row");
+}
+
+/// Each step for rust-vmm's CI has what its pipeline generator asks for, and runs existing scripts.
+#[test]
+fn ci_steps_run_existing_scripts() {
+    let text = fs::read_to_string(top().join(".buildkite/custom-tests.json")).unwrap();
+    let description: serde_json::Value = serde_json::from_str(&text).unwrap();
+    let steps = description["tests"].as_array().expect("a list of tests");
+    let mut scripts = Vec::new();
+    for step in steps {
+        let word = |key: &str| step[key].as_str().unwrap_or_else(|| panic!("no {key}: {step}"));
+        assert!(!word("test_name").is_empty());
+        let platforms = step["platform"].as_array().expect("a list of platforms");
+        assert!(platforms.iter().all(|platform| platform == "x86_64"), "{step}");
+        for command in word("command").split(" && ") {
+            let script = command.split(' ').next().unwrap();
+            let mode = fs::metadata(top().join(script))
+                .unwrap_or_else(|error| panic!("{script}: {error}"))
+                .permissions()
+                .mode();
+            assert!(mode & 0o111 == 0o111, "{script} is not executable");
+            scripts.push(script.to_owned());
+        }
+    }
+    assert!(scripts.iter().any(|script| script == "rust-vmm-ci/test"), "{scripts:?}");
+}
+
+/// The README of rust-vmm-ci has a row for each of its scripts, and each of its folders a README.
+#[test]
+fn ci_entries_are_described() {
+    let folder = top().join("rust-vmm-ci");
+    let readme = fs::read_to_string(folder.join("README.md")).unwrap();
+    for entry in fs::read_dir(&folder).unwrap() {
+        let path = entry.unwrap().path();
+        let name = path.file_name().unwrap().to_str().unwrap();
+        if path.is_dir() {
+            assert!(path.join("README.md").exists(), "{name} has no README.md");
+            assert!(readme.contains(&format!("({name}/README.md)")), "no link to {name}");
+        } else if !name.contains('.') {
+            assert!(readme.contains(&format!("\n| `{name}` |")), "no row for {name}");
+        }
     }
 }
 
@@ -99,6 +170,11 @@ fn runs(name: &str, at_least: usize) {
 #[test]
 fn the_readmes_commands_run() {
     runs("README.md", 3);
+}
+
+#[test]
+fn the_test_vmms_readmes_commands_run() {
+    runs("tests/test-vmm/README.md", 2);
 }
 
 #[test]

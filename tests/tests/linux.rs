@@ -15,8 +15,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use demand_kvm::Engine;
-use demand_tests::host::transparent_huge_pages;
+use demand_tests::backend::{BackEnd, BlkOptions};
+use demand_tests::host::{skip_without_patch, transparent_huge_pages};
 use demand_tests::linux_vm::Kernel;
+use demand_tests::process::program;
+use demand_tests::refusal::{FAILED, HOST, Refusals};
 use demand_tests::snapshot_cycle::{Birth, Life, Moment, Rebirth};
 use demand_vmm::api::Status;
 use guest_work::Journal;
@@ -35,6 +38,7 @@ const SHMEM: &str = "backing=shmem";
 const SHMEM_THP: &str = "backing=shmem,thp=on";
 const HUGETLB_2M: &str = "backing=hugetlb-2m";
 const HUGETLB_1G: &str = "backing=hugetlb-1g";
+const GUEST_MEMFD: &str = "backing=guest-memfd";
 
 fn number(variable: &str) -> Option<u64> {
     std::env::var(variable).ok()?.parse().ok()
@@ -75,9 +79,11 @@ impl Plan {
             let what = format!("moment {number}, {pause:?} later");
             let moment = life.stop_at(&at(format!("moment{number}")));
             let moment = moment.with_context(|| what.clone())?;
-            life.go_on()?;
+            life.resume()?;
             moments.push((moment, what));
         }
+        // Before that its console may lose what it is sent.
+        life.wait_beats(1)?;
         life.finish().context("the guest that was snapshotted")?;
         for (number, (moment, what)) in moments.into_iter().enumerate() {
             let fill = ["off", "on", "rate=16M"][random.random_range(0..3)];
@@ -119,7 +125,9 @@ fn moments(engine: Engine, restored: &'static str, first: u64) {
     if restored == SHMEM_THP && !transparent_huge_pages() {
         return;
     }
-    let mut left = number("LINUX_MOMENTS").unwrap_or(2);
+    // A life with two snapshots suffices once for each engine that `auto` chooses, and unit.
+    let usual = if restored == SHMEM_THP || engine == Engine::UffdPoison { 1 } else { 2 };
+    let mut left = number("LINUX_MOMENTS").unwrap_or(usual);
     let seed = number("LINUX_SEED").unwrap_or(1);
     for life in first.. {
         if left == 0 {
@@ -131,6 +139,8 @@ fn moments(engine: Engine, restored: &'static str, first: u64) {
             (&image, Journal::Ext4),
             (&elf, Journal::Raw),
         ][(life % 4) as usize];
+        // No back-end can wait for the pages of a guest_memfd.
+        let journal = if restored == GUEST_MEMFD { Journal::None } else { journal };
         let booted = if life % 2 == 0 { restored } else { SHMEM };
         let plan = Plan {
             birth: Birth {
@@ -138,7 +148,7 @@ fn moments(engine: Engine, restored: &'static str, first: u64) {
                 cpus: [1, 2, 4][(life % 3) as usize],
                 memory: format!("size=192M,{booted}"),
                 journal,
-                net: life / 2 % 2 == 1,
+                net: life / 2 % 2 == 1 && restored != GUEST_MEMFD,
                 reseeds: true,
             },
             engine,
@@ -181,6 +191,86 @@ fn uffd_on_shmem_thp() {
 #[test]
 fn uffd_on_hugetlb_2m() {
     moments(Engine::Uffd, HUGETLB_2M, 5);
+}
+
+#[test]
+fn uffd_poison_on_shmem() {
+    moments(Engine::UffdPoison, SHMEM, 6);
+}
+
+#[test]
+fn uffd_poison_on_shmem_thp() {
+    moments(Engine::UffdPoison, SHMEM_THP, 7);
+}
+
+#[test]
+fn uffd_poison_on_hugetlb_2m() {
+    moments(Engine::UffdPoison, HUGETLB_2M, 8);
+}
+
+/// Only newer kernels have such memory: on others, its refusal is tested.
+#[test]
+fn kvm_userfault_on_guest_memfd() {
+    let Some(kernel) = Kernel::lab() else { return };
+    let features = demand_kvm::probe().kvm.unwrap();
+    if features.guest_memfd_userfault.works() {
+        return moments(Engine::KvmUserfault, GUEST_MEMFD, 9);
+    }
+    if features.guest_memfd_flags != 0 {
+        return skip_without_patch("KVM Userfault for guest_memfd");
+    }
+    test(Some(kernel), |kernel| {
+        let mut vmm = Command::new(program("demand-vmm")?);
+        vmm.args(["run", "--memory", "size=192M,backing=guest-memfd", "--kernel"]);
+        let mut refusals = Refusals::new();
+        let words = ["guest-memfd", "Linux 6.18"];
+        refusals.check("no guest_memfd", vmm.arg(kernel.image), HOST, &words);
+        refusals.end();
+        Ok(())
+    });
+}
+
+/// Post-copy cannot trap a back-end's accesses to a guest_memfd: the back-end is refused, unless it
+/// gets the memory once all of it is present.
+#[test]
+fn back_end_on_guest_memfd_needs_all_memory() {
+    let Some(kernel) = Kernel::lab() else { return };
+    if !demand_kvm::probe().kvm.unwrap().guest_memfd_userfault.works() {
+        // The test above tells of that.
+        return;
+    }
+    test(Some(kernel), |kernel| {
+        let temporary = tempfile::tempdir()?;
+        let at = |name: &str| temporary.path().join(name);
+        let mut life = Life::boot(&at("life"), &birth(kernel, 2, "size=192M,backing=guest-memfd"))?;
+        life.wait_beats(2)?;
+        let status = life.guest().api().status()?;
+        ensure!(status.limits.len() == 3, "{status:?}");
+        let moment = life.stop_at(&at("moment"))?;
+        drop(life);
+        let options = BlkOptions { queues: 1, queue_size: 256, postcopy: true };
+        let back_end = BackEnd::vhost_device_blk(temporary.path(), &moment.disk(), &options)?;
+        let mut vmm = Command::new(program("demand-vmm")?);
+        vmm.args(["restore", "--source"]).arg(moment.snapshot());
+        vmm.arg("--vhost-user").arg(format!("blk,socket={}", back_end.socket().display()));
+        let mut refusals = Refusals::new();
+        let words = ["no userfaultfd traps accesses to guest-memfd", "lazy=fill"];
+        refusals.check("post-copy", &mut vmm, FAILED, &words);
+        refusals.end();
+        drop(back_end);
+        let rebirth = Rebirth {
+            engine: Engine::KvmUserfault.name(),
+            fill: "off",
+            disk: ",lazy=fill",
+            ..Rebirth::default()
+        };
+        let mut life = moment.restore(&at("filled"), &rebirth)?;
+        life.wait_work()?;
+        let status = life.guest().api().status()?;
+        ensure!(status.pages_present == status.pages_total, "{status:?}");
+        life.finish()?;
+        Ok(())
+    });
 }
 
 fn birth(kernel: Kernel, cpus: u32, memory: &str) -> Birth {

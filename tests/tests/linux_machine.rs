@@ -2,6 +2,7 @@
 //! The machine as Linux sees it: each way to reset it, timers for kernels without kvm-clock, and no
 //! complaint of a stock kernel.
 
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -14,7 +15,12 @@ fn config(cpus: u32, memory: &str, more: &[&str]) -> GuestConfig {
     GuestConfig { cpus, memory: memory.into(), more, ..GuestConfig::default() }
 }
 
+/// Held while a test's guests run: a guest whose timer is a PIT gets each tick that it has missed,
+/// and one that is too slow for them does nothing else.
+static ALONE: Mutex<()> = Mutex::new(());
+
 fn test(kernel: Option<Kernel>, f: impl FnOnce(&Kernel) -> Result<()>) {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     if let Some(kernel) = kernel {
         f(&kernel).unwrap_or_else(|error| panic!("{error:#}"));
     }
@@ -134,13 +140,13 @@ fn clock_goes_on(kernel: &Kernel, words: &str, cpus: u64, clock: &str) -> Result
 /// Returns the option that gives the kernel the TSC's frequency. A machine with an emulated CPU is
 /// too slow for calibration: a kernel reads a timer and the TSC together within some microseconds.
 /// The lab's own kernel gets the option, too.
-fn told_frequency() -> Result<String> {
+fn frequency_parameter() -> Result<String> {
     let line = std::fs::read_to_string("/proc/cmdline")?;
     let word = line.split_whitespace().find(|word| word.starts_with("tsc_early_khz="));
     Ok(word.context("the lab's kernel is not told the TSC's frequency")?.to_owned())
 }
 
-/// Disables the timer that treats the TSC's frequency as known; see [`told_frequency`].
+/// Disables the timer that treats the TSC's frequency as known; see [`frequency_parameter`].
 const BY_APIC: &str = "lapic=notscdeadline";
 
 #[test]
@@ -152,7 +158,7 @@ fn kernel_without_kvm_clock_keeps_time_by_acpi() {
 #[test]
 fn kernel_without_paravirtualization_keeps_time_by_tsc() {
     test(Kernel::lab(), |kernel| {
-        let words = format!("nopv clocksource=tsc tsc=reliable {}", told_frequency()?);
+        let words = format!("nopv clocksource=tsc tsc=reliable {}", frequency_parameter()?);
         clock_goes_on(kernel, &words, 2, "tsc")
     });
 }

@@ -41,7 +41,8 @@ fn restore_with(
     engine: Engine,
     memory: &'static str,
 ) -> Result<Life> {
-    let rebirth = Rebirth { engine: engine.name(), memory, fill: "off", card };
+    let engine = engine.name();
+    let rebirth = Rebirth { engine, memory, fill: "off", card, ..Rebirth::default() };
     let mut life = moment.restore(folder, &rebirth)?;
     life.wait_work()?;
     Ok(life)
@@ -84,13 +85,13 @@ fn alone_and_locked_uffd_on_shmem() {
 fn beside_a_disk_in_a_chain_of_snapshots() {
     test(Journal::Ext4, |mut life, folder| {
         let moment = life.stop_at(&folder.join("moment"))?;
-        life.go_on()?;
+        life.resume()?;
         life.wait_work()?;
         life.finish().context("the guest that was snapshotted")?;
         let engine = Engine::KvmUserfault;
         let mut life = restore(&moment, &folder.join("restored"), engine, HUGETLB_2M)?;
         let moment = life.stop_at(&folder.join("moment again"))?;
-        life.go_on()?;
+        life.resume()?;
         life.wait_work()?;
         still_lazy(&life.finish()?, engine)?;
         let engine = Engine::Uffd;
@@ -113,7 +114,7 @@ fn guest_restores_without_post_copy_once_complete() {
         life.wait_complete()?;
         life.wait_work()?;
         let moment = life.stop_at(&folder.join("moment again"))?;
-        life.go_on()?;
+        life.resume()?;
         life.wait_work()?;
         let report = life.finish()?;
         ensure!(report.back_end.faults > 0 && report.time_to_complete_us > 0, "{report:?}");

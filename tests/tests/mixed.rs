@@ -65,7 +65,7 @@ fn mixed(engine: Engine, memory: Memory, cpus: u32) {
         let report =
             scenario.run(&mut |_, _| {}).unwrap_or_else(|error| panic!("round {round}: {error:#}"));
         assert_eq!(report.engine, engine.name());
-        let guest = if engine == Engine::Uffd { backing.unit() } else { 4096 };
+        let guest = if engine.faults_by_unit() { backing.unit() } else { 4096 };
         let back_end = backing.unit().max(2 << 20);
         // With a single unit, only the first actor to access it faults.
         if !gigantic || report.guest.faults > 0 {
@@ -119,6 +119,14 @@ matrix! {
         uffd_on_hugetlb_2m_with_2_vcpus, uffd_on_hugetlb_2m_with_4_vcpus;
     Uffd on Hugetlb1G: uffd_on_hugetlb_1g_with_1_vcpu,
         uffd_on_hugetlb_1g_with_2_vcpus, uffd_on_hugetlb_1g_with_4_vcpus;
+    UffdPoison on Shmem: uffd_poison_on_shmem_with_1_vcpu,
+        uffd_poison_on_shmem_with_2_vcpus, uffd_poison_on_shmem_with_4_vcpus;
+    UffdPoison on ShmemWithThp: uffd_poison_on_shmem_thp_with_1_vcpu,
+        uffd_poison_on_shmem_thp_with_2_vcpus, uffd_poison_on_shmem_thp_with_4_vcpus;
+    UffdPoison on Hugetlb2M: uffd_poison_on_hugetlb_2m_with_1_vcpu,
+        uffd_poison_on_hugetlb_2m_with_2_vcpus, uffd_poison_on_hugetlb_2m_with_4_vcpus;
+    UffdPoison on Hugetlb1G: uffd_poison_on_hugetlb_1g_with_1_vcpu,
+        uffd_poison_on_hugetlb_1g_with_2_vcpus, uffd_poison_on_hugetlb_1g_with_4_vcpus;
     KvmAttributes on Shmem: kvm_attributes_on_shmem_with_1_vcpu,
         kvm_attributes_on_shmem_with_2_vcpus, kvm_attributes_on_shmem_with_4_vcpus;
     KvmAttributes on ShmemWithThp: kvm_attributes_on_shmem_thp_with_1_vcpu,

@@ -3,17 +3,17 @@
 
 use std::fs::{self, OpenOptions};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use demand_kvm::{Engine, EngineChoice, PlainSlot, Virtualization};
-use demand_memory::{BackingKind, PAGE_SIZE, Path, Retrier, RetryPolicy, Stats};
+use demand_memory::{BackingKind, FaultPath, PAGE_SIZE, Retrier, RetryPolicy, Stats};
+use demand_paging::{Lazy, ServiceOptions};
 use demand_source::LocalFile;
 use demand_tests::can_run;
 use demand_tests::host::skip;
-use demand_vmm::config::MemoryOption;
-use demand_vmm::test_guest::exits::{PortWrite, TestExits};
+use demand_vmm::config::MemoryConfig;
 use demand_vmm::vcpu::set::Vcpus;
 use demand_vmm::vcpu::{VcpuContext, VcpuEvent};
 use demand_vmm::vm::machine::{Machine, MachineConfig};
@@ -21,6 +21,7 @@ use test_guest::guest_code::{DONE, PORT_END};
 use test_guest::guest_layout::{CONTROL_ADDRESS, ControlMemory};
 use test_guest::plan::{Plan, PlanParams};
 use test_support::wait::until;
+use test_vmm::exits::{PortWrite, TestExits};
 use vm_memory::GuestAddress;
 
 const SIZE: u64 = 16 << 20;
@@ -69,26 +70,26 @@ impl Guest {
         plan.content().write_image(&image, plan.windows()).unwrap();
         let stats = Arc::new(Stats::new());
         let machine = Machine::new(MachineConfig {
-            memory: &MemoryOption { size: SIZE, backing, reserve: true, thp: false },
+            memory: &MemoryConfig { size: SIZE, backing, reserve: true, thp: false },
             engine: EngineChoice::Only(engine),
+            probes: None,
+            lazy: Lazy::Require,
             source: Arc::new(LocalFile::open(&image).unwrap()),
+            service: ServiceOptions::default(),
             stats: stats.clone(),
             retrier: Retrier::new(RetryPolicy::default(), |_| {}),
         })
         .unwrap();
         let control = Arc::new(ControlMemory::new(&plan).unwrap());
         let (vm, mapping) = (machine.vm().clone(), control.mapping().clone());
-        let control_slot =
-            PlainSlot::new(vm, 100, GuestAddress(CONTROL_ADDRESS), mapping, false).unwrap();
+        let control_slot = PlainSlot::new(vm, 100, GuestAddress(CONTROL_ADDRESS), mapping).unwrap();
         let (say, events) = channel();
         let sender = say.clone();
         let context = Arc::new(VcpuContext {
-            faults: machine.fault_handler().unwrap(),
-            memory: machine.memory().clone(),
             exits: Arc::new(TestExits::new(None, move |write| {
                 drop(sender.send(Said::Port(write)))
             })),
-            first_run: OnceLock::new(),
+            first_run: Arc::default(),
         });
         Some(Guest {
             vcpus: Vcpus::new(context),
@@ -107,8 +108,8 @@ impl Guest {
 
     fn run(&mut self) {
         for cpu in 0..self.cpus {
-            let vcpu = self.machine.vm().create_vcpu(cpu.into()).unwrap();
-            self.control.layout().setup_vcpu(self.machine.kvm(), &vcpu, cpu as usize).unwrap();
+            let vcpu = self.machine.create_vcpu(cpu).unwrap();
+            self.control.layout().setup_vcpu(self.machine.kvm(), vcpu.fd(), cpu as usize).unwrap();
             let say = self.say.clone();
             self.vcpus.start(cpu, vcpu, move |event| drop(say.send(Said::Vcpu(event)))).unwrap();
         }
@@ -196,7 +197,7 @@ fn running_vcpus_are_paused_many_times(engine: Engine, backing: BackingKind) {
         // service maps is counted only afterwards, so the previous one may be among those counted
         // now.
         let more = guest.arrived() - paused;
-        let each = if engine == Engine::Uffd { 2 * backing.unit() / PAGE_SIZE } else { 1 };
+        let each = if engine.faults_by_unit() { 2 * backing.unit() / PAGE_SIZE } else { 1 };
         assert!(more <= u64::from(guest.cpus) * each, "a paused guest wanted {more} pages");
         guest.vcpus.resume();
         std::thread::sleep(Duration::from_millis(3));
@@ -216,7 +217,7 @@ fn waiting_vcpus_are_stopped(engine: Engine, backing: BackingKind) {
             guest.vcpus.pause(SOON).unwrap();
         }
         guest.vcpus.stop(SOON).unwrap();
-        assert_eq!(guest.stats.path(Path::Guest).faults, 0, "nobody has gone on");
+        assert_eq!(guest.stats.path(FaultPath::Guest).faults, 0, "nobody has gone on");
     }
 }
 
@@ -234,6 +235,16 @@ fn under_uffd_on_shmem() {
 #[test]
 fn under_uffd_on_hugetlb_2m() {
     all(Engine::Uffd, BackingKind::Hugetlb2M);
+}
+
+#[test]
+fn under_uffd_poison_on_shmem() {
+    all(Engine::UffdPoison, BackingKind::Shmem);
+}
+
+#[test]
+fn under_uffd_poison_on_hugetlb_2m() {
+    all(Engine::UffdPoison, BackingKind::Hugetlb2M);
 }
 
 #[test]

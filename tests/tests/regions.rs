@@ -2,17 +2,20 @@
 //! Memory of any size around the hole for devices: guest, back-end and VMM on both sides of it,
 //! with rings and buffers in all windows; and no memory outside the windows ever arrives.
 
+#![allow(clippy::cast_possible_truncation, reason = "the numbers of a test are small")]
+
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, mpsc};
 
 use demand_kvm::{Engine, EngineChoice};
 use demand_memory::{BackingKind, Fill, FillRate, Retrier, RetryPolicy, Stats};
+use demand_paging::{Lazy, ServiceOptions};
 use demand_source::LocalFile;
-use demand_tests::cannot_run;
 use demand_tests::host::{free_units, huge_pages, skip};
 use demand_tests::scenario::Scenario;
+use demand_tests::{cannot_run, userfaultfds_of};
 use demand_vmm::arch::placement::Placement;
-use demand_vmm::config::MemoryOption;
+use demand_vmm::config::MemoryConfig;
 use demand_vmm::vm::machine::{Machine, MachineConfig};
 use test_support::wait::{A_WHILE, PATIENCE, until};
 use vm_memory::GuestAddress;
@@ -124,12 +127,15 @@ fn fill(engine: EngineChoice, backing: BackingKind) {
         size: SIZE,
         image_offset,
     });
-    let memory = MemoryOption { size: 2 * SIZE, backing, reserve: true, thp: false };
+    let memory = MemoryConfig { size: 2 * SIZE, backing, reserve: true, thp: false };
     let machine = Machine::with_regions(
         MachineConfig {
             memory: &memory,
             engine,
+            probes: None,
+            lazy: Lazy::Require,
             source: Arc::new(LocalFile::open(image.path()).unwrap()),
+            service: ServiceOptions::default(),
             stats: Arc::new(Stats::new()),
             retrier: Retrier::new(RetryPolicy::default(), |failure| panic!("{}", failure.error)),
         },
@@ -147,7 +153,7 @@ fn fill(engine: EngineChoice, backing: BackingKind) {
     assert!(machine.finish().is_err(), "half of the pages are missing");
     assert!(machine.slots().iter().all(|slot| slot.is_trapping() == trapping));
     // Another one creates the second region's huge pages; the first region's are all present.
-    let left = if backing == BackingKind::Shmem { 1 } else { 2 };
+    let left = userfaultfds_of(machine.engine().unwrap(), backing);
     until("one userfaultfd serves all regions", || userfaultfds() == left);
 
     let pagers: Vec<_> = machine.pagers().cloned().collect();

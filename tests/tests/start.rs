@@ -1,6 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Nothing that happens before the first instruction depends on the size of memory.
 
+#![allow(clippy::cast_possible_truncation, reason = "the numbers of a test are small")]
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
@@ -25,7 +29,7 @@ const MORE_PAIRS: usize = 30;
 
 fn make_image(folder: &Path, size: u64) -> PathBuf {
     let image = folder.join(size.to_string());
-    let mut make = Command::new(program("demand-vmm").unwrap());
+    let mut make = Command::new(program("test-vmm").unwrap());
     make.arg("make-image").arg("--memory").arg(&image);
     make.arg("--size").arg(WINDOW.to_string()).arg("--vm-size").arg(size.to_string());
     assert!(run(&mut make, Duration::from_secs(60)).unwrap().status.success());
@@ -34,7 +38,7 @@ fn make_image(folder: &Path, size: u64) -> PathBuf {
 
 /// Returns the time from the process's start to its first instruction, in microseconds.
 fn time_to_first_instruction(image: &Path, size: u64, backing: BackingKind) -> u64 {
-    let mut command = Command::new(program("demand-vmm").unwrap());
+    let mut command = Command::new(program("test-vmm").unwrap());
     command.arg("run").arg("--source").arg(image).arg("--json");
     command.arg("--memory").arg(format!("size={size},backing={backing},reserve=off"));
     command.arg("--test-guest").arg(format!("window={WINDOW},touches=1,vmm-touches=0"));
@@ -50,13 +54,13 @@ fn time_to_first_instruction(image: &Path, size: u64, backing: BackingKind) -> u
 fn time_of_slots(size: u64) -> u64 {
     let vm = Arc::new(open_kvm().unwrap().create_vm().unwrap());
     let regions = place(size).into_iter().map(|region| {
-        let backing = MemfdBacking::new(BackingKind::Shmem, region.size, true).unwrap();
+        let backing = MemfdBacking::new(BackingKind::Shmem, region.size).unwrap();
         (region.start, Arc::new(backing.map().unwrap()))
     });
     let regions: Vec<_> = regions.collect();
     let begun = Instant::now();
     let slots = (0..).zip(regions).map(|(number, (start, mapping))| {
-        PlainSlot::new(vm.clone(), number, start, mapping, false).unwrap()
+        PlainSlot::new(vm.clone(), number, start, mapping).unwrap()
     });
     let slots: Vec<_> = slots.collect();
     let took = begun.elapsed().as_micros() as u64;
@@ -133,4 +137,46 @@ fn more_shmem_does_not_delay_first_instruction() {
 #[test]
 fn more_hugetlb_2m_does_not_delay_first_instruction() {
     no_slower_with_more_memory(BackingKind::Hugetlb2M);
+}
+
+/// Runs a command that needs no image, with `folder` as the user's directory for running programs.
+fn with_runtime_folder(folder: &Path, arguments: &[&str]) {
+    let mut command = Command::new(program("demand-vmm").unwrap());
+    let output =
+        run(command.args(arguments).env("XDG_RUNTIME_DIR", folder), Duration::from_secs(60));
+    let output = output.unwrap();
+    assert!(output.status.success(), "{}", output.stderr);
+}
+
+#[test]
+fn program_keeps_its_probe_until_it_differs() {
+    if let Some(why) = cannot_run() {
+        return skip(&why);
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("demand-paging/probe.demand-vmm");
+    let start = || with_runtime_folder(folder.path(), &["bench", "--memory=1M", "--pages=1"]);
+    start();
+    let kept = fs::read_to_string(&file).unwrap();
+    let inode = || fs::metadata(&file).unwrap().ino();
+    let first = inode();
+    start();
+    assert_eq!(inode(), first, "the second start found it");
+    fs::write(&file, kept.replace("boot ", "boot 0")).unwrap();
+    start();
+    assert_eq!(fs::read_to_string(&file).unwrap(), kept);
+    // The command tries all engines, and replaces the file whatever it says.
+    let before = inode();
+    with_runtime_folder(folder.path(), &["probe"]);
+    assert_ne!(inode(), before);
+    let whole = fs::read_to_string(&file).unwrap();
+    assert!(
+        kept.contains("attributes untried") && !whole.contains("attributes untried"),
+        "{whole}"
+    );
+    // The engine that needs no trial needs no file either.
+    fs::remove_file(&file).unwrap();
+    let uffd = ["bench", "--memory=1M", "--pages=1", "--engine=uffd"];
+    with_runtime_folder(folder.path(), &uffd);
+    assert!(!file.exists());
 }

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Ctrl-C and SIGTERM end a run cleanly at any moment, with everything that belongs to it.
 
+#![allow(clippy::cast_possible_truncation, reason = "the numbers of a test are small")]
+
 use std::fs::{self, OpenOptions};
 use std::io::Read;
 use std::os::unix::process::ExitStatusExt;
@@ -51,7 +53,7 @@ impl Run {
         if !over && !not_begun {
             let last = said.lines().last().unwrap_or_default();
             assert!(
-                status.code() == Some(1) && last == format!("demand-vmm: ended by {name}"),
+                status.code() == Some(1) && last == format!("test-vmm: ended by {name}"),
                 "{status}: {said}"
             );
         }
@@ -94,9 +96,9 @@ fn at_any_moment(engine: Engine, backing: BackingKind) {
     assert!(Run::start(engine, backing, 0).vmm.wait(Duration::from_secs(120)).unwrap().success());
     let whole = whole.elapsed();
     let mut ended = 0;
-    for round in 1..=12 {
+    for round in 1..=6 {
         let run = Run::start(engine, backing, round);
-        thread::sleep(whole * (round * 7 % 13) as u32 / 13);
+        thread::sleep(whole * (round * 5 % 7) as u32 / 7);
         let (signal, name) =
             [(libc::SIGINT, "SIGINT"), (libc::SIGTERM, "SIGTERM"), (libc::SIGHUP, "SIGHUP")]
                 [round as usize % 3];
@@ -139,6 +141,12 @@ fn has_open(process: u32, path: &str) -> bool {
 fn under_uffd_on_shmem() {
     at_any_moment(Engine::Uffd, BackingKind::Shmem);
     while_the_source_is_away(Engine::Uffd, BackingKind::Shmem);
+}
+
+#[test]
+fn under_uffd_poison_on_shmem() {
+    at_any_moment(Engine::UffdPoison, BackingKind::Shmem);
+    while_the_source_is_away(Engine::UffdPoison, BackingKind::Shmem);
 }
 
 #[test]

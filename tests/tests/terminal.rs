@@ -1,19 +1,27 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The VMM on a terminal, as a user sees it: the guest's console, and progress bars.
 
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::Command;
+use std::thread;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
+use demand_tests::host::{has_kvm, skip};
 use demand_tests::linux_vm::Kernel;
-use demand_tests::process::{Guarded, program, run};
+use demand_tests::process::{Guarded, console_waits, program, run};
 use demand_tests::pseudo_terminal::PseudoTerminal;
+use demand_tests::tiny_kernel::{PRINT, pvh_kernel};
+use demand_tests::tiny_snapshot::TinySnapshot;
 use demand_vmm::api::client::Client;
 use demand_vmm::report::Report;
+use test_support::wait::until;
 
 /// Time limit for a guest to end.
 const PATIENCE: Duration = Duration::from_secs(120);
+/// Time limit for an end, on a busy machine.
+const SOON: Duration = Duration::from_secs(20);
 /// Ctrl-A, x.
 const QUIT: &[u8] = b"\x01x";
 
@@ -34,6 +42,26 @@ fn test(f: impl FnOnce(&Kernel, &Path) -> Result<()>) {
     let Some(kernel) = Kernel::lab() else { return };
     let folder = tempfile::tempdir().unwrap();
     f(&kernel, folder.path()).unwrap_or_else(|error| panic!("{error:#}"));
+}
+
+/// Before the guest's first output, so even if the kernel is missing.
+#[test]
+fn console_names_the_keys_that_end_it() {
+    const HINT: &str = "Ctrl-A x ends the VM";
+    let shown = |level: &str| -> Result<String> {
+        let terminal = PseudoTerminal::new()?;
+        let words = ["run", "--memory=64M", "--kernel=/absent/kernel", "--log-level", level];
+        let mut command = vmm(&words)?;
+        terminal.attach(&mut command)?;
+        let status = Guarded::spawn(&mut command)?.wait(PATIENCE)?;
+        ensure!(!status.success() && !terminal.is_raw()?, "{status}: {}", terminal.shown());
+        terminal.wait_shown("demand-vmm: cannot ")?;
+        Ok(terminal.shown())
+    };
+    let warned = shown("warn").unwrap();
+    assert_eq!(warned.matches(HINT).count(), 1, "{warned}");
+    let quiet = shown("error").unwrap();
+    assert!(!quiet.contains(HINT), "{quiet}");
 }
 
 /// Including Ctrl-C, which would end the VMM on a terminal in line mode; one sequence is the VMM's,
@@ -83,7 +111,7 @@ fn bars_say_how_far_it_is() {
         let works = |console: &str| {
             std::fs::read_to_string(at(console)).is_ok_and(|text| text.contains("guest: beat"))
         };
-        test_support::wait::until("the guest works", || works("first"));
+        until("the guest works", || works("first"));
 
         let terminal = PseudoTerminal::new()?;
         let mut command = vmm(&["snapshot"])?;
@@ -104,12 +132,12 @@ fn bars_say_how_far_it_is() {
         begin(command.arg(&snapshot), "second");
         terminal.attach(&mut command)?;
         let mut second = Guarded::spawn(&mut command)?;
-        terminal.wait_shown(&format!("/{pages} pages present"))?;
+        terminal.wait_shown(&format!(" of {pages} pages present"))?;
         ensure!(!terminal.is_raw()?, "the terminal is no console, and is raw");
-        test_support::wait::until("the guest works again", || works("second"));
+        until("the guest works again", || works("second"));
         let api = Client::new(&socket);
         let complete = || api.status().is_ok_and(|status| status.pages_present == pages);
-        test_support::wait::until("all pages are present", complete);
+        until("all pages are present", complete);
         let output = run(vmm(&["shutdown", "--api-socket"])?.arg(&socket), PATIENCE)?;
         ensure!(output.status.success(), "{output:?}");
         let status = second.wait(PATIENCE)?;
@@ -121,4 +149,102 @@ fn bars_say_how_far_it_is() {
         );
         Ok(())
     });
+}
+
+/// Waits until a guest of the terminal runs.
+fn wait_raw(terminal: &PseudoTerminal) -> Result<()> {
+    until("the console is the guest's", || terminal.is_raw().unwrap_or(false));
+    Ok(())
+}
+
+/// Types Ctrl-C at a start that shows these words, before there is a guest.
+fn interrupt(mut command: Command, words: &str) -> Result<()> {
+    let terminal = PseudoTerminal::new()?;
+    terminal.control(&mut command)?;
+    let mut start = Guarded::spawn(&mut command)?;
+    terminal.wait_shown(words)?;
+    ensure!(!terminal.is_raw()?, "the terminal is raw before there is a guest");
+    terminal.type_keys(b"\x03")?;
+    let status = start.wait(SOON)?;
+    let shown = terminal.shown();
+    ensure!(status.success() && !shown.contains("demand-vmm: "), "{status}: {shown}");
+    ensure!(!terminal.is_raw()?, "the terminal stays raw");
+    Ok(())
+}
+
+#[test]
+fn ctrl_c_ends_a_start() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let Some(mut run) = printing(folder.path())? else { return Ok(()) };
+    let silent = folder.path().join("silent");
+    let _silent = UnixListener::bind(&silent)?;
+    run.arg("--vhost-user").arg(format!("blk,socket={}", silent.display()));
+    interrupt(run, "waiting for the back-end")
+}
+
+/// While its memory is read first, and a page cannot be read.
+#[test]
+fn ctrl_c_ends_a_restore() -> Result<()> {
+    let Some(snapshot) = TinySnapshot::take(&[])? else { return Ok(()) };
+    let page = snapshot.flip()?;
+    let mut restore = snapshot.restore(&[])?;
+    restore.args(["--lazy", "off"]);
+    interrupt(restore, &format!("offset {page} of"))
+}
+
+/// The table follows on a line of its own, and the mode of the terminal is as before.
+#[test]
+fn table_follows_the_console() -> Result<()> {
+    let Some((terminal, mut guest)) = printing_console()? else { return Ok(()) };
+    terminal.type_keys(QUIT)?;
+    let status = guest.wait(SOON)?;
+    terminal.wait_shown(".\r\nrun: 64M of shmem, engine none, 1 vCPU\r\n")?;
+    ensure!(status.success() && !terminal.is_raw()?, "{status}");
+    Ok(())
+}
+
+/// An end in order would wait a second for the terminal, which shows nothing more.
+#[test]
+fn second_signal_restores_the_terminal() -> Result<()> {
+    let Some((terminal, mut guest)) = printing_console()? else { return Ok(()) };
+    terminal.suspend()?;
+    until("the console waits", || console_waits(guest.id()));
+    let id = libc::pid_t::try_from(guest.id())?;
+    for (signal, pause) in [(libc::SIGINT, 0), (libc::SIGTERM, 300)] {
+        // A signal that follows at once is the same request.
+        thread::sleep(Duration::from_millis(pause));
+        // SAFETY: the child has not been reaped, so its ID has not been reused.
+        ensure!(unsafe { libc::kill(id, signal) } == 0, "it has ended");
+    }
+    let status = guest.wait(SOON)?;
+    ensure!(status.code() == Some(128 + libc::SIGTERM), "{status}");
+    ensure!(!terminal.is_raw()?, "the terminal stays raw");
+    Ok(())
+}
+
+/// Starts a guest that prints without end, and waits until its console, a terminal of its own, is
+/// raw and shows that; `None` if this machine has no KVM.
+fn printing_console() -> Result<Option<(PseudoTerminal, Guarded)>> {
+    // The kernel is not read again.
+    let folder = tempfile::tempdir()?;
+    let Some(mut command) = printing(folder.path())? else { return Ok(None) };
+    let terminal = PseudoTerminal::new()?;
+    terminal.control(&mut command)?;
+    let guest = Guarded::spawn(&mut command)?;
+    wait_raw(&terminal)?;
+    terminal.wait_shown("...")?;
+    Ok(Some((terminal, guest)))
+}
+
+/// Returns a run of a guest that prints without end; `None` if this machine has no KVM.
+fn printing(folder: &Path) -> Result<Option<Command>> {
+    if !has_kvm() {
+        skip("there is no usable /dev/kvm");
+        return Ok(None);
+    }
+    let kernel = folder.join("kernel");
+    std::fs::write(&kernel, pvh_kernel(PRINT))?;
+    let mut command = vmm(&["run", "--memory", "64M", "--kernel"])?;
+    command.arg(kernel);
+    Ok(Some(command))
 }

@@ -5,9 +5,9 @@
 use twox_hash::XxHash3_64;
 
 /// Size of a block in bytes: a page of memory, or a record of the journal.
-pub const SIZE: usize = 4096;
+pub(crate) const SIZE: usize = 4096;
 /// The name of a block: its number, its version, and its kind.
-pub type Tags = [u64; 3];
+pub(crate) type Tags = [u64; 3];
 
 const WORD: usize = 8;
 const SUM: usize = 3 * WORD;
@@ -16,14 +16,14 @@ const CONTENT: usize = 4 * WORD;
 /// A block, aligned for direct I/O.
 #[derive(Clone)]
 #[repr(C, align(4096))]
-pub struct Block(pub [u8; SIZE]);
+pub(crate) struct Block(pub [u8; SIZE]);
 
 impl Block {
     /// A block of zeros.
-    pub const ZERO: Self = Self([0; SIZE]);
+    pub(crate) const ZERO: Self = Self([0; SIZE]);
 
     /// Fills in the content of a block with this name.
-    pub fn fill(&mut self, tags: Tags) {
+    pub(crate) fn fill(&mut self, tags: Tags) {
         for (place, tag) in self.0.chunks_exact_mut(WORD).zip(tags) {
             place.copy_from_slice(&tag.to_le_bytes());
         }
@@ -39,7 +39,7 @@ impl Block {
     /// # Errors
     ///
     /// A description of the difference.
-    pub fn check(&self, tags: Tags) -> Result<(), String> {
+    pub(crate) fn check(&self, tags: Tags) -> Result<(), String> {
         if self.tags() == tags && self.word(SUM) == self.sum() {
             return Ok(());
         }
@@ -75,7 +75,7 @@ impl Block {
 /// # Errors
 ///
 /// A description of the difference.
-pub fn check_start(found: &[u8], tags: Tags) -> Result<(), String> {
+pub(crate) fn check_start(found: &[u8], tags: Tags) -> Result<(), String> {
     let mut block = Block::ZERO;
     block.fill(tags);
     let must = &block.0[..found.len().min(SIZE)];
@@ -107,7 +107,7 @@ fn content(tags: Tags) -> impl Iterator<Item = u64> {
 }
 
 /// A step of a 64-bit generator; also serves to scatter a number.
-pub fn step(word: u64) -> u64 {
+pub(crate) fn step(word: u64) -> u64 {
     let word = word.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(0x1405_7b7e_f767_814f);
     word ^ (word >> 31)
 }
@@ -145,7 +145,7 @@ mod tests {
     }
 
     #[test]
-    fn old_torn_and_zero_blocks_are_told_apart() {
+    fn old_torn_and_zero_blocks_are_distinguished() {
         let mut block = Block::ZERO;
         assert!(block.check([1, 2, 3]).unwrap_err().contains("zeros"));
         block.fill([1, 2, 3]);

@@ -22,7 +22,7 @@ static LATEST: AtomicU64 = AtomicU64::new(0);
 /// # Errors
 ///
 /// It is behind a value that some CPU read before.
-pub fn monotonic() -> Result<u64, String> {
+pub(crate) fn monotonic() -> Result<u64, String> {
     let before = LATEST.load(Ordering::SeqCst);
     let now = nanoseconds(ClockId::Monotonic).cast_unsigned();
     if now < before {
@@ -39,7 +39,7 @@ fn nanoseconds(id: ClockId) -> i64 {
 
 /// The time stamp counter of the one CPU on which its thread runs.
 #[derive(Debug, Default)]
-pub struct Counter(u64);
+pub(crate) struct Counter(u64);
 
 impl Counter {
     /// Checks that it has not gone back.
@@ -47,7 +47,7 @@ impl Counter {
     /// # Errors
     ///
     /// It went back.
-    pub fn check(&mut self) -> Result<(), String> {
+    pub(crate) fn check(&mut self) -> Result<(), String> {
         // SAFETY: every x86-64 CPU has the instruction, and nothing in this guest disables it for
         // programs.
         let now = unsafe { std::arch::x86_64::_rdtsc() };
@@ -61,7 +61,7 @@ impl Counter {
 
 /// Both clocks at one beat, in microseconds.
 #[derive(Debug, Clone, Copy)]
-pub struct Reading {
+pub(crate) struct Reading {
     /// CLOCK_MONOTONIC.
     pub mono_us: u64,
     /// CLOCK_REALTIME since 1970.
@@ -74,14 +74,14 @@ impl Reading {
     /// # Errors
     ///
     /// CLOCK_MONOTONIC went back.
-    pub fn now() -> Result<Self, String> {
+    pub(crate) fn now() -> Result<Self, String> {
         Ok(Self { mono_us: monotonic()? / 1000, real_us: nanoseconds(ClockId::Realtime) / 1000 })
     }
 }
 
 /// Compares each beat's clocks with those of the previous beat.
 #[derive(Debug)]
-pub struct Beats {
+pub(crate) struct Beats {
     last: Reading,
     most_us: u64,
     announced: bool,
@@ -93,7 +93,7 @@ impl Beats {
     /// # Errors
     ///
     /// The clocks are not sane.
-    pub fn start(most: Duration) -> Result<Self, String> {
+    pub(crate) fn start(most: Duration) -> Result<Self, String> {
         let last = Reading::now()?;
         if last.real_us < SANE_US {
             return Err(format!(
@@ -105,7 +105,7 @@ impl Beats {
     }
 
     /// Permits one jump of the clocks.
-    pub fn announce(&mut self) {
+    pub(crate) fn announce(&mut self) {
         self.announced = true;
     }
 
@@ -114,7 +114,7 @@ impl Beats {
     /// # Errors
     ///
     /// They jumped without an announcement.
-    pub fn check(&mut self, now: Reading) -> Result<Option<Line>, String> {
+    pub(crate) fn check(&mut self, now: Reading) -> Result<Option<Line>, String> {
         let mono_us = now.mono_us - self.last.mono_us;
         let real_us = now.real_us - self.last.real_us;
         let apart = real_us - mono_us.cast_signed();

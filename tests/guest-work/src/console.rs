@@ -22,7 +22,7 @@ const SYSRQ: &str = "/proc/sysrq-trigger";
 static CONSOLE: OnceLock<Mutex<File>> = OnceLock::new();
 
 /// Opens the console for [`say`] without echo, which would mix input with output.
-pub fn open() -> Result<()> {
+pub(crate) fn open() -> Result<()> {
     let console = OpenOptions::new()
         .read(true)
         .write(true)
@@ -37,7 +37,7 @@ pub fn open() -> Result<()> {
 }
 
 /// Prints a line.
-pub fn say(line: &Line) {
+pub(crate) fn say(line: &Line) {
     // Before the console is open, only the kernel's standard error is available.
     let Some(console) = CONSOLE.get() else {
         eprintln!("{line}");
@@ -49,7 +49,7 @@ pub fn say(line: &Line) {
 }
 
 /// Reports an error and turns the machine off. Only the first error is reported.
-pub fn wrong(what: &str, why: &str) -> ! {
+pub(crate) fn wrong(what: &str, why: &str) -> ! {
     static SAID: AtomicBool = AtomicBool::new(false);
     if SAID.swap(true, Ordering::SeqCst) {
         loop {
@@ -61,7 +61,7 @@ pub fn wrong(what: &str, why: &str) -> ! {
 }
 
 /// Restarts the machine.
-pub fn reset(by: ResetBy) -> ! {
+pub(crate) fn reset(by: ResetBy) -> ! {
     if let Some(word) = by.word()
         && let Err(error) = fs::write(REBOOT_TYPE, word)
     {
@@ -71,7 +71,7 @@ pub fn reset(by: ResetBy) -> ! {
 }
 
 /// Makes the kernel panic.
-pub fn panic() -> ! {
+pub(crate) fn panic() -> ! {
     let why = match fs::write(SYSRQ, "c") {
         Ok(()) => "the kernel did not panic".into(),
         Err(error) => format!("\"c\" could not be written to {SYSRQ}: {error}"),
@@ -80,7 +80,7 @@ pub fn panic() -> ! {
 }
 
 /// Ends the machine once all output has been written.
-pub fn end(how: RebootCommand) -> ! {
+pub(crate) fn end(how: RebootCommand) -> ! {
     if let Some(console) = CONSOLE.get() {
         let _ = tcdrain(&*console.lock().unwrap_or_else(PoisonError::into_inner));
     }
@@ -92,7 +92,7 @@ pub fn end(how: RebootCommand) -> ! {
 }
 
 /// Returns a channel of commands as they arrive. An invalid command ends the work.
-pub fn commands() -> Receiver<Command> {
+pub(crate) fn commands() -> Receiver<Command> {
     let (sender, commands) = mpsc::channel();
     thread::spawn(move || {
         let console = File::open(PATH)

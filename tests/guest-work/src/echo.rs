@@ -64,7 +64,7 @@ impl Shared {
 }
 
 /// The running work on the network card.
-pub struct Echo {
+pub(crate) struct Echo {
     shared: Arc<Shared>,
     thread: JoinHandle<()>,
 }
@@ -75,7 +75,7 @@ impl Echo {
     /// # Errors
     ///
     /// The card cannot be used.
-    pub fn start(asked: &Prove) -> Result<Option<Self>> {
+    pub(crate) fn start(asked: &Prove) -> Result<Option<Self>> {
         if asked.echo == 0 {
             return Ok(None);
         }
@@ -94,12 +94,12 @@ impl Echo {
     }
 
     /// Returns the number of requests answered so far, and the number of requests or answers lost.
-    pub fn echoes(&self) -> (u64, u64) {
+    pub(crate) fn echoes(&self) -> (u64, u64) {
         self.shared.counts()
     }
 
     /// Stops when all requests are answered; returns the counts.
-    pub fn finish(self) -> (u64, u64) {
+    pub(crate) fn finish(self) -> (u64, u64) {
         self.shared.stop.store(true, Ordering::Relaxed);
         if self.thread.join().is_err() {
             wrong("work", "the thread that asks for echoes panicked");

@@ -27,7 +27,7 @@ const CONTENT: u64 = 0x656c_6966;
 const BATCH: u64 = 256;
 
 /// The running work on the file.
-pub struct LargeFile {
+pub(crate) struct LargeFile {
     stop: Arc<AtomicBool>,
     thread: JoinHandle<Content>,
 }
@@ -39,7 +39,7 @@ impl LargeFile {
     /// # Errors
     ///
     /// The file cannot be written.
-    pub fn start(asked: &Prove) -> Result<Option<Self>> {
+    pub(crate) fn start(asked: &Prove) -> Result<Option<Self>> {
         if asked.file == 0 {
             return Ok(None);
         }
@@ -65,7 +65,7 @@ impl LargeFile {
     }
 
     /// Stops, and verifies the file from its first block to its last.
-    pub fn finish(self) {
+    pub(crate) fn finish(self) {
         self.stop.store(true, Ordering::Relaxed);
         let Ok(content) = self.thread.join() else {
             wrong("work", "the thread that reads the file panicked")
@@ -107,9 +107,9 @@ impl Content {
         Ok(Self { file, blocks })
     }
 
-    /// Reads it from the disk and verifies each block, for as long as `go_on`, which is called
+    /// Reads it from the disk and verifies each block, for as long as `may_continue`, which is called
     /// after each batch, returns true.
-    fn verify(&self, go_on: impl Fn() -> bool) -> Result<()> {
+    fn verify(&self, may_continue: impl Fn() -> bool) -> Result<()> {
         // None of its pages is dirty: this drops all of them.
         fadvise(&self.file, 0, None, Advice::DontNeed).context("the page cache was not dropped")?;
         let mut block = Block::ZERO;
@@ -122,7 +122,7 @@ impl Content {
                     .check([number, 0, CONTENT])
                     .map_err(|why| anyhow::anyhow!("block {number}: {why}"))?;
             }
-            if !go_on() {
+            if !may_continue() {
                 break;
             }
         }

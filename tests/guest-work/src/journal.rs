@@ -23,7 +23,7 @@ use crate::block::{Block, SIZE, step};
 use crate::console::wrong;
 
 /// The mount point of the file system.
-pub const MOUNT: &str = "/mnt";
+pub(crate) const MOUNT: &str = "/mnt";
 /// The journal's file in it.
 const FILE: &str = "/mnt/journal";
 
@@ -35,7 +35,7 @@ struct Shared {
 }
 
 /// The running work on the disk.
-pub struct Journal {
+pub(crate) struct Journal {
     shared: Arc<Shared>,
     thread: JoinHandle<Store>,
 }
@@ -46,7 +46,7 @@ impl Journal {
     /// # Errors
     ///
     /// The disk cannot be used.
-    pub fn start(asked: &Prove) -> Result<Option<Self>> {
+    pub(crate) fn start(asked: &Prove) -> Result<Option<Self>> {
         if asked.journal == Kind::None {
             return Ok(None);
         }
@@ -68,12 +68,12 @@ impl Journal {
     }
 
     /// Returns the number of records written, synced and read back so far.
-    pub fn records(&self) -> u64 {
+    pub(crate) fn records(&self) -> u64 {
         self.shared.records.load(Ordering::Relaxed)
     }
 
     /// Stops, and verifies every record; on a file system, once more after a remount.
-    pub fn finish(self) {
+    pub(crate) fn finish(self) {
         self.shared.stop.store(true, Ordering::Relaxed);
         let store = match self.thread.join() {
             Ok(store) => store,

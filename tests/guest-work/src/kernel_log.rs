@@ -46,12 +46,12 @@ const RESEEDED: &str = "crng reseeded due to virtual machine fork";
 static COUNT: AtomicU64 = AtomicU64::new(0);
 
 /// Returns the number of complaints so far.
-pub fn complaints() -> u64 {
+pub(crate) fn complaints() -> u64 {
     COUNT.load(Ordering::SeqCst)
 }
 
 /// Watches the log from its start, in a thread.
-pub fn watch() {
+pub(crate) fn watch() {
     let mut log = File::open(PATH)
         .unwrap_or_else(|error| wrong("work", &format!("{PATH} could not be opened: {error}")));
     thread::spawn(move || {
@@ -99,7 +99,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn kernel_complaints_are_told_from_other_lines() {
+    fn kernel_complaints_are_distinguished_from_other_lines() {
         for (record, line) in [
             ("6,1,2,-;smp: Brought up 1 node, 2 CPUs\n", None),
             ("5,1,2,-;random: crng reseeded due to virtual machine fork\n", Some(Line::Reseeded)),

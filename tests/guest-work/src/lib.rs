@@ -11,7 +11,8 @@
 //! let work: Work = "prove,memory=16M,journal=ext4".parse().unwrap();
 //! assert_eq!(work.to_string(), "prove,memory=16M,journal=ext4");
 //!
-//! let line = "guest: beat 3 pages=4096 records=12 echoes=0 lost=0 mono_us=15 real_us=1700000000000000";
+//! let line =
+//!     "guest: beat 3 pages=4096 records=12 echoes=0 lost=0 mono_us=15 real_us=1700000000000000";
 //! match line.parse() {
 //!     Ok(Line::Beat(beat)) => assert_eq!(beat.records, 12),
 //!     other => panic!("{other:?}"),

@@ -6,6 +6,8 @@
 //! It must not exit: the kernel panics without its init program. Every failure is reported on the
 //! console, and ends with the machine turned off.
 
+#![allow(clippy::cast_possible_truncation, reason = "the numbers of a test are small")]
+
 mod block;
 mod clock;
 mod console;

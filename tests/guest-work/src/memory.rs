@@ -26,14 +26,14 @@ struct Shared {
 }
 
 /// The running work on memory.
-pub struct Memory {
+pub(crate) struct Memory {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<Part>>,
 }
 
 impl Memory {
     /// Starts the work on `bytes` bytes, with a pause after each batch of pages.
-    pub fn start(bytes: u64, rest: Duration) -> Self {
+    pub(crate) fn start(bytes: u64, rest: Duration) -> Self {
         let shared = Arc::new(Shared::default());
         let cpus = cpus();
         let pages = bytes / SIZE as u64;
@@ -72,17 +72,17 @@ impl Memory {
     }
 
     /// Returns the number of pages verified and rewritten so far.
-    pub fn pages(&self) -> u64 {
+    pub(crate) fn pages(&self) -> u64 {
         self.shared.pages.load(Ordering::Relaxed)
     }
 
     /// Requests the corruption of one byte.
-    pub fn poke(&self) {
+    pub(crate) fn poke(&self) {
         self.shared.poke.store(true, Ordering::Relaxed);
     }
 
     /// Stops, and verifies every page.
-    pub fn finish(self) {
+    pub(crate) fn finish(self) {
         self.shared.stop.store(true, Ordering::Relaxed);
         for thread in self.threads {
             match thread.join() {

@@ -40,7 +40,7 @@ impl Request {
 
 /// Waits for the card, gives it an address and turns it on. Its peers follow from the class of the
 /// address.
-pub fn up(address: Ipv4Addr) -> Result<()> {
+pub(crate) fn up(address: Ipv4Addr) -> Result<()> {
     setup::await_path(&statistics())?;
     let any = socket(AddressFamily::INET, SocketType::DGRAM, None)?;
     // `struct sockaddr_in`: the family, no port, the address.
@@ -64,7 +64,7 @@ fn statistics() -> PathBuf {
 }
 
 /// Checks that the kernel has received no damaged packet. It drops those, so they would seem lost.
-pub fn no_errors() -> Result<()> {
+pub(crate) fn no_errors() -> Result<()> {
     for entry in fs::read_dir(statistics())? {
         let path = entry?.path();
         let count = fs::read_to_string(&path)?;

@@ -16,7 +16,7 @@ use crate::memory::Memory;
 use crate::{kernel_log, setup};
 
 /// Works until stopped, or until the requested number of beats; then verifies everything.
-pub fn run(asked: &Prove, commands: &Receiver<Command>) {
+pub(crate) fn run(asked: &Prove, commands: &Receiver<Command>) {
     if asked.journal != Kind::None {
         setup::await_path(asked.device.as_ref())
             .unwrap_or_else(|why| wrong("disk", &format!("{why:#}")));

@@ -23,7 +23,7 @@ const CLOCK: &str = "/sys/devices/system/clocksource/clocksource0/current_clocks
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Sets up everything that needs no disk.
-pub fn machine() -> Result<()> {
+pub(crate) fn machine() -> Result<()> {
     for (kind, place) in [("devtmpfs", "/dev"), ("proc", "/proc"), ("sysfs", "/sys")] {
         fs::create_dir_all(place)?;
         match mount(kind, place, kind, MountFlags::empty(), None) {
@@ -62,7 +62,7 @@ fn load_modules() -> Result<()> {
 }
 
 /// Returns the line to print once the guest is up.
-pub fn ready() -> Line {
+pub(crate) fn ready() -> Line {
     Line::Ready {
         cpus: thread::available_parallelism().map_or(1, |cpus| cpus.get() as u64),
         kernel: uname().release().to_string_lossy().into_owned(),
@@ -82,7 +82,7 @@ fn set_time() -> Result<()> {
 }
 
 /// Waits for a device, which appears a moment after its driver is loaded.
-pub fn await_path(path: &Path) -> Result<()> {
+pub(crate) fn await_path(path: &Path) -> Result<()> {
     let begun = Instant::now();
     while !path.exists() {
         if begun.elapsed() > PATIENCE {

@@ -137,8 +137,9 @@ fn check_lab_report(report: &Report) -> Result<()> {
         "a back-end fault mapped {}",
         back_end.granularity_bytes
     );
-    ensure!(guest.faults >= 5_000, "there were only {} guest faults", guest.faults);
-    ensure!(back_end.faults >= 60, "there were only {} back-end faults", back_end.faults);
+    // On a busy machine background fill, which has a rate, is ahead of most accesses.
+    ensure!(guest.faults >= 1_000, "there were only {} guest faults", guest.faults);
+    ensure!(back_end.faults >= 20, "there were only {} back-end faults", back_end.faults);
     ensure!(report.time_to_complete_us > 0, "demand paging did not come to its end");
     ensure!(report.verified, "nobody has verified the result");
     Ok(())

@@ -81,11 +81,13 @@ const SAYS: &str = "slow-file: ";
 ///
 /// The file's server is the test program, run once more: it needs a test named `storage_server`
 /// that calls [`serve`].
+#[derive(Debug)]
 pub struct SlowFile {
     folder: tempfile::TempDir,
     server: Arc<Mutex<Client>>,
 }
 
+#[derive(Debug)]
 struct Client {
     process: Child,
     answers: BufReader<ChildStdout>,
@@ -150,6 +152,18 @@ impl SlowFile {
     /// Returns the file's path.
     pub fn path(&self) -> PathBuf {
         self.folder.path().join(MOUNT).join(NAME)
+    }
+
+    /// Creates one with the content of the file at `path`, and shows it there until the guard is
+    /// dropped, which lets all waiting requests be answered first. As for [`new`](Self::new).
+    ///
+    /// # Panics
+    ///
+    /// If the server cannot be run, or the file not be read or covered.
+    pub fn over(path: PathBuf) -> Option<(Self, impl Sized + use<>)> {
+        let file = SlowFile::new(&std::fs::read(&path).unwrap())?;
+        let guard = (file.answer_at_the_end(), file.show_at(path));
+        Some((file, guard))
     }
 
     /// Mounts this file over `path`, an existing file, until the returned guard is dropped.

@@ -2,6 +2,7 @@
 //! The capabilities of the machine on which a test runs.
 
 use std::fs;
+use std::io::{self, Write};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
@@ -23,9 +24,30 @@ pub fn skip(reason: &str) {
     println!("SKIPPED: {reason}");
 }
 
+/// Returns whether the lab's kernel is declared to be without the lab's patches
+/// (`cargo lab --stock`).
+pub fn is_stock() -> bool {
+    std::env::var_os("LAB_STOCK").is_some_and(|stock| !stock.is_empty())
+}
+
+/// Prints that a test does not run because the kernel lacks a feature of the lab's patches.
+///
+/// # Panics
+///
+/// In the lab, unless its kernel is declared to be without the patches.
+pub fn skip_without_patch(feature: &str) {
+    assert!(
+        !is_lab() || is_stock(),
+        "nothing is skipped in the lab: its kernel has no {feature}; cargo lab --stock declares that"
+    );
+    // Written directly to stderr, because libtest captures the output of passing tests.
+    let line = format!("SKIPPED: this kernel has no {feature}\n");
+    let _ = io::stderr().write_all(line.as_bytes());
+}
+
 /// Returns the number of free huge pages of this kind; `u64::MAX` for ordinary memory.
 pub fn free_units(backing: BackingKind) -> u64 {
-    if backing == BackingKind::Shmem {
+    if !backing.is_hugetlb() {
         return u64::MAX;
     }
     HugePagePool::of(backing).map_or(0, |pool| pool.free)

@@ -41,6 +41,7 @@ fn extent(offset: u64, size: u64) -> Extent {
 }
 
 /// A source with this many bytes that answers at once.
+#[derive(Debug)]
 pub struct Near(pub u64);
 
 impl PageSource for Near {
@@ -67,8 +68,24 @@ impl PageSource for Near {
     }
 }
 
+/// A source of this many bytes that cannot be read.
+#[derive(Debug)]
+pub struct Broken(pub u64);
+
+impl PageSource for Broken {
+    fn size(&self) -> u64 {
+        self.0
+    }
+    fn extent(&self, _: u64) -> Result<Extent, SourceError> {
+        Err(SourceError::Abandoned)
+    }
+    fn submit(&self, _: Request) -> Completion {
+        Completion::ready(Err(SourceError::Abandoned))
+    }
+}
+
 /// Controls a [`Far`] source for a test.
-#[derive(Default)]
+#[derive(Debug, Default)]
 pub struct Control {
     /// Pages that are held back.
     held: Mutex<HashSet<u64>>,
@@ -83,16 +100,16 @@ impl Control {
         self.held.lock().unwrap().extend(pages);
     }
     /// Releases all pages.
-    pub fn let_go(&self) {
+    pub fn release(&self) {
         self.held.lock().unwrap().clear();
         self.changed.notify_all();
     }
     /// Returns a guard that releases all pages when it is dropped, so that a failing test can end.
-    pub fn let_go_at_the_end(self: &Arc<Self>) -> impl Drop {
+    pub fn release_at_the_end(self: &Arc<Self>) -> impl Drop {
         struct Guard(Arc<Control>);
         impl Drop for Guard {
             fn drop(&mut self) {
-                self.0.let_go();
+                self.0.release();
             }
         }
         Guard(self.clone())
@@ -108,6 +125,7 @@ impl Control {
 }
 
 /// A blocking source that a test controls.
+#[derive(Debug)]
 pub struct Far {
     size: u64,
     control: Arc<Control>,
@@ -129,10 +147,10 @@ impl BlockingSource for Far {
         drop(held);
         let failing = self.control.failing.lock().unwrap();
         if pages.clone().any(|page| failing.contains(&page)) {
-            let error = io::Error::from_raw_os_error(5);
+            let source = io::Error::from_raw_os_error(5);
             let image = "image".into();
             let len = destination.len() as u64;
-            return Err(SourceError::Read { image, offset, len, error });
+            return Err(SourceError::Read { image, offset, len, source });
         }
         drop(failing);
         write(offset, destination);

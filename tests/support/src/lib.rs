@@ -1,8 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Fixtures shared by the tests of several crates: the host's capabilities, waits, and an image
-//! with sources that serve it.
+//! Fixtures shared by the tests of several crates: the host's capabilities, waits, an image with
+//! sources that serve it, copied programs, and kernels in ELF.
 
+#![allow(clippy::cast_possible_truncation, reason = "the numbers of a test are small")]
+
+pub mod elf;
 pub mod fuse;
 pub mod host;
 pub mod image;
+#[cfg(feature = "openapi")]
+pub mod openapi;
+pub mod program;
 pub mod wait;

@@ -12,9 +12,11 @@ use std::time::{Duration, Instant};
 use demand_tests::linux_vm::Guest;
 use demand_tests::refusal::Refusals;
 use demand_vmm::api::client::Client;
+use demand_vmm::api::endpoint::Endpoint;
+use demand_vmm::api::events::MAX_READERS;
 use demand_vmm::api::http::{MAX_BODY, MAX_HEAD, Response};
 use demand_vmm::api::server::{MAX_CONNECTIONS, REQUEST_TIME};
-use demand_vmm::api::{Endpoint, Go, SnapshotRequest, State};
+use demand_vmm::api::{Go, SnapshotRequest, State};
 
 use crate::snapshot::Snapshot;
 
@@ -66,10 +68,15 @@ fn error_of(response: &Response, status: u16) -> Result<String, String> {
     json["error"].as_str().map(str::to_owned).ok_or(format!("it is no error: {body}"))
 }
 
+/// A VM that `vm.create` takes.
+const VM: &str = r#"{"memory":{"size":"64M"},"cpus":1,"kernel":"/k","devices":[]}"#;
+
 /// Malformed requests: description, bytes, status, words of the answer.
 fn wrong_requests() -> Vec<(&'static str, Vec<u8>, u16, &'static [&'static str])> {
     let put = |path: &str, body: &str| request("PUT", path, body);
     let snapshot = Endpoint::Snapshot.path();
+    let (create, restore) = (Endpoint::Create.path(), Endpoint::Restore.path());
+    let events = Endpoint::Events.path();
     let with = |header: &str| {
         format!("GET {} HTTP/1.1\r\nHost: a\r\n{header}\r\n\r\n", Endpoint::Status.path())
     };
@@ -85,6 +92,33 @@ fn wrong_requests() -> Vec<(&'static str, Vec<u8>, u16, &'static [&'static str])
         ("to read a pause", request("GET", Endpoint::Pause.path(), ""), 405, &["PUT, POST"]),
         ("to write a status", put(Endpoint::Status.path(), ""), 405, &["GET, HEAD"]),
         ("to delete", request("DELETE", snapshot, ""), 405, &["DELETE", "PUT, POST"]),
+        ("to read a creation", request("GET", create, ""), 405, &["PUT, POST"]),
+        ("to write events", put(events, ""), 405, &["it takes GET"]),
+        ("events with a body", request("GET", events, "{\"from\":1}"), 400, &["takes no body"]),
+        (
+            "events by HTTP/1.0",
+            b"GET /api/v1/events HTTP/1.0\r\n\r\n".into(),
+            505,
+            &["chunks", "HTTP/1.1"],
+        ),
+        ("a second VM", put(create, VM), 409, &["cannot create a VM", "runs one already"]),
+        ("a second boot", put(Endpoint::Boot.path(), ""), 409, &["cannot boot a VM"]),
+        ("a boot with a body", put(Endpoint::Boot.path(), VM), 400, &["takes no body"]),
+        ("a second guest", put(restore, "{\"source\":\"/s\"}"), 409, &["cannot restore a VM"]),
+        ("no source", put(restore, "{}"), 400, &["source"]),
+        ("a relative source", put(restore, "{\"source\":\"s\"}"), 400, &["absolute"]),
+        ("no VM", put(create, "[]"), 400, &["as a VM configuration"]),
+        ("no memory", put(create, "{\"kernel\":\"/k\"}"), 400, &["memory"]),
+        ("no size", put(create, &VM.replace("64M", "64Q")), 400, &["memory.size", "not a size"]),
+        ("a field more in a VM", put(create, &VM.replace("cpus", "cups")), 400, &["cups"]),
+        ("more after a VM", put(create, &format!("{VM}{VM}")), 400, &["trailing"]),
+        (
+            "an impossible device",
+            put(create, &VM.replace("[]", "[{\"type\":\"blk\",\"socket\":\"/b\",\"queues\":0}]")),
+            400,
+            &["devices[0]", "at least one queue"],
+        ),
+        ("a relative kernel", put(create, &VM.replace("/k", "k")), 400, &["absolute"]),
         (
             "a pause with a body",
             put(Endpoint::Pause.path(), "{\"now\":1}"),
@@ -97,16 +131,16 @@ fn wrong_requests() -> Vec<(&'static str, Vec<u8>, u16, &'static [&'static str])
             411,
             &["Content-Length"],
         ),
-        ("an empty body", put(snapshot, ""), 400, &["not a snapshot request"]),
-        ("no JSON", put(snapshot, "{destination: x"), 400, &["not a snapshot request"]),
-        ("another JSON", put(snapshot, "[1, 2]"), 400, &["not a snapshot request"]),
+        ("an empty body", put(snapshot, ""), 400, &["as a snapshot request"]),
+        ("no JSON", put(snapshot, "{destination: x"), 400, &["as a snapshot request"]),
+        ("another JSON", put(snapshot, "[1, 2]"), 400, &["as a snapshot request"]),
         ("no destination", put(snapshot, "{}"), 400, &["destination"]),
         ("a number", put(snapshot, "{\"destination\": 7}"), 400, &["string"]),
         ("a field more", put(snapshot, "{\"destination\":\"/x\",\"how\":1}"), 400, &["how"]),
         ("to fly", put(snapshot, "{\"destination\":\"/x\",\"then\":\"fly\"}"), 400, &["fly"]),
         ("a relative path", put(snapshot, "{\"destination\":\"x\"}"), 400, &["absolute"]),
         ("a path with a NUL", put(snapshot, "{\"destination\":\"/x\\u0000y\"}"), 400, &["NUL"]),
-        ("a deep body", put(snapshot, &"[".repeat(60_000)), 400, &["not a snapshot request"]),
+        ("a deep body", put(snapshot, &"[".repeat(60_000)), 400, &["as a snapshot request"]),
         ("a long body", put(snapshot, &"x".repeat(MAX_BODY + 1)), 413, &["longer than 65536"]),
         ("an endless body", with("Content-Length: 99999999999999999999").into(), 413, &["longer"]),
         ("two lengths", with("Content-Length: 1\r\nContent-Length: 2").into(), 400, &["two"]),
@@ -145,7 +179,7 @@ fn goes_on(guest: &mut Guest, state: State) {
     }
 }
 
-fn wrong_requests_are_told(socket: &Path) {
+fn wrong_requests_are_reported(socket: &Path) {
     let mut refusals = Refusals::new();
     for (case, bytes, status, words) in wrong_requests() {
         refusals.check_line(case, error_of(&ask(socket, &bytes), status), words);
@@ -155,7 +189,7 @@ fn wrong_requests_are_told(socket: &Path) {
 
 /// Returns the command's error, or an error if it succeeded.
 fn refused<T: std::fmt::Debug>(
-    outcome: Result<T, demand_vmm::error::Error>,
+    outcome: Result<T, demand_vmm::api::client::ClientError>,
 ) -> Result<String, String> {
     match outcome {
         Ok(done) => Err(format!("it was done: {done:?}")),
@@ -229,6 +263,21 @@ fn many_connections(socket: &Path) {
     }
 }
 
+/// Clients that ask for events and read none of them.
+fn stalled_readers(socket: &Path) -> Vec<UnixStream> {
+    let stalled = || {
+        let mut stream = connect(socket);
+        stream.write_all(&request("GET", Endpoint::Events.path(), "")).unwrap();
+        assert_eq!(stream.read(&mut [0]).unwrap(), 1);
+        stream
+    };
+    let readers = (0..MAX_READERS).map(|_| stalled()).collect();
+    let answer = ask(socket, &request("GET", Endpoint::Events.path(), ""));
+    let line = error_of(&answer, 503).unwrap();
+    assert!(line.contains("retry later"), "{line}");
+    readers
+}
+
 #[test]
 fn wrong_requests_do_the_guest_no_harm() {
     let Some(snapshot) = Snapshot::get() else { return };
@@ -236,15 +285,15 @@ fn wrong_requests_do_the_guest_no_harm() {
     let (mut guest, _back_end) = snapshot.restore(folder.path(), &snapshot.dir(), &[]);
     let socket = folder.path().join("api.sock");
     guest.wait_beats(1).unwrap();
-    let said = guest.said();
+    let said = guest.complaints();
 
-    wrong_requests_are_told(&socket);
+    wrong_requests_are_reported(&socket);
     goes_on(&mut guest, State::Running);
     let mut refusals = Refusals::new();
     refusals.check_line("to resume what runs", refused(guest.api().resume()), &["running already"]);
     guest.api().pause().unwrap();
     refusals.check_line("to pause twice", refused(guest.api().pause()), &["paused already"]);
-    wrong_requests_are_told(&socket);
+    wrong_requests_are_reported(&socket);
     goes_on(&mut guest, State::Paused);
     guest.api().resume().unwrap();
     goes_on(&mut guest, State::Running);
@@ -253,7 +302,10 @@ fn wrong_requests_do_the_guest_no_harm() {
     slow_clients(&socket);
     many_connections(&socket);
     goes_on(&mut guest, State::Running);
-    assert_eq!(guest.said(), said, "all of it is the clients' business");
+    // They are there until the end, and do not delay it.
+    let _readers = stalled_readers(&socket);
+    goes_on(&mut guest, State::Running);
+    assert_eq!(guest.complaints(), said, "all of it is the clients' business");
     refusals.end();
     guest.finish().unwrap();
     assert!(!socket.exists());

@@ -20,6 +20,8 @@ use crate::snapshot::{Snapshot, Spoilt};
 
 /// Time limit for a VM's end: its vCPUs, its back-ends and its console get some seconds.
 const WITHIN: Duration = Duration::from_secs(20);
+/// Time limit for an end that the guest itself prepares: its program first ends its work.
+const GUEST_WITHIN: Duration = Duration::from_secs(60);
 /// The latest moment of an end, after the start of the restore.
 const LATEST_MS: u64 = 1500;
 
@@ -86,7 +88,7 @@ fn shut_down(guest: &Guest) {
 }
 
 /// Waits for the process's end: it is a zombie without another thread.
-fn wait_gone(guest: &mut Guest, case: &str) {
+fn wait_gone(guest: &mut Guest, within: Duration, case: &str) {
     let begun = Instant::now();
     let gone = |threads: &str| threads.contains(" Z ") && !threads.contains(',');
     loop {
@@ -94,7 +96,7 @@ fn wait_gone(guest: &mut Guest, case: &str) {
         if gone(&threads) {
             break;
         }
-        let late = begun.elapsed() > WITHIN;
+        let late = begun.elapsed() > within;
         assert!(!late, "{case}: it does not end: {threads}; {}", guest.story());
         thread::sleep(Duration::from_millis(5));
     }
@@ -139,7 +141,8 @@ fn end(snapshot: &Snapshot, ending: Ending, backing: &str, moment: Duration, cas
             signal(&guest, number);
         }
     }
-    wait_gone(&mut guest, case);
+    let by_guest = matches!(ending, Ending::PowerOff);
+    wait_gone(&mut guest, if by_guest { GUEST_WITHIN } else { WITHIN }, case);
 }
 
 /// KVM waits for a whole unit, of which it touches one page, when a vCPU gets its state.
@@ -162,7 +165,7 @@ fn shutdown_ends_kvms_wait_at_start() {
     });
     assert_eq!(guest.api().status().unwrap().state, State::Starting);
     shut_down(&guest);
-    wait_gone(&mut guest, "shutdown while KVM waits");
+    wait_gone(&mut guest, WITHIN, "shutdown while KVM waits");
     snapshot.assert_unchanged();
 }
 

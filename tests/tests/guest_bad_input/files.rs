@@ -8,7 +8,7 @@ use std::process::Command;
 
 use demand_source::ImageWriter;
 use demand_tests::refusal::{FAILED, Refusals};
-use demand_vmm::snapshot::dir::{OLDEST, VERSION};
+use demand_vmm::snapshot::state_file::{OLDEST, VERSION};
 
 use serde_json::json;
 

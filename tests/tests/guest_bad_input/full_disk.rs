@@ -92,7 +92,7 @@ fn failed_snapshot_does_not_harm_the_guest() {
     refused(&mut guest, "under a file", at("file/s"), &["is not an existing folder", "create it"]);
     refused(&mut guest, "the root", "/".into(), &["does not end in a name"]);
     refused(&mut guest, "a long name", at(&"s".repeat(300)), &["name"]);
-    refused(&mut guest, "a relative path", "s".into(), &["not an absolute path"]);
+    refused(&mut guest, "a relative path", "s".into(), &["it is not absolute"]);
     refusals.end();
     assert_eq!(fs::read_to_string(at("taken/file")).unwrap(), "precious");
     assert_eq!(fs::read_to_string(at("file")).unwrap(), "precious");

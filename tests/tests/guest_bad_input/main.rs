@@ -2,6 +2,8 @@
 //! Bad input to the commands that run Linux guests: each case yields one clear line and the right
 //! exit status, or an answer of the API; nothing changes on the disk or in the guest.
 
+#![allow(clippy::cast_possible_truncation, reason = "the numbers of a test are small")]
+
 mod api;
 mod devices;
 mod endings;

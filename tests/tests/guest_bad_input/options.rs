@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Options of `restore` that contradict the snapshot.
+//! Wrong command lines, and options of `restore` that contradict the snapshot.
 
 use std::fs;
 use std::process::Command;
@@ -15,11 +15,21 @@ use crate::snapshot::{Snapshot, restore_with};
 fn invalid_options_are_refused() {
     let mut refusals = Refusals::new();
     for (arguments, words) in [
-        (&["restore"][..], &["--source"][..]),
+        (&[][..], &["no command given", "demand-vmm run"][..]),
+        (&["run"], &["--memory", "--kernel"]),
+        (&["run", "--memory", "size=1G"], &["--kernel"]),
+        (&["run", "--memory", "size=1G", "--kernel", "x", "--source", "y"], &["--source"]),
+        (&["run", "--memory", "size=1G", "--kernel", "x", "--cpus", "0"], &["--cpus"]),
+        (&["run", "--memory", "size=4097", "--kernel", "x"], &["4097"]),
+        (&["run", "--memory", "size=1G,backing=paper", "--kernel", "x"], &["--memory", "paper"]),
+        (&["run", "--memory", "size=1G", "--kernel", "x", "--engine", "magic"], &["--engine"]),
+        (&["run", "--memory", "size=1G", "--kernel", "x", "--fill", "rate=0"], &["--fill", "off"]),
+        (&["restore"], &["--source"]),
         (&["restore", "--source", "x", "--cpus", "two"], &["--cpus"]),
         (&["restore", "--source", "x", "--memory", "size=1Q"], &["--memory", "size=1Q"]),
         (&["restore", "--source", "x", "--memory", "backing=paper"], &["--memory", "paper"]),
         (&["restore", "--source", "x", "--engine", "magic"], &["--engine", "magic"]),
+        (&["restore", "--source", "x", "--lazy", "no"], &["--lazy", "auto, require, off"]),
         (&["restore", "--source", "x", "--fill", "rate=0"], &["--fill", "off"]),
         (&["restore", "--source", "x", "--serial", "com1"], &["--serial", "tty"]),
         (&["restore", "--source", "x", "--source-limit", "-1"], &["-1"]),
@@ -33,12 +43,51 @@ fn invalid_options_are_refused() {
         let mut command = Command::new(program("demand-vmm").unwrap());
         refusals.check(&arguments.join(" "), command.args(arguments), USAGE, words);
     }
-    for asked in ["status", "pause", "resume", "shutdown"] {
+    for (asked, action) in [
+        ("status", "read the status"),
+        ("pause", "pause"),
+        ("resume", "resume"),
+        ("shutdown", "shut down"),
+        ("events", "read the events"),
+        ("boot", "boot a VM"),
+    ] {
         let mut command = Command::new(program("demand-vmm").unwrap());
         command.args([asked, "--api-socket", "/nowhere/api.sock"]);
-        let words = [asked, "no VMM listens at /nowhere/api.sock"];
+        let words = [&format!("cannot {action}: no VMM listens at /nowhere/api.sock;")[..]];
         refusals.check(asked, &mut command, FAILED, &words);
     }
+    refusals.end();
+}
+
+/// The line names the file, the place in it, and the fault.
+#[test]
+fn bad_configuration_is_refused_with_place() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut refusals = Refusals::new();
+    for (command, name, text, words) in [
+        ("run", "a.json", "{\n\"memory\": {\"siz\": 1}}", &["line 2", "memory.siz: unknown"][..]),
+        ("run", "a.json", "{\"memory\": {\"size\": \"64M\"}}", &["--kernel", "--config"]),
+        ("run", "a.json", "{\"kernel\": \"k\"}", &["--memory", "--config"]),
+        ("run", "a.json", "{\"kernel\": \"k\", \"memory\": {}}", &["size is missing"]),
+        ("restore", "a.json", "{}", &["--source", "--config"]),
+        ("restore", "a.toml", "cpus = 1\nkernel = \"k\"\n", &["line 2, column 1: kernel: unknown"]),
+        ("restore", "a.toml", "cpus: 1\n", &["line 1, column 7"]),
+        ("run", "a.toml", "memory.size = 0\nkernel = \"k\"\n", &["memory: size=0 leaves"]),
+        ("run", "a.toml", "cpus = 0\nkernel = \"k\"\nmemory.size = 4096\n", &["1 to 16"]),
+    ] {
+        let path = folder.path().join(name);
+        fs::write(&path, text).unwrap();
+        let mut demand_vmm = Command::new(program("demand-vmm").unwrap());
+        demand_vmm.arg(command).arg("--config").arg(&path);
+        refusals.check(text, &mut demand_vmm, USAGE, words);
+    }
+    let mut demand_vmm = Command::new(program("demand-vmm").unwrap());
+    demand_vmm.args(["run", "--config", "/nowhere/vm.json"]);
+    refusals.check("no file", &mut demand_vmm, FAILED, &["cannot read", "/nowhere/vm.json"]);
+    let mut command = Command::new(program("demand-vmm").unwrap());
+    command.args(["status", "--api-socket", &format!("/tmp/{}", "x".repeat(107))]);
+    let words = ["longer than a socket's limit of 107 bytes", "give a shorter one"];
+    refusals.check("a long path", &mut command, FAILED, &words);
     refusals.end();
 }
 
@@ -61,6 +110,7 @@ fn conflicting_outputs_are_refused() {
         ("the state", &["--timeline", state], &["--timeline", "state", "is the input"]),
         ("the kernel", &["--timeline", kernel], &["--timeline", "kernel", "is the input"]),
         ("the console", &["--serial", &serial], &["--serial", "memory", "is the input"]),
+        ("the log", &["--log-file", state], &["--log-file", "state", "is the input"]),
         ("twice", &["--report", new_name, "--timeline", new_name], &["--report writes it"]),
         // The snapshot has a disk, and none is given.
         ("a refusal", &["--report", old_name, "--timeline", new_name], &["has 1 (blk)"]),

@@ -9,7 +9,7 @@ use demand_tests::linux_vm::Guest;
 use demand_tests::refusal::{FAILED, Refusals};
 use demand_vmm::api::{State, Status};
 use demand_vmm::arch::layout::COMMAND_LINE;
-use demand_vmm::snapshot::dir as snapshot_dir;
+use demand_vmm::snapshot::state_file::decode;
 use serde_json::Value;
 use test_support::fuse::SlowFile;
 
@@ -24,7 +24,7 @@ const KVM_CLOCK: u64 = 0x4b56_4d01;
 const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Returns the offsets of the pages on which the guest works all the time.
-pub fn all_worked_on(snapshot: &Snapshot) -> Vec<u64> {
+pub(crate) fn all_worked_on(snapshot: &Snapshot) -> Vec<u64> {
     let memory = snapshot.read("memory");
     let found = memory.chunks_exact(PAGE as usize).enumerate().filter(|(_, page)| {
         page[16..24] == WORKED_ON.to_le_bytes() && page[32..].iter().any(|byte| *byte != 0)
@@ -39,8 +39,8 @@ fn worked_on(snapshot: &Snapshot) -> u64 {
 }
 
 /// Returns the offset of kvm-clock's page.
-pub fn kvm_clock(snapshot: &Snapshot) -> u64 {
-    let state: Value = snapshot_dir::decode(&snapshot.read("state")).unwrap();
+pub(crate) fn kvm_clock(snapshot: &Snapshot) -> u64 {
+    let state: Value = decode(&snapshot.read("state")).unwrap();
     let msrs = state["vcpus"][0]["msrs"].as_array().unwrap();
     let clock = msrs.iter().find(|msr| msr[0] == KVM_CLOCK).unwrap();
     clock[1].as_u64().unwrap() & !(PAGE - 1)
@@ -48,13 +48,13 @@ pub fn kvm_clock(snapshot: &Snapshot) -> u64 {
 
 /// Returns the offset of the first page of the used ring of the disk's first queue.
 fn used_ring(snapshot: &Snapshot) -> u64 {
-    let state: Value = snapshot_dir::decode(&snapshot.read("state")).unwrap();
+    let state: Value = decode(&snapshot.read("state")).unwrap();
     let ring = &state["devices"][0]["registers"]["queues"][0]["used"];
     ring.as_u64().unwrap() & !(PAGE - 1)
 }
 
 /// Alters a byte of a copy's memory, or restores it.
-pub fn flip(copy: &Spoilt, offset: u64) {
+pub(crate) fn flip(copy: &Spoilt, offset: u64) {
     let memory = std::fs::File::options().read(true).write(true).open(copy.path("memory")).unwrap();
     let mut byte = [0];
     memory.read_exact_at(&mut byte, offset).unwrap();
@@ -126,8 +126,7 @@ fn guest_waits_until_altered_page_is_restored() {
     let status = wait(&guest, "the limit passes", paused);
     let error = status.last_error.unwrap_or_default();
     assert!(error.contains(&words) && error.contains("restore the original"), "{error}");
-    let said = guest.said();
-    assert!(said.contains(&words) && said.contains("the VM is paused"), "{said}");
+    guest.wait_said(&[&*words, "the VM is paused"]).unwrap();
     // Resuming it does not help.
     guest.api().resume().unwrap();
     let status = wait(&guest, "it is paused again", paused);
@@ -144,7 +143,7 @@ fn guest_waits_until_altered_page_is_restored() {
 }
 
 #[test]
-fn hanging_page_is_told_and_pauses_the_guest() {
+fn hanging_page_is_reported_and_pauses_the_guest() {
     let Some(snapshot) = Snapshot::get() else { return };
     let Some(file) = SlowFile::new(&snapshot.read("memory")) else { return };
     let folder = tempfile::tempdir().unwrap();
@@ -163,8 +162,7 @@ fn hanging_page_is_told_and_pauses_the_guest() {
     assert_eq!(status.state, State::Running);
     let paused = |status: &Status| status.state == State::Paused;
     assert!(told(&wait(&guest, "the limit passes", paused)));
-    let said = guest.said();
-    assert!(said.contains(&words) && said.contains("the VM is paused"), "{said}");
+    guest.wait_said(&[&*words, "the VM is paused"]).unwrap();
     // The source is not back.
     guest.api().resume().unwrap();
     assert!(told(&wait(&guest, "it is paused again", paused)));

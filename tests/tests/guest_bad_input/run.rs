@@ -58,6 +58,11 @@ fn files_other_than_kernels_are_refused() {
     assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());
     let random: Vec<u8> =
         (0..100_000u32).map(|n| (n.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+    let noisy = |at: usize, header: &[u8]| {
+        let mut bytes = random.clone();
+        bytes[at..at + header.len()].copy_from_slice(header);
+        bytes
+    };
     const KINDS: &str = "name a bzImage, or an ELF vmlinux with a PVH entry";
     let mut refusals = Refusals::new();
     for (case, kernel, words) in [
@@ -67,7 +72,19 @@ fn files_other_than_kernels_are_refused() {
         ("a device", "/dev/zero".into(), &["is not a regular file"]),
         ("an empty file", file("empty", b""), &[KINDS]),
         ("three bytes", file("three", b"\x7fEL"), &[KINDS]),
-        ("noise", file("noise", &random), &[KINDS]),
+        ("noise", file("noise", &random), &["neither a bzImage nor an ELF file", KINDS]),
+        // More than the guest has memory, which would not help.
+        (
+            "much noise",
+            file("much", &random.repeat(700)),
+            &["neither a bzImage nor an ELF file", KINDS],
+        ),
+        ("an ELF header in noise", file("elf", &noisy(0, b"\x7fELF\x02\x01\x01")), &[KINDS]),
+        (
+            "a bzImage's header in noise",
+            file("bzimage", &noisy(0x1fe, b"\x55\xaa..HdrS")),
+            &["it is damaged", KINDS],
+        ),
         ("a text", file("text", &b"#!/bin/sh\n".repeat(1000)), &[KINDS]),
         ("an ELF header", file("header", b"\x7fELF\x02\x01\x01"), &[KINDS]),
         ("a program", program("demand-vmm").unwrap(), &[KINDS]),
@@ -93,7 +110,7 @@ fn impossible_options_are_refused() {
     let disk = ["--vhost-user", "blk,socket=/nowhere/blk.sock"];
     let mut refusals = Refusals::new();
     for (case, memory, arguments, words) in [
-        ("no CPUs", "64M", &["--cpus", "0"][..], &["--cpus", "0"][..]),
+        ("no CPUs", "64M", &["--cpus", "0"][..], &["--cpus: 0 vCPUs", "1 to 16"][..]),
         ("17 CPUs", "64M", &["--cpus", "17"], &["--cpus: 17", "1 to 16"]),
         ("CPUs below nothing", "64M", &["--cpus=-1"], &["--cpus", "-1"]),
         ("half a page of memory", "2048", &[], &["--memory", "multiple"]),
@@ -126,6 +143,12 @@ fn impossible_options_are_refused() {
     refusals.check("a page of memory", &mut run("4K", kernel), USAGE, &["--memory", "64M"]);
     let words = ["--memory", "bits of physical address"];
     refusals.check("more than there are addresses", &mut run("8192T", kernel), HOST, &words);
+    refusals.check(
+        "a socket with a long path",
+        run("64M", kernel).arg("--vhost-user").arg(format!("blk,socket=/tmp/{}", "x".repeat(107))),
+        FAILED,
+        &["longer than a socket's limit of 107 bytes", "use a shorter one"],
+    );
     refusals.check(
         "nobody listens",
         run("64M", kernel).args(disk),

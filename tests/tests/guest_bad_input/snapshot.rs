@@ -13,31 +13,31 @@ use demand_tests::backend::{BackEnd, BlkOptions};
 use demand_tests::linux_vm::{Guest, GuestConfig, Kernel};
 use demand_tests::process::program;
 use demand_vmm::api::Go;
-use demand_vmm::snapshot::dir::{self as snapshot_dir, VERSION};
+use demand_vmm::snapshot::state_file::{VERSION, decode};
 use guest_work::{Prove, Work};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 /// Size of the guest's memory, in bytes.
-pub const MEMORY: u64 = 128 << 20;
+pub(crate) const MEMORY: u64 = 128 << 20;
 /// Size of its disk, in bytes.
 const DISK: u64 = 8 << 20;
 /// Number of queues of its disk.
 const QUEUES: u16 = 2;
 /// The files of each snapshot.
-pub const FILES: [&str; 3] = ["state", "memory", "hashes"];
+pub(crate) const FILES: [&str; 3] = ["state", "memory", "hashes"];
 /// The boot files beside them.
-pub const BOOT_FILES: [&str; 2] = ["kernel", "initramfs"];
+pub(crate) const BOOT_FILES: [&str; 2] = ["kernel", "initramfs"];
 
 /// The snapshot of a guest that has ended.
-pub struct Snapshot {
+pub(crate) struct Snapshot {
     folder: tempfile::TempDir,
     before: Vec<(String, u64)>,
 }
 
 impl Snapshot {
     /// Returns the snapshot; `None` where Linux guests cannot be run.
-    pub fn get() -> Option<&'static Self> {
+    pub(crate) fn get() -> Option<&'static Self> {
         static SNAPSHOT: OnceLock<Option<Snapshot>> = OnceLock::new();
         SNAPSHOT.get_or_init(Self::take).as_ref()
     }
@@ -50,7 +50,7 @@ impl Snapshot {
 
     /// Takes a snapshot of a guest whose disk, in a folder, is served by this back-end. Returns
     /// `None` where Linux guests cannot be run.
-    pub fn take_with(back_end: impl FnOnce(&Path, &Path) -> BackEnd) -> Option<Self> {
+    pub(crate) fn take_with(back_end: impl FnOnce(&Path, &Path) -> BackEnd) -> Option<Self> {
         let kernel = Kernel::lab()?;
         let folder = tempfile::tempdir().unwrap();
         let disk = folder.path().join("disk");
@@ -70,12 +70,12 @@ impl Snapshot {
     }
 
     /// Returns its directory, in which nothing may be changed.
-    pub fn dir(&self) -> PathBuf {
+    pub(crate) fn dir(&self) -> PathBuf {
         self.folder.path().join("snapshot")
     }
 
     /// Reads one of its files.
-    pub fn read(&self, name: &str) -> Vec<u8> {
+    pub(crate) fn read(&self, name: &str) -> Vec<u8> {
         fs::read(self.dir().join(name)).unwrap()
     }
 
@@ -97,12 +97,12 @@ impl Snapshot {
 
     /// Checks that its files are unchanged and that none was added.
     #[track_caller]
-    pub fn assert_unchanged(&self) {
+    pub(crate) fn assert_unchanged(&self) {
         assert_eq!(self.digests(), self.before, "the snapshot's files are not what they were");
     }
 
     /// Creates a copy that can be altered.
-    pub fn copy(&self) -> Spoilt {
+    pub(crate) fn copy(&self) -> Spoilt {
         let copy = Spoilt { folder: tempfile::tempdir().unwrap() };
         fs::create_dir(copy.dir()).unwrap();
         for name in names(&self.dir()) {
@@ -112,13 +112,13 @@ impl Snapshot {
     }
 
     /// Creates a copy with an edited state that is sealed correctly.
-    pub fn edited(&self, edit: impl FnOnce(&mut Value)) -> Spoilt {
+    pub(crate) fn edited(&self, edit: impl FnOnce(&mut Value)) -> Spoilt {
         self.edited_as(VERSION, edit)
     }
 
     /// Like [`edited`](Self::edited), as a state of another version.
-    pub fn edited_as(&self, version: u32, edit: impl FnOnce(&mut Value)) -> Spoilt {
-        let mut state: Value = snapshot_dir::decode(&self.read("state")).unwrap();
+    pub(crate) fn edited_as(&self, version: u32, edit: impl FnOnce(&mut Value)) -> Spoilt {
+        let mut state: Value = decode(&self.read("state")).unwrap();
         edit(&mut state);
         let copy = self.copy();
         copy.write("state", &seal(version, &serde_json::to_vec(&state).unwrap()));
@@ -126,20 +126,20 @@ impl Snapshot {
     }
 
     /// Copies the disk at the time of the snapshot, for a restored guest.
-    pub fn disk(&self, folder: &Path) -> PathBuf {
+    pub(crate) fn disk(&self, folder: &Path) -> PathBuf {
         let disk = folder.join("disk");
         fs::copy(self.folder.path().join("disk"), &disk).unwrap();
         disk
     }
 
     /// Starts a back-end like the original one.
-    pub fn back_end(&self, folder: &Path, options: &BlkOptions) -> BackEnd {
+    pub(crate) fn back_end(&self, folder: &Path, options: &BlkOptions) -> BackEnd {
         let disk = self.disk(folder);
         BackEnd::vhost_device_blk_at(folder.join("restore.sock"), &disk, options).unwrap()
     }
 
     /// Restores the guest from `dir`, on a copy of its disk, with additional arguments.
-    pub fn restore(&self, folder: &Path, dir: &Path, more: &[&str]) -> (Guest, BackEnd) {
+    pub(crate) fn restore(&self, folder: &Path, dir: &Path, more: &[&str]) -> (Guest, BackEnd) {
         let back_end = self.back_end(folder, &blk());
         let guest = self.restore_with(folder, dir, back_end.socket(), "", more);
         (guest, back_end)
@@ -147,7 +147,7 @@ impl Snapshot {
 
     /// Like [`restore`](Self::restore), with an existing back-end; `option` is appended to
     /// `--vhost-user`.
-    pub fn restore_with(
+    pub(crate) fn restore_with(
         &self,
         folder: &Path,
         dir: &Path,
@@ -164,7 +164,7 @@ impl Snapshot {
 }
 
 /// Returns the options of the back-end of the guest's disk, except in cases about the back-end.
-pub fn blk() -> BlkOptions {
+pub(crate) fn blk() -> BlkOptions {
     BlkOptions { queues: QUEUES, queue_size: 256, postcopy: true }
 }
 
@@ -183,7 +183,7 @@ fn names(dir: &Path) -> Vec<String> {
 }
 
 /// Builds a state file of a version, as a writer does.
-pub fn seal(version: u32, json: &[u8]) -> Vec<u8> {
+pub(crate) fn seal(version: u32, json: &[u8]) -> Vec<u8> {
     let mut header = format!("demand-vmm-snapshot {version} {} {}", json.len(), hex(json));
     let check = hex(header.as_bytes());
     writeln!(header, " {check}").unwrap();
@@ -199,34 +199,34 @@ fn hex(bytes: &[u8]) -> String {
 
 /// A copy of a snapshot. Files that are not written are shared with the original, which must not be
 /// changed.
-pub struct Spoilt {
+pub(crate) struct Spoilt {
     folder: tempfile::TempDir,
 }
 
 impl Spoilt {
     /// Returns its directory.
-    pub fn dir(&self) -> PathBuf {
+    pub(crate) fn dir(&self) -> PathBuf {
         self.folder.path().join("copy")
     }
 
     /// Returns the path of one of its files.
-    pub fn path(&self, name: &str) -> PathBuf {
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.dir().join(name)
     }
 
     /// Removes a file.
-    pub fn remove(&self, name: &str) {
+    pub(crate) fn remove(&self, name: &str) {
         fs::remove_file(self.path(name)).unwrap();
     }
 
     /// Replaces a file.
-    pub fn write(&self, name: &str, bytes: &[u8]) {
+    pub(crate) fn write(&self, name: &str, bytes: &[u8]) {
         self.remove(name);
         fs::write(self.path(name), bytes).unwrap();
     }
 
     /// Replaces a shared file by a separate one with the same content; returns it, for changes.
-    pub fn own(&self, name: &str) -> File {
+    pub(crate) fn own(&self, name: &str) -> File {
         let original = self.dir().join("original");
         fs::rename(self.path(name), &original).unwrap();
         let mut command = Command::new("cp");
@@ -238,14 +238,14 @@ impl Spoilt {
 }
 
 /// Returns `demand-vmm restore` of the snapshot in `dir`. Its console would be standard output.
-pub fn restore(dir: &Path) -> Command {
+pub(crate) fn restore(dir: &Path) -> Command {
     let mut command = Command::new(program("demand-vmm").unwrap());
     command.arg("restore").arg("--source").arg(dir);
     command
 }
 
 /// Like [`restore`], with a disk at `socket`.
-pub fn restore_with(dir: &Path, socket: &Path) -> Command {
+pub(crate) fn restore_with(dir: &Path, socket: &Path) -> Command {
     let mut command = restore(dir);
     command.arg("--vhost-user").arg(format!("blk,socket={}", socket.display()));
     command

@@ -70,15 +70,16 @@ fn ends(kernel: &Kernel) -> Result<()> {
     ensure!(status.guest.is_none(), "it only waits: {status:?}; {}", guest.story());
     guest.type_line("halt")?;
     wait(&guest, "halted", is(State::Running, Some(GuestCondition::Halted)))?;
-    let said = guest.said();
-    ensure!(said.matches("all vCPUs of the guest are halted").count() == 1, "{said}");
     guest.api().shutdown()?;
     guest.ended()?;
+    // Only now, because a log line may follow the change that it reports.
+    let said = guest.said();
+    ensure!(said.matches("all vCPUs of the guest are halted").count() == 1, "{said}");
     Ok(())
 }
 
 #[test]
-fn panic_and_halt_are_told() {
+fn panic_and_halt_are_reported() {
     let Some(kernel) = Kernel::lab() else { return };
     ends(&kernel).unwrap_or_else(|error| panic!("{error:#}"));
 }

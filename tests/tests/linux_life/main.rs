@@ -2,6 +2,9 @@
 //! A Linux guest's life apart from its work: the memory it needs to boot, periods in which it does
 //! not run, and unrequested ends.
 
+#![allow(clippy::cast_possible_truncation, reason = "the numbers of a test are small")]
+
+mod by_api;
 mod clock;
 mod ends;
 mod room;

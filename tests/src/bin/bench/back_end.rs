@@ -14,14 +14,14 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use clap::Args;
-use demand_memory::{Backing, BackingKind, Mapping, MemfdBacking, Pager, Retrier, Stats};
+use demand_memory::{Backing, BackingKind, Mapping, MemfdBacking, Pager, PagerConfig, Retrier};
 use demand_source::LocalFile;
 use demand_uffd::{ArmedMapping, DEFAULT_THREADS, FaultService, Features, UnitLoader, Userfaultfd};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 /// The memory, and the way in which it is touched.
 #[derive(Clone, Debug, Args)]
-pub struct Options {
+pub(crate) struct Options {
     #[arg(long)]
     backing: BackingKind,
     /// Size of the memory, in bytes.
@@ -38,11 +38,11 @@ pub struct Options {
 }
 
 /// Starts a back-end and serves its faults until it ends.
-pub fn serve(options: &Options) -> Result<()> {
-    let backing = Arc::new(MemfdBacking::new(options.backing, options.size, true)?);
+pub(crate) fn serve(options: &Options) -> Result<()> {
+    let backing = Arc::new(MemfdBacking::new(options.backing, options.size)?);
     let source = Arc::new(LocalFile::open(&options.image)?);
     let retrier = Retrier::new(Default::default(), |failure| eprintln!("{}", failure.error));
-    let pager = Pager::new(backing.clone(), source, 0, Arc::new(Stats::new()), retrier)?;
+    let pager = Pager::new(PagerConfig { retrier, ..PagerConfig::new(backing.clone(), source) })?;
     UnitLoader::install(&pager)?;
     let service = FaultService::start(DEFAULT_THREADS)?;
     let file = backing.file().context("the memory has a file")?;
@@ -60,7 +60,7 @@ pub fn serve(options: &Options) -> Result<()> {
     let uffd = uffd.filter(|_| len == 8).context("receive the back-end's userfaultfd")?;
     let uffd = Arc::new(Userfaultfd::from_received(uffd.into())?);
     let armed = ArmedMapping::foreign(&uffd, u64::from_ne_bytes(base), &pager)?;
-    service.serve(&[armed])?;
+    service.add(&[armed])?;
     ours.write_all(&[1])?;
     let status = child.wait()?;
     ensure!(status.success(), "the back-end ended with {status}");
@@ -68,10 +68,10 @@ pub fn serve(options: &Options) -> Result<()> {
 }
 
 /// Runs the back-end. Its socket is its standard input.
-pub fn touch(options: &Options) -> Result<()> {
+pub(crate) fn touch(options: &Options) -> Result<()> {
     let memory = options.memory.as_deref().context("say --memory")?;
     let memory = OpenOptions::new().read(true).write(true).open(memory)?;
-    let mapping = Mapping::shared(&memory, options.size, false)?;
+    let mapping = Mapping::shared(&memory, options.size)?;
     let uffd = Userfaultfd::open(Features::GUEST_MEMORY)?;
     let base = mapping.address().as_ptr() as u64;
     let mut socket = UnixStream::from(std::io::stdin().as_fd().try_clone_to_owned()?);
@@ -95,7 +95,7 @@ pub fn touch(options: &Options) -> Result<()> {
 }
 
 /// Returns the command that measures our back-end.
-pub fn command(backing: BackingKind, size: u64, unit: u64, image: &Path) -> Result<Command> {
+pub(crate) fn command(backing: BackingKind, size: u64, unit: u64, image: &Path) -> Result<Command> {
     let mut command = Command::new(std::env::current_exe()?);
     command.arg("back-end").arg("--backing").arg(backing.name()).arg("--image").arg(image);
     command.arg("--size").arg(size.to_string()).arg("--unit").arg(unit.to_string());

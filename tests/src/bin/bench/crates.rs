@@ -16,7 +16,7 @@ const PART: &str = "crates";
 /// criterion's options.
 const BENCHES: [&str; 6] = ["read", "pager", "exit", "fault", "connect", "request"];
 
-pub fn rows() -> Result<Vec<Row>> {
+pub(crate) fn rows() -> Result<Vec<Row>> {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let status = Command::new(cargo)
         .args(["bench", "--quiet", "--workspace"])

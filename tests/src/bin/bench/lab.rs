@@ -17,10 +17,12 @@ const PART: &str = "lab";
 const MIB: (u64, u64) = (16, 48);
 
 const ENGINES: [&str; 3] = ["kvm-userfault", "uffd", "kvm-attributes"];
+/// The engine whose vCPUs exit on released kernels, by the side of the one that it is to beat.
+const POISON: &str = "uffd-poison";
 const BACKINGS: [BackingKind; 2] = [BackingKind::Shmem, BackingKind::Hugetlb2M];
 
 /// Returns all rows of the lab, measured on this machine.
-pub fn rows() -> Result<Vec<Row>> {
+pub(crate) fn rows() -> Result<Vec<Row>> {
     let images = Images::new()?;
     let image = images.full(MIB.1 << 20)?;
     let guest =
@@ -36,7 +38,7 @@ pub fn rows() -> Result<Vec<Row>> {
     let instructions = |name: String, figure| Row::new(PART, name, "instructions/page", figure);
 
     let mut rows = Vec::new();
-    let mut by_userfault = Vec::new();
+    let (mut by_userfault, mut by_uffd) = (Vec::new(), Vec::new());
     for backing in BACKINGS {
         for engine in ENGINES {
             let name = format!("guest fault, {engine}, {backing}");
@@ -45,6 +47,8 @@ pub fn rows() -> Result<Vec<Row>> {
                 Ok(ours) => {
                     if engine == "kvm-userfault" {
                         by_userfault.push((backing, ours));
+                    } else if engine == "uffd" {
+                        by_uffd.push((backing, ours));
                     }
                     let row = instructions(name, ours).against("bare loop", bare(engine, backing)?);
                     rows.push(row.target(Target::AtMostMore(500.0)));
@@ -53,6 +57,17 @@ pub fn rows() -> Result<Vec<Row>> {
             }
         }
     }
+
+    for (backing, uffd) in by_uffd {
+        let name = format!("guest fault, {POISON}, {backing}");
+        eprintln!("  {name}");
+        let row = instructions(name, ours(POISON, backing, 1)?).against("uffd", uffd);
+        rows.push(match backing {
+            BackingKind::Shmem => row.target(Target::RatioAtMost(0.8)),
+            _ => row,
+        });
+    }
+    rows.extend(marker_calls(&images, &guest(BackingKind::Shmem, 2, 16))?);
 
     eprintln!("  handler in another process");
     let other = bare("other-process", BackingKind::Shmem)?;
@@ -103,11 +118,27 @@ impl Content {
     }
 }
 
+/// Counts the calls that faults at markers should not make.
+fn marker_calls(images: &Images, guest: &Guest<'_>) -> Result<Vec<Row>> {
+    let all = Calls::count(images, guest, POISON, &[])?;
+    let few = Calls::count(images, guest, POISON, &["--pages=1"])?;
+    let faults = all.faults - few.faults;
+    let row = |name: &str, calls: f64| {
+        Row::new(PART, format!("{name} a fault, {POISON}"), "calls/fault", calls / faults)
+            .target(Target::AtMost(0.01))
+            .note(&format!("{calls:.0} more calls for {faults:.0} more faults"))
+    };
+    Ok(vec![
+        row("futex", all.futexes - few.futexes),
+        row("read of a userfaultfd", all.messages - few.messages),
+    ])
+}
+
 /// Counts the system calls of faults with strace. Those of a run in which each vCPU touches one
 /// page are subtracted, to exclude the set-up.
 fn calls(images: &Images, guest: &Guest<'_>) -> Result<Vec<Row>> {
-    let all = Calls::count(images, guest, &[])?;
-    let few = Calls::count(images, guest, &["--pages=1"])?;
+    let all = Calls::count(images, guest, "kvm-userfault", &[])?;
+    let few = Calls::count(images, guest, "kvm-userfault", &["--pages=1"])?;
     let faults = all.faults - few.faults;
     let (backing, cpus) = (guest.backing, guest.cpus);
     // On shared memory the page is mapped for KVM's own accesses before it is published.
@@ -129,22 +160,27 @@ struct Calls {
     futexes: f64,
     /// All except `KVM_RUN`.
     ioctls: f64,
+    /// Reads of userfaultfds.
+    messages: f64,
     faults: f64,
 }
 
 impl Calls {
-    fn count(images: &Images, guest: &Guest<'_>, more: &[&str]) -> Result<Self> {
+    fn count(images: &Images, guest: &Guest<'_>, engine: &str, more: &[&str]) -> Result<Self> {
         let log = images.folder().join("strace");
         let mut strace = Command::new("strace");
-        strace.args(["-f", "-qq", "-e", "trace=ioctl,futex", "-o"]).arg(&log);
-        strace.arg(program("demand-vmm")?).args(guest.arguments("kvm-userfault"));
+        strace.args(["-f", "-qq", "-y", "-e", "trace=ioctl,futex,read,preadv2", "-o"]).arg(&log);
+        strace.arg(program("demand-vmm")?).args(guest.arguments(engine));
         let report = output(strace.args(more).arg("--json")).context("trace a run")?;
         let faults = field(&serde_json::from_str(&report)?, "faults")?;
         let log = fs::read_to_string(&log)?;
         // Each call begins on one line; "<... ioctl resumed>" marks its end on another.
         let count = |what: &str| log.lines().filter(|line| line.contains(what)).count() as f64;
         let ioctls = count(" ioctl(") - count(", KVM_RUN");
-        Ok(Calls { futexes: count(" futex("), ioctls, faults })
+        let read = |line: &str| line.contains(" read(") || line.contains(" preadv2(");
+        let reads = |line: &&str| read(line) && line.contains("[userfaultfd]");
+        let messages = log.lines().filter(reads).count() as f64;
+        Ok(Calls { futexes: count(" futex("), ioctls, messages, faults })
     }
 }
 

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Benchmark figures beside their references: `rust-vmm-ci/bench` builds and runs this.
 
+#![allow(clippy::cast_possible_truncation, reason = "the numbers of a bench are small")]
+
 mod access;
 mod back_end;
 mod crates;

@@ -6,7 +6,7 @@ use std::process::Command;
 
 use anyhow::Result;
 
-use crate::run::{Images, baseline, field, median, output, vmm};
+use crate::run::{Images, baseline, field, median, output, report_of};
 use crate::table::{Row, Target};
 
 const PART: &str = "restore";
@@ -24,28 +24,28 @@ struct Sizes {
 const SMALL: Sizes = Sizes { text: "256M", mib: 256 };
 const LARGE: Sizes = Sizes { text: "64G", mib: 64 << 10 };
 
-pub fn rows() -> Result<Vec<Row>> {
+pub(crate) fn rows() -> Result<Vec<Row>> {
     if let Some(why) = demand_tests::cannot_run() {
         return Ok(vec![Row::unavailable(PART, "first instruction", why)]);
     }
     let images = Images::new()?;
     let image = images.sparse(64 << 30)?;
-    let ours = |command: &str, more: &[String], size: &Sizes| -> Result<f64> {
+    let ours = |program: &str, command: &str, more: &[String], size: &Sizes| -> Result<f64> {
         let mut arguments = vec![
             command.to_string(),
             format!("--memory=size={},reserve=off", size.text),
             format!("--source={}", image.display()),
         ];
         arguments.extend_from_slice(more);
-        field(&vmm(&arguments)?, "time_to_first_instruction_us")
+        field(&report_of(program, &arguments)?, "time_to_first_instruction_us")
     };
     let nothing = ["--test-guest=touches=0,vmm-touches=0,requests=0,window=64M".to_string()];
     let few = ["--pages=16".to_string()];
-    let run = |size: &Sizes| ours("run", &nothing, size);
-    let bench = |size: &Sizes| ours("bench", &few, size);
+    let run = |size: &Sizes| ours("test-vmm", "run", &nothing, size);
+    let bench = |size: &Sizes| ours("demand-vmm", "bench", &few, size);
     let slot = |size: &Sizes| slot_time(&image, size);
 
-    let mut rows = vec![compare("64 GiB, demand-vmm run", &run, Target::RatioAtMost(1.2))];
+    let mut rows = vec![compare("64 GiB, test-vmm run", &run, Target::RatioAtMost(1.2))];
     rows.push(compare("64 GiB, demand-vmm bench", &bench, Target::RatioAtMost(1.2)));
     let (bench, slot) = ((medians(&bench)?), (medians(&slot)?));
     rows.push(

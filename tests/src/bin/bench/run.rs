@@ -16,12 +16,12 @@ use serde_json::Value;
 const LIMIT: Duration = Duration::from_secs(300);
 
 /// The images that serve as page sources, in a folder of a tmpfs.
-pub struct Images {
+pub(crate) struct Images {
     folder: tempfile::TempDir,
 }
 
 impl Images {
-    pub fn new() -> Result<Self> {
+    pub(crate) fn new() -> Result<Self> {
         // Neither a disk nor the lab's link to the host may affect the measurement.
         let place =
             ["/dev/shm", "/run", "/tmp"].into_iter().find(|place| Path::new(place).is_dir());
@@ -32,7 +32,7 @@ impl Images {
     }
 
     /// Creates an image full of data.
-    pub fn full(&self, bytes: u64) -> Result<PathBuf> {
+    pub(crate) fn full(&self, bytes: u64) -> Result<PathBuf> {
         let path = self.folder.path().join(format!("full-{bytes}"));
         if !path.exists() {
             let mut file = File::create(&path)?;
@@ -54,19 +54,19 @@ impl Images {
     }
 
     /// Creates an image that is one hole.
-    pub fn sparse(&self, bytes: u64) -> Result<PathBuf> {
+    pub(crate) fn sparse(&self, bytes: u64) -> Result<PathBuf> {
         let path = self.folder.path().join(format!("sparse-{bytes}"));
         File::create(&path)?.set_len(bytes)?;
         Ok(path)
     }
 
-    pub fn folder(&self) -> &Path {
+    pub(crate) fn folder(&self) -> &Path {
         self.folder.path()
     }
 }
 
 /// Runs a program that must succeed; returns its standard output.
-pub fn output(command: &mut Command) -> Result<String> {
+pub(crate) fn output(command: &mut Command) -> Result<String> {
     let output = run(command, LIMIT)?;
     ensure!(
         output.status.success(),
@@ -79,13 +79,18 @@ pub fn output(command: &mut Command) -> Result<String> {
 }
 
 /// Runs `demand-vmm` with these arguments and `--json`.
-pub fn vmm<S: AsRef<OsStr>>(arguments: &[S]) -> Result<Value> {
-    let text = output(Command::new(program("demand-vmm")?).args(arguments).arg("--json"))?;
+pub(crate) fn vmm<S: AsRef<OsStr>>(arguments: &[S]) -> Result<Value> {
+    report_of("demand-vmm", arguments)
+}
+
+/// Runs a program of this workspace with these arguments and `--json`.
+pub(crate) fn report_of<S: AsRef<OsStr>>(name: &str, arguments: &[S]) -> Result<Value> {
+    let text = output(Command::new(program(name)?).args(arguments).arg("--json"))?;
     Ok(serde_json::from_str(&text)?)
 }
 
 /// Returns the path of a bare loop, as built by `rust-vmm-ci/bench`.
-pub fn baseline(name: &str) -> Result<PathBuf> {
+pub(crate) fn baseline(name: &str) -> Result<PathBuf> {
     let path = program("demand-vmm")?.with_file_name("baseline").join(name);
     if !path.is_file() {
         bail!("find {}: not there; rust-vmm-ci/bench builds it", path.display());
@@ -95,7 +100,7 @@ pub fn baseline(name: &str) -> Result<PathBuf> {
 
 /// A guest that touches all its memory once.
 #[derive(Clone, Copy)]
-pub struct Guest<'a> {
+pub(crate) struct Guest<'a> {
     pub backing: BackingKind,
     pub mib_per_cpu: u64,
     pub cpus: u64,
@@ -104,7 +109,7 @@ pub struct Guest<'a> {
 
 impl Guest<'_> {
     /// Returns the arguments of `demand-vmm` for it.
-    pub fn arguments(&self, engine: &str) -> Vec<String> {
+    pub(crate) fn arguments(&self, engine: &str) -> Vec<String> {
         let (backing, mib) = (self.backing, self.mib_per_cpu);
         vec![
             "bench".into(),
@@ -116,13 +121,30 @@ impl Guest<'_> {
     }
 
     /// Measures our engine.
-    pub fn ours(&self, engine: &str) -> Result<Time> {
+    pub(crate) fn ours(&self, engine: &str) -> Result<Time> {
         Time::of(&vmm(&self.arguments(engine))?)
     }
 
+    /// Measures our engine whose service threads spin for at most this time.
+    pub(crate) fn ours_spinning(&self, engine: &str, spin: Duration) -> Result<Time> {
+        let mut arguments = self.arguments(engine);
+        arguments.push(format!("--spin={}", spin.as_micros()));
+        Time::of(&vmm(&arguments)?)
+    }
+
     /// Measures a bare loop.
-    pub fn bare(&self, name: &str) -> Result<Time> {
+    pub(crate) fn bare(&self, name: &str) -> Result<Time> {
+        self.bare_with(name, &[])
+    }
+
+    /// Measures a bare loop that never sleeps between faults.
+    pub(crate) fn bare_spinning(&self, name: &str) -> Result<Time> {
+        self.bare_with(name, &["-s"])
+    }
+
+    fn bare_with(&self, name: &str, options: &[&str]) -> Result<Time> {
         let mut command = Command::new(baseline(name)?);
+        command.args(options);
         command.arg("-b").arg(bare_backing(self.backing));
         command.arg("-m").arg(self.mib_per_cpu.to_string());
         command.arg("-v").arg(self.cpus.to_string()).arg("-i").arg(self.image);
@@ -130,41 +152,50 @@ impl Guest<'_> {
     }
 }
 
-/// A guest's run time in nanoseconds (in the lab: instructions), and its number of pages.
+/// A guest's run time and the processor time of all threads, in nanoseconds (in the lab: the run
+/// time in instructions), and its number of pages.
 #[derive(Clone, Copy)]
-pub struct Time {
+pub(crate) struct Time {
     time: f64,
+    cpu_time: f64,
     pages: f64,
 }
 
 impl Time {
     fn of(report: &Value) -> Result<Self> {
-        Ok(Time { time: field(report, "time_ns")?, pages: field(report, "pages")? })
+        let [time, cpu_time, pages] =
+            ["time_ns", "cpu_time_ns", "pages"].map(|name| field(report, name));
+        Ok(Time { time: time?, cpu_time: cpu_time?, pages: pages? })
     }
 
-    pub fn per_page(self) -> f64 {
+    pub(crate) fn per_page(self) -> f64 {
         self.time / self.pages
+    }
+
+    /// Returns the processor time of 1,000 pages, in microseconds.
+    pub(crate) fn cpu_per_thousand(self) -> f64 {
+        self.cpu_time / self.pages
     }
 
     /// Returns the cost of each page in excess of those of `less`. The fixed costs of a run, such
     /// as the first use of each page of the program, cancel.
-    pub fn per_further_page(self, less: Time) -> f64 {
+    pub(crate) fn per_further_page(self, less: Time) -> f64 {
         (self.time - less.time) / (self.pages - less.pages)
     }
 }
 
 /// Returns the bare loops' name of a backing.
-pub fn bare_backing(backing: BackingKind) -> &'static str {
+pub(crate) fn bare_backing(backing: BackingKind) -> &'static str {
     if backing == BackingKind::Shmem { "shmem" } else { "hugetlb" }
 }
 
 /// Returns a number in a report.
-pub fn field(report: &Value, name: &str) -> Result<f64> {
+pub(crate) fn field(report: &Value, name: &str) -> Result<f64> {
     report[name].as_f64().with_context(|| format!("a report has no number {name}: {report}"))
 }
 
 /// Returns the smallest of `rounds` measurements, because disturbances only add time.
-pub fn least(rounds: u32, mut measure: impl FnMut() -> Result<f64>) -> Result<f64> {
+pub(crate) fn least(rounds: u32, mut measure: impl FnMut() -> Result<f64>) -> Result<f64> {
     let mut least = f64::INFINITY;
     for _ in 0..rounds {
         least = least.min(measure()?);
@@ -173,7 +204,7 @@ pub fn least(rounds: u32, mut measure: impl FnMut() -> Result<f64>) -> Result<f6
 }
 
 /// Returns the median.
-pub fn median(values: &mut [f64]) -> f64 {
+pub(crate) fn median(values: &mut [f64]) -> f64 {
     values.sort_by(f64::total_cmp);
     values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
 }

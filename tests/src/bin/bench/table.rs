@@ -3,10 +3,12 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::run::median;
+
 /// The condition for a figure.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Target {
+pub(crate) enum Target {
     /// At most this multiple of the reference.
     RatioAtMost(f64),
     /// At least this multiple of the reference.
@@ -18,10 +20,11 @@ pub enum Target {
 }
 
 impl Target {
-    fn is_met(self, figure: f64, reference: Option<f64>) -> Option<bool> {
+    fn is_met(self, figure: f64, reference: Option<f64>, ratio: Option<f64>) -> Option<bool> {
+        let ratio = || Some(ratio.unwrap_or(figure / reference?));
         Some(match self {
-            Target::RatioAtMost(limit) => figure / reference? <= limit,
-            Target::RatioAtLeast(limit) => figure / reference? >= limit,
+            Target::RatioAtMost(limit) => ratio()? <= limit,
+            Target::RatioAtLeast(limit) => ratio()? >= limit,
             Target::AtMostMore(limit) => figure <= limit + reference?,
             Target::AtMost(limit) => figure <= limit,
         })
@@ -40,7 +43,7 @@ impl Target {
 /// The verdict on a row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Verdict {
+pub(crate) enum Verdict {
     Met,
     Missed,
     /// No target: the row explains others.
@@ -63,7 +66,7 @@ impl Verdict {
 
 /// One comparison.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Row {
+pub(crate) struct Row {
     /// `restore`, `lab`, `host` or `crates`.
     pub part: String,
     /// The measured quantity.
@@ -88,7 +91,7 @@ pub struct Row {
 
 impl Row {
     /// Creates a row for a figure without a reference.
-    pub fn new(part: &str, name: impl Into<String>, unit: &str, figure: f64) -> Self {
+    pub(crate) fn new(part: &str, name: impl Into<String>, unit: &str, figure: f64) -> Self {
         Row {
             part: part.into(),
             name: name.into(),
@@ -104,25 +107,43 @@ impl Row {
     }
 
     /// Creates a row for a figure that cannot be measured, with the reason.
-    pub fn unavailable(part: &str, name: impl Into<String>, why: impl ToString) -> Self {
+    pub(crate) fn unavailable(part: &str, name: impl Into<String>, why: impl ToString) -> Self {
         let why = why.to_string().split_whitespace().collect::<Vec<_>>().join(" ");
         let row = Row::new(part, name, "", 0.0);
         Row { figure: None, verdict: Verdict::Unavailable, note: why, ..row }
     }
 
-    pub fn against(mut self, reference_is: &str, reference: f64) -> Self {
+    pub(crate) fn against(mut self, reference_is: &str, reference: f64) -> Self {
         self.reference_is = reference_is.into();
         self.reference = Some(reference);
         self.ratio = self.figure.map(|figure| figure / reference).filter(|ratio| ratio.is_finite());
         self.judged()
     }
 
-    pub fn target(mut self, target: Target) -> Self {
+    /// Compares figures with references that were measured in pairs, each right after the other: the
+    /// ratio is the median of the pairs' ratios, because a machine's speed changes between pairs.
+    pub(crate) fn of_pairs(
+        part: &str,
+        name: impl Into<String>,
+        unit: &str,
+        reference_is: &str,
+        pairs: &[(f64, f64)],
+    ) -> Self {
+        let median_of = |value: fn(&(f64, f64)) -> f64| {
+            median(&mut pairs.iter().map(value).collect::<Vec<_>>())
+        };
+        let row = Row::new(part, name, unit, median_of(|pair| pair.0));
+        let row = row.against(reference_is, median_of(|pair| pair.1));
+        let ratio = median_of(|pair| pair.0 / pair.1);
+        Row { ratio: Some(ratio).filter(|ratio| ratio.is_finite()), ..row }
+    }
+
+    pub(crate) fn target(mut self, target: Target) -> Self {
         self.target = Some(target);
         self.judged()
     }
 
-    pub fn note(mut self, note: &str) -> Self {
+    pub(crate) fn note(mut self, note: &str) -> Self {
         self.note = note.into();
         self
     }
@@ -131,7 +152,7 @@ impl Row {
         let met = self
             .target
             .zip(self.figure)
-            .and_then(|(target, figure)| target.is_met(figure, self.reference));
+            .and_then(|(target, figure)| target.is_met(figure, self.reference, self.ratio));
         self.verdict = match met {
             None => Verdict::None,
             Some(true) => Verdict::Met,
@@ -152,7 +173,7 @@ fn number(value: Option<f64>) -> String {
 }
 
 /// Prints all rows as a table.
-pub fn print(rows: &[Row]) {
+pub(crate) fn print(rows: &[Row]) {
     let width = rows.iter().map(|row| row.name.chars().count()).max().unwrap_or(0).max(6);
     println!(
         "{:<7} {:<width$} {:>10} {:>10} {:>6} {:>9} {:<11} unit; reference",
@@ -202,6 +223,11 @@ mod tests {
         assert_eq!(verdict(600.0, Target::AtMostMore(500.0)), Verdict::Met);
         assert_eq!(verdict(601.0, Target::AtMostMore(500.0)), Verdict::Missed);
         assert_eq!(row(0.2).target(Target::AtMost(0.1)).verdict, Verdict::Missed);
+        // Of pairs, the ratio counts: this machine became slower for the last one.
+        let pairs = [(100.0, 100.0), (104.0, 100.0), (300.0, 290.0)];
+        let of_pairs = Row::of_pairs("host", "x", "ns", "y", &pairs);
+        assert_eq!(of_pairs.ratio, Some(300.0 / 290.0));
+        assert_eq!(of_pairs.target(Target::RatioAtMost(1.035)).verdict, Verdict::Met);
         // Without its reference there is no verdict.
         assert_eq!(row(1.0).target(Target::RatioAtMost(1.0)).verdict, Verdict::None);
         // Not a number is not a success.

@@ -1,0 +1,119 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! A snapshot of a guest of one instruction, which needs no nested paging.
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use demand_kvm::Virtualization;
+use demand_vmm::api::client::Client;
+use demand_vmm::api::{Go, SnapshotRequest, State};
+use test_support::host::{has_kvm, skip};
+use test_support::wait::until;
+
+use crate::process::{Guarded, program};
+use crate::tiny_kernel::{LOOP, START, pvh_kernel};
+
+/// A snapshot of a guest with 64 MiB of memory, in a folder for other files as well.
+#[derive(Debug)]
+pub struct TinySnapshot(tempfile::TempDir);
+
+impl TinySnapshot {
+    /// Number of pages of the guest's memory.
+    pub const PAGES: u64 = 64 << 20 >> 12;
+
+    /// Takes a snapshot of a guest with a disk behind each of `disks`, sockets of back-ends. Returns
+    /// `None` if this machine has no KVM that restores a guest.
+    ///
+    /// # Errors
+    ///
+    /// If the guest cannot be run.
+    pub fn take(disks: &[&Path]) -> Result<Option<Self>> {
+        if !has_kvm() {
+            skip("there is no usable /dev/kvm");
+            return Ok(None);
+        }
+        if demand_kvm::probe().virtualization == Virtualization::Emulated {
+            skip("an emulating KVM restores no processor");
+            return Ok(None);
+        }
+        let taken = TinySnapshot(tempfile::tempdir()?);
+        fs::write(taken.at("kernel"), pvh_kernel(LOOP))?;
+        let mut command = Command::new(program("demand-vmm")?);
+        command.args(["run", "--memory", "64M", "--serial", "off", "--kernel"]);
+        command.arg(taken.at("kernel")).arg("--api-socket").arg(taken.socket());
+        with_disks(&mut command, disks);
+        let mut vmm = Guarded::spawn(command.stdout(Stdio::null()))?;
+        taken.wait_running();
+        let request = SnapshotRequest { destination: taken.dir(), then: Some(Go::Shutdown) };
+        taken.api().snapshot(&request, |_| {})?;
+        let status = vmm.wait(Duration::from_secs(60))?;
+        ensure!(status.success(), "{status}");
+        Ok(Some(taken))
+    }
+
+    /// Returns the path of a file beside the snapshot.
+    pub fn at(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    /// Returns the snapshot's directory.
+    pub fn dir(&self) -> PathBuf {
+        self.at("snapshot")
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.at("vm.sock")
+    }
+
+    /// Returns a client of the guest's API.
+    pub fn api(&self) -> Client {
+        Client::new(self.socket())
+    }
+
+    /// Returns a restore of the guest with its disks, which serves the API.
+    ///
+    /// # Errors
+    ///
+    /// If the program has not been built.
+    pub fn restore(&self, disks: &[&Path]) -> Result<Command> {
+        let mut command = Command::new(program("demand-vmm")?);
+        command.arg("restore").arg("--source").arg(self.dir());
+        command.arg("--api-socket").arg(self.socket());
+        with_disks(&mut command, disks);
+        Ok(command)
+    }
+
+    /// Waits until a guest runs.
+    ///
+    /// # Panics
+    ///
+    /// If it does not in time.
+    pub fn wait_running(&self) {
+        until("the guest runs", || {
+            self.api().status().is_ok_and(|status| status.state == State::Running)
+        });
+    }
+
+    /// Alters the page that the guest executes, or restores it. Returns its offset in the image.
+    ///
+    /// # Errors
+    ///
+    /// The system's.
+    pub fn flip(&self) -> Result<u64> {
+        let memory = File::options().read(true).write(true).open(self.dir().join("memory"))?;
+        let mut byte = [0];
+        memory.read_exact_at(&mut byte, START + 4000)?;
+        memory.write_all_at(&[!byte[0]], START + 4000)?;
+        Ok(START)
+    }
+}
+
+fn with_disks(command: &mut Command, disks: &[&Path]) {
+    for disk in disks {
+        command.arg("--vhost-user").arg(format!("blk,socket={}", disk.display()));
+    }
+}
