@@ -27,7 +27,7 @@ const COMPLAINTS: u64 = 1 << 7 | 1 << 9 | 1 << 14;
 
 /// Runs the agent. The host kills the machine at the end, so this returns only if an error cannot
 /// be reported to the host.
-pub fn main() -> Result<u8> {
+pub(crate) fn main() -> Result<u8> {
     mount_own()?;
     let mut control = open_port(CONTROL_PORT)?;
     let outcome = serve(&mut control);

@@ -13,23 +13,39 @@ use crate::cache;
 /// Debian's archive keyring, for sources that name no keyring.
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 
-/// The owner of a set of package lists.
+/// The suite of Debian that has the newest kernels, which are for a later release than this one.
+const NEWEST: &str = "trixie-backports";
+
+/// A set of package lists.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Sources {
+pub(crate) enum Sources {
     /// The machine's lists.
     System,
-    /// The lab's own lists.
-    Private,
+    /// The lab's own lists of suites of this system's release.
+    Neighbours,
+    /// The lab's own list of the suite with the newest kernels.
+    Backports,
+}
+
+impl Sources {
+    /// Returns the cache's folder for lists of the lab's own, or `None` for the machine's.
+    fn state(self) -> Result<Option<PathBuf>> {
+        Ok(match self {
+            Self::System => None,
+            Self::Neighbours => Some(cache::folder("apt")?),
+            Self::Backports => Some(cache::folder("apt-backports")?),
+        })
+    }
 }
 
 /// Returns the cache's folder for package files. Files that the user puts there are used, too.
-pub fn folder() -> Result<PathBuf> {
+pub(crate) fn folder() -> Result<PathBuf> {
     cache::folder("packages")
 }
 
 /// A package, without a version.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Package {
+pub(crate) struct Package {
     /// The package's name.
     pub name: String,
     /// Approximate download size, for messages.
@@ -38,12 +54,12 @@ pub struct Package {
 
 impl Package {
     /// Returns the newest version in these lists, without network access.
-    pub fn newest(&self, sources: Sources) -> Result<Option<String>> {
+    pub(crate) fn newest(&self, sources: Sources) -> Result<Option<String>> {
         Ok(candidate(&ask(sources, "policy", &self.name)?))
     }
 
     /// Returns the versions whose files are in the cache.
-    pub fn cached(&self) -> Result<Vec<String>> {
+    pub(crate) fn cached(&self) -> Result<Vec<String>> {
         let mut versions = Vec::new();
         for entry in fs::read_dir(folder()?)? {
             if let Some(version) = self.version_of(&entry?.file_name().to_string_lossy()) {
@@ -54,7 +70,7 @@ impl Package {
     }
 
     /// Returns the path of a version's file in the cache.
-    pub fn file(&self, version: &str) -> Result<PathBuf> {
+    pub(crate) fn file(&self, version: &str) -> Result<PathBuf> {
         let folder = folder()?;
         for entry in fs::read_dir(&folder)? {
             let entry = entry?;
@@ -95,21 +111,20 @@ impl Package {
     }
 }
 
-/// Downloads a package to the cache; `find` chooses it from the lists. The machine's own lists come
-/// first. They may be old or lack the package, so the lab's own lists come next.
-pub fn fetch<T>(
+/// Downloads a package to the cache; `find` chooses it from the lists, which are asked in this
+/// order. The machine's own come first: they may be old or lack the package, so the lab's own,
+/// which are refreshed here, come next.
+pub(crate) fn fetch<T>(
     name: &str,
+    lists: [Sources; 2],
     find: impl Fn(Sources) -> Result<Option<(Package, T)>>,
 ) -> Result<(Package, T)>
 where
     T: AsRef<str>,
 {
     let mut problem = None;
-    for sources in [Sources::System, Sources::Private] {
-        let refreshed = match sources {
-            Sources::System => Ok(()),
-            Sources::Private => refresh(),
-        };
+    for sources in lists {
+        let refreshed = refresh(sources);
         let Some((package, version)) = find(sources)? else {
             problem = refreshed.err().or(problem);
             continue;
@@ -129,8 +144,13 @@ where
 }
 
 /// Returns the package that the newest version of a metapackage depends on.
-pub fn meant_by(name: &str, sources: Sources) -> Result<Option<String>> {
+pub(crate) fn meant_by(name: &str, sources: Sources) -> Result<Option<String>> {
     Ok(dependency(&ask(sources, "depends", name)?, name))
+}
+
+/// Returns the names of the packages in these lists that start so.
+pub(crate) fn names(start: &str, sources: Sources) -> Result<Vec<String>> {
+    Ok(ask(sources, "pkgnames", start)?.lines().map(str::to_owned).collect())
 }
 
 /// Runs an apt-cache query about a package.
@@ -144,21 +164,21 @@ fn ask(sources: Sources, what: &str, name: &str) -> Result<String> {
     })
 }
 
-/// Downloads the lab's own lists: those of neighbouring suites (security, backports) at the
-/// addresses of the machine's sources. An error is not necessarily fatal: apt reports one for each
-/// suite that an address lacks, and continues with the next.
-fn refresh() -> Result<()> {
-    let sources = source_lines(&targets()?, &codename()?);
-    ensure!(!sources.is_empty(), "none of apt's sources is an archive of this system's release");
-    let state = cache::folder("apt")?;
+/// Downloads the lab's own lists, at the addresses of the machine's sources. An error is not
+/// necessarily fatal: apt reports one for each suite that an address lacks, and continues with the
+/// next. The machine's own lists are left as they are.
+fn refresh(sources: Sources) -> Result<()> {
+    let Some(state) = sources.state()? else { return Ok(()) };
+    let lines = source_lines(sources, &targets()?, &codename()?);
+    ensure!(!lines.is_empty(), "none of apt's sources is an archive of this system's release");
     for folder in ["lists/partial", "cache/archives/partial"] {
         fs::create_dir_all(state.join(folder))?;
     }
-    fs::write(state.join("sources.list"), sources)?;
+    fs::write(state.join("sources.list"), lines)?;
     let mut apt = Command::new("apt-get");
     // Otherwise apt reports success even if it reached no server.
     let strict = ["-o", "APT::Update::Error-Mode=any"];
-    apt.args(options(Sources::Private)?).args(strict).args(["--quiet=2", "update"]);
+    apt.args(options(sources)?).args(strict).args(["--quiet=2", "update"]);
     run(&mut apt)?;
     Ok(())
 }
@@ -166,8 +186,7 @@ fn refresh() -> Result<()> {
 /// Returns the options that make apt use these lists and download as the current user.
 fn options(sources: Sources) -> Result<Vec<String>> {
     let mut options = vec!["APT::Sandbox::User=root".to_owned()];
-    if sources == Sources::Private {
-        let state = cache::folder("apt")?;
+    if let Some(state) = sources.state()? {
         let state = state.display();
         options.extend([
             format!("Dir::Etc::SourceList={state}/sources.list"),
@@ -210,7 +229,7 @@ fn codename() -> Result<String> {
 
 /// Returns the lines of a source list: for each address of the release, the suites that contain
 /// newer kernels.
-fn source_lines(targets: &str, codename: &str) -> String {
+fn source_lines(sources: Sources, targets: &str, codename: &str) -> String {
     let mut addresses: Vec<String> = Vec::new();
     for line in targets.lines() {
         // The format is 'address/dists/suite/InRelease', followed by more fields.
@@ -218,11 +237,11 @@ fn source_lines(targets: &str, codename: &str) -> String {
             continue;
         };
         if rest.split(['-', '/']).next() == Some(codename) {
-            addresses.push(address.to_owned());
             // By convention the security archive is next to the main one.
             if address.ends_with("/debian") {
                 addresses.push(format!("{address}-security"));
             }
+            addresses.push(address.to_owned());
         }
     }
     addresses.sort();
@@ -231,8 +250,13 @@ fn source_lines(targets: &str, codename: &str) -> String {
         if Path::new(KEYRING).exists() { format!("[signed-by={KEYRING}] ") } else { String::new() };
     let mut lines = String::new();
     for address in addresses {
-        let suite = if address.ends_with("-security") { "security" } else { "backports" };
-        lines += &format!("deb {signed}{address} {codename}-{suite} main\n");
+        let suite = match (sources, address.ends_with("-security")) {
+            (Sources::Backports, true) => continue,
+            (Sources::Backports, false) => NEWEST.to_owned(),
+            (_, true) => format!("{codename}-security"),
+            (_, false) => format!("{codename}-backports"),
+        };
+        lines += &format!("deb {signed}{address} {suite} main\n");
     }
     lines
 }
@@ -289,7 +313,10 @@ mod tests {
         let targets = "'http://mirror.example/debian/dists/bookworm/InRelease' a 0\n\
                        'http://mirror.example/debian/dists/bookworm-updates/InRelease' b 0\n\
                        'http://other.example/tool/dists/nodistro/InRelease' c 0\n";
-        let lines = source_lines(targets, "bookworm");
+        let lines = source_lines(Sources::Backports, targets, "bookworm");
+        assert_eq!(lines.lines().count(), 1, "{lines}");
+        assert!(lines.contains("http://mirror.example/debian trixie-backports main"));
+        let lines = source_lines(Sources::Neighbours, targets, "bookworm");
         assert_eq!(lines.lines().count(), 2, "{lines}");
         assert!(lines.contains("http://mirror.example/debian bookworm-backports main"));
         assert!(lines.contains("http://mirror.example/debian-security bookworm-security main"));

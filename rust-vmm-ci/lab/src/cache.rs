@@ -11,7 +11,7 @@ use anyhow::{Context, Result};
 const VARIABLE: &str = "DEMAND_PAGING_CACHE";
 
 /// Returns a folder of the cache; creates it if necessary.
-pub fn folder(name: &str) -> Result<PathBuf> {
+pub(crate) fn folder(name: &str) -> Result<PathBuf> {
     let folder = root()?.join(name);
     fs::create_dir_all(&folder).with_context(|| {
         format!(
@@ -39,7 +39,7 @@ fn root() -> Result<PathBuf> {
 
 /// Returns the cargo target directory that the lab was built in, for files that belong to this
 /// checkout.
-pub fn target() -> Result<PathBuf> {
+pub(crate) fn target() -> Result<PathBuf> {
     // <target>/<profile>/lab
     let program = env::current_exe().context("the lab's own binary could not be found")?;
     let target =
@@ -49,10 +49,10 @@ pub fn target() -> Result<PathBuf> {
 
 /// The lock that a process holds while it changes the cache.
 #[derive(Debug)]
-pub struct Lock(#[expect(dead_code, reason = "closing it unlocks")] File);
+pub(crate) struct Lock(#[expect(dead_code, reason = "closing it unlocks")] File);
 
 /// Takes the lock; prints a message if another process holds it.
-pub fn lock() -> Result<Lock> {
+pub(crate) fn lock() -> Result<Lock> {
     let path = folder("")?.join("lock");
     let file =
         File::create(&path).with_context(|| format!("{} could not be opened", path.display()))?;

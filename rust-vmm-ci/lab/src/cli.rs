@@ -14,16 +14,18 @@ use clap::builder::FalseyValueParser;
 use clap::{Args, Parser, Subcommand};
 
 use crate::guests::Guests;
+use crate::inputs::Build;
+use crate::kernel::Choice;
 use crate::machine::Machine;
 use crate::protocol::Job;
 use crate::session::{self, Limits};
-use crate::{agent, cache, guests, kernel, suite};
+use crate::{agent, cache, guests, suite};
 
 /// Runs this project's binaries with a real KVM that supports KVM Userfault, inside a machine that
 /// QEMU emulates.
 #[derive(Debug, Parser)]
 #[command(name = "cargo lab", version)]
-pub struct Cli {
+pub(crate) struct Cli {
     #[command(subcommand)]
     task: Task,
 }
@@ -40,6 +42,8 @@ enum Task {
     },
     /// `cargo test` with every test binary run in the lab (options by environment: LAB_MEMORY, ...)
     Test {
+        #[command(flatten)]
+        kernel: Kernel,
         /// Prepare the Linux guests that tests boot: the lab's own kernel, or Debian's as well; first of
         /// the arguments
         #[arg(long, env = "LAB_GUESTS", value_name = "lab|all", num_args = 0..=1,
@@ -49,22 +53,54 @@ enum Task {
         /// Machines that run test binaries at once; each takes one processor and LAB_MEMORY
         #[arg(long, env = "LAB_MACHINES", value_name = "N", default_value_t = NonZero::<usize>::MIN)]
         machines: NonZero<usize>,
+        /// Source files of test binaries to leave out: those for which the host is as good, and many
+        /// times faster
+        #[arg(long, env = "LAB_OMIT", value_name = "FILE", value_delimiter = ' ')]
+        omit: Vec<String>,
         /// Arguments of `cargo test`
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<OsString>,
     },
     /// Build the lab's kernel unless it is in the cache, and print its path
-    Kernel,
+    Kernel(Kernel),
     /// Prepare the Linux guests that tests boot, and print their paths, as NAME=PATH
-    Guests,
+    Guests(Kernel),
     /// Runs inside the lab, started by its init
     #[command(hide = true)]
     Agent,
 }
 
+/// The kernel that the machine boots.
+#[derive(Debug, Args)]
+pub(crate) struct Kernel {
+    /// Kernel to boot: one of the lab's own, by its series, Debian's, or an image, by its path
+    #[arg(long, env = "LAB_KERNEL", value_name = "6.12|7|debian|FILE", default_value = "6.12")]
+    kernel: Choice,
+    /// Build the kernel without any of the lab's patches; tests of what they add are skipped
+    #[arg(long, env = "LAB_STOCK", value_parser = FalseyValueParser::new())]
+    stock: bool,
+}
+
+impl Kernel {
+    fn image(&self) -> Result<PathBuf> {
+        self.kernel.image(self.stock)
+    }
+
+    /// Returns whether the kernel is declared to be without the lab's patches.
+    fn is_stock(&self) -> bool {
+        self.stock || self.kernel == Choice::Debian
+    }
+
+    fn for_guests(&self) -> Build {
+        self.kernel.for_guests(self.stock)
+    }
+}
+
 /// The options of the machine, and the limits of the command.
 #[derive(Debug, Args)]
-pub struct Options {
+pub(crate) struct Options {
+    #[command(flatten)]
+    kernel: Kernel,
     /// Emulated CPUs (with more than one, guests that receive interrupts sometimes hang)
     #[arg(long, env = "LAB_CPUS", value_name = "N", default_value_t = 1,
           value_parser = clap::value_parser!(u32).range(1..=64))]
@@ -87,9 +123,6 @@ pub struct Options {
     /// Let the run pass although the lab's kernel reported a WARN, BUG or oops
     #[arg(long, env = "LAB_ALLOW_WARN", value_parser = FalseyValueParser::new())]
     allow_warn: bool,
-    /// Kernel image to boot instead of the lab's own
-    #[arg(long, env = "LAB_KERNEL", value_name = "FILE")]
-    kernel: Option<PathBuf>,
     /// Prepare the Linux guests that tests boot, the lab's own kernel or Debian's as well, and pass
     /// their paths to the command (LAB_GUEST_...)
     #[arg(long, env = "LAB_GUESTS", value_name = "lab|all", num_args = 0..=1,
@@ -129,16 +162,18 @@ impl Options {
 
 impl Cli {
     /// Executes the subcommand; returns the exit status.
-    pub fn execute(self) -> Result<u8> {
+    pub(crate) fn execute(self) -> Result<u8> {
         match self.task {
             Task::Run { options, command } => run(&options, command),
-            Task::Test { guests, machines, arguments } => test(guests, machines.get(), &arguments),
-            Task::Kernel => {
-                println!("{}", kernel::ensure()?.display());
+            Task::Test { kernel, guests, machines, omit, arguments } => {
+                test(&kernel, guests, machines.get(), &omit, &arguments)
+            }
+            Task::Kernel(kernel) => {
+                println!("{}", kernel.image()?.display());
                 Ok(0)
             }
-            Task::Guests => {
-                for (name, path) in guests::prepare(Guests::All)? {
+            Task::Guests(kernel) => {
+                for (name, path) in guests::prepare(Guests::All, kernel.for_guests())? {
                     println!("{name}={}", path.display());
                 }
                 Ok(0)
@@ -151,18 +186,21 @@ impl Cli {
 fn run(options: &Options, command: Vec<OsString>) -> Result<u8> {
     refuse_nesting()?;
     let machine = options.machine()?;
-    let kernel = match &options.kernel {
-        Some(kernel) => kernel.clone(),
-        None => kernel::ensure()?,
-    };
+    let kernel = options.kernel.image()?;
     let out = output_folder()?;
     let mut environment: Vec<_> = env::vars_os()
         // The host's TMPDIR may be read-only in the lab.
-        .filter(|(name, _)| name != "TMPDIR" && name != "LAB_OUT" && name != "LAB")
+        .filter(|(name, _)| {
+            !["TMPDIR", "LAB_OUT", "LAB", "LAB_KERNEL", "LAB_STOCK"].iter().any(|own| name == own)
+        })
         .collect();
     environment.push(("LAB".into(), "1".into()));
+    environment.push(("LAB_KERNEL".into(), kernel.clone().into()));
+    if options.kernel.is_stock() {
+        environment.push(("LAB_STOCK".into(), "1".into()));
+    }
     environment.push(("LAB_OUT".into(), out.clone().into()));
-    for (name, path) in guests::prepare(options.guests)? {
+    for (name, path) in guests::prepare(options.guests, options.kernel.for_guests())? {
         environment.retain(|(old, _)| old != name);
         environment.push((name.into(), path.into()));
     }
@@ -178,24 +216,35 @@ fn run(options: &Options, command: Vec<OsString>) -> Result<u8> {
         command: options.timeout.map(Duration::from_secs),
         allow_warn: options.allow_warn,
     };
-    session::run(&machine, &kernel, job, &limits)
+    session::run(&machine, &kernel, &options.kernel.kernel.modules()?, job, &limits)
 }
 
-fn test(wanted: Guests, machines: usize, arguments: &[OsString]) -> Result<u8> {
+fn test(
+    kernel: &Kernel,
+    wanted: Guests,
+    machines: usize,
+    omit: &[String],
+    arguments: &[OsString],
+) -> Result<u8> {
     refuse_nesting()?;
     // Prepared here once, not again for each test program.
-    let guests = guests::prepare(wanted)?;
+    let guests = guests::prepare(wanted, kernel.for_guests())?;
     // Built now, where its progress is visible, and not during the first test.
-    let kernel = match env::var_os("LAB_KERNEL") {
-        Some(kernel) => kernel,
-        None => kernel::ensure()?.into(),
-    };
+    let image = kernel.image()?;
+    let stock = if kernel.is_stock() { "1" } else { "" };
+    // Debian's needs its modules, too, which each run adds.
+    let image = if kernel.kernel == Choice::Debian { "debian".into() } else { image };
     let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let lab = env::current_exe().context("the lab's own binary could not be found")?;
-    if machines > 1 {
-        let mut environment = vec![("LAB_KERNEL", kernel), ("LAB_GUESTS", wanted.word().into())];
+    // On a stock kernel tests may be skipped, and are counted.
+    if machines > 1 || !omit.is_empty() || kernel.is_stock() {
+        let mut environment = vec![
+            ("LAB_KERNEL", image.into()),
+            ("LAB_STOCK", stock.into()),
+            ("LAB_GUESTS", wanted.word().into()),
+        ];
         environment.extend(guests.into_iter().map(|(name, path)| (name, path.into())));
-        return suite::run(&cargo, &lab, machines, arguments, &environment);
+        return suite::run(&cargo, &lab, machines, omit, arguments, &environment);
     }
     let Some(lab) = lab.to_str() else {
         bail!("{} is no UTF-8: cargo's configuration cannot name it", lab.display());
@@ -207,7 +256,8 @@ fn test(wanted: Guests, machines: usize, arguments: &[OsString]) -> Result<u8> {
         .arg("--config")
         .arg(format!("target.'cfg(all())'.runner={runner}"))
         .args(arguments)
-        .env("LAB_KERNEL", kernel)
+        .env("LAB_KERNEL", image)
+        .env("LAB_STOCK", stock)
         .env("LAB_GUESTS", wanted.word())
         .envs(guests)
         .status()
@@ -251,6 +301,7 @@ fn mebibytes(text: &str) -> Result<u64, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::inputs::Base;
 
     fn options(arguments: &[&str]) -> Options {
         let line = ["lab", "run"].iter().chain(arguments).chain(&["--", "x"]);
@@ -275,6 +326,16 @@ mod tests {
         let error =
             options(&["--memory", "1G", "--hugepages", "500"]).machine().expect_err("too small");
         assert!(error.to_string().contains("--memory"), "{error}");
+    }
+
+    #[test]
+    fn kernel_is_named_by_series_or_path() {
+        let kernel = |arguments| options(arguments).kernel;
+        assert_eq!(kernel(&["--kernel", "7"]).kernel, Choice::Base(Base::V7));
+        let image = kernel(&["--kernel", "./bzImage", "--stock"]);
+        assert_eq!(image.kernel, Choice::File("./bzImage".into()));
+        assert!(image.stock);
+        assert!(Cli::try_parse_from(["lab", "run", "--kernel", "5.10", "--", "x"]).is_err());
     }
 
     #[test]

@@ -14,8 +14,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 
+use crate::archive::Package;
 use crate::cache;
-use crate::kernel::{ELF, IMAGE, Inputs, SOURCE};
+use crate::inputs::{ELF, IMAGE, Inputs};
 
 /// Large parts of the source that this configuration never uses.
 const UNUSED: [&str; 4] =
@@ -24,7 +25,7 @@ const UNUSED: [&str; 4] =
 const OBJECTS: usize = 1250;
 
 /// The build's results, inside the source tree.
-pub struct Built {
+pub(crate) struct Built {
     /// The image that QEMU boots.
     pub image: PathBuf,
     /// The same kernel as an ELF file, without symbols.
@@ -32,10 +33,10 @@ pub struct Built {
 }
 
 /// Builds the kernel.
-pub fn build(version: &str, package: &Path, inputs: &Inputs) -> Result<Built> {
-    let tree = Tree::prepare(version, package)?;
+pub(crate) fn build(package: &Package, version: &str, inputs: &Inputs) -> Result<Built> {
+    let tree = Tree::prepare(package, version, inputs)?;
     tree.apply(&inputs.patches)?;
-    tree.configure(&inputs.fragment)?;
+    tree.configure(&inputs.fragments)?;
     tree.make(version)?;
     let image = tree.folder.join("arch/x86/boot").join(IMAGE);
     let elf = image.with_file_name(ELF);
@@ -50,27 +51,33 @@ struct Tree {
 }
 
 impl Tree {
-    /// Unpacks the source unless that has been done, and removes those of other versions.
-    fn prepare(version: &str, package: &Path) -> Result<Self> {
+    /// Unpacks the source unless that has been done, and removes those of other versions of the same
+    /// series.
+    fn prepare(package: &Package, version: &str, inputs: &Inputs) -> Result<Self> {
         let builds = cache::folder("build")?;
+        let source = &package.name;
         let home = builds.join(version);
-        let tree = Self { folder: home.join(SOURCE), log: home.join("build.log") };
+        let tree = Self { folder: home.join(source), log: home.join("build.log") };
         if tree.applied().is_dir() {
             return Ok(tree);
         }
         for entry in fs::read_dir(&builds)? {
-            fs::remove_dir_all(entry?.path())?;
+            let entry = entry?;
+            if inputs.base.has_version(&entry.file_name().to_string_lossy()) {
+                fs::remove_dir_all(entry.path())?;
+            }
         }
         fs::create_dir_all(&home)?;
-        eprintln!("lab: unpacking {SOURCE} {version}");
+        eprintln!("lab: unpacking {source} {version}");
         let archive = home.join("package");
-        run(Command::new("dpkg").arg("-x").arg(package).arg(&archive))?;
+        let file = package.file(version)?;
+        run(Command::new("dpkg").arg("-x").arg(file).arg(&archive))?;
         let mut tar = Command::new("tar");
         tar.arg("--extract").arg("--directory").arg(&home);
         for part in UNUSED {
-            tar.arg(format!("--exclude={SOURCE}/{part}"));
+            tar.arg(format!("--exclude={source}/{part}"));
         }
-        run(tar.arg("--file").arg(archive.join(format!("usr/src/{SOURCE}.tar.xz"))))?;
+        run(tar.arg("--file").arg(archive.join(format!("usr/src/{source}.tar.xz"))))?;
         fs::remove_dir_all(&archive)?;
         // This folder marks the tree as complete.
         fs::create_dir(tree.applied())?;
@@ -99,12 +106,12 @@ impl Tree {
             self.patch(path, &["--reverse"])?;
             fs::remove_file(path)?;
         }
-        for path in wanted {
+        for (number, path) in wanted.iter().enumerate() {
             // A dry run first, so that a failing patch leaves the tree unchanged.
             self.patch(path, &["--dry-run"])?;
             self.patch(path, &[])?;
-            let name = path.file_name().context("a patch is a file")?;
-            fs::copy(path, self.applied().join(name))?;
+            // Patches of two series may have the same name, and the order is that of application.
+            fs::copy(path, self.applied().join(format!("{number:04}.patch")))?;
         }
         Ok(())
     }
@@ -131,23 +138,25 @@ impl Tree {
         )
     }
 
-    fn configure(&self, fragment: &Path) -> Result<()> {
+    fn configure(&self, fragments: &[PathBuf]) -> Result<()> {
         self.quietly(self.command("make").arg("tinyconfig"))?;
         self.quietly(
             self.command("scripts/kconfig/merge_config.sh")
                 .args(["-m", "-Q", ".config"])
-                .arg(fragment),
+                .args(fragments),
         )?;
         self.quietly(self.command("make").arg("olddefconfig"))?;
         let config = fs::read_to_string(self.folder.join(".config"))?;
-        let wanted = fs::read_to_string(fragment)?;
-        let missing = missing(&wanted, &config);
-        ensure!(
-            missing.is_empty(),
-            "the kernel's configuration did not take from {}: {}",
-            fragment.display(),
-            missing.join(", ")
-        );
+        for fragment in fragments {
+            let wanted = fs::read_to_string(fragment)?;
+            let missing = missing(&wanted, &config);
+            ensure!(
+                missing.is_empty(),
+                "the kernel's configuration did not take from {}: {}",
+                fragment.display(),
+                missing.join(", ")
+            );
+        }
         Ok(())
     }
 
@@ -206,7 +215,7 @@ impl Tree {
     }
 }
 
-pub fn run(command: &mut Command) -> Result<()> {
+pub(crate) fn run(command: &mut Command) -> Result<()> {
     let program = command.get_program().display().to_string();
     let status = command
         .status()

@@ -2,20 +2,20 @@
 //! Writes cpio archives, the format of an initramfs.
 
 /// Mode of a folder.
-pub const DIRECTORY: u32 = 0o040_755;
+pub(crate) const DIRECTORY: u32 = 0o040_755;
 /// Mode of a program.
-pub const PROGRAM: u32 = 0o100_755;
+pub(crate) const PROGRAM: u32 = 0o100_755;
 
 /// A cpio archive in the "newc" format, which the kernel unpacks.
 #[derive(Default)]
-pub struct Archive {
+pub(crate) struct Archive {
     bytes: Vec<u8>,
     entries: u32,
 }
 
 impl Archive {
     /// Adds a file or folder. The folder that contains it must be added first.
-    pub fn entry(&mut self, name: &str, mode: u32, content: &[u8]) {
+    pub(crate) fn entry(&mut self, name: &str, mode: u32, content: &[u8]) {
         self.entries += 1;
         let size = u32::try_from(content.len()).expect("the files of an initramfs are small");
         let name_size = u32::try_from(name.len() + 1).expect("names are short");
@@ -38,7 +38,7 @@ impl Archive {
     }
 
     /// Adds the trailer and returns the archive.
-    pub fn finish(mut self) -> Vec<u8> {
+    pub(crate) fn finish(mut self) -> Vec<u8> {
         self.entry("TRAILER!!!", 0, &[]);
         self.bytes
     }

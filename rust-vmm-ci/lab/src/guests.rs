@@ -12,8 +12,10 @@ use std::str::FromStr;
 use anyhow::{Context, Result, ensure};
 
 use crate::cpio::{Archive, DIRECTORY, PROGRAM};
-use crate::modules::Module;
-use crate::{cache, debian, initramfs, kernel};
+use crate::debian::{self, Flavour};
+use crate::inputs::{self, Build};
+use crate::modules::{self, Module};
+use crate::{cache, initramfs};
 
 /// Environment variables for the paths of the lab's kernel, in both formats, and its initramfs.
 const LAB: [&str; 3] = ["LAB_GUEST_BZIMAGE", "LAB_GUEST_VMLINUX", "LAB_GUEST_INITRAMFS"];
@@ -25,7 +27,7 @@ const TARGET: &str = "x86_64-unknown-linux-gnu";
 
 /// The set of guests to prepare.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Guests {
+pub(crate) enum Guests {
     /// No guests.
     No,
     /// The lab's kernel, which exists anyway.
@@ -36,7 +38,7 @@ pub enum Guests {
 
 impl Guests {
     /// Returns the value as spelled on the command line and in the environment.
-    pub fn word(self) -> &'static str {
+    pub(crate) fn word(self) -> &'static str {
         match self {
             Self::No => "no",
             Self::Lab => "lab",
@@ -68,18 +70,18 @@ impl FromStr for Guests {
 
 /// Prepares the guests and returns the variables with their values. Returns nothing if all the
 /// variables are already set, because then another process has prepared the guests.
-pub fn prepare(wanted: Guests) -> Result<Vec<(&'static str, PathBuf)>> {
+pub(crate) fn prepare(wanted: Guests, kernel: Build) -> Result<Vec<(&'static str, PathBuf)>> {
     let variables = wanted.variables();
     if variables.iter().all(|name| env::var_os(name).is_some()) {
         return Ok(Vec::new());
     }
-    let image = kernel::ensure()?;
-    let debian = (wanted == Guests::All).then(debian::ensure).transpose()?;
+    let image = crate::kernel::ensure(kernel)?;
+    let debian = (wanted == Guests::All).then(|| debian::ensure(Flavour::Cloud)).transpose()?;
     let folder = cache::target()?.join("guests");
     fs::create_dir_all(&folder)
         .with_context(|| format!("{} could not be created", folder.display()))?;
     let program = build(&folder)?;
-    let elf = image.with_file_name(kernel::ELF);
+    let elf = image.with_file_name(inputs::ELF);
     let mut values = vec![image, elf, put(&folder.join("lab.cpio"), &pack(&program, &[]))?];
     if let Some(debian) = debian {
         values.push(debian.image()?);
@@ -122,17 +124,7 @@ fn pack(program: &[u8], modules: &[Module]) -> Vec<u8> {
         archive.entry(folder, DIRECTORY, &[]);
     }
     archive.entry("init", PROGRAM, program);
-    if !modules.is_empty() {
-        archive.entry("modules", DIRECTORY, &[]);
-        let mut order = String::new();
-        for module in modules {
-            let name = format!("{}.ko", module.name);
-            archive.entry(&format!("modules/{name}"), PROGRAM, &module.content);
-            order += &name;
-            order.push('\n');
-        }
-        archive.entry("modules/order", PROGRAM, order.as_bytes());
-    }
+    modules::add(&mut archive, modules);
     archive.finish()
 }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The lab's initramfs: busybox, this binary as the agent, and the script that mounts the host's
-//! root and starts the agent.
+//! The lab's initramfs: busybox, this binary as the agent, the kernel's modules if it has any, and
+//! the script that loads them, mounts the host's root and starts the agent.
 
 use std::fs::{self, File};
 use std::io::{Seek, Write};
@@ -10,13 +10,14 @@ use anyhow::{Context, Result, bail};
 use rustix::fs::{MemfdFlags, memfd_create};
 
 use crate::cpio::{Archive, DIRECTORY, PROGRAM};
+use crate::modules::{self, Module};
 use crate::protocol::ROOT_TAG;
 
 /// Paths of the binary of Debian's busybox-static, with and without merged /usr.
 const BUSYBOX: [&str; 2] = ["/usr/bin/busybox", "/bin/busybox"];
 
 /// Packs the initramfs into an anonymous file, which QEMU reads through its descriptor.
-pub fn pack() -> Result<File> {
+pub(crate) fn pack(modules: &[Module]) -> Result<File> {
     let busybox = busybox()?;
     let agent = fs::read("/proc/self/exe").context("the lab's own binary could not be read")?;
     let mut archive = Archive::default();
@@ -25,6 +26,7 @@ pub fn pack() -> Result<File> {
     archive.entry("busybox", PROGRAM, &busybox);
     archive.entry("agent", PROGRAM, &agent);
     archive.entry("init", PROGRAM, init().as_bytes());
+    modules::add(&mut archive, modules);
     // Without CLOEXEC, because QEMU inherits the descriptor.
     let mut file = File::from(memfd_create("lab-initramfs", MemfdFlags::empty())?);
     file.write_all(&archive.finish())?;
@@ -38,6 +40,9 @@ pub fn pack() -> Result<File> {
 fn init() -> String {
     format!(
         "#!/busybox sh
+[ ! -e /modules ] || for module in $(/busybox cat /modules/order); do
+    /busybox insmod /modules/$module || echo \"lab: $module could not be loaded\"
+done
 /busybox mount -t 9p -o trans=virtio,version=9p2000.L,cache=loose,msize=512000,ro {ROOT_TAG} /host &&
 /busybox mount -t tmpfs tmpfs /host/run &&
 /busybox cp /agent /host/run/lab-agent &&
@@ -61,7 +66,7 @@ fn busybox() -> Result<Vec<u8>> {
 }
 
 /// Returns whether an ELF binary names a dynamic loader; the name is near the start of the file.
-pub fn asks_for_loader(elf: &[u8]) -> bool {
+pub(crate) fn asks_for_loader(elf: &[u8]) -> bool {
     let start = &elf[..elf.len().min(4096)];
     start.windows(8).any(|bytes| bytes == b"ld-linux")
 }
@@ -71,7 +76,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn dynamic_binaries_are_told_apart() {
+    fn dynamic_binaries_are_recognised() {
         assert!(asks_for_loader(b"\x7fELF....../lib64/ld-linux-x86-64.so.2"));
         assert!(!asks_for_loader(b"\x7fELF......"));
     }

@@ -1,104 +1,111 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The lab's kernel: chooses its version, and finds it in the cache or builds it.
+//! The lab's kernels: chooses a version, and finds it in the cache or builds it.
 
 use std::cmp::Ordering;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 
 use anyhow::{Context, Result};
-use sha2::{Digest, Sha256};
 
 use crate::archive::{self, Package, Sources};
+use crate::debian::{self, Flavour};
+use crate::inputs::{Base, Build, ELF, Inputs};
+use crate::modules::Module;
 use crate::{cache, compile};
 
-/// Version of the build procedure; increased when a change of it changes the result.
-const RECIPE: &str = "2";
-/// The kernel image's name, in the build tree and in the cache.
-pub const IMAGE: &str = "bzImage";
-/// Name of the same kernel as an ELF file with a PVH entry and without symbols, for guests.
-pub const ELF: &str = "vmlinux";
+/// Approximate size of a source package, for messages.
+const SIZE: &str = "150 MB";
 
-/// Name of the package with the kernel's source, and of the folder in it.
-pub const SOURCE: &str = "linux-source-6.12";
-
-fn source() -> Package {
-    Package { name: SOURCE.into(), size: "150 MB" }
+/// The kernel to boot.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Choice {
+    /// One of the lab's own.
+    Base(Base),
+    /// Debian's, of this system's release, as it is packaged.
+    Debian,
+    /// An image.
+    File(PathBuf),
 }
 
-/// The inputs of the build, besides Debian's source.
-#[derive(Debug)]
-pub struct Inputs {
-    /// Path of the configuration fragment.
-    pub fragment: PathBuf,
-    /// Paths of the patches, in the order of application.
-    pub patches: Vec<PathBuf>,
-    digest: Sha256,
+impl Choice {
+    /// Returns the path of the image; builds or downloads it first if it is not in the cache.
+    pub(crate) fn image(&self, stock: bool) -> Result<PathBuf> {
+        match self {
+            Self::Base(base) => ensure(Build { base: *base, stock }),
+            Self::Debian => debian::ensure(Flavour::Full)?.image(),
+            Self::File(path) => Ok(path.clone()),
+        }
+    }
+
+    /// Returns the modules that the kernel needs in the lab, in load order.
+    pub(crate) fn modules(&self) -> Result<Vec<Module>> {
+        match self {
+            Self::Base(_) | Self::File(_) => Ok(Vec::new()),
+            Self::Debian => debian::ensure(Flavour::Full)?.modules(),
+        }
+    }
+
+    /// Returns the kernel that guests boot: the same, or the default if it is not the lab's own.
+    pub(crate) fn for_guests(&self, stock: bool) -> Build {
+        match self {
+            Self::Base(base) => Build { base: *base, stock },
+            Self::Debian | Self::File(_) => Build { base: Base::V6_12, stock: false },
+        }
+    }
 }
 
-impl Inputs {
-    fn read() -> Result<Self> {
-        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).with_file_name("kernel");
-        let fragment = folder.join("lab.config");
-        let mut patches = Vec::new();
-        let names = folder.join("patches");
-        for entry in fs::read_dir(&names)
-            .with_context(|| format!("{} could not be read", names.display()))?
-        {
-            let path = entry?.path();
-            if path.extension().is_some_and(|kind| kind == "patch") {
-                patches.push(path);
-            }
-        }
-        patches.sort();
-        let mut digest = Sha256::new_with_prefix(RECIPE);
-        for path in std::iter::once(&fragment).chain(&patches) {
-            let content =
-                fs::read(path).with_context(|| format!("{} could not be read", path.display()))?;
-            digest.update(content.len().to_le_bytes());
-            digest.update(content);
-        }
-        Ok(Self { fragment, patches, digest })
-    }
+impl FromStr for Choice {
+    type Err = String;
 
-    /// Returns the name of the cache folder for a kernel built from these inputs and that source
-    /// version.
-    fn folder_name(&self, version: &str) -> String {
-        let digest = self.digest.clone().chain_update(version).finalize();
-        let short: String = digest[..6].iter().map(|byte| format!("{byte:02x}")).collect();
-        format!("{version}-{short}")
-    }
-
-    fn image(&self, version: &str) -> Result<PathBuf> {
-        Ok(cache::folder("kernel")?.join(self.folder_name(version)).join(IMAGE))
+    fn from_str(word: &str) -> Result<Self, String> {
+        if let Ok(base) = word.parse() {
+            return Ok(Self::Base(base));
+        }
+        if word == "debian" {
+            return Ok(Self::Debian);
+        }
+        // Otherwise a version that the lab does not have would be looked for as a file.
+        if word.contains('/') {
+            return Ok(Self::File(word.into()));
+        }
+        Err("choose 6.12, 7, debian, or the path of an image, with a slash".into())
     }
 }
 
 /// Returns the kernel image, and builds it first if necessary. The newest source is the one in this
-/// machine's apt lists; the network is used only if the package is not in the cache.
-pub fn ensure() -> Result<PathBuf> {
-    let inputs = Inputs::read()?;
-    if let Some(version) = source().newest(Sources::System)? {
-        let image = inputs.image(&version)?;
-        if image.exists() {
-            return Ok(image);
+/// machine's apt lists, or else in the lab's own as they were when it last downloaded something.
+/// The network is used only if the image is not in the cache.
+pub(crate) fn ensure(build: Build) -> Result<PathBuf> {
+    let inputs = Inputs::read(build)?;
+    for sources in sources(build.base) {
+        if let Some((_, version)) = newest(build.base, sources)? {
+            let image = inputs.image(&version)?;
+            if image.exists() {
+                return Ok(image);
+            }
         }
     }
     let _lock = cache::lock()?;
-    let version = match fetch() {
-        Ok(version) => version,
+    let base = build.base.name();
+    let find = |sources| newest(build.base, sources);
+    let fetched = archive::fetch(&format!("linux-source-{base}"), sources(build.base), find);
+    let (package, version) = match fetched {
+        Ok(fetched) => fetched,
         Err(error) => {
-            let Some(version) = newest_cached(&inputs)? else {
-                return Err(error).context("no kernel source is in the cache");
+            let Some(cached) = newest_cached(&inputs)? else {
+                return Err(error).context(format!("no kernel source of {base} is in the cache"));
             };
             eprintln!(
-                "lab: the archive could not be asked for the newest kernel source ({error:#}); taking {version}, the newest in the cache"
+                "lab: the archive could not be asked for the newest kernel source ({error:#}); taking {}, the newest in the cache",
+                cached.1
             );
-            version
+            cached
         }
     };
     let image = inputs.image(&version)?;
     if !image.exists() {
-        let built = compile::build(&version, &source().file(&version)?, &inputs)?;
+        let built = compile::build(&package, &version, &inputs)?;
         // The image is installed last, because its presence means that the folder is complete.
         install(&built.elf, &image.with_file_name(ELF))?;
         install(&built.image, &image)?;
@@ -106,29 +113,56 @@ pub fn ensure() -> Result<PathBuf> {
     Ok(image)
 }
 
-/// Downloads the newest source package to the cache, unless it is there; returns its version.
-fn fetch() -> Result<String> {
-    let find = |sources| Ok(source().newest(sources)?.map(|version| (source(), version)));
-    Ok(archive::fetch(SOURCE, find)?.1)
+/// Returns the lists that may have the source, in the order in which they are asked.
+fn sources(base: Base) -> [Sources; 2] {
+    match base {
+        Base::V6_12 => [Sources::System, Sources::Neighbours],
+        Base::V7 => [Sources::System, Sources::Backports],
+    }
+}
+
+/// Returns the newest source package in these lists, and its version.
+fn newest(base: Base, sources: Sources) -> Result<Option<(Package, String)>> {
+    let mut found = Vec::new();
+    for name in archive::names(&format!("linux-source-{}", base.name()), sources)? {
+        let package = Package { name, size: SIZE };
+        if base.has_package(&package.name)
+            && let Some(version) = package.newest(sources)?
+        {
+            found.push((package, version));
+        }
+    }
+    Ok(found.into_iter().max_by(|a, b| compare(&a.1, &b.1)))
 }
 
 /// Returns the newest version that is available without the network.
-fn newest_cached(inputs: &Inputs) -> Result<Option<String>> {
-    let mut versions = source().cached()?;
+fn newest_cached(inputs: &Inputs) -> Result<Option<(Package, String)>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(archive::folder()?)? {
+        let file = entry?.file_name().to_string_lossy().into_owned();
+        let Some((name, _)) = file.split_once('_') else { continue };
+        if inputs.base.has_package(name) {
+            let package = Package { name: name.into(), size: SIZE };
+            let versions = package.cached()?;
+            found.extend(versions.into_iter().map(|version| (package.clone(), version)));
+        }
+    }
     for entry in fs::read_dir(cache::folder("kernel")?)? {
         let name = entry?.file_name();
         let name = name.to_string_lossy();
         if let Some((version, _)) = name.rsplit_once('-')
             && inputs.folder_name(version) == name
         {
-            versions.push(version.to_owned());
+            // The image exists, so the package is not needed.
+            let package = Package { name: String::new(), size: SIZE };
+            found.push((package, version.to_owned()));
         }
     }
-    Ok(versions.into_iter().max_by(|a, b| compare(a, b)))
+    Ok(found.into_iter().max_by(|a, b| compare(&a.1, &b.1)))
 }
 
 /// Compares versions; runs of digits compare by value.
-pub fn compare(a: &str, b: &str) -> Ordering {
+pub(crate) fn compare(a: &str, b: &str) -> Ordering {
     fn parts(version: &str) -> Vec<(u64, String)> {
         let mut parts = vec![(0, String::new())];
         for c in version.chars() {
@@ -168,17 +202,13 @@ mod tests {
     }
 
     #[test]
-    fn the_name_depends_on_every_input() {
-        let name = |version: &str, content: &str| {
-            let inputs = Inputs {
-                fragment: PathBuf::new(),
-                patches: Vec::new(),
-                digest: Sha256::new_with_prefix(content),
-            };
-            inputs.folder_name(version)
-        };
-        assert_eq!(name("6.12", "a"), name("6.12", "a"));
-        assert_ne!(name("6.12", "a"), name("6.12", "b"));
-        assert_ne!(name("6.12", "a"), name("6.13", "a"));
+    fn kernel_is_a_name_or_a_path() {
+        assert_eq!("7".parse(), Ok(Choice::Base(Base::V7)));
+        assert_eq!("6.12".parse(), Ok(Choice::Base(Base::V6_12)));
+        assert_eq!("debian".parse(), Ok(Choice::Debian));
+        assert_eq!("./7".parse(), Ok(Choice::File("./7".into())));
+        for wrong in ["", "6", "7.3", "bzImage"] {
+            assert!(wrong.parse::<Choice>().is_err(), "{wrong}");
+        }
     }
 }

@@ -23,7 +23,7 @@ const CPU: &str = "max,-xsave,-avx,-avx2,-f16c,-fma,-vaes,-vpclmulqdq,-pku,-mpx"
 
 /// The configuration of the machine.
 #[derive(Debug)]
-pub struct Machine {
+pub(crate) struct Machine {
     /// Number of emulated CPUs.
     ///
     /// Nested guests that receive interrupts are safe with one CPU only, because of a bug in QEMU
@@ -51,7 +51,7 @@ pub struct Machine {
 
 /// The machine's ends of the streams between it and the session.
 #[derive(Debug)]
-pub struct Ends {
+pub(crate) struct Ends {
     /// The kernel's console.
     pub console: OwnedFd,
     /// Messages to and from the agent.
@@ -64,10 +64,16 @@ pub struct Ends {
 
 impl Machine {
     /// Memory that the kernel and the command need in addition to reserved huge pages, in MiB.
-    pub const LEAST_MEMORY_MIB: u64 = 512;
+    pub(crate) const LEAST_MEMORY_MIB: u64 = 512;
 
     /// Starts QEMU, which is killed when the calling thread ends.
-    pub fn start(&self, kernel: &Path, initramfs: File, out: &Path, ends: Ends) -> Result<Child> {
+    pub(crate) fn start(
+        &self,
+        kernel: &Path,
+        initramfs: File,
+        out: &Path,
+        ends: Ends,
+    ) -> Result<Child> {
         let mut qemu = self.command(kernel, &initramfs, out, &ends)?;
         let parent = getpid();
         // SAFETY: between fork and exec the closure only makes system calls and allocates nothing.

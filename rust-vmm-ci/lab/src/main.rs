@@ -16,6 +16,7 @@ mod cpio;
 mod debian;
 mod guests;
 mod initramfs;
+mod inputs;
 mod kernel;
 mod machine;
 mod modules;

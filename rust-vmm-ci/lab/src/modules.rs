@@ -9,9 +9,11 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
 
+use crate::cpio::{Archive, DIRECTORY, PROGRAM};
+
 /// A kernel module, ready for an initramfs.
 #[derive(Debug)]
-pub struct Module {
+pub(crate) struct Module {
     /// The module's name, with underscores.
     pub name: String,
     /// The content of the module's file, decompressed.
@@ -20,7 +22,7 @@ pub struct Module {
 
 /// Returns these modules and all their dependencies, in load order. Modules that are built into the
 /// kernel are omitted.
-pub fn pick(folder: &Path, wanted: &[&str]) -> Result<Vec<Module>> {
+pub(crate) fn pick(folder: &Path, wanted: &[&str]) -> Result<Vec<Module>> {
     let mut files = HashMap::new();
     find(&folder.join("kernel"), &mut files)?;
     let list = folder.join("modules.builtin");
@@ -29,12 +31,12 @@ pub fn pick(folder: &Path, wanted: &[&str]) -> Result<Vec<Module>> {
     let builtin: Vec<String> = builtin.lines().filter_map(|line| name_of(line.as_ref())).collect();
     let mut picked = Vec::new();
     for name in wanted {
-        add(name, &files, &builtin, &mut picked)?;
+        pick_one(name, &files, &builtin, &mut picked)?;
     }
     Ok(picked)
 }
 
-fn add(
+fn pick_one(
     name: &str,
     files: &HashMap<String, PathBuf>,
     builtin: &[String],
@@ -48,10 +50,27 @@ fn add(
     };
     let content = read(path)?;
     for needed in depends(&content) {
-        add(&needed, files, builtin, picked)?;
+        pick_one(&needed, files, builtin, picked)?;
     }
     picked.push(Module { name: name.to_owned(), content });
     Ok(())
+}
+
+/// Adds modules to an initramfs, and the file /modules/order with their files' names in load order.
+/// Without modules nothing is added.
+pub(crate) fn add(archive: &mut Archive, modules: &[Module]) {
+    if modules.is_empty() {
+        return;
+    }
+    archive.entry("modules", DIRECTORY, &[]);
+    let mut order = String::new();
+    for module in modules {
+        let name = format!("{}.ko", module.name);
+        archive.entry(&format!("modules/{name}"), PROGRAM, &module.content);
+        order += &name;
+        order.push('\n');
+    }
+    archive.entry("modules/order", PROGRAM, order.as_bytes());
 }
 
 /// Finds all modules in a folder and its subfolders, by name.

@@ -9,19 +9,19 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 /// Name of the port that carries these messages.
-pub const CONTROL_PORT: &str = "lab.control";
+pub(crate) const CONTROL_PORT: &str = "lab.control";
 /// Name of the port that carries the command's standard output.
-pub const STDOUT_PORT: &str = "lab.stdout";
+pub(crate) const STDOUT_PORT: &str = "lab.stdout";
 /// Name of the port that carries the command's standard error.
-pub const STDERR_PORT: &str = "lab.stderr";
+pub(crate) const STDERR_PORT: &str = "lab.stderr";
 /// Mount tag of the host's root.
-pub const ROOT_TAG: &str = "root";
+pub(crate) const ROOT_TAG: &str = "root";
 /// Mount tag of the writable shared folder.
-pub const OUT_TAG: &str = "out";
+pub(crate) const OUT_TAG: &str = "out";
 
 /// Message from the host to the agent: the command to run.
 #[derive(Debug, Serialize, Deserialize)]
-pub struct Job {
+pub(crate) struct Job {
     /// The program and its arguments.
     pub command: Vec<OsString>,
     /// The complete environment.
@@ -38,7 +38,7 @@ pub struct Job {
 
 /// Message from the agent to the host: the state of the command.
 #[derive(Debug, Serialize, Deserialize)]
-pub enum Report {
+pub(crate) enum Report {
     /// The command is being started.
     Started,
     /// The command has ended, and all its output has been sent.
@@ -57,7 +57,7 @@ pub enum Report {
 }
 
 /// Sends one message.
-pub fn send(mut port: impl Write, message: &impl Serialize) -> Result<()> {
+pub(crate) fn send(mut port: impl Write, message: &impl Serialize) -> Result<()> {
     let mut line = serde_json::to_vec(message)?;
     line.push(b'\n');
     port.write_all(&line).context("a message was not sent")
@@ -65,12 +65,12 @@ pub fn send(mut port: impl Write, message: &impl Serialize) -> Result<()> {
 
 /// Sends bytes that are not a message, for the sake of the interrupt that they cause. The agent
 /// drops everything after its job.
-pub fn nudge(mut port: impl Write) -> io::Result<()> {
+pub(crate) fn nudge(mut port: impl Write) -> io::Result<()> {
     port.write_all(b"\n")
 }
 
 /// Receives one message, or returns `None` if the other side has closed the connection.
-pub fn receive<T: DeserializeOwned>(port: &mut impl BufRead) -> Result<Option<T>> {
+pub(crate) fn receive<T: DeserializeOwned>(port: &mut impl BufRead) -> Result<Option<T>> {
     let mut line = Vec::new();
     match port.read_until(b'\n', &mut line) {
         Ok(_) => {}

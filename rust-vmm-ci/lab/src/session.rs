@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 
 use crate::machine::{Ends, Machine};
+use crate::modules::Module;
 use crate::protocol::{self, Job, Report};
 use crate::{cache, initramfs};
 
@@ -33,7 +34,7 @@ const TAIL: usize = 25;
 
 /// The limits of a run.
 #[derive(Debug)]
-pub struct Limits {
+pub(crate) struct Limits {
     /// Time limit of the command.
     pub command: Option<Duration>,
     /// Whether the run may succeed despite a WARN, BUG or oops of the lab's kernel.
@@ -55,7 +56,13 @@ enum Event {
 }
 
 /// Runs one command in a new machine and returns its exit status; an error is a fault of the lab.
-pub fn run(machine: &Machine, kernel: &Path, job: Job, limits: &Limits) -> Result<u8> {
+pub(crate) fn run(
+    machine: &Machine,
+    kernel: &Path,
+    modules: &[Module],
+    job: Job,
+    limits: &Limits,
+) -> Result<u8> {
     let (console, console_end) = UnixStream::pair()?;
     let (control, control_end) = UnixStream::pair()?;
     let (stdout, stdout_end) = UnixStream::pair()?;
@@ -66,7 +73,7 @@ pub fn run(machine: &Machine, kernel: &Path, job: Job, limits: &Limits) -> Resul
         stdout: stdout_end.into(),
         stderr: stderr_end.into(),
     };
-    let mut qemu = machine.start(kernel, initramfs::pack()?, Path::new(&job.out), ends)?;
+    let mut qemu = machine.start(kernel, initramfs::pack(modules)?, Path::new(&job.out), ends)?;
 
     let log = Arc::new(Mutex::new(Vec::new()));
     collect(console, &log);

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 const SPAN: Duration = Duration::from_millis(20);
 
 /// Measures the frequency, in kHz.
-pub fn khz() -> u64 {
+pub(crate) fn khz() -> u64 {
     let (ticks, time) = sample();
     thread::sleep(SPAN);
     let (later_ticks, later_time) = sample();

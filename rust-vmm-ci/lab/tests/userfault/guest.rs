@@ -8,11 +8,13 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::ptr;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use bare_guest::{Mode, start_at};
 use kvm_bindings::{
-    KVM_MAX_CPUID_ENTRIES, KVM_MEM_LOG_DIRTY_PAGES, kvm_pre_fault_memory,
-    kvm_userspace_memory_region, kvm_userspace_memory_region2,
+    KVM_MEM_GUEST_MEMFD, KVM_MEM_LOG_DIRTY_PAGES, kvm_create_guest_memfd, kvm_pre_fault_memory,
+    kvm_regs, kvm_userspace_memory_region, kvm_userspace_memory_region2,
 };
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
+use test_support::host::{skip, skip_without_patch};
 use vmm_sys_util::errno;
 use vmm_sys_util::ioctl::ioctl_with_mut_ref;
 
@@ -36,7 +38,7 @@ pub const MEMORY_GPA: u64 = 2 << 20;
 pub const CODE_GPA: u64 = 0x1000;
 const CODE_PAGES: usize = 64;
 const CODE_SLOT: u32 = 0;
-const MEMORY_SLOT: u32 = 1;
+pub const MEMORY_SLOT: u32 = 1;
 
 /// `mov eax, [ebx]; hlt` and, from 16 on, `mov [ebx], eax; hlt`, in 16-bit code.
 const LOAD: [u8; 5] = [0x67, 0x66, 0x8b, 0x03, 0xf4];
@@ -52,6 +54,29 @@ pub enum Backing {
     Shmem,
     /// hugetlb with 2M pages.
     Hugetlb,
+    /// A guest_memfd that user space maps.
+    GuestMemfd,
+}
+
+/// The capability that tells the flags of guest_memfd, and the flags: user space may map the file,
+/// and all of it is shared.
+const CAP_GUEST_MEMFD_FLAGS: libc::c_ulong = 244;
+pub const GUEST_MEMFD_MMAP: u64 = 1;
+const GUEST_MEMFD_MAPPED: u64 = GUEST_MEMFD_MMAP | 2;
+
+impl Backing {
+    /// Returns whether KVM can log the pages that a guest writes.
+    pub fn logs(self) -> bool {
+        self != Backing::GuestMemfd
+    }
+}
+
+/// Creates a guest_memfd.
+pub fn guest_memfd(vm: &VmFd, length: usize, flags: u64) -> Result<OwnedFd, errno::Error> {
+    let request = kvm_create_guest_memfd { size: length as u64, flags, ..Default::default() };
+    let fd = vm.create_guest_memfd(request)?;
+    // SAFETY: the descriptor is new, so no other code owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 /// The outcome of an access.
@@ -72,11 +97,17 @@ pub struct Shared {
     length: usize,
 }
 
+// SAFETY: it owns its mapping, whose address is the same on every thread, and accesses of several
+// threads to the memory are no business of the mapping's owner: guests access it at any time.
+unsafe impl Send for Shared {}
+
 impl Shared {
     pub fn new(backing: Backing, length: usize) -> io::Result<Self> {
         let flags = match backing {
             Backing::Shmem => 0,
             Backing::Hugetlb => libc::MFD_HUGETLB | libc::MFD_HUGE_2MB,
+            // It belongs to a VM.
+            Backing::GuestMemfd => return Err(io::ErrorKind::Unsupported.into()),
         };
         // SAFETY: the name is a valid C string.
         let fd = unsafe { libc::memfd_create(c"userfault".as_ptr(), flags) };
@@ -96,6 +127,45 @@ impl Shared {
             unsafe { libc::madvise(shared.address.cast(), length, libc::MADV_HUGEPAGE) };
         }
         Ok(shared)
+    }
+
+    /// Maps memory of a VM's guest_memfd. Returns `None` on a kernel that refuses such files.
+    fn of_guest(vm: &VmFd, length: usize) -> Option<Self> {
+        let known = vm.check_extension_raw(CAP_GUEST_MEMFD_FLAGS) as u64;
+        match guest_memfd(vm, length, GUEST_MEMFD_MAPPED) {
+            Ok(fd) => {
+                assert_eq!(known & GUEST_MEMFD_MAPPED, GUEST_MEMFD_MAPPED);
+                let address = Self::map(&fd, length).expect("mapped");
+                Some(Self { address, fd, length })
+            }
+            // Before 6.18 no flag is known, and before 6.8 not the ioctl.
+            Err(error) => {
+                assert!([libc::EINVAL, libc::ENOTTY].contains(&error.errno()), "{error}");
+                assert_eq!(known & GUEST_MEMFD_MMAP, 0);
+                None
+            }
+        }
+    }
+
+    /// Removes all pages from the memory object.
+    pub fn empty(&self) {
+        let how = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+        // SAFETY: no reference into the memory exists, and its content no longer matters.
+        let result = unsafe {
+            libc::fallocate(self.fd.as_raw_fd(), how, 0, self.length.cast_signed() as i64)
+        };
+        assert_eq!(result, 0, "{}", io::Error::last_os_error());
+    }
+
+    /// Returns whether the memory object has a page.
+    pub fn has(&self, page: usize) -> bool {
+        assert!((page + 1) * PAGE <= self.length);
+        let mut state = 0;
+        // SAFETY: the page lies in the mapping, and the call writes one byte, to `state`.
+        let result =
+            unsafe { libc::mincore(self.address.add(page * PAGE).cast(), PAGE, &raw mut state) };
+        assert_eq!(result, 0, "{}", io::Error::last_os_error());
+        state & 1 == 1
     }
 
     /// Maps the same memory a second time, as another process would.
@@ -209,6 +279,7 @@ pub struct Guest {
     pub code: Shared,
     pub memory: Shared,
     pub bitmap: Shared,
+    backing: Backing,
 }
 
 /// Returns the first word of a missing page, which no guest may ever read.
@@ -223,23 +294,33 @@ pub fn content(page: usize) -> u32 {
 
 impl Guest {
     /// Creates a guest whose pages are all missing (their bits are set) although the memory already
-    /// has other content. Returns `None`, after printing the reason, if this host has no suitable
-    /// KVM.
+    /// has other content. Returns `None` if this host has no suitable KVM, after printing the
+    /// reason; for a kernel without a guest_memfd that can be mapped, after checking that it refuses
+    /// one.
     pub fn new(backing: Backing, flags: u32) -> Option<Self> {
         let kvm = match Kvm::new() {
             Ok(kvm) => kvm,
-            Err(error) => return skip(&format!("/dev/kvm: {error}")),
+            Err(error) => {
+                skip(&format!("/dev/kvm: {error}"));
+                return None;
+            }
         };
         if backing == Backing::Shmem {
             // Only root can write this; otherwise shmem uses small pages.
             let _ = fs::write("/sys/kernel/mm/transparent_hugepage/shmem_enabled", "advise");
         }
-        let memory = match Shared::new(backing, PAGES * PAGE) {
-            Ok(memory) => memory,
-            Err(error) => return skip(&format!("memory in {backing:?}: {error}")),
+        let vm = kvm.create_vm().expect("vm");
+        let memory = match backing {
+            Backing::GuestMemfd => Shared::of_guest(&vm, PAGES * PAGE)?,
+            _ => match Shared::new(backing, PAGES * PAGE) {
+                Ok(memory) => memory,
+                Err(error) => {
+                    skip(&format!("memory in {backing:?}: {error}"));
+                    return None;
+                }
+            },
         };
         let bitmap = Shared::new(Backing::Shmem, PAGE).expect("bitmap");
-        let vm = kvm.create_vm().expect("vm");
         let code = Shared::new(Backing::Shmem, CODE_PAGES * PAGE).expect("code");
         code.put(0, &LOAD);
         code.put(STORE_OFFSET, &STORE);
@@ -253,27 +334,19 @@ impl Guest {
         // SAFETY: the guest keeps the mapping until the VM is dropped.
         unsafe { vm.set_user_memory_region(region) }.expect("code slot");
         let vcpu = vm.create_vcpu(0).expect("vcpu");
-        let cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).expect("CPUID");
+        let cpuid = bare_guest::cpuid(&kvm, 0).expect("CPUID");
         vcpu.set_cpuid2(&cpuid).expect("CPUID");
-        let mut sregs = vcpu.get_sregs().expect("sregs");
-        sregs.cs.base = 0;
-        sregs.cs.selector = 0;
-        // Real mode with segment limits of 4G.
-        for segment in [&mut sregs.ds, &mut sregs.es, &mut sregs.ss] {
-            segment.base = 0;
-            segment.limit = u32::MAX;
-            segment.g = 1;
-        }
-        vcpu.set_sregs(&sregs).expect("sregs");
-        let guest = Self { vcpu, vm, code, memory, bitmap };
+        Mode::Real.set(&vcpu).expect("real mode");
+        let guest = Self { vcpu, vm, code, memory, bitmap, backing };
         for page in 0..PAGES {
             guest.memory.page(page).store(unarrived(page).into(), Ordering::Relaxed);
             guest.bitmap.set(page);
         }
-        // Support for the ABI can only be detected by trying.
+        // Support for the ABI can only be detected by trying. Before 6.8 the ioctl is missing.
         match guest.set_flags(USERFAULT) {
-            Err(error) if error.errno() == libc::EINVAL => {
-                return skip("this KVM has no KVM_MEM_USERFAULT");
+            Err(error) if [libc::EINVAL, libc::ENOTTY].contains(&error.errno()) => {
+                skip_without_patch(&format!("KVM_MEM_USERFAULT on {backing:?}"));
+                return None;
             }
             result => result.expect("slot with KVM_MEM_USERFAULT"),
         }
@@ -295,6 +368,10 @@ impl Guest {
         };
         // The field userfault_bitmap, which kvm-bindings does not define.
         region.pad2[0] = self.bitmap.address();
+        if self.backing == Backing::GuestMemfd {
+            region.flags |= KVM_MEM_GUEST_MEMFD;
+            region.guest_memfd = self.memory.fd.as_raw_fd().cast_unsigned();
+        }
         region
     }
 
@@ -322,6 +399,20 @@ impl Guest {
         unsafe { self.vm.set_user_memory_region(region) }
     }
 
+    /// Gives vCPUs in SMM, which have slots of their own, the same memory.
+    pub fn add_slots_in_smm(&self) {
+        const IN_SMM: u32 = 1 << 16;
+        let mut region = self.region(USERFAULT);
+        region.slot |= IN_SMM;
+        // A part of a guest_memfd belongs to one slot. The other reaches it through the mapping.
+        region.flags = USERFAULT;
+        self.set_region(region).expect("slot");
+        (region.slot, region.flags) = (CODE_SLOT | IN_SMM, 0);
+        (region.guest_phys_addr, region.userspace_addr) = (CODE_GPA, self.code.address());
+        region.memory_size = (CODE_PAGES * PAGE) as u64;
+        self.set_region(region).expect("slot");
+    }
+
     pub fn remove_slot(&self) {
         let mut region = self.region(0);
         region.memory_size = 0;
@@ -335,28 +426,37 @@ impl Guest {
     }
 
     pub fn load(&mut self, page: usize) -> Access {
-        self.start(0, page, 0);
-        self.resume()
+        Self::load_on(&mut self.vcpu, page)
+    }
+
+    /// Loads from a page while another thread uses the rest of the guest.
+    pub fn load_on(vcpu: &mut VcpuFd, page: usize) -> Access {
+        Self::start(vcpu, 0, page, 0);
+        Self::resume_on(vcpu)
     }
 
     pub fn store(&mut self, page: usize, value: u32) -> Access {
-        self.start(STORE_OFFSET, page, value);
+        Self::start(&self.vcpu, STORE_OFFSET, page, value);
         self.resume()
     }
 
-    fn start(&mut self, offset: usize, page: usize, value: u32) {
-        let mut regs = self.vcpu.get_regs().expect("regs");
-        regs.rip = CODE_GPA + offset as u64;
-        regs.rbx = MEMORY_GPA + (page * PAGE) as u64;
-        regs.rax = value.into();
-        regs.rflags = 2;
-        self.vcpu.set_regs(&regs).expect("regs");
+    fn start(vcpu: &VcpuFd, offset: usize, page: usize, value: u32) {
+        let regs = kvm_regs {
+            rbx: MEMORY_GPA + (page * PAGE) as u64,
+            rax: value.into(),
+            ..start_at(CODE_GPA + offset as u64)
+        };
+        vcpu.set_regs(&regs).expect("regs");
     }
 
     /// Resumes the guest.
     pub fn resume(&mut self) -> Access {
-        match self.vcpu.run() {
-            Ok(VcpuExit::Hlt) => Access::Done(self.vcpu.get_regs().expect("regs").rax as u32),
+        Self::resume_on(&mut self.vcpu)
+    }
+
+    fn resume_on(vcpu: &mut VcpuFd) -> Access {
+        match vcpu.run() {
+            Ok(VcpuExit::Hlt) => Access::Done(vcpu.get_regs().expect("regs").rax as u32),
             Ok(VcpuExit::MemoryFault { flags, gpa, size }) => {
                 assert_eq!(flags, EXIT_USERFAULT);
                 assert_eq!(size, PAGE as u64);
@@ -398,12 +498,4 @@ impl Guest {
         let text = fs::read_to_string(format!("{folder}/pages_2m")).expect("KVM's counters");
         text.trim().parse().expect("a number")
     }
-}
-
-/// Reports that a test was skipped; in the lab that is a failure.
-fn skip<T>(reason: &str) -> Option<T> {
-    assert!(std::env::var_os("LAB").is_none(), "in the lab, yet {reason}");
-    // Written directly to stderr, because libtest captures the output of passing tests.
-    let _ = io::Write::write_all(&mut io::stderr(), format!("SKIPPED: {reason}\n").as_bytes());
-    None
 }

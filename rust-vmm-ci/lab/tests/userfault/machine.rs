@@ -4,7 +4,8 @@
 
 use std::fs;
 
-use kvm_bindings::{kvm_regs, kvm_segment};
+use bare_guest::{Mode, PageTables, start_at};
+use kvm_bindings::kvm_regs;
 use kvm_ioctls::VcpuExit;
 
 use crate::BACKINGS;
@@ -27,7 +28,6 @@ const ENTRY: u64 = 0b111;
 /// The accessed and dirty flags, which the CPU or KVM's emulation sets in an entry.
 pub const ACCESSED: u64 = 1 << 5;
 pub const DIRTY: u64 = 1 << 6;
-const LARGE: u64 = 1 << 7;
 
 /// Guest virtual address of the window that a test maps through its own page tables.
 pub const WINDOW: u64 = 1 << 39;
@@ -131,7 +131,7 @@ impl Machine {
     }
 
     pub fn enter(&mut self, rip: u64, set: impl FnOnce(&mut kvm_regs)) {
-        let mut regs = kvm_regs { rip, rflags: 2, ..Default::default() };
+        let mut regs = start_at(rip);
         set(&mut regs);
         self.guest.vcpu.set_regs(&regs).expect("regs");
         self.device = Device::default();
@@ -214,40 +214,16 @@ impl Machine {
     /// Puts the CPU into long mode. The first GiB and the device are identity-mapped by large
     /// pages; the window is mapped by the page table at `table`, a guest address.
     pub fn long_mode(&mut self, table: u64) {
-        let page = |number: usize| CODE_GPA + ((TABLES + number) * PAGE) as u64;
-        let put = |number: usize, index: usize, entry: u64| {
-            let offset = (TABLES + number) * PAGE + index * 8;
+        const GIB: u64 = 1 << 30;
+        let mut tables = PageTables::new(CODE_GPA + (TABLES * PAGE) as u64);
+        tables.map(0..GIB, 0);
+        tables.map(3 * GIB..4 * GIB, 3 * GIB);
+        tables.link(1, table);
+        for (offset, (_, entry)) in (TABLES * PAGE..).step_by(8).zip(tables.entries()) {
             self.guest.code.put(offset, &entry.to_le_bytes());
-        };
-        put(0, 0, page(1) | ENTRY);
-        put(0, 1, table | ENTRY);
-        put(1, 0, page(2) | ENTRY);
-        put(1, 3, page(3) | ENTRY);
-        for index in 0..512 {
-            put(2, index, (index as u64) << 21 | LARGE | ENTRY);
-            put(3, index, 3 << 30 | (index as u64) << 21 | LARGE | ENTRY);
         }
-        let vcpu = &self.guest.vcpu;
-        let mut sregs = vcpu.get_sregs().expect("sregs");
-        sregs.cr3 = page(0);
-        sregs.cr4 = 1 << 5;
-        sregs.cr0 = 1 << 31 | 1 << 16 | 1 << 5 | 1;
-        sregs.efer = 1 << 10 | 1 << 8;
-        let data = kvm_segment {
-            limit: u32::MAX,
-            selector: 16,
-            type_: 3,
-            present: 1,
-            s: 1,
-            g: 1,
-            db: 1,
-            ..Default::default()
-        };
-        sregs.cs = kvm_segment { selector: 8, type_: 11, l: 1, db: 0, ..data };
-        (sregs.ds, sregs.es, sregs.ss) = (data, data, data);
-        // No exception handlers: an exception ends the run.
-        sregs.idt.limit = 0;
-        vcpu.set_sregs(&sregs).expect("sregs");
+        let mode = Mode::Long { page_tables: tables.root() };
+        mode.set(&self.guest.vcpu).expect("long mode");
     }
 }
 

@@ -123,7 +123,7 @@ fn l2_runs_on_arriving_pages() {
         assert_eq!(machine.finish(), expected);
         assert_eq!(left(machine, 0x070), EXIT_IOIO);
         assert_eq!((left(machine, 0x5f8) as u32).to_le_bytes(), machine.expected(300)[..4]);
-        assert_eq!(machine.device.out, []);
+        assert_eq!(machine.device.out, [0u8; 0]);
     });
 }
 

@@ -2,22 +2,23 @@
 //! Tests of the pages whose addresses a guest writes to MSRs, and that KVM writes itself.
 
 use kvm_bindings::{Msrs, kvm_msr_entry};
+use kvm_ioctls::VcpuFd;
 
 use crate::guest::PAGE;
 use crate::machine::{End, Machine, at, on_each};
 
-const WALL_CLOCK: u32 = 0x4b56_4d00;
+pub const WALL_CLOCK: u32 = 0x4b56_4d00;
 const SYSTEM_TIME: u32 = 0x4b56_4d01;
 const STEAL_TIME: u32 = 0x4b56_4d03;
 
-fn set_msr(machine: &Machine, index: u32, data: u64) {
+pub fn set_msr(vcpu: &VcpuFd, index: u32, data: u64) {
     let entry = kvm_msr_entry { index, data, ..Default::default() };
     let msrs = Msrs::from_entries(&[entry]).expect("one");
-    assert_eq!(machine.guest.vcpu.set_msrs(&msrs).expect("MSRs"), 1);
+    assert_eq!(vcpu.set_msrs(&msrs).expect("MSRs"), 1);
 }
 
 /// Asserts that a page has its source content, except for the structure that KVM wrote.
-fn expect_around(machine: &Machine, page: usize, from: usize, length: usize) {
+pub fn expect_around(machine: &Machine, page: usize, from: usize, length: usize) {
     let (now, was) = (machine.memory(page, 1), machine.expected(page));
     assert_eq!(now[..from], was[..from]);
     assert_eq!(now[from + length..], was[from + length..]);
@@ -27,7 +28,7 @@ fn expect_around(machine: &Machine, page: usize, from: usize, length: usize) {
 fn the_clock_waits_for_its_page() {
     on_each(|machine| {
         machine.image(50, 64, &[0; 32]);
-        set_msr(machine, SYSTEM_TIME, at(50, 64) | 1);
+        set_msr(&machine.guest.vcpu, SYSTEM_TIME, at(50, 64) | 1);
         machine.program(&[0x90], |_| ());
         assert_eq!(machine.finish(), [50]);
         let clock = machine.memory(50, 1)[64..96].to_vec();
@@ -42,7 +43,7 @@ fn the_clock_waits_for_its_page() {
 fn steal_time_waits_for_its_page() {
     on_each(|machine| {
         machine.image(51, 64, &[0; 64]);
-        set_msr(machine, STEAL_TIME, at(51, 64) | 1);
+        set_msr(&machine.guest.vcpu, STEAL_TIME, at(51, 64) | 1);
         machine.program(&[0x90], |_| ());
         assert_eq!(machine.finish(), [51]);
         let version = machine.memory(51, 1)[64 + 8];
@@ -70,7 +71,7 @@ fn the_wall_clock_waits_for_its_page() {
 fn page_named_by_user_space_is_not_written() {
     on_each(|machine| {
         let before = machine.memory(53, 1);
-        set_msr(machine, WALL_CLOCK, at(53, 64));
+        set_msr(&machine.guest.vcpu, WALL_CLOCK, at(53, 64));
         assert_eq!(machine.memory(53, 1), before);
         machine.program(&[0x90], |_| ());
         assert_eq!(machine.run(), End::Halt);
