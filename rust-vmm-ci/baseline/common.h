@@ -30,10 +30,10 @@
 #endif
 
 // -m MiB for each vCPU or toucher, -v vCPUs, -b shmem|hugetlb, -i image, -u bytes of one fault,
-// -n pages that each vCPU touches (all), -c copy from the mapped image
+// -n pages that each vCPU touches (all), -c copy from the mapped image, -s never sleep between faults
 static struct {
     uint64_t size, per_cpu, unit, touches;
-    int cpus, hugetlb, copy;
+    int cpus, hugetlb, copy, spin;
     const char *image;
 } opt = { .per_cpu = 16 << 20, .cpus = 1, .unit = PAGE };
 
@@ -49,10 +49,22 @@ static uint64_t now(void)
     return t.tv_sec * 1000000000ull + t.tv_nsec;
 }
 
+// Processor time so far: of this process, and of the handler's if there is one.
+static clockid_t handler_clock = CLOCK_PROCESS_CPUTIME_ID;
+
+static inline uint64_t cpu_time(void)
+{
+    struct timespec ours, handlers = { 0 };
+    clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &ours);
+    if (handler_clock != CLOCK_PROCESS_CPUTIME_ID)
+        clock_gettime(handler_clock, &handlers);
+    return (ours.tv_sec + handlers.tv_sec) * 1000000000ull + ours.tv_nsec + handlers.tv_nsec;
+}
+
 static void options(int argc, char **argv)
 {
     int c;
-    while ((c = getopt(argc, argv, "m:v:b:i:u:n:c")) != -1) {
+    while ((c = getopt(argc, argv, "m:v:b:i:u:n:cs")) != -1) {
         switch (c) {
         case 'm': opt.per_cpu = strtoull(optarg, NULL, 0) << 20; break;
         case 'v': opt.cpus = atoi(optarg); break;
@@ -61,6 +73,7 @@ static void options(int argc, char **argv)
         case 'u': opt.unit = strtoull(optarg, NULL, 0); break;
         case 'n': opt.touches = strtoull(optarg, NULL, 0); break;
         case 'c': opt.copy = 1; break;
+        case 's': opt.spin = 1; break;
         default: exit(2);
         }
     }
@@ -130,7 +143,7 @@ static inline uint64_t next_fault(int uffd)
     struct uffd_msg m;
     for (;;) {
         struct pollfd p = { .fd = uffd, .events = POLLIN };
-        if (poll(&p, 1, -1) < 0)
+        if (!opt.spin && poll(&p, 1, -1) < 0)
             err(1, "poll");
         if (read(uffd, &m, sizeof(m)) == sizeof(m) && m.event == UFFD_EVENT_PAGEFAULT)
             return m.arg.pagefault.address & ~(opt.unit - 1);

@@ -66,6 +66,7 @@ static inline int start_handler(void)
             _exit(1);
         serve(ends[1]);
     }
+    clock_getcpuclockid(child, &handler_clock);
     close(ends[1]);
     return ends[0];
 }
