@@ -1,13 +1,31 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 #![doc = include_str!("../README.md")]
 
+#[cfg(feature = "store")]
+mod cause;
+#[cfg(feature = "http")]
+mod client;
 #[cfg(feature = "image")]
 pub mod image;
+#[cfg(feature = "store")]
+mod location;
 #[cfg(feature = "nbd")]
 pub mod nbd;
+#[cfg(feature = "store")]
+mod object;
+#[cfg(feature = "store")]
+mod object_image;
+#[cfg(feature = "store")]
+mod queue;
 mod runtime;
+#[cfg(feature = "s3")]
+mod s3;
 #[cfg(feature = "store")]
 mod store;
 
 #[cfg(feature = "store")]
-pub use store::{Store, StoreError};
+pub use location::{Location, LocationError};
+#[cfg(feature = "store")]
+pub use object_image::ObjectImage;
+#[cfg(feature = "store")]
+pub use store::{Listed, Store, StoreError};

@@ -1,76 +1,88 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A store of immutable objects: a directory, a web server, or a bucket of an object store.
 
+use std::error::Error;
 use std::fmt;
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use bytes::Bytes;
 use demand_source::Retry;
 use futures_util::TryStreamExt;
 use object_store::local::LocalFileSystem;
 use object_store::path::Path as Key;
-use object_store::{Error, GetOptions, GetRange, ObjectStore, ObjectStoreExt};
+use object_store::prefix::PrefixStore;
+use object_store::{GetOptions, GetRange, GetResult, ObjectStore, ObjectStoreExt};
 
-use crate::runtime;
+use crate::cause::cause;
+use crate::{Location, runtime};
 
-/// Errors of a [`Store`].
+/// An error of any kind.
+pub(crate) type BoxError = Box<dyn Error + Send + Sync>;
+
+/// Errors of a [`Store`] and of its objects.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum StoreError {
     /// The store cannot be opened.
-    #[error("cannot open {store}: {source}; check its name")]
+    #[error("cannot open {store}: {source}; check its name and settings")]
     Open {
         /// The store, without credentials.
         store: String,
         /// The reason.
-        source: Box<dyn std::error::Error + Send + Sync>,
+        source: BoxError,
     },
     /// The store has no such object.
-    #[error("cannot read {object} of {store}: the store does not have it; check its name")]
+    #[error("cannot read {object}: the store does not have it; check its name")]
     Missing {
-        /// The store, without credentials.
-        store: String,
-        /// Name of the object.
+        /// The object, without credentials.
         object: String,
     },
     /// The store refuses access.
-    #[error("cannot access {object} of {store}: {source}; check credentials and permissions")]
+    #[error("cannot access {object}: {cause}; check credentials and permissions")]
     Denied {
-        /// The store, without credentials.
-        store: String,
-        /// Name of the object.
+        /// The object, without credentials.
         object: String,
         /// The store's answer.
-        source: Error,
+        cause: String,
     },
     /// The answer has another length than was asked for.
     #[error(
-        "cannot read {len} bytes at offset {offset} of {object} of {store}: it answered with \
-         {got}; check whether the object is whole, and whether the server knows ranges"
+        "cannot read {len} bytes at offset {offset} of {object}: the answer has {got}; check \
+         whether the object is whole"
     )]
     Short {
-        /// The store, without credentials.
-        store: String,
-        /// Name of the object.
+        /// The object, without credentials.
         object: String,
         /// Offset of the range, in bytes.
         offset: u64,
         /// Length of the range, in bytes.
         len: u64,
-        /// Bytes of the answer.
+        /// Bytes of the answer; one more than `len` stands for any greater number.
         got: u64,
     },
+    /// The object is not the one that was opened.
+    #[error(
+        "cannot read {object}: it has changed since it was opened, when it had {was} bytes; it has \
+         {is}; restore it"
+    )]
+    Changed {
+        /// The object, without credentials.
+        object: String,
+        /// Its length when it was opened, in bytes.
+        was: u64,
+        /// Its length now, in bytes.
+        is: u64,
+    },
     /// Any other failure: of the network, or of the store.
-    #[error("cannot access {object} of {store}: {source}; check the network and the store")]
+    #[error("cannot access {object}: {cause}; check the network and the store")]
     Access {
-        /// The store, without credentials.
-        store: String,
-        /// Name of the object.
+        /// The object, without credentials.
         object: String,
         /// The reason.
-        source: Error,
+        cause: String,
     },
 }
 
@@ -103,7 +115,7 @@ impl Store {
     pub fn directory(path: impl AsRef<Path>) -> Result<Self, StoreError> {
         let path = path.as_ref();
         let name = path.display().to_string();
-        let open = || -> Result<LocalFileSystem, Box<dyn std::error::Error + Send + Sync>> {
+        let open = || -> Result<LocalFileSystem, BoxError> {
             std::fs::create_dir_all(path)?;
             Ok(LocalFileSystem::new_with_prefix(path)?)
         };
@@ -111,8 +123,52 @@ impl Store {
         Ok(Store::new(name, Arc::new(inner)))
     }
 
+    /// Opens the store at a place: all objects below that directory, or with that prefix.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError::Open`].
+    pub fn open(location: &Location) -> Result<Self, StoreError> {
+        let name = location.to_string();
+        let inner = match location {
+            Location::Path(path) => return Store::directory(path),
+            #[cfg(feature = "http")]
+            Location::Web(url) => crate::client::web(url),
+            #[cfg(feature = "s3")]
+            Location::S3 { bucket, key } => {
+                crate::s3::bucket(bucket).map(|store| -> Arc<dyn ObjectStore> {
+                    Arc::new(PrefixStore::new(store, Key::from(key.as_str())))
+                })
+            }
+            #[cfg(not(all(feature = "http", feature = "s3")))]
+            _ => Err("this build has no client for it".into()),
+        };
+        let inner = inner.map_err(|source| StoreError::Open { store: name.clone(), source })?;
+        Ok(Store::new(name, inner))
+    }
+
+    /// Opens the store that has an object, and returns it with the object's name there.
+    pub(crate) fn of_object(location: &Location) -> Result<(Self, String), StoreError> {
+        match location {
+            Location::Path(path) => {
+                let open =
+                    |source: BoxError| StoreError::Open { store: location.to_string(), source };
+                let path = path.canonicalize().map_err(|error| open(error.into()))?;
+                let name = path.file_name().ok_or_else(|| open("it names no file".into()))?;
+                let folder = path.parent().unwrap_or(Path::new("/"));
+                Ok((Store::directory(folder)?, name.to_string_lossy().into_owned()))
+            }
+            // The URL itself is the object's, with its query, which may be a signature.
+            Location::Web(_) => Ok((Store::open(location)?, String::new())),
+            Location::S3 { bucket, key } => {
+                let bucket = Location::S3 { bucket: bucket.clone(), key: String::new() };
+                Ok((Store::open(&bucket)?, key.clone()))
+            }
+        }
+    }
+
     /// Wraps an object store; `name` is what errors call it, without credentials.
-    pub(crate) fn new(name: impl Into<Arc<str>>, inner: Arc<dyn ObjectStore>) -> Self {
+    fn new(name: impl Into<Arc<str>>, inner: Arc<dyn ObjectStore>) -> Self {
         Store { name: name.into(), inner }
     }
 
@@ -121,15 +177,39 @@ impl Store {
         &self.name
     }
 
-    fn error(&self, object: &str, source: Error) -> StoreError {
-        let (store, object) = (self.name.to_string(), object.to_owned());
-        match source {
-            Error::NotFound { .. } => StoreError::Missing { store, object },
-            Error::PermissionDenied { .. } | Error::Unauthenticated { .. } => {
-                StoreError::Denied { store, object, source }
-            }
-            source => StoreError::Access { store, object, source },
+    /// Returns an object's name for messages.
+    pub(crate) fn full_name(&self, object: &str) -> String {
+        if object.is_empty() {
+            return self.name.to_string();
         }
+        format!("{}/{object}", self.name.trim_end_matches('/'))
+    }
+
+    pub(crate) fn error(&self, object: &str, source: object_store::Error) -> StoreError {
+        use object_store::Error;
+        let (object, cause) = (self.full_name(object), cause(&source));
+        match source {
+            Error::NotFound { .. } => StoreError::Missing { object },
+            Error::PermissionDenied { .. } | Error::Unauthenticated { .. } => {
+                StoreError::Denied { object, cause }
+            }
+            _ => StoreError::Access { object, cause },
+        }
+    }
+
+    /// Returns the error for an answer of a wrong length, in bytes.
+    pub(crate) fn short(&self, object: &str, offset: u64, len: u64, got: u64) -> StoreError {
+        StoreError::Short { object: self.full_name(object), offset, len, got }
+    }
+
+    /// Starts to read an object, or a part of it.
+    pub(crate) async fn get_opts(
+        &self,
+        object: &str,
+        options: GetOptions,
+    ) -> Result<GetResult, StoreError> {
+        let got = self.inner.get_opts(&Key::from(object), options).await;
+        got.map_err(|source| self.error(object, source))
     }
 
     /// Reads a whole object.
@@ -149,18 +229,14 @@ impl Store {
     /// [`StoreError`], except [`Open`](StoreError::Open): [`Short`](StoreError::Short) for an answer
     /// of another length.
     pub async fn get_range(&self, object: &str, range: Range<u64>) -> Result<Bytes, StoreError> {
-        let read = async {
-            let options =
-                GetOptions { range: Some(GetRange::Bounded(range.clone())), ..Default::default() };
-            self.inner.get_opts(&Key::from(object), options).await?.bytes().await
-        };
-        let bytes = read.await.map_err(|source| self.error(object, source))?;
-        let (got, len) = (bytes.len() as u64, range.end - range.start);
-        if got == len {
+        let (offset, len) = (range.start, range.end - range.start);
+        let options = GetOptions { range: Some(GetRange::Bounded(range)), ..Default::default() };
+        let got = self.get_opts(object, options).await?;
+        let bytes = got.bytes().await.map_err(|source| self.error(object, source))?;
+        if bytes.len() as u64 == len {
             return Ok(bytes);
         }
-        let (store, object) = (self.name.to_string(), object.to_owned());
-        Err(StoreError::Short { store, object, offset: range.start, len, got })
+        Err(self.short(object, offset, len, bytes.len() as u64))
     }
 
     /// Returns the length of an object in bytes, or `None` if the store does not have it.
@@ -171,7 +247,7 @@ impl Store {
     pub async fn len(&self, object: &str) -> Result<Option<u64>, StoreError> {
         match self.inner.head(&Key::from(object)).await {
             Ok(meta) => Ok(Some(meta.size)),
-            Err(Error::NotFound { .. }) => Ok(None),
+            Err(object_store::Error::NotFound { .. }) => Ok(None),
             Err(source) => Err(self.error(object, source)),
         }
     }
@@ -208,7 +284,7 @@ impl Store {
     /// [`StoreError::Denied`], [`StoreError::Access`].
     pub async fn remove(&self, object: &str) -> Result<(), StoreError> {
         match self.inner.delete(&Key::from(object)).await {
-            Ok(()) | Err(Error::NotFound { .. }) => Ok(()),
+            Ok(()) | Err(object_store::Error::NotFound { .. }) => Ok(()),
             Err(source) => Err(self.error(object, source)),
         }
     }
@@ -227,7 +303,7 @@ pub struct Listed {
     /// Length, in bytes.
     pub len: u64,
     /// Time of the last change, by the store's clock.
-    pub changed: std::time::SystemTime,
+    pub changed: SystemTime,
 }
 
 impl fmt::Debug for Store {

@@ -1,0 +1,189 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Names of stores, and of objects in them, as users write them.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use url::Url;
+
+/// The place of a store, or of an object: a directory or a URL.
+///
+/// Its `Display` shows neither passwords nor queries, which may contain signatures.
+///
+/// # Examples
+///
+/// ```
+/// use demand_remote::Location;
+///
+/// let signed: Location = "https://images.example/vm7.raw?signature=abc".parse().unwrap();
+/// assert_eq!(signed.to_string(), "https://images.example/vm7.raw");
+/// assert!(matches!("/var/lib/images".parse(), Ok(Location::Path(_))));
+/// ```
+#[derive(Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Location {
+    /// A path of this system.
+    Path(PathBuf),
+    /// A URL `http://` or `https://`.
+    Web(Url),
+    /// A URL `s3://BUCKET/KEY`.
+    S3 {
+        /// Name of the bucket.
+        bucket: String,
+        /// Name of the object, or prefix of those of a store; without a slash at either end.
+        key: String,
+    },
+}
+
+/// The reason why a text names no [`Location`].
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum LocationError {
+    /// The text is no URL.
+    #[error("cannot use the URL {url}: {reason}; write SCHEME://HOST/PATH")]
+    Url {
+        /// The text, without passwords and queries.
+        url: String,
+        /// The reason.
+        reason: String,
+    },
+    /// The scheme is unknown, or left out of this build.
+    #[error("cannot use {url}: '{scheme}' is not supported; {known}")]
+    Scheme {
+        /// The text, without passwords and queries.
+        url: String,
+        /// The scheme.
+        scheme: String,
+        /// The schemes that are supported, as a sentence's end.
+        known: &'static str,
+    },
+    /// A URL of S3 with parts that have no meaning there.
+    #[error("cannot use {url}: {reason}; write s3://BUCKET/KEY, and keep credentials elsewhere")]
+    S3 {
+        /// The text, without passwords and queries.
+        url: String,
+        /// The reason.
+        reason: &'static str,
+    },
+}
+
+const KNOWN: &str = "use a path, http://, https:// or s3://";
+
+impl Location {
+    /// Returns whether a text is meant as a URL, and not as a path.
+    pub fn is_url(text: &str) -> bool {
+        text.split_once("://").is_some_and(|(scheme, _)| {
+            scheme.starts_with(|first: char| first.is_ascii_alphabetic())
+                && scheme.chars().all(|char| char.is_ascii_alphanumeric() || "+-.".contains(char))
+        })
+    }
+}
+
+/// Returns a text that may be a URL without what follows its path, and without its user.
+fn without_secrets(text: &str) -> String {
+    let text = text.split(['?', '#']).next().unwrap_or_default();
+    let Some((scheme, rest)) = text.split_once("://") else { return text.to_owned() };
+    let (host, path) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
+    let host = host.rsplit('@').next().unwrap_or_default();
+    format!("{scheme}://{host}{path}")
+}
+
+impl FromStr for Location {
+    type Err = LocationError;
+
+    fn from_str(text: &str) -> Result<Self, LocationError> {
+        if !Location::is_url(text) {
+            return Ok(Location::Path(text.into()));
+        }
+        let url = || without_secrets(text);
+        let parsed = Url::parse(text)
+            .map_err(|error| LocationError::Url { url: url(), reason: error.to_string() })?;
+        match parsed.scheme() {
+            "http" | "https" => Ok(Location::Web(parsed)),
+            "s3" => {
+                let refused = |reason| LocationError::S3 { url: url(), reason };
+                if !parsed.username().is_empty() || parsed.password().is_some() {
+                    return Err(refused("it names a user"));
+                }
+                if parsed.query().is_some() || parsed.fragment().is_some() {
+                    return Err(refused("it has a query"));
+                }
+                if parsed.port().is_some() {
+                    return Err(refused("it names a port"));
+                }
+                let bucket = parsed.host_str().ok_or_else(|| refused("it names no bucket"))?;
+                // Names of objects are taken as they are written: `Url` would encode and shorten them.
+                let rest = &text["s3://".len()..];
+                let key = rest.split_once('/').map_or("", |(_, key)| key.trim_matches('/'));
+                Ok(Location::S3 { bucket: bucket.to_owned(), key: key.to_owned() })
+            }
+            scheme => {
+                Err(LocationError::Scheme { url: url(), scheme: scheme.to_owned(), known: KNOWN })
+            }
+        }
+    }
+}
+
+impl fmt::Display for Location {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Location::Path(path) => path.display().fmt(f),
+            Location::Web(url) => f.write_str(&without_secrets(url.as_str())),
+            Location::S3 { bucket, key } => write!(f, "s3://{bucket}/{key}"),
+        }
+    }
+}
+
+impl fmt::Debug for Location {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Location({self})")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_and_urls_are_told_apart() {
+        for path in ["/var/image", "image", "./a://b", "c:/x", "://x"] {
+            assert_eq!(path.parse(), Ok(Location::Path(path.into())), "{path}");
+        }
+        let s3 = |bucket: &str, key: &str| Location::S3 { bucket: bucket.into(), key: key.into() };
+        assert_eq!("s3://bucket/a/b c/../d/".parse(), Ok(s3("bucket", "a/b c/../d")));
+        assert_eq!("s3://bucket".parse(), Ok(s3("bucket", "")));
+        let web: Location = "http://[::1]:8080/x".parse().unwrap();
+        assert_eq!(web.to_string(), "http://[::1]:8080/x");
+    }
+
+    #[test]
+    fn secrets_are_not_shown() {
+        for text in [
+            "https://user:secret@host/x?X-Amz-Signature=secret#secret",
+            "s3://user:secret@bucket/x",
+            "s3://bucket/x?token=secret",
+            "ftp://user:secret@host/x?secret",
+            "https://user:secret@[bad/x?secret",
+        ] {
+            let shown = match text.parse::<Location>() {
+                Ok(location) => format!("{location} {location:?}"),
+                Err(error) => format!("{error} {error:?}"),
+            };
+            assert!(!shown.contains("secret"), "{shown}");
+        }
+    }
+
+    #[test]
+    fn refused_urls_say_why() {
+        for (text, words) in [
+            ("ftp://host/x", "'ftp' is not supported"),
+            ("s3://", "no bucket"),
+            ("s3://bucket:80/x", "names a port"),
+            ("https://", "empty host"),
+        ] {
+            let error = text.parse::<Location>().unwrap_err().to_string();
+            assert!(error.contains(words), "{error}");
+        }
+    }
+}

@@ -1,0 +1,70 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Buckets of object stores that speak S3, with the settings that its users have.
+
+mod credentials;
+mod profile;
+
+use std::sync::Arc;
+
+use object_store::ObjectStore;
+use object_store::aws::{AmazonS3Builder, AmazonS3ConfigKey};
+
+use crate::client;
+use crate::store::BoxError;
+use credentials::ProcessCredentials;
+use profile::{Keys, Profile};
+
+/// The region of stores that know none.
+const DEFAULT_REGION: &str = "us-east-1";
+
+/// Connects to a bucket.
+///
+/// Settings come from where the AWS tools take them: `AWS_` variables; then the profile that
+/// `AWS_PROFILE` names, in the files `~/.aws/config` and `~/.aws/credentials`, with keys or a
+/// `credential_process`; then the roles of the machine (web identity, container, instance metadata).
+pub(crate) fn bucket(name: &str) -> Result<Arc<dyn ObjectStore>, BoxError> {
+    let mut builder = AmazonS3Builder::from_env().with_bucket_name(name);
+    let profile = Profile::load()?;
+    let is_set = |builder: &AmazonS3Builder, key| builder.get_config_value(&key).is_some();
+
+    if let Some(endpoint) = std::env::var("AWS_ENDPOINT_URL_S3").ok().filter(|url| !url.is_empty())
+    {
+        builder = builder.with_endpoint(endpoint);
+    } else if !is_set(&builder, AmazonS3ConfigKey::Endpoint)
+        && let Some(endpoint) = profile.endpoint()
+    {
+        builder = builder.with_endpoint(endpoint);
+    }
+    if !is_set(&builder, AmazonS3ConfigKey::Region) {
+        let region = profile.region().unwrap_or(DEFAULT_REGION);
+        builder = builder.with_region(region);
+    }
+    let anonymous = is_set(&builder, AmazonS3ConfigKey::SkipSignature);
+    if !anonymous && !is_set(&builder, AmazonS3ConfigKey::AccessKeyId) {
+        match profile.keys() {
+            Some(Keys::Fixed { id, secret, token }) => {
+                builder = builder.with_access_key_id(id).with_secret_access_key(secret);
+                if let Some(token) = token {
+                    builder = builder.with_token(token);
+                }
+            }
+            Some(Keys::Process(command)) => {
+                builder = builder.with_credentials(Arc::new(ProcessCredentials::new(command)));
+            }
+            None if profile.is_named() => {
+                return Err(format!(
+                    "profile '{}' of {} has neither keys nor a credential_process",
+                    profile.name(),
+                    profile.files()
+                )
+                .into());
+            }
+            None => {}
+        }
+    }
+    // TLS is left out only where the endpoint says so.
+    let endpoint = builder.get_config_value(&AmazonS3ConfigKey::Endpoint);
+    let plain = endpoint.is_some_and(|url| url.starts_with("http://"));
+    let store = builder.with_client_options(client::options(plain)).with_retry(client::retries());
+    Ok(Arc::new(store.build()?))
+}
