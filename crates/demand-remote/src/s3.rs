@@ -39,7 +39,8 @@ pub(crate) fn bucket(name: &str) -> Result<Arc<dyn ObjectStore>, BoxError> {
         let region = profile.region().unwrap_or(DEFAULT_REGION);
         builder = builder.with_region(region);
     }
-    let anonymous = is_set(&builder, AmazonS3ConfigKey::SkipSignature);
+    let anonymous = builder.get_config_value(&AmazonS3ConfigKey::SkipSignature);
+    let anonymous = anonymous.is_some_and(|value| value == "true");
     if !anonymous && !is_set(&builder, AmazonS3ConfigKey::AccessKeyId) {
         match profile.keys() {
             Some(Keys::Fixed { id, secret, token }) => {

@@ -40,7 +40,7 @@ impl Header {
         bytes
     }
 
-    fn decode(bytes: &[u8; HEADER_BYTES]) -> Result<Self, TableError> {
+    pub(crate) fn decode(bytes: &[u8; HEADER_BYTES]) -> Result<Self, TableError> {
         if bytes.iter().all(|byte| *byte == 0) {
             return Err(TableError::Unfinished);
         }
