@@ -262,8 +262,9 @@ struct UnusedPagingArgs {
 
 #[derive(Debug, Args)]
 struct RestoreArgs {
-    /// Directory of the snapshot.
-    #[arg(long, value_name = "DIR", required_unless_present = "config")]
+    /// Directory of the snapshot, or its URL: http://, https:// or s3:// with the directory's files
+    /// below it, or nbd:// (nbds://, nbd+unix://) with exports of their names.
+    #[arg(long, value_name = "DIR|URL", required_unless_present = "config")]
     source: Option<PathBuf>,
     /// [backing=shmem|hugetlb-2m|hugetlb-1g|guest-memfd][,reserve=on|off][,thp=on|off]
     /// [default: the snapshot's]
@@ -482,8 +483,8 @@ fn restore_with(
     log: &LogArgs,
     started: Instant,
 ) -> Result<(), Error> {
-    let files = dir::files(&config.source);
-    let inputs = files.each_ref().map(PathBuf::as_path);
+    let files = config.source.directory().map(dir::files);
+    let inputs: Vec<_> = files.iter().flatten().map(PathBuf::as_path).collect();
     let output = args.guest.output(log.file(), &config.serial, &inputs)?;
     logger::start(&log.config())?;
     let options = RestoreOptions::new(config, args.guest.options());
@@ -613,7 +614,7 @@ mod tests {
         let cli = Cli::try_parse_from(options).unwrap();
         let Some(Command::Restore(args)) = cli.command else { panic!("it is another command") };
         let config = args.config().unwrap();
-        assert_eq!((&*config.source, config.cpus), ("s".as_ref(), Some(3)));
+        assert_eq!((config.source.directory(), config.cpus), (Some("s".as_ref()), Some(3)));
         assert_eq!(config.memory, "backing=shmem".parse().unwrap());
         assert_eq!(config.lazy, Lazy::Off);
         assert_eq!((config.engine.to_string(), config.source_limit_s), ("uffd".into(), Some(7)));

@@ -8,6 +8,7 @@ pub(crate) mod fill;
 mod json;
 pub(crate) mod names;
 pub mod size;
+pub mod source;
 pub mod vm;
 
 use std::path::PathBuf;

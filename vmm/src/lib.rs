@@ -25,6 +25,8 @@ pub mod report;
 pub mod virtio;
 
 mod devices;
+#[cfg(feature = "remote")]
+mod late_file;
 mod patience;
 mod signals;
 mod spool;

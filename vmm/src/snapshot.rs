@@ -4,7 +4,10 @@
 pub(crate) mod boot_files;
 pub mod dir;
 pub mod error;
+pub(crate) mod image;
 pub mod open;
+#[cfg(feature = "remote")]
+mod remote;
 #[cfg(test)]
 mod sample;
 pub(crate) mod saved;

@@ -71,6 +71,32 @@ pub enum LocationError {
 const KNOWN: &str = "use a path, http://, https:// or s3://";
 
 impl Location {
+    /// Returns the place of a file below this one. A URL keeps its query.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use demand_remote::Location;
+    ///
+    /// let folder: Location = "s3://bucket/vm7".parse().unwrap();
+    /// assert_eq!(folder.join("memory").to_string(), "s3://bucket/vm7/memory");
+    /// ```
+    #[must_use]
+    pub fn join(&self, file: &str) -> Location {
+        match self {
+            Location::Path(path) => Location::Path(path.join(file)),
+            Location::Web(url) => {
+                let mut url = url.clone();
+                let path = below(url.path(), file);
+                url.set_path(&path);
+                Location::Web(url)
+            }
+            Location::S3 { bucket, key } => {
+                Location::S3 { bucket: bucket.clone(), key: below(key, file) }
+            }
+        }
+    }
+
     /// Returns whether a text is meant as a URL, and not as a path.
     pub fn is_url(text: &str) -> bool {
         text.split_once("://").is_some_and(|(scheme, _)| {
@@ -78,6 +104,11 @@ impl Location {
                 && scheme.chars().all(|char| char.is_ascii_alphanumeric() || "+-.".contains(char))
         })
     }
+}
+
+/// Returns a name with another one below it.
+fn below(name: &str, child: &str) -> String {
+    if name.is_empty() { child.to_owned() } else { format!("{}/{child}", name.trim_end_matches('/')) }
 }
 
 /// Returns a text that may be a URL without what follows its path, and without its user.
@@ -155,6 +186,14 @@ mod tests {
         assert_eq!("s3://bucket".parse(), Ok(s3("bucket", "")));
         let web: Location = "http://[::1]:8080/x".parse().unwrap();
         assert_eq!(web.to_string(), "http://[::1]:8080/x");
+    }
+
+    #[test]
+    fn files_are_below_a_folder() {
+        let below = |folder: &str| folder.parse::<Location>().unwrap().join("memory");
+        assert_eq!(below("s3://bucket"), "s3://bucket/memory".parse().unwrap());
+        assert_eq!(below("https://host/a/?x=1"), "https://host/a/memory?x=1".parse().unwrap());
+        assert_eq!(below("/a"), Location::Path("/a/memory".into()));
     }
 
     #[test]

@@ -52,7 +52,7 @@ pub enum EventKind {
     },
     /// The VM is being set up from a snapshot.
     Restoring {
-        /// The snapshot's directory.
+        /// The snapshot's directory or URL, without secrets.
         source: PathBuf,
     },
     /// The VM could not be set up. The process is without a VM again.

@@ -9,12 +9,16 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+#[cfg(feature = "remote")]
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::arch::boot_part::BootPart;
 use crate::arch::error::{BootFileError, BootFileFault};
+#[cfg(feature = "remote")]
+use crate::late_file::LateFile;
 
 /// Maximum size of a boot file, in bytes: about three times a vmlinux with full debug information.
 pub(crate) const MAX_BYTES: u64 = 2 << 30;
@@ -118,13 +122,23 @@ impl BootSource {
     }
 }
 
+/// The content of a boot file.
+#[derive(Debug)]
+pub(crate) enum BootContent {
+    /// A file of this system.
+    File(File),
+    /// A copy that arrives in the background.
+    #[cfg(feature = "remote")]
+    Late(Arc<LateFile>),
+}
+
 /// A file from which a guest boots. It stays open, so that its path can be replaced or removed
 /// meanwhile.
 #[derive(Debug)]
 pub(crate) struct BootFile {
     pub(crate) part: BootPart,
     pub(crate) path: PathBuf,
-    pub(crate) file: File,
+    pub(crate) content: BootContent,
     pub(crate) seal: Seal,
     /// Whether the file belongs to a snapshot. Such a file is never written again.
     pub(crate) is_snapshots: bool,
@@ -155,7 +169,21 @@ impl BootFile {
             return Err(refused(BootFileFault::TooLong { most: MAX_BYTES }));
         }
         let seal = Seal::of(&file, ended).map_err(unreadable)?;
-        Ok(BootFile { part, path: path.into(), file, seal, is_snapshots: false })
+        let content = BootContent::File(file);
+        Ok(BootFile { part, path: path.into(), content, seal, is_snapshots: false })
+    }
+
+    /// Returns the file. One of a snapshot at a distance is waited for.
+    ///
+    /// # Errors
+    ///
+    /// The source's, if the file has not arrived within a minute.
+    pub(crate) fn file(&self) -> io::Result<&File> {
+        match &self.content {
+            BootContent::File(file) => Ok(file),
+            #[cfg(feature = "remote")]
+            BootContent::Late(late) => late.wait(),
+        }
     }
 
     /// Returns the file's length in bytes.
@@ -169,10 +197,11 @@ impl BootFile {
     ///
     /// Returns a one-line error that names the file.
     pub(crate) fn rewound(&self) -> Result<&File, BootFileError> {
-        (&self.file)
-            .seek(SeekFrom::Start(0))
+        let mut file =
+            self.file().map_err(|error| self.cannot_load(BootFileFault::Read(error)))?;
+        file.seek(SeekFrom::Start(0))
             .map_err(|error| self.cannot_load(BootFileFault::Rewind(error)))?;
-        Ok(&self.file)
+        Ok(file)
     }
 
     /// Returns an error for a file that cannot be loaded.
@@ -187,7 +216,7 @@ impl BootFile {
     ///
     /// Returns a one-line error if the file cannot be read, or differs.
     pub(crate) fn check(&self, ended: &dyn Fn() -> bool) -> Result<(), BootFileError> {
-        match Seal::of(&self.file, ended) {
+        match self.file().and_then(|file| Seal::of(file, ended)) {
             Ok(seal) => self.compare(&seal),
             Err(error) => Err(self.cannot_load(BootFileFault::Read(error))),
         }

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::device::VhostUserConfig;
 use crate::config::json::text;
+use crate::config::source::SnapshotPlace;
 use crate::config::{ClockConfig, FillConfig, MemoryConfig, OnPanic, RestoreMemory, SerialConfig};
 
 /// The kernel's command line if none is given.
@@ -139,8 +140,8 @@ fn guest_paths<'a>(
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RestoreConfig {
-    /// Directory of the snapshot.
-    pub source: PathBuf,
+    /// Directory or URL of the snapshot.
+    pub source: SnapshotPlace,
     /// The properties of the memory that differ from the snapshot's.
     #[serde(default)]
     pub memory: RestoreMemory,
@@ -180,8 +181,7 @@ pub struct RestoreConfig {
 impl RestoreConfig {
     /// Returns all paths.
     pub(crate) fn paths(&self) -> impl Iterator<Item = &Path> {
-        let source = std::iter::once(&*self.source);
-        source.chain(guest_paths(&self.devices, &self.serial))
+        self.source.directory().into_iter().chain(guest_paths(&self.devices, &self.serial))
     }
 
     /// Returns the configuration with all paths made absolute, as the API wants them.
@@ -191,7 +191,11 @@ impl RestoreConfig {
     /// As for [`VmConfig::absolute`].
     pub(crate) fn absolute(mut self) -> io::Result<Self> {
         let guest = guest_paths_mut(&mut self.devices, &mut self.serial);
-        make_absolute(std::iter::once(&mut self.source).chain(guest))?;
+        let source = match &mut self.source {
+            SnapshotPlace::Directory(path) => Some(path),
+            SnapshotPlace::Url(_) => None,
+        };
+        make_absolute(source.into_iter().chain(guest))?;
         Ok(self)
     }
 }

@@ -14,7 +14,7 @@ use crate::arch::boot_files::{BootFile, BootSource, MAX_BYTES, STEP, Seal, check
 use crate::arch::boot_part::BootPart;
 use crate::arch::error::{BootFileError, BootFileFault};
 use crate::snapshot::dir::PartialSnapshot;
-use crate::snapshot::error::{OpenError, ReadError, SnapshotError, WriteError};
+use crate::snapshot::error::{OpenError, SnapshotError, WriteError};
 use crate::snapshot::open::OpenSnapshot;
 
 /// The boot files as recorded in a snapshot's state.
@@ -100,18 +100,10 @@ impl BootFile {
         seal: &Seal,
     ) -> Result<Self, OpenError> {
         let name = part.name();
-        let file = snapshot.file(name)?;
-        let metadata = file
-            .metadata()
-            .map_err(|source| snapshot.failed(ReadError::File { file: name, source }))?;
-        let (len, recorded) = (metadata.len(), seal.bytes);
-        if len != recorded || len > MAX_BYTES {
-            return Err(snapshot.failed(ReadError::Length { file: name, len, recorded }));
-        }
         Ok(BootFile {
             part,
             path: snapshot.path(name),
-            file,
+            content: snapshot.boot_file(name, seal.bytes, MAX_BYTES)?,
             seal: seal.clone(),
             is_snapshots: true,
         })
@@ -126,8 +118,9 @@ impl BootFile {
             let mut options = OpenOptions::new();
             let options = options.read(true).write(true).create_new(true).mode(0o600);
             let copy = options.open(to).map_err(cannot_write)?;
-            if ioctl_ficlone(&copy, &self.file).is_err() {
-                self.copy_into(&copy, ended)?;
+            let from = self.file().map_err(|error| self.cannot_read(error))?;
+            if ioctl_ficlone(&copy, from).is_err() {
+                self.copy_into(from, &copy, ended)?;
             }
             copy
         };
@@ -138,13 +131,21 @@ impl BootFile {
 
     /// Adds a name to the file. This fails if the file has no name left.
     fn link_to(&self, to: &Path) -> io::Result<()> {
-        let this = format!("/proc/self/fd/{}", self.file.as_raw_fd());
+        let this = format!("/proc/self/fd/{}", self.file()?.as_raw_fd());
         Ok(linkat(CWD, this, CWD, to, AtFlags::SYMLINK_FOLLOW)?)
     }
 
-    fn copy_into(&self, mut to: &File, ended: &dyn Fn() -> bool) -> Result<(), CopyFailure> {
-        let cannot_read = |error| CopyFailure::Source(self.cannot_load(BootFileFault::Read(error)));
-        let mut from = &self.file;
+    fn cannot_read(&self, error: io::Error) -> CopyFailure {
+        CopyFailure::Source(self.cannot_load(BootFileFault::Read(error)))
+    }
+
+    fn copy_into(
+        &self,
+        mut from: &File,
+        mut to: &File,
+        ended: &dyn Fn() -> bool,
+    ) -> Result<(), CopyFailure> {
+        let cannot_read = |error| self.cannot_read(error);
         from.seek(SeekFrom::Start(0)).map_err(cannot_read)?;
         let mut from = from.take(self.seal.bytes);
         let mut buffer = vec![0; STEP];

@@ -203,6 +203,20 @@ pub enum ReadError {
         /// The length in the state, in bytes.
         recorded: u64,
     },
+    /// The URL of a snapshot cannot be used.
+    #[error("{0}")]
+    Url(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// This program was built without remote sources.
+    #[error("this program was built without remote sources; build it with the feature 'remote'")]
+    NoRemote,
+    /// A file of a snapshot behind a URL cannot be read.
+    #[error("{file}: {source}")]
+    Remote {
+        /// The file's name.
+        file: &'static str,
+        /// The cause.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
     /// The state file is damaged, or another version's.
     #[error(transparent)]
     State(#[from] StateError),

@@ -11,18 +11,40 @@ use std::io::Read;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
+use demand_source::HashedImage;
 use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, openat, statat};
 use rustix::io::Errno;
 use serde::de::DeserializeOwned;
 
+use crate::arch::boot_files::BootContent;
+use crate::config::source::SnapshotPlace;
+use crate::error::Error;
 use crate::snapshot::dir::{HASHES, MEMORY};
 use crate::snapshot::error::{OpenError, ReadError};
+use crate::snapshot::image::MemoryImage;
+#[cfg(feature = "remote")]
+use crate::late_file::LateFile;
+#[cfg(feature = "remote")]
+use crate::snapshot::remote::RemoteSnapshot;
 use crate::snapshot::state_file::{MAX_STATE, STATE, decode};
 
 /// A snapshot whose files are open.
 #[derive(Debug)]
 pub struct OpenSnapshot {
     path: PathBuf,
+    files: Files,
+}
+
+#[derive(Debug)]
+enum Files {
+    Directory(Directory),
+    #[cfg(feature = "remote")]
+    Remote(RemoteSnapshot),
+}
+
+/// A directory, with the files that each snapshot has.
+#[derive(Debug)]
+struct Directory {
     dir: OwnedFd,
     state: File,
     memory: File,
@@ -48,7 +70,28 @@ impl OpenSnapshot {
         })?;
         let file = |name| open_file(&dir, name).map_err(|error| OpenError::new(&path, error));
         let (state, memory, hashes) = (file(STATE)?, file(MEMORY)?, file(HASHES)?);
-        Ok(OpenSnapshot { state, memory, hashes, dir, path })
+        let files = Files::Directory(Directory { dir, state, memory, hashes });
+        Ok(OpenSnapshot { files, path })
+    }
+
+    /// Opens the snapshot in a directory or behind a URL.
+    ///
+    /// # Errors
+    ///
+    /// As for [`open`](Self::open); one line that names the cause, if a URL cannot be used.
+    pub fn open_at(place: &SnapshotPlace) -> Result<Self, OpenError> {
+        match place {
+            SnapshotPlace::Directory(dir) => OpenSnapshot::open(dir),
+            #[cfg(feature = "remote")]
+            SnapshotPlace::Url(url) => {
+                let path = place.shown();
+                let remote = RemoteSnapshot::new(url);
+                let files = remote.map_err(|error| OpenError::new(&path, error))?;
+                Ok(OpenSnapshot { files: Files::Remote(files), path })
+            }
+            #[cfg(not(feature = "remote"))]
+            SnapshotPlace::Url(_) => Err(OpenError::new(place.shown(), ReadError::NoRemote)),
+        }
     }
 
     /// Reads the state, and checks that it is complete.
@@ -58,40 +101,66 @@ impl OpenSnapshot {
     /// If the state is shorter than its header says, was altered, has an unsupported version, or is
     /// not in the format that this program writes. In the last case the line names the field.
     pub fn read_state<T: DeserializeOwned>(&self) -> Result<T, OpenError> {
-        let mut bytes = Vec::new();
-        let read = (&self.state).take(MAX_STATE + 1).read_to_end(&mut bytes);
-        read.map_err(|source| self.failed(ReadError::File { file: STATE, source }))?;
+        let bytes = match &self.files {
+            Files::Directory(Directory { state, .. }) => {
+                let mut bytes = Vec::new();
+                let read = (&*state).take(MAX_STATE + 1).read_to_end(&mut bytes);
+                read.map_err(|source| self.failed(ReadError::File { file: STATE, source }))?;
+                bytes
+            }
+            #[cfg(feature = "remote")]
+            Files::Remote(remote) => remote.state().map_err(|error| self.failed(error))?,
+        };
         decode(&bytes).map_err(|error| self.failed(error.into()))
     }
 
-    /// Returns the image of the memory, and its path for messages.
+    /// Opens the image of the memory, each page of which is checked.
     ///
     /// # Errors
     ///
-    /// If the process has no more file descriptors.
-    pub fn memory(&self) -> Result<(File, PathBuf), OpenError> {
-        self.another(MEMORY, &self.memory)
+    /// If the image's table of hashes is damaged, or belongs to another image.
+    pub(crate) fn memory(&self) -> Result<MemoryImage, Error> {
+        match &self.files {
+            Files::Directory(Directory { memory, hashes, .. }) => {
+                let file = |name, file: &File| {
+                    let copy = file.try_clone();
+                    let copy = copy.map_err(|source| ReadError::File { file: name, source });
+                    copy.map(|copy| (copy, self.path(name))).map_err(|error| self.failed(error))
+                };
+                let image = HashedImage::of_files(file(MEMORY, memory)?, file(HASHES, hashes)?)?;
+                Ok(MemoryImage::Local(image))
+            }
+            #[cfg(feature = "remote")]
+            Files::Remote(remote) => {
+                remote.memory(&self.path).map_err(|error| self.failed(error).into())
+            }
+        }
     }
 
-    /// Returns the table of hashes, and its path for messages.
-    ///
-    /// # Errors
-    ///
-    /// If the process has no more file descriptors.
-    pub fn hashes(&self) -> Result<(File, PathBuf), OpenError> {
-        self.another(HASHES, &self.hashes)
-    }
-
-    fn another(&self, name: &'static str, file: &File) -> Result<(File, PathBuf), OpenError> {
-        let file = file
-            .try_clone()
-            .map_err(|source| self.failed(ReadError::File { file: name, source }))?;
-        Ok((file, self.path(name)))
-    }
-
-    /// Opens another file of the snapshot.
-    pub(crate) fn file(&self, name: &'static str) -> Result<File, OpenError> {
-        open_file(&self.dir, name).map_err(|error| self.failed(error))
+    /// Opens a boot file of the snapshot, which must have `recorded` bytes, and at most `most`.
+    pub(crate) fn boot_file(
+        &self,
+        name: &'static str,
+        recorded: u64,
+        most: u64,
+    ) -> Result<BootContent, OpenError> {
+        let check = |len| match len == recorded && len <= most {
+            true => Ok(()),
+            false => Err(ReadError::Length { file: name, len, recorded }),
+        };
+        let failed = |source| ReadError::File { file: name, source };
+        let opened = match &self.files {
+            Files::Directory(Directory { dir, .. }) => open_file(dir, name).and_then(|file| {
+                check(file.metadata().map_err(failed)?.len())?;
+                Ok(BootContent::File(file))
+            }),
+            #[cfg(feature = "remote")]
+            Files::Remote(remote) => remote.open(name).and_then(|source| {
+                check(source.size())?;
+                LateFile::begin(name, source, recorded).map(BootContent::Late).map_err(failed)
+            }),
+        };
+        opened.map_err(|error| self.failed(error))
     }
 
     /// Returns the path of a file, for messages. Files are never opened by this path.

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use demand_kvm::{EngineChoice, open_kvm};
 use demand_memory::{DemandMemory, FaultPath, PAGE_SIZE, PageRange, Waiter, to_usize};
 use demand_paging::{Lazy, ServiceOptions};
-use demand_source::{HashedImage, SourceError};
+use demand_source::SourceError;
 use demand_vhost::HangUp;
 
 use crate::api::events::EventKind;
@@ -20,12 +20,14 @@ use crate::arch::layout::MAX_CPUS;
 use crate::arch::placement::{check_places, place};
 use crate::arch::vcpu_state::{StateShape, VcpuState};
 use crate::config::device_kind::DeviceKind;
+use crate::config::source::SnapshotPlace;
 use crate::config::vm::RestoreConfig;
 use crate::config::{ClockConfig, FillConfig, RestoreMemory};
 use crate::devices::chipset::{Chipset, create_irqchip};
 use crate::error::{Error, Kind};
 use crate::report::progress::Progress;
 use crate::snapshot::dir;
+use crate::snapshot::image::MemoryImage;
 use crate::snapshot::open::OpenSnapshot;
 use crate::snapshot::saved::SavedVm;
 use crate::vcpu::set::Vcpus;
@@ -129,8 +131,8 @@ impl From<RestoreError> for Error {
 pub(crate) struct RestoreOptions {
     /// The options that every guest takes.
     pub guest: GuestOptions,
-    /// The snapshot's directory.
-    pub source: PathBuf,
+    /// The place of the snapshot.
+    pub source: SnapshotPlace,
     /// The properties of the memory that differ from the snapshot's.
     pub memory: RestoreMemory,
     /// The number of vCPUs that the user expects the snapshot to have.
@@ -185,8 +187,8 @@ pub(crate) fn restore(options: RestoreOptions, started: Instant) -> Result<Ended
 }
 
 fn prepare(session: &Session, options: &RestoreOptions) -> Result<Prepared, Error> {
-    session.log.add(EventKind::Restoring { source: options.source.clone() });
-    let snapshot = OpenSnapshot::open(&options.source)?;
+    session.log.add(EventKind::Restoring { source: options.source.shown() });
+    let snapshot = OpenSnapshot::open_at(&options.source)?;
     let mut saved: SavedVm = snapshot.read_state()?;
     if options.clock == ClockConfig::Host {
         saved.vm.follow_host()?;
@@ -206,7 +208,7 @@ fn prepare(session: &Session, options: &RestoreOptions) -> Result<Prepared, Erro
     let (events, reading) = (session.events.clone(), Arc::new(Reading::default()));
     let (read, kicked) = (reading.clone(), reading.clone());
     let source = SourceWatch::new(
-        dir::memory(&options.source),
+        dir::memory(&options.source.shown()),
         options.source_limit,
         session.last_error.clone(),
         move |reason| {
@@ -219,7 +221,7 @@ fn prepare(session: &Session, options: &RestoreOptions) -> Result<Prepared, Erro
         engine: options.engine,
         probes: (options.lazy != Lazy::Off).then(kept_probes).flatten(),
         lazy: options.lazy,
-        source: Arc::new(image),
+        source: image.into_source(),
         service: ServiceOptions::default(),
         stats: session.stats.clone(),
         retrier: source.retrier(),
@@ -287,7 +289,7 @@ fn prepare(session: &Session, options: &RestoreOptions) -> Result<Prepared, Erro
 fn check(saved: &SavedVm, options: &RestoreOptions) -> Result<(), RestoreError> {
     let cpus = saved.vcpus.len();
     if cpus == 0 || cpus > MAX_CPUS as usize {
-        return Err(RestoreError::VcpuCount { snapshot: options.source.clone(), cpus });
+        return Err(RestoreError::VcpuCount { snapshot: options.source.shown(), cpus });
     }
     if let Some(given) = options.cpus
         && given as usize != cpus
@@ -312,7 +314,7 @@ fn open_boot(
         log::warn!(
             "snapshot {} has no kernel: a reset of its guest will end the VM with an error; boot \
              the guest with demand-vmm run and take another snapshot",
-            options.source.display()
+            options.source
         );
         return Ok(None);
     };
@@ -323,16 +325,16 @@ fn open_image(
     snapshot: &OpenSnapshot,
     saved: &SavedVm,
     options: &RestoreOptions,
-) -> Result<HashedImage, Error> {
-    let image = HashedImage::of_files(snapshot.memory()?, snapshot.hashes()?)?;
+) -> Result<MemoryImage, Error> {
+    let image = snapshot.memory()?;
     if image.generation()[..] != saved.memory.generation[..] || image.size() != saved.memory.size {
-        return Err(RestoreError::MixedFiles { snapshot: options.source.clone() }.into());
+        return Err(RestoreError::MixedFiles { snapshot: options.source.shown() }.into());
     }
     Ok(image)
 }
 
 /// Reads the whole image, and compares it with its hashes, unless the run is asked to end.
-fn verify(image: &HashedImage, session: &Session) -> Result<(), SourceError> {
+fn verify(image: &MemoryImage, session: &Session) -> Result<(), SourceError> {
     let pages = image.size() / PAGE_SIZE;
     let shown = Progress::new("verify", "pages read and checked", pages);
     let mut shown = shown.with_lines(session.guest.progress);

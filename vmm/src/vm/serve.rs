@@ -79,8 +79,9 @@ fn run(
             linux::run(LinuxOptions::new(config, guest), started)
         }
         Start::Restore(config) => {
-            let files = dir::files(&config.source);
-            check(&config.serial, &files.each_ref().map(PathBuf::as_path))?;
+            let files = config.source.directory().map(dir::files);
+            let files: Vec<_> = files.iter().flatten().map(PathBuf::as_path).collect();
+            check(&config.serial, &files)?;
             restore(RestoreOptions::new(config, guest), started)
         }
     }
