@@ -44,8 +44,7 @@ impl LateFile {
     ) -> io::Result<Arc<Self>> {
         let file = File::from(memfd_create(name, MemfdFlags::CLOEXEC)?);
         file.set_len(bytes)?;
-        let this =
-            Arc::new(LateFile { file, state: Mutex::default(), changed: Condvar::new() });
+        let this = Arc::new(LateFile { file, state: Mutex::default(), changed: Condvar::new() });
         let weak = Arc::downgrade(&this);
         thread::Builder::new()
             .name("boot-files".into())

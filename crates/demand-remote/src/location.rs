@@ -108,7 +108,11 @@ impl Location {
 
 /// Returns a name with another one below it.
 fn below(name: &str, child: &str) -> String {
-    if name.is_empty() { child.to_owned() } else { format!("{}/{child}", name.trim_end_matches('/')) }
+    if name.is_empty() {
+        child.to_owned()
+    } else {
+        format!("{}/{child}", name.trim_end_matches('/'))
+    }
 }
 
 /// Returns a text that may be a URL without what follows its path, and without its user.

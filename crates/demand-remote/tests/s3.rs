@@ -5,8 +5,6 @@
 //! own, which this program starts anew.
 #![cfg(feature = "s3")]
 
-mod servers;
-
 use std::fs;
 use std::path::Path;
 use std::process::Command;
@@ -14,10 +12,10 @@ use std::process::Command;
 use bytes::Bytes;
 use demand_remote::{Location, ObjectImage, Store, StoreError};
 use demand_source::{Destination, PageSource};
-use servers::{Server, free_port, program};
+use test_support::servers::S3;
 
-const KEY: &str = "AKIAEXAMPLE";
-const SECRET: &str = "hidden/secret";
+const KEY: &str = S3::KEY;
+const SECRET: &str = S3::SECRET;
 const SIZE: usize = 3 << 20;
 
 fn content() -> Vec<u8> {
@@ -25,16 +23,11 @@ fn content() -> Vec<u8> {
 }
 
 /// Starts a server with the bucket `images`, which has the object `vm7/memory`.
-fn serve(folder: &Path) -> Option<Server> {
+fn serve(folder: &Path) -> Option<S3> {
     let bucket = folder.join("store/images/vm7");
     fs::create_dir_all(&bucket).unwrap();
     fs::write(bucket.join("memory"), content()).unwrap();
-    let port = free_port();
-    let mut command = Command::new(program("s3s-fs")?);
-    command.args(["--host", "127.0.0.1", "--port", &port.to_string()]);
-    command.args(["--access-key", KEY, "--secret-key", SECRET]).arg(folder.join("store"));
-    command.env("RUST_LOG", "off");
-    Some(Server::start(command, port))
+    S3::start(&folder.join("store"))
 }
 
 /// Runs the part of a test that uses the settings: in a new process, with these variables only.
@@ -69,7 +62,7 @@ fn keys_come_from_the_environment() {
     }
     let folder = tempfile::tempdir().unwrap();
     let Some(server) = serve(folder.path()) else { return };
-    let url = format!("http://127.0.0.1:{}", server.port);
+    let url = format!("http://127.0.0.1:{}", server.port());
     let keys = [("AWS_ACCESS_KEY_ID", KEY), ("AWS_SECRET_ACCESS_KEY", SECRET)];
     for variable in ["AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"] {
         with_settings("keys_come_from_the_environment", &[keys[0], keys[1], (variable, &url)]);
@@ -94,7 +87,7 @@ fn keys_come_from_a_profile() {
          [profile process]\nendpoint_url = http://127.0.0.1:{port}\n\
          credential_process = /bin/cat {}\n",
         home.join("keys").display(),
-        port = server.port
+        port = server.port()
     );
     fs::write(home.join(".aws/config"), config).unwrap();
     let credentials = format!("[lab]\naws_access_key_id={KEY}\naws_secret_access_key={SECRET}\n");
@@ -127,7 +120,7 @@ fn store_is_written_and_read() {
     }
     let folder = tempfile::tempdir().unwrap();
     let Some(server) = serve(folder.path()) else { return };
-    let url = format!("http://127.0.0.1:{}", server.port);
+    let url = format!("http://127.0.0.1:{}", server.port());
     let keys = [("AWS_ACCESS_KEY_ID", KEY), ("AWS_SECRET_ACCESS_KEY", SECRET)];
     with_settings("store_is_written_and_read", &[keys[0], keys[1], ("AWS_ENDPOINT_URL", &url)]);
 }
@@ -143,7 +136,7 @@ fn refused_keys_are_not_shown() {
     }
     let folder = tempfile::tempdir().unwrap();
     let Some(server) = serve(folder.path()) else { return };
-    let url = format!("http://127.0.0.1:{}", server.port);
+    let url = format!("http://127.0.0.1:{}", server.port());
     let keys = [("AWS_ACCESS_KEY_ID", KEY), ("AWS_SECRET_ACCESS_KEY", "hidden/other")];
     with_settings("refused_keys_are_not_shown", &[keys[0], keys[1], ("AWS_ENDPOINT_URL", &url)]);
 }

@@ -2,15 +2,13 @@
 //! Raw images on a web server.
 #![cfg(feature = "http")]
 
-mod servers;
-
 use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
 use demand_remote::{ObjectImage, StoreError};
 use demand_source::{Destination, PageSource, Retry, SourceError};
-use servers::Web;
+use test_support::servers::Web;
 
 /// Three MiB and a bit, in which no page is like another.
 const SIZE: usize = (3 << 20) + 100;

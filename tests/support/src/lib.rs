@@ -11,4 +11,5 @@ pub mod image;
 #[cfg(feature = "openapi")]
 pub mod openapi;
 pub mod program;
+pub mod servers;
 pub mod wait;

@@ -197,8 +197,7 @@ impl BootFile {
     ///
     /// Returns a one-line error that names the file.
     pub(crate) fn rewound(&self) -> Result<&File, BootFileError> {
-        let mut file =
-            self.file().map_err(|error| self.cannot_load(BootFileFault::Read(error)))?;
+        let mut file = self.file().map_err(|error| self.cannot_load(BootFileFault::Read(error)))?;
         file.seek(SeekFrom::Start(0))
             .map_err(|error| self.cannot_load(BootFileFault::Rewind(error)))?;
         Ok(file)

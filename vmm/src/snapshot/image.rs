@@ -43,10 +43,7 @@ impl MemoryImage {
 
     /// Reads and checks the whole image. It calls `progress` repeatedly with the number of bytes
     /// checked so far; `progress` cancels the check by returning `false`.
-    pub(crate) fn verify(
-        &self,
-        progress: &mut dyn FnMut(u64) -> bool,
-    ) -> Result<(), SourceError> {
+    pub(crate) fn verify(&self, progress: &mut dyn FnMut(u64) -> bool) -> Result<(), SourceError> {
         let (source, name) = match self {
             MemoryImage::Local(image) => return image.verify(progress),
             MemoryImage::Remote { source, name, .. } => (source, name),

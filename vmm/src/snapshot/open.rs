@@ -19,11 +19,11 @@ use serde::de::DeserializeOwned;
 use crate::arch::boot_files::BootContent;
 use crate::config::source::SnapshotPlace;
 use crate::error::Error;
+#[cfg(feature = "remote")]
+use crate::late_file::LateFile;
 use crate::snapshot::dir::{HASHES, MEMORY};
 use crate::snapshot::error::{OpenError, ReadError};
 use crate::snapshot::image::MemoryImage;
-#[cfg(feature = "remote")]
-use crate::late_file::LateFile;
 #[cfg(feature = "remote")]
 use crate::snapshot::remote::RemoteSnapshot;
 use crate::snapshot::state_file::{MAX_STATE, STATE, decode};

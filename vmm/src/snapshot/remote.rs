@@ -48,16 +48,14 @@ impl RemoteSnapshot {
     /// Opens a file of the snapshot.
     pub(crate) fn open(&self, file: &'static str) -> Result<Arc<dyn PageSource>, ReadError> {
         let opened = match &self.place {
-            Place::Web(location) => {
-                ObjectImage::open(&location.join(file)).map(|it| -> Arc<dyn PageSource> {
-                    Arc::new(it)
-                }).map_err(BoxError::from)
-            }
+            Place::Web(location) => ObjectImage::open(&location.join(file))
+                .map(|it| -> Arc<dyn PageSource> { Arc::new(it) })
+                .map_err(BoxError::from),
             Place::Nbd(location) => {
                 let options = nbd::NbdOptions::default();
-                NbdSource::open(&location.join(file), options).map(|it| -> Arc<dyn PageSource> {
-                    Arc::new(it)
-                }).map_err(BoxError::from)
+                NbdSource::open(&location.join(file), options)
+                    .map(|it| -> Arc<dyn PageSource> { Arc::new(it) })
+                    .map_err(BoxError::from)
             }
         };
         opened.map_err(|source| ReadError::Remote { file, source })

@@ -90,8 +90,7 @@ impl Location {
     #[must_use]
     pub fn join(&self, file: &str) -> Location {
         let name = self.export.trim_end_matches('/');
-        let export =
-            if name.is_empty() { file.to_owned() } else { format!("{name}/{file}") };
+        let export = if name.is_empty() { file.to_owned() } else { format!("{name}/{file}") };
         Location { export, ..self.clone() }
     }
 
