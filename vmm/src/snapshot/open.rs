@@ -104,7 +104,7 @@ impl OpenSnapshot {
         let bytes = match &self.files {
             Files::Directory(Directory { state, .. }) => {
                 let mut bytes = Vec::new();
-                let read = (&*state).take(MAX_STATE + 1).read_to_end(&mut bytes);
+                let read = state.take(MAX_STATE + 1).read_to_end(&mut bytes);
                 read.map_err(|source| self.failed(ReadError::File { file: STATE, source }))?;
                 bytes
             }

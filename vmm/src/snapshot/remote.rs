@@ -6,7 +6,7 @@
 //! | `http://`, `https://`, `s3://` | the files of a snapshot's directory, below the URL |
 //! | `nbd://` and its kin | exports with the names of these files, after the URL's name and a slash |
 
-use std::path::PathBuf;
+use std::path::Path;
 use std::sync::Arc;
 
 use demand_memory::to_usize;
@@ -72,7 +72,7 @@ impl RemoteSnapshot {
     }
 
     /// Opens the image of the memory; `name` is what errors call it.
-    pub(crate) fn memory(&self, name: &PathBuf) -> Result<MemoryImage, ReadError> {
+    pub(crate) fn memory(&self, name: &Path) -> Result<MemoryImage, ReadError> {
         let (image, table) = (self.open(MEMORY)?, self.open(HASHES)?);
         let name = name.display().to_string();
         let source = HashedSource::open(image, table, &*name)

@@ -1,0 +1,165 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Linux guests restored lazily from servers: a web server, an object store, an NBD server. Each
+//! verifies its memory and disk; a server that is stopped meanwhile is a pause, no more.
+
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use demand_kvm::Engine;
+use demand_tests::linux_vm::Kernel;
+use demand_tests::snapshot_cycle::{Birth, Life, Moment, Rebirth};
+use guest_work::Journal;
+use test_support::servers::{S3, Web, program};
+
+/// How long a server is away.
+const AWAY: Duration = Duration::from_secs(3);
+
+/// Boots a guest with a disk, and takes a snapshot while it works.
+fn moment(folder: &Path, kernel: Kernel) -> Result<Moment> {
+    let birth = Birth {
+        kernel,
+        cpus: 2,
+        memory: "size=192M".into(),
+        journal: Journal::Ext4,
+        net: false,
+        reseeds: true,
+    };
+    let mut life = Life::boot(&folder.join("life"), &birth)?;
+    life.wait_beats(2)?;
+    life.stop_at(&folder.join("moment"))
+}
+
+fn rebirth(url: String) -> Rebirth {
+    Rebirth {
+        engine: Engine::KvmUserfault.name(),
+        memory: "backing=hugetlb-2m",
+        fill: "off",
+        url: Some(url),
+        ..Rebirth::default()
+    }
+}
+
+/// Restores from a server without background fill, and lets the guest verify its work.
+fn comes_back(moment: &Moment, folder: &Path, rebirth: &Rebirth) -> Result<()> {
+    let mut life = moment.restore(folder, rebirth)?;
+    life.wait_work()?;
+    let report = life.finish()?;
+    ensure!(report.guest.faults > 0 && report.back_end.faults > 0, "{report:?}");
+    ensure!(report.source.reads > 0, "{report:?}");
+    Ok(())
+}
+
+/// Restores with a slow fill, stops the server while pages are missing, starts it again, and waits
+/// until the guest has all of its memory and has done more work.
+fn outlasts(
+    moment: &Moment,
+    folder: &Path,
+    rebirth: Rebirth,
+    stop: &mut dyn FnMut(),
+    start: &mut dyn FnMut(),
+) -> Result<()> {
+    let rebirth = Rebirth { fill: "rate=16M", ..rebirth };
+    let mut life = moment.restore(folder, &rebirth)?;
+    stop();
+    thread::sleep(AWAY);
+    let status = life.guest().api().status()?;
+    ensure!(status.pages_present < status.pages_total, "{status:?}");
+    start();
+    life.wait_complete()?;
+    life.wait_work()?;
+    life.expect_lines(&["attempt", "no answer for", "the server", "the connection"]);
+    life.finish()?;
+    Ok(())
+}
+
+fn test(f: impl FnOnce(&Path, &Moment) -> Result<()>) {
+    let Some(kernel) = Kernel::lab() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let run = || f(folder.path(), &moment(folder.path(), kernel)?);
+    run().unwrap_or_else(|error| panic!("{error:#}"));
+}
+
+#[test]
+fn guest_returns_from_a_web_server() {
+    test(|folder, moment| {
+        let Some(web) = Web::start(&folder.join("moment"), "") else { return Ok(()) };
+        comes_back(moment, &folder.join("restored"), &rebirth(web.url("snapshot")))
+    });
+}
+
+#[test]
+fn guest_returns_from_an_object_store() {
+    test(|folder, moment| {
+        let Some(s3) = S3::start(folder) else { return Ok(()) };
+        let rebirth =
+            Rebirth { variables: s3.variables().into(), ..rebirth("s3://moment/snapshot".into()) };
+        comes_back(moment, &folder.join("restored"), &rebirth)
+    });
+}
+
+#[test]
+fn guest_outlasts_a_stopped_web_server() {
+    test(|folder, moment| {
+        let Some(web) = Web::start(&folder.join("moment"), "") else { return Ok(()) };
+        let rebirth = rebirth(web.url("snapshot"));
+        let web = std::cell::RefCell::new(web);
+        let (mut stop, mut start) = (|| web.borrow_mut().stop(), || web.borrow_mut().restart(""));
+        outlasts(moment, &folder.join("restored"), rebirth, &mut stop, &mut start)
+    });
+}
+
+/// An nbdkit whose exports are the files of a folder.
+struct Nbd(Child);
+
+impl Nbd {
+    fn start(folder: &Path, socket: &Path) -> Result<Option<Nbd>> {
+        let Some(program) = program("nbdkit") else { return Ok(None) };
+        let _ = std::fs::remove_file(socket);
+        let mut command = Command::new(program);
+        command.args(["--foreground", "--readonly", "--threads", "64", "--unix"]).arg(socket);
+        command.arg("file").arg(format!("dir={}", folder.display()));
+        let mut child = command.stdin(Stdio::null()).spawn().context("nbdkit")?;
+        let begun = Instant::now();
+        while !socket.exists() {
+            ensure!(child.try_wait()?.is_none(), "nbdkit ended");
+            ensure!(begun.elapsed() < Duration::from_secs(20), "nbdkit does not listen");
+            thread::sleep(Duration::from_millis(10));
+        }
+        Ok(Some(Nbd(child)))
+    }
+}
+
+impl Drop for Nbd {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn guest_returns_from_an_nbd_server() {
+    test(|folder, moment| {
+        let socket = folder.join("nbd");
+        let Some(_server) = Nbd::start(&moment.snapshot(), &socket)? else { return Ok(()) };
+        let url = format!("nbd+unix:///?socket={}", socket.display());
+        comes_back(moment, &folder.join("restored"), &rebirth(url))
+    });
+}
+
+#[test]
+fn guest_outlasts_a_stopped_nbd_server() {
+    test(|folder, moment| {
+        let socket = folder.join("nbd");
+        let Some(server) = Nbd::start(&moment.snapshot(), &socket)? else { return Ok(()) };
+        let url = format!("nbd+unix:///?socket={}", socket.display());
+        let server = std::cell::RefCell::new(Some(server));
+        let mut stop = || drop(server.take());
+        let mut start = || {
+            *server.borrow_mut() = Nbd::start(&moment.snapshot(), &socket).unwrap();
+        };
+        outlasts(moment, &folder.join("restored"), rebirth(url), &mut stop, &mut start)
+    });
+}
