@@ -15,6 +15,7 @@ mod flight;
 mod handshake;
 mod holes;
 mod location;
+mod option;
 mod options;
 mod piece;
 mod protocol;

@@ -13,7 +13,7 @@ use tokio::time::sleep;
 
 use super::error::{NbdError, NbdErrorKind};
 use super::flight::Work;
-use super::handshake::{Export, Mode};
+use super::handshake::Mode;
 use super::location::Location;
 use super::options::NbdOptions;
 use super::protocol::{Command, request};
@@ -33,8 +33,6 @@ pub(crate) struct Connection {
     pub(crate) shared: Arc<Shared>,
     pub(crate) location: Location,
     pub(crate) options: Arc<NbdOptions>,
-    /// The export when the source was opened.
-    pub(crate) export: Export,
     pub(crate) priority: Priority,
     /// Index of the connection in its source.
     pub(crate) index: usize,
@@ -101,7 +99,7 @@ impl Connection {
 
     async fn connect(&self) -> Result<Connected, NbdErrorKind> {
         let connected = stream::connect(&self.location, &self.options).await?;
-        self.export.check_same(&connected.export)?;
+        self.shared.geometry.check(&connected.export)?;
         Ok(connected)
     }
 

@@ -32,14 +32,13 @@ impl NbdError {
     }
 
     /// Returns whether another attempt may succeed by itself. Waiting helps against a server that
-    /// is away, and not against one that has another export, or none of that name.
+    /// is away, or that restarts and has not added its exports yet; it does not help against one
+    /// that has another export than before, or differs in TLS.
     pub fn retry(&self) -> Retry {
         match &self.kind {
-            NbdErrorKind::Refused { refusal, .. } => match refusal {
-                Refusal::Policy | Refusal::TlsRequired | Refusal::UnknownExport => Retry::Never,
-                _ => Retry::Later,
-            },
-            NbdErrorKind::NoTls | NbdErrorKind::Changed { .. } => Retry::Never,
+            NbdErrorKind::Refused { refusal: Refusal::TlsRequired, .. }
+            | NbdErrorKind::NoTls
+            | NbdErrorKind::Changed { .. } => Retry::Never,
             _ => Retry::Later,
         }
     }
@@ -241,15 +240,16 @@ mod tests {
     }
 
     #[test]
-    fn missing_export_is_not_retried() {
+    fn other_export_is_not_retried() {
         let refused = |refusal| NbdErrorKind::Refused { refusal, message: "no vm7".into() };
         let error = NbdError::new("nbd://host/vm7", refused(Refusal::UnknownExport));
         assert_eq!(
             error.to_string(),
             "cannot use nbd://host/vm7: the server refuses: it has no such export; it says: no vm7"
         );
-        assert_eq!(error.retry(), Retry::Never);
-        let error = NbdError::new("nbd://host/vm7", refused(Refusal::ShuttingDown));
         assert_eq!(error.retry(), Retry::Later);
+        let changed = NbdErrorKind::Changed { what: "size", was: 8192, now: 4096 };
+        let error = SourceError::from(NbdError::new("nbd://host/vm7", changed));
+        assert_eq!(error.retry(), Retry::Never);
     }
 }

@@ -5,19 +5,16 @@ use std::io;
 
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
-use super::error::{NbdErrorKind, Refusal, one_line};
+use super::error::{NbdErrorKind, Refusal};
+use super::option::{Info, Reply, lost, receive, send, string, violation};
 use super::protocol::{
-    ALLOCATION, CAN_MULTI_CONN, FIXED_NEWSTYLE, GREETING, INFO_BLOCK_SIZE, INFO_EXPORT, NO_ZEROES,
+    ALLOCATION, CAN_MULTI_CONN, FIXED_NEWSTYLE, GREETING, INFO_BLOCK_SIZE, NO_ZEROES,
     OPT_EXPORT_NAME, OPT_GO, OPT_SET_META_CONTEXT, OPT_STARTTLS, OPT_STRUCTURED_REPLY, OPTION,
-    OPTION_REPLY, REP_ACK, REP_ERROR, REP_INFO, REP_META_CONTEXT,
+    REP_INFO, REP_META_CONTEXT,
 };
 
-/// Longest reply to an option, in bytes. The protocol's strings have at most 4096.
-const LONGEST_REPLY: u32 = 64 << 10;
 /// Most replies to one option.
 const MOST_REPLIES: usize = 100;
-/// Largest least block size that the protocol allows, in bytes.
-const LARGEST_LEAST: u32 = 64 << 10;
 /// Block sizes of a server that does not say them: what the protocol advises clients to assume.
 const DEFAULT_BLOCKS: Blocks = Blocks { least: 512, most: 32 << 20 };
 
@@ -40,18 +37,6 @@ pub(crate) struct Export {
     pub(crate) several: bool,
 }
 
-impl Export {
-    /// Checks that another connection reaches the same export.
-    pub(crate) fn check_same(&self, now: &Export) -> Result<(), NbdErrorKind> {
-        let compare = |what, was: u64, now: u64| {
-            if was == now { Ok(()) } else { Err(NbdErrorKind::Changed { what, was, now }) }
-        };
-        compare("size", self.size, now.size)?;
-        compare("least block size", self.blocks.least.into(), now.blocks.least.into())?;
-        compare("largest read", self.blocks.most.into(), now.blocks.most.into())
-    }
-}
-
 /// The parts of the protocol that a connection uses.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Mode {
@@ -59,15 +44,6 @@ pub(crate) struct Mode {
     pub(crate) structured: bool,
     /// The server's number for the metadata context that tells zeros from data.
     pub(crate) allocation: Option<u32>,
-}
-
-fn violation<T>(what: &'static str) -> Result<T, NbdErrorKind> {
-    Err(NbdErrorKind::Protocol { what })
-}
-
-/// Names the error of a stream during the negotiation.
-fn lost(source: io::Error) -> NbdErrorKind {
-    NbdErrorKind::Lost { source }
 }
 
 /// Exchanges greetings. Returns whether zeros follow the answer to an export's name.
@@ -218,115 +194,10 @@ where
     Ok(Export { size, blocks: DEFAULT_BLOCKS, several: flags & CAN_MULTI_CONN != 0 })
 }
 
-/// Information about an export.
-enum Info {
-    Export { size: u64, several: bool },
-    Blocks(Blocks),
-    Other,
-}
-
-impl Info {
-    fn parse(data: &[u8]) -> Result<Info, NbdErrorKind> {
-        let Some((kind, rest)) = data.split_first_chunk() else {
-            return violation("its information about the export has no type");
-        };
-        match u16::from_be_bytes(*kind) {
-            INFO_EXPORT => {
-                let (Some((size, flags)), 10) = (rest.split_first_chunk(), rest.len()) else {
-                    return violation("its description of the export has a wrong length");
-                };
-                let flags = u16::from_be_bytes([flags[0], flags[1]]);
-                let several = flags & CAN_MULTI_CONN != 0;
-                Ok(Info::Export { size: u64::from_be_bytes(*size), several })
-            }
-            INFO_BLOCK_SIZE => {
-                let Ok([a, b, c, d, _, _, _, _, e, f, g, h]) = <[u8; 12]>::try_from(rest) else {
-                    return violation("its block sizes have a wrong length");
-                };
-                let least = u32::from_be_bytes([a, b, c, d]);
-                let most = u32::from_be_bytes([e, f, g, h]);
-                // With room for a page of any alignment.
-                let fits = least.is_power_of_two()
-                    && least <= LARGEST_LEAST
-                    && most / 4 >= least
-                    && most >= 16 << 10;
-                if !fits {
-                    return violation("its block sizes are impossible");
-                }
-                Ok(Info::Blocks(Blocks { least, most }))
-            }
-            _ => Ok(Info::Other),
-        }
-    }
-}
-
-/// A reply to an option.
-enum Reply {
-    Ack,
-    Refused { refusal: Refusal, message: String },
-    Other { kind: u32, data: Vec<u8> },
-}
-
-async fn send<S: AsyncWrite + Unpin>(
-    stream: &mut S,
-    option: u32,
-    data: &[u8],
-) -> Result<(), NbdErrorKind> {
-    let mut bytes = OPTION.to_be_bytes().to_vec();
-    bytes.extend(option.to_be_bytes());
-    bytes.extend(string(data));
-    stream.write_all(&bytes).await.map_err(lost)?;
-    stream.flush().await.map_err(lost)
-}
-
-async fn receive<S: AsyncRead + Unpin>(stream: &mut S, option: u32) -> Result<Reply, NbdErrorKind> {
-    if stream.read_u64().await.map_err(lost)? != OPTION_REPLY {
-        return violation("it answers an option with something else");
-    }
-    if stream.read_u32().await.map_err(lost)? != option {
-        return violation("it answers another option");
-    }
-    let kind = stream.read_u32().await.map_err(lost)?;
-    let len = stream.read_u32().await.map_err(lost)?;
-    if len > LONGEST_REPLY {
-        return violation("its answer to an option is too long");
-    }
-    let mut data = vec![0; demand_source::to_usize(len.into())];
-    stream.read_exact(&mut data).await.map_err(lost)?;
-    Ok(match kind {
-        REP_ACK if data.is_empty() => Reply::Ack,
-        REP_ACK => return violation("its acknowledgement has data"),
-        kind if kind & REP_ERROR != 0 => {
-            Reply::Refused { refusal: refusal(kind), message: one_line(&data) }
-        }
-        kind => Reply::Other { kind, data },
-    })
-}
-
-fn refusal(kind: u32) -> Refusal {
-    match kind & !REP_ERROR {
-        1 => Refusal::Unsupported,
-        2 => Refusal::Policy,
-        3 => Refusal::Invalid,
-        4 => Refusal::Platform,
-        5 => Refusal::TlsRequired,
-        6 => Refusal::UnknownExport,
-        7 => Refusal::ShuttingDown,
-        8 => Refusal::BlockSizes,
-        9 => Refusal::TooBig,
-        other => Refusal::Other(other),
-    }
-}
-
-/// Returns a string as the protocol has it: its length before it. All strings of a client are short.
-fn string(bytes: &[u8]) -> Vec<u8> {
-    let len = u32::try_from(bytes.len()).unwrap_or(u32::MAX);
-    [&len.to_be_bytes()[..], bytes].concat()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::nbd::protocol::{INFO_EXPORT, OPTION_REPLY, REP_ACK, REP_ERROR};
     use crate::runtime;
     use tokio::io::join;
 
@@ -467,13 +338,5 @@ mod tests {
             let error = agree_on(&replies).unwrap_err().to_string();
             assert!(error.contains(part), "{part}: {error}");
         }
-    }
-
-    #[test]
-    fn other_export_is_noticed() {
-        let export = Export { size: 8192, blocks: DEFAULT_BLOCKS, several: true };
-        export.check_same(&Export { several: false, ..export }).unwrap();
-        let error = export.check_same(&Export { size: 4096, ..export }).unwrap_err();
-        assert!(error.to_string().contains("its size was 8192 bytes, and is 4096"), "{error}");
     }
 }

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use demand_source::{Completer, Completion, Destination, Priority, Request, SourceError, to_usize};
 
+use super::error::NbdErrorKind;
 use super::handshake::Export;
 
 /// Most bytes of a piece of demand.
@@ -35,6 +36,19 @@ impl Geometry {
         let most = most - if least > 1 { 2 * least } else { 0 };
         let limit = |bytes: u64| to_usize(bytes.min(most) / PAGE * PAGE).max(to_usize(PAGE));
         Geometry { size: export.size, least, demand: limit(DEMAND_PIECE), fill: limit(FILL_PIECE) }
+    }
+
+    /// Checks that another connection reaches the same export, and takes the same pieces.
+    pub(crate) fn check(&self, now: &Export) -> Result<(), NbdErrorKind> {
+        let check = |what, was: u64, now: u64, fits| {
+            if fits { Ok(()) } else { Err(NbdErrorKind::Changed { what, was, now }) }
+        };
+        let (least, most) = (u64::from(now.blocks.least), u64::from(now.blocks.most));
+        check("size", self.size, now.size, self.size == now.size)?;
+        check("least block size", self.least, least, least <= self.least)?;
+        // The largest range around a piece.
+        let largest = self.fill as u64 + if self.least > 1 { 2 * self.least } else { 0 };
+        check("largest read", largest, most, largest <= most)
     }
 
     /// Returns the most bytes of a piece.
@@ -202,7 +216,7 @@ mod tests {
     use crate::nbd::handshake::Blocks;
     use demand_source::{Chunk, OwnedBytes};
 
-    pub(crate) fn geometry(least: u32, most: u32) -> Geometry {
+    fn geometry(least: u32, most: u32) -> Geometry {
         let blocks = Blocks { least, most };
         Geometry::new(&Export { size: (10 << 20) + 5, blocks, several: true })
     }
@@ -233,6 +247,24 @@ mod tests {
             assert_eq!(at, 4096 + (1 << 20));
         }
         assert_eq!(geometry(4096, 1 << 20).blocks(10 << 20, 5), 10 << 20..(10 << 20) + 5);
+    }
+
+    #[test]
+    fn other_export_is_noticed() {
+        let geometry = geometry(512, 64 << 10);
+        let export = |size, least, most| {
+            let blocks = Blocks { least, most };
+            geometry.check(&Export { size, blocks, several: false })
+        };
+        let size = (10 << 20) + 5;
+        export(size, 512, 64 << 10).unwrap();
+        export(size, 1, 32 << 20).unwrap();
+        let error = export(4096, 512, 64 << 10).unwrap_err().to_string();
+        assert!(error.contains("its size was 10485765 bytes, and is 4096"), "{error}");
+        for (least, most, what) in [(4096, 64 << 10, "least block"), (512, 32 << 10, "largest")] {
+            let error = export(size, least, most).unwrap_err().to_string();
+            assert!(error.contains(what), "{error}");
+        }
     }
 
     #[test]

@@ -88,7 +88,6 @@ impl NbdSource {
                 shared: shared.clone(),
                 location: location.clone(),
                 options: options.clone(),
-                export,
                 priority: if index < demand { Priority::Demand } else { Priority::Fill },
                 index,
             };

@@ -53,8 +53,13 @@ async fn establish(location: &Location, options: &NbdOptions) -> Result<Connecte
         handshake::start_tls(&mut stream).await?;
         stream = encrypt(stream, location, options).await?;
     }
-    let (export, mode) = handshake::agree(&mut stream, &location.export, zeros).await?;
-    Ok(Connected { stream, export, mode })
+    match handshake::agree(&mut stream, &location.export, zeros).await {
+        Ok((export, mode)) => Ok(Connected { stream, export, mode }),
+        // With TLS 1.3, a server refuses a client's certificate after the handshake, and many do so
+        // without a word.
+        Err(NbdErrorKind::Lost { source }) if location.tls => Err(NbdErrorKind::Tls { source }),
+        Err(kind) => Err(kind),
+    }
 }
 
 async fn encrypt(
