@@ -59,7 +59,7 @@ fn failed_reads_succeed_later() {
     let source = server.open(hasty());
     let mut failures = 0;
     for i in 0..200 {
-        let offset = scrambled(i) % 16000 << 12;
+        let offset = (scrambled(i) % 16000) << 12;
         let (bytes, failed) = read(&source, Priority::Demand, offset, 8192);
         assert_eq!(bytes, pattern(offset, 8192));
         failures += failed;

@@ -18,7 +18,7 @@ fn far_server_is_asked_many_times_at_once() {
     };
     let source = server.open(hasty());
     let begun = Instant::now();
-    let offsets = (0..2048).map(|i| scrambled(i) % (1 << 14) << 16);
+    let offsets = (0..2048).map(|i| (scrambled(i) % (1 << 14)) << 16);
     let reads: Vec<_> = offsets
         .map(|offset| (offset, submit(&source, Priority::Demand, offset, 64 << 10)))
         .collect();
@@ -39,7 +39,7 @@ fn far_server_is_asked_many_times_at_once() {
 fn latency(source: &NbdSource, reads: u64) -> (Duration, Duration) {
     let mut all: Vec<_> = (0..reads)
         .map(|i| {
-            let offset = scrambled(i) % (1 << 17) << 12;
+            let offset = (scrambled(i) % (1 << 17)) << 12;
             let begun = Instant::now();
             let (completion, bytes) = submit(source, Priority::Demand, offset, 4096);
             completion.wait().unwrap();
