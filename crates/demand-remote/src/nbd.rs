@@ -12,6 +12,8 @@ mod connection;
 mod error;
 mod extents;
 mod flight;
+#[cfg(any(test, fuzzing))]
+pub mod fuzzing;
 mod handshake;
 mod holes;
 mod location;

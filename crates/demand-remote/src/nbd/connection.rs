@@ -11,7 +11,7 @@ use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, BufReader};
 use tokio::sync::Notify;
 use tokio::time::sleep;
 
-use super::error::{NbdError, NbdErrorKind};
+use super::error::{NbdError, NbdErrorKind, lost};
 use super::flight::Work;
 use super::handshake::Mode;
 use super::location::Location;
@@ -25,6 +25,8 @@ use super::stream::{self, Connected};
 const BUFFER: usize = 256 << 10;
 /// Requests that are sent at once. Other connections take the next ones.
 const BATCH: usize = 4;
+/// Shortest pause before connecting again.
+const SHORTEST_PAUSE: Duration = Duration::from_millis(10);
 /// Longest time to say goodbye.
 const GOODBYE: Duration = Duration::from_secs(1);
 
@@ -163,12 +165,11 @@ impl Connection {
                 None
             }
         };
-        self.shared.push(Priority::Demand, next.map(Work::Status));
+        self.shared.look_up(next);
     }
 
     async fn send<W: AsyncWrite + Unpin>(&self, mut output: W, mode: Mode, freed: &Notify) -> End {
         let mut closing = self.shared.closing();
-        let lost = |source| End::Broken(NbdErrorKind::Lost { source });
         let mut bytes = Vec::new();
         loop {
             bytes.clear();
@@ -176,10 +177,10 @@ impl Connection {
             if !bytes.is_empty() {
                 self.shared.pass_on(self.priority);
                 if let Err(error) = output.write_all(&bytes).await {
-                    return lost(error);
+                    return End::Broken(lost(error));
                 }
                 if let Err(error) = output.flush().await {
-                    return lost(error);
+                    return End::Broken(lost(error));
                 }
                 continue;
             }
@@ -223,7 +224,7 @@ impl Connection {
             }
             let work = match work {
                 Work::Status(query) if mode.allocation.is_none() => {
-                    self.shared.push(Priority::Demand, query.unsupported().map(Work::Status));
+                    self.shared.look_up(query.unsupported());
                     continue;
                 }
                 work => work,
@@ -266,5 +267,6 @@ fn is_unsupported(error: &NbdError) -> bool {
 fn varied(pause: Duration) -> Duration {
     // The keys of each state are random.
     let random = RandomState::new().hash_one(());
+    let pause = pause.max(SHORTEST_PAUSE);
     pause / 2 + pause.mul_f64((random % 1024) as f64 / 2048.0)
 }

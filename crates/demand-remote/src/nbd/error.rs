@@ -51,6 +51,20 @@ impl From<NbdError> for SourceError {
     }
 }
 
+/// Returns the error of a server that does not keep to the protocol.
+pub(crate) fn violation<T>(what: &'static str) -> Result<T, NbdErrorKind> {
+    Err(NbdErrorKind::Protocol { what })
+}
+
+/// Names the error of a stream.
+pub(crate) fn lost(source: io::Error) -> NbdErrorKind {
+    let source = match source.kind() {
+        kind @ io::ErrorKind::UnexpectedEof => io::Error::new(kind, "the server closed it"),
+        _ => source,
+    };
+    NbdErrorKind::Lost { source }
+}
+
 /// Returns the error for one of the requests that failed for the same reason.
 pub(crate) fn shared(error: &Arc<NbdError>) -> SourceError {
     SourceError::other(error.clone(), error.retry())

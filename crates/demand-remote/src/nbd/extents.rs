@@ -12,6 +12,8 @@ use super::holes::{Holes, Run};
 
 /// Bytes of a step. A look-up ends where a step ends.
 const STEP: u64 = 1 << 30;
+/// Bytes of a look-up after many failures, such as of a server that takes too long for a step.
+const SHORTEST: u64 = 16 << 20;
 /// Bytes after a read whose extents are looked up before they are needed.
 const AHEAD: u64 = 1 << 30;
 /// Most runs that are taken from one answer.
@@ -34,6 +36,8 @@ struct State {
     holes: Option<Holes>,
     /// The steps that are being looked up, and the callers that wait for them.
     asked: BTreeMap<u64, Vec<Completer>>,
+    /// Most bytes of a look-up: less after a failure, more after a success.
+    most: u64,
     /// No look-up ahead of need before this time.
     pause: Option<Instant>,
 }
@@ -55,7 +59,7 @@ impl Extents {
     /// `supported` is whether the server tells zeros from data; if not, all is data.
     pub(crate) fn new(size: u64, least_block: u32, supported: bool) -> Self {
         let holes = supported.then(|| Holes::new(size));
-        let state = State { holes, asked: BTreeMap::new(), pause: None };
+        let state = State { holes, asked: BTreeMap::new(), most: STEP, pause: None };
         Extents { size, align: u64::from(least_block).max(4096), state: Mutex::new(state) }
     }
 
@@ -99,7 +103,7 @@ impl Extents {
     fn query(self: &Arc<Self>, state: &mut State, at: u64, budget: u32) -> Option<Query> {
         let step = at / STEP;
         let start = at & !(self.align - 1);
-        let end = (step + 1).saturating_mul(STEP).min(self.size);
+        let end = (step + 1).saturating_mul(STEP).min(self.size).min(start + state.most);
         if start >= end || state.asked.contains_key(&step) {
             return None;
         }
@@ -156,10 +160,14 @@ impl Query {
         let step = self.range.start / STEP;
         let waiting = state.asked.remove(&step).unwrap_or_default();
         state.pause = error.map(|_| Instant::now() + PAUSE);
+        state.most = match error {
+            Some(_) => (state.most / 4).max(SHORTEST),
+            None => (state.most * 2).min(STEP),
+        };
         let mut next = None;
         if let Some(holes) = &mut state.holes {
             holes.learn(self.range.clone(), runs);
-            let left = holes.first_unknown(self.range.start, self.range.end);
+            let left = holes.first_unknown(self.range.start, (step + 1).saturating_mul(STEP));
             if let (Some(at), None, 1..) = (left, error, self.budget) {
                 next = extents.query(&mut state, at, self.budget - 1);
             }
@@ -227,6 +235,7 @@ mod tests {
         assert!(extents.look_ahead(0).is_none(), "a pause follows");
         let (query, waiting) = extents.ask(4096);
         let mut query = query.expect("a caller is waiting");
+        assert_eq!(query.range, 4096..4096 + STEP / 4, "a shorter one");
         query.add(8192, true);
         query.succeed();
         waiting.wait().unwrap();

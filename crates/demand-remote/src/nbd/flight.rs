@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use demand_source::{Priority, SourceError};
 
-use super::error::{self, Errno, NbdError, NbdErrorKind};
+use super::error::{self, Errno, NbdError, NbdErrorKind, violation};
 use super::extents::Query;
 use super::piece::Piece;
 use super::protocol::Command;
@@ -91,10 +91,6 @@ pub(crate) struct Sent {
     /// Whether the answer to a look-up has arrived.
     answered: bool,
     failure: Option<(Errno, String)>,
-}
-
-fn violation<T>(what: &'static str) -> Result<T, NbdErrorKind> {
-    Err(NbdErrorKind::Protocol { what })
 }
 
 impl Sent {

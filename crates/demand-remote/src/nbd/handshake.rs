@@ -5,8 +5,8 @@ use std::io;
 
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
-use super::error::{NbdErrorKind, Refusal};
-use super::option::{Info, Reply, lost, receive, send, string, violation};
+use super::error::{NbdErrorKind, Refusal, lost, violation};
+use super::option::{Info, Reply, receive, send, string};
 use super::protocol::{
     ALLOCATION, CAN_MULTI_CONN, FIXED_NEWSTYLE, GREETING, INFO_BLOCK_SIZE, NO_ZEROES,
     OPT_EXPORT_NAME, OPT_GO, OPT_SET_META_CONTEXT, OPT_STARTTLS, OPT_STRUCTURED_REPLY, OPTION,

@@ -58,11 +58,13 @@ pub(crate) struct Holes {
     /// Ranges whose holes are known.
     known: Ranges,
     holes: Ranges,
+    /// Number of holes from which short ones are forgotten.
+    many: usize,
 }
 
 impl Holes {
     pub(crate) fn new(size: u64) -> Self {
-        Holes { size, known: Ranges::default(), holes: Ranges::default() }
+        Holes { size, known: Ranges::default(), holes: Ranges::default(), many: MANY }
     }
 
     /// Returns the extent at an offset, if it is known.
@@ -90,7 +92,7 @@ impl Holes {
             if run.zero {
                 let first = at.next_multiple_of(PAGE);
                 let last = if end == self.size { end } else { end / PAGE * PAGE };
-                if first < last && (self.holes.0.len() < MANY || last - first >= LONG) {
+                if first < last && (self.holes.0.len() < self.many || last - first >= LONG) {
                     self.holes.insert(first, last);
                 }
             }
@@ -150,13 +152,14 @@ mod tests {
     }
 
     #[test]
-    fn short_holes_are_forgotten_beyond_a_million() {
-        let mut holes = Holes::new(u64::MAX >> 1);
-        for page in 0..MANY as u64 + 10 {
+    fn short_holes_are_forgotten_beyond_the_limit() {
+        let mut holes = Holes { many: 100, ..Holes::new(u64::MAX >> 1) };
+        for page in 0..110 {
             let at = 2 * page * PAGE;
             holes.learn(at..at + 2 * PAGE, &[zero(at + PAGE), data(at + 2 * PAGE)]);
         }
-        assert_eq!((holes.holes.0.len(), holes.known.0.len()), (MANY, 1));
+        assert_eq!((holes.holes.0.len(), holes.known.0.len()), (100, 1));
+        assert_eq!(holes.extent(210 * PAGE), Some(Extent::Data { end: 220 * PAGE }));
         let at = 1 << 40;
         holes.learn(at..at + LONG, &[zero(at + LONG)]);
         assert_eq!(holes.extent(at), Some(Extent::Hole { end: at + LONG }));

@@ -5,7 +5,7 @@ use std::io;
 
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
-use super::error::{NbdErrorKind, Refusal, one_line};
+use super::error::{NbdErrorKind, Refusal, lost, one_line, violation};
 use super::handshake::Blocks;
 use super::protocol::{
     CAN_MULTI_CONN, INFO_BLOCK_SIZE, INFO_EXPORT, OPTION, OPTION_REPLY, REP_ACK, REP_ERROR,
@@ -15,15 +15,6 @@ use super::protocol::{
 const LONGEST_REPLY: u32 = 64 << 10;
 /// Largest least block size that the protocol allows, in bytes.
 const LARGEST_LEAST: u32 = 64 << 10;
-
-pub(super) fn violation<T>(what: &'static str) -> Result<T, NbdErrorKind> {
-    Err(NbdErrorKind::Protocol { what })
-}
-
-/// Names the error of a stream during the negotiation.
-pub(super) fn lost(source: io::Error) -> NbdErrorKind {
-    NbdErrorKind::Lost { source }
-}
 
 /// Information about an export.
 pub(super) enum Info {

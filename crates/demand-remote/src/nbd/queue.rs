@@ -8,8 +8,10 @@ use demand_source::Priority;
 use tokio::sync::{Notify, watch};
 
 use super::error::NbdError;
+use super::extents::Query;
 use super::flight::{Flight, Work};
 use super::piece::{Geometry, Piece};
+use super::reply;
 
 /// The index of a priority's queue and connections.
 fn lane(priority: Priority) -> usize {
@@ -26,10 +28,16 @@ fn other(priority: Priority) -> Priority {
     }
 }
 
+/// Number of pieces from which a demand request waits for the shorter ones.
+const LONG: usize = 16;
+
 #[derive(Default)]
 struct Queues {
     /// By lane.
     waiting: [VecDeque<Work>; 2],
+    /// Demand requests of many pieces, such as a huge page of 1 GiB. A fault of one page does not
+    /// wait for them.
+    long: VecDeque<Work>,
     /// Number of connections that work, by lane.
     live: [usize; 2],
     closed: bool,
@@ -48,6 +56,28 @@ pub(crate) struct Shared {
     closing: watch::Sender<bool>,
     /// The requests in flight, by connection.
     pub(crate) flights: Vec<Mutex<Flight>>,
+}
+
+impl Queues {
+    fn take(&mut self, priority: Priority) -> Option<Work> {
+        let next = self.waiting[lane(priority)].pop_front();
+        match priority {
+            Priority::Demand => next.or_else(|| self.long.pop_front()),
+            Priority::Fill => next,
+        }
+    }
+
+    fn is_empty(&self, priority: Priority) -> bool {
+        let long = priority == Priority::Demand && !self.long.is_empty();
+        self.waiting[lane(priority)].is_empty() && !long
+    }
+
+    /// Empties the queues.
+    #[must_use = "requests are failed with no lock held"]
+    fn clear(&mut self) -> impl Iterator<Item = Work> + use<> {
+        let waiting = std::mem::take(&mut self.waiting).into_iter().flatten();
+        waiting.chain(std::mem::take(&mut self.long))
+    }
 }
 
 impl Shared {
@@ -69,18 +99,22 @@ impl Shared {
 
     /// Locks the requests in flight on a connection.
     pub(crate) fn flight(&self, connection: usize) -> MutexGuard<'_, Flight> {
-        self.flights[connection].lock().unwrap_or_else(PoisonError::into_inner)
+        reply::lock(&self.flights[connection])
     }
 
     /// Queues requests.
-    pub(crate) fn push(&self, priority: Priority, work: impl IntoIterator<Item = Work>) {
+    pub(crate) fn push(&self, priority: Priority, work: Vec<Work>) {
         let mut queues = self.queues();
         if queues.closed {
             // They are dropped, with no lock held.
             drop(queues);
             return;
         }
-        queues.waiting[lane(priority)].extend(work);
+        if priority == Priority::Demand && work.len() > LONG {
+            queues.long.extend(work);
+        } else {
+            queues.waiting[lane(priority)].extend(work);
+        }
         let served_by = match queues.live[lane(priority)] {
             0 => other(priority),
             _ => priority,
@@ -89,24 +123,32 @@ impl Shared {
         self.wake[lane(served_by)].notify_one();
     }
 
+    /// Queues a look-up of extents, if one is due.
+    pub(crate) fn look_up(&self, query: Option<Query>) {
+        if let Some(query) = query {
+            self.push(Priority::Demand, vec![Work::Status(query)]);
+        }
+    }
+
     /// Takes the next request for a connection of a lane. A lane without a connection is served by
     /// the other one: demand first, and fill if `room` is left for it.
     pub(crate) fn pop(&self, priority: Priority, room: bool) -> Option<Work> {
         let mut queues = self.queues();
         let helps = queues.live[lane(other(priority))] == 0;
-        let mut take = |priority| queues.waiting[lane(priority)].pop_front();
         match priority {
-            Priority::Fill if helps => take(Priority::Demand).or_else(|| take(Priority::Fill)),
-            Priority::Demand if helps && room => {
-                take(Priority::Demand).or_else(|| take(Priority::Fill))
+            Priority::Fill if helps => {
+                queues.take(Priority::Demand).or_else(|| queues.take(Priority::Fill))
             }
-            priority => take(priority),
+            Priority::Demand if helps && room => {
+                queues.take(Priority::Demand).or_else(|| queues.take(Priority::Fill))
+            }
+            priority => queues.take(priority),
         }
     }
 
     /// Wakes another connection if requests are left that a connection of this lane may serve.
     pub(crate) fn pass_on(&self, priority: Priority) {
-        if !self.queues().waiting[lane(priority)].is_empty() {
+        if !self.queues().is_empty(priority) {
             self.wake[lane(priority)].notify_one();
         }
     }
@@ -171,9 +213,9 @@ impl Shared {
         if queues.live != [0, 0] {
             return;
         }
-        let waiting = std::mem::take(&mut queues.waiting);
+        let waiting = queues.clear();
         drop(queues);
-        waiting.into_iter().flatten().for_each(|work| work.fail(error));
+        waiting.for_each(|work| work.fail(error));
     }
 
     /// Returns a receiver of the source's end.
@@ -185,7 +227,7 @@ impl Shared {
     pub(crate) fn close(&self) {
         let mut queues = self.queues();
         queues.closed = true;
-        let waiting = std::mem::take(&mut queues.waiting);
+        let waiting = queues.clear();
         drop(queues);
         self.closing.send_replace(true);
         drop(waiting);
@@ -227,7 +269,7 @@ mod tests {
         let (destination, _) = Destination::owned(vec![0; len]);
         let request = Request { priority, chunks: vec![Chunk { offset, destination }] };
         let (pieces, completion) = Piece::all_of(request, &shared.geometry);
-        shared.push(priority, pieces.into_iter().map(Work::Read));
+        shared.push(priority, pieces.into_iter().map(Work::Read).collect());
         completion
     }
 
@@ -251,6 +293,19 @@ mod tests {
             std::iter::from_fn(|| taken(&shared, Priority::Demand, true)).collect();
         assert_eq!(pieces.len(), 8);
         assert_eq!(pieces[7], ((2 << 20) - (256 << 10), 256 << 10));
+    }
+
+    #[test]
+    fn single_page_overtakes_a_long_request() {
+        let shared = shared();
+        shared.up(Priority::Demand);
+        let _long = submit(&shared, Priority::Demand, 1 << 20, 8 << 20);
+        let _page = submit(&shared, Priority::Demand, 0, 4096);
+        assert_eq!(taken(&shared, Priority::Demand, true), Some((0, 4096)));
+        assert_eq!(taken(&shared, Priority::Demand, true), Some((1 << 20, 256 << 10)));
+        let _page = submit(&shared, Priority::Demand, 0, 4096);
+        assert_eq!(taken(&shared, Priority::Demand, true), Some((0, 4096)));
+        assert_eq!(taken(&shared, Priority::Demand, true), Some((5 << 18, 256 << 10)));
     }
 
     #[test]

@@ -8,7 +8,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use demand_source::to_usize;
 use tokio::io::{AsyncBufRead, AsyncBufReadExt, AsyncReadExt};
 
-use super::error::{Errno, NbdErrorKind, one_line};
+use super::error::{Errno, NbdErrorKind, lost, one_line, violation};
 use super::flight::{Flight, Sent, Work};
 use super::handshake::Mode;
 use super::protocol::{
@@ -26,15 +26,8 @@ static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 /// A request whose reply is complete, with the server's error.
 pub(crate) type Finished = (Sent, Option<NbdErrorKind>);
 
-fn violation<T>(what: &'static str) -> Result<T, NbdErrorKind> {
-    Err(NbdErrorKind::Protocol { what })
-}
-
-fn lost(source: io::Error) -> NbdErrorKind {
-    NbdErrorKind::Lost { source }
-}
-
-fn lock(flight: &Mutex<Flight>) -> MutexGuard<'_, Flight> {
+/// Locks the requests in flight.
+pub(crate) fn lock(flight: &Mutex<Flight>) -> MutexGuard<'_, Flight> {
     flight.lock().unwrap_or_else(PoisonError::into_inner)
 }
 

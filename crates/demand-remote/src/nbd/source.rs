@@ -100,10 +100,7 @@ impl NbdSource {
 
     /// Starts the look-up of extents that is due when bytes at an offset are read.
     fn look_ahead(&self, offset: u64) {
-        let query = self.extents.look_ahead(offset);
-        if query.is_some() {
-            self.shared.push(Priority::Demand, query.map(Work::Status));
-        }
+        self.shared.look_up(self.extents.look_ahead(offset));
     }
 }
 
@@ -118,7 +115,7 @@ impl PageSource for NbdSource {
                 return Ok(extent);
             }
             let (query, completion) = self.extents.ask(offset);
-            self.shared.push(Priority::Demand, query.map(Work::Status));
+            self.shared.look_up(query);
             completion.wait()?;
         }
     }
@@ -144,7 +141,7 @@ impl PageSource for NbdSource {
         }
         let priority = request.priority;
         let (pieces, completion) = Piece::all_of(request, &self.shared.geometry);
-        self.shared.push(priority, pieces.into_iter().map(Work::Read));
+        self.shared.push(priority, pieces.into_iter().map(Work::Read).collect());
         completion
     }
 
