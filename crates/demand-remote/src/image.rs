@@ -1,2 +1,45 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Chunked images in a store.
+//! Chunked images in a store: snapshots of memory whose parts are compressed, shared with other
+//! snapshots, and read one by one.
+//!
+//! A [`Push`] writes a snapshot, [`RemoteImage`] serves its pages, [`pull`] copies it to a
+//! directory, [`verify`] checks it, [`info`] describes it, and [`gc`] removes what no snapshot of a
+//! store uses. `docs/image-format.md` of the repository specifies the format.
+
+mod block;
+mod cache;
+mod chunk;
+mod error;
+mod flights;
+mod gc;
+mod info;
+mod job;
+mod layout;
+mod manifest;
+mod names;
+mod pull;
+mod push;
+mod remote;
+mod snapshot;
+#[cfg(test)]
+mod tests;
+mod walk;
+
+pub use chunk::Compression;
+pub use error::{ImageError, LayoutError, ManifestError};
+pub use gc::{DEFAULT_GRACE, Garbage, GcOptions, gc};
+pub use info::{Info, info};
+pub use manifest::{ChunkCounts, FileRef, Generation, ImageRef, IndexRef, Manifest};
+pub use names::ObjectId;
+pub use pull::{VerifySummary, pull, verify};
+pub use push::{DEFAULT_CHUNK_SIZE, Push, PushProgress, PushSummary};
+pub use remote::{RemoteImage, RemoteOptions};
+pub use snapshot::ReadStats;
+
+/// The decoders of the format, for tests and fuzzing. No stable part of this crate.
+#[doc(hidden)]
+pub mod format {
+    pub use super::block::{Block, Entry};
+    pub use super::chunk::{Coding, decode_chunk};
+    pub use super::layout::{BlockRef, Digest, Geometry, Head, Pack, digest};
+}

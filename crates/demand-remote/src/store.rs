@@ -222,6 +222,27 @@ impl Store {
         read.await.map_err(|source| self.error(object, source))
     }
 
+    /// Reads a whole object, in one request, or returns `None` if it has more than `most` bytes.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError`], except [`Open`](StoreError::Open).
+    #[cfg(feature = "image")]
+    pub(crate) async fn get_at_most(
+        &self,
+        object: &str,
+        most: u64,
+    ) -> Result<Option<Bytes>, StoreError> {
+        let read = async {
+            let answer = self.inner.get(&Key::from(object)).await?;
+            if answer.meta.size > most {
+                return Ok(None);
+            }
+            answer.bytes().await.map(Some)
+        };
+        read.await.map_err(|source| self.error(object, source))
+    }
+
     /// Reads exactly `range` (bytes) of an object.
     ///
     /// # Errors
@@ -341,6 +362,11 @@ mod tests {
         let store = Store::directory(folder.path()).unwrap();
         store.wait(async {
             store.put("a", Bytes::from_static(b"content")).await.unwrap();
+            #[cfg(feature = "image")]
+            {
+                assert_eq!(store.get_at_most("a", 6).await.unwrap(), None);
+                assert_eq!(store.get_at_most("a", 7).await.unwrap().unwrap(), "content");
+            }
             let error = store.get_range("a", 3..12).await.unwrap_err();
             assert!(matches!(error, StoreError::Short { got: 4, len: 9, .. }), "{error}");
         });

@@ -1,0 +1,245 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! `RemoteImage`, the pages of a snapshot in a store.
+
+use std::fmt;
+use std::sync::Arc;
+
+use demand_source::{Completion, Destination, Extent, PageSource, Request, SourceError, to_usize};
+
+use super::error::ImageError;
+use super::flights::{Flights, Limits};
+use super::job::{Part, write_zeros};
+use super::layout::BLOCK_CHUNKS;
+use super::manifest::Manifest;
+use super::snapshot::{ReadStats, Snapshot};
+use crate::Store;
+
+/// Most blocks that one look at the image's holes covers, which bounds the work of one fault.
+const LOOK: u64 = 64;
+
+/// How a [`RemoteImage`] uses memory and the network.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RemoteOptions {
+    /// Maximum number of bytes of decoded chunks that are kept.
+    pub cache_bytes: usize,
+    /// Number of requests to the store that may be in progress for faults.
+    pub demand: usize,
+    /// Number of requests to the store that may be in progress for background fill.
+    pub fill: usize,
+}
+
+impl Default for RemoteOptions {
+    /// Returns 32 MiB, 64 requests for faults and 16 for fill.
+    fn default() -> Self {
+        RemoteOptions { cache_bytes: 32 << 20, demand: 64, fill: 16 }
+    }
+}
+
+/// The image of a snapshot that was [pushed](super::Push) to a store.
+///
+/// Opening takes two rounds of requests, whatever the image's size. Blocks of the index are read
+/// when a page of theirs is first requested. A page costs one request for its chunk, which all
+/// requests for the chunk share; chunks that are all zeros are holes, and cost none. Requests for
+/// faults never wait for those of background fill, and a chunk that fill has requested is requested
+/// like a fault once a thread waits for it.
+///
+/// Stored bytes are checked against their digest before they are decoded, and each page against its
+/// hash afterwards. Bytes that differ are an error, never content.
+///
+/// Its functions that wait must not be called by threads of an asynchronous runtime. Dropping it
+/// answers what is left with [`SourceError::Abandoned`].
+pub struct RemoteImage {
+    flights: Arc<Flights>,
+}
+
+impl RemoteImage {
+    /// Opens a snapshot.
+    ///
+    /// # Errors
+    ///
+    /// [`ImageError::NoSnapshot`] if the snapshot does not exist or its push has not finished,
+    /// [`ImageError::Store`], [`ImageError::Manifest`] and [`ImageError::Altered`].
+    pub fn open(store: &Store, snapshot: &str) -> Result<Self, ImageError> {
+        RemoteImage::open_with(store, snapshot, RemoteOptions::default())
+    }
+
+    /// Opens a snapshot with other than the default options.
+    ///
+    /// # Errors
+    ///
+    /// The same as those of [`open`](Self::open).
+    pub fn open_with(
+        store: &Store,
+        snapshot: &str,
+        options: RemoteOptions,
+    ) -> Result<Self, ImageError> {
+        let snapshot = store.wait(Snapshot::open(store, snapshot))?;
+        let RemoteOptions { cache_bytes, demand, fill } = options;
+        Ok(RemoteImage { flights: Flights::new(snapshot, cache_bytes, Limits { demand, fill }) })
+    }
+
+    fn snapshot(&self) -> &Snapshot {
+        self.flights.snapshot()
+    }
+
+    /// Returns the snapshot's manifest.
+    pub fn manifest(&self) -> &Manifest {
+        &self.snapshot().manifest
+    }
+
+    /// Returns the generation id of the image: see [`demand_source::HashedImage`].
+    pub fn generation(&self) -> [u8; 16] {
+        self.snapshot().head.generation
+    }
+
+    /// Returns the number of requests to the store so far.
+    pub fn stats(&self) -> ReadStats {
+        self.snapshot().reads.stats()
+    }
+
+    /// Returns the content of a side file. It does not wait unless the file is large.
+    ///
+    /// # Errors
+    ///
+    /// [`ImageError::NoFile`], [`ImageError::Store`] and [`ImageError::Altered`].
+    pub fn file(&self, name: &str) -> Result<Vec<u8>, ImageError> {
+        let snapshot = self.snapshot();
+        Ok(snapshot.reads.store.wait(snapshot.file(name))?.to_vec())
+    }
+
+    fn out_of_range(&self, offset: u64, len: u64) -> SourceError {
+        let (image, size) = (self.snapshot().name.clone(), self.size());
+        SourceError::OutOfRange { image, offset, len, size }
+    }
+
+    fn is_within(&self, offset: u64, len: u64) -> bool {
+        offset.checked_add(len).is_some_and(|end| end <= self.size())
+    }
+
+    /// Returns the extent at `offset`, or `None` if the block of the chunk there is not known. It
+    /// ends where the known blocks do.
+    fn known_extent(&self, offset: u64) -> Option<Extent> {
+        let snapshot = self.snapshot();
+        let geometry = snapshot.head.geometry;
+        let mut chunk = offset / geometry.chunk_size();
+        let limit = (chunk / BLOCK_CHUNKS + LOOK).min(geometry.blocks());
+        let mut zero = None;
+        while chunk / BLOCK_CHUNKS < limit && chunk < geometry.chunks() {
+            let block = chunk / BLOCK_CHUNKS;
+            let behind = geometry.chunks_of(block).end;
+            let (is_zero, count) = if snapshot.is_zero_block(block) {
+                (true, behind - chunk)
+            } else {
+                let Some(block) = snapshot.known_block(block) else { break };
+                let (is_zero, count) = block.run(to_usize(chunk % BLOCK_CHUNKS));
+                (is_zero, count as u64)
+            };
+            if zero.is_some_and(|zero| zero != is_zero) {
+                break;
+            }
+            zero = Some(is_zero);
+            chunk += count;
+            if chunk < behind {
+                break;
+            }
+        }
+        let end = self.size().min(geometry.offset(chunk));
+        Some(if zero? { Extent::Hole { end } } else { Extent::Data { end } })
+    }
+}
+
+impl PageSource for RemoteImage {
+    fn size(&self) -> u64 {
+        self.snapshot().head.geometry.size()
+    }
+
+    fn extent(&self, offset: u64) -> Result<Extent, SourceError> {
+        if !self.is_within(offset, 1) {
+            return Err(self.out_of_range(offset, 1));
+        }
+        if let Some(extent) = self.known_extent(offset) {
+            return Ok(extent);
+        }
+        let snapshot = self.snapshot();
+        let geometry = snapshot.head.geometry;
+        let block = offset / geometry.chunk_size() / BLOCK_CHUNKS;
+        let read = snapshot.reads.store.wait(self.flights.block(block));
+        read.map_err(|error| SourceError::other(error, demand_source::Retry::Later))?;
+        let all =
+            Extent::Data { end: self.size().min(geometry.offset(geometry.chunks_of(block).end)) };
+        Ok(self.known_extent(offset).unwrap_or(all))
+    }
+
+    fn extent_now(&self, offset: u64) -> Option<Result<Extent, SourceError>> {
+        if !self.is_within(offset, 1) {
+            return Some(Err(self.out_of_range(offset, 1)));
+        }
+        let extent = self.known_extent(offset);
+        if extent.is_none() {
+            let chunk = offset / self.snapshot().head.geometry.chunk_size();
+            self.flights.want_block(chunk / BLOCK_CHUNKS);
+        }
+        extent.map(Ok)
+    }
+
+    fn submit(&self, request: Request) -> Completion {
+        for chunk in &request.chunks {
+            let len = chunk.destination.len() as u64;
+            if !self.is_within(chunk.offset, len) {
+                return Completion::ready(Err(self.out_of_range(chunk.offset, len)));
+            }
+        }
+        let (completer, completion) = Completion::pair();
+        let ranges = request.chunks.into_iter().map(|chunk| (chunk.offset, chunk.destination));
+        let chunk_size = self.snapshot().head.geometry.chunk_size();
+        for part in Part::divide(ranges, chunk_size, request.priority, completer) {
+            self.flights.route(part);
+        }
+        completion
+    }
+
+    fn raise(&self, offset: u64, len: u64) {
+        let chunk_size = self.snapshot().head.geometry.chunk_size();
+        let last = offset.saturating_add(len.saturating_sub(1));
+        self.flights.raise(offset / chunk_size, last / chunk_size);
+    }
+
+    fn read_now(
+        &self,
+        offset: u64,
+        destination: &mut Destination<'_>,
+    ) -> Option<Result<(), SourceError>> {
+        let len = destination.len();
+        if !self.is_within(offset, len as u64) {
+            return Some(Err(self.out_of_range(offset, len as u64)));
+        }
+        let chunk_size = self.snapshot().head.geometry.chunk_size();
+        let mut done = 0;
+        while done < len {
+            let at = offset + done as u64;
+            let (chunk, start) = (at / chunk_size, to_usize(at % chunk_size));
+            let count = (len - done).min(to_usize(chunk_size) - start);
+            if self.snapshot().known_entry(chunk)?.is_none() {
+                write_zeros(destination, done, count);
+            } else {
+                let content = self.flights.kept(chunk)?;
+                destination.write_at(done, content.get(start..start + count)?);
+            }
+            done += count;
+        }
+        Some(Ok(()))
+    }
+}
+
+impl Drop for RemoteImage {
+    fn drop(&mut self) {
+        self.flights.abandon();
+    }
+}
+
+impl fmt::Debug for RemoteImage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Snapshot { name, reads, .. } = self.snapshot();
+        f.debug_struct("RemoteImage").field("snapshot", name).field("store", &reads.store).finish()
+    }
+}
