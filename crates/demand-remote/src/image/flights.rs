@@ -276,9 +276,8 @@ impl Flights {
         let mut state = self.state();
         let parts = state.flights.remove(&key).map(|flight| flight.parts).unwrap_or_default();
         if let (Key::Chunk(chunk), Some(Got::Chunk(content))) = (key, got) {
-            // Fill requests each byte once.
-            let delivered: usize = parts.iter().map(Part::len).sum();
-            if delivered < content.len() {
+            // Once all of a chunk is delivered, nothing of it is requested again.
+            if parts.iter().all(|part| part.len() < content.len()) {
                 state.cache.insert(chunk, content.clone());
             }
         }

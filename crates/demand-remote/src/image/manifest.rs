@@ -17,6 +17,9 @@ pub(crate) const MOST_FILE: u64 = 256 << 20;
 const FORMAT: &str = "demand-image";
 const VERSION: u32 = 1;
 
+/// What the checksum of a manifest is while it is computed.
+const NO_CHECKSUM: ObjectId = ObjectId([0; 32]);
+
 /// A generation id, in hexadecimal: see [`demand_source::HashedImage`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(into = "String", try_from = "String")]
@@ -92,23 +95,20 @@ pub struct Manifest {
     /// Its index.
     pub index: IndexRef,
     /// The side files.
-    #[serde(default)]
     pub files: Vec<FileRef>,
     /// Numbers of chunks.
-    #[serde(default)]
     pub chunks: ChunkCounts,
     /// Name of the snapshot that chunks were taken from, for information only.
-    #[serde(default)]
     pub parent: Option<String>,
     /// Time of the push, in seconds since 1970.
-    #[serde(default)]
     pub created: u64,
     /// The program that wrote the snapshot.
-    #[serde(default)]
     pub tool: String,
     /// Reserved for the identifier of a key; absent in version 1.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     encryption: Option<serde_json::Value>,
+    /// Digest of the manifest's text, in which these digits are zeros.
+    checksum: ObjectId,
 }
 
 /// The keys that are the same in all versions.
@@ -131,6 +131,7 @@ impl Manifest {
             created: 0,
             tool: format!("demand-remote {}", env!("CARGO_PKG_VERSION")),
             encryption: None,
+            checksum: NO_CHECKSUM,
         }
     }
 
@@ -148,6 +149,9 @@ impl Manifest {
             return Err(ManifestError::Version { version, readable: VERSION });
         }
         let manifest: Manifest = serde_json::from_slice(bytes)?;
+        if checksum(bytes, manifest.checksum) != Some(manifest.checksum) {
+            return Err(LayoutError::Digest { what: "the manifest" }.into());
+        }
         if manifest.encryption.is_some() {
             return Err(ManifestError::Encrypted);
         }
@@ -172,10 +176,14 @@ impl Manifest {
     }
 
     /// Writes the manifest as JSON.
-    pub(crate) fn encode(&self) -> Result<Vec<u8>, ManifestError> {
-        let mut bytes = serde_json::to_vec_pretty(self)?;
-        bytes.push(b'\n');
-        Ok(bytes)
+    pub(crate) fn encode(mut self) -> Result<Vec<u8>, ManifestError> {
+        self.checksum = NO_CHECKSUM;
+        let mut text = serde_json::to_vec_pretty(&self)?;
+        text.push(b'\n');
+        self.checksum = ObjectId::of(&text);
+        text = serde_json::to_vec_pretty(&self)?;
+        text.push(b'\n');
+        Ok(text)
     }
 
     /// Returns the sizes of the image and its chunks.
@@ -191,4 +199,16 @@ impl Manifest {
     pub fn file(&self, name: &str) -> Option<&FileRef> {
         self.files.iter().find(|file| file.name == name)
     }
+}
+
+/// Computes the checksum of a manifest's text that states the checksum `stated`; `None` if it states
+/// it more than once.
+fn checksum(text: &[u8], stated: ObjectId) -> Option<ObjectId> {
+    let digits = stated.to_string();
+    let mut places = text.windows(digits.len()).enumerate();
+    let mut places = places.by_ref().filter(|(_, window)| *window == digits.as_bytes());
+    let at = places.next().filter(|_| places.next().is_none())?.0;
+    let mut text = text.to_vec();
+    text[at..at + digits.len()].fill(b'0');
+    Some(ObjectId::of(&text))
 }

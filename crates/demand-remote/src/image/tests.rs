@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use demand_source::{
     Chunk, Completion, Destination, LocalFile, OwnedBytes, PageSource, Priority, Request,
-    SourceError,
+    SourceError, to_usize,
 };
 use object_store::ObjectStoreExt;
 use object_store::memory::InMemory;
@@ -37,7 +37,7 @@ fn slow(folder: &Path) -> Store {
 
 /// Pushes an image of `chunks` chunks that have their numbers as content.
 fn push(folder: &Path, chunks: u8) {
-    let content: Vec<u8> = (1..=chunks).flat_map(|byte| vec![byte; CHUNK as usize]).collect();
+    let content: Vec<u8> = (1..=chunks).flat_map(|byte| vec![byte; to_usize(CHUNK)]).collect();
     let path = folder.join("image");
     std::fs::write(&path, content).unwrap();
     let image = LocalFile::open(&path).unwrap();
@@ -67,7 +67,7 @@ fn opening_takes_two_rounds() {
     println!("opening took {rounds:.2} rounds, {:?}", image.stats());
     assert!((2.0..3.0).contains(&rounds), "{rounds} rounds");
     assert_eq!(image.stats().requests, 4);
-    assert_eq!(image.file("state").unwrap().len(), 4 * CHUNK as usize);
+    assert_eq!(image.file("state").unwrap().len(), 4 * to_usize(CHUNK));
     assert_eq!(image.stats().requests, 4);
 }
 
@@ -84,12 +84,12 @@ fn requests_for_a_chunk_are_shared() {
         assert_eq!(bytes.take().unwrap(), [2; 4096]);
     }
     assert_eq!(image.stats().requests, before + 1);
-    let (completion, bytes) = read(&image, 0, 4 * CHUNK as usize, Priority::Fill);
+    let (completion, bytes) = read(&image, 0, 4 * to_usize(CHUNK), Priority::Fill);
     completion.wait().unwrap();
     let bytes = bytes.take().unwrap();
     assert!(
         (1..)
-            .zip(bytes.chunks(CHUNK as usize))
+            .zip(bytes.chunks(to_usize(CHUNK)))
             .all(|(byte, chunk)| chunk == vec![byte; chunk.len()])
     );
     assert_eq!(image.stats().requests, before + 5);
