@@ -236,4 +236,19 @@ mod tests {
             assert_eq!(encoder.encode(&[0; 8192]), None);
         }
     }
+
+    #[test]
+    fn pages_are_checked_after_decoding() {
+        let content = [[7; PAGE_LEN], [0; PAGE_LEN], [9; PAGE_LEN]].concat();
+        for compression in [Compression::None, Compression::Lz4, Compression::Zstd(3)] {
+            let mut encoder = Encoder::new(compression, content.len()).unwrap();
+            let (coding, stored) = encoder.encode(&content).unwrap();
+            for page in 0..3 {
+                let mut stored = stored.clone();
+                stored[page * HASH] ^= 1;
+                let decoded = decode_chunk(coding, &stored, content.len());
+                assert_eq!(decoded, Err(LayoutError::Page { page: page as u64 }));
+            }
+        }
+    }
 }

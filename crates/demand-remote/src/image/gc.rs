@@ -12,7 +12,7 @@ use crate::{Listed, Store};
 /// The age below which [`gc`] removes nothing unless told otherwise: a day.
 pub const DEFAULT_GRACE: Duration = Duration::from_secs(24 * 60 * 60);
 
-/// What a [`gc`] removes.
+/// Options of a [`gc`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct GcOptions {
     /// The age, by the store's clock and this host's, below which an object is kept. It is longer

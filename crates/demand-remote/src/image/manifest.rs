@@ -17,7 +17,7 @@ pub(crate) const MOST_FILE: u64 = 256 << 20;
 const FORMAT: &str = "demand-image";
 const VERSION: u32 = 1;
 
-/// What the checksum of a manifest is while it is computed.
+/// The checksum of a manifest while it is computed.
 const NO_CHECKSUM: ObjectId = ObjectId([0; 32]);
 
 /// A generation id, in hexadecimal: see [`demand_source::HashedImage`].
@@ -201,8 +201,8 @@ impl Manifest {
     }
 }
 
-/// Computes the checksum of a manifest's text that states the checksum `stated`; `None` if it states
-/// it more than once.
+/// Computes the checksum of a manifest's text, which states the checksum `stated`; `None` if it is
+/// there more than once.
 fn checksum(text: &[u8], stated: ObjectId) -> Option<ObjectId> {
     let digits = stated.to_string();
     let mut places = text.windows(digits.len()).enumerate();

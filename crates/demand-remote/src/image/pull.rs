@@ -92,9 +92,10 @@ impl Drop for Created {
     }
 }
 
-/// Reads a whole snapshot and checks it: the names of all its objects, which are digests, the digest
-/// of each chunk, and the hash of each page. It calls `progress` repeatedly with the number of bytes
-/// of the image's data that were checked; `progress` cancels the check by returning `false`.
+/// Reads a whole snapshot and checks it: the names of all its objects, which are digests, the
+/// digest of each chunk, and the hash of each page. It calls `progress` repeatedly with the number
+/// of bytes of the image's data that were checked; `progress` cancels the check by returning
+/// `false`.
 ///
 /// # Errors
 ///

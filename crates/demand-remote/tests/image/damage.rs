@@ -2,11 +2,12 @@
 //! Damaged objects are errors, and never other content.
 
 use std::fs;
+use std::os::unix::fs::FileExt;
 
-use demand_remote::image::{Compression, RemoteImage, verify};
-use demand_source::PageSource;
+use demand_remote::image::{Compression, Push, RemoteImage, verify};
+use demand_source::{LocalFile, PageSource};
 
-use crate::support::{PAGE, Place, Random, mixed, read};
+use crate::support::{GENERATION, PAGE, Place, Random, mixed, read};
 
 const CHUNK: usize = 16 << 10;
 
@@ -117,6 +118,41 @@ fn truncated_objects_are_noticed() {
         fs::write(&object, &bytes).unwrap();
         println!("{:?}, {} bytes: {seen:?}", object.parent().unwrap().file_name(), bytes.len());
     }
+}
+
+#[test]
+fn damage_of_later_blocks_is_noticed() {
+    let place = Place::new();
+    // More than the first request reads of the index: 32 blocks of 64 KiB.
+    let path = place.path("large");
+    let file = fs::File::create(&path).unwrap();
+    file.set_len(1 << 30).unwrap();
+    for block in 0..32 {
+        file.write_all_at(&[1; PAGE], block << 25).unwrap();
+    }
+    let image = LocalFile::open(&path).unwrap();
+    let push = Push::new(&image, GENERATION).chunk_size(16 << 10);
+    push.run(&place.store, "vm", &mut |_| true).unwrap();
+    let index =
+        place.objects().into_iter().find(|object| object.parent().unwrap().ends_with("index"));
+    let index = index.unwrap();
+    let mut bytes = fs::read(&index).unwrap();
+    let at = bytes.len() - 100;
+    bytes[at] ^= 1;
+    fs::write(&index, &bytes).unwrap();
+
+    let image = place.open("vm");
+    assert_eq!(read(&image, 30 << 25, PAGE).unwrap(), [1; PAGE]);
+    for _ in 0..2 {
+        let error = read(&image, 31 << 25, PAGE).unwrap_err();
+        println!("{error}");
+        assert!(image.extent_now(31 << 25).is_none());
+        assert!(image.extent(31 << 25).is_err());
+    }
+    // Once the object is restored, the next read succeeds.
+    bytes[at] ^= 1;
+    fs::write(&index, &bytes).unwrap();
+    assert_eq!(read(&image, 31 << 25, PAGE).unwrap(), [1; PAGE]);
 }
 
 #[test]
