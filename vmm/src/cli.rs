@@ -4,6 +4,8 @@
 pub(crate) mod advice;
 mod config_file;
 pub mod error;
+#[cfg(feature = "remote")]
+mod image;
 pub mod log_args;
 mod manual;
 pub mod output;
@@ -102,6 +104,9 @@ enum Command {
     Snapshot(SnapshotArgs),
     /// Ends a VM in order.
     Shutdown(ApiArgs),
+    /// Writes snapshots to a store and reads them: a directory, or a bucket of an object store.
+    #[cfg(feature = "remote")]
+    Image(image::ImageArgs),
     /// Prints the script with which a shell completes commands and options.
     Completions(CompletionsArgs),
     /// Writes a man page for demand-vmm and for each of its commands.
@@ -262,8 +267,9 @@ struct UnusedPagingArgs {
 
 #[derive(Debug, Args)]
 struct RestoreArgs {
-    /// Directory of the snapshot, or its URL: http://, https:// or s3:// with the directory's files
-    /// below it, or nbd:// (nbds://, nbd+unix://) with exports of their names.
+    /// Directory of the snapshot, or its URL: s3://, https:// or http:// of a snapshot that was
+    /// pushed, or with a snapshot's files below it; file:// of one that was pushed to a directory;
+    /// nbd:// (nbds://, nbd+unix://) with exports of the files' names.
     #[arg(long, value_name = "DIR|URL", required_unless_present = "config")]
     source: Option<PathBuf>,
     /// [backing=shmem|hugetlb-2m|hugetlb-1g|guest-memfd][,reserve=on|off][,thp=on|off]
@@ -445,6 +451,8 @@ pub fn main(started: Instant) -> Result<(), Error> {
                 _ => print("shutting down\n"),
             }
         }
+        #[cfg(feature = "remote")]
+        Command::Image(args) => image::image_command(args),
         Command::Completions(args) => manual::print_completions(Cli::command(), args.shell),
         Command::Man(args) => manual::write_pages(Cli::command(), &args.folder),
     }

@@ -124,6 +124,12 @@ kinds! {
     demand_vhost::Error: Failed,
 }
 
+#[cfg(feature = "remote")]
+kinds! {
+    demand_remote::StoreError: Failed,
+    demand_remote::image::ImageError: Failed,
+}
+
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.message)

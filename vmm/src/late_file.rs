@@ -8,14 +8,10 @@ use std::sync::{Arc, Condvar, Mutex, Weak};
 use std::thread;
 use std::time::Duration;
 
-use demand_memory::to_usize;
-use demand_source::{Chunk, Destination, PageSource, Priority, Request, SourceError};
 use rustix::fs::{MemfdFlags, memfd_create};
 
 use crate::sync::LockExt;
 
-/// Bytes that are read at once.
-const STEP: u64 = 1 << 20;
 /// Pause after a failed read.
 const PAUSE: Duration = Duration::from_secs(1);
 /// Longest wait of a user for the rest of the file.
@@ -36,19 +32,18 @@ struct State {
 }
 
 impl LateFile {
-    /// Begins to copy a file of so many bytes. The copy ends with the last handle.
+    /// Begins to copy a file of so many bytes, which `read` returns: those from an offset on, at
+    /// least one. The copy ends with the last handle.
     pub(crate) fn begin(
         name: &str,
-        source: Arc<dyn PageSource>,
         bytes: u64,
+        read: impl FnMut(u64) -> Result<Vec<u8>, String> + Send + 'static,
     ) -> io::Result<Arc<Self>> {
         let file = File::from(memfd_create(name, MemfdFlags::CLOEXEC)?);
         file.set_len(bytes)?;
         let this = Arc::new(LateFile { file, state: Mutex::default(), changed: Condvar::new() });
         let weak = Arc::downgrade(&this);
-        thread::Builder::new()
-            .name("boot-files".into())
-            .spawn(move || copy(&weak, &*source, bytes))?;
+        thread::Builder::new().name("boot-files".into()).spawn(move || copy(&weak, bytes, read))?;
         Ok(this)
     }
 
@@ -65,18 +60,18 @@ impl LateFile {
     }
 }
 
-fn copy(to: &Weak<LateFile>, source: &dyn PageSource, bytes: u64) {
+fn copy(to: &Weak<LateFile>, bytes: u64, mut read: impl FnMut(u64) -> Result<Vec<u8>, String>) {
     let mut at = 0;
     while at < bytes {
-        let outcome = read(source, at, STEP.min(bytes - at));
-        // Nobody needs the rest.
+        let outcome = read(at);
+        // The guest that would boot from it has ended.
         let Some(to) = to.upgrade() else { return };
-        let written = match outcome {
-            Ok(content) => to.file.write_all_at(&content, at).map_err(|error| error.to_string()),
-            Err(error) => Err(error.to_string()),
-        };
+        let written = outcome.and_then(|content| {
+            let written = to.file.write_all_at(&content, at);
+            written.map(|()| content.len() as u64).map_err(|error| error.to_string())
+        });
         match written {
-            Ok(()) => at += STEP.min(bytes - at),
+            Ok(len) => at += len,
             Err(error) => {
                 let before = to.state.lock_always().last_error.replace(error.clone());
                 if before.is_none() {
@@ -93,26 +88,23 @@ fn copy(to: &Weak<LateFile>, source: &dyn PageSource, bytes: u64) {
     }
 }
 
-/// Reads bytes with the priority of background fill: faults come first.
-fn read(source: &dyn PageSource, offset: u64, len: u64) -> Result<Vec<u8>, SourceError> {
-    let (destination, bytes) = Destination::owned(vec![0; to_usize(len)]);
-    let chunks = vec![Chunk { offset, destination }];
-    source.submit(Request { priority: Priority::Fill, chunks }).wait()?;
-    bytes.take()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use demand_source::LocalFile;
 
     #[test]
     fn content_arrives_in_the_background() {
         let content: Vec<u8> = (0..(3 << 20) + 5).map(|at: u32| at.to_le_bytes()[0]).collect();
-        let image = tempfile::NamedTempFile::new().unwrap();
-        std::fs::write(image.path(), &content).unwrap();
-        let source = Arc::new(LocalFile::open(image.path()).unwrap());
-        let late = LateFile::begin("kernel", source, content.len() as u64).unwrap();
+        let (source, mut failed) = (content.clone(), false);
+        let read = move |at| {
+            // The second read fails once.
+            if at > 0 && !std::mem::replace(&mut failed, true) {
+                return Err("the server is away".into());
+            }
+            let at = usize::try_from(at).unwrap();
+            Ok(source[at..source.len().min(at + (1 << 20))].to_vec())
+        };
+        let late = LateFile::begin("kernel", content.len() as u64, read).unwrap();
         let file = late.wait().unwrap();
         let mut copied = vec![0; content.len()];
         file.read_exact_at(&mut copied, 0).unwrap();

@@ -2,7 +2,7 @@
 //! Names of stores, and of objects in them, as users write them.
 
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use url::Url;
@@ -23,7 +23,7 @@ use url::Url;
 #[derive(Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Location {
-    /// A path of this system.
+    /// A path of this system, or a URL `file:///PATH`.
     Path(PathBuf),
     /// A URL `http://` or `https://`.
     Web(Url),
@@ -68,9 +68,45 @@ pub enum LocationError {
     },
 }
 
-const KNOWN: &str = "use a path, http://, https:// or s3://";
+const KNOWN: &str = "use a path, file://, http://, https:// or s3://";
 
 impl Location {
+    /// Returns the folder of this place, and the last part of its name; `None` if it has no name.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use demand_remote::Location;
+    ///
+    /// let snapshot: Location = "s3://bucket/images/vm7".parse().unwrap();
+    /// let (store, name) = snapshot.split().unwrap();
+    /// assert_eq!((store.to_string(), name), ("s3://bucket/images".into(), "vm7".into()));
+    /// ```
+    pub fn split(&self) -> Option<(Location, String)> {
+        let last = |text: &str| -> Option<(String, String)> {
+            let text = text.trim_end_matches('/');
+            let (folder, name) = text.rsplit_once('/').unwrap_or(("", text));
+            (!name.is_empty()).then(|| (folder.to_owned(), name.to_owned()))
+        };
+        match self {
+            Location::Path(path) => {
+                let name = path.file_name()?.to_str()?.to_owned();
+                let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+                Some((Location::Path(folder.unwrap_or(Path::new(".")).into()), name))
+            }
+            Location::Web(url) => {
+                let (folder, name) = last(url.path())?;
+                let mut url = url.clone();
+                url.set_path(&folder);
+                Some((Location::Web(url), name))
+            }
+            Location::S3 { bucket, key } => {
+                let (key, name) = last(key)?;
+                Some((Location::S3 { bucket: bucket.clone(), key }, name))
+            }
+        }
+    }
+
     /// Returns the place of a file below this one. A URL keeps its query.
     ///
     /// # Examples
@@ -135,6 +171,10 @@ impl FromStr for Location {
         let parsed = Url::parse(text)
             .map_err(|error| LocationError::Url { url: url(), reason: error.to_string() })?;
         match parsed.scheme() {
+            "file" => parsed.to_file_path().map(Location::Path).map_err(|()| LocationError::Url {
+                url: url(),
+                reason: "it names no path of this system".into(),
+            }),
             "http" | "https" => Ok(Location::Web(parsed)),
             "s3" => {
                 let refused = |reason| LocationError::S3 { url: url(), reason };
@@ -198,6 +238,16 @@ mod tests {
         assert_eq!(below("s3://bucket"), "s3://bucket/memory".parse().unwrap());
         assert_eq!(below("https://host/a/?x=1"), "https://host/a/memory?x=1".parse().unwrap());
         assert_eq!(below("/a"), Location::Path("/a/memory".into()));
+        assert_eq!(below("file:///a%20b"), Location::Path("/a b/memory".into()));
+        for place in ["s3://bucket/a/memory", "https://host/a/memory?x=1", "/a/memory", "a/memory"]
+        {
+            let place: Location = place.parse().unwrap();
+            let (folder, name) = place.split().unwrap();
+            assert_eq!((folder.join("memory"), &*name), (place, "memory"));
+        }
+        for place in ["s3://bucket", "https://host", "/"] {
+            assert_eq!(place.parse::<Location>().unwrap().split(), None, "{place}");
+        }
     }
 
     #[test]

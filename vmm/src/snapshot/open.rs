@@ -19,8 +19,6 @@ use serde::de::DeserializeOwned;
 use crate::arch::boot_files::BootContent;
 use crate::config::source::SnapshotPlace;
 use crate::error::Error;
-#[cfg(feature = "remote")]
-use crate::late_file::LateFile;
 use crate::snapshot::dir::{HASHES, MEMORY};
 use crate::snapshot::error::{OpenError, ReadError};
 use crate::snapshot::image::MemoryImage;
@@ -85,7 +83,7 @@ impl OpenSnapshot {
             #[cfg(feature = "remote")]
             SnapshotPlace::Url(url) => {
                 let path = place.shown();
-                let remote = RemoteSnapshot::new(url);
+                let remote = RemoteSnapshot::open(url);
                 let files = remote.map_err(|error| OpenError::new(&path, error))?;
                 Ok(OpenSnapshot { files: Files::Remote(files), path })
             }
@@ -155,10 +153,7 @@ impl OpenSnapshot {
                 Ok(BootContent::File(file))
             }),
             #[cfg(feature = "remote")]
-            Files::Remote(remote) => remote.open(name).and_then(|source| {
-                check(source.size())?;
-                LateFile::begin(name, source, recorded).map(BootContent::Late).map_err(failed)
-            }),
+            Files::Remote(remote) => remote.boot_file(name, check).map(BootContent::Late),
         };
         opened.map_err(|error| self.failed(error))
     }
