@@ -7,6 +7,8 @@
 mod failures;
 #[path = "nbd/fake.rs"]
 mod fake;
+#[path = "nbd/proxy.rs"]
+mod proxy;
 #[path = "nbd/server.rs"]
 mod server;
 #[path = "nbd/speed.rs"]

@@ -140,6 +140,12 @@ impl Connection {
             let (sent, failure) = match reply::receive(&mut input, flight, mode).await {
                 Ok(None) => continue,
                 Ok(Some(finished)) => finished,
+                Err(_) if self.shared.closing().is_closing() => {
+                    // The requests were answered when the source was dropped. The server closes the
+                    // connection after its last reply; some servers fail if it is cut before.
+                    let _ = tokio::io::copy_buf(&mut input, &mut tokio::io::sink()).await;
+                    return End::Closed;
+                }
                 Err(kind) => return End::Broken(kind),
             };
             if !useful.swap(true, Ordering::Relaxed) {
@@ -159,6 +165,11 @@ impl Connection {
                 None
             }
             (Work::Status(query), None) => query.succeed(),
+            // The server answers the goodbye.
+            (work, Some(_)) if self.shared.closing().is_closing() => {
+                drop(work);
+                None
+            }
             (Work::Status(query), Some(error)) if is_unsupported(&error) => query.unsupported(),
             (work, Some(error)) => {
                 work.fail(&error);
@@ -191,8 +202,9 @@ impl Connection {
                     request(&mut bytes, Command::Disconnect, 0, &(0..0));
                     // The server may be gone already.
                     let _ = output.write_all(&bytes).await;
-                    let _ = output.shutdown().await;
-                    return End::Closed;
+                    let _ = output.flush().await;
+                    // The server closes the connection.
+                    std::future::pending::<()>().await;
                 }
             }
         }

@@ -72,6 +72,10 @@ impl Server {
         self.wait();
     }
 
+    pub(crate) fn socket(&self) -> PathBuf {
+        self.socket.clone()
+    }
+
     /// Returns the URL of an export, with more parameters.
     pub(crate) fn url(&self, scheme: &str, export: &str, parameters: &str) -> String {
         format!("{scheme}+unix:///{export}?socket={}{parameters}", self.socket.display())
