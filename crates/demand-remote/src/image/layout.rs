@@ -26,6 +26,8 @@ pub(crate) const BLOCK_ENTRY_BYTES: usize = 32;
 pub(crate) const MOST_PACK_CHUNKS: u16 = 512;
 /// Maximum length of a pack, in bytes.
 pub(crate) const MOST_PACK_BYTES: u32 = 64 << 20;
+/// Maximum length of a head, in bytes.
+pub(crate) const MOST_HEAD: u64 = 512 << 20;
 /// Maximum size of an image, in bytes: 256 TiB.
 pub(crate) const MOST_IMAGE: u64 = 1 << 48;
 /// The sizes that chunks may have, in bytes, of which only powers of two are valid.
@@ -145,7 +147,8 @@ impl Geometry {
         let tables = head_len.checked_sub(least).ok_or(bad)?;
         let packs = tables / PACK_ENTRY_BYTES as u64;
         let whole = tables.is_multiple_of(PACK_ENTRY_BYTES as u64);
-        if whole && packs <= self.chunks() { Ok(packs) } else { Err(bad) }
+        let right = whole && packs <= self.chunks() && head_len <= MOST_HEAD;
+        if right { Ok(packs) } else { Err(bad) }
     }
 }
 

@@ -9,4 +9,5 @@ mod malformed;
 mod resume;
 mod round_trip;
 mod sizes;
+mod stress;
 mod support;

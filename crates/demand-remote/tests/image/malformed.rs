@@ -191,6 +191,7 @@ fn manifests_of_another_kind_are_refused() {
         ("/index/size", (4128 + 513).into()),
         ("/index/head_size", 4129.into()),
         ("/index/head_size", u64::MAX.into()),
+        ("/image/size", (1_u64 << 48).into()),
         ("/index/sha256", "AB".repeat(32).into()),
         ("/files/0/name", "../state".into()),
         ("/files/0/name", "memory".into()),
