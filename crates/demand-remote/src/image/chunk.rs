@@ -48,6 +48,9 @@ impl Coding {
     }
 }
 
+/// The levels of zstd.
+pub(crate) const LEVELS: std::ops::RangeInclusive<i32> = 1..=22;
+
 /// How a push compresses chunks. A chunk that becomes less than 5 % shorter is stored as it is.
 ///
 /// The text of each is `none`, `lz4`, or `zstd:LEVEL` with a level from 1 to 22.
@@ -77,7 +80,7 @@ impl FromStr for Compression {
             None if text == "lz4" => Ok(Compression::Lz4),
             None if text == "zstd" => Ok(Compression::default()),
             Some(("zstd", level)) => match level.parse() {
-                Ok(level @ 1..=22) => Ok(Compression::Zstd(level)),
+                Ok(level) if LEVELS.contains(&level) => Ok(Compression::Zstd(level)),
                 _ => Err("the level of zstd is a number from 1 to 22"),
             },
             _ => Err("the compressions are none, lz4 and zstd:LEVEL"),

@@ -121,9 +121,8 @@ pub enum ImageError {
     },
     /// A name that no snapshot or side file can have.
     #[error(
-        "cannot use the name {name:?}: {use_letters}",
-        use_letters = "it is taken, or no name; use letters, digits, '.', '_' and '-', the first a \
-                       letter or digit"
+        "cannot use the name {name:?}: it is malformed, reserved or used twice; use letters, \
+         digits, '.', '_' and '-', and begin with a letter or digit"
     )]
     Name {
         /// The name.

@@ -16,7 +16,7 @@ use self::encode::{Chunks, Encoded};
 use self::packs::{Packs, put_if_missing};
 use self::parent::Parent;
 use super::block::{Block, Entry};
-use super::chunk::Compression;
+use super::chunk::{Compression, LEVELS};
 use super::error::{ImageError, LayoutError};
 use super::layout::{BLOCK_CHUNKS, Geometry, Head, PAGE};
 use super::manifest::{ChunkCounts, FileRef, Generation, ImageRef, IndexRef, MOST_FILE, Manifest};
@@ -165,6 +165,12 @@ impl<'a> Push<'a> {
     ) -> Result<PushSummary, ImageError> {
         let size = self.image.size().checked_next_multiple_of(PAGE).unwrap_or(u64::MAX);
         let geometry = Geometry::new(size, self.chunk_size).map_err(ImageError::Options)?;
+        if let Compression::Zstd(level) = self.compression
+            && !LEVELS.contains(&level)
+        {
+            let (what, value) = ("the level of zstd", u64::from(level.unsigned_abs()));
+            return Err(ImageError::Options(LayoutError::Bounds { what, value }));
+        }
         self.check_names(snapshot)?;
         let files = self.files.iter().map(|(name, path)| read_file(name, path));
         let files = files.collect::<Result<Vec<_>, _>>()?;

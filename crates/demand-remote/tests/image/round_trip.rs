@@ -180,6 +180,9 @@ fn wrong_names_and_options_are_refused() {
     assert!(matches!(refused("../vm", |push| push), ImageError::Name { .. }));
     assert!(matches!(refused("vm", |push| push.chunk_size(4096)), ImageError::Options(_)));
     assert!(matches!(refused("vm", |push| push.chunk_size(65537)), ImageError::Options(_)));
+    let level = Compression::Zstd(23);
+    let refused_level = place.push("vm", &content, |push| push.compression(level));
+    assert!(matches!(refused_level, Err(ImageError::Options(_))));
     assert!(matches!(refused("vm", |push| push.file("state", "/x")), ImageError::Name { .. }));
     assert!(matches!(refused("vm", |push| push.file("memory", "/x")), ImageError::Name { .. }));
     assert!(matches!(refused("vm", |push| push.file("x", "/nowhere")), ImageError::File { .. }));
