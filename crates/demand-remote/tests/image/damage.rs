@@ -17,6 +17,8 @@ struct Seen {
     damages: usize,
     refused_open: usize,
     refused_read: usize,
+    /// Reads that were refused before anything was decoded.
+    refused_by_digest: usize,
     refused_file: usize,
     unnoticed_by_reads: usize,
 }
@@ -44,6 +46,10 @@ impl Seen {
                     let extent = image.extent(*at as u64);
                     let zero = right.iter().all(|byte| *byte == 0);
                     assert!(extent.is_ok_and(|extent| extent.is_hole() == zero), "{what}");
+                    if let Err(error) = &read {
+                        let digest = error.to_string().contains("digest of the stored chunk");
+                        self.refused_by_digest += usize::from(digest);
+                    }
                     read.is_err()
                 });
                 let wrong = wrong.count();
@@ -97,6 +103,8 @@ fn flipped_bits_are_noticed() {
         // Only the gaps between the chunks of a pack are never read.
         let packs = object.parent().unwrap().ends_with("packs");
         assert!(packs || seen.unnoticed_by_reads == 0, "{seen:?}");
+        // The decoder never sees other bytes than the writer's.
+        assert_eq!(seen.refused_by_digest, seen.refused_read, "{seen:?}");
     }
     assert_eq!(read(&place.open("vm"), 0, content.len()).unwrap(), content);
 }
