@@ -117,6 +117,8 @@ fn demand_overtakes_and_raises_fill() {
     for chunk in 0..8 {
         start(chunk, Priority::Fill);
     }
+    // By then all of fill waits for its turn.
+    std::thread::sleep(DELAY / 4);
     // A fault on a chunk that is not queued, and one on a chunk that fill has queued last.
     start(8, Priority::Demand);
     start(7, Priority::Demand);
