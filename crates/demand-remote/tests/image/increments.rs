@@ -160,3 +160,28 @@ fn thin_packs_are_stored_again() {
     assert_eq!((third.packs, third.chunks.reused), (2, 56));
     check_content(&place.open("third"), &content);
 }
+
+#[test]
+fn scattered_packs_are_gathered() {
+    let place = Place::new();
+    let mut random = Random::new(36);
+    let mut content = vec![0; 8 << 20];
+    records(&mut content, &mut random);
+    let none = Compression::None;
+    place.push("gen-0", &content, |push| with_parent(push, None).compression(none)).unwrap();
+    let mut packs = Vec::new();
+    for generation in 1..=72 {
+        // Seven chunks of their own, so that no pack is thin.
+        let at = (generation - 1) * 7 * (16 << 10);
+        records(&mut content[at..at + 7 * (16 << 10)], &mut random);
+        let parent = Some(format!("gen-{}", generation - 1));
+        let name = format!("gen-{generation}");
+        let pushed =
+            place.push(&name, &content, |push| with_parent(push, parent).compression(none));
+        packs.push(pushed.unwrap().packs);
+    }
+    println!("packs of each generation: {packs:?}");
+    assert_eq!(packs.iter().max(), Some(&65));
+    assert!(packs[65..].iter().all(|packs| *packs <= 41));
+    check_content(&place.open("gen-72"), &content);
+}
