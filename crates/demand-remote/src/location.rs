@@ -221,7 +221,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn paths_and_urls_are_told_apart() {
+    fn paths_and_urls_are_distinguished() {
         for path in ["/var/image", "image", "./a://b", "c:/x", "://x"] {
             assert_eq!(path.parse(), Ok(Location::Path(path.into())), "{path}");
         }

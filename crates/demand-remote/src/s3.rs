@@ -21,7 +21,7 @@ const DEFAULT_REGION: &str = "us-east-1";
 ///
 /// Settings come from where the AWS tools take them: `AWS_` variables; then the profile that
 /// `AWS_PROFILE` names, in the files `~/.aws/config` and `~/.aws/credentials`, with keys or a
-/// `credential_process`; then the roles of the machine (web identity, container, instance metadata).
+/// `credential_process`; then the machine's roles (web identity, container, instance metadata).
 pub(crate) fn bucket(name: &str) -> Result<Arc<dyn ObjectStore>, BoxError> {
     let mut builder = AmazonS3Builder::from_env().with_bucket_name(name);
     let profile = Profile::load()?;

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Images and stores in an object store that speaks S3.
 //!
-//! Settings come from the environment, which is the process's: so each test runs in a process of its
-//! own, which this program starts anew.
+//! Settings come from the environment, which is the process's: so each test runs in a separate
+//! process, which this program starts.
 #![cfg(feature = "s3")]
+#![allow(clippy::cast_possible_truncation, reason = "the numbers of a test are small")]
 
 use std::fs;
 use std::path::Path;

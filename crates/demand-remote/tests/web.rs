@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Raw images on a web server.
 #![cfg(feature = "http")]
+#![allow(clippy::cast_possible_truncation, reason = "the numbers of a test are small")]
 
 use std::fs;
 use std::path::Path;

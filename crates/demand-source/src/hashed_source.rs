@@ -22,8 +22,8 @@ type Then = Box<dyn FnOnce(Result<Hashes, SourceError>) + Send>;
 /// An image with a table of page hashes, both of any [`PageSource`], such as two files on a web
 /// server: a [`HashedImage`](crate::HashedImage) at a distance, with the same format of the table.
 ///
-/// Pages whose hash is 0 are holes, whatever the image's source knows of its holes. The table is read
-/// in pieces of 64 KiB as pages are fetched, and kept: 2 MiB for each GiB of the image.
+/// Pages whose hash is 0 are holes, whatever the image's source knows of its holes. The table is
+/// read in pieces of 64 KiB as pages are fetched, and kept: 2 MiB for each GiB of the image.
 ///
 /// # Examples
 ///
@@ -167,7 +167,7 @@ impl Shared {
                 Ok(hashes) => Ok(hashes.clone()),
                 Err(error) => {
                     let text =
-                        format!("the page hashes of {} are not to be had: {error}", self.name);
+                        format!("cannot read the page hashes of {}: {error}", self.name);
                     Err(SourceError::other(text, error.retry()))
                 }
             });

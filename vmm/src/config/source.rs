@@ -49,8 +49,8 @@ impl SnapshotPlace {
     }
 }
 
-/// Returns a URL without its user, and without what follows its path. The socket of an NBD server is
-/// no secret, and tells one URL from another.
+/// Returns a URL without its user, and without what follows its path. The socket of an NBD server
+/// is no secret, and distinguishes URLs.
 fn without_secrets(url: &str) -> String {
     let (url, query) = url.split_once('?').unwrap_or((url, ""));
     let url = url.split('#').next().unwrap_or_default();
@@ -121,7 +121,7 @@ mod tests {
     }
 
     #[test]
-    fn urls_and_directories_are_told_apart() {
+    fn urls_and_directories_are_distinguished() {
         for text in ["s3://bucket/vm7", "nbd+unix:///?socket=/run/s", "https://host/vm7"] {
             assert_eq!(place(text), SnapshotPlace::Url(text.into()));
         }

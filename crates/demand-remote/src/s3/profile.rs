@@ -126,8 +126,8 @@ fn read(path: &PathBuf) -> io::Result<Sections> {
     }
 }
 
-/// Parses a file. A setting below another one, indented, gets the name `outer.inner`. Lines that are
-/// neither are passed over, as the AWS tools do.
+/// Parses a file. A setting below another one, indented, gets the name `outer.inner`. Other lines
+/// are passed over, as the AWS tools do.
 fn parse(text: &str) -> Sections {
     let mut sections = Sections::new();
     let (mut section, mut outer) = (None, String::new());

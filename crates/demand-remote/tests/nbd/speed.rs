@@ -109,7 +109,7 @@ fn demand_does_not_wait_behind_fill() {
 }
 
 #[test]
-fn demand_does_not_wait_behind_fill_on_a_slow_line() {
+fn demand_overtakes_fill_on_a_slow_line() {
     // 4 MB/s for each connection: 256 KiB take 65 ms, and the twelve in flight 400 ms.
     let slow = ["--filter=rate", "pattern", "1G", "connection-rate=32M"];
     let [idle, busy] = demand_beside_fill("4 MB/s per connection", &slow, 60);
