@@ -166,8 +166,7 @@ impl Shared {
             then(match &outcome {
                 Ok(hashes) => Ok(hashes.clone()),
                 Err(error) => {
-                    let text =
-                        format!("cannot read the page hashes of {}: {error}", self.name);
+                    let text = format!("cannot read the page hashes of {}: {error}", self.name);
                     Err(SourceError::other(text, error.retry()))
                 }
             });
