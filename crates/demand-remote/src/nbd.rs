@@ -2,8 +2,8 @@
 //! Exports of NBD servers as sources of pages.
 //!
 //! The client speaks the fixed newstyle protocol, with TLS by `STARTTLS`, structured replies, and
-//! the metadata context `base:allocation`, which tells zeros from data. Servers without the last
-//! two are served, too: all of an export is data then. It writes nothing.
+//! the metadata context `base:allocation`, which tells zeros from data. It also reads from servers
+//! without the last two: all of an export is data then. It writes nothing.
 //!
 //! A server is not trusted: each length and number that it sends is checked, and a violation of the
 //! protocol ends the connection with an error.

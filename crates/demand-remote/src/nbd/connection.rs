@@ -272,7 +272,10 @@ impl Connection {
 fn is_unsupported(error: &NbdError) -> bool {
     const EINVAL: u32 = 22;
     const ENOTSUP: u32 = 95;
-    matches!(error.kind(), NbdErrorKind::Failed { error, .. } if [EINVAL, ENOTSUP].contains(&error.0))
+    match error.kind() {
+        NbdErrorKind::Failed { error, .. } => [EINVAL, ENOTSUP].contains(&error.0),
+        _ => false,
+    }
 }
 
 /// Returns between a half and the whole of a pause.

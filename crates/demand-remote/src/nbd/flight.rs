@@ -206,7 +206,10 @@ impl Flight {
 
     /// Returns the number of reads for fill.
     pub(crate) fn fills(&self) -> usize {
-        let fill = |sent: &&Sent| matches!(&sent.work, Work::Read(piece) if piece.priority == Priority::Fill);
+        let fill = |sent: &&Sent| match &sent.work {
+            Work::Read(piece) => piece.priority == Priority::Fill,
+            Work::Status(_) => false,
+        };
         self.sent.values().filter(fill).count()
     }
 

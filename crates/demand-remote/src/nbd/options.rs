@@ -42,8 +42,8 @@ pub struct NbdOptions {
 }
 
 impl Default for NbdOptions {
-    /// Returns 32 requests in flight for demand and 6 for fill, 10 s to connect, 15 s for an answer,
-    /// and pauses from 100 ms to 5 s.
+    /// Returns 32 requests in flight for demand and 6 for fill, 10 s to connect, 15 s for an
+    /// answer, and pauses from 100 ms to 5 s.
     fn default() -> Self {
         NbdOptions {
             demand_connections: None,

@@ -16,8 +16,8 @@ fn unusable(file: &Path, cause: impl ToString) -> NbdErrorKind {
     NbdErrorKind::Certificates { file: file.to_owned(), cause: cause.to_string() }
 }
 
-/// Reads the certificates: those of the options first, then those of the URL's folder, then the
-/// system's.
+/// Reads the certificates: those of the options, or else those of the URL's folder, or else those
+/// of the system.
 pub(crate) fn config(
     folder: Option<&Path>,
     options: &TlsOptions,

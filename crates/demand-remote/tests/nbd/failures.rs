@@ -20,7 +20,7 @@ fn unreachable_server_fails_at_once() {
     let error = open(&url, hasty()).unwrap_err();
     assert!(matches!(error.kind(), NbdErrorKind::Connect { .. }), "{error}");
     assert!(error.to_string().starts_with(&format!("cannot use {url}: ")), "{error}");
-    // Port 9 is that of a service that hosts do not run.
+    // Port 9 belongs to a service that no system runs by default.
     let error = open("nbd://127.0.0.1:9/x", hasty()).unwrap_err();
     assert!(matches!(error.kind(), NbdErrorKind::Connect { .. }), "{error}");
 }

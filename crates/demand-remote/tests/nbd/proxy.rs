@@ -16,7 +16,7 @@ pub(crate) struct Proxy {
 }
 
 impl Proxy {
-    /// Starts a proxy. `limit` returns the number of bytes after which the connection of that number
+    /// Starts a proxy. `limit` returns the number of bytes after which a connection, by its number,
     /// is cut.
     pub(crate) fn start(socket: PathBuf, limit: fn(usize) -> u64) -> Proxy {
         let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();

@@ -91,7 +91,7 @@ fn demand_beside_fill(name: &str, arguments: &[&str], reads: u64) -> [Duration; 
     stop.store(true, Ordering::Relaxed);
     filler.join().unwrap();
     println!(
-        "{name}: a demand read takes {:.1?} (p99 {:.1?}), beside fill of {:.0} MB/s {:.1?} (p99 {:.1?})",
+        "{name}: demand {:.1?} (p99 {:.1?}), beside fill of {:.0} MB/s {:.1?} (p99 {:.1?})",
         idle.0,
         idle.1,
         rate / 1e6,

@@ -224,7 +224,7 @@ proptest! {
     #[test]
     fn arbitrary_replies_are_no_panic(
         replies in prop::collection::vec(
-            (any::<bool>(), 0..7u16, any::<bool>(), 0..5u64, prop::collection::vec(any::<u8>(), 0..40)),
+            (any::<bool>(), 0..7u16, any::<bool>(), 0..5u64, prop::collection::vec(0..=255u8, 0..40)),
             0..20,
         ),
         structured: bool,
