@@ -129,7 +129,7 @@ fn refusal(kind: u32) -> Refusal {
     }
 }
 
-/// Returns a string in the protocol's form, its length before it. All strings of a client are short.
+/// Returns a string in the protocol's form, its length before it. A client's strings are short.
 pub(super) fn string(bytes: &[u8]) -> Vec<u8> {
     let len = u32::try_from(bytes.len()).unwrap_or(u32::MAX);
     [&len.to_be_bytes()[..], bytes].concat()

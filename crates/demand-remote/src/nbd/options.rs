@@ -43,7 +43,7 @@ pub struct NbdOptions {
 
 impl Default for NbdOptions {
     /// Returns 32 requests in flight for demand and 6 for fill, 10 s to connect, 15 s for an
-    /// answer, and pauses from 100 ms to 5 s.
+    /// answer, and pauses from 100 ms to 2 s.
     fn default() -> Self {
         NbdOptions {
             demand_connections: None,
@@ -53,7 +53,7 @@ impl Default for NbdOptions {
             connect: Duration::from_secs(10),
             answer: Duration::from_secs(15),
             pause: Duration::from_millis(100),
-            longest_pause: Duration::from_secs(5),
+            longest_pause: Duration::from_secs(2),
             tls: TlsOptions::default(),
         }
     }
