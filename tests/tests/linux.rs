@@ -125,8 +125,8 @@ fn moments(engine: Engine, restored: &'static str, first: u64) {
     if restored == SHMEM_THP && !transparent_huge_pages() {
         return;
     }
-    // A life with two snapshots suffices once for each engine that `auto` chooses, and unit.
-    let usual = if restored == SHMEM_THP || engine == Engine::UffdPoison { 1 } else { 2 };
+    // A life with two snapshots suffices once for each unit.
+    let usual = if restored != SHMEM_THP && engine == Engine::KvmUserfault { 2 } else { 1 };
     let mut left = number("LINUX_MOMENTS").unwrap_or(usual);
     let seed = number("LINUX_SEED").unwrap_or(1);
     for life in first.. {

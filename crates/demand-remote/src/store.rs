@@ -168,7 +168,7 @@ impl Store {
     }
 
     /// Wraps an object store; `name` is what errors call it, without credentials.
-    fn new(name: impl Into<Arc<str>>, inner: Arc<dyn ObjectStore>) -> Self {
+    pub(crate) fn new(name: impl Into<Arc<str>>, inner: Arc<dyn ObjectStore>) -> Self {
         Store { name: name.into(), inner }
     }
 
