@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use demand_source::Priority;
-use tokio::sync::{Notify, Semaphore, SemaphorePermit};
+use tokio::sync::{Notify, Semaphore, SemaphorePermit, oneshot};
 
 use super::cache::Cache;
 use super::error::ImageError;
@@ -72,10 +72,15 @@ impl Urgency {
     }
 }
 
+/// Receives the outcome of reading a block.
+type Listener = oneshot::Sender<Result<(), Arc<ImageError>>>;
+
 /// A request to the store, and the parts of the pager's requests that wait for it.
 #[derive(Default)]
 struct Flight {
     parts: Vec<Part>,
+    /// Threads that wait for a block.
+    listeners: Vec<Listener>,
     urgency: Arc<Urgency>,
 }
 
@@ -173,9 +178,20 @@ impl Flights {
         }
     }
 
-    /// Reads a block of the index, for threads that may wait.
-    pub(crate) async fn block(&self, block: u64) -> Result<(), ImageError> {
-        self.snapshot.read_block(block).await.map(drop)
+    /// Waits until a block of the index is known.
+    pub(crate) async fn block(self: &Arc<Self>, block: u64) -> Result<(), Arc<ImageError>> {
+        let outcome = {
+            let mut state = self.state();
+            if self.snapshot.known_block(block).is_some() {
+                return Ok(());
+            }
+            let flight = self.flight(&mut state, Key::Block(block));
+            flight.urgency.raise();
+            let (listener, outcome) = oneshot::channel();
+            flight.listeners.push(listener);
+            outcome
+        };
+        outcome.await.unwrap_or_else(|_| Err(Arc::new(ImageError::Panicked)))
     }
 
     /// Gives the parts of these chunks, the last included, the priority of demand.
@@ -211,14 +227,18 @@ impl Flights {
             // It has ended already, and another one may have begun.
             return std::mem::forget(landing);
         };
-        let parts = landing.land(got.as_ref().ok());
+        let Flight { parts, listeners, .. } = landing.land(got.as_ref().ok());
         match got {
-            Ok(Got::Block) => parts.into_iter().for_each(|part| self.route(part)),
+            Ok(Got::Block) => {
+                answer(listeners, &Ok(()));
+                parts.into_iter().for_each(|part| self.route(part));
+            }
             Ok(Got::Chunk(content)) => {
                 parts.into_iter().for_each(|part| part.deliver(&content));
             }
             Err(error) => {
                 let error = Arc::new(error);
+                answer(listeners, &Err(error.clone()));
                 parts.into_iter().for_each(|part| part.fail(&error));
             }
         }
@@ -271,17 +291,24 @@ impl Flights {
         wanted
     }
 
-    /// Ends a request: keeps what was read, if it may be needed again, and returns the parts.
-    fn end(&self, key: Key, got: Option<&Got>) -> Vec<Part> {
+    /// Ends a request: keeps what was read, if it may be needed again, and returns those that wait.
+    fn end(&self, key: Key, got: Option<&Got>) -> Flight {
         let mut state = self.state();
-        let parts = state.flights.remove(&key).map(|flight| flight.parts).unwrap_or_default();
+        let flight = state.flights.remove(&key).unwrap_or_default();
         if let (Key::Chunk(chunk), Some(Got::Chunk(content))) = (key, got) {
             // Once all of a chunk is delivered, nothing of it is requested again.
-            if parts.iter().all(|part| part.len() < content.len()) {
+            if flight.parts.iter().all(|part| part.len() < content.len()) {
                 state.cache.insert(chunk, content.clone());
             }
         }
-        parts
+        flight
+    }
+}
+
+fn answer(listeners: Vec<Listener>, outcome: &Result<(), Arc<ImageError>>) {
+    for listener in listeners {
+        // A thread that does not wait any more needs no answer.
+        let _ = listener.send(outcome.clone());
     }
 }
 
@@ -292,10 +319,10 @@ struct Landing<'a> {
 }
 
 impl Landing<'_> {
-    fn land(self, got: Option<&Got>) -> Vec<Part> {
-        let parts = self.flights.end(self.key, got);
+    fn land(self, got: Option<&Got>) -> Flight {
+        let flight = self.flights.end(self.key, got);
         std::mem::forget(self);
-        parts
+        flight
     }
 }
 

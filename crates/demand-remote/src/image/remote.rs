@@ -164,7 +164,10 @@ impl PageSource for RemoteImage {
         let geometry = snapshot.head.geometry;
         let block = offset / geometry.chunk_size() / BLOCK_CHUNKS;
         let read = snapshot.reads.store.wait(self.flights.block(block));
-        read.map_err(|error| SourceError::other(error, demand_source::Retry::Later))?;
+        read.map_err(|error| {
+            let retry = error.retry();
+            SourceError::other(error, retry)
+        })?;
         let all =
             Extent::Data { end: self.size().min(geometry.offset(geometry.chunks_of(block).end)) };
         Ok(self.known_extent(offset).unwrap_or(all))

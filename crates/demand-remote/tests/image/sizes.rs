@@ -86,6 +86,7 @@ fn blocks_of_the_index_come_as_touched() {
     assert!(!image.extent(31 << 25).unwrap().is_hole());
     assert!(image.extent_now(31 << 25).is_some());
     let before = image.stats();
+    assert_eq!(before.requests, opened.requests + 1, "both looks share a request");
     std::thread::scope(|scope| {
         for page in 0..8 {
             let image = &image;
