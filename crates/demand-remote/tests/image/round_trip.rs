@@ -130,11 +130,16 @@ fn kept_chunks_are_read_at_once() {
 fn pulled_snapshot_is_a_hashed_image() {
     let place = Place::new();
     let content = mixed(6 << 20, 8);
-    place.push("team/vm", &content, |push| push.chunk_size(16 << 10)).unwrap();
+    let empty = place.path("empty");
+    fs::write(&empty, "").unwrap();
+    place
+        .push("team/vm", &content, |push| push.chunk_size(16 << 10).file("empty", &empty))
+        .unwrap();
     let to = place.path("pulled");
     let summary = pull(&place.store, "team/vm", &to, &mut |_| true).unwrap();
     assert!(fs::read(to.join("memory")).unwrap() == content);
     assert_eq!(fs::read(to.join("state")).unwrap(), b"the VM's state");
+    assert_eq!(fs::read(to.join("empty")).unwrap(), b"");
     let image = HashedImage::open(to.join("memory"), to.join("hashes")).unwrap();
     assert_eq!(image.generation(), GENERATION);
     image.verify(&mut |_| true).unwrap();
