@@ -13,7 +13,6 @@ use demand_source::Retry;
 use futures_util::TryStreamExt;
 use object_store::local::LocalFileSystem;
 use object_store::path::Path as Key;
-use object_store::prefix::PrefixStore;
 use object_store::{GetOptions, GetRange, GetResult, ObjectStore, ObjectStoreExt};
 
 use crate::cause::cause;
@@ -137,7 +136,7 @@ impl Store {
             #[cfg(feature = "s3")]
             Location::S3 { bucket, key } => {
                 crate::s3::bucket(bucket).map(|store| -> Arc<dyn ObjectStore> {
-                    Arc::new(PrefixStore::new(store, Key::from(key.as_str())))
+                    Arc::new(object_store::prefix::PrefixStore::new(store, Key::from(key.as_str())))
                 })
             }
             #[cfg(not(all(feature = "http", feature = "s3")))]

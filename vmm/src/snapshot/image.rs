@@ -3,17 +3,14 @@
 
 use std::sync::Arc;
 
-use demand_memory::to_usize;
-use demand_source::{Destination, HashedImage, PageSource, SourceError};
-
-/// Bytes that are checked at once.
-const STEP: u64 = 1 << 20;
+use demand_source::{HashedImage, PageSource, SourceError};
 
 /// The image of a snapshot's memory. Each page is checked as it is fetched.
 pub(crate) enum MemoryImage {
     /// Files of this system.
     Local(HashedImage),
     /// Another source.
+    #[cfg(feature = "remote")]
     Remote {
         /// The source, which checks what it delivers.
         source: Arc<dyn PageSource>,
@@ -29,6 +26,7 @@ impl MemoryImage {
     pub(crate) fn generation(&self) -> [u8; 16] {
         match self {
             MemoryImage::Local(image) => image.generation(),
+            #[cfg(feature = "remote")]
             MemoryImage::Remote { generation, .. } => *generation,
         }
     }
@@ -37,6 +35,7 @@ impl MemoryImage {
     pub(crate) fn size(&self) -> u64 {
         match self {
             MemoryImage::Local(image) => image.size(),
+            #[cfg(feature = "remote")]
             MemoryImage::Remote { source, .. } => source.size(),
         }
     }
@@ -44,33 +43,49 @@ impl MemoryImage {
     /// Reads and checks the whole image. It calls `progress` repeatedly with the number of bytes
     /// checked so far; `progress` cancels the check by returning `false`.
     pub(crate) fn verify(&self, progress: &mut dyn FnMut(u64) -> bool) -> Result<(), SourceError> {
-        let (source, name) = match self {
-            MemoryImage::Local(image) => return image.verify(progress),
-            MemoryImage::Remote { source, name, .. } => (source, name),
-        };
-        let mut bytes = vec![0; to_usize(STEP)];
-        let (mut at, size) = (0, source.size());
-        while at < size {
-            let extent = source.extent(at)?;
-            if extent.is_hole() {
-                at = extent.end();
-            } else {
-                let len = to_usize(STEP.min(extent.end() - at));
-                source.read_through(at, &mut Destination::from(&mut bytes[..len]))?;
-                at += len as u64;
-            }
-            if !progress(at) {
-                return Err(SourceError::Cancelled { image: name.clone(), at });
-            }
+        match self {
+            MemoryImage::Local(image) => image.verify(progress),
+            #[cfg(feature = "remote")]
+            MemoryImage::Remote { source, name, .. } => read_all(&**source, name, progress),
         }
-        Ok(())
     }
 
     /// Returns the source of the memory's pages.
     pub(crate) fn into_source(self) -> Arc<dyn PageSource> {
         match self {
             MemoryImage::Local(image) => Arc::new(image),
+            #[cfg(feature = "remote")]
             MemoryImage::Remote { source, .. } => source,
         }
     }
+}
+
+/// Reads all data of a source, which checks it.
+#[cfg(feature = "remote")]
+fn read_all(
+    source: &dyn PageSource,
+    name: &str,
+    progress: &mut dyn FnMut(u64) -> bool,
+) -> Result<(), SourceError> {
+    use demand_memory::to_usize;
+    use demand_source::Destination;
+
+    /// Bytes that are read at once.
+    const STEP: u64 = 1 << 20;
+    let mut bytes = vec![0; to_usize(STEP)];
+    let (mut at, size) = (0, source.size());
+    while at < size {
+        let extent = source.extent(at)?;
+        if extent.is_hole() {
+            at = extent.end();
+        } else {
+            let len = to_usize(STEP.min(extent.end() - at));
+            source.read_through(at, &mut Destination::from(&mut bytes[..len]))?;
+            at += len as u64;
+        }
+        if !progress(at) {
+            return Err(SourceError::Cancelled { image: name.to_owned(), at });
+        }
+    }
+    Ok(())
 }
