@@ -55,9 +55,9 @@ fn all(engine: Engine, backing: BackingKind) {
 
     let output = succeeds(lazy_vm().args(arguments));
     // So far every page was fetched because the guest touched it. The guest keeps running while
-    // they are counted, and the last page may be counted only afterwards.
+    // they are counted: each thread that serves faults may count its last ones only afterwards.
     const HALF: &str = "half of memory summed";
-    assert!(number(&output, HALF, "guest ") >= PAGES / 2 - 1, "{output:?}");
+    assert!(number(&output, HALF, "guest ") >= PAGES / 2 - 16, "{output:?}");
     assert_eq!(number(&output, HALF, "fill "), 0, "{output:?}");
     const END: &str = "complete and finished";
     let arrived = ["guest ", "kvm_internal ", "fill "].map(|path| number(&output, END, path));
