@@ -12,7 +12,7 @@ mod connection;
 mod error;
 mod extents;
 mod flight;
-#[cfg(any(test, fuzzing))]
+#[doc(hidden)]
 pub mod fuzzing;
 mod handshake;
 mod holes;
