@@ -93,8 +93,10 @@ fn man_pages_render_with_every_option() {
         let text = plain(&String::from_utf8(rendered.stdout).unwrap());
         let path = path.to_string();
         let name = path.rsplit('/').next().and_then(|name| name.strip_suffix(".1")).unwrap();
-        let command = name.strip_prefix("demand-vmm-");
-        let help = prints(&[command.as_slice(), &["--help"]].concat());
+        // No word of a command has a hyphen.
+        let command = name.strip_prefix("demand-vmm-").map(|command| command.replace('-', " "));
+        let words: Vec<_> = command.iter().flat_map(|command| command.split(' ')).collect();
+        let help = prints(&[&words[..], &["--help"]].concat());
         for option in long_options(&help).into_iter().filter(|option| *option != "--help") {
             assert!(text.contains(option), "{option} is not in {path}: {text}");
         }
