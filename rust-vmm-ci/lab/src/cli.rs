@@ -234,7 +234,7 @@ fn test(
     let stock = if kernel.is_stock() { "1" } else { "" };
     // Debian's needs its modules, too, which each run adds.
     let image = if kernel.kernel == Choice::Debian { "debian".into() } else { image };
-    let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let mut cargo = cargo();
     let lab = env::current_exe().context("the lab's own binary could not be found")?;
     // On a stock kernel tests may be skipped, and are counted.
     if machines > 1 || !omit.is_empty() || kernel.is_stock() {
@@ -244,14 +244,14 @@ fn test(
             ("LAB_GUESTS", wanted.word().into()),
         ];
         environment.extend(guests.into_iter().map(|(name, path)| (name, path.into())));
-        return suite::run(&cargo, &lab, machines, omit, arguments, &environment);
+        return suite::run(cargo, &lab, machines, omit, arguments, &environment);
     }
     let Some(lab) = lab.to_str() else {
         bail!("{} is no UTF-8: cargo's configuration cannot name it", lab.display());
     };
     // A list in the configuration, because cargo would split the environment variable at spaces.
     let runner = serde_json::to_string(&[lab, "run", "--"])?;
-    let status = Command::new(&cargo)
+    let status = cargo
         .arg("test")
         .arg("--config")
         .arg(format!("target.'cfg(all())'.runner={runner}"))
@@ -261,9 +261,22 @@ fn test(
         .env("LAB_GUESTS", wanted.word())
         .envs(guests)
         .status()
-        .with_context(|| format!("{} could not be run", cargo.display()))?;
+        .context("cargo could not be run")?;
     let code = status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0));
     Ok(u8::try_from(code).unwrap_or(1))
+}
+
+/// Returns cargo, without the variables that `cargo run` has set for this program: build scripts
+/// depend on them, as ring's does, and all that links it would be built anew.
+fn cargo() -> Command {
+    let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    for (name, _) in env::vars_os() {
+        let text = name.to_string_lossy();
+        if text.starts_with("CARGO_PKG_") || text.starts_with("CARGO_MANIFEST_") {
+            cargo.env_remove(&name);
+        }
+    }
+    cargo
 }
 
 fn refuse_nesting() -> Result<()> {

@@ -5,7 +5,7 @@
 //! host: with a second processor, the same tests take half the time in two machines.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::Write;
 use std::os::unix::process::ExitStatusExt;
@@ -73,7 +73,7 @@ struct Running {
 /// a failure. Those whose source file is in `omit` are left out. Skips, which only a stock kernel
 /// permits, are counted at the end. Returns the exit status.
 pub(crate) fn run(
-    cargo: &OsStr,
+    mut cargo: Command,
     lab: &Path,
     machines: usize,
     omit: &[String],
@@ -82,12 +82,12 @@ pub(crate) fn run(
 ) -> Result<u8> {
     let end = arguments.iter().position(|argument| argument == "--").unwrap_or(arguments.len());
     let (selection, rest) = arguments.split_at(end);
-    let built = Command::new(cargo)
+    let built = cargo
         .args(["test", "--no-run", "--message-format", "json-render-diagnostics"])
         .args(selection)
         .stderr(Stdio::inherit())
         .output()
-        .with_context(|| format!("{} could not be run", cargo.display()))?;
+        .context("cargo could not be run")?;
     if !built.status.success() {
         return Ok(status_of(built.status));
     }
