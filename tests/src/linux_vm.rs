@@ -119,8 +119,6 @@ pub struct GuestConfig {
     pub cards: Vec<CardOption>,
     /// More arguments.
     pub more: Vec<String>,
-    /// Variables of the VMM's environment.
-    pub variables: Vec<(&'static str, String)>,
 }
 
 /// A running guest, and its devices' back-ends. All of it is killed when this is dropped.
@@ -221,7 +219,6 @@ impl Guest {
         }
         command.arg("--api-socket").arg(folder.join(SOCKET));
         command.arg("--report").arg(folder.join(REPORT)).args(&config.more);
-        command.envs(config.variables.iter().cloned());
         Self::spawn(folder, command, back_ends)
     }
 

@@ -89,8 +89,6 @@ pub struct Rebirth {
     pub disk: &'static str,
     /// The URL at which the snapshot's files are served; by default its directory is named.
     pub url: Option<String>,
-    /// Variables of the VMM's environment.
-    pub variables: Vec<(&'static str, String)>,
 }
 
 /// A snapshot, and the disk at that moment.
@@ -394,7 +392,6 @@ impl Moment {
                 .collect(),
             cards: self.birth.cards(&rebirth.card),
             more: more.into(),
-            variables: rebirth.variables.clone(),
         };
         let begun = Instant::now();
         let snapshot = self.snapshot();

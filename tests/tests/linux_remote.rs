@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Linux guests restored lazily from servers: a web server, an object store, an NBD server. Each
-//! verifies its memory and disk; a server that is stopped meanwhile is a pause, no more.
+//! Linux guests restored lazily from servers: a snapshot's files, and a pushed snapshot, on a web
+//! server, and exports of an NBD server. Each guest verifies its memory and disk; a server that is
+//! stopped meanwhile is a pause, no more.
 
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -10,9 +11,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use demand_kvm::Engine;
 use demand_tests::linux_vm::Kernel;
+use demand_tests::process::program;
 use demand_tests::snapshot_cycle::{Birth, Life, Moment, Rebirth};
 use guest_work::Journal;
-use test_support::servers::{S3, Web, program};
+use test_support::servers::{self, Web};
 
 /// How long a server is away.
 const AWAY: Duration = Duration::from_secs(3);
@@ -90,13 +92,25 @@ fn guest_returns_from_a_web_server() {
     });
 }
 
+/// Runs a command of `demand-vmm image`.
+fn image(arguments: &[&str]) -> Result<()> {
+    let output = Command::new(program("demand-vmm")?).arg("image").args(arguments).output()?;
+    ensure!(output.status.success() && output.stderr.is_empty(), "{arguments:?}: {output:?}");
+    Ok(())
+}
+
+/// The snapshot is pushed to a folder, which a web server shows.
 #[test]
-fn guest_returns_from_an_object_store() {
+fn guest_returns_from_a_pushed_snapshot() {
     test(|folder, moment| {
-        let Some(s3) = S3::start(folder) else { return Ok(()) };
-        let rebirth =
-            Rebirth { variables: s3.variables().into(), ..rebirth("s3://moment/snapshot".into()) };
-        comes_back(moment, &folder.join("restored"), &rebirth)
+        let store = folder.join("store");
+        let (snapshot, place) = (moment.snapshot(), store.join("vm7"));
+        let text = |path: &Path| path.display().to_string();
+        image(&["push", &text(&snapshot), &text(&place), "--compress", "lz4"])?;
+        let Some(web) = Web::start(&store, "") else { return Ok(()) };
+        let url = web.url("vm7");
+        image(&["verify", &url])?;
+        comes_back(moment, &folder.join("restored"), &rebirth(url))
     });
 }
 
@@ -116,7 +130,7 @@ struct Nbd(Child);
 
 impl Nbd {
     fn start(folder: &Path, socket: &Path) -> Result<Option<Nbd>> {
-        let Some(program) = program("nbdkit") else { return Ok(None) };
+        let Some(program) = servers::program("nbdkit") else { return Ok(None) };
         let _ = std::fs::remove_file(socket);
         let mut command = Command::new(program);
         command.args(["--foreground", "--readonly", "--threads", "64", "--unix"]).arg(socket);

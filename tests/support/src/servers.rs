@@ -140,7 +140,8 @@ impl Web {
     }
 }
 
-/// An s3s-fs that serves the folders of a folder as buckets, with one pair of keys.
+/// An s3s-fs that serves the folders of a folder as buckets, with one pair of keys. It reads an
+/// object whole for each request, which the lab is too slow for.
 #[derive(Debug)]
 pub struct S3 {
     server: Server,
