@@ -84,14 +84,6 @@ fn test(f: impl FnOnce(&Path, &Moment) -> Result<()>) {
     run().unwrap_or_else(|error| panic!("{error:#}"));
 }
 
-#[test]
-fn guest_returns_from_a_web_server() {
-    test(|folder, moment| {
-        let Some(web) = Web::start(&folder.join("moment"), "") else { return Ok(()) };
-        comes_back(moment, &folder.join("restored"), &rebirth(web.url("snapshot")))
-    });
-}
-
 /// Runs a command of `demand-vmm image`.
 fn image(arguments: &[&str]) -> Result<()> {
     let output = Command::new(program("demand-vmm")?).arg("image").args(arguments).output()?;
@@ -151,16 +143,6 @@ impl Drop for Nbd {
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
-}
-
-#[test]
-fn guest_returns_from_an_nbd_server() {
-    test(|folder, moment| {
-        let socket = folder.join("nbd");
-        let Some(_server) = Nbd::start(&moment.snapshot(), &socket)? else { return Ok(()) };
-        let url = format!("nbd+unix:///?socket={}", socket.display());
-        comes_back(moment, &folder.join("restored"), &rebirth(url))
-    });
 }
 
 #[test]
