@@ -4,7 +4,7 @@
 //!
 //! usage: cargo bench -p demand-remote --no-default-features --features image --bench image
 
-#[allow(dead_code, unreachable_pub)] // The benchmark uses only a part of this module.
+#[allow(dead_code, unreachable_pub, reason = "the benchmark uses a part of this module")]
 #[path = "../tests/image/support.rs"]
 mod support;
 

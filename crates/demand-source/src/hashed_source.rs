@@ -335,8 +335,10 @@ impl PageSource for HashedSource {
 
     fn raise(&self, offset: u64, len: u64) {
         self.shared.image.raise(offset, len);
-        let first = offset / PAGE / BLOCK * BLOCK;
-        self.shared.table.raise(hash_offset(first), (len / PAGE + 1) * HASH_BYTES);
+        // A piece of the table that is being read begins with its first hash.
+        let first = hash_offset(offset / PAGE / BLOCK * BLOCK);
+        let behind = hash_offset(offset.saturating_add(len).div_ceil(PAGE));
+        self.shared.table.raise(first, behind - first);
     }
 }
 

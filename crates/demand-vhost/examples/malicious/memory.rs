@@ -76,7 +76,7 @@ impl Guarded {
     }
 
     /// Reads a word; blocks if its page is trapped.
-    #[allow(dead_code)] // Only tests check content.
+    #[allow(dead_code, reason = "only tests check content")]
     pub(crate) fn read_word(&self, offset: usize) -> u64 {
         assert!(offset.is_multiple_of(8));
         // SAFETY: the word lies in the mapping, and no reference to it exists.
