@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! `demand-vmm image`: snapshots in stores.
 
+use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -9,7 +10,7 @@ use demand_remote::image::{
     self, Compression, DEFAULT_CHUNK_SIZE, GcOptions, Info, Push, PushProgress, RemoteImage,
 };
 use demand_remote::{Location, Store};
-use demand_source::{HashedImage, PageSource};
+use demand_source::PageSource;
 use serde_json::json;
 
 use crate::cli::error::CliError;
@@ -19,7 +20,6 @@ use crate::config::size::parse_size;
 use crate::error::Error;
 use crate::report::progress::Progress;
 use crate::report::size;
-use crate::snapshot::dir;
 use crate::snapshot::open::OpenSnapshot;
 
 #[derive(Debug, Args)]
@@ -136,14 +136,14 @@ pub(crate) fn image_command(args: ImageArgs) -> Result<(), Error> {
 
 fn push(args: &PushArgs) -> Result<(), Error> {
     let (store, name) = args.place.open()?;
-    // It tells what a directory lacks that is no snapshot.
-    OpenSnapshot::open(&args.snapshot)?;
-    let image = HashedImage::open(dir::memory(&args.snapshot), dir::hashes(&args.snapshot))?;
+    // Its files are open: a name that is replaced by a link meanwhile adds no other file.
+    let snapshot = OpenSnapshot::open(&args.snapshot)?;
+    let image = snapshot.local_memory()?;
+    let beside = snapshot.local_files()?;
     let mut push =
         Push::new(&image, image.generation()).chunk_size(args.chunk).compression(args.compress);
-    for file in dir::beside_memory(&args.snapshot).filter(|path| path.exists()) {
-        let name = file.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        push = push.file(name, file);
+    for (name, file) in &beside {
+        push = push.file(*name, format!("/proc/self/fd/{}", file.as_raw_fd()));
     }
     if let Some(parent) = &args.parent {
         push = push.parent(parent);

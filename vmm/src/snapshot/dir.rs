@@ -60,13 +60,6 @@ pub fn files(dir: &Path) -> [PathBuf; 5] {
     [STATE, MEMORY, HASHES, KERNEL, INITRAMFS].map(|name| dir.join(name))
 }
 
-/// Returns the paths of all files that the snapshot `dir` may have beside the memory's image and
-/// its hashes.
-#[cfg(feature = "remote")]
-pub(crate) fn beside_memory(dir: &Path) -> impl Iterator<Item = PathBuf> {
-    [STATE, KERNEL, INITRAMFS].into_iter().map(|name| dir.join(name))
-}
-
 /// A snapshot that is being written. Dropping it removes it, unless it was published.
 ///
 /// # Examples

@@ -20,6 +20,8 @@ use crate::arch::boot_files::BootContent;
 use crate::config::source::SnapshotPlace;
 use crate::error::Error;
 use crate::snapshot::dir::{HASHES, MEMORY};
+#[cfg(feature = "remote")]
+use crate::snapshot::dir::{INITRAMFS, KERNEL};
 use crate::snapshot::error::{OpenError, ReadError};
 use crate::snapshot::image::MemoryImage;
 #[cfg(feature = "remote")]
@@ -119,20 +121,48 @@ impl OpenSnapshot {
     /// If the image's table of hashes is damaged, or belongs to another image.
     pub(crate) fn memory(&self) -> Result<MemoryImage, Error> {
         match &self.files {
-            Files::Directory(Directory { memory, hashes, .. }) => {
-                let file = |name, file: &File| {
-                    let copy = file.try_clone();
-                    let copy = copy.map_err(|source| ReadError::File { file: name, source });
-                    copy.map(|copy| (copy, self.path(name))).map_err(|error| self.failed(error))
-                };
-                let image = HashedImage::of_files(file(MEMORY, memory)?, file(HASHES, hashes)?)?;
-                Ok(MemoryImage::Local(image))
-            }
+            Files::Directory(directory) => Ok(MemoryImage::Local(self.image_of(directory)?)),
             #[cfg(feature = "remote")]
             Files::Remote(remote) => {
                 remote.memory(&self.path).map_err(|error| self.failed(error).into())
             }
         }
+    }
+
+    fn image_of(&self, directory: &Directory) -> Result<HashedImage, Error> {
+        let file = |name, file: &File| {
+            let copy = file.try_clone();
+            let copy = copy.map_err(|source| ReadError::File { file: name, source });
+            copy.map(|copy| (copy, self.path(name))).map_err(|error| self.failed(error))
+        };
+        let Directory { memory, hashes, .. } = directory;
+        Ok(HashedImage::of_files(file(MEMORY, memory)?, file(HASHES, hashes)?)?)
+    }
+
+    /// Opens the image of the memory of a snapshot in a directory.
+    #[cfg(feature = "remote")]
+    pub(crate) fn local_memory(&self) -> Result<HashedImage, Error> {
+        match &self.files {
+            Files::Directory(directory) => self.image_of(directory),
+            Files::Remote(_) => Err(self.failed(ReadError::NotADirectory).into()),
+        }
+    }
+
+    /// Opens the files that a snapshot in a directory has beside the memory's image and its hashes.
+    #[cfg(feature = "remote")]
+    pub(crate) fn local_files(&self) -> Result<Vec<(&'static str, File)>, OpenError> {
+        let Files::Directory(Directory { dir, .. }) = &self.files else {
+            return Err(self.failed(ReadError::NotADirectory));
+        };
+        let mut files = Vec::new();
+        for name in [STATE, KERNEL, INITRAMFS] {
+            match open_file(dir, name) {
+                Ok(file) => files.push((name, file)),
+                Err(ReadError::Missing { .. }) => {}
+                Err(error) => return Err(self.failed(error)),
+            }
+        }
+        Ok(files)
     }
 
     /// Opens a boot file of the snapshot, which must have `recorded` bytes, and at most `most`.
