@@ -3,21 +3,25 @@
 
 mod common;
 
+use std::fs;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bare_guest::Mode;
 use bare_guest::summing::{self, Driver};
 use common::*;
-use demand_paging::demand_memory::{FaultPath, PAGE_SIZE};
+use demand_paging::demand_memory::{FaultPath, PAGE_SIZE, to_usize};
 use demand_paging::demand_source::LocalFile;
 use demand_paging::{
-    EngineChoice, Error, FillRate, Lazy, LazyBuilder, LazyRegion, LazyVcpu, LazyVm, Step,
+    Engine, EngineChoice, Error, FillRate, Lazy, LazyBuilder, LazyRegion, LazyVcpu, LazyVm, Step,
 };
+use kvm_bindings::{Msrs, kvm_msr_entry};
 use tempfile::NamedTempFile;
+use test_support::host::skip_without_patch;
 use test_support::image::{Control, far, word_of};
 use test_support::wait::{A_WHILE, PATIENCE};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
@@ -220,6 +224,52 @@ fn end_interrupts_an_insertion() {
         assert!(matches!(inserted.join().unwrap(), Err(Error::Ended)));
     });
     assert!(matches!(vm.remove_region(START), Err(Error::Ended)));
+}
+
+/// KVM may wait for a page of the region as soon as the memslot exists, and says so once.
+#[test]
+fn kvms_own_access_finds_a_new_region() {
+    let Some((guest, plugged)) = images() else { return };
+    if !engines().contains(&Engine::KvmUserfault) {
+        return skip_without_patch("KVM_MEM_USERFAULT");
+    }
+    let expected = fs::read(plugged.path()).unwrap();
+    let at = to_usize(7 * PAGE_SIZE + 64);
+    // The wall clock: KVM writes 12 bytes each time the MSR is set, or nothing without a memslot.
+    let data = PLUGGED + at as u64;
+    let clock = kvm_msr_entry { index: 0x4b56_4d00, data, ..Default::default() };
+    let clock = Msrs::from_entries(&[clock]).unwrap();
+    for _ in 0..3 {
+        let builder = lazy(guest.path()).lazy(Lazy::Require);
+        let builder = builder.engine(EngineChoice::Only(Engine::KvmUserfault));
+        let vm = attach(builder.finish_by_caller().build().unwrap()).unwrap();
+        let vcpu = vm.create_vcpu(0).unwrap();
+        let inserted = AtomicBool::new(false);
+        thread::scope(|scope| {
+            let access = scope.spawn(|| {
+                while !inserted.load(Ordering::Acquire) {
+                    assert_eq!(vcpu.fd().set_msrs(&clock).unwrap(), 1);
+                }
+            });
+            vm.insert_region(region(plugged.path())).unwrap();
+            inserted.store(true, Ordering::Release);
+            let begun = Instant::now();
+            while !access.is_finished() && begun.elapsed() < PATIENCE {
+                thread::sleep(Duration::from_millis(2));
+            }
+            if !access.is_finished() {
+                // It would wait for ever.
+                vm.end();
+                panic!("KVM waits for a page of which the service does not know");
+            }
+        });
+        assert_eq!(vcpu.fd().set_msrs(&clock).unwrap(), 1);
+        let mut page = [0; to_usize(PAGE_SIZE)];
+        vm.memory().read_slice(&mut page, GuestAddress(PLUGGED + 7 * PAGE_SIZE)).unwrap();
+        let from_image = &expected[to_usize(7 * PAGE_SIZE)..][..page.len()];
+        assert_ne!(page[64..76], from_image[64..76], "the time");
+        assert_eq!((&page[..64], &page[76..]), (&from_image[..64], &from_image[76..]));
+    }
 }
 
 /// vCPUs that run, and devices, notice nothing of the changes of another region.
