@@ -5,6 +5,7 @@
 //! | request | answer |
 //! |---|---|
 //! | `GET /api/v1/status` | [`Status`] |
+//! | `GET /metrics` | the figures of status and report as OpenMetrics text |
 //! | `GET /api/v1/events` | a line for each [`VmEvent`](events::VmEvent), until the VM has ended |
 //! | `PUT /api/v1/vm.create` with a [`VmConfig`] | [`Status`], after the request |
 //! | `PUT /api/v1/vm.boot` | the same |
@@ -12,7 +13,7 @@
 //! | `PUT /api/v1/vm.pause`, `vm.resume`, `vm.shutdown` | the same |
 //! | `PUT /api/v1/vm.snapshot` with a [`SnapshotRequest`] | [`SnapshotSummary`] |
 //!
-//! The last four work without `vm.` as well, and `POST` as well as `PUT`. All bodies are JSON. A
+//! The last four work without `vm.` as well, and `POST` as well as `PUT`. Other bodies are JSON. A
 //! failure has the body `{"error": "cannot DO THING: CAUSE; HINT"}`, one line, with status 400 if
 //! the request is wrong, 409 if the VM's state does not allow it, and 500 if the operation started
 //! and failed. `openapi.yaml`, beside this module, describes all of it for programs.
@@ -21,6 +22,7 @@ pub mod client;
 pub mod endpoint;
 pub mod events;
 pub mod http;
+mod metrics;
 pub mod server;
 pub(crate) mod socket;
 
@@ -29,6 +31,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use clap::ValueEnum;
+use demand_memory::Stats;
 use serde::{Deserialize, Serialize};
 
 use crate::api::endpoint::Endpoint;
@@ -43,6 +46,11 @@ pub trait Control: Send + Sync {
     /// Returns the VM's status. It never blocks: clients ask for it while other requests are in
     /// progress, to see how far they are.
     fn status(&self) -> Status;
+
+    /// Returns the VM's statistics, or `None` if there is no VM. It never blocks.
+    fn stats(&self) -> Option<Arc<Stats>> {
+        None
+    }
 
     /// Returns the log of the VM's events.
     fn events(&self) -> Arc<EventLog>;
@@ -223,6 +231,19 @@ pub enum State {
     Snapshotting,
     /// The VM has ended.
     Stopped,
+}
+
+impl State {
+    /// All states, in the order of a VM's life.
+    pub const ALL: [State; 7] = [
+        State::Empty,
+        State::Created,
+        State::Starting,
+        State::Running,
+        State::Paused,
+        State::Snapshotting,
+        State::Stopped,
+    ];
 }
 
 impl fmt::Display for State {

@@ -468,6 +468,10 @@ impl Control for Vm {
         }
     }
 
+    fn stats(&self) -> Option<Arc<Stats>> {
+        Some(self.stats.clone())
+    }
+
     fn events(&self) -> Arc<EventLog> {
         self.log.clone()
     }

@@ -71,6 +71,24 @@ impl Sum {
         self.max = self.max.max(latencies.max.load(Ordering::Relaxed));
     }
 
+    /// Returns the number of latencies up to each of these bounds, and above the one before it; and
+    /// of those above the last one. The bounds rise.
+    pub(crate) fn counts(&self, bounds: &[Duration]) -> Vec<u64> {
+        let mut counts = vec![0; bounds.len() + 1];
+        for (bucket, count) in self.buckets.iter().enumerate().filter(|(_, count)| **count > 0) {
+            let middle = Duration::from_nanos(middle_of(bucket));
+            counts[bounds.partition_point(|bound| *bound < middle)] += count;
+        }
+        counts
+    }
+
+    /// Returns the sum of all latencies.
+    pub(crate) fn total(&self) -> Duration {
+        let nanos = self.buckets.iter().enumerate().filter(|(_, count)| **count > 0);
+        let nanos = nanos.map(|(bucket, count)| u128::from(middle_of(bucket)) * u128::from(*count));
+        Duration::from_nanos(u64::try_from(nanos.sum::<u128>()).unwrap_or(u64::MAX))
+    }
+
     /// Returns the longest latency, in nanoseconds.
     pub(crate) fn max(&self) -> u64 {
         self.max
@@ -111,6 +129,26 @@ mod tests {
             last = bucket;
         }
         assert_eq!(bucket_of(u64::MAX), BUCKETS - 1);
+    }
+
+    #[test]
+    fn latencies_are_counted_between_bounds() {
+        let latencies = Latencies::default();
+        for micros in [1, 99, 101, 150, 900, 5000] {
+            latencies.record(Duration::from_micros(micros));
+        }
+        let mut sum = Sum::new();
+        let bounds = [100, 1000].map(Duration::from_micros);
+        assert_eq!(sum.counts(&bounds), [0, 0, 0]);
+        sum.add(&latencies);
+        assert_eq!(sum.counts(&bounds), [2, 3, 1]);
+        assert_eq!(sum.counts(&[]), [6]);
+        let (total, expected) = (sum.total().as_nanos(), 6_251_000);
+        assert!(total.abs_diff(expected) <= expected / 250, "{total}");
+        latencies.record(Duration::MAX);
+        sum.add(&latencies);
+        assert_eq!(sum.counts(&bounds).iter().sum::<u64>(), 13);
+        assert_eq!(sum.total(), Duration::from_nanos(u64::MAX));
     }
 
     #[test]

@@ -51,7 +51,9 @@ pub use self::{
     pool::HugePagePool,
     region::{AccessMappingError, DemandRegion},
     retry::{Failure, Retrier, RetryPolicy},
-    stats::{FaultPath, LatencyMicros, PathReport, SourceReport, Stats, TimelineEvent},
+    stats::{
+        FaultPath, LatencyCounts, LatencyMicros, PathReport, SourceReport, Stats, TimelineEvent,
+    },
     trap::{MapPresent, Mapped, MappingGuard, VcpuTrap},
     unmap::UnmapError,
     vm_file::VmFileBacking,

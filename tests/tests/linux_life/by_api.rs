@@ -104,6 +104,10 @@ fn second_life(folder: &Path, snapshot: &Path) -> Result<()> {
         ensure!(begun.elapsed() < Duration::from_secs(60), "{}", guest.story());
         thread::sleep(Duration::from_millis(100));
     }
+    let (status, metrics) = (api.status()?, api.metrics()?);
+    let present = format!("\ndemand_vmm_present_pages {}\n", status.pages_total);
+    ensure!(metrics.contains(&present), "{metrics}");
+    ensure!(metrics.contains("fault_seconds_bucket{le=\"60.0\",path=\"guest\"}"), "{metrics}");
     // Demand paging is removed a moment later.
     let mut so_far = api.events()?;
     while so_far.next_event()?.is_some_and(|event| event.kind != EventKind::PagingComplete) {}

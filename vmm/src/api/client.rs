@@ -158,6 +158,18 @@ impl Client {
         self.try_status().map_err(|why| self.error(Endpoint::Status, why))
     }
 
+    /// Returns the figures of the VM as OpenMetrics text, for a program that collects those of a
+    /// host's VMs.
+    ///
+    /// # Errors
+    ///
+    /// If no VMM listens, or does not answer within 10 seconds.
+    pub fn metrics(&self) -> Result<String, ClientError> {
+        self.try_get(Endpoint::Metrics)
+            .and_then(|response| successful(&response).map(String::from_utf8_lossy).map(Into::into))
+            .map_err(|why| self.error(Endpoint::Metrics, why))
+    }
+
     /// Defines the VM that [`boot`](Client::boot) starts, and returns the status. All paths must be
     /// absolute, because the VMM has another working directory.
     ///
@@ -251,11 +263,15 @@ impl Client {
     }
 
     fn try_status(&self) -> Result<Status, Failure> {
-        let mut exchange = self.send("GET", Endpoint::Status, &[])?;
+        value(&self.try_get(Endpoint::Status)?)
+    }
+
+    fn try_get(&self, endpoint: Endpoint) -> Result<Response, Failure> {
+        let mut exchange = self.send("GET", endpoint, &[])?;
         let begun = Instant::now();
         loop {
             if let Some(response) = exchange.receive()? {
-                return value(&response);
+                return Ok(response);
             }
             if begun.elapsed() > self.patience {
                 return Err(Failure::Silent);
@@ -422,14 +438,19 @@ impl Exchange {
     }
 }
 
-fn value<T: DeserializeOwned>(response: &Response) -> Result<T, Failure> {
-    if response.status != 200 {
-        return Err(match serde_json::from_slice::<ErrorBody>(&response.body) {
-            Ok(body) => Failure::Refused(body.error),
-            Err(_) => Failure::Answer(AnswerError::Status { status: response.status }),
-        });
+/// Returns the body of a response that is no error.
+fn successful(response: &Response) -> Result<&[u8], Failure> {
+    if response.status == 200 {
+        return Ok(&response.body);
     }
-    serde_json::from_slice(&response.body)
+    Err(match serde_json::from_slice::<ErrorBody>(&response.body) {
+        Ok(body) => Failure::Refused(body.error),
+        Err(_) => Failure::Answer(AnswerError::Status { status: response.status }),
+    })
+}
+
+fn value<T: DeserializeOwned>(response: &Response) -> Result<T, Failure> {
+    serde_json::from_slice(successful(response)?)
         .map_err(|error| Failure::Answer(AnswerError::Value(error)))
 }
 

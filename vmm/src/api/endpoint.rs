@@ -6,6 +6,7 @@ use std::path::Path;
 use serde::de::DeserializeOwned;
 
 use crate::api::http::Response;
+use crate::api::metrics;
 use crate::api::{Control, ControlError, SnapshotRequest};
 use crate::config::vm::{RestoreConfig, VmConfig};
 
@@ -14,6 +15,8 @@ use crate::config::vm::{RestoreConfig, VmConfig};
 pub enum Endpoint {
     /// [`Control::status`]
     Status,
+    /// [`Control::status`] and [`Control::stats`], as OpenMetrics text
+    Metrics,
     /// [`Control::events`]
     Events,
     /// [`Control::create`]
@@ -34,8 +37,9 @@ pub enum Endpoint {
 
 impl Endpoint {
     /// All operations.
-    pub const ALL: [Endpoint; 9] = [
+    pub const ALL: [Endpoint; 10] = [
         Endpoint::Status,
+        Endpoint::Metrics,
         Endpoint::Events,
         Endpoint::Create,
         Endpoint::Boot,
@@ -55,6 +59,8 @@ impl Endpoint {
     pub fn paths(self) -> &'static [&'static str] {
         match self {
             Endpoint::Status => &["/api/v1/status"],
+            // The first is where Prometheus looks unless told otherwise.
+            Endpoint::Metrics => &["/metrics", "/api/v1/metrics"],
             Endpoint::Events => &["/api/v1/events"],
             Endpoint::Create => &["/api/v1/vm.create"],
             Endpoint::Boot => &["/api/v1/vm.boot"],
@@ -69,7 +75,7 @@ impl Endpoint {
     /// Returns the methods that the endpoint takes.
     pub fn methods(self) -> &'static [&'static str] {
         match self {
-            Endpoint::Status => &["GET", "HEAD"],
+            Endpoint::Status | Endpoint::Metrics => &["GET", "HEAD"],
             Endpoint::Events => &["GET"],
             _ => &["PUT", "POST"],
         }
@@ -77,7 +83,7 @@ impl Endpoint {
 
     fn allow(self) -> &'static str {
         match self {
-            Endpoint::Status => "GET, HEAD",
+            Endpoint::Status | Endpoint::Metrics => "GET, HEAD",
             Endpoint::Events => "GET",
             _ => "PUT, POST",
         }
@@ -87,6 +93,7 @@ impl Endpoint {
     pub(crate) fn action(self) -> &'static str {
         match self {
             Endpoint::Status => "read the status",
+            Endpoint::Metrics => "read the metrics",
             Endpoint::Events => "read the events",
             Endpoint::Create => "create a VM",
             Endpoint::Boot => "boot a VM",
@@ -147,6 +154,15 @@ impl Endpoint {
         self.check_body(body)?;
         match self {
             Endpoint::Status | Endpoint::Events => {}
+            Endpoint::Metrics => {
+                let text = metrics::text(control.status(), control.stats());
+                let text = text.map_err(|_| {
+                    ControlError::failed("cannot read the metrics: no text came about; repeat it")
+                })?;
+                let content_type = metrics::CONTENT_TYPE;
+                let response = Response { body: text.into(), content_type, ..Response::empty(200) };
+                return Ok(response);
+            }
             Endpoint::Create => {
                 let config: VmConfig = parse(body, "VM configuration")?;
                 config.paths().try_for_each(check_absolute)?;

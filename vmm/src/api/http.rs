@@ -237,16 +237,26 @@ pub struct Response {
     pub body: Vec<u8>,
     /// The methods of the target, if the request's method is not one of them.
     pub allow: Option<&'static str>,
+    /// The media type of the body.
+    pub content_type: &'static str,
 }
 
+/// The media type of JSON.
+const JSON: &str = "application/json";
+
 impl Response {
+    /// Returns a response without a body, to which one is added.
+    pub(crate) fn empty(status: u16) -> Self {
+        Response { status, body: Vec::new(), allow: None, content_type: JSON }
+    }
+
     /// Returns a response with a value, or the error if the value cannot be written as JSON.
     pub fn json(status: u16, value: &impl Serialize) -> Self {
         match serde_json::to_vec(value) {
             Ok(mut body) => {
                 // A line break, for people who read it in a terminal.
                 body.push(b'\n');
-                Response { status, body, allow: None }
+                Response { body, ..Response::empty(status) }
             }
             Err(error) => {
                 Response::error(500, format!("cannot write the answer: {error}; repeat it"))
@@ -262,10 +272,10 @@ impl Response {
     /// Returns the bytes of the response. Without `with_body` these are only the head, as for HEAD.
     pub fn to_bytes(&self, keep_alive: bool, with_body: bool) -> Vec<u8> {
         let mut head = format!(
-            "HTTP/1.1 {} {}\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\
-             Connection: {}\r\n",
+            "HTTP/1.1 {} {}\r\nContent-Type: {}\r\nContent-Length: {}\r\nConnection: {}\r\n",
             self.status,
             reason(self.status),
+            self.content_type,
             self.body.len(),
             if keep_alive { "keep-alive" } else { "close" },
         );
@@ -297,7 +307,8 @@ impl Response {
             too_long(length)?;
             let end = len + length;
             let Some(body) = bytes.get(len..end) else { return Ok(None) };
-            return Ok(Some((Response { status, body: body.to_vec(), allow: None }, end)));
+            let body = body.to_vec();
+            return Ok(Some((Response { body, ..Response::empty(status) }, end)));
         }
         let (mut body, mut end) = (Vec::new(), len);
         loop {
@@ -309,7 +320,7 @@ impl Response {
             let Some((chunk, len)) = chunk else { break };
             end += len;
             if chunk.is_empty() {
-                return Ok(Some((Response { status, body, allow: None }, end)));
+                return Ok(Some((Response { body, ..Response::empty(status) }, end)));
             }
             body.extend_from_slice(chunk);
         }

@@ -17,7 +17,7 @@ use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
-use demand_memory::PAGE_SIZE;
+use demand_memory::{PAGE_SIZE, Stats};
 
 use crate::api::events::{EventKind, EventLog};
 use crate::api::server::ApiServer;
@@ -243,6 +243,14 @@ impl Control for Host {
             stage => return self.status_of(stage),
         };
         vm.status()
+    }
+
+    fn stats(&self) -> Option<Arc<Stats>> {
+        let vm = match &self.inner.lock_always().stage {
+            Stage::Vm(vm) => vm.clone(),
+            _ => return None,
+        };
+        vm.stats()
     }
 
     fn events(&self) -> Arc<EventLog> {

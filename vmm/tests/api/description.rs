@@ -139,6 +139,11 @@ fn answers_are_as_described() {
         wrong.push((&method, &body, 0));
         for (method, body, status) in wrong {
             let answer = ask(&server, method, &path, body);
+            let content = &operation["responses"]["200"]["content"];
+            if answer.status == 200 && content["application/openmetrics-text"].is_object() {
+                assert!(answer.body.starts_with(b"# HELP demand_vmm_"));
+                continue;
+            }
             let value: Value = serde_json::from_slice(&answer.body).unwrap();
             if status == 405 {
                 assert_eq!(answer.status, 405);

@@ -34,6 +34,9 @@ fn curl_is_understood() {
     assert_eq!(told(curl(&both).unwrap()).matches("\"pid\"").count(), 2);
     assert!(told(curl(&["-X", "PUT", "http://vmm/api/v1/pause"]).unwrap()).ends_with(" 200"));
     assert!(told(curl(&["--head", "http://vmm/api/v1/status"]).unwrap()).ends_with(" 200"));
+    let metrics = told(curl(&["--include", "http://vmm/metrics"]).unwrap());
+    assert!(metrics.contains("Content-Type: application/openmetrics-text; version=1.0.0"));
+    assert!(metrics.contains("\ndemand_vmm_present_pages 64\n"), "{metrics}");
     // A body that is long enough for curl to wait for the server's word.
     let body = format!("{{\"destination\":\"/{}\"}}", "a".repeat(1 << 15));
     let url = "http://vmm/api/v1/snapshot";

@@ -15,6 +15,9 @@ fn each_request_is_carried_out() {
     let server = server();
     for (request, body, status, asked) in [
         ("GET /api/v1/status", "", 200, &[][..]),
+        ("GET /metrics", "", 200, &[]),
+        ("GET /api/v1/metrics", "", 200, &[]),
+        ("PUT /metrics", "", 405, &[]),
         ("PUT /api/v1/pause", "", 200, &["pause"]),
         ("PUT /api/v1/vm.pause", "", 200, &["pause"]),
         ("POST /api/v1/vm.resume", "", 200, &["resume"]),
