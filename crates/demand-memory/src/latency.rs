@@ -148,7 +148,7 @@ mod tests {
         latencies.record(Duration::MAX);
         sum.add(&latencies);
         assert_eq!(sum.counts(&bounds).iter().sum::<u64>(), 13);
-        assert_eq!(sum.total(), Duration::from_nanos(u64::MAX));
+        assert!(sum.total() > Duration::from_secs(18_000_000_000));
     }
 
     #[test]

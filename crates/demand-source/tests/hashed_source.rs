@@ -4,110 +4,23 @@
 
 #![allow(clippy::cast_possible_truncation, reason = "the numbers of a test are small")]
 
+mod far;
+
 use std::fs::OpenOptions;
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, mpsc};
-use std::thread;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use demand_source::{
-    Chunk, Completer, Completion, Destination, Extent, HashedSource, ImageWriter, LocalFile,
-    PageSource, Priority, Request, Retry, SourceError, TableError,
+    Chunk, Destination, Extent, HashedSource, PageSource, Priority, Request, Retry, SourceError,
+    TableError,
 };
-
-const PAGE: u64 = 4096;
-/// More than a piece of the table, which covers 32 MiB.
-const SIZE: u64 = 40 << 20;
-
-/// A file that another thread reads, which can be made to fail.
-struct Far {
-    file: LocalFile,
-    asked: mpsc::Sender<(Request, Completer)>,
-    counts: Arc<Counts>,
-}
-
-#[derive(Default)]
-struct Counts {
-    reads: AtomicU64,
-    raised: AtomicU64,
-    fails: AtomicBool,
-}
-
-impl Far {
-    fn open(path: &Path) -> (Arc<Far>, Arc<Counts>) {
-        let (asked, requests) = mpsc::channel::<(Request, Completer)>();
-        let counts = Arc::new(Counts::default());
-        let (reader, state) = (LocalFile::open(path).unwrap(), counts.clone());
-        thread::spawn(move || {
-            for (request, completer) in requests {
-                if state.fails.load(Ordering::Acquire) {
-                    let error = SourceError::other("the server is away", Retry::Later);
-                    drop(request);
-                    completer.complete(Err(error));
-                    continue;
-                }
-                state.reads.fetch_add(1, Ordering::AcqRel);
-                completer.complete(reader.submit(request).wait());
-            }
-        });
-        let file = LocalFile::open(path).unwrap();
-        (Arc::new(Far { file, asked, counts: counts.clone() }), counts)
-    }
-}
-
-impl PageSource for Far {
-    fn size(&self) -> u64 {
-        self.file.size()
-    }
-    fn extent(&self, _: u64) -> Result<Extent, SourceError> {
-        Ok(Extent::Data { end: self.size() })
-    }
-    fn submit(&self, request: Request) -> Completion {
-        let (completer, completion) = Completion::pair();
-        self.asked.send((request, completer)).unwrap();
-        completion
-    }
-    fn raise(&self, _: u64, _: u64) {
-        self.counts.raised.fetch_add(1, Ordering::AcqRel);
-    }
-}
-
-struct Image {
-    _folder: tempfile::TempDir,
-    memory: PathBuf,
-    hashes: PathBuf,
-    content: Vec<u8>,
-}
-
-/// Writes an image in which every third page is a hole.
-fn write() -> Image {
-    let folder = tempfile::tempdir().unwrap();
-    let (memory, hashes) = (folder.path().join("memory"), folder.path().join("hashes"));
-    let mut content = vec![0; SIZE as usize];
-    for (page, bytes) in (0u64..).zip(content.chunks_exact_mut(PAGE as usize)) {
-        if page % 3 != 2 {
-            bytes[..8].copy_from_slice(&(page + 1).to_le_bytes());
-        }
-    }
-    let mut writer = ImageWriter::create(&memory, &hashes, SIZE, [5; 16]).unwrap();
-    for (index, bytes) in (0u64..).zip(content.chunks(1 << 20)) {
-        writer.write(index << 20, bytes).unwrap();
-    }
-    writer.finish().unwrap();
-    Image { _folder: folder, memory, hashes, content }
-}
+use far::{Counts, Far, Image, PAGE, SIZE, read, write};
 
 fn open(image: &Image) -> (HashedSource, Arc<Counts>, Arc<Counts>) {
     let ((memory, of_memory), (hashes, of_hashes)) =
         (Far::open(&image.memory), Far::open(&image.hashes));
     (HashedSource::open(memory, hashes, "vm7").unwrap(), of_memory, of_hashes)
-}
-
-fn read(source: &HashedSource, offset: u64, len: usize) -> Result<Vec<u8>, SourceError> {
-    let mut bytes = vec![0; len];
-    source.read_through(offset, &mut Destination::from(&mut bytes[..]))?;
-    Ok(bytes)
 }
 
 #[test]

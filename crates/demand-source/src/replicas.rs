@@ -1,0 +1,348 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Several sources of one image: while one fails, another delivers.
+
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::convert::to_usize;
+use crate::{
+    Chunk, Completer, Completion, Destination, Extent, OwnedBytes, PageSource, Priority, Request,
+    Retry, SourceError,
+};
+
+/// Pause before a source that has failed is tried again; it doubles with each further failure.
+const FIRST_PAUSE: Duration = Duration::from_secs(1);
+
+/// The longest pause.
+const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+
+/// Bytes of the read that tries a source again.
+const PROBE: u64 = 4096;
+
+/// An error from combining sources.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum ReplicasError {
+    /// There is no source.
+    #[error("cannot read an image from no source")]
+    None,
+    /// The sources are not of one image.
+    #[error(
+        "cannot use {first} and {other} for one image: they have {size} and {other_size} bytes"
+    )]
+    Sizes {
+        /// The first source's name.
+        first: String,
+        /// The name of a source that differs.
+        other: String,
+        /// The first source's size, in bytes.
+        size: u64,
+        /// The other's, in bytes.
+        other_size: u64,
+    },
+}
+
+/// The condition of one of several sources.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ReplicaState {
+    /// The source's name.
+    pub name: String,
+    /// Whether it has failed, and not delivered since.
+    pub is_down: bool,
+    /// Number of requests of which it has failed so far.
+    pub failures: u64,
+}
+
+/// Several sources of one image, the preferred one first.
+///
+/// Each request goes to the first source that is not down. If that fails, the request goes to the
+/// next one at once, and so on; it fails when all have. So one source whose content was altered, or
+/// that has lost it, costs a log line: each source must check what it delivers, as
+/// [`HashedSource`](crate::HashedSource) does.
+///
+/// A source that has failed is down until it has delivered: a small read of background fill's
+/// priority tries it after a second, then after growing pauses of up to 30 seconds, as long as
+/// pages are requested. A fault asks a source that is down only when all others have failed. A
+/// source that does not answer is down when its own time limit says so.
+///
+/// All content passes through memory of this process; a single source spares that copy.
+///
+/// # Examples
+///
+/// ```
+/// use std::sync::Arc;
+///
+/// use demand_source::{LocalFile, PageSource, Replicas};
+///
+/// # let folder = tempfile::tempdir().unwrap();
+/// # let [near, far] = ["near", "far"].map(|name| folder.path().join(name));
+/// # std::fs::write(&near, [1; 8192]).unwrap();
+/// # std::fs::write(&far, [1; 8192]).unwrap();
+/// let open = |path| -> Arc<dyn PageSource> { Arc::new(LocalFile::open(path).unwrap()) };
+/// let source = Replicas::new([("near".into(), open(&near)), ("far".into(), open(&far))]).unwrap();
+/// assert_eq!(source.size(), 8192);
+/// assert!(source.states().iter().all(|state| !state.is_down));
+/// ```
+pub struct Replicas {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    size: u64,
+    replicas: Box<[Replica]>,
+}
+
+struct Replica {
+    name: String,
+    source: Arc<dyn PageSource>,
+    health: Mutex<Health>,
+}
+
+#[derive(Default)]
+struct Health {
+    /// When the source is to be tried again; `None` while it delivers.
+    down_until: Option<Instant>,
+    /// Number of times that it was down in a row.
+    times: u32,
+    /// Whether a read that tries it is in progress.
+    is_tried: bool,
+    failures: u64,
+}
+
+/// A request that some sources may have failed.
+struct Attempt {
+    priority: Priority,
+    chunks: Vec<Chunk>,
+    /// The sources that are left, the next one last.
+    left: Vec<usize>,
+    /// The failure that says the most.
+    error: Option<SourceError>,
+    completer: Completer,
+}
+
+impl Replicas {
+    /// Combines sources, which have the same content; each has a name for log lines.
+    ///
+    /// # Errors
+    ///
+    /// [`ReplicasError`] without a source, or if their sizes differ.
+    pub fn new(
+        sources: impl IntoIterator<Item = (String, Arc<dyn PageSource>)>,
+    ) -> Result<Self, ReplicasError> {
+        let replica = |(name, source)| Replica { name, source, health: Mutex::default() };
+        let replicas: Box<[Replica]> = sources.into_iter().map(replica).collect();
+        let first = replicas.first().ok_or(ReplicasError::None)?;
+        let size = first.source.size();
+        if let Some(other) = replicas.iter().find(|other| other.source.size() != size) {
+            let other_size = other.source.size();
+            let (first, other) = (first.name.clone(), other.name.clone());
+            return Err(ReplicasError::Sizes { first, other, size, other_size });
+        }
+        Ok(Replicas { shared: Arc::new(Shared { size, replicas }) })
+    }
+
+    /// Returns the condition of each source, in order of preference.
+    pub fn states(&self) -> Vec<ReplicaState> {
+        let state = |replica: &Replica| {
+            let health = replica.health();
+            let is_down = health.down_until.is_some();
+            ReplicaState { name: replica.name.clone(), is_down, failures: health.failures }
+        };
+        self.shared.replicas.iter().map(state).collect()
+    }
+}
+
+impl Replica {
+    fn health(&self) -> MutexGuard<'_, Health> {
+        self.health.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Notes what a request to the source has shown. Returns whether the outcome is final: no other
+    /// source can do better.
+    fn note(&self, outcome: &Result<(), SourceError>) -> bool {
+        let error = match outcome {
+            Ok(()) => {
+                let mut health = self.health();
+                let was_down = health.down_until.take().is_some();
+                health.times = 0;
+                drop(health);
+                if was_down {
+                    log::info!("page source {} delivers again", self.name);
+                }
+                return true;
+            }
+            // Nothing that the source could help.
+            Err(SourceError::OutOfRange { .. } | SourceError::Withdrawn) => return true,
+            Err(error) => error,
+        };
+        let now = Instant::now();
+        let mut health = self.health();
+        health.failures += 1;
+        // Requests that were in progress together fail together.
+        let is_news = health.down_until.is_none_or(|until| until <= now);
+        let was_down = health.down_until.is_some();
+        if is_news {
+            let pause = FIRST_PAUSE.saturating_mul(1 << health.times.min(5)).min(LONGEST_PAUSE);
+            health.down_until = Some(now + pause);
+            health.times += 1;
+        }
+        drop(health);
+        if !was_down {
+            log::warn!("page source {} fails, and others are asked: {error}", self.name);
+        }
+        false
+    }
+}
+
+impl Shared {
+    /// Returns the sources in the order in which a request asks them, the first one last: those
+    /// that deliver, by preference; then those that are down, by the time of their next trial.
+    fn order(&self) -> Vec<usize> {
+        let mut order: Vec<_> = (0..self.replicas.len()).collect();
+        order.sort_by_cached_key(|index| (self.replicas[*index].health().down_until, *index));
+        order.reverse();
+        order
+    }
+
+    /// Tries sources that are down and whose pause has passed, by a read at `offset`.
+    fn try_again(self: &Arc<Self>, offset: u64) {
+        let now = Instant::now();
+        for (index, replica) in self.replicas.iter().enumerate() {
+            {
+                let mut health = replica.health();
+                if health.is_tried || health.down_until.is_none_or(|until| now < until) {
+                    continue;
+                }
+                health.is_tried = true;
+            }
+            let offset = offset - offset % PROBE;
+            let len = to_usize(PROBE.min(self.size - offset));
+            let (destination, bytes) = Destination::owned(vec![0; len]);
+            let chunks = vec![Chunk { offset, destination }];
+            let shared = self.clone();
+            let request = Request { priority: Priority::Fill, chunks };
+            replica.source.submit(request).then(move |outcome| {
+                let replica = &shared.replicas[index];
+                replica.note(&outcome.and_then(|()| bytes.take().map(drop)));
+                replica.health().is_tried = false;
+            });
+        }
+    }
+
+    /// Sends a request to the next source that is left.
+    fn attempt(self: &Arc<Self>, mut attempt: Attempt) {
+        let is_wanted = attempt.chunks.iter().all(|chunk| chunk.destination.is_wanted());
+        if !is_wanted || !attempt.completer.is_awaited() {
+            return attempt.end(Err(SourceError::Withdrawn));
+        }
+        let Some(index) = attempt.left.pop() else {
+            let error = attempt.error.take().unwrap_or(SourceError::Abandoned);
+            return attempt.end(Err(error));
+        };
+        let (mut chunks, mut read) = (Vec::new(), Vec::new());
+        for chunk in &attempt.chunks {
+            let (destination, bytes) = Destination::owned(vec![0; chunk.destination.len()]);
+            chunks.push(Chunk { offset: chunk.offset, destination });
+            read.push(bytes);
+        }
+        let request = Request { priority: attempt.priority, chunks };
+        let shared = self.clone();
+        self.replicas[index].source.submit(request).then(move |outcome| {
+            let content = outcome.and_then(|()| {
+                read.into_iter().map(OwnedBytes::take).collect::<Result<Vec<_>, _>>()
+            });
+            let (outcome, content) = match content {
+                Ok(content) => (Ok(()), content),
+                Err(error) => (Err(error), Vec::new()),
+            };
+            if shared.replicas[index].note(&outcome) {
+                for (chunk, content) in attempt.chunks.iter_mut().zip(content) {
+                    chunk.destination.write_at(0, &content);
+                }
+                return attempt.end(outcome);
+            }
+            attempt.failed(outcome);
+            shared.attempt(attempt);
+        });
+    }
+}
+
+impl Attempt {
+    /// Keeps an error, unless the one before says more: that another attempt may succeed.
+    fn failed(&mut self, outcome: Result<(), SourceError>) {
+        let is_better = |error: &SourceError| {
+            let before = self.error.as_ref().map(SourceError::retry);
+            before.is_none_or(|before| before == Retry::Never && error.retry() == Retry::Later)
+        };
+        if let Some(error) = outcome.err().filter(is_better) {
+            self.error = Some(error);
+        }
+    }
+
+    fn end(self, outcome: Result<(), SourceError>) {
+        // The outcome takes effect when the destinations are dropped.
+        drop(self.chunks);
+        self.completer.complete(outcome);
+    }
+}
+
+impl PageSource for Replicas {
+    fn size(&self) -> u64 {
+        self.shared.size
+    }
+
+    fn extent(&self, offset: u64) -> Result<Extent, SourceError> {
+        let mut left = self.shared.order();
+        loop {
+            let index = left.pop().ok_or(SourceError::Abandoned)?;
+            let replica = &self.shared.replicas[index];
+            match replica.source.extent(offset) {
+                Ok(extent) => return Ok(extent),
+                Err(error) => {
+                    let outcome = Err(error);
+                    if replica.note(&outcome) || left.is_empty() {
+                        return outcome.map(|()| Extent::Data { end: self.shared.size });
+                    }
+                }
+            }
+        }
+    }
+
+    fn extent_now(&self, offset: u64) -> Option<Result<Extent, SourceError>> {
+        let index = *self.shared.order().last()?;
+        self.shared.replicas[index].source.extent_now(offset)
+    }
+
+    fn submit(&self, request: Request) -> Completion {
+        let (completer, completion) = Completion::pair();
+        let Request { priority, chunks } = request;
+        if let Some(chunk) = chunks.first().filter(|chunk| chunk.offset < self.shared.size) {
+            self.shared.try_again(chunk.offset);
+        }
+        let left = self.shared.order();
+        self.shared.attempt(Attempt { priority, chunks, left, error: None, completer });
+        completion
+    }
+
+    fn raise(&self, offset: u64, len: u64) {
+        self.shared.replicas.iter().for_each(|replica| replica.source.raise(offset, len));
+    }
+
+    fn read_now(
+        &self,
+        offset: u64,
+        destination: &mut Destination<'_>,
+    ) -> Option<Result<(), SourceError>> {
+        let index = *self.shared.order().last()?;
+        let outcome = self.shared.replicas[index].source.read_now(offset, destination)?;
+        // Otherwise by a request, which asks the others.
+        outcome.is_ok().then_some(outcome)
+    }
+}
+
+impl fmt::Debug for Replicas {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Replicas").field("states", &self.states()).finish_non_exhaustive()
+    }
+}
