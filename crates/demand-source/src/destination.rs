@@ -418,7 +418,7 @@ impl<'a> Destination<'a> {
     }
 
     /// Fills the loan with zeros.
-    pub(crate) fn fill_zeros(&mut self) {
+    pub fn fill_zeros(&mut self) {
         self.write_zeros(0);
         self.loan.written.add(0, self.len);
     }

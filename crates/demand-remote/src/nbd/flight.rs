@@ -38,7 +38,7 @@ impl Work {
 
     pub(crate) fn is_wanted(&self) -> bool {
         match self {
-            Work::Read(piece) => piece.is_wanted(),
+            Work::Read(piece) => piece.part().is_wanted(),
             Work::Status(_) => true,
         }
     }
@@ -207,7 +207,7 @@ impl Flight {
     /// Returns the number of reads for fill.
     pub(crate) fn fills(&self) -> usize {
         let fill = |sent: &&Sent| match &sent.work {
-            Work::Read(piece) => piece.priority == Priority::Fill,
+            Work::Read(piece) => piece.part().priority() == Priority::Fill,
             Work::Status(_) => false,
         };
         self.sent.values().filter(fill).count()

@@ -2,11 +2,8 @@
 //! Requests of the pager, divided into pieces that each take one message.
 
 use std::ops::Range;
-use std::panic::{self, AssertUnwindSafe};
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 
-use demand_source::{Completer, Completion, Destination, Priority, Request, SourceError, to_usize};
+use demand_source::{Completion, Part, Priority, Request, SourceError, to_usize};
 
 use super::error::NbdErrorKind;
 use super::handshake::Export;
@@ -70,151 +67,64 @@ impl Geometry {
 
 /// A part of a request, read by one message. Dropped unfinished, it fails its request.
 pub(crate) struct Piece {
-    // Dropped before `whole`: the memory goes back before the outcome takes effect.
-    destination: Destination<'static>,
-    /// Offset in the image, in bytes.
-    offset: u64,
+    part: Part,
     /// The range to ask for: all of the piece, and what its blocks have around it.
     pub(crate) range: Range<u64>,
-    pub(crate) priority: Priority,
-    whole: Arc<Whole>,
-}
-
-/// The request that a piece is a part of.
-struct Whole {
-    completer: Option<Completer>,
-    /// Number of pieces that have not succeeded.
-    left: AtomicUsize,
-    /// The first failure.
-    failure: Mutex<Option<SourceError>>,
-}
-
-impl Whole {
-    fn fail(&self, error: SourceError) {
-        let mut failure = self.failure.lock().unwrap_or_else(PoisonError::into_inner);
-        failure.get_or_insert(error);
-    }
-}
-
-impl Drop for Whole {
-    fn drop(&mut self) {
-        let Some(completer) = self.completer.take() else { return };
-        let failure = self.failure.get_mut().unwrap_or_else(PoisonError::into_inner).take();
-        let outcome = match failure {
-            Some(error) => Err(error),
-            None if *self.left.get_mut() == 0 => Ok(()),
-            None => Err(SourceError::Abandoned),
-        };
-        // The panic hook has already reported a panic of the callback.
-        let _ = panic::catch_unwind(AssertUnwindSafe(|| completer.complete(outcome)));
-    }
 }
 
 impl Piece {
     /// Divides a request into pieces. The caller has checked that its ranges lie in the image.
     pub(crate) fn all_of(request: Request, geometry: &Geometry) -> (Vec<Piece>, Completion) {
-        let Request { priority, chunks } = request;
-        let mut parts = Vec::new();
-        for chunk in chunks {
-            divide(chunk.offset, chunk.destination, geometry.most(priority), &mut parts);
-        }
-        let (completer, completion) = Completion::pair();
-        let whole = Arc::new(Whole {
-            completer: Some(completer),
-            left: AtomicUsize::new(parts.len()),
-            failure: Mutex::default(),
-        });
-        let piece = |(offset, destination): (u64, Destination<'static>)| {
-            let range = geometry.blocks(offset, destination.len() as u64);
-            Piece { destination, offset, range, priority, whole: whole.clone() }
-        };
-        (parts.into_iter().map(piece).collect(), completion)
+        let most = geometry.most(request.priority);
+        let (parts, completion) = Part::all_of(request, most);
+        (Piece::of(parts, geometry), completion)
     }
 
     /// Divides the piece of a request that is wanted now into pieces of demand.
     pub(crate) fn raise(self, geometry: &Geometry) -> Vec<Piece> {
-        let Piece { destination, offset, whole, .. } = self;
-        let mut parts = Vec::new();
-        divide(offset, destination, geometry.demand, &mut parts);
-        whole.left.fetch_add(parts.len() - 1, Ordering::Relaxed);
-        let piece = |(offset, destination): (u64, Destination<'static>)| {
-            let range = geometry.blocks(offset, destination.len() as u64);
-            let priority = Priority::Demand;
-            Piece { destination, offset, range, priority, whole: whole.clone() }
+        Piece::of(self.part.raise(geometry.demand), geometry)
+    }
+
+    fn of(parts: Vec<Part>, geometry: &Geometry) -> Vec<Piece> {
+        let piece = |part: Part| {
+            let range = geometry.blocks(part.offset(), part.len() as u64);
+            Piece { part, range }
         };
         parts.into_iter().map(piece).collect()
     }
 
-    /// Returns whether the piece touches these bytes.
-    pub(crate) fn touches(&self, offset: u64, len: u64) -> bool {
-        let end = self.offset.saturating_add(self.destination.len() as u64);
-        self.offset < offset.saturating_add(len) && offset < end
-    }
-
-    /// Returns the identity of the request.
-    pub(crate) fn request(&self) -> usize {
-        Arc::as_ptr(&self.whole).addr()
-    }
-
-    /// Returns whether the bytes are still wanted, and can still make the request succeed.
-    pub(crate) fn is_wanted(&self) -> bool {
-        let failed = || self.whole.failure.lock().unwrap_or_else(PoisonError::into_inner).is_some();
-        self.whole.completer.as_ref().is_some_and(Completer::is_awaited)
-            && self.destination.is_wanted()
-            && !failed()
+    /// Returns the part of the request.
+    pub(crate) fn part(&self) -> &Part {
+        &self.part
     }
 
     /// Writes bytes at `offset` (bytes) of the image, without those that lie outside the piece.
     pub(crate) fn write(&mut self, offset: u64, bytes: &[u8]) {
-        let end = offset + bytes.len() as u64;
-        let start = offset.max(self.offset);
-        let end = end.min(self.offset + self.destination.len() as u64);
+        let first = self.part.offset();
+        let start = offset.max(first);
+        let end = (offset + bytes.len() as u64).min(first + self.part.len() as u64);
         if start < end {
             let bytes = &bytes[to_usize(start - offset)..to_usize(end - offset)];
-            self.destination.write_at(to_usize(start - self.offset), bytes);
+            self.part.destination().write_at(to_usize(start - first), bytes);
         }
     }
 
     /// Ends the piece, which is written.
     pub(crate) fn succeed(self) {
-        let Piece { destination, whole, .. } = self;
-        let filled = destination.check_filled();
-        drop(destination);
-        match filled {
-            Ok(()) => drop(whole.left.fetch_sub(1, Ordering::AcqRel)),
-            Err(error) => whole.fail(error),
-        }
+        self.part.succeed();
     }
 
     /// Ends the piece with a failure, which is the request's if it is the first.
     pub(crate) fn fail(self, error: SourceError) {
-        self.whole.fail(error);
+        self.part.fail(error);
     }
-}
-
-/// Divides a range into parts of at most `most` bytes.
-fn divide(
-    offset: u64,
-    mut destination: Destination<'static>,
-    most: usize,
-    parts: &mut Vec<(u64, Destination<'static>)>,
-) {
-    if destination.len() <= most {
-        parts.push((offset, destination));
-        return;
-    }
-    // In halves: each division adds a layer to the loan.
-    let at = destination.len().div_ceil(most) / 2 * most;
-    let rest = destination.split_off(at);
-    divide(offset, destination, most, parts);
-    divide(offset + at as u64, rest, most, parts);
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::nbd::handshake::Blocks;
-    use demand_source::{Chunk, OwnedBytes};
+    use demand_source::{Chunk, Destination, OwnedBytes};
 
     fn geometry(least: u32, most: u32) -> Geometry {
         let blocks = Blocks { least, most };
@@ -234,12 +144,12 @@ mod tests {
             let geometry = geometry(least, most);
             let (asked, _bytes) = request(Priority::Demand, 4096, 1 << 20);
             let (pieces, _completion) = Piece::all_of(asked, &geometry);
-            assert_eq!(pieces[0].destination.len(), len);
+            assert_eq!(pieces[0].part.len(), len);
             let mut at = 4096;
             for piece in &pieces {
-                assert_eq!(piece.offset, at);
-                at += piece.destination.len() as u64;
-                assert!(piece.range.start <= piece.offset && at <= piece.range.end);
+                assert_eq!(piece.part.offset(), at);
+                at += piece.part.len() as u64;
+                assert!(piece.range.start <= piece.part.offset() && at <= piece.range.end);
                 assert!(piece.range.start.is_multiple_of(least.into()));
                 assert!(piece.range.end.is_multiple_of(least.into()));
                 assert!(piece.range.end - piece.range.start <= most.into());
@@ -265,43 +175,5 @@ mod tests {
             let error = export(size, least, most).unwrap_err().to_string();
             assert!(error.contains(what), "{error}");
         }
-    }
-
-    #[test]
-    fn request_succeeds_with_its_last_piece() {
-        let geometry = geometry(4096, 1 << 20);
-        let (asked, bytes) = request(Priority::Fill, 100, 3 << 20);
-        let (pieces, completion) = Piece::all_of(asked, &geometry);
-        let pieces: Vec<_> = pieces.into_iter().flat_map(|piece| piece.raise(&geometry)).collect();
-        assert!(pieces.len() >= 12, "{}", pieces.len());
-        for mut piece in pieces {
-            let content = vec![7; to_usize(piece.range.end - piece.range.start)];
-            piece.write(piece.range.start, &content);
-            piece.succeed();
-        }
-        completion.wait().unwrap();
-        assert_eq!(bytes.take().unwrap(), vec![7; 3 << 20]);
-    }
-
-    #[test]
-    fn request_fails_with_its_first_failure() {
-        let geometry = geometry(1, 1 << 20);
-        let (asked, _bytes) = request(Priority::Demand, 0, 1 << 20);
-        let (mut pieces, completion) = Piece::all_of(asked, &geometry);
-        let last = pieces.pop().unwrap();
-        pieces.pop().unwrap().fail(SourceError::Withdrawn);
-        assert!(!last.is_wanted());
-        last.fail(SourceError::Panicked);
-        drop(pieces);
-        assert!(matches!(completion.wait(), Err(SourceError::Withdrawn)));
-        // Unwritten or unfinished pieces are no success.
-        let (asked, _bytes) = request(Priority::Demand, 0, 4096);
-        let (pieces, completion) = Piece::all_of(asked, &geometry);
-        pieces.into_iter().for_each(Piece::succeed);
-        assert!(matches!(completion.wait(), Err(SourceError::Short { .. })));
-        let (asked, _bytes) = request(Priority::Demand, 0, 4096);
-        let (pieces, completion) = Piece::all_of(asked, &geometry);
-        drop(pieces);
-        assert!(matches!(completion.wait(), Err(SourceError::Abandoned)));
     }
 }

@@ -158,7 +158,7 @@ impl Shared {
     pub(crate) fn raise(&self, offset: u64, len: u64) {
         let mut queues = self.queues();
         let request = |work: &Work| match work {
-            Work::Read(piece) if piece.touches(offset, len) => Some(piece.request()),
+            Work::Read(piece) if piece.part().touches(offset, len) => Some(piece.part().request()),
             _ => None,
         };
         let fill = &mut queues.waiting[lane(Priority::Fill)];
@@ -169,7 +169,7 @@ impl Shared {
         let mut raised = Vec::new();
         for work in std::mem::take(fill) {
             match work {
-                Work::Read(piece) if wanted.contains(&piece.request()) => {
+                Work::Read(piece) if wanted.contains(&piece.part().request()) => {
                     raised.extend(Piece::raise(piece, &self.geometry).into_iter().map(Work::Read));
                 }
                 work => fill.push_back(work),
