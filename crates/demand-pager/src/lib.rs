@@ -1,0 +1,18 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+#![doc = include_str!("../README.md")]
+
+mod connection;
+mod error;
+#[doc(hidden)]
+pub mod fuzzing;
+mod location;
+mod options;
+pub mod protocol;
+mod queue;
+mod receive;
+mod source;
+
+pub use error::{PagerError, PagerErrorKind};
+pub use location::{Location, LocationError};
+pub use options::PagerOptions;
+pub use source::PagerSource;
