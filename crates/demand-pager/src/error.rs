@@ -67,6 +67,12 @@ pub enum PagerErrorKind {
         /// The system's error.
         source: io::Error,
     },
+    /// This process cannot make the memory, or the descriptors, that the pager's pages take.
+    #[error("this process cannot prepare for its pages: {source}")]
+    Local {
+        /// The system's error.
+        source: io::Error,
+    },
     /// The pager has not answered the handshake.
     #[error("the pager has not answered the handshake for {after:?}; check the pager")]
     Silent {

@@ -3,6 +3,8 @@
 
 mod connection;
 mod error;
+#[cfg(feature = "firecracker")]
+pub mod firecracker;
 #[doc(hidden)]
 pub mod fuzzing;
 mod location;

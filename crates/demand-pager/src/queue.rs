@@ -7,7 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use demand_source::{Part, Priority, SourceError};
+use demand_source::{Completion, Part, Priority, Request, SourceError};
 
 use crate::error::PagerErrorKind;
 use crate::protocol::{Call, Fault, NO_TAG};
@@ -54,8 +54,10 @@ struct State {
     waiting: [VecDeque<Open>; 3],
     /// Faults that were sent on the present connection, by tag.
     sent: BTreeMap<u64, Open>,
-    /// Number of these by lane.
+    /// Number of these, and of those served by threads, by lane.
     counts: [usize; 3],
+    /// Faults that threads of this process serve: their beginning, offset and length, by tag.
+    served: BTreeMap<u64, (Instant, u64, usize)>,
     /// Other messages to send on the present connection.
     notes: VecDeque<Call>,
     last_tag: u64,
@@ -94,6 +96,13 @@ impl State {
         Some(open)
     }
 
+    /// Removes all faults that were sent, in the order of their tags.
+    fn take_all_sent(&mut self) -> Vec<Open> {
+        let sent: Vec<Open> = std::mem::take(&mut self.sent).into_values().collect();
+        sent.iter().for_each(|open| self.counts[open.lane as usize] -= 1);
+        sent
+    }
+
     fn open(&self) -> impl Iterator<Item = &Open> {
         self.sent.values().chain(self.waiting.iter().flatten())
     }
@@ -107,6 +116,34 @@ impl Queue {
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Queues a request in parts of at most `most` bytes, for an image of `size` bytes with this
+    /// name.
+    pub(crate) fn submit(
+        &self,
+        request: Request,
+        most: usize,
+        size: u64,
+        image: &str,
+    ) -> Completion {
+        for chunk in &request.chunks {
+            let (offset, len) = (chunk.offset, chunk.destination.len() as u64);
+            if offset.checked_add(len).is_none_or(|end| end > size) {
+                let image = image.to_owned();
+                drop(request);
+                return Completion::ready(Err(SourceError::OutOfRange {
+                    image,
+                    offset,
+                    len,
+                    size,
+                }));
+            }
+        }
+        let priority = request.priority;
+        let (parts, completion) = Part::all_of(request, most);
+        self.push(priority, parts);
+        completion
     }
 
     /// Queues the parts of a request.
@@ -206,6 +243,34 @@ impl Queue {
         }
     }
 
+    /// Waits for the next fault, for the thread of this process that serves it. Returns `None` when
+    /// the source is closed.
+    #[cfg(feature = "firecracker")]
+    pub(crate) fn begin_next(&self) -> Option<Open> {
+        let mut state = self.lock();
+        while !state.closed {
+            if let Some(open) = state.pop(&self.windows) {
+                state.counts[open.lane as usize] += 1;
+                let served = (open.since, open.part.offset(), open.part.len());
+                state.served.insert(open.tag, served);
+                return Some(open);
+            }
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        None
+    }
+
+    /// Ends a fault that a thread of this process has served.
+    #[cfg(feature = "firecracker")]
+    pub(crate) fn finish(&self, open: Open) -> Part {
+        let mut state = self.lock();
+        state.served.remove(&open.tag);
+        state.counts[open.lane as usize] -= 1;
+        drop(state);
+        self.changed.notify_all();
+        open.part
+    }
+
     /// Takes the fault that an answer belongs to.
     pub(crate) fn take(&self, tag: u64) -> Option<Open> {
         let open = self.lock().take_sent(tag);
@@ -242,8 +307,7 @@ impl Queue {
         let mut state = self.lock();
         state.stream = None;
         state.notes.clear();
-        state.counts = [0; 3];
-        for (_, open) in std::mem::take(&mut state.sent).into_iter().rev() {
+        for open in state.take_all_sent().into_iter().rev() {
             state.waiting[open.lane as usize].push_front(open);
         }
         state.over.take()
@@ -253,10 +317,9 @@ impl Queue {
     #[must_use = "faults are failed with no lock held"]
     pub(crate) fn take_all(&self) -> Vec<Part> {
         let mut state = self.lock();
-        state.counts = [0; 3];
-        let sent = std::mem::take(&mut state.sent).into_values();
+        let sent = state.take_all_sent();
         let waiting = std::mem::take(&mut state.waiting).into_iter().flatten();
-        sent.chain(waiting).map(|open| open.part).collect()
+        sent.into_iter().chain(waiting).map(|open| open.part).collect()
     }
 
     /// Removes the faults that are no longer wanted.
@@ -279,11 +342,14 @@ impl Queue {
     /// Returns the faults without an answer, for the log.
     pub(crate) fn waits(&self) -> Waits {
         let state = self.lock();
-        let oldest = state.open().min_by_key(|open| (open.since, open.tag));
-        Waits {
-            faults: state.open().count(),
-            oldest: oldest.map(|open| (open.since, open.part.offset(), open.part.len())),
+        let open = state.open().map(|open| (open.since, open.part.offset(), open.part.len()));
+        let faults = open.chain(state.served.values().copied());
+        let (mut count, mut oldest) = (0, None);
+        for fault in faults {
+            count += 1;
+            oldest = Some(oldest.map_or(fault, |oldest| fault.min(oldest)));
         }
+        Waits { faults: count, oldest }
     }
 
     /// Waits for a time, or until the source is closed. Returns whether it is open.

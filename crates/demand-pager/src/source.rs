@@ -8,7 +8,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use demand_source::{
-    Completion, Extent, OwnProcess, PageSource, Part, Request, SourceError, join_within,
+    Completion, Extent, OwnProcess, PageSource, Request, SourceError, join_within,
 };
 
 use crate::connection::{Connected, Image, connect};
@@ -189,24 +189,7 @@ impl PageSource for PagerSource {
     }
 
     fn submit(&self, request: Request) -> Completion {
-        let size = self.size();
-        for chunk in &request.chunks {
-            let (offset, len) = (chunk.offset, chunk.destination.len() as u64);
-            if offset.checked_add(len).is_none_or(|end| end > size) {
-                let image = self.shared.name.clone();
-                drop(request);
-                return Completion::ready(Err(SourceError::OutOfRange {
-                    image,
-                    offset,
-                    len,
-                    size,
-                }));
-            }
-        }
-        let priority = request.priority;
-        let (parts, completion) = Part::all_of(request, MOST);
-        self.shared.queue.push(priority, parts);
-        completion
+        self.shared.queue.submit(request, MOST, self.size(), &self.shared.name)
     }
 
     fn raise(&self, offset: u64, len: u64) {

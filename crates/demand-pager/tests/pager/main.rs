@@ -6,6 +6,7 @@
 
 mod example;
 mod fake;
+mod image;
 mod log_lines;
 mod nonsense;
 mod order;
@@ -15,7 +16,8 @@ mod support;
 use demand_pager::{Location, PagerOptions, PagerSource};
 use demand_source::{Destination, Extent, PageSource, Priority, Retry, SourceError};
 use example::each;
-use support::{image, read, scrambled, submit};
+use image::image;
+use support::{read, scrambled, submit};
 
 #[test]
 fn examples_serve_every_byte() {

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Images, and reads of them.
+//! Reads, and numbers that look random.
 
-use demand_pager::PagerSource;
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use demand_source::{Chunk, Completion, Destination, OwnedBytes, PageSource, Priority, Request};
-use tempfile::TempDir;
 
 /// A repeatable sequence of numbers, which look random.
 pub(crate) fn scrambled(number: u64) -> u64 {
@@ -13,23 +13,9 @@ pub(crate) fn scrambled(number: u64) -> u64 {
     x ^ (x >> 29)
 }
 
-/// Writes an image, `memory` in a folder, of which a third is zeros. Returns its content.
-pub(crate) fn image(len: usize) -> (TempDir, Vec<u8>) {
-    let folder = tempfile::tempdir().unwrap();
-    let mut content = vec![0; len];
-    for (number, bytes) in content.chunks_mut(48 << 10).enumerate().filter(|(n, _)| n % 3 != 1) {
-        for (word, chunk) in bytes.chunks_mut(8).enumerate() {
-            let random = scrambled((number << 32 | word) as u64).to_le_bytes();
-            chunk.copy_from_slice(&random[..chunk.len()]);
-        }
-    }
-    std::fs::write(folder.path().join("memory"), &content).unwrap();
-    (folder, content)
-}
-
 /// Submits a read.
 pub(crate) fn submit(
-    source: &PagerSource,
+    source: &impl PageSource,
     priority: Priority,
     offset: u64,
     len: usize,
@@ -40,8 +26,22 @@ pub(crate) fn submit(
 }
 
 /// Reads bytes, which must not fail.
-pub(crate) fn read(source: &PagerSource, priority: Priority, offset: u64, len: usize) -> Vec<u8> {
+pub(crate) fn read(
+    source: &impl PageSource,
+    priority: Priority,
+    offset: u64,
+    len: usize,
+) -> Vec<u8> {
     let (completion, bytes) = submit(source, priority, offset, len);
     completion.wait().unwrap();
     bytes.take().unwrap()
+}
+
+/// Ends the threads that read until then, also when a test fails.
+pub(crate) struct EndsReaders<'a>(pub(crate) &'a AtomicBool);
+
+impl Drop for EndsReaders<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
 }
