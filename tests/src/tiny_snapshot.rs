@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A snapshot of a guest of one instruction, which needs no nested paging.
 
+use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -80,8 +81,17 @@ impl TinySnapshot {
     ///
     /// If the program has not been built.
     pub fn restore(&self, disks: &[&Path]) -> Result<Command> {
+        self.restore_from(self.dir(), disks)
+    }
+
+    /// Returns the same with another source, such as a URL of the snapshot.
+    ///
+    /// # Errors
+    ///
+    /// As for [`restore`](Self::restore).
+    pub fn restore_from(&self, source: impl AsRef<OsStr>, disks: &[&Path]) -> Result<Command> {
         let mut command = Command::new(program("demand-vmm")?);
-        command.arg("restore").arg("--source").arg(self.dir());
+        command.arg("restore").arg("--source").arg(source);
         command.arg("--api-socket").arg(self.socket());
         with_disks(&mut command, disks);
         Ok(command)

@@ -269,7 +269,9 @@ struct UnusedPagingArgs {
 struct RestoreArgs {
     /// Directory of the snapshot, or its URL: s3://, https:// or http:// of a snapshot that was
     /// pushed, or with a snapshot's files below it; file:// of one that was pushed to a directory;
-    /// nbd:// (nbds://, nbd+unix://) with exports of the files' names.
+    /// nbd:// (nbds://, nbd+unix://) with exports of the files' names; pager:SOCKET of a process that
+    /// has images of these names, or with ?files=DIR the memory only;
+    /// pager+firecracker:SOCKET?files=DIR of a page fault handler.
     #[arg(long, value_name = "DIR|URL", required_unless_present = "config")]
     source: Option<PathBuf>,
     /// [backing=shmem|hugetlb-2m|hugetlb-1g|guest-memfd][,reserve=on|off][,thp=on|off]

@@ -7,6 +7,7 @@ pub mod device_kind;
 pub(crate) mod fill;
 mod json;
 pub(crate) mod names;
+pub(crate) mod pager;
 pub mod size;
 pub mod source;
 pub mod vm;

@@ -25,7 +25,6 @@ pub mod report;
 pub mod virtio;
 
 mod devices;
-#[cfg(feature = "remote")]
 mod late_file;
 mod patience;
 mod signals;

@@ -6,7 +6,6 @@ pub mod dir;
 pub mod error;
 pub(crate) mod image;
 pub mod open;
-#[cfg(feature = "remote")]
 mod remote;
 #[cfg(test)]
 mod sample;

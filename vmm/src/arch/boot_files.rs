@@ -9,7 +9,6 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-#[cfg(feature = "remote")]
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
@@ -17,7 +16,6 @@ use sha2::{Digest, Sha256};
 
 use crate::arch::boot_part::BootPart;
 use crate::arch::error::{BootFileError, BootFileFault};
-#[cfg(feature = "remote")]
 use crate::late_file::LateFile;
 
 /// Maximum size of a boot file, in bytes: about three times a vmlinux with full debug information.
@@ -128,7 +126,6 @@ pub(crate) enum BootContent {
     /// A file of this system.
     File(File),
     /// A copy that arrives in the background.
-    #[cfg(feature = "remote")]
     Late(Arc<LateFile>),
 }
 
@@ -181,7 +178,6 @@ impl BootFile {
     pub(crate) fn file(&self) -> io::Result<&File> {
         match &self.content {
             BootContent::File(file) => Ok(file),
-            #[cfg(feature = "remote")]
             BootContent::Late(late) => late.wait(),
         }
     }

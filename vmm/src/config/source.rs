@@ -4,12 +4,16 @@
 use std::convert::Infallible;
 use std::ffi::OsStr;
 use std::fmt;
-use std::path::{Path, PathBuf};
+use std::io;
+use std::path::{Path, PathBuf, absolute};
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-/// The place of a snapshot: a directory, or a URL. As text it is either.
+use crate::config::pager::{PagerKind, PagerPlace};
+
+/// The place of a snapshot: a directory, or a URL. As text it is either. `pager:SOCKET` is a URL,
+/// too; a directory of such a name is written `./pager:SOCKET`.
 ///
 /// Its `Debug` and `Display` show neither passwords nor queries of URLs, which may be signatures.
 ///
@@ -40,6 +44,20 @@ impl SnapshotPlace {
         }
     }
 
+    /// Makes the paths in it absolute.
+    pub(crate) fn make_absolute(&mut self) -> io::Result<()> {
+        match self {
+            SnapshotPlace::Directory(path) => *path = absolute(&*path)?,
+            SnapshotPlace::Url(url) => {
+                // One that cannot be used is refused later, as it was given.
+                if let Ok(place) = url.parse::<PagerPlace>() {
+                    *url = place.absolute()?.to_string();
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// Returns the place as a path, for messages about its files.
     pub(crate) fn shown(&self) -> PathBuf {
         match self {
@@ -50,8 +68,11 @@ impl SnapshotPlace {
 }
 
 /// Returns a URL without its user, and without what follows its path. The socket of an NBD server
-/// is no secret, and distinguishes URLs.
+/// is no secret, and distinguishes URLs; nor is a pager's.
 fn without_secrets(url: &str) -> String {
+    if let Ok(pager) = url.parse::<PagerPlace>() {
+        return pager.shown();
+    }
     let (url, query) = url.split_once('?').unwrap_or((url, ""));
     let url = url.split('#').next().unwrap_or_default();
     let (scheme, rest) = url.split_once("://").unwrap_or(("", url));
@@ -64,12 +85,13 @@ fn without_secrets(url: &str) -> String {
 
 impl From<PathBuf> for SnapshotPlace {
     fn from(path: PathBuf) -> Self {
-        let is_url = |text: &str| {
+        let has_scheme = |text: &str| {
             text.split_once("://").is_some_and(|(scheme, _)| {
                 !scheme.is_empty()
                     && scheme.chars().all(|char| char.is_ascii_alphanumeric() || char == '+')
             })
         };
+        let is_url = |text: &str| PagerKind::of(text).is_some() || has_scheme(text);
         match path.to_str() {
             Some(text) if is_url(text) => SnapshotPlace::Url(text.into()),
             _ => SnapshotPlace::Directory(path),
@@ -122,10 +144,16 @@ mod tests {
 
     #[test]
     fn urls_and_directories_are_distinguished() {
-        for text in ["s3://bucket/vm7", "nbd+unix:///?socket=/run/s", "https://host/vm7"] {
+        for text in [
+            "s3://bucket/vm7",
+            "nbd+unix:///?socket=/run/s",
+            "https://host/vm7",
+            "pager:p",
+            "pager+firecracker:p",
+        ] {
             assert_eq!(place(text), SnapshotPlace::Url(text.into()));
         }
-        for text in ["/snapshots/a", "a", "./s3://b", "://", "a/b://c", ""] {
+        for text in ["/snapshots/a", "a", "./s3://b", "://", "a/b://c", "", "./pager:p"] {
             assert_eq!(place(text), SnapshotPlace::Directory(text.into()), "{text}");
         }
     }
@@ -144,5 +172,9 @@ mod tests {
         assert_eq!(format!("{url} {url:?}"), "https://host/vm7 SnapshotPlace(https://host/vm7)");
         let socket = place("nbd+unix:///vm7?socket=/run/s&password=hidden");
         assert_eq!(socket.to_string(), "nbd+unix:///vm7?socket=/run/s");
+        let pager = place("pager:/run/p?files=/snapshot&name=vm7");
+        assert_eq!(pager.to_string(), "pager:/run/p?name=vm7");
+        let handler = place("pager+firecracker:/run/p?files=/snapshot");
+        assert_eq!(handler.to_string(), "pager+firecracker:/run/p");
     }
 }

@@ -191,11 +191,8 @@ impl RestoreConfig {
     /// As for [`VmConfig::absolute`].
     pub(crate) fn absolute(mut self) -> io::Result<Self> {
         let guest = guest_paths_mut(&mut self.devices, &mut self.serial);
-        let source = match &mut self.source {
-            SnapshotPlace::Directory(path) => Some(path),
-            SnapshotPlace::Url(_) => None,
-        };
-        make_absolute(source.into_iter().chain(guest))?;
+        make_absolute(guest)?;
+        self.source.make_absolute()?;
         Ok(self)
     }
 }

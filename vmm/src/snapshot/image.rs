@@ -3,14 +3,14 @@
 
 use std::sync::Arc;
 
-use demand_source::{HashedImage, PageSource, SourceError};
+use demand_memory::to_usize;
+use demand_source::{Destination, HashedImage, PageSource, SourceError};
 
 /// The image of a snapshot's memory. Each page is checked as it is fetched.
 pub(crate) enum MemoryImage {
     /// Files of this system.
     Local(HashedImage),
     /// Another source.
-    #[cfg(feature = "remote")]
     Remote {
         /// The source, which checks what it delivers.
         source: Arc<dyn PageSource>,
@@ -26,7 +26,6 @@ impl MemoryImage {
     pub(crate) fn generation(&self) -> [u8; 16] {
         match self {
             MemoryImage::Local(image) => image.generation(),
-            #[cfg(feature = "remote")]
             MemoryImage::Remote { generation, .. } => *generation,
         }
     }
@@ -35,7 +34,6 @@ impl MemoryImage {
     pub(crate) fn size(&self) -> u64 {
         match self {
             MemoryImage::Local(image) => image.size(),
-            #[cfg(feature = "remote")]
             MemoryImage::Remote { source, .. } => source.size(),
         }
     }
@@ -45,7 +43,6 @@ impl MemoryImage {
     pub(crate) fn verify(&self, progress: &mut dyn FnMut(u64) -> bool) -> Result<(), SourceError> {
         match self {
             MemoryImage::Local(image) => image.verify(progress),
-            #[cfg(feature = "remote")]
             MemoryImage::Remote { source, name, .. } => read_all(&**source, name, progress),
         }
     }
@@ -54,22 +51,17 @@ impl MemoryImage {
     pub(crate) fn into_source(self) -> Arc<dyn PageSource> {
         match self {
             MemoryImage::Local(image) => Arc::new(image),
-            #[cfg(feature = "remote")]
             MemoryImage::Remote { source, .. } => source,
         }
     }
 }
 
 /// Reads all data of a source, which checks it.
-#[cfg(feature = "remote")]
 fn read_all(
     source: &dyn PageSource,
     name: &str,
     progress: &mut dyn FnMut(u64) -> bool,
 ) -> Result<(), SourceError> {
-    use demand_memory::to_usize;
-    use demand_source::Destination;
-
     /// Bytes that are read at once.
     const STEP: u64 = 1 << 20;
     let mut bytes = vec![0; to_usize(STEP)];

@@ -24,7 +24,6 @@ use crate::snapshot::dir::{HASHES, MEMORY};
 use crate::snapshot::dir::{INITRAMFS, KERNEL};
 use crate::snapshot::error::{OpenError, ReadError};
 use crate::snapshot::image::MemoryImage;
-#[cfg(feature = "remote")]
 use crate::snapshot::remote::RemoteSnapshot;
 use crate::snapshot::state_file::{MAX_STATE, STATE, decode};
 
@@ -38,7 +37,6 @@ pub struct OpenSnapshot {
 #[derive(Debug)]
 enum Files {
     Directory(Directory),
-    #[cfg(feature = "remote")]
     Remote(RemoteSnapshot),
 }
 
@@ -60,14 +58,7 @@ impl OpenSnapshot {
     /// snapshot has is missing or is not a regular file.
     pub fn open(dir: &Path) -> Result<Self, OpenError> {
         let path = dir.to_owned();
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let dir = openat(CWD, dir, flags, Mode::empty()).map_err(|error| {
-            let cause = match error {
-                Errno::NOTDIR => ReadError::NotADirectory,
-                error => ReadError::Directory(error.into()),
-            };
-            OpenError::new(&path, cause)
-        })?;
+        let dir = open_directory(dir).map_err(|error| OpenError::new(&path, error))?;
         let file = |name| open_file(&dir, name).map_err(|error| OpenError::new(&path, error));
         let (state, memory, hashes) = (file(STATE)?, file(MEMORY)?, file(HASHES)?);
         let files = Files::Directory(Directory { dir, state, memory, hashes });
@@ -82,15 +73,12 @@ impl OpenSnapshot {
     pub fn open_at(place: &SnapshotPlace) -> Result<Self, OpenError> {
         match place {
             SnapshotPlace::Directory(dir) => OpenSnapshot::open(dir),
-            #[cfg(feature = "remote")]
             SnapshotPlace::Url(url) => {
                 let path = place.shown();
                 let remote = RemoteSnapshot::open(url);
                 let files = remote.map_err(|error| OpenError::new(&path, error))?;
                 Ok(OpenSnapshot { files: Files::Remote(files), path })
             }
-            #[cfg(not(feature = "remote"))]
-            SnapshotPlace::Url(_) => Err(OpenError::new(place.shown(), ReadError::NoRemote)),
         }
     }
 
@@ -108,23 +96,22 @@ impl OpenSnapshot {
                 read.map_err(|source| self.failed(ReadError::File { file: STATE, source }))?;
                 bytes
             }
-            #[cfg(feature = "remote")]
             Files::Remote(remote) => remote.state().map_err(|error| self.failed(error))?,
         };
         decode(&bytes).map_err(|error| self.failed(error.into()))
     }
 
-    /// Opens the image of the memory, each page of which is checked.
+    /// Opens the image of the memory, each page of which is checked. Its size, in bytes, is that of
+    /// the state, for sources that do not know it.
     ///
     /// # Errors
     ///
     /// If the image's table of hashes is damaged, or belongs to another image.
-    pub(crate) fn memory(&self) -> Result<MemoryImage, Error> {
+    pub(crate) fn memory(&self, size: u64) -> Result<MemoryImage, Error> {
         match &self.files {
             Files::Directory(directory) => Ok(MemoryImage::Local(self.image_of(directory)?)),
-            #[cfg(feature = "remote")]
             Files::Remote(remote) => {
-                remote.memory(&self.path).map_err(|error| self.failed(error).into())
+                remote.memory(&self.path, size).map_err(|error| self.failed(error).into())
             }
         }
     }
@@ -182,7 +169,6 @@ impl OpenSnapshot {
                 check(file.metadata().map_err(failed)?.len())?;
                 Ok(BootContent::File(file))
             }),
-            #[cfg(feature = "remote")]
             Files::Remote(remote) => remote.boot_file(name, check).map(BootContent::Late),
         };
         opened.map_err(|error| self.failed(error))
@@ -210,8 +196,17 @@ pub fn read_state<T: DeserializeOwned>(dir: &Path) -> Result<T, OpenError> {
     OpenSnapshot::open(dir)?.read_state()
 }
 
+/// Opens the directory of a snapshot's files.
+pub(super) fn open_directory(dir: &Path) -> Result<OwnedFd, ReadError> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    openat(CWD, dir, flags, Mode::empty()).map_err(|error| match error {
+        Errno::NOTDIR => ReadError::NotADirectory,
+        error => ReadError::Directory(error.into()),
+    })
+}
+
 /// Opens a file of a snapshot for reading. Never blocks, even if the file is a FIFO or a device.
-fn open_file(dir: &OwnedFd, file: &'static str) -> Result<File, ReadError> {
+pub(super) fn open_file(dir: &OwnedFd, file: &'static str) -> Result<File, ReadError> {
     let not_regular = ReadError::NotRegular { file };
     let failed = |error| match error {
         Errno::LOOP => ReadError::NotRegular { file },

@@ -326,7 +326,7 @@ fn open_image(
     saved: &SavedVm,
     options: &RestoreOptions,
 ) -> Result<MemoryImage, Error> {
-    let image = snapshot.memory()?;
+    let image = snapshot.memory(saved.memory.size)?;
     if image.generation()[..] != saved.memory.generation[..] || image.size() != saved.memory.size {
         return Err(RestoreError::MixedFiles { snapshot: options.source.shown() }.into());
     }
