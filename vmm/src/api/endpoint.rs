@@ -171,7 +171,7 @@ impl Endpoint {
             Endpoint::Boot => control.boot()?,
             Endpoint::Restore => {
                 let config: RestoreConfig = parse(body, "restore request")?;
-                config.paths().try_for_each(check_absolute)?;
+                config.paths().try_for_each(|path| check_absolute(&path))?;
                 control.restore(&config)?;
             }
             Endpoint::Pause => control.pause()?,

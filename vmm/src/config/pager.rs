@@ -62,6 +62,12 @@ impl PagerKind {
 }
 
 impl PagerPlace {
+    /// Returns the paths in it.
+    pub(crate) fn paths(&self) -> Vec<PathBuf> {
+        let socket = self.location.socket().to_owned();
+        [Some(socket), self.files.clone()].into_iter().flatten().collect()
+    }
+
     /// Returns the place with absolute paths.
     pub(crate) fn absolute(&self) -> io::Result<PagerPlace> {
         let socket = absolute(self.location.socket())?;

@@ -44,6 +44,18 @@ impl SnapshotPlace {
         }
     }
 
+    /// Returns the paths in it.
+    pub(crate) fn paths(&self) -> Vec<PathBuf> {
+        match self {
+            SnapshotPlace::Directory(path) => vec![path.clone()],
+            // One that cannot be used is refused later.
+            SnapshotPlace::Url(url) => match url.parse::<PagerPlace>() {
+                Ok(place) => place.paths(),
+                Err(_) => Vec::new(),
+            },
+        }
+    }
+
     /// Makes the paths in it absolute.
     pub(crate) fn make_absolute(&mut self) -> io::Result<()> {
         match self {
@@ -156,6 +168,13 @@ mod tests {
         for text in ["/snapshots/a", "a", "./s3://b", "://", "a/b://c", "", "./pager:p"] {
             assert_eq!(place(text), SnapshotPlace::Directory(text.into()), "{text}");
         }
+    }
+
+    #[test]
+    fn paths_of_pagers_are_known() {
+        let pager = place("pager:p?files=/snapshot&name=vm7");
+        assert_eq!(pager.paths(), [Path::new("p"), Path::new("/snapshot")]);
+        assert!(place("pager:").paths().is_empty() && place("http://host/a").paths().is_empty());
     }
 
     #[test]

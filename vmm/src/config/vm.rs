@@ -180,8 +180,9 @@ pub struct RestoreConfig {
 
 impl RestoreConfig {
     /// Returns all paths.
-    pub(crate) fn paths(&self) -> impl Iterator<Item = &Path> {
-        self.source.directory().into_iter().chain(guest_paths(&self.devices, &self.serial))
+    pub(crate) fn paths(&self) -> impl Iterator<Item = PathBuf> {
+        let guest = guest_paths(&self.devices, &self.serial).map(Path::to_path_buf);
+        self.source.paths().into_iter().chain(guest)
     }
 
     /// Returns the configuration with all paths made absolute, as the API wants them.

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! `FirecrackerSource` with a handler in a process of its own, which does what Firecracker's example
-//! handlers do, and is killed meanwhile.
+//! `FirecrackerSource` with the example handler, as a process that is killed meanwhile.
 
 #![allow(clippy::cast_possible_truncation, reason = "the numbers of a test are small")]
 
