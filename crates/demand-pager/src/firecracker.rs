@@ -2,12 +2,12 @@
 //! Firecracker's page fault handlers as sources of pages.
 //!
 //! Such a handler expects a userfaultfd of the VMM's memory, and fills that memory itself
-//! (`UFFDIO_COPY`). Here it gets a private mapping instead, in which threads of the source touch the
-//! pages that are needed: the bytes pass through it, and no handler reaches the guest's memory. The
-//! userfaultfd traps accesses of user-mode code only, and needs no privilege.
+//! (`UFFDIO_COPY`). Here it gets a private mapping instead, in which threads of the source touch
+//! the pages that are needed: the bytes pass through it, and no handler reaches the guest's memory.
+//! The userfaultfd traps accesses of user-mode code only, and needs no privilege.
 //!
-//! The handler's protocol has neither sizes, errors nor ends. So the size is the caller's, an answer
-//! may take any time, and only the end of the handler's process is noticed.
+//! The handler's protocol has neither sizes, errors nor ends. So the size is the caller's, an
+//! answer may take any time, and only the end of the handler's process is noticed.
 
 mod peer;
 mod staging;
@@ -48,10 +48,10 @@ const REPORT_EVERY: Duration = Duration::from_secs(10);
 /// 4096 bytes. It may fill pages unasked. Their memory is kept until they are asked for, as
 /// background fill does with all of them.
 ///
-/// If the handler's process ends, faults wait, a line in the log says so, and the source connects to
-/// its socket again: the next handler must serve the same content. A handler that ends its VMM when
-/// it fails, as Firecracker's examples do, reaches a process of this source instead, which counts as
-/// the end of the handler.
+/// If the handler's process ends, faults wait, a line in the log says so, and the source connects
+/// to its socket again: the next handler must serve the same content. A handler that ends its VMM
+/// when it fails, as Firecracker's examples do, reaches a process of this source instead, which
+/// counts as the end of the handler.
 pub struct FirecrackerSource {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The handler's process, and the process that it takes for the VMM.
 //!
-//! Handlers learn the process at the other end of their socket from the kernel, and some of them kill
-//! it when they fail. So a process of its own connects, and waits for its end.
+//! Handlers learn the process at the other end of their socket from the kernel, and some of them
+//! kill it when they fail. So a process of its own connects, and waits for its end.
 
 use std::io::{self, IoSlice, PipeReader};
 use std::mem::MaybeUninit;
@@ -28,8 +28,8 @@ const SWEEP_EVERY: Duration = Duration::from_secs(5);
 
 /// A handler with a mapping to fill.
 pub(super) struct Peer {
-    /// The process that connected, which does nothing else: `cat`, whose standard input is a pipe of
-    /// this process. So it also ends with this process.
+    /// The process that connected, which does nothing else: `cat`, whose standard input is a pipe
+    /// of this process. So it also ends with this process.
     child: Child,
     /// Readable when that process has ended.
     child_end: OwnedFd,

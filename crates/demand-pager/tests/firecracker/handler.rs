@@ -10,7 +10,7 @@ use demand_pager::{PagerError, PagerOptions};
 use tempfile::TempDir;
 use test_support::wait::{listens, until};
 
-/// What a handler does.
+/// The behaviour of a handler.
 #[derive(Clone, Copy)]
 pub(crate) enum Way {
     /// Copies the page that is touched.
