@@ -8,7 +8,6 @@ use rustix::fs::{MemfdFlags, memfd_create};
 
 use crate::connection::Staging;
 use crate::options::PagerOptions;
-use crate::protocol::MOST;
 use crate::queue::Queue;
 use crate::receive::Receiver;
 
@@ -30,7 +29,7 @@ pub fn answers(mut bytes: &[u8]) {
         queue.push(priority, parts);
         outcomes.push((completion, content));
     }
-    assert!(queue.next(&mut Vec::new()) && LEN < MOST);
+    assert!(queue.next(&mut Vec::new()), "the faults are sent");
     let staging = memfd_create("staging", MemfdFlags::CLOEXEC).map(File::from);
     let staging = staging.and_then(|memory| {
         rustix::fs::ftruncate(&memory, 2 * LEN as u64)?;
