@@ -46,8 +46,10 @@ fn main() {
     assert_eq!(regions.iter().map(|region| region.size).sum::<usize>(), content.len());
     assert!(regions.iter().all(|region| region.page_size_kib == page_size));
     let uffd = Userfaultfd::from_received(uffd).unwrap();
-    while way == "never" {
-        std::thread::park();
+    if way == "never" {
+        loop {
+            std::thread::park();
+        }
     }
     let copy = |address: u64| {
         let inside = |region: &&Region| {

@@ -30,7 +30,7 @@ fn reads_all(source: &FirecrackerSource, content: &[u8]) {
     let mut reads = Vec::new();
     for number in 0..200 {
         let len = 4096 << (number % 7);
-        let offset = scrambled(number) as usize % (SIZE - len) & !4095;
+        let offset = (scrambled(number) as usize % (SIZE - len)) & !4095;
         let priority = if number % 3 == 0 { Priority::Fill } else { Priority::Demand };
         reads.push((offset, len, submit(source, priority, offset as u64, len)));
     }
@@ -70,7 +70,7 @@ fn killed_handler_is_a_pause() {
                 while !over.load(Ordering::Relaxed) {
                     number += 1;
                     let len = 4096 << (number % 6);
-                    let offset = scrambled(number) as usize % (SIZE - len) & !4095;
+                    let offset = (scrambled(number) as usize % (SIZE - len)) & !4095;
                     let bytes = read(source, Priority::Demand, offset as u64, len);
                     assert!(bytes == content[offset..offset + len], "at {offset}");
                     reads.fetch_add(1, Ordering::Relaxed);

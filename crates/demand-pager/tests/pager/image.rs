@@ -11,7 +11,7 @@ pub(crate) fn image(len: usize) -> (TempDir, Vec<u8>) {
     let mut content = vec![0; len];
     for (number, bytes) in content.chunks_mut(48 << 10).enumerate().filter(|(n, _)| n % 3 != 1) {
         for (word, chunk) in bytes.chunks_mut(8).enumerate() {
-            let random = scrambled((number << 32 | word) as u64).to_le_bytes();
+            let random = scrambled(((number << 32) | word) as u64).to_le_bytes();
             chunk.copy_from_slice(&random[..chunk.len()]);
         }
     }

@@ -28,7 +28,7 @@ fn examples_serve_every_byte() {
         assert_eq!(source.extent(0).unwrap(), Extent::Data { end: source.size() });
         let mut reads = Vec::new();
         for number in 0..200 {
-            let offset = scrambled(number) as usize % content.len() & !4095;
+            let offset = (scrambled(number) as usize % content.len()) & !4095;
             let len = (4096 << (number % 9)).min(content.len() - offset);
             let priority = if number % 3 == 0 { Priority::Fill } else { Priority::Demand };
             reads.push((offset, len, submit(&source, priority, offset as u64, len)));

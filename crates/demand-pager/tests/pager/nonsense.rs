@@ -202,7 +202,10 @@ fn unusable_handshakes_are_refused() {
 
 #[test]
 fn silent_pager_is_given_up() {
-    let fake = Fake::start(|_| Ok(thread::park()));
+    let fake = Fake::start(|_| {
+        thread::park();
+        Ok(())
+    });
     let options = PagerOptions { connect: Duration::from_millis(100), ..PagerOptions::default() };
     let error = fake.open(options).unwrap_err().to_string();
     assert!(error.contains("has not answered the handshake for 100ms"), "{error}");

@@ -32,7 +32,7 @@ fn killed_pager_is_a_pause() {
                     while !over.load(Ordering::Relaxed) {
                         number += 1;
                         let len = 4096 << (number % 6);
-                        let offset = scrambled(number) as usize % (content.len() - len) & !4095;
+                        let offset = (scrambled(number) as usize % (content.len() - len)) & !4095;
                         let priority = if thread == 0 { Priority::Fill } else { Priority::Demand };
                         let bytes = read(source, priority, offset as u64, len);
                         assert!(bytes == content[offset..offset + len], "at {offset}");
