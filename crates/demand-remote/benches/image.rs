@@ -36,7 +36,7 @@ fn median(count: usize, mut act: impl FnMut(usize)) -> Duration {
 
 fn faults(place: &Place, compression: Compression) {
     // Without a cache, so that each fault makes a request.
-    let options = RemoteOptions { cache_bytes: 0, ..RemoteOptions::default() };
+    let options = RemoteOptions { recent_bytes: 0, ..RemoteOptions::default() };
     let image = RemoteImage::open_with(&place.store, "vm", options).unwrap();
     let before = image.stats();
     let mut random = Random::new(3);

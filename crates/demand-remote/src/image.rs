@@ -7,11 +7,12 @@
 //! store uses. `docs/image-format.md` of the repository specifies the format.
 
 mod block;
-mod cache;
 mod chunk;
 mod error;
 mod flights;
 mod gc;
+#[cfg(feature = "cache")]
+mod host;
 mod info;
 mod job;
 mod layout;
@@ -19,6 +20,7 @@ mod manifest;
 mod names;
 mod pull;
 mod push;
+mod recent;
 mod remote;
 mod snapshot;
 #[cfg(test)]

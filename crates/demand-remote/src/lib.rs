@@ -1,10 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 #![doc = include_str!("../README.md")]
 
+#[cfg(feature = "cache")]
+mod cache;
 #[cfg(feature = "store")]
 mod cause;
 #[cfg(feature = "http")]
 mod client;
+#[cfg(feature = "image")]
+mod hex;
 #[cfg(feature = "image")]
 pub mod image;
 #[cfg(feature = "store")]
@@ -23,6 +27,8 @@ mod s3;
 #[cfg(feature = "store")]
 mod store;
 
+#[cfg(feature = "cache")]
+pub use cache::{CacheError, CacheErrorKind, CacheStats, HostCache};
 #[cfg(feature = "store")]
 pub use location::{Location, LocationError};
 #[cfg(feature = "store")]

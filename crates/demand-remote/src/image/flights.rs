@@ -1,20 +1,30 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Requests to the store that are in progress: one for each chunk or block, however many wait.
 
+mod run;
+
 use std::collections::HashMap;
 use std::collections::hash_map::Entry as Slot;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+#[cfg(feature = "cache")]
+use bytes::Bytes;
 use demand_source::Priority;
 use tokio::sync::{Notify, Semaphore, SemaphorePermit, oneshot};
+#[cfg(feature = "cache")]
+use tokio::time::{Instant, sleep};
 
-use super::cache::Cache;
+use super::block::Entry;
 use super::error::ImageError;
+#[cfg(feature = "cache")]
+use super::host::{HostReads, Keep, Room, Step};
 use super::job::Part;
 use super::layout::BLOCK_CHUNKS;
+use super::recent::RecentChunks;
 use super::snapshot::Snapshot;
 use crate::runtime;
+use run::Member;
 
 /// Numbers of requests to the store that may be in progress.
 #[derive(Clone, Copy, Debug)]
@@ -34,11 +44,25 @@ enum Key {
 enum Got {
     Block,
     Chunk(Arc<Vec<u8>>),
+    /// A chunk that the host cache keeps as well, and its stored bytes.
+    #[cfg(feature = "cache")]
+    Claimed(Arc<Vec<u8>>, Keep, Bytes),
+}
+
+impl Got {
+    fn content(&self) -> Option<&Arc<Vec<u8>>> {
+        match self {
+            Got::Block => None,
+            Got::Chunk(content) => Some(content),
+            #[cfg(feature = "cache")]
+            Got::Claimed(content, ..) => Some(content),
+        }
+    }
 }
 
 /// The priority of a request in progress, which only rises.
 #[derive(Default)]
-struct Urgency {
+pub(crate) struct Urgency {
     raised: AtomicBool,
     changed: Notify,
 }
@@ -54,12 +78,21 @@ impl Urgency {
         self.raised.load(Ordering::Acquire)
     }
 
+    /// Waits for a future, unless a thread waits for the request, or begins to.
+    #[cfg(feature = "cache")]
+    pub(crate) async fn until_raised<F: Future>(&self, future: F) -> Option<F::Output> {
+        if self.is_raised() {
+            return None;
+        }
+        tokio::select! {
+            biased;
+            () = self.changed.notified() => None,
+            output = future => Some(output),
+        }
+    }
+
     /// Waits for a permit of `fill`, or, once raised, for one of `demand`.
-    async fn turn<'a>(
-        &self,
-        demand: &'a Semaphore,
-        fill: &'a Semaphore,
-    ) -> Option<SemaphorePermit<'a>> {
+    async fn turn<'a>(&self, demand: &'a Semaphore, fill: &'a Semaphore) -> Turn<'a> {
         // Neither semaphore is ever closed.
         if self.is_raised() {
             return demand.acquire().await.ok();
@@ -72,6 +105,19 @@ impl Urgency {
     }
 }
 
+/// The right to have one request in progress.
+type Turn<'a> = Option<SemaphorePermit<'a>>;
+
+/// The outcome of looking for a chunk in the host cache.
+#[cfg(feature = "cache")]
+enum Looked<'a> {
+    Found(Vec<u8>),
+    /// The chunk's request has ended, since no part waits for it.
+    Unwanted,
+    /// This process fetches the chunk, and keeps it for the others if it can.
+    Fetch(Turn<'a>, Option<Keep>),
+}
+
 /// Receives the outcome of reading a block.
 type Listener = oneshot::Sender<Result<(), Arc<ImageError>>>;
 
@@ -82,16 +128,20 @@ struct Flight {
     /// Threads that wait for a block.
     listeners: Vec<Listener>,
     urgency: Arc<Urgency>,
+    /// Whether it waits for the turn of a run, which then makes the request.
+    in_run: bool,
 }
 
 struct State {
-    cache: Cache,
+    recent: RecentChunks,
     flights: HashMap<Key, Flight>,
 }
 
 /// The requests in progress of one image, and its decoded chunks.
 pub(crate) struct Flights {
     snapshot: Snapshot,
+    #[cfg(feature = "cache")]
+    host: Option<HostReads>,
     demand: Semaphore,
     fill: Semaphore,
     /// One thread of the runtime at most decodes for fill, so that one is free for faults.
@@ -102,11 +152,18 @@ pub(crate) struct Flights {
 }
 
 impl Flights {
-    pub(crate) fn new(snapshot: Snapshot, cache_bytes: usize, limits: Limits) -> Arc<Self> {
-        let state = State { cache: Cache::new(cache_bytes), flights: HashMap::new() };
+    pub(crate) fn new(
+        snapshot: Snapshot,
+        recent_bytes: usize,
+        limits: Limits,
+        #[cfg(feature = "cache")] host: Option<HostReads>,
+    ) -> Arc<Self> {
+        let state = State { recent: RecentChunks::new(recent_bytes), flights: HashMap::new() };
         let semaphore = |permits: usize| Semaphore::new(permits.clamp(1, Semaphore::MAX_PERMITS));
         Arc::new(Flights {
             snapshot,
+            #[cfg(feature = "cache")]
+            host,
             demand: semaphore(limits.demand),
             fill: semaphore(limits.fill),
             fill_decoder: Semaphore::new(1),
@@ -123,22 +180,52 @@ impl Flights {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Returns the content of a chunk that is kept.
-    pub(crate) fn kept(&self, chunk: u64) -> Option<Arc<Vec<u8>>> {
-        self.state().cache.get(chunk)
+    /// Passes `len` bytes of a chunk, from `start` on, to `deliver` and returns `true`; or returns
+    /// `false` if that would have to wait.
+    pub(crate) fn read_now(
+        &self,
+        chunk: u64,
+        entry: &Entry,
+        (start, len): (usize, usize),
+        deliver: impl FnOnce(&[u8]),
+    ) -> bool {
+        let recent = self.state().recent.get(chunk);
+        if let Some(bytes) = recent.as_ref().and_then(|content| content.get(start..start + len)) {
+            deliver(bytes);
+            return true;
+        }
+        #[cfg(feature = "cache")]
+        if let Some(host) = &self.host {
+            return host.read_now(&self.snapshot, chunk, entry, (start, len), deliver);
+        }
+        #[cfg(not(feature = "cache"))]
+        let _ = entry;
+        false
     }
 
-    /// Delivers a part at once if that is possible, and otherwise lets it wait for what it needs.
-    pub(crate) fn route(self: &Arc<Self>, part: Part) {
+    /// Delivers the parts of a request at once where that is possible, and otherwise lets them wait
+    /// for what they need.
+    pub(crate) fn route_all(self: &Arc<Self>, parts: Vec<Part>) {
+        let mut queued = Vec::new();
+        for part in parts {
+            self.route(part, Some(&mut queued));
+        }
+        self.start_runs(queued);
+    }
+
+    /// Delivers a part at once if that is possible, and otherwise lets it wait for what it needs. A
+    /// request of fill for a chunk that does not begin yet is added to `queue`, if there is one.
+    fn route(self: &Arc<Self>, part: Part, queue: Option<&mut Vec<Member>>) {
         let chunk = part.chunk;
-        let key = match self.snapshot.known_entry(chunk) {
+        let entry = self.snapshot.known_entry(chunk);
+        let key = match entry {
             Some(None) => return part.deliver_zeros(),
             Some(Some(_)) => Key::Chunk(chunk),
             None => Key::Block(chunk / BLOCK_CHUNKS),
         };
         let mut state = self.state();
         if let Key::Chunk(chunk) = key
-            && let Some(content) = state.cache.get(chunk)
+            && let Some(content) = state.recent.get(chunk)
         {
             drop(state);
             return part.deliver(&content);
@@ -148,13 +235,32 @@ impl Flights {
         {
             // It was read since the look above.
             drop(state);
-            return self.route(part);
+            return self.route(part, queue);
+        }
+        #[cfg(feature = "cache")]
+        let part = if let Some(host) = &self.host
+            && let Some(Some(entry)) = entry
+            && !state.flights.contains_key(&key)
+        {
+            drop(state);
+            let Some(part) = host.deliver_now(&self.snapshot, &entry, part) else { return };
+            state = self.state();
+            part
+        } else {
+            part
+        };
+        let is_demand = part.priority == Priority::Demand;
+        if let (Slot::Vacant(slot), Some(queue), Some(Some(entry)), false) =
+            (state.flights.entry(key), queue, entry, is_demand)
+        {
+            slot.insert(Flight { parts: vec![part], in_run: true, ..Flight::default() });
+            return queue.push(Member { chunk, entry });
         }
         let flight = self.flight(&mut state, key);
-        if part.priority == Priority::Demand {
-            flight.urgency.raise();
-        }
         flight.parts.push(part);
+        if is_demand {
+            self.raise_flight(key, flight);
+        }
     }
 
     /// Returns the request for `key`, which begins now unless it is in progress.
@@ -163,11 +269,40 @@ impl Flights {
             Slot::Occupied(slot) => slot.into_mut(),
             Slot::Vacant(slot) => {
                 let flight = slot.insert(Flight::default());
-                let (this, urgency) = (self.clone(), flight.urgency.clone());
-                runtime::handle().spawn(async move { this.fly(key, &urgency).await });
+                self.begin(key, flight);
                 flight
             }
         }
+    }
+
+    /// Begins a request by itself.
+    fn begin(self: &Arc<Self>, key: Key, flight: &Flight) {
+        let (this, urgency) = (self.clone(), flight.urgency.clone());
+        runtime::handle().spawn(async move { this.fly(key, &urgency).await });
+    }
+
+    /// Begins a request by itself that a run leaves.
+    #[cfg(feature = "cache")]
+    fn depart(self: &Arc<Self>, key: Key) {
+        if let Some(flight) = self.state().flights.get(&key) {
+            self.begin(key, flight);
+        }
+    }
+
+    /// Gives a request the priority of demand. It does not wait for the turn of a run.
+    fn raise_flight(self: &Arc<Self>, key: Key, flight: &mut Flight) {
+        flight.urgency.raise();
+        if std::mem::take(&mut flight.in_run) {
+            self.begin(key, flight);
+        }
+    }
+
+    /// Takes a request out of its run, whose turn has come, and returns its priority; `None` if it
+    /// has left the run.
+    fn leave_run(&self, key: Key) -> Option<Arc<Urgency>> {
+        let mut state = self.state();
+        let flight = state.flights.get_mut(&key)?;
+        std::mem::take(&mut flight.in_run).then(|| flight.urgency.clone())
     }
 
     /// Begins to read a block of the index, unless it is known.
@@ -195,7 +330,7 @@ impl Flights {
     }
 
     /// Gives the parts of these chunks, the last included, the priority of demand.
-    pub(crate) fn raise(&self, first: u64, last: u64) {
+    pub(crate) fn raise(self: &Arc<Self>, first: u64, last: u64) {
         let chunks = first..=last;
         for (key, flight) in &mut self.state().flights {
             let mut found = matches!(key, Key::Chunk(chunk) if chunks.contains(chunk));
@@ -204,7 +339,7 @@ impl Flights {
                 found = true;
             }
             if found {
-                flight.urgency.raise();
+                self.raise_flight(*key, flight);
             }
         }
     }
@@ -227,17 +362,29 @@ impl Flights {
             // It has ended already, and another one may have begun.
             return std::mem::forget(landing);
         };
+        self.finish(landing, got.map_err(Arc::new));
+    }
+
+    /// Ends a request, and answers all parts that wait for it.
+    fn finish(self: &Arc<Self>, landing: Landing<'_>, got: Result<Got, Arc<ImageError>>) {
         let Flight { parts, listeners, .. } = landing.land(got.as_ref().ok());
         match got {
             Ok(Got::Block) => {
                 answer(listeners, &Ok(()));
-                parts.into_iter().for_each(|part| self.route(part));
+                self.route_all(parts);
             }
             Ok(Got::Chunk(content)) => {
                 parts.into_iter().for_each(|part| part.deliver(&content));
             }
+            #[cfg(feature = "cache")]
+            Ok(Got::Claimed(content, keep, stored)) => {
+                // Faults first: other processes can wait.
+                parts.into_iter().for_each(|part| part.deliver(&content));
+                if let Some(host) = &self.host {
+                    host.keep(keep, &stored, content);
+                }
+            }
             Err(error) => {
-                let error = Arc::new(error);
                 answer(listeners, &Err(error.clone()));
                 parts.into_iter().for_each(|part| part.fail(&error));
             }
@@ -262,11 +409,50 @@ impl Flights {
         let Some(Some(entry)) = self.snapshot.known_entry(chunk) else {
             return Err(ImageError::Panicked);
         };
+        #[cfg(feature = "cache")]
+        let (turn, keep) = match self.look_in_host(chunk, &entry, urgency, turn).await {
+            Looked::Found(content) => return Ok(Some(Got::Chunk(Arc::new(content)))),
+            Looked::Unwanted => return Ok(None),
+            Looked::Fetch(turn, keep) => (turn, keep),
+        };
         let stored = self.snapshot.read_stored(&entry).await?;
         drop(turn);
         let _turn = urgency.turn(&self.demand_decoders, &self.fill_decoder).await;
-        let content = self.snapshot.decode(chunk, &entry, &stored)?;
-        Ok(Some(Got::Chunk(Arc::new(content))))
+        let content = Arc::new(self.snapshot.decode(chunk, &entry, &stored)?);
+        #[cfg(feature = "cache")]
+        if let Some(keep) = keep {
+            return Ok(Some(Got::Claimed(content, keep, stored)));
+        }
+        Ok(Some(Got::Chunk(content)))
+    }
+
+    /// Looks for a chunk in the host cache, until it is there or this process is the one that
+    /// fetches it. The request has no turn while another process makes it.
+    #[cfg(feature = "cache")]
+    async fn look_in_host<'a>(
+        &'a self,
+        chunk: u64,
+        entry: &Entry,
+        urgency: &Urgency,
+        mut turn: Turn<'a>,
+    ) -> Looked<'a> {
+        let Some(host) = &self.host else { return Looked::Fetch(turn, None) };
+        let since = Instant::now();
+        loop {
+            let room = Room::Unless(urgency);
+            match host.step(&self.snapshot, chunk, entry, since, room).await {
+                Step::Found(content) => return Looked::Found(content),
+                Step::Fetch(keep) => return Looked::Fetch(turn, keep),
+                Step::Wait(pause) => {
+                    drop(turn);
+                    sleep(pause).await;
+                    turn = urgency.turn(&self.demand, &self.fill).await;
+                    if !self.is_wanted(Key::Chunk(chunk)) {
+                        return Looked::Unwanted;
+                    }
+                }
+            }
+        }
     }
 
     /// Removes the parts of a request that are not wanted any more. If none is left, the request
@@ -295,10 +481,10 @@ impl Flights {
     fn end(&self, key: Key, got: Option<&Got>) -> Flight {
         let mut state = self.state();
         let flight = state.flights.remove(&key).unwrap_or_default();
-        if let (Key::Chunk(chunk), Some(Got::Chunk(content))) = (key, got) {
+        if let (Key::Chunk(chunk), Some(content)) = (key, got.and_then(Got::content)) {
             // Once all of a chunk is delivered, nothing of it is requested again.
             if flight.parts.iter().all(|part| part.len() < content.len()) {
-                state.cache.insert(chunk, content.clone());
+                state.recent.insert(chunk, content.clone());
             }
         }
         flight

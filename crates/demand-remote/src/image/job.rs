@@ -65,6 +65,12 @@ impl Part {
         self.destination.as_ref().map_or(0, Destination::len)
     }
 
+    /// Returns the offset of the part in its chunk, in bytes.
+    #[cfg(feature = "cache")]
+    pub(crate) fn start(&self) -> usize {
+        self.start
+    }
+
     /// Returns whether the bytes are still awaited.
     pub(crate) fn is_wanted(&self) -> bool {
         let completer = self.job.completer.lock().unwrap_or_else(PoisonError::into_inner);
@@ -73,10 +79,15 @@ impl Part {
     }
 
     /// Delivers the part from its chunk's content.
-    pub(crate) fn deliver(mut self, content: &[u8]) {
+    pub(crate) fn deliver(self, content: &[u8]) {
+        let bytes = content.get(self.start..).unwrap_or_default();
+        let bytes = bytes.get(..self.len()).unwrap_or_default();
+        self.deliver_exactly(bytes);
+    }
+
+    /// Delivers the part, which consists of `bytes`.
+    pub(crate) fn deliver_exactly(mut self, bytes: &[u8]) {
         if let Some(mut destination) = self.destination.take() {
-            let bytes = content.get(self.start..).unwrap_or_default();
-            let bytes = bytes.get(..destination.len()).unwrap_or_default();
             destination.write_at(0, bytes);
         }
     }

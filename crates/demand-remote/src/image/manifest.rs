@@ -7,7 +7,8 @@ use serde::{Deserialize, Serialize};
 
 use super::error::{LayoutError, ManifestError};
 use super::layout::{ENTRY_BYTES, Geometry};
-use super::names::{ObjectId, hex, is_file_name, parse_hex};
+use super::names::{ObjectId, is_file_name};
+use crate::hex::{hex, parse_hex};
 
 /// Maximum length of a manifest, in bytes.
 pub(crate) const MOST_MANIFEST: u64 = 1 << 20;

@@ -20,8 +20,8 @@ const LOOK: u64 = 64;
 /// How a [`RemoteImage`] uses memory and the network.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RemoteOptions {
-    /// Maximum number of bytes of decoded chunks that are kept.
-    pub cache_bytes: usize,
+    /// Maximum number of bytes of decoded chunks that the image keeps in memory.
+    pub recent_bytes: usize,
     /// Number of requests to the store that may be in progress for faults.
     pub demand: usize,
     /// Number of requests to the store that may be in progress for background fill.
@@ -31,7 +31,7 @@ pub struct RemoteOptions {
 impl Default for RemoteOptions {
     /// Returns 32 MiB, 64 requests for faults and 16 for fill.
     fn default() -> Self {
-        RemoteOptions { cache_bytes: 32 << 20, demand: 64, fill: 16 }
+        RemoteOptions { recent_bytes: 32 << 20, demand: 64, fill: 16 }
     }
 }
 
@@ -39,9 +39,10 @@ impl Default for RemoteOptions {
 ///
 /// Opening takes two rounds of requests, whatever the image's size. Blocks of the index are read
 /// when a page of theirs is first requested. A page costs one request for its chunk, which all
-/// requests for the chunk share; chunks that are all zeros are holes, and cost none. Requests for
-/// faults never wait for those of background fill, and a chunk that fill has requested is requested
-/// like a fault once a thread waits for it.
+/// requests for the chunk share; chunks that are all zeros are holes, and cost none. Chunks of one
+/// request of fill that lie side by side in a pack cost one request of up to 1 MiB together.
+/// Requests for faults never wait for those of background fill, and a chunk that fill has queued is
+/// requested like a fault, by itself, once a thread waits for it.
 ///
 /// Stored bytes are checked against their digest before they are decoded, and each page against its
 /// hash afterwards. Bytes that differ are an error, never content.
@@ -74,8 +75,37 @@ impl RemoteImage {
         options: RemoteOptions,
     ) -> Result<Self, ImageError> {
         let snapshot = store.wait(Snapshot::open(store, snapshot))?;
-        let RemoteOptions { cache_bytes, demand, fill } = options;
-        Ok(RemoteImage { flights: Flights::new(snapshot, cache_bytes, Limits { demand, fill }) })
+        let RemoteOptions { recent_bytes, demand, fill } = options;
+        let limits = Limits { demand, fill };
+        #[cfg(feature = "cache")]
+        let flights = Flights::new(snapshot, recent_bytes, limits, None);
+        #[cfg(not(feature = "cache"))]
+        let flights = Flights::new(snapshot, recent_bytes, limits);
+        Ok(RemoteImage { flights })
+    }
+
+    /// Opens a snapshot whose chunks are shared with the other processes of this host: those that
+    /// one of them has read come from the cache, and those that several need at once are requested
+    /// from the store by one of them.
+    ///
+    /// A fault that is answered from the cache reads its page alone. It does not wait if the page
+    /// is in the system's page cache.
+    ///
+    /// # Errors
+    ///
+    /// The same as those of [`open`](Self::open).
+    #[cfg(feature = "cache")]
+    pub fn open_cached(
+        store: &Store,
+        snapshot: &str,
+        options: RemoteOptions,
+        cache: crate::HostCache,
+    ) -> Result<Self, ImageError> {
+        let snapshot = store.wait(Snapshot::open(store, snapshot))?;
+        let RemoteOptions { recent_bytes, demand, fill } = options;
+        let host = Some(super::host::HostReads::new(cache));
+        let flights = Flights::new(snapshot, recent_bytes, Limits { demand, fill }, host);
+        Ok(RemoteImage { flights })
     }
 
     fn snapshot(&self) -> &Snapshot {
@@ -195,9 +225,7 @@ impl PageSource for RemoteImage {
         let (completer, completion) = Completion::pair();
         let ranges = request.chunks.into_iter().map(|chunk| (chunk.offset, chunk.destination));
         let chunk_size = self.snapshot().head.geometry.chunk_size();
-        for part in Part::divide(ranges, chunk_size, request.priority, completer) {
-            self.flights.route(part);
-        }
+        self.flights.route_all(Part::divide(ranges, chunk_size, request.priority, completer));
         completion
     }
 
@@ -222,11 +250,14 @@ impl PageSource for RemoteImage {
             let at = offset + done as u64;
             let (chunk, start) = (at / chunk_size, to_usize(at % chunk_size));
             let count = (len - done).min(to_usize(chunk_size) - start);
-            if self.snapshot().known_entry(chunk)?.is_none() {
-                write_zeros(destination, done, count);
-            } else {
-                let content = self.flights.kept(chunk)?;
-                destination.write_at(done, content.get(start..start + count)?);
+            match self.snapshot().known_entry(chunk)? {
+                None => write_zeros(destination, done, count),
+                Some(entry) => {
+                    let deliver = |bytes: &[u8]| destination.write_at(done, bytes);
+                    if !self.flights.read_now(chunk, &entry, (start, count), deliver) {
+                        return None;
+                    }
+                }
             }
             done += count;
         }

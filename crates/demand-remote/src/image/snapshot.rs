@@ -281,8 +281,16 @@ impl Snapshot {
 
     /// Reads a chunk's stored bytes.
     pub(crate) async fn read_stored(&self, entry: &Entry) -> Result<Bytes, ImageError> {
-        let start = u64::from(entry.offset);
-        let range = start..start + u64::from(entry.len);
+        self.read_packed(entry, entry.offset..entry.offset + entry.len).await
+    }
+
+    /// Reads bytes of the pack that a chunk is in.
+    pub(crate) async fn read_packed(
+        &self,
+        entry: &Entry,
+        range: Range<u32>,
+    ) -> Result<Bytes, ImageError> {
+        let range = u64::from(range.start)..u64::from(range.end);
         Ok(self.reads.range(&self.pack_of(entry), range).await?)
     }
 

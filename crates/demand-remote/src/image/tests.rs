@@ -98,7 +98,53 @@ fn requests_for_a_chunk_are_shared() {
             .zip(bytes.chunks(to_usize(CHUNK)))
             .all(|(byte, chunk)| chunk == vec![byte; chunk.len()])
     );
-    assert_eq!(image.stats().requests, before + 4, "one chunk is kept");
+    assert_eq!(image.stats().requests, before + 3, "one chunk is kept, and parts two others");
+}
+
+#[test]
+fn neighbours_cost_fill_one_request() {
+    let folder = tempfile::tempdir().unwrap();
+    push(folder.path(), 40);
+    let image = RemoteImage::open(&slow(&folder.path().join("store")), "vm").unwrap();
+    let before = image.stats();
+    let (completion, bytes) = read(&image, 4096, 39 * to_usize(CHUNK), Priority::Fill);
+    completion.wait().unwrap();
+    let right: Vec<u8> = (1..=40).flat_map(|byte| vec![byte; to_usize(CHUNK)]).collect();
+    assert!(bytes.take().unwrap() == right[4096..][..39 * to_usize(CHUNK)]);
+    let after = image.stats();
+    println!(
+        "{} bytes in {} requests",
+        after.bytes - before.bytes,
+        after.requests - before.requests
+    );
+    assert_eq!(after.requests, before.requests + 1);
+    // Faults ask for one chunk each.
+    let image = RemoteImage::open(&slow(&folder.path().join("store")), "vm").unwrap();
+    let (completion, _) = read(&image, 0, 4 * to_usize(CHUNK), Priority::Demand);
+    completion.wait().unwrap();
+    assert_eq!(image.stats().requests, before.requests + 4);
+}
+
+#[test]
+fn fault_leaves_a_queued_run() {
+    let folder = tempfile::tempdir().unwrap();
+    push(folder.path(), 9);
+    let options = RemoteOptions { fill: 1, ..RemoteOptions::default() };
+    let image = RemoteImage::open_with(&slow(&folder.path().join("store")), "vm", options).unwrap();
+    let before = image.stats().requests;
+    // The first request has the only turn of fill, and the second one is a run that waits for it.
+    let (first, _) = read(&image, 0, 4096, Priority::Fill);
+    let (run, bytes) = read(&image, CHUNK, 8 * to_usize(CHUNK), Priority::Fill);
+    let (fault, page) = read(&image, 4 * CHUNK, 4096, Priority::Demand);
+    image.raise(6 * CHUNK, 1);
+    fault.wait().unwrap();
+    assert_eq!(page.take().unwrap(), [5; 4096]);
+    first.wait().unwrap();
+    run.wait().unwrap();
+    let right: Vec<u8> = (2..=9).flat_map(|byte| vec![byte; to_usize(CHUNK)]).collect();
+    assert!(bytes.take().unwrap() == right);
+    // The first chunk, two by themselves, and what is left of the run: 1 to 3, 5, and 7 and 8.
+    assert_eq!(image.stats().requests, before + 6);
 }
 
 #[test]

@@ -92,7 +92,7 @@ fn arbitrary_ranges_are_read() {
     let place = Place::new();
     let content = mixed(4 << 20, 5);
     place.push("vm", &content, |push| push.compression(Compression::Lz4)).unwrap();
-    let options = RemoteOptions { cache_bytes: 128 << 10, ..RemoteOptions::default() };
+    let options = RemoteOptions { recent_bytes: 128 << 10, ..RemoteOptions::default() };
     let image = RemoteImage::open_with(&place.store, "vm", options).unwrap();
     let mut random = Random::new(6);
     for _ in 0..200 {

@@ -29,7 +29,7 @@ fn faults_and_fill_get_right_bytes() {
     let with = Compression::Lz4;
     place.push("vm", &content, |push| push.chunk_size(32 << 10).compression(with)).unwrap();
     // Little is kept and little may be in progress, so that requests meet in every state.
-    let options = RemoteOptions { cache_bytes: 200 << 10, demand: 3, fill: 1 };
+    let options = RemoteOptions { recent_bytes: 200 << 10, demand: 3, fill: 1 };
     let image = RemoteImage::open_with(&place.store, "vm", options).unwrap();
     let pack = place.objects()[0].clone();
     let (aside, end) = (place.path("aside"), Instant::now() + Duration::from_secs(6));

@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A few decoded chunks, so that faults on neighbouring pages cost no second request.
+//! The chunks that were decoded last, in memory, so that faults on neighbouring pages cost no
+//! second request.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
-/// The chunks that were used last, by their number.
+/// The decoded chunks of one image that were used last, by their number.
 #[derive(Debug)]
-pub(crate) struct Cache {
+pub(crate) struct RecentChunks {
     /// Maximum number of bytes.
     most: usize,
     bytes: usize,
@@ -16,11 +17,11 @@ pub(crate) struct Cache {
     now: u64,
 }
 
-impl Cache {
-    /// Creates a cache of at most `most` bytes.
+impl RecentChunks {
+    /// Creates room for at most `most` bytes.
     pub(crate) fn new(most: usize) -> Self {
         let (chunks, uses) = Default::default();
-        Cache { most, bytes: 0, chunks, uses, now: 0 }
+        RecentChunks { most, bytes: 0, chunks, uses, now: 0 }
     }
 
     /// Returns a chunk's content, which counts as used now.
@@ -57,19 +58,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn cache_keeps_what_was_used_last() {
-        let mut cache = Cache::new(30);
+    fn chunks_used_last_are_kept() {
+        let mut recent = RecentChunks::new(30);
         let content = |byte| Arc::new(vec![byte; 10]);
         for chunk in 0..3 {
-            cache.insert(chunk, content(1));
+            recent.insert(chunk, content(1));
         }
-        assert!(cache.get(0).is_some());
-        cache.insert(3, content(2));
-        cache.insert(3, content(3));
-        assert!(cache.get(1).is_none());
-        assert_eq!(*cache.get(3).unwrap(), [3; 10]);
-        assert_eq!((cache.bytes, cache.chunks.len(), cache.uses.len()), (30, 3, 3));
-        cache.insert(4, Arc::new(vec![0; 31]));
-        assert!(cache.get(4).is_none() && cache.get(0).is_some());
+        assert!(recent.get(0).is_some());
+        recent.insert(3, content(2));
+        recent.insert(3, content(3));
+        assert!(recent.get(1).is_none());
+        assert_eq!(*recent.get(3).unwrap(), [3; 10]);
+        assert_eq!((recent.bytes, recent.chunks.len(), recent.uses.len()), (30, 3, 3));
+        recent.insert(4, Arc::new(vec![0; 31]));
+        assert!(recent.get(4).is_none() && recent.get(0).is_some());
     }
 }

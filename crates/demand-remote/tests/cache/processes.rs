@@ -1,0 +1,107 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Processes that share a cache: each chunk crosses the network once, even if one of them is killed
+//! or stopped meanwhile.
+
+use std::collections::HashMap;
+use std::fs;
+use std::time::Duration;
+
+use rustix::process::Signal;
+use test_support::wait::until;
+
+use crate::child::{Reader, WINDOW};
+use crate::server::Server;
+use crate::shared::{distinct, files, push};
+use crate::support::Place;
+
+const CHUNKS: usize = 96;
+const READERS: u64 = 8;
+
+/// An image, a store with it, and a file with its content.
+fn prepared() -> Place {
+    let place = Place::new();
+    let content = distinct(CHUNKS, 70);
+    push(&place, "vm", &content);
+    fs::write(place.path("content"), content).unwrap();
+    place
+}
+
+impl Server {
+    /// Starts a reader with the number as its name and seed.
+    fn reader(&self, place: &Place, number: u64) -> Reader {
+        let url = self.url(&number.to_string());
+        Reader::start(&url, &place.path("cache"), &place.path("content"), number)
+    }
+
+    /// Returns how often each chunk was requested, by all readers but number `except`.
+    fn counts(&self, except: Option<u64>) -> HashMap<String, usize> {
+        let except = except.map(|number| number.to_string());
+        let mut counts = HashMap::new();
+        for (reader, object) in self.fetched() {
+            if Some(&reader) != except.as_ref() {
+                *counts.entry(object).or_default() += 1;
+            }
+        }
+        counts
+    }
+}
+
+/// Returns the number of requests for chunks that had been requested already.
+fn repeated(counts: &HashMap<String, usize>) -> u64 {
+    counts.values().map(|count| *count as u64 - 1).sum()
+}
+
+#[test]
+fn each_chunk_is_fetched_once() {
+    let place = prepared();
+    let server = Server::start(&place.path("store"), Duration::from_millis(5), None);
+    let readers: Vec<_> = (1..=READERS).map(|number| server.reader(&place, number)).collect();
+    let overdue: u64 = readers.into_iter().map(Reader::overdue).sum();
+    let counts = server.counts(None);
+    println!("{} chunks, {} repeated, {overdue} overdue", counts.len(), repeated(&counts));
+    assert_eq!(counts.len(), CHUNKS);
+    // A reader that the host does not run for seconds is overtaken, and is not late otherwise.
+    assert!(repeated(&counts) <= overdue);
+    assert_eq!(files(&place.path("cache")).len(), 1);
+    let later = server.reader(&place, 9);
+    assert_eq!(later.overdue(), 0);
+    assert_eq!(server.counts(None), counts, "the last reader needs nothing");
+}
+
+/// Starts reader 1, whose claimed chunks never come, and others that wait for them.
+fn with_a_silent_owner(signal: Signal) -> (Server, u64) {
+    let place = prepared();
+    let delay = Duration::from_millis(2);
+    let server = Server::start(&place.path("store"), delay, Some(("1", 20)));
+    let owner = server.reader(&place, 1);
+    let of_owner = || server.fetched().iter().filter(|(reader, _)| reader == "1").count();
+    until("the owner has claimed nothing", || of_owner() > 20);
+    let readers: Vec<_> = (2..=READERS).map(|number| server.reader(&place, number)).collect();
+    until("no other reader has begun", || server.fetched().len() > of_owner() + 5);
+    owner.signal(signal);
+    let overdue = readers.into_iter().map(Reader::overdue).sum();
+    (server, overdue)
+}
+
+#[test]
+fn claims_of_a_killed_owner_end() {
+    let (server, overdue) = with_a_silent_owner(Signal::KILL);
+    let (all, others) = (server.counts(None), server.counts(Some(1)));
+    println!("{} chunks, {} by others, {} repeated", all.len(), others.len(), repeated(&all));
+    assert_eq!(all.len(), CHUNKS);
+    assert!(repeated(&others) <= overdue, "{others:?}");
+    // Those that the owner had requested and not written.
+    assert!((1..=2 * WINDOW as u64 + overdue).contains(&repeated(&all)), "{}", repeated(&all));
+}
+
+#[test]
+fn stopped_owner_is_overtaken() {
+    let (server, overdue) = with_a_silent_owner(Signal::STOP);
+    let (all, others) = (server.counts(None), server.counts(Some(1)));
+    println!("{} chunks, {} repeated, {overdue} overdue", all.len(), repeated(&all));
+    assert_eq!(all.len(), CHUNKS);
+    assert!(overdue >= 1, "the others did not wait for the owner");
+    assert!(repeated(&all) <= overdue);
+    // One of them has fetched each chunk for all.
+    assert!(repeated(&others) * 2 <= overdue, "{others:?}");
+}
