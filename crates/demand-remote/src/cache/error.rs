@@ -4,7 +4,7 @@
 use std::io;
 use std::path::PathBuf;
 
-/// An error from opening a host cache. What fails later is no error: the chunks then come from the
+/// An error from opening a host cache. Later failures are not errors: the chunks then come from the
 /// store.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot use {} as a host cache: {source}", path.display())]

@@ -7,6 +7,8 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use rustix::process::{Resource, getrlimit};
+
 use super::chunk_key::{ChunkKey, PackKey};
 use super::claim::{Claim, RANKS};
 use super::directory::Directory;
@@ -18,8 +20,10 @@ use super::stats::{CacheStats, Counters};
 
 /// Smallest size of a cache, in bytes.
 const LEAST_SIZE: u64 = 1 << 20;
-/// Maximum number of packs that are kept open: each takes two descriptors.
-const MOST_OPEN: usize = 64;
+/// Maximum number of packs that are kept open: 128 GiB of memory, and 8 KiB for each.
+const MOST_OPEN: u64 = 4096;
+/// The part of the descriptors that this process may have which open packs take, two each.
+const DESCRIPTORS: u64 = 4;
 /// The part of the size that eviction leaves free for what all processes write until they look
 /// again.
 const FREE: u64 = 8;
@@ -45,6 +49,9 @@ const STEP: u64 = 256;
 /// it; after any other error of the disk it reads from the store only. Either is one line in the
 /// log.
 ///
+/// The files of packs are kept open, with up to a quarter of the descriptors that the process may
+/// have when it opens the cache.
+///
 /// Clones are the same cache.
 #[derive(Clone, Debug)]
 pub struct HostCache(Arc<Shared>);
@@ -63,13 +70,22 @@ struct Shared {
 }
 
 /// The packs that are kept open, with the time of their last use.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct OpenPacks {
     packs: HashMap<PackKey, (u64, Arc<PackFile>)>,
+    /// Maximum number of packs.
+    most: u64,
     now: u64,
 }
 
 impl OpenPacks {
+    fn new() -> Self {
+        // A program may raise its limit before.
+        let limit = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+        let most = (limit / DESCRIPTORS / 2).clamp(1, MOST_OPEN);
+        OpenPacks { packs: HashMap::new(), most, now: 0 }
+    }
+
     fn get(&mut self, key: &PackKey) -> Option<Arc<PackFile>> {
         let (used, pack) = self.packs.get_mut(key)?;
         self.now += 1;
@@ -78,7 +94,7 @@ impl OpenPacks {
     }
 
     fn insert(&mut self, key: PackKey, pack: Arc<PackFile>) {
-        if self.packs.len() >= MOST_OPEN
+        if self.packs.len() as u64 >= self.most
             && let Some(oldest) = self.packs.iter().min_by_key(|(_, (used, _))| *used)
         {
             let oldest = *oldest.0;
@@ -119,7 +135,7 @@ impl HostCache {
         let cache = HostCache(Arc::new(Shared {
             directory: Directory::open(path)?,
             size,
-            open: Mutex::default(),
+            open: Mutex::new(OpenPacks::new()),
             health: Health::default(),
             counters: Counters::default(),
             written: AtomicU64::new(0),
@@ -129,7 +145,7 @@ impl HostCache {
         Ok(cache)
     }
 
-    /// Returns what this process has used the cache for.
+    /// Returns the counters of this process.
     pub fn stats(&self) -> CacheStats {
         self.0.counters.stats()
     }

@@ -47,7 +47,7 @@ pub(crate) struct HostReads {
 pub(crate) enum Step {
     /// Its content, from the cache.
     Found(Vec<u8>),
-    /// A request to the store; with what keeping its answer takes.
+    /// A request to the store, and the claim with which its answer is kept, if it is.
     Fetch(Option<Keep>),
     /// Another look after this time, since another process fetches the chunk.
     Wait(Duration),

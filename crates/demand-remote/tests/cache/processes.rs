@@ -4,6 +4,7 @@
 
 use std::collections::HashMap;
 use std::fs;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use rustix::process::Signal;
@@ -16,6 +17,12 @@ use crate::support::Place;
 
 const CHUNKS: usize = 96;
 const READERS: u64 = 8;
+
+/// Keeps the processes of one test from those of another one, for which a small host has no room.
+fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// An image, a store with it, and a file with its content.
 fn prepared() -> Place {
@@ -53,6 +60,7 @@ fn repeated(counts: &HashMap<String, usize>) -> u64 {
 
 #[test]
 fn each_chunk_is_fetched_once() {
+    let _alone = alone();
     let place = prepared();
     let server = Server::start(&place.path("store"), Duration::from_millis(5), None);
     let readers: Vec<_> = (1..=READERS).map(|number| server.reader(&place, number)).collect();
@@ -85,6 +93,7 @@ fn with_a_silent_owner(signal: Signal) -> (Server, u64) {
 
 #[test]
 fn claims_of_a_killed_owner_end() {
+    let _alone = alone();
     let (server, overdue) = with_a_silent_owner(Signal::KILL);
     let (all, others) = (server.counts(None), server.counts(Some(1)));
     println!("{} chunks, {} by others, {} repeated", all.len(), others.len(), repeated(&all));
@@ -96,6 +105,7 @@ fn claims_of_a_killed_owner_end() {
 
 #[test]
 fn stopped_owner_is_overtaken() {
+    let _alone = alone();
     let (server, overdue) = with_a_silent_owner(Signal::STOP);
     let (all, others) = (server.counts(None), server.counts(Some(1)));
     println!("{} chunks, {} repeated, {overdue} overdue", all.len(), repeated(&all));

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Reads through a cache, by readers of one process; and what the other tests need for them.
+//! Reads through a cache, by readers of one process; and helpers of the other tests.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;

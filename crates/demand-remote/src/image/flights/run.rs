@@ -21,7 +21,7 @@ pub(super) struct Member {
     pub(super) entry: Entry,
 }
 
-/// A chunk that is read for the run, and what keeping it in the host cache takes.
+/// A chunk that is read for the run, and the claim with which the host cache keeps it.
 struct Fetch<'a> {
     member: Member,
     urgency: Arc<Urgency>,
@@ -31,30 +31,32 @@ struct Fetch<'a> {
 }
 
 /// Divides chunks into those that lie side by side, in this order.
-fn divide<T>(items: Vec<T>, entry_of: impl Fn(&T) -> &Entry) -> Vec<Vec<T>> {
-    let mut runs: Vec<Vec<T>> = Vec::new();
-    for item in items {
-        let next = *entry_of(&item);
-        let fits = |run: &Vec<T>| {
-            let (Some(first), Some(last)) = (run.first(), run.last()) else { return false };
-            let (first, last) = (entry_of(first), entry_of(last));
-            let gap = next.offset.checked_sub(last.offset + last.len);
-            next.pack == last.pack
-                && gap.is_some_and(|gap| gap < ALIGNMENT)
-                && next.offset + next.len - first.offset <= MOST
-        };
+fn divide(members: Vec<Member>) -> Vec<Vec<Member>> {
+    let mut runs: Vec<Vec<Member>> = Vec::new();
+    for member in members {
         match runs.last_mut() {
-            Some(run) if fits(run) => run.push(item),
-            _ => runs.push(vec![item]),
+            Some(run)
+                if run.last().is_some_and(|last| is_next(&last.entry, &member.entry))
+                    && member.entry.offset + member.entry.len - run[0].entry.offset <= MOST =>
+            {
+                run.push(member);
+            }
+            _ => runs.push(vec![member]),
         }
     }
     runs
 }
 
+/// Returns whether a chunk lies right behind another one.
+fn is_next(last: &Entry, next: &Entry) -> bool {
+    let gap = next.offset.checked_sub(last.offset + last.len);
+    next.pack == last.pack && gap.is_some_and(|gap| gap < ALIGNMENT)
+}
+
 impl Flights {
     /// Begins requests for the chunks of a request of fill, which wait for their turn until then.
     pub(super) fn start_runs(self: &Arc<Self>, queued: Vec<Member>) {
-        for run in divide(queued, |member| &member.entry) {
+        for run in divide(queued) {
             let this = self.clone();
             crate::runtime::handle().spawn(async move { this.fly_run(run).await });
         }
@@ -64,8 +66,16 @@ impl Flights {
     /// requests of their own.
     async fn fly_run(self: Arc<Self>, run: Vec<Member>) {
         let _turn = self.fill.acquire().await;
-        let mut fetches = Vec::new();
-        for member in run {
+        let mut fetches: Vec<Fetch<'_>> = Vec::new();
+        let mut members = run.into_iter();
+        while let Some(member) = members.next() {
+            let gap =
+                fetches.last().is_some_and(|last| !is_next(&last.member.entry, &member.entry));
+            if gap {
+                // The rest waits for a turn of its own, so that no fault there waits for this one.
+                self.start_runs(std::iter::once(member).chain(members).collect());
+                break;
+            }
             let key = Key::Chunk(member.chunk);
             let Some(urgency) = self.leave_run(key) else { continue };
             let landing = Landing { flights: &self, key };
@@ -104,9 +114,7 @@ impl Flights {
                 keep,
             });
         }
-        for run in divide(fetches, |fetch| &fetch.member.entry) {
-            self.fetch_run(run).await;
-        }
+        self.fetch_run(fetches).await;
     }
 
     /// Reads chunks that lie side by side.
