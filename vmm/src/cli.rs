@@ -34,7 +34,8 @@ use crate::cli::parse::parse_number;
 use crate::cli::probe::require::Need;
 use crate::config::vm::{RestoreConfig, VmConfig};
 use crate::config::{
-    ClockConfig, FillConfig, MemoryConfig, OnPanic, RestoreMemory, SerialConfig, VhostUserConfig,
+    CacheConfig, ClockConfig, FillConfig, MemoryConfig, OnPanic, RestoreMemory, SerialConfig,
+    VhostUserConfig,
 };
 use crate::error::Error;
 use crate::logger;
@@ -274,6 +275,11 @@ struct RestoreArgs {
     /// pager+firecracker:SOCKET?files=DIR of a page fault handler.
     #[arg(long, value_name = "DIR|URL", required_unless_present = "config")]
     source: Option<PathBuf>,
+    /// DIR,size=BYTES: share what is read of a snapshot that was pushed to a store with this host's
+    /// other VMs, in a directory on a local disk that its files never outgrow, as in
+    /// /var/cache/demand,size=10G. Everyone who can write there can change what guests read.
+    #[arg(long, value_name = "CACHE")]
+    cache: Option<CacheConfig>,
     /// [backing=shmem|hugetlb-2m|hugetlb-1g|guest-memfd][,reserve=on|off][,thp=on|off]
     /// [default: the snapshot's]
     #[arg(long, allow_negative_numbers = true)]
@@ -321,6 +327,7 @@ impl RestoreArgs {
     fn parts(&self) -> GivenParts {
         let mut parts = self.guest.parts();
         parts.put("source", self.source.as_ref());
+        parts.put("cache", self.cache.as_ref());
         parts.put("memory", self.memory.as_ref());
         parts.put("cpus", self.cpus);
         parts.put("engine", self.engine.map(|engine| engine.to_string()));

@@ -126,6 +126,7 @@ kinds! {
 
 #[cfg(feature = "remote")]
 kinds! {
+    demand_remote::CacheError: Failed,
     demand_remote::StoreError: Failed,
     demand_remote::image::ImageError: Failed,
 }

@@ -42,6 +42,9 @@ pub struct Report {
     pub fill_in_flight_bytes: u64,
     /// Figures for the page source.
     pub source: SourceReport,
+    /// Figures for the host cache; absent without one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cache: Option<CacheReport>,
     /// Time from the process's start to its first `KVM_RUN`, in microseconds.
     pub time_to_first_instruction_us: u64,
     /// Time from the process's start until the last page was present, in microseconds; 0 if pages
@@ -50,6 +53,37 @@ pub struct Report {
     /// The error that ended the run; absent after an end in order.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
+}
+
+/// The use that a run has made of the host cache.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CacheReport {
+    /// Reads that the cache answered.
+    pub hits: u64,
+    /// Bytes of these reads.
+    pub hit_bytes: u64,
+    /// Chunks that came from the store.
+    pub misses: u64,
+    /// Bytes that were written to the cache.
+    pub written_bytes: u64,
+    /// Chunks that came from the store because another VM, which had claimed them, was late.
+    pub overdue: u64,
+    /// Packs that were removed to keep to the size.
+    pub evicted: u64,
+}
+
+#[cfg(feature = "remote")]
+impl From<demand_remote::CacheStats> for CacheReport {
+    fn from(stats: demand_remote::CacheStats) -> Self {
+        CacheReport {
+            hits: stats.hits,
+            hit_bytes: stats.hit_bytes,
+            misses: stats.misses,
+            written_bytes: stats.written_bytes,
+            overdue: stats.overdue,
+            evicted: stats.evicted,
+        }
+    }
 }
 
 impl Report {
@@ -144,6 +178,15 @@ impl Report {
             self.source.errors,
             self.source.retries
         );
+        if let Some(cache) = &self.cache {
+            *table += &format!(
+                "  cache: {} hits, {}, {} misses, {} written\n",
+                cache.hits,
+                size(cache.hit_bytes),
+                cache.misses,
+                size(cache.written_bytes)
+            );
+        }
     }
 }
 
@@ -203,6 +246,10 @@ mod tests {
         let lines = report.table();
         assert_eq!(lines.lines().count(), 9, "{lines}");
         assert!(lines.lines().nth(7).unwrap().starts_with("  source: 0 reads"), "{lines}");
+        report.cache = Some(CacheReport { hits: 7, hit_bytes: 28 << 10, ..Default::default() });
+        let lines = report.table();
+        let cache = "  cache: 7 hits, 28K, 0 misses, 0B written";
+        assert_eq!(lines.lines().nth(8), Some(cache), "{lines}");
     }
 
     #[test]

@@ -31,6 +31,8 @@ fn invalid_options_are_refused() {
         (&["restore", "--source", "x", "--engine", "magic"], &["--engine", "magic"]),
         (&["restore", "--source", "x", "--lazy", "no"], &["--lazy", "auto, require, off"]),
         (&["restore", "--source", "x", "--fill", "rate=0"], &["--fill", "off"]),
+        (&["restore", "--source", "x", "--cache", "/c"], &["--cache", "size"]),
+        (&["restore", "--source", "x", "--cache", "/c,size=1G"], &["--cache", "was not pushed"]),
         (&["restore", "--source", "x", "--serial", "com1"], &["--serial", "tty"]),
         (&["restore", "--source", "x", "--source-limit", "-1"], &["-1"]),
         (&["restore", "--source", "x", "--vhost-user", "blk"], &["socket=PATH"]),
@@ -43,6 +45,10 @@ fn invalid_options_are_refused() {
         let mut command = Command::new(program("demand-vmm").unwrap());
         refusals.check(&arguments.join(" "), command.args(arguments), USAGE, words);
     }
+    let mut command = Command::new(program("demand-vmm").unwrap());
+    command.args(["restore", "--source", "file:///nowhere/vm7", "--cache", "/dev/null,size=1G"]);
+    let words = ["cannot use /dev/null as a host cache: it is not a directory"];
+    refusals.check("a cache in a device", &mut command, FAILED, &words);
     for (asked, action) in [
         ("status", "read the status"),
         ("pause", "pause"),

@@ -15,8 +15,8 @@ use crate::config::device_kind::DeviceKind;
 use crate::config::fill::{check_chunk, check_rate, parse_order};
 use crate::config::size::{SizeError, parse_size};
 use crate::config::{
-    FillConfig, FillError, Lazy, MemoryConfig, MemoryError, RestoreMemory, SerialConfig,
-    VhostUserConfig,
+    CacheConfig, CacheConfigError, FillConfig, FillError, Lazy, MemoryConfig, MemoryError,
+    RestoreMemory, SerialConfig, VhostUserConfig,
 };
 
 /// Errors in the value of an option.
@@ -86,6 +86,9 @@ pub enum ParseError {
     /// The device cannot have such a property.
     #[error(transparent)]
     Device(#[from] DeviceConfigError),
+    /// A part of the host cache is missing.
+    #[error("--cache: {0}")]
+    Cache(#[from] CacheConfigError),
     /// The fill is none of those that exist.
     #[error("--fill: choose on, off or rate=BYTES, as in rate=100M")]
     Fill,
@@ -310,6 +313,19 @@ fn parse_lazy(name: &str) -> Result<Lazy, ParseError> {
     }
 }
 
+impl FromStr for CacheConfig {
+    type Err = ParseError;
+
+    /// Parses `DIR,size=BYTES`.
+    fn from_str(text: &str) -> Result<Self, ParseError> {
+        let mut parts = Parts::with_first("--cache", "dir", text)?;
+        let dir = parts.take("dir", |dir| Ok(PathBuf::from(dir)))?;
+        let size = parts.take("size", |size| Ok(parse_size(size)?))?;
+        parts.end("dir, size")?;
+        Ok(CacheConfig::checked(dir, size)?)
+    }
+}
+
 impl FromStr for FillConfig {
     type Err = ParseError;
 
@@ -464,6 +480,30 @@ mod tests {
         ] {
             let error = text.parse::<VhostUserConfig>().unwrap_err().to_string();
             assert!(error.starts_with("--vhost-user: "), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn caches() {
+        let cache = |dir: &str| CacheConfig { dir: dir.into(), size: 10 << 30 };
+        for (text, dir) in [
+            ("/c,size=10G", "/c"),
+            ("size=10G,dir=/c", "/c"),
+            ("/a,,b,size=10G", "/a,b"),
+            ("dir=/a=b,size=10G", "/a=b"),
+        ] {
+            assert_eq!(text.parse::<CacheConfig>().unwrap(), cache(dir), "{text}");
+        }
+        for (text, words) in [
+            ("/c", "size of the cache is missing"),
+            ("size=1G", "directory of the cache is missing"),
+            ("", "directory of the cache is missing"),
+            ("dir=,size=1G", "directory of the cache is missing"),
+            ("/c,size=1Q", "--cache: size=1Q: '1Q' is not a size"),
+            ("/c,size=1G,mode=1", "--cache: unknown key 'mode'; it takes dir, size"),
+        ] {
+            let error = text.parse::<CacheConfig>().unwrap_err().to_string();
+            assert!(error.contains(words), "{text}: {error}");
         }
     }
 

@@ -4,7 +4,7 @@
 //! becomes the key for users of the file and clients.
 
 /// Each option with its key.
-const NAMES: [(&str, &str); 15] = [
+const NAMES: [(&str, &str); 16] = [
     ("--memory", "memory"),
     ("--cpus", "cpus"),
     ("--kernel", "kernel"),
@@ -14,6 +14,7 @@ const NAMES: [(&str, &str); 15] = [
     ("--serial", "serial"),
     ("--on-panic", "on_panic"),
     ("--source", "source"),
+    ("--cache", "cache"),
     ("--engine", "engine"),
     ("--lazy", "lazy"),
     ("--source-limit", "source_limit_s"),
@@ -73,8 +74,10 @@ mod tests {
             r#"{"memory": {"size": "1G"}, "kernel": "/k", "initramfs": "/i"}"#,
         )
         .unwrap();
-        let restore: RestoreConfig =
-            serde_json::from_str(r#"{"source": "/s", "cpus": 1, "source_limit_s": 1}"#).unwrap();
+        let restore: RestoreConfig = serde_json::from_str(
+            r#"{"source": "/s", "cpus": 1, "source_limit_s": 1, "cache": {"dir": "/c", "size": 1}}"#,
+        )
+        .unwrap();
         for config in [serde_json::to_value(boot), serde_json::to_value(restore)] {
             for key in config.unwrap().as_object().unwrap().keys() {
                 assert!(NAMES.iter().any(|(_, known)| known == key), "{key}");

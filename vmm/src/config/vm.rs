@@ -11,7 +11,9 @@ use serde::{Deserialize, Serialize};
 use crate::config::device::VhostUserConfig;
 use crate::config::json::text;
 use crate::config::source::SnapshotPlace;
-use crate::config::{ClockConfig, FillConfig, MemoryConfig, OnPanic, RestoreMemory, SerialConfig};
+use crate::config::{
+    CacheConfig, ClockConfig, FillConfig, MemoryConfig, OnPanic, RestoreMemory, SerialConfig,
+};
 
 /// The kernel's command line if none is given.
 pub const DEFAULT_CMDLINE: &str = "console=ttyS0";
@@ -142,6 +144,10 @@ fn guest_paths<'a>(
 pub struct RestoreConfig {
     /// Directory or URL of the snapshot.
     pub source: SnapshotPlace,
+    /// The directory in which this host's VMs share what they read of a snapshot that was pushed to
+    /// a store.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cache: Option<CacheConfig>,
     /// The properties of the memory that differ from the snapshot's.
     #[serde(default)]
     pub memory: RestoreMemory,
@@ -181,8 +187,9 @@ pub struct RestoreConfig {
 impl RestoreConfig {
     /// Returns all paths.
     pub(crate) fn paths(&self) -> impl Iterator<Item = PathBuf> {
-        let guest = guest_paths(&self.devices, &self.serial).map(Path::to_path_buf);
-        self.source.paths().into_iter().chain(guest)
+        let cache = self.cache.iter().map(|cache| &*cache.dir);
+        let rest = cache.chain(guest_paths(&self.devices, &self.serial)).map(Path::to_path_buf);
+        self.source.paths().into_iter().chain(rest)
     }
 
     /// Returns the configuration with all paths made absolute, as the API wants them.
@@ -192,7 +199,8 @@ impl RestoreConfig {
     /// As for [`VmConfig::absolute`].
     pub(crate) fn absolute(mut self) -> io::Result<Self> {
         let guest = guest_paths_mut(&mut self.devices, &mut self.serial);
-        make_absolute(guest)?;
+        let cache = self.cache.iter_mut().map(|cache| &mut cache.dir);
+        make_absolute(cache.chain(guest))?;
         self.source.make_absolute()?;
         Ok(self)
     }
@@ -250,6 +258,7 @@ mod tests {
         let config = restore(json!({
             "memory": {"size": "1G", "thp": true}, "cpus": 2, "engine": "uffd", "clock": "host",
             "source_limit_s": 5, "fill": {"rate": "1M"}, "serial": "off", "verify": true,
+            "cache": {"dir": "/c", "size": "1G"},
         }))
         .unwrap();
         assert_eq!(config.fill, FillConfig::On(FillRate::BytesPerSecond(1 << 20).into()));

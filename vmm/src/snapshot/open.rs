@@ -24,7 +24,7 @@ use crate::snapshot::dir::{HASHES, MEMORY};
 use crate::snapshot::dir::{INITRAMFS, KERNEL};
 use crate::snapshot::error::{OpenError, ReadError};
 use crate::snapshot::image::MemoryImage;
-use crate::snapshot::remote::RemoteSnapshot;
+use crate::snapshot::remote::{HostCache, RemoteSnapshot};
 use crate::snapshot::state_file::{MAX_STATE, STATE, decode};
 
 /// A snapshot whose files are open.
@@ -65,6 +65,31 @@ impl OpenSnapshot {
         Ok(OpenSnapshot { files, path })
     }
 
+    /// Opens the snapshot behind a URL, whose chunks are read through `cache` if it was pushed to a
+    /// store.
+    ///
+    /// # Errors
+    ///
+    /// One line that names the cause, if the URL cannot be used.
+    pub(crate) fn open_url(
+        place: &SnapshotPlace,
+        url: &str,
+        cache: Option<HostCache>,
+    ) -> Result<Self, OpenError> {
+        let path = place.shown();
+        let files = RemoteSnapshot::open(url, cache);
+        let files = files.map_err(|error| OpenError::new(&path, error))?;
+        Ok(OpenSnapshot { files: Files::Remote(files), path })
+    }
+
+    /// Returns whether the snapshot was pushed to a store.
+    pub(crate) fn is_pushed(&self) -> bool {
+        match &self.files {
+            Files::Directory(_) => false,
+            Files::Remote(remote) => remote.is_pushed(),
+        }
+    }
+
     /// Opens the snapshot in a directory or behind a URL.
     ///
     /// # Errors
@@ -73,12 +98,7 @@ impl OpenSnapshot {
     pub fn open_at(place: &SnapshotPlace) -> Result<Self, OpenError> {
         match place {
             SnapshotPlace::Directory(dir) => OpenSnapshot::open(dir),
-            SnapshotPlace::Url(url) => {
-                let path = place.shown();
-                let remote = RemoteSnapshot::open(url);
-                let files = remote.map_err(|error| OpenError::new(&path, error))?;
-                Ok(OpenSnapshot { files: Files::Remote(files), path })
-            }
+            SnapshotPlace::Url(url) => OpenSnapshot::open_url(place, url, None),
         }
     }
 

@@ -19,7 +19,9 @@ use demand_memory::to_usize;
 use demand_pager::firecracker::FirecrackerSource;
 use demand_pager::{PagerError, PagerOptions, PagerSource};
 #[cfg(feature = "remote")]
-use demand_remote::image::{ImageError, RemoteImage};
+pub(crate) use demand_remote::HostCache;
+#[cfg(feature = "remote")]
+use demand_remote::image::{ImageError, RemoteImage, RemoteOptions};
 #[cfg(feature = "remote")]
 use demand_remote::nbd::{self, NbdOptions, NbdSource};
 #[cfg(feature = "remote")]
@@ -35,6 +37,10 @@ use crate::snapshot::error::ReadError;
 use crate::snapshot::image::MemoryImage;
 use crate::snapshot::open::{open_directory, open_file};
 use crate::snapshot::state_file::{MAX_STATE, STATE};
+
+/// Without remote snapshots there is no host cache.
+#[cfg(not(feature = "remote"))]
+pub(crate) type HostCache = std::convert::Infallible;
 
 /// Bytes of a boot file that are read at once.
 const STEP: u64 = 1 << 20;
@@ -70,10 +76,10 @@ pub(crate) struct Directory {
 }
 
 impl RemoteSnapshot {
-    /// Finds the snapshot behind a URL.
-    pub(crate) fn open(url: &str) -> Result<Self, ReadError> {
+    /// Finds the snapshot behind a URL. The chunks of one that was pushed are read through `cache`.
+    pub(crate) fn open(url: &str, cache: Option<HostCache>) -> Result<Self, ReadError> {
         if PagerKind::of(url).is_none() {
-            return RemoteSnapshot::open_far(url);
+            return RemoteSnapshot::open_far(url, cache);
         }
         let place = url.parse::<PagerPlace>().map_err(|error| ReadError::Url(error.into()))?;
         let PagerPlace { kind, location, files } = place;
@@ -82,12 +88,12 @@ impl RemoteSnapshot {
     }
 
     #[cfg(not(feature = "remote"))]
-    fn open_far(_: &str) -> Result<Self, ReadError> {
+    fn open_far(_: &str, _: Option<HostCache>) -> Result<Self, ReadError> {
         Err(ReadError::NoRemote)
     }
 
     #[cfg(feature = "remote")]
-    fn open_far(url: &str) -> Result<Self, ReadError> {
+    fn open_far(url: &str, cache: Option<HostCache>) -> Result<Self, ReadError> {
         let unusable = |error| ReadError::Url(error);
         if url.split_once("://").is_some_and(|(scheme, _)| scheme.starts_with("nbd")) {
             let location = url.parse::<nbd::Location>();
@@ -98,7 +104,11 @@ impl RemoteSnapshot {
             return Ok(RemoteSnapshot::Web(location));
         };
         let store = Store::open(&folder).map_err(|error| unusable(error.into()))?;
-        match RemoteImage::open(&store, &name) {
+        let opened = match cache {
+            Some(cache) => RemoteImage::open_cached(&store, &name, RemoteOptions::default(), cache),
+            None => RemoteImage::open(&store, &name),
+        };
+        match opened {
             Ok(image) => Ok(RemoteSnapshot::Pushed(Arc::new(image))),
             // Names that no pushed snapshot can have, and those that the store does not know.
             Err(ImageError::NoSnapshot { .. } | ImageError::Name { .. })
@@ -108,6 +118,14 @@ impl RemoteSnapshot {
             }
             Err(error) => Err(unusable(error.into())),
         }
+    }
+
+    /// Returns whether the snapshot was pushed to a store.
+    pub(crate) fn is_pushed(&self) -> bool {
+        #[cfg(feature = "remote")]
+        return matches!(self, RemoteSnapshot::Pushed(_));
+        #[cfg(not(feature = "remote"))]
+        false
     }
 
     /// Opens a file that is not part of a pushed snapshot.

@@ -37,7 +37,7 @@ use crate::vm::interrupt::Interrupt;
 #[derive(Debug)]
 pub(crate) enum Message {
     /// Start a VM.
-    Start(Start),
+    Start(Box<Start>),
     /// End the process.
     End,
 }
@@ -191,7 +191,7 @@ impl Host {
             let start = allowed(&inner.stage)?;
             inner.stage = Stage::Starting(start.clone());
             inner.answer = Some(answer);
-            let _ = self.messages.send(Message::Start(start));
+            let _ = self.messages.send(Message::Start(Box::new(start)));
         }
         let gone = |_| {
             Err(ControlError::failed("cannot start the VM: the process is ending; start another"))

@@ -34,6 +34,9 @@ pub(crate) struct Record {
     pub(crate) first_run: Arc<OnceLock<Instant>>,
     /// The time at which the last page became present.
     pub(crate) completed: OnceLock<Instant>,
+    /// The host cache that chunks are read through.
+    #[cfg(feature = "remote")]
+    cache: OnceLock<demand_remote::HostCache>,
     /// The number of bytes that background fill kept in flight at its end.
     pub(crate) fill_in_flight_bytes: OnceLock<u64>,
 }
@@ -49,6 +52,8 @@ impl Record {
             is_running: AtomicBool::new(false),
             first_run: Arc::default(),
             completed: OnceLock::new(),
+            #[cfg(feature = "remote")]
+            cache: OnceLock::new(),
             fill_in_flight_bytes: OnceLock::new(),
         })
     }
@@ -60,6 +65,12 @@ impl Record {
         let size = size(memory.size);
         log::info!("VM: {size} of {}, engine {engine}, {cpus} vCPUs", memory.backing);
         let _ = self.machine.set(MachineFacts { engine, memory, cpus, pages });
+    }
+
+    /// Stores the host cache that chunks are read through.
+    #[cfg(feature = "remote")]
+    pub(crate) fn set_cache(&self, cache: demand_remote::HostCache) {
+        let _ = self.cache.set(cache);
     }
 
     /// Notes that the vCPUs run.
@@ -89,6 +100,10 @@ impl Record {
             report.backing = machine.memory.backing.to_string();
             report.memory_bytes = machine.memory.size;
             report.cpus = machine.cpus;
+        }
+        #[cfg(feature = "remote")]
+        if let Some(cache) = self.cache.get() {
+            report.cache = Some(cache.stats().into());
         }
         report.set_paths(&self.stats);
         report

@@ -22,7 +22,7 @@ use crate::arch::vcpu_state::{StateShape, VcpuState};
 use crate::config::device_kind::DeviceKind;
 use crate::config::source::SnapshotPlace;
 use crate::config::vm::RestoreConfig;
-use crate::config::{ClockConfig, FillConfig, RestoreMemory};
+use crate::config::{CacheConfig, ClockConfig, FillConfig, RestoreMemory};
 use crate::devices::chipset::{Chipset, create_irqchip};
 use crate::error::{Error, Kind};
 use crate::report::progress::Progress;
@@ -95,6 +95,16 @@ pub enum RestoreError {
         /// The limit.
         limit: Duration,
     },
+    /// A host cache for a snapshot without chunks.
+    #[error(
+        "cannot use --cache with snapshot {}: it was not pushed to a store, so it has no chunks; \
+         leave --cache out, or push the snapshot (demand-vmm image push)",
+        snapshot.display()
+    )]
+    CacheOfFiles {
+        /// The snapshot.
+        snapshot: PathBuf,
+    },
     /// The serial port's interrupt cannot be raised.
     #[error("cannot raise the serial port's interrupt: {source}")]
     SerialInterrupt {
@@ -119,7 +129,9 @@ impl From<RestoreError> for Error {
             RestoreError::VcpuCount { .. }
             | RestoreError::MixedFiles { .. }
             | RestoreError::SourceLimit { .. } => Kind::Failed,
-            RestoreError::OtherVcpuCount { .. } | RestoreError::Devices { .. } => Kind::Usage,
+            RestoreError::OtherVcpuCount { .. }
+            | RestoreError::Devices { .. }
+            | RestoreError::CacheOfFiles { .. } => Kind::Usage,
             RestoreError::SerialInterrupt { .. } => Kind::Host,
         };
         Error::of(kind, error)
@@ -133,6 +145,8 @@ pub(crate) struct RestoreOptions {
     pub guest: GuestOptions,
     /// The place of the snapshot.
     pub source: SnapshotPlace,
+    /// The host cache that the snapshot's chunks are read through.
+    pub cache: Option<CacheConfig>,
     /// The properties of the memory that differ from the snapshot's.
     pub memory: RestoreMemory,
     /// The number of vCPUs that the user expects the snapshot to have.
@@ -164,6 +178,7 @@ impl RestoreOptions {
         RestoreOptions {
             guest,
             source: config.source,
+            cache: config.cache,
             memory: config.memory,
             cpus: config.cpus,
             engine: config.engine,
@@ -188,7 +203,7 @@ pub(crate) fn restore(options: RestoreOptions, started: Instant) -> Result<Ended
 
 fn prepare(session: &Session, options: &RestoreOptions) -> Result<Prepared, Error> {
     session.log.add(EventKind::Restoring { source: options.source.shown() });
-    let snapshot = OpenSnapshot::open_at(&options.source)?;
+    let snapshot = open_snapshot(session, options)?;
     let mut saved: SavedVm = snapshot.read_state()?;
     if options.clock == ClockConfig::Host {
         saved.vm.follow_host()?;
@@ -283,6 +298,34 @@ fn prepare(session: &Session, options: &RestoreOptions) -> Result<Prepared, Erro
         FillConfig::Off => None,
     };
     Ok(Prepared { vm, begin: Box::new(move |vm| begin(vm, saved)), fill })
+}
+
+/// Opens the snapshot, through the host cache if there is one.
+fn open_snapshot(session: &Session, options: &RestoreOptions) -> Result<OpenSnapshot, Error> {
+    let Some(cache) = &options.cache else { return Ok(OpenSnapshot::open_at(&options.source)?) };
+    let unfit = || RestoreError::CacheOfFiles { snapshot: options.source.shown() };
+    if options.source.directory().is_some() {
+        return Err(unfit().into());
+    }
+    let snapshot = open_cached(session, &options.source, cache)?;
+    if snapshot.is_pushed() { Ok(snapshot) } else { Err(unfit().into()) }
+}
+
+#[cfg(feature = "remote")]
+fn open_cached(
+    session: &Session,
+    place: &SnapshotPlace,
+    cache: &CacheConfig,
+) -> Result<OpenSnapshot, Error> {
+    let SnapshotPlace::Url(url) = place else { return Ok(OpenSnapshot::open_at(place)?) };
+    let cache = demand_remote::HostCache::open(&cache.dir, cache.size)?;
+    session.record.set_cache(cache.clone());
+    Ok(OpenSnapshot::open_url(place, url, Some(cache))?)
+}
+
+#[cfg(not(feature = "remote"))]
+fn open_cached(_: &Session, place: &SnapshotPlace, _: &CacheConfig) -> Result<OpenSnapshot, Error> {
+    Ok(OpenSnapshot::open_at(place)?)
 }
 
 /// Refuses options that do not match the snapshot's guest.

@@ -45,7 +45,7 @@ pub(crate) fn serve(
         let Ok(Message::Start(start)) = messages.recv() else { break None };
         let is_ending = || host.had_vm() || host.interrupt().reason().is_some();
         let guest = GuestOptions { api: ApiPlace::Host(served.clone()), ..guest.clone() };
-        match run(start, guest, outputs, started) {
+        match run(*start, guest, outputs, started) {
             Ok(Ended { outcome: Err(error), .. }) | Err(error) if !is_ending() => {
                 log::error!("the VM was not started: {error}");
                 outputs.remove(SERIAL);

@@ -158,6 +158,12 @@ impl Session {
         let _ = self.awaited.set(machine.memory().clone());
     }
 
+    /// Stores the host cache that chunks are read through.
+    #[cfg(feature = "remote")]
+    pub(crate) fn set_cache(&self, cache: demand_remote::HostCache) {
+        self.record.set_cache(cache);
+    }
+
     /// Returns whether the run was asked to end. The steps before the guest runs then stop.
     pub(crate) fn is_ending(&self) -> bool {
         self.interrupt.reason().is_some()
