@@ -272,9 +272,11 @@ struct RestoreArgs {
     /// pushed, or with a snapshot's files below it; file:// of one that was pushed to a directory;
     /// nbd:// (nbds://, nbd+unix://) with exports of the files' names; pager:SOCKET of a process that
     /// has images of these names, or with ?files=DIR the memory only;
-    /// pager+firecracker:SOCKET?files=DIR of a page fault handler.
+    /// pager+firecracker:SOCKET?files=DIR of a page fault handler. Given more than once, these are
+    /// places of one snapshot: what one fails to deliver comes from another, and earlier ones are
+    /// preferred.
     #[arg(long, value_name = "DIR|URL", required_unless_present = "config")]
-    source: Option<PathBuf>,
+    source: Vec<PathBuf>,
     /// DIR,size=BYTES: share what is read of a snapshot that was pushed to a store with this host's
     /// other VMs, in a directory on a local disk that its files never outgrow, as in
     /// /var/cache/demand,size=10G. Everyone who can write there can change what guests read.
@@ -326,7 +328,10 @@ struct RestoreArgs {
 impl RestoreArgs {
     fn parts(&self) -> GivenParts {
         let mut parts = self.guest.parts();
-        parts.put("source", self.source.as_ref());
+        if let Some((first, others)) = self.source.split_first() {
+            parts.put("source", Some(first));
+            parts.put("other_sources", Some(others));
+        }
         parts.put("cache", self.cache.as_ref());
         parts.put("memory", self.memory.as_ref());
         parts.put("cpus", self.cpus);
@@ -500,8 +505,9 @@ fn restore_with(
     log: &LogArgs,
     started: Instant,
 ) -> Result<(), Error> {
-    let files = config.source.directory().map(dir::files);
-    let inputs: Vec<_> = files.iter().flatten().map(PathBuf::as_path).collect();
+    let places = [&config.source].into_iter().chain(&config.other_sources);
+    let files: Vec<_> = places.filter_map(|place| place.directory()).flat_map(dir::files).collect();
+    let inputs: Vec<_> = files.iter().map(PathBuf::as_path).collect();
     let output = args.guest.output(log.file(), &config.serial, &inputs)?;
     logger::start(&log.config())?;
     let options = RestoreOptions::new(config, args.guest.options());
@@ -618,6 +624,7 @@ mod tests {
             "demand-vmm",
             "restore",
             "--source=s",
+            "--source=https://host/t",
             "--memory=backing=shmem",
             "--cpus=3",
             "--engine=uffd",
@@ -632,6 +639,7 @@ mod tests {
         let Some(Command::Restore(args)) = cli.command else { panic!("it is another command") };
         let config = args.config().unwrap();
         assert_eq!((config.source.directory(), config.cpus), (Some("s".as_ref()), Some(3)));
+        assert_eq!(config.other_sources, ["https://host/t".parse().unwrap()]);
         assert_eq!(config.memory, "backing=shmem".parse().unwrap());
         assert_eq!(config.lazy, Lazy::Off);
         assert_eq!((config.engine.to_string(), config.source_limit_s), ("uffd".into(), Some(7)));

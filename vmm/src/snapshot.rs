@@ -6,7 +6,7 @@ pub mod dir;
 pub mod error;
 pub(crate) mod image;
 pub mod open;
-mod remote;
+pub(crate) mod remote;
 #[cfg(test)]
 mod sample;
 pub(crate) mod saved;

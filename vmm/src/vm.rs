@@ -15,6 +15,7 @@ pub mod kept_probes;
 pub(crate) mod lifecycle;
 pub(crate) mod linux;
 pub mod machine;
+mod places;
 pub(crate) mod record;
 pub(crate) mod reset;
 pub(crate) mod restore;

@@ -4,7 +4,7 @@
 //! becomes the key for users of the file and clients.
 
 /// Each option with its key.
-const NAMES: [(&str, &str); 16] = [
+const NAMES: [(&str, &str); 17] = [
     ("--memory", "memory"),
     ("--cpus", "cpus"),
     ("--kernel", "kernel"),
@@ -14,6 +14,8 @@ const NAMES: [(&str, &str); 16] = [
     ("--serial", "serial"),
     ("--on-panic", "on_panic"),
     ("--source", "source"),
+    // The second and further ones.
+    ("--source", "other_sources"),
     ("--cache", "cache"),
     ("--engine", "engine"),
     ("--lazy", "lazy"),
@@ -75,7 +77,8 @@ mod tests {
         )
         .unwrap();
         let restore: RestoreConfig = serde_json::from_str(
-            r#"{"source": "/s", "cpus": 1, "source_limit_s": 1, "cache": {"dir": "/c", "size": 1}}"#,
+            r#"{"source": "/s", "cpus": 1, "source_limit_s": 1, "cache": {"dir": "/c", "size": 1},
+                "other_sources": ["/t"]}"#,
         )
         .unwrap();
         for config in [serde_json::to_value(boot), serde_json::to_value(restore)] {

@@ -144,6 +144,10 @@ fn guest_paths<'a>(
 pub struct RestoreConfig {
     /// Directory or URL of the snapshot.
     pub source: SnapshotPlace,
+    /// Further places of the same snapshot: what one fails to deliver comes from another, and
+    /// earlier ones are preferred.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub other_sources: Vec<SnapshotPlace>,
     /// The directory in which this host's VMs share what they read of a snapshot that was pushed to
     /// a store.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -189,7 +193,8 @@ impl RestoreConfig {
     pub(crate) fn paths(&self) -> impl Iterator<Item = PathBuf> {
         let cache = self.cache.iter().map(|cache| &*cache.dir);
         let rest = cache.chain(guest_paths(&self.devices, &self.serial)).map(Path::to_path_buf);
-        self.source.paths().into_iter().chain(rest)
+        let sources = [&self.source].into_iter().chain(&self.other_sources);
+        sources.flat_map(SnapshotPlace::paths).chain(rest)
     }
 
     /// Returns the configuration with all paths made absolute, as the API wants them.
@@ -202,6 +207,7 @@ impl RestoreConfig {
         let cache = self.cache.iter_mut().map(|cache| &mut cache.dir);
         make_absolute(cache.chain(guest))?;
         self.source.make_absolute()?;
+        self.other_sources.iter_mut().try_for_each(SnapshotPlace::make_absolute)?;
         Ok(self)
     }
 }
@@ -258,7 +264,7 @@ mod tests {
         let config = restore(json!({
             "memory": {"size": "1G", "thp": true}, "cpus": 2, "engine": "uffd", "clock": "host",
             "source_limit_s": 5, "fill": {"rate": "1M"}, "serial": "off", "verify": true,
-            "cache": {"dir": "/c", "size": "1G"},
+            "cache": {"dir": "/c", "size": "1G"}, "other_sources": ["/t", "https://host/vm7"],
         }))
         .unwrap();
         assert_eq!(config.fill, FillConfig::On(FillRate::BytesPerSecond(1 << 20).into()));

@@ -65,21 +65,25 @@ impl OpenSnapshot {
         Ok(OpenSnapshot { files, path })
     }
 
-    /// Opens the snapshot behind a URL, whose chunks are read through `cache` if it was pushed to a
-    /// store.
+    /// Opens the snapshot in a directory or behind a URL. The chunks of one that was pushed to a
+    /// store are read through `cache`.
     ///
     /// # Errors
     ///
-    /// One line that names the cause, if the URL cannot be used.
-    pub(crate) fn open_url(
+    /// As for [`open`](Self::open); one line that names the cause, if a URL cannot be used.
+    pub(crate) fn open_with(
         place: &SnapshotPlace,
-        url: &str,
         cache: Option<HostCache>,
     ) -> Result<Self, OpenError> {
-        let path = place.shown();
-        let files = RemoteSnapshot::open(url, cache);
-        let files = files.map_err(|error| OpenError::new(&path, error))?;
-        Ok(OpenSnapshot { files: Files::Remote(files), path })
+        match place {
+            SnapshotPlace::Directory(dir) => OpenSnapshot::open(dir),
+            SnapshotPlace::Url(url) => {
+                let path = place.shown();
+                let files = RemoteSnapshot::open(url, cache);
+                let files = files.map_err(|error| OpenError::new(&path, error))?;
+                Ok(OpenSnapshot { files: Files::Remote(files), path })
+            }
+        }
     }
 
     /// Returns whether the snapshot was pushed to a store.
@@ -87,18 +91,6 @@ impl OpenSnapshot {
         match &self.files {
             Files::Directory(_) => false,
             Files::Remote(remote) => remote.is_pushed(),
-        }
-    }
-
-    /// Opens the snapshot in a directory or behind a URL.
-    ///
-    /// # Errors
-    ///
-    /// As for [`open`](Self::open); one line that names the cause, if a URL cannot be used.
-    pub fn open_at(place: &SnapshotPlace) -> Result<Self, OpenError> {
-        match place {
-            SnapshotPlace::Directory(dir) => OpenSnapshot::open(dir),
-            SnapshotPlace::Url(url) => OpenSnapshot::open_url(place, url, None),
         }
     }
 

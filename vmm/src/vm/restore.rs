@@ -35,6 +35,7 @@ use crate::virtio::vhost_user::VhostUserDevice;
 use crate::vm::events::Event;
 use crate::vm::kept_probes::kept_probes;
 use crate::vm::machine::{Machine, MachineConfig, guest_memory};
+use crate::vm::places;
 use crate::vm::session::{Ended, GuestOptions, Prepared, Session, attach, run_guest};
 use crate::vm::source_watch::SourceWatch;
 use crate::vm::timeouts;
@@ -81,6 +82,19 @@ pub enum RestoreError {
     MixedFiles {
         /// The snapshot's directory.
         snapshot: PathBuf,
+    },
+    /// Two places have different snapshots.
+    #[error(
+        "cannot restore snapshot {} with {} as another source: that is another snapshot; name \
+         places of one snapshot",
+        snapshot.display(),
+        other.display()
+    )]
+    OtherSnapshot {
+        /// The snapshot.
+        snapshot: PathBuf,
+        /// The other place.
+        other: PathBuf,
     },
     /// The source has failed, or has not answered, for longer than the user's limit, before there is
     /// a guest that could be paused.
@@ -131,6 +145,7 @@ impl From<RestoreError> for Error {
             | RestoreError::SourceLimit { .. } => Kind::Failed,
             RestoreError::OtherVcpuCount { .. }
             | RestoreError::Devices { .. }
+            | RestoreError::OtherSnapshot { .. }
             | RestoreError::CacheOfFiles { .. } => Kind::Usage,
             RestoreError::SerialInterrupt { .. } => Kind::Host,
         };
@@ -145,6 +160,8 @@ pub(crate) struct RestoreOptions {
     pub guest: GuestOptions,
     /// The place of the snapshot.
     pub source: SnapshotPlace,
+    /// Further places of the same snapshot.
+    pub other_sources: Vec<SnapshotPlace>,
     /// The host cache that the snapshot's chunks are read through.
     pub cache: Option<CacheConfig>,
     /// The properties of the memory that differ from the snapshot's.
@@ -178,6 +195,7 @@ impl RestoreOptions {
         RestoreOptions {
             guest,
             source: config.source,
+            other_sources: config.other_sources,
             cache: config.cache,
             memory: config.memory,
             cpus: config.cpus,
@@ -203,15 +221,14 @@ pub(crate) fn restore(options: RestoreOptions, started: Instant) -> Result<Ended
 
 fn prepare(session: &Session, options: &RestoreOptions) -> Result<Prepared, Error> {
     session.log.add(EventKind::Restoring { source: options.source.shown() });
-    let snapshot = open_snapshot(session, options)?;
-    let mut saved: SavedVm = snapshot.read_state()?;
+    let (opened, mut saved) = places::open(session, options)?;
     if options.clock == ClockConfig::Host {
         saved.vm.follow_host()?;
     }
     let memory = saved.memory.option(&options.memory)?;
     check(&saved, options)?;
-    let image = open_image(&snapshot, &saved, options)?;
-    let boot = open_boot(&snapshot, &saved, options)?;
+    let image = opened.memory(&saved.memory)?;
+    let boot = open_boot(&opened.snapshot, &saved, options)?;
     // Before the slow steps.
     check_places(&place(memory.size))?;
     let cpuids = saved.vcpus.iter().map(VcpuState::guest_cpuid).collect::<Result<Vec<_>, _>>()?;
@@ -300,34 +317,6 @@ fn prepare(session: &Session, options: &RestoreOptions) -> Result<Prepared, Erro
     Ok(Prepared { vm, begin: Box::new(move |vm| begin(vm, saved)), fill })
 }
 
-/// Opens the snapshot, through the host cache if there is one.
-fn open_snapshot(session: &Session, options: &RestoreOptions) -> Result<OpenSnapshot, Error> {
-    let Some(cache) = &options.cache else { return Ok(OpenSnapshot::open_at(&options.source)?) };
-    let unfit = || RestoreError::CacheOfFiles { snapshot: options.source.shown() };
-    if options.source.directory().is_some() {
-        return Err(unfit().into());
-    }
-    let snapshot = open_cached(session, &options.source, cache)?;
-    if snapshot.is_pushed() { Ok(snapshot) } else { Err(unfit().into()) }
-}
-
-#[cfg(feature = "remote")]
-fn open_cached(
-    session: &Session,
-    place: &SnapshotPlace,
-    cache: &CacheConfig,
-) -> Result<OpenSnapshot, Error> {
-    let SnapshotPlace::Url(url) = place else { return Ok(OpenSnapshot::open_at(place)?) };
-    let cache = demand_remote::HostCache::open(&cache.dir, cache.size)?;
-    session.record.set_cache(cache.clone());
-    Ok(OpenSnapshot::open_url(place, url, Some(cache))?)
-}
-
-#[cfg(not(feature = "remote"))]
-fn open_cached(_: &Session, place: &SnapshotPlace, _: &CacheConfig) -> Result<OpenSnapshot, Error> {
-    Ok(OpenSnapshot::open_at(place)?)
-}
-
 /// Refuses options that do not match the snapshot's guest.
 fn check(saved: &SavedVm, options: &RestoreOptions) -> Result<(), RestoreError> {
     let cpus = saved.vcpus.len();
@@ -362,18 +351,6 @@ fn open_boot(
         return Ok(None);
     };
     Ok(Some(BootSource::in_snapshot(snapshot, boot)?))
-}
-
-fn open_image(
-    snapshot: &OpenSnapshot,
-    saved: &SavedVm,
-    options: &RestoreOptions,
-) -> Result<MemoryImage, Error> {
-    let image = snapshot.memory(saved.memory.size)?;
-    if image.generation()[..] != saved.memory.generation[..] || image.size() != saved.memory.size {
-        return Err(RestoreError::MixedFiles { snapshot: options.source.shown() }.into());
-    }
-    Ok(image)
 }
 
 /// Reads the whole image, and compares it with its hashes, unless the run is asked to end.

@@ -1,0 +1,83 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Restores from several places of one snapshot.
+
+use std::fs::{self, File};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use demand_source::{Destination, HashedImage, PageSource};
+use demand_tests::process::{Guarded, program, succeed};
+use demand_tests::refusal::{FAILED, USAGE, refused};
+use demand_tests::tiny_snapshot::TinySnapshot;
+use demand_vmm::api::{Go, SnapshotRequest};
+
+/// Takes a snapshot and pushes it to the store beside it. Returns it, and the pushed one's URL.
+fn pushed() -> Option<(TinySnapshot, String)> {
+    let snapshot = TinySnapshot::take(&[]).unwrap()?;
+    let mut push = Command::new(program("demand-vmm").unwrap());
+    push.args(["image", "push"]).arg(snapshot.dir()).arg(snapshot.at("store/vm7"));
+    succeed(push.stdout(Stdio::null())).unwrap();
+    let url = format!("file://{}", snapshot.at("store/vm7").display());
+    Some((snapshot, url))
+}
+
+/// Returns the content of a snapshot's memory, each page of which is checked.
+fn memory(snapshot: &Path) -> Vec<u8> {
+    let image = HashedImage::open(snapshot.join("memory"), snapshot.join("hashes")).unwrap();
+    let mut content = vec![0; usize::try_from(image.size()).unwrap()];
+    image.read_through(0, &mut Destination::from(&mut content[..])).unwrap();
+    content
+}
+
+/// Starts a restore without fill, lets `then` happen, reads all memory, and checks it. Returns the
+/// log.
+fn restored(snapshot: &TinySnapshot, sources: &[&str], then: impl FnOnce()) -> String {
+    let [first, others @ ..] = sources else { panic!("no source") };
+    let mut restore = snapshot.restore_from(first, &[]).unwrap();
+    restore.args(others.iter().flat_map(|other| ["--source", other]));
+    let (log, copy) = (snapshot.at("log"), snapshot.at("copy"));
+    restore.args(["--fill", "off", "--serial", "off"]).stdout(Stdio::null());
+    let mut vmm = Guarded::spawn(restore.stderr(File::create(&log).unwrap())).unwrap();
+    snapshot.wait_running();
+    then();
+    let request = SnapshotRequest { destination: copy.clone(), then: Some(Go::Shutdown) };
+    snapshot.api().snapshot(&request, |_| {}).unwrap();
+    assert!(vmm.wait(Duration::from_secs(60)).unwrap().success());
+    assert!(memory(&copy) == memory(&snapshot.dir()), "the memory is not the snapshot's");
+    fs::remove_dir_all(copy).unwrap();
+    fs::read_to_string(log).unwrap()
+}
+
+#[test]
+fn what_one_source_loses_comes_from_another() {
+    let Some((snapshot, url)) = pushed() else { return };
+    let directory = snapshot.dir().display().to_string();
+    let none = restored(&snapshot, &[&url, &directory], || {});
+    assert!(!none.contains("page source"), "{none}");
+    let packs = snapshot.at("store/packs");
+    let log = restored(&snapshot, &[&url, &directory], || fs::remove_dir_all(&packs).unwrap());
+    assert!(log.contains(&format!("page source {url} fails, and others are asked")), "{log}");
+}
+
+#[test]
+fn absent_source_is_left_out() {
+    let Some((snapshot, url)) = pushed() else { return };
+    let directory = snapshot.dir().display().to_string();
+    let (absent, socket) = (format!("{url}-absent"), snapshot.at("absent.sock"));
+    let log = restored(&snapshot, &[&absent, &directory, &url], || {});
+    assert!(log.contains(&format!("the next source, {directory}, is tried")), "{log}");
+    let pager = format!("pager:{}", socket.display());
+    let log = restored(&snapshot, &[&url, &pager, &directory], || {});
+    assert!(log.contains("absent.sock") && log.contains("this source is left out"), "{log}");
+    let mut restore = snapshot.restore_from(&absent, &[]).unwrap();
+    refused(restore.args(["--source", &pager, "--log-level", "off"]), FAILED, &["absent.sock"]);
+}
+
+#[test]
+fn places_of_different_snapshots_are_refused() {
+    let Some((_pushed, url)) = pushed() else { return };
+    let Some(other) = TinySnapshot::take(&[]).unwrap() else { return };
+    let mut restore = other.restore(&[]).unwrap();
+    refused(restore.args(["--source", &url]), USAGE, &["another snapshot", &url, "places of one"]);
+}
