@@ -12,6 +12,9 @@ use demand_tests::refusal::{FAILED, USAGE, refused};
 use demand_tests::tiny_snapshot::TinySnapshot;
 use demand_vmm::api::{Go, SnapshotRequest};
 
+/// Length of the generation id in the guest's memory, in bytes, which a restore changes.
+const GENERATION_ID: usize = 16;
+
 /// Takes a snapshot and pushes it to the store beside it. Returns it, and the pushed one's URL.
 fn pushed() -> Option<(TinySnapshot, String)> {
     let snapshot = TinySnapshot::take(&[]).unwrap()?;
@@ -44,7 +47,10 @@ fn restored(snapshot: &TinySnapshot, sources: &[&str], then: impl FnOnce()) -> S
     let request = SnapshotRequest { destination: copy.clone(), then: Some(Go::Shutdown) };
     snapshot.api().snapshot(&request, |_| {}).unwrap();
     assert!(vmm.wait(Duration::from_secs(60)).unwrap().success());
-    assert!(memory(&copy) == memory(&snapshot.dir()), "the memory is not the snapshot's");
+    let (before, after) = (memory(&snapshot.dir()), memory(&copy));
+    assert_eq!(before.len(), after.len());
+    let changed = before.iter().zip(&after).filter(|(before, after)| before != after).count();
+    assert!(changed <= GENERATION_ID, "{changed} bytes are not the snapshot's");
     fs::remove_dir_all(copy).unwrap();
     fs::read_to_string(log).unwrap()
 }
