@@ -170,12 +170,12 @@ impl Vm {
     }
 
     /// Starts the vCPUs. They run before the state says so, so that a pause always finds them
-    /// running.
+    /// running; and the event comes before those that the guest causes, such as a failing source.
     pub(crate) fn go(&self) {
         let _change = self.lifecycle.change.lock_always();
+        self.log.add(EventKind::Running);
         self.vcpus().resume();
         self.lifecycle.set(State::Running);
-        self.log.add(EventKind::Running);
         // A report before this found no running VM to pause.
         self.machine.retry_source();
     }
