@@ -25,7 +25,7 @@ use demand_source::{
 
 use crate::error::{PagerError, PagerErrorKind};
 use crate::options::PagerOptions;
-use crate::queue::Queue;
+use crate::queue::{Queue, all_data};
 use peer::{Event, Peer};
 use staging::{Ended, Staging};
 
@@ -255,12 +255,7 @@ impl PageSource for FirecrackerSource {
 
     /// All is data: a handler says nothing of holes.
     fn extent(&self, offset: u64) -> Result<Extent, SourceError> {
-        let size = self.size();
-        if offset < size {
-            return Ok(Extent::Data { end: size });
-        }
-        let image = self.shared.name.clone();
-        Err(SourceError::OutOfRange { image, offset, len: 1, size })
+        all_data(offset, self.size(), &self.shared.name)
     }
 
     fn submit(&self, request: Request) -> Completion {

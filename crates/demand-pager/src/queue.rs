@@ -7,7 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use demand_source::{Completion, Part, Priority, Request, SourceError};
+use demand_source::{Completion, Extent, Part, Priority, Request, SourceError};
 
 use crate::error::PagerErrorKind;
 use crate::protocol::{Call, Fault, NO_TAG};
@@ -383,6 +383,14 @@ impl Queue {
         drop(state);
         self.changed.notify_all();
     }
+}
+
+/// Returns the extent at `offset` of an image of `size` bytes with this name, all of which is data.
+pub(crate) fn all_data(offset: u64, size: u64, image: &str) -> Result<Extent, SourceError> {
+    if offset < size {
+        return Ok(Extent::Data { end: size });
+    }
+    Err(SourceError::OutOfRange { image: image.to_owned(), offset, len: 1, size })
 }
 
 /// The faults that have no answer.

@@ -16,7 +16,7 @@ use crate::error::{PagerError, PagerErrorKind, lost, shared};
 use crate::location::Location;
 use crate::options::PagerOptions;
 use crate::protocol::MOST;
-use crate::queue::Queue;
+use crate::queue::{Queue, all_data};
 use crate::receive::Receiver;
 
 /// Longest wait of a dropped source for its threads.
@@ -180,12 +180,7 @@ impl PageSource for PagerSource {
 
     /// All is data: the protocol says nothing of holes.
     fn extent(&self, offset: u64) -> Result<Extent, SourceError> {
-        let size = self.size();
-        if offset < size {
-            return Ok(Extent::Data { end: size });
-        }
-        let image = self.shared.name.clone();
-        Err(SourceError::OutOfRange { image, offset, len: 1, size })
+        all_data(offset, self.size(), &self.shared.name)
     }
 
     fn submit(&self, request: Request) -> Completion {
