@@ -68,6 +68,25 @@ fn the_wall_clock_waits_for_its_page() {
 }
 
 #[test]
+fn the_wall_clock_waits_for_both_its_pages() {
+    on_each(|machine| {
+        let from = PAGE - 8;
+        machine.image(52, from, &[0; 8]);
+        machine.image(53, 0, &[0; 4]);
+        // wrmsr
+        machine.program(&[0x0f, 0x30], |regs| {
+            (regs.rcx, regs.rax) = (WALL_CLOCK.into(), at(52, from));
+        });
+        assert_eq!(machine.finish(), [52, 53]);
+        let version = machine.memory(52, 1)[from];
+        assert!(version > 0 && version % 2 == 0, "version {version}");
+        expect_around(machine, 52, from, 8);
+        expect_around(machine, 53, 0, 4);
+        assert_ne!(machine.memory(53, 1)[..4], [0; 4], "the nanoseconds");
+    });
+}
+
+#[test]
 fn page_named_by_user_space_is_not_written() {
     on_each(|machine| {
         let before = machine.memory(53, 1);
