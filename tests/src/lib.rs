@@ -10,6 +10,7 @@ pub mod compare_memory;
 pub mod driver;
 pub mod file_system;
 pub mod linux_vm;
+pub mod page_server;
 pub mod process;
 pub mod pseudo_terminal;
 pub mod refusal;

@@ -8,15 +8,19 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use demand_kvm::Virtualization;
+use demand_source::{Destination, HashedImage, ImageWriter, PageSource};
 use demand_vmm::api::client::Client;
 use demand_vmm::api::{Go, SnapshotRequest, State};
 use test_support::host::{has_kvm, skip};
 use test_support::wait::until;
 
-use crate::process::{Guarded, program};
+use crate::process::{Guarded, program, succeed};
 use crate::tiny_kernel::{LOOP, START, pvh_kernel};
+
+/// Length of the generation id in the guest's memory, in bytes.
+const GENERATION_ID: usize = 16;
 
 /// A snapshot of a guest with 64 MiB of memory, in a folder for other files as well.
 #[derive(Debug)]
@@ -25,6 +29,8 @@ pub struct TinySnapshot(tempfile::TempDir);
 impl TinySnapshot {
     /// Number of pages of the guest's memory.
     pub const PAGES: u64 = 64 << 20 >> 12;
+    /// Offset in the guest's memory of the first byte that it does not use.
+    pub const UNUSED: u64 = 32 << 20;
 
     /// Takes a snapshot of a guest with a disk behind each of `disks`, sockets of back-ends. Returns
     /// `None` if this machine has no KVM that restores a guest.
@@ -108,6 +114,68 @@ impl TinySnapshot {
         });
     }
 
+    /// Returns content for [`enlarge`](Self::enlarge), no page of which equals another one.
+    pub fn content(bytes: usize) -> Vec<u8> {
+        let mut content = vec![0; bytes];
+        for (word, bytes) in content.chunks_mut(8).enumerate() {
+            let word = (word as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+            bytes.copy_from_slice(&word.to_le_bytes());
+        }
+        content
+    }
+
+    /// Gives the guest's memory content from [`UNUSED`](Self::UNUSED) on.
+    ///
+    /// # Errors
+    ///
+    /// The system's.
+    pub fn enlarge(&self, content: &[u8]) -> Result<()> {
+        let [memory, hashes] = ["memory", "hashes"].map(|name| self.dir().join(name));
+        let [new_memory, new_hashes] = ["memory", "hashes"].map(|name| self.at(name));
+        let old = HashedImage::open(&memory, &hashes)?;
+        let used = self::memory(&self.dir())?;
+        let used = &used[..usize::try_from(Self::UNUSED)?];
+        let new = ImageWriter::create(&new_memory, &new_hashes, old.size(), old.generation());
+        let mut new = new.context("create an image")?;
+        new.write(0, used)?;
+        new.write(Self::UNUSED, content)?;
+        new.finish()?;
+        fs::rename(new_memory, memory)?;
+        fs::rename(new_hashes, hashes)?;
+        Ok(())
+    }
+
+    /// Asserts that the guest's memory in another snapshot of it is the same, except for its
+    /// generation id, which a restore changes.
+    ///
+    /// # Errors
+    ///
+    /// If one of them cannot be read.
+    ///
+    /// # Panics
+    ///
+    /// If it is not the same.
+    pub fn expect_memory_of(&self, other: &Path) -> Result<()> {
+        let (before, after) = (memory(&self.dir())?, memory(other)?);
+        assert_eq!(before.len(), after.len());
+        let changed = before.iter().zip(&after).filter(|(before, after)| before != after).count();
+        assert!(changed <= GENERATION_ID, "{changed} bytes are not the snapshot's");
+        Ok(())
+    }
+
+    /// Pushes the snapshot to `store/vm7` beside it, and returns the URL.
+    ///
+    /// # Errors
+    ///
+    /// If that fails.
+    pub fn push(&self) -> Result<String> {
+        let place = self.at("store/vm7");
+        let mut push = Command::new(program("demand-vmm")?);
+        push.args(["image", "push"]).arg(self.dir()).arg(&place);
+        succeed(push.stdout(Stdio::null()))?;
+        Ok(format!("file://{}", place.display()))
+    }
+
     /// Alters the page that the guest executes, or restores it. Returns its offset in the image.
     ///
     /// # Errors
@@ -120,6 +188,18 @@ impl TinySnapshot {
         memory.write_all_at(&[!byte[0]], START + 4000)?;
         Ok(START)
     }
+}
+
+/// Returns the memory in a snapshot's directory, each page of which is checked.
+///
+/// # Errors
+///
+/// If it cannot be read, or a page is wrong.
+pub fn memory(snapshot: &Path) -> Result<Vec<u8>> {
+    let image = HashedImage::open(snapshot.join("memory"), snapshot.join("hashes"))?;
+    let mut content = vec![0; usize::try_from(image.size())?];
+    image.read_through(0, &mut Destination::from(&mut content[..]))?;
+    Ok(content)
 }
 
 fn with_disks(command: &mut Command, disks: &[&Path]) {

@@ -4,17 +4,18 @@
 //! stopped meanwhile is a pause, no more.
 
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use demand_kvm::Engine;
 use demand_tests::linux_vm::Kernel;
+use demand_tests::page_server::PageServer;
 use demand_tests::process::program;
 use demand_tests::snapshot_cycle::{Birth, Life, Moment, Rebirth};
 use guest_work::Journal;
-use test_support::servers::{self, Web};
+use test_support::servers::Web;
 
 /// How long a server is away.
 const AWAY: Duration = Duration::from_secs(3);
@@ -60,16 +61,15 @@ fn outlasts(
     moment: &Moment,
     folder: &Path,
     rebirth: Rebirth,
-    stop: &mut dyn FnMut(),
-    start: &mut dyn FnMut(),
+    mut server: PageServer,
 ) -> Result<()> {
     let rebirth = Rebirth { fill: "rate=16M", ..rebirth };
     let mut life = moment.restore(folder, &rebirth)?;
-    stop();
+    server.kill();
     thread::sleep(AWAY);
     let status = life.guest().api().status()?;
     ensure!(status.pages_present < status.pages_total, "{status:?}");
-    start();
+    server.restart()?;
     life.wait_complete()?;
     life.wait_work()?;
     life.expect_lines(&["attempt", "no answer for", "the server", "the connection"]);
@@ -111,51 +111,19 @@ fn guest_outlasts_a_stopped_web_server() {
     test(|folder, moment| {
         let Some(web) = Web::start(&folder.join("moment"), "") else { return Ok(()) };
         let rebirth = rebirth(web.url("snapshot"));
-        let web = std::cell::RefCell::new(web);
-        let (mut stop, mut start) = (|| web.borrow_mut().stop(), || web.borrow_mut().restart(""));
-        outlasts(moment, &folder.join("restored"), rebirth, &mut stop, &mut start)
+        outlasts(moment, &folder.join("restored"), rebirth, PageServer::Web(web))
     });
-}
-
-/// An nbdkit whose exports are the files of a folder.
-struct Nbd(Child);
-
-impl Nbd {
-    fn start(folder: &Path, socket: &Path) -> Result<Option<Nbd>> {
-        let Some(program) = servers::program("nbdkit") else { return Ok(None) };
-        let _ = std::fs::remove_file(socket);
-        let mut command = Command::new(program);
-        command.args(["--foreground", "--readonly", "--threads", "64", "--unix"]).arg(socket);
-        command.arg("file").arg(format!("dir={}", folder.display()));
-        let mut child = command.stdin(Stdio::null()).spawn().context("nbdkit")?;
-        let begun = Instant::now();
-        while !socket.exists() {
-            ensure!(child.try_wait()?.is_none(), "nbdkit ended");
-            ensure!(begun.elapsed() < Duration::from_secs(20), "nbdkit does not listen");
-            thread::sleep(Duration::from_millis(10));
-        }
-        Ok(Some(Nbd(child)))
-    }
-}
-
-impl Drop for Nbd {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
 }
 
 #[test]
 fn guest_outlasts_a_stopped_nbd_server() {
     test(|folder, moment| {
         let socket = folder.join("nbd");
-        let Some(server) = Nbd::start(&moment.snapshot(), &socket)? else { return Ok(()) };
-        let url = format!("nbd+unix:///?socket={}", socket.display());
-        let server = std::cell::RefCell::new(Some(server));
-        let mut stop = || drop(server.take());
-        let mut start = || {
-            *server.borrow_mut() = Nbd::start(&moment.snapshot(), &socket).unwrap();
+        let Some(mut server) = PageServer::nbdkit(&moment.snapshot(), &socket) else {
+            return Ok(());
         };
-        outlasts(moment, &folder.join("restored"), rebirth(url), &mut stop, &mut start)
+        server.restart()?;
+        let url = format!("nbd+unix:///?socket={}", socket.display());
+        outlasts(moment, &folder.join("restored"), rebirth(url), server)
     });
 }

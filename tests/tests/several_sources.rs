@@ -2,35 +2,19 @@
 //! Restores from several places of one snapshot.
 
 use std::fs::{self, File};
-use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 use std::time::Duration;
 
-use demand_source::{Destination, HashedImage, PageSource};
-use demand_tests::process::{Guarded, program, succeed};
+use demand_tests::process::Guarded;
 use demand_tests::refusal::{FAILED, USAGE, refused};
 use demand_tests::tiny_snapshot::TinySnapshot;
 use demand_vmm::api::{Go, SnapshotRequest};
 
-/// Length of the generation id in the guest's memory, in bytes, which a restore changes.
-const GENERATION_ID: usize = 16;
-
 /// Takes a snapshot and pushes it to the store beside it. Returns it, and the pushed one's URL.
 fn pushed() -> Option<(TinySnapshot, String)> {
     let snapshot = TinySnapshot::take(&[]).unwrap()?;
-    let mut push = Command::new(program("demand-vmm").unwrap());
-    push.args(["image", "push"]).arg(snapshot.dir()).arg(snapshot.at("store/vm7"));
-    succeed(push.stdout(Stdio::null())).unwrap();
-    let url = format!("file://{}", snapshot.at("store/vm7").display());
+    let url = snapshot.push().unwrap();
     Some((snapshot, url))
-}
-
-/// Returns the content of a snapshot's memory, each page of which is checked.
-fn memory(snapshot: &Path) -> Vec<u8> {
-    let image = HashedImage::open(snapshot.join("memory"), snapshot.join("hashes")).unwrap();
-    let mut content = vec![0; usize::try_from(image.size()).unwrap()];
-    image.read_through(0, &mut Destination::from(&mut content[..])).unwrap();
-    content
 }
 
 /// Starts a restore without fill, lets `then` happen, reads all memory, and checks it. Returns the
@@ -47,10 +31,7 @@ fn restored(snapshot: &TinySnapshot, sources: &[&str], then: impl FnOnce()) -> S
     let request = SnapshotRequest { destination: copy.clone(), then: Some(Go::Shutdown) };
     snapshot.api().snapshot(&request, |_| {}).unwrap();
     assert!(vmm.wait(Duration::from_secs(60)).unwrap().success());
-    let (before, after) = (memory(&snapshot.dir()), memory(&copy));
-    assert_eq!(before.len(), after.len());
-    let changed = before.iter().zip(&after).filter(|(before, after)| before != after).count();
-    assert!(changed <= GENERATION_ID, "{changed} bytes are not the snapshot's");
+    snapshot.expect_memory_of(&copy).unwrap();
     fs::remove_dir_all(copy).unwrap();
     fs::read_to_string(log).unwrap()
 }
