@@ -27,7 +27,7 @@ use wait::WaitTable;
 pub use wait::{Wait, Waiter};
 #[cfg(not(loom))]
 pub use words::BitmapWords;
-use words::Words;
+pub(crate) use words::Words;
 
 /// Words per group. Each group has a counter of its words that are not yet zero.
 #[cfg(not(loom))]
@@ -264,7 +264,7 @@ impl MissingBitmap {
         } else {
             range.words().fold(false, |last, (word, mask)| last | self.publish_in(word, mask))
         };
-        self.waiting.wake(range, &|range| self.first_missing(range));
+        self.waiting.wake(range, &self.first_awaited());
         if last { Published::Last } else { Published::Some }
     }
 
@@ -279,6 +279,11 @@ impl MissingBitmap {
         before & !mask == 0
             && self.groups[word / GROUP].fetch_sub(1, Ordering::AcqRel) == 1
             && self.groups_left.fetch_sub(1, Ordering::AcqRel) == 1
+    }
+
+    /// Tells background fill of populated pages that stay missing: it waits no longer for them.
+    pub(crate) fn tell_populated(&self, range: PageRange) {
+        self.waiting.wake(range, &self.first_awaited());
     }
 
     /// Ends all waits, current and future: the VM is shutting down.

@@ -11,6 +11,8 @@ const FIRST: u8 = 1;
 const FAULTS: u8 = 2;
 /// Pages are fetched ahead of sequential faults.
 const AHEAD: u8 = 4;
+/// The first touch of each page is noted.
+const TOUCHES: u8 = 8;
 
 /// The value of `fault` if no fault came since it was taken.
 const NONE: u64 = u64::MAX;
@@ -58,6 +60,14 @@ impl FetchNotes {
 
     pub(crate) fn read_ahead(&self) {
         self.wanted.fetch_or(AHEAD, Ordering::Relaxed);
+    }
+
+    pub(crate) fn note_touches(&self) {
+        self.wanted.fetch_or(TOUCHES, Ordering::Relaxed);
+    }
+
+    pub(crate) fn end_touches(&self) {
+        self.wanted.fetch_and(!TOUCHES, Ordering::Relaxed);
     }
 
     pub(crate) fn take_fault(&self) -> Option<u64> {

@@ -30,8 +30,8 @@ const LOOK_EVERY: Duration = Duration::from_millis(10);
 /// started with.
 ///
 /// It passes over pages that the source cannot deliver, and they are retried until it can. The
-/// thread ends when all pages are present, except those of regions that were stopped, or when this
-/// is dropped.
+/// thread ends when all pages are present, except those of regions that were stopped and those that
+/// [`FillOrder::RangesOnly`] leaves out, or when this is dropped.
 ///
 /// # Examples
 ///
@@ -140,6 +140,9 @@ impl Filler {
                 }
             }
             self.await_arrival()?;
+        }
+        if self.plan.is_partial() {
+            return Ok(());
         }
         // The remaining pages were claimed by other threads, or could not be read yet.
         for pager in self.plan.pagers() {

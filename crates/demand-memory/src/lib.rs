@@ -24,6 +24,7 @@ mod region;
 mod retry;
 mod stats;
 mod sync;
+mod touches;
 mod trap;
 mod unanswered;
 mod unmap;
@@ -54,6 +55,7 @@ pub use self::{
     stats::{
         FaultPath, LatencyCounts, LatencyMicros, PathReport, SourceReport, Stats, TimelineEvent,
     },
+    touches::{Hold, Touch, TouchCounts, TouchLog},
     trap::{MapPresent, Mapped, MappingGuard, VcpuTrap},
     unmap::UnmapError,
     vm_file::VmFileBacking,

@@ -6,7 +6,7 @@ use std::fmt;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::panic::{self, AssertUnwindSafe};
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence};
 use std::sync::{Arc, Mutex, MutexGuard, Once, OnceLock, PoisonError, RwLock, Weak};
 
 use demand_source::{
@@ -17,10 +17,11 @@ use vm_memory::VolatileSlice;
 use crate::errand::{Errand, SetAside};
 use crate::fetch_notes::FetchNotes;
 use crate::readahead::Readahead;
+use crate::touches::FirstTouches;
 use crate::{
     Backing, BitmapReader, FaultPath, FetchError, GuestMappingError, GuestTrapError, LoadUnit,
     MapPresent, Mapped, Mapping, MissingBitmap, PAGE_SIZE, PageRange, PagerError, Retrier,
-    RetryPolicy, Stats, Wait, Waiter,
+    RetryPolicy, Stats, TouchLog, Wait, Waiter,
 };
 
 mod populate;
@@ -90,6 +91,8 @@ pub struct Pager {
     notes: FetchNotes,
     /// Set at most once, together with a note.
     readahead: OnceLock<Readahead>,
+    /// Set at most once, together with a note that ends with it.
+    touches: OnceLock<FirstTouches>,
     /// Number of regions and guest mappings that need the pager.
     holders: AtomicUsize,
     /// Whether the pager was ever a region's.
@@ -175,6 +178,7 @@ impl Pager {
             loading: RwLock::default(),
             notes: FetchNotes::default(),
             readahead: OnceLock::new(),
+            touches: OnceLock::new(),
             holders: AtomicUsize::new(0),
             of_region: AtomicBool::new(false),
             regions: AtomicUsize::new(0),
@@ -376,7 +380,11 @@ impl Pager {
     #[cold]
     fn fetch_and_note(self: &Arc<Self>, range: PageRange, path: FaultPath) -> u64 {
         self.notes.take(range, path);
-        let arrived = self.fetch_inside(range, path);
+        let mut arrived = 0;
+        if let Some(touches) = self.touches.get().filter(|_| path != FaultPath::Fill) {
+            arrived += self.publish_taken(touches.touch(&self.bitmap, range, path));
+        }
+        arrived += self.fetch_inside(range, path);
         let readahead = self.readahead.get().filter(|_| path != FaultPath::Fill);
         let Some(readahead) = readahead else { return arrived };
         // A source that answers at once needs none.
@@ -413,6 +421,8 @@ impl Pager {
         let raise = || {
             if path != FaultPath::Fill {
                 self.raise(range);
+            } else if !waiter.is_background() {
+                self.publish_held(range);
             }
         };
         match self.bitmap.wait_listed(range, waiter, raise) {
@@ -429,18 +439,27 @@ impl Pager {
     /// Calls `callback` when all pages of `range`, which were [fetched](Self::fetch) for a fault,
     /// are present: see [`BitmapReader::when_present`]. Pages that background fill has requested
     /// before are requested with the priority of a fault from now on.
-    pub fn when_present(&self, range: PageRange, callback: impl FnOnce() + Send + 'static) {
+    pub fn when_present(
+        self: &Arc<Self>,
+        range: PageRange,
+        callback: impl FnOnce() + Send + 'static,
+    ) {
         self.bitmap.when_present(range, callback);
         if self.bitmap.first_missing(range).is_some() {
             self.raise(range);
         }
     }
 
-    /// Raises the source's queued fill requests for these pages to demand: a thread waits for them.
+    /// Publishes the held pages of the range, for which a thread waits, and raises the source's
+    /// queued fill requests for the others to demand.
+    ///
+    /// Neither a page that fill populates at this moment is missed: `hold` holds it first and then
+    /// looks for waiters.
     ///
     /// A request that fill submits at this moment is not missed: `populate_extent` submits first
     /// and then looks for waiters, and the callers are listed as waiters before they call this.
-    fn raise(&self, range: PageRange) {
+    fn raise(self: &Arc<Self>, range: PageRange) {
+        self.publish_held(range);
         let raise = || self.source.raise(self.image_offset_of(range.first), range.bytes());
         // A panic in the source's code must not end a thread that serves faults.
         let _ = panic::catch_unwind(AssertUnwindSafe(raise));
@@ -488,6 +507,35 @@ impl Pager {
         if pages > 0 && self.readahead.set(Readahead::new(pages)).is_ok() {
             self.notes.read_ahead();
         }
+    }
+
+    /// From now on notes the first touches of this region's pages in `log`, and holds pages that
+    /// background fill brings, as the log says, until their first touch or
+    /// [`end_touches`](Self::end_touches). Held pages are populated and count as missing, so the
+    /// memory is not complete before the end. `expected` are the pages of the region that an
+    /// earlier run has touched. A second call has no effect.
+    ///
+    /// Without this call a fault costs what it did.
+    ///
+    /// # Errors
+    ///
+    /// The system's error if memory cannot be allocated.
+    pub fn note_touches(&self, log: &Arc<TouchLog>, expected: &[PageRange]) -> io::Result<()> {
+        let touches = FirstTouches::new(log, self.pages(), self.image_offset, expected)?;
+        if self.touches.set(touches).is_ok() {
+            self.notes.note_touches();
+        }
+        Ok(())
+    }
+
+    /// Ends the notes of first touches, and publishes all held pages. Further calls change nothing.
+    pub fn end_touches(self: &Arc<Self>) {
+        let Some(touches) = self.touches.get() else { return };
+        self.notes.end_touches();
+        touches.end();
+        // Pairs with the fence in `hold`: either this finds the held page, or that thread the end.
+        fence(Ordering::SeqCst);
+        self.publish_held(PageRange::new(0, self.pages()));
     }
 
     /// From now on notes the page of the latest fault, for [`take_fault`](Self::take_fault).

@@ -212,13 +212,19 @@ impl Stats {
         let shard = self.shard();
         let counts = &shard.paths[path as usize];
         counts.pages.fetch_add(pages, Ordering::Relaxed);
-        if bytes_read > 0 {
-            counts.reads.fetch_add(1, Ordering::Relaxed);
-            counts.bytes_fetched.fetch_add(bytes_read, Ordering::Relaxed);
-        }
+        self.read(path, bytes_read);
         if self.timeline.load(Ordering::Relaxed) {
             let at_us = u64::try_from(self.origin.elapsed().as_micros()).unwrap_or(u64::MAX);
             shard.events().push(TimelineEvent { at_us, pages, path });
+        }
+    }
+
+    /// Counts bytes that were read from the source, for pages that are not present yet.
+    pub(crate) fn read(&self, path: FaultPath, bytes: u64) {
+        if bytes > 0 {
+            let counts = &self.shard().paths[path as usize];
+            counts.reads.fetch_add(1, Ordering::Relaxed);
+            counts.bytes_fetched.fetch_add(bytes, Ordering::Relaxed);
         }
     }
 

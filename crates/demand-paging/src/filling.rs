@@ -33,7 +33,7 @@ impl Filling {
     /// Starts to fill other memory in the same way.
     pub(crate) fn again(&self, memory: &DemandMemory) -> Result<Self, Error> {
         let mut options = self.options.clone();
-        if let FillOrder::RangesFirst(ranges) = &mut options.order {
+        if let FillOrder::RangesFirst(ranges) | FillOrder::RangesOnly(ranges) = &mut options.order {
             let index = |region: usize| {
                 let before = self.pagers.get(region)?;
                 memory.pagers().position(|pager| std::ptr::eq(Arc::as_ptr(pager), before.as_ptr()))

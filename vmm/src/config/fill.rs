@@ -106,7 +106,7 @@ impl From<&FillOptions> for Options {
             chunk: (options.chunk != FillOptions::CHUNK).then_some(Bytes(options.chunk)),
             order: match options.order {
                 // Ranges are the library's only.
-                FillOrder::Ascending | FillOrder::RangesFirst(_) => None,
+                FillOrder::Ascending | FillOrder::RangesFirst(_) | FillOrder::RangesOnly(_) => None,
                 FillOrder::Descending => Some("descending".into()),
                 FillOrder::NearLastFault => Some("near-fault".into()),
             },

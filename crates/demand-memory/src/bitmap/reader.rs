@@ -3,7 +3,7 @@
 
 #[cfg(not(loom))]
 use super::BitmapWords;
-use super::wait::Recipient;
+use super::wait::{Recipient, Until};
 use super::{BitmapReader, Wait, Waiter, claimed, populated};
 use crate::PageRange;
 use crate::sync::Ordering;
@@ -59,6 +59,24 @@ impl BitmapReader {
         })
     }
 
+    /// Returns the function that finds the first page of a range that a waiter still waits for.
+    pub(super) fn first_awaited(&self) -> impl Fn(PageRange, Until) -> Option<u64> + '_ {
+        |range, until| {
+            range.words().find_map(|(word, mask)| {
+                let mut bits = self.missing_in(word) & mask;
+                if bits != 0 && until == Until::Populated {
+                    bits &= !self.claims[populated(word)].load(Ordering::Acquire);
+                }
+                (bits != 0).then(|| word as u64 * 64 + u64::from(bits.trailing_zeros()))
+            })
+        }
+    }
+
+    /// Returns the bits of the missing pages in a word.
+    pub(crate) fn missing_in(&self, word: usize) -> u64 {
+        self.missing[word].load(Ordering::Acquire)
+    }
+
     /// Returns whether the page's content is in memory: the page is present or about to be, and
     /// readers may already have reached it and written to it. Otherwise its content is that of the
     /// source, whether a thread has claimed the page or not.
@@ -97,7 +115,7 @@ impl BitmapReader {
         if self.first_missing(range).is_none() {
             return Wait::Present;
         }
-        self.waiting.wait(range, waiter, &listed, &|range| self.first_missing(range))
+        self.waiting.wait(range, waiter, &listed, &self.first_awaited())
     }
 
     /// Returns whether a thread or a callback, background fill excepted, waits for a page of the
@@ -118,14 +136,14 @@ impl BitmapReader {
     /// [`Pager::when_present`](crate::Pager::when_present).
     pub fn when_present(&self, range: PageRange, callback: impl FnOnce() + Send + 'static) {
         let callback = Recipient::callback(callback);
-        self.waiting.when_present(range, callback, &|range| self.first_missing(range));
+        self.waiting.when_present(range, callback, &self.first_awaited());
     }
 
     /// Like [`when_present`](Self::when_present), for background fill: the callback does not mark
-    /// the pages as wanted.
+    /// the pages as wanted, and is called once all of them are populated.
     pub(crate) fn when_filled(&self, range: PageRange, callback: impl FnOnce() + Send + 'static) {
         let callback = Recipient::background_callback(callback);
-        self.waiting.when_present(range, callback, &|range| self.first_missing(range));
+        self.waiting.when_present(range, callback, &self.first_awaited());
     }
 
     /// Returns whether [`stop`](crate::MissingBitmap::stop) was called.

@@ -89,6 +89,11 @@ impl Waiter {
         self.lock().kicked = false;
     }
 
+    /// Returns whether the waiter belongs to background fill.
+    pub(crate) fn is_background(&self) -> bool {
+        self.0.background
+    }
+
     /// Returns whether the thread is waiting for a page at this moment.
     pub fn is_waiting(&self) -> bool {
         !self.lock().waits.is_empty()
@@ -176,11 +181,28 @@ impl Recipient {
     }
 }
 
+/// The state of its pages that a waiter waits for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Until {
+    Present,
+    /// Present, or populated and not present yet: enough for background fill to continue.
+    Populated,
+}
+
 struct Entry {
-    /// The page that the entry currently waits for: the first missing page of `range`.
+    /// The page that the entry currently waits for: the first awaited page of `range`.
     page: u64,
     range: PageRange,
     recipient: Recipient,
+}
+
+impl Entry {
+    fn until(&self) -> Until {
+        match self.recipient {
+            Recipient::Thread(..) | Recipient::Callback(_) => Until::Present,
+            Recipient::Background(_) => Until::Populated,
+        }
+    }
 }
 
 #[derive(Default)]
@@ -246,14 +268,15 @@ impl WaitTable {
     /// is missing, or the table was stopped.
     fn enter(&self, mut entry: Entry, first_missing: &FirstMissing<'_>) -> Result<(), Entry> {
         loop {
-            let Some(page) = first_missing(entry.range) else { return Err(entry) };
+            let until = entry.until();
+            let Some(page) = first_missing(entry.range, until) else { return Err(entry) };
             let bucket = self.bucket(page / 64);
             bucket.waiting.fetch_add(1, Ordering::Relaxed);
             // Pairs with the fences in `wake` and `stop`: either they see this entry's count, and
             // then wait for the lock, or the check below sees their change.
             fence(Ordering::SeqCst);
             let mut entries = bucket.lock();
-            if !self.is_stopped() && first_missing(PageRange::page(page)).is_some() {
+            if !self.is_stopped() && first_missing(PageRange::page(page), until).is_some() {
                 entry.page = page;
                 entries.push(entry);
                 return Ok(());
@@ -276,7 +299,7 @@ impl WaitTable {
         first_missing: &FirstMissing<'_>,
     ) -> Wait {
         loop {
-            if first_missing(range).is_none() {
+            if first_missing(range, Until::Present).is_none() {
                 return Wait::Present;
             }
             let Some(number) = waiter.begin() else { return Wait::Kicked };
@@ -284,7 +307,7 @@ impl WaitTable {
                 Entry { page: 0, range, recipient: Recipient::Thread(waiter.clone(), number) };
             if self.enter(entry, first_missing).is_err() {
                 waiter.end(number);
-                return match first_missing(range) {
+                return match first_missing(range, Until::Present) {
                     None => Wait::Present,
                     Some(_) => Wait::Stopped,
                 };
@@ -347,9 +370,10 @@ impl WaitTable {
 
     fn enter_or_tell(&self, entry: Entry, first_missing: &FirstMissing<'_>) {
         let Err(entry) = self.enter(entry, first_missing) else { return };
+        let is_over = first_missing(entry.range, entry.until()).is_none();
         match entry.recipient {
             Recipient::Callback(callback) | Recipient::Background(callback) => {
-                if first_missing(entry.range).is_none() {
+                if is_over {
                     call(callback);
                 }
             }
@@ -385,7 +409,8 @@ impl WaitTable {
             let mut entries = bucket.lock();
             let mut index = 0;
             while index < entries.len() {
-                if first_missing(PageRange::page(entries[index].page)).is_none() {
+                let (page, until) = (PageRange::page(entries[index].page), entries[index].until());
+                if first_missing(page, until).is_none() {
                     arrived.push(entries.swap_remove(index));
                 } else {
                     index += 1;
@@ -416,5 +441,5 @@ fn call(callback: Callback) {
     callback();
 }
 
-/// A function that returns the first missing page of a range.
-pub(crate) type FirstMissing<'a> = dyn Fn(PageRange) -> Option<u64> + 'a;
+/// A function that returns the first page of a range that is awaited.
+pub(crate) type FirstMissing<'a> = dyn Fn(PageRange, Until) -> Option<u64> + 'a;

@@ -101,6 +101,8 @@ pub enum FillOrder {
     /// These ranges first, in the order of the list: the working set of an earlier run, for
     /// example. The rest follows in ascending order.
     RangesFirst(Vec<FillRange>),
+    /// These ranges in the order of the list, and nothing else: the fill ends after them.
+    RangesOnly(Vec<FillRange>),
     /// From the latest fault on, ascending, and from the first page after the last.
     NearLastFault,
 }

@@ -21,6 +21,8 @@ pub(super) struct Plan {
     chunk: u64,
     /// Ranges to request before all else, by the index of their region.
     first: VecDeque<(usize, PageRange)>,
+    /// Whether the fill ends after these.
+    is_partial: bool,
     direction: Direction,
     /// The region in which the search continues.
     region: usize,
@@ -39,7 +41,7 @@ impl Plan {
                 region = pagers.len().saturating_sub(1);
                 page = pagers.last().map_or(0, |pager| pager.pages());
             }
-            FillOrder::RangesFirst(ranges) => {
+            FillOrder::RangesFirst(ranges) | FillOrder::RangesOnly(ranges) => {
                 first = ranges
                     .iter()
                     .filter_map(|range| {
@@ -55,12 +57,18 @@ impl Plan {
             }
         }
         let chunk = (options.chunk / PAGE_SIZE).max(1);
-        Plan { pagers, chunk, first, direction, region, page }
+        let is_partial = matches!(options.order, FillOrder::RangesOnly(_));
+        Plan { pagers, chunk, first, is_partial, direction, region, page }
     }
 
     /// Returns the largest size of a request, in bytes.
     pub(super) fn chunk_bytes(&self) -> u64 {
         self.chunk * PAGE_SIZE
+    }
+
+    /// Returns whether pages are left out.
+    pub(super) fn is_partial(&self) -> bool {
+        self.is_partial
     }
 
     pub(super) fn pagers(&self) -> &[Arc<Pager>] {
@@ -77,6 +85,9 @@ impl Plan {
                 return Some((pager.clone(), pages));
             }
             self.first.pop_front();
+        }
+        if self.is_partial {
+            return None;
         }
         if self.direction == Direction::NearLastFault {
             let mut regions = self.pagers.iter().enumerate();

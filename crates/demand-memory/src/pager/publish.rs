@@ -2,6 +2,7 @@
 //! Publishing populated pages, and retrying those that could not be populated or mapped.
 
 use std::panic::{self, AssertUnwindSafe};
+use std::sync::atomic::{Ordering, fence};
 use std::sync::{Arc, PoisonError};
 use std::time::Instant;
 
@@ -10,19 +11,68 @@ use demand_source::Retry;
 use crate::errand::{Errand, Left, Role, has_more_probes, probe_of};
 use crate::error::PopulateError;
 use crate::retry::{Attempts, Due, Failed};
+use crate::touches::FirstTouches;
 use crate::{FaultPath, PageRange, Pager, Published};
 
 impl Pager {
-    /// Makes pages present whose content is complete. Returns false if they could not be mapped;
-    /// the retrier then tries again. The order keeps readers from seeing incomplete pages, and
-    /// their writes from being lost: content, populated mark, the guest's armed mapping, missing
-    /// bit, waiters.
+    /// Makes pages present whose content is complete, or holds them until their first touch if they
+    /// are background fill's. Returns whether they are present.
     pub(crate) fn publish(
         self: &Arc<Self>,
         run: PageRange,
         errand: Errand,
         bytes_read: u64,
     ) -> bool {
+        if errand.path == FaultPath::Fill
+            && let Some(touches) = self.touches.get()
+        {
+            return self.hold(touches, run, errand, bytes_read);
+        }
+        self.publish_now(run, errand, bytes_read)
+    }
+
+    /// Holds those of the pages whose first touch is to be seen, and makes the others present.
+    #[cold]
+    fn hold(
+        self: &Arc<Self>,
+        touches: &FirstTouches,
+        run: PageRange,
+        errand: Errand,
+        bytes_read: u64,
+    ) -> bool {
+        // Before the bits that let another thread publish the pages.
+        self.bitmap.mark_populated(run);
+        self.stats.read(errand.path, bytes_read);
+        self.set_aside.take_back(run);
+        let mut present = self.publish_taken(touches.hold(run));
+        // Pairs with the fences in `end_touches` and of a waiter that is listed: either this finds
+        // the end or the waiter, or that thread finds the held pages.
+        fence(Ordering::SeqCst);
+        if touches.has_ended() || self.bitmap.is_wanted(run) {
+            present += self.publish_held(run);
+        }
+        self.bitmap.tell_populated(run);
+        self.populate_rest(run, errand);
+        present == run.count
+    }
+
+    /// Publishes the held pages of the range. Returns how many are present now.
+    pub(super) fn publish_held(self: &Arc<Self>, range: PageRange) -> u64 {
+        self.touches.get().map_or(0, |touches| self.publish_taken(touches.take(range)))
+    }
+
+    /// Publishes populated pages, whose content was counted before. Returns how many are present.
+    pub(super) fn publish_taken(self: &Arc<Self>, runs: Vec<PageRange>) -> u64 {
+        let errand = Errand::new(FaultPath::Fill);
+        let publish = |run: &PageRange| self.publish_now(*run, errand, 0);
+        runs.into_iter().filter(publish).map(|run| run.count).sum()
+    }
+
+    /// Makes pages present whose content is complete. Returns false if they could not be mapped;
+    /// the retrier then tries again. The order keeps readers from seeing incomplete pages, and
+    /// their writes from being lost: content, populated mark, the guest's armed mapping, missing
+    /// bit, waiters.
+    fn publish_now(self: &Arc<Self>, run: PageRange, errand: Errand, bytes_read: u64) -> bool {
         if let Some(trap) = self.guest_trap.get() {
             self.bitmap.mark_populated(run);
             if let Err(error) = trap.map_present(run) {
@@ -164,7 +214,8 @@ impl Pager {
         self.stats.retried();
         match left {
             Left::Populate => self.populate(run, errand),
-            Left::Publish { bytes_read } => u64::from(self.publish(run, errand, bytes_read)),
+            // The guest may have reached some of the pages: none is held now.
+            Left::Publish { bytes_read } => u64::from(self.publish_now(run, errand, bytes_read)),
         };
     }
 }
