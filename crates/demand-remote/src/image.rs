@@ -7,7 +7,7 @@
 //! store uses. `docs/image-format.md` of the repository specifies the format.
 
 mod block;
-mod chunk;
+pub(crate) mod chunk;
 mod error;
 mod flights;
 mod gc;
@@ -15,7 +15,7 @@ mod gc;
 mod host;
 mod info;
 mod job;
-mod layout;
+pub(crate) mod layout;
 mod manifest;
 mod names;
 mod pull;
@@ -33,6 +33,7 @@ pub use gc::{DEFAULT_GRACE, Garbage, GcOptions, gc};
 pub use info::{Info, info};
 pub use manifest::{ChunkCounts, FileRef, Generation, ImageRef, IndexRef, Manifest};
 pub use names::ObjectId;
+pub(crate) use names::WORKING_SETS;
 pub use pull::{VerifySummary, pull, verify};
 pub use push::{DEFAULT_CHUNK_SIZE, Push, PushProgress, PushSummary};
 pub use remote::{RemoteImage, RemoteOptions};

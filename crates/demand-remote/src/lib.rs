@@ -26,6 +26,8 @@ mod runtime;
 mod s3;
 #[cfg(feature = "store")]
 mod store;
+#[cfg(feature = "image")]
+pub mod working_set;
 
 #[cfg(feature = "cache")]
 pub use cache::{CacheError, CacheErrorKind, CacheStats, HostCache};

@@ -15,6 +15,9 @@ pub enum LayoutError {
     /// An object that is not an index.
     #[error("it is not the index of an image")]
     NotAnIndex,
+    /// An object that is not a working set.
+    #[error("it is not a working set")]
+    NotAWorkingSet,
     /// A version of the format that this crate cannot read.
     #[error("it has version {version}, but this program reads version {readable}")]
     Version {

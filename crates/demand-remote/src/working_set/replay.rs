@@ -1,0 +1,362 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The replay of a working set: a source that delivers its pages from it, and the others from the
+//! image.
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
+
+use demand_source::{
+    Chunk, Completer, Completion, Destination, Extent, MappedBytes, PageSource, Priority, Request,
+    SourceError, to_usize,
+};
+
+use super::WorkingSet;
+use super::layout::run_of;
+use crate::image::layout::PAGE;
+use crate::queue::{Limits, Queue};
+use crate::runtime;
+
+/// Numbers of frames that are read at once. Faults promote few.
+const LIMITS: Limits = Limits { demand: 16, fill: 8 };
+/// Number of frames that are read ahead of background fill.
+const AHEAD: usize = 8;
+/// Maximum number of frames whose content is kept: 16 MiB.
+const MOST_READY: usize = 64;
+/// Longest time for which a fault waits for a frame. The page then comes from the image.
+const PATIENCE: Duration = Duration::from_millis(500);
+/// Longest time for a frame.
+const LIMIT: Duration = Duration::from_secs(10);
+
+/// The activity of a replay.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ReplayStats {
+    /// Frames that were read.
+    pub frames: u64,
+    /// Bytes of these frames, as stored.
+    pub bytes: u64,
+    /// Frames that could not be read, or not in time: their pages came from the image.
+    pub failed: u64,
+}
+
+/// A source over an image's source that delivers the pages of a working set from the set.
+///
+/// Background fill that asks for the set's [ranges](WorkingSet::ranges) in their order replays the
+/// set: up to 8 frames are read at once, ahead of it. A fault on a page whose frame is being read
+/// waits for it, at most half a second; one whose frame is queued promotes it. Where a frame cannot
+/// be read, or is damaged, its pages come from the image, as do all other pages. Each page is
+/// checked against the hash that the set has for it.
+pub struct ReplayedSource {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    image: Arc<dyn PageSource>,
+    set: WorkingSet,
+    queue: Queue,
+    state: Mutex<State>,
+}
+
+struct State {
+    frames: Vec<FrameState>,
+    /// The frames whose content is kept, in the order of their arrival.
+    ready: VecDeque<usize>,
+    stats: ReplayStats,
+}
+
+enum FrameState {
+    /// Nothing was requested so far.
+    Idle,
+    /// It is queued, or being read, for these requests.
+    Flying(Vec<Waiting>),
+    Ready(Arc<Vec<u8>>),
+    /// The image delivers its pages.
+    Gone,
+}
+
+/// A request that waits for a frame.
+struct Waiting {
+    /// Offset in the image, in bytes.
+    offset: u64,
+    destination: Destination<'static>,
+    completer: Completer,
+    priority: Priority,
+}
+
+impl ReplayedSource {
+    /// Creates the source. Nothing is read yet.
+    pub fn new(image: Arc<dyn PageSource>, set: WorkingSet) -> Self {
+        let states = set.frames().iter().map(|frame| match frame.stored {
+            Some(_) => FrameState::Idle,
+            None => FrameState::Gone,
+        });
+        let (frames, ready, stats) = (states.collect(), VecDeque::new(), ReplayStats::default());
+        let state = Mutex::new(State { frames, ready, stats });
+        ReplayedSource { shared: Arc::new(Shared { image, set, queue: Queue::new(LIMITS), state }) }
+    }
+
+    /// Returns the working set.
+    pub fn set(&self) -> &WorkingSet {
+        &self.shared.set
+    }
+
+    /// Returns the activity so far.
+    pub fn stats(&self) -> ReplayStats {
+        self.shared.lock().stats
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Returns the frame that has all of these bytes one behind the other, and their place in its
+    /// content.
+    fn frame_of(&self, offset: u64, len: usize) -> Option<(usize, Range<usize>)> {
+        let (page, within) = (offset / PAGE, to_usize(offset % PAGE));
+        let (frame, at) = self.set.find(page)?;
+        let entries = &self.set.frames()[frame].entries;
+        let start = at * to_usize(PAGE) + within;
+        let last = at * to_usize(PAGE) + to_usize(run_of(entries, at) * PAGE);
+        (start.checked_add(len)? <= last).then(|| (frame, start..start + len))
+    }
+
+    /// Requests a frame, unless it was requested before.
+    fn want(self: &Arc<Self>, state: &mut State, frame: usize, priority: Priority) {
+        if !matches!(state.frames[frame], FrameState::Idle) {
+            return;
+        }
+        state.frames[frame] = FrameState::Flying(Vec::new());
+        let shared = Arc::downgrade(self);
+        runtime::handle().spawn(fly(shared, frame, priority));
+    }
+
+    /// Requests the frames that follow one.
+    fn read_ahead(self: &Arc<Self>, state: &mut State, frame: usize) {
+        for next in (frame + 1..state.frames.len()).take(AHEAD) {
+            self.want(state, next, Priority::Fill);
+        }
+    }
+
+    /// Promotes a queued frame, and limits the wait of faults for it.
+    fn promote(self: &Arc<Self>, frame: usize) {
+        self.queue.raise(frame as u64, 1);
+        let shared = Arc::downgrade(self);
+        runtime::handle().spawn(async move {
+            tokio::time::sleep(PATIENCE).await;
+            if let Some(shared) = shared.upgrade() {
+                shared.give_up_waits(frame);
+            }
+        });
+    }
+
+    /// Passes the faults that wait for a frame on to the image.
+    fn give_up_waits(self: &Arc<Self>, frame: usize) {
+        let mut faults = Vec::new();
+        if let FrameState::Flying(waiting) = &mut self.lock().frames[frame] {
+            let all = std::mem::take(waiting);
+            let (wanted, others) =
+                all.into_iter().partition(|one| one.priority == Priority::Demand);
+            (faults, *waiting) = (wanted, others);
+        }
+        faults.into_iter().for_each(|one| self.ask_image(one));
+    }
+
+    fn ask_image(&self, one: Waiting) {
+        let Waiting { offset, destination, completer, priority } = one;
+        let chunks = vec![Chunk { offset, destination }];
+        let answered = self.image.submit(Request { priority, chunks });
+        answered.then(move |outcome| completer.complete(outcome));
+    }
+
+    /// Answers the requests that wait for a frame.
+    fn land(self: &Arc<Self>, frame: usize, content: Option<Vec<u8>>) {
+        let content = content.map(Arc::new);
+        let next = content.clone().map_or(FrameState::Gone, FrameState::Ready);
+        let waiting = {
+            let mut state = self.lock();
+            match &content {
+                Some(_) => {
+                    let stored = &self.set.frames()[frame].stored;
+                    state.stats.frames += 1;
+                    state.stats.bytes += stored.map_or(0, |stored| stored.len);
+                    state.ready.push_back(frame);
+                }
+                None => state.stats.failed += 1,
+            }
+            if state.ready.len() > MOST_READY
+                && let Some(oldest) = state.ready.pop_front()
+            {
+                state.frames[oldest] = FrameState::Gone;
+            }
+            std::mem::replace(&mut state.frames[frame], next)
+        };
+        // Outside the lock: the requests complete, which calls the pager.
+        let FrameState::Flying(waiting) = waiting else { return };
+        for mut one in waiting {
+            let place = self.frame_of(one.offset, one.destination.len());
+            match (&content, place) {
+                (Some(content), Some((_, place))) => {
+                    one.destination.write_at(0, &content[place]);
+                    drop(one.destination);
+                    one.completer.complete(Ok(()));
+                }
+                _ => self.ask_image(one),
+            }
+        }
+    }
+}
+
+/// Reads a frame once it is its turn.
+async fn fly(shared: Weak<Shared>, frame: usize, priority: Priority) {
+    let Some(shared) = shared.upgrade() else { return };
+    let read = async {
+        let _turn = shared.queue.turn(priority, frame as u64, 1).await;
+        tokio::time::timeout(LIMIT, shared.set.read(frame)).await
+    };
+    let content = match read.await {
+        Ok(Ok(content)) => Some(content),
+        Ok(Err(error)) => {
+            log::warn!("{error}; these pages come from the image");
+            None
+        }
+        Err(_) => {
+            log::warn!(
+                "cannot read a frame of {:?} within {LIMIT:?}: the store does not answer; these \
+                 pages come from the image",
+                shared.set
+            );
+            None
+        }
+    };
+    shared.land(frame, content);
+}
+
+impl PageSource for ReplayedSource {
+    fn size(&self) -> u64 {
+        self.shared.image.size()
+    }
+
+    fn extent(&self, offset: u64) -> Result<Extent, SourceError> {
+        match self.shared.known_extent(offset) {
+            Some(extent) => Ok(extent),
+            None => self.shared.image.extent(offset),
+        }
+    }
+
+    fn extent_now(&self, offset: u64) -> Option<Result<Extent, SourceError>> {
+        match self.shared.known_extent(offset) {
+            Some(extent) => Some(Ok(extent)),
+            None => self.shared.image.extent_now(offset),
+        }
+    }
+
+    fn submit(&self, mut request: Request) -> Completion {
+        let shared = &self.shared;
+        let [chunk] = &request.chunks[..] else { return shared.image.submit(request) };
+        let Some((frame, place)) = shared.frame_of(chunk.offset, chunk.destination.len()) else {
+            return shared.image.submit(request);
+        };
+        let priority = request.priority;
+        let mut state = shared.lock();
+        shared.want(&mut state, frame, priority);
+        if priority == Priority::Fill {
+            shared.read_ahead(&mut state, frame);
+        }
+        let content = match &mut state.frames[frame] {
+            FrameState::Ready(content) => content.clone(),
+            FrameState::Flying(waiting) => {
+                let Some(Chunk { offset, destination }) = request.chunks.pop() else {
+                    return Completion::ready(Ok(()));
+                };
+                let (completer, completion) = Completion::pair();
+                waiting.push(Waiting { offset, destination, completer, priority });
+                drop(state);
+                if priority == Priority::Demand {
+                    shared.promote(frame);
+                }
+                return completion;
+            }
+            FrameState::Idle | FrameState::Gone => {
+                drop(state);
+                return shared.image.submit(request);
+            }
+        };
+        drop(state);
+        for mut chunk in request.chunks {
+            chunk.destination.write_at(0, &content[place.clone()]);
+        }
+        Completion::ready(Ok(()))
+    }
+
+    fn raise(&self, offset: u64, len: u64) {
+        let shared = &self.shared;
+        shared.image.raise(offset, len);
+        let end = offset.saturating_add(len);
+        let mut flying = Vec::new();
+        {
+            let mut state = shared.lock();
+            for page in offset / PAGE..end.div_ceil(PAGE) {
+                let Some((frame, _)) = shared.set.find(page) else { continue };
+                let FrameState::Flying(waiting) = &mut state.frames[frame] else { continue };
+                for one in waiting.iter_mut() {
+                    let its_end = one.offset + one.destination.len() as u64;
+                    if one.offset < end && offset < its_end {
+                        one.priority = Priority::Demand;
+                    }
+                }
+                if flying.last() != Some(&frame) {
+                    flying.push(frame);
+                }
+            }
+        }
+        flying.into_iter().for_each(|frame| shared.promote(frame));
+    }
+
+    fn read_now(
+        &self,
+        offset: u64,
+        destination: &mut Destination<'_>,
+    ) -> Option<Result<(), SourceError>> {
+        if let Some((frame, place)) = self.shared.frame_of(offset, destination.len()) {
+            let content = match &self.shared.lock().frames[frame] {
+                FrameState::Ready(content) => Some(content.clone()),
+                _ => None,
+            };
+            if let Some(content) = content {
+                destination.write_at(0, &content[place]);
+                return Some(Ok(()));
+            }
+        }
+        self.shared.image.read_now(offset, destination)
+    }
+
+    fn mapped(&self, offset: u64, len: u64) -> Option<MappedBytes<'_>> {
+        self.shared.image.mapped(offset, len)
+    }
+
+    fn is_intact(&self) -> bool {
+        self.shared.image.is_intact()
+    }
+}
+
+impl Shared {
+    /// Returns the extent at `offset` if its page is in the set: it ends where the pages of the
+    /// frame no longer follow one another.
+    fn known_extent(&self, offset: u64) -> Option<Extent> {
+        let page = offset / PAGE;
+        let (frame, at) = self.set.find(page)?;
+        let frame = &self.set.frames()[frame];
+        let end = (page + run_of(&frame.entries, at)) * PAGE;
+        Some(if frame.stored.is_none() { Extent::Hole { end } } else { Extent::Data { end } })
+    }
+}
+
+impl fmt::Debug for ReplayedSource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ReplayedSource").field("set", &self.shared.set).finish_non_exhaustive()
+    }
+}
