@@ -40,6 +40,7 @@ use crate::api::http::Response;
 use crate::config::names::with_keys;
 use crate::config::vm::{RestoreConfig, VmConfig};
 use crate::error::{Error, Kind};
+use crate::report::WorkingSetReport;
 
 /// The operations that a VMM offers through the API. Requests arrive on several threads at once.
 pub trait Control: Send + Sync {
@@ -319,6 +320,9 @@ pub struct Status {
     /// The limits that the VM has because of its backing: one line each.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub limits: Vec<String>,
+    /// Figures for the working set; absent without one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub working_set: Option<WorkingSetReport>,
 }
 
 /// A device's kind and state.

@@ -35,7 +35,7 @@ use crate::cli::probe::require::Need;
 use crate::config::vm::{RestoreConfig, VmConfig};
 use crate::config::{
     CacheConfig, ClockConfig, FillConfig, MemoryConfig, OnPanic, RestoreMemory, SerialConfig,
-    VhostUserConfig,
+    VhostUserConfig, WorkingSetConfig,
 };
 use crate::error::Error;
 use crate::logger;
@@ -308,6 +308,11 @@ struct RestoreArgs {
     /// [default: on].
     #[arg(long)]
     fill: Option<FillConfig>,
+    /// The pages that the snapshot's guests touch first: record those of this run, replay the
+    /// recorded ones, auto for both, or off; with [,at=FILE|URL][,seconds=N] [default: off, beside
+    /// the snapshot, 30]. Everyone who can write it can change what guests read.
+    #[arg(long, value_name = "MODE")]
+    working_set: Option<WorkingSetConfig>,
     /// Where the guest's clocks continue: keep, at their old values, or host, as if the guest had
     /// been paused [default: keep].
     #[arg(long)]
@@ -339,6 +344,7 @@ impl RestoreArgs {
         parts.put("lazy", self.lazy.map(Lazy::name));
         parts.put("source_limit_s", self.source_limit);
         parts.put("fill", self.fill.clone());
+        parts.put("working_set", self.working_set.as_ref());
         parts.put("clock", self.clock);
         parts.put("verify", self.verify.then_some(true));
         parts

@@ -12,6 +12,7 @@ pub(crate) mod pager;
 pub mod size;
 pub mod source;
 pub mod vm;
+pub(crate) mod working_set;
 
 use std::path::PathBuf;
 
@@ -24,6 +25,7 @@ use crate::config::json::{Bytes, optional_text, text};
 pub use crate::config::cache::{CacheConfig, CacheConfigError};
 pub use crate::config::device::{DeviceConfigError, Lazy, VhostUserConfig};
 pub use crate::config::fill::{FillConfig, FillError};
+pub use crate::config::working_set::{WorkingSetConfig, WorkingSetMode};
 
 /// Size and backing of a VM's memory.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

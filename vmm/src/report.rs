@@ -45,12 +45,45 @@ pub struct Report {
     /// Figures for the host cache; absent without one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cache: Option<CacheReport>,
+    /// Figures for the working set; absent without one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub working_set: Option<WorkingSetReport>,
     /// Time from the process's start to its first `KVM_RUN`, in microseconds.
     pub time_to_first_instruction_us: u64,
     /// Time from the process's start until the last page was present, in microseconds; 0 if pages
     /// were still missing at the end, or if all were present from the start.
     pub time_to_complete_us: u64,
     /// The error that ended the run; absent after an end in order.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+}
+
+/// The replay of a working set, and its recording. Touches are counted while they are noted: for 30
+/// seconds by default.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WorkingSetReport {
+    /// The use of the working set: `record`, `replay` or `auto`.
+    pub mode: String,
+    /// Pages of the set that was replayed; 0 if none was.
+    pub replayed_pages: u64,
+    /// Bytes that were read of it, as stored.
+    pub fetched_bytes: u64,
+    /// Frames of the set that could not be read, or were damaged: their pages came from the image.
+    pub failed_frames: u64,
+    /// Pages of the set that arrived before their first touch, and were touched. Under `replay` it
+    /// is an estimate, from a sample of one page in 64.
+    pub hits: u64,
+    /// Pages of the set that were touched before they arrived.
+    pub late: u64,
+    /// Pages outside the set that were touched before they arrived.
+    pub misses: u64,
+    /// Pages of the set that arrived, and were not touched; an estimate like `hits`.
+    pub waste: u64,
+    /// Pages of the set that was recorded; 0 if none was.
+    pub recorded_pages: u64,
+    /// Its length, in bytes.
+    pub recorded_bytes: u64,
+    /// The error for which none was recorded.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
 }
@@ -187,6 +220,13 @@ impl Report {
                 size(cache.written_bytes)
             );
         }
+        if let Some(set) = &self.working_set {
+            *table += &format!(
+                "  working set: {} pages replayed, {} hits, {} late, {} misses, {} in vain; {} \
+                 recorded\n",
+                set.replayed_pages, set.hits, set.late, set.misses, set.waste, set.recorded_pages
+            );
+        }
     }
 }
 
@@ -250,6 +290,12 @@ mod tests {
         let lines = report.table();
         let cache = "  cache: 7 hits, 28K, 0 misses, 0B written";
         assert_eq!(lines.lines().nth(8), Some(cache), "{lines}");
+        let set = WorkingSetReport { replayed_pages: 9, hits: 7, waste: 2, ..Default::default() };
+        report.working_set = Some(set);
+        let lines = report.table();
+        let set =
+            "  working set: 9 pages replayed, 7 hits, 0 late, 0 misses, 2 in vain; 0 recorded";
+        assert_eq!(lines.lines().nth(9), Some(set), "{lines}");
     }
 
     #[test]

@@ -25,6 +25,11 @@ pub mod source_watch;
 pub mod supervise;
 mod task;
 pub(crate) mod timeouts;
+#[cfg(feature = "remote")]
+pub(crate) mod working_set;
+#[cfg(not(feature = "remote"))]
+#[path = "vm/working_set/none.rs"]
+pub(crate) mod working_set;
 
 use std::fmt;
 use std::path::Path;
@@ -63,6 +68,7 @@ use crate::vm::lifecycle::{Change, Lifecycle};
 use crate::vm::machine::Machine;
 use crate::vm::source_watch::LastError;
 use crate::vm::task::spawn;
+use crate::vm::working_set::WorkingSetRun;
 
 /// The parts of a VM.
 pub(crate) struct VmParts {
@@ -96,6 +102,8 @@ pub(crate) struct VmParts {
     pub log: Arc<EventLog>,
     /// Whether a reset that the guest requested is pending.
     pub reset_asked: Arc<AtomicBool>,
+    /// The working set.
+    pub working_set: Option<Arc<WorkingSetRun>>,
 }
 
 /// A VM. Any thread can operate it through [`Control`].
@@ -115,6 +123,7 @@ pub(crate) struct Vm {
     pub(crate) events: EventSender,
     pub(crate) log: Arc<EventLog>,
     reset_asked: Arc<AtomicBool>,
+    pub(crate) working_set: Option<Arc<WorkingSetRun>>,
     pub(crate) lifecycle: Lifecycle,
 }
 
@@ -155,6 +164,7 @@ impl Vm {
             events: parts.events,
             log: parts.log,
             reset_asked: parts.reset_asked,
+            working_set: parts.working_set,
             lifecycle: Lifecycle::default(),
         }
     }
@@ -466,6 +476,7 @@ impl Control for Vm {
             snapshot,
             last_error: self.last_error(),
             limits: self.memory.limits().iter().map(ToString::to_string).collect(),
+            working_set: self.working_set.as_ref().map(|run| run.report()),
         }
     }
 

@@ -226,6 +226,7 @@ mod tests {
             snapshot: None,
             last_error: None,
             limits: Vec::new(),
+            working_set: None,
         }
     }
 

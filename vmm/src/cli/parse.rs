@@ -14,9 +14,10 @@ use crate::config::device::{
 use crate::config::device_kind::DeviceKind;
 use crate::config::fill::{check_chunk, check_rate, parse_order};
 use crate::config::size::{SizeError, parse_size};
+use crate::config::working_set::DEFAULT_SECONDS;
 use crate::config::{
     CacheConfig, CacheConfigError, FillConfig, FillError, Lazy, MemoryConfig, MemoryError,
-    RestoreMemory, SerialConfig, VhostUserConfig,
+    RestoreMemory, SerialConfig, VhostUserConfig, WorkingSetConfig, WorkingSetMode,
 };
 
 /// Errors in the value of an option.
@@ -89,6 +90,12 @@ pub enum ParseError {
     /// A part of the host cache is missing.
     #[error("--cache: {0}")]
     Cache(#[from] CacheConfigError),
+    /// The use of the working set is missing.
+    #[error("--working-set: choose record, replay, auto or off, as in auto,at=FILE")]
+    WorkingSet,
+    /// The place of the working set is empty.
+    #[error("it is empty; name a file or a URL")]
+    Empty,
     /// The fill is none of those that exist.
     #[error("--fill: choose on, off or rate=BYTES, as in rate=100M")]
     Fill,
@@ -326,6 +333,29 @@ impl FromStr for CacheConfig {
     }
 }
 
+impl FromStr for WorkingSetConfig {
+    type Err = ParseError;
+
+    /// Parses `record`, `replay`, `auto` or `off`, with `,at=FILE` or `,at=URL`, and `,seconds=N`.
+    fn from_str(text: &str) -> Result<Self, ParseError> {
+        let mut parts = Parts::with_first("--working-set", "mode", text)?;
+        let mode = parts.take("mode", |mode| match mode {
+            "record" => Ok(WorkingSetMode::Record),
+            "replay" => Ok(WorkingSetMode::Replay),
+            "auto" => Ok(WorkingSetMode::Auto),
+            "off" => Ok(WorkingSetMode::Off),
+            _ => Err(ParseError::Choice("record, replay, auto or off")),
+        })?;
+        let at = parts.take("at", |at| match at {
+            "" => Err(ParseError::Empty),
+            at => Ok(PathBuf::from(at).into()),
+        })?;
+        let seconds = parts.take("seconds", parse_number)?.unwrap_or(DEFAULT_SECONDS);
+        parts.end("at, seconds")?;
+        Ok(WorkingSetConfig { mode: mode.ok_or(ParseError::WorkingSet)?, at, seconds })
+    }
+}
+
 impl FromStr for FillConfig {
     type Err = ParseError;
 
@@ -480,6 +510,27 @@ mod tests {
         ] {
             let error = text.parse::<VhostUserConfig>().unwrap_err().to_string();
             assert!(error.starts_with("--vhost-user: "), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn working_sets() {
+        let set = |text: &str| text.parse::<WorkingSetConfig>();
+        let plain = WorkingSetConfig { mode: WorkingSetMode::Auto, at: None, seconds: 30 };
+        assert_eq!(set("auto"), Ok(plain.clone()));
+        let at = Some("s3://bucket/a,b".parse().unwrap());
+        let full = WorkingSetConfig { mode: WorkingSetMode::Record, at, seconds: 5 };
+        assert_eq!(set("record,at=s3://bucket/a,,b,seconds=5"), Ok(full));
+        for (text, words) in [
+            ("", "choose record, replay, auto or off"),
+            ("at=/a", "choose record, replay, auto or off"),
+            ("on", "--working-set: mode=on: choose record, replay, auto or off"),
+            ("auto,at=", "--working-set: at=: it is empty"),
+            ("auto,seconds=x", "--working-set: seconds=x: it is not a number"),
+            ("auto,for=3", "--working-set: unknown key 'for'; it takes at, seconds"),
+        ] {
+            let error = set(text).unwrap_err().to_string();
+            assert!(error.contains(words), "{text}: {error}");
         }
     }
 

@@ -4,7 +4,7 @@
 //! becomes the key for users of the file and clients.
 
 /// Each option with its key.
-const NAMES: [(&str, &str); 17] = [
+const NAMES: [(&str, &str); 18] = [
     ("--memory", "memory"),
     ("--cpus", "cpus"),
     ("--kernel", "kernel"),
@@ -21,6 +21,7 @@ const NAMES: [(&str, &str); 17] = [
     ("--lazy", "lazy"),
     ("--source-limit", "source_limit_s"),
     ("--fill", "fill"),
+    ("--working-set", "working_set"),
     ("--clock", "clock"),
     ("--verify", "verify"),
 ];
@@ -78,7 +79,7 @@ mod tests {
         .unwrap();
         let restore: RestoreConfig = serde_json::from_str(
             r#"{"source": "/s", "cpus": 1, "source_limit_s": 1, "cache": {"dir": "/c", "size": 1},
-                "other_sources": ["/t"]}"#,
+                "other_sources": ["/t"], "working_set": {"mode": "auto"}}"#,
         )
         .unwrap();
         for config in [serde_json::to_value(boot), serde_json::to_value(restore)] {

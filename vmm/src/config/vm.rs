@@ -13,6 +13,7 @@ use crate::config::json::text;
 use crate::config::source::SnapshotPlace;
 use crate::config::{
     CacheConfig, ClockConfig, FillConfig, MemoryConfig, OnPanic, RestoreMemory, SerialConfig,
+    WorkingSetConfig,
 };
 
 /// The kernel's command line if none is given.
@@ -180,6 +181,9 @@ pub struct RestoreConfig {
     /// Background fill.
     #[serde(default)]
     pub fill: FillConfig,
+    /// The working set; `None`: it is off.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub working_set: Option<WorkingSetConfig>,
     /// The point from which the guest's clocks continue.
     #[serde(default)]
     pub clock: ClockConfig,
@@ -194,7 +198,8 @@ impl RestoreConfig {
         let cache = self.cache.iter().map(|cache| &*cache.dir);
         let rest = cache.chain(guest_paths(&self.devices, &self.serial)).map(Path::to_path_buf);
         let sources = [&self.source].into_iter().chain(&self.other_sources);
-        sources.flat_map(SnapshotPlace::paths).chain(rest)
+        let working_set = self.working_set.iter().filter_map(|set| set.at.as_ref());
+        sources.chain(working_set).flat_map(SnapshotPlace::paths).chain(rest)
     }
 
     /// Returns the configuration with all paths made absolute, as the API wants them.
@@ -207,6 +212,8 @@ impl RestoreConfig {
         let cache = self.cache.iter_mut().map(|cache| &mut cache.dir);
         make_absolute(cache.chain(guest))?;
         self.source.make_absolute()?;
+        let working_set = self.working_set.iter_mut().filter_map(|set| set.at.as_mut());
+        working_set.into_iter().try_for_each(SnapshotPlace::make_absolute)?;
         self.other_sources.iter_mut().try_for_each(SnapshotPlace::make_absolute)?;
         Ok(self)
     }
@@ -265,6 +272,7 @@ mod tests {
             "memory": {"size": "1G", "thp": true}, "cpus": 2, "engine": "uffd", "clock": "host",
             "source_limit_s": 5, "fill": {"rate": "1M"}, "serial": "off", "verify": true,
             "cache": {"dir": "/c", "size": "1G"}, "other_sources": ["/t", "https://host/vm7"],
+            "working_set": {"mode": "auto", "at": "/set", "seconds": 5},
         }))
         .unwrap();
         assert_eq!(config.fill, FillConfig::On(FillRate::BytesPerSecond(1 << 20).into()));

@@ -94,6 +94,15 @@ impl OpenSnapshot {
         }
     }
 
+    /// Returns the digest of the index of a snapshot that was pushed to a store.
+    #[cfg(feature = "remote")]
+    pub(crate) fn index(&self) -> Option<demand_remote::image::ObjectId> {
+        match &self.files {
+            Files::Directory(_) => None,
+            Files::Remote(remote) => remote.index(),
+        }
+    }
+
     /// Reads the state, and checks that it is complete.
     ///
     /// # Errors

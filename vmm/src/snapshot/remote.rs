@@ -21,7 +21,7 @@ use demand_pager::{PagerError, PagerOptions, PagerSource};
 #[cfg(feature = "remote")]
 pub(crate) use demand_remote::HostCache;
 #[cfg(feature = "remote")]
-use demand_remote::image::{ImageError, RemoteImage, RemoteOptions};
+use demand_remote::image::{ImageError, ObjectId, RemoteImage, RemoteOptions};
 #[cfg(feature = "remote")]
 use demand_remote::nbd::{self, NbdOptions, NbdSource};
 #[cfg(feature = "remote")]
@@ -126,6 +126,15 @@ impl RemoteSnapshot {
         return matches!(self, RemoteSnapshot::Pushed(_));
         #[cfg(not(feature = "remote"))]
         false
+    }
+
+    /// Returns the digest of the index of a snapshot that was pushed to a store.
+    #[cfg(feature = "remote")]
+    pub(crate) fn index(&self) -> Option<ObjectId> {
+        match self {
+            RemoteSnapshot::Pushed(image) => Some(image.manifest().index.sha256),
+            _ => None,
+        }
     }
 
     /// Opens a file that is not part of a pushed snapshot.

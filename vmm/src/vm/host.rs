@@ -232,6 +232,7 @@ impl Host {
             snapshot: None,
             last_error: None,
             limits: Vec::new(),
+            working_set: None,
         }
     }
 }

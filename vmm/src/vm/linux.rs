@@ -193,6 +193,7 @@ fn prepare(session: &Session, options: &LinuxOptions) -> Result<Prepared, Error>
         events: session.events.clone(),
         log: session.log.clone(),
         reset_asked: session.reset_asked.clone(),
+        working_set: None,
     });
     Ok(Prepared { vm, begin: Box::new(|_| Ok(())), fill: None })
 }

@@ -76,6 +76,11 @@ fn open_cache(_: &Session, options: &RestoreOptions) -> Result<Option<HostCache>
 }
 
 impl Opened<'_> {
+    /// Returns the place of the snapshot.
+    pub(crate) fn place(&self) -> &SnapshotPlace {
+        self.place
+    }
+
     /// Opens the image of the memory, and those of the places after this one. A place that cannot
     /// be used now is left out.
     pub(crate) fn memory(&self, saved: &SavedMemory) -> Result<MemoryImage, Error> {

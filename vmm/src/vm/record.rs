@@ -12,6 +12,7 @@ use demand_paging::LazyMemory;
 
 use crate::config::MemoryConfig;
 use crate::report::{Report, micros, picture, size};
+use crate::vm::working_set::WorkingSetRun;
 
 /// The facts about the machine of a run.
 #[derive(Debug)]
@@ -37,6 +38,8 @@ pub(crate) struct Record {
     /// The host cache that chunks are read through.
     #[cfg(feature = "remote")]
     cache: OnceLock<demand_remote::HostCache>,
+    /// The working set.
+    pub(crate) working_set: OnceLock<Arc<WorkingSetRun>>,
     /// The number of bytes that background fill kept in flight at its end.
     pub(crate) fill_in_flight_bytes: OnceLock<u64>,
 }
@@ -54,6 +57,7 @@ impl Record {
             completed: OnceLock::new(),
             #[cfg(feature = "remote")]
             cache: OnceLock::new(),
+            working_set: OnceLock::new(),
             fill_in_flight_bytes: OnceLock::new(),
         })
     }
@@ -105,6 +109,7 @@ impl Record {
         if let Some(cache) = self.cache.get() {
             report.cache = Some(cache.stats().into());
         }
+        report.working_set = self.working_set.get().map(|run| run.report());
         report.set_paths(&self.stats);
         report
     }

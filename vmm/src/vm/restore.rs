@@ -22,7 +22,9 @@ use crate::arch::vcpu_state::{StateShape, VcpuState};
 use crate::config::device_kind::DeviceKind;
 use crate::config::source::SnapshotPlace;
 use crate::config::vm::RestoreConfig;
-use crate::config::{CacheConfig, ClockConfig, FillConfig, RestoreMemory};
+use crate::config::{
+    CacheConfig, ClockConfig, FillConfig, RestoreMemory, WorkingSetConfig, WorkingSetMode,
+};
 use crate::devices::chipset::{Chipset, create_irqchip};
 use crate::error::{Error, Kind};
 use crate::report::progress::Progress;
@@ -39,6 +41,7 @@ use crate::vm::places;
 use crate::vm::session::{Ended, GuestOptions, Prepared, Session, attach, run_guest};
 use crate::vm::source_watch::SourceWatch;
 use crate::vm::timeouts;
+use crate::vm::working_set::WorkingSetRun;
 use crate::vm::{Vm, VmParts};
 
 /// Errors from restoring a guest.
@@ -119,6 +122,21 @@ pub enum RestoreError {
         /// The snapshot.
         snapshot: PathBuf,
     },
+    /// A working set of a snapshot that has nothing beside it.
+    #[cfg(feature = "remote")]
+    #[error(
+        "--working-set: there is no place beside snapshot {}, or none that at= names; name a file \
+         or the URL of an object, as in at=FILE",
+        snapshot.display()
+    )]
+    NoWorkingSetPlace {
+        /// The snapshot's place.
+        snapshot: PathBuf,
+    },
+    /// A working set in a build that has none.
+    #[cfg(not(feature = "remote"))]
+    #[error("--working-set: this program was built without it; build it with the feature 'remote'")]
+    NoWorkingSets,
     /// The serial port's interrupt cannot be raised.
     #[error("cannot raise the serial port's interrupt: {source}")]
     SerialInterrupt {
@@ -147,6 +165,10 @@ impl From<RestoreError> for Error {
             | RestoreError::Devices { .. }
             | RestoreError::OtherSnapshot { .. }
             | RestoreError::CacheOfFiles { .. } => Kind::Usage,
+            #[cfg(feature = "remote")]
+            RestoreError::NoWorkingSetPlace { .. } => Kind::Usage,
+            #[cfg(not(feature = "remote"))]
+            RestoreError::NoWorkingSets => Kind::Usage,
             RestoreError::SerialInterrupt { .. } => Kind::Host,
         };
         Error::of(kind, error)
@@ -177,6 +199,8 @@ pub(crate) struct RestoreOptions {
     pub source_limit: Option<Duration>,
     /// Background fill.
     pub fill: FillConfig,
+    /// The working set.
+    pub working_set: Option<WorkingSetConfig>,
     /// The point from which the guest's clocks continue.
     pub clock: ClockConfig,
     /// Whether the whole memory image is read and checked before the guest runs.
@@ -203,6 +227,7 @@ impl RestoreOptions {
             lazy: config.lazy,
             source_limit: config.source_limit_s.map(Duration::from_secs),
             fill: config.fill,
+            working_set: config.working_set.filter(|set| set.mode != WorkingSetMode::Off),
             clock: config.clock,
             verify: config.verify,
         }
@@ -237,6 +262,12 @@ fn prepare(session: &Session, options: &RestoreOptions) -> Result<Prepared, Erro
         verify(&image, session)?;
         boot.iter().try_for_each(|boot| boot.check(&|| session.is_ending()))?;
     }
+    let (facts, image) = ((image.generation(), image.size()), image.into_source());
+    let working_set = options.working_set.as_ref().map(|config| {
+        WorkingSetRun::open(config, (&opened.snapshot, opened.place()), facts, image.clone())
+    });
+    let working_set = working_set.transpose()?;
+    let image = working_set.as_ref().map_or(image, |run| run.source());
     let (events, reading) = (session.events.clone(), Arc::new(Reading::default()));
     let (read, kicked) = (reading.clone(), reading.clone());
     let source = SourceWatch::new(
@@ -253,7 +284,7 @@ fn prepare(session: &Session, options: &RestoreOptions) -> Result<Prepared, Erro
         engine: options.engine,
         probes: (options.lazy != Lazy::Off).then(kept_probes).flatten(),
         lazy: options.lazy,
-        source: image.into_source(),
+        source: image,
         service: ServiceOptions::default(),
         stats: session.stats.clone(),
         retrier: source.retrier(),
@@ -264,6 +295,13 @@ fn prepare(session: &Session, options: &RestoreOptions) -> Result<Prepared, Erro
     if lazy.engine().is_none() {
         let name = "memory, before the guest runs";
         read_all(lazy.memory(), name, session, options, &reading)?;
+    }
+    // All of the memory was read otherwise, and nothing is missing.
+    let working_set = working_set.filter(|_| lazy.engine().is_some());
+    let regions = place(memory.size);
+    if let Some(run) = &working_set {
+        run.note(lazy.memory(), &regions)?;
+        session.set_working_set(run.clone());
     }
     let machine = Arc::new(Machine::attach(lazy)?);
     let shape = Arc::new(StateShape::of(machine.kvm(), machine.vm())?);
@@ -309,10 +347,15 @@ fn prepare(session: &Session, options: &RestoreOptions) -> Result<Prepared, Erro
         events: session.events.clone(),
         log: session.log.clone(),
         reset_asked: session.reset_asked.clone(),
+        working_set,
     });
     let fill = match &options.fill {
         FillConfig::On(options) => Some(options.clone()),
         FillConfig::Off => None,
+    };
+    let fill = match &vm.working_set {
+        Some(run) => run.fill(fill, &regions),
+        None => fill,
     };
     Ok(Prepared { vm, begin: Box::new(move |vm| begin(vm, saved)), fill })
 }

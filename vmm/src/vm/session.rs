@@ -38,6 +38,7 @@ use crate::vm::source_watch::LastError;
 use crate::vm::supervise::supervise;
 use crate::vm::task::spawn;
 use crate::vm::timeouts;
+use crate::vm::working_set::WorkingSetRun;
 
 /// The options of every command that runs a Linux guest.
 #[derive(Clone, Debug)]
@@ -162,6 +163,11 @@ impl Session {
     #[cfg(feature = "remote")]
     pub(crate) fn set_cache(&self, cache: demand_remote::HostCache) {
         self.record.set_cache(cache);
+    }
+
+    /// Stores the working set.
+    pub(crate) fn set_working_set(&self, run: Arc<WorkingSetRun>) {
+        let _ = self.record.working_set.set(run);
     }
 
     /// Returns whether the run was asked to end. The steps before the guest runs then stop.
@@ -342,6 +348,7 @@ fn follow(
         }
         vm.go();
         session.record.set_running();
+        vm.working_set.iter().try_for_each(|run| run.begin())?;
         session.guest.api.say_running();
         let missing = vm.missing_at_start;
         let mut progress = (missing > 0).then(|| {
@@ -393,6 +400,7 @@ fn follow(
     vm.machine.lazy().stop_fill();
     let stopped = vm.machine.end_guest(|within| vm.stop_vcpus(within));
     vm.chipset.serial.drain(timeouts::CONSOLE);
+    vm.working_set.iter().for_each(|run| run.end());
     let outcome = match (outcome, stopped) {
         (Ok(()), Ok(())) => Ok(()),
         (outcome, stopped) => {

@@ -23,6 +23,9 @@ pub(crate) const END: Duration = Duration::from_secs(2);
 pub(crate) const VCPUS: Duration = Duration::from_secs(2);
 /// How long an end waits until the guest's last console output is written.
 pub(crate) const CONSOLE: Duration = Duration::from_secs(1);
+/// How long an end waits until the working set of the run is recorded.
+#[cfg(feature = "remote")]
+pub(crate) const WORKING_SET: Duration = Duration::from_millis(1500);
 /// How long an end that a signal requests waits for the VM while pages still arrive, again after
 /// its memory was stopped, and again after it was revoked.
 pub(crate) const SIGNAL: Duration = Duration::from_millis(2500);

@@ -142,6 +142,7 @@ fn a_table_says_everything() {
         }),
         last_error: Some("read /image: gone".into()),
         limits: vec!["pages are small".into()],
+        working_set: None,
     };
     assert_eq!(
         table(&status),
