@@ -14,6 +14,7 @@ use demand_vmm::api::server::ApiServer;
 use demand_vmm::api::{
     Control, ControlError, SnapshotProgress, SnapshotRequest, SnapshotSummary, State, Status,
 };
+use demand_vmm::report::WorkingSetReport;
 use serde_json::Value;
 
 /// A record of the requests.
@@ -89,6 +90,7 @@ impl Control for Record {
             snapshot: self.progress.lock().unwrap().clone(),
             last_error: None,
             limits: Vec::new(),
+            working_set: Some(WorkingSetReport { mode: "auto".into(), ..Default::default() }),
         }
     }
 

@@ -39,15 +39,18 @@ pub struct ReplayStats {
     pub bytes: u64,
     /// Frames that could not be read, or not in time: their pages came from the image.
     pub failed: u64,
+    /// Faults that have waited for a frame for so long that the image answered them.
+    pub overdue: u64,
 }
 
 /// A source over an image's source that delivers the pages of a working set from the set.
 ///
 /// Background fill that asks for the set's [ranges](WorkingSet::ranges) in their order replays the
 /// set: up to 8 frames are read at once, ahead of it. A fault on a page whose frame is being read
-/// waits for it, at most half a second; one whose frame is queued promotes it. Where a frame cannot
-/// be read, or is damaged, its pages come from the image, as do all other pages. Each page is
-/// checked against the hash that the set has for it.
+/// waits for it; one whose frame is queued promotes it. If a fault has waited for half a second,
+/// the image answers it, and further faults do not wait until a frame arrives again. Where a frame
+/// cannot be read, or is damaged, its pages come from the image, as do all other pages. Each page
+/// is checked against the hash that the set has for it.
 pub struct ReplayedSource {
     shared: Arc<Shared>,
 }
@@ -64,6 +67,8 @@ struct State {
     /// The frames whose content is kept, in the order of their arrival.
     ready: VecDeque<usize>,
     stats: ReplayStats,
+    /// Whether a fault has waited in vain since a frame last arrived: others do not wait.
+    is_late: bool,
 }
 
 enum FrameState {
@@ -93,7 +98,7 @@ impl ReplayedSource {
             None => FrameState::Gone,
         });
         let (frames, ready, stats) = (states.collect(), VecDeque::new(), ReplayStats::default());
-        let state = Mutex::new(State { frames, ready, stats });
+        let state = Mutex::new(State { frames, ready, stats, is_late: false });
         ReplayedSource { shared: Arc::new(Shared { image, set, queue: Queue::new(LIMITS), state }) }
     }
 
@@ -143,25 +148,44 @@ impl Shared {
 
     /// Promotes a queued frame, and limits the wait of faults for it.
     fn promote(self: &Arc<Self>, frame: usize) {
+        if self.lock().is_late {
+            return self.give_up_waits(frame);
+        }
         self.queue.raise(frame as u64, 1);
         let shared = Arc::downgrade(self);
         runtime::handle().spawn(async move {
             tokio::time::sleep(PATIENCE).await;
             if let Some(shared) = shared.upgrade() {
-                shared.give_up_waits(frame);
+                shared.end_patience(frame);
             }
         });
     }
 
+    /// Passes the faults that have waited for a frame for too long on to the image.
+    fn end_patience(self: &Arc<Self>, frame: usize) {
+        {
+            let mut state = self.lock();
+            let FrameState::Flying(waiting) = &state.frames[frame] else { return };
+            let faults = waiting.iter().filter(|one| one.priority == Priority::Demand).count();
+            if faults == 0 {
+                return;
+            }
+            state.stats.overdue += faults as u64;
+            state.is_late = true;
+        }
+        self.give_up_waits(frame);
+    }
+
     /// Passes the faults that wait for a frame on to the image.
     fn give_up_waits(self: &Arc<Self>, frame: usize) {
-        let mut faults = Vec::new();
-        if let FrameState::Flying(waiting) = &mut self.lock().frames[frame] {
-            let all = std::mem::take(waiting);
-            let (wanted, others) =
-                all.into_iter().partition(|one| one.priority == Priority::Demand);
-            (faults, *waiting) = (wanted, others);
-        }
+        let faults: Vec<_> = {
+            let mut state = self.lock();
+            let FrameState::Flying(waiting) = &mut state.frames[frame] else { return };
+            let is_fault = |one: &Waiting| one.priority == Priority::Demand;
+            let (faults, others) = std::mem::take(waiting).into_iter().partition(is_fault);
+            *waiting = others;
+            faults
+        };
         faults.into_iter().for_each(|one| self.ask_image(one));
     }
 
@@ -181,6 +205,7 @@ impl Shared {
             match &content {
                 Some(_) => {
                     let stored = &self.set.frames()[frame].stored;
+                    state.is_late = false;
                     state.stats.frames += 1;
                     state.stats.bytes += stored.map_or(0, |stored| stored.len);
                     state.ready.push_back(frame);
@@ -262,6 +287,11 @@ impl PageSource for ReplayedSource {
         };
         let priority = request.priority;
         let mut state = shared.lock();
+        let is_ready = matches!(state.frames[frame], FrameState::Ready(_));
+        if priority == Priority::Demand && state.is_late && !is_ready {
+            drop(state);
+            return shared.image.submit(request);
+        }
         shared.want(&mut state, frame, priority);
         if priority == Priority::Fill {
             shared.read_ahead(&mut state, frame);

@@ -36,7 +36,9 @@ fn snapshot() -> Snapshot {
     let folder = tempfile::tempdir().unwrap();
     let (memory, hashes) = (folder.path().join("memory"), folder.path().join("hashes"));
     let mut writer = ImageWriter::create(&memory, &hashes, PAGES * PAGE, [7; 16]).unwrap();
-    (0..PAGES).for_each(|page| drop(writer.write(page * PAGE, &content(page)).unwrap()));
+    for page in 0..PAGES {
+        writer.write(page * PAGE, &content(page)).unwrap();
+    }
     writer.finish().unwrap();
     let image = Arc::new(HashedImage::open(&memory, &hashes).unwrap());
     let id = ImageId::of_generation([7; 16], PAGES * PAGE);
@@ -109,7 +111,8 @@ fn replay_needs_no_image() {
     assert_eq!(order[..3], [ZERO, ZERO + 1, ZERO + 5], "pages of zeros come first");
     let mut first: Vec<_> = order[3..67].to_vec();
     let mut expected = touched[..64].to_vec();
-    (first.sort_unstable(), expected.sort_unstable());
+    first.sort_unstable();
+    expected.sort_unstable();
     assert_eq!(first, expected, "the first frame has the pages that were touched first");
     let source = ReplayedSource::new(Arc::new(Silent(snapshot.image.clone())), set);
     for (at, page) in order.into_iter().enumerate() {

@@ -205,7 +205,13 @@ fn silent_frame_delays_a_fault_for_a_moment() {
     source.raise(202 * 16 * PAGE_SIZE, PAGE_SIZE);
     raised.wait().unwrap();
     assert!(bytes.take().unwrap() == content(202 * 16));
-    assert_eq!(source.stats().frames, 0);
+    // Others do not wait at all.
+    for page in touched(0) {
+        let (fault, bytes) = request(&source, page, Priority::Demand);
+        fault.wait().unwrap();
+        assert!(bytes.take().unwrap() == content(page));
+    }
+    assert_eq!((source.stats().frames, source.stats().overdue), (0, 1));
     drop(fill);
 }
 
