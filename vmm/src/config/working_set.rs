@@ -31,11 +31,13 @@ impl WorkingSetMode {
     }
 
     /// Returns whether this run's touches are recorded.
+    #[cfg(feature = "remote")]
     pub(crate) fn records(self) -> bool {
         matches!(self, WorkingSetMode::Record | WorkingSetMode::Auto)
     }
 
     /// Returns whether a recorded set is replayed.
+    #[cfg(feature = "remote")]
     pub(crate) fn replays(self) -> bool {
         matches!(self, WorkingSetMode::Replay | WorkingSetMode::Auto)
     }

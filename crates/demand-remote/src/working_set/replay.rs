@@ -16,11 +16,10 @@ use demand_source::{
 use super::WorkingSet;
 use super::layout::run_of;
 use crate::image::layout::PAGE;
-use crate::queue::{Limits, Queue};
 use crate::runtime;
 
-/// Numbers of frames that are read at once. Faults promote few.
-const LIMITS: Limits = Limits { demand: 16, fill: 8 };
+/// Number of frames that are read at once, besides those that faults have promoted.
+const READS: usize = 8;
 /// Number of frames that are read ahead of background fill.
 const AHEAD: usize = 8;
 /// Maximum number of frames whose content is kept: 16 MiB.
@@ -58,12 +57,15 @@ pub struct ReplayedSource {
 struct Shared {
     image: Arc<dyn PageSource>,
     set: WorkingSet,
-    queue: Queue,
     state: Mutex<State>,
 }
 
 struct State {
     frames: Vec<FrameState>,
+    /// The frames that wait for their turn, in order.
+    queued: VecDeque<usize>,
+    /// Number of frames that are being read in their turn.
+    reading: usize,
     /// The frames whose content is kept, in the order of their arrival.
     ready: VecDeque<usize>,
     stats: ReplayStats,
@@ -79,6 +81,13 @@ enum FrameState {
     Ready(Arc<Vec<u8>>),
     /// The image delivers its pages.
     Gone,
+}
+
+/// The reason for which a frame is read now.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Turn {
+    Queued,
+    Promoted,
 }
 
 /// A request that waits for a frame.
@@ -97,9 +106,15 @@ impl ReplayedSource {
             Some(_) => FrameState::Idle,
             None => FrameState::Gone,
         });
-        let (frames, ready, stats) = (states.collect(), VecDeque::new(), ReplayStats::default());
-        let state = Mutex::new(State { frames, ready, stats, is_late: false });
-        ReplayedSource { shared: Arc::new(Shared { image, set, queue: Queue::new(LIMITS), state }) }
+        let state = Mutex::new(State {
+            frames: states.collect(),
+            queued: VecDeque::new(),
+            reading: 0,
+            ready: VecDeque::new(),
+            stats: ReplayStats::default(),
+            is_late: false,
+        });
+        ReplayedSource { shared: Arc::new(Shared { image, set, state }) }
     }
 
     /// Returns the working set.
@@ -135,8 +150,27 @@ impl Shared {
             return;
         }
         state.frames[frame] = FrameState::Flying(Vec::new());
-        let shared = Arc::downgrade(self);
-        runtime::handle().spawn(fly(shared, frame, priority));
+        match priority {
+            Priority::Demand => self.begin(frame, Turn::Promoted),
+            Priority::Fill => {
+                state.queued.push_back(frame);
+                self.begin_queued(state);
+            }
+        }
+    }
+
+    /// Begins to read the frames whose turn it is.
+    fn begin_queued(self: &Arc<Self>, state: &mut State) {
+        while state.reading < READS
+            && let Some(frame) = state.queued.pop_front()
+        {
+            state.reading += 1;
+            self.begin(frame, Turn::Queued);
+        }
+    }
+
+    fn begin(self: &Arc<Self>, frame: usize, turn: Turn) {
+        runtime::handle().spawn(fly(Arc::downgrade(self), frame, turn));
     }
 
     /// Requests the frames that follow one.
@@ -148,10 +182,18 @@ impl Shared {
 
     /// Promotes a queued frame, and limits the wait of faults for it.
     fn promote(self: &Arc<Self>, frame: usize) {
-        if self.lock().is_late {
+        let is_late = {
+            let mut state = self.lock();
+            let place = state.queued.iter().position(|queued| *queued == frame);
+            if let Some(place) = place.filter(|_| !state.is_late) {
+                state.queued.remove(place);
+                self.begin(frame, Turn::Promoted);
+            }
+            state.is_late
+        };
+        if is_late {
             return self.give_up_waits(frame);
         }
-        self.queue.raise(frame as u64, 1);
         let shared = Arc::downgrade(self);
         runtime::handle().spawn(async move {
             tokio::time::sleep(PATIENCE).await;
@@ -197,11 +239,13 @@ impl Shared {
     }
 
     /// Answers the requests that wait for a frame.
-    fn land(self: &Arc<Self>, frame: usize, content: Option<Vec<u8>>) {
+    fn land(self: &Arc<Self>, frame: usize, turn: Turn, content: Option<Vec<u8>>) {
         let content = content.map(Arc::new);
         let next = content.clone().map_or(FrameState::Gone, FrameState::Ready);
         let waiting = {
             let mut state = self.lock();
+            state.reading -= usize::from(turn == Turn::Queued);
+            self.begin_queued(&mut state);
             match &content {
                 Some(_) => {
                     let stored = &self.set.frames()[frame].stored;
@@ -235,19 +279,20 @@ impl Shared {
     }
 }
 
-/// Reads a frame once it is its turn.
-async fn fly(shared: Weak<Shared>, frame: usize, priority: Priority) {
+/// Reads a frame.
+async fn fly(shared: Weak<Shared>, frame: usize, turn: Turn) {
     let Some(shared) = shared.upgrade() else { return };
-    let read = async {
-        let _turn = shared.queue.turn(priority, frame as u64, 1).await;
-        tokio::time::timeout(LIMIT, shared.set.read(frame)).await
-    };
-    let content = match read.await {
-        Ok(Ok(content)) => Some(content),
-        Ok(Err(error)) => {
+    let reader = shared.clone();
+    // A task of its own: a panic in it must not leave the frame's requests unanswered.
+    let read = tokio::spawn(async move { reader.set.read(frame).await });
+    let content = match tokio::time::timeout(LIMIT, read).await {
+        Ok(Ok(Ok(content))) => Some(content),
+        Ok(Ok(Err(error))) => {
             log::warn!("{error}; these pages come from the image");
             None
         }
+        // A panic, which is reported already.
+        Ok(Err(_)) => None,
         Err(_) => {
             log::warn!(
                 "cannot read a frame of {:?} within {LIMIT:?}: the store does not answer; these \
@@ -257,7 +302,7 @@ async fn fly(shared: Weak<Shared>, frame: usize, priority: Priority) {
             None
         }
     };
-    shared.land(frame, content);
+    shared.land(frame, turn, content);
 }
 
 impl PageSource for ReplayedSource {
