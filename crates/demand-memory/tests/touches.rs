@@ -325,6 +325,23 @@ fn held_page_that_cannot_be_mapped_is_retried() {
 }
 
 #[test]
+fn readers_of_all_memory_wait_for_no_touch() {
+    // A source that answers later, and one that answers at once.
+    let folder = tempfile::tempdir().unwrap();
+    let image = folder.path().join("memory");
+    std::fs::write(&image, vec![7; (PAGES * PAGE_SIZE) as usize]).unwrap();
+    let near = pager_of(Arc::new(demand_source::LocalFile::open(&image).unwrap()));
+    for pager in [counted().0, near] {
+        let log = Arc::new(TouchLog::new(Hold::All));
+        pager.note_touches(&log, &[]).unwrap();
+        pager.fetch(PageRange::new(0, 100), FaultPath::Fill).unwrap();
+        pager.ensure(all(), FaultPath::Fill, &Waiter::new()).unwrap();
+        assert!(pager.bitmap().is_complete());
+        assert!(log.is_empty(), "it is no touch");
+    }
+}
+
+#[test]
 fn stop_ends_waits_beside_held_pages() {
     let (pager, _) = counted();
     pager.note_touches(&Arc::new(TouchLog::new(Hold::All)), &[]).unwrap();
