@@ -7,8 +7,6 @@
 mod failures;
 #[path = "nbd/fake.rs"]
 mod fake;
-#[path = "nbd/proxy.rs"]
-mod proxy;
 #[path = "nbd/server.rs"]
 mod server;
 #[path = "nbd/speed.rs"]

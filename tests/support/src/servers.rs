@@ -134,6 +134,11 @@ impl Web {
         log.lines().map(str::to_owned).collect()
     }
 
+    /// Returns the server's port.
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
     /// Returns the URL of a file.
     pub fn url(&self, file: &str) -> String {
         format!("http://127.0.0.1:{}/{file}", self.port)

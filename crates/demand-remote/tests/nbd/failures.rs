@@ -7,10 +7,10 @@ use std::time::{Duration, Instant};
 
 use demand_remote::nbd::{NbdErrorKind, NbdOptions, Refusal};
 use demand_source::{PageSource, Priority, Retry};
+use test_support::proxy::{Fault, FaultProxy, Target};
 use test_support::wait::until;
 
 use crate::fake::{Fake, sevens};
-use crate::proxy::Proxy;
 use crate::server::{Server, hasty, open, pattern, read, scrambled, submit, write_image};
 
 #[test]
@@ -169,8 +169,9 @@ fn cut_connections_yield_no_wrong_byte() {
     let raw = folder.path().join("raw");
     let content = write_image(&raw, 1024);
     let Some(server) = Server::qemu(&raw, &["--shared=64", "--format=raw"]) else { return };
-    let proxy = Proxy::start(server.socket(), |number| 2000 + scrambled(number as u64) % (2 << 20));
-    let source = open(&proxy.url(), hasty()).unwrap();
+    let proxy = FaultProxy::start(Target::Socket(server.socket()));
+    let source = open(&url_of(&proxy), hasty()).unwrap();
+    proxy.set_fault(Fault::Cut(600_000), usize::MAX);
     let failures = AtomicU32::new(0);
     thread::scope(|scope| {
         for thread in 0..4 {
@@ -190,6 +191,47 @@ fn cut_connections_yield_no_wrong_byte() {
     let connections = proxy.connections();
     println!("400 reads succeeded, {} failed, on {connections} connections", failures.into_inner());
     assert!(connections > 10);
+}
+
+fn url_of(proxy: &FaultProxy) -> String {
+    format!("nbd://127.0.0.1:{}/", proxy.port())
+}
+
+/// Reads through a proxy while a fault occurs once. Returns the failure that a single attempt shows,
+/// or `None` without a server.
+fn failure_of(fault: Fault, options: NbdOptions) -> Option<String> {
+    let folder = tempfile::tempdir().unwrap();
+    let raw = folder.path().join("raw");
+    let content = write_image(&raw, 64);
+    let server = Server::qemu(&raw, &["--shared=64", "--format=raw"])?;
+    let proxy = FaultProxy::start(Target::Socket(server.socket()));
+    let options = NbdOptions { demand_connections: Some(1), ..options };
+    let source = open(&url_of(&proxy), options).unwrap();
+    // A block that is no hole.
+    let at = content.chunks(65536).position(|block| block[0] != 0).unwrap() * 65536;
+    assert!(read(&source, Priority::Demand, at as u64, 4096).0 == content[at..][..4096]);
+    // The search for holes reads as well.
+    until("the holes are known", || source.extent_now(0).is_some());
+    proxy.set_fault(fault, 1);
+    let error = submit(&source, Priority::Demand, at as u64, 65536).0.wait().unwrap_err();
+    assert_eq!((error.retry(), proxy.faults_left()), (Retry::Later, 0), "{error}");
+    assert!(read(&source, Priority::Demand, at as u64, 65536).0 == content[at..][..65536]);
+    let text = error.to_string();
+    println!("{text}");
+    assert!(!text.contains('\n'), "{text}");
+    Some(text)
+}
+
+#[test]
+fn faults_of_the_link_cost_an_attempt() {
+    let Some(cut) = failure_of(Fault::Cut(30_000), hasty()) else { return };
+    assert!(cut.contains("connection broke"), "{cut}");
+    let impatient = NbdOptions { answer: Duration::from_millis(300), ..hasty() };
+    let stalled = failure_of(Fault::Stall(30_000), impatient).unwrap();
+    assert!(stalled.contains("has not answered"), "{stalled}");
+    // The first byte of a reply has one value only.
+    let flipped = failure_of(Fault::Flip(0), hasty()).unwrap();
+    assert!(flipped.contains("no reply"), "{flipped}");
 }
 
 #[test]
