@@ -7,8 +7,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use crate::{FaultPath, FetchError, PAGE_SIZE, PageRange, Pager, Waiter, join_within};
+use crate::{FaultPath, FetchError, PAGE_SIZE, PageRange, Pager, Stats, Waiter, join_within};
 
+mod delay;
 mod flights;
 mod options;
 mod plan;
@@ -83,12 +84,21 @@ impl Fill {
         let (stop, arrivals) = (Arc::new(AtomicBool::new(false)), Arc::new(Arrivals::default()));
         let window = Window::new(options.in_flight, options.chunk, Instant::now());
         let limit = Arc::new(AtomicU64::new(window.bytes()));
+        let mut stats: Vec<Arc<Stats>> = Vec::new();
+        for pager in &pagers {
+            if !stats.iter().any(|known| Arc::ptr_eq(known, pager.stats())) {
+                stats.push(pager.stats().clone());
+            }
+        }
+        let errors = stats.iter().map(|stats| stats.errors()).sum();
         let waiter = Waiter::background();
         let filler = Filler {
             plan: Plan::new(pagers, &options),
             pace: Pace { rate: options.rate, begun: Instant::now(), bytes: 0 },
             window,
             limit: limit.clone(),
+            stats,
+            errors,
             flights: Vec::new(),
             stop: stop.clone(),
             arrivals: arrivals.clone(),
@@ -117,6 +127,10 @@ struct Filler {
     window: Window,
     /// The window's size, for other threads.
     limit: Arc<AtomicU64>,
+    /// The statistics of the pagers.
+    stats: Vec<Arc<Stats>>,
+    /// Number of failed attempts that the window knows of.
+    errors: u64,
     /// The requests whose pages have not all arrived.
     flights: Vec<Flight>,
     stop: Arc<AtomicBool>,
@@ -169,6 +183,17 @@ impl Filler {
         Ok(())
     }
 
+    /// Tells the window how the source treats faults.
+    fn look_at_faults(&mut self) {
+        for (at, delay) in self.stats.iter().flat_map(|stats| stats.take_delays()) {
+            self.window.fault_took(delay, at);
+        }
+        let errors = self.stats.iter().map(|stats| stats.errors()).sum();
+        if std::mem::replace(&mut self.errors, errors) < errors {
+            self.window.failed();
+        }
+    }
+
     /// Waits until some pages in flight have arrived.
     fn await_arrival(&mut self) -> Result<(), Stopped> {
         let arrived = self.arrivals.wait(LOOK_EVERY);
@@ -184,10 +209,11 @@ impl Filler {
             // others.
             !has_arrived && !flight.is_set_aside()
         });
+        self.look_at_faults();
         if landed > 0 {
             self.window.arrived(landed, now);
-            self.limit.store(self.window.bytes(), Ordering::Relaxed);
         }
+        self.limit.store(self.window.bytes(), Ordering::Relaxed);
         Ok(())
     }
 }

@@ -2,7 +2,7 @@
 //! Statistics of each path and of the source: pages, bytes, latencies, failures.
 
 use std::cell::Cell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -153,6 +153,9 @@ impl Shard {
 
 const SHARDS: usize = 32;
 
+/// Most delays that are kept for background fill.
+const MOST_DELAYS: usize = 256;
+
 thread_local! {
     static SHARD: Cell<Option<usize>> = const { Cell::new(None) };
 }
@@ -172,6 +175,8 @@ fn shard_of_thread() -> usize {
 /// Each thread counts in one of 32 shards, so that threads on disjoint pages rarely meet here.
 pub struct Stats {
     shards: [CachePadded<Shard>; SHARDS],
+    /// The last requests for faults that a source has answered later: when, and after what time.
+    delays: Mutex<VecDeque<(Instant, Duration)>>,
     origin: Instant,
     timeline: AtomicBool,
 }
@@ -181,6 +186,7 @@ impl Stats {
     pub fn new() -> Self {
         Stats {
             shards: std::array::from_fn(|_| CachePadded::new(Shard::default())),
+            delays: Mutex::default(),
             origin: Instant::now(),
             timeline: AtomicBool::new(false),
         }
@@ -226,6 +232,26 @@ impl Stats {
             counts.reads.fetch_add(1, Ordering::Relaxed);
             counts.bytes_fetched.fetch_add(bytes, Ordering::Relaxed);
         }
+    }
+
+    /// Keeps the delay of a request for a fault, until now.
+    pub(crate) fn delayed(&self, delay: Duration) {
+        let mut delays = self.delays.lock().unwrap_or_else(PoisonError::into_inner);
+        if delays.len() == MOST_DELAYS {
+            delays.pop_front();
+        }
+        delays.push_back((Instant::now(), delay));
+    }
+
+    /// Returns the delays of requests for faults since the last call, each with its time, or the
+    /// last 256 of them.
+    pub(crate) fn take_delays(&self) -> VecDeque<(Instant, Duration)> {
+        std::mem::take(&mut *self.delays.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Returns the number of failed attempts.
+    pub(crate) fn errors(&self) -> u64 {
+        self.shards.iter().map(|shard| shard.errors.load(Ordering::Relaxed)).sum()
     }
 
     /// Counts a failed attempt.

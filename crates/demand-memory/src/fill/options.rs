@@ -71,6 +71,10 @@ pub enum FillRate {
 pub enum InFlight {
     /// A number that grows while the throughput grows with it, and shrinks while the throughput
     /// does not fall with it. It begins at two requests and never falls below.
+    ///
+    /// While faults need the source, it follows their delay instead: it grows while that is below
+    /// 1.3 times the lowest of the last 30 seconds, and shrinks above 1.5 times. A request that
+    /// fails halves it.
     Adaptive {
         /// The largest number, in bytes.
         at_most: u64,

@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The number of bytes in flight: how it follows the throughput of the source.
+//! The number of bytes in flight: how it follows the throughput of the source, and the delay of
+//! faults.
 
 use std::time::{Duration, Instant};
 
+use super::delay::{Delays, Strain};
 use crate::InFlight;
 
 /// Least time of a measurement, so that the scheduler's moods do not decide.
@@ -39,6 +41,11 @@ enum Trial {
 /// it doubles while that raises the throughput, then shrinks while that costs none, and tries both
 /// again from time to time. A window larger than needed only lengthens the source's queue, and with
 /// it the wait of a fault on a page in flight.
+///
+/// While faults need the source, their delay decides instead: the window grows by a request per
+/// round trip as long as fill hardly delays them, and shrinks by three tenths once their delay is
+/// half as long again as without fill. Every 20 seconds it is the smallest for a moment, to see what
+/// the delay is without fill. A source that fails halves it.
 #[derive(Debug)]
 pub(crate) struct Window {
     bytes: u64,
@@ -53,6 +60,11 @@ pub(crate) struct Window {
     /// Bytes that have arrived since the measurement began.
     arrived: u64,
     begun: Instant,
+    chunk: u64,
+    delays: Delays,
+    /// The window to return to after a look at the source's delay with less in flight, and the time
+    /// since which less is.
+    probe: Option<(u64, Instant)>,
 }
 
 impl Window {
@@ -74,12 +86,29 @@ impl Window {
             settling: 0,
             arrived: 0,
             begun: now,
+            chunk,
+            delays: Delays::default(),
+            probe: None,
         }
     }
 
     /// Returns the largest number of bytes in flight.
     pub(crate) fn bytes(&self) -> u64 {
         self.bytes
+    }
+
+    /// Notes the delay of a request for a fault.
+    pub(crate) fn fault_took(&mut self, delay: Duration, now: Instant) {
+        self.delays.add(delay, now);
+    }
+
+    /// Notes that a request has failed.
+    pub(crate) fn failed(&mut self) {
+        // Requests that were in flight together fail together.
+        if self.settling == 0 {
+            self.probe = None;
+            self.shrink_to(self.bytes / 2);
+        }
     }
 
     /// Notes that bytes have arrived after they were in flight.
@@ -91,16 +120,62 @@ impl Window {
             self.settling = self.settling.saturating_sub(bytes);
             if self.settling == 0 {
                 self.begin(now);
+                self.delays.restart();
+                self.probe = self.probe.map(|(bytes, _)| (bytes, now));
             }
             return;
         }
         self.arrived += bytes;
+        let strain = self.delays.strain(now);
+        if let Some((bytes, since)) = self.probe {
+            if strain == Strain::Unknown || self.delays.has_low_since(since) {
+                self.probe = None;
+                self.delays.renew_base(now);
+                self.return_to(bytes);
+            }
+            return;
+        }
+        match strain {
+            Strain::Unknown => {}
+            _ if self.delays.is_base_old(now) => {
+                self.probe = Some((self.bytes, now));
+                return self.return_to(self.least);
+            }
+            Strain::High => return self.shrink_to(self.bytes / 10 * 7),
+            strain => {
+                // All that was in flight has arrived: a round trip.
+                if self.arrived >= self.bytes {
+                    if strain == Strain::Low {
+                        self.bytes = self.bytes.saturating_add(self.chunk).min(self.most);
+                        self.delays.restart();
+                    }
+                    self.resume_trials();
+                    self.begin(now);
+                }
+                return;
+            }
+        }
         let time = now.saturating_duration_since(self.begun);
         if self.arrived >= self.bytes && time >= LEAST_TIME {
             let rate = u128::from(self.arrived) * 1_000_000 / time.as_micros().max(1);
             self.measured(u64::try_from(rate).unwrap_or(u64::MAX));
             self.begin(now);
         }
+    }
+
+    /// Shrinks the window, since it harms.
+    fn shrink_to(&mut self, bytes: u64) {
+        let bytes = bytes.clamp(self.least, self.most);
+        if bytes < self.bytes {
+            self.return_to(bytes);
+        }
+        self.resume_trials();
+    }
+
+    /// Tries a larger window next, once no delay is known.
+    fn resume_trials(&mut self) {
+        self.phase = Phase::Growing { rate: 0 };
+        self.before = self.bytes;
     }
 
     fn begin(&mut self, now: Instant) {
@@ -194,13 +269,39 @@ mod tests {
         /// The time at which the last answer so far ends.
         busy: Instant,
         answers: VecDeque<Instant>,
+        /// The request for a fault, if there are any: when it was made, and its delay.
+        fault: Option<(Instant, Duration)>,
+        /// The delays of requests for faults, in microseconds.
+        delays: Vec<u128>,
     }
 
     impl Source {
         fn new(latency_ms: u64, rate: u64) -> Self {
             let now = Instant::now();
             let latency = Duration::from_millis(latency_ms);
-            Source { latency, rate, now, busy: now, answers: VecDeque::new() }
+            let (answers, delays) = Default::default();
+            Source { latency, rate, now, busy: now, answers, fault: None, delays }
+        }
+
+        /// Ends the request for a fault that is answered by now, and makes the next one. It waits in
+        /// one queue with the others.
+        fn fault(&mut self, window: &mut Window) {
+            let Some((at, delay)) = self.fault.filter(|(at, delay)| *at + *delay <= self.now)
+            else {
+                return;
+            };
+            self.delays.push(delay.as_micros());
+            window.fault_took(delay, at + delay);
+            let delay = self.busy.saturating_duration_since(self.now) + self.latency;
+            self.fault = Some((self.now, delay));
+        }
+
+        /// Returns the delay, in microseconds, that 99 of 100 of the last requests kept to.
+        fn p99(&mut self) -> u128 {
+            let mut delays = std::mem::take(&mut self.delays);
+            assert!(delays.len() >= 100, "{} delays", delays.len());
+            delays.sort_unstable();
+            delays[delays.len() * 99 / 100]
         }
 
         /// Fetches `bytes` under the window, and returns the bytes per second.
@@ -213,6 +314,7 @@ mod tests {
                     self.answers.push_back(self.busy + self.latency);
                 }
                 self.now = self.now.max(self.answers.pop_front().expect("a request in flight"));
+                self.fault(window);
                 window.arrived(CHUNK, self.now);
             }
             let time = self.now.duration_since(begun).as_micros();
@@ -236,6 +338,36 @@ mod tests {
             let bytes = window.bytes();
             assert!(bytes <= product * 4, "{latency} ms, {rate} bytes/s: {bytes} of {product}");
         }
+    }
+
+    #[test]
+    fn fill_hardly_delays_faults() {
+        for (latency, rate) in [(10, 125 * MIB), (50, 125 * MIB), (20, 50 * MIB)] {
+            let mut source = Source::new(latency, rate);
+            let mut window = adaptive(source.now);
+            source.fault = Some((source.now, source.latency));
+            source.fetch(&mut window, 512 * MIB);
+            source.delays.clear();
+            let reached = source.fetch(&mut window, 2048 * MIB);
+            let p99 = source.p99();
+            let least = u128::from(latency) * 1000;
+            println!("{latency} ms, {rate} bytes/s: {reached} bytes/s, p99 {p99} us");
+            assert!(reached > rate / 10 * 9, "{latency} ms, {rate} bytes/s: {reached}");
+            assert!(p99 < least * 2, "{latency} ms, {rate} bytes/s: {p99} us");
+        }
+    }
+
+    #[test]
+    fn failures_halve_the_window() {
+        let mut source = Source::new(50, 200 * MIB);
+        let mut window = adaptive(source.now);
+        source.fetch(&mut window, 512 * MIB);
+        let before = window.bytes();
+        window.failed();
+        window.failed();
+        assert_eq!(window.bytes(), before / 2);
+        source.fetch(&mut window, 512 * MIB);
+        assert!(window.bytes() > before / 4 * 3, "{} of {before}", window.bytes());
     }
 
     #[test]
