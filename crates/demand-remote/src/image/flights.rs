@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Requests to the store that are in progress: one for each chunk or block, however many wait.
 
+mod neighbours;
 mod run;
 
 use std::collections::HashMap;
@@ -15,8 +16,10 @@ use tokio::sync::{Notify, Semaphore, SemaphorePermit, oneshot};
 #[cfg(feature = "cache")]
 use tokio::time::{Instant, sleep};
 
+use super::around::{Around, AroundStats, FetchAround};
 use super::block::Entry;
 use super::error::ImageError;
+use super::hedge::Hedges;
 #[cfg(feature = "cache")]
 use super::host::{HostReads, Keep, Room, Step};
 use super::job::Part;
@@ -130,11 +133,14 @@ struct Flight {
     urgency: Arc<Urgency>,
     /// Whether it waits for the turn of a run, which then makes the request.
     in_run: bool,
+    /// Whether it is wanted without a part: its chunk lies beside one that a fault needs.
+    is_neighbour: bool,
 }
 
 struct State {
     recent: RecentChunks,
     flights: HashMap<Key, Flight>,
+    around: Around,
 }
 
 /// The requests in progress of one image, and its decoded chunks.
@@ -147,6 +153,7 @@ pub(crate) struct Flights {
     /// One thread of the runtime at most decodes for fill, so that one is free for faults.
     fill_decoder: Semaphore,
     demand_decoders: Semaphore,
+    pub(crate) hedges: Hedges,
     /// No part may be dropped while it is locked: that may call the pager.
     state: Mutex<State>,
 }
@@ -156,9 +163,12 @@ impl Flights {
         snapshot: Snapshot,
         recent_bytes: usize,
         limits: Limits,
+        around: FetchAround,
         #[cfg(feature = "cache")] host: Option<HostReads>,
     ) -> Arc<Self> {
-        let state = State { recent: RecentChunks::new(recent_bytes), flights: HashMap::new() };
+        let around = Around::new(around, snapshot.head.geometry.chunk_size());
+        let recent = RecentChunks::new(recent_bytes);
+        let state = State { recent, flights: HashMap::new(), around };
         let semaphore = |permits: usize| Semaphore::new(permits.clamp(1, Semaphore::MAX_PERMITS));
         Arc::new(Flights {
             snapshot,
@@ -168,6 +178,7 @@ impl Flights {
             fill: semaphore(limits.fill),
             fill_decoder: Semaphore::new(1),
             demand_decoders: Semaphore::new(Semaphore::MAX_PERMITS),
+            hedges: Hedges::default(),
             state: Mutex::new(state),
         })
     }
@@ -189,14 +200,25 @@ impl Flights {
         (start, len): (usize, usize),
         deliver: impl FnOnce(&[u8]),
     ) -> bool {
-        let recent = self.state().recent.get(chunk);
+        let recent = {
+            let mut state = self.state();
+            let recent = state.recent.get(chunk);
+            if recent.is_some() {
+                state.around.used(chunk, len);
+            }
+            recent
+        };
         if let Some(bytes) = recent.as_ref().and_then(|content| content.get(start..start + len)) {
             deliver(bytes);
             return true;
         }
         #[cfg(feature = "cache")]
         if let Some(host) = &self.host {
-            return host.read_now(&self.snapshot, chunk, entry, (start, len), deliver);
+            let found = host.read_now(&self.snapshot, chunk, entry, (start, len), deliver);
+            if found {
+                self.state().around.used(chunk, len);
+            }
+            return found;
         }
         #[cfg(not(feature = "cache"))]
         let _ = entry;
@@ -227,6 +249,9 @@ impl Flights {
         if let Key::Chunk(chunk) = key
             && let Some(content) = state.recent.get(chunk)
         {
+            if part.priority == Priority::Demand {
+                state.around.used(chunk, part.len());
+            }
             drop(state);
             return part.deliver(&content);
         }
@@ -256,10 +281,17 @@ impl Flights {
             slot.insert(Flight { parts: vec![part], in_run: true, ..Flight::default() });
             return queue.push(Member { chunk, entry });
         }
+        let is_new = !state.flights.contains_key(&key);
+        if is_demand && let Key::Chunk(chunk) = key {
+            state.around.used(chunk, part.len());
+        }
         let flight = self.flight(&mut state, key);
         flight.parts.push(part);
         if is_demand {
             self.raise_flight(key, flight);
+            if is_new && let Key::Chunk(chunk) = key {
+                self.add_neighbours(state, chunk);
+            }
         }
     }
 
@@ -344,11 +376,19 @@ impl Flights {
         }
     }
 
+    /// Returns the number of requests that are in progress or queued for faults, and of the others.
+    pub(crate) fn queues(&self) -> (usize, usize) {
+        let state = self.state();
+        let demand = state.flights.values().filter(|flight| flight.urgency.is_raised()).count();
+        (demand, state.flights.len() - demand)
+    }
+
     /// Ends the wait of all parts.
     pub(crate) fn abandon(&self) {
         let mut parts = Vec::new();
         for flight in self.state().flights.values_mut() {
             parts.append(&mut flight.parts);
+            flight.is_neighbour = false;
         }
         drop(parts);
     }
@@ -415,7 +455,13 @@ impl Flights {
             Looked::Unwanted => return Ok(None),
             Looked::Fetch(turn, keep) => (turn, keep),
         };
-        let stored = self.snapshot.read_stored(&entry).await?;
+        let len = u64::from(entry.len);
+        let begun = std::time::Instant::now();
+        let stored = match urgency.is_raised() {
+            true => self.hedges.read(len, || self.snapshot.read_stored(&entry)).await?,
+            false => self.snapshot.read_stored(&entry).await?,
+        };
+        self.state().around.answered(len, 1, begun.elapsed());
         drop(turn);
         let _turn = urgency.turn(&self.demand_decoders, &self.fill_decoder).await;
         let content = Arc::new(self.snapshot.decode(chunk, &entry, &stored)?);
@@ -462,9 +508,9 @@ impl Flights {
         let mut state = self.state();
         let wanted = match state.flights.entry(key) {
             Slot::Occupied(mut slot) => {
-                let parts = &mut slot.get_mut().parts;
+                let Flight { parts, is_neighbour, .. } = slot.get_mut();
                 unwanted.extend(parts.extract_if(.., |part| !part.is_wanted()));
-                let wanted = !parts.is_empty();
+                let wanted = !parts.is_empty() || *is_neighbour;
                 if !wanted {
                     slot.remove();
                 }
@@ -482,6 +528,7 @@ impl Flights {
         let mut state = self.state();
         let flight = state.flights.remove(&key).unwrap_or_default();
         if let (Key::Chunk(chunk), Some(content)) = (key, got.and_then(Got::content)) {
+            state.around.fetched(chunk);
             // Once all of a chunk is delivered, nothing of it is requested again.
             if flight.parts.iter().all(|part| part.len() < content.len()) {
                 state.recent.insert(chunk, content.clone());

@@ -6,8 +6,10 @@ use std::sync::Arc;
 
 use demand_source::{Completion, Destination, Extent, PageSource, Request, SourceError, to_usize};
 
+use super::around::{AroundStats, FetchAround};
 use super::error::ImageError;
 use super::flights::{Flights, Limits};
+use super::hedge::HedgeStats;
 use super::job::{Part, write_zeros};
 use super::layout::BLOCK_CHUNKS;
 use super::manifest::Manifest;
@@ -26,12 +28,51 @@ pub struct RemoteOptions {
     pub demand: usize,
     /// Number of requests to the store that may be in progress for background fill.
     pub fill: usize,
+    /// The chunks that are fetched beside one that a fault needs.
+    pub around: FetchAround,
 }
 
 impl Default for RemoteOptions {
-    /// Returns 32 MiB, 64 requests for faults and 16 for fill.
+    /// Returns 32 MiB, 64 requests for faults and 16 for fill, and no chunks beside.
     fn default() -> Self {
-        RemoteOptions { recent_bytes: 32 << 20, demand: 64, fill: 16 }
+        RemoteOptions { recent_bytes: 32 << 20, demand: 64, fill: 16, around: FetchAround::Off }
+    }
+}
+
+/// The figures of a [`RemoteImage`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ImageFigures {
+    /// Requests to the store that were answered, and the bytes of the answers.
+    pub reads: ReadStats,
+    /// Requests for faults that were made twice, because they were late.
+    pub hedges: HedgeStats,
+    /// The use of [`RemoteOptions::around`].
+    pub around: AroundStats,
+    /// Chunks and blocks that are on their way, or queued, for faults.
+    pub demand_queue: usize,
+    /// The same for background fill and for what is fetched beside faults.
+    pub fill_queue: usize,
+}
+
+/// A handle that gives the figures of a [`RemoteImage`].
+#[derive(Clone)]
+pub struct ImageWatch {
+    flights: Arc<Flights>,
+}
+
+impl ImageWatch {
+    /// Returns the image's figures so far.
+    pub fn figures(&self) -> ImageFigures {
+        let reads = self.flights.snapshot().reads.stats();
+        let (demand_queue, fill_queue) = self.flights.queues();
+        let (hedges, around) = (self.flights.hedges.stats(), self.flights.around_stats());
+        ImageFigures { reads, hedges, around, demand_queue, fill_queue }
+    }
+}
+
+impl fmt::Debug for ImageWatch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("ImageWatch").field(&self.figures()).finish()
     }
 }
 
@@ -42,7 +83,9 @@ impl Default for RemoteOptions {
 /// requests for the chunk share; chunks that are all zeros are holes, and cost none. Chunks of one
 /// request of fill that lie side by side in a pack cost one request of up to 1 MiB together.
 /// Requests for faults never wait for those of background fill, and a chunk that fill has queued is
-/// requested like a fault, by itself, once a thread waits for it.
+/// requested like a fault, by itself, once a thread waits for it. A request for a fault that is
+/// later than nearly all before it is made a second time, on another connection; at most one in 20
+/// is.
 ///
 /// Stored bytes are checked against their digest before they are decoded, and each page against its
 /// hash afterwards. Bytes that differ are an error, never content.
@@ -75,12 +118,12 @@ impl RemoteImage {
         options: RemoteOptions,
     ) -> Result<Self, ImageError> {
         let snapshot = store.wait(Snapshot::open(store, snapshot))?;
-        let RemoteOptions { recent_bytes, demand, fill } = options;
+        let RemoteOptions { recent_bytes, demand, fill, around } = options;
         let limits = Limits { demand, fill };
         #[cfg(feature = "cache")]
-        let flights = Flights::new(snapshot, recent_bytes, limits, None);
+        let flights = Flights::new(snapshot, recent_bytes, limits, around, None);
         #[cfg(not(feature = "cache"))]
-        let flights = Flights::new(snapshot, recent_bytes, limits);
+        let flights = Flights::new(snapshot, recent_bytes, limits, around);
         Ok(RemoteImage { flights })
     }
 
@@ -102,9 +145,9 @@ impl RemoteImage {
         cache: crate::HostCache,
     ) -> Result<Self, ImageError> {
         let snapshot = store.wait(Snapshot::open(store, snapshot))?;
-        let RemoteOptions { recent_bytes, demand, fill } = options;
+        let RemoteOptions { recent_bytes, demand, fill, around } = options;
         let host = Some(super::host::HostReads::new(cache));
-        let flights = Flights::new(snapshot, recent_bytes, Limits { demand, fill }, host);
+        let flights = Flights::new(snapshot, recent_bytes, Limits { demand, fill }, around, host);
         Ok(RemoteImage { flights })
     }
 
@@ -125,6 +168,16 @@ impl RemoteImage {
     /// Returns the number of requests to the store so far.
     pub fn stats(&self) -> ReadStats {
         self.snapshot().reads.stats()
+    }
+
+    /// Returns the figures of the image so far.
+    pub fn figures(&self) -> ImageFigures {
+        self.watch().figures()
+    }
+
+    /// Returns a handle that gives the image's figures, also when the image is gone.
+    pub fn watch(&self) -> ImageWatch {
+        ImageWatch { flights: self.flights.clone() }
     }
 
     /// Returns the content of a side file. It does not wait unless the file is large.

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Tests of chunked images in a directory: content, damage, increments, and removal.
+//! Tests of chunked images: content, damage, increments, removal, and reading over a bad link.
 #![cfg(feature = "image")]
 
 mod collect;
 mod damage;
 mod increments;
+mod link;
 mod malformed;
 mod resume;
 mod round_trip;

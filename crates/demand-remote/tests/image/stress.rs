@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use demand_remote::image::{Compression, RemoteImage, RemoteOptions};
+use demand_remote::image::{Compression, FetchAround, RemoteImage, RemoteOptions};
 use demand_source::{Chunk, Destination, PageSource, Priority, Request};
 
 use crate::support::{PAGE, Place, Random, mixed};
@@ -29,7 +29,8 @@ fn faults_and_fill_get_right_bytes() {
     let with = Compression::Lz4;
     place.push("vm", &content, |push| push.chunk_size(32 << 10).compression(with)).unwrap();
     // Little is kept and little may be in progress, so that requests meet in every state.
-    let options = RemoteOptions { recent_bytes: 200 << 10, demand: 3, fill: 1 };
+    let (recent_bytes, around) = (200 << 10, FetchAround::Bytes(200 << 10));
+    let options = RemoteOptions { recent_bytes, demand: 3, fill: 1, around };
     let image = RemoteImage::open_with(&place.store, "vm", options).unwrap();
     let pack = place.objects()[0].clone();
     let (aside, end) = (place.path("aside"), Instant::now() + Duration::from_secs(6));

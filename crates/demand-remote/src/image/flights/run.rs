@@ -122,7 +122,11 @@ impl Flights {
         let (Some(first), Some(last)) = (run.first(), run.last()) else { return };
         let start = first.member.entry.offset;
         let range = start..last.member.entry.offset + last.member.entry.len;
+        let (len, begun) = (u64::from(range.end - range.start), std::time::Instant::now());
         let read = self.snapshot.read_packed(&first.member.entry, range).await;
+        if read.is_ok() {
+            self.state().around.answered(len, run.len(), begun.elapsed());
+        }
         let read = read.map_err(Arc::new);
         // Those that a thread waits for by now come first.
         run.sort_by_key(|fetch| !fetch.urgency.is_raised());

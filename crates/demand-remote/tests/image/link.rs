@@ -1,0 +1,208 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Images behind a link that cuts, stalls, truncates and changes what it carries.
+#![cfg(feature = "http")]
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use demand_remote::Store;
+use demand_remote::image::{Compression, FetchAround, RemoteImage, RemoteOptions};
+use demand_source::{Destination, PageSource, Replicas, Retry};
+use test_support::proxy::{Fault, FaultProxy, Link, Target};
+use test_support::servers::Web;
+
+use crate::support::{PAGE, Place, Random, check_content, noise, read};
+
+const CHUNK: usize = 64 << 10;
+
+/// An image on a web server, and a link to it.
+struct Far {
+    _place: Place,
+    web: Web,
+    proxy: FaultProxy,
+    content: Vec<u8>,
+}
+
+impl Far {
+    /// Pushes an image of this number of chunks, all of noise. Returns `None` without a web server.
+    fn new(chunks: usize) -> Option<Far> {
+        Far::of(chunks * CHUNK, CHUNK)
+    }
+
+    /// Pushes an image of this length with chunks of this size, in bytes.
+    fn of(len: usize, chunk_size: usize) -> Option<Far> {
+        let mut content = vec![0; len];
+        noise(&mut content, &mut Random::new(11));
+        let place = Place::new();
+        let chunk_size = u32::try_from(chunk_size).unwrap();
+        let raw = Compression::None;
+        place.push("vm", &content, |push| push.chunk_size(chunk_size).compression(raw)).unwrap();
+        let web = Web::start(&place.path("store"), "")?;
+        let proxy = FaultProxy::start(Target::Port(web.port()));
+        Some(Far { _place: place, web, proxy, content })
+    }
+
+    fn open(&self) -> RemoteImage {
+        self.open_with(RemoteOptions::default())
+    }
+
+    fn open_with(&self, options: RemoteOptions) -> RemoteImage {
+        open(&self.proxy, options)
+    }
+
+    fn check_chunk(&self, image: &RemoteImage, chunk: usize) {
+        let bytes = read(image, chunk * CHUNK, PAGE).unwrap();
+        assert!(bytes == self.content[chunk * CHUNK..][..PAGE], "chunk {chunk}");
+    }
+}
+
+fn open(proxy: &FaultProxy, options: RemoteOptions) -> RemoteImage {
+    let url = format!("http://127.0.0.1:{}/", proxy.port());
+    let store = Store::open(&url.parse().unwrap()).unwrap();
+    RemoteImage::open_with(&store, "vm", options).unwrap()
+}
+
+#[test]
+fn broken_answers_are_asked_for_again() {
+    let Some(far) = Far::new(16) else { return };
+    let image = far.open();
+    for (chunk, fault) in
+        [Fault::Cut(0), Fault::Cut(20_000), Fault::Status(503, "SlowDown")].into_iter().enumerate()
+    {
+        far.proxy.set_fault(fault, 1);
+        let before = far.proxy.requests();
+        far.check_chunk(&image, chunk);
+        let requests = far.proxy.requests() - before;
+        assert_eq!((requests, far.proxy.faults_left()), (2, 0), "{fault:?}");
+    }
+    far.proxy.clear_fault();
+    check_content(&image, &far.content);
+}
+
+#[test]
+fn changed_answers_are_never_content() {
+    let Some(far) = Far::new(16) else { return };
+    let image = far.open();
+    let faults = [
+        (Fault::Flip(20_000), "digest of the stored chunk does not match"),
+        (Fault::Truncate(20_000), "the answer has 20000"),
+        (Fault::Status(403, "ExpiredToken"), "check credentials and permissions"),
+    ];
+    for (chunk, (fault, words)) in faults.into_iter().enumerate() {
+        far.proxy.set_fault(fault, 1);
+        let error = read(&image, chunk * CHUNK, PAGE).unwrap_err();
+        let text = error.to_string();
+        println!("{text}");
+        assert!(text.contains(words) && !text.contains('\n'), "{fault:?}: {text}");
+        assert_eq!((error.retry(), far.proxy.faults_left()), (Retry::Later, 0), "{fault:?}");
+        far.check_chunk(&image, chunk);
+    }
+}
+
+#[test]
+fn another_place_replaces_a_faulty_link() {
+    let Some(far) = Far::new(4) else { return };
+    let other = FaultProxy::start(Target::Port(far.web.port()));
+    for (chunk, fault) in
+        [Fault::Flip(20_000), Fault::Refuse, Fault::Truncate(9)].into_iter().enumerate()
+    {
+        far.proxy.clear_fault();
+        let place = |name: &str, proxy| -> (String, Arc<dyn PageSource>) {
+            (name.into(), Arc::new(open(proxy, RemoteOptions::default())))
+        };
+        let source = Replicas::new([place("one", &far.proxy), place("two", &other)]).unwrap();
+        let before = other.requests();
+        far.proxy.set_fault(fault, usize::MAX);
+        let (mut page, at) = (vec![0; PAGE], chunk * CHUNK);
+        source.read_through(at as u64, &mut Destination::from(&mut page[..])).unwrap();
+        assert!(page == far.content[at..][..PAGE], "{fault:?}");
+        assert_eq!(other.requests(), before + 1, "{fault:?}");
+        let states = source.states();
+        assert!(states[0].is_down && !states[1].is_down, "{fault:?}: {states:?}");
+    }
+}
+
+/// Reads pages over a link with and without fetch-around, in an order of chunks. Returns the number
+/// of requests for each, without those that were made twice, and the number of extra pages.
+fn requests_of(
+    far: &Far,
+    trip: Duration,
+    (chunk_size, pages): (usize, usize),
+    order: &[usize],
+) -> [u64; 3] {
+    far.proxy.set_link(Link::round_trip(trip));
+    let [without, with] = [FetchAround::Off, FetchAround::Auto].map(|around| {
+        let image = far.open_with(RemoteOptions { around, ..RemoteOptions::default() });
+        let before = image.figures();
+        for chunk in order {
+            for page in 0..pages {
+                let start = chunk * chunk_size + page * PAGE;
+                assert!(read(&image, start, PAGE).unwrap() == far.content[start..][..PAGE]);
+            }
+        }
+        let after = image.figures();
+        println!("{around:?}: {after:?}");
+        (after.reads.requests - before.reads.requests, after.around.extra_pages)
+    });
+    [without.0, with.0, with.1]
+}
+
+#[test]
+fn sequential_reader_profits_from_fetch_around() {
+    let Some(far) = Far::new(128) else { return };
+    let order: Vec<usize> = (0..128).collect();
+    let trip = Duration::from_millis(10);
+    let [without, with, _] = requests_of(&far, trip, (CHUNK, CHUNK / PAGE), &order);
+    assert_eq!(without, 128);
+    assert!(with < without / 2, "{with}");
+}
+
+#[test]
+fn random_reader_gives_fetch_around_up() {
+    const SMALL: usize = 16 << 10;
+    let Some(far) = Far::of(1024 * SMALL, SMALL) else { return };
+    let mut order: Vec<usize> = (0..1024).step_by(4).collect();
+    let mut random = Random::new(5);
+    (1..order.len()).rev().for_each(|at| order.swap(at, random.below(at + 1)));
+    let [without, with, extra] = requests_of(&far, Duration::from_millis(4), (SMALL, 1), &order);
+    assert_eq!(without, 256);
+    let most = 150 * (SMALL / PAGE) as u64;
+    assert!(with < 256 * 3 / 2 && (1..most).contains(&extra), "{with}, {extra}");
+}
+
+#[test]
+fn neighbours_are_awaited_by_faults() {
+    let Some(far) = Far::new(8) else { return };
+    let around = FetchAround::Bytes(4 * CHUNK as u64);
+    let image = far.open_with(RemoteOptions { around, ..RemoteOptions::default() });
+    far.proxy.set_link(Link::round_trip(Duration::from_millis(200)));
+    let before = far.proxy.requests();
+    far.check_chunk(&image, 0);
+    // They are on their way, or have arrived.
+    for chunk in 1..5 {
+        far.check_chunk(&image, chunk);
+    }
+    assert_eq!(far.proxy.requests(), before + 2);
+    let used = image.figures().around;
+    assert_eq!((used.extra_pages, used.used_pages), (64, 4));
+}
+
+#[test]
+fn stalled_request_is_made_again() {
+    let Some(far) = Far::new(128) else { return };
+    far.proxy.set_link(Link::round_trip(Duration::from_millis(40)));
+    let image = far.open();
+    (0..40).for_each(|chunk| far.check_chunk(&image, chunk));
+    // None of these is late, so that a hedge can be afforded after them.
+    far.proxy.set_link(Link::default());
+    (40..70).for_each(|chunk| far.check_chunk(&image, chunk));
+    let (before, requests) = (image.figures().hedges, far.proxy.requests());
+    far.proxy.set_fault(Fault::Stall(20_000), 1);
+    let begun = Instant::now();
+    far.check_chunk(&image, 100);
+    // The connection's own limit is 5 seconds.
+    assert!(begun.elapsed() < Duration::from_secs(4), "{:?}", begun.elapsed());
+    let after = image.figures().hedges;
+    assert_eq!((after.made, after.won), (before.made + 1, before.won + 1));
+    assert_eq!((far.proxy.requests(), far.proxy.faults_left()), (requests + 2, 0));
+}
