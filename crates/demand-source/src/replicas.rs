@@ -2,7 +2,7 @@
 //! Several sources of one image: while one fails, another delivers.
 
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use crate::convert::to_usize;
@@ -50,6 +50,8 @@ pub struct ReplicaState {
     pub name: String,
     /// Whether it has failed, and not delivered since.
     pub is_down: bool,
+    /// The time for which it has been down; `None` unless it is.
+    pub down_for: Option<Duration>,
     /// Number of requests of which it has failed so far.
     pub failures: u64,
 }
@@ -65,6 +67,8 @@ pub struct ReplicaState {
 /// priority tries it after a second, then after growing pauses of up to 30 seconds, as long as
 /// pages are requested. A fault asks a source that is down only when all others have failed. A
 /// source that does not answer is down when its own time limit says so.
+///
+/// A source that can be opened only later [joins](Replicas::add) the others then.
 ///
 /// All content passes through memory of this process; a single source spares that copy.
 ///
@@ -90,11 +94,14 @@ pub struct Replicas {
 
 struct Shared {
     size: u64,
-    replicas: Box<[Replica]>,
+    /// By preference.
+    replicas: RwLock<Vec<Arc<Replica>>>,
 }
 
 struct Replica {
     name: String,
+    /// Its preference: lower ones come first.
+    rank: usize,
     source: Arc<dyn PageSource>,
     health: Mutex<Health>,
 }
@@ -103,6 +110,7 @@ struct Replica {
 struct Health {
     /// When the source is to be tried again; `None` while it delivers.
     down_until: Option<Instant>,
+    down_since: Option<Instant>,
     /// Number of times that it was down in a row.
     times: u32,
     /// Whether a read that tries it is in progress.
@@ -115,7 +123,7 @@ struct Attempt {
     priority: Priority,
     chunks: Vec<Chunk>,
     /// The sources that are left, the next one last.
-    left: Vec<usize>,
+    left: Vec<Arc<Replica>>,
     /// The failure that says the most.
     error: Option<SourceError>,
     completer: Completer,
@@ -130,26 +138,64 @@ impl Replicas {
     pub fn new(
         sources: impl IntoIterator<Item = (String, Arc<dyn PageSource>)>,
     ) -> Result<Self, ReplicasError> {
-        let replica = |(name, source)| Replica { name, source, health: Mutex::default() };
-        let replicas: Box<[Replica]> = sources.into_iter().map(replica).collect();
-        let first = replicas.first().ok_or(ReplicasError::None)?;
-        let size = first.source.size();
-        if let Some(other) = replicas.iter().find(|other| other.source.size() != size) {
-            let other_size = other.source.size();
-            let (first, other) = (first.name.clone(), other.name.clone());
-            return Err(ReplicasError::Sizes { first, other, size, other_size });
+        Replicas::ranked((0..).zip(sources).map(|(rank, (name, source))| (rank, name, source)))
+    }
+
+    /// Like [`new`](Self::new), with the preference of each source: the lowest first. They leave
+    /// room for those that [`add`](Self::add) adds.
+    ///
+    /// # Errors
+    ///
+    /// The same as those of [`new`](Self::new).
+    pub fn ranked(
+        sources: impl IntoIterator<Item = (usize, String, Arc<dyn PageSource>)>,
+    ) -> Result<Self, ReplicasError> {
+        let mut sources = sources.into_iter();
+        let (rank, name, source) = sources.next().ok_or(ReplicasError::None)?;
+        let size = source.size();
+        let first = Arc::new(Replica { name, rank, source, health: Mutex::default() });
+        let replicas = RwLock::new(vec![first]);
+        let replicas = Replicas { shared: Arc::new(Shared { size, replicas }) };
+        for (rank, name, source) in sources {
+            replicas.add(rank, name, source)?;
         }
-        Ok(Replicas { shared: Arc::new(Shared { size, replicas }) })
+        Ok(replicas)
+    }
+
+    /// Adds a source of the same content with this preference, after those that have the same.
+    ///
+    /// # Errors
+    ///
+    /// [`ReplicasError::Sizes`] if its size differs.
+    pub fn add(
+        &self,
+        rank: usize,
+        name: String,
+        source: Arc<dyn PageSource>,
+    ) -> Result<(), ReplicasError> {
+        let (size, other_size) = (self.shared.size, source.size());
+        let mut replicas = self.shared.replicas.write().unwrap_or_else(PoisonError::into_inner);
+        if other_size != size {
+            let first = replicas.first().map_or_else(String::new, |first| first.name.clone());
+            return Err(ReplicasError::Sizes { first, other: name, size, other_size });
+        }
+        let at = replicas.partition_point(|other| other.rank <= rank);
+        replicas.insert(at, Arc::new(Replica { name, rank, source, health: Mutex::default() }));
+        Ok(())
     }
 
     /// Returns the condition of each source, in order of preference.
     pub fn states(&self) -> Vec<ReplicaState> {
-        let state = |replica: &Replica| {
+        let state = |replica: Arc<Replica>| {
             let health = replica.health();
-            let is_down = health.down_until.is_some();
-            ReplicaState { name: replica.name.clone(), is_down, failures: health.failures }
+            ReplicaState {
+                name: replica.name.clone(),
+                is_down: health.down_until.is_some(),
+                down_for: health.down_since.map(|since| since.elapsed()),
+                failures: health.failures,
+            }
         };
-        self.shared.replicas.iter().map(state).collect()
+        self.shared.all().into_iter().map(state).collect()
     }
 }
 
@@ -165,6 +211,7 @@ impl Replica {
             Ok(()) => {
                 let mut health = self.health();
                 let was_down = health.down_until.take().is_some();
+                health.down_since = None;
                 health.times = 0;
                 drop(health);
                 if was_down {
@@ -185,6 +232,7 @@ impl Replica {
         if is_news {
             let pause = FIRST_PAUSE.saturating_mul(1 << health.times.min(5)).min(LONGEST_PAUSE);
             health.down_until = Some(now + pause);
+            health.down_since.get_or_insert(now);
             health.times += 1;
         }
         drop(health);
@@ -198,17 +246,23 @@ impl Replica {
 impl Shared {
     /// Returns the sources in the order in which a request asks them, the first one last: those
     /// that deliver, by preference; then those that are down, by the time of their next trial.
-    fn order(&self) -> Vec<usize> {
-        let mut order: Vec<_> = (0..self.replicas.len()).collect();
-        order.sort_by_cached_key(|index| (self.replicas[*index].health().down_until, *index));
+    fn order(&self) -> Vec<Arc<Replica>> {
+        let mut order = self.all();
+        // Equal ones keep their order.
+        order.sort_by_cached_key(|replica| replica.health().down_until);
         order.reverse();
         order
+    }
+
+    /// Returns all sources, by preference.
+    fn all(&self) -> Vec<Arc<Replica>> {
+        self.replicas.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Tries sources that are down and whose pause has passed, by a read at `offset`.
     fn try_again(self: &Arc<Self>, offset: u64) {
         let now = Instant::now();
-        for (index, replica) in self.replicas.iter().enumerate() {
+        for replica in self.all() {
             {
                 let mut health = replica.health();
                 if health.is_tried || health.down_until.is_none_or(|until| now < until) {
@@ -220,10 +274,9 @@ impl Shared {
             let len = to_usize(PROBE.min(self.size - offset));
             let (destination, bytes) = Destination::owned(vec![0; len]);
             let chunks = vec![Chunk { offset, destination }];
-            let shared = self.clone();
             let request = Request { priority: Priority::Fill, chunks };
-            replica.source.submit(request).then(move |outcome| {
-                let replica = &shared.replicas[index];
+            let source = replica.source.clone();
+            source.submit(request).then(move |outcome| {
                 replica.note(&outcome.and_then(|()| bytes.take().map(drop)));
                 replica.health().is_tried = false;
             });
@@ -236,7 +289,7 @@ impl Shared {
         if !is_wanted || !attempt.completer.is_awaited() {
             return attempt.end(Err(SourceError::Withdrawn));
         }
-        let Some(index) = attempt.left.pop() else {
+        let Some(replica) = attempt.left.pop() else {
             let error = attempt.error.take().unwrap_or(SourceError::Abandoned);
             return attempt.end(Err(error));
         };
@@ -247,8 +300,8 @@ impl Shared {
             read.push(bytes);
         }
         let request = Request { priority: attempt.priority, chunks };
-        let shared = self.clone();
-        self.replicas[index].source.submit(request).then(move |outcome| {
+        let (shared, source) = (self.clone(), replica.source.clone());
+        source.submit(request).then(move |outcome| {
             let content = outcome.and_then(|()| {
                 read.into_iter().map(OwnedBytes::take).collect::<Result<Vec<_>, _>>()
             });
@@ -256,7 +309,7 @@ impl Shared {
                 Ok(content) => (Ok(()), content),
                 Err(error) => (Err(error), Vec::new()),
             };
-            if shared.replicas[index].note(&outcome) {
+            if replica.note(&outcome) {
                 for (chunk, content) in attempt.chunks.iter_mut().zip(content) {
                     chunk.destination.write_at(0, &content);
                 }
@@ -295,8 +348,7 @@ impl PageSource for Replicas {
     fn extent(&self, offset: u64) -> Result<Extent, SourceError> {
         let mut left = self.shared.order();
         loop {
-            let index = left.pop().ok_or(SourceError::Abandoned)?;
-            let replica = &self.shared.replicas[index];
+            let replica = left.pop().ok_or(SourceError::Abandoned)?;
             match replica.source.extent(offset) {
                 Ok(extent) => return Ok(extent),
                 Err(error) => {
@@ -310,8 +362,7 @@ impl PageSource for Replicas {
     }
 
     fn extent_now(&self, offset: u64) -> Option<Result<Extent, SourceError>> {
-        let index = *self.shared.order().last()?;
-        self.shared.replicas[index].source.extent_now(offset)
+        self.shared.order().last()?.source.extent_now(offset)
     }
 
     fn submit(&self, request: Request) -> Completion {
@@ -326,7 +377,7 @@ impl PageSource for Replicas {
     }
 
     fn raise(&self, offset: u64, len: u64) {
-        self.shared.replicas.iter().for_each(|replica| replica.source.raise(offset, len));
+        self.shared.all().iter().for_each(|replica| replica.source.raise(offset, len));
     }
 
     fn read_now(
@@ -334,8 +385,7 @@ impl PageSource for Replicas {
         offset: u64,
         destination: &mut Destination<'_>,
     ) -> Option<Result<(), SourceError>> {
-        let index = *self.shared.order().last()?;
-        let outcome = self.shared.replicas[index].source.read_now(offset, destination)?;
+        let outcome = self.shared.order().last()?.source.read_now(offset, destination)?;
         // Otherwise by a request, which asks the others.
         outcome.is_ok().then_some(outcome)
     }

@@ -137,6 +137,27 @@ fn altered_page_comes_from_another_source() {
 }
 
 #[test]
+fn late_source_takes_its_rank() {
+    let image = write();
+    let ((first, of_first), (late, of_late)) = (Far::open(&image.memory), Far::open(&image.memory));
+    let source = Replicas::ranked([(1, "first".into(), first as _)]).unwrap();
+    let counts = [of_first, of_late];
+    check(&source, &image, 0);
+    source.add(0, "late".into(), late).unwrap();
+    let names: Vec<_> = source.states().into_iter().map(|state| state.name).collect();
+    assert_eq!(names, ["late", "first"]);
+    check(&source, &image, 1);
+    assert_eq!(reads(&counts), [1, 1]);
+    set(&counts[1], true);
+    check(&source, &image, 2);
+    let [late, first] = &source.states()[..] else { panic!("not two") };
+    assert!(late.down_for.is_some() && first.down_for.is_none(), "{late:?}");
+    let other = LocalFile::open(&image.hashes).unwrap();
+    let error = source.add(2, "other".into(), Arc::new(other)).unwrap_err();
+    assert!(matches!(error, ReplicasError::Sizes { .. }), "{error}");
+}
+
+#[test]
 fn wrong_requests_blame_no_source() {
     let image = write();
     let (source, _) = two(&image);
