@@ -24,7 +24,7 @@ pub enum FetchAround {
 pub struct AroundStats {
     /// Pages that were requested though no fault had asked for them.
     pub extra_pages: u64,
-    /// Those of them that a fault has needed later.
+    /// Those of them that were read later, by a fault or by background fill.
     pub used_pages: u64,
 }
 
@@ -134,7 +134,7 @@ impl Around {
         }
     }
 
-    /// Notes that a fault has needed bytes of a chunk.
+    /// Notes that bytes of a chunk were read.
     pub(crate) fn used(&mut self, chunk: u64, bytes: usize) {
         let Some(used) = self.awaited.get_mut(&chunk) else { return };
         let before = *used;
