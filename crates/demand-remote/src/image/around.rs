@@ -113,9 +113,9 @@ impl Around {
                     }
                     self.most = 1;
                 }
-                let chunks = trip.as_secs_f64() * self.rate / self.stored.max(1.0);
-                // It saturates.
-                (chunks as u64).clamp(1, MOST).min(self.most)
+                let bytes = trip.as_secs_f64() * self.rate;
+                let fits = |count: &u64| *count as f64 * self.stored <= bytes;
+                (1..=MOST).rev().find(fits).unwrap_or(1).min(self.most)
             }
         }
     }
