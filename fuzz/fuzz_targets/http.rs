@@ -55,6 +55,7 @@ impl Control for Count {
             version: "0".into(),
             snapshot: None,
             last_error: None,
+            sources: Vec::new(),
             limits: Vec::new(),
         }
     }

@@ -2,13 +2,14 @@
 //! Restores from several places of one snapshot.
 
 use std::fs::{self, File};
+use std::net::TcpListener;
 use std::process::Stdio;
 use std::time::Duration;
 
 use demand_tests::process::Guarded;
 use demand_tests::refusal::{FAILED, USAGE, refused};
 use demand_tests::tiny_snapshot::TinySnapshot;
-use demand_vmm::api::{Go, SnapshotRequest};
+use demand_vmm::api::{Go, SnapshotRequest, SourceState};
 
 /// Takes a snapshot and pushes it to the store beside it. Returns it, and the pushed one's URL.
 fn pushed() -> Option<(TinySnapshot, String)> {
@@ -53,12 +54,28 @@ fn absent_source_is_left_out() {
     let directory = snapshot.dir().display().to_string();
     let (absent, socket) = (format!("{url}-absent"), snapshot.at("absent.sock"));
     let log = restored(&snapshot, &[&absent, &directory, &url], || {});
-    assert!(log.contains(&format!("the next source, {directory}, is tried")), "{log}");
+    assert!(log.contains(&absent) && log.contains("this source is left out"), "{log}");
     let pager = format!("pager:{}", socket.display());
     let log = restored(&snapshot, &[&url, &pager, &directory], || {});
     assert!(log.contains("absent.sock") && log.contains("this source is left out"), "{log}");
     let mut restore = snapshot.restore_from(&absent, &[]).unwrap();
     refused(restore.args(["--source", &pager, "--log-level", "off"]), FAILED, &["absent.sock"]);
+}
+
+/// Its server accepts connections, and never answers.
+#[test]
+fn silent_source_delays_no_restore() {
+    let Some((snapshot, url)) = pushed() else { return };
+    let silent = TcpListener::bind(("127.0.0.1", 0)).unwrap();
+    let silent_url = format!("nbd://{}/vm7", silent.local_addr().unwrap());
+    let mut states = Vec::new();
+    restored(&snapshot, &[&silent_url, &url], || {
+        states = snapshot.api().status().unwrap().sources;
+    });
+    let states: Vec<_> = states.iter().map(|it| (&*it.source, it.state)).collect();
+    let expected = [(&*silent_url, SourceState::Opening), (&*url, SourceState::Healthy)];
+    assert_eq!(states, expected);
+    drop(silent);
 }
 
 #[test]

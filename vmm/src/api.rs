@@ -41,6 +41,7 @@ use crate::config::names::with_keys;
 use crate::config::vm::{RestoreConfig, VmConfig};
 use crate::error::{Error, Kind};
 use crate::report::WorkingSetReport;
+pub use crate::vm::sources::SourceFigures;
 
 /// The operations that a VMM offers through the API. Requests arrive on several threads at once.
 pub trait Control: Send + Sync {
@@ -51,6 +52,11 @@ pub trait Control: Send + Sync {
     /// Returns the VM's statistics, or `None` if there is no VM. It never blocks.
     fn stats(&self) -> Option<Arc<Stats>> {
         None
+    }
+
+    /// Returns the figures of what is remote. It never blocks.
+    fn source_figures(&self) -> SourceFigures {
+        SourceFigures::default()
     }
 
     /// Returns the log of the VM's events.
@@ -317,12 +323,54 @@ pub struct Status {
     /// The last error whose cause persists, for example a source that cannot be read: one line.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_error: Option<String>,
+    /// The places that the memory comes from, if there are several, the preferred one first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub sources: Vec<SourceStatus>,
     /// The limits that the VM has because of its backing: one line each.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub limits: Vec<String>,
     /// Figures for the working set; absent without one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub working_set: Option<WorkingSetReport>,
+}
+
+/// The condition of one of several places that a VM's memory comes from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SourceStatus {
+    /// The place, without credentials.
+    pub source: String,
+    /// Its condition.
+    pub state: SourceState,
+    /// The time for which it has been failing, in seconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub failing_s: Option<u64>,
+    /// Number of requests that it has failed.
+    pub failures: u64,
+}
+
+/// The condition of a place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SourceState {
+    /// It has not answered yet, and is used once it has.
+    Opening,
+    /// It delivers, or has not been needed.
+    Healthy,
+    /// It has failed, and not delivered since. It is tried again from time to time.
+    Failing,
+    /// It could not be used when the VM was restored, and is not tried again.
+    LeftOut,
+}
+
+impl fmt::Display for SourceState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            SourceState::Opening => "opening",
+            SourceState::Healthy => "healthy",
+            SourceState::Failing => "failing",
+            SourceState::LeftOut => "left out",
+        })
+    }
 }
 
 /// A device's kind and state.

@@ -34,8 +34,8 @@ use crate::cli::parse::parse_number;
 use crate::cli::probe::require::Need;
 use crate::config::vm::{RestoreConfig, VmConfig};
 use crate::config::{
-    CacheConfig, ClockConfig, FillConfig, MemoryConfig, OnPanic, RestoreMemory, SerialConfig,
-    VhostUserConfig, WorkingSetConfig,
+    CacheConfig, ClockConfig, FetchAroundConfig, FillConfig, MemoryConfig, OnPanic, RestoreMemory,
+    SerialConfig, VhostUserConfig, WorkingSetConfig,
 };
 use crate::error::Error;
 use crate::logger;
@@ -282,6 +282,11 @@ struct RestoreArgs {
     /// /var/cache/demand,size=10G. Everyone who can write there can change what guests read.
     #[arg(long, value_name = "CACHE")]
     cache: Option<CacheConfig>,
+    /// The parts of a snapshot that was pushed to a store that are fetched beside one that a fault
+    /// needs: auto, as many as its delay is worth, and none while they are of no use; so many BYTES;
+    /// or off [default: auto].
+    #[arg(long, value_name = "auto|BYTES|off")]
+    fetch_around: Option<FetchAroundConfig>,
     /// [backing=shmem|hugetlb-2m|hugetlb-1g|guest-memfd][,reserve=on|off][,thp=on|off]
     /// [default: the snapshot's]
     #[arg(long, allow_negative_numbers = true)]
@@ -338,6 +343,7 @@ impl RestoreArgs {
             parts.put("other_sources", Some(others));
         }
         parts.put("cache", self.cache.as_ref());
+        parts.put("fetch_around", self.fetch_around);
         parts.put("memory", self.memory.as_ref());
         parts.put("cpus", self.cpus);
         parts.put("engine", self.engine.map(|engine| engine.to_string()));

@@ -2,6 +2,7 @@
 //! The configuration of a VM: plain data, and its form in JSON, which the API and the file of
 //! `--config` have. `cli` parses the texts of the command line.
 
+pub(crate) mod around;
 pub(crate) mod cache;
 pub(crate) mod device;
 pub mod device_kind;
@@ -22,6 +23,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::json::{Bytes, optional_text, text};
 
+pub use crate::config::around::{FetchAroundConfig, FetchAroundError};
 pub use crate::config::cache::{CacheConfig, CacheConfigError};
 pub use crate::config::device::{DeviceConfigError, Lazy, VhostUserConfig};
 pub use crate::config::fill::{FillConfig, FillError};

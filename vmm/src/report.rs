@@ -48,6 +48,9 @@ pub struct Report {
     /// Figures for the working set; absent without one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub working_set: Option<WorkingSetReport>,
+    /// Figures for the requests for pushed snapshots; absent without one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub remote: Option<RemoteReport>,
     /// Time from the process's start to its first `KVM_RUN`, in microseconds.
     pub time_to_first_instruction_us: u64,
     /// Time from the process's start until the last page was present, in microseconds; 0 if pages
@@ -115,6 +118,60 @@ impl From<demand_remote::CacheStats> for CacheReport {
             written_bytes: stats.written_bytes,
             overdue: stats.overdue,
             evicted: stats.evicted,
+        }
+    }
+}
+
+/// The requests of a run for pushed snapshots, from all places together.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RemoteReport {
+    /// Requests that were answered.
+    pub requests: u64,
+    /// Bytes of the answers.
+    pub bytes: u64,
+    /// Requests for faults that were made twice, because they were late.
+    pub hedges: u64,
+    /// Those of them whose second request was answered first.
+    pub hedges_won: u64,
+    /// Pages that were fetched beside those that faults needed.
+    pub around_pages: u64,
+    /// Those of them that were read later, by faults or by background fill.
+    pub around_used_pages: u64,
+    /// Requests for faults that are in progress or queued.
+    pub demand_queue: u64,
+    /// Other requests that are.
+    pub fill_queue: u64,
+}
+
+impl RemoteReport {
+    /// Returns the sum of two places' figures.
+    #[cfg(feature = "remote")]
+    pub(crate) fn plus(self, other: RemoteReport) -> RemoteReport {
+        RemoteReport {
+            requests: self.requests + other.requests,
+            bytes: self.bytes + other.bytes,
+            hedges: self.hedges + other.hedges,
+            hedges_won: self.hedges_won + other.hedges_won,
+            around_pages: self.around_pages + other.around_pages,
+            around_used_pages: self.around_used_pages + other.around_used_pages,
+            demand_queue: self.demand_queue + other.demand_queue,
+            fill_queue: self.fill_queue + other.fill_queue,
+        }
+    }
+}
+
+#[cfg(feature = "remote")]
+impl From<demand_remote::image::ImageFigures> for RemoteReport {
+    fn from(figures: demand_remote::image::ImageFigures) -> Self {
+        RemoteReport {
+            requests: figures.reads.requests,
+            bytes: figures.reads.bytes,
+            hedges: figures.hedges.made,
+            hedges_won: figures.hedges.won,
+            around_pages: figures.around.extra_pages,
+            around_used_pages: figures.around.used_pages,
+            demand_queue: figures.demand_queue as u64,
+            fill_queue: figures.fill_queue as u64,
         }
     }
 }
@@ -220,6 +277,16 @@ impl Report {
                 size(cache.written_bytes)
             );
         }
+        if let Some(remote) = &self.remote {
+            *table += &format!(
+                "  remote: {} requests, {}, {} hedged, {} pages beside faults, {} of them used\n",
+                remote.requests,
+                size(remote.bytes),
+                remote.hedges,
+                remote.around_pages,
+                remote.around_used_pages
+            );
+        }
         if let Some(set) = &self.working_set {
             *table += &format!(
                 "  working set: {} pages replayed, {} hits, {} late, {} misses, {} in vain; {} \
@@ -290,12 +357,17 @@ mod tests {
         let lines = report.table();
         let cache = "  cache: 7 hits, 28K, 0 misses, 0B written";
         assert_eq!(lines.lines().nth(8), Some(cache), "{lines}");
+        let remote = RemoteReport { requests: 5, bytes: 4096, hedges: 1, ..Default::default() };
+        report.remote = Some(RemoteReport { around_pages: 32, ..remote });
+        let lines = report.table();
+        let remote = "  remote: 5 requests, 4K, 1 hedged, 32 pages beside faults, 0 of them used";
+        assert_eq!(lines.lines().nth(9), Some(remote), "{lines}");
         let set = WorkingSetReport { replayed_pages: 9, hits: 7, waste: 2, ..Default::default() };
         report.working_set = Some(set);
         let lines = report.table();
         let set =
             "  working set: 9 pages replayed, 7 hits, 0 late, 0 misses, 2 in vain; 0 recorded";
-        assert_eq!(lines.lines().nth(9), Some(set), "{lines}");
+        assert_eq!(lines.lines().nth(10), Some(set), "{lines}");
     }
 
     #[test]

@@ -22,6 +22,7 @@ pub(crate) mod restore;
 pub(crate) mod serve;
 pub(crate) mod session;
 pub mod source_watch;
+pub(crate) mod sources;
 pub mod supervise;
 mod task;
 pub(crate) mod timeouts;
@@ -67,6 +68,7 @@ use crate::vm::events::{Event, EventSender};
 use crate::vm::lifecycle::{Change, Lifecycle};
 use crate::vm::machine::Machine;
 use crate::vm::source_watch::LastError;
+use crate::vm::sources::{SourceFigures, Sources};
 use crate::vm::task::spawn;
 use crate::vm::working_set::WorkingSetRun;
 
@@ -90,6 +92,8 @@ pub(crate) struct VmParts {
     pub boot: Option<BootSource>,
     /// The statistics of the run.
     pub stats: Arc<Stats>,
+    /// The places that pages come from.
+    pub sources: Arc<Sources>,
     /// The time at which the process began.
     pub started: Instant,
     /// The number of pages that are missing at the start.
@@ -117,6 +121,7 @@ pub(crate) struct Vm {
     pub(crate) memory: MemoryConfig,
     pub(crate) boot: Option<BootSource>,
     pub(crate) stats: Arc<Stats>,
+    sources: Arc<Sources>,
     started: Instant,
     pub(crate) missing_at_start: u64,
     last_error: LastError,
@@ -158,6 +163,7 @@ impl Vm {
             memory: parts.memory,
             boot: parts.boot,
             stats: parts.stats,
+            sources: parts.sources,
             started: parts.started,
             missing_at_start: parts.missing_at_start,
             last_error: parts.last_error,
@@ -475,6 +481,7 @@ impl Control for Vm {
             guest: self.chipset.health.condition(),
             snapshot,
             last_error: self.last_error(),
+            sources: self.sources.status(),
             limits: self.memory.limits().iter().map(ToString::to_string).collect(),
             working_set: self.working_set.as_ref().map(|run| run.report()),
         }
@@ -482,6 +489,10 @@ impl Control for Vm {
 
     fn stats(&self) -> Option<Arc<Stats>> {
         Some(self.stats.clone())
+    }
+
+    fn source_figures(&self) -> SourceFigures {
+        self.sources.figures()
     }
 
     fn events(&self) -> Arc<EventLog> {

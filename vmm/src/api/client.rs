@@ -16,7 +16,7 @@ use serde::de::DeserializeOwned;
 use crate::api::endpoint::Endpoint;
 use crate::api::http::{ErrorBody, Response, ResponseError};
 use crate::api::socket::connect_now;
-use crate::api::{SnapshotRequest, SnapshotSummary, State, Status};
+use crate::api::{SnapshotRequest, SnapshotSummary, SourceStatus, State, Status};
 use crate::config::vm::{RestoreConfig, VmConfig};
 use crate::error::{Error, Kind};
 use crate::report::progress::Progress;
@@ -481,6 +481,10 @@ pub fn table(status: &Status) -> String {
     if status.pages_total > 0 {
         let share = share(status.pages_present, status.pages_total);
         lines.push(format!("  {:<10}{share} present", "pages"));
+    }
+    for SourceStatus { source, state, failing_s, .. } in &status.sources {
+        let time = failing_s.map_or(String::new(), |seconds| format!(" for {seconds} s"));
+        lines.push(format!("  {:<10}{state}{time}, {source}", "source"));
     }
     for device in &status.devices {
         let socket = device.socket.as_deref().map_or(String::new(), |path| format!(", {path}"));

@@ -155,7 +155,8 @@ impl Endpoint {
         match self {
             Endpoint::Status | Endpoint::Events => {}
             Endpoint::Metrics => {
-                let text = metrics::text(control.status(), control.stats());
+                let text =
+                    metrics::text(control.status(), control.stats(), control.source_figures());
                 let text = text.map_err(|_| {
                     ControlError::failed("cannot read the metrics: no text came about; repeat it")
                 })?;

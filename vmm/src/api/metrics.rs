@@ -13,7 +13,7 @@ use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::exemplar::Exemplar;
 use prometheus_client::registry::{Registry, Unit};
 
-use crate::api::{State, Status};
+use crate::api::{SourceFigures, SourceState, State, Status};
 
 /// The media type of the text.
 pub(crate) const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -30,9 +30,13 @@ const NO_EXAMPLE: Option<&Exemplar<NoLabelSet, u64>> = None;
 
 /// Returns the figures of a VM as OpenMetrics text. Without statistics, as before there is a VM,
 /// these are the ones of its status.
-pub(crate) fn text(status: Status, stats: Option<Arc<Stats>>) -> Result<String, Error> {
+pub(crate) fn text(
+    status: Status,
+    stats: Option<Arc<Stats>>,
+    sources: SourceFigures,
+) -> Result<String, Error> {
     let mut registry = Registry::with_prefix("demand_vmm");
-    registry.register_collector(Box::new(Figures { status, stats }));
+    registry.register_collector(Box::new(Figures { status, stats, sources }));
     let mut text = String::new();
     encode(&mut text, &registry)?;
     Ok(text)
@@ -51,13 +55,15 @@ fn alone(value: u64) -> [(NoLabels, u64); 1] {
 struct Figures {
     status: Status,
     stats: Option<Arc<Stats>>,
+    sources: SourceFigures,
 }
 
 impl Collector for Figures {
     fn encode(&self, encoder: DescriptorEncoder<'_>) -> Result<(), Error> {
         let mut families = Families(encoder);
         self.add_status(&mut families)?;
-        self.stats.as_ref().map_or(Ok(()), |stats| add_stats(&mut families, stats))
+        self.stats.as_ref().map_or(Ok(()), |stats| add_stats(&mut families, stats))?;
+        add_sources(&mut families, &self.sources)
     }
 }
 
@@ -105,6 +111,14 @@ impl Figures {
             None,
             &alive,
         )?;
+        let up = status.sources.iter().map(|source| {
+            let name = [("source", source.source.clone())];
+            (name, u64::from(source.state == SourceState::Healthy))
+        });
+        let up: Vec<_> = up.collect();
+        if !up.is_empty() {
+            families.gauges("source_healthy", "1 for a place that delivers", None, &up)?;
+        }
         let uptime = Duration::from_micros(status.uptime_us).as_secs_f64();
         families.seconds("uptime", "Time since the process started", uptime)
     }
@@ -133,6 +147,37 @@ fn add_stats(families: &mut Families<'_>, stats: &Stats) -> Result<(), Error> {
     families.counters("source_errors", help, None, &alone(source.errors))?;
     let help = "Attempts to read the source after a failure";
     families.counters("source_retries", help, None, &alone(source.retries))
+}
+
+fn add_sources(families: &mut Families<'_>, sources: &SourceFigures) -> Result<(), Error> {
+    let bytes = Some(&Unit::Bytes);
+    if let Some(cache) = &sources.cache {
+        let help = "Reads that the host cache answered";
+        families.counters("cache_hits", help, None, &alone(cache.hits))?;
+        let help = "Bytes that the host cache answered with";
+        families.counters("cache_hit", help, bytes, &alone(cache.hit_bytes))?;
+        let help = "Chunks that came from the store";
+        families.counters("cache_misses", help, None, &alone(cache.misses))?;
+        let help = "Bytes that were written to the host cache";
+        families.counters("cache_written", help, bytes, &alone(cache.written_bytes))?;
+    }
+    let Some(remote) = &sources.remote else { return Ok(()) };
+    let help = "Requests to stores that were answered";
+    families.counters("remote_requests", help, None, &alone(remote.requests))?;
+    let help = "Bytes of the answers of stores";
+    families.counters("remote_answer", help, bytes, &alone(remote.bytes))?;
+    let help = "Requests for faults that were made twice, because they were late";
+    families.counters("hedges", help, None, &alone(remote.hedges))?;
+    let help = "Second requests that were answered first";
+    families.counters("hedges_won", help, None, &alone(remote.hedges_won))?;
+    let help = "Pages fetched beside those that faults needed";
+    families.counters("around_pages", help, None, &alone(remote.around_pages))?;
+    let help = "Pages fetched beside faults that were read later";
+    families.counters("around_used_pages", help, None, &alone(remote.around_used_pages))?;
+    let queues = [("demand", remote.demand_queue), ("fill", remote.fill_queue)];
+    let queues = queues.map(|(priority, len)| ([("priority", priority)], len));
+    let help = "Requests to stores that are in progress or queued";
+    families.gauges("remote_queue", help, None, &queues)
 }
 
 /// Writes families of metrics.
@@ -203,7 +248,8 @@ impl Families<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::api::DeviceStatus;
+    use crate::api::{DeviceStatus, SourceStatus};
+    use crate::report::{CacheReport, RemoteReport};
 
     fn status() -> Status {
         Status {
@@ -225,6 +271,12 @@ mod tests {
             guest: None,
             snapshot: None,
             last_error: None,
+            sources: vec![SourceStatus {
+                source: "s3://a/vm7".into(),
+                state: SourceState::Failing,
+                failing_s: Some(3),
+                failures: 2,
+            }],
             limits: Vec::new(),
             working_set: None,
         }
@@ -237,7 +289,10 @@ mod tests {
             stats.fault(FaultPath::Guest, 4096, Duration::from_micros(micros));
         }
         stats.fault(FaultPath::BackEnd, 2 << 20, Duration::from_secs(100));
-        let text = text(status(), Some(stats)).unwrap();
+        let cache = Some(CacheReport { hits: 7, hit_bytes: 28_672, ..Default::default() });
+        let remote = RemoteReport { requests: 5, hedges: 1, fill_queue: 2, ..Default::default() };
+        let sources = SourceFigures { cache, remote: Some(remote) };
+        let text = text(status(), Some(stats), sources).unwrap();
         for line in [
             "demand_vmm_vm_info{engine=\"uffd\",backing=\"hugetlb-2m\",version=\"0.1.0\"} 1",
             "demand_vmm_state{state=\"running\"} 1",
@@ -261,6 +316,12 @@ mod tests {
             "demand_vmm_fault_seconds_bucket{le=\"60.0\",path=\"back_end\"} 0",
             "demand_vmm_fault_seconds_bucket{le=\"+Inf\",path=\"back_end\"} 1",
             "demand_vmm_source_reads_total 0",
+            "demand_vmm_source_healthy{source=\"s3://a/vm7\"} 0",
+            "demand_vmm_cache_hits_total 7",
+            "demand_vmm_cache_hit_bytes_total 28672",
+            "demand_vmm_remote_requests_total 5",
+            "demand_vmm_hedges_total 1",
+            "demand_vmm_remote_queue{priority=\"fill\"} 2",
         ] {
             assert!(text.lines().any(|it| it == line), "{line} is not in\n{text}");
         }
@@ -269,8 +330,9 @@ mod tests {
 
     #[test]
     fn figures_of_no_vm_are_its_status() {
-        let text = text(Status { devices: Vec::new(), ..status() }, None).unwrap();
+        let text = text(Status { devices: Vec::new(), ..status() }, None, SourceFigures::default())
+            .unwrap();
         assert!(text.contains("demand_vmm_present_pages 513"), "{text}");
-        assert!(!text.contains("faults"), "{text}");
+        assert!(!text.contains("faults") && !text.contains("remote"), "{text}");
     }
 }

@@ -17,6 +17,7 @@ const NAMES: [(&str, &str); 18] = [
     // The second and further ones.
     ("--source", "other_sources"),
     ("--cache", "cache"),
+    ("--fetch-around", "fetch_around"),
     ("--engine", "engine"),
     ("--lazy", "lazy"),
     ("--source-limit", "source_limit_s"),

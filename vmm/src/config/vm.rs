@@ -12,8 +12,8 @@ use crate::config::device::VhostUserConfig;
 use crate::config::json::text;
 use crate::config::source::SnapshotPlace;
 use crate::config::{
-    CacheConfig, ClockConfig, FillConfig, MemoryConfig, OnPanic, RestoreMemory, SerialConfig,
-    WorkingSetConfig,
+    CacheConfig, ClockConfig, FetchAroundConfig, FillConfig, MemoryConfig, OnPanic, RestoreMemory,
+    SerialConfig, WorkingSetConfig,
 };
 
 /// The kernel's command line if none is given.
@@ -153,6 +153,10 @@ pub struct RestoreConfig {
     /// a store.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cache: Option<CacheConfig>,
+    /// The parts of a snapshot that was pushed to a store that are fetched beside one that a fault
+    /// needs.
+    #[serde(default)]
+    pub fetch_around: FetchAroundConfig,
     /// The properties of the memory that differ from the snapshot's.
     #[serde(default)]
     pub memory: RestoreMemory,
@@ -271,7 +275,8 @@ mod tests {
         let config = restore(json!({
             "memory": {"size": "1G", "thp": true}, "cpus": 2, "engine": "uffd", "clock": "host",
             "source_limit_s": 5, "fill": {"rate": "1M"}, "serial": "off", "verify": true,
-            "cache": {"dir": "/c", "size": "1G"}, "other_sources": ["/t", "https://host/vm7"],
+            "cache": {"dir": "/c", "size": "1G"}, "fetch_around": "1M",
+            "other_sources": ["/t", "https://host/vm7"],
             "working_set": {"mode": "auto", "at": "/set", "seconds": 5},
         }))
         .unwrap();

@@ -11,6 +11,8 @@ use std::io::Read;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
+#[cfg(feature = "remote")]
+use demand_remote::image::RemoteImage;
 use demand_source::HashedImage;
 use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, openat, statat};
 use rustix::io::Errno;
@@ -24,7 +26,7 @@ use crate::snapshot::dir::{HASHES, MEMORY};
 use crate::snapshot::dir::{INITRAMFS, KERNEL};
 use crate::snapshot::error::{OpenError, ReadError};
 use crate::snapshot::image::MemoryImage;
-use crate::snapshot::remote::{HostCache, RemoteSnapshot};
+use crate::snapshot::remote::{Reading, RemoteSnapshot};
 use crate::snapshot::state_file::{MAX_STATE, STATE, decode};
 
 /// A snapshot whose files are open.
@@ -66,23 +68,29 @@ impl OpenSnapshot {
     }
 
     /// Opens the snapshot in a directory or behind a URL. The chunks of one that was pushed to a
-    /// store are read through `cache`.
+    /// store are read as `reading` says.
     ///
     /// # Errors
     ///
     /// As for [`open`](Self::open); one line that names the cause, if a URL cannot be used.
-    pub(crate) fn open_with(
-        place: &SnapshotPlace,
-        cache: Option<HostCache>,
-    ) -> Result<Self, OpenError> {
+    pub(crate) fn open_with(place: &SnapshotPlace, reading: &Reading) -> Result<Self, OpenError> {
         match place {
             SnapshotPlace::Directory(dir) => OpenSnapshot::open(dir),
             SnapshotPlace::Url(url) => {
                 let path = place.shown();
-                let files = RemoteSnapshot::open(url, cache);
+                let files = RemoteSnapshot::open(url, reading);
                 let files = files.map_err(|error| OpenError::new(&path, error))?;
                 Ok(OpenSnapshot { files: Files::Remote(files), path })
             }
+        }
+    }
+
+    /// Returns the image of a snapshot that was pushed to a store.
+    #[cfg(feature = "remote")]
+    pub(crate) fn pushed(&self) -> Option<&RemoteImage> {
+        match &self.files {
+            Files::Directory(_) => None,
+            Files::Remote(remote) => remote.pushed(),
         }
     }
 

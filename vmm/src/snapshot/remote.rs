@@ -21,7 +21,7 @@ use demand_pager::{PagerError, PagerOptions, PagerSource};
 #[cfg(feature = "remote")]
 pub(crate) use demand_remote::HostCache;
 #[cfg(feature = "remote")]
-use demand_remote::image::{ImageError, ObjectId, RemoteImage, RemoteOptions};
+use demand_remote::image::{FetchAround, ImageError, ObjectId, RemoteImage, RemoteOptions};
 #[cfg(feature = "remote")]
 use demand_remote::nbd::{self, NbdOptions, NbdSource};
 #[cfg(feature = "remote")]
@@ -30,6 +30,7 @@ use demand_source::{
     Chunk, Destination, HashedSource, LocalFile, PageSource, Priority, Request, SourceError,
 };
 
+use crate::config::FetchAroundConfig;
 use crate::config::pager::{PagerKind, PagerPlace};
 use crate::late_file::LateFile;
 use crate::snapshot::dir::{HASHES, MEMORY};
@@ -41,6 +42,28 @@ use crate::snapshot::state_file::{MAX_STATE, STATE};
 /// Without remote snapshots there is no host cache.
 #[cfg(not(feature = "remote"))]
 pub(crate) type HostCache = std::convert::Infallible;
+
+/// How the chunks of a pushed snapshot are read.
+#[derive(Clone, Debug)]
+pub(crate) struct Reading {
+    /// The host cache that they are read through.
+    pub(crate) cache: Option<HostCache>,
+    /// The ones that are fetched beside one that a fault needs.
+    #[cfg_attr(not(feature = "remote"), allow(dead_code, reason = "no snapshot is pushed"))]
+    pub(crate) around: FetchAroundConfig,
+}
+
+#[cfg(feature = "remote")]
+impl Reading {
+    fn options(&self) -> RemoteOptions {
+        let around = match self.around {
+            FetchAroundConfig::Auto => FetchAround::Auto,
+            FetchAroundConfig::Bytes(bytes) => FetchAround::Bytes(bytes),
+            FetchAroundConfig::Off => FetchAround::Off,
+        };
+        RemoteOptions { around, ..RemoteOptions::default() }
+    }
+}
 
 /// Bytes of a boot file that are read at once.
 const STEP: u64 = 1 << 20;
@@ -76,10 +99,10 @@ pub(crate) struct Directory {
 }
 
 impl RemoteSnapshot {
-    /// Finds the snapshot behind a URL. The chunks of one that was pushed are read through `cache`.
-    pub(crate) fn open(url: &str, cache: Option<HostCache>) -> Result<Self, ReadError> {
+    /// Finds the snapshot behind a URL. The chunks of one that was pushed are read as `reading` says.
+    pub(crate) fn open(url: &str, reading: &Reading) -> Result<Self, ReadError> {
         if PagerKind::of(url).is_none() {
-            return RemoteSnapshot::open_far(url, cache);
+            return RemoteSnapshot::open_far(url, reading);
         }
         let place = url.parse::<PagerPlace>().map_err(|error| ReadError::Url(error.into()))?;
         let PagerPlace { kind, location, files } = place;
@@ -88,12 +111,12 @@ impl RemoteSnapshot {
     }
 
     #[cfg(not(feature = "remote"))]
-    fn open_far(_: &str, _: Option<HostCache>) -> Result<Self, ReadError> {
+    fn open_far(_: &str, _: &Reading) -> Result<Self, ReadError> {
         Err(ReadError::NoRemote)
     }
 
     #[cfg(feature = "remote")]
-    fn open_far(url: &str, cache: Option<HostCache>) -> Result<Self, ReadError> {
+    fn open_far(url: &str, reading: &Reading) -> Result<Self, ReadError> {
         let unusable = |error| ReadError::Url(error);
         if url.split_once("://").is_some_and(|(scheme, _)| scheme.starts_with("nbd")) {
             let location = url.parse::<nbd::Location>();
@@ -104,9 +127,10 @@ impl RemoteSnapshot {
             return Ok(RemoteSnapshot::Web(location));
         };
         let store = Store::open(&folder).map_err(|error| unusable(error.into()))?;
-        let opened = match cache {
-            Some(cache) => RemoteImage::open_cached(&store, &name, RemoteOptions::default(), cache),
-            None => RemoteImage::open(&store, &name),
+        let options = reading.options();
+        let opened = match reading.cache.clone() {
+            Some(cache) => RemoteImage::open_cached(&store, &name, options, cache),
+            None => RemoteImage::open_with(&store, &name, options),
         };
         match opened {
             Ok(image) => Ok(RemoteSnapshot::Pushed(Arc::new(image))),
@@ -117,6 +141,15 @@ impl RemoteSnapshot {
                 Ok(RemoteSnapshot::Web(location))
             }
             Err(error) => Err(unusable(error.into())),
+        }
+    }
+
+    /// Returns the image of a snapshot that was pushed to a store.
+    #[cfg(feature = "remote")]
+    pub(crate) fn pushed(&self) -> Option<&RemoteImage> {
+        match self {
+            RemoteSnapshot::Pushed(image) => Some(image),
+            _ => None,
         }
     }
 

@@ -32,6 +32,7 @@ use crate::report::micros;
 use crate::sync::LockExt;
 use crate::vm::Vm;
 use crate::vm::interrupt::Interrupt;
+use crate::vm::sources::SourceFigures;
 
 /// A message to the thread that runs the VM.
 #[derive(Debug)]
@@ -231,6 +232,7 @@ impl Host {
             guest: None,
             snapshot: None,
             last_error: None,
+            sources: Vec::new(),
             limits: Vec::new(),
             working_set: None,
         }
@@ -252,6 +254,14 @@ impl Control for Host {
             _ => return None,
         };
         vm.stats()
+    }
+
+    fn source_figures(&self) -> SourceFigures {
+        let vm = match &self.inner.lock_always().stage {
+            Stage::Vm(vm) => vm.clone(),
+            _ => return SourceFigures::default(),
+        };
+        vm.source_figures()
     }
 
     fn events(&self) -> Arc<EventLog> {

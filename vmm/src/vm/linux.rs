@@ -187,6 +187,7 @@ fn prepare(session: &Session, options: &LinuxOptions) -> Result<Prepared, Error>
         memory: options.memory.clone(),
         boot: Some(source),
         stats: session.stats.clone(),
+        sources: session.sources(),
         started: session.started,
         missing_at_start: 0,
         last_error: session.last_error.clone(),

@@ -12,6 +12,7 @@ use demand_paging::LazyMemory;
 
 use crate::config::MemoryConfig;
 use crate::report::{Report, micros, picture, size};
+use crate::vm::sources::{SourceFigures, Sources};
 use crate::vm::working_set::WorkingSetRun;
 
 /// The facts about the machine of a run.
@@ -35,9 +36,8 @@ pub(crate) struct Record {
     pub(crate) first_run: Arc<OnceLock<Instant>>,
     /// The time at which the last page became present.
     pub(crate) completed: OnceLock<Instant>,
-    /// The host cache that chunks are read through.
-    #[cfg(feature = "remote")]
-    cache: OnceLock<demand_remote::HostCache>,
+    /// The places that pages come from.
+    pub(crate) sources: Arc<Sources>,
     /// The working set.
     pub(crate) working_set: OnceLock<Arc<WorkingSetRun>>,
     /// The number of bytes that background fill kept in flight at its end.
@@ -55,8 +55,7 @@ impl Record {
             is_running: AtomicBool::new(false),
             first_run: Arc::default(),
             completed: OnceLock::new(),
-            #[cfg(feature = "remote")]
-            cache: OnceLock::new(),
+            sources: Arc::default(),
             working_set: OnceLock::new(),
             fill_in_flight_bytes: OnceLock::new(),
         })
@@ -69,12 +68,6 @@ impl Record {
         let size = size(memory.size);
         log::info!("VM: {size} of {}, engine {engine}, {cpus} vCPUs", memory.backing);
         let _ = self.machine.set(MachineFacts { engine, memory, cpus, pages });
-    }
-
-    /// Stores the host cache that chunks are read through.
-    #[cfg(feature = "remote")]
-    pub(crate) fn set_cache(&self, cache: demand_remote::HostCache) {
-        let _ = self.cache.set(cache);
     }
 
     /// Notes that the vCPUs run.
@@ -105,10 +98,8 @@ impl Record {
             report.memory_bytes = machine.memory.size;
             report.cpus = machine.cpus;
         }
-        #[cfg(feature = "remote")]
-        if let Some(cache) = self.cache.get() {
-            report.cache = Some(cache.stats().into());
-        }
+        let SourceFigures { cache, remote } = self.sources.figures();
+        (report.cache, report.remote) = (cache, remote);
         report.working_set = self.working_set.get().map(|run| run.report());
         report.set_paths(&self.stats);
         report

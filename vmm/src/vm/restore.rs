@@ -23,7 +23,8 @@ use crate::config::device_kind::DeviceKind;
 use crate::config::source::SnapshotPlace;
 use crate::config::vm::RestoreConfig;
 use crate::config::{
-    CacheConfig, ClockConfig, FillConfig, RestoreMemory, WorkingSetConfig, WorkingSetMode,
+    CacheConfig, ClockConfig, FetchAroundConfig, FillConfig, RestoreMemory, WorkingSetConfig,
+    WorkingSetMode,
 };
 use crate::devices::chipset::{Chipset, create_irqchip};
 use crate::error::{Error, Kind};
@@ -137,6 +138,12 @@ pub enum RestoreError {
     #[cfg(not(feature = "remote"))]
     #[error("--working-set: this program was built without it; build it with the feature 'remote'")]
     NoWorkingSets,
+    /// No thread can be started.
+    #[error("cannot open the snapshot's places: no thread starts: {source}; end other processes")]
+    Thread {
+        /// The system's error.
+        source: io::Error,
+    },
     /// The serial port's interrupt cannot be raised.
     #[error("cannot raise the serial port's interrupt: {source}")]
     SerialInterrupt {
@@ -169,7 +176,7 @@ impl From<RestoreError> for Error {
             RestoreError::NoWorkingSetPlace { .. } => Kind::Usage,
             #[cfg(not(feature = "remote"))]
             RestoreError::NoWorkingSets => Kind::Usage,
-            RestoreError::SerialInterrupt { .. } => Kind::Host,
+            RestoreError::Thread { .. } | RestoreError::SerialInterrupt { .. } => Kind::Host,
         };
         Error::of(kind, error)
     }
@@ -186,6 +193,8 @@ pub(crate) struct RestoreOptions {
     pub other_sources: Vec<SnapshotPlace>,
     /// The host cache that the snapshot's chunks are read through.
     pub cache: Option<CacheConfig>,
+    /// The parts of a pushed snapshot that are fetched beside one that a fault needs.
+    pub fetch_around: FetchAroundConfig,
     /// The properties of the memory that differ from the snapshot's.
     pub memory: RestoreMemory,
     /// The number of vCPUs that the user expects the snapshot to have.
@@ -221,6 +230,7 @@ impl RestoreOptions {
             source: config.source,
             other_sources: config.other_sources,
             cache: config.cache,
+            fetch_around: config.fetch_around,
             memory: config.memory,
             cpus: config.cpus,
             engine: config.engine,
@@ -253,7 +263,7 @@ fn prepare(session: &Session, options: &RestoreOptions) -> Result<Prepared, Erro
     let memory = saved.memory.option(&options.memory)?;
     check(&saved, options)?;
     let image = opened.memory(&saved.memory)?;
-    let boot = open_boot(&opened.snapshot, &saved, options)?;
+    let boot = open_boot(opened.snapshot(), &saved, options)?;
     // Before the slow steps.
     check_places(&place(memory.size))?;
     let cpuids = saved.vcpus.iter().map(VcpuState::guest_cpuid).collect::<Result<Vec<_>, _>>()?;
@@ -264,7 +274,7 @@ fn prepare(session: &Session, options: &RestoreOptions) -> Result<Prepared, Erro
     }
     let (facts, image) = ((image.generation(), image.size()), image.into_source());
     let working_set = options.working_set.as_ref().map(|config| {
-        WorkingSetRun::open(config, (&opened.snapshot, opened.place()), facts, image.clone())
+        WorkingSetRun::open(config, (opened.snapshot(), opened.place()), facts, image.clone())
     });
     let working_set = working_set.transpose()?;
     let image = working_set.as_ref().map_or(image, |run| run.source());
@@ -342,6 +352,7 @@ fn prepare(session: &Session, options: &RestoreOptions) -> Result<Prepared, Erro
         memory,
         boot,
         stats: session.stats.clone(),
+        sources: session.sources(),
         started: session.started,
         last_error: session.last_error.clone(),
         events: session.events.clone(),

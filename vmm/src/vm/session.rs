@@ -35,6 +35,7 @@ use crate::vm::machine::Machine;
 use crate::vm::record::Record;
 use crate::vm::reset::ResetState;
 use crate::vm::source_watch::LastError;
+use crate::vm::sources::Sources;
 use crate::vm::supervise::supervise;
 use crate::vm::task::spawn;
 use crate::vm::timeouts;
@@ -159,10 +160,9 @@ impl Session {
         let _ = self.awaited.set(machine.memory().clone());
     }
 
-    /// Stores the host cache that chunks are read through.
-    #[cfg(feature = "remote")]
-    pub(crate) fn set_cache(&self, cache: demand_remote::HostCache) {
-        self.record.set_cache(cache);
+    /// Returns the places that pages come from, for those that open them and those that report.
+    pub(crate) fn sources(&self) -> Arc<Sources> {
+        self.record.sources.clone()
     }
 
     /// Stores the working set.

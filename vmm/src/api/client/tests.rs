@@ -4,7 +4,7 @@
 use super::*;
 use std::os::unix::net::UnixListener;
 
-use crate::api::{DeviceStatus, GuestCondition, SnapshotProgress, State};
+use crate::api::{DeviceStatus, GuestCondition, SnapshotProgress, SourceState, State};
 
 fn against(answer: &'static [u8]) -> String {
     let folder = tempfile::tempdir().unwrap();
@@ -141,6 +141,12 @@ fn a_table_says_everything() {
             pages_total: 4,
         }),
         last_error: Some("read /image: gone".into()),
+        sources: vec![SourceStatus {
+            source: "s3://a/vm7".into(),
+            state: SourceState::Failing,
+            failing_s: Some(3),
+            failures: 2,
+        }],
         limits: vec!["pages are small".into()],
         working_set: None,
     };
@@ -149,6 +155,7 @@ fn a_table_says_everything() {
         "snapshotting: 16K of shmem, engine uffd, 2 vCPUs\n  \
          process   7, version 0.1.0, for 1500 us\n  \
          pages     3 of 4 (75.0 %) present\n  \
+         source    failing for 3 s, s3://a/vm7\n  \
          blk       connected, /run/blk\n  \
          guest     its kernel has panicked; its console may say why\n  \
          snapshot  1 of 4 (25.0 %) written to /s\n  \
