@@ -13,11 +13,11 @@ const BASE_AGES: Duration = Duration::from_secs(20);
 /// The time after the last request for a fault from which on no delay is known.
 const LAPSE: Duration = Duration::from_secs(1);
 
-/// Number of delays of which the median is taken. Medians are compared, since a few requests are
+/// Most delays of which the median is taken. Medians are compared, since a few requests are
 /// answered sooner than the source can: by a cache, or with one that was on its way.
 const GROUP: usize = 8;
 
-/// Number of delays of which the median counts.
+/// Least number of delays whose median counts.
 const ENOUGH: usize = 4;
 
 /// A delay above the base that is noise, whatever the ratio.
@@ -28,9 +28,11 @@ const NOISE: Duration = Duration::from_micros(500);
 pub(super) enum Strain {
     /// No fault has needed the source lately.
     Unknown,
+    /// Too few have with as many bytes in flight as now.
+    Unsure,
     /// Less than 1.3 times the delay of an idle source.
     Low,
-    /// Up to 1.5 times, or not known well enough.
+    /// Up to 1.5 times.
     Some,
     /// More than 1.5 times.
     High,
@@ -54,7 +56,7 @@ impl Delays {
             self.recent.pop_front();
         }
         self.recent.push_back(delay);
-        if self.recent.len() < GROUP {
+        if self.recent.len() < ENOUGH {
             return;
         }
         let median = self.median();
@@ -100,13 +102,14 @@ impl Delays {
     /// Returns how far the requests for faults are delayed.
     pub(super) fn strain(&self, now: Instant) -> Strain {
         let is_recent = self.last.is_some_and(|last| now.saturating_duration_since(last) < LAPSE);
-        let (Some((_, base)), true) = (self.lows.front(), is_recent) else {
+        if !is_recent {
             return Strain::Unknown;
+        }
+        let (Some((_, base)), true) = (self.lows.front(), self.recent.len() >= ENOUGH) else {
+            return Strain::Unsure;
         };
         let delay = self.median();
-        if self.recent.len() < ENOUGH {
-            Strain::Some
-        } else if delay < *base + *base * 3 / 10 || delay < *base + NOISE {
+        if delay < *base + *base * 3 / 10 || delay < *base + NOISE {
             Strain::Low
         } else if delay <= *base * 3 / 2 {
             Strain::Some

@@ -42,10 +42,10 @@ enum Trial {
 /// again from time to time. A window larger than needed only lengthens the source's queue, and with
 /// it the wait of a fault on a page in flight.
 ///
-/// While faults need the source, their delay decides instead: the window grows by a request per
-/// round trip as long as fill hardly delays them, and shrinks by three tenths once their delay is
-/// half as long again as without fill. Every 20 seconds it is the smallest for a moment, to see what
-/// the delay is without fill. A source that fails halves it.
+/// While faults need the source, their delay decides instead: the window grows as long as fill
+/// hardly delays them, twofold at first and later by a request at a time. It shrinks by three tenths
+/// once their delay is half as long again as without fill. Every 20 seconds it is the smallest for a
+/// moment, to see what the delay is without fill. A source that fails halves it.
 #[derive(Debug)]
 pub(crate) struct Window {
     bytes: u64,
@@ -62,6 +62,8 @@ pub(crate) struct Window {
     begun: Instant,
     chunk: u64,
     delays: Delays,
+    /// Whether the faults' delay has not limited the window yet.
+    is_early: bool,
     /// The window to return to after a look at the source's delay with less in flight, and the time
     /// since which less is.
     probe: Option<(u64, Instant)>,
@@ -88,6 +90,7 @@ impl Window {
             begun: now,
             chunk,
             delays: Delays::default(),
+            is_early: true,
             probe: None,
         }
     }
@@ -141,12 +144,17 @@ impl Window {
                 self.probe = Some((self.bytes, now));
                 return self.return_to(self.least);
             }
-            Strain::High => return self.shrink_to(self.bytes / 10 * 7),
+            Strain::High => {
+                self.is_early = false;
+                return self.shrink_to(self.bytes / 10 * 7);
+            }
             strain => {
+                self.is_early &= strain != Strain::Some;
                 // All that was in flight has arrived: a round trip.
                 if self.arrived >= self.bytes {
                     if strain == Strain::Low {
-                        self.bytes = self.bytes.saturating_add(self.chunk).min(self.most);
+                        let growth = if self.is_early { self.bytes } else { self.chunk };
+                        self.bytes = self.bytes.saturating_add(growth).min(self.most);
                         self.delays.restart();
                     }
                     self.resume_trials();
