@@ -496,7 +496,7 @@ mod tests {
     }
 
     #[test]
-    fn faults_occur_as_often_as_told() {
+    fn faults_occur_as_often_as_set() {
         let proxy = FaultProxy::start(Target::Port(server(1000)));
         proxy.set_fault(Fault::Cut(10), 2);
         for len in [10, 10, 1000] {

@@ -229,7 +229,7 @@ impl Opened {
         Ok(MemoryImage::Remote { source: replicas, generation, name })
     }
 
-    /// Lets the places that have not answered join the others when they do.
+    /// Joins the places that have not answered with the others when they do.
     fn await_rest(
         &self,
         Pending { places, answers }: Pending,

@@ -4,8 +4,8 @@
 use std::collections::{HashMap, VecDeque};
 use std::time::Duration;
 
-/// Chunks beside a demanded one that a [`RemoteImage`](super::RemoteImage) fetches as well, with the
-/// priority of background fill.
+/// Chunks beside a demanded one that a [`RemoteImage`](super::RemoteImage) fetches as well, with
+/// the priority of background fill.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum FetchAround {
     /// None.
@@ -238,7 +238,7 @@ mod tests {
     fn near_store_needs_no_neighbours() {
         assert_eq!(auto(Duration::from_micros(900)).count(), 0);
         let mut around = auto(Duration::from_millis(2));
-        // What a connection delivers in a round trip: 10 KB/ms for 2 ms, as one chunk.
+        // A connection delivers 20 KB in a round trip: one chunk.
         (0..64).for_each(|_| around.answered(200_000, 10, Duration::from_millis(22)));
         assert_eq!(around.count(), 1);
         let mut fixed = Around::new(FetchAround::Bytes(CHUNK * 3 / 2), CHUNK);

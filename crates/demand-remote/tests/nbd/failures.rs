@@ -197,8 +197,8 @@ fn url_of(proxy: &FaultProxy) -> String {
     format!("nbd://127.0.0.1:{}/", proxy.port())
 }
 
-/// Reads through a proxy while a fault occurs once. Returns the failure that a single attempt shows,
-/// or `None` without a server.
+/// Reads through a proxy while a fault occurs once. Returns the failure that a single attempt
+/// shows, or `None` without a server.
 fn failure_of(fault: Fault, options: NbdOptions) -> Option<String> {
     let folder = tempfile::tempdir().unwrap();
     let raw = folder.path().join("raw");
