@@ -39,8 +39,8 @@ fn regions(proxy: &FaultProxy) -> [Arc<Pager>; 2] {
     })
 }
 
-/// Touches pages by several threads, until told to stop or so many by each. Returns the times of the
-/// last three quarters, in order of length.
+/// Touches pages by several threads, until `stop` is set or so many by each. Returns the times of
+/// the last three quarters, in order of length.
 fn touch(pager: &Arc<Pager>, most: usize, stop: &AtomicBool) -> Vec<Duration> {
     let next = AtomicU64::new(0);
     let times = Mutex::new(Vec::new());

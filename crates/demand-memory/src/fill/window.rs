@@ -43,9 +43,9 @@ enum Trial {
 /// it the wait of a fault on a page in flight.
 ///
 /// While faults need the source, their delay decides instead: the window grows as long as fill
-/// hardly delays them, twofold at first and later by a request at a time. It shrinks by three tenths
-/// once their delay is half as long again as without fill. Every 20 seconds it is the smallest for a
-/// moment, to see what the delay is without fill. A source that fails halves it.
+/// hardly delays them, twofold at first and later by a request at a time. It shrinks by three
+/// tenths once their delay is half as long again as without fill. Every 20 seconds it is the
+/// smallest for a moment, to see what the delay is without fill. A source that fails halves it.
 #[derive(Debug)]
 pub(crate) struct Window {
     bytes: u64,
@@ -291,8 +291,8 @@ mod tests {
             Source { latency, rate, now, busy: now, answers, fault: None, delays }
         }
 
-        /// Ends the request for a fault that is answered by now, and makes the next one. It waits in
-        /// one queue with the others.
+        /// Ends the request for a fault that is answered by now, and makes the next one. It waits
+        /// in one queue with the others.
         fn fault(&mut self, window: &mut Window) {
             let Some((at, delay)) = self.fault.filter(|(at, delay)| *at + *delay <= self.now)
             else {
