@@ -386,11 +386,11 @@ fn read_server(shared: &Shared, ends: &Ends, line: &SyncSender<Piece>) {
         let mut ending = None;
         let fault = state.fault;
         match fault {
-            Some(Fault::Cut(at) | Fault::Stall(at)) if end > at && start <= at => {
-                if state.occurs() {
-                    piece.truncate((at - start) as usize);
-                    ending = fault;
-                }
+            Some(Fault::Cut(at) | Fault::Stall(at))
+                if end > at && start <= at && state.occurs() =>
+            {
+                piece.truncate((at - start) as usize);
+                ending = fault;
             }
             Some(Fault::Flip(at)) if end > at && start <= at && state.occurs() => {
                 piece[(at - start) as usize] ^= 1;
