@@ -89,6 +89,7 @@ impl Control for Record {
             guest: None,
             snapshot: self.progress.lock().unwrap().clone(),
             last_error: None,
+            sources: Vec::new(),
             limits: Vec::new(),
             working_set: Some(WorkingSetReport { mode: "auto".into(), ..Default::default() }),
         }
