@@ -128,7 +128,7 @@ mod tests {
         let begun = Instant::now();
         let mut delays = Delays::default();
         assert_eq!(delays.strain(begun), Strain::Unknown);
-        let mut add = |delays: &mut Delays, second: u64, millis: u64| {
+        let add = |delays: &mut Delays, second: u64, millis: u64| {
             let now = begun + Duration::from_secs(second);
             for _ in 0..GROUP * 8 {
                 delays.add(Duration::from_millis(millis), now);
