@@ -56,6 +56,7 @@ impl Control for Count {
             snapshot: None,
             last_error: None,
             sources: Vec::new(),
+            working_set: None,
             limits: Vec::new(),
         }
     }

@@ -108,6 +108,6 @@ fn many_vms_fetch_each_chunk_once() {
     let again = sent(&web) - bytes;
     println!("{vms} VMs: {misses} chunks, {overdue} of them late; {again} bytes, alone {bytes}");
     assert!(misses - overdue <= alone.misses, "{misses} chunks, alone {}", alone.misses);
-    // What the killed one had asked for comes again.
+    // The chunks of the killed one's open requests come again.
     assert!(again <= bytes + overdue * CHUNK + (4 << 20), "{again} bytes, alone {bytes}");
 }

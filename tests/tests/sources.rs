@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Guests whose page sources are killed and started again while pages arrive: web and NBD servers,
-//! pagers, and another VM that fetches into the same cache. Each is a pause, no more: the memory that
-//! arrives is the snapshot's, and nothing is left behind in the VMM.
+//! pagers, and another VM that fetches into the same cache. Each is a pause, no more: the memory
+//! that arrives is the snapshot's, and nothing is left behind in the VMM.
 //!
 //! `SOURCES_KILLS` gives the number of kills of each kind (`rust-vmm-ci/soak --sources`), and
 //! `SOURCES_SEED` the seed of their moments; by default there is one of each.
@@ -58,9 +58,9 @@ impl Restored {
     }
 
     /// Returns the numbers of its descriptors and of its threads.
-    fn held(&self) -> Result<[usize; 2]> {
+    fn held(&self) -> Result<[u64; 2]> {
         let folder = |what| fs::read_dir(format!("/proc/{}/{what}", self.vmm.id()));
-        Ok([folder("fd")?.count(), folder("task")?.count()])
+        Ok([folder("fd")?.count() as u64, folder("task")?.count() as u64])
     }
 
     /// Prints the lines so far.
@@ -129,8 +129,8 @@ fn outlasts(
         let status = snapshot.api().status().unwrap();
         status.pages_present == status.pages_total
     });
-    // What each kill would leave adds up; idle connections and threads end after a while.
-    let (most, begun) = (before.map(|held| held + kills as usize / 3), Instant::now());
+    // A leak at each kill would add up; idle connections and threads end after a while.
+    let (most, begun) = (before.map(|held| held + kills / 3), Instant::now());
     let mut after = guest.held()?;
     while kills >= MANY && (after[0] > most[0] || after[1] > most[1]) {
         assert!(begun.elapsed() < Duration::from_secs(120), "{after:?} is held, before {before:?}");

@@ -4,7 +4,7 @@
 //! becomes the key for users of the file and clients.
 
 /// Each option with its key.
-const NAMES: [(&str, &str); 18] = [
+const NAMES: [(&str, &str); 19] = [
     ("--memory", "memory"),
     ("--cpus", "cpus"),
     ("--kernel", "kernel"),
