@@ -80,7 +80,10 @@ impl TouchCounts {
 /// pager.note_touches(&log, &[]).unwrap();
 /// // Background fill brings the page, which is held until its first touch.
 /// pager.fetch(PageRange::page(7), FaultPath::Fill).unwrap();
-/// assert!(pager.bitmap().is_missing(7) && pager.bitmap().is_populated(7));
+/// while !pager.bitmap().is_populated(7) {
+///     std::thread::yield_now();
+/// }
+/// assert!(pager.bitmap().is_missing(7));
 /// pager.ensure(PageRange::page(7), FaultPath::Guest, &Waiter::new()).unwrap();
 /// assert_eq!(log.touches()[0].page, 7);
 /// ```

@@ -112,6 +112,10 @@ impl Around {
                         return 0;
                     }
                     self.most = 1;
+                    // The trial is judged by its own chunks.
+                    self.awaited.clear();
+                    self.order.clear();
+                    (self.judged, self.judged_pages) = (0, 0);
                 }
                 let bytes = trip.as_secs_f64() * self.rate;
                 let fits = |count: &u64| *count as f64 * self.stored <= bytes;

@@ -211,7 +211,9 @@ fn failure_of(fault: Fault, options: NbdOptions) -> Option<String> {
     let at = content.chunks(65536).position(|block| block[0] != 0).unwrap() * 65536;
     assert!(read(&source, Priority::Demand, at as u64, 4096).0 == content[at..][..4096]);
     // The search for holes reads as well.
-    until("the holes are known", || source.extent_now(0).is_some());
+    until("the holes are known", || {
+        (0..content.len()).step_by(65536).all(|block| source.extent_now(block as u64).is_some())
+    });
     proxy.set_fault(fault, 1);
     let error = submit(&source, Priority::Demand, at as u64, 65536).0.wait().unwrap_err();
     assert_eq!((error.retry(), proxy.faults_left()), (Retry::Later, 0), "{error}");
