@@ -375,7 +375,7 @@ fn copy_can_be_cancelled_during_a_hanging_read() {
     let error = try_write(&memory, &mut |_| false).err().unwrap();
     assert!(
         matches!(error, WriteImageError::Cancelled { bytes, total }
-            if bytes == 1 << 20 && total == pages * PAGE_SIZE),
+            if bytes <= 1 << 20 && total == pages * PAGE_SIZE),
         "{error}"
     );
     // The source does not answer in the first chunk of the second region.

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use demand_remote::nbd::{NbdErrorKind, NbdOptions, Refusal};
 use demand_source::{PageSource, Priority, Retry};
 use test_support::proxy::{Fault, FaultProxy, Target};
-use test_support::wait::until;
+use test_support::wait::{A_WHILE, until};
 
 use crate::fake::{Fake, sevens};
 use crate::server::{Server, hasty, open, pattern, read, scrambled, submit, write_image};
@@ -205,15 +205,21 @@ fn failure_of(fault: Fault, options: NbdOptions) -> Option<String> {
     let content = write_image(&raw, 64);
     let server = Server::qemu(&raw, &["--shared=64", "--format=raw"])?;
     let proxy = FaultProxy::start(Target::Socket(server.socket()));
-    let options = NbdOptions { demand_connections: Some(1), ..options };
+    let one = Some(1);
+    let options = NbdOptions { demand_connections: one, fill_connections: one, ..options };
     let source = open(&url_of(&proxy), options).unwrap();
     // A block that is no hole.
     let at = content.chunks(65536).position(|block| block[0] != 0).unwrap() * 65536;
-    assert!(read(&source, Priority::Demand, at as u64, 4096).0 == content[at..][..4096]);
+    // Both connections are made, so no handshake meets the fault.
+    for priority in [Priority::Demand, Priority::Fill] {
+        assert!(read(&source, priority, at as u64, 4096).0 == content[at..][..4096]);
+    }
     // The search for holes reads as well.
     until("the holes are known", || {
         (0..content.len()).step_by(65536).all(|block| source.extent_now(block as u64).is_some())
     });
+    // The end of its last reply passes by the other connection.
+    thread::sleep(A_WHILE);
     proxy.set_fault(fault, 1);
     let error = submit(&source, Priority::Demand, at as u64, 65536).0.wait().unwrap_err();
     assert_eq!((error.retry(), proxy.faults_left()), (Retry::Later, 0), "{error}");
