@@ -22,7 +22,7 @@ use crate::backend::{BackEnd, BlkOptions};
 use crate::process::{Guarded, program};
 
 /// Time limit for a guest's silence: it is emulated, twice.
-const PATIENCE: Duration = Duration::from_secs(120);
+const PATIENCE: Duration = Duration::from_secs(240);
 
 /// Names of files in a guest's folder.
 const SOCKET: &str = "api.sock";

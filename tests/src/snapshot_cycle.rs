@@ -23,7 +23,7 @@ const SLACK_US: u64 = 500_000;
 /// Number of echoes in flight at a time for a guest with a network card.
 const ECHOES: u64 = 8;
 /// Time limit for a VM to run its guest.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(180);
 
 /// Options for booting a guest.
 #[derive(Clone, Debug)]

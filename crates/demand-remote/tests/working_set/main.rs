@@ -95,6 +95,9 @@ struct Outcome {
     counts: TouchCounts,
 }
 
+/// Numbers of requests for 100 faults: at most one in 20 is made a second time.
+const HEDGED: std::ops::RangeInclusive<usize> = 100..=106;
+
 /// Restores from the store behind a server, and touches pages. Replays the working set, if there is
 /// to be one.
 fn restored(place: &Place, pages: &[u64], replays: bool) -> Outcome {
@@ -145,7 +148,8 @@ fn replay_removes_nearly_all_fetches_of_faults() {
     let place = Place::new();
     let pages = touched(3);
     let demand = restored(&place, &pages, false);
-    assert_eq!((demand.requests, demand.counts.misses), (100, 100));
+    assert!(HEDGED.contains(&demand.requests), "{}", demand.requests);
+    assert_eq!(demand.counts.misses, 100);
     let replay = restored(&place, &pages, true);
     let sooner = demand.time.as_secs_f64() / replay.time.as_secs_f64();
     println!(
@@ -167,7 +171,8 @@ fn other_run_asks_for_no_more_than_without() {
     restored(&place, &touched(3), false);
     let other = touched(9);
     let replay = restored(&place, &other, true);
-    assert_eq!((replay.requests, replay.counts.misses), (100, 100));
+    assert!(HEDGED.contains(&replay.requests), "{}", replay.requests);
+    assert_eq!(replay.counts.misses, 100);
     println!("another run beside a replay: {:?} for 100 round trips", replay.time);
 }
 
