@@ -3,13 +3,16 @@
 
 pub mod outputs;
 pub mod progress;
-pub(crate) mod timeline;
+mod timeline;
 
 use std::fmt::Write;
 use std::time::Duration;
 
 use demand_memory::{FaultPath, PathReport, SourceReport, Stats};
 use serde::{Deserialize, Serialize};
+
+pub use timeline::Moment;
+use timeline::Picture;
 
 /// The report of one run.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -261,49 +264,68 @@ impl Report {
                 path.latency_us.max
             );
         }
-        *table += &format!(
-            "  source: {} reads, {}, {} errors, {} retries\n",
+        for line in self.source_lines() {
+            *table += &format!("  {line}\n");
+        }
+    }
+
+    /// Returns the figures of the sources and of the working set, as lines.
+    fn source_lines(&self) -> Vec<String> {
+        let mut lines = vec![format!(
+            "source: {} reads, {}, {} errors, {} retries",
             self.source.reads,
             size(self.source.bytes),
             self.source.errors,
             self.source.retries
-        );
+        )];
         if let Some(cache) = &self.cache {
-            *table += &format!(
-                "  cache: {} hits, {}, {} misses, {} written\n",
+            lines.push(format!(
+                "cache: {} hits, {}, {} misses, {} written",
                 cache.hits,
                 size(cache.hit_bytes),
                 cache.misses,
                 size(cache.written_bytes)
-            );
+            ));
         }
         if let Some(remote) = &self.remote {
-            *table += &format!(
-                "  remote: {} requests, {}, {} hedged, {} pages beside faults, {} of them used\n",
+            lines.push(format!(
+                "remote: {} requests, {}, {} hedged, {} pages beside faults, {} of them used",
                 remote.requests,
                 size(remote.bytes),
                 remote.hedges,
                 remote.around_pages,
                 remote.around_used_pages
-            );
+            ));
         }
         if let Some(set) = &self.working_set {
-            *table += &format!(
-                "  working set: {} pages replayed, {} hits, {} late, {} misses, {} in vain; {} \
-                 recorded\n",
-                set.replayed_pages, set.hits, set.late, set.misses, set.waste, set.recorded_pages
-            );
+            lines.push(format!(
+                "working set: {} pages replayed, {} hits, {} late, {} misses, {} in vain; {} recorded",
+                set.replayed_pages,
+                set.hits,
+                set.late,
+                set.misses,
+                set.waste,
+                set.recorded_pages
+            ));
         }
+        lines
     }
 }
 
-/// Draws a run's pages over time, as an SVG. `pages` is the number of pages of its memory.
-pub fn picture(report: &Report, stats: &Stats, pages: u64) -> String {
+/// Draws a run's memory over time, as an SVG, with the moments at which something happened. `pages`
+/// is the number of pages of its memory.
+pub fn picture(report: &Report, stats: &Stats, pages: u64, moments: &[Moment]) -> String {
     let title = format!(
         "{}: {}, engine {}, {} vCPUs",
         report.stage, report.backing, report.engine, report.cpus
     );
-    timeline::svg(&title, &stats.timeline(), pages)
+    timeline::svg(&Picture {
+        title: &title,
+        events: &stats.timeline(),
+        total_pages: pages,
+        moments,
+        figures: &report.source_lines(),
+    })
 }
 
 /// Formats a number of bytes for people: in the largest unit that it reaches, rounded to one

@@ -115,6 +115,8 @@ pub struct TimelineEvent {
     pub pages: u64,
     /// The path that fetched them.
     pub path: FaultPath,
+    /// How many of them were [expected](crate::Pager::note_touches): a working set has them.
+    pub expected: u64,
 }
 
 #[derive(Default)]
@@ -214,14 +216,22 @@ impl Stats {
     }
 
     /// Counts pages that became present; `bytes_read` of their bytes were read from the source.
-    pub(crate) fn arrived(&self, path: FaultPath, pages: u64, bytes_read: u64) {
+    /// `expected` is called for the timeline alone.
+    pub(crate) fn arrived(
+        &self,
+        path: FaultPath,
+        pages: u64,
+        bytes_read: u64,
+        expected: impl FnOnce() -> u64,
+    ) {
         let shard = self.shard();
         let counts = &shard.paths[path as usize];
         counts.pages.fetch_add(pages, Ordering::Relaxed);
         self.read(path, bytes_read);
         if self.timeline.load(Ordering::Relaxed) {
             let at_us = u64::try_from(self.origin.elapsed().as_micros()).unwrap_or(u64::MAX);
-            shard.events().push(TimelineEvent { at_us, pages, path });
+            let expected = expected();
+            shard.events().push(TimelineEvent { at_us, pages, path, expected });
         }
     }
 
@@ -358,9 +368,9 @@ mod tests {
             for _ in 0..4 {
                 scope.spawn(|| {
                     stats.fault(FaultPath::Guest, 4096, Duration::from_micros(10));
-                    stats.arrived(FaultPath::Guest, 1, 4096);
+                    stats.arrived(FaultPath::Guest, 1, 4096, || 0);
                     stats.fault(FaultPath::BackEnd, 2 << 20, Duration::from_micros(200));
-                    stats.arrived(FaultPath::BackEnd, 512, 0);
+                    stats.arrived(FaultPath::BackEnd, 512, 0, || 0);
                 });
             }
         });

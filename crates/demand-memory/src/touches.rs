@@ -285,6 +285,12 @@ impl FirstTouches {
         others
     }
 
+    /// Returns how many pages of the range are expected.
+    pub(crate) fn expected_in(&self, range: PageRange) -> u64 {
+        let bits = |(word, mask): (usize, u64)| self.expected[word].load(Ordering::Relaxed) & mask;
+        range.words().map(|part| u64::from(bits(part).count_ones())).sum()
+    }
+
     /// Takes the held pages of the range, which the caller must publish.
     pub(crate) fn take(&self, range: PageRange) -> Vec<PageRange> {
         let mut taken = Vec::new();

@@ -221,7 +221,7 @@ fn run_parts(
         ..Report::default()
     };
     report.set_paths(&stats);
-    let picture = picture(&report, &stats, machine.pages());
+    let picture = picture(&report, &stats, machine.pages(), &[]);
     Ok((report, picture))
 }
 

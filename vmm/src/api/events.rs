@@ -161,6 +161,23 @@ impl EventKind {
             | EventKind::Dropped { .. } => return None,
         })
     }
+
+    /// Returns the few words of the event in the picture of the run, if it is shown there.
+    pub(crate) fn moment(&self) -> Option<&'static str> {
+        Some(match self {
+            EventKind::Running => "guest runs",
+            EventKind::Paused { .. } => "paused",
+            EventKind::Resumed => "resumed",
+            EventKind::SnapshotBegun { .. } => "snapshot",
+            EventKind::SnapshotWritten { .. } => "snapshot written",
+            EventKind::SourceFailing { .. } => "source fails",
+            EventKind::SourceBack => "source answers",
+            EventKind::BackEndDisconnected { .. } => "back-end hung up",
+            EventKind::GuestReset => "guest reset",
+            EventKind::PagingComplete => "all pages present",
+            _ => return None,
+        })
+    }
 }
 
 /// The reason for a pause.
@@ -240,6 +257,11 @@ impl EventLog {
         self.add(EventKind::Ended { status, error });
     }
 
+    /// Returns the events that are kept, the oldest first.
+    pub(crate) fn kept(&self) -> Vec<VmEvent> {
+        self.kept.lock_always().events.iter().cloned().collect()
+    }
+
     /// Returns how long ago the last event was added, if it was.
     pub(super) fn ended_for(&self) -> Option<Duration> {
         self.kept.lock_always().ended.map(|at| at.elapsed())
@@ -258,7 +280,7 @@ impl EventLog {
     }
 }
 
-fn now_us() -> u64 {
+pub(crate) fn now_us() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, micros)
 }
 

@@ -10,8 +10,9 @@ use demand_kvm::Engine;
 use demand_memory::Stats;
 use demand_paging::LazyMemory;
 
+use crate::api::events::{EventLog, VmEvent, now_us};
 use crate::config::MemoryConfig;
-use crate::report::{Report, micros, picture, size};
+use crate::report::{Moment, Report, micros, picture, size};
 use crate::vm::sources::{SourceFigures, Sources};
 use crate::vm::working_set::WorkingSetRun;
 
@@ -30,6 +31,10 @@ pub(crate) struct Record {
     stage: String,
     pub(crate) started: Instant,
     pub(crate) stats: Arc<Stats>,
+    /// The events of the run, and the time by the host's clock at which the statistics begin, in
+    /// microseconds since 1970.
+    log: Arc<EventLog>,
+    began_us: u64,
     machine: OnceLock<MachineFacts>,
     is_running: AtomicBool,
     /// The time at which the first vCPU entered the guest.
@@ -46,11 +51,13 @@ pub(crate) struct Record {
 
 impl Record {
     /// Creates the record of a run that has not begun.
-    pub(crate) fn new(stage: String, started: Instant) -> Arc<Self> {
+    pub(crate) fn new(stage: String, started: Instant, log: Arc<EventLog>) -> Arc<Self> {
         Arc::new(Record {
             stage,
             started,
             stats: Arc::new(Stats::new()),
+            log,
+            began_us: now_us(),
             machine: OnceLock::new(),
             is_running: AtomicBool::new(false),
             first_run: Arc::default(),
@@ -105,9 +112,15 @@ impl Record {
         report
     }
 
-    /// Draws the pages of the run over time (SVG).
+    /// Draws the memory of the run over time (SVG).
     pub(crate) fn picture(&self, report: &Report) -> String {
         let pages = self.machine.get().map_or(0, |machine| machine.pages);
-        picture(report, &self.stats, pages)
+        let moment = |event: VmEvent| {
+            // Those of an earlier VM of the process are not of this run.
+            let at_us = event.time_us.checked_sub(self.began_us)?;
+            Some(Moment { at_us, what: event.kind.moment()? })
+        };
+        let moments: Vec<_> = self.log.kept().into_iter().filter_map(moment).collect();
+        picture(report, &self.stats, pages, &moments)
     }
 }

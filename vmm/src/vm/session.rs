@@ -267,7 +267,7 @@ pub(crate) fn run_guest(
     // Kept on this thread, which restores the terminal even if another thread hangs.
     let _terminal = console.then(Console::new);
     let awaited = Arc::new(OnceLock::new());
-    let record = Record::new(guest.stage.clone(), started);
+    let record = Record::new(guest.stage.clone(), started, log.clone());
     if guest.timeline {
         record.stats.keep_timeline();
     }

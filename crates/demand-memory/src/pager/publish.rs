@@ -83,7 +83,8 @@ impl Pager {
                 return false;
             }
         }
-        self.stats.arrived(errand.path, run.count, bytes_read);
+        let expected = || self.touches.get().map_or(0, |touches| touches.expected_in(run));
+        self.stats.arrived(errand.path, run.count, bytes_read, expected);
         self.set_aside.take_back(run);
         if self.bitmap.publish(run) == Published::Last {
             if let Some(loader) = self.unit_loader.get() {
