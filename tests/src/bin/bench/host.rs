@@ -12,7 +12,7 @@ use demand_memory::BackingKind;
 use demand_tests::host::free_units;
 use demand_uffd::DEFAULT_SPIN;
 
-use crate::run::{Guest, Images, Time, bare_backing, baseline, median, output};
+use crate::run::{Guest, Images, Time, bare_backing, baseline, median, output, rounds};
 use crate::table::{Row, Target};
 use crate::{access, back_end};
 
@@ -73,24 +73,6 @@ fn back_ends(backing: BackingKind, image: &Path) -> Result<Vec<Row>> {
             .target(Target::RatioAtMost(0.85)),
         row("bare loop: pread, CONTINUE", 2),
     ])
-}
-
-/// Measures `N` things in each of some rounds, one right after the other. Each comes first equally
-/// often.
-fn rounds<T: Copy, const N: usize>(
-    count: usize,
-    mut measure: impl FnMut(usize) -> Result<T>,
-) -> Result<Vec<[T; N]>> {
-    let mut samples = Vec::with_capacity(count);
-    for round in 0..count {
-        let mut sample = [None; N];
-        for at in 0..N {
-            let at = (at + round) % N;
-            sample[at] = Some(measure(at)?);
-        }
-        samples.push(sample.map(|value| value.expect("each was measured")));
-    }
-    Ok(samples)
 }
 
 /// Measures guest faults at 4K by userfaultfd, which works with any KVM: their times, and the

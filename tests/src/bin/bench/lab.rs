@@ -8,13 +8,16 @@ use anyhow::{Context, Result};
 use demand_memory::BackingKind;
 use demand_tests::process::program;
 
-use crate::run::{Guest, Images, baseline, field, least, output, vmm};
+use crate::run::{Guest, Images, baseline, field, least, output, rounds, vmm};
 use crate::table::{Row, Target};
 
 const PART: &str = "lab";
 
 /// Total memory of the two runs, in MiB, from whose difference a page's cost is computed.
 const MIB: (u64, u64) = (16, 48);
+
+/// Number of rounds that are measured by the clock.
+const TIMED_ROUNDS: usize = 8;
 
 const ENGINES: [&str; 3] = ["kvm-userfault", "uffd", "kvm-attributes"];
 /// The engine whose vCPUs exit on released kernels, by the side of the one that it is to beat.
@@ -102,6 +105,19 @@ pub(crate) fn rows() -> Result<Vec<Row>> {
     }
     rows.extend(restore()?);
     Ok(rows)
+}
+
+/// Returns the rows that are measured by the clock, for whose threads the lab has two processors.
+pub(crate) fn timed_rows() -> Result<Vec<Row>> {
+    let images = Images::new()?;
+    let image = images.full(MIB.0 << 20)?;
+    let guest = Guest { backing: BackingKind::Shmem, mib_per_cpu: MIB.0, cpus: 1, image: &image };
+    eprintln!("  guest fault, {POISON}, by the clock");
+    let samples: Vec<[f64; 2]> = rounds(TIMED_ROUNDS, |at| guest.fault_us([POISON, "uffd"][at]))?;
+    let pairs: Vec<_> = samples.iter().map(|[poison, uffd]| (*poison, *uffd)).collect();
+    let name = format!("guest fault, {POISON}, shmem, p50");
+    let row = Row::of_pairs(PART, name, "us", "uffd, from its message on", &pairs);
+    Ok(vec![row.target(Target::RatioAtMost(0.5)).note("emulated processors")])
 }
 
 /// The cost of content that is not part of a fault, in instructions per page.

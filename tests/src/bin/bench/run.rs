@@ -98,6 +98,24 @@ pub(crate) fn baseline(name: &str) -> Result<PathBuf> {
     Ok(path)
 }
 
+/// Measures `N` things in each of some rounds, one right after the other. Each comes first equally
+/// often.
+pub(crate) fn rounds<T: Copy, const N: usize>(
+    count: usize,
+    mut measure: impl FnMut(usize) -> Result<T>,
+) -> Result<Vec<[T; N]>> {
+    let mut samples = Vec::with_capacity(count);
+    for round in 0..count {
+        let mut sample = [None; N];
+        for at in 0..N {
+            let at = (at + round) % N;
+            sample[at] = Some(measure(at)?);
+        }
+        samples.push(sample.map(|value| value.expect("each was measured")));
+    }
+    Ok(samples)
+}
+
 /// A guest that touches all its memory once.
 #[derive(Clone, Copy)]
 pub(crate) struct Guest<'a> {
@@ -123,6 +141,13 @@ impl Guest<'_> {
     /// Measures our engine.
     pub(crate) fn ours(&self, engine: &str) -> Result<Time> {
         Time::of(&vmm(&self.arguments(engine))?)
+    }
+
+    /// Measures the time of a fault of our engine, in microseconds: the median.
+    pub(crate) fn fault_us(&self, engine: &str) -> Result<f64> {
+        let report = vmm(&self.arguments(engine))?;
+        let p50 = report.pointer("/guest/latency_us/p50").and_then(Value::as_f64);
+        p50.context("demand-vmm must report latencies")
     }
 
     /// Measures our engine whose service threads spin for at most this time.
