@@ -50,18 +50,24 @@ pub fn userfaultfds_of(engine: Engine, backing: BackingKind) -> usize {
 ///
 /// # Panics
 ///
-/// In the lab, if it cannot.
+/// In the lab, if it cannot; unless the lab's kernel is declared to be without the patches that the
+/// engine needs.
 pub fn can_run(engine: Engine, backing: BackingKind, size: u64) -> bool {
     let usable = |engine| {
         let engines = demand_kvm::probe().engines();
         engines.iter().any(|report| report.engine == engine && report.usable)
     };
+    let (needed, free) = (size.div_ceil(backing.unit()), host::free_units(backing));
     let why_not = if let Some(why) = cannot_run() {
         why
     } else if !usable(engine) {
+        if engine == Engine::KvmUserfault {
+            host::skip_without_patch(&format!("engine {engine}"));
+            return false;
+        }
         format!("this KVM does not have the engine {engine}")
-    } else if host::free_units(backing) < size / backing.unit() {
-        format!("there are too few free pages of {backing}")
+    } else if free < needed {
+        format!("{needed} pages of {backing} are needed, {free} are free")
     } else {
         return true;
     };

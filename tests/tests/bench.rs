@@ -8,9 +8,9 @@ use std::time::Duration;
 
 use demand_kvm::Engine;
 use demand_memory::{BackingKind, PAGE_SIZE};
-use demand_tests::cannot_run;
-use demand_tests::host::{free_units, skip};
+use demand_tests::host::skip;
 use demand_tests::process::{program, run};
+use demand_tests::{can_run, cannot_run};
 use demand_vmm::bench::BenchReport;
 
 fn bench(arguments: &[&str]) -> Result<BenchReport, String> {
@@ -26,15 +26,8 @@ fn bench(arguments: &[&str]) -> Result<BenchReport, String> {
 
 /// Runs an engine on a backing in all orders, for reads and writes, with both kinds of source.
 fn engine(engine: Engine, backing: BackingKind) {
-    if let Some(why) = cannot_run() {
-        return skip(&why);
-    }
-    let probe = demand_kvm::probe();
-    if !probe.engines().iter().any(|report| report.engine == engine && report.usable) {
-        return skip(&format!("this KVM does not have the engine {engine}"));
-    }
-    if free_units(backing) < 4 {
-        return skip(&format!("4 pages of {backing} are needed"));
+    if !can_run(engine, backing, 4 * backing.unit()) {
+        return;
     }
     let image = tempfile::NamedTempFile::new().unwrap();
     let words = (0..8u32 << 18).flat_map(|word| word.wrapping_mul(0x9e37_79b9).to_le_bytes());

@@ -6,8 +6,8 @@ use std::sync::{Mutex, PoisonError};
 
 use demand_kvm::Engine;
 use demand_memory::BackingKind;
-use demand_tests::cannot_run;
-use demand_tests::host::{free_units, skip, transparent_huge_pages};
+use demand_tests::can_run;
+use demand_tests::host::transparent_huge_pages;
 use demand_tests::scenario::Scenario;
 
 /// Returns the number of rounds of each combination; one, unless `rust-vmm-ci/soak` requests more.
@@ -38,22 +38,14 @@ impl Memory {
 }
 
 fn mixed(engine: Engine, memory: Memory, cpus: u32) {
-    if let Some(why) = cannot_run() {
-        return skip(&why);
-    }
-    let probe = demand_kvm::probe();
-    if !probe.engines().iter().any(|report| report.engine == engine && report.usable) {
-        return skip(&format!("this KVM does not have the engine {engine}"));
-    }
-    if memory == Memory::ShmemWithThp && !transparent_huge_pages() {
-        return;
-    }
     let gigantic = memory == Memory::Hugetlb1G;
     let _one = gigantic.then(|| GIGANTIC.lock().unwrap_or_else(PoisonError::into_inner));
     let backing = memory.backing();
-    let (needed, free) = ((32u64 << 20).div_ceil(backing.unit()), free_units(backing));
-    if free < needed {
-        return skip(&format!("{needed} pages of {backing} are needed, {free} are free"));
+    if !can_run(engine, backing, 32 << 20) {
+        return;
+    }
+    if memory == Memory::ShmemWithThp && !transparent_huge_pages() {
+        return;
     }
     for round in 0..rounds() {
         let mut scenario = Scenario::mixed(engine.name(), backing, cpus, 100 + round);

@@ -11,9 +11,9 @@ use demand_kvm::{Engine, EngineChoice};
 use demand_memory::{BackingKind, Fill, FillRate, Retrier, RetryPolicy, Stats};
 use demand_paging::{Lazy, ServiceOptions};
 use demand_source::LocalFile;
-use demand_tests::host::{free_units, huge_pages, skip};
+use demand_tests::host::{huge_pages, skip};
 use demand_tests::scenario::Scenario;
-use demand_tests::{cannot_run, userfaultfds_of};
+use demand_tests::{can_run, cannot_run, userfaultfds_of};
 use demand_vmm::arch::placement::Placement;
 use demand_vmm::config::MemoryConfig;
 use demand_vmm::vm::machine::{Machine, MachineConfig};
@@ -28,16 +28,8 @@ const PAGES: u64 = WINDOW / 4096;
 /// A mixed run in a window of a VM of `size` bytes. The separate process that verifies it compares
 /// every byte of the window, and checks that no other page of memory exists.
 fn run(engine: Engine, backing: BackingKind, size: u64) {
-    if let Some(why) = cannot_run() {
-        return skip(&why);
-    }
-    let probe = demand_kvm::probe();
-    if !probe.engines().iter().any(|report| report.engine == engine && report.usable) {
-        return skip(&format!("this KVM does not have the engine {engine}"));
-    }
-    let (needed, free) = (WINDOW / backing.unit(), free_units(backing));
-    if free < needed {
-        return skip(&format!("{needed} pages of {backing} are needed, {free} are free"));
+    if !can_run(engine, backing, WINDOW) {
+        return;
     }
     let scenario = Scenario {
         stage: format!("{} MiB of memory", size / M),
