@@ -7,6 +7,8 @@ mod cache;
 mod cause;
 #[cfg(feature = "http")]
 mod client;
+#[cfg(feature = "store")]
+mod directory;
 #[cfg(feature = "image")]
 mod hex;
 #[cfg(feature = "image")]

@@ -11,12 +11,11 @@ use std::time::SystemTime;
 use bytes::Bytes;
 use demand_source::Retry;
 use futures_util::TryStreamExt;
-use object_store::local::LocalFileSystem;
 use object_store::path::Path as Key;
 use object_store::{GetOptions, GetRange, GetResult, ObjectStore, ObjectStoreExt};
 
 use crate::cause::cause;
-use crate::{Location, runtime};
+use crate::{Location, directory, runtime};
 
 /// An error of any kind.
 pub(crate) type BoxError = Box<dyn Error + Send + Sync>;
@@ -102,11 +101,26 @@ impl StoreError {
 #[derive(Clone)]
 pub struct Store {
     name: Arc<str>,
+    #[cfg_attr(not(feature = "image"), expect(dead_code, reason = "pushes and gc need it"))]
+    kind: Kind,
     inner: Arc<dyn ObjectStore>,
 }
 
+/// The kind of a store.
+#[derive(Clone)]
+enum Kind {
+    Directory(
+        #[cfg_attr(not(feature = "image"), expect(dead_code, reason = "gc needs it"))] Arc<Path>,
+    ),
+    /// A server that may confirm a write before it is on its disk.
+    Server,
+    /// A bucket: it has an object once that is on its disks, and never a part of it.
+    Bucket,
+}
+
 impl Store {
-    /// Opens a directory as a store, and creates it if it does not exist.
+    /// Opens a directory as a store, and creates it if it does not exist. A write returns once a
+    /// power cut cannot undo it.
     ///
     /// # Errors
     ///
@@ -114,12 +128,9 @@ impl Store {
     pub fn directory(path: impl AsRef<Path>) -> Result<Self, StoreError> {
         let path = path.as_ref();
         let name = path.display().to_string();
-        let open = || -> Result<LocalFileSystem, BoxError> {
-            std::fs::create_dir_all(path)?;
-            Ok(LocalFileSystem::new_with_prefix(path)?)
-        };
-        let inner = open().map_err(|source| StoreError::Open { store: name.clone(), source })?;
-        Ok(Store::new(name, Arc::new(inner)))
+        let inner = directory::open(path);
+        let inner = inner.map_err(|source| StoreError::Open { store: name.clone(), source })?;
+        Ok(Store { name: name.into(), kind: Kind::Directory(path.into()), inner: Arc::new(inner) })
     }
 
     /// Opens the store at a place: all objects below that directory, or with that prefix.
@@ -143,7 +154,11 @@ impl Store {
             _ => Err("this build has no client for it".into()),
         };
         let inner = inner.map_err(|source| StoreError::Open { store: name.clone(), source })?;
-        Ok(Store::new(name, inner))
+        let kind = match location {
+            Location::S3 { .. } => Kind::Bucket,
+            _ => Kind::Server,
+        };
+        Ok(Store { name: name.into(), kind, inner })
     }
 
     /// Opens the store that has an object, and returns it with the object's name there.
@@ -166,9 +181,10 @@ impl Store {
         }
     }
 
-    /// Wraps an object store; `name` is what errors call it, without credentials.
-    pub(crate) fn new(name: impl Into<Arc<str>>, inner: Arc<dyn ObjectStore>) -> Self {
-        Store { name: name.into(), inner }
+    /// Wraps an object store of this name.
+    #[cfg(all(test, feature = "image"))]
+    pub(crate) fn new(name: &str, inner: Arc<dyn ObjectStore>) -> Self {
+        Store { name: name.into(), kind: Kind::Bucket, inner }
     }
 
     /// Returns the store's name, without credentials.
@@ -272,6 +288,28 @@ impl Store {
         }
     }
 
+    /// Returns whether the store has an object of this content. A directory or a web server may have
+    /// one of the right length whose bytes a power cut has lost, so that it is read.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError::Denied`], [`StoreError::Access`].
+    #[cfg(feature = "image")]
+    pub(crate) async fn has(&self, object: &str, content: &[u8]) -> Result<bool, StoreError> {
+        let len = content.len() as u64;
+        if self.len(object).await? != Some(len) {
+            return Ok(false);
+        }
+        if matches!(self.kind, Kind::Bucket) {
+            return Ok(true);
+        }
+        match self.get_at_most(object, len).await {
+            Ok(got) => Ok(got.is_some_and(|got| got == content)),
+            Err(StoreError::Missing { .. }) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
     /// Writes an object, in place of one that has the name.
     ///
     /// # Errors
@@ -306,6 +344,37 @@ impl Store {
         match self.inner.delete(&Key::from(object)).await {
             Ok(()) | Err(object_store::Error::NotFound { .. }) => Ok(()),
             Err(source) => Err(self.error(object, source)),
+        }
+    }
+
+    /// Returns the drafts that interrupted writes have left in a folder; only a directory shows them.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError::Access`].
+    #[cfg(feature = "image")]
+    pub(crate) fn drafts(&self, folder: &str) -> Result<Vec<Listed>, StoreError> {
+        let Kind::Directory(path) = &self.kind else { return Ok(Vec::new()) };
+        directory::drafts(path, folder).map_err(|error| StoreError::Access {
+            object: self.full_name(folder),
+            cause: error.to_string(),
+        })
+    }
+
+    /// Removes a [draft](Self::drafts); one that does not exist is no error.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError::Access`].
+    #[cfg(feature = "image")]
+    pub(crate) fn remove_draft(&self, draft: &str) -> Result<(), StoreError> {
+        let Kind::Directory(path) = &self.kind else { return Ok(()) };
+        match std::fs::remove_file(path.join(draft)) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                let (object, cause) = (self.full_name(draft), error.to_string());
+                Err(StoreError::Access { object, cause })
+            }
+            _ => Ok(()),
         }
     }
 

@@ -1,18 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Images and stores in an object store that speaks S3.
 //!
-//! Settings come from the environment, which is the process's: so each test runs in a separate
-//! process, which this program starts.
+//! Settings come from the environment: so each test runs in a separate process.
 #![cfg(feature = "s3")]
 #![allow(clippy::cast_possible_truncation, reason = "the numbers of a test are small")]
 
 use std::fs;
 use std::path::Path;
-use std::process::Command;
 
 use bytes::Bytes;
 use demand_remote::{Location, ObjectImage, Store, StoreError};
 use demand_source::{Destination, PageSource};
+use test_support::child::{is_child, run};
 use test_support::servers::S3;
 
 const KEY: &str = S3::KEY;
@@ -29,19 +28,6 @@ fn serve(folder: &Path) -> Option<S3> {
     fs::create_dir_all(&bucket).unwrap();
     fs::write(bucket.join("memory"), content()).unwrap();
     S3::start(&folder.join("store"))
-}
-
-/// Runs the part of a test that uses the settings: in a new process, with these variables only.
-fn with_settings(test: &str, variables: &[(&str, &str)]) {
-    let mut child = Command::new(std::env::current_exe().unwrap());
-    child.args(["--exact", test, "--nocapture"]).env_clear().env("S3_TEST_CHILD", "1");
-    let output = child.envs(variables.iter().copied()).output().unwrap();
-    let said = String::from_utf8_lossy(&output.stdout);
-    assert!(output.status.success(), "{said}{}", String::from_utf8_lossy(&output.stderr));
-}
-
-fn is_child() -> bool {
-    std::env::var_os("S3_TEST_CHILD").is_some()
 }
 
 fn location(text: &str) -> Location {
@@ -66,7 +52,7 @@ fn keys_come_from_the_environment() {
     let url = format!("http://127.0.0.1:{}", server.port());
     let keys = [("AWS_ACCESS_KEY_ID", KEY), ("AWS_SECRET_ACCESS_KEY", SECRET)];
     for variable in ["AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"] {
-        with_settings("keys_come_from_the_environment", &[keys[0], keys[1], (variable, &url)]);
+        run("keys_come_from_the_environment", &[keys[0], keys[1], (variable, &url)]);
     }
 }
 
@@ -95,7 +81,7 @@ fn keys_come_from_a_profile() {
     fs::write(home.join(".aws/credentials"), credentials).unwrap();
     for profile in ["lab", "process"] {
         let home = home.to_str().unwrap();
-        with_settings("keys_come_from_a_profile", &[("HOME", home), ("AWS_PROFILE", profile)]);
+        run("keys_come_from_a_profile", &[("HOME", home), ("AWS_PROFILE", profile)]);
     }
 }
 
@@ -121,9 +107,7 @@ fn store_is_written_and_read() {
     }
     let folder = tempfile::tempdir().unwrap();
     let Some(server) = serve(folder.path()) else { return };
-    let url = format!("http://127.0.0.1:{}", server.port());
-    let keys = [("AWS_ACCESS_KEY_ID", KEY), ("AWS_SECRET_ACCESS_KEY", SECRET)];
-    with_settings("store_is_written_and_read", &[keys[0], keys[1], ("AWS_ENDPOINT_URL", &url)]);
+    S3::run_client("store_is_written_and_read", server.port());
 }
 
 #[test]
@@ -139,5 +123,5 @@ fn refused_keys_are_not_shown() {
     let Some(server) = serve(folder.path()) else { return };
     let url = format!("http://127.0.0.1:{}", server.port());
     let keys = [("AWS_ACCESS_KEY_ID", KEY), ("AWS_SECRET_ACCESS_KEY", "hidden/other")];
-    with_settings("refused_keys_are_not_shown", &[keys[0], keys[1], ("AWS_ENDPOINT_URL", &url)]);
+    run("refused_keys_are_not_shown", &[keys[0], keys[1], ("AWS_ENDPOINT_URL", &url)]);
 }

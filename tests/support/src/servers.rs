@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use crate::child;
 use crate::host::skip;
 
 /// A server process, which is killed when this is dropped.
@@ -187,10 +188,25 @@ impl S3 {
 
     /// Returns the variables with which a client finds the server.
     pub fn variables(&self) -> [(&'static str, String); 3] {
+        S3::variables_at(self.port())
+    }
+
+    /// Returns the variables with which a client finds a server, or a link to one, on this port.
+    pub fn variables_at(port: u16) -> [(&'static str, String); 3] {
         [
             ("AWS_ACCESS_KEY_ID", S3::KEY.into()),
             ("AWS_SECRET_ACCESS_KEY", S3::SECRET.into()),
-            ("AWS_ENDPOINT_URL", format!("http://127.0.0.1:{}", self.port())),
+            ("AWS_ENDPOINT_URL", format!("http://127.0.0.1:{port}")),
         ]
+    }
+
+    /// Runs this test of this program in a new process whose clients find a server on this port.
+    ///
+    /// # Panics
+    ///
+    /// If the test fails there.
+    pub fn run_client(test: &str, port: u16) {
+        let variables = S3::variables_at(port);
+        child::run(test, &variables.each_ref().map(|(name, value)| (*name, &**value)));
     }
 }

@@ -42,8 +42,9 @@ pub struct Garbage {
     pub live: u64,
 }
 
-/// Removes the packs, indexes, side files and working sets that no snapshot names. It reads each
-/// snapshot's manifest and table of packs, and no chunk.
+/// Removes the packs, indexes, side files and working sets that no snapshot names, and the drafts
+/// that interrupted writes have left in a directory. It reads each snapshot's manifest and table of
+/// packs, and no chunk.
 ///
 /// A snapshot is removed by removing its manifest; `gc` then removes what it alone has used. A push
 /// that is resumed after longer than the grace, or whose parent is removed meanwhile, must not run
@@ -62,20 +63,30 @@ pub fn gc(store: &Store, options: GcOptions) -> Result<Garbage, ImageError> {
                 name.and_then(ObjectId::parse).is_some()
             }));
         }
+        let mut drafts = Vec::new();
+        for folder in [PACKS, INDEXES, FILES, WORKING_SETS, SNAPSHOTS] {
+            drafts.extend(store.drafts(folder)?);
+        }
         // The snapshots are read after the objects are listed: a push that ends in between has
         // written its manifest by then, or its objects are young.
         let (snapshots, live) = live(store).await?;
         candidates.retain(|listed| !live.contains(&listed.name));
-        let unnamed = candidates.len() as u64;
+        let unnamed = (candidates.len() + drafts.len()) as u64;
         let now = SystemTime::now();
-        candidates.retain(|listed| {
+        let is_old = |listed: &Listed| {
             now.duration_since(listed.changed).is_ok_and(|age| age >= options.grace)
-        });
+        };
+        candidates.retain(is_old);
+        drafts.retain(is_old);
         if !options.dry_run {
             for listed in &candidates {
                 store.remove(&listed.name).await?;
             }
+            for draft in &drafts {
+                store.remove_draft(&draft.name)?;
+            }
         }
+        candidates.extend(drafts);
         let young = unnamed - candidates.len() as u64;
         Ok(Garbage { removed: candidates, young, snapshots, live: live.len() as u64 })
     })

@@ -7,6 +7,7 @@ mod damage;
 mod increments;
 mod link;
 mod malformed;
+mod power_cut;
 mod resume;
 mod round_trip;
 mod sizes;

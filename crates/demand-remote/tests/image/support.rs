@@ -88,6 +88,11 @@ impl Place {
         Place { folder, store }
     }
 
+    /// Uses another store.
+    pub(crate) fn with(store: Store) -> Self {
+        Place { folder: tempfile::tempdir().unwrap(), store }
+    }
+
     pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
     }

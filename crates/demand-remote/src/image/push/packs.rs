@@ -27,13 +27,13 @@ pub(super) fn chunks_per_pack(geometry: Geometry) -> u16 {
     u16::try_from(chunks).unwrap_or(u16::MAX).min(MOST_PACK_CHUNKS)
 }
 
-/// Writes an object unless the store has one of its name and length; returns whether it wrote.
+/// Writes an object unless the store has it whole; returns whether it wrote.
 pub(super) async fn put_if_missing(
     store: &Store,
     object: String,
     bytes: Bytes,
 ) -> Result<bool, StoreError> {
-    if store.len(&object).await? == Some(bytes.len() as u64) {
+    if store.has(&object, &bytes).await? {
         return Ok(false);
     }
     store.put(&object, bytes).await?;
