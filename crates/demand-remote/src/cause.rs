@@ -12,6 +12,19 @@ const MOST: usize = 200;
 const WITH_URL: &str = "Error performing ";
 const STATUS: &str = "Server returned non-2xx status code: ";
 
+/// Codes of S3 for credentials that are no longer valid.
+#[cfg(feature = "s3")]
+const INVALID: [&str; 3] = ["ExpiredToken", "InvalidToken", "InvalidAccessKeyId"];
+/// The answer for them without a body, as requests for the head of an object get it.
+#[cfg(feature = "s3")]
+const WITHOUT_CODE: &str = "the server answers 400 Bad Request";
+
+/// Returns whether a cause is that the credentials are no longer valid.
+#[cfg(feature = "s3")]
+pub(crate) fn is_invalid_key(cause: &str) -> bool {
+    cause.ends_with(WITHOUT_CODE) || cause.split(", ").any(|part| INVALID.contains(&part))
+}
+
 /// Returns the cause of an error as one line.
 pub(crate) fn cause(error: &object_store::Error) -> String {
     if matches!(error, object_store::Error::NotSupported { .. }) {

@@ -11,18 +11,23 @@ use object_store::aws::{AmazonS3Builder, AmazonS3ConfigKey};
 
 use crate::client;
 use crate::store::BoxError;
-use credentials::ProcessCredentials;
+use credentials::Origin;
+pub(crate) use credentials::RenewedCredentials;
 use profile::{Keys, Profile};
 
 /// The region of stores that know none.
 const DEFAULT_REGION: &str = "us-east-1";
+
+/// A bucket, and its credentials if they can be renewed before they expire.
+type Bucket = (Arc<dyn ObjectStore>, Option<Arc<RenewedCredentials>>);
 
 /// Connects to a bucket.
 ///
 /// Settings come from where the AWS tools take them: `AWS_` variables; then the profile that
 /// `AWS_PROFILE` names, in the files `~/.aws/config` and `~/.aws/credentials`, with keys or a
 /// `credential_process`; then the machine's roles (web identity, container, instance metadata).
-pub(crate) fn bucket(name: &str) -> Result<Arc<dyn ObjectStore>, BoxError> {
+/// Those of a profile are returned, so that they can be renewed.
+pub(crate) fn bucket(name: &str) -> Result<Bucket, BoxError> {
     let mut builder = AmazonS3Builder::from_env().with_bucket_name(name);
     let profile = Profile::load()?;
     let is_set = |builder: &AmazonS3Builder, key| builder.get_config_value(&key).is_some();
@@ -41,17 +46,11 @@ pub(crate) fn bucket(name: &str) -> Result<Arc<dyn ObjectStore>, BoxError> {
     }
     let anonymous = builder.get_config_value(&AmazonS3ConfigKey::SkipSignature);
     let anonymous = anonymous.is_some_and(|value| value == "true");
+    let mut renewed = None;
     if !anonymous && !is_set(&builder, AmazonS3ConfigKey::AccessKeyId) {
-        match profile.keys() {
-            Some(Keys::Fixed { id, secret, token }) => {
-                builder = builder.with_access_key_id(id).with_secret_access_key(secret);
-                if let Some(token) = token {
-                    builder = builder.with_token(token);
-                }
-            }
-            Some(Keys::Process(command)) => {
-                builder = builder.with_credentials(Arc::new(ProcessCredentials::new(command)));
-            }
+        let origin = match profile.keys() {
+            Some(Keys::Fixed { .. }) => Some(Origin::Files),
+            Some(Keys::Process(command)) => Some(Origin::Process(command.to_owned())),
             None if profile.is_named() => {
                 return Err(format!(
                     "profile '{}' of {} has neither keys nor a credential_process",
@@ -60,12 +59,16 @@ pub(crate) fn bucket(name: &str) -> Result<Arc<dyn ObjectStore>, BoxError> {
                 )
                 .into());
             }
-            None => {}
+            None => None,
+        };
+        renewed = origin.map(|origin| Arc::new(RenewedCredentials::new(origin)));
+        if let Some(credentials) = &renewed {
+            builder = builder.with_credentials(credentials.clone());
         }
     }
     // TLS is left out only where the endpoint says so.
     let endpoint = builder.get_config_value(&AmazonS3ConfigKey::Endpoint);
     let plain = endpoint.is_some_and(|url| url.starts_with("http://"));
     let store = builder.with_client_options(client::options(plain)).with_retry(client::retries());
-    Ok(Arc::new(store.build()?))
+    Ok((Arc::new(store.build()?), renewed))
 }

@@ -104,14 +104,19 @@ pub struct Store {
     #[cfg_attr(not(feature = "image"), expect(dead_code, reason = "pushes and gc need it"))]
     kind: Kind,
     inner: Arc<dyn ObjectStore>,
+    /// The credentials, if they can be renewed.
+    #[cfg(feature = "s3")]
+    credentials: Option<Arc<crate::s3::RenewedCredentials>>,
 }
 
 /// The kind of a store.
 #[derive(Clone)]
+#[cfg_attr(
+    not(all(feature = "image", feature = "s3")),
+    allow(dead_code, reason = "the kinds are those of other features")
+)]
 enum Kind {
-    Directory(
-        #[cfg_attr(not(feature = "image"), expect(dead_code, reason = "gc needs it"))] Arc<Path>,
-    ),
+    Directory(Arc<Path>),
     /// A server that may confirm a write before it is on its disk.
     Server,
     /// A bucket: it has an object once that is on its disks, and never a part of it.
@@ -130,7 +135,7 @@ impl Store {
         let name = path.display().to_string();
         let inner = directory::open(path);
         let inner = inner.map_err(|source| StoreError::Open { store: name.clone(), source })?;
-        Ok(Store { name: name.into(), kind: Kind::Directory(path.into()), inner: Arc::new(inner) })
+        Ok(Store::of(name, Kind::Directory(path.into()), Arc::new(inner)))
     }
 
     /// Opens the store at a place: all objects below that directory, or with that prefix.
@@ -140,25 +145,25 @@ impl Store {
     /// [`StoreError::Open`].
     pub fn open(location: &Location) -> Result<Self, StoreError> {
         let name = location.to_string();
-        let inner = match location {
+        let opened = match location {
             Location::Path(path) => return Store::directory(path),
             #[cfg(feature = "http")]
-            Location::Web(url) => crate::client::web(url),
+            Location::Web(url) => {
+                crate::client::web(url).map(|inner| Store::of(name.clone(), Kind::Server, inner))
+            }
             #[cfg(feature = "s3")]
             Location::S3 { bucket, key } => {
-                crate::s3::bucket(bucket).map(|store| -> Arc<dyn ObjectStore> {
-                    Arc::new(object_store::prefix::PrefixStore::new(store, Key::from(key.as_str())))
+                crate::s3::bucket(bucket).map(|(bucket, credentials)| {
+                    let inner =
+                        object_store::prefix::PrefixStore::new(bucket, Key::from(key.as_str()));
+                    let store = Store::of(name.clone(), Kind::Bucket, Arc::new(inner));
+                    Store { credentials, ..store }
                 })
             }
             #[cfg(not(all(feature = "http", feature = "s3")))]
             _ => Err("this build has no client for it".into()),
         };
-        let inner = inner.map_err(|source| StoreError::Open { store: name.clone(), source })?;
-        let kind = match location {
-            Location::S3 { .. } => Kind::Bucket,
-            _ => Kind::Server,
-        };
-        Ok(Store { name: name.into(), kind, inner })
+        opened.map_err(|source| StoreError::Open { store: name, source })
     }
 
     /// Opens the store that has an object, and returns it with the object's name there.
@@ -184,7 +189,17 @@ impl Store {
     /// Wraps an object store of this name.
     #[cfg(all(test, feature = "image"))]
     pub(crate) fn new(name: &str, inner: Arc<dyn ObjectStore>) -> Self {
-        Store { name: name.into(), kind: Kind::Bucket, inner }
+        Store::of(name.to_owned(), Kind::Bucket, inner)
+    }
+
+    fn of(name: String, kind: Kind, inner: Arc<dyn ObjectStore>) -> Self {
+        Store {
+            name: name.into(),
+            kind,
+            inner,
+            #[cfg(feature = "s3")]
+            credentials: None,
+        }
     }
 
     /// Returns the store's name, without credentials.
@@ -208,8 +223,33 @@ impl Store {
             Error::PermissionDenied { .. } | Error::Unauthenticated { .. } => {
                 StoreError::Denied { object, cause }
             }
+            #[cfg(feature = "s3")]
+            _ if crate::cause::is_invalid_key(&cause) => StoreError::Denied { object, cause },
             _ => StoreError::Access { object, cause },
         }
+    }
+
+    /// Makes a request for an object, and once more with new credentials if the store refuses
+    /// these.
+    async fn request<T, F>(
+        &self,
+        object: &str,
+        make: impl Fn(Arc<dyn ObjectStore>, Key) -> F,
+    ) -> Result<T, StoreError>
+    where
+        F: Future<Output = object_store::Result<T>>,
+    {
+        let attempt = async || {
+            let outcome = make(self.inner.clone(), Key::from(object)).await;
+            outcome.map_err(|source| self.error(object, source))
+        };
+        let outcome = attempt().await;
+        #[cfg(feature = "s3")]
+        if let (Err(StoreError::Denied { .. }), Some(credentials)) = (&outcome, &self.credentials) {
+            credentials.renew().await;
+            return attempt().await;
+        }
+        outcome
     }
 
     /// Returns the error for an answer of a wrong length, in bytes.
@@ -223,8 +263,11 @@ impl Store {
         object: &str,
         options: GetOptions,
     ) -> Result<GetResult, StoreError> {
-        let got = self.inner.get_opts(&Key::from(object), options).await;
-        got.map_err(|source| self.error(object, source))
+        let get = |inner: Arc<dyn ObjectStore>, key| {
+            let options = options.clone();
+            async move { inner.get_opts(&key, options).await }
+        };
+        self.request(object, get).await
     }
 
     /// Reads a whole object.
@@ -233,8 +276,9 @@ impl Store {
     ///
     /// [`StoreError`], except [`Open`](StoreError::Open).
     pub async fn get(&self, object: &str) -> Result<Bytes, StoreError> {
-        let read = async { self.inner.get(&Key::from(object)).await?.bytes().await };
-        read.await.map_err(|source| self.error(object, source))
+        let read =
+            |inner: Arc<dyn ObjectStore>, key| async move { inner.get(&key).await?.bytes().await };
+        self.request(object, read).await
     }
 
     /// Reads a whole object, in one request, or returns `None` if it has more than `most` bytes.
@@ -248,14 +292,14 @@ impl Store {
         object: &str,
         most: u64,
     ) -> Result<Option<Bytes>, StoreError> {
-        let read = async {
-            let answer = self.inner.get(&Key::from(object)).await?;
+        let read = |inner: Arc<dyn ObjectStore>, key| async move {
+            let answer = inner.get(&key).await?;
             if answer.meta.size > most {
                 return Ok(None);
             }
             answer.bytes().await.map(Some)
         };
-        read.await.map_err(|source| self.error(object, source))
+        self.request(object, read).await
     }
 
     /// Reads exactly `range` (bytes) of an object.
@@ -281,10 +325,11 @@ impl Store {
     ///
     /// [`StoreError::Denied`], [`StoreError::Access`].
     pub async fn len(&self, object: &str) -> Result<Option<u64>, StoreError> {
-        match self.inner.head(&Key::from(object)).await {
+        let head = |inner: Arc<dyn ObjectStore>, key| async move { inner.head(&key).await };
+        match self.request(object, head).await {
             Ok(meta) => Ok(Some(meta.size)),
-            Err(object_store::Error::NotFound { .. }) => Ok(None),
-            Err(source) => Err(self.error(object, source)),
+            Err(StoreError::Missing { .. }) => Ok(None),
+            Err(error) => Err(error),
         }
     }
 
@@ -316,8 +361,11 @@ impl Store {
     ///
     /// [`StoreError::Denied`], [`StoreError::Access`].
     pub async fn put(&self, object: &str, content: Bytes) -> Result<(), StoreError> {
-        let written = self.inner.put(&Key::from(object), content.into()).await;
-        written.map(drop).map_err(|source| self.error(object, source))
+        let put = |inner: Arc<dyn ObjectStore>, key| {
+            let content = content.clone();
+            async move { inner.put(&key, content.into()).await }
+        };
+        self.request(object, put).await.map(drop)
     }
 
     /// Returns the names of the objects whose names begin with `folder` and a slash, with their
@@ -327,12 +375,15 @@ impl Store {
     ///
     /// [`StoreError::Denied`], [`StoreError::Access`].
     pub async fn list(&self, folder: &str) -> Result<Vec<Listed>, StoreError> {
-        let entries = self.inner.list(Some(&Key::from(folder))).map_ok(|meta| Listed {
-            name: meta.location.to_string(),
-            len: meta.size,
-            changed: meta.last_modified.into(),
-        });
-        entries.try_collect().await.map_err(|source| self.error(folder, source))
+        let list = |inner: Arc<dyn ObjectStore>, key| async move {
+            let entries = inner.list(Some(&key)).map_ok(|meta| Listed {
+                name: meta.location.to_string(),
+                len: meta.size,
+                changed: meta.last_modified.into(),
+            });
+            entries.try_collect().await
+        };
+        self.request(folder, list).await
     }
 
     /// Removes an object; one that does not exist is no error.
@@ -341,9 +392,10 @@ impl Store {
     ///
     /// [`StoreError::Denied`], [`StoreError::Access`].
     pub async fn remove(&self, object: &str) -> Result<(), StoreError> {
-        match self.inner.delete(&Key::from(object)).await {
-            Ok(()) | Err(object_store::Error::NotFound { .. }) => Ok(()),
-            Err(source) => Err(self.error(object, source)),
+        let delete = |inner: Arc<dyn ObjectStore>, key| async move { inner.delete(&key).await };
+        match self.request(object, delete).await {
+            Err(StoreError::Missing { .. }) => Ok(()),
+            removed => removed,
         }
     }
 

@@ -147,7 +147,7 @@ impl Disk {
 enum Left {
     /// All, in their order.
     All,
-    /// What was synced: names that their folder was synced with, and contents.
+    /// The names that their folder was synced with, and the content that was synced.
     Synced,
     /// All names and lengths, and zeros where content was not synced.
     Zeros,

@@ -111,7 +111,7 @@ impl Shared {
     }
 }
 
-/// A proxy on a free port of 127.0.0.1. Dropping it ends its connections.
+/// A proxy on a port of 127.0.0.1. Dropping it ends its connections.
 pub struct FaultProxy {
     shared: Arc<Shared>,
     port: u16,
@@ -125,7 +125,16 @@ impl FaultProxy {
     ///
     /// If no port is free.
     pub fn start(target: Target) -> FaultProxy {
-        let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
+        FaultProxy::start_at(target, 0)
+    }
+
+    /// Like [`start`](Self::start), on this port.
+    ///
+    /// # Panics
+    ///
+    /// If the port is not free.
+    pub fn start_at(target: Target, port: u16) -> FaultProxy {
+        let listener = TcpListener::bind(("127.0.0.1", port)).unwrap();
         let port = listener.local_addr().unwrap().port();
         let state = State {
             link: Link::default(),

@@ -200,6 +200,16 @@ impl S3 {
         ]
     }
 
+    /// Returns the port on which clients of this process find a server, by its variables.
+    ///
+    /// # Panics
+    ///
+    /// If there are none.
+    pub fn port_of_variables() -> u16 {
+        let url = std::env::var("AWS_ENDPOINT_URL").unwrap();
+        url.rsplit(':').next().unwrap().parse().unwrap()
+    }
+
     /// Runs this test of this program in a new process whose clients find a server on this port.
     ///
     /// # Panics

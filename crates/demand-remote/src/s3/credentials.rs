@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Credentials that a command prints, renewed in time.
+//! Credentials that a command prints, or that a file has, which other programs renew there.
 //!
 //! The command's output is that of "Sourcing credentials with an external process" of the AWS CLI's
 //! User Guide.
@@ -16,16 +16,26 @@ use serde::Deserialize;
 use tokio::process::Command;
 use tokio::sync::Mutex;
 
+use super::profile::{Keys, Profile};
+
 /// Longest time that the command may take: it may ask a server.
 const LIMIT: Duration = Duration::from_secs(60);
 /// Credentials are renewed so long before they expire.
 const AHEAD: Duration = Duration::from_secs(5 * 60);
-/// Least time between two runs of the command, for credentials that expire at once.
+/// Least time between two renewals, for credentials that expire at once.
 const PAUSE: Duration = Duration::from_secs(1);
 
-/// Credentials from a `credential_process`.
-pub(crate) struct ProcessCredentials {
-    command: String,
+/// The place that credentials come from.
+pub(crate) enum Origin {
+    /// A `credential_process`: the command.
+    Process(String),
+    /// The profile's files.
+    Files,
+}
+
+/// Credentials that are obtained again when they expire, or when the store refuses them.
+pub(crate) struct RenewedCredentials {
+    origin: Origin,
     last: Mutex<Option<Known>>,
 }
 
@@ -53,15 +63,42 @@ struct Output {
     expiration: Option<chrono::DateTime<chrono::Utc>>,
 }
 
-impl ProcessCredentials {
-    pub(crate) fn new(command: &str) -> Self {
-        ProcessCredentials { command: command.to_owned(), last: Mutex::default() }
+impl RenewedCredentials {
+    pub(crate) fn new(origin: Origin) -> Self {
+        RenewedCredentials { origin, last: Mutex::default() }
+    }
+
+    /// Forgets the credentials, because the store has refused them. It keeps those that are new:
+    /// requests that were in progress together are refused together.
+    pub(crate) async fn renew(&self) {
+        let mut last = self.last.lock().await;
+        last.take_if(|known| known.obtained.elapsed() >= PAUSE);
     }
 
     async fn obtain(&self) -> Result<Known, String> {
-        let mut command = Command::new("/bin/sh");
-        command.args(["-c", &self.command]).stdin(Stdio::null()).kill_on_drop(true);
-        let output = tokio::time::timeout(LIMIT, command.output())
+        let failed = |reason| format!("credential_process failed: {reason}");
+        let command = match &self.origin {
+            Origin::Process(command) => command.clone(),
+            Origin::Files => match Profile::load().map_err(|error| error.to_string())?.keys() {
+                Some(Keys::Process(command)) => command.to_owned(),
+                Some(Keys::Fixed { id, secret, token }) => {
+                    let credential = Arc::new(AwsCredential {
+                        key_id: id.to_owned(),
+                        secret_key: secret.to_owned(),
+                        token: token.map(str::to_owned),
+                    });
+                    return Ok(Known { credential, obtained: Instant::now(), expires: None });
+                }
+                None => return Err("the profile has no keys any more".into()),
+            },
+        };
+        Self::run(&command).await.map_err(failed)
+    }
+
+    async fn run(command: &str) -> Result<Known, String> {
+        let mut process = Command::new("/bin/sh");
+        process.args(["-c", command]).stdin(Stdio::null()).kill_on_drop(true);
+        let output = tokio::time::timeout(LIMIT, process.output())
             .await
             .map_err(|_| format!("it did not end within {} s", LIMIT.as_secs()))?
             .map_err(|error| error.to_string())?;
@@ -87,7 +124,7 @@ impl ProcessCredentials {
 }
 
 #[async_trait]
-impl CredentialProvider for ProcessCredentials {
+impl CredentialProvider for RenewedCredentials {
     type Credential = AwsCredential;
 
     async fn get_credential(&self) -> object_store::Result<Arc<AwsCredential>> {
@@ -95,20 +132,20 @@ impl CredentialProvider for ProcessCredentials {
         if let Some(known) = last.as_ref().filter(|known| known.is_fresh()) {
             return Ok(known.credential.clone());
         }
-        let known = self.obtain().await.map_err(|reason| Error::Generic {
-            store: "S3",
-            source: format!("credential_process failed: {reason}").into(),
-        })?;
+        let known = self
+            .obtain()
+            .await
+            .map_err(|reason| Error::Generic { store: "S3", source: reason.into() })?;
         let credential = known.credential.clone();
         *last = Some(known);
         Ok(credential)
     }
 }
 
-impl fmt::Debug for ProcessCredentials {
+impl fmt::Debug for RenewedCredentials {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         // The command may contain secrets.
-        f.debug_struct("ProcessCredentials").finish_non_exhaustive()
+        f.debug_struct("RenewedCredentials").finish_non_exhaustive()
     }
 }
 
@@ -118,12 +155,12 @@ mod tests {
     use crate::runtime;
 
     /// Returns a command that counts its runs in a file, and prints credentials with that number.
-    fn counting(file: &std::path::Path, expiration: &str) -> ProcessCredentials {
+    fn counting(file: &std::path::Path, expiration: &str) -> RenewedCredentials {
         let file = file.display();
-        ProcessCredentials::new(&format!(
+        RenewedCredentials::new(Origin::Process(format!(
             "echo run >>{file}; n=$(wc -l <{file}); echo '{{\"Version\": 1, \"AccessKeyId\": \
              \"id'$n'\", \"SecretAccessKey\": \"secret\", \"Expiration\": \"{expiration}\"}}'"
-        ))
+        )))
     }
 
     #[test]
@@ -133,7 +170,12 @@ mod tests {
         runtime::wait(async {
             for _ in 0..3 {
                 assert_eq!(credentials.get_credential().await.unwrap().key_id, "id1");
+                // They are too new to be the ones that the store has refused.
+                credentials.renew().await;
             }
+            tokio::time::sleep(PAUSE).await;
+            credentials.renew().await;
+            assert_eq!(credentials.get_credential().await.unwrap().key_id, "id2");
         });
     }
 
@@ -155,7 +197,7 @@ mod tests {
             ("echo '{\"SecretAccessKey\": \"hidden\"}'", "not as expected"),
             ("/does/not/exist", "not found"),
         ] {
-            let credentials = ProcessCredentials::new(command);
+            let credentials = RenewedCredentials::new(Origin::Process(command.into()));
             let error = runtime::wait(credentials.get_credential()).unwrap_err().to_string();
             assert!(error.contains(words) && !error.contains("hidden"), "{error}");
         }

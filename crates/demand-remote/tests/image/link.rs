@@ -1,114 +1,42 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Images behind a link that cuts, stalls, truncates and changes what it carries.
+//! Images of a web server behind a link that is long, and that cuts, stalls, truncates and changes
+//! what it carries.
 #![cfg(feature = "http")]
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use demand_remote::Store;
-use demand_remote::image::{Compression, FetchAround, RemoteImage, RemoteOptions};
-use demand_source::{Destination, PageSource, Replicas, Retry};
-use test_support::proxy::{Fault, FaultProxy, Link, Target};
-use test_support::servers::Web;
+use demand_remote::image::{FetchAround, RemoteOptions};
+use demand_source::{Destination, PageSource, Replicas};
+use test_support::proxy::{Fault, FaultProxy, Link};
 
-use crate::support::{PAGE, Place, Random, check_content, noise, read};
-
-const CHUNK: usize = 64 << 10;
-
-/// An image on a web server, and a link to it.
-struct Far {
-    _place: Place,
-    web: Web,
-    proxy: FaultProxy,
-    content: Vec<u8>,
-}
-
-impl Far {
-    /// Pushes an image of this number of chunks, all of noise. Returns `None` without a web server.
-    fn new(chunks: usize) -> Option<Far> {
-        Far::of(chunks * CHUNK, CHUNK)
-    }
-
-    /// Pushes an image of this length with chunks of this size, in bytes.
-    fn of(len: usize, chunk_size: usize) -> Option<Far> {
-        let mut content = vec![0; len];
-        noise(&mut content, &mut Random::new(11));
-        let place = Place::new();
-        let chunk_size = u32::try_from(chunk_size).unwrap();
-        let raw = Compression::None;
-        place.push("vm", &content, |push| push.chunk_size(chunk_size).compression(raw)).unwrap();
-        let web = Web::start(&place.path("store"), "")?;
-        let proxy = FaultProxy::start(Target::Port(web.port()));
-        Some(Far { _place: place, web, proxy, content })
-    }
-
-    fn open(&self) -> RemoteImage {
-        self.open_with(RemoteOptions::default())
-    }
-
-    fn open_with(&self, options: RemoteOptions) -> RemoteImage {
-        open(&self.proxy, options)
-    }
-
-    fn check_chunk(&self, image: &RemoteImage, chunk: usize) {
-        let bytes = read(image, chunk * CHUNK, PAGE).unwrap();
-        assert!(bytes == self.content[chunk * CHUNK..][..PAGE], "chunk {chunk}");
-    }
-}
-
-fn open(proxy: &FaultProxy, options: RemoteOptions) -> RemoteImage {
-    let url = format!("http://127.0.0.1:{}/", proxy.port());
-    let store = Store::open(&url.parse().unwrap()).unwrap();
-    RemoteImage::open_with(&store, "vm", options).unwrap()
-}
+use crate::far::{self, CHUNK, Far};
+use crate::support::{PAGE, Random, read};
 
 #[test]
 fn broken_answers_are_asked_for_again() {
-    let Some(far) = Far::new(16) else { return };
-    let image = far.open();
-    for (chunk, fault) in
-        [Fault::Cut(0), Fault::Cut(20_000), Fault::Status(503, "SlowDown")].into_iter().enumerate()
-    {
-        far.proxy.set_fault(fault, 1);
-        let before = far.proxy.requests();
-        far.check_chunk(&image, chunk);
-        let requests = far.proxy.requests() - before;
-        assert_eq!((requests, far.proxy.faults_left()), (2, 0), "{fault:?}");
+    if let Some(far) = Far::new(16) {
+        far::broken_answers_are_asked_for_again(&far);
     }
-    far.proxy.clear_fault();
-    check_content(&image, &far.content);
 }
 
 #[test]
 fn changed_answers_are_never_content() {
-    let Some(far) = Far::new(16) else { return };
-    let image = far.open();
-    let faults = [
-        (Fault::Flip(20_000), "digest of the stored chunk does not match"),
-        (Fault::Truncate(20_000), "the answer has 20000"),
-        (Fault::Status(403, "ExpiredToken"), "check credentials and permissions"),
-    ];
-    for (chunk, (fault, words)) in faults.into_iter().enumerate() {
-        far.proxy.set_fault(fault, 1);
-        let error = read(&image, chunk * CHUNK, PAGE).unwrap_err();
-        let text = error.to_string();
-        println!("{text}");
-        assert!(text.contains(words) && !text.contains('\n'), "{fault:?}: {text}");
-        assert_eq!((error.retry(), far.proxy.faults_left()), (Retry::Later, 0), "{fault:?}");
-        far.check_chunk(&image, chunk);
+    if let Some(far) = Far::new(16) {
+        far::changed_answers_are_never_content(&far);
     }
 }
 
 #[test]
 fn another_place_replaces_a_faulty_link() {
     let Some(far) = Far::new(4) else { return };
-    let other = FaultProxy::start(Target::Port(far.web.port()));
+    let other = FaultProxy::start(far.target());
     for (chunk, fault) in
         [Fault::Flip(20_000), Fault::Refuse, Fault::Truncate(9)].into_iter().enumerate()
     {
         far.proxy.clear_fault();
         let place = |name: &str, proxy| -> (String, Arc<dyn PageSource>) {
-            (name.into(), Arc::new(open(proxy, RemoteOptions::default())))
+            (name.into(), Arc::new(far.open_by(proxy, RemoteOptions::default())))
         };
         let source = Replicas::new([place("one", &far.proxy), place("two", &other)]).unwrap();
         let before = other.requests();

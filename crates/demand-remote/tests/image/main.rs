@@ -2,8 +2,11 @@
 //! Tests of chunked images: content, damage, increments, removal, and reading over a bad link.
 #![cfg(feature = "image")]
 
+mod bucket;
 mod collect;
 mod damage;
+#[cfg(feature = "http")]
+mod far;
 mod increments;
 mod link;
 mod malformed;

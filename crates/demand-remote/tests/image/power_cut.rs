@@ -232,8 +232,7 @@ fn push_to_bucket_survives_any_cut() {
     if !is_child() {
         return S3::run_client("power_cut::push_to_bucket_survives_any_cut", free_port());
     }
-    let url = std::env::var("AWS_ENDPOINT_URL").unwrap();
-    let port = url.rsplit(':').next().unwrap().parse().unwrap();
+    let port = S3::port_of_variables();
     let open = |name: &str| Store::open(&format!("s3://images/{name}").parse().unwrap()).unwrap();
     let Some(disk) = RecordedDisk::new() else { return };
     fs::create_dir(disk.path().join("images")).unwrap();
