@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The working set of a restored VM: its replay while the guest runs, and its recording.
 
+use std::ops::Range;
 use std::sync::{Arc, Condvar, Mutex, OnceLock, Weak};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -49,6 +50,23 @@ fn beside(snapshot: &OpenSnapshot, place: &SnapshotPlace) -> Option<Location> {
     let Some(index) = snapshot.index() else { return Some(beside_directory(&location)) };
     let (store, _) = location.split()?;
     Some(beside_image(&store, index))
+}
+
+/// Returns pages of the image as those of the regions at `regions`.
+fn in_regions(ranges: impl Iterator<Item = Range<u64>>, regions: &[Placement]) -> Vec<FillRange> {
+    let mut placed = Vec::new();
+    for pages in ranges {
+        for (region, placement) in regions.iter().enumerate() {
+            let first = placement.image_offset / PAGE_SIZE;
+            let end = first + placement.size / PAGE_SIZE;
+            let (from, to) = (pages.start.max(first), pages.end.min(end));
+            if from < to {
+                let pages = PageRange::new(from - first, to - from);
+                placed.push(FillRange { region, pages });
+            }
+        }
+    }
+    placed
 }
 
 /// The working set of a VM.
@@ -157,20 +175,8 @@ impl WorkingSetRun {
 
     /// Returns the pages of the set that is replayed, in order.
     fn expected(&self, regions: &[Placement]) -> Vec<FillRange> {
-        let Some(replayed) = &self.replayed else { return Vec::new() };
-        let mut ranges = Vec::new();
-        for pages in replayed.set().ranges() {
-            for (region, placement) in regions.iter().enumerate() {
-                let first = placement.image_offset / PAGE_SIZE;
-                let end = first + placement.size / PAGE_SIZE;
-                let (from, to) = (pages.start.max(first), pages.end.min(end));
-                if from < to {
-                    let pages = PageRange::new(from - first, to - from);
-                    ranges.push(FillRange { region, pages });
-                }
-            }
-        }
-        ranges
+        let ranges = self.replayed.iter().flat_map(|replayed| replayed.set().ranges());
+        in_regions(ranges, regions)
     }
 
     /// Returns the background fill that replays the set, and then does what `fill` says.
@@ -179,12 +185,17 @@ impl WorkingSetRun {
         fill: Option<FillOptions>,
         regions: &[Placement],
     ) -> Option<FillOptions> {
-        let ranges = self.expected(regions);
+        let mut ranges = self.expected(regions);
         if ranges.is_empty() {
             return fill;
         }
         Some(match fill {
-            Some(options) => FillOptions { order: FillOrder::RangesFirst(ranges), ..options },
+            Some(options) => {
+                let around = self.replayed.iter().flat_map(|replayed| replayed.zeros_around());
+                ranges.extend(in_regions(around, regions));
+                FillOptions { order: FillOrder::RangesFirst(ranges), ..options }
+            }
+            // Pages that are not touched take no memory then.
             None => FillOptions { order: FillOrder::RangesOnly(ranges), ..FillOptions::default() },
         })
     }

@@ -14,7 +14,7 @@ use demand_source::{
 };
 
 use super::WorkingSet;
-use super::layout::run_of;
+use super::layout::{ZERO_PAGES, run_of};
 use crate::image::layout::PAGE;
 use crate::runtime;
 
@@ -120,6 +120,21 @@ impl ReplayedSource {
     /// Returns the working set.
     pub fn set(&self) -> &WorkingSet {
         &self.shared.set
+    }
+
+    /// Returns the pages of zeros around those of zeros in the set, as ranges of page numbers: the
+    /// rest of each run of zeros, up to the borders of its 2 MiB. Guests touch them next, and they
+    /// take no byte of a store. Runs that the image cannot tell without a request are left out.
+    pub fn zeros_around(&self) -> Vec<Range<u64>> {
+        let mut runs: Vec<Range<u64>> = Vec::new();
+        let frames = self.set().frames().iter().filter(|frame| frame.stored.is_none());
+        // They are in order of their pages.
+        for page in frames.flat_map(|frame| &frame.entries).map(|entry| entry.page) {
+            if runs.last().is_none_or(|run| run.end <= page) {
+                runs.extend(self.shared.zeros_at(page));
+            }
+        }
+        runs
     }
 
     /// Returns the activity so far.
@@ -419,6 +434,22 @@ impl PageSource for ReplayedSource {
 }
 
 impl Shared {
+    /// Returns the run of zeros of the image at `page`, within 2 MiB.
+    fn zeros_at(&self, page: u64) -> Option<Range<u64>> {
+        let first = page - page % ZERO_PAGES as u64;
+        let end = (first + ZERO_PAGES as u64).min(self.image.size() / PAGE);
+        let mut at = first;
+        while at <= page {
+            let extent = self.image.extent_now(at * PAGE)?.ok()?;
+            let behind = (extent.end() / PAGE).clamp(at + 1, end);
+            if extent.is_hole() && behind > page {
+                return Some(at..behind);
+            }
+            at = behind;
+        }
+        None
+    }
+
     /// Returns the extent at `offset` if its page is in the set: it ends where the pages of the
     /// frame no longer follow one another.
     fn known_extent(&self, offset: u64) -> Option<Extent> {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Images of a bucket behind a link with faults. Its requests are signed, the server's name included,
-//! which is the link's.
+//! Images of a bucket behind a link with faults. Its requests are signed, with the address of the
+//! link as the server's name.
 #![cfg(feature = "s3")]
 
 use std::fs;

@@ -6,6 +6,7 @@
 #[path = "../cache/server.rs"]
 mod server;
 
+use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -50,9 +51,18 @@ struct Place {
 
 impl Place {
     fn new() -> Self {
+        Place::with_zeros(0..0)
+    }
+
+    /// Pushes an image in which these pages are zeros.
+    fn with_zeros(zeros: Range<u64>) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("memory");
-        std::fs::write(&path, (0..PAGES).flat_map(content).collect::<Vec<_>>()).unwrap();
+        let page = |page| match zeros.contains(&page) {
+            true => vec![0; PAGE_SIZE as usize],
+            false => content(page),
+        };
+        std::fs::write(&path, (0..PAGES).flat_map(page).collect::<Vec<_>>()).unwrap();
         let image = LocalFile::open(&path).unwrap();
         let store = Store::directory(folder.path().join("store")).unwrap();
         Push::new(&image, [7; 16]).run(&store, "vm7", &mut |_| true).unwrap();
@@ -183,6 +193,43 @@ fn other_run_asks_for_no_more_than_without() {
     replay.expect_requests(100);
     assert_eq!(replay.counts.misses, 100);
     println!("another run beside a replay: {:?} for 100 round trips", replay.time);
+}
+
+#[test]
+fn zeros_around_the_set_cost_no_fault() {
+    // 4 MiB and a chunk; the last 2 MiB, of which no page was recorded, stay as they are.
+    let place = Place::with_zeros(496..1536);
+    let store = Store::directory(place.store()).unwrap();
+    let image = || RemoteImage::open(&store, "vm7").unwrap();
+    let (id, at) = (id_of(&image()), Location::Path(place.folder.path().join("set")));
+    let touched = [3, 500, 600, 700, 5];
+    let recording = Recording { image: id, source: &image(), touched: &touched, before: None };
+    assert_eq!(record(&at, recording, &|| true).unwrap().zero_pages, 3);
+    let misses = [false, true].map(|with_zeros| {
+        let set = WorkingSet::open(&at, id).unwrap();
+        let pages = set.ranges().collect::<Vec<_>>();
+        let source = Arc::new(ReplayedSource::new(Arc::new(image()), set));
+        let around = source.zeros_around();
+        assert_eq!(around, [496..512, 512..1024]);
+        let to_pages = |range: &Range<u64>| PageRange::new(range.start, range.end - range.start);
+        let expected: Vec<_> = pages.iter().map(to_pages).collect();
+        let zeros = around.iter().filter(|_| with_zeros).map(to_pages);
+        let order = expected.iter().copied().chain(zeros);
+        let order = order.map(|pages| FillRange { region: 0, pages }).collect();
+        let pager = pager_of(source);
+        let log = Arc::new(TouchLog::new(Hold::Sample));
+        pager.note_touches(&log, &expected).unwrap();
+        let options = FillOptions { order: FillOrder::RangesOnly(order), ..FillOptions::default() };
+        let _fill = Fill::start(vec![pager.clone()], options).unwrap();
+        let last = if with_zeros { 1023 } else { 5 };
+        until("the set is replayed", || pager.bitmap().is_populated(last));
+        // Another run touches others of the zeros.
+        run(&pager, &(496..1024).step_by(5).chain([1030, 1031]).collect::<Vec<_>>());
+        log.counts().misses
+    });
+    println!("faults on pages of zeros: {} without, {} with those around", misses[0], misses[1]);
+    // None of them was recorded, and two are in another 2 MiB.
+    assert_eq!(misses, [108, 2]);
 }
 
 /// Requests a page, and returns its completion and content.
