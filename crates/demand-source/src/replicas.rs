@@ -2,7 +2,9 @@
 //! Several sources of one image: while one fails, another delivers.
 
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 use std::time::{Duration, Instant};
 
 use crate::convert::to_usize;
@@ -96,6 +98,15 @@ struct Shared {
     size: u64,
     /// By preference.
     replicas: RwLock<Vec<Arc<Replica>>>,
+    /// The requests of background fill in progress.
+    fills: Mutex<Vec<Weak<Fill>>>,
+}
+
+/// A request of background fill, which a fault may come to need.
+struct Fill {
+    /// Its ranges, in bytes.
+    ranges: Vec<Range<u64>>,
+    is_raised: AtomicBool,
 }
 
 struct Replica {
@@ -120,7 +131,8 @@ struct Health {
 
 /// A request that some sources may have failed.
 struct Attempt {
-    priority: Priority,
+    /// Unless it is a fault's.
+    fill: Option<Arc<Fill>>,
     chunks: Vec<Chunk>,
     /// The sources that are left, the next one last.
     left: Vec<Arc<Replica>>,
@@ -155,7 +167,8 @@ impl Replicas {
         let size = source.size();
         let first = Arc::new(Replica { name, rank, source, health: Mutex::default() });
         let replicas = RwLock::new(vec![first]);
-        let replicas = Replicas { shared: Arc::new(Shared { size, replicas }) };
+        let replicas =
+            Replicas { shared: Arc::new(Shared { size, replicas, fills: Mutex::default() }) };
         for (rank, name, source) in sources {
             replicas.add(rank, name, source)?;
         }
@@ -259,6 +272,34 @@ impl Shared {
         self.replicas.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    fn fills(&self) -> MutexGuard<'_, Vec<Weak<Fill>>> {
+        self.fills.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Notes a request of background fill, until it ends.
+    fn note_fill(&self, chunks: &[Chunk]) -> Arc<Fill> {
+        let ranges = chunks
+            .iter()
+            .map(|chunk| chunk.offset..chunk.offset.saturating_add(chunk.destination.len() as u64));
+        let fill = Fill { ranges: ranges.collect(), is_raised: AtomicBool::new(false) };
+        let fill = Arc::new(fill);
+        let mut fills = self.fills();
+        fills.retain(|fill| fill.strong_count() > 0);
+        fills.push(Arc::downgrade(&fill));
+        fill
+    }
+
+    /// Gives the requests of background fill that have some of these bytes the priority of a fault,
+    /// whichever source has them next.
+    fn raise_fills(&self, bytes: Range<u64>) {
+        for fill in self.fills().iter().filter_map(Weak::upgrade) {
+            let has_some = |range: &Range<u64>| range.start < bytes.end && bytes.start < range.end;
+            if fill.ranges.iter().any(has_some) {
+                fill.is_raised.store(true, Ordering::SeqCst);
+            }
+        }
+    }
+
     /// Tries sources that are down and whose pause has passed, by a read at `offset`.
     fn try_again(self: &Arc<Self>, offset: u64) {
         let now = Instant::now();
@@ -299,9 +340,15 @@ impl Shared {
             chunks.push(Chunk { offset: chunk.offset, destination });
             read.push(bytes);
         }
-        let request = Request { priority: attempt.priority, chunks };
+        let (priority, fill) = (attempt.priority(), attempt.fill.clone());
+        let request = Request { priority, chunks };
         let (shared, source) = (self.clone(), replica.source.clone());
-        source.submit(request).then(move |outcome| {
+        let answered = source.submit(request);
+        // It was raised before this source had the request.
+        if let Some(fill) = fill.filter(|fill| priority == Priority::Fill && fill.is_raised()) {
+            fill.ranges.iter().for_each(|range| source.raise(range.start, range.end - range.start));
+        }
+        answered.then(move |outcome| {
             let content = outcome.and_then(|()| {
                 read.into_iter().map(OwnedBytes::take).collect::<Result<Vec<_>, _>>()
             });
@@ -321,7 +368,20 @@ impl Shared {
     }
 }
 
+impl Fill {
+    fn is_raised(&self) -> bool {
+        self.is_raised.load(Ordering::SeqCst)
+    }
+}
+
 impl Attempt {
+    fn priority(&self) -> Priority {
+        match &self.fill {
+            Some(fill) if !fill.is_raised() => Priority::Fill,
+            _ => Priority::Demand,
+        }
+    }
+
     /// Keeps an error, unless the one before says more: that another attempt may succeed.
     fn failed(&mut self, outcome: Result<(), SourceError>) {
         let is_better = |error: &SourceError| {
@@ -372,11 +432,13 @@ impl PageSource for Replicas {
             self.shared.try_again(chunk.offset);
         }
         let left = self.shared.order();
-        self.shared.attempt(Attempt { priority, chunks, left, error: None, completer });
+        let fill = (priority == Priority::Fill).then(|| self.shared.note_fill(&chunks));
+        self.shared.attempt(Attempt { fill, chunks, left, error: None, completer });
         completion
     }
 
     fn raise(&self, offset: u64, len: u64) {
+        self.shared.raise_fills(offset..offset.saturating_add(len));
         self.shared.all().iter().for_each(|replica| replica.source.raise(offset, len));
     }
 

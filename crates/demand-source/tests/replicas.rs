@@ -58,6 +58,38 @@ fn only_the_preferred_source_is_asked() {
     assert!(counts.iter().all(|counts| counts.raised.load(Ordering::Acquire) == 1));
 }
 
+/// A fault comes to need what fill has asked the first source for, which then fails.
+#[test]
+fn raised_request_is_urgent_elsewhere() {
+    let image = write();
+    let (source, counts) = two(&image);
+    let demanded = || [0, 1].map(|index| counts[index].demanded.load(Ordering::Acquire));
+    for (is_raised, expected) in [(false, [0, 0]), (true, [0, 1])] {
+        set(&counts[0], true);
+        let gate = counts[0].gate.lock().unwrap();
+        let (destination, bytes) = Destination::owned(vec![0; 8192]);
+        let chunks = vec![Chunk { offset: PAGE, destination }];
+        let fill = source.submit(Request { priority: Priority::Fill, chunks });
+        // Others are not meant.
+        source.raise(0, PAGE);
+        if is_raised {
+            source.raise(2 * PAGE, PAGE);
+        }
+        drop(gate);
+        fill.wait().unwrap();
+        assert!(bytes.take().unwrap() == image.content[4096..12288]);
+        assert_eq!(demanded(), expected);
+        // The first one is up again.
+        set(&counts[0], false);
+        while down(&source)[0] {
+            let (destination, _) = Destination::owned(vec![0; 4096]);
+            let chunks = vec![Chunk { offset: 0, destination }];
+            source.submit(Request { priority: Priority::Fill, chunks }).wait().unwrap();
+            thread::sleep(Duration::from_millis(20));
+        }
+    }
+}
+
 #[test]
 fn the_next_source_delivers_at_once() {
     let image = write();

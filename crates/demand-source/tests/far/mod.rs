@@ -9,8 +9,8 @@ use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
 
 use demand_source::{
-    Completer, Completion, Destination, Extent, ImageWriter, LocalFile, PageSource, Request, Retry,
-    SourceError,
+    Completer, Completion, Destination, Extent, ImageWriter, LocalFile, PageSource, Priority,
+    Request, Retry, SourceError,
 };
 
 pub const PAGE: u64 = 4096;
@@ -28,6 +28,8 @@ pub struct Far {
 pub struct Counts {
     pub reads: AtomicU64,
     pub raised: AtomicU64,
+    /// Requests with a fault's priority.
+    pub demanded: AtomicU64,
     pub fails: AtomicBool,
     /// No request is answered while it is locked.
     pub gate: Mutex<()>,
@@ -65,6 +67,8 @@ impl PageSource for Far {
     }
     fn submit(&self, request: Request) -> Completion {
         let (completer, completion) = Completion::pair();
+        let is_demand = request.priority == Priority::Demand;
+        self.counts.demanded.fetch_add(is_demand.into(), Ordering::AcqRel);
         self.asked.send((request, completer)).unwrap();
         completion
     }
