@@ -40,7 +40,7 @@ pub use mapped::MappedBytes;
 pub use padded::ZeroPadded;
 pub use part::Part;
 pub use process::OwnProcess;
-pub use replicas::{ReplicaState, Replicas, ReplicasError};
+pub use replicas::{OtherSources, ReplicaState, Replicas, ReplicasError};
 pub use source::{Chunk, Extent, PageSource, Priority, Request};
 pub use sparse::extent_of_file;
 pub use threads::join_within;

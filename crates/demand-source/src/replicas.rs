@@ -68,7 +68,8 @@ pub struct ReplicaState {
 /// A source that has failed is down until it has delivered: a small read of background fill's
 /// priority tries it after a second, then after growing pauses of up to 30 seconds, as long as
 /// pages are requested. A fault asks a source that is down only when all others have failed. A
-/// source that does not answer is down when its own time limit says so.
+/// source that does not answer is down when its own time limit says so; one that knows how long its
+/// answers take may ask [another](OtherSources) before.
 ///
 /// A source that can be opened only later [joins](Replicas::add) the others then.
 ///
@@ -129,6 +130,37 @@ struct Health {
     failures: u64,
 }
 
+/// The other sources of an image, for one of them: see [`PageSource::set_others`].
+#[derive(Clone)]
+pub struct OtherSources {
+    shared: Weak<Shared>,
+    of: Weak<Replica>,
+}
+
+impl OtherSources {
+    /// Sends a request to the preferred one of the others that deliver. Returns `None`, and makes no
+    /// request, if there is none.
+    pub fn submit(&self, request: Request) -> Option<Completion> {
+        let all = self.shared.upgrade()?.all();
+        let is_up = |replica: &Arc<Replica>| replica.health().down_until.is_none();
+        let is_other = |replica: &Arc<Replica>| Arc::as_ptr(replica) != self.of.as_ptr();
+        let other = all.into_iter().find(|replica| is_other(replica) && is_up(replica))?;
+        let (completer, completion) = Completion::pair();
+        let answered = other.source.submit(request);
+        answered.then(move |outcome| {
+            other.note(&outcome);
+            completer.complete(outcome);
+        });
+        Some(completion)
+    }
+}
+
+impl fmt::Debug for OtherSources {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("OtherSources").finish_non_exhaustive()
+    }
+}
+
 /// A request that some sources may have failed.
 struct Attempt {
     /// Unless it is a fault's.
@@ -166,9 +198,10 @@ impl Replicas {
         let (rank, name, source) = sources.next().ok_or(ReplicasError::None)?;
         let size = source.size();
         let first = Arc::new(Replica { name, rank, source, health: Mutex::default() });
-        let replicas = RwLock::new(vec![first]);
-        let replicas =
-            Replicas { shared: Arc::new(Shared { size, replicas, fills: Mutex::default() }) };
+        let replicas = RwLock::new(vec![first.clone()]);
+        let shared = Arc::new(Shared { size, replicas, fills: Mutex::default() });
+        shared.introduce(&first);
+        let replicas = Replicas { shared };
         for (rank, name, source) in sources {
             replicas.add(rank, name, source)?;
         }
@@ -193,7 +226,10 @@ impl Replicas {
             return Err(ReplicasError::Sizes { first, other: name, size, other_size });
         }
         let at = replicas.partition_point(|other| other.rank <= rank);
-        replicas.insert(at, Arc::new(Replica { name, rank, source, health: Mutex::default() }));
+        let replica = Arc::new(Replica { name, rank, source, health: Mutex::default() });
+        replicas.insert(at, replica.clone());
+        drop(replicas);
+        self.shared.introduce(&replica);
         Ok(())
     }
 
@@ -270,6 +306,12 @@ impl Shared {
     /// Returns all sources, by preference.
     fn all(&self) -> Vec<Arc<Replica>> {
         self.replicas.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Gives a source the others.
+    fn introduce(self: &Arc<Self>, replica: &Arc<Replica>) {
+        let others = OtherSources { shared: Arc::downgrade(self), of: Arc::downgrade(replica) };
+        replica.source.set_others(others);
     }
 
     fn fills(&self) -> MutexGuard<'_, Vec<Weak<Fill>>> {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! `PageSource`, the trait that every source of pages implements, and the types of its requests.
 
-use crate::{Completion, Destination, MappedBytes, SourceError};
+use crate::{Completion, Destination, MappedBytes, OtherSources, SourceError};
 
 /// The urgency of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -130,6 +130,11 @@ pub trait PageSource: Send + Sync {
     /// nothing, which suits a source that queues no fill behind other requests. A source that wraps
     /// another one passes the call on.
     fn raise(&self, _offset: u64, _len: u64) {}
+
+    /// Gives the source the others of its image, of which [`Replicas`](crate::Replicas) consists:
+    /// it may ask one of them once more for what a thread waits for unusually long. The default
+    /// ignores them.
+    fn set_others(&self, _others: OtherSources) {}
 
     /// Reads on the calling thread if that takes no longer than a function call, which avoids the
     /// bookkeeping of a request. The threads that serve faults call it, so it returns `None`

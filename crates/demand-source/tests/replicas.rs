@@ -58,6 +58,34 @@ fn only_the_preferred_source_is_asked() {
     assert!(counts.iter().all(|counts| counts.raised.load(Ordering::Acquire) == 1));
 }
 
+#[test]
+fn a_source_can_ask_the_others() {
+    let image = write();
+    let (source, counts) = two(&image);
+    let ask = |of: usize| {
+        let (destination, bytes) = Destination::owned(vec![0; 4096]);
+        let chunks = vec![Chunk { offset: PAGE, destination }];
+        let others = counts[of].others.lock().unwrap().clone().unwrap();
+        let completion = others.submit(Request { priority: Priority::Demand, chunks })?;
+        Some(completion.wait().and_then(|()| bytes.take()))
+    };
+    for (of, expected) in [(0, [0, 1]), (1, [1, 1])] {
+        assert!(ask(of).unwrap().unwrap() == image.content[4096..8192]);
+        assert_eq!(reads(&counts), expected);
+    }
+    // One that fails is down, and not asked again.
+    set(&counts[1], true);
+    assert!(ask(0).unwrap().is_err());
+    assert_eq!(down(&source), [false, true]);
+    assert!(ask(0).is_none() && ask(1).is_some());
+    // One that comes later is asked.
+    let (late, of_late) = Far::open(&image.memory);
+    source.add(0, "late".into(), late).unwrap();
+    assert!(ask(0).unwrap().is_ok() && of_late.reads.load(Ordering::Acquire) == 1);
+    drop(source);
+    assert!(ask(0).is_none());
+}
+
 /// A fault comes to need what fill has asked the first source for, which then fails.
 #[test]
 fn raised_request_is_urgent_elsewhere() {

@@ -7,11 +7,10 @@ mod run;
 use std::collections::HashMap;
 use std::collections::hash_map::Entry as Slot;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-#[cfg(feature = "cache")]
 use bytes::Bytes;
-use demand_source::Priority;
+use demand_source::{Chunk, Destination, OtherSources, Priority, Request};
 use tokio::sync::{Notify, Semaphore, SemaphorePermit, oneshot};
 #[cfg(feature = "cache")]
 use tokio::time::{Instant, sleep};
@@ -41,6 +40,14 @@ pub(crate) struct Limits {
 enum Key {
     Block(u64),
     Chunk(u64),
+}
+
+/// An answer to a request for a chunk.
+enum Answer {
+    /// The stored bytes.
+    Stored(Bytes),
+    /// The content, from another source.
+    Content(Vec<u8>),
 }
 
 /// Something that was read.
@@ -154,6 +161,8 @@ pub(crate) struct Flights {
     fill_decoder: Semaphore,
     demand_decoders: Semaphore,
     pub(crate) hedges: Hedges,
+    /// The other sources of the image, if it has any.
+    pub(crate) others: OnceLock<OtherSources>,
     /// No part may be dropped while it is locked: that may call the pager.
     state: Mutex<State>,
 }
@@ -179,6 +188,7 @@ impl Flights {
             fill_decoder: Semaphore::new(1),
             demand_decoders: Semaphore::new(Semaphore::MAX_PERMITS),
             hedges: Hedges::default(),
+            others: OnceLock::new(),
             state: Mutex::new(state),
         })
     }
@@ -457,9 +467,16 @@ impl Flights {
         };
         let len = u64::from(entry.len);
         let begun = std::time::Instant::now();
-        let stored = match urgency.is_raised() {
-            true => self.hedges.read(len, || self.snapshot.read_stored(&entry)).await?,
-            false => self.snapshot.read_stored(&entry).await?,
+        let (snapshot, stored) = (&self.snapshot, &entry);
+        let request = || async move { snapshot.read_stored(stored).await.map(Answer::Stored) };
+        let answer = match urgency.is_raised() {
+            true => self.hedges.read(len, request, || self.read_elsewhere(chunk)).await?,
+            false => request().await?,
+        };
+        let stored = match answer {
+            Answer::Stored(stored) => stored,
+            // The host cache is left to a request to this store.
+            Answer::Content(content) => return Ok(Some(Got::Chunk(Arc::new(content)))),
         };
         self.state().around.answered(len, 1, begun.elapsed());
         drop(turn);
@@ -470,6 +487,26 @@ impl Flights {
             return Ok(Some(Got::Claimed(content, keep, stored)));
         }
         Ok(Some(Got::Chunk(content)))
+    }
+
+    /// Begins to read a chunk at another source of the image, which checks it. Returns `None` if no
+    /// other source delivers.
+    fn read_elsewhere(
+        &self,
+        chunk: u64,
+    ) -> Option<impl Future<Output = Option<Answer>> + Send + use<>> {
+        let geometry = self.snapshot.head.geometry;
+        let (destination, bytes) = Destination::owned(vec![0; geometry.chunk_len(chunk)]);
+        let chunks = vec![Chunk { offset: geometry.offset(chunk), destination }];
+        let request = Request { priority: Priority::Demand, chunks };
+        let completion = self.others.get()?.submit(request)?;
+        let (answer, answered) = oneshot::channel();
+        completion.then(move |outcome| {
+            let content = outcome.and_then(|()| bytes.take());
+            // The first request may have been answered meanwhile.
+            let _ = answer.send(content.ok().map(Answer::Content));
+        });
+        Some(async move { answered.await.ok().flatten() })
     }
 
     /// Looks for a chunk in the host cache, until it is there or this process is the one that

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Hedged reads: a request for a fault that is not answered as soon as nearly all others is made
-//! once more, within a budget.
+//! once more, within a budget: at another source of the image, or else on a new connection.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use futures_util::future::{Either, select};
+use futures_util::future::{Either, FutureExt, select};
 use tokio::time::sleep;
 
 /// Number of the last answers by which the time of a band is known, and how long they count.
@@ -35,6 +35,7 @@ pub(crate) struct Hedges {
     saved: AtomicU64,
     made: AtomicU64,
     won: AtomicU64,
+    elsewhere: AtomicU64,
 }
 
 /// Numbers of hedged reads.
@@ -44,6 +45,8 @@ pub struct HedgeStats {
     pub made: u64,
     /// Those that were answered first.
     pub won: u64,
+    /// Second requests that were made at another source.
+    pub elsewhere: u64,
 }
 
 fn band_of(len: u64) -> usize {
@@ -86,25 +89,38 @@ impl Hedges {
         self.saved.fetch_update(Ordering::Relaxed, Ordering::Relaxed, spend).is_ok()
     }
 
-    /// Makes a request for `len` bytes, and once more if it is late.
-    pub(crate) async fn read<T, E, F>(&self, len: u64, request: impl Fn() -> F) -> Result<T, E>
+    /// Makes a request for `len` bytes, and once more if it is late: that of `elsewhere`, unless it
+    /// returns `None`.
+    pub(crate) async fn read<T, E, F, G>(
+        &self,
+        len: u64,
+        request: impl Fn() -> F,
+        elsewhere: impl Fn() -> Option<G>,
+    ) -> Result<T, E>
     where
         F: Future<Output = Result<T, E>>,
+        G: Future<Output = Option<T>>,
     {
         let save = |saved: u64| (saved < SAVED).then_some(saved + 1);
         // At the most that can be saved nothing changes.
         let _ = self.saved.fetch_update(Ordering::Relaxed, Ordering::Relaxed, save);
         let begun = Instant::now();
-        let got = self.race(len, request).await;
+        let got = self.race(len, request, elsewhere).await;
         if got.is_ok() {
             self.answered(len, begun.elapsed());
         }
         got
     }
 
-    async fn race<T, E, F>(&self, len: u64, request: impl Fn() -> F) -> Result<T, E>
+    async fn race<T, E, F, G>(
+        &self,
+        len: u64,
+        request: impl Fn() -> F,
+        elsewhere: impl Fn() -> Option<G>,
+    ) -> Result<T, E>
     where
         F: Future<Output = Result<T, E>>,
+        G: Future<Output = Option<T>>,
     {
         let first = Box::pin(request());
         let Some(late) = self.late_after(len) else { return first.await };
@@ -116,11 +132,21 @@ impl Hedges {
             return first.await;
         }
         self.made.fetch_add(1, Ordering::Relaxed);
-        let (won, got) = match select(first, Box::pin(request())).await {
+        // Another source that fails says nothing of this one.
+        let second = match elsewhere() {
+            Some(other) => {
+                self.elsewhere.fetch_add(1, Ordering::Relaxed);
+                Either::Left(other.map(|got| got.ok_or(None)))
+            }
+            None => Either::Right(request().map(|got| got.map_err(Some))),
+        };
+        let (won, got) = match select(first, Box::pin(second)).await {
             Either::Left((Ok(got), _)) => (false, Ok(got)),
             Either::Right((Ok(got), _)) => (true, Ok(got)),
             // The other one may succeed.
-            Either::Left((Err(_), second)) => (true, second.await),
+            Either::Left((Err(error), second)) => {
+                (true, second.await.map_err(|other| other.unwrap_or(error)))
+            }
             Either::Right((Err(_), first)) => (false, first.await),
         };
         if won && got.is_ok() {
@@ -131,12 +157,18 @@ impl Hedges {
 
     pub(crate) fn stats(&self) -> HedgeStats {
         let read = |number: &AtomicU64| number.load(Ordering::Relaxed);
-        HedgeStats { made: read(&self.made), won: read(&self.won) }
+        HedgeStats {
+            made: read(&self.made),
+            won: read(&self.won),
+            elsewhere: read(&self.elsewhere),
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::future::Ready;
+
     use super::*;
 
     #[test]
@@ -166,7 +198,7 @@ mod tests {
         let hedges = Hedges::default();
         let request = || async { Ok::<_, ()>(()) };
         for _ in 0..1000 {
-            crate::runtime::wait(hedges.read(4096, request)).unwrap();
+            crate::runtime::wait(hedges.read(4096, request, || None::<Ready<_>>)).unwrap();
         }
         assert_eq!((0..1000).filter(|_| hedges.afford()).count(), 10);
     }

@@ -4,7 +4,9 @@
 use std::fmt;
 use std::sync::Arc;
 
-use demand_source::{Completion, Destination, Extent, PageSource, Request, SourceError, to_usize};
+use demand_source::{
+    Completion, Destination, Extent, OtherSources, PageSource, Request, SourceError, to_usize,
+};
 
 use super::around::{AroundStats, FetchAround};
 use super::error::ImageError;
@@ -84,8 +86,8 @@ impl fmt::Debug for ImageWatch {
 /// request of fill that lie side by side in a pack cost one request of up to 1 MiB together.
 /// Requests for faults never wait for those of background fill, and a chunk that fill has queued is
 /// requested like a fault, by itself, once a thread waits for it. A request for a fault that is
-/// later than nearly all before it is made a second time, on another connection; at most one in 20
-/// is.
+/// later than nearly all before it is made a second time, at another source if the image has
+/// [several](demand_source::Replicas), or else on another connection; at most one in 20 is.
 ///
 /// Stored bytes are checked against their digest before they are decoded, and each page against its
 /// hash afterwards. Bytes that differ are an error, never content.
@@ -286,6 +288,11 @@ impl PageSource for RemoteImage {
         let chunk_size = self.snapshot().head.geometry.chunk_size();
         let last = offset.saturating_add(len.saturating_sub(1));
         self.flights.raise(offset / chunk_size, last / chunk_size);
+    }
+
+    fn set_others(&self, others: OtherSources) {
+        // The first combination of sources counts.
+        let _ = self.flights.others.set(others);
     }
 
     fn read_now(

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use demand_remote::Store;
 use demand_remote::image::{Compression, RemoteImage, RemoteOptions};
-use demand_source::Retry;
+use demand_source::{PageSource, Retry};
 use test_support::proxy::{Fault, FaultProxy, Link, Target};
 use test_support::servers::Web;
 
@@ -75,7 +75,7 @@ impl Far {
         RemoteImage::open_with(&store, "vm", options).unwrap()
     }
 
-    pub(crate) fn check_chunk(&self, image: &RemoteImage, chunk: usize) {
+    pub(crate) fn check_chunk(&self, image: &dyn PageSource, chunk: usize) {
         let bytes = read(image, chunk * CHUNK, PAGE).unwrap();
         assert!(bytes == self.content[chunk * CHUNK..][..PAGE], "chunk {chunk}");
     }

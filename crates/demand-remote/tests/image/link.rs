@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use demand_remote::image::{FetchAround, RemoteOptions};
 use demand_source::{Destination, PageSource, Replicas};
 use test_support::proxy::{Fault, FaultProxy, Link};
+use test_support::wait::until;
 
 use crate::far::{self, CHUNK, Far};
 use crate::support::{PAGE, Random, read};
@@ -115,15 +116,65 @@ fn neighbours_are_awaited_by_faults() {
     assert_eq!((used.extra_pages, used.used_pages), (64, 4));
 }
 
+/// Reads chunks of an image of 128, so that the times of its requests are known, and a hedge can be
+/// afforded.
+fn learn(far: &Far, source: &dyn PageSource) {
+    far.proxy.set_link(Link::round_trip(Duration::from_millis(40)));
+    (0..40).for_each(|chunk| far.check_chunk(source, chunk));
+    // None of these is late.
+    far.proxy.set_link(Link::default());
+    (40..70).for_each(|chunk| far.check_chunk(source, chunk));
+}
+
+#[test]
+fn late_request_is_made_elsewhere_first() {
+    let Some(far) = Far::new(128) else { return };
+    let other = FaultProxy::start(far.target());
+    let [one, two] = [&far.proxy, &other].map(|proxy| far.open_by(proxy, RemoteOptions::default()));
+    let watch = one.watch();
+    let places: [(String, Arc<dyn PageSource>); 2] =
+        [("one".into(), Arc::new(one)), ("two".into(), Arc::new(two))];
+    let source = Replicas::new(places).unwrap();
+    learn(&far, &source);
+    // A request to the second place, whose link works, and then to the first, once it does not.
+    for (chunk, works) in [(100, true), (101, false)] {
+        if !works {
+            other.set_fault(Fault::Refuse, usize::MAX);
+            while !source.states()[1].is_down {
+                far.proxy.set_fault(Fault::Refuse, usize::MAX);
+                let mut page = vec![0; PAGE];
+                let at = 110 * CHUNK as u64;
+                source.read_through(at, &mut Destination::from(&mut page[..])).unwrap_err();
+                far.proxy.clear_fault();
+            }
+            // The first place is tried after its pause, and delivers.
+            until("the first place is back", || {
+                far.check_chunk(&source, 111);
+                !source.states()[0].is_down
+            });
+            // For the hedges that the faults have cost.
+            (70..100).chain(112..128).for_each(|chunk| far.check_chunk(&source, chunk));
+        }
+        let before = (watch.figures().hedges, far.proxy.requests(), other.requests());
+        far.proxy.set_fault(Fault::Stall(20_000), 1);
+        let begun = Instant::now();
+        far.check_chunk(&source, chunk);
+        // The connection's own limit is 5 seconds.
+        assert!(begun.elapsed() < Duration::from_secs(4), "{:?}", begun.elapsed());
+        let hedges = watch.figures().hedges;
+        let made = [far.proxy.requests() - before.1, other.requests() - before.2];
+        println!("requests to both places: {made:?}, {hedges:?}");
+        assert_eq!((hedges.made, hedges.won), (before.0.made + 1, before.0.won + 1));
+        assert_eq!(hedges.elsewhere, before.0.elsewhere + u64::from(works));
+        assert_eq!((made, far.proxy.faults_left()), (if works { [1, 1] } else { [2, 0] }, 0));
+    }
+}
+
 #[test]
 fn stalled_request_is_made_again() {
     let Some(far) = Far::new(128) else { return };
-    far.proxy.set_link(Link::round_trip(Duration::from_millis(40)));
     let image = far.open();
-    (0..40).for_each(|chunk| far.check_chunk(&image, chunk));
-    // None of these is late, so that a hedge can be afforded after them.
-    far.proxy.set_link(Link::default());
-    (40..70).for_each(|chunk| far.check_chunk(&image, chunk));
+    learn(&far, &image);
     let (before, requests) = (image.figures().hedges, far.proxy.requests());
     far.proxy.set_fault(Fault::Stall(20_000), 1);
     let begun = Instant::now();

@@ -165,7 +165,11 @@ pub(crate) fn objects(store: &Path) -> Vec<PathBuf> {
     all
 }
 
-pub(crate) fn read(image: &RemoteImage, offset: usize, len: usize) -> Result<Vec<u8>, SourceError> {
+pub(crate) fn read(
+    image: &dyn PageSource,
+    offset: usize,
+    len: usize,
+) -> Result<Vec<u8>, SourceError> {
     let mut bytes = vec![0xee; len];
     image.read_through(offset as u64, &mut Destination::from(&mut bytes[..]))?;
     Ok(bytes)

@@ -9,8 +9,8 @@ use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
 
 use demand_source::{
-    Completer, Completion, Destination, Extent, ImageWriter, LocalFile, PageSource, Priority,
-    Request, Retry, SourceError,
+    Completer, Completion, Destination, Extent, ImageWriter, LocalFile, OtherSources, PageSource,
+    Priority, Request, Retry, SourceError,
 };
 
 pub const PAGE: u64 = 4096;
@@ -31,6 +31,8 @@ pub struct Counts {
     /// Requests with a fault's priority.
     pub demanded: AtomicU64,
     pub fails: AtomicBool,
+    /// The other sources of the image.
+    pub others: Mutex<Option<OtherSources>>,
     /// No request is answered while it is locked.
     pub gate: Mutex<()>,
 }
@@ -74,6 +76,9 @@ impl PageSource for Far {
     }
     fn raise(&self, _: u64, _: u64) {
         self.counts.raised.fetch_add(1, Ordering::AcqRel);
+    }
+    fn set_others(&self, others: OtherSources) {
+        *self.counts.others.lock().unwrap() = Some(others);
     }
 }
 
