@@ -39,14 +39,34 @@ impl Reader {
         rustix::process::kill_process(rustix::process::Pid::from_raw(id).unwrap(), signal).unwrap();
     }
 
-    /// Waits for the reader's end, which must be good, and returns the number of chunks for which
-    /// another reader was late.
-    pub(crate) fn overdue(mut self) -> u64 {
+    /// Waits for the reader's end, which must be good, and returns its numbers.
+    pub(crate) fn end(mut self) -> Ended {
         let mut said = String::new();
         self.0.stdout.take().unwrap().read_to_string(&mut said).unwrap();
         assert!(self.0.wait().unwrap().success(), "{said}");
-        let number = said.split("overdue ").nth(1).and_then(|rest| rest.split_whitespace().next());
-        number.and_then(|number| number.parse().ok()).unwrap_or_else(|| panic!("{said}"))
+        let number = |name: &str| {
+            let number = said.split(name).nth(1).and_then(|rest| rest.split_whitespace().next());
+            number.and_then(|number| number.parse().ok()).unwrap_or_else(|| panic!("{said}"))
+        };
+        Ended { overdue: number("overdue "), hedges: number("hedges ") }
+    }
+}
+
+/// The numbers of readers that have ended.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Ended {
+    /// Chunks for which another reader was late.
+    pub(crate) overdue: u64,
+    /// Requests that were made a second time, because the first one was late.
+    pub(crate) hedges: u64,
+}
+
+impl std::iter::Sum for Ended {
+    fn sum<I: Iterator<Item = Ended>>(all: I) -> Ended {
+        all.fold(Ended::default(), |sum, one| Ended {
+            overdue: sum.overdue + one.overdue,
+            hedges: sum.hedges + one.hedges,
+        })
     }
 }
 
@@ -99,5 +119,6 @@ fn reader() {
         assert!(std::time::Instant::now() < end, "{:?}", cache.stats());
         std::thread::sleep(std::time::Duration::from_millis(2));
     }
-    println!("{:?} overdue {} ", cache.stats(), cache.stats().overdue);
+    let (overdue, hedges) = (cache.stats().overdue, image.figures().hedges.made);
+    println!("{:?} overdue {overdue} hedges {hedges} ", cache.stats());
 }
