@@ -10,7 +10,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence};
 use std::sync::{Arc, Mutex, MutexGuard, Once, OnceLock, PoisonError, RwLock, Weak};
 
 use demand_source::{
-    Completion, Extent, OwnProcess, PageSource, Request, SourceError, ZeroPadded, to_usize,
+    Completion, Extent, MissingPages, OwnProcess, PageSource, Request, SourceError, ZeroPadded,
+    to_usize,
 };
 use vm_memory::VolatileSlice;
 
@@ -127,7 +128,10 @@ impl Pager {
         if image_offset.checked_add(size).is_none_or(|end| end > image_size) {
             return Err(PagerError::ImageShort { size, image_offset, image_size });
         }
-        Self::with_bitmap(MissingBitmap::new, config)
+        let (pager, offset) = (Self::with_bitmap(MissingBitmap::new, config)?, image_offset);
+        let words = pager.bitmap.words();
+        pager.source.share_missing(&MissingPages::new(offset, pager.pages(), words.file()));
+        Ok(pager)
     }
 
     /// Creates a pager of memory that is present from the start and initially zero, for a VM that

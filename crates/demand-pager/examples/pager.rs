@@ -1,23 +1,26 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A pager that serves a file, or the files of a folder by their names.
 //!
-//! usage: `pager PATH SOCKET [--staging]`
+//! usage: `pager PATH SOCKET [--staging] [--watch]`
 //!
-//! With `--staging`, answers are put into a memfd.
+//! With `--staging`, answers are put into a memfd. With `--watch`, the number of missing pages is
+//! printed when it changes, as read from the VMM's own bitmap.
 
 use std::collections::{HashMap, VecDeque};
 use std::error::Error;
 use std::fs::File;
 use std::hash::{DefaultHasher, Hash, Hasher};
-use std::io::{self, BufReader, IoSlice, Write};
+use std::io::{self, IoSlice, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Component, Path};
 use std::sync::{Condvar, Mutex, PoisonError};
+use std::time::Duration;
 use std::{env, fs, thread};
 
+use demand_pager::Calls;
 use demand_pager::protocol::{Call, Fault, Greeting, MOST, NO_TAG, Reply, VERSION};
 use demand_source::{Priority, Retry};
 use rustix::fs::{MemfdFlags, memfd_create};
@@ -28,10 +31,12 @@ const SLOTS: u64 = 64;
 
 fn main() -> Result<(), Box<dyn Error>> {
     let arguments: Vec<_> = env::args().skip(1).collect();
-    let staging = arguments.iter().any(|argument| argument == "--staging");
-    let paths: Vec<_> = arguments.iter().filter(|argument| *argument != "--staging").collect();
+    let (options, paths): (Vec<_>, Vec<_>) =
+        arguments.iter().partition(|argument| argument.starts_with("--"));
+    let has = |option: &str| options.iter().any(|argument| *argument == option);
+    let (staging, watch) = (has("--staging"), has("--watch"));
     let [path, socket] = paths[..] else {
-        return Err("usage: pager PATH SOCKET [--staging]".into());
+        return Err("usage: pager PATH SOCKET [--staging] [--watch]".into());
     };
     // Left by a pager that was killed.
     match fs::remove_file(socket) {
@@ -43,7 +48,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         loop {
             let (stream, _) = listener.accept()?;
             scope.spawn(move || {
-                if let Err(error) = serve(&stream, Path::new(path), staging) {
+                if let Err(error) = serve(&stream, Path::new(path), staging, watch) {
                     eprintln!("pager: {error}");
                 }
             });
@@ -84,12 +89,12 @@ fn identity(file: &File) -> io::Result<[u8; 16]> {
     Ok(identity)
 }
 
-fn serve(stream: &UnixStream, path: &Path, with_staging: bool) -> io::Result<()> {
-    let mut calls = BufReader::new(stream);
+fn serve(stream: &UnixStream, path: &Path, with_staging: bool, watches: bool) -> io::Result<()> {
+    let mut calls = Calls::new(stream);
     let mut replies = stream;
     let refused = |text: String| Reply::Error { tag: NO_TAG, retry: Retry::Never, text }.encode();
-    let name = match Call::read(&mut calls)? {
-        Some(Call::Handshake { version: VERSION, name }) => name,
+    let name = match calls.next()? {
+        Some((Call::Handshake { version: VERSION, name }, _)) => name,
         _ => {
             let text = format!("this pager speaks version {VERSION} of the protocol only");
             return replies.write_all(&refused(text));
@@ -106,6 +111,7 @@ fn serve(stream: &UnixStream, path: &Path, with_staging: bool) -> io::Result<()>
         version: VERSION,
         size: image.metadata()?.len(),
         staging: staging.as_ref().map(|_| SLOTS * MOST as u64),
+        watches,
         generation: identity(&image)?,
     });
     send(stream, &greeting.encode(), staging.as_ref())?;
@@ -114,10 +120,20 @@ fn serve(stream: &UnixStream, path: &Path, with_staging: bool) -> io::Result<()>
     let pager = Pager { image, staging, state: Mutex::new(state), changed: Condvar::new() };
     thread::scope(|scope| {
         let answering = scope.spawn(|| pager.answer_all(stream));
+        if watches {
+            scope.spawn(|| pager.watch());
+        }
         let outcome = pager.receive_all(&mut calls);
         pager.with(|state| state.closed = true);
         answering.join().unwrap_or(Ok(())).and(outcome)
     })
+}
+
+/// Returns the number of bits that are set in a bitmap.
+fn count_ones(bitmap: &File) -> io::Result<u64> {
+    let mut bytes = vec![0; usize::try_from(bitmap.metadata()?.len()).unwrap_or(0)];
+    bitmap.read_exact_at(&mut bytes, 0)?;
+    Ok(bytes.iter().map(|byte| u64::from(byte.count_ones())).sum())
 }
 
 fn create_staging() -> io::Result<File> {
@@ -148,6 +164,8 @@ struct Pager {
 
 #[derive(Default)]
 struct State {
+    /// The bitmaps of the VMM's regions.
+    bitmaps: Vec<File>,
     demand: VecDeque<Fault>,
     fill: VecDeque<Fault>,
     closed: bool,
@@ -164,8 +182,8 @@ impl Pager {
         outcome
     }
 
-    fn receive_all(&self, calls: &mut BufReader<&UnixStream>) -> io::Result<()> {
-        while let Some(call) = Call::read(calls)? {
+    fn receive_all(&self, calls: &mut Calls<'_>) -> io::Result<()> {
+        while let Some((call, file)) = calls.next()? {
             self.with(|state| match call {
                 Call::Handshake { .. } => {}
                 Call::Fault(fault) => match fault.priority {
@@ -177,9 +195,27 @@ impl Pager {
                     state.demand.extend(at.and_then(|at| state.fill.remove(at)));
                 }
                 Call::Release(tag) => state.free.extend(state.used.remove(&tag)),
+                Call::Missing { .. } => state.bitmaps.extend(file),
             });
         }
         Ok(())
+    }
+
+    /// Prints the number of missing pages when it changes, until the VMM is gone. A pager with a
+    /// cache would drop the pages that the VMM has.
+    fn watch(&self) {
+        let mut before = None;
+        while !self.with(|state| state.closed) {
+            let missing = self.with(|state| {
+                let missing = state.bitmaps.iter().map(count_ones).sum::<io::Result<u64>>();
+                if state.bitmaps.is_empty() { None } else { missing.ok() }
+            });
+            if missing != before {
+                before = missing;
+                println!("{} pages are missing", missing.unwrap_or(0));
+            }
+            thread::sleep(Duration::from_millis(100));
+        }
     }
 
     fn answer_all(&self, mut stream: &UnixStream) -> io::Result<()> {

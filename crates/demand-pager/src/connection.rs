@@ -2,17 +2,18 @@
 //! Connections to a pager, up to the point where it takes faults.
 
 use std::fs::File;
-use std::io::{self, IoSliceMut, Read, Write};
+use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use rustix::fs::fcntl_get_seals;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{
-    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SocketAddrUnix,
-    SocketFlags, SocketType, connect as connect_to, recvmsg, socket_with,
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
+    connect as connect_to, recvmsg, sendmsg, socket_with,
 };
 
 use crate::error::{PagerErrorKind, lost, violation};
@@ -24,6 +25,8 @@ pub(crate) struct Connected {
     pub(crate) stream: UnixStream,
     pub(crate) image: Image,
     pub(crate) staging: Option<Staging>,
+    /// Whether the pager takes bitmaps of missing pages.
+    pub(crate) watches: bool,
 }
 
 /// The image that a pager serves.
@@ -80,7 +83,7 @@ pub(crate) fn connect(location: &Location, after: Duration) -> Result<Connected,
     stream.set_write_timeout(None).map_err(lost)?;
     let staging = staging(greeting.staging, memory)?;
     let image = Image { size: greeting.size, generation: greeting.generation };
-    Ok(Connected { stream, image, staging })
+    Ok(Connected { stream, image, staging, watches: greeting.watches })
 }
 
 fn agree(
@@ -123,7 +126,7 @@ fn agree(
 }
 
 /// Receives the beginning of a message, and the file descriptors that are passed with it.
-fn receive(stream: &UnixStream, bytes: &mut [u8]) -> io::Result<(usize, Vec<OwnedFd>)> {
+pub(crate) fn receive(stream: &UnixStream, bytes: &mut [u8]) -> io::Result<(usize, Vec<OwnedFd>)> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let mut parts = [IoSliceMut::new(bytes)];
@@ -137,6 +140,19 @@ fn receive(stream: &UnixStream, bytes: &mut [u8]) -> io::Result<(usize, Vec<Owne
         }
     }
     Ok((message.bytes, passed))
+}
+
+/// Sends messages, and passes a file with the first byte.
+pub(crate) fn send(mut stream: &UnixStream, bytes: &[u8], file: Option<&File>) -> io::Result<()> {
+    let Some(file) = file else { return stream.write_all(bytes) };
+    let files = [file.as_fd()];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    control.push(SendAncillaryMessage::ScmRights(&files));
+    let sent = rustix::io::retry_on_intr(|| {
+        sendmsg(stream, &[IoSlice::new(bytes)], &mut control, SendFlags::NOSIGNAL)
+    })?;
+    stream.write_all(&bytes[sent..])
 }
 
 /// Checks a staging area.

@@ -33,6 +33,7 @@ const HANDSHAKE: u16 = 0x20;
 const FAULT_CALL: u16 = 0x21;
 const RAISE: u16 = 0x22;
 const RELEASE: u16 = 0x23;
+const MISSING: u16 = 0x24;
 const DATA: u16 = 0x28;
 const STAGED: u16 = 0x29;
 const ZERO: u16 = 0x2a;
@@ -40,6 +41,8 @@ const ERROR: u16 = 0x2b;
 
 /// The flag of a greeting that passes a staging area.
 const STAGING: u16 = 1;
+/// The flag of a greeting of a pager that takes [`Call::Missing`].
+const WATCHES: u16 = 2;
 /// The flag of an error that may pass.
 const LATER: u32 = 1;
 
@@ -98,6 +101,16 @@ pub enum Call {
     Raise(u64),
     /// The bytes of a fault have been copied out of the staging area.
     Release(u64),
+    /// Passes the bitmap of a region's missing pages, to a pager that [asks](Greeting::watches) for
+    /// it. The message is sent by `sendmsg`, with a memfd as its only file descriptor
+    /// (`SCM_RIGHTS`), which can only be read: a little-endian word of 64 bits for each 64 pages of
+    /// 4096 bytes. A bit is set while its page is missing.
+    Missing {
+        /// Offset in the image of the region's first page, in bytes.
+        offset: u64,
+        /// Number of the region's pages.
+        pages: u64,
+    },
 }
 
 impl Call {
@@ -125,6 +138,11 @@ impl Call {
             Call::Release(tag) => {
                 header(bytes, RELEASE, 8);
                 bytes.extend(tag.to_le_bytes());
+            }
+            Call::Missing { offset, pages } => {
+                header(bytes, MISSING, 16);
+                bytes.extend(offset.to_le_bytes());
+                bytes.extend(pages.to_le_bytes());
             }
         }
     }
@@ -163,6 +181,7 @@ impl Call {
             }
             (RAISE, 8) => Call::Raise(u64_at(&body, 0)),
             (RELEASE, 8) => Call::Release(u64_at(&body, 0)),
+            (MISSING, 16) => Call::Missing { offset: u64_at(&body, 0), pages: u64_at(&body, 8) },
             _ => return invalid("a message of the VMM is unknown, or has another length"),
         };
         Ok(Some(call))
@@ -179,6 +198,8 @@ pub struct Greeting {
     /// Size of the staging area in bytes, whose memfd is passed with the message; `None` if there is
     /// none.
     pub staging: Option<u64>,
+    /// Whether the pager takes [`Call::Missing`].
+    pub watches: bool,
     /// Names the image's content. A pager that is started again with the same content has the same.
     pub generation: [u8; 16],
 }
@@ -192,9 +213,10 @@ impl Greeting {
             version: u16_at(body, 0),
             size: u64_at(body, 8),
             staging,
+            watches: flags & WATCHES != 0,
             generation: number(body, 24),
         };
-        (flags & !STAGING == 0).then_some(greeting)
+        (flags & !(STAGING | WATCHES) == 0).then_some(greeting)
     }
 }
 
@@ -242,7 +264,8 @@ impl Reply {
         match self {
             Reply::Handshake(greeting) => {
                 header(&mut bytes, HANDSHAKE, GREETING);
-                let flags = if greeting.staging.is_some() { STAGING } else { 0 };
+                let staging = if greeting.staging.is_some() { STAGING } else { 0 };
+                let flags = staging | if greeting.watches { WATCHES } else { 0 };
                 bytes.extend(greeting.version.to_le_bytes());
                 bytes.extend(flags.to_le_bytes());
                 bytes.extend([0; 4]);
@@ -374,6 +397,7 @@ mod tests {
             Call::Fault(Fault { priority: Priority::Fill, ..fault }),
             Call::Raise(8),
             Call::Release(u64::MAX),
+            Call::Missing { offset: 1 << 32, pages: 512 },
         ];
         let mut bytes = Vec::new();
         calls.iter().for_each(|call| call.encode(&mut bytes));
@@ -404,11 +428,24 @@ mod tests {
         let expected = "2100000000000000180000000000000002000000000000000030000000000000\
                         0010000001000000";
         assert_eq!(hex(&bytes), expected);
-        let greeting =
-            Greeting { version: 1, size: 0x10000, staging: Some(0x2000), generation: [0xab; 16] };
+        let greeting = Greeting {
+            version: 1,
+            size: 0x10000,
+            staging: Some(0x2000),
+            watches: false,
+            generation: [0xab; 16],
+        };
         let expected = "2000000000000000280000000000000001000100000000000000010000000000\
                         0020000000000000abababababababababababababababab";
         assert_eq!(hex(&Reply::Handshake(greeting).encode()), expected);
+        let greeting = Greeting { staging: None, watches: true, ..greeting };
+        let expected = "2000000000000000280000000000000001000200000000000000010000000000\
+                        0000000000000000abababababababababababababababab";
+        assert_eq!(hex(&Reply::Handshake(greeting).encode()), expected);
+        let mut bytes = Vec::new();
+        Call::Missing { offset: 0x1_0000, pages: 16 }.encode(&mut bytes);
+        let expected = "2400000000000000100000000000000000000100000000001000000000000000";
+        assert_eq!(hex(&bytes), expected);
         let error = Reply::Error { tag: 2, retry: Retry::Later, text: "no".into() };
         let expected = "2b000000000000001200000000000000020000000000000001000000000000006e6f";
         assert_eq!(hex(&error.encode()), expected);

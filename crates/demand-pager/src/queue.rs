@@ -3,8 +3,9 @@
 
 use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::fmt;
+use std::fs::File;
 use std::os::unix::net::UnixStream;
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use demand_source::{Completion, Extent, Part, Priority, Request, SourceError};
@@ -48,6 +49,19 @@ impl Open {
     }
 }
 
+/// A message that is no fault, and a file that is passed with it.
+struct Note {
+    call: Call,
+    file: Option<Arc<File>>,
+}
+
+/// Messages to send at once, and a file that is passed with the first one.
+#[derive(Default)]
+pub(crate) struct Batch {
+    pub(crate) bytes: Vec<u8>,
+    pub(crate) file: Option<Arc<File>>,
+}
+
 #[derive(Default)]
 struct State {
     /// Faults to send, by lane.
@@ -59,7 +73,7 @@ struct State {
     /// Faults that threads of this process serve: their beginning, offset and length, by tag.
     served: BTreeMap<u64, (Instant, u64, usize)>,
     /// Other messages to send on the present connection.
-    notes: VecDeque<Call>,
+    notes: VecDeque<Note>,
     last_tag: u64,
     /// The present connection, to be shut down by others.
     stream: Option<UnixStream>,
@@ -194,35 +208,43 @@ impl Queue {
             open.part.set_demand();
             open.lane = Lane::Demand;
             state.count_sent(open);
-            state.notes.push_back(Call::Raise(tag));
+            state.notes.push_back(Note { call: Call::Raise(tag), file: None });
         }
         drop(state);
         self.changed.notify_all();
     }
 
-    /// Queues a message for the present connection.
-    pub(crate) fn note(&self, call: Call) {
-        self.lock().notes.push_back(call);
+    /// Queues a message for the present connection, and the file that is passed with it.
+    pub(crate) fn note(&self, call: Call, file: Option<Arc<File>>) {
+        self.lock().notes.push_back(Note { call, file });
         self.changed.notify_all();
     }
 
-    /// Appends the next messages to `bytes`, and waits for them if there are none. Returns false when
-    /// the connection is over.
-    pub(crate) fn next(&self, bytes: &mut Vec<u8>) -> bool {
+    /// Returns the next messages, and waits for them if there are none; `None` when the connection is
+    /// over.
+    pub(crate) fn next(&self) -> Option<Batch> {
+        let mut batch = Batch::default();
         let mut state = self.lock();
         loop {
             if state.closed || state.over.is_some() {
-                return false;
+                return None;
             }
-            while let Some(call) = state.notes.pop_front() {
-                call.encode(bytes);
+            while let Some(note) = state.notes.pop_front() {
+                if note.file.is_some() && !batch.bytes.is_empty() {
+                    state.notes.push_front(note);
+                    return Some(batch);
+                }
+                note.call.encode(&mut batch.bytes);
+                if note.file.is_some() {
+                    return Some(Batch { file: note.file, ..batch });
+                }
             }
             let mut unwanted = Vec::new();
-            while bytes.len() < BATCH
+            while batch.bytes.len() < BATCH
                 && let Some(open) = state.pop(&self.windows)
             {
                 if open.part.is_wanted() {
-                    Call::Fault(open.fault()).encode(bytes);
+                    Call::Fault(open.fault()).encode(&mut batch.bytes);
                     // Before it is sent: the answer may be quick.
                     state.count_sent(open);
                 } else {
@@ -234,11 +256,11 @@ impl Queue {
                 drop(state);
                 unwanted.into_iter().for_each(|open| open.part.fail(SourceError::Withdrawn));
                 state = self.lock();
-            } else if bytes.is_empty() {
+            } else if batch.bytes.is_empty() {
                 state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
             }
-            if !bytes.is_empty() {
-                return true;
+            if !batch.bytes.is_empty() {
+                return Some(batch);
             }
         }
     }

@@ -99,7 +99,7 @@ impl Receiver<'_> {
                         Err(_) => return violation("its staging area cannot be read"),
                     }
                 }
-                self.queue.note(Call::Release(tag));
+                self.queue.note(Call::Release(tag), None);
                 Ok(None)
             }
             Head::Zero { .. } => {

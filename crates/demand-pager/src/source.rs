@@ -2,22 +2,22 @@
 //! `PagerSource`, the source of pages behind a pager's socket.
 
 use std::fmt;
-use std::io::Write;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use demand_source::{
-    Completion, Extent, OwnProcess, PageSource, Request, SourceError, join_within,
+    Completion, Extent, MissingPages, OwnProcess, PageSource, Request, SourceError, join_within,
 };
 
-use crate::connection::{Connected, Image, connect};
+use crate::connection::{Connected, Image, connect, send};
 use crate::error::{PagerError, PagerErrorKind, lost, shared};
 use crate::location::Location;
 use crate::options::PagerOptions;
 use crate::protocol::MOST;
 use crate::queue::{Queue, all_data};
 use crate::receive::Receiver;
+use crate::watched::Watched;
 
 /// Longest wait of a dropped source for its threads.
 const END_WITHIN: Duration = Duration::from_secs(1);
@@ -54,6 +54,7 @@ struct Shared {
     image: Image,
     options: PagerOptions,
     queue: Queue,
+    watched: Watched,
 }
 
 impl PagerSource {
@@ -68,7 +69,14 @@ impl PagerSource {
         let first = connect(location, options.connect).map_err(failed)?;
         let (image, queue) = (first.image, Queue::new(options.windows()));
         let location = location.clone();
-        let shared = Arc::new(Shared { location, name: name.clone(), image, options, queue });
+        let shared = Arc::new(Shared {
+            location,
+            name: name.clone(),
+            image,
+            options,
+            queue,
+            watched: Watched::default(),
+        });
         let running = shared.clone();
         let thread = thread::Builder::new()
             .name("dp-pager".into())
@@ -142,7 +150,7 @@ impl Shared {
     /// Sends and receives until the connection is over. Returns the reason, unless the source is
     /// closed, and the number of answers.
     fn serve(&self, connected: Connected) -> (Option<PagerErrorKind>, u64) {
-        let Connected { mut stream, staging, .. } = connected;
+        let Connected { stream, staging, watches, .. } = connected;
         let copies = stream.try_clone().and_then(|copy| Ok((copy, stream.try_clone()?)));
         let (receiving, kept) = match copies {
             Ok(copies) => copies,
@@ -159,13 +167,13 @@ impl Shared {
             if let Err(error) = spawned {
                 self.queue.end(lost(error));
             }
-            let mut bytes = Vec::new();
-            while open && self.queue.next(&mut bytes) {
-                if let Err(error) = stream.write_all(&bytes) {
+            self.watched.begin(watches, &self.queue);
+            while open && let Some(batch) = self.queue.next() {
+                if let Err(error) = send(&stream, &batch.bytes, batch.file.as_deref()) {
                     self.queue.end(lost(error));
                 }
-                bytes.clear();
             }
+            self.watched.end();
             // Ends the receiver, too.
             let _ = stream.shutdown(std::net::Shutdown::Both);
         });
@@ -189,6 +197,10 @@ impl PageSource for PagerSource {
 
     fn raise(&self, offset: u64, len: u64) {
         self.shared.queue.raise(offset, len);
+    }
+
+    fn share_missing(&self, missing: &MissingPages) {
+        self.shared.watched.add(missing, &self.shared.queue);
     }
 }
 

@@ -8,8 +8,8 @@ use crate::convert::to_usize;
 use crate::hash::{PAGE_BYTES, page_hash};
 use crate::table::{HASH_BYTES, HEADER_BYTES, Header, hash_offset, table_len};
 use crate::{
-    Chunk, Completer, Completion, Destination, Extent, PageSource, Priority, Request, SourceError,
-    TableError,
+    Chunk, Completer, Completion, Destination, Extent, MissingPages, PageSource, Priority, Request,
+    SourceError, TableError,
 };
 
 const PAGE: u64 = PAGE_BYTES as u64;
@@ -331,6 +331,10 @@ impl PageSource for HashedSource {
             self.shared.with_blocks(first, last, priority, Box::new(then));
         }
         completion
+    }
+
+    fn share_missing(&self, missing: &MissingPages) {
+        self.shared.image.share_missing(missing);
     }
 
     fn raise(&self, offset: u64, len: u64) {

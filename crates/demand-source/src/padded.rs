@@ -6,7 +6,9 @@ use std::sync::Arc;
 
 use crate::convert::to_usize;
 use crate::hash::PAGE_BYTES;
-use crate::{Completion, Destination, Extent, MappedBytes, PageSource, Request, SourceError};
+use crate::{
+    Completion, Destination, Extent, MappedBytes, MissingPages, PageSource, Request, SourceError,
+};
 
 /// A source whose image continues with a hole, which reads as zeros, behind the end of another's.
 ///
@@ -111,6 +113,10 @@ impl PageSource for ZeroPadded {
 
     fn raise(&self, offset: u64, len: u64) {
         self.source.raise(offset, len);
+    }
+
+    fn share_missing(&self, missing: &MissingPages) {
+        self.source.share_missing(missing);
     }
 
     fn read_now(

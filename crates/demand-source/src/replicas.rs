@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 
 use crate::convert::to_usize;
 use crate::{
-    Chunk, Completer, Completion, Destination, Extent, OwnedBytes, PageSource, Priority, Request,
-    Retry, SourceError,
+    Chunk, Completer, Completion, Destination, Extent, MissingPages, OwnedBytes, PageSource,
+    Priority, Request, Retry, SourceError,
 };
 
 /// Pause before a source that has failed is tried again; it doubles with each further failure.
@@ -101,6 +101,8 @@ struct Shared {
     replicas: RwLock<Vec<Arc<Replica>>>,
     /// The requests of background fill in progress.
     fills: Mutex<Vec<Weak<Fill>>>,
+    /// For sources that are added later.
+    missing: Mutex<Vec<MissingPages>>,
 }
 
 /// A request of background fill, which a fault may come to need.
@@ -199,7 +201,8 @@ impl Replicas {
         let size = source.size();
         let first = Arc::new(Replica { name, rank, source, health: Mutex::default() });
         let replicas = RwLock::new(vec![first.clone()]);
-        let shared = Arc::new(Shared { size, replicas, fills: Mutex::default() });
+        let shared =
+            Arc::new(Shared { size, replicas, fills: Mutex::default(), missing: Mutex::default() });
         shared.introduce(&first);
         let replicas = Replicas { shared };
         for (rank, name, source) in sources {
@@ -225,6 +228,8 @@ impl Replicas {
             let first = replicas.first().map_or_else(String::new, |first| first.name.clone());
             return Err(ReplicasError::Sizes { first, other: name, size, other_size });
         }
+        // With the lock held, so that each source gets each view once.
+        self.shared.missing().iter().for_each(|missing| source.share_missing(missing));
         let at = replicas.partition_point(|other| other.rank <= rank);
         let replica = Arc::new(Replica { name, rank, source, health: Mutex::default() });
         replicas.insert(at, replica.clone());
@@ -301,6 +306,10 @@ impl Shared {
         order.sort_by_cached_key(|replica| replica.health().down_until);
         order.reverse();
         order
+    }
+
+    fn missing(&self) -> MutexGuard<'_, Vec<MissingPages>> {
+        self.missing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Returns all sources, by preference.
@@ -482,6 +491,14 @@ impl PageSource for Replicas {
     fn raise(&self, offset: u64, len: u64) {
         self.shared.raise_fills(offset..offset.saturating_add(len));
         self.shared.all().iter().for_each(|replica| replica.source.raise(offset, len));
+    }
+
+    fn share_missing(&self, missing: &MissingPages) {
+        let replicas = self.shared.replicas.read().unwrap_or_else(PoisonError::into_inner);
+        let mut shared = self.shared.missing();
+        shared.retain(|missing| missing.words().is_some());
+        shared.push(missing.clone());
+        replicas.iter().for_each(|replica| replica.source.share_missing(missing));
     }
 
     fn read_now(

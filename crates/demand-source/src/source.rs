@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! `PageSource`, the trait that every source of pages implements, and the types of its requests.
 
-use crate::{Completion, Destination, MappedBytes, OtherSources, SourceError};
+use crate::{Completion, Destination, MappedBytes, MissingPages, OtherSources, SourceError};
 
 /// The urgency of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -135,6 +135,11 @@ pub trait PageSource: Send + Sync {
     /// it may ask one of them once more for what a thread waits for unusually long. The default
     /// ignores them.
     fn set_others(&self, _others: OtherSources) {}
+
+    /// Gives the source a view of the missing pages of a region that is filled from it. A pager calls
+    /// it for each region, before its first request. The default does nothing. A source that wraps
+    /// another one of the same image passes the call on.
+    fn share_missing(&self, _missing: &MissingPages) {}
 
     /// Reads on the calling thread if that takes no longer than a function call, which avoids the
     /// bookkeeping of a request. The threads that serve faults call it, so it returns `None`

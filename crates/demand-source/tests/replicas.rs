@@ -14,8 +14,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use demand_source::{
-    Chunk, Destination, HashedSource, LocalFile, PageSource, Priority, Replicas, ReplicasError,
-    Request, Retry, SourceError,
+    Chunk, Destination, HashedSource, LocalFile, MissingPages, PageSource, Priority, Replicas,
+    ReplicasError, Request, Retry, SourceError,
 };
 use far::{Counts, Far, Image, PAGE, SIZE, read, write};
 
@@ -116,6 +116,28 @@ fn raised_request_is_urgent_elsewhere() {
             thread::sleep(Duration::from_millis(20));
         }
     }
+}
+
+#[test]
+fn all_sources_see_the_missing_pages_once() {
+    let image = write();
+    let (source, counts) = two(&image);
+    let words = Arc::new(tempfile::tempfile().unwrap());
+    source.share_missing(&MissingPages::new(0, SIZE / PAGE, &words));
+    let (third, of_third) = Far::open(&image.memory);
+    source.add(2, "third".into(), third).unwrap();
+    let shared = |counts: &Counts| {
+        let missing = counts.missing.lock().unwrap();
+        missing.iter().map(MissingPages::pages).collect::<Vec<_>>()
+    };
+    for counts in [&counts[0], &counts[1], &of_third] {
+        assert_eq!(shared(counts), [SIZE / PAGE]);
+    }
+    drop(words);
+    source.share_missing(&MissingPages::new(0, 1, &Arc::new(tempfile::tempfile().unwrap())));
+    let (fourth, of_fourth) = Far::open(&image.memory);
+    source.add(3, "fourth".into(), fourth).unwrap();
+    assert_eq!(shared(&of_fourth), [1], "the first region is gone");
 }
 
 #[test]

@@ -58,7 +58,7 @@ impl Fake {
 
 /// Returns a proper greeting without a staging area.
 pub(crate) fn greeting() -> Greeting {
-    Greeting { version: VERSION, size: SIZE, staging: None, generation: [7; 16] }
+    Greeting { version: VERSION, size: SIZE, staging: None, watches: false, generation: [7; 16] }
 }
 
 /// Sends a greeting, with a file.

@@ -12,6 +12,7 @@ mod nonsense;
 mod order;
 mod restart;
 mod support;
+mod watch;
 
 use demand_pager::{Location, PagerOptions, PagerSource};
 use demand_source::{Destination, Extent, PageSource, Priority, Retry, SourceError};

@@ -176,7 +176,7 @@ fn unusable_handshakes_are_refused() {
             "unknown flag",
             case(|stream| {
                 let mut bytes = Reply::Handshake(greeting()).encode();
-                bytes[18] = 2;
+                bytes[18] = 4;
                 stream.write_all(&bytes)
             }),
         ),

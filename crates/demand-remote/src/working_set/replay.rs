@@ -9,8 +9,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use demand_source::{
-    Chunk, Completer, Completion, Destination, Extent, MappedBytes, PageSource, Priority, Request,
-    SourceError, to_usize,
+    Chunk, Completer, Completion, Destination, Extent, MappedBytes, MissingPages, PageSource,
+    Priority, Request, SourceError, to_usize,
 };
 
 use super::WorkingSet;
@@ -380,6 +380,10 @@ impl PageSource for ReplayedSource {
             chunk.destination.write_at(0, &content[place.clone()]);
         }
         Completion::ready(Ok(()))
+    }
+
+    fn share_missing(&self, missing: &MissingPages) {
+        self.shared.image.share_missing(missing);
     }
 
     fn raise(&self, offset: u64, len: u64) {

@@ -9,8 +9,8 @@ use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
 
 use demand_source::{
-    Completer, Completion, Destination, Extent, ImageWriter, LocalFile, OtherSources, PageSource,
-    Priority, Request, Retry, SourceError,
+    Completer, Completion, Destination, Extent, ImageWriter, LocalFile, MissingPages, OtherSources,
+    PageSource, Priority, Request, Retry, SourceError,
 };
 
 pub const PAGE: u64 = 4096;
@@ -33,6 +33,7 @@ pub struct Counts {
     pub fails: AtomicBool,
     /// The other sources of the image.
     pub others: Mutex<Option<OtherSources>>,
+    pub missing: Mutex<Vec<MissingPages>>,
     /// No request is answered while it is locked.
     pub gate: Mutex<()>,
 }
@@ -79,6 +80,9 @@ impl PageSource for Far {
     }
     fn set_others(&self, others: OtherSources) {
         *self.counts.others.lock().unwrap() = Some(others);
+    }
+    fn share_missing(&self, missing: &MissingPages) {
+        self.counts.missing.lock().unwrap().push(missing.clone());
     }
 }
 
