@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Processes that share a cache: each chunk crosses the network once, even if one of them is killed
-//! or stopped meanwhile.
+//! or stopped meanwhile. `CACHE_READERS` gives their number (`rust-vmm-ci/soak --sources`).
 
 use std::collections::HashMap;
 use std::fs;
@@ -16,7 +16,12 @@ use crate::shared::{distinct, files, push};
 use crate::support::Place;
 
 const CHUNKS: usize = 96;
+/// Number of processes, unless the environment says otherwise.
 const READERS: u64 = 8;
+
+fn number_of_readers() -> u64 {
+    std::env::var("CACHE_READERS").map_or(READERS, |number| number.parse().unwrap())
+}
 
 /// Keeps the processes of one test from those of another one, for which a small host has no room.
 fn alone() -> MutexGuard<'static, ()> {
@@ -63,7 +68,8 @@ fn each_chunk_is_fetched_once() {
     let _alone = alone();
     let place = prepared();
     let server = Server::start(&place.path("store"), Duration::from_millis(5), None);
-    let readers: Vec<_> = (1..=READERS).map(|number| server.reader(&place, number)).collect();
+    let readers: Vec<_> =
+        (1..=number_of_readers()).map(|number| server.reader(&place, number)).collect();
     let Ended { overdue, hedges } = readers.into_iter().map(Reader::end).sum();
     let counts = server.counts(None);
     println!(
@@ -75,7 +81,7 @@ fn each_chunk_is_fetched_once() {
     // A reader that the host does not run for seconds is overtaken, and is not late otherwise.
     assert!(repeated(&counts) <= overdue + hedges);
     assert_eq!(files(&place.path("cache")).len(), 1);
-    let later = server.reader(&place, 9);
+    let later = server.reader(&place, number_of_readers() + 1);
     assert_eq!(later.end().overdue, 0);
     assert_eq!(server.counts(None), counts, "the last reader needs nothing");
 }
@@ -88,7 +94,8 @@ fn with_a_silent_owner(signal: Signal) -> (Server, Ended) {
     let owner = server.reader(&place, 1);
     let of_owner = || server.fetched().iter().filter(|(reader, _)| reader == "1").count();
     until("the owner has claimed nothing", || of_owner() > 20);
-    let readers: Vec<_> = (2..=READERS).map(|number| server.reader(&place, number)).collect();
+    let readers: Vec<_> =
+        (2..=number_of_readers()).map(|number| server.reader(&place, number)).collect();
     until("no other reader has begun", || server.fetched().len() > of_owner() + 5);
     owner.signal(signal);
     (server, readers.into_iter().map(Reader::end).sum())
