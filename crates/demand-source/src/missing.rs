@@ -4,8 +4,8 @@
 use std::fs::File;
 use std::sync::{Arc, Weak};
 
-/// The missing pages of a region of memory that is filled from an image, as a memfd that can only be
-/// read: see [`PageSource::share_missing`](crate::PageSource::share_missing).
+/// The missing pages of a region of memory that is filled from an image, as a memfd that can only
+/// be read: see [`PageSource::share_missing`](crate::PageSource::share_missing).
 ///
 /// The file has a little-endian word of 64 bits for each 64 pages. A bit is set while its page, of
 /// 4096 bytes, is missing; once clear, it stays clear. It does not keep the memory's bitmap alive.
