@@ -49,6 +49,9 @@ fn serve(control: &mut File) -> Result<()> {
     thread::spawn(move || io::copy(&mut nudges, &mut io::sink()));
     mount_out(&job.out)?;
     set_up()?;
+    if job.network {
+        join_network()?;
+    }
     check_pool("2048kB", job.hugepages)?;
     check_pool("1048576kB", job.gigapages)?;
     let mut streams = Streams::new(stdout, stderr)?;
@@ -128,6 +131,17 @@ fn set_up() -> Result<()> {
     let files = Rlimit { current: Some(1024), maximum: Some(1 << 20) };
     setrlimit(Resource::Nofile, files)?;
     hurry_collapse()
+}
+
+/// Takes the address that QEMU's network has for its machine. The host is 10.0.2.2 there.
+fn join_network() -> Result<()> {
+    let arguments = ["ifconfig", "eth0", "10.0.2.15", "netmask", "255.255.255.0", "up"];
+    let output = Command::new("busybox").args(arguments).output().context("busybox did not run")?;
+    if !output.status.success() {
+        let said = String::from_utf8_lossy(&output.stderr);
+        bail!("the network card could not be set up: {}", said.trim_end());
+    }
+    Ok(())
 }
 
 /// Raises khugepaged, the kernel thread that collapses pages into huge ones, from the lowest

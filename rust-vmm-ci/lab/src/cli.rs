@@ -117,6 +117,9 @@ pub(crate) struct Options {
     /// Make the clock count instructions, 1 ns each, so that costs are repeatable
     #[arg(long, env = "LAB_ICOUNT", value_parser = FalseyValueParser::new())]
     icount: bool,
+    /// Let the command reach servers on the host's loopback, as 10.0.2.2
+    #[arg(long, env = "LAB_NETWORK", value_parser = FalseyValueParser::new())]
+    network: bool,
     /// Time limit of the command in seconds; no limit by default
     #[arg(long, env = "LAB_TIMEOUT", value_name = "SECONDS")]
     timeout: Option<u64>,
@@ -154,6 +157,7 @@ impl Options {
             hugepages: self.hugepages,
             gigapages: self.gigapages,
             icount: self.icount,
+            network: self.network,
             append: self.append.clone(),
             monitor: self.monitor.clone(),
         })
@@ -209,6 +213,7 @@ fn run(options: &Options, command: Vec<OsString>) -> Result<u8> {
         environment,
         directory: env::current_dir().context("the working directory could not be found")?.into(),
         out: out.into(),
+        network: options.network,
         hugepages: options.hugepages,
         gigapages: options.gigapages,
     };

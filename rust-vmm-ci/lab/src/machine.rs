@@ -43,6 +43,8 @@ pub(crate) struct Machine {
     pub gigapages: u64,
     /// Whether the clock counts instructions.
     pub icount: bool,
+    /// Whether the machine has a network card, through which it reaches the host's loopback.
+    pub network: bool,
     /// Additional kernel parameters.
     pub append: String,
     /// Socket path of QEMU's monitor, if wanted.
@@ -110,6 +112,15 @@ impl Machine {
             .args(["-device", "virtio-serial-pci"]);
         if self.icount {
             qemu.args(["-icount", "shift=0"]);
+        }
+        if self.network {
+            // QEMU's own address translation: it needs no privileges.
+            qemu.args([
+                "-netdev",
+                "user,id=host",
+                "-device",
+                "virtio-net-pci,netdev=host,romfile=",
+            ]);
         }
         if let Some(monitor) = &self.monitor {
             let monitor = value(monitor)?;
@@ -188,6 +199,7 @@ mod tests {
             hugepages: 600,
             gigapages: 0,
             icount: false,
+            network: false,
             append: "kvm_amd.npt=0".into(),
             monitor: None,
         };

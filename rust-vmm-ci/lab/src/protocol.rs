@@ -30,6 +30,8 @@ pub(crate) struct Job {
     pub directory: OsString,
     /// The writable shared folder.
     pub out: OsString,
+    /// Whether the machine has a network card.
+    pub network: bool,
     /// Number of 2M huge pages that the kernel should have reserved.
     pub hugepages: u64,
     /// Number of 1G huge pages that the kernel should have reserved.
@@ -98,6 +100,7 @@ mod tests {
             environment: vec![("NAME".into(), odd.clone())],
             directory: "/".into(),
             out: "/out".into(),
+            network: true,
             hugepages: 1,
             gigapages: 0,
         };
