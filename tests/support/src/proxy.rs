@@ -7,7 +7,7 @@ use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
@@ -102,6 +102,8 @@ struct Shared {
     state: Mutex<State>,
     connections: AtomicUsize,
     requests: AtomicUsize,
+    /// Bytes that were put on the link to the clients.
+    sent: AtomicU64,
     stopped: AtomicBool,
 }
 
@@ -149,6 +151,7 @@ impl FaultProxy {
             state: Mutex::new(state),
             connections: AtomicUsize::new(0),
             requests: AtomicUsize::new(0),
+            sent: AtomicU64::new(0),
             stopped: AtomicBool::new(false),
         });
         let accepting = shared.clone();
@@ -203,6 +206,11 @@ impl FaultProxy {
     pub fn requests(&self) -> usize {
         self.shared.requests.load(Ordering::SeqCst)
     }
+
+    /// Returns the number of bytes that the clients were sent.
+    pub fn sent(&self) -> u64 {
+        self.shared.sent.load(Ordering::SeqCst)
+    }
 }
 
 impl Drop for FaultProxy {
@@ -238,6 +246,16 @@ impl Server {
                 Ok(Server::Tcp(stream))
             }
             Target::Socket(path) => UnixStream::connect(path).map(Server::Unix),
+        }
+    }
+
+    /// Acknowledges at once what comes next. A server that sends the head and the body of an answer
+    /// apart, and waits for an acknowledgement in between, as s3s-fs does, would else be delayed by
+    /// up to 40 ms, which is not the link's.
+    fn acknowledge_at_once(&self) {
+        if let Server::Tcp(stream) = self {
+            // The connection may have ended already.
+            let _ = rustix::net::sockopt::set_tcp_quickack(stream, true);
         }
     }
 
@@ -384,6 +402,7 @@ fn read_server(shared: &Shared, ends: &Ends, line: &SyncSender<Piece>) {
     // The end of an answer that is truncated.
     let mut answer_end = None;
     loop {
+        ends.server.acknowledge_at_once();
         let count = (&ends.server).read(&mut bytes).unwrap_or(0);
         let mut piece = bytes[..count].to_vec();
         let mut state = shared.state();
@@ -429,6 +448,7 @@ fn read_server(shared: &Shared, ends: &Ends, line: &SyncSender<Piece>) {
         let at = leaves + state.link.to_client;
         drop(state);
         let ends_here = piece.is_empty();
+        shared.sent.fetch_add(piece.len() as u64, Ordering::SeqCst);
         if line.send((at, piece)).is_err() {
             return;
         }
@@ -502,6 +522,32 @@ mod tests {
         let (bytes, time) = receive(&proxy);
         assert_eq!(bytes.len(), LEN);
         assert!(time >= Duration::from_millis(900), "{time:?}");
+    }
+
+    #[test]
+    fn parted_answers_are_not_delayed() {
+        const ANSWERS: u32 = 20;
+        let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
+        let port = listener.local_addr().unwrap().port();
+        // The system holds the second part back until the first one is acknowledged.
+        thread::spawn(move || {
+            let mut client = listener.accept().unwrap().0;
+            while let Ok(1..) = client.read(&mut [0]) {
+                client.write_all(b"head").unwrap();
+                client.write_all(b"body").unwrap();
+            }
+        });
+        let proxy = FaultProxy::start(Target::Port(port));
+        let mut connection = TcpStream::connect(("127.0.0.1", proxy.port())).unwrap();
+        let begun = Instant::now();
+        for _ in 0..ANSWERS {
+            connection.write_all(b"?").unwrap();
+            connection.read_exact(&mut [0; 8]).unwrap();
+        }
+        // An acknowledgement that is delayed comes after 40 ms.
+        let most = Duration::from_millis(20) * ANSWERS;
+        assert!(begun.elapsed() < most, "{:?}", begun.elapsed());
+        assert_eq!(proxy.sent(), 8 * u64::from(ANSWERS));
     }
 
     #[test]

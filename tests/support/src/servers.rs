@@ -147,7 +147,8 @@ impl Web {
 }
 
 /// An s3s-fs that serves the folders of a folder as buckets, with one pair of keys. It reads an
-/// object whole for each request, which the lab is too slow for.
+/// object whole for each request, unless that was put there by a request; and it is a debug build.
+/// The lab is too slow for both.
 #[derive(Debug)]
 pub struct S3 {
     server: Server,
@@ -188,15 +189,15 @@ impl S3 {
 
     /// Returns the variables with which a client finds the server.
     pub fn variables(&self) -> [(&'static str, String); 3] {
-        S3::variables_at(self.port())
+        S3::variables_at("127.0.0.1", self.port())
     }
 
-    /// Returns the variables with which a client finds a server, or a link to one, on this port.
-    pub fn variables_at(port: u16) -> [(&'static str, String); 3] {
+    /// Returns the variables with which a client finds the server at an address that leads to it.
+    pub fn variables_at(host: &str, port: u16) -> [(&'static str, String); 3] {
         [
             ("AWS_ACCESS_KEY_ID", S3::KEY.into()),
             ("AWS_SECRET_ACCESS_KEY", S3::SECRET.into()),
-            ("AWS_ENDPOINT_URL", format!("http://127.0.0.1:{port}")),
+            ("AWS_ENDPOINT_URL", format!("http://{host}:{port}")),
         ]
     }
 
@@ -216,7 +217,7 @@ impl S3 {
     ///
     /// If the test fails there.
     pub fn run_client(test: &str, port: u16) {
-        let variables = S3::variables_at(port);
+        let variables = S3::variables_at("127.0.0.1", port);
         child::run(test, &variables.each_ref().map(|(name, value)| (*name, &**value)));
     }
 }
