@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Clients of web servers and object stores.
 
-use std::sync::Arc;
-use std::sync::Once;
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, Once, PoisonError};
 use std::time::Duration;
 
+use object_store::client::{HttpClient, HttpConnector, ReqwestConnector};
 use object_store::http::HttpBuilder;
-use object_store::{BackoffConfig, ClientOptions, ObjectStore, RetryConfig};
+use object_store::{BackoffConfig, ClientConfigKey, ClientOptions, ObjectStore, RetryConfig};
 use url::Url;
 
 use crate::store::BoxError;
@@ -52,12 +53,44 @@ pub(crate) fn retries() -> RetryConfig {
     }
 }
 
+/// The options in which clients differ.
+const DIFFERENCES: [ClientConfigKey; 4] = [
+    ClientConfigKey::AllowHttp,
+    ClientConfigKey::ConnectTimeout,
+    ClientConfigKey::ReadTimeout,
+    ClientConfigKey::Timeout,
+];
+
+/// The clients of this process, by those of their options in which they differ.
+static CLIENTS: Mutex<Option<HashMap<[Option<String>; 4], HttpClient>>> = Mutex::new(None);
+
+/// Gives all stores of this process the same client. A new one reads all of the system's
+/// certificates, and opens connections anew: a snapshot, its working set and each place of it would
+/// do both, before the guest runs.
+#[derive(Debug)]
+pub(crate) struct SharedClient;
+
+impl HttpConnector for SharedClient {
+    fn connect(&self, options: &ClientOptions) -> object_store::Result<HttpClient> {
+        let key = DIFFERENCES.map(|option| options.get_config_value(&option));
+        let mut clients = CLIENTS.lock().unwrap_or_else(PoisonError::into_inner);
+        let clients = clients.get_or_insert_default();
+        if let Some(client) = clients.get(&key) {
+            return Ok(client.clone());
+        }
+        let client = ReqwestConnector::default().connect(options)?;
+        clients.insert(key, client.clone());
+        Ok(client)
+    }
+}
+
 /// Connects to a web server; objects are named relative to the URL.
 pub(crate) fn web(url: &Url) -> Result<Arc<dyn ObjectStore>, BoxError> {
     // TLS is left out only where the URL says so.
     let store = HttpBuilder::new()
         .with_url(url.as_str())
         .with_client_options(options(url.scheme() == "http"))
+        .with_http_connector(SharedClient)
         .with_retry(retries())
         .build()?;
     Ok(Arc::new(store))

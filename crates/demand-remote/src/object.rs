@@ -26,7 +26,7 @@ pub(crate) struct Version {
 }
 
 impl Object {
-    /// Prepares access, with connections of its own. Nothing is read yet.
+    /// Prepares access. Nothing is read yet.
     pub(crate) fn open(location: &Location) -> Result<Self, StoreError> {
         let (store, name) = Store::of_object(location)?;
         Ok(Object { store, name, expected: None })

@@ -22,8 +22,8 @@ const LIMITS: Limits = Limits { demand: 64, fill: 16 };
 
 /// A raw image that a web server or an object store has: all of it is data.
 ///
-/// Demand and fill have connections of their own. The object must stay as it is: a change that
-/// shows in its length or its entity tag is an error.
+/// Each request in progress has a separate connection: demand does not wait behind fill. The object
+/// must stay as it is: a change that shows in its length or its entity tag is an error.
 pub struct ObjectImage {
     shared: Arc<Shared>,
 }

@@ -69,6 +69,7 @@ pub(crate) fn bucket(name: &str) -> Result<Bucket, BoxError> {
     // TLS is left out only where the endpoint says so.
     let endpoint = builder.get_config_value(&AmazonS3ConfigKey::Endpoint);
     let plain = endpoint.is_some_and(|url| url.starts_with("http://"));
-    let store = builder.with_client_options(client::options(plain)).with_retry(client::retries());
-    Ok((Arc::new(store.build()?), renewed))
+    let builder = builder.with_client_options(client::options(plain));
+    let builder = builder.with_http_connector(client::SharedClient);
+    Ok((Arc::new(builder.with_retry(client::retries()).build()?), renewed))
 }

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use demand_remote::{ObjectImage, StoreError};
 use demand_source::{Destination, PageSource, Retry, SourceError};
+use test_support::proxy::{FaultProxy, Target};
 use test_support::servers::Web;
 
 /// Three MiB and a bit, in which no page is like another.
@@ -51,6 +52,21 @@ fn ranges_are_read_as_they_are() {
     let before = await_count(of_a_page, 1);
     read(&image, 8192, 4096).unwrap();
     assert_eq!(await_count(of_a_page, before + 1), before + 1);
+}
+
+/// A connection costs round trips, and a client all of the system's certificates.
+#[test]
+fn images_of_one_server_share_connections() {
+    let folder = tempfile::tempdir().unwrap();
+    let Some(web) = serve(folder.path(), "") else { return };
+    let proxy = FaultProxy::start(Target::Port(web.port()));
+    let url = format!("http://127.0.0.1:{}/image", proxy.port());
+    for _ in 0..8 {
+        let image = ObjectImage::open(&url.parse().unwrap()).unwrap();
+        read(&image, 4096, 4096).unwrap();
+    }
+    // A connection that has just answered may not be free yet.
+    assert!(proxy.connections() < 4, "{}", proxy.connections());
 }
 
 /// Waits until something is counted so often: the server writes its log after the answer.

@@ -46,7 +46,7 @@ fn refused_credentials_are_renewed_at_once() {
     if !is_child() {
         let home = tempfile::tempdir().unwrap();
         write_profile(home.path(), S3::KEY);
-        let [_, _, (variable, url)] = S3::variables_at(free_port());
+        let [_, _, (variable, url)] = S3::variables_at("127.0.0.1", free_port());
         let variables = [("HOME", home.path().to_str().unwrap()), (variable, &*url)];
         return child::run("bucket::refused_credentials_are_renewed_at_once", &variables);
     }
