@@ -333,11 +333,12 @@ fn follow(
     session.hang_ups.take();
     let api = session.guest.api.open(&vm)?;
     let outcome = ResetState::of(&vm).and_then(|reset_state| {
-        begin(&vm)?;
+        // Before the vCPUs' state is restored, so that a replayed working set has a lead on the guest.
         let fills = fill.is_some();
         if let Some(options) = fill {
             vm.machine.start_fill(options)?;
         }
+        begin(&vm)?;
         if vm.machine.engine().is_some() {
             let events = session.events.clone();
             vm.machine.on_complete(move || events.send(Event::Complete));

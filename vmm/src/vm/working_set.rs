@@ -124,7 +124,9 @@ impl WorkingSetRun {
         };
         let (replayed, before) = match set {
             Some(set) if mode.replays() => {
-                (Some(Arc::new(ReplayedSource::new(source.clone(), set))), None)
+                let replayed = ReplayedSource::new(source.clone(), set);
+                replayed.begin();
+                (Some(Arc::new(replayed)), None)
             }
             set => (None, set),
         };

@@ -117,6 +117,18 @@ impl ReplayedSource {
         ReplayedSource { shared: Arc::new(Shared { image, set, state }) }
     }
 
+    /// Begins to read the first frames, as soon as the set is open and before anything asks for
+    /// them: a VM that is still being set up then does not delay them.
+    pub fn begin(&self) {
+        let mut state = self.shared.lock();
+        let states = state.frames.iter().enumerate();
+        let idle = states.filter(|(_, frame)| matches!(frame, FrameState::Idle));
+        let first: Vec<_> = idle.map(|(number, _)| number).take(AHEAD).collect();
+        for frame in first {
+            self.shared.want(&mut state, frame, Priority::Fill);
+        }
+    }
+
     /// Returns the working set.
     pub fn set(&self) -> &WorkingSet {
         &self.shared.set

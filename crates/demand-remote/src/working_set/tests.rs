@@ -8,6 +8,8 @@ use demand_source::{
     Chunk, Destination, Extent, HashedImage, ImageWriter, PageSource, Priority, Request, to_usize,
 };
 
+use test_support::wait::until;
+
 use super::layout::{Frame, HEAD_BYTES, Head, decode_table, encode_table};
 use super::*;
 use crate::Location;
@@ -121,6 +123,18 @@ fn replay_needs_no_image() {
     }
     let stats = source.stats();
     assert_eq!((stats.frames, stats.failed), (4, 0));
+}
+
+#[test]
+fn replay_begins_before_any_request() {
+    let snapshot = snapshot();
+    snapshot.record(&touches(), None);
+    let source = ReplayedSource::new(Arc::new(Silent(snapshot.image.clone())), snapshot.open());
+    source.begin();
+    until("the first frames are there", || source.stats().frames == 4);
+    let mut bytes = vec![1; to_usize(PAGE)];
+    let read = source.read_now(3 * PAGE, &mut Destination::from(&mut bytes[..]));
+    assert!(matches!(read, Some(Ok(()))) && bytes == content(3), "{read:?}");
 }
 
 #[test]
