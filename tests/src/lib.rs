@@ -7,6 +7,7 @@
 pub mod backend;
 pub mod commands;
 pub mod compare_memory;
+pub mod distance_demo;
 pub mod driver;
 pub mod file_system;
 pub mod linux_vm;

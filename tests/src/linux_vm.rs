@@ -41,15 +41,21 @@ impl Kernel {
     /// Returns a kernel that `cargo lab --guests` provides; outside the lab, prints the reason and
     /// returns `None`.
     fn named(image: &str, initramfs: &str) -> Option<Self> {
-        match (std::env::var_os(image), std::env::var_os(initramfs)) {
-            (Some(image), Some(initramfs)) if is_lab() => {
-                Some(Kernel { image: image.into(), initramfs: initramfs.into() })
-            }
-            _ => {
-                skip("a Linux guest needs the lab (cargo lab test --guests)");
-                None
-            }
+        let given = Self::given(image, initramfs).filter(|_| is_lab());
+        if given.is_none() {
+            skip("a Linux guest needs the lab (cargo lab test --guests)");
         }
+        given
+    }
+
+    fn given(image: &str, initramfs: &str) -> Option<Self> {
+        let [image, initramfs] = [image, initramfs].map(std::env::var_os);
+        Some(Kernel { image: image?.into(), initramfs: initramfs?.into() })
+    }
+
+    /// Returns the lab's own kernel, as bzImage, on any machine whose environment has its path.
+    pub fn of_environment() -> Option<Self> {
+        Self::given("LAB_GUEST_BZIMAGE", "LAB_GUEST_INITRAMFS")
     }
 
     /// Returns the lab's own kernel, as bzImage; everything is built in, including VMGENID.

@@ -3,7 +3,8 @@
 //!
 //! First it shows the capabilities of this host's own KVM. Then, in the lab, a Linux guest is
 //! snapshotted under load and restored lazily on huge pages. Its vCPUs fault at 4K through KVM, and
-//! its disk's back-end faults at 2M through userfaultfd, on the same memory.
+//! its disk's back-end faults at 2M through userfaultfd, on the same memory. At last a Linux guest
+//! is restored from an object store over a long link, without and with its working set.
 
 use std::fs;
 use std::io::{BufRead, BufReader, IsTerminal, Write};
@@ -13,14 +14,15 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use clap::Parser;
+use clap::{Parser, ValueEnum};
 use demand_memory::BackingKind;
 use demand_tests::cannot_run;
+use demand_tests::distance_demo::{self, DistanceReport, Message, Row, Server, Traffic};
 use demand_tests::linux_vm::Kernel;
-use demand_tests::process::{Guarded, program};
+use demand_tests::process::{Guarded, program, run};
 use demand_tests::restore_demo::{self, Stage};
 use demand_tests::scenario::{Disk, Scenario};
-use demand_vmm::report::Report;
+use demand_vmm::report::{Report, duration};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 /// Restores memory lazily under a running guest and a running disk, and checks the result.
@@ -33,20 +35,37 @@ struct Options {
     /// Draw pages over time, coloured by path (SVG), to this file.
     #[arg(long, value_name = "FILE")]
     timeline: Option<PathBuf>,
-    /// Run only the stage of this host's own KVM.
+    /// Run only the stage of this host's own KVM, and the third one if that runs Linux.
     #[arg(long, conflicts_with = "lab_only")]
     host_only: bool,
-    /// Run only the lab's stage.
+    /// Run only the lab's stage, and the third one in the lab.
     #[arg(long)]
     lab_only: bool,
-    /// Run the lab's stage on this machine, which is the lab.
+    /// Run only the third stage.
     #[arg(long, hide = true)]
-    inside: bool,
+    distance_only: bool,
+    /// Run this stage on this machine, for the process that shows it.
+    #[arg(long, hide = true)]
+    inside: Option<Inside>,
+    /// The URL of the third stage's server, without the link.
+    #[arg(long, hide = true, value_name = "URL")]
+    direct: Option<String>,
+}
+
+/// A stage that runs in another process than the one that shows it.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Inside {
+    Lab,
+    Distance,
 }
 
 fn main() -> ExitCode {
     let options = Options::parse();
-    let result = if options.inside { inside(&options) } else { outside(&options) };
+    let result = match options.inside {
+        Some(Inside::Lab) => inside(&options),
+        Some(Inside::Distance) => inside_distance(&options),
+        None => outside(&options),
+    };
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -91,6 +110,12 @@ const LAB_HUGEPAGES: &str = "520";
 fn outside(options: &Options) -> Result<()> {
     let mut reports = Vec::new();
     let mut stages = Vec::new();
+    if options.distance_only {
+        if let Some(report) = distance(options)? {
+            println!("\n{}", report.table());
+        }
+        return Ok(());
+    }
     if !options.lab_only {
         println!("This host:\n");
         run_visibly(Command::new(program("demand-vmm")?).arg("probe"))?;
@@ -116,8 +141,14 @@ fn outside(options: &Options) -> Result<()> {
         reports.push(report);
         stages.push("lab");
     }
+    let distance = distance(options)?;
+    if let Some(report) = &distance {
+        println!("\n{}", report.table());
+    }
     if let Some(path) = &options.json {
-        fs::write(path, serde_json::to_string_pretty(&reports)? + "\n")
+        let mut stages = reports.iter().map(serde_json::to_value).collect::<Result<Vec<_>, _>>()?;
+        stages.extend(distance.map(serde_json::to_value).transpose()?);
+        fs::write(path, serde_json::to_string_pretty(&stages)? + "\n")
             .with_context(|| format!("write {}", path.display()))?;
     }
     if let Some(path) = &options.timeline {
@@ -156,7 +187,7 @@ fn run_in_lab(options: &Options) -> Result<Report> {
     command.env("LAB_OUT", out.path());
     command.args(["run", "--guests=lab", "--memory", LAB_MEMORY]);
     command.args(["--hugepages", LAB_HUGEPAGES, "--gigapages", "0"]);
-    command.arg("--").arg(program("demo")?).arg("--inside").arg("--json").arg(&json);
+    command.arg("--").arg(program("demo")?).args(["--inside", "lab"]).arg("--json").arg(&json);
     if options.timeline.is_some() {
         command.arg("--timeline").arg(&svg);
     }
@@ -204,6 +235,125 @@ fn inside(options: &Options) -> Result<()> {
     })?;
     let path = options.json.as_ref().context("--inside needs --json")?;
     fs::write(path, serde_json::to_string(&report)?).context("write the report")
+}
+
+/// Where the third stage's guests run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Place {
+    Host,
+    Lab,
+}
+
+impl Place {
+    /// Returns the place where the third stage's guests run; `None`, with the reason printed, if
+    /// only the host may run them, and cannot.
+    fn choose(options: &Options) -> Result<Option<Self>> {
+        if options.lab_only {
+            return Ok(Some(Place::Lab));
+        }
+        let probe = run(
+            Command::new(program("demand-vmm")?).args(["probe", "--require", "lazy"]),
+            Duration::from_secs(60),
+        )?;
+        if probe.status.success() {
+            return Ok(Some(Place::Host));
+        }
+        let why = probe.stderr.trim().to_owned();
+        if options.host_only {
+            println!("SKIPPED: the third stage: {why}\n");
+            return Ok(None);
+        }
+        println!("The third stage's guests run in the lab: {why}");
+        Ok(Some(Place::Lab))
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Place::Host => "host",
+            Place::Lab => distance_demo::LAB,
+        }
+    }
+
+    /// Returns the host's address at this place. The lab's is the one of its network.
+    fn server(self) -> &'static str {
+        match self {
+            Place::Host => "127.0.0.1",
+            Place::Lab => "10.0.2.2",
+        }
+    }
+
+    /// Returns this program, to be run at the place with Linux guests.
+    fn demo(self) -> Result<Command> {
+        let mut lab = Command::new(program("lab")?);
+        if self == Place::Lab {
+            lab.args(["run", "--guests=lab", "--network", "--memory", DISTANCE_MEMORY]);
+            lab.args(["--hugepages", "0", "--gigapages", "0", "--"]).arg(program("demo")?);
+            return Ok(lab);
+        }
+        let mut demo = Command::new(program("demo")?);
+        if Kernel::of_environment().is_none() {
+            let guests = run(lab.arg("guests"), GUESTS_LIMIT)?;
+            ensure!(
+                guests.status.success(),
+                "lab guests ended with {}: {}",
+                guests.status,
+                guests.stderr
+            );
+            demo.envs(guests.stdout.lines().filter_map(|line| line.split_once('=')));
+        }
+        Ok(demo)
+    }
+}
+
+/// Size of the lab's machine for the third stage.
+const DISTANCE_MEMORY: &str = "2G";
+/// Time limit for the guests to be prepared, with a kernel that may have to be built.
+const GUESTS_LIMIT: Duration = Duration::from_secs(3600);
+
+/// Runs the third stage, unless it cannot be run here.
+fn distance(options: &Options) -> Result<Option<DistanceReport>> {
+    println!("A snapshot in an object store, over a long link\n");
+    let (Some(place), Some(server)) = (Place::choose(options)?, Server::start()?) else {
+        return Ok(None);
+    };
+    let server_at = place.server();
+    let mut command = place.demo()?;
+    command.args(["--inside", "distance", "--direct"]);
+    command.arg(format!("http://{server_at}:{}", server.port()));
+    command.envs(server.variables(server_at)).stdin(Stdio::null()).stdout(Stdio::piped());
+    let mut process = Guarded::spawn(&mut command)?;
+    let pipe = process.child().stdout.take().context("the stage's standard output")?;
+    let (mut rows, mut before, mut traffic) = (Vec::new(), Traffic::default(), Traffic::default());
+    for line in BufReader::new(pipe).lines() {
+        let line = line?;
+        match serde_json::from_str(&line) {
+            Ok(Message::Step(text)) => println!("  {text}"),
+            Ok(Message::Begins) => before = server.traffic(),
+            Ok(Message::Done) => traffic = server.traffic().since(before),
+            Ok(Message::Verified(row)) => {
+                println!("  {}: beats after {}", row.name, duration(row.first_beat_us));
+                rows.push(Row { traffic, ..row });
+            }
+            Err(_) => println!("  {line}"),
+        }
+    }
+    let status = process.wait(Duration::from_secs(60))?;
+    ensure!(status.success(), "the third stage ended with {status}");
+    Ok(Some(DistanceReport::new(place.name(), rows)))
+}
+
+/// Runs the third stage's guests on this machine.
+fn inside_distance(options: &Options) -> Result<()> {
+    let folder = tempfile::Builder::new().prefix("demand-paging-").tempdir()?;
+    distance_demo::run(distance_demo::Stage {
+        kernel: Kernel::of_environment().context("there is no guest: it needs cargo lab guests")?,
+        folder: folder.path(),
+        direct: options.direct.as_deref().context("--inside distance needs --direct")?,
+        tell: &mut |message| {
+            println!("{}", serde_json::to_string(message).expect("it has no maps"));
+            let _ = std::io::stdout().flush();
+        },
+    })
 }
 
 fn run_visibly(command: &mut Command) -> Result<()> {

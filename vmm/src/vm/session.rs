@@ -333,12 +333,18 @@ fn follow(
     session.hang_ups.take();
     let api = session.guest.api.open(&vm)?;
     let outcome = ResetState::of(&vm).and_then(|reset_state| {
-        // Before the vCPUs' state is restored, so that a replayed working set has a lead on the guest.
         let fills = fill.is_some();
-        if let Some(options) = fill {
-            vm.machine.start_fill(options)?;
-        }
+        let start = |fill: Option<FillOptions>| {
+            fill.map_or(Ok(()), |options| vm.machine.start_fill(options))
+        };
+        // A replayed working set has a lead on the guest.
+        let (before, after) = match vm.working_set {
+            Some(_) => (fill, None),
+            None => (None, fill),
+        };
+        start(before)?;
         begin(&vm)?;
+        start(after)?;
         if vm.machine.engine().is_some() {
             let events = session.events.clone();
             vm.machine.on_complete(move || events.send(Event::Complete));
