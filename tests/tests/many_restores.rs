@@ -145,10 +145,11 @@ fn restores_of_one_process_leave_nothing() {
     (0..WARM).for_each(|round| pushed.restore(round % 2 == 0));
     let before = Held::now();
     (0..restores).for_each(|round| pushed.restore(round % 2 == 0));
-    // Threads that close what was tried, and idle connections, end a little later.
+    // Threads that close what was tried end a little later. Idle connections to the server are kept
+    // for the next restore, fewer than there are restores.
     until("descriptors, threads and mappings are as before", || {
         let now = Held::now();
-        now.descriptors <= before.descriptors
+        now.descriptors <= before.descriptors + 16
             && now.threads <= before.threads
             && now.mappings <= before.mappings + 16
     });
