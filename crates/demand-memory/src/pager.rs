@@ -10,8 +10,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence};
 use std::sync::{Arc, Mutex, MutexGuard, Once, OnceLock, PoisonError, RwLock, Weak};
 
 use demand_source::{
-    Completion, Extent, MissingPages, OwnProcess, PageSource, Request, SourceError, ZeroPadded,
-    to_usize,
+    Completion, Extent, OwnProcess, PageSource, Request, SourceError, ZeroPadded, to_usize,
 };
 use vm_memory::VolatileSlice;
 
@@ -128,9 +127,8 @@ impl Pager {
         if image_offset.checked_add(size).is_none_or(|end| end > image_size) {
             return Err(PagerError::ImageShort { size, image_offset, image_size });
         }
-        let (pager, offset) = (Self::with_bitmap(MissingBitmap::new, config)?, image_offset);
-        let words = pager.bitmap.words();
-        pager.source.share_missing(&MissingPages::new(offset, pager.pages(), words.file()));
+        let pager = Self::with_bitmap(MissingBitmap::new, config)?;
+        pager.share_missing();
         Ok(pager)
     }
 
@@ -149,6 +147,16 @@ impl Pager {
     ) -> Result<Arc<Self>, PagerError> {
         let config = PagerConfig { stats, ..PagerConfig::new(backing, Arc::new(NoSource)) };
         Self::with_bitmap(MissingBitmap::all_present, config)
+    }
+
+    /// Gives the source a view of the bitmap. The model checker has no file for its words.
+    fn share_missing(&self) {
+        #[cfg(not(loom))]
+        self.source.share_missing(&demand_source::MissingPages::new(
+            self.image_offset,
+            self.pages(),
+            self.bitmap.words().file(),
+        ));
     }
 
     fn with_bitmap(
