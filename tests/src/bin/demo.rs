@@ -17,7 +17,9 @@ use anyhow::{Context, Result, ensure};
 use clap::{Parser, ValueEnum};
 use demand_memory::BackingKind;
 use demand_tests::cannot_run;
-use demand_tests::distance_demo::{self, DistanceReport, Message, Row, Server, Traffic};
+use demand_tests::distance_demo::{
+    self, DistanceReport, Message, ROUND_TRIP, Row, Server, Traffic,
+};
 use demand_tests::linux_vm::Kernel;
 use demand_tests::process::{Guarded, program, run};
 use demand_tests::restore_demo::{self, Stage};
@@ -41,9 +43,11 @@ struct Options {
     /// Run only the lab's stage, and the third one in the lab.
     #[arg(long)]
     lab_only: bool,
-    /// Run only the third stage.
-    #[arg(long, hide = true)]
-    distance_only: bool,
+    /// Run only the third stage, over a link with this time for a round trip, in milliseconds: on
+    /// this host if its KVM runs Linux, and else in the lab.
+    #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(..=1000))]
+    #[arg(conflicts_with_all = ["host_only", "lab_only", "timeline"])]
+    distance: Option<u64>,
     /// Run this stage on this machine, for the process that shows it.
     #[arg(long, hide = true)]
     inside: Option<Inside>,
@@ -109,14 +113,8 @@ const LAB_HUGEPAGES: &str = "520";
 
 fn outside(options: &Options) -> Result<()> {
     let mut reports = Vec::new();
-    let mut stages = Vec::new();
-    if options.distance_only {
-        if let Some(report) = distance(options)? {
-            println!("\n{}", report.table());
-        }
-        return Ok(());
-    }
-    if !options.lab_only {
+    let only_distance = options.distance.is_some();
+    if !options.lab_only && !only_distance {
         println!("This host:\n");
         run_visibly(Command::new(program("demand-vmm")?).arg("probe"))?;
         println!();
@@ -131,15 +129,13 @@ fn outside(options: &Options) -> Result<()> {
             println!("{}", report.table());
             reports.push(report);
         }
-        stages.push("host");
     }
-    if !options.host_only {
+    if !options.host_only && !only_distance {
         println!("The lab: a real KVM with KVM Userfault, inside an emulated machine\n");
         let report = run_in_lab(options)?;
         println!("{}", report.table());
         check_lab_report(&report)?;
         reports.push(report);
-        stages.push("lab");
     }
     let distance = distance(options)?;
     if let Some(report) = &distance {
@@ -313,7 +309,8 @@ const GUESTS_LIMIT: Duration = Duration::from_secs(3600);
 /// Runs the third stage, unless it cannot be run here.
 fn distance(options: &Options) -> Result<Option<DistanceReport>> {
     println!("A snapshot in an object store, over a long link\n");
-    let (Some(place), Some(server)) = (Place::choose(options)?, Server::start()?) else {
+    let round_trip = options.distance.map_or(ROUND_TRIP, Duration::from_millis);
+    let (Some(place), Some(server)) = (Place::choose(options)?, Server::start(round_trip)?) else {
         return Ok(None);
     };
     let server_at = place.server();
@@ -339,7 +336,7 @@ fn distance(options: &Options) -> Result<Option<DistanceReport>> {
     }
     let status = process.wait(Duration::from_secs(60))?;
     ensure!(status.success(), "the third stage ended with {status}");
-    Ok(Some(DistanceReport::new(place.name(), rows)))
+    Ok(Some(DistanceReport::new(place.name(), round_trip, rows)))
 }
 
 /// Runs the third stage's guests on this machine.
