@@ -8,6 +8,7 @@
 pub mod child;
 pub mod elf;
 pub mod fuse;
+pub mod garage;
 pub mod host;
 pub mod image;
 #[cfg(feature = "openapi")]

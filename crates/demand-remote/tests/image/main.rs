@@ -3,6 +3,7 @@
 #![cfg(feature = "image")]
 
 mod bucket;
+mod cluster;
 mod collect;
 mod damage;
 #[cfg(feature = "http")]
