@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use demand_memory::BackingKind;
 use demand_tests::process::program;
 
-use crate::run::{Guest, Images, baseline, field, least, output, rounds, vmm};
+use crate::run::{Guest, Images, Time, baseline, field, least, output, rounds, vmm};
 use crate::table::{Row, Target};
 
 const PART: &str = "lab";
@@ -113,10 +113,11 @@ pub(crate) fn timed_rows() -> Result<Vec<Row>> {
     let image = images.full(MIB.0 << 20)?;
     let guest = Guest { backing: BackingKind::Shmem, mib_per_cpu: MIB.0, cpus: 1, image: &image };
     eprintln!("  guest fault, {POISON}, by the clock");
-    let samples: Vec<[f64; 2]> = rounds(TIMED_ROUNDS, |at| guest.fault_us([POISON, "uffd"][at]))?;
-    let pairs: Vec<_> = samples.iter().map(|[poison, uffd]| (*poison, *uffd)).collect();
-    let name = format!("guest fault, {POISON}, shmem, p50");
-    let row = Row::of_pairs(PART, name, "us", "uffd, from its message on", &pairs);
+    let samples: Vec<[Time; 2]> = rounds(TIMED_ROUNDS, |at| guest.ours([POISON, "uffd"][at]))?;
+    let pairs: Vec<_> =
+        samples.iter().map(|[poison, uffd]| (poison.per_page(), uffd.per_page())).collect();
+    let name = format!("guest fault, {POISON}, shmem, by the clock");
+    let row = Row::of_pairs(PART, name, "ns/page", "uffd", &pairs);
     Ok(vec![row.target(Target::RatioAtMost(0.5)).note("emulated processors")])
 }
 

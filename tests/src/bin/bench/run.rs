@@ -143,13 +143,6 @@ impl Guest<'_> {
         Time::of(&vmm(&self.arguments(engine))?)
     }
 
-    /// Measures the time of a fault of our engine, in microseconds: the median.
-    pub(crate) fn fault_us(&self, engine: &str) -> Result<f64> {
-        let report = vmm(&self.arguments(engine))?;
-        let p50 = report.pointer("/guest/latency_us/p50").and_then(Value::as_f64);
-        p50.context("demand-vmm must report latencies")
-    }
-
     /// Measures our engine whose service threads spin for at most this time.
     pub(crate) fn ours_spinning(&self, engine: &str, spin: Duration) -> Result<Time> {
         let mut arguments = self.arguments(engine);
