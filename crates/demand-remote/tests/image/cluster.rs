@@ -26,7 +26,8 @@ fn check(image: &RemoteImage, content: &[u8], chunks: impl Iterator<Item = usize
 }
 
 /// Does the same while the cluster may have no quorum: reads that fail may be made again, and
-/// succeed within two minutes. A node that was restarted is known to the others only after half a minute.
+/// succeed within two minutes. A node that was restarted is known to the others only after half a
+/// minute.
 fn check_patiently(image: &RemoteImage, content: &[u8], chunks: impl Iterator<Item = usize>) {
     for chunk in chunks {
         let (at, begun) = (chunk * CHUNK, Instant::now());
