@@ -35,7 +35,8 @@ fn main() -> Result<(), Box<dyn Error>> {
         arguments.iter().partition(|argument| argument.starts_with("--"));
     let has = |option: &str| options.iter().any(|argument| *argument == option);
     let (staging, watch) = (has("--staging"), has("--watch"));
-    let [path, socket] = paths[..] else {
+    let is_known = |option: &&String| matches!(option.as_str(), "--staging" | "--watch");
+    let ([path, socket], true) = (&paths[..], options.iter().all(is_known)) else {
         return Err("usage: pager PATH SOCKET [--staging] [--watch]".into());
     };
     // Left by a pager that was killed.
@@ -93,7 +94,7 @@ fn serve(stream: &UnixStream, path: &Path, with_staging: bool, watches: bool) ->
     let mut calls = Calls::new(stream);
     let mut replies = stream;
     let refused = |text: String| Reply::Error { tag: NO_TAG, retry: Retry::Never, text }.encode();
-    let name = match calls.next()? {
+    let name = match calls.receive()? {
         Some((Call::Handshake { version: VERSION, name }, _)) => name,
         _ => {
             let text = format!("this pager speaks version {VERSION} of the protocol only");
@@ -183,7 +184,7 @@ impl Pager {
     }
 
     fn receive_all(&self, calls: &mut Calls<'_>) -> io::Result<()> {
-        while let Some((call, file)) = calls.next()? {
+        while let Some((call, file)) = calls.receive()? {
             self.with(|state| match call {
                 Call::Handshake { .. } => {}
                 Call::Fault(fault) => match fault.priority {
@@ -210,9 +211,10 @@ impl Pager {
                 let missing = state.bitmaps.iter().map(count_ones).sum::<io::Result<u64>>();
                 if state.bitmaps.is_empty() { None } else { missing.ok() }
             });
-            if missing != before {
-                before = missing;
-                println!("{} pages are missing", missing.unwrap_or(0));
+            // A bitmap that cannot be read says nothing.
+            if let Some(missing) = missing.filter(|missing| before != Some(*missing)) {
+                before = Some(missing);
+                println!("{missing} pages are missing");
             }
             thread::sleep(Duration::from_millis(100));
         }

@@ -27,8 +27,8 @@ use crate::protocol::Call;
 /// drop(vmm);
 ///
 /// let mut calls = Calls::new(&pager);
-/// assert_eq!(calls.next().unwrap().unwrap().0, hello);
-/// assert!(calls.next().unwrap().is_none(), "the VMM has closed the connection");
+/// assert_eq!(calls.receive().unwrap().unwrap().0, hello);
+/// assert!(calls.receive().unwrap().is_none(), "the VMM has closed the connection");
 /// ```
 pub struct Calls<'a>(BufReader<Passing<'a>>);
 
@@ -50,8 +50,7 @@ impl<'a> Calls<'a> {
     /// # Errors
     ///
     /// Those of [`Call::read`]; [`InvalidData`](ErrorKind::InvalidData) if no file was passed.
-    #[allow(clippy::should_implement_trait, reason = "an error ends the connection, not the loop")]
-    pub fn next(&mut self) -> io::Result<Option<(Call, Option<File>)>> {
+    pub fn receive(&mut self) -> io::Result<Option<(Call, Option<File>)>> {
         let Some(call) = Call::read(&mut self.0)? else { return Ok(None) };
         let Call::Missing { .. } = call else { return Ok(Some((call, None))) };
         let file = self.0.get_mut().files.pop_front().ok_or_else(|| {

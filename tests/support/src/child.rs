@@ -18,10 +18,7 @@ pub fn is_child() -> bool {
 /// If the test fails there.
 pub fn run(test: &str, variables: &[(&str, &str)]) {
     let mut child = Command::new(std::env::current_exe().unwrap());
-    child
-        .args(["--exact", test, "--include-ignored", "--nocapture"])
-        .env_clear()
-        .env(VARIABLE, "1");
+    child.args(["--exact", test, "--nocapture"]).env_clear().env(VARIABLE, "1");
     child.envs(std::env::var_os("PATH").map(|path| ("PATH", path)));
     let output = child.envs(variables.iter().copied()).output().unwrap();
     let said = String::from_utf8_lossy(&output.stdout);

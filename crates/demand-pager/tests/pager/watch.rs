@@ -26,7 +26,7 @@ type Region = (u64, u64, File);
 fn serve(stream: &mut UnixStream, regions: &Sender<Region>) -> io::Result<()> {
     greet(stream, Greeting { watches: true, ..greeting() }, &[])?;
     let mut calls = Calls::new(stream);
-    while let Some((call, file)) = calls.next()? {
+    while let Some((call, file)) = calls.receive()? {
         match (call, file) {
             (Call::Missing { offset, pages }, Some(file)) => {
                 let _ = regions.send((offset, pages, file));
