@@ -10,7 +10,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use fuser::{
     Config, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo,
@@ -50,24 +50,31 @@ impl Shared {
     }
 
     fn attributes(&self, inode: INodeNo) -> FileAttr {
-        let root = inode == INodeNo::ROOT;
-        FileAttr {
-            ino: inode,
-            size: if root { 0 } else { self.content.len() as u64 },
-            blocks: self.content.len() as u64 / 512,
-            atime: UNIX_EPOCH,
-            mtime: UNIX_EPOCH,
-            ctime: UNIX_EPOCH,
-            crtime: UNIX_EPOCH,
-            kind: if root { FileType::Directory } else { FileType::RegularFile },
-            perm: if root { 0o755 } else { 0o644 },
-            nlink: 1,
-            uid: 0,
-            gid: 0,
-            rdev: 0,
-            flags: 0,
-            blksize: 4096,
-        }
+        let size = (inode != INodeNo::ROOT).then_some(self.content.len() as u64);
+        attributes(inode, size, UNIX_EPOCH)
+    }
+}
+
+/// Returns the attributes of a file of this size in bytes, or of a folder, which has none.
+pub(crate) fn attributes(inode: INodeNo, size: Option<u64>, changed: SystemTime) -> FileAttr {
+    let is_file = size.is_some();
+    let size = size.unwrap_or(0);
+    FileAttr {
+        ino: inode,
+        size,
+        blocks: size.div_ceil(512),
+        atime: changed,
+        mtime: changed,
+        ctime: changed,
+        crtime: changed,
+        kind: if is_file { FileType::RegularFile } else { FileType::Directory },
+        perm: if is_file { 0o644 } else { 0o755 },
+        nlink: 1,
+        uid: 0,
+        gid: 0,
+        rdev: 0,
+        flags: 0,
+        blksize: 4096,
     }
 }
 

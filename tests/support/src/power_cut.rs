@@ -11,12 +11,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use fuser::{
-    BackgroundSession, BsdFileFlags, Config, Errno, FileAttr, FileHandle, FileType, Filesystem,
-    FopenFlags, Generation, INodeNo, LockOwner, MountOption, OpenFlags, RenameFlags, ReplyAttr,
-    ReplyCreate, ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyWrite, Request, TimeOrNow,
-    WriteFlags,
+    BackgroundSession, BsdFileFlags, Config, Errno, FileAttr, FileHandle, Filesystem, FopenFlags,
+    Generation, INodeNo, LockOwner, MountOption, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate,
+    ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyWrite, Request, TimeOrNow, WriteFlags,
 };
 
+use crate::fuse::attributes;
 use crate::host::skip;
 
 /// The kernel caches nothing.
@@ -338,26 +338,9 @@ impl State {
     }
 
     fn attributes(&self, inode: u64) -> FileAttr {
-        let file = self.disk.seen.files.get(&inode);
-        let size = file.map_or(0, Vec::len) as u64;
+        let size = self.disk.seen.files.get(&inode).map(|file| file.len() as u64);
         let changed = self.changed.get(&inode).copied().unwrap_or(SystemTime::UNIX_EPOCH);
-        FileAttr {
-            ino: INodeNo(inode),
-            size,
-            blocks: size.div_ceil(512),
-            atime: changed,
-            mtime: changed,
-            ctime: changed,
-            crtime: changed,
-            kind: if file.is_some() { FileType::RegularFile } else { FileType::Directory },
-            perm: if file.is_some() { 0o644 } else { 0o755 },
-            nlink: 1,
-            uid: 0,
-            gid: 0,
-            rdev: 0,
-            flags: 0,
-            blksize: 4096,
-        }
+        attributes(INodeNo(inode), size, changed)
     }
 }
 

@@ -61,7 +61,9 @@ pub fn program(name: &str) -> Option<PathBuf> {
     let found = std::env::split_paths(&path).chain(usual).map(|folder| folder.join(name));
     let found = found.into_iter().find(|path| path.is_file());
     if found.is_none() {
-        skip(&format!("{name} is not installed (rust-vmm-ci/setup --tests, rust-vmm-ci/servers)"));
+        skip(&format!(
+            "{name} is not installed (rust-vmm-ci/setup --tests, rust-vmm-ci/servers --garage)"
+        ));
     }
     found
 }

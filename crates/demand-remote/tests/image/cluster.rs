@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! An image in an object store of several nodes, which die one after the other
-//! (`rust-vmm-ci/soak --sources`).
+//! (`rust-vmm-ci/soak --sources`, which builds it).
 #![cfg(feature = "s3")]
 
 use std::time::{Duration, Instant};
@@ -43,7 +43,6 @@ fn check_patiently(image: &RemoteImage, content: &[u8], chunks: impl Iterator<It
 }
 
 #[test]
-#[ignore = "rust-vmm-ci/soak --sources builds the cluster"]
 fn dying_nodes_are_a_pause() {
     if !is_child() {
         let variables = Garage::variables_at(free_port());
